@@ -1,0 +1,65 @@
+# Every target makes .venv and installs what it needs; nothing has to be done before. Other Pythons: make PYTHON=python3.12
+SHELL := bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := requirements/constraints.txt
+EXTRAS := cli,vision,text,test,bench
+CODE := lorasc_fx passes tests $(wildcard examples benchmarks)
+STAMP := $(VENV)/.installed
+DEMO := examples/image.toml
+DEMO_TEXT := examples/text.toml
+
+.PHONY: help venv demo demo-text test test-fast ci-slow lint format types bench docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+
+venv: $(STAMP) ## .venv with the package (editable) and all its extras
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lorasc-fx needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
+	@touch $@
+
+demo: $(STAMP) ## methods side by side on an image model and a small data set
+	$(BIN)/lorasc-fx compare $(DEMO)
+
+demo-text: $(STAMP) ## the same for a text model
+	$(BIN)/lorasc-fx compare $(DEMO_TEXT)
+
+test: $(STAMP) ## everything that is not slow
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+
+test-fast: $(STAMP) ## stops at the first failure; last failures first
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) -x --ff -q
+
+ci-slow: $(STAMP) ## the tests marked slow; none at all is a failure
+	@$(BIN)/python -m pytest -m slow -n $(JOBS) --timeout 900 || { status=$$?; \
+	  if [ $$status -eq 5 ]; then echo "ci-slow: no test is marked slow, so this ran none; mark one or drop the target" >&2; fi; \
+	  exit $$status; }
+
+lint: $(STAMP) ## ruff (rules and format) and the direction of imports
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## what ruff can mend by itself
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+types: $(STAMP) ## mypy --strict on lorasc_fx and passes
+	$(BIN)/mypy
+
+bench: $(STAMP) ## the same work beside its peers, ratios out
+	$(BIN)/python -m benchmarks
+
+docs: $(STAMP) ## run every code block of README.md, CONTRIBUTING.md and docs/
+	$(BIN)/python -m pytest tests/contract/test_docs.py -n $(JOBS) --timeout 900
+
+clean: ## remove .venv and what builds and tools left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,47 @@
+"""LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
+
+from lorasc_fx.adapt import adapt, load
+from lorasc_fx.errors import (
+    CaptureError,
+    CheckpointError,
+    LorascError,
+    MissingExtra,
+    NonFiniteBranch,
+    NoSites,
+    PassError,
+    PassOrderError,
+    SpecError,
+    StateError,
+    UnknownTarget,
+    VerifyError,
+)
+from lorasc_fx.plan import Plan, Reason, Refusal, Site
+from lorasc_fx.runtime import Cascade, Stage, save
+from lorasc_fx.spec import CascadeSpec, Noise, Rule
+
+__all__ = [
+    "CaptureError",
+    "Cascade",
+    "CascadeSpec",
+    "CheckpointError",
+    "LorascError",
+    "MissingExtra",
+    "NoSites",
+    "Noise",
+    "NonFiniteBranch",
+    "PassError",
+    "PassOrderError",
+    "Plan",
+    "Reason",
+    "Refusal",
+    "Rule",
+    "Site",
+    "SpecError",
+    "Stage",
+    "StateError",
+    "UnknownTarget",
+    "VerifyError",
+    "adapt",
+    "load",
+    "save",
+]

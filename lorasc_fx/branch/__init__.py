@@ -1,0 +1,27 @@
+"""Tensor maths as modules and values: branches, their start, noise, and the slow state. No graph in here."""
+
+from lorasc_fx.branch.branch import Branch
+from lorasc_fx.branch.conv import ConvBranch
+from lorasc_fx.branch.linear import LinearBranch
+from lorasc_fx.branch.noise import amplitude, draw
+from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, SlowWeight, Which, arithmetic, matrix_shape
+from lorasc_fx.branch.stage import end_stage, factors_of, start_differs, start_weight
+
+__all__ = [
+    "Branch",
+    "ConvBranch",
+    "Expert",
+    "Factors",
+    "KeptNoise",
+    "LinearBranch",
+    "SlowWeight",
+    "Which",
+    "amplitude",
+    "arithmetic",
+    "draw",
+    "end_stage",
+    "factors_of",
+    "matrix_shape",
+    "start_differs",
+    "start_weight",
+]

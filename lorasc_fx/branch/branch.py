@@ -1,0 +1,52 @@
+"""The trainable low-rank pair of one site, and the contract that its leaves keep.
+
+`lora_A` is [rank, columns] and `lora_B` is [out, rank], where a weight [out, in/groups, *kernel] is seen as the matrix
+[out, columns]. The delta that a branch stands for is `scale * lora_B @ lora_A` (algorithm.md, rows "branch" and
+"training"); how it is added is the leaf's `forward`.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.plan import Site
+
+__all__ = ["Branch"]
+
+
+class Branch(nn.Module, abc.ABC):
+    """Factors of a site; a leaf adds the maths.
+
+    Args:
+        site: the site's description.
+        seed, stage: address of the first lora_A.
+        like: the site's weight, for device and dtype. Factors of a weight narrower than fp32 are fp32.
+    """
+
+    def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
+        super().__init__()
+        rows, columns = site.matrix_shape
+        self.weight_name = site.weight
+        self.weight_shape = tuple(site.shape)
+        self.scale = site.scale
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        start = fresh_a(seed, stage, site.weight, site.rank, columns)
+        self.lora_A = nn.Parameter(start.to(device=like.device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(rows, site.rank, device=like.device, dtype=dtype))
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of lora_A."""
+        return self.lora_A.shape[0]
+
+    def finite(self) -> bool:
+        """Whether no entry of the factors is inf or nan."""
+        return bool(torch.isfinite(self.lora_A).all() and torch.isfinite(self.lora_B).all())
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the branch."""
+        return f"{self.weight_name}, rank={self.rank}, scale={self.scale:g}"

@@ -1,0 +1,28 @@
+"""The noise of a stage: `N = strength * std(W) * U(-1/2, 1/2)`, or a normal of the same variance.
+
+Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise".
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lorasc_fx.branch.address import generator
+from lorasc_fx.spec import Noise
+
+__all__ = ["amplitude", "draw"]
+
+
+def amplitude(noise: Noise, weight: torch.Tensor) -> float:
+    """Return `strength * std(W)`; the standard deviation of one value, or of none, is 0."""
+    if noise.strength == 0 or weight.numel() < 2:
+        return 0.0
+    return noise.strength * weight.std().item()
+
+
+def draw(noise: Noise, seed: int, stage: int, name: str, shape: torch.Size) -> torch.Tensor:
+    """Return the unscaled noise of this address, in fp32 on the CPU: U(-1/2, 1/2), or N(0, 1/12)."""
+    source = generator(seed, stage, "noise", name)
+    if noise.distribution == "uniform":
+        return torch.rand(shape, generator=source, dtype=torch.float32).sub_(0.5)
+    return torch.randn(shape, generator=source, dtype=torch.float32).mul_(12**-0.5)

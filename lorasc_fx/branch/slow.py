@@ -1,0 +1,165 @@
+"""The slow state of one weight: W0, its experts, and coefficients. Every value is computed from W0 and rounded once.
+
+Algorithm.md, "The slow state is small": slow and fast weights are two coefficient vectors over the same experts.
+`start` is the vector from which the running stage started: the slow one, or under restart = fast that of the fast
+weights. A `SlowWeight` is never changed; `absorb` returns the next one, so that a transition that fails has changed
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from lorasc_fx.branch.noise import draw
+from lorasc_fx.spec import Noise, Restart
+
+__all__ = ["Expert", "Factors", "KeptNoise", "SlowWeight", "Which"]
+
+Which = Literal["slow", "fast", "base"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`b` [out, r] with the branch's scale folded in, and `a` [r, columns], as plain tensors."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A trained branch that the slow weights keep, and the stage that trained it."""
+
+    stage: int
+    factors: Factors
+
+
+@dataclass(frozen=True)
+class KeptNoise:
+    """The noise of a stage that stays in the weights (noise.keep): its address and amplitude, not its values."""
+
+    noise: Noise
+    seed: int
+    stage: int
+    amplitude: float
+
+
+@dataclass(frozen=True)
+class SlowWeight:
+    """W0 with what the stages added.
+
+    Args:
+        name: of the weight.
+        base: W0, in the weight's own dtype; never written to.
+        experts: the trained branches, oldest first.
+        slow, start: one coefficient per expert.
+        dense_slow, dense_start: what was left of experts at the dense collapse, [out, columns].
+        kept: noise that stays.
+    """
+
+    name: str
+    base: torch.Tensor
+    experts: tuple[Expert, ...] = ()
+    slow: tuple[float, ...] = ()
+    start: tuple[float, ...] = ()
+    dense_slow: torch.Tensor | None = None
+    dense_start: torch.Tensor | None = None
+    kept: tuple[KeptNoise, ...] = ()
+
+    def exact(
+        self,
+        which: Which,
+        dtype: torch.dtype,
+        live: Factors | None = None,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        """Return W0 + delta in the dtype of the arithmetic, before the one rounding.
+
+        `fast` is the start of the running stage plus `live`, the running branch (F_t of algorithm.md).
+        """
+        device = self.base.device if device is None else device
+        total = self.base.to(device=device, dtype=dtype, copy=True).contiguous()
+        if which == "base":
+            return total
+        dense = self.dense_slow if which == "slow" else self.dense_start
+        terms = list(zip(self.slow if which == "slow" else self.start, self.experts, strict=True))
+        pairs = [(coefficient, expert.factors) for coefficient, expert in terms if coefficient != 0]
+        if which == "fast" and live is not None:
+            pairs.append((1.0, live))
+        matrix = total.view(matrix_shape(total.shape))
+        if dense is not None:
+            matrix += dense.to(device=device, dtype=dtype)
+        if pairs:
+            b = torch.cat([factors.b.to(device=device, dtype=dtype) * c for c, factors in pairs], dim=1)
+            a = torch.cat([factors.a.to(device=device, dtype=dtype) for _, factors in pairs], dim=0)
+            matrix += b @ a
+        for each in self.kept:
+            values = draw(each.noise, each.seed, each.stage, self.name, total.shape)
+            total += values.to(device=device, dtype=dtype) * each.amplitude
+        return total
+
+    def absorb(self, stage: int, live: Factors | None, pace: float, restart: Restart) -> SlowWeight:
+        """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
+
+        `live` is None for a weight whose branch is left out, or that has none.
+        """
+        experts, moved = self.experts, self.start
+        if live is not None:
+            experts, moved = (*experts, Expert(stage, live)), (*moved, 1.0)
+        old = (*self.slow, *([0.0] * (len(moved) - len(self.slow))))
+        slow = tuple(s if s == f else s + pace * (f - s) for s, f in zip(old, moved, strict=True))
+        dense = self.dense_slow
+        if dense is not None and self.dense_start is not None and self.dense_start is not dense:
+            dense = torch.lerp(dense, self.dense_start, pace)
+        start = slow if restart == "slow" else moved
+        dense_start = dense if restart == "slow" else self.dense_start
+        after = replace(self, experts=experts, slow=slow, start=start, dense_slow=dense, dense_start=dense_start)
+        return after.collapsed() if after.crowded else after
+
+    def with_noise(self, kept: KeptNoise) -> SlowWeight:
+        """Return the state in which this noise stays."""
+        return replace(self, kept=(*self.kept, kept))
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """[out, columns] of the weight seen as a matrix."""
+        return matrix_shape(self.base.shape)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the experts together hold more numbers than the weight itself."""
+        ranks = sum(expert.factors.a.shape[0] for expert in self.experts)
+        rows, columns = self.matrix
+        return ranks * (rows + columns) > rows * columns
+
+    def collapsed(self) -> SlowWeight:
+        """Return the same state with its experts summed into one dense delta (two where start differs from slow)."""
+        slow = self._sum(self.slow, self.dense_slow)
+        same = self.start == self.slow and self.dense_start is self.dense_slow
+        start = slow if same else self._sum(self.start, self.dense_start)
+        return replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start)
+
+    def _sum(self, coefficients: Sequence[float], dense: torch.Tensor | None) -> torch.Tensor:
+        rows, columns = self.matrix
+        dtype = arithmetic(self.base.dtype)
+        total = torch.zeros(rows, columns, dtype=dtype) if dense is None else dense.clone()
+        for coefficient, expert in zip(coefficients, self.experts, strict=True):
+            total += (expert.factors.b.to(dtype) * coefficient) @ expert.factors.a.to(dtype)
+        return total
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return [out, columns] of a weight [out, in/groups, *kernel] seen as a matrix."""
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return shape[0], columns
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which weights of this dtype are computed: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

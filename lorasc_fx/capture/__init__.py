@@ -1,0 +1,114 @@
+"""The door to the front ends: which are tried, in what order, and why the earlier ones refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lorasc_fx.capture.export import capture_export
+from lorasc_fx.capture.graph import capture_graph
+from lorasc_fx.capture.live import OWNER, Captured
+from lorasc_fx.capture.signature import bind, check_binds, key_of, leaves, signature_of
+from lorasc_fx.capture.symbolic import capture_symbolic
+from lorasc_fx.errors import CaptureError, nearest
+
+__all__ = [
+    "FRONTENDS",
+    "OWNER",
+    "Captured",
+    "bind",
+    "capture",
+    "check_binds",
+    "key_of",
+    "leaves",
+    "open_model",
+    "signature_of",
+]
+
+FrontEnd = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Captured]
+
+FRONTENDS: dict[str, FrontEnd] = {
+    "export": capture_export,
+    "symbolic": capture_symbolic,
+}
+"""Front ends for eager models, in the order in which `auto` tries them."""
+
+
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], frontend: str = "auto", wide: bool = False
+) -> Captured:
+    """Turn a call of the model into a graph that reads the live model.
+
+    Args:
+        model: a graph module needs no front end.
+        args, kwargs: example inputs in canonical shape (`check_binds`).
+        frontend: a name in FRONTENDS, or `auto`: the first that takes the model.
+        wide: sizes that a first capture fixes are dynamic as well (asked for when a second size has come).
+
+    Raises:
+        CaptureError: the model refuses the inputs, or no front end takes the model; each one's reason is told.
+    """
+    if frontend != "auto" and frontend not in FRONTENDS:
+        known = ("auto", *FRONTENDS)
+        raise CaptureError(f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}")
+    if isinstance(model, fx.GraphModule):
+        return capture_graph(model, args, kwargs)
+    refused: list[tuple[str, str]] = []
+    faults: list[Exception] = []
+    for name in FRONTENDS if frontend == "auto" else (frontend,):
+        try:
+            return FRONTENDS[name](model, args, kwargs, wide).after(tuple(refused))
+        except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model
+            refused.append((name, _one_line(fault)))
+            faults.append(fault)
+            if len(faults) == 1:
+                _check_runs(model, args, kwargs)
+    reasons = "\n  ".join(f"{name}: {reason}" for name, reason in refused)
+    raise CaptureError(f"no front end takes {type(model).__name__}:\n  {reasons}") from faults[0]
+
+
+def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Tell a model that refuses its inputs from a front end that refuses the model, on a copy of the model."""
+    trial = copy.deepcopy(model)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(()):
+            trial(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs)))
+    except Exception as fault:
+        raise CaptureError(
+            f"{type(model).__name__} itself refuses the example inputs: {_one_line(fault)}; "
+            "give args and kwargs with which the model runs"
+        ) from fault
+
+
+def _one_line(fault: Exception) -> str:
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    return f"{type(fault).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def open_model(model: Any) -> nn.Module:
+    """Return the module to adapt: a module as it is, a program's graph module, or that of a .pt2 file.
+
+    Raises:
+        CaptureError: it is none of these, or the file cannot be read.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        return model.module()
+    if isinstance(model, (str, PathLike)):
+        path = Path(model)
+        if not path.is_file():
+            raise CaptureError(f"{path} is not a file; give a .pt2 that torch.export.save wrote")
+        try:
+            return torch.export.load(path).module()
+        except Exception as fault:
+            raise CaptureError(f"{path} cannot be read as a .pt2: {_one_line(fault)}") from fault
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"model is {type(model).__name__}; give an nn.Module, a GraphModule, an ExportedProgram, or a .pt2 path"
+        )
+    return model

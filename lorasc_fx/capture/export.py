@@ -1,0 +1,54 @@
+"""Front end `export`: torch.export, non-strict, with dynamic dimensions (Dim.AUTO).
+
+Every dimension is dynamic, but for the space of images and video (the third and later axes of a floating tensor of
+four or more): there symbolic sizes make torch.export slow (padding computed from sizes: 30 s for an EfficientNet that
+takes 2 s with sizes fixed), and most models see one size. They become dynamic, `wide`, when a second size comes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lorasc_fx.capture.live import Captured, quiet, read_live
+from lorasc_fx.capture.signature import signature_of
+from lorasc_fx.graph import drop_nodes
+
+__all__ = ["capture_export"]
+
+_GUARDS = "_guards_fn"
+
+
+def capture_export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False) -> Captured:
+    """Return the model's ATen graph; raises what torch.export raises."""
+    with quiet():
+        shapes = _dynamic(signature_of(model), args, kwargs, wide)
+        program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+        exported = program.module()
+    guards = exported._modules.get(_GUARDS)
+    graph = exported.graph
+    drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
+    return Captured(read_live(exported, graph, model), "export", guards)
+
+
+def _dynamic(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool) -> Any:
+    shapes: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        spec = pytree.tree_map(lambda leaf: _dimensions(leaf, wide), value)
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            shapes |= spec
+        else:
+            shapes[name] = spec
+    return shapes
+
+
+def _dimensions(leaf: Any, wide: bool) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    space = leaf.is_floating_point() and leaf.dim() > 3 and not wide
+    return dict.fromkeys(range(2 if space else leaf.dim()), torch.export.Dim.AUTO)

@@ -1,0 +1,9 @@
+"""`python -m lorasc_fx.cli` is `lorasc-fx`."""
+
+from __future__ import annotations
+
+import sys
+
+from lorasc_fx.cli.app import main
+
+sys.exit(main())

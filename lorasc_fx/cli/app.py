@@ -1,0 +1,79 @@
+"""The door of the command line: which command, and what becomes of errors.
+
+What the user got wrong is one sentence on standard error and exit code 2. Ctrl-C is 130. Anything else is a fault of
+ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lorasc_fx.cli.extras import require
+from lorasc_fx.errors import LorascError, SpecError, nearest
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "train": "train CONFIG.toml [--spec.rank 16 ...] [--resume]   adapt a model and write a run folder",
+    "sites": "sites MODEL [--targets ...]                         show what would be adapted, and why not",
+    "fold": "fold RUN [--output FILE]                            write a run's slow weights as safetensors",
+    "compare": "compare CONFIG.toml [--compare.seeds 0 1 ...]       methods side by side; goes on where it stopped",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _command(arguments)
+    except LorascError as fault:
+        print(f"lorasc-fx: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lorasc-fx: stopped at once; what was not written yet is lost", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `lorasc-fx sites ... | head`: the reader has left, and nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as ended:  # tyro's help (0) and its complaints (2)
+        return ended.code if isinstance(ended.code, int) else 2
+
+
+def _command(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        import importlib.metadata
+
+        print(importlib.metadata.version("lorasc-fx"))
+        return 0
+    if name not in COMMANDS:
+        raise SpecError(f"no command is called {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
+    require("cli", "tyro", "rich")
+    from lorasc_fx.cli import arguments as parse
+
+    if name == "train":
+        from lorasc_fx.cli.train import run_train
+
+        config, resume = parse.train(rest)
+        return run_train(config, resume=resume)
+    if name == "compare":
+        from lorasc_fx.cli.compare import run_compare
+
+        return run_compare(parse.compare(rest))
+    if name == "sites":
+        from lorasc_fx.cli.sites import run_sites
+
+        return run_sites(parse.sites(rest))
+    from lorasc_fx.cli.fold import run_fold
+
+    return run_fold(*parse.fold(rest))
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  lorasc-fx {line}" for line in COMMANDS.values())
+    return f"usage:\n{lines}\n\nlorasc-fx COMMAND --help says more."

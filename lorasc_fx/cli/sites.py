@@ -1,0 +1,73 @@
+"""`lorasc-fx sites`: what would be adapted, what would not, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+import lorasc_fx as lx
+from lorasc_fx.cli.models import build_model, example_inputs, set_mode
+from lorasc_fx.cli.reporter import console
+from lorasc_fx.cli.schema import ModelConfig
+from lorasc_fx.spec import KINDS, CascadeSpec
+
+__all__ = ["SitesArguments", "run_sites"]
+
+
+@dataclass(frozen=True)
+class SitesArguments:
+    """Show every weight matrix of a model: site, refusal with its reason, or unreached."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """`timm:NAME`, `hf:FOLDER`, `hf:package:minilm`, `python:package.module:function`, or a `.pt2` file."""
+    targets: tuple[str, ...] = KINDS
+    """Kinds (`linear`, `conv`) or globs on weight names."""
+    exclude: tuple[str, ...] = ()
+    """Globs on weight names that are never touched."""
+    train: tuple[str, ...] = ()
+    """Globs on parameter names that are trained in full."""
+    rank: int = 8
+    """Rank of the branches."""
+    input: tuple[int, ...] = field(default=())
+    """Shape of the input, where the model does not say it: `--input 2 3 64 64`."""
+    frontend: str = "auto"
+    """Front end of the capture: `auto`, `export`, `symbolic`, ..."""
+    training: bool = False
+    """Show the graph of train mode."""
+
+
+def run_sites(arguments: SitesArguments) -> int:
+    """Print the table and return the exit code."""
+    from rich.table import Table
+
+    config = ModelConfig(name=arguments.model)
+    model = set_mode(build_model(config, None), arguments.training)
+    inputs = example_inputs(config, model, arguments.input)
+    spec = CascadeSpec(targets=arguments.targets, exclude=arguments.exclude, train=arguments.train, rank=arguments.rank)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    cascade = lx.adapt(model, args=inputs.args, kwargs=inputs.kwargs, spec=spec, frontend=arguments.frontend)
+    screen = console()
+    sites = Table(title=f"{len(cascade.sites)} sites of {arguments.model}")
+    for column in ("weight", "kind", "shape", "rank", "branch"):
+        sites.add_column(column, justify="left" if column in ("weight", "kind") else "right", overflow="fold")
+    for site in cascade.sites:
+        shape = " × ".join(str(size) for size in site.shape)
+        sites.add_row(site.weight, site.kind, shape, str(site.rank), f"{site.parameters:,}")
+    screen.print(sites)
+    if cascade.refusals:
+        refusals = Table(title=f"{len(cascade.refusals)} refusals")
+        for column in ("weight", "reason", "because"):
+            refusals.add_column(column, overflow="fold")
+        for refusal in cascade.refusals:
+            refusals.add_row(refusal.weight, refusal.reason.value, refusal.sentence)
+        screen.print(refusals)
+    for name in cascade.unreached:
+        screen.print(f"unreached by this graph: {name}", soft_wrap=True)
+    added = math.fsum(site.parameters for site in cascade.sites)
+    screen.print(
+        f"{added:,.0f} trainable entries in branches, {added / total:.2%} of the model's {total:,}", markup=False
+    )
+    return 0

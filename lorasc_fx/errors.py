@@ -1,0 +1,80 @@
+"""What can go wrong, in a few types under one root.
+
+Each message says what happened, where (weight name, node, file) and what to do. `nearest` is the one place that
+suggests names, so that every unknown name is answered in the same way.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "LorascError",
+    "MissingExtra",
+    "NoSites",
+    "NonFiniteBranch",
+    "PassError",
+    "PassOrderError",
+    "SpecError",
+    "StateError",
+    "UnknownTarget",
+    "VerifyError",
+    "nearest",
+]
+
+
+class LorascError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class SpecError(LorascError, ValueError):
+    """A value in the spec, or in a configuration, that cannot be meant."""
+
+
+class UnknownTarget(SpecError):
+    """A target, rule or train pattern that matches no weight of the model."""
+
+
+class CaptureError(LorascError):
+    """No front end could turn the model into a graph, or the model refused the example inputs."""
+
+
+class PassError(LorascError):
+    """A pass whose requirement is not met, or a graph that a pass cannot work on."""
+
+
+class NoSites(PassError, SpecError):
+    """A spec that leaves nothing to adapt; the message tells why each candidate was refused."""
+
+
+class PassOrderError(PassError):
+    """Passes that cannot stand in any order, or not in the one given."""
+
+
+class VerifyError(PassError):
+    """A graph that does not agree with its plan; the message lists each fault with its node."""
+
+
+class StateError(LorascError, RuntimeError):
+    """A call that is right, at a moment when it is not: after release, inside a backward, with the wrong optimizer."""
+
+
+class NonFiniteBranch(StateError):
+    """A branch that holds inf or nan at a fold."""
+
+
+class CheckpointError(LorascError):
+    """A checkpoint that is damaged, of another base, or cannot be written or read."""
+
+
+class MissingExtra(LorascError, ImportError):
+    """An optional package is not installed; the message holds the pip command."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return "; nearest: 'a', 'b'" for the known names most like `name`, or an empty string if none is near."""
+    found = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return "; nearest: " + ", ".join(repr(each) for each in found) if found else ""

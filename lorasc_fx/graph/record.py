@@ -1,0 +1,74 @@
+"""What a graph carries with it between passes: facts, plan and refusals on the module; use and stamp on its nodes.
+
+A record lives in `graph_module.meta`, a use or a stamp in `node.meta`; both survive copies of the graph and other
+people's passes. `strip` takes all of it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from lorasc_fx.branch import SlowWeight
+from lorasc_fx.plan import Plan, Refusal
+
+__all__ = ["Record", "Use", "record_of", "set_record", "strip"]
+
+_RECORD = "lorasc_fx"
+USE = "lorasc_fx.use"
+MADE_BY = "lorasc_fx.made_by"
+
+
+@dataclass(frozen=True)
+class Use:
+    """A node that consumes a site's weight, in the form of this name."""
+
+    weight: str
+    form: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What passes know of a graph module.
+
+    Args:
+        facts: what the passes so far provide (`sites-matched`, `branches-inserted`, ...).
+        owner: name of the child that owns the weights (`model`: live weights, their values are the runtime's), or ""
+            for a graph module that owns its weights itself (a fold then writes new constants).
+        plan: what was decided, or None.
+        refusals, unreached: what was not adapted; with the sites, every weight matrix.
+        slow: slow state of the sites of a graph module that owns its weights.
+    """
+
+    facts: frozenset[str] = frozenset()
+    owner: str = ""
+    plan: Plan | None = None
+    refusals: tuple[Refusal, ...] = ()
+    unreached: tuple[str, ...] = ()
+    slow: Mapping[str, SlowWeight] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before a weight's name in a node's target."""
+        return f"{self.owner}." if self.owner else ""
+
+
+def record_of(graph_module: fx.GraphModule) -> Record:
+    """Return the module's record, or an empty one."""
+    found = graph_module.meta.get(_RECORD)
+    return found if isinstance(found, Record) else Record()
+
+
+def set_record(graph_module: fx.GraphModule, record: Record) -> None:
+    """Give the module this record."""
+    graph_module.meta[_RECORD] = record
+
+
+def strip(graph_module: fx.GraphModule) -> None:
+    """Take away every record, use and stamp of ours."""
+    graph_module.meta.pop(_RECORD, None)
+    for node in graph_module.graph.nodes:
+        node.meta.pop(USE, None)
+        node.meta.pop(MADE_BY, None)

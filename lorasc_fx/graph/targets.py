@@ -1,0 +1,62 @@
+"""Which weights a pattern means: kinds, or globs on a weight's names, or on the name of a module that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from lorasc_fx.errors import UnknownTarget, nearest
+from lorasc_fx.plan import Site
+from lorasc_fx.spec import KINDS, CascadeSpec
+
+__all__ = ["check_patterns", "describe", "matches"]
+
+
+def matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a glob means one of these names, or a module above one of them."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in names)
+
+
+def targeted(patterns: Sequence[str], kind: str, names: Iterable[str]) -> bool:
+    """Whether one of the patterns is this kind, or means one of the names."""
+    names = tuple(names)
+    return any(pattern == kind if pattern in KINDS else matches(pattern, names) for pattern in patterns)
+
+
+def check_patterns(
+    spec: CascadeSpec, weights: Mapping[str, tuple[str, ...]], parameters: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Refuse a pattern that matches nothing.
+
+    Args:
+        spec: whose targets, exclude, rules and train are looked at.
+        weights: every weight matrix, by its name, with all its names.
+        parameters: every parameter, likewise; `train` and `exclude` may name any.
+
+    Raises:
+        UnknownTarget: with the field, the pattern, and the nearest names.
+    """
+    asked = [("targets", pattern, weights) for pattern in spec.targets]
+    asked += [("exclude", pattern, parameters) for pattern in spec.exclude]
+    asked += [("rules", rule.pattern, weights) for rule in spec.rules]
+    asked += [("train", pattern, parameters) for pattern in spec.train]
+    for field, pattern, known in asked:
+        if pattern in KINDS and field in ("targets", "rules"):
+            continue
+        names = [name for group in known.values() for name in group]
+        if not matches(pattern, names):
+            modules = {name.rpartition(".")[0] for name in names} - {""}
+            what = "parameter" if known is parameters else "weight"
+            hint = nearest(pattern, [*names, *sorted(modules), *(KINDS if known is weights else ())])
+            raise UnknownTarget(f"{field}: {pattern!r} matches no {what}{hint}")
+
+
+def describe(spec: CascadeSpec, weight: str, kind: str, shape: Sequence[int], aliases: tuple[str, ...]) -> Site:
+    """Return the site of a weight, with rank and lora_alpha by the first rule that means it, else by the spec."""
+    rank, lora_alpha = spec.rank, spec.lora_alpha
+    for rule in spec.rules:
+        if targeted((rule.pattern,), kind, (weight, *aliases)):
+            rank = rule.rank if rule.rank is not None else rank
+            lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
+            break
+    return Site(weight, kind, tuple(shape), rank, float(lora_alpha), spec.use_rslora, aliases)

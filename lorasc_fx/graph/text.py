@@ -1,0 +1,55 @@
+"""Canonical text of a graph, for tests and for people: names, ops, targets, arguments, dtypes and shapes.
+
+Symbolic sizes are renamed s0, s1, ... in order of appearance, so that the text does not depend on a tracer's counter.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["text"]
+
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+
+
+def text(graph: fx.Graph | fx.GraphModule) -> str:
+    """Return one line a node: `%name : type = op[target](arguments)`."""
+    nodes = graph.graph.nodes if isinstance(graph, fx.GraphModule) else graph.nodes
+    symbols: dict[str, str] = {}
+    lines = [_line(node, symbols) for node in nodes]
+    return "\n".join(lines) + "\n"
+
+
+def _line(node: fx.Node, symbols: dict[str, str]) -> str:
+    arguments = [_show(argument) for argument in node.args]
+    arguments += [f"{name}={_show(value)}" for name, value in node.kwargs.items()]
+    target = "" if node.op == "output" else f"[{_target(node)}]"
+    return f"%{node.name}{_type(node.meta.get('val'), symbols)} = {node.op}{target}({', '.join(arguments)})"
+
+
+def _target(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        inside = ", ".join(_show(item) for item in value)
+        return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' if len(value) == 1 else ''})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_show(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _type(value: Any, symbols: dict[str, str]) -> str:
+    if not isinstance(value, torch.Tensor):
+        return ""
+    sizes = ", ".join(
+        _SYMBOL.sub(lambda found: symbols.setdefault(found[0], f"s{len(symbols)}"), str(size)) for size in value.shape
+    )
+    return f" : {str(value.dtype).removeprefix('torch.')}[{sizes}]"

@@ -1,0 +1,157 @@
+"""What is decided: one description per site. Pure data, no tensors, no nodes, no node names.
+
+A `Refusal` names the node that made us refuse, so it belongs to a match (and to people), not to the plan.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lorasc_fx.errors import CheckpointError
+from lorasc_fx.spec import CascadeSpec, Scaling
+
+__all__ = ["Plan", "Reason", "Refusal", "Site"]
+
+FORMAT = 1
+
+
+class Reason(enum.Enum):
+    """Why a weight matrix is not a site; the set is closed."""
+
+    NOT_TARGETED = "not-targeted"
+    EXCLUDED = "excluded"
+    TRAINED = "trained-in-full"
+    NO_FORM = "no-form"
+    MIXED_USES = "mixed-uses"
+    OPAQUE = "opaque-module"
+    NOT_FLOATING = "not-floating"
+
+    @property
+    def asked(self) -> bool:
+        """Whether the user's spec asked for it; the others are ours to explain."""
+        return self in (Reason.NOT_TARGETED, Reason.EXCLUDED, Reason.TRAINED)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A weight matrix that gets no branch: its name, the node that decided (or ""), why, and a sentence for people."""
+
+    weight: str
+    node: str
+    reason: Reason
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.weight}: {self.reason.value} ({self.sentence})"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that is adapted, and the description of its branch.
+
+    Args:
+        weight: the weight's own name in the model; of a tied weight, the first name.
+        kind: `linear` or `conv`.
+        shape: of the weight, [out, in] or [out, in/groups, *kernel].
+        rank, lora_alpha, use_rslora: of the branch.
+        aliases: the other names of a tied weight.
+    """
+
+    weight: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    lora_alpha: float
+    use_rslora: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """`lora_alpha / rank`, or `/ sqrt(rank)` under rsLoRA."""
+        return Scaling(self.rank, self.lora_alpha, self.use_rslora).scale
+
+    @property
+    def key(self) -> str:
+        """Name of the branch among the branches: a module name, so it has no dots."""
+        return self.weight.replace("/", "//").replace(".", "/")
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """[out, in] of the weight seen as a matrix: all but the first axis are flattened."""
+        columns = 1
+        for size in self.shape[1:]:
+            columns *= size
+        return self.shape[0], columns
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable entries of the branch."""
+        return self.rank * sum(self.matrix_shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Spec, sites in the model's order, and the stage that runs (1 is the first)."""
+
+    spec: CascadeSpec
+    sites: tuple[Site, ...] = ()
+    stage: int = 1
+
+    def site(self, weight: str) -> Site | None:
+        """Return the site of this weight name, or None."""
+        return self.by_weight.get(weight)
+
+    @property
+    def by_weight(self) -> Mapping[str, Site]:
+        """Sites by their weight's name."""
+        return {site.weight: site for site in self.sites}
+
+    def with_sites(self, sites: tuple[Site, ...]) -> Plan:
+        """Return the plan with these sites added; a weight that is planned already keeps its branch."""
+        known = self.by_weight
+        return replace(self, sites=self.sites + tuple(site for site in sites if site.weight not in known))
+
+    def at_stage(self, stage: int) -> Plan:
+        """Return the same plan in another stage."""
+        return replace(self, stage=stage)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        sites = [
+            {
+                "weight": site.weight,
+                "kind": site.kind,
+                "shape": list(site.shape),
+                "rank": site.rank,
+                "lora_alpha": site.lora_alpha,
+                "use_rslora": site.use_rslora,
+                "aliases": list(site.aliases),
+            }
+            for site in self.sites
+        ]
+        return json.dumps(
+            {"format": FORMAT, "stage": self.stage, "spec": self.spec.to_dict(), "sites": sites}, indent=1
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: the text is not a plan of this format.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data["format"] != FORMAT:
+                raise CheckpointError(f"plan has format {data['format']}, this version reads {FORMAT}")
+            sites = tuple(
+                Site(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
+                for each in data["sites"]
+            )
+            return cls(CascadeSpec.from_dict(data["spec"]), sites, int(data["stage"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as fault:
+            raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {fault}") from fault

@@ -1,0 +1,311 @@
+"""The cascade: the adapted model as an nn.Module, with the user's model and the branches as its children."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import Which
+from lorasc_fx.errors import StateError, nearest
+from lorasc_fx.plan import Plan, Refusal, Site
+from lorasc_fx.runtime import checkpoint, folding, transition
+from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.flags import Flags
+from lorasc_fx.runtime.optim import group
+from lorasc_fx.runtime.stages import Stage, run_stages
+from lorasc_fx.runtime.summary import summary
+from lorasc_fx.runtime.variants import Made, Variant, VariantMaker, Variants
+
+__all__ = ["Cascade", "save"]
+
+log = logging.getLogger("lorasc_fx")
+
+WHICH: tuple[Which, ...] = ("slow", "fast", "base")
+
+
+class Cascade(nn.Module):
+    """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
+
+    Children: `model`, the user's own, which stays the only owner of its weights; `branches`, one per site. Graphs are
+    made per call signature and hold no weights.
+    """
+
+    def __init__(
+        self, model: nn.Module, maker: VariantMaker, made: Made, key: Any, example: tuple[Any, Any], flags: Flags
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.branches = nn.ModuleDict(dict(made.branches))
+        self.training = model.training
+        self.core = Core(model, self.branches, made.plan, maker.frontend)
+        self._refusals, self._unreached = made.refusals, made.unreached
+        self._maker, self._example, self._flags = maker, example, flags
+        self._refused_frontends = made.refused_frontends
+        self._variants = Variants()
+        self._variants.add(key, made.variant)
+        self._frontend = made.variant.frontend
+        self._loaded: checkpoint.Checkpoint | None = None
+
+    # ---- what it is
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided."""
+        return self.core.plan
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The adapted weights, in the model's order."""
+        return self.core.plan.sites
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """The weight matrices that are not adapted, each with its reason."""
+        return self._refusals
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """The weight matrices that no captured graph has used yet."""
+        return self._unreached
+
+    @property
+    def stage(self) -> int:
+        """Number of the running stage, 1 is the first; after the last fold, of the one that would start next."""
+        return self.core.plan.stage
+
+    @property
+    def frontend(self) -> str:
+        """Name of the front end that took the model."""
+        return self._frontend
+
+    @property
+    def refused_frontends(self) -> tuple[tuple[str, str], ...]:
+        """Names and reasons of the front ends that `auto` tried before."""
+        return self._refused_frontends
+
+    def __str__(self) -> str:
+        """Return sites, refusals, parameters and front end, for people."""
+        return summary(self)
+
+    # ---- computing
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the user's model computes for these arguments, with the branches; the model's own types.
+
+        Raises:
+            StateError: after `release`.
+            CaptureError: a new signature that no front end takes.
+        """
+        self.core.check_alive("forward")
+        if self.core.placed is not None:
+            return self.model(*args, **kwargs)
+        bound, named = self._maker.bind(self.model, args, kwargs)
+        return self.variant(bound, named).module(*bound, **named)
+
+    def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+        """Return the variant for a call in canonical shape; capture it if there is none yet."""
+        key, leaves = self._maker.key(self.model, args, kwargs), self._maker.leaves(args, kwargs)
+        found = self._variants.find(key, leaves)
+        return self._make_variant(args, kwargs, key) if found is None else found
+
+    def _make_variant(self, args: Any, kwargs: Any, key: Any) -> Variant:
+        wide = self._variants.known(key)
+        branches = self.core.by_key
+        made = self._maker.make(self.model, self.core.plan, branches, self._refusals, args, kwargs, wide)
+        new = {name: branch for name, branch in made.branches.items() if name not in self.branches}
+        log.info(
+            "variant %d by %s%s", len(self._variants) + 1, made.variant.frontend, ", of other sizes" if wide else ""
+        )
+        if new:
+            weights = [branch.weight_name for branch in new.values()]
+            log.warning("%d sites came with a new variant: %s; add their branches to the optimizer", len(new), weights)
+        self.branches.update(new)
+        self.core.plan, self._refusals = made.plan, made.refusals
+        self._unreached = tuple(name for name in made.unreached if name in self._unreached)
+        self.core.know_sites()
+        self._variants.add(key, made.variant)
+        return made.variant
+
+    # ---- weights
+
+    @contextlib.contextmanager
+    def weights(self, which: Which) -> Iterator[Cascade]:
+        """Put slow, fast or base weights in place, exactly, for the time of a `with`; the branches rest.
+
+        Inside, the cascade and the user's model compute the same, and the model's own methods (`generate`, ...) work.
+        `slow` is W0 + S as of the last transition, `fast` is W0 + F with the running branches in it, `base` is W0; none
+        holds noise.
+
+        Raises:
+            StateError: another name, inside another `weights`, inside a backward, or after `release`.
+        """
+        if which not in WHICH:
+            raise StateError(f"weights({which!r}): give one of {', '.join(WHICH)}{nearest(str(which), WHICH)}")
+        self.core.check_ready("weights")
+        parameters = self.core.parameters_by_name()
+        live = {name: parameters[name].detach().clone() for name in self.core.slow.trained}
+        folding.place(self.core, which, parameters, live)
+        self.core.placed = which
+        try:
+            yield self
+        finally:
+            self.core.placed = None
+            folding.rest(self.core, parameters, live)
+
+    def folded_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the model's state dict with the slow weights in it, as copies; loads with strict=True.
+
+        A stage that has trained is counted as `release` would: it is folded.
+        """
+        self.core.check_ready("folded_state_dict")
+        return folding.folded_state(self.core)
+
+    def folded_graph(self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+        """Return a plain GraphModule: names, nodes and shapes as captured, slow weights as its own constants.
+
+        Args:
+            args, kwargs: inputs whose graph is wanted; without, those of `adapt`. The model's present mode counts.
+        """
+        self.core.check_ready("folded_graph")
+        example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
+        variant = self.variant(*self._maker.bind(self.model, *example))
+        return self._maker.fold(variant, self.model, folding.folded_state(self.core))
+
+    def release(self) -> nn.Module:
+        """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.
+
+        A running stage that has trained is folded first, so that nothing is lost.
+
+        Raises:
+            StateError: gradients are pending, or it was released before.
+            NonFiniteBranch: a branch holds inf or nan; nothing was changed.
+        """
+        self.core.check_ready("release")
+        folding.release(self.core)
+        self._flags.restore(self.model)
+        self.core.pending.disarm()
+        self._variants = Variants()
+        self.core.released = True
+        return self.model
+
+    # ---- stages
+
+    def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
+        """Return groups for a torch optimizer: `lora_A`, `lora_B`, and `train` (what the spec trains in full).
+
+        Args:
+            lr: learning rate of every group.
+            options: anything else that the optimizer's groups take.
+        """
+        self.core.check_alive("param_groups")
+        branches = self.core.by_key.values()
+        options = {"lr": lr, **options}
+        return [
+            *group("lora_A", [branch.lora_A for branch in branches], options),
+            *group("lora_B", [branch.lora_B for branch in branches], options),
+            *group("train", list(self.core.trained_parameters().values()), options),
+        ]
+
+    def stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Iterator[Stage]:
+        """Yield `count` stages; between them fold, renew the branches and redraw the noise, and fold after the last.
+
+        Args:
+            count: number of stages.
+            optimizer: holds the branches; its state for them is treated as the spec says.
+            scheduler: a torch learning rate scheduler whose unit is the stage: stepped once at each transition.
+
+        Raises:
+            StateError: the optimizer does not hold the branches.
+        """
+        return run_stages(self.core, count, optimizer, scheduler)
+
+    def transition(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
+
+        All or nothing. Parameter objects stay the same, so that optimizers, compiled code and wrappers stay valid.
+
+        Args:
+            optimizer: holds the branches; None if there is none to be treated.
+
+        Raises:
+            StateError: inside a backward, with gradients pending, inside `weights`, or an optimizer without the
+            branches. NonFiniteBranch: a branch holds inf or nan.
+        """
+        self.core.check_ready("transition")
+        transition.run(self.core, optimizer, park=False)
+
+    def resume(self, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
+        """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
+
+        Raises:
+            StateError: the cascade was not loaded from a checkpoint.
+            CheckpointError: the checkpoint holds no such state, or that of another optimizer.
+        """
+        self.core.check_ready("resume")
+        if self._loaded is None:
+            raise StateError("resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)")
+        return checkpoint.resume(self._loaded, optimizer, scheduler)
+
+    # ---- moving
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
+        """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
+        self.core.check_alive("to")
+        before = {name: value.dtype for name, value in self.core.parameters_by_name().items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._variants = Variants()
+        parameters = self.core.parameters_by_name()
+        recast = [name for name in self.core.slow.states if parameters[name].dtype != before[name]]
+        resting = self.core.slow.resting
+        with torch.no_grad():
+            for name in recast:  # one rounding, from W0
+                parameters[name].copy_(resting(name, self.core.plan, parameters[name]))
+        return self
+
+    def train(self, mode: bool = True) -> Cascade:
+        """Set the mode of the model and of the cascade; an exported program's graph has one mode and keeps it."""
+        self.training = mode
+        self.branches.train(mode)
+        if "train" not in vars(self.model):
+            self.model.train(mode)
+        return self
+
+    def load(self, found: checkpoint.Checkpoint) -> None:
+        """Take over a checkpoint that was read; the cascade was made by its plan."""
+        checkpoint.restore(self.core, found)
+        self._loaded = found
+
+
+def save(
+    cascade: Cascade,
+    folder: str | PathLike[str],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 1,
+) -> Path:
+    """Write what a resume needs as a new version in `folder`, and drop versions older than the last `keep`.
+
+    Args:
+        cascade: whose branches, experts, coefficients, trained parameters and buffers are written.
+        optimizer, scheduler: whose state is written.
+        extra: anything of yours that JSON holds: the position in the data, say.
+        keep: number of versions that stay.
+
+    Returns:
+        The folder of the new version.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or extra or scheduler are not JSON. What was there stays.
+        StateError: after `release`, inside `weights`, or inside a backward.
+    """
+    cascade.core.check_ready("save")
+    return checkpoint.write_version(cascade.core, Path(folder), optimizer, scheduler, dict(extra or {}), keep)

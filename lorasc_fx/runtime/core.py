@@ -1,0 +1,129 @@
+"""The state that a cascade is made of; transitions, folding and checkpoints work on it, `Cascade` is its face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import Branch, Which
+from lorasc_fx.errors import StateError
+from lorasc_fx.plan import Plan, Site
+from lorasc_fx.runtime.fingerprint import fingerprint
+from lorasc_fx.runtime.pending import PendingWatch
+from lorasc_fx.runtime.slow import SlowWeights, write
+
+__all__ = ["Core"]
+
+
+class Core:
+    """The user's model, the branches, the plan of the running stage, and the slow weights.
+
+    Args:
+        model: the user's own.
+        branches: by key, the child of the cascade.
+        plan: of the running stage.
+        frontend: the front end that was asked for.
+    """
+
+    def __init__(self, model: nn.Module, branches: nn.ModuleDict, plan: Plan, frontend: str) -> None:
+        self.model, self.branches, self.plan, self.frontend = model, branches, plan, frontend
+        self.slow = SlowWeights()
+        self.pending = PendingWatch()
+        self.placed: Which | None = None
+        self.released = False
+        self._fingerprints: dict[str, str] = {}
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The planned sites."""
+        return self.plan.sites
+
+    @property
+    def stage(self) -> int:
+        """Number of the running stage."""
+        return self.plan.stage
+
+    @property
+    def by_key(self) -> dict[str, Branch]:
+        """The branches by key."""
+        return {key: branch for key, branch in self.branches.items() if isinstance(branch, Branch)}
+
+    def branches_by_weight(self) -> dict[str, Branch]:
+        """Return the branches by the names of their weights."""
+        return {branch.weight_name: branch for branch in self.by_key.values()}
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """Return the user's parameters by their first names."""
+        return dict(self.model.named_parameters())
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained in full."""
+        parameters = self.parameters_by_name()
+        return {name: parameters[name] for name in self.slow.trained}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return every parameter that an optimizer should hold, by its name here."""
+        own = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
+        return own | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
+
+    def start(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn."""
+        self.slow = self.slow.with_trained(trained)
+        self.know_sites()
+
+    def know_sites(self) -> None:
+        """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
+        parameters = self.parameters_by_name()
+        noise = self.plan.spec.noise
+        names = [site.weight for site in self.sites]
+        if noise.strength and noise.where == "all":
+            names += [
+                name
+                for name, value in parameters.items()
+                if value.dim() > 1 and value.is_floating_point() and name not in self.slow.trained and name not in names
+            ]
+        new = [name for name in names if name not in self.slow.states]
+        slow = self.slow.with_weights({name: parameters[name] for name in new})
+        if noise.strength and not slow.parked:
+            write(
+                parameters,
+                new,
+                lambda name, like: slow.resting(name, self.plan, like),
+                lambda name, like: slow.value(name, "base", like),
+            )
+        self.slow = slow
+        self.pending.arm(self.trainable())
+
+    def advance(self, plan: Plan, slow: SlowWeights) -> None:
+        """Take over the plan and slow weights of the next stage: the commit of a transition."""
+        self.plan, self.slow = plan, slow
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of every base parameter; those of frozen ones are computed once."""
+        slow = self.slow
+        for name, parameter in self.parameters_by_name().items():
+            if name not in self._fingerprints:
+                kept = slow.states.get(name) or slow.trained.get(name)
+                self._fingerprints[name] = fingerprint(kept.base if kept is not None else parameter)
+        return dict(self._fingerprints)
+
+    def check_alive(self, call: str) -> None:
+        """Raise StateError after `release`."""
+        if self.released:
+            raise StateError(f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on")
+
+    def check_ready(self, call: str) -> None:
+        """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
+        self.check_alive(call)
+        if self.placed is not None:
+            raise StateError(f"{call}: inside weights({self.placed!r}); leave the with block first")
+        if torch._C._current_graph_task_id() != -1:
+            raise StateError(f"{call}: inside a backward, which still needs the weights; call it after the backward")
+        waiting = self.pending.waiting(self.trainable())
+        if waiting and call in ("transition", "release"):
+            raise StateError(
+                f"{call}: gradients are pending on {waiting[0]} and {len(waiting) - 1} more: they belong to the stage "
+                "that ends. Call optimizer.step() or optimizer.zero_grad() first"
+            )

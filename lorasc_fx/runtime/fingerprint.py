@@ -1,0 +1,27 @@
+"""Digests of tensors and files."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from pathlib import Path
+
+import torch
+
+__all__ = ["file_digest", "fingerprint"]
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and bytes."""
+    plain = tensor.detach().to("cpu").contiguous()
+    digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    size = plain.numel() * plain.element_size()
+    if size:
+        digest.update((ctypes.c_char * size).from_address(plain.data_ptr()))
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

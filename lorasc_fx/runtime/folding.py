@@ -1,0 +1,92 @@
+"""Values out of a cascade: other weights in place for a while, the folded state dict, and the release."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import Which
+from lorasc_fx.runtime.slow import SlowWeights, write
+from lorasc_fx.runtime.transition import trained_moved
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["ended", "folded_state", "place", "release", "rest"]
+
+
+def place(core: Core, which: Which, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor]) -> None:
+    """Write slow, fast or base weights into the user's parameters; `live` are the trained ones as they are."""
+    slow, branches, plan = core.slow, core.branches_by_weight(), core.plan
+
+    def new(name: str, like: torch.Tensor) -> torch.Tensor:
+        if name in slow.trained:
+            return trained_value(slow, name, which, live[name], plan.spec.slow_train)
+        return slow.value(name, which, like, branches.get(name))
+
+    write(parameters, [*slow.states, *slow.trained], new, lambda name, like: _resting(core, name, like, live))
+
+
+def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor]) -> None:
+    """Write back what the parameters hold while the stage trains."""
+    with torch.no_grad():
+        for name in [*core.slow.states, *core.slow.trained]:
+            parameters[name].copy_(_resting(core, name, parameters[name], live))
+
+
+def _resting(core: Core, name: str, like: torch.Tensor, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return live[name] if name in live else core.slow.resting(name, core.plan, like)
+
+
+def trained_value(
+    slow: SlowWeights, name: str, which: Which, live: torch.Tensor, slow_train: bool = True
+) -> torch.Tensor:
+    """Return a parameter that is trained in full as the slow, fast or base weights have it."""
+    kept = slow.trained[name]
+    if which == "base":
+        return kept.base
+    return kept.slow.to(live.dtype) if which == "slow" and slow_train else live
+
+
+def ended(core: Core) -> SlowWeights:
+    """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written."""
+    slow, branches, trained = core.slow, core.branches_by_weight(), core.trained_parameters()
+    begun = any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(slow, trained)
+    return slow.after_stage(core.plan, branches, trained) if begun else slow
+
+
+def folded_state(core: Core) -> dict[str, torch.Tensor]:
+    """Return copies of the model's state dict with the slow weights; tied names share one tensor as in the model."""
+    slow, parameters = ended(core), core.parameters_by_name()
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    folded: dict[str, torch.Tensor] = {}
+    done: dict[str, torch.Tensor] = {}
+    state = core.model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        own = first.get(id(value))
+        if own is None:
+            folded[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+            continue
+        if own not in done:
+            if own in slow.states:
+                done[own] = slow.value(own, "slow", value)
+            elif own in slow.trained:
+                done[own] = trained_value(slow, own, "slow", value).detach().to(value.device, copy=True)
+            else:
+                done[own] = value.detach().clone()
+        folded[name] = done[own]
+    return folded
+
+
+def release(core: Core) -> None:
+    """Write the slow weights into the user's parameters, for good; all or nothing."""
+    slow, parameters = ended(core), core.parameters_by_name()
+    live = {name: parameters[name].detach().clone() for name in slow.trained}
+
+    def new(name: str, like: torch.Tensor) -> torch.Tensor:
+        return trained_value(slow, name, "slow", live[name]) if name in live else slow.value(name, "slow", like)
+
+    write(parameters, [*slow.states, *live], new, lambda name, like: _resting(core, name, like, live))

@@ -1,0 +1,73 @@
+"""What a transition does to an optimizer: the state of the branches' parameters, and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lorasc_fx.errors import StateError
+
+__all__ = ["check_holds", "treated_state"]
+
+
+def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an optimizer that does not hold every one of these parameters.
+
+    Raises:
+        StateError: names the first missing ones.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise StateError(
+            f"the optimizer does not hold {', '.join(missing[:3])}{more}: build it from cascade.param_groups(lr=...), "
+            "or add_param_group what a new variant brought"
+        )
+
+
+def treated_state(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], how: Literal["reset", "kept"] | float
+) -> dict[nn.Parameter, Any]:
+    """Return the optimizer's state for these parameters after a restart, as new tensors; the optimizer is not changed.
+
+    `reset` is the state of a parameter that was never stepped; a number is the share of the smallest entries of each
+    state tensor of the parameter's shape that become zero (ReLoRA, 2307.05695, magnitude pruning).
+    """
+    treated: dict[nn.Parameter, Any] = {}
+    for parameter in parameters:
+        state = optimizer.state.get(parameter)
+        if not state or how == "kept":
+            continue
+        if how == "reset":
+            treated[parameter] = {}
+        else:
+            treated[parameter] = {name: _pruned(value, parameter, float(how)) for name, value in state.items()}
+    return treated
+
+
+def put_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Any]) -> None:
+    """Give the optimizer these states; an empty one is taken away, so that the next step starts it anew."""
+    for parameter, state in states.items():
+        if state:
+            optimizer.state[parameter] = state
+        else:
+            optimizer.state.pop(parameter, None)
+
+
+def _pruned(value: Any, parameter: nn.Parameter, ratio: float) -> Any:
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    count = round(ratio * value.numel())
+    flat = value.detach().clone().flatten()
+    if count:
+        flat[flat.abs().topk(count, largest=False).indices] = 0
+    return flat.view_as(value)
+
+
+def group(name: str, parameters: Sequence[nn.Parameter], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one optimizer group of this name, or none where it would be empty."""
+    return [{"params": list(parameters), "name": name, **options}] if parameters else []

@@ -1,0 +1,123 @@
+"""The slow weights of a whole model: who owns W0, and the one place that writes values into the user's parameters.
+
+While a stage trains, the user's parameters hold `W_t`. `SlowWeights` is a value: a transition makes the next one,
+writes it, and only then is it the cascade's. A write that raises puts back what was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, start_weight
+from lorasc_fx.plan import Plan
+
+__all__ = ["SlowWeights", "Trained", "write"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter trained in full: its value before adaptation, its slow value, and the one its stage started from."""
+
+    base: torch.Tensor
+    slow: torch.Tensor
+    start: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SlowWeights:
+    """Slow states by weight name.
+
+    Args:
+        states: of the sites, and of every matrix that carries noise.
+        trained: of the parameters trained in full.
+        parked: no stage runs; the parameters hold the slow weights, without noise.
+    """
+
+    states: Mapping[str, SlowWeight] = field(default_factory=dict)
+    trained: Mapping[str, Trained] = field(default_factory=dict)
+    parked: bool = False
+
+    def with_weights(self, parameters: Mapping[str, nn.Parameter]) -> SlowWeights:
+        """Return the state that knows these weights as well; their present values are W0, kept on the host."""
+        new = {name: SlowWeight(name, host(value)) for name, value in parameters.items() if name not in self.states}
+        return replace(self, states={**self.states, **new})
+
+    def with_trained(self, parameters: Mapping[str, nn.Parameter]) -> SlowWeights:
+        """Return the state that knows these parameters, trained in full."""
+        new = {}
+        for name, value in parameters.items():
+            base = host(value)
+            new[name] = Trained(base, base.to(arithmetic(base.dtype)), base)
+        return replace(self, trained=new)
+
+    def resting(self, name: str, plan: Plan, like: torch.Tensor) -> torch.Tensor:
+        """Return what the parameter of this name holds between two steps: W_t, or when parked the slow weight."""
+        state = self.states[name]
+        if self.parked:
+            return self.value(name, "slow", like)
+        return start_weight(state, plan.spec, plan.stage, device=like.device)
+
+    def value(self, name: str, which: Which, like: torch.Tensor, branch: Branch | None = None) -> torch.Tensor:
+        """Return slow, fast or base weights of this name, rounded once to the dtype of `like`, on its device."""
+        state = self._as_run(self.states[name])
+        live = factors_of(branch, like.device) if branch is not None and which == "fast" else None
+        exact = state.exact(which, arithmetic(like.dtype), live, like.device)
+        return exact.to(like.dtype)
+
+    def after_stage(
+        self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
+    ) -> SlowWeights:
+        """Return the state after the slow update of the running stage (algorithm.md, row "slow update").
+
+        Args:
+            plan: of the stage that ends.
+            branches: by weight name.
+            parameters: those trained in full, by name, with their fast values.
+        """
+        spec, noisy = plan.spec, not self.parked
+        states = {
+            name: end_stage(self._as_run(state), branches.get(name), spec, plan.stage, noisy)
+            for name, state in self.states.items()
+        }
+        trained = {}
+        for name, kept in self.trained.items():
+            fast = host(parameters[name])
+            exact = fast.to(kept.slow.dtype)
+            same = spec.pace == 1 or not spec.slow_train
+            slow = exact if same else torch.lerp(kept.slow, exact, spec.pace)
+            start = fast if spec.restart == "fast" or same else slow.to(fast.dtype)
+            trained[name] = Trained(kept.base, slow, start)
+        return replace(self, states=states, trained=trained, parked=False)
+
+    def _as_run(self, state: SlowWeight) -> SlowWeight:
+        """Return the state from which the running stage started: when parked, the slow weights."""
+        return replace(state, start=state.slow, dense_start=state.dense_slow) if self.parked else state
+
+
+def host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in host memory, off the training device."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def write(
+    parameters: Mapping[str, nn.Parameter],
+    names: Iterable[str],
+    new: Callable[[str, torch.Tensor], torch.Tensor],
+    old: Callable[[str, torch.Tensor], torch.Tensor],
+) -> None:
+    """Write `new(name, parameter)` into each parameter, one at a time; if anything raises, write `old` back."""
+    touched: list[str] = []
+    with torch.no_grad():
+        try:
+            for name in names:
+                value = new(name, parameters[name])
+                touched.append(name)
+                parameters[name].copy_(value)
+        except BaseException:
+            for name in touched:
+                parameters[name].copy_(old(name, parameters[name]))
+            raise

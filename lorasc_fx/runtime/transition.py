@@ -1,0 +1,118 @@
+"""A stage transition in values: fold, then insert, with every node and every Parameter object left in place.
+
+Everything is computed before anything is written; what is written is put back if a later write raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import Branch
+from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.errors import StateError
+from lorasc_fx.plan import Plan, Site
+from lorasc_fx.runtime.gradient import start_from_gradient
+from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
+from lorasc_fx.runtime.slow import SlowWeights, write
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["run", "unpark"]
+
+log = logging.getLogger("lorasc_fx")
+
+
+def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None:
+    """End the running stage; start the next one, or with `park` leave the slow weights in place, without noise."""
+    plan, before = core.plan, core.slow
+    branches = core.branches_by_weight()
+    if optimizer is not None:
+        check_holds(optimizer, core.trainable())
+    elif plan.spec.restart_A == "gradient" and not park:
+        raise StateError("transition(None): restart_A='gradient' looks at the first optimizer step; give the optimizer")
+    trained = core.trained_parameters()
+    after = replace(before.after_stage(plan, branches, trained), parked=park)
+    planned = plan.at_stage(plan.stage + 1)
+    starts = {site.weight: start_of(branches[site.weight], site, planned) for site in plan.sites}
+    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    state = treated_state(optimizer, own, plan.spec.optimizer_state) if optimizer is not None else {}
+    kept = {parameter: parameter.detach().clone() for parameter in [*own, *trained.values()]}
+    grads = {parameter: parameter.grad for parameter in [*own, *trained.values()]}
+    old_state = {parameter: optimizer.state[parameter] for parameter in state} if optimizer is not None else {}
+    parameters = core.parameters_by_name()
+
+    def undo() -> None:
+        for parameter, value in kept.items():
+            parameter.copy_(value)
+            parameter.grad = grads[parameter]
+        if optimizer is not None:
+            put_state(optimizer, old_state)
+
+    with torch.no_grad():
+        try:
+            for weight, branch in branches.items():
+                branch.lora_A.copy_(starts[weight])
+                branch.lora_B.zero_()
+            for name, parameter in trained.items():
+                parameter.copy_(resting_value(after, name))
+            for parameter in kept:
+                parameter.grad = None
+            if optimizer is not None:
+                put_state(optimizer, state)
+            write(
+                parameters,
+                after.states,
+                lambda name, like: after.resting(name, planned, like),
+                lambda name, like: before.resting(name, plan, like),
+            )
+        except BaseException:
+            undo()
+            raise
+    core.advance(planned, after)
+    log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
+    if plan.spec.restart_A == "gradient" and not park and optimizer is not None:
+        start_from_gradient(parameters, branches, optimizer)
+
+
+def unpark(core: Core) -> None:
+    """Start a stage after the last fold of a loop: write its start weights, noise included."""
+    before, plan = core.slow, core.plan
+    if not before.parked:
+        return
+    if any(bool(branch.lora_B.any()) for branch in core.branches_by_weight().values()):
+        raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
+    after = replace(before, parked=False)
+    parameters, trained = core.parameters_by_name(), core.trained_parameters()
+    write(
+        parameters,
+        [*after.states, *trained],
+        lambda name, like: resting_value(after, name) if name in trained else after.resting(name, plan, like),
+        lambda name, like: resting_value(before, name) if name in trained else before.resting(name, plan, like),
+    )
+    core.advance(plan, after)
+
+
+def resting_value(slow: SlowWeights, name: str) -> torch.Tensor:
+    """Return what a parameter trained in full holds at the start of a stage, or when parked."""
+    kept = slow.trained[name]
+    return kept.slow.to(kept.base.dtype) if slow.parked else kept.start
+
+
+def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
+    """Return lora_A as the plan's stage starts it; `gradient` starts fresh, until the first step has seen one."""
+    if plan.spec.restart_A == "kept":
+        return branch.lora_A.detach().clone()
+    return fresh_a(plan.spec.seed, plan.stage, site.weight, site.rank, site.matrix_shape[1])
+
+
+def trained_moved(slow: SlowWeights, trained: dict[str, nn.Parameter]) -> bool:
+    """Whether a parameter trained in full has left the value that its stage started from."""
+    return any(
+        not torch.equal(parameter.detach().cpu(), resting_value(slow, name)) for name, parameter in trained.items()
+    )

@@ -1,0 +1,125 @@
+"""The adapted graphs that a cascade has made, by signature; and the contract of whoever makes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from lorasc_fx.branch import Branch
+from lorasc_fx.plan import Plan, Refusal
+
+__all__ = ["Made", "Variant", "VariantMaker", "Variants"]
+
+LIMIT = 32
+
+log = logging.getLogger("lorasc_fx")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One adapted graph; `module` is called with a call's own arguments.
+
+    `guards`, if any, raises AssertionError for inputs (given as their leaves) that the graph is not for.
+    """
+
+    module: nn.Module
+    frontend: str
+    guards: Callable[..., Any] | None = None
+
+    def accepts(self, leaves: list[Any]) -> bool:
+        """Whether the graph is for inputs of these sizes."""
+        if self.guards is None:
+            return True
+        try:
+            self.guards(*leaves)
+        except AssertionError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Made:
+    """A new variant, and what the plan and the branches are with it."""
+
+    variant: Variant
+    plan: Plan
+    branches: Mapping[str, Branch]
+    refusals: tuple[Refusal, ...]
+    unreached: tuple[str, ...]
+    refused_frontends: tuple[tuple[str, str], ...] = ()
+
+
+class VariantMaker(Protocol):
+    """What the runtime asks of capture and passes; it knows nothing else of them."""
+
+    @property
+    def frontend(self) -> str:
+        """The front end that was asked for."""
+
+    def bind(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a call's arguments in canonical shape."""
+
+    def key(self, model: nn.Module, args: Any, kwargs: Any) -> Hashable:
+        """Return the call's signature."""
+
+    def leaves(self, args: Any, kwargs: Any) -> list[Any]:
+        """Return the leaves of a call's arguments."""
+
+    def make(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        branches: Mapping[str, Branch],
+        refusals: tuple[Refusal, ...],
+        args: Any,
+        kwargs: Any,
+        wide: bool,
+    ) -> Made:
+        """Capture the call and insert the branches."""
+
+    def fold(self, variant: Variant, model: nn.Module, values: Mapping[str, Any]) -> nn.Module:
+        """Return the variant's captured graph with these values as constants of its own."""
+
+
+@dataclass
+class Variants:
+    """Variants by signature, the one used longest ago first; at most LIMIT, the rest is dropped and made again."""
+
+    held: dict[Hashable, list[Variant]] = field(default_factory=dict)
+
+    def find(self, key: Hashable, leaves: list[Any]) -> Variant | None:
+        """Return a variant for this signature and these sizes."""
+        return next((variant for variant in self.held.get(key, ()) if variant.accepts(leaves)), None)
+
+    def known(self, key: Hashable) -> bool:
+        """Whether the signature has a variant, of whatever sizes."""
+        return key in self.held
+
+    def add(self, key: Hashable, variant: Variant) -> None:
+        """Keep a variant."""
+        self.held.setdefault(key, []).append(variant)
+        if sum(map(len, self.held.values())) > LIMIT:
+            oldest = next(iter(self.held))
+            self.held[oldest].pop(0)
+            if not self.held[oldest]:
+                del self.held[oldest]
+            log.warning("more than %d variants: the oldest one is dropped; calls vary in mode, sizes or dtype", LIMIT)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variants:
+        """Return an empty store: a graph reads the model and the branches that it was made with."""
+        return Variants()
+
+    def __reduce__(self) -> tuple[type[Variants], tuple[()]]:
+        """Pickle as an empty store, for the same reason."""
+        return (Variants, ())
+
+    def __len__(self) -> int:
+        return sum(map(len, self.held.values()))
+
+    def first(self) -> Variant | None:
+        """Return the variant that was made first, if any."""
+        return next((variants[0] for variants in self.held.values()), None)

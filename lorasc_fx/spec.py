@@ -1,0 +1,223 @@
+"""What is asked: frozen dataclasses that check themselves and go to plain dictionaries and back.
+
+The paper (arXiv 2407.01491) leaves the noise formula, alpha (here `pace`), the fate of the noise at a fold and the
+learning rate after a restart open. The defaults are our reading of it (README, "What the paper leaves open").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from lorasc_fx.errors import SpecError, nearest
+
+__all__ = ["KINDS", "CascadeSpec", "Noise", "Rule", "Scaling"]
+
+KINDS = ("linear", "conv")
+"""Kinds of sites that a target may name; anything else is a glob on weight names."""
+
+Distribution = Literal["uniform", "normal"]
+Where = Literal["sites", "all"]
+Restart = Literal["slow", "fast"]
+StartA = Literal["fresh", "kept", "gradient"]
+OnNonFinite = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise on the frozen weights while a stage trains: `strength * std(W) * U(-1/2, 1/2)`.
+
+    Args:
+        strength: lambda of algorithm.md, 0 is off.
+        distribution: `uniform` as above (NoisyTune, 2202.12024), or `normal` of the same variance.
+        keep: the noise of a stage stays in the slow weights; else the fold takes it away, bit for bit.
+        where: on the `sites`, or on `all` weight matrices that are not trained in full.
+    """
+
+    strength: float = 0.0
+    distribution: Distribution = "uniform"
+    keep: bool = False
+    where: Where = "sites"
+
+    def __post_init__(self) -> None:
+        _number("noise.strength", self.strength)
+        if self.strength < 0:
+            raise SpecError(f"noise.strength is {self.strength}; it scales a standard deviation: give 0 (off) or more")
+        _choice("noise.distribution", self.distribution, get_args(Distribution))
+        _choice("noise.where", self.where, get_args(Where))
+        _flag("noise.keep", self.keep)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Another rank or lora_alpha for the weights that a pattern (a kind or a glob) matches; the first match counts."""
+
+    pattern: str
+    rank: int | None = None
+    lora_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise SpecError(f"rules: pattern is {self.pattern!r}; give a kind {KINDS} or a glob on weight names")
+        if self.rank is not None:
+            _rank(f"rules[{self.pattern!r}].rank", self.rank)
+        if self.lora_alpha is not None:
+            _positive(f"rules[{self.pattern!r}].lora_alpha", self.lora_alpha)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Rank and scale of one branch: `s = lora_alpha / rank`, or `/ sqrt(rank)` under rsLoRA (2312.03732)."""
+
+    rank: int
+    lora_alpha: float
+    use_rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor s of algorithm.md, row "branch"."""
+        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class CascadeSpec:
+    """All that a user asks of an adaptation.
+
+    Args:
+        targets: kinds (`linear`, `conv`) or globs on weight names. A glob that names a module means its weights.
+        exclude: globs on weight names that are never touched.
+        train: globs on parameter names that are trained in full (a new head, norms).
+        rules: another rank or lora_alpha by pattern, the first match counts.
+        rank: r of the branches.
+        lora_alpha: numerator of the scale `s = lora_alpha / rank`.
+        use_rslora: divide by `sqrt(rank)` instead.
+        pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1].
+        restart: whether the next stage starts from the slow or from the fast weights.
+        noise: see `Noise`.
+        restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right singular vectors
+            of the `gradient` that the first optimizer step of the stage sees.
+        optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
+            entries that are set to zero (ReLoRA, 2307.05695).
+        slow_train: parameters under `train` follow the slow rule as well.
+        on_nonfinite: a branch with inf or nan at a fold is an error (`raise`) or is left out (`skip`).
+        seed: address of all randomness, with stage and weight name.
+    """
+
+    targets: tuple[str, ...] = KINDS
+    exclude: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    rank: int = 8
+    lora_alpha: float = 8.0
+    use_rslora: bool = False
+    pace: float = 0.5
+    restart: Restart = "slow"
+    noise: Noise = field(default_factory=Noise)
+    restart_A: StartA = "fresh"
+    optimizer_state: Literal["reset", "kept"] | float = "reset"
+    slow_train: bool = True
+    on_nonfinite: OnNonFinite = "raise"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude", "train"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if not isinstance(self.rules, (tuple, list)) or any(not isinstance(rule, Rule) for rule in self.rules):
+            raise SpecError(f"rules is {self.rules!r}; give a sequence of lorasc_fx.Rule")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if not self.targets:
+            raise SpecError(f"targets is empty; give kinds {KINDS} or globs on weight names")
+        _rank("rank", self.rank)
+        _positive("lora_alpha", self.lora_alpha)
+        _number("pace", self.pace)
+        if not 0 < self.pace <= 1:
+            raise SpecError(f"pace is {self.pace}; it is a share of the fast weights: give a number in (0, 1]")
+        _choice("restart", self.restart, get_args(Restart))
+        _choice("restart_A", self.restart_A, get_args(StartA))
+        _choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
+        if not isinstance(self.noise, Noise):
+            raise SpecError(f"noise is {self.noise!r}; give lorasc_fx.Noise(strength)")
+        for name in ("use_rslora", "slow_train"):
+            _flag(name, getattr(self, name))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise SpecError(f"seed is {self.seed!r}; give an integer from 0 to 2**63 - 1")
+        if isinstance(self.optimizer_state, str):
+            _choice("optimizer_state", self.optimizer_state, ("reset", "kept"))
+        else:
+            _number("optimizer_state", self.optimizer_state)
+            if not 0 < self.optimizer_state < 1:
+                raise SpecError(
+                    f"optimizer_state is {self.optimizer_state}; give 'reset', 'kept' or a ratio in (0, 1) to prune"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists, dictionaries and numbers, for JSON and TOML (a None is left out)."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CascadeSpec:
+        """Build a spec from plain data.
+
+        Raises:
+            SpecError: an unknown key (with the nearest known one), or a value that the field refuses.
+        """
+        values = dict(data)
+        _known_keys("spec", values, cls)
+        if isinstance(values.get("noise"), Mapping):
+            _known_keys("noise", values["noise"], Noise)
+            values["noise"] = Noise(**values["noise"])
+        rules = values.get("rules", ())
+        if isinstance(rules, (list, tuple)):
+            for rule in rules:
+                if isinstance(rule, Mapping):
+                    _known_keys("rules", rule, Rule)
+            values["rules"] = tuple(Rule(**rule) if isinstance(rule, Mapping) else rule for rule in rules)
+        return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Noise, Rule)):
+        items = {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        return {name: item for name, item in items.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _known_keys(where: str, data: Mapping[str, Any], cls: type[Any]) -> None:
+    known = [each.name for each in fields(cls)]
+    for key in data:
+        if key not in known:
+            raise SpecError(f"{where} has no field {key!r}{nearest(str(key), known)}; known: {', '.join(known)}")
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, (tuple, list)) or any(not isinstance(p, str) for p in value):
+        raise SpecError(f"{name} is {value!r}; give a sequence of strings")
+    return tuple(value)
+
+
+def _rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpecError(f"{name} is {value!r}; a rank is an integer of 1 or more")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise SpecError(f"{name} is {value!r}; give a finite number")
+
+
+def _positive(name: str, value: Any) -> None:
+    _number(name, value)
+    if value <= 0:
+        raise SpecError(f"{name} is {value}; it scales the branch: give a number above 0")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise SpecError(f"{name} is {value!r}; give true or false")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SpecError(f"{name} is {value!r}; give one of {', '.join(allowed)}{nearest(str(value), allowed)}")

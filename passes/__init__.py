@@ -1,0 +1,26 @@
+"""The passes of lorasc-fx, imported as `lorasc_fx.passes`.
+
+A pass reads a GraphModule and returns a torch.fx PassResult; `Pipeline` runs several as one.
+"""
+
+if __name__ != "lorasc_fx.passes":
+    raise ImportError(
+        "this folder is imported as lorasc_fx.passes, not as 'passes': write 'from lorasc_fx.passes import Pipeline'"
+    )
+
+from .base import CascadePass
+from .fold_branches import FoldBranches
+from .insert_branches import InsertBranches
+from .match_sites import MatchSites
+from .pipeline import PASSES, Pipeline
+from .stage_transition import StageTransition
+
+__all__ = [
+    "PASSES",
+    "CascadePass",
+    "FoldBranches",
+    "InsertBranches",
+    "MatchSites",
+    "Pipeline",
+    "StageTransition",
+]

@@ -1,0 +1,53 @@
+"""Fold the branches: the graph is the captured one again, and its constants are the slow weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from lorasc_fx.branch import SlowWeight, arithmetic, end_stage
+from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights
+from lorasc_fx.plan import Plan
+
+from .base import CascadePass
+
+__all__ = ["FoldBranches"]
+
+
+@dataclass(frozen=True)
+class FoldBranches(CascadePass):
+    """Erase every branch node; its base op computes with the slow weights instead.
+
+    In a graph module that owns its weights the slow update of the plan's spec is made (pace, restart, noise) and
+    written to new constants; where the weights are live, their values are the runtime's and only nodes are erased.
+
+    Raises:
+        NonFiniteBranch: a branch holds inf or nan.
+    """
+
+    name: ClassVar[str] = "fold-branches"
+    requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
+    provides: ClassVar[frozenset[str]] = frozenset({"branches-folded"})
+    removes: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
+
+    def rewrite(self, graph: GraphEditor) -> None:
+        """Take out nodes, then write values and go on to the next stage."""
+        for node in branch_nodes(graph.module):
+            graph.take_out(node)
+        plan = graph.record.plan
+        if plan is not None and not graph.record.owner:
+            named = named_weights(graph.owner)
+            slow = absorb_branches(graph, plan)
+            for weight, state in slow.items():
+                exact = state.exact("slow", arithmetic(state.base.dtype))
+                graph.set_tensor(named.names[weight], exact.to(state.base.dtype))
+            graph.record = replace(graph.record, slow=slow, plan=plan.at_stage(plan.stage + 1))
+        graph.set_branches({})
+
+
+def absorb_branches(graph: GraphEditor, plan: Plan) -> dict[str, SlowWeight]:
+    """Return the slow state of every site after the running stage."""
+    branches, slow = graph.branches, dict(graph.record.slow)
+    for site in plan.sites:
+        slow[site.weight] = end_stage(slow[site.weight], branches[site.key], plan.spec, plan.stage)
+    return slow

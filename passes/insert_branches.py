@@ -1,0 +1,82 @@
+"""Insert the branches: one node beside each use of a site, B = 0, and the stage's noise in the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from lorasc_fx.branch import SlowWeight, start_differs, start_weight
+from lorasc_fx.errors import NoSites
+from lorasc_fx.graph import BRANCH_OF, GraphEditor, Record, branch_nodes, form_named, named_weights, use_of
+from lorasc_fx.graph.weights import module_at
+from lorasc_fx.plan import Plan, Reason
+
+from .base import CascadePass
+
+__all__ = ["InsertBranches"]
+
+
+@dataclass(frozen=True)
+class InsertBranches(CascadePass):
+    """Put `branches.KEY(base, x)` beside every marked node.
+
+    Branches that the graph module holds already are wired, not made anew, so that several graphs can share them. In a
+    graph module that owns its weights the noise of the plan's stage is added to new constants, and the clean weights
+    are kept in the record; where the weights are live, their values are the runtime's.
+    """
+
+    name: ClassVar[str] = "insert-branches"
+    requires: ClassVar[frozenset[str]] = frozenset({"sites-matched"})
+    provides: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
+    removes: ClassVar[frozenset[str]] = frozenset({"branches-folded"})
+
+    def rewrite(self, graph: GraphEditor) -> None:
+        """Insert what is missing; a graph whose uses all have their branch stays as it is."""
+        plan = graph.record.plan
+        if plan is None or not plan.sites:
+            raise NoSites(_nothing_to_do(graph.record))
+        have = {node.args[0] for node in branch_nodes(graph.module)}
+        added = make_branches(graph, plan)
+        for base in graph.nodes:
+            use = use_of(base)
+            if use is None or base in have:
+                continue
+            site = plan.by_weight[use.weight]
+            module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
+            reading = form_named(use.form).reads(base, module)
+            graph.put_beside(base, site.key, reading.x, reading.options)
+        if not graph.record.owner:
+            start_values(graph, plan, added)
+
+
+def _nothing_to_do(record: Record) -> str:
+    reasons = [str(each) for each in record.refusals if each.reason is not Reason.NOT_TARGETED]
+    reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in record.unreached]
+    targets = record.plan.spec.targets if record.plan is not None else ()
+    told = reasons[:5] or [f"no weight that the graph uses is of a kind or name in targets={targets}"]
+    return "the spec leaves no site to adapt:\n  " + "\n  ".join(told)
+
+
+def make_branches(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
+    """Make the branches that the graph module does not hold yet, and return the names of their weights."""
+    held = dict(graph.branches)
+    weights = named_weights(graph.owner)
+    added = []
+    for site in plan.sites:
+        if site.key not in held:
+            like = weights.parameters[site.weight]
+            held[site.key] = BRANCH_OF[site.kind](site, plan.spec.seed, plan.stage, like)
+            added.append(site.weight)
+    graph.set_branches(held)
+    return tuple(added)
+
+
+def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> None:
+    """Compute with the start of the stage, `W_t = W0 + S_{t-1} + N_t`; the clean weights stay in the record."""
+    named = named_weights(graph.owner)
+    slow = dict(graph.record.slow)
+    for weight in weights:
+        state = slow.setdefault(weight, SlowWeight(weight, named.parameters[weight].detach()))
+        if plan.spec.noise.strength or start_differs(state):
+            graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))
+    graph.record = replace(graph.record, slow=slow)

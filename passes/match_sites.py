@@ -1,0 +1,41 @@
+"""Find the sites: which weights get a branch, at which nodes, and why the others do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from lorasc_fx.errors import SpecError
+from lorasc_fx.graph import GraphEditor, match
+from lorasc_fx.spec import CascadeSpec
+
+from .base import CascadePass
+
+__all__ = ["MatchSites"]
+
+
+@dataclass(frozen=True)
+class MatchSites(CascadePass):
+    """Mark each node that uses a site, and note plan, refusals and unreached weights in the graph's record.
+
+    A graph that carries a plan already is matched against that plan; its spec must be this one.
+
+    Raises:
+        UnknownTarget: a pattern of the spec matches nothing.
+        SpecError: the graph was planned under another spec.
+        PassError: a planned weight is used here in a form that has no branch.
+    """
+
+    spec: CascadeSpec = field(default_factory=CascadeSpec)
+
+    name: ClassVar[str] = "match-sites"
+    provides: ClassVar[frozenset[str]] = frozenset({"sites-matched"})
+
+    def rewrite(self, graph: GraphEditor) -> None:
+        """Change marks and record only; no node is made or erased."""
+        record = graph.record
+        if record.plan is not None and record.plan.spec != self.spec:
+            raise SpecError("match-sites: this graph was planned under another spec; fold its branches first")
+        found = match(graph.module, record, self.spec)
+        graph.mark(found.uses)
+        graph.record = replace(record, plan=found.plan, refusals=found.refusals, unreached=found.unreached)

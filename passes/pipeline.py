@@ -1,0 +1,209 @@
+"""Run passes in an order that their contracts allow, on a copy, and commit at the end.
+
+The given order is kept where the facts that a graph brings along allow it; else it is solved, by a lexicographic
+topological sort over facts (networkx), so that it is unique and as near as possible to the given one. Passes that occur
+more than once, and pipelines with `order="given"`, always run as given. Other people's passes (any callable on a
+GraphModule) may stand in between; a pipeline that holds one runs as given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+import networkx as nx
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from lorasc_fx.errors import PassError, PassOrderError, nearest
+from lorasc_fx.graph import GraphEditor, record_of, verify
+from lorasc_fx.spec import CascadeSpec
+
+from .base import CascadePass
+from .fold_branches import FoldBranches
+from .insert_branches import InsertBranches
+from .match_sites import MatchSites
+from .stage_transition import StageTransition
+
+__all__ = ["PASSES", "Pipeline"]
+
+AnyPass = CascadePass | Callable[[fx.GraphModule], Any]
+
+PASSES: tuple[type[CascadePass], ...] = (MatchSites, InsertBranches, FoldBranches, StageTransition)
+"""Passes that `Pipeline.parse` knows."""
+
+
+class Pipeline:
+    """A sequence of passes that runs as one: all of it, or nothing.
+
+    Args:
+        passes: ours or other people's.
+        order: `solved` (by requires and provides) or `given` (checked only).
+
+    Raises:
+        PassOrderError: the passes need each other in a circle, or the given order is wrong; lists every violated pair.
+    """
+
+    def __init__(self, passes: Sequence[AnyPass], order: Literal["solved", "given"] = "solved") -> None:
+        self.passes: tuple[AnyPass, ...] = tuple(passes)
+        if not self.passes:
+            raise PassOrderError("the pipeline is empty; give at least one pass")
+        names = [name_of(each) for each in self.passes]
+        foreign = any(not isinstance(each, CascadePass) for each in self.passes)
+        self._fixed = order == "given" or foreign or len(set(names)) < len(names)
+        if self._fixed:
+            _check_given(self.passes)
+        else:
+            _solve(self.passes)
+
+    def ordered(self, facts: frozenset[str] = frozenset()) -> tuple[AnyPass, ...]:
+        """Return the passes in the order in which they run on a graph that carries these facts."""
+        return self.passes if self._fixed or _feasible(self.passes, facts) else _solve(self.passes)
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run every pass on one copy of the graph; whatever raises, the input stays as it was.
+
+        Raises:
+            PassError: a fact that a pass requires is missing, or a foreign pass returned no graph module.
+            VerifyError: the graph does not agree with its plan, before or after a pass.
+        """
+        passes = self.ordered(record_of(graph_module).facts)
+        verify(graph_module, f"before {name_of(passes[0])}")
+        editor = GraphEditor(graph_module)
+        for each in passes:
+            if not isinstance(each, CascadePass):
+                editor = _run_foreign(each, editor)
+            elif not each.done(editor.module):
+                each.check(editor.module)
+                each.apply(editor)
+        return PassResult(editor.finish(), True) if editor.modified else PassResult(graph_module, False)
+
+    def __str__(self) -> str:
+        """Return the text form, which `parse` reads."""
+        return ", ".join(_text(each) for each in self.passes)
+
+    @classmethod
+    def parse(cls, text: str, order: Literal["solved", "given"] = "solved") -> Pipeline:
+        """Build a pipeline from `name, name{options as JSON}, ...`.
+
+        Raises:
+            PassError: an unknown pass (with the nearest names), unknown options, or text that cannot be read.
+        """
+        return cls(tuple(_parse(text)), order)
+
+
+def name_of(each: AnyPass) -> str:
+    """Return a pass's kebab-case name; of a foreign one, its own name."""
+    return each.name if isinstance(each, CascadePass) else getattr(each, "__name__", type(each).__name__)
+
+
+def _run_foreign(each: Callable[[fx.GraphModule], Any], editor: GraphEditor) -> GraphEditor:
+    before = editor.compiled()
+    result = each(before)
+    changed = True
+    if isinstance(result, PassResult):
+        result, changed = result.graph_module, result.modified
+    result = before if result is None else result
+    if not isinstance(result, fx.GraphModule):
+        raise PassError(
+            f"pass {name_of(each)} returned {type(result).__name__}; a pass returns a GraphModule or PassResult"
+        )
+    verify(result, f"after {name_of(each)}")
+    after = editor.go_on(result)
+    after.modified |= changed
+    return after
+
+
+def _pairs(passes: Sequence[AnyPass]) -> Iterator[tuple[int, int]]:
+    """Yield (provider, requirer) for each fact that one pass provides and another requires."""
+    for later, each in enumerate(passes):
+        if not isinstance(each, CascadePass):
+            continue
+        for earlier, other in enumerate(passes):
+            if earlier == later or not isinstance(other, CascadePass):
+                continue
+            wanted = each.requires & other.provides
+            kept = each.provides & wanted  # a pass that hands a fact on, as it got it, needs nobody to renew it
+            if wanted - kept or (wanted and not other.requires & wanted):
+                yield earlier, later
+
+
+def _feasible(passes: Sequence[AnyPass], facts: frozenset[str]) -> bool:
+    """Whether each pass, in this order, finds what it requires."""
+    for each in passes:
+        if isinstance(each, CascadePass):
+            if not each.requires <= facts:
+                return False
+            facts = (facts - each.removes) | each.provides
+    return True
+
+
+def _solve(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(passes)))
+    graph.add_edges_from(_pairs(passes))
+    try:
+        return tuple(passes[index] for index in nx.lexicographical_topological_sort(graph))
+    except nx.NetworkXUnfeasible:
+        circle = [earlier for earlier, _ in nx.find_cycle(graph)]
+        chain = " -> ".join(name_of(passes[index]) for index in [*circle, circle[0]])
+        raise PassOrderError(f"these passes need each other in a circle: {chain}") from None
+
+
+def _check_given(passes: tuple[AnyPass, ...]) -> None:
+    wrong = []
+    for later, each in enumerate(passes):
+        if not isinstance(each, CascadePass):
+            continue
+        for fact in sorted(each.requires):
+            before = [p for p in passes[:later] if isinstance(p, CascadePass)]
+            after = [p for p in passes[later + 1 :] if isinstance(p, CascadePass)]
+            changes = [fact in p.provides for p in before if fact in p.provides | p.removes]
+            provider = next((p for p in after if fact in p.provides and fact not in p.requires), None)
+            if changes and not changes[-1]:
+                taker = next(p for p in reversed(before) if fact in p.removes)
+                wrong.append(f"{each.name} requires {fact}, which {taker.name} before it takes away")
+            elif not changes and provider is not None:
+                wrong.append(f"{each.name} requires {fact}, which {provider.name} provides only after it")
+    if wrong:
+        raise PassOrderError("the passes cannot run in this order:\n  " + "\n  ".join(wrong))
+
+
+def _text(each: AnyPass) -> str:
+    if not isinstance(each, CascadePass):
+        return name_of(each)
+    options = {}
+    for field in fields(each):
+        value = getattr(each, field.name)
+        if value != type(each)().__getattribute__(field.name):
+            options[field.name] = value.to_dict() if isinstance(value, CascadeSpec) else value
+    return each.name + (json.dumps(options) if options else "")
+
+
+def _parse(text: str) -> Iterator[CascadePass]:
+    known = {each.name: each for each in PASSES}
+    rest = text.strip()
+    while rest:
+        length = next((at for at, letter in enumerate(rest) if letter in "{,"), len(rest))
+        name, rest = rest[:length].strip(), rest[length:]
+        if name not in known:
+            raise PassError(f"no pass is named {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        options: dict[str, Any] = {}
+        if rest.startswith("{"):
+            try:
+                options, end = json.JSONDecoder().raw_decode(rest)
+            except json.JSONDecodeError as fault:
+                raise PassError(f"the options of {name} are not JSON: {fault}") from fault
+            rest = rest[end:].lstrip()
+        if rest and not rest.startswith(","):
+            raise PassError(f"after {name} there is {rest[:20]!r}; passes are separated by a comma")
+        rest = rest[1:].lstrip()
+        names = [field.name for field in fields(known[name])]
+        for option in options:
+            if option not in names:
+                raise PassError(f"{name} has no option {option!r}{nearest(option, names)}")
+        if "spec" in options:
+            options["spec"] = CascadeSpec.from_dict(options["spec"])
+        yield known[name](**options)

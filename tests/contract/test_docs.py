@@ -1,0 +1,44 @@
+"""Documentation runs: the python blocks of each page, in order, as one program in an empty folder."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if path.exists()
+]
+BLOCK = re.compile(r"^```python[^\S\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def program(page: str) -> str:
+    """The page with all but its python blocks blanked, so that a traceback's lines are the page's own."""
+    lines = [""] * (page.count("\n") + 1)
+    for block in BLOCK.finditer(page):
+        first = page.count("\n", 0, block.start(1))
+        code = block[1].splitlines()
+        lines[first : first + len(code)] = code
+    return "\n".join(lines)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = program(page.read_text(encoding="utf-8"))
+    if not code.strip():
+        return  # prose only
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text(code, encoding="utf-8")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_lines_of_a_program_are_those_of_its_page() -> None:
+    page = "# title\n\n```python\na = 1\n```\ntext\n```python\nb = 2\n```\n"
+    assert program(page).splitlines()[3] == "a = 1"
+    assert program(page).splitlines()[7] == "b = 2"

@@ -1,0 +1,231 @@
+"""Which way imports run, what `import lorasc_fx` brings along, who makes nodes, how large a file may be."""
+
+import ast
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+CORE = ("torch", "networkx", "safetensors")
+LONGEST = 320
+
+
+def sources() -> list[Path]:
+    """Every source file of both packages, once: the link lorasc_fx/passes is not followed."""
+    linked = ROOT / "lorasc_fx" / "passes"
+    files = [path for path in (ROOT / "lorasc_fx").rglob("*.py") if linked not in path.parents]
+    return sorted([*files, *(ROOT / "passes").rglob("*.py")])
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_imports_run_one_way() -> None:
+    tool = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([tool, "--no-cache", "--no-logo"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_linter_sees_passes_through_the_link() -> None:
+    """Or the contracts on passes would hold of nothing."""
+    import grimp
+
+    graph = grimp.build_graph("lorasc_fx", cache_dir=None)
+    names = {"lorasc_fx.passes"} | {
+        f"lorasc_fx.passes.{path.stem}" for path in (ROOT / "passes").glob("*.py") if path.stem != "__init__"
+    }
+    assert names <= graph.modules
+
+
+def core_distributions() -> set[str]:
+    """The core dependencies with all that they require in turn, by canonical name."""
+    found: set[str] = set()
+    left = list(CORE)
+    while left:
+        name = canonicalize_name(left.pop())
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            wanted = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # required on another platform only
+        left += [
+            req.name for req in map(Requirement, wanted) if req.marker is None or req.marker.evaluate({"extra": ""})
+        ]
+    return found
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules that stand in a fresh interpreter after `code`."""
+    done = python(
+        f"{code}\nimport sys, json; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def every_module_inside() -> str:
+    """Code that imports each module but those of the edges, cli and integrations, which may want more."""
+    edges = ("lorasc_fx.cli", "lorasc_fx.integrations")
+    names = [module_name(path) for path in sources()]
+    return "\n".join(f"import {name}" for name in names if not name.startswith(edges))
+
+
+def module_name(path: Path) -> str:
+    inside = path.relative_to(ROOT).with_suffix("")
+    parts = inside.parts if inside.parts[0] == "lorasc_fx" else ("lorasc_fx", *inside.parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("code", ["import lorasc_fx", every_module_inside()], ids=["the-face", "every-module-inside"])
+def test_import_brings_only_the_core_dependencies(code: str) -> None:
+    # What torch itself picks up where it is installed (numpy, and a few more) is torch's own affair.
+    alone = loaded_by("import torch, torch.export, torch.fx, torch._dynamo, networkx, safetensors.torch")
+    ours = loaded_by(code) - alone - set(sys.stdlib_module_names) - {"lorasc_fx"}
+    owners = importlib.metadata.packages_distributions()
+    core = core_distributions()
+    foreign = {
+        name: owners[name] for name in ours if name in owners and not core & set(map(canonicalize_name, owners[name]))
+    }
+    assert not foreign, f"`import lorasc_fx` must do with {', '.join(CORE)}; it also imports {foreign}"
+
+
+def test_passes_is_not_importable_by_its_bare_name() -> None:
+    """A top-level `passes` would be the user's own; ours says so, in one sentence."""
+    done = python("import passes")
+    assert done.returncode == 1, "`import passes` succeeded in the root of the checkout"
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert "lorasc_fx.passes" in last
+    assert last.count(". ") == 0, f"one sentence, please: {last}"
+
+
+# --- one surgeon ---------------------------------------------------------------------------------------------------
+
+# Rewiring, whoever is asked for it.
+SURGERY = {
+    "create_node", "erase_node", "node_copy", "graph_copy", "inserting_before", "inserting_after",
+    "replace_all_uses_with", "replace_input_with", "eliminate_dead_code", "update_arg", "update_kwarg",
+}  # fmt: skip
+# Names that other things have too: surgery where a graph is asked.
+ON_A_GRAPH = {"call_function", "call_module", "call_method", "placeholder", "get_attr", "output"}
+# Fields of a node: assigning them rewires it.
+FIELDS = {"args", "kwargs", "target"}
+# Where surgery is done. A front end that has to retarget what a tracer made (placeholder -> get_attr under `model.`)
+# first asks graph/edit.py; if that cannot be, its file gets a row of its own here, with the few names it needs.
+SURGEONS: dict[str, set[str]] = {"lorasc_fx/graph/edit.py": SURGERY | ON_A_GRAPH | FIELDS}
+
+
+def editors(tree: ast.AST) -> set[str]:
+    """Names that are annotated as the surgeon's GraphEditor, or called `editor`: asking those is the way to do it."""
+    annotated = {
+        arg.arg
+        for arg in ast.walk(tree)
+        if isinstance(arg, ast.arg) and arg.annotation is not None and "GraphEditor" in ast.unparse(arg.annotation)
+    }
+    return annotated | {"editor", "_editor"}
+
+
+def last_name(node: ast.expr) -> str:
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name
+    return ""
+
+
+def surgery(source: str) -> Iterator[tuple[int, str]]:
+    """Yields (line, name) of all that makes, erases or rewires nodes in `source`."""
+    tree = ast.parse(source)
+    allowed = editors(tree)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=receiver, attr=name)):
+                asked = last_name(receiver)
+                graph_like = asked.lower().endswith("graph") or asked == "g"
+                if asked not in allowed and (name in SURGERY or (name in ON_A_GRAPH and graph_like)):
+                    yield node.lineno, name
+            case ast.Assign(targets=targets):
+                yield from ((node.lineno, name) for target in targets for name in assigned(target))
+            case ast.AnnAssign(target=target) | ast.AugAssign(target=target):
+                yield from ((node.lineno, name) for name in assigned(target))
+
+
+def assigned(target: ast.expr) -> Iterator[str]:
+    """Yields the node's fields that an assignment to `target` writes; `self.args = ...` is an object's own."""
+    match target:
+        case ast.Tuple(elts=parts) | ast.List(elts=parts):
+            for part in parts:
+                yield from assigned(part)
+        case ast.Attribute(value=receiver, attr=name) if name in FIELDS and last_name(receiver) != "self":
+            yield name
+
+
+def test_only_the_surgeon_makes_or_erases_nodes() -> None:
+    assert (ROOT / "lorasc_fx" / "graph" / "edit.py").exists(), "the surgeon, lorasc_fx/graph/edit.py, is not there"
+    found = [
+        f"{where(path)}:{line}: {name}"
+        for path in sources()
+        for line, name in surgery(path.read_text(encoding="utf-8"))
+        if name not in SURGEONS.get(where(path), set())
+    ]
+    assert not found, (
+        "only lorasc_fx/graph/edit.py creates, erases or rewires nodes; ask its GraphEditor (a name annotated so, or "
+        "called `editor`, is let through). Where capture/ must retarget what a tracer made, give the file a row in "
+        f"SURGEONS ({where(Path(__file__))}) with the names that it needs:\n  " + "\n  ".join(found)
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("gm.graph.create_node('call_module', 'a')", "create_node"),
+        ("self.graph.call_function(f, (x,))", "call_function"),
+        ("graph.get_attr('model.w')", "get_attr"),
+        ("graph.placeholder('x')", "placeholder"),
+        ("subgraph.call_module('branches.w')", "call_module"),
+        ("node.replace_all_uses_with(new)", "replace_all_uses_with"),
+        ("node.replace_input_with(a, b)", "replace_input_with"),
+        ("with graph.inserting_after(node): ...", "inserting_after"),
+        ("for node in nodes: graph.erase_node(node)", "erase_node"),
+        ("node.args = (x,)", "args"),
+        ("first.target, second.kwargs = 'w', {}", "target"),
+    ],
+)
+def test_the_search_for_surgery_finds(source: str, name: str) -> None:
+    assert name in [found for _, found in surgery(source)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def rewrite(self, graph: GraphEditor):\n    graph.erase_node(node)",
+        "editor.call_module('branches.w')",
+        "self.args = args",
+        "interpreter.call_function(target, args, kwargs)",
+        "name = node.target",
+    ],
+)
+def test_the_search_for_surgery_lets_through(source: str) -> None:
+    assert list(surgery(source)) == []
+
+
+def test_rooms_are_small() -> None:
+    long = {
+        where(path): lines
+        for path in sources()
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST
+    }
+    assert not long, f"past {LONGEST} lines a file is two ideas: {long}"
