@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from lorasc_fx.branch import SlowWeight, arithmetic, end_stage
-from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights
+from torch import fx
+
+from lorasc_fx.branch import SlowWeight, arithmetic, check_finite, end_stage
+from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights, record_of
 from lorasc_fx.plan import Plan
 
 from .base import CascadePass
@@ -30,6 +32,11 @@ class FoldBranches(CascadePass):
     provides: ClassVar[frozenset[str]] = frozenset({"branches-folded"})
     removes: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
+    def check(self, graph_module: fx.GraphModule) -> None:
+        """Raise for a missing fact, or for a branch that cannot be folded."""
+        super().check(graph_module)
+        check_branches(graph_module)
+
     def rewrite(self, graph: GraphEditor) -> None:
         """Take out nodes, then write values and go on to the next stage."""
         for node in branch_nodes(graph.module):
@@ -45,9 +52,16 @@ class FoldBranches(CascadePass):
         graph.set_branches({})
 
 
+def check_branches(graph_module: fx.GraphModule) -> None:
+    """Raise NonFiniteBranch if a branch of the graph holds inf or nan and the spec does not skip such branches."""
+    plan = record_of(graph_module).plan
+    for branch in branch_nodes(graph_module).values():
+        if plan is not None:
+            check_finite(branch, plan.spec, plan.stage)
+
+
 def absorb_branches(graph: GraphEditor, plan: Plan) -> dict[str, SlowWeight]:
-    """Return the slow state of every site after the running stage."""
-    branches, slow = graph.branches, dict(graph.record.slow)
-    for site in plan.sites:
-        slow[site.weight] = end_stage(slow[site.weight], branches[site.key], plan.spec, plan.stage)
-    return slow
+    """Return the slow state of every site, and of every weight that only carries noise, after the running stage."""
+    branches = {branch.weight_name: branch for branch in graph.branches.values()}
+    slow = graph.record.slow
+    return {weight: end_stage(slow[weight], branches.get(weight), plan.spec, plan.stage) for weight in slow}

@@ -39,7 +39,7 @@ class InsertBranches(CascadePass):
         added = make_branches(graph, plan)
         for base in graph.nodes:
             use = use_of(base)
-            if use is None or base in have:
+            if use is None or base in have or not base.users:  # dead code stays as it is
                 continue
             site = plan.by_weight[use.weight]
             module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
@@ -71,10 +71,22 @@ def make_branches(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     return tuple(added)
 
 
+def bystanders(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
+    """Return the matrices without a branch that are not trained in full: noise.where="all" means them as well."""
+    named = named_weights(graph.owner)
+    left_out = {each.weight for each in graph.record.refusals if each.reason is Reason.TRAINED} | set(plan.by_weight)
+    return tuple(
+        weight for weight in named.matrices if weight not in left_out and named.parameters[weight].is_floating_point()
+    )
+
+
 def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> None:
     """Compute with the start of the stage, `W_t = W0 + S_{t-1} + N_t`; the clean weights stay in the record."""
     named = named_weights(graph.owner)
     slow = dict(graph.record.slow)
+    weights += tuple(site.weight for site in plan.sites if site.weight not in slow and site.weight not in weights)
+    if weights and plan.spec.noise.strength and plan.spec.noise.where == "all":
+        weights += bystanders(graph, plan)
     for weight in weights:
         state = slow.setdefault(weight, SlowWeight(weight, named.parameters[weight].detach()))
         if plan.spec.noise.strength or start_differs(state):

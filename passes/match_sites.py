@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import GraphEditor, match
+from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec
 
 from .base import CascadePass
@@ -18,11 +19,12 @@ __all__ = ["MatchSites"]
 class MatchSites(CascadePass):
     """Mark each node that uses a site, and note plan, refusals and unreached weights in the graph's record.
 
-    A graph that carries a plan already is matched against that plan; its spec must be this one.
+    A graph that carries a plan already is matched against that plan; its spec must be this one. Once its branches are
+    folded it may be planned anew under another spec: the stages are counted on, and sites that stay keep their experts.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
-        SpecError: the graph was planned under another spec.
+        SpecError: the graph holds branches that were planned under another spec.
         PassError: a planned weight is used here in a form that has no branch.
     """
 
@@ -34,8 +36,13 @@ class MatchSites(CascadePass):
     def rewrite(self, graph: GraphEditor) -> None:
         """Change marks and record only; no node is made or erased."""
         record = graph.record
-        if record.plan is not None and record.plan.spec != self.spec:
-            raise SpecError("match-sites: this graph was planned under another spec; fold its branches first")
+        plan, slow = record.plan, record.slow
+        if plan is not None and plan.spec != self.spec:
+            if "branches-inserted" in record.facts:
+                raise SpecError("match-sites: this graph was planned under another spec; fold its branches first")
+            record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
         found = match(graph.module, record, self.spec)
+        if record.plan is not plan:
+            slow = {weight: state for weight, state in slow.items() if weight in found.plan.by_weight}
         graph.mark(found.uses)
-        graph.record = replace(record, plan=found.plan, refusals=found.refusals, unreached=found.unreached)
+        graph.record = replace(record, plan=found.plan, refusals=found.refusals, unreached=found.unreached, slow=slow)

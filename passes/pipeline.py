@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, Literal
 
 import networkx as nx
@@ -70,7 +70,10 @@ class Pipeline:
             VerifyError: the graph does not agree with its plan, before or after a pass.
         """
         passes = self.ordered(record_of(graph_module).facts)
-        verify(graph_module, f"before {name_of(passes[0])}")
+        first = passes[0]
+        if isinstance(first, CascadePass) and not first.done(graph_module):
+            first.check(graph_module)
+        verify(graph_module, f"before {name_of(first)}")
         editor = GraphEditor(graph_module)
         for each in passes:
             if not isinstance(each, CascadePass):
@@ -177,7 +180,8 @@ def _text(each: AnyPass) -> str:
     options = {}
     for field in fields(each):
         value = getattr(each, field.name)
-        if value != type(each)().__getattribute__(field.name):
+        usual = field.default if field.default_factory is MISSING else field.default_factory()
+        if value != usual:
             options[field.name] = value.to_dict() if isinstance(value, CascadeSpec) else value
     return each.name + (json.dumps(options) if options else "")
 
@@ -205,5 +209,7 @@ def _parse(text: str) -> Iterator[CascadePass]:
             if option not in names:
                 raise PassError(f"{name} has no option {option!r}{nearest(option, names)}")
         if "spec" in options:
+            if not isinstance(options["spec"], dict):
+                raise PassError(f"{name}: spec is {options['spec']!r}; give its fields as an object")
             options["spec"] = CascadeSpec.from_dict(options["spec"])
         yield known[name](**options)

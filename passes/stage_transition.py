@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from lorasc_fx.branch import Branch, start_weight
 from lorasc_fx.branch.init import fresh_a
@@ -15,7 +16,7 @@ from lorasc_fx.graph import GraphEditor, named_weights
 from lorasc_fx.plan import Plan, Site
 
 from .base import CascadePass
-from .fold_branches import absorb_branches
+from .fold_branches import absorb_branches, check_branches
 
 __all__ = ["StageTransition"]
 
@@ -35,6 +36,11 @@ class StageTransition(CascadePass):
     name: ClassVar[str] = "stage-transition"
     requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
     provides: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
+
+    def check(self, graph_module: fx.GraphModule) -> None:
+        """Raise for a missing fact, or for a branch that cannot be folded."""
+        super().check(graph_module)
+        check_branches(graph_module)
 
     def rewrite(self, graph: GraphEditor) -> None:
         """Change values only: W_{t+1}, lora_A by the spec's restart_A, lora_B = 0."""

@@ -5,7 +5,7 @@ from lorasc_fx.branch.conv import ConvBranch
 from lorasc_fx.branch.linear import LinearBranch
 from lorasc_fx.branch.noise import amplitude, draw
 from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, SlowWeight, Which, arithmetic, matrix_shape
-from lorasc_fx.branch.stage import end_stage, factors_of, start_differs, start_weight
+from lorasc_fx.branch.stage import check_finite, end_stage, factors_of, start_differs, start_weight
 
 __all__ = [
     "Branch",
@@ -18,6 +18,7 @@ __all__ = [
     "Which",
     "amplitude",
     "arithmetic",
+    "check_finite",
     "draw",
     "end_stage",
     "factors_of",

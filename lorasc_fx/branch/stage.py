@@ -13,7 +13,7 @@ from lorasc_fx.branch.slow import Factors, KeptNoise, SlowWeight, arithmetic
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.spec import CascadeSpec
 
-__all__ = ["end_stage", "factors_of", "start_differs", "start_weight"]
+__all__ = ["check_finite", "end_stage", "factors_of", "start_differs", "start_weight"]
 
 
 def factors_of(branch: Branch, device: torch.device) -> Factors:
@@ -41,6 +41,15 @@ def start_differs(state: SlowWeight) -> bool:
     return state.start != state.slow or state.dense_start is not state.dense_slow
 
 
+def check_finite(branch: Branch, spec: CascadeSpec, stage: int) -> None:
+    """Raise NonFiniteBranch if the branch holds inf or nan and spec.on_nonfinite is "raise"."""
+    if spec.on_nonfinite == "raise" and not branch.finite():
+        raise NonFiniteBranch(
+            f"the branch of {branch.weight_name} holds inf or nan at the end of stage {stage}; nothing was folded. "
+            "Lower the learning rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
+        )
+
+
 def end_stage(
     state: SlowWeight, branch: Branch | None, spec: CascadeSpec, stage: int, noisy: bool = True
 ) -> SlowWeight:
@@ -53,11 +62,7 @@ def end_stage(
     """
     live = factors_of(branch, state.base.device) if branch is not None else None
     if branch is not None and not branch.finite():
-        if spec.on_nonfinite == "raise":
-            raise NonFiniteBranch(
-                f"the branch of {state.name} holds inf or nan at the end of stage {stage}; nothing was folded. Lower "
-                "the learning rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
-            )
+        check_finite(branch, spec, stage)
         live = None
     after = state.absorb(stage, live, spec.pace, spec.restart)
     if noisy and spec.noise.keep and spec.noise.strength:

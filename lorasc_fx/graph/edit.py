@@ -166,7 +166,7 @@ class GraphEditor:
         self.modified = True
 
     def compiled(self) -> fx.GraphModule:
-        """Lint, compile, and return the edited copy as it is: for a pass that is not ours, in the middle of a pipeline."""
+        """Lint, compile, and return the copy as it is: for another's pass in the middle of a pipeline."""
         self.module.graph.lint()
         self.module.recompile()
         return self.module
@@ -225,8 +225,11 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of the nodes, names and metadata, with the same calling convention."""
-    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    """Return a copy of the nodes, names and metadata, with the same calling convention.
+
+    The tracer's class is not taken along: unpickling would trace with it, and a front end's own cannot do that.
+    """
+    new = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     found = new.graph_copy(graph, copied, return_output_node=True)
     if isinstance(found, tuple):

@@ -77,8 +77,10 @@ class ModuleForm(Form):
     module: type[nn.Module]
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether the module computes as the row's class does; a subclass with its own forward does not."""
+        """Whether the module computes as the row's class does; with its own forward, or with hooks, it does not."""
         own = type(module)
+        if module._forward_pre_hooks or module._forward_hooks:
+            return False
         if not isinstance(module, self.module) or own.forward is not self.module.forward or "forward" in vars(module):
             return False
         convolves = getattr(self.module, "_conv_forward", None)

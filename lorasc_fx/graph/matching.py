@@ -22,7 +22,7 @@ from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.spec import KINDS, CascadeSpec
 
-__all__ = ["Matching", "match"]
+__all__ = ["Matching", "match", "shape_only"]
 
 _SHAPE_ONLY = {torch.ops.aten.sym_size.int, torch.ops.aten._assert_tensor_metadata.default}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"}
@@ -149,7 +149,7 @@ def _read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> _Fo
 
 def _read_attribute(node: fx.Node, weight: str, weights: Weights, found: _Found) -> None:
     for user in node.users:
-        if _shape_only(user):
+        if shape_only(user):
             continue
         form = form_of(user, None)
         fits = isinstance(form, FunctionForm) and form.weight(user) is node and user.all_input_nodes.count(node) == 1
@@ -177,7 +177,7 @@ def _read_module(graph_module: fx.GraphModule, node: fx.Node, record: Record, we
             found.foreign[weight].append(_Foreign(node, opaque=True))
 
 
-def _shape_only(node: fx.Node) -> bool:
+def shape_only(node: fx.Node) -> bool:
     """Whether the node reads no value of the weight, only its shape, dtype or device."""
     if node.op == "call_method":
         return node.target in _SHAPE_METHODS

@@ -15,7 +15,8 @@ from torch import fx
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.edit import branch_nodes, made_by, use_of
-from lorasc_fx.graph.forms import FunctionForm, form_named, form_of
+from lorasc_fx.graph.forms import BRANCH_OF, FunctionForm, form_named, form_of
+from lorasc_fx.graph.matching import shape_only
 from lorasc_fx.graph.record import Record, record_of
 from lorasc_fx.graph.weights import BRANCHES, module_at, named_weights, owner_of
 
@@ -42,7 +43,7 @@ Rule = Callable[[_View], Iterator[str]]
 def _graph_is_sound(view: _View) -> Iterator[str]:
     try:
         view.module.graph.lint()
-    except RuntimeError as fault:
+    except (RuntimeError, ValueError) as fault:
         yield f"the graph is malformed: {fault}"
 
 
@@ -62,6 +63,8 @@ def _plan_fits_weights(view: _View) -> Iterator[str]:
             yield f"{site.weight} is planned, but the model has no weight of this name"
         elif tuple(parameter.shape) != site.shape:
             yield f"{site.weight} is {tuple(parameter.shape)}, planned as {site.shape}"
+        elif weights.names[site.weight][1:] != site.aliases:
+            yield f"{site.weight} is tied to {weights.names[site.weight][1:]}, planned with {site.aliases}"
 
 
 def _uses_fit_plan(view: _View) -> Iterator[str]:
@@ -79,6 +82,27 @@ def _uses_fit_plan(view: _View) -> Iterator[str]:
             yield f"node {node.name} is marked as {use.form}, but is {'in no form' if form is None else form.name}"
         elif _weight_of(view, node) != use.weight:
             yield f"node {node.name} is marked as a use of {use.weight}, but computes with {_weight_of(view, node)}"
+
+
+def _readers_of_sites_are_marked(view: _View) -> Iterator[str]:
+    plan = view.record.plan
+    if not view.inserted or plan is None:
+        return
+    planned = plan.by_weight
+    for node in view.module.graph.nodes:
+        name = str(node.target).removeprefix(view.record.prefix)
+        if node.op == "get_attr" and view.canonical.get(name) in planned:
+            readers, weight = [user for user in node.users if not shape_only(user)], view.canonical[name]
+        elif node.op == "call_module" and node not in view.branches:
+            inside = module_at(view.module, node.target)
+            held = [f"{name}.{own}" for own, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
+            found = [view.canonical[each] for each in held if view.canonical.get(each) in planned]
+            readers, weight = [node] if found else [], found[0] if found else ""
+        else:
+            continue
+        for reader in readers:
+            if use_of(reader) is None:
+                yield f"node {reader.name} reads {weight}, a site, but no pass has marked it as a use"
 
 
 def _weight_of(view: _View, node: fx.Node) -> str | None:
@@ -130,7 +154,7 @@ def _every_use_has_a_branch(view: _View) -> Iterator[str]:
             count[node.args[0]] = count.get(node.args[0], 0) + 1
     for node in view.module.graph.nodes:
         use = use_of(node)
-        if use is not None and count.get(node, 0) != 1:
+        if use is not None and count.get(node, 0) != (1 if node.users else 0):  # dead code needs no branch
             yield f"{use.weight} is used at node {node.name} with {count.get(node, 0)} branches instead of one"
 
 
@@ -144,6 +168,9 @@ def _branches_fit_plan(view: _View) -> Iterator[str]:
         if not isinstance(branch, Branch):
             yield f"{site.weight} is planned, but has no branch"
             continue
+        if type(branch) is not BRANCH_OF[site.kind] or branch.weight_shape != site.shape:
+            made = f"{type(branch).__name__} for {branch.weight_shape}"
+            yield f"the branch of {site.weight} is a {made}, planned for a {site.kind} of {site.shape}"
         rows, columns = site.matrix_shape
         if tuple(branch.lora_A.shape) != (site.rank, columns):
             yield f"lora_A of {site.weight} is {tuple(branch.lora_A.shape)}, planned as {(site.rank, columns)}"
@@ -151,12 +178,24 @@ def _branches_fit_plan(view: _View) -> Iterator[str]:
             yield f"lora_B of {site.weight} is {tuple(branch.lora_B.shape)}, planned as {(rows, site.rank)}"
         if branch.scale != site.scale:
             yield f"the branch of {site.weight} has scale {branch.scale}, planned as {site.scale}"
-        if not branch.finite():
+        if plan.spec.on_nonfinite == "raise" and not branch.finite():
             yield f"the branch of {site.weight} holds inf or nan"
     keys = {site.key for site in plan.sites}
     for key in holder._modules:
         if key not in keys:
             yield f"branch {key} belongs to no planned site"
+
+
+def _slow_state_is_kept(view: _View) -> Iterator[str]:
+    plan = view.record.plan
+    if not view.inserted or plan is None or view.record.owner:
+        return
+    for site in plan.sites:
+        state = view.record.slow.get(site.weight)
+        if state is None:
+            yield f"{site.weight} has a branch, but the record holds no slow state of it"
+        elif tuple(state.base.shape) != site.shape:
+            yield f"the slow state of {site.weight} is {tuple(state.base.shape)}, planned as {site.shape}"
 
 
 def _metadata_is_the_base_ops(view: _View) -> Iterator[str]:
@@ -180,9 +219,11 @@ RULES: tuple[Rule, ...] = (
     _targets_exist,
     _plan_fits_weights,
     _uses_fit_plan,
+    _readers_of_sites_are_marked,
     _branches_stand_at_sites,
     _every_use_has_a_branch,
     _branches_fit_plan,
+    _slow_state_is_kept,
     _metadata_is_the_base_ops,
 )
 """Every rule, in the order in which faults are told."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Which
 from lorasc_fx.errors import StateError, nearest
@@ -49,7 +50,7 @@ class Cascade(nn.Module):
         self._maker, self._example, self._flags = maker, example, flags
         self._refused_frontends = made.refused_frontends
         self._variants = Variants()
-        self._variants.add(key, made.variant)
+        self._variants.add(key, made.variant, model.training, maker.leaves(*example))
         self._frontend = made.variant.frontend
         self._loaded: checkpoint.Checkpoint | None = None
 
@@ -107,15 +108,17 @@ class Cascade(nn.Module):
         if self.core.placed is not None:
             return self.model(*args, **kwargs)
         bound, named = self._maker.bind(self.model, args, kwargs)
+        if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
+            return self._variants.compiled(self.training, pytree.tree_leaves((bound, named))).module(*bound, **named)
         return self.variant(bound, named).module(*bound, **named)
 
     def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """Return the variant for a call in canonical shape; capture it if there is none yet."""
         key, leaves = self._maker.key(self.model, args, kwargs), self._maker.leaves(args, kwargs)
         found = self._variants.find(key, leaves)
-        return self._make_variant(args, kwargs, key) if found is None else found
+        return self._make_variant(args, kwargs, key, leaves) if found is None else found
 
-    def _make_variant(self, args: Any, kwargs: Any, key: Any) -> Variant:
+    def _make_variant(self, args: Any, kwargs: Any, key: Any, leaves: list[Any]) -> Variant:
         wide = self._variants.known(key)
         branches = self.core.by_key
         made = self._maker.make(self.model, self.core.plan, branches, self._refusals, args, kwargs, wide)
@@ -130,7 +133,7 @@ class Cascade(nn.Module):
         self.core.plan, self._refusals = made.plan, made.refusals
         self._unreached = tuple(name for name in made.unreached if name in self._unreached)
         self.core.know_sites()
-        self._variants.add(key, made.variant)
+        self._variants.add(key, made.variant, self.training, leaves)
         return made.variant
 
     # ---- weights
@@ -261,6 +264,7 @@ class Cascade(nn.Module):
         before = {name: value.dtype for name, value in self.core.parameters_by_name().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._variants = Variants()
+        self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)
         parameters = self.core.parameters_by_name()
         recast = [name for name in self.core.slow.states if parameters[name].dtype != before[name]]
         resting = self.core.slow.resting

@@ -7,9 +7,11 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch
+from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Refusal
 
 __all__ = ["Made", "Variant", "VariantMaker", "Variants"]
@@ -90,6 +92,7 @@ class Variants:
     """Variants by signature, the one used longest ago first; at most LIMIT, the rest is dropped and made again."""
 
     held: dict[Hashable, list[Variant]] = field(default_factory=dict)
+    plain: list[tuple[bool, list[Any], Variant]] = field(default_factory=list)
 
     def find(self, key: Hashable, leaves: list[Any]) -> Variant | None:
         """Return a variant for this signature and these sizes."""
@@ -99,12 +102,29 @@ class Variants:
         """Whether the signature has a variant, of whatever sizes."""
         return key in self.held
 
-    def add(self, key: Hashable, variant: Variant) -> None:
-        """Keep a variant."""
+    def compiled(self, training: bool, leaves: list[Any]) -> Variant:
+        """Return a variant while torch.compile traces, by what dynamo can compare: mode, dtypes, numbers of axes.
+
+        Raises:
+            StateError: there is none, and none can be made inside torch.compile.
+        """
+        kinds = [_kind(leaf) for leaf in leaves]
+        for mode, known, variant in self.plain:
+            if mode == training and known == kinds:
+                return variant
+        raise StateError(
+            "inside torch.compile there is no graph for this call yet, and none can be captured there: "
+            "call the cascade once without torch.compile, in the same mode and with the same arguments"
+        )
+
+    def add(self, key: Hashable, variant: Variant, training: bool, leaves: list[Any]) -> None:
+        """Keep a variant, with the mode and the leaves of the arguments that it was made for."""
         self.held.setdefault(key, []).append(variant)
+        self.plain.insert(0, (training, [_kind(leaf) for leaf in leaves], variant))
         if sum(map(len, self.held.values())) > LIMIT:
             oldest = next(iter(self.held))
-            self.held[oldest].pop(0)
+            dropped = self.held[oldest].pop(0)
+            self.plain = [each for each in self.plain if each[2] is not dropped]
             if not self.held[oldest]:
                 del self.held[oldest]
             log.warning("more than %d variants: the oldest one is dropped; calls vary in mode, sizes or dtype", LIMIT)
@@ -120,6 +140,6 @@ class Variants:
     def __len__(self) -> int:
         return sum(map(len, self.held.values()))
 
-    def first(self) -> Variant | None:
-        """Return the variant that was made first, if any."""
-        return next((variants[0] for variants in self.held.values()), None)
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.dtype, leaf.dim()) if isinstance(leaf, torch.Tensor) else leaf
