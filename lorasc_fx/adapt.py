@@ -14,8 +14,18 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import OWNER, bind, capture, check_binds, key_of, leaves, open_model, signature_of
-from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.capture import (
+    OWNER,
+    bind,
+    capture,
+    check_binds,
+    check_runs,
+    key_of,
+    leaves,
+    open_model,
+    signature_of,
+)
+from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError
 from lorasc_fx.graph import (
     BRANCHES,
     check_patterns,
@@ -104,7 +114,8 @@ def adapt(
 
     Args:
         model: an nn.Module, a GraphModule, an ExportedProgram, or the path of a .pt2 file.
-        args, kwargs: example inputs; their sizes do not matter, their types do.
+        args, kwargs: example inputs; their sizes do not matter, their types do. The model runs once on them, without
+            a trace, to see that it takes them.
         spec: what is asked, see `CascadeSpec`.
         frontend: `export`, `symbolic`, or `auto`, the first that takes the model.
 
@@ -140,8 +151,12 @@ def load(
     """
     found = read(folder)
     opened = open_model(model)
+    _check_new(opened)
     check_base(found, dict(opened.named_parameters()))
-    cascade = _adapt(opened, args, kwargs, found.plan, found.frontend)
+    try:
+        cascade = _adapt(opened, args, kwargs, found.plan, found.frontend)
+    except (PassError, SpecError) as fault:
+        raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
     try:
         cascade.load(found)
     except BaseException:
@@ -159,11 +174,12 @@ def _adapt(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, pl
     weights = named_weights(opened)
     check_patterns(plan.spec, weights.matrices, weights.names)
     bound = check_binds(opened, tuple(args), dict(kwargs or {}))
+    check_runs(opened, *bound)
     maker = Compiler(frontend, signature_of(opened))
+    trained = _trained(plan.spec, weights.parameters, weights.names)
     made = maker.make(opened, plan, {}, (), *bound, wide=False)
     flags = Flags.of(opened)
     cascade = Cascade(opened, maker, made, maker.key(opened, *bound), bound, flags)
-    trained = _trained(made.plan.spec, weights.parameters, weights.names)
     try:
         for name, parameter in weights.parameters.items():
             parameter.requires_grad_(name in trained)
@@ -179,17 +195,29 @@ def _adapt(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, pl
 def _trained(
     spec: CascadeSpec, parameters: Mapping[str, nn.Parameter], names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, nn.Parameter]:
-    return {
-        name: parameter
-        for name, parameter in parameters.items()
-        if any(matches(pattern, names[name]) for pattern in spec.train)
-        and not any(matches(pattern, names[name]) for pattern in spec.exclude)
-    }
+    """Return the parameters that the spec trains in full.
+
+    Raises:
+        SpecError: one of them holds numbers that cannot be trained.
+    """
+    trained = {}
+    for name, parameter in parameters.items():
+        pattern = next((each for each in spec.train if matches(each, names[name])), None)
+        if pattern is None or any(matches(each, names[name]) for each in spec.exclude):
+            continue
+        if not parameter.is_floating_point() and not parameter.is_complex():
+            raise SpecError(
+                f"train: {pattern!r} means {name}, which holds {parameter.dtype} and has no gradient; exclude it"
+            )
+        trained[name] = parameter
+    return trained
 
 
 def _check_new(model: nn.Module) -> None:
     if any(isinstance(module, Cascade) for module in model.modules()):
-        raise StateError("this model is a cascade, or holds one: call release() on it before it is adapted again")
+        raise StateError(
+            "this model is a cascade, or holds one: call release() on it, and adapt the model that it returns"
+        )
     for name, parameter in model.named_parameters():
         found = _ADAPTED.get(parameter)
         cascade = found() if found is not None else None

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lorasc_fx.errors import CheckpointError
-from lorasc_fx.spec import CascadeSpec, Scaling
+from lorasc_fx.spec import KINDS, CascadeSpec, Scaling
 
 __all__ = ["Plan", "Reason", "Refusal", "Site"]
 
@@ -105,7 +107,7 @@ class Plan:
         """Return the site of this weight name, or None."""
         return self.by_weight.get(weight)
 
-    @property
+    @cached_property
     def by_weight(self) -> Mapping[str, Site]:
         """Sites by their weight's name."""
         return {site.weight: site for site in self.sites}
@@ -149,9 +151,38 @@ class Plan:
             if data["format"] != FORMAT:
                 raise CheckpointError(f"plan has format {data['format']}, this version reads {FORMAT}")
             sites = tuple(
-                Site(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])})
+                _checked(Site(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])}))
                 for each in data["sites"]
             )
-            return cls(CascadeSpec.from_dict(data["spec"]), sites, int(data["stage"]))
+            return cls(CascadeSpec.from_dict(data["spec"]), sites, _count("stage", data["stage"]))
         except (KeyError, TypeError, ValueError, AttributeError) as fault:
             raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {fault}") from fault
+
+
+def _checked(site: Site) -> Site:
+    """Return a site that was read, whose fields are what they are said to be."""
+    for name, value in (("weight", site.weight), *(("aliases", alias) for alias in site.aliases)):
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{name} is {value!r}, not the name of a weight")
+    if site.kind not in KINDS:
+        raise ValueError(f"kind is {site.kind!r}, not one of {', '.join(KINDS)}")
+    if len(site.shape) < 2:
+        raise ValueError(f"shape is {site.shape}, not that of a matrix")
+    for size in site.shape:
+        _count("shape", size, least=0)
+    _count("rank", site.rank)
+    if not isinstance(site.use_rslora, bool):
+        raise ValueError(f"use_rslora is {site.use_rslora!r}, not true or false")
+    if (
+        isinstance(site.lora_alpha, bool)
+        or not isinstance(site.lora_alpha, (int, float))
+        or not 0 < site.lora_alpha < math.inf
+    ):
+        raise ValueError(f"lora_alpha is {site.lora_alpha!r}, not a finite number above 0")
+    return site
+
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, not an integer of {least} or more")
+    return value

@@ -173,7 +173,9 @@ class CascadeSpec:
             for rule in rules:
                 if isinstance(rule, Mapping):
                     _known_keys("rules", rule, Rule)
-            values["rules"] = tuple(Rule(**rule) if isinstance(rule, Mapping) else rule for rule in rules)
+            values["rules"] = tuple(
+                Rule(**{"pattern": "", **rule}) if isinstance(rule, Mapping) else rule for rule in rules
+            )
         return cls(**values)
 
 

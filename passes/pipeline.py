@@ -53,13 +53,19 @@ class Pipeline:
         names = [name_of(each) for each in self.passes]
         foreign = any(not isinstance(each, CascadePass) for each in self.passes)
         self._fixed = order == "given" or foreign or len(set(names)) < len(names)
-        if self._fixed:
-            _check_given(self.passes)
-        else:
+        if order == "given":
+            _check_given(self.passes, frozenset())
+        elif not self._fixed:
             _solve(self.passes)
 
     def ordered(self, facts: frozenset[str] = frozenset()) -> tuple[AnyPass, ...]:
-        """Return the passes in the order in which they run on a graph that carries these facts."""
+        """Return the passes in the order in which they run on a graph that carries these facts.
+
+        Raises:
+            PassOrderError: they always run as given, and cannot on this graph.
+        """
+        if self._fixed:
+            _check_given(self.passes, facts)
         return self.passes if self._fixed or _feasible(self.passes, facts) else _solve(self.passes)
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
@@ -155,7 +161,7 @@ def _solve(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
         raise PassOrderError(f"these passes need each other in a circle: {chain}") from None
 
 
-def _check_given(passes: tuple[AnyPass, ...]) -> None:
+def _check_given(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:
     wrong = []
     for later, each in enumerate(passes):
         if not isinstance(each, CascadePass):
@@ -168,10 +174,15 @@ def _check_given(passes: tuple[AnyPass, ...]) -> None:
             if changes and not changes[-1]:
                 taker = next(p for p in reversed(before) if fact in p.removes)
                 wrong.append(f"{each.name} requires {fact}, which {taker.name} before it takes away")
-            elif not changes and provider is not None:
+            elif not changes and provider is not None and fact not in facts and not _unknown(passes[:later]):
                 wrong.append(f"{each.name} requires {fact}, which {provider.name} provides only after it")
     if wrong:
         raise PassOrderError("the passes cannot run in this order:\n  " + "\n  ".join(wrong))
+
+
+def _unknown(passes: Sequence[AnyPass]) -> bool:
+    """Whether one of them is a pipeline, which may provide anything."""
+    return any(isinstance(each, Pipeline) for each in passes)
 
 
 def _text(each: AnyPass) -> str:

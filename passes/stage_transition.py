@@ -63,7 +63,7 @@ def renewed(branch: Branch, site: Site, plan: Plan) -> Branch:
     new = copy.deepcopy(branch)
     with torch.no_grad():
         new.lora_B.zero_()
-        if plan.spec.restart_A == "fresh":
+        if plan.spec.restart_A == "fresh" or not torch.isfinite(new.lora_A).all():
             start = fresh_a(plan.spec.seed, plan.stage, site.weight, site.rank, site.matrix_shape[1])
             new.lora_A.copy_(start)
     return new

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import random
+import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.export import capture_export
 from lorasc_fx.capture.graph import capture_graph
@@ -25,6 +27,7 @@ __all__ = [
     "bind",
     "capture",
     "check_binds",
+    "check_runs",
     "key_of",
     "leaves",
     "open_model",
@@ -68,22 +71,38 @@ def capture(
             refused.append((name, _one_line(fault)))
             faults.append(fault)
             if len(faults) == 1:
-                _check_runs(model, args, kwargs)
+                check_runs(model, args, kwargs)
     reasons = "\n  ".join(f"{name}: {reason}" for name, reason in refused)
     raise CaptureError(f"no front end takes {type(model).__name__}:\n  {reasons}") from faults[0]
 
 
-def _check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Tell a model that refuses its inputs from a front end that refuses the model, on a copy of the model."""
-    trial = copy.deepcopy(model)
+def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the model once, without a trace: a tracer sees no values, and lets pass what the model refuses.
+
+    Buffers and inputs are copies for the time of the call; random generators stay as they were.
+
+    Raises:
+        CaptureError: the model itself raises.
+    """
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _clone, (args, dict(kwargs)))
+    buffers = {name: _clone(buffer) for name, buffer in model.named_buffers()}
+    state = random.getstate()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.no_grad(), torch.random.fork_rng(()):
-            trial(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs)))
+        with torch.random.fork_rng(devices), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.func.functional_call(model, buffers, args, dict(kwargs))
     except Exception as fault:
         raise CaptureError(
             f"{type(model).__name__} itself refuses the example inputs: {_one_line(fault)}; "
             "give args and kwargs with which the model runs"
         ) from fault
+    finally:
+        random.setstate(state)
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()
 
 
 def _one_line(fault: Exception) -> str:

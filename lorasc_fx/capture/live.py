@@ -76,12 +76,19 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphM
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Trace without a trace: random generators, and the warnings of the tracer about itself, stay as they were."""
+    """Trace without a trace: random generators, and the warnings of the tracer about itself, stay as they were.
+
+    Raises:
+        RuntimeError: the trace has drawn random numbers; no call of its graph would draw others.
+    """
     state = random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
+        drawn = torch.get_rng_state()
         try:
             yield
+            if random.getstate() != state or not torch.equal(torch.get_rng_state(), drawn):
+                raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
         finally:
             random.setstate(state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ from torch import fx, nn
 
 from lorasc_fx.capture.live import Captured, quiet, read_live
 from lorasc_fx.capture.signature import signature_of
-from lorasc_fx.graph import drop_nodes
+from lorasc_fx.graph import drop_nodes, rename_inputs
 
 __all__ = ["capture_symbolic"]
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def capture_symbolic(
@@ -21,17 +25,49 @@ def capture_symbolic(
     """Return the model's graph of functions and modules; raises what torch.fx raises.
 
     Arguments that are not tensors, and those left to their defaults, are constants of the graph, which their values
-    in a variant's key allow.
+    in a variant's key allow. fx numbers the names of such arguments; they get their own back, to be called by.
     """
     given = signature_of(model).bind(*args, **kwargs)
     given.apply_defaults()
     constants = {name: value for name, value in given.arguments.items() if not _has_tensor(value)}
-    tracer = fx.Tracer()
-    with quiet():
+    tracer = _Tracer()
+    with quiet(), _unchanged(model):
         graph = tracer.trace(model, concrete_args=constants)
     drop_nodes(graph, _checks_a_constant)
+    rename_inputs(graph, [each.name for each in signature_of(model).parameters.values() if each.kind not in _VARIADIC])
     holder = tracer.root
     return Captured(read_live(holder, graph, model), "symbolic")
+
+
+class _Tracer(fx.Tracer):
+    """A norm with running statistics is a leaf under whatever class name: it updates them as no symbol shows."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether the module is called whole."""
+        return isinstance(m, nn.modules.batchnorm._NormBase) or super().is_leaf_module(m, module_qualified_name)
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Give buffers back that a trace has written to or replaced, and refuse: it happened once, and is in no graph."""
+    held = [
+        (prefix, module, leaf, buffer, buffer._version, buffer.clone())
+        for prefix, module in model.named_modules()
+        for leaf, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for prefix, module, leaf, buffer, version, value in held:
+                if module._buffers.get(leaf) is not buffer or buffer._version != version:
+                    buffer.copy_(value)
+                    module._buffers[leaf] = buffer
+                    changed.append(f"{prefix}.{leaf}".lstrip("."))
+    if changed:
+        raise RuntimeError(f"the model writes to its buffer {changed[0]} in Python, which no symbolic graph repeats")
 
 
 def _has_tensor(value: Any) -> bool:

@@ -40,7 +40,9 @@ def compare(config: Config) -> list[Result] | None:
     if "probe" in config.compare.methods and not config.spec.train:
         raise SpecError("compare.methods has 'probe', which trains what spec.train names, and spec.train is empty")
     folder = RunFolder(Path(config.output))
-    folder.begin(config, _SECTIONS, resume=folder.config.exists())
+    started = folder.started
+    setup = None if started else Setup.of(config)  # what is wrong with the data must not leave a folder behind
+    folder.begin(config, _SECTIONS, resume=started)
     cells = [
         Cell(method, seed, lr)
         for seed in config.compare.seeds
@@ -51,10 +53,10 @@ def compare(config: Config) -> list[Result] | None:
     found = {cell: Result.read(folder.cells, cell) for cell in cells}
     if all(found.values()):
         return [result for result in found.values() if result is not None]
-    setup = Setup.of(config)
+    setup = setup or Setup.of(config)
     with reporting() as reporter, on_ctrl_c() as interrupt:
         for number, cell in enumerate(cells, start=1):
-            if found[cell] is None:
+            if found[cell] is None and not interrupt.asked:
                 found[cell] = _run(cell, f"{number}/{len(cells)} {cell.name}", setup, folder, reporter, interrupt)
             if found[cell] is None:
                 finished = sum(result is not None for result in found.values())

@@ -59,8 +59,13 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None) -> Splits:
     parts = [whole.take(index) for index in split_sizes(len(whole), sizes, config.seed)]
     shifts = {name: _shift(name, config, whole, parts[2], tokenizer) for name in config.shifts}
     train, validation, test = (_ready(part, tokenizer) for part in parts)
-    ready = {name: _ready(part, tokenizer) for name, part in shifts.items()}
-    return Splits(train, validation, test, ready, whole.classes)
+    ready = {name: _in_turn(_ready(part, tokenizer)) for name, part in shifts.items()}
+    return Splits(train, _in_turn(validation), _in_turn(test), ready, whole.classes)
+
+
+def _in_turn(examples: Examples) -> Examples:
+    """Order what is only ever gone through in turn, where the order costs or saves time."""
+    return examples.by_length() if isinstance(examples, TextExamples) else examples
 
 
 def _ready(raw: Texts | ImageExamples, tokenizer: Tokenizer | None) -> Examples:

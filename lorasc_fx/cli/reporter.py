@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -38,7 +39,8 @@ def console() -> Console:
     """Return rich's console on standard output."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False)  # names are shown as they are
+    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich would take a file for 80 columns
+    return Console(highlight=False, markup=False, emoji=False, width=fixed)  # names are shown as they are
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def reporting() -> Iterator[Reporter]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[stage]}"),

@@ -57,6 +57,11 @@ class RunFolder:
         """Results of `compare`, one file a method, seed and learning rate."""
         return self.path / "cells"
 
+    @property
+    def started(self) -> bool:
+        """Whether a run has left something here that is worth keeping."""
+        return self.metrics.exists() or self.checkpoint.exists() or any(self.cells.glob("*.json"))
+
     def begin(self, config: Config, sections: tuple[str, ...], *, resume: bool) -> None:
         """Make the folder, or check that it is this configuration's.
 
@@ -68,13 +73,13 @@ class RunFolder:
         Raises:
             StateError: the folder holds a run and `resume` is off, or it is on and the run had another configuration.
         """
-        if self.config.exists():
-            if not resume:
-                raise StateError(
-                    f"{self.path} already holds a run: --resume goes on with it, --output FOLDER starts another"
-                )
+        if self.started and not resume:
+            raise StateError(
+                f"{self.path} already holds a run: --resume goes on with it, --output FOLDER starts another"
+            )
+        if self.started:
             self._same(config, sections)
-        elif resume:
+        elif resume and not self.config.exists():
             raise StateError(f"{self.path} holds no run to resume; leave --resume out to start one")
         self.path.mkdir(parents=True, exist_ok=True)
         write_config(config, self.config)

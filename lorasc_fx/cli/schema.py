@@ -119,11 +119,16 @@ class CompareConfig:
     """Methods whose trained weights are written, folded, beside their results."""
 
     def __post_init__(self) -> None:
-        for name in (*self.methods, *self.keep_weights):
-            if name not in METHODS:
-                raise SpecError(
-                    f"compare.methods has {name!r}; give some of {', '.join(METHODS)}{nearest(name, METHODS)}"
-                )
+        for key in ("methods", "keep_weights", "reference"):
+            value = getattr(self, key)
+            for name in (value,) if isinstance(value, str) else value:
+                if name not in METHODS:
+                    known = ", ".join(METHODS)
+                    raise SpecError(f"compare.{key} has {name!r}; give some of {known}{nearest(name, METHODS)}")
+        for key in ("methods", "seeds", "lrs", "probe_lrs", "full_lrs"):
+            value = getattr(self, key)
+            if len(set(value)) < len(value):
+                raise SpecError(f"compare.{key} is {list(value)}; give each entry once")
         if not self.methods or not self.seeds or not self.lrs:
             raise SpecError("compare.methods, compare.seeds and compare.lrs each need one entry or more")
         if any(rate <= 0 for rate in (*self.lrs, *self.probe_lrs, *self.full_lrs)):

@@ -64,6 +64,11 @@ class TextExamples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def by_length(self) -> TextExamples:
+        """Return the examples from short to long, so that batches taken in turn hold little padding."""
+        lengths = torch.tensor([len(tokens) for tokens in self.tokens])
+        return self.take(lengths.argsort(stable=True))
+
     def take(self, index: Tensor) -> TextExamples:
         """Return the examples at these positions."""
         chosen = tuple(self.tokens[place] for place in index.tolist())

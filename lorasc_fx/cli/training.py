@@ -15,7 +15,7 @@ from lorasc_fx.cli.batches import Batch, Examples, Order, in_turn
 from lorasc_fx.cli.interrupt import Interrupt
 from lorasc_fx.cli.learners import Learner
 from lorasc_fx.cli.schedule import Schedule
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import SpecError, StateError
 
 __all__ = ["Diverged", "Step", "accuracy", "make_optimizer", "predict", "train_steps"]
 
@@ -62,6 +62,7 @@ def train_steps(
 
     Raises:
         Diverged: a loss that is inf or nan.
+        SpecError: the model does not give one logit a class.
     """
     began = time.monotonic()
     if start < schedule.steps:
@@ -73,7 +74,10 @@ def train_steps(
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * schedule.factor(step)
         batch = examples.batch(order.index(step)).to(device)
-        loss = F.cross_entropy(learner.logits(batch), batch.labels)
+        logits = learner.logits(batch)
+        if step == start:
+            _check(logits, examples)
+        loss = F.cross_entropy(logits, batch.labels)
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged(
@@ -88,6 +92,14 @@ def train_steps(
         rate = optimizer.param_groups[0]["lr"]
         observe(Step(step + 1, schedule.stage(step), value, rate, ends, time.monotonic() - began))
     return True
+
+
+def _check(logits: Tensor, examples: Examples) -> None:
+    needed = int(examples.labels.max()) + 1
+    if logits.dim() != 2 or logits.shape[1] < needed:
+        raise SpecError(
+            f"the model returns logits {list(logits.shape)}; [batch, classes] is needed, with {needed} classes"
+        )
 
 
 def predict(call: Callable[[Batch], Tensor], examples: Examples, device: str = "cpu") -> Tensor:

@@ -8,6 +8,7 @@ from lorasc_fx.graph.edit import (
     graph_module_like,
     made_by,
     own_copy,
+    rename_inputs,
     retarget,
     use_of,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "own_copy",
     "owner_of",
     "record_of",
+    "rename_inputs",
     "retarget",
     "set_record",
     "strip",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "graph_module_like",
     "made_by",
     "own_copy",
+    "rename_inputs",
     "retarget",
     "use_of",
 ]
@@ -259,6 +260,14 @@ def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             node.target = rename(node)
+
+
+def rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Give the inputs these names, in order, by which a call may pass them; as they are if there are not as many."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) == len(names):
+        for node, name in zip(inputs, names, strict=True):
+            node.target = name
 
 
 def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> None:

@@ -73,7 +73,8 @@ def _uses_fit_plan(view: _View) -> Iterator[str]:
         use = use_of(node)
         if use is None:
             continue
-        if plan is None or plan.site(use.weight) is None:
+        site = plan.site(use.weight) if plan is not None else None
+        if site is None:
             yield f"node {node.name} is marked as a use of {use.weight}, which is not planned"
             continue
         module = module_at(view.module, node.target) if node.op == "call_module" else None
@@ -82,6 +83,8 @@ def _uses_fit_plan(view: _View) -> Iterator[str]:
             yield f"node {node.name} is marked as {use.form}, but is {'in no form' if form is None else form.name}"
         elif _weight_of(view, node) != use.weight:
             yield f"node {node.name} is marked as a use of {use.weight}, but computes with {_weight_of(view, node)}"
+        elif form.kind != site.kind:
+            yield f"node {node.name} is a {form.kind}, but {use.weight} is planned as a {site.kind}"
 
 
 def _readers_of_sites_are_marked(view: _View) -> Iterator[str]:

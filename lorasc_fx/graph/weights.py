@@ -42,8 +42,9 @@ def named_weights(owner: nn.Module) -> Weights:
     parameters: dict[str, nn.Parameter] = {}
     names: dict[str, list[str]] = {}
     canonical: dict[str, str] = {}
+    ours = f"{BRANCHES}." if isinstance(owner, fx.GraphModule) and _ours(owner) else None
     for name, parameter in owner.named_parameters(remove_duplicate=False):
-        if isinstance(owner, fx.GraphModule) and name.startswith(f"{BRANCHES}.") and _ours(owner):
+        if ours is not None and name.startswith(ours):
             continue
         own = first.setdefault(id(parameter), name)
         parameters.setdefault(own, parameter)

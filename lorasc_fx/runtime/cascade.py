@@ -114,6 +114,7 @@ class Cascade(nn.Module):
 
     def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """Return the variant for a call in canonical shape; capture it if there is none yet."""
+        self.core.check_alive("variant")
         key, leaves = self._maker.key(self.model, args, kwargs), self._maker.leaves(args, kwargs)
         found = self._variants.find(key, leaves)
         return self._make_variant(args, kwargs, key, leaves) if found is None else found
@@ -192,6 +193,7 @@ class Cascade(nn.Module):
         """
         self.core.check_ready("release")
         folding.release(self.core)
+        self.core.turning.call_off()
         self._flags.restore(self.model)
         self.core.pending.disarm()
         self._variants = Variants()
@@ -248,19 +250,19 @@ class Cascade(nn.Module):
         """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
 
         Raises:
-            StateError: the cascade was not loaded from a checkpoint.
+            StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches.
             CheckpointError: the checkpoint holds no such state, or that of another optimizer.
         """
         self.core.check_ready("resume")
         if self._loaded is None:
             raise StateError("resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)")
-        return checkpoint.resume(self._loaded, optimizer, scheduler)
+        return checkpoint.resume(self.core, self._loaded, optimizer, scheduler)
 
     # ---- moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
         """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
-        self.core.check_alive("to")
+        self.core.check_ready("to")
         before = {name: value.dtype for name, value in self.core.parameters_by_name().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._variants = Variants()
@@ -275,6 +277,7 @@ class Cascade(nn.Module):
 
     def train(self, mode: bool = True) -> Cascade:
         """Set the mode of the model and of the cascade; an exported program's graph has one mode and keeps it."""
+        self.core.check_alive("train")
         self.training = mode
         self.branches.train(mode)
         if "train" not in vars(self.model):
@@ -309,6 +312,7 @@ def save(
 
     Raises:
         CheckpointError: the folder cannot be written, or extra or scheduler are not JSON. What was there stays.
+        SpecError: keep is less than 1.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
     cascade.core.check_ready("save")

@@ -11,6 +11,7 @@ from lorasc_fx.branch import Branch, Which
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.fingerprint import fingerprint
+from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
 from lorasc_fx.runtime.slow import SlowWeights, write
 
@@ -31,6 +32,7 @@ class Core:
         self.model, self.branches, self.plan, self.frontend = model, branches, plan, frontend
         self.slow = SlowWeights()
         self.pending = PendingWatch()
+        self.turning = GradientStart()
         self.placed: Which | None = None
         self.released = False
         self._fingerprints: dict[str, str] = {}
@@ -123,7 +125,8 @@ class Core:
             raise StateError(f"{call}: inside a backward, which still needs the weights; call it after the backward")
         waiting = self.pending.waiting(self.trainable())
         if waiting and call in ("transition", "release"):
+            more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
             raise StateError(
-                f"{call}: gradients are pending on {waiting[0]} and {len(waiting) - 1} more: they belong to the stage "
-                "that ends. Call optimizer.step() or optimizer.zero_grad() first"
+                f"{call}: gradients are pending on {waiting[0]}{more}: they belong to the stage that ends. "
+                "Call optimizer.step() or optimizer.zero_grad() first"
             )

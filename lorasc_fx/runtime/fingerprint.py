@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["file_digest", "fingerprint"]
+__all__ = ["file_digest", "fingerprint", "text_digest"]
 
 
 def fingerprint(tensor: torch.Tensor) -> str:
@@ -19,6 +19,11 @@ def fingerprint(tensor: torch.Tensor) -> str:
     if size:
         digest.update((ctypes.c_char * size).from_address(plain.data_ptr()))
     return digest.hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

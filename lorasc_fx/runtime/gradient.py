@@ -8,7 +8,7 @@ gradient per site for that one step. Relative: LoRA-GA (2407.05000).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,26 +16,74 @@ from torch import nn
 
 from lorasc_fx.branch import Branch
 
-__all__ = ["start_from_gradient"]
+__all__ = ["GradientStart"]
 
 
-def start_from_gradient(
-    parameters: Mapping[str, nn.Parameter], branches: Mapping[str, Branch], optimizer: torch.optim.Optimizer
-) -> None:
-    """Let the sites' weights gather gradients until the optimizer's next step, then turn lora_A to them."""
-    weights = {name: parameters[name] for name in branches}
-    for weight in weights.values():
-        weight.requires_grad_(True)
+class GradientStart:
+    """Lets the sites' weights gather gradients until an optimizer's next step, then turns lora_A to them.
 
-    def before_step(_optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        handle.remove()
-        for name, weight in weights.items():
+    A copy of it (deepcopy, pickle) waits for nothing until it is armed.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[str, nn.Parameter] = {}
+        self._handle: Any = None
+        self._watches: list[Any] = []
+
+    @property
+    def armed(self) -> bool:
+        """Whether the step is still to come."""
+        return self._handle is not None
+
+    def arm(
+        self, parameters: Mapping[str, nn.Parameter], branches: Mapping[str, Branch], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Wait for the optimizer's next step."""
+        self.call_off()
+
+        def before_step(_optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            for name, gradient in self.call_off().items():
+                _turn(branches[name], gradient)
+
+        self._weights = {name: parameters[name] for name in branches}
+        self._handle = optimizer.register_step_pre_hook(before_step)
+        for name, weight in self._weights.items():
+            weight.requires_grad_(True)
+            forget = _forgets_what_was_zeroed(weight, branches[name])
+            self._watches += [weight.register_hook(forget), branches[name].lora_B.register_hook(forget)]
+
+    def call_off(self) -> dict[str, torch.Tensor]:
+        """Wait no longer; return the gradients gathered so far, by weight name."""
+        gathered = {}
+        if self._handle is not None:
+            self._handle.remove()
+        for watch in self._watches:
+            watch.remove()
+        for name, weight in self._weights.items():
             weight.requires_grad_(False)
-            gradient, weight.grad = weight.grad, None
-            if gradient is not None:
-                _turn(branches[name], gradient.detach())
+            if weight.grad is not None:
+                gathered[name], weight.grad = weight.grad.detach(), None
+        self._weights, self._handle, self._watches = {}, None, []
+        return gathered
 
-    handle = optimizer.register_step_pre_hook(before_step)
+    def __reduce__(self) -> tuple[type[GradientStart], tuple[()]]:
+        return (GradientStart, ())
+
+
+def _forgets_what_was_zeroed(weight: nn.Parameter, branch: Branch) -> Callable[[torch.Tensor], None]:
+    """Return a hook for both gradients: the weight's goes where the branch's was zeroed (a batch that was discarded, a
+    step that a loss scaler skipped), as no optimizer holds the weight. It acts once a backward, before the first of
+    the two gathers.
+    """
+    last = -1
+
+    def forget(_gradient: torch.Tensor) -> None:
+        nonlocal last
+        task, last = last, torch._C._current_graph_task_id()
+        if last != task and (branch.lora_B.grad is None or not branch.lora_B.grad.any()):
+            weight.grad = None
+
+    return forget
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
     slow = core.slow
     tensors: Tensors = {}
     meta: dict[str, Any] = {"parked": slow.parked, "trained": list(slow.trained), "slow": {}}
+    meta["turning"] = core.turning.armed
     for weight, branch in core.branches_by_weight().items():
         tensors[f"branch/{weight}/lora_A"] = branch.lora_A.detach()
         tensors[f"branch/{weight}/lora_B"] = branch.lora_B.detach()
@@ -93,19 +94,25 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
         name: (buffer, take(f"buffer/{name}", tuple(buffer.shape))) for name, buffer in core.model.named_buffers()
     }
     after = SlowWeights(states, trained, bool(meta["parked"]))
+    moves: list[tuple[torch.Tensor, torch.Tensor]] = list(buffers.values())
+    for weight, (a, b) in factors.items():
+        moves += [(branches[weight].lora_A, a), (branches[weight].lora_B, b)]
+    held = [tensor.detach().clone() for tensor, _ in moves]
     plan = core.plan
     with torch.no_grad():
-        for weight, (a, b) in factors.items():
-            branches[weight].lora_A.copy_(a)
-            branches[weight].lora_B.copy_(b)
-        for buffer, value in buffers.values():
-            buffer.copy_(value)
-    write(
-        parameters,
-        [*states, *trained],
-        lambda name, like: values[name] if name in values else after.resting(name, plan, like),
-        lambda name, like: resting_value(slow, name) if name in values else slow.resting(name, plan, like),
-    )
+        try:
+            for tensor, value in moves:
+                tensor.copy_(value)
+            write(
+                parameters,
+                [*states, *trained],
+                lambda name, like: values[name] if name in values else after.resting(name, plan, like),
+                lambda name, like: resting_value(slow, name) if name in values else slow.resting(name, plan, like),
+            )
+        except BaseException:
+            for (tensor, _), old in zip(moves, held, strict=True):
+                tensor.copy_(old)
+            raise
     core.advance(plan, after)
 
 
@@ -113,21 +120,31 @@ def _state(state: SlowWeight, meta: Mapping[str, Any], tensors: Mapping[str, tor
     rows, columns = state.matrix
     experts = []
     for index, stage in enumerate(meta["stages"]):
-        rank = tensors[f"expert/{state.name}/{index}/a"].shape[0] if f"expert/{state.name}/{index}/a" in tensors else 0
-        b = take(f"expert/{state.name}/{index}/b", (rows, rank))
+        found = tensors.get(f"expert/{state.name}/{index}/a")
+        rank = found.shape[0] if found is not None and found.dim() else 0
         a = take(f"expert/{state.name}/{index}/a", (rank, columns))
+        b = take(f"expert/{state.name}/{index}/b", (rows, rank))
         experts.append(Expert(int(stage), Factors(b, a)))
-    dense = tensors.get(f"dense/{state.name}/slow")
+    dense = {
+        which: take(f"dense/{state.name}/{which}", (rows, columns))
+        for which in ("slow", "start")
+        if f"dense/{state.name}/{which}" in tensors
+    }
+    slow, start = tuple(map(float, meta["slow"])), tuple(map(float, meta["start"]))
+    if not len(slow) == len(start) == len(experts):
+        raise ValueError(
+            f"{state.name} has {len(experts)} experts, {len(slow)} slow and {len(start)} start coefficients"
+        )
     kept = tuple(
         KeptNoise(Noise(**each["noise"]), each["seed"], each["stage"], each["amplitude"]) for each in meta["kept"]
     )
     return replace(
         state,
         experts=tuple(experts),
-        slow=tuple(map(float, meta["slow"])),
-        start=tuple(map(float, meta["start"])),
-        dense_slow=dense,
-        dense_start=tensors.get(f"dense/{state.name}/start", dense),
+        slow=slow,
+        start=start,
+        dense_slow=dense.get("slow"),
+        dense_start=dense.get("start", dense.get("slow")),
         kept=kept,
     )
 
@@ -143,7 +160,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str,
                 tensors[f"optimizer/{index}/{name}"] = value.detach().clone()
             else:
                 numbers.setdefault(str(index), {})[name] = value
-    return tensors, {"groups": state["param_groups"], "numbers": numbers}
+    return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "numbers": numbers}
 
 
 def unpack_optimizer(
@@ -163,8 +180,17 @@ def unpack_optimizer(
         if name.startswith("optimizer/"):
             _, index, key = name.split("/", 2)
             state.setdefault(int(index), {})[key] = tensor.clone()
-    groups = [
-        {key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in old.items()}
-        for group, old in zip(now, then, strict=True)
-    ]
+    groups = [as_before(group, old) for group, old in zip(now, then, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def as_before(now: Any, then: Any) -> Any:
+    """Return a value that JSON gave back, with the tuples and the integer keys that the present value has."""
+    if isinstance(now, tuple) and isinstance(then, list):
+        return tuple(then)
+    if isinstance(now, dict) and isinstance(then, dict):
+        names = {str(key): key for key in now}
+        counted = bool(now) and all(isinstance(key, int) for key in now)
+        keys = {name: names.get(name, int(name) if counted else name) for name in then}
+        return type(now)({key: as_before(now.get(key), then[name]) for name, key in keys.items()})
+    return then

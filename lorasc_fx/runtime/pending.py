@@ -36,11 +36,13 @@ class PendingWatch:
         self._handles, self._armed, self._seen = [], set(), {}
 
     def waiting(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Return the names of the parameters whose gradient no step has used."""
+        """Return the names of the parameters whose gradient, if it is not zero, no step has used."""
         return [
             name
             for name, parameter in parameters.items()
-            if parameter.grad is not None and self._seen.get(id(parameter)) == parameter._version
+            if parameter.grad is not None
+            and self._seen.get(id(parameter)) == parameter._version
+            and bool(parameter.grad.any())
         ]
 
     def _note(self, parameter: nn.Parameter) -> None:

@@ -37,6 +37,7 @@ def run_stages(core: Core, count: int, optimizer: torch.optim.Optimizer, schedul
 
 
 def _stages(core: Core, count: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[Stage]:
+    core.check_ready("stages")
     transition.unpark(core)
     for index in range(1, count + 1):
         yield Stage(core.stage, index, count)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.branch.init import fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.runtime.gradient import start_from_gradient
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
 from lorasc_fx.runtime.slow import SlowWeights, write
 
@@ -41,7 +40,11 @@ def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: start_of(branches[site.weight], site, planned) for site in plan.sites}
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
-    state = treated_state(optimizer, own, plan.spec.optimizer_state) if optimizer is not None else {}
+    skipped = [parameter for branch in branches.values() if not branch.finite() for parameter in branch.parameters()]
+    state: dict[nn.Parameter, Any] = {}
+    if optimizer is not None:
+        state = treated_state(optimizer, own, plan.spec.optimizer_state)
+        state |= treated_state(optimizer, skipped, "reset")  # what made a branch inf or nan is no start for the next
     kept = {parameter: parameter.detach().clone() for parameter in [*own, *trained.values()]}
     grads = {parameter: parameter.grad for parameter in [*own, *trained.values()]}
     old_state = {parameter: optimizer.state[parameter] for parameter in state} if optimizer is not None else {}
@@ -76,8 +79,9 @@ def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None
             raise
     core.advance(planned, after)
     log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
+    core.turning.call_off()
     if plan.spec.restart_A == "gradient" and not park and optimizer is not None:
-        start_from_gradient(parameters, branches, optimizer)
+        core.turning.arm(parameters, branches, optimizer)
 
 
 def unpark(core: Core) -> None:
@@ -85,10 +89,11 @@ def unpark(core: Core) -> None:
     before, plan = core.slow, core.plan
     if not before.parked:
         return
-    if any(bool(branch.lora_B.any()) for branch in core.branches_by_weight().values()):
+    branches, trained = core.branches_by_weight(), core.trained_parameters()
+    if any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(before, trained):
         raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
     after = replace(before, parked=False)
-    parameters, trained = core.parameters_by_name(), core.trained_parameters()
+    parameters = core.parameters_by_name()
     write(
         parameters,
         [*after.states, *trained],
@@ -105,8 +110,10 @@ def resting_value(slow: SlowWeights, name: str) -> torch.Tensor:
 
 
 def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
-    """Return lora_A as the plan's stage starts it; `gradient` starts fresh, until the first step has seen one."""
-    if plan.spec.restart_A == "kept":
+    """Return lora_A as the plan's stage starts it: `kept` only where it is finite, and `gradient` fresh, until the
+    first step has seen one.
+    """
+    if plan.spec.restart_A == "kept" and bool(torch.isfinite(branch.lora_A).all()):
         return branch.lora_A.detach().clone()
     return fresh_a(plan.spec.seed, plan.stage, site.weight, site.rank, site.matrix_shape[1])
 

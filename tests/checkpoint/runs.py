@@ -1,0 +1,130 @@
+"""A run as a list of events that can be stopped between any two, saved, and gone on with in a new cascade."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.errors.models import Net, inputs, loss_of
+from tests.errors.state import of_model, of_optimizer, of_slow, raw
+
+X = inputs(5, 3, 4, 4)
+THREE_STAGES = (*("step",) * 3, "fold", *("step",) * 2, "fold", *("step",) * 2, "fold", "step")
+
+
+def adamw(cascade: lx.Cascade) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(cascade.param_groups(lr=0.02), betas=(0.8, 0.99))
+
+
+@dataclass
+class Run:
+    """What it takes to make everything anew, as a new process would."""
+
+    spec: lx.CascadeSpec
+    build: Callable[[], nn.Module] = Net
+    x: torch.Tensor = field(default_factory=lambda: X)
+    optimizer: Callable[[lx.Cascade], torch.optim.Optimizer] = adamw
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    frontend: str = "symbolic"
+    keep: int = 1
+
+    def started(self) -> Going:
+        torch.manual_seed(7)
+        random.seed(7)
+        cascade = lx.adapt(self.build(), args=(self.x,), spec=self.spec, frontend=self.frontend)
+        optimizer = self.optimizer(cascade)
+        return Going(self, cascade, optimizer, self.scheduler(optimizer) if self.scheduler else None)
+
+    def resumed(self, folder: Path) -> Going:
+        """Go on from a folder, in a process whose random generators are somewhere else."""
+        torch.manual_seed(12345)
+        random.seed(54321)
+        cascade = lx.load(folder, self.build(), args=(self.x,))
+        optimizer = self.optimizer(cascade)
+        scheduler = self.scheduler(optimizer) if self.scheduler else None
+        torch.rand(3)
+        extra = cascade.resume(optimizer, scheduler)
+        return Going(self, cascade, optimizer, scheduler, extra["losses"])
+
+
+@dataclass
+class Going:
+    """A run under way; losses are numbers that JSON keeps exactly."""
+
+    run: Run
+    cascade: lx.Cascade
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    losses: list[float] = field(default_factory=list)
+
+    def step(self) -> None:
+        shift = torch.rand(()) + random.random()  # data that depends on both generators
+        loss = loss_of(self.cascade(self.run.x + shift.to(self.run.x.dtype)).float())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+
+    def fold(self) -> None:
+        self.cascade.transition(self.optimizer)
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def loop(self) -> None:
+        for _ in self.cascade.stages(2, self.optimizer, self.scheduler):
+            self.step()
+
+    def eval(self) -> None:
+        self.cascade.eval()
+
+    def train(self) -> None:
+        self.cascade.train()
+
+    def save(self, folder: Path) -> Path:
+        return lx.save(
+            self.cascade,
+            folder,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            extra={"losses": self.losses},
+            keep=self.run.keep,
+        )
+
+    def result(self) -> dict[str, Any]:
+        """All numbers of the run, bit for bit, without objects."""
+        model = of_model(self.cascade)
+        values: dict[str, Any] = {
+            name: each[1:] for name, each in model.items() if name.startswith(("param", "buffer"))
+        }
+        values |= of_slow(self.cascade) | of_optimizer(self.optimizer)
+        values |= {"losses": self.losses, "torch": raw(torch.get_rng_state()), "python": random.getstate()}
+        values["sites"], values["armed"] = self.cascade.sites, self.cascade.core.turning.armed
+        if self.scheduler is not None:
+            values["scheduler"] = self.scheduler.state_dict()
+        values["folded"] = {name: raw(value) for name, value in self.cascade.folded_state_dict().items()}
+        return values
+
+
+def whole(run: Run, events: Sequence[str]) -> dict[str, Any]:
+    going = run.started()
+    for event in events:
+        getattr(going, event)()
+    return going.result()
+
+
+def interrupted(run: Run, events: Sequence[str], stops: Sequence[int], folder: Path) -> dict[str, Any]:
+    """The same events, with everything thrown away and loaded anew before each event of these places."""
+    going = run.started()
+    for place, event in enumerate(events):
+        if place in stops:
+            going.save(folder)
+            going = run.resumed(folder)
+        getattr(going, event)()
+    return going.result()

@@ -1,0 +1,289 @@
+"""Saved, loaded into a fresh base, and gone on with: the same bytes as the run that was never stopped."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.checkpoint.runs import THREE_STAGES, Run, interrupted, whole
+from tests.errors.models import Net, inputs
+from tests.errors.state import assert_same, raw
+
+PLAIN = lx.CascadeSpec(targets=("conv", "body", "head"), rank=1, pace=0.4)
+SPECS: dict[str, lx.CascadeSpec] = {
+    "plain": PLAIN,
+    "plain cascade": lx.CascadeSpec(rank=1, pace=1.0),
+    "noise": lx.CascadeSpec(rank=1, pace=0.4, noise=lx.Noise(0.3)),
+    "noise kept": lx.CascadeSpec(rank=1, pace=0.4, noise=lx.Noise(0.3, distribution="normal", keep=True)),
+    "noise everywhere": lx.CascadeSpec(targets=("body",), rank=1, noise=lx.Noise(0.3, where="all")),
+    "noise kept everywhere": lx.CascadeSpec(targets=("mix",), rank=1, noise=lx.Noise(0.3, where="all", keep=True)),
+    "restart fast": lx.CascadeSpec(rank=1, pace=0.3, restart="fast", noise=lx.Noise(0.1)),
+    "dense collapse": lx.CascadeSpec(rank=4, pace=0.3),
+    "dense collapse, fast": lx.CascadeSpec(rank=4, pace=0.3, restart="fast"),
+    "train": lx.CascadeSpec(
+        targets=("conv", "body"), train=("head.*", "norm.*"), rank=1, pace=0.3, noise=lx.Noise(0.1)
+    ),
+    "train, fast": lx.CascadeSpec(targets=("conv",), train=("head.*",), rank=1, pace=0.3, restart="fast"),
+    "train, not slow": lx.CascadeSpec(targets=("conv",), train=("head.*",), rank=1, pace=0.3, slow_train=False),
+    "A kept": lx.CascadeSpec(rank=1, restart_A="kept", optimizer_state="kept"),
+    "A by gradient": lx.CascadeSpec(targets=("body", "head"), rank=1, restart_A="gradient"),
+    "pruned": lx.CascadeSpec(rank=2, optimizer_state=0.6),
+    "rules, rslora": lx.CascadeSpec(rank=1, lora_alpha=3.3, use_rslora=True, rules=(lx.Rule("head", 2, 0.7),), seed=5),
+}
+STOPS = (1, 3, 4, 6, 8, 10)
+"""Inside a stage, before a transition, right after one, and with a single step left."""
+
+
+def assert_equal_to_whole(run: Run, events: Any, stops: Any, folder: Path) -> None:
+    expected = whole(run, events)
+    assert len(set(expected["losses"])) == len(expected["losses"])
+    assert_same(interrupted(run, events, stops, folder), expected)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_three_stages(spec: str, tmp_path: Path) -> None:
+    assert_equal_to_whole(Run(SPECS[spec]), THREE_STAGES, STOPS, tmp_path)
+
+
+@pytest.mark.parametrize("stop", range(len(THREE_STAGES)))
+def test_stopped_anywhere(stop: int, tmp_path: Path) -> None:
+    assert_equal_to_whole(Run(SPECS["train"]), THREE_STAGES, (stop,), tmp_path)
+
+
+def test_under_export(tmp_path: Path) -> None:
+    assert_equal_to_whole(Run(SPECS["train"], frontend="export"), THREE_STAGES, (2, 4), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spec", ["plain", "noise", "noise kept", "restart fast", "train", "train, fast", "A by gradient"]
+)
+@pytest.mark.parametrize(
+    "events", [("loop", "loop"), ("loop", "step", "fold", "step"), ("step", "loop", "fold", "loop")]
+)
+def test_after_stages_have_ended(spec: str, events: tuple[str, ...], tmp_path: Path) -> None:
+    run = Run(SPECS[spec])
+    assert_equal_to_whole(run, events, range(len(events)), tmp_path)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
+    "plain sgd": partial(torch.optim.SGD, lr=0.05),
+    "adagrad": partial(torch.optim.Adagrad, lr=0.05, lr_decay=0.01, initial_accumulator_value=0.1),
+    "adam, amsgrad": partial(torch.optim.Adam, lr=0.02, amsgrad=True),
+    "adamw, one by one": partial(torch.optim.AdamW, lr=0.02, foreach=False),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5),
+}
+
+
+@pytest.mark.parametrize("how", ["reset", "kept", 0.5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str, how: Any, tmp_path: Path) -> None:
+    spec = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, pace=0.4, optimizer_state=how)
+    make = OPTIMIZERS[name]
+    run = Run(spec, optimizer=lambda cascade: make(cascade.param_groups(**make.keywords), **make.keywords))
+    assert_equal_to_whole(run, THREE_STAGES, (2, 4, 9), tmp_path)
+
+
+SCHEDULERS: dict[str, Any] = {
+    "step": partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5),
+    "milestones": partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 3], gamma=0.3),
+    "exponential": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.7),
+    "cosine": partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=5),
+    "warm restarts": partial(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts, T_0=2),
+    "one cycle": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=8),
+    "lambda": partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda stage: 1 / (1 + stage)),
+    "warm-up, then cosine": lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=1),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4),
+        ],
+        milestones=[1],
+    ),
+}
+FOLDS = ("step", "fold") * 4 + ("step",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's own, after any resume before a step
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(name: str, tmp_path: Path) -> None:
+    run = Run(SPECS["train"], scheduler=SCHEDULERS[name])
+    assert_equal_to_whole(run, FOLDS, (1, 2, 5, 6), tmp_path)
+
+
+def test_a_scheduler_that_was_built_with_other_numbers_takes_the_saved_ones(tmp_path: Path) -> None:
+    make = torch.optim.lr_scheduler.MultiStepLR
+    run = Run(PLAIN, scheduler=lambda optimizer: make(optimizer, milestones=[2, 4], gamma=0.5))
+    going = run.started()
+    going.save(tmp_path)
+    other = Run(PLAIN, scheduler=lambda optimizer: make(optimizer, milestones=[7], gamma=0.1)).resumed(tmp_path)
+    assert other.scheduler.state_dict() == going.scheduler.state_dict()
+    assert type(other.scheduler.milestones) is type(going.scheduler.milestones)
+
+
+def test_a_scheduler_in_a_loop(tmp_path: Path) -> None:
+    run = Run(SPECS["train"], scheduler=SCHEDULERS["milestones"])
+    assert_equal_to_whole(run, ("loop", "loop", "step"), (1, 2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spec"),
+    [
+        (torch.bfloat16, "noise"),
+        (torch.bfloat16, "train"),
+        (torch.bfloat16, "dense collapse, fast"),
+        (torch.float16, "noise"),
+        (torch.float64, "train"),
+        (torch.float64, "dense collapse, fast"),
+    ],
+)
+def test_dtypes(dtype: torch.dtype, spec: str, tmp_path: Path) -> None:
+    run = Run(SPECS[spec], build=lambda: Net().to(dtype), x=inputs(5, 3, 4, 4).to(dtype))
+    assert_equal_to_whole(run, THREE_STAGES, (2, 4, 9), tmp_path)
+
+
+class Ends(nn.Module):
+    """A head per mode, one in no mode, a tied pair, a buffer that does not persist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.body = nn.Linear(5, 7)
+        self.trained, self.judged, self.spare = nn.Linear(7, 3), nn.Linear(7, 3), nn.Linear(7, 4)
+        self.again = nn.Linear(5, 7)
+        self.again.weight = self.body.weight
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add_(1)
+        head = self.trained if self.training else self.judged
+        return head(torch.tanh(self.body(x)) + self.again(x))
+
+
+class Grows:
+    """An AdamW to which the branches of a new variant are added when they come."""
+
+    def __call__(self, cascade: lx.Cascade) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02)[:2])
+        known = cascade.branches["body/weight"], cascade.branches["trained/weight"]
+        for group, name in zip(optimizer.param_groups, ("lora_A", "lora_B"), strict=True):
+            group["params"] = [getattr(branch, name) for branch in known]
+        self.more(cascade, optimizer)
+        return optimizer
+
+    def more(self, cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
+        if "judged/weight" in cascade.branches:
+            optimizer.add_param_group({"params": list(cascade.branches["judged/weight"].parameters())})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sites_of_a_second_variant(tmp_path: Path) -> None:
+    grows = Grows()
+    run = Run(
+        lx.CascadeSpec(rank=1, noise=lx.Noise(0.2)), build=Ends, x=inputs(4, 5), optimizer=grows, frontend="export"
+    )
+
+    def go(stops: tuple[int, ...]) -> dict[str, Any]:
+        going = run.started()
+        assert going.cascade.unreached == ("judged.weight", "spare.weight")
+        events = ("step", "eval", "judge", "add", "step", "fold", "step", "train", "step", "fold", "step")
+        for place, event in enumerate(events):
+            if place in stops:
+                mode = going.cascade.training
+                going.save(tmp_path)
+                going = run.resumed(tmp_path)
+                going.cascade.train(mode)
+            if event == "judge":
+                going.cascade(run.x)
+                assert going.cascade.unreached == ("spare.weight",)
+            elif event == "add":
+                grows.more(going.cascade, going.optimizer)
+            else:
+                getattr(going, event)()
+        return going.result()
+
+    assert_same(go((1, 4, 5, 6, 7, 9, 10)), go(()))
+
+
+def test_unreached_weights_stay_unreached(tmp_path: Path) -> None:
+    run = Run(lx.CascadeSpec(rank=1), build=Ends, x=inputs(4, 5), frontend="export")
+    going = run.started()
+    going.step()
+    going.save(tmp_path)
+    again = run.resumed(tmp_path)
+    assert again.cascade.unreached == going.cascade.unreached == ("judged.weight", "spare.weight")
+    assert again.cascade.refusals == going.cascade.refusals
+    assert raw(again.cascade.model.seen) == raw(going.cascade.model.seen)
+
+
+def test_a_loop_that_a_person_would_write(tmp_path: Path) -> None:
+    """Stages in a loop, a save every second step; stopped twice, once in the middle of a stage."""
+    build, spec, steps, stages = Net, SPECS["train"], 3, 3
+
+    def go(kills: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        folder = tmp_path / str(len(kills))
+        while True:
+            x = inputs(5, 3, 4, 4)
+            if folder.exists():
+                cascade = lx.load(folder, build(), args=(x,))
+                optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05), lr=0.05, momentum=0.9)
+                extra = cascade.resume(optimizer)
+                first, begin = extra["stage"], extra["step"]
+            else:
+                torch.manual_seed(3)
+                cascade = lx.adapt(build(), args=(x,), spec=spec, frontend="symbolic")
+                optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05), lr=0.05, momentum=0.9)
+                first, begin = 1, 0
+            killed = False
+            for stage in cascade.stages(stages - first + 1, optimizer):
+                for step in range(begin, steps):
+                    if (stage.number, step) in kills:
+                        kills.remove((stage.number, step))
+                        killed = True
+                        break
+                    cascade(x).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    extra = {"stage": stage.number, "step": step + 1}
+                    lx.save(cascade, folder, optimizer=optimizer, extra=extra)
+                if killed:
+                    break
+                begin = 0
+            if not killed:
+                return cascade.release().state_dict()
+
+    expected = go([])
+    found = go([(1, 2), (2, 0), (3, 1)])
+    assert all(raw(found[name]) == raw(value) for name, value in expected.items())
+
+
+def test_extra_comes_back(tmp_path: Path) -> None:
+    run = Run(PLAIN)
+    going = run.started()
+    extra = {"epoch": 3, "order": [2, 0, 1], "note": "äß✓", "rate": 0.1 + 0.2, "none": None, "deep": {"a": [True, {}]}}
+    lx.save(going.cascade, tmp_path, extra=extra)
+    assert lx.load(tmp_path, Net(), args=(run.x,)).resume() == extra
+
+
+def test_a_loaded_cascade_is_released_as_any_other(tmp_path: Path) -> None:
+    run = Run(SPECS["train"])
+    going = run.started()
+    for event in ("step", "fold", "step"):
+        getattr(going, event)()
+    going.save(tmp_path)
+    base = Net()
+    base.body.bias.requires_grad_(False)
+    base.norm.eval()
+    cascade = lx.load(tmp_path, base, args=(run.x,))
+    expected = going.cascade.release().state_dict()
+    released = cascade.release()
+    assert released is base
+    assert not base.body.bias.requires_grad
+    assert not base.norm.training
+    assert all(raw(released.state_dict()[name]) == raw(value) for name, value in expected.items())

@@ -1,0 +1,276 @@
+"""Writing a version: all of it, or nothing and the previous one stays; how many stay; what is refused before."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import re
+import resource
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorasc_fx as lx
+from lorasc_fx.runtime import checkpoint
+from tests.checkpoint.runs import Run, X
+from tests.errors.models import Net, exactly
+from tests.errors.state import assert_same, of_slow, unchanged
+
+SPEC = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, noise=lx.Noise(0.2))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()}
+
+
+def version(number: int) -> list[str]:
+    own = f"step-{number:08d}"
+    return [own, f"{own}/manifest.json", f"{own}/state.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_keep(keep: int, tmp_path: Path) -> None:
+    going = Run(SPEC, keep=keep).started()
+    slow = []
+    for number in range(1, 6):
+        going.step()
+        assert going.save(tmp_path / "deep" / "run") == tmp_path / "deep" / "run" / f"step-{number:08d}"
+        slow.append(going.result())
+        last = range(max(1, number - keep + 1), number + 1)
+        assert names(tmp_path / "deep" / "run") == [name for each in last for name in version(each)]
+    assert_same(Run(SPEC).resumed(tmp_path / "deep" / "run").result(), slow[-1])
+
+
+@pytest.mark.parametrize("keep", [0, -1, True, 1.5, None, "2"])
+def test_a_wrong_number_of_versions(keep: Any, tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    sentence = f"keep is {keep!r}; give the number of versions that stay, an integer of 1 or more"
+    with unchanged(going.cascade, going.optimizer), pytest.raises(lx.SpecError, match=exactly(sentence)):
+        lx.save(going.cascade, tmp_path / "run", keep=keep)
+    assert not names(tmp_path)
+
+
+def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    (tmp_path / "step-notes").mkdir()
+    (tmp_path / "step-00000009").write_text("a file")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    for _ in range(2):
+        going.save(tmp_path)
+    assert names(tmp_path) == ["metrics.jsonl", *version(2), "step-00000009", "step-notes"]
+
+
+CIRCLE: list[Any] = []
+CIRCLE.append(CIRCLE)
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ({"x": torch.zeros(2)}, "Object of type Tensor is not JSON serializable"),
+        ({"x": {1, 2}}, "Object of type set is not JSON serializable"),
+        ({"x": b"bytes"}, "Object of type bytes is not JSON serializable"),
+        ({"x": float("nan")}, "Out of range float values are not JSON compliant"),
+        ({"x": [float("inf")]}, "Out of range float values are not JSON compliant"),
+        ({"x": CIRCLE}, "Circular reference detected"),
+        ({("a", "b"): 1}, "keys must be str, int, float, bool or None, not tuple"),
+    ],
+)
+def test_extra_that_json_cannot_hold(extra: Any, sentence: str, tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    going.save(tmp_path)
+    before = contents(tmp_path)
+    head = "extra, or the state of optimizer or scheduler, holds what JSON cannot: "
+    with (
+        unchanged(going.cascade, going.optimizer),
+        pytest.raises(lx.CheckpointError, match="^" + re.escape(head + sentence)),
+    ):
+        lx.save(going.cascade, tmp_path, optimizer=going.optimizer, extra=extra)
+    assert contents(tmp_path) == before
+    with pytest.raises(lx.CheckpointError):
+        lx.save(going.cascade, tmp_path / "new", extra=extra)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("extra", "key"), [({1: 2}, 1), ({"a": [{"b": {None: 1}}]}, None), ({"a": {True: 1}}, True)])
+def test_extra_that_json_would_change(extra: Any, key: Any, tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    sentence = f"extra has the key {key!r}; JSON keeps strings as keys only"
+    with pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+        lx.save(going.cascade, tmp_path / "new", extra=extra)
+    assert not (tmp_path / "new").exists()
+
+
+def fail(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int = 1, fault: BaseException | None = None
+) -> None:
+    """Let the at-th call of a function fail as a full or read-only disk does."""
+    real, count = getattr(owner, name), 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise fault or OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+FAILURES: dict[str, Callable[[pytest.MonkeyPatch, BaseException | None], None]] = {
+    "making the folder": lambda patch, fault: fail(patch, tempfile, "mkdtemp", 1, fault),
+    "the tensors": lambda patch, fault: fail(patch, checkpoint, "save_file", 1, fault),
+    "syncing the tensors": lambda patch, fault: fail(patch, os, "fsync", 1, fault),
+    "the digest": lambda patch, fault: fail(patch, checkpoint, "file_digest", 1, fault),
+    "the manifest": lambda patch, fault: fail(patch, Path, "write_text", 1, fault),
+    "syncing the manifest": lambda patch, fault: fail(patch, os, "fsync", 2, fault),
+    "syncing the version": lambda patch, fault: fail(patch, os, "fsync", 3, fault),
+    "the rename": lambda patch, fault: fail(patch, Path, "rename", 1, fault),
+    "syncing the folder": lambda patch, fault: fail(patch, os, "fsync", 4, fault),
+    "opening to sync": lambda patch, fault: fail(patch, os, "open", 1, fault),
+}
+
+
+class Stopped(BaseException):
+    """Like KeyboardInterrupt."""
+
+
+@pytest.mark.parametrize("kind", ["disk", "interrupt"])
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_write_that_fails(where: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    going.step()
+    going.save(tmp_path)
+    saved, slow = contents(tmp_path), of_slow(going.cascade)
+    going.step()
+    going.fold()
+    with monkeypatch.context() as patch, unchanged(going.cascade, going.optimizer):
+        FAILURES[where](patch, Stopped() if kind == "interrupt" else None)
+        if kind == "disk":
+            with pytest.raises(
+                lx.CheckpointError, match=re.escape(str(tmp_path)) + ".*; what was there stays$"
+            ) as caught:
+                going.save(tmp_path)
+            assert "No space left on device" in str(caught.value)
+        else:
+            with pytest.raises(Stopped):
+                going.save(tmp_path)
+    assert contents(tmp_path) == saved
+    assert names(tmp_path) == version(1)
+    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
+    assert going.save(tmp_path).name == "step-00000002"
+    assert names(tmp_path) == version(2)
+    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
+
+
+@pytest.mark.parametrize("size", [0, 2_000, 12_000])
+def test_a_full_disk(size: int, tmp_path: Path) -> None:
+    """The operating system's own refusal: no file of the process may grow beyond `size`."""
+    going = Run(SPEC).started()
+    going.step()
+    whole = going.save(tmp_path)
+    assert (whole / "state.safetensors").stat().st_size > size or (whole / "manifest.json").stat().st_size > size
+    saved = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with unchanged(going.cascade, going.optimizer):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(lx.CheckpointError) as caught:
+                going.save(tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}: the checkpoint was not written: ")
+    assert str(caught.value).endswith("; what was there stays")
+    assert contents(tmp_path) == saved
+    assert names(tmp_path) == version(1)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    (tmp_path / "file").write_text("x")
+    for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
+        sentence = f"{folder}: cannot be written: {reason}; what was there stays"
+        with unchanged(going.cascade, going.optimizer), pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+            going.save(folder)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_read_only_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    going.save(tmp_path)
+    saved = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        fail(patch, os, "mkdir", 2, OSError(errno.EROFS, "Read-only file system"))
+        sentence = f"{tmp_path}: cannot be written: Read-only file system; what was there stays"
+        with pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+            going.save(tmp_path)
+    assert contents(tmp_path) == saved
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    going = Run(SPEC, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)).started()
+    for event in ("step", "fold", "step"):
+        getattr(going, event)()
+        with unchanged(going.cascade, going.optimizer):
+            going.save(tmp_path)
+
+
+def test_what_is_in_a_version(tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    for event in ("step", "fold", "step"):
+        getattr(going, event)()
+    folder = going.save(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "state.safetensors"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["format"] == 1
+    assert manifest["plan"]["stage"] == 2
+    assert manifest["extra"] == {"losses": going.losses}
+    assert set(manifest["base"]) == {name for name, _ in going.cascade.model.named_parameters()}
+    sizes = {name: value.numel() for name, value in Net().named_parameters()}
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "state.safetensors")
+    assert not [name for name in tensors if name.endswith(("conv.weight", "body.weight"))]  # W0 is not copied
+    assert sizes["conv.weight"] == 162
+
+
+FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
+
+
+def test_no_code_that_runs_files() -> None:
+    """No pickle, torch.load (but for one weights_only in the command line), eval or exec, in any source of ours."""
+    root = Path(lx.__file__).parent
+    found = []
+    for path in [*root.rglob("*.py"), *(root.parent / "passes").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(root.parent)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import):
+                found += [where for alias in node.names if alias.name.partition(".")[0] in FORBIDDEN]
+            elif isinstance(node, ast.ImportFrom):
+                found += [where] if (node.module or "").partition(".")[0] in FORBIDDEN else []
+            elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.serialization.load"):
+                found.append(where)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                found += [where] if node.func.id in ("eval", "exec", "compile", "__import__") else []
+    assert [where.partition(":")[0] for where in found] in ([], ["lorasc_fx/cli/weights.py"])
+    if found:
+        assert "weights_only=True" in (root / "cli" / "weights.py").read_text(encoding="utf-8")
+
+
+def test_saving_and_loading_import_by_no_name_from_a_file() -> None:
+    root = Path(lx.__file__).parent
+    for path in [root / "plan.py", root / "spec.py", root / "adapt.py", *(root / "runtime").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "importlib" not in text, path
+        assert "__import__" not in text, path

@@ -1,0 +1,111 @@
+"""A tiny model and a configuration for it, on real data: every command runs in seconds."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+MODEL = '''
+"""A model of one's own, for `python:tiny_model:build`."""
+from torch import nn
+
+def build(classes: int = 10) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes),
+    )
+'''
+
+CONFIG = """
+[model]
+name = "python:tiny_model:build"
+
+[data]
+name = "digits"
+train = 64
+validation = 32
+test = 100
+image_size = 12
+shifts = ["blur", "mnist5k"]
+shift_test = 50
+
+[train]
+steps = 12
+stages = 3
+batch_size = 8
+warmup = 1
+lr = 0.01
+log_every = 2
+threads = 1
+
+[spec]
+targets = ["conv"]
+train = ["7.*"]
+rank = 2
+
+[spec.noise]
+strength = 0.1
+
+[compare]
+seeds = [0, 1]
+lrs = [0.01]
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return an empty working folder with `tiny_model.py` and `tiny.toml` in it."""
+    (tmp_path / "tiny_model.py").write_text(MODEL)
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "160")  # wide tables, so that a cell is one line
+    sys.modules.pop("tiny_model", None)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    sys.modules.pop("tiny_model", None)
+
+
+@pytest.fixture
+def tiny_model(place: Path) -> Callable[[], nn.Module]:
+    """Return what builds the model of `tiny_model.py`, in eval mode."""
+
+    def build() -> nn.Module:
+        model: nn.Module = importlib.import_module("tiny_model").build()
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def command() -> list[str]:
+    """Return what runs the command line in a process of its own."""
+    return [sys.executable, "-m", "lorasc_fx.cli"]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """Return the variables of such a process: this checkout is importable from any folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+
+
+@pytest.fixture
+def run_alone(command: list[str], environment: dict[str, str]) -> object:
+    """Return a function that runs the command line in a process of its own."""
+
+    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=100
+        )
+
+    return run

@@ -1,0 +1,133 @@
+"""`lorasc-fx compare`: the same steps for every method, the rate chosen on validation, and going on after a stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lorasc_fx.cli import main
+from lorasc_fx.cli.cells import Cell, Result
+from lorasc_fx.cli.compare_table import chosen
+from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.schema import Config
+
+
+def cell(folder: Path, name: str) -> Result:
+    return Result(**json.loads((folder / "cells" / f"{name}.json").read_text()))
+
+
+def without_time(result: Result) -> Result:
+    return dataclasses.replace(result, seconds=0.0)
+
+
+def test_all_methods_side_by_side(
+    place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ["probe", "lora", "lora-summed", "cascade", "lorasc", "full"]
+    assert main(["compare", "tiny.toml", "--compare.methods", *methods, "--compare.keep-weights", "lorasc"]) == 0
+    said = capsys.readouterr().out
+    run = place / "runs" / "tiny"
+    found = {method: cell(run, f"{method}-seed1-lr0.01") for method in methods}
+    assert {result.steps for result in found.values()} == {12}
+    assert found["probe"].parameters == 32 * 10 + 10
+    assert found["lora"].parameters == 330 + 2 * (6 + 27) + 2 * (8 + 6)
+    assert found["lora-summed"].parameters == 330 + 3 * (found["lora"].parameters - 330)
+    assert found["cascade"].parameters == found["lorasc"].parameters == found["lora"].parameters
+    assert found["full"].parameters == 6 * 27 + 6 + 12 + 48 + 8 + 330
+    assert [len(found["lorasc"].predicted[part]) for part in ("test", "blur", "mnist5k")] == [100, 50, 50]
+    for method in methods:
+        assert f"{method}: " in said
+    assert "Difference to lora in points, with 95 % intervals" in said
+
+    model = tiny_model()
+    model.load_state_dict(load_file(run / "cells" / "lorasc-seed1-lr0.01.safetensors"), strict=True)
+
+
+def test_the_paired_methods_differ_by_what_they_are(place: Path) -> None:
+    """With one stage, pace 1 and no noise LoRASC is LoRA, prediction for prediction."""
+    plain = ["--spec.pace", "1", "--spec.noise.strength", "0", "--train.stages", "1", "--compare.seeds", "3"]
+    assert main(["compare", "tiny.toml", *plain, "--compare.methods", "lora", "cascade", "lorasc", "lora-summed"]) == 0
+    run = place / "runs" / "tiny"
+    same = [cell(run, f"{method}-seed3-lr0.01") for method in ("lora", "cascade", "lorasc", "lora-summed")]
+    assert all(each.predicted == same[0].predicted for each in same)
+    assert all(each.validation == same[0].validation for each in same)
+
+
+def test_it_goes_on_where_it_stopped(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "tiny.toml", "--compare.methods", "lora", "lorasc", "--output", "whole"]) == 0
+    assert main(["compare", "tiny.toml", "--compare.methods", "lora", "--output", "parts"]) == 0
+    before = (place / "parts" / "cells" / "lora-seed1-lr0.01.json").stat().st_mtime_ns
+    time.sleep(0.01)
+    capsys.readouterr()
+    assert main(["compare", "tiny.toml", "--compare.methods", "lora", "lorasc", "--output", "parts"]) == 0
+    said = capsys.readouterr().out
+    assert "lorasc-seed1-lr0.01: validation" in said
+    assert "lora-seed1-lr0.01: validation" not in said  # it was there
+    assert (place / "parts" / "cells" / "lora-seed1-lr0.01.json").stat().st_mtime_ns == before
+    for name in ("lora-seed0-lr0.01", "lorasc-seed0-lr0.01", "lorasc-seed1-lr0.01"):
+        assert without_time(cell(place / "whole", name)) == without_time(cell(place / "parts", name))
+
+
+def test_another_configuration_is_not_mixed_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--compare.methods", "probe", "--compare.seeds", "0"]
+    assert main(["compare", "tiny.toml", *quick]) == 0
+    capsys.readouterr()
+    assert main(["compare", "tiny.toml", *quick, "--spec.rank", "4"]) == 2
+    assert "runs/tiny holds a run with spec.rank = 2, and this one has 4" in capsys.readouterr().err
+
+
+def test_a_mistake_that_ran_nothing_can_be_mended(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--compare.methods", "lora", "--compare.seeds", "0"]
+    assert main(["compare", "tiny.toml", *quick, "--spec.targets", "3.wieght"]) == 2
+    assert "nearest: '3.weight'" in capsys.readouterr().err
+    assert main(["compare", "tiny.toml", *quick]) == 0
+
+
+def test_a_damaged_result_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--compare.methods", "probe", "--compare.seeds", "0"]
+    assert main(["compare", "tiny.toml", *quick]) == 0
+    (place / "runs" / "tiny" / "cells" / "probe-seed0-lr0.01.json").write_text("{")
+    assert main(["compare", "tiny.toml", *quick]) == 2
+    assert "probe-seed0-lr0.01.json is damaged" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_shown_and_not_chosen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = ["--compare.lrs", "0.01", "1e30", "--compare.methods", "lora", "full", "--compare.seeds", "0"]
+    assert main(["compare", "tiny.toml", *rates]) == 0
+    assert cell(place / "runs" / "tiny", "lora-seed0-lr1e+30").diverged
+    said = capsys.readouterr().out
+    assert "diverged (the loss is nan at step" in said
+    assert "chosen on the validation examples from 2 a method" in " ".join(said.split())
+    assert main(["compare", "tiny.toml", "--compare.lrs", "1e30", *rates[3:], "--output", "only"]) == 0
+    assert "│ diverged │" in capsys.readouterr().out
+
+
+def test_the_rate_is_chosen_on_validation_not_on_test() -> None:
+    def result(lr: float, seed: int, validation: float, test: int) -> Result:
+        return Result("lora", seed, lr, 1, 1.0, 1, validation, {"test": [test]}, {"test": [1]})
+
+    results = [result(0.1, 0, 0.9, 1), result(0.1, 1, 0.5, 1), result(0.01, 0, 0.8, 0), result(0.01, 1, 0.8, 0)]
+    best = chosen(Config(), results)["lora"]
+    assert [run.lr for run in best] == [0.01, 0.01]
+    assert [run.accuracy("test") for run in best] == [0.0, 0.0]
+
+
+def test_names_of_cells() -> None:
+    assert Cell("lora", 3, 0.0005).name == "lora-seed3-lr0.0005"
+
+
+def test_the_runs_configuration_is_written(place: Path) -> None:
+    assert main(["compare", "tiny.toml", "--compare.methods", "probe", "--compare.seeds", "5"]) == 0
+    config = load_config(place / "runs" / "tiny" / "config.toml")
+    assert (config.compare.seeds, config.output, config.train.steps) == ((5,), "runs/tiny", 12)
+    lines = [json.loads(line) for line in (place / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert torch.tensor([line["loss"] for line in lines]).isfinite().all()

@@ -1,0 +1,134 @@
+"""Configuration files: round trip, and what is said about the wrong ones."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lorasc_fx.cli.configure import load_config, write_config
+from lorasc_fx.cli.schema import CompareConfig, Config, DataConfig, TrainConfig
+from lorasc_fx.cli.toml_text import key_lines, line_of, to_toml
+from lorasc_fx.errors import SpecError
+from lorasc_fx.spec import CascadeSpec, Noise, Rule
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "")) == Config()
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    config = Config(
+        output='runs/ü "quoted"',
+        data=DataConfig(name="csv:a.csv", shifts=("imdb",)),
+        train=TrainConfig(epochs=0.5, lr=3e-4),
+        spec=CascadeSpec(
+            targets=("linear", "*.attn.*"),
+            rules=(Rule("*.mlp.*", rank=4), Rule("conv", lora_alpha=2.5)),
+            noise=Noise(0.15, "normal"),
+            optimizer_state=0.9,
+        ),
+        compare=CompareConfig(seeds=(3, 4), full_lrs=(1e-5,)),
+    )
+    write_config(config, tmp_path / "out.toml")
+    assert load_config(tmp_path / "out.toml") == config
+
+
+def test_a_number_may_be_whole(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "[train]\nepochs = 2\n")).train == replace(TrainConfig(), epochs=2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("[spec]\nrnak = 4\n", 2, "unknown key 'spec.rnak'; nearest: 'spec.rank'"),
+        ("\n[dta]\nname = 'x'\n", 2, "unknown key 'dta'; nearest: 'data'"),
+        (
+            "[spec]\nrank = 4\n\n[spec.noise]\n# of NoisyTune\nstrenght = 0.1\n",
+            6,
+            "unknown key 'spec.noise.strenght'; nearest: 'spec.noise.strength'",
+        ),
+        (
+            "[spec]\nnoise = {strength = 0.1, kep = true}\n",
+            2,
+            "unknown key 'spec.noise.kep'; nearest: 'spec.noise.keep'",
+        ),
+        (
+            "[[spec.rules]]\npattern = 'a'\n[[spec.rules]]\npatern = 'b'\n",
+            4,
+            "unknown key 'spec.rules.1.patern'; nearest: 'spec.rules.1.pattern'",
+        ),
+        ("[train]\nlr = 'fast'\n", 2, "train.lr is 'fast'; give a number"),
+        ("[train]\nstages = 2.5\n", 2, "train.stages is 2.5; give a whole number"),
+        ("[train]\nlr = 0.1\nstages = 0\n", 3, "train.stages is 0; give 1 or more"),
+        ("[train]\nfrozen_norm = 1\n", 2, "train.frozen_norm is 1; give true or false"),
+        ("[data]\nshifts = 'noise'\n", 2, "data.shifts is 'noise'; give a list"),
+        ("[spec]\nrank = 0\n", 2, "rank is 0; a rank is an integer of 1 or more"),
+        ("[spec]\npace = 1.5\n", 2, "pace is 1.5; it is a share of the fast weights: give a number in (0, 1]"),
+        (
+            "[spec.noise]\nstrength = -1\n",
+            2,
+            "noise.strength is -1; it scales a standard deviation: give 0 (off) or more",
+        ),
+        ("output = 'x'\ntrain = 3\n", 2, "'train' is 3; it is a table: write [train]"),
+        ("[compare]\nseeds = [1, 2, 1]\n", 2, "compare.seeds is [1, 2, 1]; give each entry once"),
+        (
+            "[compare]\nmethods = ['lorac']\n",
+            2,
+            "compare.methods has 'lorac'; give some of probe, lora, lora-summed, "
+            "cascade, lorasc, full; nearest: 'lorasc', 'lora', 'lora-summed'",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, line: int, message: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(SpecError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}:{line}: {message}"
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"absent\.toml: the configuration cannot be read: No such file or directory"):
+        load_config(tmp_path / "absent.toml")
+
+
+def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"run\.toml: this is not TOML: .*line 2"):
+        load_config(written(tmp_path, "[train]\nlr = = 1\n"))
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(SpecError, match=r"run\.toml: the configuration cannot be read: it is not UTF-8 text"):
+        load_config(tmp_path / "run.toml")
+
+
+def test_lines_of_keys() -> None:
+    lines = key_lines('a = 1\n[b]\nc.d = 2\n"e f" = [\n 3,\n]\n[[b.g]]\nh = 1\n[[b.g]]\nh = 2\n')
+    assert lines[("b", "c", "d")] == 3
+    assert lines[("b", "e f")] == 4
+    assert (lines[("b", "g", "0", "h")], lines[("b", "g", "1", "h")]) == (8, 10)
+    assert line_of(lines, ("b", "g", "1", "absent")) == 9
+    assert line_of(lines, ("absent",)) == 1
+
+
+def test_written_toml_is_read_by_the_standard_library() -> None:
+    data = {
+        "a b": True,
+        "list": [1, 2.5, "x\n\t\\\x7f"],
+        "t": {"n": {"k": 1e-5}, "rows": [{"p": 1}, {"p": 2}], "e": []},
+    }
+    assert tomllib.loads(to_toml({**data, "none": None})) == data
+
+
+def test_what_toml_cannot_hold_is_refused() -> None:
+    with pytest.raises(TypeError, match="TOML has no form for object"):
+        to_toml({"x": object()})

@@ -1,0 +1,78 @@
+"""The examples run, and the demo's proof notices a difference."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.toml_text import to_toml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    from examples.plain_loop import main
+
+    assert 0 <= main(steps=2, stages=2) <= 1
+    said = capsys.readouterr().out
+    assert "stage 2: loss" in said
+    assert "accuracy of the released model" in said
+
+
+def small(config: dict[str, dict[str, object]], folder: Path, **tables: dict[str, object]) -> Path:
+    path = folder / "small.toml"
+    changed = {name: {**config[name], **values} for name, values in tables.items()}
+    path.write_text(to_toml({**config, **changed}))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("demo.toml", {"train": 64, "validation": 32, "test": 200, "shift_test": 50, "image_size": 32}),
+        ("demo_text.toml", {"train": 64, "validation": 32, "test": 100, "shift_test": 20, "max_length": 16}),
+    ],
+)
+def test_the_demo(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    data: dict[str, object],
+) -> None:
+    import tomllib
+
+    from examples.demo import main
+    from examples.folded_proof import main as prove
+
+    monkeypatch.chdir(tmp_path)
+    whole = tomllib.loads((ROOT / "examples" / name).read_text())
+    path = small(whole, tmp_path, data=data, train={"steps": 6, "stages": 2, "batch_size": 8})
+    assert main([str(path)]) == 0
+    said = capfd.readouterr().out
+    counts = re.findall(r"(\S+): (\d+) of (\d+) predictions are the same", said)
+    assert {part for part, _, _ in counts} == {"test", *load_config(path).data.shifts}
+    assert all(same == all_of for _, same, all_of in counts)
+    assert "Difference to lora in points" in said
+
+    cells = tmp_path / whole["output"] / "cells"
+    (weights,) = cells.glob("*.safetensors")
+    tensors = load_file(weights)
+    head = next(each for each in tensors if each.endswith(("classifier.weight", "head.weight")))
+    tensors[head] = -tensors[head]
+    save_file(tensors, weights)
+    assert prove(str(path), str(weights), str(weights.with_suffix(".json"))) == 1
+    assert json.loads(weights.with_suffix(".json").read_text())["method"] == "lorasc"
+
+
+@pytest.mark.parametrize("name", ["demo.toml", "demo_text.toml"])
+def test_the_demos_configurations_are_read(name: str) -> None:
+    config = load_config(ROOT / "examples" / name)
+    assert config.compare.keep_weights == ("lorasc",)
+    assert config.data.shifts

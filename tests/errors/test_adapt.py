@@ -1,0 +1,333 @@
+"""What `adapt` refuses: one sentence, and model, flags, modes, graph and random generators as they were."""
+
+from __future__ import annotations
+
+import gc
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import lorasc_fx as lx
+from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
+from tests.errors.models import Net, adapted, exactly, inputs, mlp, step
+from tests.errors.state import unchanged
+
+X = inputs(2, 5)
+
+
+def refuse(
+    kind: type[Exception], sentence: str, model: nn.Module, *args: Any, whole: bool = True, **options: Any
+) -> None:
+    """`adapt` raises this sentence and leaves the model as it was; afterwards the model is adapted without trouble."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith("bias"))  # flags that adapt would change
+    model.eval()
+    next(model.children(), model).train()
+    pattern = exactly(sentence) if whole else "^" + re.escape(sentence)
+    with unchanged(model), pytest.raises(kind, match=pattern):
+        lx.adapt(model, args=args or (X,), **options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (
+            {"targets": ("2.wieght",)},
+            "targets: '2.wieght' matches no weight; nearest: '2.weight', '3.weight', '0.weight'",
+        ),
+        ({"targets": ("linaer",)}, "targets: 'linaer' matches no weight; nearest: 'linear'"),
+        ({"targets": ("linear", "blocks.*")}, "targets: 'blocks.*' matches no weight"),
+        ({"targets": ("2.bias",)}, "targets: '2.bias' matches no weight"),
+        (
+            {"exclude": ("7.weight",)},
+            "exclude: '7.weight' matches no parameter; nearest: '3.weight', '2.weight', '0.weight'",
+        ),
+        ({"train": ("head",)}, "train: 'head' matches no parameter"),
+        ({"rules": (lx.Rule("9", rank=2),)}, "rules: '9' matches no weight"),
+    ],
+)
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_a_pattern_that_matches_nothing(spec: dict[str, Any], sentence: str, frontend: str) -> None:
+    refuse(lx.UnknownTarget, sentence, mlp(), spec=lx.CascadeSpec(**spec), frontend=frontend)
+
+
+NOTHING = "the spec leaves no site to adapt:\n  "
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"targets": ("conv",)}, "no weight that the graph uses is of a kind or name in targets=('conv',)"),
+        (
+            {"exclude": ("0", "2", "3")},
+            "0.weight: excluded (excluded by the spec)\n  2.weight: excluded (excluded by the spec)\n"
+            "  3.weight: excluded (excluded by the spec)",
+        ),
+        (
+            {"targets": ("3",), "train": ("3",)},
+            "3.weight: trained-in-full (trained in full, as the spec asks)",
+        ),
+    ],
+)
+def test_no_sites_by_the_spec(spec: dict[str, Any], reason: str) -> None:
+    refuse(lx.NoSites, NOTHING + reason, mlp(), spec=lx.CascadeSpec(**spec), frontend="symbolic")
+
+
+class Odd(nn.Module):
+    """One weight in no form, one that no graph reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(inputs(5, 3))
+        self.spare = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.table
+
+
+@pytest.mark.parametrize(
+    ("frontend", "node"), [("export", "matmul (call_function torch.ops.aten.matmul.default)"), ("symbolic", "matmul (")]
+)
+def test_no_sites_by_the_model(frontend: str, node: str) -> None:
+    refuse(lx.NoSites, f"{NOTHING}table: no-form (used by node {node}", Odd(), whole=False, frontend=frontend)
+
+
+def test_no_sites_tells_what_is_unreached() -> None:
+    with pytest.raises(lx.NoSites) as caught:
+        lx.adapt(Odd(), args=(X,), frontend="symbolic")
+    assert str(caught.value).endswith("\n  spare.weight: unreached (no node of this graph uses it)")
+    assert isinstance(caught.value, lx.SpecError)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
+def test_inputs_of_a_wrong_number(frontend: str) -> None:
+    sentence = "Sequential.forward does not take these example inputs: {}; its signature is (input)"
+    refuse(lx.CaptureError, sentence.format("too many positional arguments"), mlp(), X, X, frontend=frontend)
+    missing = sentence.format("missing a required argument: 'input'")
+    with unchanged(model := mlp()), pytest.raises(lx.CaptureError, match=exactly(missing)):
+        lx.adapt(model, frontend=frontend)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
+def test_kwargs_that_the_forward_does_not_take(frontend: str) -> None:
+    sentence = (
+        "Sequential.forward does not take these example inputs: got an unexpected keyword argument 'mask'; "
+        "its signature is (input)"
+    )
+    refuse(lx.CaptureError, sentence, mlp(), kwargs={"mask": X}, frontend=frontend)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
+@pytest.mark.parametrize(
+    ("build", "value", "reason"),
+    [
+        (mlp, inputs(2, 6), "RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x6 and 5x7)"),
+        (mlp, torch.ones(2, 5, dtype=torch.int64), "RuntimeError: mat1 and mat2 must have the same dtype"),
+        (mlp, torch.ones(2, 5, dtype=torch.float64), "RuntimeError: mat1 and mat2 must have the same dtype"),
+        (mlp, "text", "TypeError: linear(): argument 'input'"),
+        (
+            Net,
+            inputs(2, 4, 8, 8),
+            "RuntimeError: Given groups=1, weight of size [6, 3, 3, 3], expected input[2, 4, 8, 8]",
+        ),
+    ],
+    ids=["shape", "integers", "precision", "no tensor", "channels"],
+)
+def test_inputs_that_the_model_refuses(frontend: str, build: Any, value: Any, reason: str) -> None:
+    model = build()
+    sentence = f"{type(model).__name__} itself refuses the example inputs: {reason}"
+    refuse(lx.CaptureError, sentence, model, value, whole=False, frontend=frontend)
+
+
+def test_inputs_that_the_model_refuses_are_told_what_to_do() -> None:
+    with pytest.raises(lx.CaptureError, match=r"; give args and kwargs with which the model runs$"):
+        lx.adapt(mlp(), args=(inputs(2, 6),))
+
+
+class Branchy(nn.Module):
+    """Control flow that depends on data: no front end takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Linear(5, 3), nn.Linear(5, 3), nn.BatchNorm1d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return self.one(x) if x.sum() > 0 else self.two(x)
+
+
+def test_a_model_that_no_front_end_takes() -> None:
+    sentence = "no front end takes Branchy:\n  export: GuardOnDataDependentSymNode: Could not guard on data-dependent"
+    refuse(lx.CaptureError, sentence, Branchy(), whole=False)
+    with pytest.raises(lx.CaptureError) as caught:
+        lx.adapt(Branchy(), args=(X,))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert lines[2] == "  symbolic: TraceError: symbolically traced variables cannot be used as inputs to control flow"
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_one_front_end_tells_its_own_reason_only(frontend: str) -> None:
+    with pytest.raises(lx.CaptureError, match=f"^no front end takes Branchy:\n  {frontend}: [^\n]*$"):
+        lx.adapt(Branchy(), args=(X,), frontend=frontend)
+
+
+class Uncopied(Branchy):
+    """Holds a tensor with a history, which deepcopy refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = self.one.weight * 2
+
+
+def test_a_model_that_cannot_be_copied_still_gets_the_front_ends_reasons() -> None:
+    with pytest.raises(lx.CaptureError, match=r"^no front end takes Uncopied:\n  export: "):
+        lx.adapt(Uncopied(), args=(X,))
+
+
+class Dice(Branchy):
+    """Draws from Python's generator."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * random.random() + torch.rand(())
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
+def test_a_model_that_draws_leaves_the_generators_alone(frontend: str) -> None:
+    refuse(lx.CaptureError, "no front end takes Dice:\n  ", Dice(), whole=False, frontend=frontend)
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_what_runs_to_see_that_the_inputs_fit_leaves_no_trace(frontend: str) -> None:
+    model, value = Net(), inputs(5, 3, 4, 4)
+    buffers, given = {name: buffer.clone() for name, buffer in model.named_buffers()}, value.clone()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    lx.adapt(model, args=(value,), frontend=frontend)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(value, given)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+def test_an_unknown_front_end() -> None:
+    sentence = "frontend is 'exprot'; nearest: 'export'; known: auto, export, symbolic"
+    refuse(lx.CaptureError, sentence, mlp(), frontend="exprot")
+    graph_module = fx.symbolic_trace(mlp())
+    with unchanged(graph_module), pytest.raises(lx.CaptureError, match=exactly(sentence)):
+        lx.adapt(graph_module, args=(X,), frontend="exprot")
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"rank": 8}, "spec is dict; give a lorasc_fx.CascadeSpec"),
+        (lx.CascadeSpec, "spec is type; give a lorasc_fx.CascadeSpec"),
+        (lx.Noise(0.1), "spec is Noise; give a lorasc_fx.CascadeSpec"),
+    ],
+)
+def test_a_spec_that_is_none(spec: Any, sentence: str) -> None:
+    refuse(lx.SpecError, sentence, mlp(), spec=spec)
+
+
+def test_a_model_that_is_none() -> None:
+    sentence = "model is {}; give an nn.Module, a GraphModule, an ExportedProgram, or a .pt2 path"
+    for model, name in ((mlp, "function"), (None, "NoneType"), (fx.symbolic_trace(mlp()).graph, "Graph")):
+        with pytest.raises(lx.CaptureError, match=exactly(sentence.format(name))):
+            lx.adapt(model, args=(X,))
+
+
+def test_a_pt2_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "absent.pt2"
+    sentence = f"{path} is not a file; give a .pt2 that torch.export.save wrote"
+    for given in (path, str(path)):
+        with pytest.raises(lx.CaptureError, match=exactly(sentence)):
+            lx.adapt(given, args=(X,))
+
+
+def test_a_pt2_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "broken.pt2"
+    whole = tmp_path / "whole.pt2"
+    torch.export.save(torch.export.export(mlp(), (X,)), whole)
+    for content in (b"", b"no archive", whole.read_bytes()[: whole.stat().st_size // 2]):
+        path.write_bytes(content)
+        with pytest.raises(lx.CaptureError, match="^" + re.escape(f"{path} cannot be read as a .pt2: ")):
+            lx.adapt(path, args=(X,))
+
+
+def twice(model: nn.Module, name: str) -> None:
+    sentence = (
+        f"this model is adapted already (its {name} belongs to a living cascade): call release() on that one first"
+    )
+    with unchanged(model), pytest.raises(lx.StateError, match=exactly(sentence)):
+        lx.adapt(model, args=(X,), frontend="symbolic")
+
+
+def test_adapting_twice() -> None:
+    model = mlp()
+    cascade, _ = adapted(model=model)
+    twice(model, "0.weight")
+    twice(model[3], "weight")  # a part
+    twice(nn.Sequential(nn.Identity(), model), "1.0.weight")  # a whole
+    shared = nn.Linear(6, 2)
+    shared.bias = model[3].bias  # a parameter without a branch is the cascade's too
+    twice(shared, "bias")
+    for holder, held in ((cascade, "this model"), (nn.Sequential(cascade), "this model")):
+        sentence = f"{held} is a cascade, or holds one: call release() on it, and adapt the model that it returns"
+        with unchanged(cascade), pytest.raises(lx.StateError, match=exactly(sentence)):
+            lx.adapt(holder, args=(X,), frontend="symbolic")
+
+
+def test_after_release_it_is_fine_again() -> None:
+    cascade, optimizer = adapted()
+    step(cascade, optimizer)
+    released = cascade.release()
+    again, _ = adapted(model=released)
+    assert len(again.sites) == 3
+    again.release()
+    part = lx.adapt(released[3], args=(inputs(2, 6),), frontend="symbolic")
+    assert [site.weight for site in part.sites] == ["weight"]
+
+
+def test_after_the_cascade_is_gone_it_is_fine_again() -> None:
+    model = mlp()
+    cascade, optimizer = adapted(model=model)
+    step(cascade, optimizer)
+    del cascade, optimizer
+    gc.collect()
+    again, _ = adapted(model=model)
+    assert len(again.sites) == 3
+
+
+def test_a_failed_adapt_leaves_nothing_behind() -> None:
+    model = mlp()
+    refuse(lx.NoSites, NOTHING, model, spec=lx.CascadeSpec(targets=("conv",)), whole=False, frontend="symbolic")
+    assert len(adapted(model=model)[0].sites) == 3
+
+
+def test_a_child_named_branches_in_a_graph_module() -> None:
+    root = nn.Module()
+    root.branches = nn.ModuleList([nn.Linear(5, 3)])
+    root.forward = None
+    graph = fx.Graph()
+    graph.output(graph.call_module("branches.0", (graph.placeholder("x"),)))
+    graph_module = fx.GraphModule(root, graph)
+    sentence = "the graph module has a child 'branches' of its own; rename it, branches are kept there"
+    pipeline = Pipeline([MatchSites(lx.CascadeSpec(rank=1)), InsertBranches()])
+    with unchanged(graph_module), pytest.raises(lx.PassError, match=exactly(sentence)):
+        pipeline(graph_module)
+    cascade = lx.adapt(graph_module, args=(X,), spec=lx.CascadeSpec(rank=1))  # a cascade has its own place for them
+    assert [site.weight for site in cascade.sites] == ["branches.0.weight"]
+
+
+def test_integers_cannot_be_trained_in_full() -> None:
+    model = mlp()
+    model.register_parameter("count", nn.Parameter(torch.tensor([3]), requires_grad=False))
+    sentence = "train: 'count' means count, which holds torch.int64 and has no gradient; exclude it"
+    refuse_flags = lx.CascadeSpec(train=("count",))
+    with unchanged(model), pytest.raises(lx.SpecError, match=exactly(sentence)):
+        lx.adapt(model, args=(X,), spec=refuse_flags, frontend="symbolic")

@@ -1,0 +1,290 @@
+"""Each operation that runs inside adapt, transition, stages, weights, release and load is made to raise in turn.
+
+Whatever raises, and wherever: model, flags, branches, slow state, plan, optimizer and gradients are as they were, bit
+for bit; and afterwards the same call does what it does on a twin that nothing has disturbed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorasc_fx as lx
+from lorasc_fx.passes import InsertBranches
+from lorasc_fx.runtime import Flags
+from tests.errors.models import Net, inputs, step
+from tests.errors.state import assert_same, of, of_model, of_optimizer, of_slow, unchanged
+
+X = inputs(5, 3, 4, 4)
+EVERY = 4000
+"""More operations than any of the calls has."""
+
+SPECS = {
+    "noise, train": lx.CascadeSpec(
+        targets=("conv", "body"), train=("head.*", "norm.*"), rank=2, pace=0.4, noise=lx.Noise(0.2)
+    ),
+    "fast, noise kept everywhere": lx.CascadeSpec(
+        targets=("body", "mix"),
+        rank=1,
+        pace=0.4,
+        restart="fast",
+        noise=lx.Noise(0.2, keep=True, where="all"),
+        optimizer_state=0.5,
+        restart_A="kept",
+    ),
+    "gradient": lx.CascadeSpec(
+        targets=("body", "head"), rank=1, pace=1.0, restart_A="gradient", optimizer_state="kept"
+    ),
+}
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, of no Exception."""
+
+
+class FailAt(TorchDispatchMode):
+    """Raises at the k-th operation, before or after it has run; once."""
+
+    def __init__(self, at: int, fault: BaseException, after: bool) -> None:
+        super().__init__()
+        self.at, self.fault, self.after, self.count = at, fault, after, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.at and not self.after:
+            raise self.fault
+        result = func(*args, **(kwargs or {}))
+        if self.count == self.at:
+            raise self.fault
+        return result
+
+
+FAULTS = {"memory": (MemoryError("no more"), False), "interrupt": (Interrupted(), True)}
+
+
+def made(spec: lx.CascadeSpec, stages: int = 1) -> tuple[lx.Cascade, torch.optim.Optimizer]:
+    """A cascade that has ended some stages and trains the next one."""
+    cascade = lx.adapt(Net(), args=(X,), spec=spec, frontend="symbolic")
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
+    torch.manual_seed(7)
+    for _ in range(stages):
+        step(cascade, optimizer, X)
+        cascade.transition(optimizer)
+    step(cascade, optimizer, X)
+    return cascade, optimizer
+
+
+def everywhere(kind: str, call: Callable[[], Any], *things: Any) -> int:
+    """Let `call` fail at each of its operations, until one try goes through; returns the number of failures."""
+    fault, after = FAULTS[kind]
+    before = of(*things)
+    for at in range(1, EVERY):
+        mode = FailAt(at, fault, after)
+        try:
+            with mode:
+                call()
+        except type(fault):
+            assert_same(of(*things), before)
+        else:
+            assert mode.count < at
+            return at - 1
+    raise AssertionError("it never went through")
+
+
+def result(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Values to compare with a twin's: no objects."""
+    values = {name: value for name, value in of_model(cascade).items() if name.startswith(("parameter", "buffer"))}
+    plain = {name: value[1:] for name, value in values.items()}
+    return plain | of_slow(cascade) | of_optimizer(optimizer) | {"armed": cascade.core.turning.armed}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_transition(spec: str, kind: str) -> None:
+    cascade, optimizer = made(SPECS[spec])
+    twin, others = made(SPECS[spec])
+    assert_same(result(cascade, optimizer), result(twin, others))
+    failures = everywhere(kind, lambda: cascade.transition(optimizer), cascade, optimizer)
+    assert failures > 50
+    twin.transition(others)
+    assert_same(result(cascade, optimizer), result(twin, others))
+    for pair in ((cascade, optimizer), (twin, others)):
+        torch.manual_seed(9)
+        step(*pair, X)
+    assert_same(result(cascade, optimizer), result(twin, others))
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_first_stage_of_a_new_loop(spec: str, kind: str) -> None:
+    cascade, optimizer = made(SPECS[spec])
+    list(cascade.stages(1, optimizer))
+
+    def start() -> None:
+        next(cascade.stages(1, optimizer))
+
+    failures = everywhere(kind, start, cascade, optimizer)
+    assert failures > 5
+    assert not cascade.core.slow.parked
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("which", ["slow", "fast", "base"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_entering_weights(spec: str, which: Any, kind: str) -> None:
+    cascade, optimizer = made(SPECS[spec])
+    held = cascade.weights(which)
+
+    def enter() -> None:
+        nonlocal held
+        held = cascade.weights(which)
+        held.__enter__()
+
+    before = of(cascade, optimizer)
+    assert everywhere(kind, enter, cascade, optimizer) >= 4
+    assert cascade.core.placed == which
+    held.__exit__(None, None, None)
+    assert_same(of(cascade, optimizer), before)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_release(spec: str, kind: str) -> None:
+    cascade, optimizer = made(SPECS[spec])
+    twin, _ = made(SPECS[spec])
+    expected = twin.folded_state_dict()
+    assert everywhere(kind, cascade.release, cascade, optimizer) > 20
+    state = cascade.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert cascade.core.released
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("call", ["folded_state_dict", "folded_graph"])
+def test_folded_copies(call: str, kind: str) -> None:
+    cascade, optimizer = made(SPECS["noise, train"])
+    before = of(cascade, optimizer)
+    assert everywhere(kind, getattr(cascade, call), cascade, optimizer) > 20
+    assert_same(of(cascade, optimizer), before)
+
+
+def writes_fail(monkeypatch: pytest.MonkeyPatch, call: Callable[[], lx.Cascade], mode: FailAt) -> lx.Cascade:
+    """Call with the mode on from the moment at which everything is captured and nothing is written."""
+    real, on = Flags.of, False
+
+    def of_(model: nn.Module) -> Flags:
+        nonlocal on
+        flags = real(model)
+        mode.__enter__()
+        on = True
+        return flags
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Flags, "of", of_)
+        try:
+            return call()
+        finally:
+            if on:
+                mode.__exit__(None, None, None)
+
+
+def every_write(
+    monkeypatch: pytest.MonkeyPatch, kind: str, model: nn.Module, call: Callable[[], lx.Cascade]
+) -> tuple[lx.Cascade, int]:
+    fault, after = FAULTS[kind]
+    before = of(model)
+    for at in range(1, EVERY):
+        try:
+            cascade = writes_fail(monkeypatch, call, FailAt(at, fault, after))
+        except type(fault):
+            assert_same(of(model), before)
+        else:
+            return cascade, at - 1
+    raise AssertionError("it never went through")
+
+
+def prepared() -> nn.Module:
+    """A model with flags and modes of its own."""
+    model = Net()
+    model.mix.weight.requires_grad_(False)
+    model.norm.eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_adapt(spec: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, twin = prepared(), prepared()
+
+    def adapt(which: nn.Module = model) -> lx.Cascade:
+        return lx.adapt(which, args=(X,), spec=SPECS[spec], frontend="symbolic")
+
+    cascade, failures = every_write(monkeypatch, kind, model, adapt)
+    assert failures > 2
+    assert_same(of_slow(cascade), of_slow(adapt(twin)))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    cascade.release()
+    original = prepared()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
+    assert not model.mix.weight.requires_grad
+    assert not model.norm.training
+
+
+@pytest.mark.parametrize(
+    ("spec", "parked", "kind"),
+    [
+        ("noise, train", False, "memory"),
+        ("noise, train", True, "interrupt"),
+        ("fast, noise kept everywhere", False, "interrupt"),
+    ],
+)
+def test_load(spec: str, parked: bool, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    saved, optimizer = made(SPECS[spec])
+    if parked:
+        list(saved.stages(1, optimizer))
+    lx.save(saved, tmp_path, optimizer=optimizer)
+    model = Net()
+    model.norm.eval()
+    cascade, failures = every_write(monkeypatch, kind, model, lambda: lx.load(tmp_path, model, args=(X,)))
+    assert failures > 20
+    assert_same(of_slow(cascade), of_slow(saved))
+    pairs = zip(cascade.state_dict().values(), saved.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_pass_that_raises_inside_adapt(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault, _ = FAULTS[kind]
+    model = prepared()
+
+    def broken(*_: Any) -> None:
+        raise fault
+
+    with monkeypatch.context() as patch, unchanged(model):
+        patch.setattr(InsertBranches, "rewrite", broken)
+        with pytest.raises(type(fault)):
+            lx.adapt(model, args=(X,), spec=SPECS["noise, train"], frontend="symbolic")
+    assert lx.adapt(model, args=(X,), frontend="symbolic").sites
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_new_variant(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault, _ = FAULTS[kind]
+    cascade, optimizer = made(SPECS["noise, train"])
+    cascade.eval()
+
+    def broken(*_: Any) -> None:
+        raise fault
+
+    with monkeypatch.context() as patch, unchanged(cascade, optimizer):
+        patch.setattr(InsertBranches, "rewrite", broken)
+        with pytest.raises(type(fault)):
+            cascade(X)
+    with unchanged(cascade.model):
+        assert cascade(X).shape == (5, 4)

@@ -1,0 +1,455 @@
+"""Calls at a moment when they are not right: one sentence, and everything as it was, bit for bit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lorasc_fx as lx
+from tests.errors.models import SPEC, adapted, exactly, inputs, loss_of, mlp, step
+from tests.errors.state import of, unchanged
+
+TRAINED = lx.CascadeSpec(rank=2, train=("3.*",), noise=lx.Noise(0.1))
+X = inputs(4, 5, seed=3)
+
+# ---- after release
+
+RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
+    "forward": lambda cascade, _, __: cascade(X),
+    "variant": lambda cascade, _, __: cascade.variant((X,), {}),
+    "weights": lambda cascade, _, __: cascade.weights("slow").__enter__(),
+    "folded_state_dict": lambda cascade, _, __: cascade.folded_state_dict(),
+    "folded_graph": lambda cascade, _, __: cascade.folded_graph(),
+    "release": lambda cascade, _, __: cascade.release(),
+    "param_groups": lambda cascade, _, __: cascade.param_groups(lr=1.0),
+    "stages": lambda cascade, optimizer, __: cascade.stages(2, optimizer),
+    "transition": lambda cascade, optimizer, __: cascade.transition(optimizer),
+    "resume": lambda cascade, optimizer, __: cascade.resume(optimizer),
+    "save": lambda cascade, optimizer, path: lx.save(cascade, path / "run", optimizer=optimizer),
+    "to": lambda cascade, _, __: cascade.double(),
+    "train": lambda cascade, _, __: cascade.eval(),
+}
+
+
+@pytest.mark.parametrize("call", RELEASED)
+def test_after_release(call: str, tmp_path: Path) -> None:
+    cascade, optimizer = adapted()
+    step(cascade, optimizer)
+    model = cascade.release()
+    sentence = f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on"
+    with unchanged(cascade, model, optimizer), pytest.raises(lx.StateError, match=exactly(sentence)):
+        RELEASED[call](cascade, optimizer, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_public_call_is_tried_after_release() -> None:
+    own = {name for name, value in vars(lx.Cascade).items() if callable(value) and not name.startswith("_")}
+    assert own - set(RELEASED) == {"load"}  # ours: `lorasc_fx.load` calls it on a cascade that it has just made
+
+
+def test_stages_that_were_asked_for_before_the_release() -> None:
+    cascade, optimizer = adapted()
+    for _ in cascade.stages(1, optimizer):
+        step(cascade, optimizer)
+    stages = cascade.stages(1, optimizer)
+    model = cascade.release()
+    with unchanged(model), pytest.raises(lx.StateError, match=r"^stages: this cascade was released; "):
+        next(stages)
+
+
+# ---- inside a backward
+
+
+@pytest.mark.parametrize(
+    ("call", "act"),
+    [
+        ("transition", lambda cascade, optimizer, _: cascade.transition(optimizer)),
+        ("release", lambda cascade, _, __: cascade.release()),
+        ("weights", lambda cascade, _, __: cascade.weights("slow").__enter__()),
+        ("save", lambda cascade, optimizer, path: lx.save(cascade, path / "run")),
+        ("folded_state_dict", lambda cascade, _, __: cascade.folded_state_dict()),
+        ("to", lambda cascade, _, __: cascade.double()),
+    ],
+)
+def test_inside_a_backward(call: str, act: Any, tmp_path: Path) -> None:
+    cascade, optimizer = adapted()
+    step(cascade, optimizer)
+    before = of(cascade, optimizer)
+    output = cascade(X)
+    seen = []
+
+    def hook(_: torch.Tensor) -> None:
+        with pytest.raises(lx.StateError, match=exactly(sentence)):
+            act(cascade, optimizer, tmp_path)
+        seen.append(of(cascade, optimizer) == before)
+
+    sentence = f"{call}: inside a backward, which still needs the weights; call it after the backward"
+    output.register_hook(hook)
+    loss_of(output).backward()
+    assert seen == [True]
+    optimizer.step()
+    optimizer.zero_grad()
+    act(cascade, optimizer, tmp_path)  # and now it is right
+
+
+def test_a_refusal_inside_a_backward_reaches_the_caller_of_backward() -> None:
+    cascade, optimizer = adapted()
+    output = cascade(X)
+    output.register_hook(lambda _: cascade.transition(optimizer))
+    with pytest.raises(lx.StateError, match=r"^transition: inside a backward"):
+        loss_of(output).backward()
+    cascade.transition(optimizer)
+
+
+# ---- gradients pending
+
+
+def pending(call: str, count: int, first: str = "branches.0/weight.lora_A") -> str:
+    more = f" and {count - 1} more" if count > 1 else ""
+    return exactly(
+        f"{call}: gradients are pending on {first}{more}: they belong to the stage that ends. "
+        "Call optimizer.step() or optimizer.zero_grad() first"
+    )
+
+
+@pytest.mark.parametrize(("spec", "count"), [(SPEC, 6), (TRAINED, 6)])
+def test_gradients_that_no_step_has_used(spec: lx.CascadeSpec, count: int) -> None:
+    cascade, optimizer = adapted(spec)
+    step(cascade, optimizer)
+    loss_of(cascade(X)).backward()
+    with unchanged(cascade, optimizer):
+        with pytest.raises(lx.StateError, match=pending("transition", count)):
+            cascade.transition(optimizer)
+        with pytest.raises(lx.StateError, match=pending("release", count)):
+            cascade.release()
+        with cascade.weights("fast"):  # only looks
+            cascade(X)
+        cascade.folded_state_dict()
+    optimizer.step()
+    cascade.transition(optimizer)  # stepped, not yet zeroed
+
+
+def test_one_gradient_is_enough() -> None:
+    cascade, optimizer = adapted(TRAINED)
+    loss_of(cascade(X)).backward()
+    for branch in cascade.branches.values():
+        branch.lora_A.grad = branch.lora_B.grad = None
+    cascade.model[3].bias.grad = None
+    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=pending("transition", 1, "model.3.weight")):
+        cascade.transition(optimizer)
+
+
+def test_accumulated_after_a_step() -> None:
+    cascade, optimizer = adapted()
+    step(cascade, optimizer)
+    loss_of(cascade(X)).backward()
+    optimizer.step()
+    loss_of(cascade(X)).backward()  # on top of what the step used
+    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=pending("transition", 6)):
+        cascade.transition(optimizer)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("stepped", [True, False])
+def test_gradients_that_were_used_or_dropped(to_none: bool, stepped: bool) -> None:
+    cascade, optimizer = adapted(TRAINED)
+    loss_of(cascade(X)).backward()
+    if stepped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=to_none)
+    cascade.transition(optimizer)
+    assert cascade.stage == 2
+    for parameter in cascade.core.trainable().values():
+        assert parameter.grad is None
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_step_that_a_scaler_skipped(to_none: bool) -> None:
+    cascade, optimizer = adapted()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for bad in (False, True):
+        output = cascade(X)
+        scaler.scale(loss_of(output) * (float("inf") if bad else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=r"^transition: gradients are pending on "):
+        cascade.transition(optimizer)
+    optimizer.zero_grad(set_to_none=to_none)
+    cascade.transition(optimizer)
+    assert cascade.stage == 2
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("spec", [SPEC, TRAINED])
+@pytest.mark.parametrize("which", ["slow", "fast", "base"])
+def test_inside_weights(which: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None:
+    cascade, optimizer = adapted(spec)
+    step(cascade, optimizer)
+    calls: dict[str, Callable[[], Any]] = {
+        "transition": lambda: cascade.transition(optimizer),
+        "release": cascade.release,
+        "stages": lambda: cascade.stages(1, optimizer),
+        "weights": lambda: cascade.weights("slow").__enter__(),
+        "folded_state_dict": cascade.folded_state_dict,
+        "folded_graph": cascade.folded_graph,
+        "save": lambda: lx.save(cascade, tmp_path / "run"),
+        "resume": lambda: cascade.resume(optimizer),
+        "to": cascade.double,
+    }
+    with unchanged(cascade, optimizer), cascade.weights(which), unchanged(cascade, optimizer):
+        for call, act in calls.items():
+            sentence = f"{call}: inside weights({which!r}); leave the with block first"
+            with pytest.raises(lx.StateError, match=exactly(sentence)):
+                act()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_ends_inside_weights() -> None:
+    cascade, optimizer = adapted()
+    stages = cascade.stages(2, optimizer)
+    next(stages)
+    step(cascade, optimizer)
+    with (
+        cascade.weights("slow"),
+        unchanged(cascade, optimizer),
+        pytest.raises(lx.StateError, match=exactly("transition: inside weights('slow'); leave the with block first")),
+    ):
+        next(stages)
+
+
+@pytest.mark.parametrize(("which", "hint"), [("slwo", "; nearest: 'slow'"), ("ema", ""), (1, ""), (None, "")])
+def test_weights_of_an_unknown_name(which: Any, hint: str) -> None:
+    cascade, optimizer = adapted()
+    step(cascade, optimizer)
+    sentence = f"weights({which!r}): give one of slow, fast, base"
+    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=exactly(sentence + hint)):
+        cascade.weights(which).__enter__()
+
+
+def test_an_error_inside_weights_puts_them_back() -> None:
+    cascade, optimizer = adapted(TRAINED)
+    step(cascade, optimizer)
+    with unchanged(cascade, optimizer), pytest.raises(ZeroDivisionError), cascade.weights("base"):
+        raise ZeroDivisionError
+
+
+# ---- optimizers and stages
+
+LACKS = (
+    "the optimizer does not hold {}: build it from cascade.param_groups(lr=...), "
+    "or add_param_group what a new variant brought"
+)
+
+
+def test_an_optimizer_without_the_branches() -> None:
+    cascade, _ = adapted(TRAINED)
+    branches, trained = list(cascade.branches.parameters()), list(cascade.core.trained_parameters().values())
+    names = "branches.0/weight.lora_A, branches.0/weight.lora_B, branches.2/weight.lora_A"
+    for held, missing in (
+        ([nn.Parameter(torch.zeros(1))], f"{names} and 3 more"),
+        (trained, f"{names} and 1 more"),
+        (branches[1:] + trained, "branches.0/weight.lora_A"),
+        (branches, "model.3.weight, model.3.bias"),
+    ):
+        optimizer = torch.optim.SGD(held, lr=0.1)
+        with unchanged(cascade, optimizer):
+            with pytest.raises(lx.StateError, match=exactly(LACKS.format(missing))):
+                cascade.transition(optimizer)
+            with pytest.raises(lx.StateError, match=exactly(LACKS.format(missing))):
+                cascade.stages(2, optimizer)
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 2.0, None, "3"])
+def test_a_wrong_number_of_stages(count: Any) -> None:
+    cascade, optimizer = adapted()
+    sentence = f"stages({count!r}): give the number of stages, an integer of 1 or more"
+    with unchanged(cascade, optimizer), pytest.raises(lx.SpecError, match=exactly(sentence)):
+        cascade.stages(count, optimizer)
+
+
+@pytest.mark.parametrize("spec", [SPEC, TRAINED])
+def test_training_on_after_the_last_stage(spec: lx.CascadeSpec) -> None:
+    cascade, optimizer = adapted(spec)
+    for _ in cascade.stages(2, optimizer):
+        step(cascade, optimizer)
+    step(cascade, optimizer)
+    stages = cascade.stages(1, optimizer)
+    sentence = "stages: the branches trained after the last stage ended; call transition(optimizer) first"
+    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=exactly(sentence)):
+        next(stages)
+    cascade.transition(optimizer)
+    assert next(cascade.stages(1, optimizer)).number == 4
+
+
+def test_what_is_trained_in_full_counts_as_training_on() -> None:
+    cascade, optimizer = adapted(TRAINED)
+    for _ in cascade.stages(1, optimizer):
+        step(cascade, optimizer)
+    with torch.no_grad():
+        cascade.model[3].bias += 1
+    stages = cascade.stages(1, optimizer)
+    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=r"^stages: the branches trained after "):
+        next(stages)
+
+
+def test_restart_by_gradient_needs_the_optimizer() -> None:
+    cascade, optimizer = adapted(lx.CascadeSpec(rank=2, restart_A="gradient"))
+    step(cascade, optimizer)
+    sentence = "transition(None): restart_A='gradient' looks at the first optimizer step; give the optimizer"
+    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=exactly(sentence)):
+        cascade.transition(None)
+
+
+def test_a_release_calls_off_the_restart_by_gradient() -> None:
+    cascade, optimizer = adapted(lx.CascadeSpec(rank=2, restart_A="gradient"))
+    step(cascade, optimizer)
+    cascade.transition(optimizer)
+    model = cascade.release()
+    assert not optimizer._optimizer_step_pre_hooks
+    loss_of(model(X)).backward()
+    optimizer.step()  # of an optimizer that may hold other parameters as well
+    for parameter in model.parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is not None
+
+
+def test_resume_of_a_cascade_that_was_not_loaded() -> None:
+    cascade, optimizer = adapted()
+    sentence = "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)"
+    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=exactly(sentence)):
+        cascade.resume(optimizer)
+
+
+# ---- branches that are not finite
+
+
+def spoil(cascade: lx.Cascade, factor: str, value: float) -> None:
+    with torch.no_grad():
+        getattr(cascade.branches["2/weight"], factor)[0, 0] = value
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_branch_that_is_not_finite(factor: str, value: float, tmp_path: Path) -> None:
+    cascade, optimizer = adapted(TRAINED)
+    step(cascade, optimizer)
+    cascade.transition(optimizer)
+    step(cascade, optimizer)
+    spoil(cascade, factor, value)
+    sentence = exactly(
+        "the branch of 2.weight holds inf or nan at the end of stage 2; nothing was folded. Lower the learning rate or "
+        "clip gradients, or set on_nonfinite='skip' to leave such branches out"
+    )
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: cascade.transition(optimizer),
+        cascade.folded_state_dict,
+        cascade.folded_graph,
+        cascade.release,
+    )
+    for call in calls:
+        with unchanged(cascade, optimizer), pytest.raises(lx.NonFiniteBranch, match=sentence):
+            call()
+    stages = cascade.stages(1, optimizer)
+    next(stages)
+    with unchanged(cascade, optimizer), pytest.raises(lx.NonFiniteBranch, match=sentence):
+        next(stages)
+    with cascade.weights("slow"):  # the last good slow weights are still to be had
+        assert all(bool(value.isfinite().all()) for value in cascade.model.state_dict().values())
+
+
+@pytest.mark.parametrize("restart_A", ["fresh", "kept", "gradient"])
+@pytest.mark.parametrize("how", ["reset", "kept", 0.5])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_branch_that_is_skipped(restart_A: Any, how: Any, factor: str) -> None:
+    spec = lx.CascadeSpec(rank=2, on_nonfinite="skip", restart_A=restart_A, optimizer_state=how)
+    cascade, optimizer = adapted(spec)
+    step(cascade, optimizer)
+    cascade.transition(optimizer)
+    step(cascade, optimizer)
+    spoil(cascade, factor, float("nan"))
+    for entry in optimizer.state[getattr(cascade.branches["2/weight"], factor)].values():
+        entry.fill_(float("nan"))  # as the step would have left it
+    stages = {name: [each.stage for each in state.experts] for name, state in cascade.core.slow.states.items()}
+    folded = cascade.folded_graph()
+    assert bool(folded(X).isfinite().all())
+    cascade.transition(optimizer)
+    for name, state in cascade.core.slow.states.items():
+        after = [each.stage for each in state.experts]
+        dense = state.dense_slow is not None
+        assert dense or after == stages[name] + ([] if name == "2.weight" else [2])
+    for _ in range(3):
+        assert bool(step(cascade, optimizer).isfinite())
+    assert all(bool(value.isfinite().all()) for value in cascade.core.trainable().values())
+    assert all(bool(value.isfinite().all()) for value in cascade.folded_state_dict().values())
+    released = cascade.release()
+    assert bool(released(X).isfinite().all())
+
+
+# ---- a weight that another mode uses in an unknown form
+
+
+class TwoForms(nn.Module):
+    """A linear in train mode, a matmul with the same weight in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.weight = nn.Parameter(torch.randn(3, 5))
+        self.other = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(F.linear(x, self.weight) if self.training else x @ self.weight.t())
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_a_planned_weight_in_an_unknown_form(frontend: str) -> None:
+    cascade = lx.adapt(TwoForms(), args=(X,), spec=SPEC, frontend=frontend)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    step(cascade, optimizer)
+    expected = cascade(X)
+    cascade.eval()
+    with unchanged(cascade, optimizer), pytest.raises(lx.PassError) as caught:
+        cascade(X)
+    sentence = str(caught.value)
+    assert re.match(
+        r"^weight has a branch, but this graph uses it at node (t|permute) in a form that has none: ", sentence
+    )
+    assert sentence.endswith(". Exclude it (exclude=('weight',)) or do not run the model in this mode")
+    cascade.train()
+    assert torch.equal(cascade(X), expected)
+    step(cascade, optimizer)
+    cascade.transition(optimizer)
+    model = cascade.release()
+    assert torch.allclose(model.eval()(X), model.train()(X), atol=1e-6)
+
+
+def test_a_new_signature_that_no_front_end_takes() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.proj(x)
+            return y if self.training or y.sum() > 0 else -y
+
+    cascade = lx.adapt(Picky(), args=(X,), spec=SPEC)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    cascade.eval()
+    with unchanged(cascade, optimizer), pytest.raises(lx.CaptureError, match=r"^no front end takes Picky:\n  export: "):
+        cascade(X)
+    cascade.train()
+    step(cascade, optimizer)
+
+
+def test_the_mlp_is_the_one_of_the_sentences() -> None:
+    assert [name for name, value in mlp().named_parameters() if value.dim() > 1] == ["0.weight", "2.weight", "3.weight"]

@@ -1,0 +1,150 @@
+"""Each field of a spec refuses what it cannot mean, in one sentence, before there is anything to change."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+import lorasc_fx as lx
+from tests.errors.models import exactly
+
+FIELDS = (
+    "targets, exclude, train, rules, rank, lora_alpha, use_rslora, pace, restart, noise, restart_A, "
+    "optimizer_state, slow_train, on_nonfinite, seed"
+)
+KINDS = "('linear', 'conv')"
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    *(({"rank": bad}, f"rank is {bad!r}; a rank is an integer of 1 or more") for bad in (0, -1, True, 2.0, "8", None)),
+    *(
+        ({"pace": bad}, f"pace is {bad}; it is a share of the fast weights: give a number in (0, 1]")
+        for bad in (0, -0.5, 1.5)
+    ),
+    *(({"pace": bad}, f"pace is {bad!r}; give a finite number") for bad in (math.nan, math.inf, True, "0.5", None)),
+    *(({"lora_alpha": bad}, f"lora_alpha is {bad!r}; give a finite number") for bad in (math.nan, "16", True, None)),
+    *(({"lora_alpha": bad}, f"lora_alpha is {bad}; it scales the branch: give a number above 0") for bad in (0, -8.0)),
+    ({"targets": ()}, f"targets is empty; give kinds {KINDS} or globs on weight names"),
+    ({"targets": "linear"}, "targets is 'linear'; give a sequence of strings"),
+    ({"targets": (1,)}, "targets is (1,); give a sequence of strings"),
+    ({"exclude": "head"}, "exclude is 'head'; give a sequence of strings"),
+    ({"train": None}, "train is None; give a sequence of strings"),
+    ({"rules": ({"pattern": "conv"},)}, "rules is ({'pattern': 'conv'},); give a sequence of lorasc_fx.Rule"),
+    ({"rules": "conv"}, "rules is 'conv'; give a sequence of lorasc_fx.Rule"),
+    ({"use_rslora": 1}, "use_rslora is 1; give true or false"),
+    ({"slow_train": "yes"}, "slow_train is 'yes'; give true or false"),
+    ({"restart": "fsat"}, "restart is 'fsat'; give one of slow, fast; nearest: 'fast'"),
+    ({"restart": 1}, "restart is 1; give one of slow, fast"),
+    ({"restart_A": "gradeint"}, "restart_A is 'gradeint'; give one of fresh, kept, gradient; nearest: 'gradient'"),
+    ({"on_nonfinite": "skipp"}, "on_nonfinite is 'skipp'; give one of raise, skip; nearest: 'skip'"),
+    ({"noise": 0.1}, "noise is 0.1; give lorasc_fx.Noise(strength)"),
+    ({"optimizer_state": "rest"}, "optimizer_state is 'rest'; give one of reset, kept; nearest: 'reset', 'kept'"),
+    *(
+        ({"optimizer_state": bad}, f"optimizer_state is {bad}; give 'reset', 'kept' or a ratio in (0, 1) to prune")
+        for bad in (0.0, 1, -0.2)
+    ),
+    ({"optimizer_state": None}, "optimizer_state is None; give a finite number"),
+    *(({"seed": bad}, f"seed is {bad!r}; give an integer from 0 to 2**63 - 1") for bad in (-1, True, 1.0, 2**63)),
+]
+
+
+@pytest.mark.parametrize(("fields", "sentence"), WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_value(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+        lx.CascadeSpec(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"strength": -0.1}, "noise.strength is -0.1; it scales a standard deviation: give 0 (off) or more"),
+        ({"strength": math.nan}, "noise.strength is nan; give a finite number"),
+        ({"strength": "0.1"}, "noise.strength is '0.1'; give a finite number"),
+        (
+            {"distribution": "norml"},
+            "noise.distribution is 'norml'; give one of uniform, normal; nearest: 'normal', 'uniform'",
+        ),
+        ({"where": "site"}, "noise.where is 'site'; give one of sites, all; nearest: 'sites'"),
+        ({"keep": 1}, "noise.keep is 1; give true or false"),
+    ],
+)
+def test_wrong_noise(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+        lx.Noise(**fields)
+    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+        lx.CascadeSpec.from_dict({"noise": fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"pattern": ""}, f"rules: pattern is ''; give a kind {KINDS} or a glob on weight names"),
+        ({"pattern": 3}, f"rules: pattern is 3; give a kind {KINDS} or a glob on weight names"),
+        ({"pattern": "conv", "rank": 0}, "rules['conv'].rank is 0; a rank is an integer of 1 or more"),
+        ({"pattern": "conv", "rank": True}, "rules['conv'].rank is True; a rank is an integer of 1 or more"),
+        (
+            {"pattern": "conv", "lora_alpha": -1},
+            "rules['conv'].lora_alpha is -1; it scales the branch: give a number above 0",
+        ),
+    ],
+)
+def test_wrong_rule(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+        lx.Rule(**fields)
+    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+        lx.CascadeSpec.from_dict({"rules": [fields]})
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ({"rnak": 4}, f"spec has no field 'rnak'; nearest: 'rank'; known: {FIELDS}"),
+        ({"noise": {"strenght": 1}}, "noise has no field 'strenght'; nearest: 'strength'; "),
+        ({"rules": [{"patern": "conv"}]}, "rules has no field 'patern'; nearest: 'pattern'; known: pattern, rank, "),
+        ({"rules": [{"rank": 4}]}, f"rules: pattern is ''; give a kind {KINDS} or a glob on weight names"),
+        ({"rules": ["conv"]}, "rules is ('conv',); give a sequence of lorasc_fx.Rule"),
+        ({1: 2}, "spec has no field 1; known: "),
+    ],
+)
+def test_wrong_data(data: dict[Any, Any], sentence: str) -> None:
+    with pytest.raises(lx.SpecError, match=exactly(sentence).removesuffix("$")):
+        lx.CascadeSpec.from_dict(data)
+
+
+PLAN = json.loads(lx.Plan(lx.CascadeSpec(), (lx.Site("a.weight", "linear", (3, 2), 1, 2.0),)).to_json())
+SITE = PLAN["sites"][0]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "this is not a plan: JSONDecodeError: "),
+        ("[]", "this is not a plan: "),
+        ("null", "this is not a plan: "),
+        ("{}", "this is not a plan: KeyError: 'format'"),
+        (json.dumps({**PLAN, "format": 7}), "plan has format 7, this version reads 1"),
+        (json.dumps({**PLAN, "stage": 0}), "this is not a plan: ValueError: stage is 0"),
+        (json.dumps({**PLAN, "stage": "2"}), "this is not a plan: ValueError: stage is '2'"),
+        (json.dumps({**PLAN, "spec": {"rank": 0}}), "this is not a plan: SpecError: rank is 0; "),
+        (json.dumps({**PLAN, "spec": {"rules": [{}]}}), "this is not a plan: SpecError: rules: pattern is ''; "),
+        (json.dumps({**PLAN, "sites": [{}]}), "this is not a plan: KeyError: 'shape'"),
+        (json.dumps({**PLAN, "sites": [{**SITE, "form": "x"}]}), "this is not a plan: TypeError: "),
+        (json.dumps({**PLAN, "sites": [{**SITE, "kind": "lstm"}]}), "this is not a plan: ValueError: kind is 'lstm'"),
+        (json.dumps({**PLAN, "sites": [{**SITE, "rank": "4"}]}), "this is not a plan: ValueError: rank is '4'"),
+        (json.dumps({**PLAN, "sites": [{**SITE, "shape": [3, "2"]}]}), "this is not a plan: ValueError: shape is "),
+        (json.dumps({**PLAN, "sites": [{**SITE, "weight": 5}]}), "this is not a plan: ValueError: weight is 5"),
+        (
+            json.dumps({**PLAN, "sites": [{**SITE, "lora_alpha": "x"}]}),
+            "this is not a plan: ValueError: lora_alpha is ",
+        ),
+    ],
+)
+def test_not_a_plan(text: str, sentence: str) -> None:
+    with pytest.raises(lx.CheckpointError, match=exactly(sentence).removesuffix("$")):
+        lx.Plan.from_json(text)
+
+
+def test_a_plan_is_read_back() -> None:
+    assert lx.Plan.from_json(json.dumps(PLAN)).sites == (lx.Site("a.weight", "linear", (3, 2), 1, 2.0),)

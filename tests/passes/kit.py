@@ -1,0 +1,189 @@
+"""What the tests of passes share: to insert, to fill branches, to run, to compare, and to photograph a graph module."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from lorasc_fx import CascadeSpec, Site
+from lorasc_fx.branch import Branch
+from lorasc_fx.graph import named_weights, owner_of, record_of, text, use_of
+from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
+from tests.passes.cases import Case
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# fp64 sums of at most a few hundred terms of size one, through at most nine layers.
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+# One product and one sum in another order.
+NEAR = {"rtol": 1e-14, "atol": 1e-15}
+
+
+def insert(graph_module: fx.GraphModule, spec: CascadeSpec) -> fx.GraphModule:
+    """Match and insert."""
+    result = Pipeline([MatchSites(spec), InsertBranches()])(graph_module)
+    assert result.modified
+    return result.graph_module
+
+
+def branches_of(graph_module: fx.GraphModule) -> dict[str, Branch]:
+    """The branches by weight name."""
+    found = graph_module.branches
+    assert isinstance(found, nn.ModuleDict)
+    return {branch.weight_name: branch for branch in found.values() if isinstance(branch, Branch)}
+
+
+def sites_of(graph_module: fx.GraphModule) -> dict[str, Site]:
+    """The planned sites by weight name."""
+    plan = record_of(graph_module).plan
+    assert plan is not None
+    return dict(plan.by_weight)
+
+
+def fill(graph_module: fx.GraphModule, seed: int = 1) -> fx.GraphModule:
+    """Give every branch factors that are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for branch in branches_of(graph_module).values():
+            for factor in (branch.lora_A, branch.lora_B):
+                factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return graph_module
+
+
+def deltas(graph_module: fx.GraphModule) -> dict[str, Tensor]:
+    """By weight name `s * (B @ A).view_as(W)`, with s from the plan and the formula, not from the branch."""
+    found = {}
+    for weight, site in sites_of(graph_module).items():
+        branch = branches_of(graph_module)[weight]
+        scale = site.lora_alpha / (site.rank**0.5 if site.use_rslora else site.rank)
+        found[weight] = scale * (branch.lora_B.detach() @ branch.lora_A.detach()).view(site.shape)
+    return found
+
+
+def by_hand(case: Case, added: Mapping[str, Tensor]) -> Any:
+    """The eager model with `W + added` in place of W."""
+    model = copy.deepcopy(case.model)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in added.items():
+            weights[name].add_(value)
+    return run(model, case)
+
+
+def run(module: nn.Module, case: Case) -> Any:
+    """The module's output."""
+    with torch.no_grad():
+        return module(*case.args)
+
+
+def assert_close(got: Any, expected: Any, **tolerance: float) -> None:
+    """Equal trees, tensors within a tolerance, and not all zero."""
+    torch.testing.assert_close(got, expected, **(tolerance or CLOSE))
+    assert any(bool(leaf.any()) for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Tensor))
+
+
+def assert_differ(got: Any, other: Any) -> None:
+    """Far more apart than any tolerance here: what was tested would show."""
+    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(other), strict=True)
+    assert any(bool((a - b).abs().max() > 1e-3) for a, b in pairs if isinstance(a, Tensor))
+
+
+def same_bits(got: Any, expected: Any) -> bool:
+    """Whether two trees hold the same types, shapes and bits: -0.0 is not 0.0, and nan is nan."""
+    left, left_tree = pytree.tree_flatten(got)
+    right, right_tree = pytree.tree_flatten(expected)
+    return left_tree == right_tree and all(_same(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return type(a) is type(b) and a == b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.detach().contiguous().numpy().tobytes() == b.detach().contiguous().numpy().tobytes()
+
+
+def weights_of(graph_module: fx.GraphModule) -> dict[str, nn.Parameter]:
+    """The parameters of the owner by name."""
+    return named_weights(owner_of(graph_module, record_of(graph_module))).parameters
+
+
+def uses_of(graph_module: fx.GraphModule) -> dict[str, tuple[tuple[str, str], ...]]:
+    """By weight, the (node, form) of each marked use."""
+    found: dict[str, tuple[tuple[str, str], ...]] = {}
+    for node in graph_module.graph.nodes:
+        use = use_of(node)
+        if use is not None:
+            found[use.weight] = (*found.get(use.weight, ()), (node.name, use.form))
+    return found
+
+
+class Photograph:
+    """A graph module with all that a pass could change, and the objects themselves, to be compared later."""
+
+    def __init__(self, graph_module: fx.GraphModule, case: Case) -> None:
+        self.module, self.case = graph_module, case
+        self.shape, self.objects = self._shape(), self._objects()
+        self.values = {name: value.detach().clone() for name, value in self._tensors().items()}
+        self.output = run(graph_module, case)
+        self.text = text(graph_module)
+
+    def _shape(self) -> Any:
+        nodes = [
+            (
+                node.name,
+                node.op,
+                str(node.target),
+                repr(node.args),
+                repr(node.kwargs),
+                list(node.users),
+                dict(node.meta),
+            )
+            for node in self.module.graph.nodes
+        ]
+        return nodes, self.module.code, dict(self.module.meta), self.module.training
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        return named | dict(self.module.named_buffers(remove_duplicate=False))
+
+    def _objects(self) -> list[tuple[str, int]]:
+        found = [(name, id(module)) for name, module in self.module.named_modules(remove_duplicate=False)]
+        found += [(name, id(value)) for name, value in self._tensors().items()]
+        found += [(name, value.requires_grad) for name, value in self._tensors().items()]
+        return [*found, ("graph", id(self.module.graph))]
+
+    def assert_unchanged(self, but: tuple[str, ...] = ()) -> None:
+        """Fails if a node, an object, a value or the output is another one; `but` are prefixes of names of values."""
+        assert text(self.module) == self.text
+        assert self._shape() == self.shape
+        assert self._objects() == self.objects
+        now = self._tensors()
+        changed = [name for name, value in self.values.items() if not same_bits(now[name], value)]
+        assert [name for name in changed if not name.startswith(but or ("\0",))] == []
+        if not but:
+            assert same_bits(run(self.module, self.case), self.output)
+
+
+def golden(name: str, **sections: str) -> None:
+    """Compare texts with the golden file; with EXPECTTEST_ACCEPT=1, write it."""
+    path = GOLDEN / f"{name}.txt"
+    told = "\n".join(f"=== {title} ===\n{body}" for title, body in sections.items())
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        path.write_text(told, encoding="utf-8")
+    assert path.is_file(), f"no golden text {path}; run with EXPECTTEST_ACCEPT=1 and read what is written"
+    assert told == path.read_text(encoding="utf-8")
+
+
+def golden_section(name: str, title: str) -> str:
+    """One section of a golden file."""
+    told = (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+    sections = dict(part.split(" ===\n", 1) for part in told.split("=== ")[1:] if " ===\n" in part)
+    return sections[title].rstrip("\n") + "\n"

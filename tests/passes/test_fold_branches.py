@@ -1,0 +1,219 @@
+"""FoldBranches: the captured graph again, node for node, computing with the slow weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError
+from lorasc_fx.branch import draw
+from lorasc_fx.graph import branch_nodes, record_of, text
+from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline
+from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
+from tests.passes.kit import (
+    NEAR,
+    Photograph,
+    assert_close,
+    assert_differ,
+    branches_of,
+    by_hand,
+    deltas,
+    fill,
+    golden_section,
+    insert,
+    run,
+    same_bits,
+    sites_of,
+    weights_of,
+)
+
+
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_fold(case: Case) -> None:
+    original = case.own()
+    before = text(original)
+    inserted = fill(insert(original, case.spec))
+    inserted_text, added, photograph = text(inserted), deltas(inserted), Photograph(inserted, case)
+    result = FoldBranches()(inserted)
+    folded = result.graph_module
+    assert result.modified  # 1 truthful
+    photograph.assert_unchanged()
+
+    assert text(folded) == before == golden_section(case.name, "captured")  # 2 the graph is the captured one
+    assert branch_nodes(folded) == {}
+    assert "branches" not in folded._modules
+    assert not [name for name, _ in folded.named_parameters() if "lora" in name]
+
+    slow = {name: case.spec.pace * value for name, value in added.items()}  # 3 numerics: W0 + pace * s B A
+    old, new = weights_of(original), weights_of(folded)
+    assert new.keys() == old.keys()
+    for name, value in new.items():
+        if name in slow:
+            assert_close(value.detach(), old[name].detach() + slow[name], **NEAR)
+            assert_differ(value.detach(), old[name].detach() + added[name])  # pace counts
+            assert value.requires_grad == old[name].requires_grad
+        else:
+            assert value is old[name]
+    assert_close(run(folded, case), by_hand(case, slow))
+    assert_differ(run(folded, case), run(inserted, case))
+
+    again = FoldBranches()(folded)
+    assert not again.modified  # 4 a fixed point
+    assert again.graph_module is folded
+    back = InsertBranches()(folded)  # 5 the inverse
+    assert back.modified
+    assert text(back.graph_module) == inserted_text == golden_section(case.name, "inserted")
+    assert same_bits(run(back.graph_module, case), run(folded, case))
+
+
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_fold_of_a_live_graph_erases_nodes_and_leaves_values(case: Case) -> None:
+    live = case.live()
+    before, output = text(live), run(live, case)
+    inserted = fill(insert(live, case.spec))
+    photograph = Photograph(inserted, case)
+    result = FoldBranches()(inserted)
+    assert result.modified
+    photograph.assert_unchanged()
+    assert text(result.graph_module) == before
+    assert same_bits(run(result.graph_module, case), output)
+    assert all(value is weights_of(live)[name] for name, value in weights_of(result.graph_module).items())
+    assert not FoldBranches()(result.graph_module).modified
+    assert text(InsertBranches()(result.graph_module).graph_module) == text(inserted)
+
+
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_with_pace_one_the_folded_graph_is_the_trained_one(case: Case) -> None:
+    inserted = fill(insert(case.own(), replace(case.spec, pace=1.0)))
+    folded = FoldBranches()(inserted).graph_module
+    assert_close(run(folded, case), run(inserted, case))
+    assert_differ(run(folded, case), run(case.model, case))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("case", [BY_NAME["aten_conv2d"], BY_NAME["module_linear"], BY_NAME["aten_tied"]], ids=str)
+def test_noise_at_a_fold(case: Case, keep: bool) -> None:
+    spec = replace(case.spec, noise=Noise(0.5, keep=keep))
+    original = case.own()
+    inserted = fill(insert(original, spec))
+    quiet = fill(insert(original, replace(case.spec, noise=Noise(0.0))))
+    folded = weights_of(FoldBranches()(inserted).graph_module)
+    clean = weights_of(FoldBranches()(quiet).graph_module)
+    for name in sites_of(inserted):
+        if not keep:
+            assert same_bits(folded[name], clean[name])  # nothing of the noise is left
+            continue
+        before = weights_of(original)[name].detach()
+        noise = 0.5 * before.std() * draw(spec.noise, spec.seed, 1, name, before.shape).double()
+        assert_close(folded[name].detach(), clean[name].detach() + noise, **NEAR)
+        assert noise.abs().max() > 1e-2
+
+
+def test_two_stages_by_hand() -> None:
+    case = BY_NAME["module_convs"]
+    original = case.own()
+    first = fill(insert(original, case.spec), seed=1)
+    second = fill(InsertBranches()(FoldBranches()(first).graph_module).graph_module, seed=2)
+    sums = {name: case.spec.pace * (value + deltas(second)[name]) for name, value in deltas(first).items()}
+    folded = FoldBranches()(second).graph_module
+    for name, value in sums.items():
+        assert_close(weights_of(folded)[name].detach(), weights_of(original)[name].detach() + value, **NEAR)
+    assert record_of(folded).plan.stage == 3  # type: ignore[union-attr]
+    assert_close(run(folded, case), by_hand(case, sums))
+
+
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+def test_restart(restart: str) -> None:
+    case = BY_NAME["aten_linear"]
+    spec = replace(case.spec, restart=restart)
+    original = case.own()
+    first = fill(insert(original, spec), seed=1)
+    delta = deltas(first)
+    folded = FoldBranches()(first).graph_module
+    second = InsertBranches()(folded).graph_module
+    for name, value in delta.items():
+        base = weights_of(original)[name].detach()
+        assert_close(weights_of(folded)[name].detach(), base + spec.pace * value, **NEAR)
+        share = 1.0 if restart == "fast" else spec.pace
+        assert_close(weights_of(second)[name].detach(), base + share * value, **NEAR)
+    third = FoldBranches()(fill(second, seed=2)).graph_module
+    for name, value in delta.items():
+        base, new = weights_of(original)[name].detach(), deltas(second)[name]
+        slow = spec.pace * value  # S_1; then S_2 = S_1 + pace * (F_2 - S_1), where F_2 starts from `restart`
+        fast = (value if restart == "fast" else slow) + new
+        assert_close(weights_of(third)[name].detach(), base + slow + spec.pace * (fast - slow), **NEAR)
+
+
+def test_narrow_weights_are_rounded_once() -> None:
+    torch.manual_seed(3)
+    base = nn.Linear(40, 24, dtype=torch.bfloat16)
+    graph_module = torch.fx.symbolic_trace(nn.Sequential(base))
+    spec = CascadeSpec(rank=2, pace=1.0)
+    exact = base.weight.detach().float()
+    current = insert(graph_module, spec)
+    for stage in range(6):
+        with torch.no_grad():
+            for branch in branches_of(current).values():
+                branch.lora_B.normal_(std=2e-3, generator=torch.Generator().manual_seed(stage))
+                exact = exact + branch.scale * branch.lora_B @ branch.lora_A
+        folded = FoldBranches()(current).graph_module
+        current = InsertBranches()(folded).graph_module
+    assert torch.equal(weights_of(folded)["0.weight"], exact.to(torch.bfloat16))
+    assert not torch.equal(weights_of(folded)["0.weight"], base.weight)
+
+
+# --- non-finite branches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("through", ["alone", "pipeline"])
+def test_a_branch_that_is_not_finite_is_one_error(value: float, through: str) -> None:
+    case = BY_NAME["module_convs"]
+    inserted = fill(insert(case.own(), case.spec))
+    with torch.no_grad():
+        branches_of(inserted)["0.2.weight"].lora_B[1, 2] = value
+    photograph = Photograph(inserted, case)
+    with pytest.raises(NonFiniteBranch) as raised:
+        (FoldBranches() if through == "alone" else Pipeline([FoldBranches(), InsertBranches()]))(inserted)
+    assert str(raised.value) == (
+        "the branch of 0.2.weight holds inf or nan at the end of stage 1; nothing was folded. Lower the learning rate "
+        "or clip "
+        "gradients, or set on_nonfinite='skip' to leave such branches out"
+    )
+    photograph.assert_unchanged()
+
+
+def test_a_branch_that_is_not_finite_is_left_out_if_asked() -> None:
+    case = BY_NAME["module_convs"]
+    original = case.own()
+    inserted = fill(insert(original, replace(case.spec, on_nonfinite="skip")))
+    delta = deltas(inserted)
+    with torch.no_grad():
+        branches_of(inserted)["0.2.weight"].lora_A[1, 2] = float("inf")
+    folded = weights_of(FoldBranches()(inserted).graph_module)
+    for name, value in weights_of(original).items():
+        if name in delta and name != "0.2.weight":
+            assert_close(folded[name].detach(), value.detach() + case.spec.pace * delta[name], **NEAR)
+        else:
+            assert same_bits(folded[name], value)
+
+
+def test_fold_needs_branches() -> None:
+    with pytest.raises(PassError) as raised:
+        FoldBranches()(BY_NAME["module_linear"].own())
+    assert str(raised.value) == (
+        "fold-branches requires branches-inserted, which this graph does not carry; run a pass that provides it before"
+    )
+
+
+def test_tied_weights_stay_tied() -> None:
+    for name, pair in (
+        ("aten_tied", ("first.weight", "second.weight")),
+        ("module_two_names", ("one.weight", "other.weight")),
+    ):
+        folded = FoldBranches()(fill(insert(BY_NAME[name].own(), SPEC))).graph_module
+        assert folded.get_parameter(pair[0]) is folded.get_parameter(pair[1])
+        assert not same_bits(folded.get_parameter(pair[0]), BY_NAME[name].model.get_parameter(pair[0]))

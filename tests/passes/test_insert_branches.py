@@ -1,0 +1,343 @@
+"""InsertBranches: one node beside each use, no bit moved while B = 0, and the formula when it is not."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from lorasc_fx import CascadeSpec, Noise, PassError, Reason
+from lorasc_fx.branch import amplitude, draw
+from lorasc_fx.capture import capture
+from lorasc_fx.graph import branch_nodes, made_by, record_of, text, use_of
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
+from tests.passes.kit import (
+    CLOSE,
+    Photograph,
+    assert_close,
+    assert_differ,
+    branches_of,
+    by_hand,
+    deltas,
+    fill,
+    golden_section,
+    insert,
+    run,
+    same_bits,
+    sites_of,
+    weights_of,
+)
+
+MODES = ("own", "live")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_insert(case: Case, mode: str) -> None:
+    matched = MatchSites(case.spec)(case.graph(mode)).graph_module
+    before, photograph = text(matched), Photograph(matched, case)
+    result = InsertBranches()(matched)
+    inserted = result.graph_module
+    assert result.modified  # 1 truthful
+    photograph.assert_unchanged()
+
+    expected = golden_section(case.name, "inserted")  # 2 the graph is the one we meant
+    assert text(inserted) == (expected if mode == "own" else _live(case, expected))
+    assert _bases(inserted) == {
+        node: weight for weight, uses in case.sites.items() for node, _ in uses if node != "aux"
+    }  # each use has one branch, but for dead code
+    assert len(branches_of(inserted)) == len(case.sites)  # a weight used twice has one branch
+
+    assert same_bits(run(inserted, case), run(matched, case))  # 3 numerics: B = 0 moves no bit
+    fill(inserted)
+    formula = by_hand(case, deltas(inserted))
+    assert_close(run(inserted, case), formula)  # and else it is the formula
+    assert_differ(formula, run(matched, case))
+
+    again = InsertBranches()(inserted)
+    assert not again.modified  # 4 a fixed point
+    assert again.graph_module is inserted
+    assert text(FoldBranches()(inserted).graph_module) == before  # 5 the inverse
+
+
+def _bases(graph_module: fx.GraphModule) -> dict[str, str]:
+    """Name of each base node, with the weight of its branch."""
+    return {str(node.args[0]): branch.weight_name for node, branch in branch_nodes(graph_module).items()}
+
+
+def _live(case: Case, golden: str) -> str:
+    """The text as it is where the weights are the child `model`'s: all targets of the model have the prefix."""
+    return re.sub(r"(get_attr|call_module)\[(?!branches\.)", r"\1[model.", golden)
+
+
+@pytest.mark.parametrize("case", [case for case in ADAPTABLE if case.name != "module_in_place"], ids=str)
+def test_gradients_are_those_of_the_formula(case: Case) -> None:
+    inserted = fill(insert(case.own(), case.spec))
+    _sum(inserted(*case.args)).backward()
+    branches, sites = branches_of(inserted), sites_of(inserted)
+    a = {weight: branch.lora_A.detach().clone().requires_grad_() for weight, branch in branches.items()}
+    b = {weight: branch.lora_B.detach().clone().requires_grad_() for weight, branch in branches.items()}
+    model = copy.deepcopy(case.model)
+    weights = dict(model.named_parameters())
+    changed = {
+        weight: weights[weight].detach() + site.scale * (b[weight] @ a[weight]).view(site.shape)
+        for weight, site in sites.items()
+    }
+    _sum(functional_call(model, changed, case.args, tie_weights=True)).backward()
+    for weight, branch in branches.items():
+        assert_close(branch.lora_A.grad, a[weight].grad)
+        assert_close(branch.lora_B.grad, b[weight].grad)
+
+
+def _sum(output: object) -> torch.Tensor:
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    ramps = [torch.linspace(1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape) for leaf in leaves]
+    return torch.stack([(leaf * ramp).sin().sum() for leaf, ramp in zip(leaves, ramps, strict=True)]).sum()
+
+
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_metadata_and_names(case: Case) -> None:
+    inserted = insert(case.own(), case.spec)
+    for node in branch_nodes(inserted):
+        base = node.args[0]
+        assert isinstance(base, fx.Node)
+        assert node.name == f"{base.name}_lora"
+        assert made_by(node) == "insert-branches"
+        assert use_of(node) is None
+        ours = {key: value for key, value in node.meta.items() if not key.startswith("lorasc_fx")}
+        theirs = {key: value for key, value in base.meta.items() if not key.startswith("lorasc_fx")}
+        assert ours == theirs
+        assert made_by(base) == ""
+
+
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_branches_are_those_of_the_plan(case: Case) -> None:
+    inserted = insert(case.own(), case.spec)
+    for weight, branch in branches_of(inserted).items():
+        site, parameter = sites_of(inserted)[weight], weights_of(inserted)[weight]
+        assert branch.lora_A.shape == (site.rank, parameter[0].numel())
+        assert branch.lora_B.shape == (parameter.shape[0], site.rank)
+        assert branch.lora_A.dtype == branch.lora_B.dtype == torch.float64
+        assert branch.lora_A.requires_grad
+        assert branch.lora_B.requires_grad
+        assert not branch.lora_B.any()
+        bound = parameter[0].numel() ** -0.5
+        assert 0 < branch.lora_A.detach().abs().max() <= bound
+        assert f"{branch.scale:.12f}" == f"{site.scale:.12f}"
+
+
+def test_lora_a_depends_on_seed_stage_and_weight_alone() -> None:
+    case = BY_NAME["module_convs"]
+    full = branches_of(insert(case.own(), case.spec))
+    one = branches_of(insert(case.own(), CascadeSpec(targets=("2",), rank=3, lora_alpha=5.0, pace=0.7, seed=11)))
+    other = branches_of(insert(case.own(), CascadeSpec(targets=("2",), rank=3, lora_alpha=5.0, pace=0.7, seed=12)))
+    assert set(one) == {"2.weight"}
+    assert same_bits(one["2.weight"].lora_A, full["2.weight"].lora_A)
+    assert not same_bits(one["2.weight"].lora_A, other["2.weight"].lora_A)
+
+
+def test_no_global_generator_is_advanced() -> None:
+    case = BY_NAME["module_linear"]
+    graph_module = case.own()
+    state = torch.get_rng_state()
+    insert(graph_module, CascadeSpec(rank=2, noise=Noise(0.3)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32])
+def test_factors_of_a_narrow_weight_are_fp32_and_move_no_bit(narrow: torch.dtype) -> None:
+    case = BY_NAME["module_linear"]
+    graph_module = case.own().to(narrow)
+    x = case.args[0].to(narrow)
+    inserted = insert(graph_module, case.spec)
+    assert {branch.lora_A.dtype for branch in branches_of(inserted).values()} == {torch.float32}
+    with torch.no_grad():
+        assert inserted(x).dtype == narrow
+        assert torch.equal(inserted(x).view(torch.uint8), graph_module(x).view(torch.uint8))
+
+
+# --- noise ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_noise_is_in_the_weights_of_an_own_graph(case: Case, distribution: str) -> None:
+    noise = Noise(0.4, distribution)  # type: ignore[arg-type]
+    spec = CascadeSpec(rank=2, lora_alpha=3.0, noise=noise, seed=7)
+    original = case.own()
+    photograph = Photograph(original, case)
+    inserted = insert(original, spec)
+    photograph.assert_unchanged()
+    before, after = weights_of(original), weights_of(inserted)
+    added = {}
+    for name, value in after.items():
+        if name not in sites_of(inserted):
+            assert value is before[name]  # not copied, not noisy
+            continue
+        u = draw(noise, 7, 1, name, value.shape).double()
+        added[name] = 0.4 * before[name].detach().std() * u
+        assert_close(value.detach(), (before[name] + added[name]).detach(), rtol=1e-14, atol=1e-15)
+        assert value.requires_grad == before[name].requires_grad
+        assert same_bits(record_of(inserted).slow[name].base, before[name])
+        if distribution == "uniform":
+            assert u.abs().max() <= 0.5
+    assert_close(run(inserted, case), by_hand(case, added))
+    assert_differ(run(inserted, case), run(original, case))
+    folded = FoldBranches()(inserted).graph_module  # B = 0: the fold takes the noise away, bit for bit
+    for name, value in weights_of(folded).items():
+        assert same_bits(value, before[name])
+
+
+def test_noise_on_all_matrices() -> None:
+    case = BY_NAME["aten_encoder"]
+    spec = CascadeSpec(targets=("*.qkv",), train=("*.fc2",), rank=2, noise=Noise(0.2, where="all"), seed=3)
+    original = case.own()
+    inserted = insert(original, spec)
+    before, after = weights_of(original), weights_of(inserted)
+    noisy = {name for name in before if not same_bits(after[name], before[name])}
+    matrices = {name for name, value in before.items() if value.dim() > 1}
+    assert noisy == {name for name in matrices if "fc2" not in name}
+    for name in noisy:
+        size = amplitude(spec.noise, before[name].detach())
+        expected = before[name].detach() + draw(spec.noise, 3, 1, name, before[name].shape).double() * size
+        assert same_bits(after[name], expected)
+    folded = weights_of(FoldBranches()(inserted).graph_module)
+    assert all(same_bits(folded[name], before[name]) for name in before)
+
+
+def test_noise_is_the_runtimes_where_the_weights_are_live() -> None:
+    case = BY_NAME["module_linear"]
+    graph_module = case.live()
+    inserted = insert(graph_module, CascadeSpec(rank=2, noise=Noise(0.4)))
+    assert weights_of(inserted).keys() == weights_of(graph_module).keys()
+    assert all(value is weights_of(graph_module)[name] for name, value in weights_of(inserted).items())
+
+
+def test_tied_and_shared_weights_stay_one_parameter() -> None:
+    spec = CascadeSpec(rank=2, noise=Noise(0.4))
+    tied = insert(BY_NAME["aten_tied"].own(), spec)
+    assert tied.get_parameter("first.weight") is tied.get_parameter("second.weight")
+    one = insert(BY_NAME["module_two_names"].own(), spec)
+    assert one.get_parameter("one.weight") is one.get_parameter("other.weight")
+
+
+# --- what is there already --------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_taken_is_left_alone() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.linear_lora = nn.Linear(5, 7), nn.Linear(7, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear_lora(torch.tanh(self.linear(x)))
+
+    graph_module = fx.symbolic_trace(Net().double())
+    inserted = insert(graph_module, SPEC)
+    assert [node.name for node in inserted.graph.nodes if node.op == "call_module"] == [
+        "linear",
+        "linear_lora_1",
+        "linear_lora",
+        "linear_lora_lora",
+    ]
+    folded = FoldBranches()(inserted).graph_module
+    assert text(folded) == text(graph_module)
+    assert text(insert(folded, SPEC)) == text(inserted)
+
+
+def test_branches_that_are_there_are_wired_not_made_anew() -> None:
+    case = BY_NAME["module_convs"]
+    first = insert(case.live(), case.spec)
+    second = case.live()
+    second._modules["branches"] = first._modules["branches"]
+    inserted = fill(insert(second, case.spec))
+    assert all(branch is branches_of(first)[weight] for weight, branch in branches_of(inserted).items())
+    assert_close(run(first, case), run(inserted, case))
+
+
+def test_shared_branches_fold_in_a_graph_that_owns_its_weights() -> None:
+    case = BY_NAME["module_convs"]
+    first, second = fill(insert(case.own(), case.spec)), case.own()
+    second._modules["branches"] = first._modules["branches"]
+    folded = FoldBranches()(insert(second, case.spec)).graph_module
+    expected = weights_of(FoldBranches()(first).graph_module)
+    assert all(same_bits(value, expected[name]) for name, value in weights_of(folded).items())
+
+
+def test_a_child_of_the_users_named_branches_is_an_error() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 4)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.branches[1](self.branches[0](x))
+
+    graph_module = fx.symbolic_trace(Net().double())
+    with pytest.raises(PassError) as raised:
+        insert(graph_module, SPEC)
+    assert str(raised.value) == (
+        "the graph module has a child 'branches' of its own; rename it, branches are kept there"
+    )
+    x = torch.randn(2, 5, dtype=torch.float64)
+    live = capture(graph_module, (x,), {}).module  # a live model may have one: it stands beside, not inside
+    assert len(branch_nodes(insert(live, SPEC))) == 2
+
+
+def test_insertion_needs_a_match() -> None:
+    with pytest.raises(PassError) as raised:
+        InsertBranches()(BY_NAME["module_linear"].own())
+    assert str(raised.value) == (
+        "insert-branches requires sites-matched, which this graph does not carry; run a pass that provides it before"
+    )
+
+
+def test_the_issues_own_line() -> None:
+    graph_module = fx.symbolic_trace(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).double())
+    result = Pipeline([MatchSites(SPEC), InsertBranches()])(graph_module)
+    assert result.modified
+    assert len(branch_nodes(result.graph_module)) == 2
+
+
+def test_a_copy_of_an_inserted_graph_goes_on() -> None:
+    case = BY_NAME["module_conv2d"]
+    inserted = fill(insert(case.own(), case.spec))
+    twin = copy.deepcopy(inserted)
+    assert not InsertBranches()(twin).modified
+    folded = FoldBranches()(twin).graph_module
+    assert_close(run(folded, case), run(FoldBranches()(inserted).graph_module, case))
+
+
+def test_a_size_that_the_graph_computes_is_given_to_the_branch() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.w = nn.Conv1d(3, 4, 2), nn.Parameter(torch.randn(5, 4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return F.conv1d(x, self.w, padding=x.shape[-1] - 5)
+
+    model = Net().double()
+    inserted = fill(insert(fx.symbolic_trace(model), SPEC))
+    found = deltas(inserted)
+    weights = {name: value.detach() + found.get(name, 0) for name, value in model.named_parameters()}
+    for length in (7, 9):
+        x = torch.randn(2, 3, length, dtype=torch.float64)
+        with torch.no_grad():
+            assert_close(inserted(x), functional_call(model, weights, (x,)), **CLOSE)
+
+
+def test_refusals_are_data_not_branches() -> None:
+    case = BY_NAME["module_tied_head"]
+    inserted = insert(case.own(), case.spec)
+    assert {each.weight: each.reason for each in record_of(inserted).refusals} == {"table.weight": Reason.OPAQUE}
+    assert set(branches_of(inserted)) == set(case.sites)

@@ -1,0 +1,276 @@
+"""MatchSites: which weights become sites, which are refused and why, for every form in every dialect."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from lorasc_fx import CascadeSpec, PassError, Reason, SpecError
+from lorasc_fx.graph import FORMS, FunctionForm, record_of, strip, text
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
+from tests.passes.kit import Photograph, fill, golden_section, insert, run, same_bits, uses_of, weights_of
+
+MODES = ("own", "live")
+
+
+def parts(graph_module: fx.GraphModule) -> tuple[set[str], dict[str, Reason], tuple[str, ...]]:
+    """Sites, refusals, unreached."""
+    record = record_of(graph_module)
+    assert record.plan is not None
+    refused = {each.weight: each.reason for each in record.refusals}
+    return {site.weight for site in record.plan.sites}, refused, record.unreached
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_match(case: Case, mode: str) -> None:
+    graph_module = case.graph(mode)
+    before, photograph = text(graph_module), Photograph(graph_module, case)
+    result = MatchSites(case.spec)(graph_module)
+    matched = result.graph_module
+    assert result.modified  # 1 truthful: marks and record are new
+    photograph.assert_unchanged()
+
+    assert uses_of(matched) == case.sites  # 2 what we meant is marked
+    assert parts(matched) == (set(case.sites), case.refusals, case.unreached)
+    plan = record_of(matched).plan
+    assert plan is not None
+    assert {site.weight: site.aliases for site in plan.sites if site.aliases} == case.aliases
+    for site in plan.sites:
+        assert site.shape == tuple(weights_of(matched)[site.weight].shape)
+        assert site.kind == ("conv" if "conv" in case.sites[site.weight][0][1].lower() else "linear")
+    assert text(matched) == before  # and no node is made
+    if mode == "own":
+        assert text(matched) == golden_section(case.name, "captured")
+
+    assert same_bits(run(matched, case), run(graph_module, case))  # 3 numerics
+    assert same_bits(run(matched, case), run(case.model, case))
+    again = MatchSites(case.spec)(matched)
+    assert not again.modified  # 4 a fixed point
+    assert again.graph_module is matched
+    strip(matched)  # 5 the inverse
+    assert uses_of(matched) == {}
+    assert matched.meta == {}
+    assert [dict(node.meta) for node in matched.graph.nodes] == [dict(node.meta) for node in graph_module.graph.nodes]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sites_refusals_and_unreached_are_all_matrices(case: Case, mode: str) -> None:
+    sites, refused, unreached = parts(MatchSites(case.spec)(case.graph(mode)).graph_module)
+    matrices = {name for name, value in case.model.named_parameters() if value.dim() > 1}
+    assert sites | refused.keys() | set(unreached) == matrices
+    assert len(sites) + len(refused) + len(unreached) == len(matrices)
+
+
+def test_every_row_of_the_table_has_a_case() -> None:
+    seen = {form for case in CASES for uses in case.sites.values() for _, form in uses}
+    assert seen == {form.name for form in FORMS}
+
+
+def test_every_target_of_a_row_has_a_case() -> None:
+    seen = {node.target for case in CASES for node in case.own().graph.nodes if node.op == "call_function"}
+    targets = {target for form in FORMS if isinstance(form, FunctionForm) for target in form.targets}
+    assert targets <= seen
+
+
+@pytest.mark.parametrize(
+    ("case", "weight", "sentence"),
+    [
+        (
+            "aten_tied_head",
+            "table.weight",
+            "table.weight: mixed-uses (node embedding (call_function torch.ops.aten.embedding.default) uses it beside "
+            "1 known "
+            "uses, and would see the folded weight only)",
+        ),
+        (
+            "functional_mixed_uses",
+            "w0",
+            "w0: mixed-uses (node t (call_method t) uses it beside 1 known uses, and would see the folded weight only)",
+        ),
+        (
+            "aten_bare_matrices",
+            "w2",
+            "w2: no-form (used by node einsum (call_function torch.ops.aten.einsum.default), which is in no row of the "
+            "table of forms)",
+        ),
+        (
+            "module_opaque",
+            "3.qkv.weight",
+            "3.qkv.weight: opaque-module (module 3 is called whole; capture with another front end sees inside it)",
+        ),
+        (
+            "functional_whole_numbers",
+            "q",
+            "q: not-floating (holds torch.int8, which has no gradient)",
+        ),
+        (
+            "aten_encoder",
+            "blocks.0.fc2.weight",
+            "blocks.0.fc2.weight: trained-in-full (trained in full, as the spec asks)",
+        ),
+        ("aten_encoder", "blocks.1.fc2.weight", "blocks.1.fc2.weight: excluded (excluded by the spec)"),
+    ],
+)
+def test_a_refusal_says_why(case: str, weight: str, sentence: str) -> None:
+    record = record_of(MatchSites(BY_NAME[case].spec)(BY_NAME[case].own()).graph_module)
+    assert [str(each) for each in record.refusals if each.weight == weight] == [sentence]
+
+
+def test_a_weight_that_no_target_means_is_told() -> None:
+    case = BY_NAME["functional_keywords"]
+    record = record_of(MatchSites(CascadeSpec(targets=("conv",)))(case.own()).graph_module)
+    assert [str(each) for each in record.refusals] == ["w2: not-targeted (matches no target of the spec)"]
+
+
+class _Two(nn.Module):
+    """Two linears of one shape after each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(7, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def _reasons(model: nn.Module) -> dict[str, Reason]:
+    return parts(MatchSites()(fx.symbolic_trace(model)).graph_module)[1]
+
+
+def test_a_module_with_hooks_computes_something_else() -> None:
+    model = _Two().double()
+    model.a.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    assert _reasons(model) == {"a.weight": Reason.OPAQUE}
+    model.b.register_forward_hook(lambda module, args, out: out.tanh())
+    assert _reasons(model) == {"a.weight": Reason.OPAQUE, "b.weight": Reason.OPAQUE}
+
+
+def test_a_parametrized_module_is_opaque() -> None:
+    model = _Two().double()
+    nn.utils.parametrizations.weight_norm(model.a)
+    assert set(_reasons(model)) == {"a.parametrizations.weight.original0", "a.parametrizations.weight.original1"}
+    assert set(_reasons(model).values()) == {Reason.OPAQUE}
+
+
+def test_a_forward_of_its_own_on_the_object_is_opaque() -> None:
+    model = _Two().double()
+    model.b.forward = lambda x: x @ model.b.weight.t() * 2  # type: ignore[method-assign]
+    assert _reasons(model) == {"b.weight": Reason.OPAQUE}
+
+
+def test_a_convolution_with_its_own_conv_forward_is_opaque() -> None:
+    class Standardized(nn.Conv1d):
+        def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return super()._conv_forward(input, weight / weight.std(), bias)
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, nn.Conv1d) or super().is_leaf_module(m, module_qualified_name)
+
+    model = nn.Sequential(nn.Conv1d(3, 4, 2), Standardized(4, 5, 2)).double()
+    matched = MatchSites()(fx.GraphModule(model, Tracer().trace(model))).graph_module
+    assert parts(matched)[:2] == ({"0.weight"}, {"1.weight": Reason.OPAQUE})
+
+
+def test_timms_conv_with_its_own_forward_is_opaque() -> None:
+    layers = pytest.importorskip("timm.layers")
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+    model = nn.Sequential(layers.Conv2dSame(3, 6, 3, stride=2), nn.Conv2d(6, 4, 1)).double()
+    matched = MatchSites()(fx.GraphModule(model, Tracer().trace(model))).graph_module
+    assert parts(matched)[:2] == ({"1.weight"}, {"0.weight": Reason.OPAQUE})
+
+
+def test_the_weight_as_its_own_input_is_no_site() -> None:
+    class Gram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(6, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, F.linear(self.w, self.w)) + F.linear(self.w, self.v).sum()
+
+    model = Gram().double()
+    matched = MatchSites()(fx.symbolic_trace(model)).graph_module
+    assert parts(matched)[:2] == ({"v"}, {"w": Reason.NO_FORM})
+
+
+@pytest.mark.parametrize("target", [F.linear, torch._C._nn.linear, F.conv1d, torch.conv1d, F.conv2d, F.conv3d])
+def test_functions_and_the_builtins_they_trace_to_are_in_the_table(target: object) -> None:
+    assert any(isinstance(form, FunctionForm) and target in form.targets for form in FORMS)
+
+
+# --- a graph that carries a plan --------------------------------------------------------------------------------------
+
+
+def test_an_unreached_weight_becomes_a_site_when_a_graph_uses_it() -> None:
+    case = BY_NAME["aten_encoder"]
+    matched = MatchSites(case.spec)(case.own()).graph_module
+    graph = matched.graph
+    output = next(iter(reversed(graph.nodes)))
+    features = next(node for node in graph.nodes if node.name == "linear_8")
+    weight = next(node for node in graph.nodes if node.target == "head.weight")
+    with graph.inserting_before(output):
+        spare = graph.get_attr("spare.weight")
+        graph.call_function(torch.ops.aten.linear.default, (features.args[0], spare))
+    again = MatchSites(case.spec)(matched)
+    assert again.modified
+    assert parts(again.graph_module)[0] == {*case.sites, "spare.weight"}
+    assert record_of(again.graph_module).unreached == ()
+    assert record_of(again.graph_module).plan.sites[:5] == record_of(matched).plan.sites  # type: ignore[union-attr]
+    assert weight in features.all_input_nodes
+
+
+def test_a_planned_weight_in_an_unknown_form_is_an_error() -> None:
+    case = BY_NAME["functional_shape_reads"]
+    matched = MatchSites(case.spec)(case.own()).graph_module
+    graph = matched.graph
+    weight = next(node for node in graph.nodes if node.target == "w0" and node.op == "get_attr")
+    with graph.inserting_after(weight):
+        graph.call_function(torch.sigmoid, (weight,))
+    with pytest.raises(PassError) as raised:
+        MatchSites(case.spec)(matched)
+    assert str(raised.value) == (
+        "w0 has a branch, but this graph uses it at node sigmoid in a form that has none: node sigmoid (call_function "
+        "torch.sigmoid) uses it beside 1 known uses, and would see the folded weight only. Exclude it "
+        "(exclude=('w0',)) or "
+        "do not run the model in this mode"
+    )
+
+
+@pytest.mark.parametrize("case", ADAPTABLE[:3], ids=str)
+def test_another_spec_over_branches_is_an_error(case: Case) -> None:
+    inserted = insert(case.own(), case.spec)
+    with pytest.raises(SpecError) as raised:
+        MatchSites(CascadeSpec(rank=1))(inserted)
+    assert str(raised.value) == "match-sites: this graph was planned under another spec; fold its branches first"
+
+
+def test_after_a_fold_another_spec_plans_anew_and_keeps_experts() -> None:
+    case = BY_NAME["aten_conv1d"]
+    original = case.own()
+    folded = FoldBranches()(fill(insert(original, case.spec))).graph_module
+    spec = CascadeSpec(targets=("0", "3"), train=("2",), rank=2, seed=4)
+    inserted = Pipeline([MatchSites(spec), InsertBranches()])(folded).graph_module
+    plan = record_of(inserted).plan
+    assert plan is not None
+    assert [(site.weight, site.rank) for site in plan.sites] == [("0.weight", 2), ("3.weight", 2)]
+    assert plan.stage == 2
+    slow = record_of(inserted).slow
+    assert set(slow) == {"0.weight", "3.weight"}
+    for weight, state in slow.items():
+        assert same_bits(state.base, weights_of(original)[weight])
+        assert same_bits(state.exact("slow", torch.float64), weights_of(folded)[weight])
+        assert not same_bits(state.base, weights_of(folded)[weight])
+    with torch.no_grad():
+        weights_of(inserted)["2.weight"].mul_(2)  # trained in full: a fold must not bring an old value back
+    after = FoldBranches()(inserted).graph_module
+    assert same_bits(weights_of(after)["2.weight"], weights_of(inserted)["2.weight"])

@@ -1,0 +1,546 @@
+"""Pipeline: order, text form, other people's passes, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
+from torch.fx.passes.shape_prop import ShapeProp
+
+from lorasc_fx import CascadeSpec, Noise, PassError, PassOrderError, Rule, SpecError, VerifyError
+from lorasc_fx.graph import GraphEditor, branch_nodes, record_of, text
+from lorasc_fx.passes import (
+    PASSES,
+    CascadePass,
+    FoldBranches,
+    InsertBranches,
+    MatchSites,
+    Pipeline,
+    StageTransition,
+)
+from tests.passes.cases import BY_NAME, SPEC
+from tests.passes.kit import Photograph, assert_close, deltas, fill, insert, run, same_bits, weights_of
+
+CASE = BY_NAME["module_convs"]
+
+
+def names(pipeline: Pipeline, facts: frozenset[str] = frozenset()) -> list[str]:
+    return [each.name if isinstance(each, CascadePass) else "" for each in pipeline.ordered(facts)]
+
+
+@dataclass(frozen=True)
+class Note(CascadePass):
+    """Changes nothing; a contract to be ordered by."""
+
+    name: ClassVar[str] = "note"
+
+    def rewrite(self, graph: GraphEditor) -> None:
+        return None
+
+
+def contract(called: str, requires: set[str] = frozenset(), provides: set[str] = frozenset()) -> CascadePass:  # type: ignore[assignment]
+    """A pass of this name and contract, which does nothing."""
+    members = {"name": called, "requires": frozenset(requires), "provides": frozenset(provides)}
+    return type("Contract", (Note,), {"__annotations__": {}, **members})()
+
+
+# --- order ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations([MatchSites(SPEC), InsertBranches(), FoldBranches()])])
+def test_any_permutation_is_solved(order: tuple[CascadePass, ...]) -> None:
+    pipeline = Pipeline(order)
+    assert names(pipeline) == ["match-sites", "insert-branches", "fold-branches"]
+    original = CASE.own()
+    result = pipeline(original)
+    assert result.modified
+    assert text(result.graph_module) == text(original)
+    assert record_of(result.graph_module).facts == {"sites-matched", "branches-folded"}
+    assert same_bits(run(result.graph_module, CASE), run(CASE.model, CASE))
+
+
+@pytest.mark.parametrize(
+    "order", [*itertools.permutations([MatchSites(SPEC), InsertBranches(), StageTransition(), FoldBranches()])]
+)
+def test_a_transition_stands_between_insertion_and_fold(order: tuple[CascadePass, ...]) -> None:
+    expected = ["match-sites", "insert-branches", "stage-transition", "fold-branches"]
+    assert names(Pipeline(order)) == expected
+    assert record_of(Pipeline(order)(CASE.own()).graph_module).plan.stage == 3  # type: ignore[union-attr]
+
+
+def test_the_given_order_is_kept_where_the_graph_allows_it() -> None:
+    pipeline = Pipeline([FoldBranches(), InsertBranches()])
+    assert names(pipeline) == ["insert-branches", "fold-branches"]
+    assert names(pipeline, frozenset({"sites-matched"})) == ["insert-branches", "fold-branches"]
+    both = frozenset({"sites-matched", "branches-inserted"})
+    assert names(pipeline, both) == ["fold-branches", "insert-branches"]
+    inserted = fill(insert(CASE.own(), SPEC))
+    again = pipeline(inserted).graph_module  # a fold that is followed by an insertion: the next stage
+    assert text(again) == text(inserted)
+    assert record_of(again).plan.stage == 2  # type: ignore[union-attr]
+    matched = MatchSites(SPEC)(CASE.own()).graph_module
+    assert text(pipeline(matched).graph_module) == text(matched)
+
+
+def test_independent_passes_keep_the_given_order() -> None:
+    passes = [contract("c"), contract("a"), contract("b", {"fact"}), contract("d"), contract("e", set(), {"fact"})]
+    assert names(Pipeline(passes)) == ["c", "a", "d", "e", "b"]
+
+
+def test_a_pass_that_occurs_twice_runs_as_given() -> None:
+    pipeline = Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), StageTransition(), FoldBranches()])
+    assert record_of(pipeline(CASE.own()).graph_module).plan.stage == 4  # type: ignore[union-attr]
+    again = Pipeline([InsertBranches(), FoldBranches(), InsertBranches()])
+    folded = again(MatchSites(SPEC)(CASE.own()).graph_module).graph_module
+    assert record_of(folded).facts == {"sites-matched", "branches-inserted"}
+
+
+def test_a_circle_is_told_as_one() -> None:
+    passes = [
+        contract("one", {"a"}, {"b"}),
+        contract("two", {"b"}, {"c"}),
+        contract("free"),
+        contract("three", {"c"}, {"a"}),
+    ]
+    with pytest.raises(PassOrderError) as raised:
+        Pipeline(passes)
+    assert str(raised.value) == "these passes need each other in a circle: one -> two -> three -> one"
+
+
+def test_a_given_order_lists_every_violated_pair() -> None:
+    passes = [
+        FoldBranches(),
+        contract("late", {"x", "y"}),
+        InsertBranches(),
+        MatchSites(SPEC),
+        contract("xy", set(), {"x", "y"}),
+    ]
+    with pytest.raises(PassOrderError) as raised:
+        Pipeline(passes, order="given")
+    assert str(raised.value) == (
+        "the passes cannot run in this order:\n"
+        "  fold-branches requires branches-inserted, which insert-branches provides only after it\n"
+        "  late requires x, which xy provides only after it\n"
+        "  late requires y, which xy provides only after it\n"
+        "  insert-branches requires sites-matched, which match-sites provides only after it"
+    )
+
+
+def test_a_fact_that_was_taken_away_is_told() -> None:
+    with pytest.raises(PassOrderError) as raised:
+        Pipeline([MatchSites(SPEC), InsertBranches(), FoldBranches(), StageTransition()], order="given")
+    assert str(raised.value) == (
+        "the passes cannot run in this order:\n"
+        "  stage-transition requires branches-inserted, which fold-branches before it takes away"
+    )
+
+
+def test_passes_that_run_as_given_are_held_against_the_graph() -> None:
+    pipeline = Pipeline([FoldBranches(), InsertBranches(), FoldBranches()])
+    inserted = fill(insert(CASE.own(), SPEC))
+    assert record_of(pipeline(inserted).graph_module).plan.stage == 3  # type: ignore[union-attr]
+    with pytest.raises(PassOrderError) as raised:
+        pipeline(MatchSites(SPEC)(CASE.own()).graph_module)
+    assert str(raised.value) == (
+        "the passes cannot run in this order:\n"
+        "  fold-branches requires branches-inserted, which insert-branches provides only after it"
+    )
+
+
+def test_a_right_order_that_is_given_runs() -> None:
+    pipeline = Pipeline([MatchSites(SPEC), InsertBranches()], order="given")
+    assert len(branch_nodes(pipeline(CASE.own()).graph_module)) == len(CASE.sites)
+
+
+def test_an_empty_pipeline_is_an_error() -> None:
+    for empty in (lambda: Pipeline([]), lambda: Pipeline.parse("  ")):
+        with pytest.raises(PassOrderError) as raised:
+            empty()
+        assert str(raised.value) == "the pipeline is empty; give at least one pass"
+
+
+def test_a_missing_fact_is_told() -> None:
+    photograph = Photograph(CASE.own(), CASE)
+    with pytest.raises(PassError) as raised:
+        Pipeline([InsertBranches(), FoldBranches()])(photograph.module)
+    assert str(raised.value) == (
+        "insert-branches requires sites-matched, which this graph does not carry; run a pass that provides it before"
+    )
+    photograph.assert_unchanged()
+
+
+# --- truthful -------------------------------------------------------------------------------------------------------
+
+
+def test_modified_is_truthful() -> None:
+    pipeline = Pipeline([MatchSites(SPEC), InsertBranches()])
+    first = pipeline(CASE.own())
+    assert first.modified
+    second = pipeline(first.graph_module)
+    assert not second.modified
+    assert second.graph_module is first.graph_module
+    folded = Pipeline([FoldBranches()])(first.graph_module)
+    assert folded.modified
+    again = Pipeline([FoldBranches()])(folded.graph_module)
+    assert not again.modified
+    assert again.graph_module is folded.graph_module
+
+
+def test_a_pass_that_does_nothing_is_told_so() -> None:
+    graph_module = CASE.own()
+    result = Pipeline([contract("nothing"), contract("more")])(graph_module)
+    assert not result.modified
+    assert result.graph_module is graph_module
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+RICH = CascadeSpec(
+    targets=("*.qkv", "conv"),
+    exclude=("a{b", "x,y"),
+    train=("head.*",),
+    rules=(Rule("*.qkv", rank=2), Rule("conv", lora_alpha=3.5), Rule("z", 4, 1.0)),
+    rank=5,
+    lora_alpha=2.5,
+    use_rslora=True,
+    pace=0.25,
+    restart="fast",
+    noise=Noise(0.15, "normal", keep=True, where="all"),
+    restart_A="kept",
+    optimizer_state=0.9,
+    slow_train=False,
+    on_nonfinite="skip",
+    seed=17,
+)
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        Pipeline([MatchSites(), InsertBranches()]),
+        Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), FoldBranches()]),
+        Pipeline([MatchSites(RICH), InsertBranches()]),
+        Pipeline([InsertBranches(), MatchSites(RICH)]),
+        Pipeline([FoldBranches()]),
+        Pipeline([MatchSites(RICH), InsertBranches(), FoldBranches(), InsertBranches()]),
+    ],
+    ids=str,
+)
+def test_text_and_back(pipeline: Pipeline) -> None:
+    back = Pipeline.parse(str(pipeline))
+    assert back.passes == pipeline.passes
+    assert str(back) == str(pipeline)
+
+
+def test_the_text_is_what_people_write() -> None:
+    assert (
+        str(Pipeline([MatchSites(), InsertBranches(), FoldBranches()])) == "match-sites, insert-branches, fold-branches"
+    )
+    spec_text = '{"rank": 4, "noise": {"strength": 0.1}, "rules": [{"pattern": "conv", "rank": 2}]}'
+    written = f'match-sites{{"spec": {spec_text}}},insert-branches'
+    spec = CascadeSpec(rank=4, noise=Noise(0.1), rules=(Rule("conv", rank=2),))
+    assert Pipeline.parse(written).passes == (MatchSites(spec), InsertBranches())
+    assert Pipeline.parse("\n  fold-branches ,\n  insert-branches\n").passes == (FoldBranches(), InsertBranches())
+
+
+def test_every_pass_can_be_parsed() -> None:
+    assert {each.name for each in PASSES} == {"match-sites", "insert-branches", "fold-branches", "stage-transition"}
+    for each in PASSES:
+        assert Pipeline.parse(each.name).passes == (each(),)
+
+
+@pytest.mark.parametrize(
+    ("written", "kind", "message"),
+    [
+        (
+            "match-site, insert-branches",
+            PassError,
+            "no pass is named 'match-site'; nearest: 'match-sites'; known: match-sites, insert-branches, "
+            "fold-branches, "
+            "stage-transition",
+        ),
+        (
+            "match-sites,, fold-branches",
+            PassError,
+            "no pass is named ''; known: match-sites, insert-branches, fold-branches, stage-transition",
+        ),
+        ('match-sites{"specs": {}}', PassError, "match-sites has no option 'specs'; nearest: 'spec'"),
+        ('fold-branches{"spec": {}}', PassError, "fold-branches has no option 'spec'"),
+        (
+            'match-sites{"spec": {"rank": 4}',
+            PassError,
+            "the options of match-sites are not JSON: Expecting ',' delimiter: line 1 column 21 (char 20)",
+        ),
+        (
+            "match-sites{} insert-branches",
+            PassError,
+            "after match-sites there is 'insert-branches'; passes are separated by a comma",
+        ),
+        ('match-sites{"spec": 3}', PassError, "match-sites: spec is 3; give its fields as an object"),
+        ('match-sites{"spec": {"rank": 0}}', SpecError, "rank is 0; a rank is an integer of 1 or more"),
+        (
+            'match-sites{"spec": {"rang": 4}}',
+            SpecError,
+            "spec has no field 'rang'; nearest: 'rank', 'train'; known: targets, exclude, train, rules, rank, "
+            "lora_alpha, "
+            "use_rslora, pace, restart, noise, restart_A, optimizer_state, slow_train, on_nonfinite, seed",
+        ),
+        (
+            'match-sites{"spec": {"noise": {"strenght": 1}}}',
+            SpecError,
+            "noise has no field 'strenght'; nearest: 'strength'; known: strength, distribution, keep, where",
+        ),
+    ],
+)
+def test_text_that_cannot_be_read(written: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as raised:
+        Pipeline.parse(written)
+    assert str(raised.value) == message
+
+
+def test_the_text_of_a_pass_with_options_of_its_own() -> None:
+    @dataclass(frozen=True)
+    class Custom(CascadePass):
+        must: int
+        may: tuple[str, ...] = field(default_factory=tuple)
+        name: ClassVar[str] = "custom"
+
+        def rewrite(self, graph: GraphEditor) -> None:
+            return None
+
+    assert str(Pipeline([Custom(3), Custom(4, ("a",))])) == 'custom{"must": 3}, custom{"must": 4, "may": ["a"]}'
+
+
+# --- other people's passes ------------------------------------------------------------------------------------------
+
+
+def rename_nothing(graph_module: fx.GraphModule) -> None:
+    """In place, returns None."""
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+class GeluForTanh(PassBase):
+    """A PassBase of torch's: returns a PassResult."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        modified = False
+        for node in graph_module.graph.nodes:
+            if node.op == "call_module" and isinstance(graph_module.get_submodule(node.target), nn.Tanh):
+                with graph_module.graph.inserting_after(node):
+                    new = graph_module.graph.call_function(torch.nn.functional.gelu, node.args)
+                node.replace_all_uses_with(new)
+                graph_module.graph.erase_node(node)
+                modified = True
+        graph_module.recompile()
+        return PassResult(graph_module, modified)
+
+
+def test_foreign_passes_of_every_kind() -> None:
+    original = CASE.own()
+    photograph = Photograph(original, CASE)
+
+    def as_module(graph_module: fx.GraphModule) -> fx.GraphModule:
+        return GeluForTanh()(graph_module).graph_module
+
+    results = []
+    for foreign in (GeluForTanh(), as_module):
+        result = Pipeline([foreign, MatchSites(SPEC), rename_nothing, InsertBranches(), rename_nothing])(original)
+        photograph.assert_unchanged()
+        assert result.modified
+        assert [node.name for node in result.graph_module.graph.nodes if "gelu" in node.name] == ["gelu"]
+        assert len(branch_nodes(result.graph_module)) == len(CASE.sites)
+        results.append(result.graph_module)
+    assert text(results[0]) == text(results[1])
+    folded = FoldBranches()(results[0]).graph_module
+    assert same_bits(run(folded, CASE), run(GeluForTanh()(CASE.own()).graph_module, CASE))
+
+
+def test_a_foreign_pass_that_says_it_changed_nothing() -> None:
+    graph_module = CASE.own()
+    inserted = insert(graph_module, SPEC)
+
+    def honest(graph_module: fx.GraphModule) -> PassResult:
+        return PassResult(graph_module, False)
+
+    result = Pipeline([honest, FoldBranches(), honest])(inserted)
+    assert result.modified
+    result = Pipeline([honest, InsertBranches()])(inserted)
+    assert not result.modified
+    assert result.graph_module is inserted
+
+
+def test_shape_propagation_of_torch() -> None:
+    def shapes(graph_module: fx.GraphModule) -> None:
+        ShapeProp(graph_module).propagate(*CASE.args)
+
+    inserted = Pipeline([shapes, MatchSites(SPEC), InsertBranches(), shapes])(CASE.own()).graph_module
+    for node in branch_nodes(inserted):
+        base = node.args[0]
+        assert isinstance(base, fx.Node)
+        assert node.meta["tensor_meta"].shape == base.meta["tensor_meta"].shape
+    assert text(FoldBranches()(inserted).graph_module) == text(CASE.own())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # at torch's own import
+def test_batch_norms_are_fused_before_the_insertion() -> None:
+    from torch.fx.experimental.optimization import fuse
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4))
+    model = model.double()
+    x = torch.randn(3, 3, 6, 7, dtype=torch.float64)
+    model(x)
+    graph_module = fx.symbolic_trace(model.eval())
+    before = {name: value.clone() for name, value in graph_module.state_dict().items()}
+    result = Pipeline([fuse, MatchSites(SPEC), InsertBranches()])(graph_module)
+    assert result.modified
+    fused = result.graph_module
+    assert [node.target for node in fused.graph.nodes if node.op == "call_module"] == [
+        "0",
+        "branches.0/weight",
+        "2",
+        "3",
+        "branches.3/weight",
+    ]
+    with torch.no_grad():
+        assert_close(fused(x), graph_module(x))
+        fill(fused)
+        hidden = nn.functional.conv2d(
+            x, weights_of(fused)["0.weight"] + deltas(fused)["0.weight"], fused.get_parameter("0.bias")
+        )
+        weight = weights_of(fused)["3.weight"] + deltas(fused)["3.weight"]
+        assert_close(fused(x), nn.functional.conv2d(hidden.relu(), weight, fused.get_parameter("3.bias")))
+    assert all(same_bits(value, before[name]) for name, value in graph_module.state_dict().items())
+
+
+def test_a_foreign_pass_that_breaks_the_graph_is_named() -> None:
+    def tear(graph_module: fx.GraphModule) -> None:
+        node = next(iter(branch_nodes(graph_module)))
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph_module.graph.erase_node(node)
+
+    inserted = fill(insert(CASE.own(), SPEC))
+    photograph = Photograph(inserted, CASE)
+    with pytest.raises(VerifyError) as raised:
+        Pipeline([tear, FoldBranches()])(inserted)
+    assert str(raised.value) == (
+        "after tear, the graph does not agree with its plan:\n"
+        "  0.0.weight is used at node _0_0 with 0 branches instead of one"
+    )
+    photograph.assert_unchanged()
+
+
+def test_a_foreign_pass_that_returns_something_else() -> None:
+    class Odd:
+        def __call__(self, graph_module: fx.GraphModule) -> Any:
+            return graph_module.graph
+
+    for odd in (Odd(), lambda graph_module: "done"):
+        with pytest.raises(PassError) as raised:
+            Pipeline([odd, MatchSites(SPEC)])(CASE.own())
+        name, got = ("Odd", "Graph") if isinstance(odd, Odd) else ("<lambda>", "str")
+        assert str(raised.value) == f"pass {name} returned {got}; a pass returns a GraphModule or PassResult"
+
+
+def test_a_foreign_pass_that_adds_a_use_of_a_site_is_found() -> None:
+    case = BY_NAME["functional_keywords"]
+
+    def penalty(graph_module: fx.GraphModule) -> None:
+        graph = graph_module.graph
+        output = next(iter(reversed(graph.nodes)))
+        with graph.inserting_before(output):
+            weight = graph.get_attr("w2")
+            norm = graph.call_method("norm", (weight,))
+            total = graph.call_function(torch.add, (output.args[0], norm))
+        output.args = (total,)
+        graph_module.recompile()
+
+    with pytest.raises(VerifyError) as raised:
+        Pipeline([MatchSites(SPEC), InsertBranches(), penalty])(case.own())
+    assert str(raised.value) == (
+        "after penalty, the graph does not agree with its plan:\n"
+        "  node norm reads w2, a site, but no pass has marked it as a use"
+    )
+    after = Pipeline([penalty, MatchSites(SPEC), InsertBranches()])(case.own()).graph_module
+    assert [str(each.reason.value) for each in record_of(after).refusals] == ["mixed-uses"]
+
+
+def test_a_pipeline_is_a_pass() -> None:
+    inner = Pipeline([MatchSites(SPEC), InsertBranches()])
+    outer = Pipeline([rename_nothing, inner, FoldBranches(), InsertBranches()])
+    assert text(outer(CASE.own()).graph_module) == text(inner(CASE.own()).graph_module)
+
+
+# --- torch.fx's own PassManager -------------------------------------------------------------------------------------
+
+
+def test_inside_torchs_pass_manager() -> None:
+    original = CASE.own()
+    photograph = Photograph(original, CASE)
+    manager = PassManager(passes=[MatchSites(SPEC), InsertBranches()])
+    result = manager(original)
+    assert result.modified
+    assert text(result.graph_module) == text(insert(original, SPEC))
+    fill(result.graph_module)
+    added = {name: SPEC.pace * value for name, value in deltas(result.graph_module).items()}
+    folded = PassManager(passes=[GeluForTanh(), FoldBranches()])(result.graph_module)
+    assert folded.modified
+    for name, value in added.items():
+        expected = weights_of(original)[name].detach() + value
+        assert_close(weights_of(folded.graph_module)[name].detach(), expected, rtol=1e-14, atol=1e-15)
+    photograph.assert_unchanged()
+
+
+def test_pass_manager_repeats_until_nothing_changes() -> None:
+    manager = PassManager(passes=[MatchSites(SPEC), InsertBranches()], steps=5, run_checks_after_each_pass=True)
+    seen = []
+    manager.add_checks(lambda graph_module: seen.append(len(graph_module.graph.nodes)))
+    result = manager(CASE.own())
+    assert result.modified
+    assert seen
+    assert text(result.graph_module) == text(insert(CASE.own(), SPEC))
+
+
+def test_our_passes_are_what_torch_calls_a_pass() -> None:
+    result = MatchSites(SPEC)(CASE.own())
+    assert isinstance(result, PassResult)
+    graph_module, modified = result
+    assert isinstance(graph_module, fx.GraphModule)
+    assert modified is True
+
+
+# --- growth ---------------------------------------------------------------------------------------------------------
+
+
+def _calls(layers: int) -> int:
+    """Number of calls of Python and of C that a whole round takes on a chain of so many layers: a count, not a time."""
+    chain = [nn.Linear(2, 3, bias=False) if index % 2 else nn.Linear(3, 2, bias=False) for index in range(layers)]
+    graph_module = fx.symbolic_trace(nn.Sequential(*chain))
+    pipeline = Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), FoldBranches()])
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        pipeline(graph_module)
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def test_work_grows_linearly_with_the_graph() -> None:
+    assert _calls(200) < 4.6 * _calls(50)

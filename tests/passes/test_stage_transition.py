@@ -1,0 +1,216 @@
+"""StageTransition: fold, then insert, with every node and every Parameter of a branch left in place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError
+from lorasc_fx.graph import record_of, text
+from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
+from tests.passes.cases import ADAPTABLE, BY_NAME, Case
+from tests.passes.kit import (
+    NEAR,
+    Photograph,
+    assert_close,
+    assert_differ,
+    branches_of,
+    by_hand,
+    deltas,
+    fill,
+    golden_section,
+    insert,
+    run,
+    same_bits,
+    weights_of,
+)
+
+NOISES = {
+    "quiet": Noise(),
+    "noisy": Noise(0.3),
+    "kept": Noise(0.3, "normal", keep=True),
+    "all": Noise(0.2, where="all"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_transition(case: Case) -> None:
+    original = case.own()
+    inserted = fill(insert(original, case.spec))
+    before, added, photograph = text(inserted), deltas(inserted), Photograph(inserted, case)
+    parameters = dict(inserted.named_parameters())
+    result = StageTransition()(inserted)
+    after = result.graph_module
+    assert result.modified  # 1 truthful
+    photograph.assert_unchanged(
+        but=("branches.",)
+    )  # the one pass that writes into branches, which stay the same objects
+    assert text(after) == before == golden_section(case.name, "inserted")  # 2 the graph is the one we meant
+
+    slow = {name: case.spec.pace * value for name, value in added.items()}  # 3 numerics
+    for name, value in weights_of(after).items():
+        if name in slow:
+            assert_close(value.detach(), weights_of(original)[name].detach() + slow[name], **NEAR)
+        else:
+            assert value is weights_of(original)[name]
+    assert_close(run(after, case), by_hand(case, slow))
+    assert_differ(run(after, case), run(case.model, case))
+    for branch in branches_of(after).values():
+        assert branch.lora_A is parameters[_name(after, branch.lora_A)]
+        assert branch.lora_B is parameters[_name(after, branch.lora_B)]
+        assert not branch.lora_B.any()
+
+    values = {name: value.detach().clone() for name, value in weights_of(after).items()}
+    again = StageTransition()(after).graph_module  # 4 a second one, of branches that are zero, moves no weight
+    assert all(same_bits(value, values[name]) for name, value in weights_of(again).items())
+    assert text(again) == before
+    assert record_of(again).plan.stage == 3  # type: ignore[union-attr]
+    folded = FoldBranches()(again).graph_module  # 5 the inverse
+    assert text(folded) == text(original)
+    assert all(same_bits(value, values[name]) for name, value in weights_of(folded).items())
+
+
+def _name(graph_module: torch.fx.GraphModule, wanted: torch.nn.Parameter) -> str:
+    return next(name for name, value in graph_module.named_parameters() if value is wanted)
+
+
+@pytest.mark.parametrize(
+    ("restart", "noise"), [("slow", "quiet"), ("slow", "noisy"), ("fast", "quiet"), ("fast", "kept"), ("slow", "all")]
+)
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_transition_is_fold_then_insert(case: Case, restart: str, noise: str) -> None:
+    spec = replace(case.spec, pace=0.4, restart=restart, noise=NOISES[noise])
+    here, there = insert(case.own(), spec), insert(case.own(), spec)
+    for stage in range(3):
+        fill(here, seed=stage)
+        fill(there, seed=stage)
+        here = StageTransition()(here).graph_module
+        there = Pipeline([FoldBranches(), InsertBranches()])(there).graph_module
+        assert text(here) == text(there)
+        mine, theirs = dict(here.named_parameters()), dict(there.named_parameters())
+        assert list(mine) == list(theirs)
+        assert [name for name, value in mine.items() if not same_bits(value, theirs[name])] == []
+        assert same_bits(run(here, case), run(there, case))
+        assert record_of(here).plan == record_of(there).plan
+    mine = weights_of(FoldBranches()(here).graph_module)
+    theirs = weights_of(FoldBranches()(there).graph_module)
+    assert [name for name, value in mine.items() if not same_bits(value, theirs[name])] == []
+
+
+@pytest.mark.parametrize("noise", ["quiet", "noisy"])
+def test_three_stages_by_hand(noise: str) -> None:
+    case = BY_NAME["module_padding_modes"]
+    spec = replace(case.spec, pace=0.6, noise=NOISES[noise])
+    original = case.own()
+    current = insert(original, spec)
+    summed = {name: torch.zeros_like(value) for name, value in weights_of(original).items() if value.dim() > 1}
+    for stage in range(3):
+        fill(current, seed=stage)
+        summed = {name: value + 0.6 * deltas(current)[name] for name, value in summed.items()}
+        current = StageTransition()(current).graph_module
+    folded = FoldBranches()(current).graph_module
+    for name, value in summed.items():
+        assert_close(weights_of(folded)[name].detach(), weights_of(original)[name].detach() + value, **NEAR)
+        noisy = not torch.allclose(weights_of(current)[name], weights_of(folded)[name], rtol=1e-3)
+        assert noisy == (noise == "noisy")
+    assert_close(run(folded, case), by_hand(case, summed))
+
+
+def test_the_noise_of_a_stage_is_its_own() -> None:
+    case = BY_NAME["module_linear"]
+    current = insert(case.own(), replace(case.spec, noise=Noise(0.3)))
+    seen = [weights_of(current)["0.weight"].detach().clone()]
+    for _ in range(2):
+        current = StageTransition()(current).graph_module
+        seen.append(weights_of(current)["0.weight"].detach().clone())
+    assert_differ(seen[0], seen[1])
+    assert_differ(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("start", ["fresh", "kept"])
+def test_where_lora_a_starts(start: str) -> None:
+    case = BY_NAME["module_conv2d"]
+    inserted = insert(case.own(), replace(case.spec, restart_A=start))
+    first = {weight: branch.lora_A.detach().clone() for weight, branch in branches_of(inserted).items()}
+    fill(inserted)
+    trained = {weight: branch.lora_A.detach().clone() for weight, branch in branches_of(inserted).items()}
+    after = branches_of(StageTransition()(inserted).graph_module)
+    for weight, branch in after.items():
+        assert not branch.lora_B.any()
+        assert same_bits(branch.lora_A, trained[weight]) == (start == "kept")
+        if start == "fresh":
+            assert_differ(branch.lora_A.detach(), first[weight])
+            assert branch.lora_A.abs().max() <= branch.lora_A.shape[1] ** -0.5
+
+
+def test_an_optimizer_holds_the_branches_still() -> None:
+    case = BY_NAME["module_linear"]
+    current = insert(case.own(), case.spec)
+    optimizer = torch.optim.SGD([p for name, p in current.named_parameters() if "lora" in name], lr=0.1)
+    for _ in range(3):
+        for _ in range(2):
+            current(*case.args).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(branch.lora_B.any() for branch in branches_of(current).values())
+        current = StageTransition()(current).graph_module
+        assert all(not branch.lora_B.any() for branch in branches_of(current).values())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(p) for name, p in current.named_parameters() if "lora" in name} == held
+
+
+def test_a_live_graph_is_the_runtimes() -> None:
+    case = BY_NAME["module_linear"]
+    inserted = insert(case.live(), case.spec)
+    photograph = Photograph(inserted, case)
+    with pytest.raises(PassError) as raised:
+        StageTransition()(inserted)
+    assert str(raised.value) == (
+        "stage-transition: this graph reads a live model; call cascade.transition(optimizer) instead"
+    )
+    photograph.assert_unchanged()
+
+
+def test_a_start_from_the_gradient_is_the_runtimes() -> None:
+    case = BY_NAME["module_linear"]
+    inserted = insert(case.own(), CascadeSpec(rank=2, restart_A="gradient"))
+    with pytest.raises(PassError) as raised:
+        StageTransition()(inserted)
+    assert str(raised.value) == "stage-transition: restart_A='gradient' needs a training step; use a Cascade"
+
+
+def test_a_branch_that_is_not_finite_is_one_error() -> None:
+    case = BY_NAME["aten_conv1d"]
+    inserted = fill(insert(case.own(), case.spec))
+    with torch.no_grad():
+        branches_of(inserted)["2.weight"].lora_A[0, 0] = float("nan")
+    photograph = Photograph(inserted, case)
+    with pytest.raises(NonFiniteBranch) as raised:
+        Pipeline([StageTransition()])(inserted)
+    assert str(raised.value) == (
+        "the branch of 2.weight holds inf or nan at the end of stage 1; nothing was folded. Lower the learning rate "
+        "or clip "
+        "gradients, or set on_nonfinite='skip' to leave such branches out"
+    )
+    photograph.assert_unchanged()
+
+
+def test_a_branch_that_is_not_finite_is_left_out_and_starts_anew_if_asked() -> None:
+    case = BY_NAME["aten_conv1d"]
+    inserted = fill(insert(case.own(), replace(case.spec, on_nonfinite="skip")))
+    with torch.no_grad():
+        branches_of(inserted)["2.weight"].lora_B[0, 0] = float("nan")
+    after = StageTransition()(inserted).graph_module
+    assert same_bits(weights_of(after)["2.weight"], case.model.get_parameter("2.weight"))
+    assert all(branch.finite() for branch in branches_of(after).values())
+
+
+def test_transition_needs_branches() -> None:
+    with pytest.raises(PassError) as raised:
+        StageTransition()(BY_NAME["module_linear"].own())
+    assert str(raised.value) == (
+        "stage-transition requires branches-inserted, which this graph does not carry; run a pass that provides it "
+        "before"
+    )

@@ -1,0 +1,266 @@
+"""Targets: kinds and globs, what is left out or trained in full, rules, and patterns that mean nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+from lorasc_fx import CascadeSpec, NoSites, Reason, Rule, SpecError, UnknownTarget
+from lorasc_fx.graph import record_of
+from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
+from tests.passes.cases import BY_NAME, CASES, Case, Encoder
+from tests.passes.kit import Photograph, branches_of, insert, sites_of, weights_of
+
+ENCODER = BY_NAME["aten_encoder"]
+LINEARS = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("attn.qkv", "attn.proj", "fc1", "fc2")} | {
+    "head.weight"
+}
+
+
+class Mixed(nn.Module):
+    """Convolutions and linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(3, 4, 2), nn.Conv1d(4, 5, 2))
+        self.body = nn.ModuleDict({"up": nn.Linear(5, 9), "down": nn.Linear(9, 5)})
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).mean(-1)
+        return self.head(self.body["down"](torch.relu(self.body["up"](x))))
+
+
+def mixed() -> fx.GraphModule:
+    return fx.symbolic_trace(Mixed().double())
+
+
+def chosen(graph_module: fx.GraphModule, spec: CascadeSpec) -> set[str]:
+    plan = record_of(MatchSites(spec)(graph_module).graph_module).plan
+    assert plan is not None
+    return {site.weight for site in plan.sites}
+
+
+def reasons(graph_module: fx.GraphModule, spec: CascadeSpec) -> dict[str, Reason]:
+    return {each.weight: each.reason for each in record_of(MatchSites(spec)(graph_module).graph_module).refusals}
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("linear", "conv"), {"stem.0", "stem.1", "body.up", "body.down", "head"}),
+        (("linear",), {"body.up", "body.down", "head"}),
+        (("conv",), {"stem.0", "stem.1"}),
+        (("stem.0.weight",), {"stem.0"}),
+        (("stem",), {"stem.0", "stem.1"}),  # a glob that names a module means what is in it
+        (("body.up",), {"body.up"}),
+        (("body.*",), {"body.up", "body.down"}),
+        (("*.up", "head"), {"body.up", "head"}),
+        (("conv", "head.weight"), {"stem.0", "stem.1", "head"}),
+        (("stem.[1-9].*",), {"stem.1"}),
+        (("*",), {"stem.0", "stem.1", "body.up", "body.down", "head"}),
+    ],
+)
+def test_kinds_and_globs(targets: tuple[str, ...], expected: set[str]) -> None:
+    spec = CascadeSpec(targets=targets)
+    names = {f"{name}.weight" for name in expected}
+    assert chosen(mixed(), spec) == names
+    everything = {name for name, value in Mixed().named_parameters() if value.dim() > 1}
+    assert reasons(mixed(), spec) == dict.fromkeys(everything - names, Reason.NOT_TARGETED)
+
+
+def test_globs_on_a_real_tree_of_names() -> None:
+    assert chosen(ENCODER.own(), CascadeSpec(targets=("*.attn",))) == {name for name in LINEARS if ".attn." in name}
+    assert chosen(ENCODER.own(), CascadeSpec(targets=("blocks.1",))) == {name for name in LINEARS if "blocks.1" in name}
+    assert chosen(ENCODER.own(), CascadeSpec(targets=("*.qkv.weight", "head"))) == {
+        "blocks.0.attn.qkv.weight",
+        "blocks.1.attn.qkv.weight",
+        "head.weight",
+    }
+    assert chosen(ENCODER.own(), CascadeSpec()) == LINEARS
+
+
+@pytest.mark.parametrize("pattern", ["first", "first.weight", "second", "second.weight"])
+def test_a_tied_weight_goes_by_each_of_its_names(pattern: str) -> None:
+    assert chosen(BY_NAME["aten_tied"].own(), CascadeSpec(targets=(pattern,))) == {"first.weight"}
+    excluded = CascadeSpec(exclude=(pattern,))
+    assert chosen(BY_NAME["aten_tied"].own(), excluded) == {"back.weight"}
+
+
+def test_exclude_and_train() -> None:
+    spec = CascadeSpec(exclude=("stem.0", "head.bias"), train=("head", "stem.0"))
+    assert chosen(mixed(), spec) == {"stem.1.weight", "body.up.weight", "body.down.weight"}
+    assert reasons(mixed(), spec) == {"stem.0.weight": Reason.EXCLUDED, "head.weight": Reason.TRAINED}
+    inserted = insert(mixed(), spec)
+    assert set(branches_of(inserted)) == chosen(mixed(), spec)
+    assert weights_of(inserted).keys() == dict(Mixed().named_parameters()).keys()
+
+
+def test_the_first_rule_that_matches_counts() -> None:
+    spec = CascadeSpec(
+        rank=4,
+        lora_alpha=6.0,
+        rules=(
+            Rule("body.up", rank=2),
+            Rule("body", lora_alpha=9.0),
+            Rule("linear", rank=1, lora_alpha=2.0),
+            Rule("body.down", rank=3),
+        ),
+    )
+    found = {weight: (site.rank, site.lora_alpha) for weight, site in sites_of(insert(mixed(), spec)).items()}
+    assert found == {
+        "stem.0.weight": (4, 6.0),
+        "stem.1.weight": (4, 6.0),
+        "body.up.weight": (2, 6.0),
+        "body.down.weight": (4, 9.0),
+        "head.weight": (1, 2.0),
+    }
+    scales = {weight: branch.scale for weight, branch in branches_of(insert(mixed(), spec)).items()}
+    assert scales == {weight: alpha / rank for weight, (rank, alpha) in found.items()}
+    shapes = {weight: branch.lora_A.shape[0] for weight, branch in branches_of(insert(mixed(), spec)).items()}
+    assert shapes == {weight: rank for weight, (rank, _) in found.items()}
+
+
+def test_rules_under_rslora() -> None:
+    spec = CascadeSpec(rank=4, lora_alpha=6.0, use_rslora=True, rules=(Rule("conv", rank=9),))
+    sites = sites_of(insert(mixed(), spec))
+    assert sites["stem.0.weight"].scale == 2.0
+    assert sites["head.weight"].scale == 3.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            CascadeSpec(targets=("blocks.*.attn.qvk",)),
+            "targets: 'blocks.*.attn.qvk' matches no weight; nearest: 'blocks.1.attn.qkv', 'blocks.0.attn.qkv', "
+            "'blocks.1.attn.proj'",
+        ),
+        (CascadeSpec(targets=("linaer",)), "targets: 'linaer' matches no weight; nearest: 'linear'"),
+        (CascadeSpec(targets=("zzz",)), "targets: 'zzz' matches no weight"),
+        (
+            CascadeSpec(targets=("linear", "head.wieght")),
+            "targets: 'head.wieght' matches no weight; nearest: 'head.weight', 'spare.weight', 'head'",
+        ),
+        (
+            CascadeSpec(targets=("head.bias",)),
+            "targets: 'head.bias' matches no weight; nearest: 'head', 'head.weight'",
+        ),
+        (
+            CascadeSpec(exclude=("head.bais",)),
+            "exclude: 'head.bais' matches no parameter; nearest: 'head.bias', 'head', 'head.weight'",
+        ),
+        (CascadeSpec(exclude=("linear",)), "exclude: 'linear' matches no parameter"),
+        (
+            CascadeSpec(train=("heads.*",)),
+            "train: 'heads.*' matches no parameter; nearest: 'head', 'head.bias', 'head.weight'",
+        ),
+        (
+            CascadeSpec(rules=(Rule("*.fc3", rank=2),)),
+            "rules: '*.fc3' matches no weight",
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", ["own", "live"])
+def test_a_pattern_that_means_nothing(spec: CascadeSpec, message: str, mode: str) -> None:
+    graph_module = ENCODER.graph(mode)
+    photograph = Photograph(graph_module, ENCODER)
+    with pytest.raises(UnknownTarget) as raised:
+        Pipeline([MatchSites(spec), InsertBranches()])(graph_module)
+    assert str(raised.value) == message
+    assert isinstance(raised.value, SpecError)
+    photograph.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("case", "spec", "message"),
+    [
+        (
+            "functional_mixed_uses",
+            CascadeSpec(),
+            "the spec leaves no site to adapt:\n"
+            "  w0: mixed-uses (node t (call_method t) uses it beside 1 known uses, and would see the folded weight "
+            "only)\n"
+            "  w1: mixed-uses (node t_1 (call_method t) uses it beside 1 known uses, and would see the folded weight "
+            "only)",
+        ),
+        (
+            "module_linear",
+            CascadeSpec(targets=("conv",)),
+            "the spec leaves no site to adapt:\n"
+            "  no weight that the graph uses is of a kind or name in targets=('conv',)",
+        ),
+        (
+            "module_linear",
+            CascadeSpec(exclude=("0",), train=("2.*",)),
+            "the spec leaves no site to adapt:\n"
+            "  0.weight: excluded (excluded by the spec)\n"
+            "  2.weight: trained-in-full (trained in full, as the spec asks)",
+        ),
+        (
+            "aten_bare_matrices",
+            CascadeSpec(exclude=("w1",)),
+            "the spec leaves no site to adapt:\n"
+            "  w0: no-form (used by node matmul (call_function torch.ops.aten.matmul.default), which is in no row of "
+            "the table of "
+            "forms)\n"
+            "  w1: excluded (excluded by the spec)\n"
+            "  w2: no-form (used by node einsum (call_function torch.ops.aten.einsum.default), which is in no row of "
+            "the table of "
+            "forms)\n"
+            "  w3: unreached (no node of this graph uses it)",
+        ),
+    ],
+)
+def test_no_site_at_all(case: str, spec: CascadeSpec, message: str) -> None:
+    graph_module = BY_NAME[case].own()
+    photograph = Photograph(graph_module, BY_NAME[case])
+    with pytest.raises(NoSites) as raised:
+        Pipeline([MatchSites(spec), InsertBranches()])(graph_module)
+    assert str(raised.value) == message
+    assert isinstance(raised.value, SpecError)
+    photograph.assert_unchanged()
+
+
+def test_a_graph_without_any_weight() -> None:
+    graph_module = fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.Tanh()))
+    with pytest.raises(NoSites) as raised:
+        Pipeline([MatchSites(), InsertBranches()])(graph_module)
+    assert str(raised.value) == (
+        "the spec leaves no site to adapt:\n"
+        "  no weight that the graph uses is of a kind or name in targets=('linear', 'conv')"
+    )
+
+
+SPECS = {
+    "all": CascadeSpec(),
+    "linear": CascadeSpec(targets=("linear",)),
+    "conv": CascadeSpec(targets=("conv",)),
+    "none-of-them": CascadeSpec(exclude=("*",)),
+    "trained": CascadeSpec(train=("*",)),
+    "every-name": CascadeSpec(targets=("*",)),
+}
+
+
+@pytest.mark.parametrize("mode", ["own", "live"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_is_passed_over_in_silence(case: Case, mode: str) -> None:
+    graph_module = case.graph(mode)
+    for spec in SPECS.values():
+        record = record_of(MatchSites(spec)(graph_module).graph_module)
+        assert record.plan is not None
+        told = [
+            *(site.weight for site in record.plan.sites),
+            *(each.weight for each in record.refusals),
+            *record.unreached,
+        ]
+        assert sorted(told) == sorted(name for name, value in case.model.named_parameters() if value.dim() > 1)
+        assert all(each.sentence for each in record.refusals)
+
+
+def test_the_cases_hold_every_reason() -> None:
+    asked = {Reason.NOT_TARGETED}  # by the tests above
+    assert {reason for case in CASES for reason in case.refusals.values()} | asked == set(Reason)
+    assert any(case.unreached for case in CASES)
+    assert isinstance(ENCODER.model, Encoder)

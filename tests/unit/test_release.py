@@ -1,0 +1,262 @@
+"""`release` gives the user's own model back; folded state dict and folded graph are the same weights, apart from it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+
+import lorasc_fx as lx
+from tests.unit.cases import batches, branches, factors, randomize
+
+SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
+
+
+class Stated(nn.Module):
+    """A norm with statistics, a frozen part, a part in eval mode, a hook, a persistent buffer and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, groups=1, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("shift", torch.linspace(0, 1, 3))
+        self.register_buffer("passing", torch.linspace(1, 2, 3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.norm(self.stem(x))).mean((2, 3))
+        return (self.head(self.drop(hidden)) + self.shift) * self.passing
+
+
+def stated() -> Stated:
+    torch.manual_seed(51)
+    model = Stated().double().train()
+    model.norm.eval()
+    model.stem.weight.requires_grad_(False)
+    model.norm.bias.requires_grad_(False)
+    return model
+
+
+def trained_cascade(model: nn.Module, x: torch.Tensor, **options: Any) -> lx.Cascade:
+    """Two stages: one folded, one that has trained."""
+    cascade = lx.adapt(model, (x,), spec=SPEC, **options)
+    randomize(cascade, 1)
+    cascade.transition(None)
+    randomize(cascade, 2)
+    return cascade
+
+
+def expected_state(state: dict[str, torch.Tensor], seeds: tuple[int, ...], make: Any) -> dict[str, torch.Tensor]:
+    """W0 + pace * sum of the deltas, which another cascade of the same spec tells the factors of."""
+    other = lx.adapt(make(), batches(1, 2, 3, 5, 4), spec=SPEC)
+    found = {name: value.clone() for name, value in state.items()}
+    for seed in seeds:
+        randomize(other, seed)
+        for name, branch in branches(other).items():
+            found[name] += 0.5 * branch.scale * (branch.lora_B @ branch.lora_A).detach().view_as(found[name])
+        other.transition(None)
+    return found
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_release_is_the_users_object(frontend: str) -> None:
+    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    before = copy.deepcopy(model.state_dict())
+    calls: list[int] = []
+    model.drop.register_forward_hook(lambda *_: calls.append(1))
+    objects = dict(model.named_parameters()) | dict(model.named_buffers())
+    modules = dict(model.named_modules())
+    flags = {name: value.requires_grad for name, value in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+
+    cascade = trained_cascade(model, x, frontend=frontend)
+    cascade.eval()
+    released = cascade.release()
+
+    assert released is model
+    assert dict(model.named_modules()) == modules
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert held.keys() == objects.keys()
+    assert all(held[name] is value for name, value in objects.items())
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == flags
+    assert len(set(flags.values())) == len(set(modes.values())) == 2
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert all(value.grad is None for value in model.parameters())
+    assert not any(value._backward_hooks or value._post_accumulate_grad_hooks for value in model.parameters())
+    calls.clear()
+    model(x)
+    assert calls == [1]
+    state, expected = model.state_dict(), expected_state(before, (1, 2), stated)
+    assert state.keys() == before.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=1e-13, msg=name)
+    assert torch.equal(state["norm.running_mean"], before["norm.running_mean"])
+    assert not torch.equal(state["stem.weight"], before["stem.weight"])
+
+
+def test_a_released_model_is_free() -> None:
+    """It trains, is adapted again with its new weights as W0, and the old cascade says that it has ended."""
+    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    cascade = trained_cascade(model, x)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    cascade.release()
+    for call in (lambda: cascade(x), cascade.release, lambda: cascade.transition(optimizer), cascade.folded_state_dict):
+        with pytest.raises(lx.StateError, match="was released"):
+            call()
+    weight = model.head.weight.detach().clone()
+    model(x).sum().backward()
+    assert model.head.weight.grad is not None
+    optimizer.step()  # holds branches of the past only
+    assert torch.equal(model.head.weight, weight)
+    assert model.head.weight.requires_grad
+    again = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
+    with again.weights("base"):
+        assert torch.equal(model.head.weight, weight)
+
+
+def test_release_ends_the_wait_for_a_gradient() -> None:
+    """restart_A = "gradient" asks for gradients of the weights themselves; a release takes that back."""
+    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, restart_A="gradient"))
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    cascade.transition(optimizer)
+    cascade(x).sum().backward()
+    optimizer.zero_grad()
+    cascade.release()
+    assert all(value.grad is None for value in model.parameters())
+    assert not model.stem.weight.requires_grad
+    model(x).sum().backward()
+    optimizer.step()
+    assert model.head.weight.requires_grad
+    assert model.head.weight.grad is not None
+
+
+# torch's own, of a copy of any exported graph
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_folded_state_dict_and_graph_are_the_release(frontend: str) -> None:
+    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    cascade = trained_cascade(model, x, frontend=frontend)
+    running = {name: value.clone() for name, value in model.state_dict().items()}
+    state = cascade.folded_state_dict()
+    cascade.eval()
+    graph = cascade.folded_graph()
+    assert not any("lora" in name or "branch" in name for name in [*graph.state_dict(), *dict(graph.named_modules())])
+    for name, value in model.state_dict().items():  # nothing moved, nothing is shared
+        assert torch.equal(value, running[name])
+        assert state[name].data_ptr() != value.data_ptr()
+    theirs = {value.data_ptr() for value in [*model.parameters(), *model.buffers()]}
+    assert not any(value.data_ptr() in theirs for value in [*graph.parameters(), *graph.buffers()])
+
+    copied = copy.deepcopy(graph)
+    released = cascade.release().eval()
+    assert list(state) == list(released.state_dict())
+    for name, value in released.state_dict().items():
+        assert torch.equal(state[name], value), name
+    for size in (2, 5):
+        y = batches(1, size, 3, 5, 4)[0]
+        expected = released(y)
+        assert expected.std() > 0.1
+        assert torch.equal(graph(y), expected)
+        assert torch.equal(copied(y), expected)
+    with torch.no_grad():
+        for value in graph.parameters():
+            value.zero_()
+    assert torch.equal(copied(x), released(x))
+    assert not torch.equal(graph(x), released(x))
+    fresh = stated()
+    fresh.load_state_dict(state, strict=True)
+    assert torch.equal(fresh.eval()(x), released(x))
+
+
+def test_folded_graph_for_other_inputs() -> None:
+    """The graph of another mode and of other arguments, with the same weights."""
+    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    cascade = trained_cascade(model, x).eval()
+    graph = cascade.folded_graph((x,))
+    by_name = cascade.folded_graph(kwargs={"x": x})
+    cascade.train()
+    training = cascade.folded_graph((x,))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    found = training(x)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    released = cascade.release().eval()
+    assert torch.equal(graph(x), released(x))
+    assert torch.equal(by_name(x), released(x))
+    torch.manual_seed(1)
+    assert torch.equal(found, released.train()(x))
+
+
+def test_a_transformers_model_saves_and_loads(tmp_path: Path) -> None:
+    """save_pretrained, from_pretrained: equal outputs, tied weights and generate included."""
+    torch.manual_seed(52)
+    size = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    config = transformers.LlamaConfig(
+        vocab_size=30, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, **size
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 30, (2, 7))
+    before = model(input_ids=ids).logits
+    cascade = lx.adapt(model, kwargs={"input_ids": ids, "use_cache": False}, spec=SPEC)
+    randomize(cascade, size=0.5)
+    cascade.transition(None)
+    with cascade.weights("slow"):
+        slow = cascade.model(input_ids=ids).logits
+        written = model.generate(ids, max_new_tokens=4, do_sample=False)
+    released = cascade.release()
+    assert (slow - before).abs().max() > 1e-3
+    released.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(input_ids=ids).logits, slow)
+    assert torch.equal(released(input_ids=ids).logits, slow)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False), written)
+
+
+def test_a_timm_model_loads_strictly() -> None:
+    def build() -> nn.Module:
+        return timm.create_model("resnet10t", num_classes=5)
+
+    torch.manual_seed(53)
+    model, x = build().train(), torch.randn(3, 3, 64, 64)
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    randomize(cascade)
+    cascade(x)  # moves the running statistics
+    state = cascade.folded_state_dict()
+    released = cascade.release().eval()
+    for each in (state, released.state_dict()):
+        fresh = build().eval()
+        before = fresh(x)
+        assert str(fresh.load_state_dict(each, strict=True)) == "<All keys matched successfully>"
+        assert torch.equal(fresh(x), released(x))
+        assert not torch.equal(before, fresh(x))
+
+
+def test_weights_serve_the_models_own_methods() -> None:
+    """Inside `weights` cascade and model compute the same; outside the stage goes on, also after an error."""
+    model, x = stated().eval(), batches(1, 2, 3, 5, 4)[0]
+    original = copy.deepcopy(model)
+    cascade = trained_cascade(model, x)
+    a = factors(cascade)
+    running = cascade(x)
+    with cascade.weights("base"):
+        assert torch.equal(cascade(x), original(x))
+        assert torch.equal(model(x), original(x))
+        for call in (cascade.release, lambda: cascade.transition(None), lambda: cascade.weights("slow").__enter__()):
+            with pytest.raises(lx.StateError, match="inside weights"):
+                call()
+    with contextlib.suppress(ZeroDivisionError), cascade.weights("fast"):
+        assert torch.equal(cascade(x), model(x))
+        raise ZeroDivisionError
+    assert torch.equal(cascade(x), running)
+    assert all(torch.equal(value, a[name]) for name, value in factors(cascade).items())
