@@ -43,9 +43,9 @@ def print_tables(config: Config, results: Sequence[Result]) -> None:
     best = chosen(config, results)
     parts = ["test", *config.data.shifts]
     screen = console()
-    accuracies = Table(
-        title=f"{config.model.name} on {config.data.name}: accuracy in %, mean of {len(config.compare.seeds)} seed(s)"
-    )
+    runs_each = f"mean of {len(config.compare.seeds)} seeds" if len(config.compare.seeds) > 1 else "one seed"
+    screen.print(f"{config.model.name} on {config.data.name}: accuracy in %, {runs_each}", soft_wrap=True)
+    accuracies = Table()
     for column in ("method", "lr", "trained", "train s", "validation", *parts):
         accuracies.add_column(column, justify="left" if column == "method" else "right")
     for method, runs in best.items():

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.setup import Setup
 from lorasc_fx.cli.training import Step
 
 Alone = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -97,6 +99,32 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(
     assert main(["train", "parts/config.toml", "--resume"]) == 0
     assert losses(place / "parts") == losses(place / "whole")
     assert_same(weights(place / "parts" / "folded.safetensors"), weights(place / "whole" / "folded.safetensors"))
+
+
+def test_a_fold_inside_a_stage_counts_it_as_ended_and_has_no_noise(
+    place: Path,
+    tiny_model: Callable[[], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from lorasc_fx.cli import train as module
+
+    def press_ctrl_c(self: object, step: Step) -> None:
+        self.done = step.done  # type: ignore[attr-defined]  # the class is private
+        if step.done == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module._Watch, "__call__", press_ctrl_c)
+    assert main(["train", "tiny.toml"]) == 130
+    assert main(["fold", "runs/tiny"]) == 0
+    assert "slow weights at step 6 of 12, its running stage folded as it is" in capsys.readouterr().out
+    folded = weights(place / "runs" / "tiny" / "folded.safetensors")
+    setup = Setup.of(load_config(place / "runs" / "tiny" / "config.toml"))
+    cascade = lx.load(place / "runs" / "tiny" / "checkpoint", setup.model(0).eval(), args=setup.sample(0).args)
+    noisy = cascade.model.state_dict()["0.weight"].clone()
+    released = cascade.release().state_dict()
+    assert_same(folded, dict(released))
+    assert not torch.equal(noisy, released["0.weight"])
 
 
 def test_resume_wants_the_same_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
