@@ -10,8 +10,6 @@ CONSTRAINTS := requirements/constraints.txt
 EXTRAS := cli,vision,text,test,bench
 CODE := lorasc_fx passes tests $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
-DEMO := examples/image.toml
-DEMO_TEXT := examples/text.toml
 
 .PHONY: help venv demo demo-text test test-fast ci-slow lint format types bench docs clean
 
@@ -27,10 +25,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: $(STAMP) ## methods side by side on an image model and a small data set
-	$(BIN)/lorasc-fx compare $(DEMO)
+	$(BIN)/python -m examples.demo
 
 demo-text: $(STAMP) ## the same for a text model
-	$(BIN)/lorasc-fx compare $(DEMO_TEXT)
+	$(BIN)/python -m examples.demo --text
 
 test: $(STAMP) ## everything that is not slow
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
