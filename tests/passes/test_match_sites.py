@@ -274,3 +274,18 @@ def test_after_a_fold_another_spec_plans_anew_and_keeps_experts() -> None:
         weights_of(inserted)["2.weight"].mul_(2)  # trained in full: a fold must not bring an old value back
     after = FoldBranches()(inserted).graph_module
     assert same_bits(weights_of(after)["2.weight"], weights_of(inserted)["2.weight"])
+
+
+def test_what_was_refused_stays_refused() -> None:
+    """A plan holds for every variant: one in which the unknown use is absent does not make the weight a site."""
+    case = BY_NAME["aten_tied_head"]
+    graph_module = case.own()
+    matched = MatchSites(case.spec)(graph_module).graph_module
+    embedding = next(node for node in matched.graph.nodes if node.name == "embedding")
+    with matched.graph.inserting_after(embedding):
+        zeros = matched.graph.call_function(torch.zeros, (2, 3, 4), {"dtype": torch.float64})
+    embedding.replace_all_uses_with(zeros)
+    matched.graph.erase_node(embedding)
+    assert parts(MatchSites(case.spec)(matched).graph_module)[1] == {"table.weight": Reason.MIXED_USES}
+    strip(matched)
+    assert "table.weight" in parts(MatchSites(case.spec)(matched).graph_module)[0]  # without that plan it is one
