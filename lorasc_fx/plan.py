@@ -29,6 +29,8 @@ class Reason(enum.Enum):
     TRAINED = "trained-in-full"
     NO_FORM = "no-form"
     MIXED_USES = "mixed-uses"
+    MUTATED = "written-by-forward"
+    VECTOR = "vector"
     OPAQUE = "opaque-module"
     NOT_FLOATING = "not-floating"
 
@@ -57,10 +59,11 @@ class Site:
 
     Args:
         weight: the weight's own name in the model; of a tied weight, the first name.
-        kind: `linear` or `conv`.
-        shape: of the weight, [out, in] or [out, in/groups, *kernel].
+        kind: one of spec.KINDS.
+        shape: of the weight: [out, in], [out, in/groups, *kernel], or [experts, out, in].
         rank, lora_alpha, use_rslora: of the branch.
         aliases: the other names of a tied weight.
+        layout: `out_in`, or `in_out` for a weight that is stored transposed (transformers' Conv1D).
     """
 
     weight: str
@@ -70,6 +73,7 @@ class Site:
     lora_alpha: float
     use_rslora: bool = False
     aliases: tuple[str, ...] = ()
+    layout: str = "out_in"
 
     @property
     def scale(self) -> float:
@@ -82,17 +86,28 @@ class Site:
         return self.weight.replace("/", "//").replace(".", "/")
 
     @property
+    def experts(self) -> int | None:
+        """Number of matrices that a weight of kind `experts` stacks, each with a pair of its own; else None."""
+        return self.shape[0] if self.kind == "experts" else None
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
-        """[out, in] of the weight seen as a matrix: all but the first axis are flattened."""
-        columns = 1
-        for size in self.shape[1:]:
-            columns *= size
-        return self.shape[0], columns
+        """[out, in] of the weight seen as a matrix (of each, for experts): all but the first axis are flattened."""
+        first, *rest = self.shape[1:] if self.experts else self.shape
+        columns = math.prod(rest)
+        return (first, columns) if self.layout == "out_in" else (columns, first)
+
+    @property
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of lora_A [rank, in] and lora_B [out, rank], with the axis of experts before them if there is one."""
+        out, columns = self.matrix_shape
+        stack = (self.experts,) if self.experts else ()
+        return (*stack, self.rank, columns), (*stack, out, self.rank)
 
     @property
     def parameters(self) -> int:
         """Number of trainable entries of the branch."""
-        return self.rank * sum(self.matrix_shape)
+        return sum(map(math.prod, self.factor_shapes))
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,7 @@ class Plan:
                 "lora_alpha": site.lora_alpha,
                 "use_rslora": site.use_rslora,
                 "aliases": list(site.aliases),
+                "layout": site.layout,
             }
             for site in self.sites
         ]

@@ -15,7 +15,7 @@ from lorasc_fx.errors import SpecError, nearest
 
 __all__ = ["KINDS", "CascadeSpec", "Noise", "Rule", "Scaling"]
 
-KINDS = ("linear", "conv")
+KINDS = ("linear", "conv", "embedding", "recurrent", "attention", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""
 
 Distribution = Literal["uniform", "normal"]
@@ -86,17 +86,14 @@ class CascadeSpec:
     """All that a user asks of an adaptation.
 
     Args:
-        targets: kinds (`linear`, `conv`) or globs on weight names. A glob that names a module means its weights.
-        exclude: globs on weight names that are never touched.
-        train: globs on parameter names that are trained in full (a new head, norms).
-        rules: another rank or lora_alpha by pattern, the first match counts.
-        rank: r of the branches.
-        lora_alpha: numerator of the scale `s = lora_alpha / rank`.
-        use_rslora: divide by `sqrt(rank)` instead.
-        pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1].
-        restart: whether the next stage starts from the slow or from the fast weights.
-        noise: see `Noise`.
-        restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right singular vectors
+        targets: kinds (see KINDS; all by default) or globs on weight names. A glob that names a module means its
+        weights. exclude: globs on weight names that are never touched. train: globs on parameter names that are
+        trained in full (a new head, norms). rules: another rank or lora_alpha by pattern, the first match counts.
+        rank: r of the branches. lora_alpha: numerator of the scale `s = lora_alpha / rank`. use_rslora: divide by
+        `sqrt(rank)` instead. pace: share of the fast weights that a transition takes into the slow ones (the paper's
+        alpha), in (0, 1]. restart: whether the next stage starts from the slow or from the fast weights. noise: see
+        `Noise`. restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right
+        singular vectors
             of the `gradient` that the first optimizer step of the stage sees.
         optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
             entries that are set to zero (ReLoRA, 2307.05695).

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from lorasc_fx.branch import SlowWeight, start_differs, start_weight
+from torch import nn
+
+from lorasc_fx.branch import Branch, SlowWeight, start_differs, start_weight
 from lorasc_fx.errors import NoSites
-from lorasc_fx.graph import BRANCH_OF, GraphEditor, Record, branch_nodes, form_named, named_weights, use_of
+from lorasc_fx.graph import BRANCH_OF, ON_WEIGHT, GraphEditor, Record, branch_nodes, form_named, named_weights, use_of
 from lorasc_fx.graph.weights import module_at
 from lorasc_fx.plan import Plan, Reason
 
 from .base import CascadePass
 
-__all__ = ["InsertBranches"]
+__all__ = ["InsertBranches", "missing_branches", "nothing_to_do"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class InsertBranches(CascadePass):
         """Insert what is missing; a graph whose uses all have their branch stays as it is."""
         plan = graph.record.plan
         if plan is None or not plan.sites:
-            raise NoSites(_nothing_to_do(graph.record))
+            raise NoSites(nothing_to_do(graph.record))
         have = {node.args[0] for node in branch_nodes(graph.module)}
         added = make_branches(graph, plan)
         for base in graph.nodes:
@@ -42,6 +45,9 @@ class InsertBranches(CascadePass):
             if use is None or base in have or not base.users:  # dead code stays as it is
                 continue
             site = plan.by_weight[use.weight]
+            if use.form == ON_WEIGHT:
+                graph.put_on(base, site.key)
+                continue
             module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
             reading = form_named(use.form).reads(base, module)
             graph.put_beside(base, site.key, reading.x, reading.options)
@@ -49,7 +55,8 @@ class InsertBranches(CascadePass):
             start_values(graph, plan, added)
 
 
-def _nothing_to_do(record: Record) -> str:
+def nothing_to_do(record: Record) -> str:
+    """Return the sentence for a spec that leaves no site: why each candidate is none."""
     reasons = [str(each) for each in record.refusals if each.reason is not Reason.NOT_TARGETED]
     reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in record.unreached]
     targets = record.plan.spec.targets if record.plan is not None else ()
@@ -57,24 +64,32 @@ def _nothing_to_do(record: Record) -> str:
     return "the spec leaves no site to adapt:\n  " + "\n  ".join(told)
 
 
+def missing_branches(
+    plan: Plan, held: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Branch]:
+    """Return the branches of a plan by key: those held already, and new ones for the other sites."""
+    branches = dict(held)
+    for site in plan.sites:
+        if site.key not in branches:
+            like = parameters[site.weight]
+            branches[site.key] = BRANCH_OF[site.kind](site, plan.spec.seed, plan.stage, like)
+    return branches
+
+
 def make_branches(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     """Make the branches that the graph module does not hold yet, and return the names of their weights."""
-    held = dict(graph.branches)
-    weights = named_weights(graph.owner)
-    added = []
-    for site in plan.sites:
-        if site.key not in held:
-            like = weights.parameters[site.weight]
-            held[site.key] = BRANCH_OF[site.kind](site, plan.spec.seed, plan.stage, like)
-            added.append(site.weight)
+    before = graph.branches
+    held = missing_branches(plan, before, named_weights(graph.owner).parameters)
+    added = [branch.weight_name for key, branch in held.items() if key not in before]
     graph.set_branches(held)
     return tuple(added)
 
 
 def bystanders(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
-    """Return the matrices without a branch that are not trained in full: noise.where="all" means them as well."""
+    """Return the matrices without a branch, but for those trained in full or excluded: noise.where="all" means them."""
     named = named_weights(graph.owner)
-    left_out = {each.weight for each in graph.record.refusals if each.reason is Reason.TRAINED} | set(plan.by_weight)
+    untouched = (Reason.TRAINED, Reason.EXCLUDED)
+    left_out = {each.weight for each in graph.record.refusals if each.reason in untouched} | set(plan.by_weight)
     return tuple(
         weight for weight in named.matrices if weight not in left_out and named.parameters[weight].is_floating_point()
     )
@@ -87,8 +102,11 @@ def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> No
     weights += tuple(site.weight for site in plan.sites if site.weight not in slow and site.weight not in weights)
     if weights and plan.spec.noise.strength and plan.spec.noise.where == "all":
         weights += bystanders(graph, plan)
+    stacked = {site.weight for site in plan.sites if site.experts}
     for weight in weights:
-        state = slow.setdefault(weight, SlowWeight(weight, named.parameters[weight].detach()))
+        state = slow.setdefault(
+            weight, SlowWeight(weight, named.parameters[weight].detach(), stacked=weight in stacked)
+        )
         if plan.spec.noise.strength or start_differs(state):
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))
     graph.record = replace(graph.record, slow=slow)

@@ -64,6 +64,6 @@ def renewed(branch: Branch, site: Site, plan: Plan) -> Branch:
     with torch.no_grad():
         new.lora_B.zero_()
         if plan.spec.restart_A == "fresh" or not torch.isfinite(new.lora_A).all():
-            start = fresh_a(plan.spec.seed, plan.stage, site.weight, site.rank, site.matrix_shape[1])
+            start = fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
             new.lora_A.copy_(start)
     return new

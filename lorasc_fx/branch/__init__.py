@@ -2,9 +2,9 @@
 
 from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.conv import ConvBranch
-from lorasc_fx.branch.linear import LinearBranch
+from lorasc_fx.branch.matrix import MatrixBranch
 from lorasc_fx.branch.noise import amplitude, draw
-from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, SlowWeight, Which, arithmetic, matrix_shape
+from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, SlowWeight, Which, arithmetic
 from lorasc_fx.branch.stage import check_finite, end_stage, factors_of, start_differs, start_weight
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Expert",
     "Factors",
     "KeptNoise",
-    "LinearBranch",
+    "MatrixBranch",
     "SlowWeight",
     "Which",
     "amplitude",
@@ -22,7 +22,6 @@ __all__ = [
     "draw",
     "end_stage",
     "factors_of",
-    "matrix_shape",
     "start_differs",
     "start_weight",
 ]

@@ -1,8 +1,9 @@
 """The trainable low-rank pair of one site, and the contract that its leaves keep.
 
-`lora_A` is [rank, columns] and `lora_B` is [out, rank], where a weight [out, in/groups, *kernel] is seen as the matrix
-[out, columns]. The delta that a branch stands for is `scale * lora_B @ lora_A` (algorithm.md, rows "branch" and
-"training"); how it is added is the leaf's `forward`.
+`lora_A` is [rank, in] and `lora_B` is [out, rank], where a weight [out, in/groups, *kernel] is seen as the matrix
+[out, in]; for stacked experts both have their axis before. The delta that a branch stands for is `scale * lora_B @
+lora_A` (algorithm.md, rows "branch" and "training"), transposed where the weight is stored so; how it is added is the
+leaf's `forward`.
 """
 
 from __future__ import annotations
@@ -29,19 +30,31 @@ class Branch(nn.Module, abc.ABC):
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__()
-        rows, columns = site.matrix_shape
+        a_shape, b_shape = site.factor_shapes
         self.weight_name = site.weight
         self.weight_shape = tuple(site.shape)
         self.scale = site.scale
+        self.transposed = site.layout == "in_out"
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        start = fresh_a(seed, stage, site.weight, site.rank, columns)
+        start = fresh_a(seed, stage, site.weight, a_shape)
         self.lora_A = nn.Parameter(start.to(device=like.device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(rows, site.rank, device=like.device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(b_shape, device=like.device, dtype=dtype))
 
     @property
     def rank(self) -> int:
-        """Number of rows of lora_A."""
-        return self.lora_A.shape[0]
+        """r: number of rows of lora_A."""
+        return self.lora_A.shape[-2]
+
+    def oriented(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (left, right) with `left @ right` the delta as the weight is stored, without the scale."""
+        if self.transposed:
+            return self.lora_A.transpose(-2, -1), self.lora_B.transpose(-2, -1)
+        return self.lora_B, self.lora_A
+
+    def delta(self) -> torch.Tensor:
+        """Return the delta in the weight's own shape, without the scale."""
+        left, right = self.oriented()
+        return (left @ right).view(self.weight_shape)
 
     def finite(self) -> bool:
         """Whether no entry of the factors is inf or nan."""

@@ -20,12 +20,12 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvBranch(Branch):
-    """`forward(base [batch, out, *space], x [batch, in, *space], ...) -> [batch, out, *space]`."""
+    """`forward(base [batch, out, *space], x [batch, in, *space], ...)` beside the op, `forward(weight)` on it."""
 
     def forward(
         self,
         base: torch.Tensor,
-        x: torch.Tensor,
+        x: torch.Tensor | None = None,
         stride: int | Sequence[int] = 1,
         padding: int | str | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
@@ -35,9 +35,13 @@ class ConvBranch(Branch):
     ) -> torch.Tensor:
         """Return base plus the branch's term.
 
+        Without x, base is the weight itself, and what is returned is the weight plus the delta.
+
         `pad` and `pad_mode` are those of a module whose padding_mode is not zeros: x is padded first, as the module
         does, and `padding` is then 0 (algorithm.md, "Conv").
         """
+        if x is None:
+            return torch.add(base, self.delta().to(base.dtype), alpha=self.scale)
         kernel = self.weight_shape[2:]
         conv = _CONV[len(kernel)]
         if pad is not None:
@@ -47,5 +51,5 @@ class ConvBranch(Branch):
             down = conv(x, a.view(a.shape[0], *self.weight_shape[1:]), None, stride, padding, dilation)
             up = conv(down, b.view(*b.shape, *(1 for _ in kernel)))
         else:
-            up = conv(x, (b @ a).view(self.weight_shape), None, stride, padding, dilation, groups)
+            up = conv(x, self.delta().to(x.dtype), None, stride, padding, dilation, groups)
         return torch.add(base, up, alpha=self.scale)

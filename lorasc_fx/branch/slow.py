@@ -8,6 +8,7 @@ nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -24,7 +25,10 @@ Which = Literal["slow", "fast", "base"]
 
 @dataclass(frozen=True)
 class Factors:
-    """`b` [out, r] with the branch's scale folded in, and `a` [r, columns], as plain tensors."""
+    """`b` [rows, r] with the branch's scale folded in, and `a` [r, columns]: `b @ a` is added to the weight as stored.
+
+    For stacked experts both have the axis of experts before.
+    """
 
     b: torch.Tensor
     a: torch.Tensor
@@ -55,6 +59,7 @@ class SlowWeight:
     Args:
         name: of the weight.
         base: W0, in the weight's own dtype; never written to.
+        stacked: the first axis counts experts.
         experts: the trained branches, oldest first.
         slow, start: one coefficient per expert.
         dense_slow, dense_start: what was left of experts at the dense collapse, [out, columns].
@@ -63,6 +68,7 @@ class SlowWeight:
 
     name: str
     base: torch.Tensor
+    stacked: bool = False
     experts: tuple[Expert, ...] = ()
     slow: tuple[float, ...] = ()
     start: tuple[float, ...] = ()
@@ -90,12 +96,12 @@ class SlowWeight:
         pairs = [(coefficient, expert.factors) for coefficient, expert in terms if coefficient != 0]
         if which == "fast" and live is not None:
             pairs.append((1.0, live))
-        matrix = total.view(matrix_shape(total.shape))
+        matrix = total.view(self.matrix)
         if dense is not None:
             matrix += dense.to(device=device, dtype=dtype)
         if pairs:
-            b = torch.cat([factors.b.to(device=device, dtype=dtype) * c for c, factors in pairs], dim=1)
-            a = torch.cat([factors.a.to(device=device, dtype=dtype) for _, factors in pairs], dim=0)
+            b = torch.cat([factors.b.to(device=device, dtype=dtype) * c for c, factors in pairs], dim=-1)
+            a = torch.cat([factors.a.to(device=device, dtype=dtype) for _, factors in pairs], dim=-2)
             matrix += b @ a
         for each in self.kept:
             values = draw(each.noise, each.seed, each.stage, self.name, total.shape)
@@ -125,15 +131,16 @@ class SlowWeight:
         return replace(self, kept=(*self.kept, kept))
 
     @property
-    def matrix(self) -> tuple[int, int]:
-        """[out, columns] of the weight seen as a matrix."""
-        return matrix_shape(self.base.shape)
+    def matrix(self) -> tuple[int, ...]:
+        """Shape of the weight seen as a matrix [rows, columns], or as a stack of them."""
+        stack, (first, *rest) = (self.base.shape[:1], self.base.shape[1:]) if self.stacked else ((), self.base.shape)
+        return (*stack, first, math.prod(rest))
 
     @property
     def crowded(self) -> bool:
         """Whether the experts together hold more numbers than the weight itself."""
-        ranks = sum(expert.factors.a.shape[0] for expert in self.experts)
-        rows, columns = self.matrix
+        ranks = sum(expert.factors.a.shape[-2] for expert in self.experts)
+        rows, columns = self.matrix[-2:]
         return ranks * (rows + columns) > rows * columns
 
     def collapsed(self) -> SlowWeight:
@@ -144,20 +151,11 @@ class SlowWeight:
         return replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start)
 
     def _sum(self, coefficients: Sequence[float], dense: torch.Tensor | None) -> torch.Tensor:
-        rows, columns = self.matrix
         dtype = arithmetic(self.base.dtype)
-        total = torch.zeros(rows, columns, dtype=dtype) if dense is None else dense.clone()
+        total = torch.zeros(self.matrix, dtype=dtype) if dense is None else dense.clone()
         for coefficient, expert in zip(coefficients, self.experts, strict=True):
             total += (expert.factors.b.to(dtype) * coefficient) @ expert.factors.a.to(dtype)
         return total
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return [out, columns] of a weight [out, in/groups, *kernel] seen as a matrix."""
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return shape[0], columns
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:

@@ -17,10 +17,10 @@ __all__ = ["check_finite", "end_stage", "factors_of", "start_differs", "start_we
 
 
 def factors_of(branch: Branch, device: torch.device) -> Factors:
-    """Return copies of the branch's factors on a device, the scale folded into b: `b @ a` is the branch's delta."""
+    """Return copies of the factors on a device, as the weight is stored, the scale folded in: `b @ a` is the delta."""
     with torch.no_grad():
-        b, a = branch.lora_B.detach() * branch.scale, branch.lora_A.detach().clone()
-        return Factors(b.to(device), a.to(device))
+        left, right = branch.oriented()
+        return Factors((left * branch.scale).to(device), right.clone().to(device))
 
 
 def start_weight(

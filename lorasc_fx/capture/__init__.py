@@ -11,34 +11,42 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.export import capture_export
+from lorasc_fx.capture.export import capture_dynamo, capture_export
 from lorasc_fx.capture.graph import capture_graph
-from lorasc_fx.capture.live import OWNER, Captured
-from lorasc_fx.capture.signature import bind, check_binds, key_of, leaves, signature_of
+from lorasc_fx.capture.live import OWNER, Captured, quiet
+from lorasc_fx.capture.pieces import Pieces, capture_pieces
+from lorasc_fx.capture.signature import bind, check_binds, copied, key_of, leaves, signature_of
 from lorasc_fx.capture.symbolic import capture_symbolic
+from lorasc_fx.capture.trees import know_trees
+from lorasc_fx.capture.watch import watch
 from lorasc_fx.errors import CaptureError, nearest
 
 __all__ = [
     "FRONTENDS",
     "OWNER",
     "Captured",
+    "Pieces",
     "bind",
     "capture",
     "check_binds",
     "check_runs",
+    "copied",
     "key_of",
     "leaves",
     "open_model",
+    "quiet",
     "signature_of",
+    "watch",
 ]
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Captured]
 
 FRONTENDS: dict[str, FrontEnd] = {
     "export": capture_export,
+    "dynamo": capture_dynamo,
     "symbolic": capture_symbolic,
+    "pieces": capture_pieces,
 }
 """Front ends for eager models, in the order in which `auto` tries them."""
 
@@ -62,11 +70,14 @@ def capture(
         raise CaptureError(f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}")
     if isinstance(model, fx.GraphModule):
         return capture_graph(model, args, kwargs)
+    know_trees()
     refused: list[tuple[str, str]] = []
     faults: list[Exception] = []
     for name in FRONTENDS if frontend == "auto" else (frontend,):
         try:
-            return FRONTENDS[name](model, args, kwargs, wide).after(tuple(refused))
+            return FRONTENDS[name](model, *copied(args, kwargs), wide).after(tuple(refused))
+        except MemoryError:  # says nothing of the front end
+            raise
         except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model
             refused.append((name, _one_line(fault)))
             faults.append(fault)
@@ -84,7 +95,7 @@ def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     Raises:
         CaptureError: the model itself raises.
     """
-    args, kwargs = pytree.tree_map_only(torch.Tensor, _clone, (args, dict(kwargs)))
+    args, kwargs = copied(args, kwargs)
     buffers = {name: _clone(buffer) for name, buffer in model.named_buffers()}
     state = random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -92,6 +103,8 @@ def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         with torch.random.fork_rng(devices), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             torch.func.functional_call(model, buffers, args, dict(kwargs))
+    except MemoryError:
+        raise
     except Exception as fault:
         raise CaptureError(
             f"{type(model).__name__} itself refuses the example inputs: {_one_line(fault)}; "

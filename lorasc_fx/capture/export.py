@@ -1,4 +1,4 @@
-"""Front end `export`: torch.export, non-strict, with dynamic dimensions (Dim.AUTO).
+"""Front ends `export` and `dynamo`: torch.export, non-strict and strict, with dynamic dimensions (Dim.AUTO).
 
 Every dimension is dynamic, but for the space of images and video (the third and later axes of a floating tensor of
 four or more): there symbolic sizes make torch.export slow (padding computed from sizes: 30 s for an EfficientNet that
@@ -15,25 +15,32 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.live import Captured, quiet, read_live
+from lorasc_fx.capture.live import Captured, read_live, traced
 from lorasc_fx.capture.signature import signature_of
 from lorasc_fx.graph import drop_nodes
 
-__all__ = ["capture_export"]
+__all__ = ["capture_dynamo", "capture_export"]
 
 _GUARDS = "_guards_fn"
 
 
-def capture_export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False) -> Captured:
+def capture_dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False) -> Captured:
+    """Return the model's ATen graph, traced by dynamo through the model's Python; raises what torch.export raises."""
+    return capture_export(model, args, kwargs, wide, strict=True)
+
+
+def capture_export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False, strict: bool = False
+) -> Captured:
     """Return the model's ATen graph; raises what torch.export raises."""
-    with quiet():
+    with traced():
         shapes = _dynamic(signature_of(model), args, kwargs, wide)
-        program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
         exported = program.module()
     guards = exported._modules.get(_GUARDS)
     graph = exported.graph
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
-    return Captured(read_live(exported, graph, model), "export", guards)
+    return Captured(read_live(exported, graph, model), "dynamo" if strict else "export", guards)
 
 
 def _dynamic(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool) -> Any:

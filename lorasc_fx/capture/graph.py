@@ -15,4 +15,4 @@ __all__ = ["capture_graph"]
 def capture_graph(model: nn.Module, args: Any, kwargs: Any) -> Captured:
     """Return the module's graph, reading the module itself; one graph serves every signature."""
     assert isinstance(model, fx.GraphModule)
-    return Captured(read_live(nn.Module(), copy_graph(model.graph), model), "graph")
+    return Captured(read_live(model, copy_graph(model.graph), model), "graph")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import operator
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +17,7 @@ from torch import fx, nn
 
 from lorasc_fx.graph import Record, graph_module_like, retarget, set_record
 
-__all__ = ["OWNER", "Captured", "quiet", "read_live"]
+__all__ = ["OWNER", "Captured", "quiet", "read_live", "traced"]
 
 OWNER = "model"
 
@@ -24,16 +27,18 @@ class Captured:
     """What a front end returns.
 
     Args:
-        module: graph module that reads the live model under `model.`.
+        module: graph module that reads the live model under `model.`; an empty one where there are pieces.
         frontend: name of the front end that made it.
         guards: raises AssertionError for inputs that this graph is not for; None where it takes what its key takes.
         refused: names and reasons of the front ends that were tried before.
+        pieces: a `Pieces`, from the front end that finds several graphs.
     """
 
     module: fx.GraphModule
     frontend: str
     guards: Callable[..., Any] | None = None
     refused: tuple[tuple[str, str], ...] = field(default=())
+    pieces: Any = None
 
     def after(self, refused: tuple[tuple[str, str], ...]) -> Captured:
         """Return the same capture, with what was tried before it."""
@@ -48,23 +53,25 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphM
         graph: is changed.
         model: the live model.
     """
-    own = {name for name, _ in [*model.named_parameters(remove_duplicate=False)]}
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    rest, foreign = nn.Module(), dict[str, str]()
 
     def rename(node: fx.Node) -> str:
         target = str(node.target)
-        mine = target in modules if node.op == "call_module" else target in own
-        return f"{OWNER}.{target}" if mine else target
+        region = node.op == "get_attr" and hasattr(holder, target)  # a graph that a higher-order op runs
+        if target in own or (target in modules and not region):
+            return f"{OWNER}.{target}"
+        if target not in foreign:
+            flat = target.replace(".", "_")
+            while flat == OWNER or flat in foreign.values():
+                flat += "_"
+            foreign[target] = flat
+            _put(rest, flat, operator.attrgetter(target)(holder))
+        return foreign[target]
 
     retarget(graph, rename)
-    rest = nn.Module()
-    for name in {str(node.target).partition(".")[0] for node in graph.nodes if node.op in ("get_attr", "call_module")}:
-        for store in ("_modules", "_parameters", "_buffers"):
-            if name != OWNER and name in getattr(holder, store):
-                getattr(rest, store)[name] = getattr(holder, store)[name]
-        if name in vars(holder):
-            setattr(rest, name, getattr(holder, name))
     rest._modules[OWNER] = model
     rest.training = model.training
     live = graph_module_like(rest, graph)
@@ -74,21 +81,51 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphM
     return live
 
 
+def _put(module: nn.Module, name: str, value: Any) -> None:
+    """Give a module a child, parameter, buffer or plain attribute."""
+    stores = ((nn.Module, module._modules), (nn.Parameter, module._parameters), (torch.Tensor, module._buffers))
+    store: Any = next((store for kind, store in stores if isinstance(value, kind)), vars(module))
+    store[name] = value
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Trace without a trace: random generators, and the warnings of the tracer about itself, stay as they were.
-
-    Raises:
-        RuntimeError: the trace has drawn random numbers; no call of its graph would draw others.
-    """
+    """Run without a trace: random generators stay as they were, and what tracers say of themselves is not heard."""
     state = random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices), warnings.catch_warnings(), torch.enable_grad():
+    fast = torch.backends.mha.get_fastpath_enabled()
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch.fx", "torch._export", "torch.export")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    said = io.StringIO()  # an export that fails prints its graph; the reason is in the error
+    with (
+        torch.random.fork_rng(devices),
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
         warnings.simplefilter("ignore")
-        drawn = torch.get_rng_state()
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused path has no gradient
         try:
             yield
-            if random.getstate() != state or not torch.equal(torch.get_rng_state(), drawn):
-                raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             random.setstate(state)
+            for each, level in zip(loggers, levels, strict=True):
+                each.setLevel(level)
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Be quiet, and refuse a trace that has drawn random numbers: no call of its graph would draw others.
+
+    Raises:
+        RuntimeError: it has.
+    """
+    with quiet():
+        before = (random.getstate(), torch.get_rng_state())
+        yield
+        if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
+            raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")

@@ -6,6 +6,7 @@ which are None, values that are not tensors, dtypes, devices and numbers of axes
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.errors import CaptureError
 
-__all__ = ["bind", "key_of", "leaves"]
+__all__ = ["bind", "copied", "key_of", "leaves"]
 
 _EMPTY = inspect.Parameter.empty
 
@@ -63,6 +64,18 @@ def check_binds(
 def leaves(args: Any, kwargs: Any) -> list[Any]:
     """Return the leaves of the arguments in the order of a graph's placeholders."""
     return pytree.tree_leaves((args, kwargs))
+
+
+def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return copies of a call's arguments, for a run that must leave no trace: a cache, say, grows in place."""
+
+    def copy_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        return copy.deepcopy(leaf)
+
+    copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(copy_leaf, (tuple(args), dict(kwargs)))
+    return copies
 
 
 def key_of(model: nn.Module, args: Any, kwargs: Any) -> Hashable:

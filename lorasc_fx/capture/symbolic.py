@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.capture.live import Captured, quiet, read_live
+from lorasc_fx.capture.live import Captured, read_live, traced
 from lorasc_fx.capture.signature import signature_of
 from lorasc_fx.graph import drop_nodes, rename_inputs
 
@@ -31,7 +31,7 @@ def capture_symbolic(
     given.apply_defaults()
     constants = {name: value for name, value in given.arguments.items() if not _has_tensor(value)}
     tracer = _Tracer()
-    with quiet(), _unchanged(model):
+    with traced(), _unchanged(model):
         graph = tracer.trace(model, concrete_args=constants)
     drop_nodes(graph, _checks_a_constant)
     rename_inputs(graph, [each.name for each in signature_of(model).parameters.values() if each.kind not in _VARIADIC])

@@ -1,19 +1,30 @@
 """Graphs: the table of forms, matching, the one surgeon, the verifier, canonical text."""
 
+from lorasc_fx.graph.copies import copy_graph, graph_module_like, own_copy
 from lorasc_fx.graph.edit import (
     GraphEditor,
     branch_nodes,
-    copy_graph,
+    call_instead,
     drop_nodes,
-    graph_module_like,
     made_by,
-    own_copy,
     rename_inputs,
     retarget,
     use_of,
+    weights_from_inputs,
 )
-from lorasc_fx.graph.forms import BRANCH_OF, FORMS, Form, FunctionForm, ModuleForm, Reading, form_named, form_of
-from lorasc_fx.graph.matching import Matching, match
+from lorasc_fx.graph.forms import (
+    BRANCH_OF,
+    CONTRACTIONS,
+    FORMS,
+    ON_WEIGHT,
+    Form,
+    FunctionForm,
+    ModuleForm,
+    Reading,
+    form_named,
+    form_of,
+)
+from lorasc_fx.graph.matching import Matching, match, survey
 from lorasc_fx.graph.record import Record, Use, record_of, set_record, strip
 from lorasc_fx.graph.targets import check_patterns, matches
 from lorasc_fx.graph.text import text
@@ -23,7 +34,9 @@ from lorasc_fx.graph.weights import BRANCHES, named_weights, owner_of
 __all__ = [
     "BRANCHES",
     "BRANCH_OF",
+    "CONTRACTIONS",
     "FORMS",
+    "ON_WEIGHT",
     "Form",
     "FunctionForm",
     "GraphEditor",
@@ -33,6 +46,7 @@ __all__ = [
     "Record",
     "Use",
     "branch_nodes",
+    "call_instead",
     "check_patterns",
     "copy_graph",
     "drop_nodes",
@@ -51,7 +65,9 @@ __all__ = [
     "retarget",
     "set_record",
     "strip",
+    "survey",
     "text",
     "use_of",
     "verify",
+    "weights_from_inputs",
 ]

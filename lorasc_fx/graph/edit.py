@@ -7,8 +7,6 @@ made a node, keeps names stable, and lints.
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,20 +15,20 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import PassError
-from lorasc_fx.graph.record import MADE_BY, USE, Record, Use, record_of, set_record, strip
+from lorasc_fx.graph.copies import copy_graph, graph_module_like, shallow
+from lorasc_fx.graph.record import MADE_BY, USE, Record, Use, record_of, set_record
 from lorasc_fx.graph.weights import BRANCHES, module_at, owner_of
 
 __all__ = [
     "GraphEditor",
     "branch_nodes",
-    "copy_graph",
+    "call_instead",
     "drop_nodes",
-    "graph_module_like",
     "made_by",
-    "own_copy",
     "rename_inputs",
     "retarget",
     "use_of",
+    "weights_from_inputs",
 ]
 
 
@@ -131,11 +129,12 @@ class GraphEditor:
 
     def put_beside(self, base: fx.Node, key: str, x: Any, options: Mapping[str, Any]) -> fx.Node:
         """Insert `branches.KEY(base, x, **options)` after `base`, and give its value to all users of `base`."""
+        return self._insert(base, key, (base, x), options)
+
+    def _insert(self, base: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
         graph = self.module.graph
         with graph.inserting_after(base):
-            node = graph.create_node(
-                "call_module", f"{BRANCHES}.{key}", (base, x), dict(options), name=f"{base.name}_lora"
-            )
+            node = graph.create_node("call_module", f"{BRANCHES}.{key}", args, dict(options), name=f"{base.name}_lora")
         node.meta = {name: value for name, value in base.meta.items() if name != USE}
         node.meta[MADE_BY] = self.name
         if f"{base.name}_lora" not in self._names:  # a name that a fold gave back is free again, fx would number it
@@ -144,6 +143,10 @@ class GraphEditor:
         base.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
         self.modified = True
         return node
+
+    def put_on(self, weight: fx.Node, key: str) -> fx.Node:
+        """Insert `branches.KEY(weight)` after a weight's node, and give its value to all users of the weight."""
+        return self._insert(weight, key, (weight,), {})
 
     def take_out(self, node: fx.Node) -> None:
         """Erase a branch node; its users get the base op's value again."""
@@ -209,50 +212,19 @@ class GraphEditor:
             child = holder._modules[part]
             assert child is not None
             if id(child) not in self._owned:
-                child = _shallow(child)
+                child = shallow(child)
                 holder._modules[part] = child
                 self._owned.add(id(child))
             holder = child
         return holder
 
 
-def _shallow(module: nn.Module) -> nn.Module:
-    """Return a module of the same class and attributes that shares children and tensors, in dictionaries of its own."""
-    new = object.__new__(type(module))
-    new.__dict__ = dict(module.__dict__)
-    for store in ("_modules", "_parameters", "_buffers"):
-        new.__dict__[store] = dict(getattr(module, store))
-    return new
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of the nodes, names and metadata, with the same calling convention.
-
-    The tracer's class is not taken along: unpickling would trace with it, and a front end's own cannot do that.
-    """
-    new = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    found = new.graph_copy(graph, copied, return_output_node=True)
-    if isinstance(found, tuple):
-        value, old = found
-        new.output(value, type_expr=old.type).meta = copy.copy(old.meta)
-    new._codegen = graph._codegen
-    return new
-
-
-def graph_module_like(original: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Return a graph module of this graph with the original's children, tensors and attributes, none of them copied."""
-    new = fx.GraphModule(nn.Module(), fx.Graph())
-    for store in ("_modules", "_parameters", "_buffers"):
-        getattr(new, store).update(getattr(original, store))
-    new._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
-    named = {str(node.target).partition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    for name in named & set(vars(original)) - set(vars(new)):
-        setattr(new, name, getattr(original, name))
-    new.meta = dict(getattr(original, "meta", {}))
-    new.training = original.training
-    new.graph = graph
-    return new
+def call_instead(graph: fx.Graph, old: Callable[..., Any], new: Callable[..., Any]) -> bool:
+    """Let every node that calls one function call another one; returns whether there was any."""
+    found = [node for node in graph.nodes if node.op == "call_function" and node.target is old]
+    for node in found:
+        node.target = new
+    return bool(found)
 
 
 def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:
@@ -277,33 +249,11 @@ def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> None:
             graph.erase_node(node)
 
 
-def own_copy(live: fx.GraphModule, owner: str, values: Mapping[str, torch.Tensor]) -> fx.GraphModule:
-    """Return a plain graph module with the captured names, whose constants are its own.
-
-    Args:
-        live: reads its weights from the child `owner`.
-        owner: name of that child.
-        values: what the owner's parameters and buffers shall be, by name; others are copied as they are.
-    """
-    graph, model = copy_graph(live.graph), live.get_submodule(owner)
-    memo: dict[int, Any] = {}
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    for name, tensor in tensors.items():
-        value = values.get(name, tensor).detach().clone()
-        own = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-        memo.setdefault(id(tensor), own)
-    attributes: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op in ("get_attr", "call_module"):
-            found = operator.attrgetter(node.target)(live)
-            node.target = node.target.removeprefix(f"{owner}.")
-            attributes[node.target] = copy.deepcopy(found, memo)
-    folded = fx.GraphModule(attributes, graph, type(model).__name__)
-    folded.training = live.training
-    strip(folded)
-    for node in folded.graph.nodes:
-        node.meta.pop("from_node", None)
-    return folded
+def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
+    """Let a graph read weights by name that it gets as inputs; the inputs stay, unread, for the caller's sake."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for placeholder, name in names.items():
+        with graph.inserting_after(last):
+            node = graph.create_node("get_attr", name)
+        node.meta = {"val": value} if (value := placeholder.meta.get("example_value")) is not None else {}
+        placeholder.replace_all_uses_with(node)

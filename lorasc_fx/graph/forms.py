@@ -1,14 +1,19 @@
-"""The table of forms: every spelling of a node that uses a weight, one row each.
+"""The table of forms: the spellings of a node beside which a branch can stand, one row each, and the ops that contract.
 
-A row says which node it is, where its input and weight stand, and which of its arguments the branch must repeat.
-Adding an operator is adding a row here and a case in tests/passes; no pass changes. Three dialects: ATen
-(torch.export), functional (the builtins that F.linear and F.conv* trace to) and modules (`call_module`).
+A row says which node it is, where its input and weight stand, how the op reads the weight, and which of its arguments
+the branch must repeat. Adding an operator is adding a row here and a case in tests/passes; no pass changes. Three
+dialects: ATen (torch.export), functional (the builtins that F.linear and F.conv* trace to, and methods) and modules
+(`call_module`).
+
+An op that multiplies by a weight, or looks rows of it up, and stands in no row is in CONTRACTIONS: its branch stands
+on the weight.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +21,27 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, ConvBranch, LinearBranch
+from lorasc_fx.branch import Branch, ConvBranch, MatrixBranch
 
-__all__ = ["BRANCH_OF", "FORMS", "Form", "FunctionForm", "ModuleForm", "Reading", "form_named", "form_of"]
+__all__ = [
+    "BRANCH_OF",
+    "CONTRACTIONS",
+    "FORMS",
+    "ON_WEIGHT",
+    "Form",
+    "FunctionForm",
+    "ModuleForm",
+    "Reading",
+    "contraction",
+    "form_named",
+    "form_of",
+    "transposes",
+]
 
 aten = torch.ops.aten
+
+ON_WEIGHT = "on-weight"
+"""Name of the form in which a branch stands on the weight, before whatever computes with it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +54,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Form(abc.ABC):
-    """A row: `name` for people and plans, and the `kind` of its sites, which decides their branch."""
+    """A row: `name` for people, the `kind` of its sites, and the layout in which the op reads the weight."""
 
     name: str
     kind: str
@@ -45,29 +66,39 @@ class Form(abc.ABC):
 
 @dataclass(frozen=True)
 class FunctionForm(Form):
-    """A `call_function` with one of these targets and these parameters, `weight` among them."""
+    """A call of one of these targets (functions, or names of methods) with these parameters."""
 
-    targets: tuple[Callable[..., Any], ...]
+    targets: tuple[Callable[..., Any] | str, ...]
     parameters: tuple[str, ...]
     dims: int
+    weight: str = "weight"
+    x: str = "input"
+    repeats: tuple[str, ...] = ()
+    plain: tuple[tuple[str, Any], ...] = ()
+    counted: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    layout: str = "out_in"
 
     def argument(self, node: fx.Node, name: str) -> Any:
         """Return the node's argument of this name, wherever it stands, or None."""
-        position = self.parameters.index(name)
+        position = self.parameters.index(name) if name in self.parameters else len(node.args)
         return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
-    def weight(self, node: fx.Node) -> Any:
-        """Return the argument that is the weight."""
-        return self.argument(node, "weight")
+    def fits(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether the node reads `source` as its weight and nowhere else, and has no argument that the row cannot
+        repeat.
+        """
+        found: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), found.append)
+        plain = all(self.argument(node, name) in (None, value) for name, value in self.plain)
+        plain = plain and all((self.argument(node, name) or 0) >= 0 for name in self.counted)
+        return plain and self.argument(node, self.weight) is source and found.count(source) == 1
 
     def reads(self, node: fx.Node, module: nn.Module | None) -> Reading:
-        """Return the input and, of stride, padding, dilation and groups, those that the node gives."""
-        options = {}
-        for name in self.parameters[3:]:
-            value = self.argument(node, name)
-            if value is not None:
-                options[name] = value
-        return Reading(self.argument(node, "input"), options)
+        """Return the input and those of the arguments to repeat that the node gives."""
+        given = {name: self.argument(node, name) for name in self.repeats}
+        options = {name: value for name, value in given.items() if value is not None}
+        return Reading(self.argument(node, self.x), {**dict(self.options), **options})
 
 
 @dataclass(frozen=True)
@@ -75,6 +106,7 @@ class ModuleForm(Form):
     """A `call_module` of a module whose forward is that of `module`, under whatever class name."""
 
     module: type[nn.Module]
+    layout: str = "out_in"
 
     def fits(self, module: nn.Module) -> bool:
         """Whether the module computes as the row's class does; with its own forward, or with hooks, it does not."""
@@ -84,11 +116,14 @@ class ModuleForm(Form):
         if not isinstance(module, self.module) or own.forward is not self.module.forward or "forward" in vars(module):
             return False
         convolves = getattr(self.module, "_conv_forward", None)
-        return convolves is None or getattr(own, "_conv_forward", None) is convolves
+        same = convolves is None or getattr(own, "_conv_forward", None) is convolves
+        return same and getattr(module, "max_norm", None) is None
 
     def reads(self, node: fx.Node, module: nn.Module | None) -> Reading:
-        """Return the input and the module's own stride, padding, dilation and groups."""
+        """Return the input and the module's own stride, padding, dilation and groups, or padding_idx."""
         x = node.args[0] if node.args else node.kwargs["input"]
+        if isinstance(module, nn.Embedding):
+            return Reading(x, {"lookup": True, "padding_idx": -1 if module.padding_idx is None else module.padding_idx})
         if not isinstance(module, nn.modules.conv._ConvNd):
             return Reading(x, {})
         options: dict[str, Any] = {"stride": module.stride, "padding": module.padding}
@@ -100,26 +135,90 @@ class ModuleForm(Form):
 
 
 _LINEAR = ("input", "weight", "bias")
-_CONV = (*_LINEAR, "stride", "padding", "dilation", "groups")
+_REPEAT = ("stride", "padding", "dilation", "groups")
+_CONV = (*_LINEAR, *_REPEAT)
+_ADDMM = ("bias", "input", "weight")
+_ONE = (("alpha", 1), ("beta", 1))
+_LOOKUP = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
+_DENSE = (("scale_grad_by_freq", False), ("sparse", False))
+
+
+def _conv(name: str, targets: tuple[Any, ...], dims: int) -> FunctionForm:
+    return FunctionForm(name, "conv", targets, _CONV, dims, repeats=_REPEAT)
+
+
+def _product(name: str, targets: tuple[Any, ...], parameters: tuple[str, ...], **more: Any) -> FunctionForm:
+    return FunctionForm(name, "linear", targets, parameters, 2, layout="in_out", **more)
+
+
+def _lookup(name: str, target: Any) -> FunctionForm:
+    return FunctionForm(
+        name,
+        "embedding",
+        (target,),
+        _LOOKUP,
+        2,
+        repeats=("padding_idx",),
+        plain=_DENSE,
+        options=(("lookup", True),),
+    )
 
 
 FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     FunctionForm("aten.linear", "linear", (aten.linear.default,), _LINEAR, 2),
-    FunctionForm("aten.conv1d", "conv", (aten.conv1d.default, aten.conv1d.padding), _CONV, 3),
-    FunctionForm("aten.conv2d", "conv", (aten.conv2d.default, aten.conv2d.padding), _CONV, 4),
-    FunctionForm("aten.conv3d", "conv", (aten.conv3d.default, aten.conv3d.padding), _CONV, 5),
+    _product("aten.addmm", (aten.addmm.default,), _ADDMM, plain=_ONE),
+    _product("aten.mm", (aten.mm.default,), ("input", "weight")),
+    _product("aten.matmul", (aten.matmul.default,), ("input", "weight")),
+    _conv("aten.conv1d", (aten.conv1d.default, aten.conv1d.padding), 3),
+    _conv("aten.conv2d", (aten.conv2d.default, aten.conv2d.padding), 4),
+    _conv("aten.conv3d", (aten.conv3d.default, aten.conv3d.padding), 5),
+    _lookup("aten.embedding", aten.embedding.default),
     FunctionForm("F.linear", "linear", (F.linear,), _LINEAR, 2),
-    FunctionForm("F.conv1d", "conv", (F.conv1d,), _CONV, 3),
-    FunctionForm("F.conv2d", "conv", (F.conv2d,), _CONV, 4),
-    FunctionForm("F.conv3d", "conv", (F.conv3d,), _CONV, 5),
+    _product("torch.addmm", (torch.addmm, "addmm"), _ADDMM, plain=_ONE),
+    _product("torch.mm", (torch.mm, "mm"), ("input", "weight")),
+    _product("torch.matmul", (torch.matmul, operator.matmul, "matmul"), ("input", "weight")),
+    _conv("F.conv1d", (F.conv1d,), 3),
+    _conv("F.conv2d", (F.conv2d,), 4),
+    _conv("F.conv3d", (F.conv3d,), 5),
+    _lookup("torch.embedding", torch.embedding),
+    FunctionForm(
+        "F.embedding",
+        "embedding",
+        (F.embedding,),
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+        2,
+        repeats=("padding_idx",),
+        plain=(("max_norm", None), *_DENSE),
+        counted=("padding_idx",),  # here, and not in torch.embedding, a row may be counted from the end
+        options=(("lookup", True),),
+    ),
     ModuleForm("nn.Linear", "linear", nn.Linear),
     ModuleForm("nn.Conv1d", "conv", nn.Conv1d),
     ModuleForm("nn.Conv2d", "conv", nn.Conv2d),
     ModuleForm("nn.Conv3d", "conv", nn.Conv3d),
+    ModuleForm("nn.Embedding", "embedding", nn.Embedding),
 )
-"""Every known form, in the order in which they are tried."""
+"""Every form beside which a branch stands, in the order in which they are tried."""
 
-BRANCH_OF: dict[str, type[Branch]] = {"linear": LinearBranch, "conv": ConvBranch}
+CONTRACTIONS: dict[str, str] = {
+    **dict.fromkeys(("linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "tensordot"), "linear"),
+    **dict.fromkeys(("mv", "addmv", "inner", "bilinear", "_trilinear", "grouped_mm", "_grouped_mm"), "linear"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "deform_conv2d"), "conv"),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "conv"),
+    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), "embedding"),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), "recurrent"),
+    **dict.fromkeys(("rnn_tanh_cell", "rnn_relu_cell"), "recurrent"),
+    **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), "attention"),
+    "multi_head_attention_forward": "attention",
+}
+"""Names of the ops that multiply by a weight or look it up, whatever their dialect, with the kind of site they make."""
+
+_ADDED_FIRST = {"addmm", "baddbmm", "addbmm", "addmv"}
+
+BRANCH_OF: dict[str, type[Branch]] = {
+    **dict.fromkeys(("linear", "embedding", "recurrent", "attention", "experts"), MatrixBranch),
+    "conv": ConvBranch,
+}
 """The branch of each kind of site."""
 
 _BY_TARGET = {target: form for form in FORMS if isinstance(form, FunctionForm) for target in form.targets}
@@ -133,8 +232,42 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
 
 def form_of(node: fx.Node, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
     """Return the row that fits a node; `module` is the one that a `call_module` calls."""
-    if node.op == "call_function":
-        return _BY_TARGET.get(node.target) if callable(node.target) else None
+    if node.op in ("call_function", "call_method"):
+        return _BY_TARGET.get(node.target)
     if node.op == "call_module" and module is not None:
         return next((form for form in FORMS if isinstance(form, ModuleForm) and form.fits(module)), None)
     return None
+
+
+def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
+    """Return the kind of site that a node makes of a weight which it multiplies by or looks up, or None.
+
+    `reads` are the node's arguments that are made of the weight; a matrix that is only added is not multiplied by.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return None
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = packet if isinstance(packet, str) else getattr(packet, "__name__", "")
+    multiplied: list[fx.Node] = []
+    fx.node.map_arg((node.args[1 if name in _ADDED_FIRST else 0 :], node.kwargs), multiplied.append)
+    return CONTRACTIONS.get(name) if any(source in reads for source in multiplied) else None
+
+
+_T = (aten.t.default, aten.numpy_T.default, torch.t, "t")
+_SWAP = (aten.transpose.int, torch.transpose, torch.swapaxes, "transpose", "swapaxes")
+_PERMUTE = (aten.permute.default, torch.permute, "permute")
+
+
+def transposes(node: fx.Node) -> bool:
+    """Whether a node turns a matrix around, and does nothing else."""
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    rest: Any = node.args[1:]
+    if node.target in _T:
+        return not rest
+    if node.target in _SWAP:
+        return len(rest) == 2 and {axis % 2 for axis in rest} == {0, 1}
+    if node.target in _PERMUTE:
+        axes = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+        return [axis % 2 for axis in axes] == [1, 0]
+    return False

@@ -51,7 +51,9 @@ def check_patterns(
             raise UnknownTarget(f"{field}: {pattern!r} matches no {what}{hint}")
 
 
-def describe(spec: CascadeSpec, weight: str, kind: str, shape: Sequence[int], aliases: tuple[str, ...]) -> Site:
+def describe(
+    spec: CascadeSpec, weight: str, kind: str, shape: Sequence[int], aliases: tuple[str, ...], layout: str = "out_in"
+) -> Site:
     """Return the site of a weight, with rank and lora_alpha by the first rule that means it, else by the spec."""
     rank, lora_alpha = spec.rank, spec.lora_alpha
     for rule in spec.rules:
@@ -59,4 +61,4 @@ def describe(spec: CascadeSpec, weight: str, kind: str, shape: Sequence[int], al
             rank = rule.rank if rule.rank is not None else rank
             lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
             break
-    return Site(weight, kind, tuple(shape), rank, float(lora_alpha), spec.use_rslora, aliases)
+    return Site(weight, kind, tuple(shape), rank, float(lora_alpha), spec.use_rslora, aliases, layout)

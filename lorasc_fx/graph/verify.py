@@ -15,8 +15,8 @@ from torch import fx
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.edit import branch_nodes, made_by, use_of
-from lorasc_fx.graph.forms import BRANCH_OF, FunctionForm, form_named, form_of
-from lorasc_fx.graph.matching import shape_only
+from lorasc_fx.graph.flow import constants, meetings
+from lorasc_fx.graph.forms import BRANCH_OF, ON_WEIGHT, FunctionForm, ModuleForm, form_named, form_of, transposes
 from lorasc_fx.graph.record import Record, record_of
 from lorasc_fx.graph.weights import BRANCHES, module_at, named_weights, owner_of
 
@@ -79,23 +79,27 @@ def _uses_fit_plan(view: _View) -> Iterator[str]:
             continue
         module = module_at(view.module, node.target) if node.op == "call_module" else None
         form = form_of(node, module)
-        if form is None or form.name != use.form:
-            yield f"node {node.name} is marked as {use.form}, but is {'in no form' if form is None else form.name}"
+        name = ON_WEIGHT if node.op == "get_attr" else form.name if form is not None else "in no form"
+        if name != use.form:
+            yield f"node {node.name} is marked as {use.form}, but is {name}"
         elif _weight_of(view, node) != use.weight:
             yield f"node {node.name} is marked as a use of {use.weight}, but computes with {_weight_of(view, node)}"
-        elif form.kind != site.kind:
+        elif form is not None and BRANCH_OF[form.kind] is not BRANCH_OF[site.kind]:
             yield f"node {node.name} is a {form.kind}, but {use.weight} is planned as a {site.kind}"
+        elif form is not None and _layout_of(node, form) != site.layout:
+            yield f"node {node.name} reads {use.weight} as {_layout_of(node, form)}, planned as {site.layout}"
 
 
 def _readers_of_sites_are_marked(view: _View) -> Iterator[str]:
     plan = view.record.plan
     if not view.inserted or plan is None:
         return
-    planned = plan.by_weight
+    planned, constant = plan.by_weight, constants(view.module.graph)
     for node in view.module.graph.nodes:
         name = str(node.target).removeprefix(view.record.prefix)
         if node.op == "get_attr" and view.canonical.get(name) in planned:
-            readers, weight = [user for user in node.users if not shape_only(user)], view.canonical[name]
+            met = [] if use_of(node) is not None else [meeting.node for meeting in meetings(node, constant)]
+            readers, weight = met, view.canonical[name]
         elif node.op == "call_module" and node not in view.branches:
             inside = module_at(view.module, node.target)
             held = [f"{name}.{own}" for own, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
@@ -112,10 +116,24 @@ def _weight_of(view: _View, node: fx.Node) -> str | None:
     if node.op == "call_module":
         return view.canonical.get(f"{str(node.target).removeprefix(view.record.prefix)}.weight")
     form = form_of(node, None)
-    source = form.weight(node) if isinstance(form, FunctionForm) else None
+    source, _ = _turned_back(form.argument(node, form.weight) if isinstance(form, FunctionForm) else node)
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return None
     return view.canonical.get(str(source.target).removeprefix(view.record.prefix))
+
+
+def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
+    """Return how a use reads its weight, with the transposes on the way to it."""
+    turned = isinstance(form, FunctionForm) and _turned_back(form.argument(node, form.weight))[1]
+    return {"out_in": "in_out", "in_out": "out_in"}[form.layout] if turned else form.layout
+
+
+def _turned_back(source: Any) -> tuple[Any, bool]:
+    """Return what a chain of transposes starts from, and whether it turns it around."""
+    turned = False
+    while isinstance(source, fx.Node) and source.op != "get_attr" and transposes(source):
+        source, turned = source.all_input_nodes[0], not turned
+    return source, turned
 
 
 def _branches_stand_at_sites(view: _View) -> Iterator[str]:
@@ -135,17 +153,25 @@ def _branches_stand_at_sites(view: _View) -> Iterator[str]:
             continue
         if branch.weight_name != use.weight:
             yield f"branch node {node.name} calls the branch of {branch.weight_name} beside {use.weight}"
-        module = module_at(view.module, str(base.target)) if base.op == "call_module" else None
-        reading = form_named(use.form).reads(base, module)
-        if len(node.args) != 2 or node.args[1] is not reading.x:
+        inputs, options = _reading(view, use.form, base)
+        if node.args[1:] != inputs:
             yield f"branch node {node.name} does not read the input of {base.name}"
-        if dict(node.kwargs) != dict(reading.options):
-            yield f"branch node {node.name} has {dict(node.kwargs)}, but {base.name} has {dict(reading.options)}"
+        if dict(node.kwargs) != options:
+            yield f"branch node {node.name} has {dict(node.kwargs)}, but {base.name} has {options}"
         strays = [user.name for user in base.users if user is not node]
         if strays:
             yield f"node {base.name} has a branch, but {', '.join(strays)} read it without"
         if not node.users:
             yield f"branch node {node.name} is read by nobody"
+
+
+def _reading(view: _View, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a branch at this use must read besides its base, and with which options."""
+    if form == ON_WEIGHT:
+        return (), {}
+    module = module_at(view.module, str(base.target)) if base.op == "call_module" else None
+    reading = form_named(form).reads(base, module)
+    return (reading.x,), dict(reading.options)
 
 
 def _every_use_has_a_branch(view: _View) -> Iterator[str]:
@@ -174,11 +200,13 @@ def _branches_fit_plan(view: _View) -> Iterator[str]:
         if type(branch) is not BRANCH_OF[site.kind] or branch.weight_shape != site.shape:
             made = f"{type(branch).__name__} for {branch.weight_shape}"
             yield f"the branch of {site.weight} is a {made}, planned for a {site.kind} of {site.shape}"
-        rows, columns = site.matrix_shape
-        if tuple(branch.lora_A.shape) != (site.rank, columns):
-            yield f"lora_A of {site.weight} is {tuple(branch.lora_A.shape)}, planned as {(site.rank, columns)}"
-        if tuple(branch.lora_B.shape) != (rows, site.rank):
-            yield f"lora_B of {site.weight} is {tuple(branch.lora_B.shape)}, planned as {(rows, site.rank)}"
+        a_shape, b_shape = site.factor_shapes
+        if tuple(branch.lora_A.shape) != a_shape:
+            yield f"lora_A of {site.weight} is {tuple(branch.lora_A.shape)}, planned as {a_shape}"
+        if tuple(branch.lora_B.shape) != b_shape:
+            yield f"lora_B of {site.weight} is {tuple(branch.lora_B.shape)}, planned as {b_shape}"
+        if branch.transposed != (site.layout == "in_out"):
+            yield f"the branch of {site.weight} is turned the other way than its layout, {site.layout}, says"
         if branch.scale != site.scale:
             yield f"the branch of {site.weight} has scale {branch.scale}, planned as {site.scale}"
         if plan.spec.on_nonfinite == "raise" and not branch.finite():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from lorasc_fx.runtime.stages import Stage, run_stages
 from lorasc_fx.runtime.summary import summary
 from lorasc_fx.runtime.variants import Made, Variant, VariantMaker, Variants
 
-__all__ = ["Cascade", "save"]
+__all__ = ["Cascade"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -46,11 +44,14 @@ class Cascade(nn.Module):
         self.branches = nn.ModuleDict(dict(made.branches))
         self.training = model.training
         self.core = Core(model, self.branches, made.plan, maker.frontend)
+        self.core.leave_alone(made.refusals)
         self._refusals, self._unreached = made.refusals, made.unreached
         self._maker, self._example, self._flags = maker, example, flags
         self._refused_frontends = made.refused_frontends
         self._variants = Variants()
         self._variants.add(key, made.variant, model.training, maker.leaves(*example))
+        if made.variant.attach is not None:
+            made.variant.attach(self._grow)
         self._frontend = made.variant.frontend
         self._loaded: checkpoint.Checkpoint | None = None
 
@@ -123,19 +124,26 @@ class Cascade(nn.Module):
         wide = self._variants.known(key)
         branches = self.core.by_key
         made = self._maker.make(self.model, self.core.plan, branches, self._refusals, args, kwargs, wide)
-        new = {name: branch for name, branch in made.branches.items() if name not in self.branches}
         log.info(
             "variant %d by %s%s", len(self._variants) + 1, made.variant.frontend, ", of other sizes" if wide else ""
         )
+        self._grow(made)
+        self._variants.add(key, made.variant, self.training, leaves)
+        if made.variant.attach is not None:
+            made.variant.attach(self._grow)
+        return made.variant
+
+    def _grow(self, made: Made) -> None:
+        """Take over the sites, refusals and branches that came with a new graph."""
+        new = {name: branch for name, branch in made.branches.items() if name not in self.branches}
         if new:
             weights = [branch.weight_name for branch in new.values()]
             log.warning("%d sites came with a new variant: %s; add their branches to the optimizer", len(new), weights)
         self.branches.update(new)
         self.core.plan, self._refusals = made.plan, made.refusals
+        self.core.leave_alone(made.refusals)
         self._unreached = tuple(name for name in made.unreached if name in self._unreached)
         self.core.know_sites()
-        self._variants.add(key, made.variant, self.training, leaves)
-        return made.variant
 
     # ---- weights
 
@@ -179,8 +187,9 @@ class Cascade(nn.Module):
         """
         self.core.check_ready("folded_graph")
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
-        variant = self.variant(*self._maker.bind(self.model, *example))
-        return self._maker.fold(variant, self.model, folding.folded_state(self.core))
+        bound, named = self._maker.bind(self.model, *example)
+        variant = self.variant(bound, named)
+        return self._maker.fold(variant, self.model, folding.folded_state(self.core), bound, named)
 
     def release(self) -> nn.Module:
         """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.
@@ -288,32 +297,3 @@ class Cascade(nn.Module):
         """Take over a checkpoint that was read; the cascade was made by its plan."""
         checkpoint.restore(self.core, found)
         self._loaded = found
-
-
-def save(
-    cascade: Cascade,
-    folder: str | PathLike[str],
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    scheduler: Any = None,
-    extra: Mapping[str, Any] | None = None,
-    keep: int = 1,
-) -> Path:
-    """Write what a resume needs as a new version in `folder`, and drop versions older than the last `keep`.
-
-    Args:
-        cascade: whose branches, experts, coefficients, trained parameters and buffers are written.
-        optimizer, scheduler: whose state is written.
-        extra: anything of yours that JSON holds: the position in the data, say.
-        keep: number of versions that stay.
-
-    Returns:
-        The folder of the new version.
-
-    Raises:
-        CheckpointError: the folder cannot be written, or extra or scheduler are not JSON. What was there stays.
-        SpecError: keep is less than 1.
-        StateError: after `release`, inside `weights`, or inside a backward.
-    """
-    cascade.core.check_ready("save")
-    return checkpoint.write_version(cascade.core, Path(folder), optimizer, scheduler, dict(extra or {}), keep)

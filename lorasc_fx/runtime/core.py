@@ -9,7 +9,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, Which
 from lorasc_fx.errors import StateError
-from lorasc_fx.plan import Plan, Site
+from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
@@ -35,6 +35,7 @@ class Core:
         self.turning = GradientStart()
         self.placed: Which | None = None
         self.released = False
+        self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self._fingerprints: dict[str, str] = {}
 
     @property
@@ -75,19 +76,22 @@ class Core:
         self.slow = self.slow.with_trained(trained)
         self.know_sites()
 
+    def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
+        """Note which weights the spec excludes: no noise reaches them."""
+        self.untouched = frozenset(each.weight for each in refusals if each.reason is Reason.EXCLUDED)
+
     def know_sites(self) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
         parameters = self.parameters_by_name()
         noise = self.plan.spec.noise
         names = [site.weight for site in self.sites]
         if noise.strength and noise.where == "all":
-            names += [
-                name
-                for name, value in parameters.items()
-                if value.dim() > 1 and value.is_floating_point() and name not in self.slow.trained and name not in names
-            ]
+            others = {
+                name: value for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point()
+            }
+            names += [name for name in others if name not in {*self.slow.trained, *self.untouched, *names}]
         new = [name for name in names if name not in self.slow.states]
-        slow = self.slow.with_weights({name: parameters[name] for name in new})
+        slow = self.slow.with_weights({name: parameters[name] for name in new}, self.plan)
         if noise.strength and not slow.parked:
             write(
                 parameters,

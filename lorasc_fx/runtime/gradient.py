@@ -89,16 +89,17 @@ def _forgets_what_was_zeroed(weight: nn.Parameter, branch: Branch) -> Callable[[
 @torch.no_grad()
 def _turn(branch: Branch, gradient: torch.Tensor) -> None:
     a, b = branch.lora_A, branch.lora_B
-    matrix = gradient.reshape(b.shape[0], a.shape[1]).to(a.dtype)
+    left, right = branch.oriented()
+    matrix = gradient.reshape(*left.shape[:-1], right.shape[-1]).to(a.dtype)
+    matrix = matrix.transpose(-2, -1) if branch.transposed else matrix
     if b.grad is None or not torch.isfinite(matrix).all():
         return
-    old = branch.scale * matrix @ a.t()
+    old = branch.scale * matrix @ a.transpose(-2, -1)
     weight = old.square().sum()
     share = (b.grad * old).sum() / weight if weight > 0 else torch.ones_like(weight)
-    _, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    count = min(a.shape[0], right.shape[0])
-    norm = a.norm(dim=1).mean()
-    a[:count] = right[:count] * norm
-    b.grad.copy_(share * branch.scale * matrix @ a.t())
+    _, _, singular = torch.linalg.svd(matrix, full_matrices=False)
+    count = min(a.shape[-2], singular.shape[-2])
+    a[..., :count, :] = singular[..., :count, :] * a.norm(dim=-1).mean()
+    b.grad.copy_(share * branch.scale * matrix @ a.transpose(-2, -1))
     if a.grad is not None:
         a.grad.zero_()

@@ -117,16 +117,17 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
 
 
 def _state(state: SlowWeight, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], take: Any) -> SlowWeight:
-    rows, columns = state.matrix
+    *stack, rows, columns = state.matrix
     experts = []
     for index, stage in enumerate(meta["stages"]):
-        found = tensors.get(f"expert/{state.name}/{index}/a")
-        rank = found.shape[0] if found is not None and found.dim() else 0
-        a = take(f"expert/{state.name}/{index}/a", (rank, columns))
-        b = take(f"expert/{state.name}/{index}/b", (rows, rank))
+        name = f"expert/{state.name}/{index}"
+        found = tensors.get(f"{name}/a")
+        rank = found.shape[-2] if found is not None and found.dim() > 1 else 0
+        a = take(f"{name}/a", (*stack, rank, columns))
+        b = take(f"{name}/b", (*stack, rows, rank))
         experts.append(Expert(int(stage), Factors(b, a)))
     dense = {
-        which: take(f"dense/{state.name}/{which}", (rows, columns))
+        which: take(f"dense/{state.name}/{which}", (*stack, rows, columns))
         for which in ("slow", "start")
         if f"dense/{state.name}/{which}" in tensors
     }

@@ -41,9 +41,14 @@ class SlowWeights:
     trained: Mapping[str, Trained] = field(default_factory=dict)
     parked: bool = False
 
-    def with_weights(self, parameters: Mapping[str, nn.Parameter]) -> SlowWeights:
+    def with_weights(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> SlowWeights:
         """Return the state that knows these weights as well; their present values are W0, kept on the host."""
-        new = {name: SlowWeight(name, host(value)) for name, value in parameters.items() if name not in self.states}
+        sites = plan.by_weight
+        new = {
+            name: SlowWeight(name, host(value), stacked=name in sites and sites[name].experts is not None)
+            for name, value in parameters.items()
+            if name not in self.states
+        }
         return replace(self, states={**self.states, **new})
 
     def with_trained(self, parameters: Mapping[str, nn.Parameter]) -> SlowWeights:

@@ -115,7 +115,7 @@ def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
     """
     if plan.spec.restart_A == "kept" and bool(torch.isfinite(branch.lora_A).all()):
         return branch.lora_A.detach().clone()
-    return fresh_a(plan.spec.seed, plan.stage, site.weight, site.rank, site.matrix_shape[1])
+    return fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
 
 
 def trained_moved(slow: SlowWeights, trained: dict[str, nn.Parameter]) -> bool:

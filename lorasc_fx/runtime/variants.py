@@ -25,12 +25,16 @@ log = logging.getLogger("lorasc_fx")
 class Variant:
     """One adapted graph; `module` is called with a call's own arguments.
 
-    `guards`, if any, raises AssertionError for inputs (given as their leaves) that the graph is not for.
+    A `universal` one serves every signature (pieces choose their graphs themselves); `attach` tells it whom to tell
+    of sites that come with later calls. `guards`, if any, raises AssertionError for inputs (given as their leaves)
+    that the graph is not for.
     """
 
-    module: nn.Module
+    module: Callable[..., Any]
     frontend: str
     guards: Callable[..., Any] | None = None
+    universal: bool = False
+    attach: Callable[[Callable[[Made], None]], None] | None = None
 
     def accepts(self, leaves: list[Any]) -> bool:
         """Whether the graph is for inputs of these sizes."""
@@ -83,7 +87,7 @@ class VariantMaker(Protocol):
     ) -> Made:
         """Capture the call and insert the branches."""
 
-    def fold(self, variant: Variant, model: nn.Module, values: Mapping[str, Any]) -> nn.Module:
+    def fold(self, variant: Variant, model: nn.Module, values: Mapping[str, Any], args: Any, kwargs: Any) -> nn.Module:
         """Return the variant's captured graph with these values as constants of its own."""
 
 
@@ -96,7 +100,8 @@ class Variants:
 
     def find(self, key: Hashable, leaves: list[Any]) -> Variant | None:
         """Return a variant for this signature and these sizes."""
-        return next((variant for variant in self.held.get(key, ()) if variant.accepts(leaves)), None)
+        own = next((variant for variant in self.held.get(key, ()) if variant.accepts(leaves)), None)
+        return own or next((each for variants in self.held.values() for each in variants if each.universal), None)
 
     def known(self, key: Hashable) -> bool:
         """Whether the signature has a variant, of whatever sizes."""

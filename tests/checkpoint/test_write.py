@@ -270,7 +270,7 @@ def test_no_code_that_runs_files() -> None:
 
 def test_saving_and_loading_import_by_no_name_from_a_file() -> None:
     root = Path(lx.__file__).parent
-    for path in [root / "plan.py", root / "spec.py", root / "adapt.py", *(root / "runtime").glob("*.py")]:
+    for path in [root / "plan.py", root / "spec.py", *(root / "adapt").glob("*.py"), *(root / "runtime").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert "importlib" not in text, path
         assert "__import__" not in text, path

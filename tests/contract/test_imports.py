@@ -126,7 +126,11 @@ ON_A_GRAPH = {"call_function", "call_module", "call_method", "placeholder", "get
 FIELDS = {"args", "kwargs", "target"}
 # Where surgery is done. A front end that has to retarget what a tracer made (placeholder -> get_attr under `model.`)
 # first asks graph/edit.py; if that cannot be, its file gets a row of its own here, with the few names it needs.
-SURGEONS: dict[str, set[str]] = {"lorasc_fx/graph/edit.py": SURGERY | ON_A_GRAPH | FIELDS}
+# A copy of a whole graph is no surgery, but its names are those of the copy.
+SURGEONS: dict[str, set[str]] = {
+    "lorasc_fx/graph/edit.py": SURGERY | ON_A_GRAPH | FIELDS,
+    "lorasc_fx/graph/copies.py": {"graph_copy", "target"},
+}
 
 
 def editors(tree: ast.AST) -> set[str]:

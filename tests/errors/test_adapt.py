@@ -79,7 +79,7 @@ def test_no_sites_by_the_spec(spec: dict[str, Any], reason: str) -> None:
 
 
 class Odd(nn.Module):
-    """One weight in no form, one that no graph reaches."""
+    """One weight that is only added, one that no graph reaches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,14 +87,21 @@ class Odd(nn.Module):
         self.spare = nn.Linear(5, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.table
+        return x[:, :3] + self.table[:2]
 
 
 @pytest.mark.parametrize(
-    ("frontend", "node"), [("export", "matmul (call_function torch.ops.aten.matmul.default)"), ("symbolic", "matmul (")]
+    ("frontend", "node"),
+    [
+        ("export", "torch.ops.aten.add.Tensor"),
+        ("dynamo", "torch.ops.aten.add.Tensor"),
+        ("symbolic", "_operator.add"),
+        ("pieces", "_operator.add"),
+    ],
 )
 def test_no_sites_by_the_model(frontend: str, node: str) -> None:
-    refuse(lx.NoSites, f"{NOTHING}table: no-form (used by node {node}", Odd(), whole=False, frontend=frontend)
+    sentence = f"table: no-form (node add (call_function {node}) neither multiplies by it nor looks it up)"
+    refuse(lx.NoSites, f"{NOTHING}{sentence}\n  spare", Odd(), whole=False, frontend=frontend)
 
 
 def test_no_sites_tells_what_is_unreached() -> None:
@@ -150,7 +157,7 @@ def test_inputs_that_the_model_refuses_are_told_what_to_do() -> None:
 
 
 class Branchy(nn.Module):
-    """Control flow that depends on data: no front end takes it."""
+    """Control flow that depends on data: no single graph holds it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,17 +168,39 @@ class Branchy(nn.Module):
         return self.one(x) if x.sum() > 0 else self.two(x)
 
 
+class Frozen(nn.Module):
+    """Runs, but not where gradients are recorded: nothing can train it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            raise ValueError("no gradients here")
+        return self.one(x)
+
+
 def test_a_model_that_no_front_end_takes() -> None:
-    sentence = "no front end takes Branchy:\n  export: GuardOnDataDependentSymNode: Could not guard on data-dependent"
-    refuse(lx.CaptureError, sentence, Branchy(), whole=False)
-    with pytest.raises(lx.CaptureError) as caught:
-        lx.adapt(Branchy(), args=(X,))
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 3
-    assert lines[2] == "  symbolic: TraceError: symbolically traced variables cannot be used as inputs to control flow"
+    sentence = (
+        "no front end takes Frozen:\n  export: ValueError: no gradients here\n"
+        "  dynamo: Unsupported: Observed exception\n  symbolic: ValueError: no gradients here\n"
+        "  pieces: ValueError: no gradients here"
+    )
+    refuse(lx.CaptureError, sentence, Frozen())
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+def test_a_model_that_no_single_graph_holds_is_taken_in_pieces() -> None:
+    cascade = lx.adapt(Branchy(), args=(X,))
+    assert cascade.frontend == "pieces"
+    refused = dict(cascade.refused_frontends)
+    assert list(refused) == ["export", "dynamo", "symbolic"]
+    assert refused["export"].startswith("GuardOnDataDependentSymNode: Could not guard on data-dependent")
+    assert refused["dynamo"] == "Unsupported: Data-dependent branching"
+    assert refused["symbolic"] == "TraceError: symbolically traced variables cannot be used as inputs to control flow"
+
+
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
 def test_one_front_end_tells_its_own_reason_only(frontend: str) -> None:
     with pytest.raises(lx.CaptureError, match=f"^no front end takes Branchy:\n  {frontend}: [^\n]*$"):
         lx.adapt(Branchy(), args=(X,), frontend=frontend)
@@ -186,8 +215,9 @@ class Uncopied(Branchy):
 
 
 def test_a_model_that_cannot_be_copied_still_gets_the_front_ends_reasons() -> None:
-    with pytest.raises(lx.CaptureError, match=r"^no front end takes Uncopied:\n  export: "):
-        lx.adapt(Uncopied(), args=(X,))
+    with pytest.raises(lx.CaptureError, match=r"^no front end takes Uncopied:\n  export: Guard"):
+        lx.adapt(Uncopied(), args=(X,), frontend="export")
+    assert lx.adapt(Uncopied(), args=(X,)).frontend == "pieces"
 
 
 class Dice(Branchy):
@@ -197,9 +227,25 @@ class Dice(Branchy):
         return super().forward(x) * random.random() + torch.rand(())
 
 
-@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
 def test_a_model_that_draws_leaves_the_generators_alone(frontend: str) -> None:
     refuse(lx.CaptureError, "no front end takes Dice:\n  ", Dice(), whole=False, frontend=frontend)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "pieces"])
+def test_pieces_leave_generators_and_buffers_alone(frontend: str) -> None:
+    model = Dice().eval()
+    model.norm.train()
+    buffers = {name: (id(buffer), buffer.clone()) for name, buffer in model.named_buffers()}
+    random.seed(5)
+    states = random.getstate(), torch.get_rng_state()
+    assert lx.adapt(model, args=(X,), frontend=frontend).frontend == "pieces"
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    for name, buffer in model.named_buffers():
+        assert id(buffer) == buffers[name][0], name
+        assert torch.equal(buffer, buffers[name][1]), name
+    assert [module.training for module in model.children()] == [False, False, True]
 
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
@@ -215,7 +261,7 @@ def test_what_runs_to_see_that_the_inputs_fit_leaves_no_trace(frontend: str) -> 
 
 
 def test_an_unknown_front_end() -> None:
-    sentence = "frontend is 'exprot'; nearest: 'export'; known: auto, export, symbolic"
+    sentence = "frontend is 'exprot'; nearest: 'export'; known: auto, export, dynamo, symbolic, pieces"
     refuse(lx.CaptureError, sentence, mlp(), frontend="exprot")
     graph_module = fx.symbolic_trace(mlp())
     with unchanged(graph_module), pytest.raises(lx.CaptureError, match=exactly(sentence)):

@@ -15,7 +15,7 @@ FIELDS = (
     "targets, exclude, train, rules, rank, lora_alpha, use_rslora, pace, restart, noise, restart_A, "
     "optimizer_state, slow_train, on_nonfinite, seed"
 )
-KINDS = "('linear', 'conv')"
+KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'attention', 'experts')"
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({"rank": bad}, f"rank is {bad!r}; a rank is an integer of 1 or more") for bad in (0, -1, True, 2.0, "8", None)),

@@ -1,153 +1,23 @@
 """Small graphs, at least one for every row of graph/forms.py, and what a match has to find in each.
 
-All in fp64, no weight square, no batch of one. A case is traced in one of three dialects: ATen by the project's own
-`export` front end, functions and modules by its `symbolic` one (or by a tracer with leaves of its own).
+Here: the forms beside which a branch stands, and what is refused; forms on the weight are in cases_weights.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lorasc_fx import CascadeSpec, Reason, Rule
-from lorasc_fx.capture import OWNER, capture
-from lorasc_fx.graph import copy_graph, graph_module_like, retarget
+from tests.passes.case import SPEC, Case, aten, functional, functions, leaves, modules, one, randn, seq
+from tests.passes.cases_weights import WEIGHT_CASES
 
-Uses = dict[str, tuple[tuple[str, str], ...]]
-Trace = Callable[[nn.Module, tuple[Any, ...]], fx.Graph]
-
-# A scale that is no power of two, so that no product with it is exact by luck.
-SPEC = CascadeSpec(rank=3, lora_alpha=5.0, pace=0.7, seed=11)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, its inputs, how it is traced, and what is found in it.
-
-    Args:
-        name: also that of its golden text.
-        make: returns the model; called under a fixed seed.
-        inputs: returns its positional inputs; called under a fixed seed.
-        trace: the dialect.
-        sites: by weight name, the (node, form) of each use.
-        refusals: by weight name.
-        unreached: weight names.
-        aliases: the other names of a tied site.
-    """
-
-    name: str
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], tuple[Any, ...]]
-    trace: Trace
-    sites: Uses
-    refusals: dict[str, Reason] = field(default_factory=dict)
-    unreached: tuple[str, ...] = ()
-    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    spec: CascadeSpec = SPEC
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def model(self) -> nn.Module:
-        """The eager model, the oracle of all numbers; the same object at each call, so it must not be changed."""
-        return _model(self)
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """The inputs, new ones of the same values at each call."""
-        return _seeded(self.inputs, 5)
-
-    def own(self) -> fx.GraphModule:
-        """A new graph module that owns its weights, all of the model's, those that its graph does not use as well."""
-        return graph_module_like(copy.deepcopy(self.model), copy_graph(_graph(self)))
-
-    def live(self) -> fx.GraphModule:
-        """A new graph module that reads the weights of another module, its child `model`."""
-        return capture(self.own(), self.args, {}).module
-
-    def graph(self, mode: str) -> fx.GraphModule:
-        """A new graph module, `own` or `live`."""
-        return self.own() if mode == "own" else self.live()
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-
-def _seeded(make: Callable[[], Any], seed: int) -> Any:
-    with torch.random.fork_rng(()):
-        torch.manual_seed(seed)
-        return make()
-
-
-@functools.cache
-def _model(case: Case) -> nn.Module:
-    return _seeded(case.make, 3).double().eval()
-
-
-@functools.cache
-def _graph(case: Case) -> fx.Graph:
-    return case.trace(copy.deepcopy(case.model), case.args)
-
-
-# --- dialects --------------------------------------------------------------------------------------------------------
-
-
-def aten(model: nn.Module, args: tuple[Any, ...]) -> fx.Graph:
-    """ATen: torch.export."""
-    return _captured(model, args, "export")
-
-
-def functions(model: nn.Module, args: tuple[Any, ...]) -> fx.Graph:
-    """Functions and modules: torch.fx.symbolic_trace."""
-    return _captured(model, args, "symbolic")
-
-
-modules = functions
-
-
-def _captured(model: nn.Module, args: tuple[Any, ...], frontend: str) -> fx.Graph:
-    graph = capture(model, args, {}, frontend).module.graph
-    retarget(graph, lambda node: str(node.target).removeprefix(f"{OWNER}."))
-    return graph
-
-
-def leaves(*names: str) -> Trace:
-    """Modules, where those of these class names are called whole as well."""
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return type(m).__name__ in names or super().is_leaf_module(m, module_qualified_name)
-
-    return lambda model, args: Tracer().trace(model)
-
-
-def randn(*shape: int) -> Callable[[], tuple[Any, ...]]:
-    return lambda: (torch.randn(*shape, dtype=torch.float64),)
-
+__all__ = ["ADAPTABLE", "BY_NAME", "CASES", "SPEC", "Case", "Encoder"]
 
 # --- models ----------------------------------------------------------------------------------------------------------
-
-
-class Functional(nn.Module):
-    """A body over parameters of these shapes, `self.w0`, `self.w1`, ..., and one bias of `bias` entries."""
-
-    def __init__(self, body: Callable[..., Any], *shapes: tuple[int, ...], bias: int = 1) -> None:
-        super().__init__()
-        self.body = body
-        for index, shape in enumerate(shapes):
-            setattr(self, f"w{index}", nn.Parameter(torch.randn(*shape) / 3))
-        self.b = nn.Parameter(torch.randn(bias))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
 
 
 class Shared(nn.Module):
@@ -174,7 +44,7 @@ class Tied(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """An embedding whose table is the head's weight: a known use and an unknown one."""
+    """An embedding whose table is the head's weight: one site, looked up and multiplied by."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,10 +171,6 @@ class InPlace(nn.Module):
         return F.relu(out, inplace=True)
 
 
-def _mixed(self: Any, x: Tensor) -> Tensor:
-    return F.linear(torch.tanh(F.linear(x, self.w0)), self.w1) + (x @ self.w0.t()) @ self.w1.t()
-
-
 def _bare(self: Any, x: Tensor) -> Tensor:
     return F.linear(x @ self.w0, self.w1, self.b) + torch.einsum("bsi,io->bso", x, self.w2)
 
@@ -375,18 +241,6 @@ def _modes_1d_3d() -> nn.Module:
     )
 
 
-def _seq(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(*(layer() for layer in layers))
-
-
-def _functional(body: Callable[..., Any], *shapes: tuple[int, ...], bias: int = 1) -> Callable[[], nn.Module]:
-    return lambda: Functional(body, *shapes, bias=bias)
-
-
-def _one(node: str, form: str) -> tuple[tuple[str, str], ...]:
-    return ((node, form),)
-
-
 CASES: tuple[Case, ...] = (
     # ATen
     Case(
@@ -394,14 +248,14 @@ CASES: tuple[Case, ...] = (
         _mlp,
         randn(4, 2, 5),
         aten,
-        {"0.weight": _one("linear", "aten.linear"), "2.weight": _one("linear_1", "aten.linear")},
+        {"0.weight": one("linear", "aten.linear"), "2.weight": one("linear_1", "aten.linear")},
     ),
     Case(
         "aten_conv1d",
         _conv1d,
         randn(2, 4, 13),
         aten,
-        {f"{i}.weight": _one(n, "aten.conv1d") for i, n in ((0, "conv1d"), (2, "conv1d_1"), (3, "conv1d_2"))},
+        {f"{i}.weight": one(n, "aten.conv1d") for i, n in ((0, "conv1d"), (2, "conv1d_1"), (3, "conv1d_2"))},
     ),
     Case(
         "aten_conv2d",
@@ -409,10 +263,10 @@ CASES: tuple[Case, ...] = (
         randn(2, 4, 9, 7),
         aten,
         {
-            "0.weight": _one("conv2d", "aten.conv2d"),
-            "1.weight": _one("conv2d_1", "aten.conv2d"),
-            "3.weight": _one("conv2d_2", "aten.conv2d"),
-            "4.weight": _one("conv2d_3", "aten.conv2d"),
+            "0.weight": one("conv2d", "aten.conv2d"),
+            "1.weight": one("conv2d_1", "aten.conv2d"),
+            "3.weight": one("conv2d_2", "aten.conv2d"),
+            "4.weight": one("conv2d_3", "aten.conv2d"),
         },
     ),
     Case(
@@ -420,7 +274,7 @@ CASES: tuple[Case, ...] = (
         _conv3d,
         randn(2, 2, 3, 6, 5),
         aten,
-        {f"{i}.weight": _one(n, "aten.conv3d") for i, n in ((0, "conv3d"), (1, "conv3d_1"), (2, "conv3d_2"))},
+        {f"{i}.weight": one(n, "aten.conv3d") for i, n in ((0, "conv3d"), (1, "conv3d_1"), (2, "conv3d_2"))},
     ),
     Case(
         "aten_padding_modes",
@@ -428,15 +282,15 @@ CASES: tuple[Case, ...] = (
         randn(2, 3, 8, 7),
         aten,
         {
-            "0.weight": _one("conv2d", "aten.conv2d"),
-            "1.weight": _one("conv2d_1", "aten.conv2d"),
-            "2.weight": _one("conv2d_2", "aten.conv2d"),
-            "3.weight": _one("conv2d_3", "aten.conv2d"),
+            "0.weight": one("conv2d", "aten.conv2d"),
+            "1.weight": one("conv2d_1", "aten.conv2d"),
+            "2.weight": one("conv2d_2", "aten.conv2d"),
+            "3.weight": one("conv2d_3", "aten.conv2d"),
         },
     ),
     Case(
         "aten_unbatched",
-        _seq(
+        seq(
             lambda: nn.Conv1d(3, 4, 3, groups=1, padding=1),
             lambda: nn.Conv1d(4, 8, 2, groups=4),
             lambda: nn.Linear(7, 5),
@@ -444,9 +298,9 @@ CASES: tuple[Case, ...] = (
         randn(3, 8),
         aten,
         {
-            "0.weight": _one("conv1d", "aten.conv1d"),
-            "1.weight": _one("conv1d_1", "aten.conv1d"),
-            "2.weight": _one("linear", "aten.linear"),
+            "0.weight": one("conv1d", "aten.conv1d"),
+            "1.weight": one("conv1d_1", "aten.conv1d"),
+            "2.weight": one("linear", "aten.linear"),
         },
     ),
     Case(
@@ -456,7 +310,7 @@ CASES: tuple[Case, ...] = (
         aten,
         {
             "shared.weight": (("linear", "aten.linear"), ("linear_2", "aten.linear")),
-            "back.weight": _one("linear_1", "aten.linear"),
+            "back.weight": one("linear_1", "aten.linear"),
         },
     ),
     Case(
@@ -466,7 +320,7 @@ CASES: tuple[Case, ...] = (
         aten,
         {
             "first.weight": (("linear", "aten.linear"), ("linear_2", "aten.linear")),
-            "back.weight": _one("linear_1", "aten.linear"),
+            "back.weight": one("linear_1", "aten.linear"),
         },
         aliases={"first.weight": ("second.weight",)},
     ),
@@ -475,17 +329,25 @@ CASES: tuple[Case, ...] = (
         TiedHead,
         lambda: (torch.tensor([[1, 4, 8], [0, 3, 2]]),),
         aten,
-        {"mix.weight": _one("linear", "aten.linear"), "back.weight": _one("linear_1", "aten.linear")},
-        {"table.weight": Reason.MIXED_USES},
+        {
+            "table.weight": (("embedding", "aten.embedding"), ("linear_2", "aten.linear")),
+            "mix.weight": one("linear", "aten.linear"),
+            "back.weight": one("linear_1", "aten.linear"),
+        },
+        aliases={"table.weight": ("head.weight",)},
     ),
     Case(
         "aten_bare_matrices",
-        _functional(_bare, (5, 4), (6, 4), (5, 6), (3, 2), bias=6),
+        functional(_bare, (5, 4), (6, 4), (5, 6), (3, 2), bias=6),
         randn(2, 3, 5),
         aten,
-        {"w1": _one("linear", "aten.linear")},
-        {"w0": Reason.NO_FORM, "w2": Reason.NO_FORM},
-        ("w3",),
+        {
+            "w0": one("matmul", "aten.matmul"),
+            "w1": one("linear", "aten.linear"),
+            "w2": one("w2", "on-weight"),
+        },
+        unreached=("w3",),
+        turned=("w0",),
     ),
     Case(
         "aten_encoder",
@@ -493,11 +355,11 @@ CASES: tuple[Case, ...] = (
         randn(2, 4, 6),
         aten,
         {
-            "blocks.0.attn.qkv.weight": _one("linear", "aten.linear"),
-            "blocks.0.attn.proj.weight": _one("linear_1", "aten.linear"),
-            "blocks.1.attn.qkv.weight": _one("linear_4", "aten.linear"),
-            "blocks.1.attn.proj.weight": _one("linear_5", "aten.linear"),
-            "head.weight": _one("linear_8", "aten.linear"),
+            "blocks.0.attn.qkv.weight": one("linear", "aten.linear"),
+            "blocks.0.attn.proj.weight": one("linear_1", "aten.linear"),
+            "blocks.1.attn.qkv.weight": one("linear_4", "aten.linear"),
+            "blocks.1.attn.proj.weight": one("linear_5", "aten.linear"),
+            "head.weight": one("linear_8", "aten.linear"),
         },
         {
             "pos": Reason.NO_FORM,
@@ -520,36 +382,28 @@ CASES: tuple[Case, ...] = (
     # functions
     Case(
         "functional_convs",
-        _functional(_convs, (5, 3, 4), (6, 1, 3, 2), (4, 3, 1, 2, 3), bias=6),
+        functional(_convs, (5, 3, 4), (6, 1, 3, 2), (4, 3, 1, 2, 3), bias=6),
         randn(2, 3, 5, 6),
         functions,
         {
-            "w0": _one("conv1d", "F.conv1d"),
-            "w1": _one("conv2d", "F.conv2d"),
-            "w2": _one("conv3d", "F.conv3d"),
+            "w0": one("conv1d", "F.conv1d"),
+            "w1": one("conv2d", "F.conv2d"),
+            "w2": one("conv3d", "F.conv3d"),
         },
     ),
     Case(
         "functional_keywords",
-        _functional(_keywords, (6, 2, 3, 3), (4, 6, 3, 1), (5, 6), bias=5),
+        functional(_keywords, (6, 2, 3, 3), (4, 6, 3, 1), (5, 6), bias=5),
         randn(2, 4, 7, 6),
         functions,
-        {"w0": _one("conv2d", "F.conv2d"), "w1": _one("conv2d_1", "F.conv2d"), "w2": _one("linear", "F.linear")},
+        {"w0": one("conv2d", "F.conv2d"), "w1": one("conv2d_1", "F.conv2d"), "w2": one("linear", "F.linear")},
     ),
     Case(
         "functional_shape_reads",
-        _functional(_shapes, (6, 5), bias=6),
+        functional(_shapes, (6, 5), bias=6),
         randn(3, 5),
         functions,
-        {"w0": _one("linear", "F.linear")},
-    ),
-    Case(
-        "functional_mixed_uses",
-        _functional(_mixed, (6, 5), (4, 6)),
-        randn(3, 2, 5),
-        functions,
-        {},
-        {"w0": Reason.MIXED_USES, "w1": Reason.MIXED_USES},
+        {"w0": one("linear", "F.linear")},
     ),
     # modules
     Case(
@@ -557,18 +411,18 @@ CASES: tuple[Case, ...] = (
         _mlp,
         randn(4, 5),
         modules,
-        {"0.weight": _one("_0", "nn.Linear"), "2.weight": _one("_2", "nn.Linear")},
+        {"0.weight": one("_0", "nn.Linear"), "2.weight": one("_2", "nn.Linear")},
     ),
     Case(
         "module_convs",
-        _seq(_conv1d, lambda: nn.Unflatten(2, (2, 3)), lambda: PlainConv2d(3, 4, (1, 2), dilation=(1, 2))),
+        seq(_conv1d, lambda: nn.Unflatten(2, (2, 3)), lambda: PlainConv2d(3, 4, (1, 2), dilation=(1, 2))),
         randn(2, 4, 14),
         leaves("PlainConv2d"),
         {
-            "0.0.weight": _one("_0_0", "nn.Conv1d"),
-            "0.2.weight": _one("_0_2", "nn.Conv1d"),
-            "0.3.weight": _one("_0_3", "nn.Conv1d"),
-            "2.weight": _one("_2", "nn.Conv2d"),
+            "0.0.weight": one("_0_0", "nn.Conv1d"),
+            "0.2.weight": one("_0_2", "nn.Conv1d"),
+            "0.3.weight": one("_0_3", "nn.Conv1d"),
+            "2.weight": one("_2", "nn.Conv2d"),
         },
     ),
     Case(
@@ -576,32 +430,32 @@ CASES: tuple[Case, ...] = (
         _conv2d,
         randn(2, 4, 9, 7),
         modules,
-        {f"{i}.weight": _one(f"_{i}", "nn.Conv2d") for i in (0, 1, 3, 4)},
+        {f"{i}.weight": one(f"_{i}", "nn.Conv2d") for i in (0, 1, 3, 4)},
     ),
     Case(
         "module_conv3d",
         _conv3d,
         randn(2, 2, 3, 6, 5),
         modules,
-        {f"{i}.weight": _one(f"_{i}", "nn.Conv3d") for i in (0, 1, 2)},
+        {f"{i}.weight": one(f"_{i}", "nn.Conv3d") for i in (0, 1, 2)},
     ),
     Case(
         "module_padding_modes",
         _modes,
         randn(2, 3, 8, 7),
         modules,
-        {f"{i}.weight": _one(f"_{i}", "nn.Conv2d") for i in (0, 1, 2, 3)},
+        {f"{i}.weight": one(f"_{i}", "nn.Conv2d") for i in (0, 1, 2, 3)},
     ),
     Case(
         "module_padding_modes_1d_3d",
         _modes_1d_3d,
         randn(2, 3, 20),
         modules,
-        {"0.weight": _one("_0", "nn.Conv1d"), "2.weight": _one("_2", "nn.Conv3d")},
+        {"0.weight": one("_0", "nn.Conv1d"), "2.weight": one("_2", "nn.Conv3d")},
     ),
     Case(
         "module_unbatched",
-        _seq(
+        seq(
             lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
             lambda: nn.Conv2d(4, 4, 2, groups=4),
             lambda: nn.Flatten(0),
@@ -609,14 +463,14 @@ CASES: tuple[Case, ...] = (
         ),
         randn(3, 5, 4),
         modules,
-        {"0.weight": _one("_0", "nn.Conv2d"), "1.weight": _one("_1", "nn.Conv2d"), "3.weight": _one("_3", "nn.Linear")},
+        {"0.weight": one("_0", "nn.Conv2d"), "1.weight": one("_1", "nn.Conv2d"), "3.weight": one("_3", "nn.Linear")},
     ),
     Case(
         "module_keywords",
         Keyword,
         randn(2, 3, 7),
         modules,
-        {"conv.weight": _one("conv", "nn.Conv1d"), "lin.weight": _one("lin", "nn.Linear")},
+        {"conv.weight": one("conv", "nn.Conv1d"), "lin.weight": one("lin", "nn.Linear")},
     ),
     Case(
         "module_shared",
@@ -625,7 +479,7 @@ CASES: tuple[Case, ...] = (
         modules,
         {
             "shared.weight": (("shared", "nn.Linear"), ("shared_1", "nn.Linear")),
-            "back.weight": _one("back", "nn.Linear"),
+            "back.weight": one("back", "nn.Linear"),
         },
     ),
     Case(
@@ -635,7 +489,7 @@ CASES: tuple[Case, ...] = (
         modules,
         {
             "one.weight": (("one", "nn.Linear"), ("one_1", "nn.Linear")),
-            "back.weight": _one("back", "nn.Linear"),
+            "back.weight": one("back", "nn.Linear"),
         },
         aliases={"one.weight": ("other.weight",)},
     ),
@@ -644,23 +498,27 @@ CASES: tuple[Case, ...] = (
         TiedHead,
         lambda: (torch.tensor([[1, 4, 8], [0, 3, 2]]),),
         modules,
-        {"mix.weight": _one("mix", "nn.Linear"), "back.weight": _one("back", "nn.Linear")},
-        {"table.weight": Reason.OPAQUE},
+        {
+            "table.weight": (("table", "nn.Embedding"), ("head", "nn.Linear")),
+            "mix.weight": one("mix", "nn.Linear"),
+            "back.weight": one("back", "nn.Linear"),
+        },
+        aliases={"table.weight": ("head.weight",)},
     ),
     Case(
         "module_opaque",
-        _seq(lambda: nn.Linear(6, 5), Gate, lambda: nn.Linear(4, 6), Attention),
+        seq(lambda: nn.Linear(6, 5), Gate, lambda: nn.Linear(4, 6), Attention),
         randn(2, 3, 6),
         leaves("Attention", "Gate"),
-        {"0.weight": _one("_0", "nn.Linear"), "2.weight": _one("_2", "nn.Linear")},
+        {"0.weight": one("_0", "nn.Linear"), "2.weight": one("_2", "nn.Linear")},
         {"1.weight": Reason.OPAQUE, "3.qkv.weight": Reason.OPAQUE, "3.proj.weight": Reason.OPAQUE},
     ),
     Case(
         "module_own_forward",
-        _seq(lambda: Conv2dSame(3, 6, 3, stride=2, groups=3), lambda: nn.Conv2d(6, 4, 1)),
+        seq(lambda: Conv2dSame(3, 6, 3, stride=2, groups=3), lambda: nn.Conv2d(6, 4, 1)),
         randn(2, 3, 7, 6),
         leaves("Conv2dSame"),
-        {"1.weight": _one("_1", "nn.Conv2d")},
+        {"1.weight": one("_1", "nn.Conv2d")},
         {"0.weight": Reason.OPAQUE},
     ),
     Case(
@@ -669,9 +527,9 @@ CASES: tuple[Case, ...] = (
         randn(2, 3, 8),
         modules,
         {
-            "conv.weight": _one("conv", "nn.Conv1d"),
-            "lin.weight": _one("lin", "nn.Linear"),
-            "aux.weight": _one("aux", "nn.Linear"),
+            "conv.weight": one("conv", "nn.Conv1d"),
+            "lin.weight": one("lin", "nn.Linear"),
+            "aux.weight": one("aux", "nn.Linear"),
         },
     ),
     Case(
@@ -679,9 +537,10 @@ CASES: tuple[Case, ...] = (
         Quantized,
         randn(2, 5),
         functions,
-        {"lin.weight": _one("lin", "nn.Linear")},
+        {"lin.weight": one("lin", "nn.Linear")},
         {"q": Reason.NOT_FLOATING},
     ),
+    *WEIGHT_CASES,
 )
 
 BY_NAME = {case.name: case for case in CASES}

@@ -58,13 +58,19 @@ def fill(graph_module: fx.GraphModule, seed: int = 1) -> fx.GraphModule:
 
 
 def deltas(graph_module: fx.GraphModule) -> dict[str, Tensor]:
-    """By weight name `s * (B @ A).view_as(W)`, with s from the plan and the formula, not from the branch."""
+    """By weight name `s * (B @ A)` in the shape of W, with s from the plan and the formula, not from the branch."""
     found = {}
     for weight, site in sites_of(graph_module).items():
         branch = branches_of(graph_module)[weight]
         scale = site.lora_alpha / (site.rank**0.5 if site.use_rslora else site.rank)
-        found[weight] = scale * (branch.lora_B.detach() @ branch.lora_A.detach()).view(site.shape)
+        found[weight] = scale * product(site, branch.lora_B.detach(), branch.lora_A.detach())
     return found
+
+
+def product(site: Site, b: Tensor, a: Tensor) -> Tensor:
+    """`B @ A`, of each expert, turned around where the weight is stored [in, out], in the shape of the weight."""
+    matrix = torch.einsum("eor,eri->eoi", b, a) if site.kind == "experts" else torch.einsum("or,ri->oi", b, a)
+    return (matrix.t() if site.layout == "in_out" else matrix).reshape(site.shape)
 
 
 def by_hand(case: Case, added: Mapping[str, Tensor]) -> Any:
@@ -81,6 +87,13 @@ def run(module: nn.Module, case: Case) -> Any:
     """The module's output."""
     with torch.no_grad():
         return module(*case.args)
+
+
+def run_in_training(module: nn.Module, case: Case) -> Any:
+    """The module's output as training computes it. Bits are compared so: without gradients, matmul and lstm choose
+    another order of sums for a Parameter than for a tensor that a branch returns.
+    """
+    return pytree.tree_map_only(Tensor, Tensor.detach, module(*case.args))
 
 
 def assert_close(got: Any, expected: Any, **tolerance: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx import VerifyError
-from lorasc_fx.branch import Branch, LinearBranch
+from lorasc_fx.branch import Branch, MatrixBranch
 from lorasc_fx.graph import branch_nodes, faults, record_of, set_record, use_of, verify
 from lorasc_fx.passes import FoldBranches, InsertBranches
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
@@ -134,10 +134,10 @@ def call_of_another_sites_branch(graph_module: fx.GraphModule) -> None:
     "branch node linear_lora calls the branch of back.weight beside shared.weight",
     "branch node linear_1_lora calls the branch of shared.weight beside back.weight",
     "branch node linear_2_lora calls the branch of back.weight beside shared.weight",
-    "the branch of shared.weight is a LinearBranch for (5, 6), planned for a linear of (6, 5)",
+    "the branch of shared.weight is a MatrixBranch for (5, 6), planned for a linear of (6, 5)",
     "lora_A of shared.weight is (3, 6), planned as (3, 5)",
     "lora_B of shared.weight is (5, 3), planned as (6, 3)",
-    "the branch of back.weight is a LinearBranch for (6, 5), planned for a linear of (5, 6)",
+    "the branch of back.weight is a MatrixBranch for (6, 5), planned for a linear of (5, 6)",
     "lora_A of back.weight is (3, 5), planned as (3, 6)",
     "lora_B of back.weight is (6, 3), planned as (5, 3)",
     case="aten_shared",
@@ -179,13 +179,13 @@ def changed_scale(graph_module: fx.GraphModule) -> None:
 
 
 @damage(
-    "the branch of 3.weight is a LinearBranch for (6, 12, 1, 1), planned for a conv of (6, 12, 1, 1)",
+    "the branch of 3.weight is a MatrixBranch for (6, 12, 1, 1), planned for a conv of (6, 12, 1, 1)",
 )
 def another_kind_of_branch(graph_module: fx.GraphModule) -> None:
     old = branches_of(graph_module)["3.weight"]
     plan = record_of(graph_module).plan
     assert plan is not None
-    new = LinearBranch(plan.by_weight["3.weight"], 0, 1, old.lora_A)
+    new = MatrixBranch(plan.by_weight["3.weight"], 0, 1, old.lora_A)
     held(graph_module)["3/weight"] = new
 
 
@@ -374,6 +374,103 @@ def argument_too_many(graph_module: fx.GraphModule) -> None:
 def no_arguments(graph_module: fx.GraphModule) -> None:
     node = at(graph_module, "conv2d_3_lora")
     node.args = ()
+
+
+# Graph: w0 -> w0_lora -> chunk -> linear ...; w1 -> w1_lora -> slice -> linear
+
+
+@damage("w0 is used at node w0 with 0 branches instead of one", case="aten_packed")
+def removed_branch_on_a_weight(graph_module: fx.GraphModule) -> None:
+    branch = at(graph_module, "w0_lora")
+    branch.replace_all_uses_with(at(graph_module, "w0"))
+    graph_module.graph.erase_node(branch)
+
+
+@damage(
+    "node w1 has a branch, but slice_1 read it without", "branch node w1_lora is read by nobody", case="aten_packed"
+)
+def stray_reader_of_a_weight(graph_module: fx.GraphModule) -> None:
+    node = at(graph_module, "slice_1")
+    node.args = (at(graph_module, "w1"), *node.args[1:])
+
+
+@damage(
+    "branch node w1_lora does not stand beside the use of a site",
+    "w1 is used at node w1 with 0 branches instead of one",
+    case="aten_packed",
+)
+def branch_behind_a_slice(graph_module: fx.GraphModule) -> None:
+    branch, part = at(graph_module, "w1_lora"), at(graph_module, "slice_1")
+    part.args = (at(graph_module, "w1"), *part.args[1:])
+    part.append(branch)
+    part.replace_all_uses_with(branch)
+    branch.args = (part,)
+
+
+@damage("branch node w0_lora does not read the input of w0", case="aten_packed")
+def input_of_a_branch_on_a_weight(graph_module: fx.GraphModule) -> None:
+    at(graph_module, "w0_lora").args = (at(graph_module, "w0"), at(graph_module, "w1"))
+
+
+@damage("branch node w0_lora has {'lookup': True}, but w0 has {}", case="aten_packed")
+def option_of_a_branch_on_a_weight(graph_module: fx.GraphModule) -> None:
+    at(graph_module, "w0_lora").kwargs = {"lookup": True}
+
+
+@damage("node linear_default reads w0, a site, but no pass has marked it as a use", case="aten_packed")
+def second_read_of_a_weight(graph_module: fx.GraphModule) -> None:
+    output, base = next(iter(reversed(graph_module.graph.nodes))), at(graph_module, "linear")
+    with graph_module.graph.inserting_before(output):
+        weight = graph_module.graph.get_attr("w0")
+        new = graph_module.graph.call_function(base.target, (base.args[0], weight))
+    output.args = ((output.args[0][0], new),)  # type: ignore[index]
+
+
+@damage("node w1 is marked as a use of w1, but computes with w0", case="aten_packed")
+def another_weight_under_a_branch(graph_module: fx.GraphModule) -> None:
+    at(graph_module, "w1").target = "w0"
+
+
+@damage(
+    "node linear_1 reads w0, a site, but no pass has marked it as a use",
+    "branch node w0_lora does not stand beside the use of a site",
+    case="aten_packed",
+)
+def lost_mark_of_a_weight(graph_module: fx.GraphModule) -> None:
+    at(graph_module, "w0").meta.pop("lorasc_fx.use")
+
+
+@damage("the branch of w0 is turned the other way than its layout, in_out, says", case="aten_products")
+def turned_branch(graph_module: fx.GraphModule) -> None:
+    branches_of(graph_module)["w0"].transposed = False
+
+
+@damage("node addmm reads w0 as out_in, planned as in_out", case="aten_products")
+def turned_weight(graph_module: fx.GraphModule) -> None:
+    base = at(graph_module, "addmm")
+    with graph_module.graph.inserting_before(base):
+        base.args = (*base.args[:2], graph_module.graph.call_function(torch.ops.aten.t.default, (base.args[2],)))
+
+
+@damage(
+    "branch node embedding_lora has {'lookup': True, 'padding_idx': 1}, but embedding has {'lookup': True}",
+    case="aten_lookups",
+)
+def lost_padding_row(graph_module: fx.GraphModule) -> None:
+    base = at(graph_module, "embedding")
+    base.args = base.args[:2]
+
+
+@damage(
+    "lora_A of w1 is (3, 3, 5), planned as (3, 3, 4)",
+    "lora_B of w1 is (3, 4, 3), planned as (3, 5, 3)",
+    case="aten_routed",
+)
+def turned_experts(graph_module: fx.GraphModule) -> None:
+    branch = branches_of(graph_module)["w1"]
+    branch.lora_A, branch.lora_B = (
+        nn.Parameter(factor.transpose(1, 2).contiguous()) for factor in (branch.lora_B, branch.lora_A)
+    )
 
 
 def damaged(name: str) -> tuple[fx.GraphModule, list[str]]:

@@ -2,104 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lorasc_fx.branch import Branch
-from lorasc_fx.capture import (
-    OWNER,
-    bind,
-    capture,
-    check_binds,
-    check_runs,
-    key_of,
-    leaves,
-    open_model,
-    signature_of,
-)
+from lorasc_fx.adapt.compiler import Compiler
+from lorasc_fx.capture import check_binds, check_runs, open_model, signature_of
 from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError
-from lorasc_fx.graph import (
-    BRANCHES,
-    check_patterns,
-    matches,
-    named_weights,
-    own_copy,
-    record_of,
-    set_record,
-)
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
-from lorasc_fx.plan import Plan, Refusal
-from lorasc_fx.runtime import Cascade, Flags, Made, Variant, check_base, read
+from lorasc_fx.graph import check_patterns, matches, named_weights
+from lorasc_fx.plan import Plan
+from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, read
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = ["adapt", "load"]
 
 _ADAPTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameters that a living cascade has adapted, with a weak reference to it."""
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """Makes variants: capture, match, insert. The runtime holds one, and knows nothing of graphs.
-
-    Args:
-        frontend: a front end's name, or `auto`.
-        signature: of the user's forward.
-    """
-
-    frontend: str
-    signature: inspect.Signature
-
-    def bind(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a call's arguments in canonical shape."""
-        return bind(self.signature, args, kwargs)
-
-    def key(self, model: nn.Module, args: Any, kwargs: Any) -> Hashable:
-        """Return the call's signature; a graph that was given has one for all."""
-        return None if isinstance(model, fx.GraphModule) else key_of(model, args, kwargs)
-
-    def leaves(self, args: Any, kwargs: Any) -> list[Any]:
-        """Return the leaves of a call's arguments."""
-        return leaves(args, kwargs)
-
-    def make(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        branches: Mapping[str, Branch],
-        refusals: tuple[Refusal, ...],
-        args: Any,
-        kwargs: Any,
-        wide: bool,
-    ) -> Made:
-        """Capture the call and insert the branches, into a graph module that nobody else holds yet."""
-        captured = capture(model, args, kwargs, self.frontend, wide)
-        graph_module = captured.module
-        if branches:
-            graph_module._modules[BRANCHES] = nn.ModuleDict(dict(branches))
-        set_record(graph_module, replace(record_of(graph_module), plan=plan, refusals=refusals))
-        adapted = Pipeline([MatchSites(plan.spec), InsertBranches()])(graph_module).graph_module
-        record = record_of(adapted)
-        assert record.plan is not None
-        holder = adapted._modules[BRANCHES]
-        assert isinstance(holder, nn.ModuleDict)
-        held = {key: branch for key, branch in holder.items() if isinstance(branch, Branch)}
-        variant = Variant(adapted, captured.frontend, captured.guards)
-        return Made(variant, record.plan, held, record.refusals, record.unreached, captured.refused)
-
-    def fold(self, variant: Variant, model: nn.Module, values: Mapping[str, Any]) -> fx.GraphModule:
-        """Return the variant's captured graph with these values as constants of its own."""
-        assert isinstance(variant.module, fx.GraphModule)
-        folded = FoldBranches()(variant.module).graph_module
-        return own_copy(folded, OWNER, values)
 
 
 def adapt(
@@ -117,7 +40,7 @@ def adapt(
         args, kwargs: example inputs; their sizes do not matter, their types do. The model runs once on them, without
             a trace, to see that it takes them.
         spec: what is asked, see `CascadeSpec`.
-        frontend: `export`, `symbolic`, or `auto`, the first that takes the model.
+        frontend: `export`, `dynamo`, `symbolic`, `pieces`, or `auto`, the first that takes the model.
 
     Returns:
         The cascade. The model's parameters now hold the start of stage 1 (with noise, if asked for) and need no
@@ -176,13 +99,13 @@ def _adapt(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, pl
     bound = check_binds(opened, tuple(args), dict(kwargs or {}))
     check_runs(opened, *bound)
     maker = Compiler(frontend, signature_of(opened))
-    trained = _trained(plan.spec, weights.parameters, weights.names)
-    made = maker.make(opened, plan, {}, (), *bound, wide=False)
     flags = Flags.of(opened)
-    cascade = Cascade(opened, maker, made, maker.key(opened, *bound), bound, flags)
+    trained = _trained(plan.spec, weights.parameters, weights.names)
     try:
         for name, parameter in weights.parameters.items():
             parameter.requires_grad_(name in trained)
+        made = maker.make(opened, plan, {}, (), *bound, wide=False)
+        cascade = cascade_class(maker.signature)(opened, maker, made, maker.key(opened, *bound), bound, flags)
         cascade.core.start(trained)
     except BaseException:
         flags.restore(opened)

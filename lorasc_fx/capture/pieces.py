@@ -1,0 +1,220 @@
+"""Front end `pieces`, the catch-all: the graphs between dynamo's graph breaks, with the user's own Python in between.
+
+torch.compile hands over each piece as a backend would get it; its weights come in as inputs that are the user's
+Parameters,
+so their names are known. dynamo's guards choose the piece, as variants are chosen elsewhere. Layers of one class
+share a piece: for each set of weights that a piece is called with there is a graph of its own, which is rewritten and
+runs. A first run finds the graphs, before it is decided what to do with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorasc_fx.capture.live import Captured, quiet, read_live
+from lorasc_fx.errors import CaptureError
+from lorasc_fx.graph import call_instead, copy_graph, weights_from_inputs
+
+__all__ = ["Pieces", "capture_pieces"]
+
+LIMIT = 64
+
+Names = tuple[str | None, ...]
+Rewrite = Callable[[fx.GraphModule], Callable[..., Any]]
+
+
+@dataclass
+class _Piece:
+    """A piece as dynamo gave it, and by the weights that it is called with, the graph as found and as it runs."""
+
+    source: fx.GraphModule
+    graphs: dict[Names, fx.GraphModule] = field(default_factory=dict)
+    running: dict[Names, Callable[..., Any]] = field(default_factory=dict)
+
+
+class Pieces:
+    """A model that runs as graphs with Python in between; called as the model is.
+
+    `graphs` are the pieces found so far, each reading the live model. After `rewrite_by(f)`, every piece runs as
+    `f(graph)`, those that later calls bring as well.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._rewrite: Rewrite | None = None
+        self._pieces: list[_Piece] = []
+        self._own = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self._look: Callable[[Any, Mapping[str, Any]], None] | None = None
+        self._compiled: Any = torch.compile(model, backend=self._take)
+
+    def discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Run the model once as it is, and find its pieces; buffers and random generators stay as they were.
+
+        There may be none: dynamo leaves a loop with a break in it, and the modules of torch.nn called there, to Python.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        try:
+            with quiet():
+                self(*args, **kwargs)
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.model.named_buffers():
+                    if name in buffers and buffer.shape == buffers[name].shape:
+                        buffer.copy_(buffers[name])
+
+    def rewrite_by(self, rewrite: Rewrite) -> None:
+        """Run every piece as `rewrite` returns it, from now on."""
+        rewritten = [
+            {names: _recomputing(rewrite(graph)) for names, graph in piece.graphs.items()} for piece in self._pieces
+        ]
+        self._rewrite = rewrite
+        for piece, running in zip(self._pieces, rewritten, strict=True):
+            piece.running = running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the model computes, with the pieces rewritten.
+
+        Raises:
+            CaptureError: the calls vary so much that dynamo would go on without graphs, and so without branches.
+        """
+        if self._look is not None:
+            self._look(args, kwargs)
+        try:
+            with _dynamo_settings():
+                return self._call(args, kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as fault:
+            raise CaptureError(
+                f"{type(self.model).__name__} was captured anew {LIMIT} times, and dynamo would run it without "
+                f"branches: {str(fault).splitlines()[0]}. Pad inputs to fewer sizes, or adapt a part of the model"
+            ) from fault
+        except torch._dynamo.exc.BackendCompilerFailed as fault:
+            raise fault.inner_exception from fault
+
+    def swap(self, swapped: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        """Let the model see `f(weight)` in place of these weights while it runs, in graphs and in between."""
+        self._swapped = dict(swapped)
+
+    def look_before_calls(self, look: Callable[[Any, Mapping[str, Any]], None]) -> None:
+        """Call this with the arguments of each call before it runs."""
+        self._look = look
+
+    @property
+    def swapped(self) -> Mapping[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """What the model sees in place of its weights."""
+        return self._swapped
+
+    @property
+    def located(self) -> set[str]:
+        """Names of the parameters that a graph reads or that are swapped."""
+        read = {name for piece in self._pieces for names in piece.graphs for name in names if name is not None}
+        return read | self._swapped.keys()
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if not self._swapped:
+            return self._compiled(*args, **kwargs)
+        values = {f"_orig_mod.{name}": f(self.model.get_parameter(name)) for name, f in self._swapped.items()}
+        return torch.func.functional_call(self._compiled, values, args, dict(kwargs))
+
+    def first_break(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        """Return file, line and reason of the first graph break, or None where one graph holds the whole model."""
+        with quiet(), _dynamo_settings():
+            told = torch._dynamo.explain(self.model)(*args, **kwargs)
+        for reason in told.break_reasons:
+            if reason.user_stack:
+                frame = reason.user_stack[-1]
+                return f"{frame.filename}:{frame.lineno}: {reason.reason.splitlines()[0]}"
+        return None
+
+    @property
+    def graphs(self) -> list[fx.GraphModule]:
+        """The graphs found so far, each reading the live model; one without nodes where there are none."""
+        found = [graph for piece in self._pieces for graph in piece.graphs.values()]
+        return found or [read_live(nn.Module(), fx.Graph(), self.model)]
+
+    def _take(self, source: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        piece = _Piece(source)
+        self._pieces.append(piece)
+
+        def run(*inputs: Any) -> Any:
+            names = self._names(inputs)
+            running = piece.running.get(names)
+            return (self._bring(piece, names) if running is None else running)(*inputs)
+
+        return run
+
+    def _names(self, inputs: tuple[Any, ...]) -> Names:
+        return tuple(self._own.get(id(value)) if isinstance(value, nn.Parameter) else None for value in inputs)
+
+    def _bring(self, piece: _Piece, names: Names) -> Callable[..., Any]:
+        graph = copy_graph(piece.source.graph)
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        found = {node: name for node, name in zip(inputs, names, strict=True) if name is not None}
+        if found:
+            weights_from_inputs(graph, found)
+        live = read_live(piece.source, graph, self.model)
+        running = live if self._rewrite is None else _recomputing(self._rewrite(live))
+        piece.graphs[names], piece.running[names] = live, running
+        return running
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pieces:
+        """Refuse: a copy would run the original's branches; variants are dropped by copies and found anew."""
+        raise TypeError("the pieces of a model are not copied")
+
+
+def capture_pieces(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False) -> Captured:
+    """Return the model's pieces; raises what the model raises."""
+    pieces = Pieces(model)
+    pieces.discover(args, kwargs)
+    return Captured(fx.GraphModule(nn.Module(), fx.Graph()), "pieces", pieces=pieces)
+
+
+def _recomputing(running: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what torch.utils.checkpoint recomputes draw the same numbers; dynamo leaves that to a compiler behind it."""
+    tag = torch.ops.higher_order.tag_activation_checkpoint
+    if isinstance(running, fx.GraphModule) and call_instead(running.graph, tag, _checkpointed):
+        running.recompile()
+    return running
+
+
+def _checkpointed(region: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    """Run a region as torch.utils.checkpoint does in an eager model."""
+    options = {key: value for key, value in kwargs.items() if key not in ("use_reentrant", "preserve_rng_state")}
+    if "_checkpoint_context_fn" in region.meta:
+        options["context_fn"] = region.meta["_checkpoint_context_fn"]
+    return checkpoint(region, *args, use_reentrant=False, preserve_rng_state=True, **options)
+
+
+@contextlib.contextmanager
+def _dynamo_settings() -> Iterator[None]:
+    """Fail where dynamo would go on without graphs, and keep its remarks on graph breaks, which are expected here."""
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")]
+    levels = [each.level for each in loggers]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    torch.backends.mha.set_fastpath_enabled(False)
+    strict = any(action == "error" for action, *_ in warnings.filters)
+    try:
+        with (
+            warnings.catch_warnings() if strict else contextlib.nullcontext(),
+            torch._dynamo.config.patch(
+                fail_on_recompile_limit_hit=True, recompile_limit=LIMIT, accumulated_recompile_limit=4 * LIMIT
+            ),
+        ):
+            if strict:  # dynamo reads .grad of what a piece gets from another one, and hides the warning, not the error
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)

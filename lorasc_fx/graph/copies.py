@@ -1,0 +1,86 @@
+"""Copies: of a graph's nodes, of a module that shares all it holds, and of a graph with constants of its own."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lorasc_fx.graph.record import strip
+
+__all__ = ["copy_graph", "graph_module_like", "own_copy", "shallow"]
+
+
+def shallow(module: nn.Module) -> nn.Module:
+    """Return a module of the same class and attributes that shares children and tensors, in dictionaries of its own."""
+    new = object.__new__(type(module))
+    new.__dict__ = dict(module.__dict__)
+    for store in ("_modules", "_parameters", "_buffers"):
+        new.__dict__[store] = dict(getattr(module, store))
+    return new
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of the nodes, names and metadata, with the same calling convention.
+
+    The tracer's class is not taken along: unpickling would trace with it, and a front end's own cannot do that.
+    """
+    new = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    found = new.graph_copy(graph, copied, return_output_node=True)
+    if isinstance(found, tuple):
+        value, old = found
+        new.output(value, type_expr=old.type).meta = copy.copy(old.meta)
+    new._codegen = graph._codegen
+    return new
+
+
+def graph_module_like(original: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return a graph module of this graph with the original's children, tensors and attributes, none of them copied."""
+    new = fx.GraphModule(nn.Module(), fx.Graph())
+    for store in ("_modules", "_parameters", "_buffers"):
+        getattr(new, store).update(getattr(original, store))
+    new._non_persistent_buffers_set = set(original._non_persistent_buffers_set)
+    named = {str(node.target).partition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    for name in named & set(vars(original)) - set(vars(new)):
+        setattr(new, name, getattr(original, name))
+    new.meta = dict(getattr(original, "meta", {}))
+    new.training = original.training
+    new.graph = graph
+    return new
+
+
+def own_copy(live: fx.GraphModule, owner: str, values: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """Return a plain graph module with the captured names, whose constants are its own.
+
+    Args:
+        live: reads its weights from the child `owner`.
+        owner: name of that child.
+        values: what the owner's parameters and buffers shall be, by name; others are copied as they are.
+    """
+    graph, model = copy_graph(live.graph), live.get_submodule(owner)
+    memo: dict[int, Any] = {}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in tensors.items():
+        value = values.get(name, tensor).detach().clone()
+        own = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        memo.setdefault(id(tensor), own)
+    attributes: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            found = operator.attrgetter(node.target)(live)
+            node.target = node.target.removeprefix(f"{owner}.")
+            attributes[node.target] = copy.deepcopy(found, memo)
+    folded = fx.GraphModule(attributes, graph, type(model).__name__)
+    folded.training = live.training
+    strip(folded)
+    for node in folded.graph.nodes:
+        node.meta.pop("from_node", None)
+    return folded

@@ -1,0 +1,58 @@
+"""What stands around the cascade's class: the signature that it shows, and the call that saves it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasc_fx.runtime import checkpoint
+from lorasc_fx.runtime.cascade import Cascade
+
+__all__ = ["cascade_class", "save"]
+
+
+def cascade_class(signature: inspect.Signature) -> type[Cascade]:
+    """Return Cascade with a forward that shows this signature, which trainers and tracers read."""
+
+    def forward(self: Cascade, *args: Any, **kwargs: Any) -> Any:
+        return Cascade.forward(self, *args, **kwargs)
+
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    shown = signature.replace(parameters=[first, *signature.parameters.values()])
+    vars(forward)["__signature__"] = shown
+    forward.__doc__ = Cascade.forward.__doc__
+    return type("Cascade", (Cascade,), {"forward": forward, "__module__": __name__, "__doc__": Cascade.__doc__})
+
+
+def save(
+    cascade: Cascade,
+    folder: str | PathLike[str],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 1,
+) -> Path:
+    """Write what a resume needs as a new version in `folder`, and drop versions older than the last `keep`.
+
+    Args:
+        cascade: whose branches, experts, coefficients, trained parameters and buffers are written.
+        optimizer, scheduler: whose state is written.
+        extra: anything of yours that JSON holds: the position in the data, say.
+        keep: number of versions that stay.
+
+    Returns:
+        The folder of the new version.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or extra or scheduler are not JSON. What was there stays.
+        SpecError: keep is less than 1.
+        StateError: after `release`, inside `weights`, or inside a backward.
+    """
+    cascade.core.check_ready("save")
+    return checkpoint.write_version(cascade.core, Path(folder), optimizer, scheduler, dict(extra or {}), keep)

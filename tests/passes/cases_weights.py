@@ -1,0 +1,558 @@
+"""Cases of weights that are transposed, looked up, stacked or computed with: beside the op where a row fits, else on
+the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from lorasc_fx import Reason
+from tests.passes.case import Case, Uses, aten, functional, functions, leaves, modules, one, randn, seq
+
+__all__ = ["WEIGHT_CASES"]
+
+
+def on_weight(*weights: str) -> Uses:
+    """Sites whose branch stands on the weight, at one node each."""
+    return {weight: one(f"{'_' * weight[0].isdigit()}{weight.replace('.', '_')}", "on-weight") for weight in weights}
+
+
+def _indices(*rows: tuple[int, ...]) -> Any:
+    return lambda: (torch.tensor(rows),)
+
+
+# --- products and lookups, beside the op ------------------------------------------------------------------------------
+
+
+def _aten_products(self: Any, x: Tensor) -> Tensor:
+    x = torch.addmm(self.b, x, self.w0).tanh()
+    x = torch.mm(x, self.w1).tanh()
+    x = (x.view(2, 2, -1) @ self.w2).tanh()
+    return F.linear(x, self.w3)
+
+
+def _aten_turned(self: Any, x: Tensor) -> Tensor:
+    x = torch.addmm(self.b, x, self.w0.t()).tanh()
+    x = torch.mm(x, self.w1.transpose(0, 1)).tanh()
+    x = (x.view(2, 2, -1) @ self.w2.T).tanh()
+    x = torch.matmul(x, self.w3.permute(-1, 0).t().transpose(-2, -1)).tanh()
+    return F.linear(x, self.w4.t())
+
+
+def _products(self: Any, x: Tensor) -> Tensor:
+    x = torch.addmm(self.b, x, self.w0).tanh()
+    x = torch.mm(x, self.w1).tanh()
+    x = torch.matmul(x.view(2, 2, -1), self.w2).tanh()
+    return (torch.embedding(self.w3, (x[..., 0] > 0).long()) * x[..., :1]) @ self.w4
+
+
+def _methods(self: Any, x: Tensor) -> Tensor:
+    x = (self.b * x[:, :1]).addmm(x, self.w0).tanh()
+    x = x.mm(self.w1).tanh()
+    return x.view(2, 2, -1).matmul(self.w2)
+
+
+def _turned(self: Any, x: Tensor) -> Tensor:
+    x = torch.addmm(self.b, x, self.w0.t()).tanh()
+    x = x.mm(torch.transpose(self.w1, 1, 0)).tanh()
+    x = (x.view(2, 2, -1) @ self.w2.T).tanh()
+    x = x.matmul(self.w3.permute((1, 0))).tanh()
+    return F.linear(x, torch.permute(torch.t(self.w4.mT), (1, 0)))
+
+
+def _both_ways(self: Any, x: Tensor) -> Tensor:
+    return F.linear(torch.tanh(F.linear(x, self.w0)), self.w1) + (x @ self.w0.t()) @ self.w1.t()
+
+
+def _two_layouts(self: Any, x: Tensor) -> Tensor:
+    return torch.tanh(F.linear(x, self.w0)) @ self.w0
+
+
+def _scaled_addmm(self: Any, x: Tensor) -> Tensor:
+    x = torch.addmm(self.b, x, self.w0, beta=0.5, alpha=2.0)
+    x = torch.addmm(self.w1, x, self.w2, beta=1)
+    return torch.mm(x, mat2=self.w3)
+
+
+class Lookups(nn.Module):
+    """Tables with a padding row, looked up by modules and by functions; the padding row is asked for as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.plain = nn.Embedding(9, 4, padding_idx=1), nn.Embedding(7, 4)
+        self.w = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.table(index) * self.plain(index % 7).tanh() + F.embedding(index % 8, self.w, 2)
+
+
+class TurnedTable(nn.Module):
+    """A table that is stored transposed, with a padding row, tied to a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.mix = nn.Parameter(torch.randn(4, 9)), nn.Linear(4, 5)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = torch.embedding(self.w.t(), index, 1)
+        return F.pad(self.mix(x), (0, -1)) @ self.w
+
+
+class PaddedHead(nn.Module):
+    """A tied table with a padding row: the head moves the row, the lookup must not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(9, 4, padding_idx=1), nn.Linear(4, 6), nn.Linear(4, 9)
+        self.back = nn.Linear(6, 4)
+        self.head.weight = self.table.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(self.back(torch.relu(self.mix(self.table(index)))))
+
+
+# --- on the weight ----------------------------------------------------------------------------------------------------
+
+
+def _transposed_convs(self: Any, x: Tensor) -> Tensor:
+    one = F.conv_transpose1d(x.flatten(2), self.w0, None, 2, 1)
+    two = F.conv_transpose2d(x, self.w1, self.b, (1, 2), (0, 1), 0, 2, (2, 1))
+    three = F.conv_transpose3d(x.unsqueeze(2), self.w2, None, 1, (0, 0, 1))
+    return one.sum() + two.sum() * 2 + three.flatten(1)
+
+
+def _contractions(self: Any, x: Tensor) -> Tensor:
+    x = torch.einsum("bsi,oi->bso", x, self.w0).tanh()
+    x = torch.tensordot(x, self.w1, ([2], [0])).tanh()
+    x = torch.bilinear(x, x, self.w2).tanh()
+    first = self.w3 @ x.transpose(1, 2)
+    return first.sum(-1) + torch.einsum("bsi,hid->bhsd", x, self.w4).sum((-1, -2)) @ self.w5.view(3, 5)
+
+
+def _experts(self: Any, x: Tensor) -> Tensor:
+    x = torch.bmm(x, self.w0).tanh()
+    x = torch.einsum("eni,eoi->eno", x, self.w1).tanh()
+    return torch.baddbmm(self.b, x, self.w2.transpose(1, 2))
+
+
+def _routed(self: Any, x: Tensor) -> Tensor:
+    router = F.linear(x, self.w0)
+    chosen = router.argmax(-1)
+    y = torch.bmm(x.unsqueeze(1), self.w1[chosen]).tanh()
+    return torch.bmm(y, self.w2.index_select(0, chosen)).squeeze(1) * router.max(-1).values[:, None]
+
+
+def _looped(self: Any, x: Tensor) -> Tensor:
+    gates = F.linear(x, self.w0).softmax(-1)
+    return sum(gates[:, e, None] * F.linear(F.linear(x, self.w1[e]).tanh(), self.w2[e]) for e in range(3))
+
+
+def _packed(self: Any, x: Tensor) -> Tensor:
+    q, k, v = self.w0.chunk(3)
+    gate = F.linear(x, self.w1[:, :4].contiguous()[:, :4]) if x.shape[-1] == 4 else F.linear(x, self.w1[2:, :])
+    scores = F.linear(x, q) @ F.linear(x, k).transpose(-1, -2)
+    return scores.softmax(-1) @ F.linear(x, v) * gate
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is standardized first, as in NFNet and BiT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / (std + 1e-3), self.bias, self.stride, self.padding)
+
+
+def _weight_norm() -> nn.Module:
+    return nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(5, 7)), nn.Tanh(), parametrizations.weight_norm(nn.Linear(7, 3))
+    )
+
+
+def _spectral_norm() -> nn.Module:
+    return nn.Sequential(
+        parametrizations.spectral_norm(nn.Conv1d(3, 5, 2)), parametrizations.spectral_norm(nn.Linear(6, 4))
+    )
+
+
+class Recurrent(nn.Module):
+    """Two layers of an LSTM, both ways, and a GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 3, 2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(6, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(self.lstm(x)[0])[0]
+
+
+class Heads(nn.Module):
+    """torch's attention: packed, and with query, key and value of their own widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.apart = nn.MultiheadAttention(6, 2, batch_first=True, kdim=5, vdim=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.packed(x, x, x, need_weights=False)
+        return self.apart(y, x[..., :5], x[..., :4])[0]
+
+
+class Region(nn.Module):
+    """A product inside a region without autocast, as rotary embeddings have them; its weight goes in from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.lin = nn.Parameter(torch.randn(5, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            y = torch.tanh(x @ self.w.sin())
+        return self.lin(y)
+
+
+class MaxNorm(nn.Module):
+    """A table that its lookup renormalizes in place; its rows are short, so that it stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lin = nn.Embedding(9, 4, _weight=torch.rand(9, 4) / 3, max_norm=1.0), nn.Linear(4, 3)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.lin(self.table(index))
+
+
+class Positions(nn.Module):
+    """Tables that are only added, sliced and added, and indexed by the input, beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos, self.rows, self.bias = (nn.Parameter(torch.randn(n, 5)) for n in (4, 9, 6))
+        self.lin = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = (x[..., 0] > 0).long()
+        return self.lin(x + self.pos + self.rows[:4] + self.bias[index])
+
+
+class Mixed(nn.Module):
+    """A linear that is called as a module, whose weight is standardized elsewhere as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.back = nn.Linear(5, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.back(self.lin(x)), self.lin.weight.tanh())
+
+
+def _vector(self: Any, x: Tensor) -> Tensor:
+    return F.linear(x @ self.w0.tanh(), self.w1)
+
+
+def _upsampler() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 6, 2, stride=2))
+
+
+_LSTM = [f"lstm.weight_{part}_l{layer}{way}" for layer in (0, 1) for way in ("", "_reverse") for part in ("ih", "hh")]
+_GATES = (*_LSTM, "gru.weight_ih_l0", "gru.weight_hh_l0")
+
+WEIGHT_CASES: tuple[Case, ...] = (
+    Case(
+        "aten_products",
+        functional(_aten_products, (5, 4), (4, 6), (6, 3), (2, 3), bias=4),
+        randn(4, 5),
+        aten,
+        {
+            "w0": one("addmm", "aten.addmm"),
+            "w1": one("mm", "aten.mm"),
+            "w2": one("matmul", "aten.matmul"),
+            "w3": one("linear", "aten.linear"),
+        },
+        turned=("w0", "w1", "w2"),
+    ),
+    Case(
+        "aten_turned",
+        functional(_aten_turned, (4, 5), (6, 4), (3, 6), (7, 3), (7, 2), bias=4),
+        randn(4, 5),
+        aten,
+        {
+            "w0": one("addmm", "aten.addmm"),
+            "w1": one("mm", "aten.mm"),
+            "w2": one("matmul", "aten.matmul"),
+            "w3": one("matmul_1", "aten.matmul"),
+            "w4": one("linear", "aten.linear"),
+        },
+        turned=("w4",),
+    ),
+    Case(
+        "aten_lookups",
+        Lookups,
+        _indices((1, 4, 8), (2, 3, 1)),
+        aten,
+        {
+            "w": one("embedding_2", "aten.embedding"),
+            "table.weight": one("embedding", "aten.embedding"),
+            "plain.weight": one("embedding_1", "aten.embedding"),
+        },
+    ),
+    Case(
+        "aten_turned_table",
+        TurnedTable,
+        _indices((1, 4, 8), (2, 3, 1)),
+        aten,
+        {"w": (("embedding", "aten.embedding"), ("matmul", "aten.matmul")), "mix.weight": one("linear", "aten.linear")},
+        kinds={"w": "linear"},
+        turned=("w",),
+    ),
+    Case(
+        "aten_padded_head",
+        PaddedHead,
+        _indices((1, 4, 8), (2, 3, 1)),
+        aten,
+        {
+            "table.weight": (("embedding", "aten.embedding"), ("linear_2", "aten.linear")),
+            "mix.weight": one("linear", "aten.linear"),
+            "back.weight": one("linear_1", "aten.linear"),
+        },
+        aliases={"table.weight": ("head.weight",)},
+    ),
+    Case(
+        "functional_products",
+        functional(_products, (5, 4), (4, 6), (6, 3), (2, 5), (5, 3), bias=4),
+        randn(4, 5),
+        functions,
+        {
+            "w0": one("addmm", "torch.addmm"),
+            "w1": one("mm", "torch.mm"),
+            "w2": one("matmul", "torch.matmul"),
+            "w3": one("embedding", "torch.embedding"),
+            "w4": one("matmul_1", "torch.matmul"),
+        },
+        turned=("w0", "w1", "w2", "w4"),
+    ),
+    Case(
+        "functional_methods",
+        functional(_methods, (5, 4), (4, 6), (6, 3), bias=4),
+        randn(4, 5),
+        functions,
+        {"w0": one("addmm", "torch.addmm"), "w1": one("mm", "torch.mm"), "w2": one("matmul", "torch.matmul")},
+        turned=("w0", "w1", "w2"),
+    ),
+    Case(
+        "functional_turned",
+        functional(_turned, (4, 5), (6, 4), (3, 6), (7, 3), (7, 2), bias=4),
+        randn(4, 5),
+        functions,
+        {
+            "w0": one("addmm", "torch.addmm"),
+            "w1": one("mm", "torch.mm"),
+            "w2": one("matmul", "torch.matmul"),
+            "w3": one("matmul_1", "torch.matmul"),
+            "w4": one("linear", "F.linear"),
+        },
+        turned=("w4",),
+    ),
+    Case(
+        "functional_both_ways",
+        functional(_both_ways, (6, 5), (4, 6)),
+        randn(3, 2, 5),
+        functions,
+        {
+            "w0": (("linear", "F.linear"), ("matmul", "torch.matmul")),
+            "w1": (("linear_1", "F.linear"), ("matmul_1", "torch.matmul")),
+        },
+    ),
+    Case("functional_two_layouts", functional(_two_layouts, (6, 5)), randn(3, 2, 5), functions, on_weight("w0")),
+    Case(
+        "functional_scaled_addmm",
+        functional(_scaled_addmm, (5, 4), (3, 6), (4, 6), (6, 5), bias=4),
+        randn(3, 5),
+        functions,
+        {"w2": one("addmm_1", "torch.addmm"), **on_weight("w0", "w3")},
+        refusals={"w1": Reason.NO_FORM},
+        turned=("w2",),
+    ),
+    Case(
+        "functional_lookups",
+        Lookups,
+        _indices((1, 4, 8), (2, 3, 1)),
+        leaves("no"),
+        {
+            "w": one("embedding", "F.embedding"),
+            "table.weight": one("table", "nn.Embedding"),
+            "plain.weight": one("plain", "nn.Embedding"),
+        },
+    ),
+    Case(
+        "module_padded_head",
+        PaddedHead,
+        _indices((1, 4, 8), (2, 3, 1)),
+        modules,
+        {
+            "table.weight": (("table", "nn.Embedding"), ("head", "nn.Linear")),
+            "mix.weight": one("mix", "nn.Linear"),
+            "back.weight": one("back", "nn.Linear"),
+        },
+        aliases={"table.weight": ("head.weight",)},
+    ),
+    Case(
+        "aten_conv_transpose",
+        functional(_transposed_convs, (4, 5, 3), (4, 6, 3, 2), (4, 3, 1, 2, 3), bias=12),
+        randn(2, 4, 5, 6),
+        aten,
+        on_weight("w0", "w1", "w2"),
+        kinds=dict.fromkeys(("w0", "w1", "w2"), "conv"),
+    ),
+    Case(
+        "module_conv_transpose",
+        _upsampler,
+        randn(2, 3, 5, 4),
+        modules,
+        {"0.weight": one("_0", "nn.Conv2d")},
+        refusals={"1.weight": Reason.OPAQUE},
+    ),
+    Case(
+        "functional_contractions",
+        functional(_contractions, (6, 5), (6, 7), (4, 7, 7), (5, 4), (3, 4, 2), (5, 3)),
+        randn(2, 3, 5),
+        functions,
+        on_weight("w0", "w1", "w2", "w3", "w4", "w5"),
+        kinds={"w2": "experts", "w4": "experts"},
+    ),
+    Case(
+        "aten_experts",
+        functional(_experts, (3, 5, 4), (3, 6, 4), (3, 7, 6), bias=7),
+        randn(3, 2, 5),
+        aten,
+        on_weight("w0", "w1", "w2"),
+        kinds=dict.fromkeys(("w0", "w1", "w2"), "experts"),
+    ),
+    Case(
+        "aten_routed",
+        functional(_routed, (3, 5), (3, 5, 4), (3, 4, 6)),
+        randn(4, 5),
+        aten,
+        {"w0": one("linear", "aten.linear"), **on_weight("w1", "w2")},
+        kinds={"w1": "experts", "w2": "experts"},
+    ),
+    Case(
+        "functional_looped",
+        functional(_looped, (3, 5), (3, 4, 5), (3, 6, 4)),
+        randn(4, 5),
+        functions,
+        {"w0": one("linear", "F.linear"), **on_weight("w1", "w2")},
+        kinds={"w1": "experts", "w2": "experts"},
+    ),
+    Case("aten_packed", functional(_packed, (12, 5), (6, 5)), randn(2, 3, 5), aten, on_weight("w0", "w1")),
+    Case(
+        "aten_standardized",
+        seq(lambda: Standardized(3, 4, 3, stride=2), lambda: nn.Conv2d(4, 6, 2)),
+        randn(2, 3, 7, 8),
+        aten,
+        {"1.weight": one("conv2d_1", "aten.conv2d"), **on_weight("0.weight")},
+        kinds={"0.weight": "conv"},
+    ),
+    Case(
+        "aten_weight_norm",
+        _weight_norm,
+        randn(4, 5),
+        aten,
+        on_weight("0.parametrizations.weight.original1", "2.parametrizations.weight.original1"),
+        refusals={
+            "0.parametrizations.weight.original0": Reason.VECTOR,
+            "2.parametrizations.weight.original0": Reason.VECTOR,
+        },
+    ),
+    Case(
+        "aten_spectral_norm",
+        _spectral_norm,
+        randn(4, 3, 7),
+        aten,
+        on_weight("0.parametrizations.weight.original", "1.parametrizations.weight.original"),
+        kinds={"0.parametrizations.weight.original": "conv"},
+    ),
+    Case(
+        "aten_recurrent",
+        Recurrent,
+        randn(2, 4, 5),
+        aten,
+        on_weight(*_GATES),
+        kinds=dict.fromkeys(_GATES, "recurrent"),
+    ),
+    Case(
+        "aten_attention",
+        Heads,
+        randn(2, 4, 6),
+        aten,
+        {
+            "packed.in_proj_weight": one("linear", "aten.linear"),
+            "packed.out_proj.weight": one("linear_1", "aten.linear"),
+            "apart.q_proj_weight": one("linear_2", "aten.linear"),
+            "apart.k_proj_weight": one("linear_3", "aten.linear"),
+            "apart.v_proj_weight": one("linear_4", "aten.linear"),
+            "apart.out_proj.weight": one("linear_5", "aten.linear"),
+        },
+        exact=False,
+    ),
+    Case(
+        "aten_encoder_layer",
+        lambda: nn.TransformerEncoderLayer(6, 2, 10, batch_first=True),
+        randn(2, 4, 6),
+        aten,
+        {
+            "self_attn.in_proj_weight": one("linear", "aten.linear"),
+            "self_attn.out_proj.weight": one("linear_1", "aten.linear"),
+            "linear1.weight": one("linear_2", "aten.linear"),
+            "linear2.weight": one("linear_3", "aten.linear"),
+        },
+        exact=False,
+    ),
+    Case("aten_region", Region, randn(3, 5), aten, {"lin.weight": one("linear", "aten.linear"), **on_weight("w")}),
+    Case(
+        "aten_max_norm",
+        MaxNorm,
+        _indices((1, 4, 8), (2, 3, 1)),
+        aten,
+        {"lin.weight": one("linear", "aten.linear")},
+        refusals={"table.weight": Reason.MUTATED},
+    ),
+    Case(
+        "module_max_norm",
+        MaxNorm,
+        _indices((1, 4, 8), (2, 3, 1)),
+        modules,
+        {"lin.weight": one("lin", "nn.Linear")},
+        refusals={"table.weight": Reason.OPAQUE},
+    ),
+    Case(
+        "aten_positions",
+        Positions,
+        randn(2, 4, 5),
+        aten,
+        {"lin.weight": one("linear", "aten.linear")},
+        refusals={"pos": Reason.NO_FORM, "rows": Reason.NO_FORM, "bias": Reason.NO_FORM},
+    ),
+    Case(
+        "module_mixed_uses",
+        Mixed,
+        randn(3, 5),
+        modules,
+        {"back.weight": one("back", "nn.Linear")},
+        refusals={"lin.weight": Reason.MIXED_USES},
+    ),
+    Case(
+        "functional_vector",
+        functional(_vector, (5, 1), (3, 1)),
+        randn(4, 5),
+        functions,
+        {"w1": one("linear", "F.linear")},
+        refusals={"w0": Reason.VECTOR},
+    ),
+)

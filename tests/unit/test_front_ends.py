@@ -1,0 +1,278 @@
+"""Every front end shows the user's model: reasons, signatures, modes, and the variants of a call."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import checkpoint
+
+import lorasc_fx as lx
+from tests.unit.cases import batches, branches, loss_of, randomize
+
+NAMES = ("export", "dynamo", "symbolic", "pieces")
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+
+
+class Net(nn.Module):
+    """All front ends take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.drop, self.head = nn.Linear(5, 7), nn.Dropout(0.3), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, *, shift: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.drop(torch.tanh(self.body(x))) * scale
+        return self.head(hidden if shift is None else hidden + shift)
+
+
+class Unrolled(Net):
+    """Sizes are read in Python: symbolic tracing cannot, export can."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.head(self.body(x[:, index])) for index in range(x.shape[1])])
+
+
+class Steps(Net):
+    """The values decide."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x)) if x.sum() > 0 else self.head(-self.body(x))
+
+
+def net(kind: type[Net] = Net) -> Net:
+    torch.manual_seed(3)
+    return kind().double()
+
+
+def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(7)
+    return model(*args, **kwargs)
+
+
+def merged(cascade: lx.Cascade, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The eager model with W + s B A, by the cascade's names."""
+    held = dict(model.named_parameters())
+    values = {name: held[name] + each.scale * each.delta() for name, each in branches(cascade).items()}
+    torch.manual_seed(7)
+    return torch.func.functional_call(model, values, args, kwargs)
+
+
+def test_auto_tells_why_the_earlier_ones_refused() -> None:
+    x = batches(1, 4, 5)
+    first = lx.adapt(net(), x)
+    assert (first.frontend, first.refused_frontends) == ("export", ())
+    last = lx.adapt(net(Steps), x)
+    assert last.frontend == "pieces"
+    assert [name for name, _ in last.refused_frontends] == ["export", "dynamo", "symbolic"]
+    assert all(reason and "\n" not in reason for _, reason in last.refused_frontends)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_one_is_used_alone(name: str) -> None:
+    cascade = lx.adapt(net(), batches(1, 4, 5), frontend=name)
+    assert (cascade.frontend, cascade.refused_frontends) == (name, ())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("export", Steps), ("dynamo", Steps), ("symbolic", Unrolled)])
+def test_a_named_one_that_refuses_is_no_reason_to_try_others(name: str, kind: type[Net]) -> None:
+    shape = (4, 2, 5) if kind is Unrolled else (4, 5)
+    with pytest.raises(lx.CaptureError, match=rf"^no front end takes {kind.__name__}:\n  {name}: [^\n]*$"):
+        lx.adapt(net(kind), batches(1, *shape), frontend=name)
+    assert lx.adapt(net(kind), batches(1, *shape)).frontend == ("export" if kind is Unrolled else "pieces")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_signature_is_the_models(name: str) -> None:
+    model = net()
+    cascade = lx.adapt(model, batches(1, 4, 5), frontend=name)
+    assert inspect.signature(cascade.forward) == inspect.signature(model.forward)
+    assert inspect.signature(copy.deepcopy(cascade).forward) == inspect.signature(model.forward)
+    assert isinstance(cascade, lx.Cascade)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [True, False])
+def test_calls_are_the_eager_models(name: str, training: bool) -> None:
+    model = net().train(training)
+    eager = copy.deepcopy(model).requires_grad_(False)
+    cascade = lx.adapt(model, batches(1, 4, 5), spec=SPEC, frontend=name)
+    x, one, shift = batches(1, 6, 5)[0], batches(1, 1, 5)[0], batches(1, 6, 7)[0]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}),
+        ((one,), {}),
+        ((x, 2.0), {}),
+        ((), {"x": x, "scale": 0.5}),
+        ((x,), {"shift": shift}),
+    ]
+    for args, kwargs in calls:
+        assert torch.equal(run(cascade, *args, **kwargs), run(eager, *args, **kwargs))
+    randomize(cascade)
+    for args, kwargs in calls:
+        found, expected = run(cascade, *args, **kwargs), merged(cascade, eager, *args, **kwargs)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+class Recomputed(nn.Module):
+    """A body under torch.utils.checkpoint."""
+
+    def __init__(self, kept: bool = False) -> None:
+        super().__init__()
+        self.kept = kept
+        self.body = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.3), nn.Linear(7, 5))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + (self.body(x) if self.kept else checkpoint.checkpoint(self.body, x, use_reentrant=False)))
+
+
+@pytest.mark.parametrize("name", ["auto", "export", "pieces"])
+def test_gradient_checkpointing_by_torch(name: str) -> None:
+    torch.manual_seed(4)
+    model = Recomputed().double().train()
+    eager = Recomputed(kept=True).double().train().requires_grad_(False)  # functional_call is over when it recomputes
+    eager.load_state_dict(model.state_dict())
+    x = batches(1, 6, 5)[0]
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=name)
+    assert len(cascade.sites) == 3
+    assert torch.equal(run(cascade, x), run(eager, x))
+    randomize(cascade)
+    found, expected = run(cascade, x), merged(cascade, eager, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    parameters = list(cascade.branches.parameters())
+    for one, other in zip(
+        torch.autograd.grad(loss_of(found), parameters),
+        torch.autograd.grad(loss_of(expected), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+ATTENTIONS = {
+    "mha": (Attends, 3),
+    "layer": (lambda: nn.TransformerEncoderLayer(6, 2, 10, batch_first=True), 4),
+    "encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 10, batch_first=True), 2), 8),
+}
+
+
+@pytest.mark.parametrize("name", ["auto", "export", "pieces"])
+@pytest.mark.parametrize("which", ATTENTIONS)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_attention_trains_in_eval_mode(which: str, name: str) -> None:
+    """The fused fast path has no gradient and no branch: it is off."""
+    build, sites = ATTENTIONS[which]
+    torch.manual_seed(5)
+    model = build().double().eval()
+    eager = copy.deepcopy(model)
+    x = batches(1, 3, 4, 6)[0]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=name)
+    assert len(cascade.sites) == sites
+    torch.testing.assert_close(cascade(x), eager(x), rtol=0, atol=1e-13)
+    randomize(cascade)
+    found, expected = cascade(x), merged(cascade, eager, x)
+    assert not torch.allclose(found, eager(x), atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    loss_of(found).backward()
+    assert all(parameter.grad.any() for parameter in cascade.branches.parameters())
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def llama(**more: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=30,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        **more,
+    )
+    torch.manual_seed(6)
+    return transformers.LlamaForCausalLM(config)
+
+
+def assert_same_outputs(found: Any, expected: Any, close: float = 0.0) -> None:
+    assert type(found) is type(expected)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[key].dtype == value.dtype
+            torch.testing.assert_close(found[key], value, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("name", ["auto", "pieces"])
+def test_llama(name: str) -> None:
+    """Modes, labels, sizes, padding, autocast, checkpointing and a cache."""
+    model = llama()
+    eager = copy.deepcopy(model).requires_grad_(False)
+    source = torch.Generator().manual_seed(1)
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.randint(3, 30, shape, generator=source)
+
+    cascade = lx.adapt(model, (), {"input_ids": ids(2, 7), "use_cache": False}, spec=SPEC, frontend=name)
+    padded = torch.ones(3, 6, dtype=torch.long)
+    padded[1, :2] = 0
+    calls = [
+        {"input_ids": ids(2, 7), "use_cache": False},
+        {"input_ids": ids(1, 9), "use_cache": False},
+        {"input_ids": (tokens := ids(3, 6)), "labels": tokens, "use_cache": False},
+        {"input_ids": ids(3, 6), "attention_mask": padded, "use_cache": False},
+    ]
+    for training in (False, True):
+        cascade.train(training)
+        eager.train(training)
+        for call in calls:
+            assert_same_outputs(run(cascade, **call), run(eager, **call))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_outputs(run(cascade, **calls[0]), run(eager, **calls[0]))
+    cascade.eval()
+    eager.eval()
+    found, expected = cascade(input_ids=calls[0]["input_ids"]), eager(input_ids=calls[0]["input_ids"])
+    assert_same_outputs(found, expected)
+    cache = "cache" if "cache" in inspect.signature(eager.forward).parameters else "past_key_values"
+    more = {"input_ids": ids(2, 1)}
+    assert_same_outputs(
+        cascade(**more, **{cache: found.past_key_values}),
+        eager(**more, **{cache: expected.past_key_values}),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", ["auto", "pieces"])
+def test_llama_with_gradient_checkpointing(name: str) -> None:
+    model = llama().double()
+    eager = copy.deepcopy(model).requires_grad_(False).train()
+    model.train()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    call = {"input_ids": torch.arange(3, 17).view(2, 7), "use_cache": False}
+    cascade = lx.adapt(model, (), call, spec=SPEC, frontend=name)
+    assert_same_outputs(run(cascade, **call), run(eager, **call), 1e-14)
+    randomize(cascade, size=0.1)
+    found, expected = run(cascade, **call).logits, merged(cascade, eager, **call).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    parameters = list(cascade.branches.parameters())
+    for one, other in zip(
+        torch.autograd.grad(loss_of(found), parameters),
+        torch.autograd.grad(loss_of(expected), parameters),
+        strict=True,
+    ):
+        assert other.any()
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
