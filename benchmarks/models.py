@@ -73,5 +73,5 @@ _BERT = ("*.attention.*", "*.intermediate.*", "*.layer.*.output.dense.weight")
 WORKS = {
     "vit-s": Work("ViT-S, batch 8, linears", _vit, _images(8), r".*(qkv|proj|fc1|fc2)", ("*.qkv", "*.proj", "*.fc*")),
     "bert-base": Work("BERT-base, 8 x 128", _bert, _words(8, 128), r".*layer\.\d+\..*(query|key|value|dense)", _BERT),
-    "resnet-50": Work("ResNet-50, convs, batch 4", _resnet, _images(4), r".*conv\d", ("*.conv?",)),
+    "resnet-50": Work("ResNet-50, convs, batch 4", _resnet, _images(4), r".*conv\d", ("conv1", "*.conv?")),
 }

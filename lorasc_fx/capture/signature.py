@@ -1,6 +1,6 @@
 """What makes two calls the same variant: arguments in one canonical shape, and a hashable key for them.
 
-A variant is one adapted graph for one input signature (docs/design, "Words"): modes of every module, tree of arguments,
+A variant is one adapted graph for one input signature (docs/design.md): modes of every module, tree of arguments,
 which are None, values that are not tensors, dtypes, devices and numbers of axes, autocast.
 """
 
