@@ -47,7 +47,7 @@ def check_patterns(
         if not matches(pattern, names):
             modules = {name.rpartition(".")[0] for name in names} - {""}
             what = "parameter" if known is parameters else "weight"
-            hint = nearest(pattern, [*names, *sorted(modules), *(KINDS if known is weights else ())])
+            hint = nearest(pattern.removesuffix(".*"), [*names, *sorted(modules), *(KINDS if known is weights else ())])
             raise UnknownTarget(f"{field}: {pattern!r} matches no {what}{hint}")
 
 

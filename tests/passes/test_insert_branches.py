@@ -222,6 +222,15 @@ def test_noise_on_all_matrices() -> None:
     assert all(same_bits(folded[name], before[name]) for name in before)
 
 
+def test_noise_on_all_matrices_spares_the_excluded() -> None:
+    spec = CascadeSpec(targets=("*.qkv",), exclude=("*.fc2",), rank=2, noise=Noise(0.2, where="all"))
+    original = BY_NAME["aten_encoder"].own()
+    before, after = weights_of(original), weights_of(insert(original, spec))
+    spared = {name for name, value in before.items() if value.dim() > 1 and same_bits(after[name], value)}
+    assert spared
+    assert all("fc2" in name for name in spared)
+
+
 def test_noise_is_the_runtimes_where_the_weights_are_live() -> None:
     case = BY_NAME["module_linear"]
     graph_module = case.live()

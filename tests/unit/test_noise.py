@@ -195,6 +195,15 @@ def test_nothing_of_the_noise_is_left(dtype: torch.dtype, restart: str, where: A
         assert torch.equal(expected[name], value)
 
 
+def test_what_is_excluded_is_never_touched() -> None:
+    """exclude wins over noise.where="all": the weight keeps its bits while every other matrix carries noise."""
+    before = values(mlp())
+    cascade = adapted(mlp(), batches(1, 4, 5)[0], lx.Noise(0.9, where="all"), targets=("0",), exclude=("2",))
+    cascade.transition(None)
+    changed = {name for name, value in values(cascade.model).items() if not torch.equal(value, before[name])}
+    assert changed == {"0.weight", "4.weight"}
+
+
 def test_an_untrained_cascade_gives_the_weights_back() -> None:
     x = batches(1, 4, 5)[0].float()
     before = values(mlp().float())
