@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import OWNER, Pieces, copied, quiet, watch
+from lorasc_fx.capture import OWNER, Pieces, copied, quiet, watch, whole
 from lorasc_fx.errors import CaptureError, NoSites
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
@@ -186,7 +186,7 @@ def _outputs(model: nn.Module, call: Any, args: Any, kwargs: Mapping[str, Any]) 
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
                 buffer.copy_(buffers[name])
-    found = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    found = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
     return [leaf.detach() for leaf in found if leaf.is_floating_point()]
 
 

@@ -18,7 +18,7 @@ from lorasc_fx.capture.live import OWNER, Captured, quiet
 from lorasc_fx.capture.pieces import Pieces, capture_pieces
 from lorasc_fx.capture.signature import bind, check_binds, copied, key_of, leaves, signature_of
 from lorasc_fx.capture.symbolic import capture_symbolic
-from lorasc_fx.capture.trees import know_trees
+from lorasc_fx.capture.trees import know_trees, whole
 from lorasc_fx.capture.watch import watch
 from lorasc_fx.errors import CaptureError, nearest
 
@@ -38,6 +38,7 @@ __all__ = [
     "quiet",
     "signature_of",
     "watch",
+    "whole",
 ]
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Captured]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.capture.trees import whole
 from lorasc_fx.errors import CaptureError
 
 __all__ = ["bind", "copied", "key_of", "leaves"]
@@ -63,7 +64,7 @@ def check_binds(
 
 def leaves(args: Any, kwargs: Any) -> list[Any]:
     """Return the leaves of the arguments in the order of a graph's placeholders."""
-    return pytree.tree_leaves((args, kwargs))
+    return pytree.tree_leaves((args, kwargs), is_leaf=whole)
 
 
 def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -74,13 +75,15 @@ def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[
             return leaf.detach().clone().requires_grad_(leaf.requires_grad)
         return copy.deepcopy(leaf)
 
-    copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(copy_leaf, (tuple(args), dict(kwargs)))
+    copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+        copy_leaf, (tuple(args), dict(kwargs)), is_leaf=whole
+    )
     return copies
 
 
 def key_of(model: nn.Module, args: Any, kwargs: Any) -> Hashable:
     """Return a key that is equal for two calls which one variant can serve."""
-    flat, spec = pytree.tree_flatten((args, kwargs))
+    flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=whole)
     modes = tuple(module.training for module in model.modules())
     return (modes, spec, tuple(_leaf(leaf) for leaf in flat), _autocast(flat))
 

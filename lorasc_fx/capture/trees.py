@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
-__all__ = ["know_trees"]
+from torch.utils import _pytree as pytree
+
+__all__ = ["know_trees", "whole"]
+
+
+def whole(value: Any) -> bool:
+    """Whether a value of a type that torch takes apart refuses to be: it is then one leaf (a recurrent cache)."""
+    node = pytree.SUPPORTED_NODES.get(type(value))
+    if node is None or type(value) in (dict, list, tuple):
+        return False
+    try:
+        node.flatten_fn(value)
+    except RuntimeError:  # transformers: "should be applied to DynamicCache containing only ..."
+        return True
+    return False
 
 
 def know_trees() -> None:

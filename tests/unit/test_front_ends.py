@@ -276,3 +276,27 @@ def test_llama_with_gradient_checkpointing(name: str) -> None:
     ):
         assert other.any()
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_cache_that_cannot_be_taken_apart_is_one_leaf() -> None:
+    """Mamba's cache is of a type that transformers registers with torch's pytree, and refuses to be flattened."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(hidden_size=12, num_hidden_layers=1, state_size=4, vocab_size=50)
+    model = transformers.MambaForCausalLM(config).double().eval()
+    ids = torch.randint(3, 40, (2, 6))
+    cascade = lx.adapt(model, kwargs={"input_ids": ids}, spec=SPEC)
+    assert cascade.frontend == "pieces"
+    assert {site.kind for site in cascade.sites} == {"embedding", "conv", "linear"}
+    randomize(cascade, 1)
+    found = cascade(input_ids=ids)
+    assert type(found) is type(model(input_ids=ids))
+    loss_of(found.logits).backward()
+    assert all(parameter.grad is not None for parameter in cascade.branches.parameters())
+    for parameter in cascade.parameters():
+        parameter.grad = None
+    with cascade.weights("fast"):
+        torch.testing.assert_close(model(input_ids=ids).logits, found.logits, rtol=0, atol=1e-12)
+    again = cascade(input_ids=ids[:, :3], cache_params=found.cache_params)  # the cache as an input
+    assert again.logits.shape[1] == 3
