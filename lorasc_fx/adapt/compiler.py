@@ -61,7 +61,7 @@ class Compiler:
             made = make_pieces(captured.pieces, plan, branches, refusals, args, kwargs)
             return replace(made, refused_frontends=captured.refused)
         made = insert(captured.module, plan, branches, refusals)
-        variant = Variant(made.variant.module, captured.frontend, captured.guards)
+        variant = Variant(made.variant.module, captured.frontend, captured.guards, captured.sizes)
         return replace(made, variant=variant, refused_frontends=captured.refused)
 
     def fold(

@@ -11,9 +11,7 @@ __all__ = ["MatrixBranch"]
 
 
 class MatrixBranch(Branch):
-    """`forward(base, x)` beside a product or a lookup, `forward(weight)` on the weight; the scale rides on the
-    accumulate.
-    """
+    """`forward(base, x)` beside a product or a lookup, `forward(weight)` on the weight; the accumulate scales."""
 
     def forward(
         self, base: torch.Tensor, x: torch.Tensor | None = None, lookup: bool = False, padding_idx: int = -1

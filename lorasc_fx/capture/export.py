@@ -40,7 +40,15 @@ def capture_export(
     guards = exported._modules.get(_GUARDS)
     graph = exported.graph
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
-    return Captured(read_live(exported, graph, model), "dynamo" if strict else "export", guards)
+    sizes = tuple(_fixed(node.meta.get("val")) for node in graph.nodes if node.op == "placeholder")
+    return Captured(read_live(exported, graph, model), "dynamo" if strict else "export", guards, sizes=sizes)
+
+
+def _fixed(value: Any) -> tuple[int | None, ...] | None:
+    """Return the sizes of a placeholder's tensor that are constants of the graph, None for each that may vary."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(size if isinstance(size, int) else None for size in value.shape)
 
 
 def _dynamic(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool) -> Any:

@@ -31,6 +31,7 @@ class Captured:
         frontend: name of the front end that made it.
         guards: raises AssertionError for inputs that this graph is not for; None where it takes what its key takes.
         refused: names and reasons of the front ends that were tried before.
+        sizes: of each placeholder that is a tensor, the sizes that are constants of the graph; None for the others.
         pieces: a `Pieces`, from the front end that finds several graphs.
     """
 
@@ -38,6 +39,7 @@ class Captured:
     frontend: str
     guards: Callable[..., Any] | None = None
     refused: tuple[tuple[str, str], ...] = field(default=())
+    sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     pieces: Any = None
 
     def after(self, refused: tuple[tuple[str, str], ...]) -> Captured:

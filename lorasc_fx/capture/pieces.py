@@ -1,10 +1,9 @@
 """Front end `pieces`, the catch-all: the graphs between dynamo's graph breaks, with the user's own Python in between.
 
 torch.compile hands over each piece as a backend would get it; its weights come in as inputs that are the user's
-Parameters,
-so their names are known. dynamo's guards choose the piece, as variants are chosen elsewhere. Layers of one class
-share a piece: for each set of weights that a piece is called with there is a graph of its own, which is rewritten and
-runs. A first run finds the graphs, before it is decided what to do with them.
+Parameters, so their names are known. dynamo's guards choose the piece, as variants are chosen elsewhere. Layers of one
+class share a piece: for each set of weights that a piece is called with there is a graph of its own, which is rewritten
+and runs. A first run finds the graphs, before it is decided what to do with them.
 """
 
 from __future__ import annotations

@@ -20,8 +20,6 @@ from lorasc_fx.errors import CaptureError
 
 __all__ = ["bind", "copied", "key_of", "leaves"]
 
-_EMPTY = inspect.Parameter.empty
-
 
 def bind(
     signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]

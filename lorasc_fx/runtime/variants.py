@@ -27,14 +27,24 @@ class Variant:
 
     A `universal` one serves every signature (pieces choose their graphs themselves); `attach` tells it whom to tell
     of sites that come with later calls. `guards`, if any, raises AssertionError for inputs (given as their leaves)
-    that the graph is not for.
+    that the graph is not for. `sizes` holds, of each leaf that is a tensor, the sizes that are constants of the graph.
     """
 
     module: Callable[..., Any]
     frontend: str
     guards: Callable[..., Any] | None = None
+    sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     universal: bool = False
     attach: Callable[[Callable[[Made], None]], None] | None = None
+
+    def fits(self, leaves: list[Any]) -> bool:
+        """Whether inputs have the sizes that are constants of the graph; plain enough for dynamo to trace."""
+        for leaf, sizes in zip(leaves, self.sizes, strict=False):
+            if isinstance(leaf, torch.Tensor) and sizes is not None:
+                for own, fixed in zip(leaf.shape, sizes, strict=True):
+                    if fixed is not None and own != fixed:
+                        return False
+        return True
 
     def accepts(self, leaves: list[Any]) -> bool:
         """Whether the graph is for inputs of these sizes."""
@@ -93,7 +103,7 @@ class VariantMaker(Protocol):
 
 @dataclass
 class Variants:
-    """Variants by signature, the one used longest ago first; at most LIMIT, the rest is dropped and made again."""
+    """Variants by signature, the one made first is the first; at most LIMIT, older ones are dropped and made again."""
 
     held: dict[Hashable, list[Variant]] = field(default_factory=dict)
     plain: list[tuple[bool, list[Any], Variant]] = field(default_factory=list)
@@ -115,11 +125,11 @@ class Variants:
         """
         kinds = [_kind(leaf) for leaf in leaves]
         for mode, known, variant in self.plain:
-            if mode == training and known == kinds:
+            if mode == training and known == kinds and variant.fits(leaves):
                 return variant
         raise StateError(
             "inside torch.compile there is no graph for this call yet, and none can be captured there: "
-            "call the cascade once without torch.compile, in the same mode and with the same arguments"
+            "call the cascade once without torch.compile, in the same mode, with the same arguments of the same sizes"
         )
 
     def add(self, key: Hashable, variant: Variant, training: bool, leaves: list[Any]) -> None:

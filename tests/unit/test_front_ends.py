@@ -300,3 +300,33 @@ def test_a_cache_that_cannot_be_taken_apart_is_one_leaf() -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, found.logits, rtol=0, atol=1e-12)
     again = cascade(input_ids=ids[:, :3], cache_params=found.cache_params)  # the cache as an input
     assert again.logits.shape[1] == 3
+
+
+class Padded(nn.Module):
+    """Pads by an amount that Python computes from the size, as TensorFlow's SAME does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        more = (-x.shape[-1]) % 4
+        return self.conv(nn.functional.pad(x, (0, more, 0, more)))
+
+
+def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
+    """Sizes of space are constants of the first graph; without a graph for a size, the compiled call says so."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, known, other = Padded().double(), torch.randn(2, 3, 8, 8).double(), torch.randn(3, 3, 9, 9).double()
+    cascade = lx.adapt(model, (known,), spec=SPEC)
+    compiled = torch.compile(cascade, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(known), model(known))
+    assert torch.equal(compiled(known[:1].expand(5, -1, -1, -1)), model(known[:1].expand(5, -1, -1, -1)))
+    with pytest.raises(Exception, match="there is no graph for this call yet"):
+        compiled(other)
+    assert torch.equal(cascade(other), model(other))  # captured here, with sizes that may vary
+    torch._dynamo.reset()
+    again = torch.compile(cascade, backend="eager", fullgraph=True)
+    for x in (other, known):
+        assert torch.equal(again(x), model(x))
