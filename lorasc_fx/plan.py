@@ -33,6 +33,7 @@ class Reason(enum.Enum):
     VECTOR = "vector"
     OPAQUE = "opaque-module"
     NOT_FLOATING = "not-floating"
+    QUANTIZED = "quantized"
 
     @property
     def asked(self) -> bool:
@@ -64,6 +65,8 @@ class Site:
         rank, lora_alpha, use_rslora: of the branch.
         aliases: the other names of a tied weight.
         layout: `out_in`, or `in_out` for a weight that is stored transposed (transformers' Conv1D).
+        parts: numbers of rows of the slices in which a packed weight is used (q, k and v); each slice has a pair of its
+            own. Empty where the weight is used whole.
     """
 
     weight: str
@@ -74,6 +77,7 @@ class Site:
     use_rslora: bool = False
     aliases: tuple[str, ...] = ()
     layout: str = "out_in"
+    parts: tuple[int, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -99,10 +103,13 @@ class Site:
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of lora_A [rank, in] and lora_B [out, rank], with the axis of experts before them if there is one."""
+        """Shapes of lora_A [rank, in] and lora_B [out, rank], with the axis of experts before them if there is one.
+
+        With parts lora_A is [parts * rank, in]: the A of each slice, one after the other.
+        """
         out, columns = self.matrix_shape
         stack = (self.experts,) if self.experts else ()
-        return (*stack, self.rank, columns), (*stack, out, self.rank)
+        return (*stack, max(len(self.parts), 1) * self.rank, columns), (*stack, out, self.rank)
 
     @property
     def parameters(self) -> int:
@@ -148,6 +155,7 @@ class Plan:
                 "use_rslora": site.use_rslora,
                 "aliases": list(site.aliases),
                 "layout": site.layout,
+                "parts": list(site.parts),
             }
             for site in self.sites
         ]
@@ -167,7 +175,7 @@ class Plan:
             if data["format"] != FORMAT:
                 raise CheckpointError(f"plan has format {data['format']}, this version reads {FORMAT}")
             sites = tuple(
-                _checked(Site(**{**each, "shape": tuple(each["shape"]), "aliases": tuple(each["aliases"])}))
+                _checked(Site(**{**each, **{name: tuple(each[name]) for name in ("shape", "aliases", "parts")}}))
                 for each in data["sites"]
             )
             return cls(CascadeSpec.from_dict(data["spec"]), sites, _count("stage", data["stage"]))
@@ -187,6 +195,10 @@ def _checked(site: Site) -> Site:
     for size in site.shape:
         _count("shape", size, least=0)
     _count("rank", site.rank)
+    for size in site.parts:
+        _count("parts", size)
+    if site.parts and (sum(site.parts) != site.shape[0] or site.experts or site.layout != "out_in"):
+        raise ValueError(f"parts is {site.parts}, which are not the rows of a weight of shape {site.shape}")
     if not isinstance(site.use_rslora, bool):
         raise ValueError(f"use_rslora is {site.use_rslora!r}, not true or false")
     if (

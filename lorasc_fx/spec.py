@@ -15,7 +15,7 @@ from lorasc_fx.errors import SpecError, nearest
 
 __all__ = ["KINDS", "CascadeSpec", "Noise", "Rule", "Scaling"]
 
-KINDS = ("linear", "conv", "embedding", "recurrent", "attention", "experts")
+KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""
 
 Distribution = Literal["uniform", "normal"]
@@ -87,13 +87,18 @@ class CascadeSpec:
 
     Args:
         targets: kinds (see KINDS; all by default) or globs on weight names. A glob that names a module means its
-        weights. exclude: globs on weight names that are never touched. train: globs on parameter names that are
-        trained in full (a new head, norms). rules: another rank or lora_alpha by pattern, the first match counts.
-        rank: r of the branches. lora_alpha: numerator of the scale `s = lora_alpha / rank`. use_rslora: divide by
-        `sqrt(rank)` instead. pace: share of the fast weights that a transition takes into the slow ones (the paper's
-        alpha), in (0, 1]. restart: whether the next stage starts from the slow or from the fast weights. noise: see
-        `Noise`. restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right
-        singular vectors
+            weights.
+        exclude: globs on weight names that are never touched.
+        train: globs on parameter names that are trained in full (a new head, norms).
+        untie: globs on names of tied parameters (a head that is the embedding as well) that are to be parameters of
+            their own, adapted apart; they stay so after a release.
+        rules: another rank or lora_alpha by pattern, the first match counts.
+        rank: r of the branches.
+        lora_alpha: numerator of the scale `s = lora_alpha / rank`. use_rslora: divide by `sqrt(rank)` instead.
+        pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1].
+        restart: whether the next stage starts from the slow or from the fast weights.
+        noise: see `Noise`.
+        restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right singular vectors
             of the `gradient` that the first optimizer step of the stage sees.
         optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
             entries that are set to zero (ReLoRA, 2307.05695).
@@ -105,6 +110,7 @@ class CascadeSpec:
     targets: tuple[str, ...] = KINDS
     exclude: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
+    untie: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     rank: int = 8
     lora_alpha: float = 8.0
@@ -119,7 +125,7 @@ class CascadeSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "train"):
+        for name in ("targets", "exclude", "train", "untie"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if not isinstance(self.rules, (tuple, list)) or any(not isinstance(rule, Rule) for rule in self.rules):
             raise SpecError(f"rules is {self.rules!r}; give a sequence of lorasc_fx.Rule")

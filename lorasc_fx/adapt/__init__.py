@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.compiler import Compiler
-from lorasc_fx.capture import check_binds, check_runs, open_model, signature_of
+from lorasc_fx.adapt.untie import check_untie, untied
+from lorasc_fx.capture import check_binds, open_model, signature_of
 from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError
 from lorasc_fx.graph import check_patterns, matches, named_weights
 from lorasc_fx.plan import Plan
@@ -48,11 +49,20 @@ def adapt(
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
-        SpecError: the spec leaves no site at all, or is no CascadeSpec.
+        SpecError: the spec leaves no site at all, is no CascadeSpec, or unties what is not tied.
         StateError: the model is adapted already.
         CaptureError: the model refuses the inputs, or no front end takes the model.
     """
-    return _adapt(model, args, kwargs, Plan(spec if spec is not None else CascadeSpec()), frontend)
+    plan = Plan(spec if spec is not None else CascadeSpec())
+    if not isinstance(plan.spec, CascadeSpec):
+        raise SpecError(f"spec is {type(plan.spec).__name__}; give a lorasc_fx.CascadeSpec")
+    opened = open_model(model)
+    _check_new(opened)
+    weights = named_weights(opened)
+    check_patterns(plan.spec, weights.matrices, weights.names)
+    check_untie(opened, plan.spec.untie)
+    with untied(opened, plan.spec.untie):
+        return _adapt(opened, args, kwargs, plan, frontend)
 
 
 def load(
@@ -75,29 +85,27 @@ def load(
     found = read(folder)
     opened = open_model(model)
     _check_new(opened)
-    check_base(found, dict(opened.named_parameters()))
-    try:
-        cascade = _adapt(opened, args, kwargs, found.plan, found.frontend)
-    except (PassError, SpecError) as fault:
-        raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
-    try:
-        cascade.load(found)
-    except BaseException:
-        cascade.release()
-        raise
-    return cascade
+    with untied(opened, found.plan.spec.untie):
+        check_base(found, dict(opened.named_parameters()))
+        try:
+            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend)
+        except (PassError, SpecError) as fault:
+            raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
+        try:
+            cascade.load(found)
+        except BaseException:
+            cascade.release()
+            raise
+        return cascade
 
 
-def _adapt(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, plan: Plan, frontend: str) -> Cascade:
+def _adapt(
+    opened: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, plan: Plan, frontend: str
+) -> Cascade:
     """Adapt by a plan: an empty one that has only a spec, or one that was saved."""
-    if not isinstance(plan.spec, CascadeSpec):
-        raise SpecError(f"spec is {type(plan.spec).__name__}; give a lorasc_fx.CascadeSpec")
-    opened = open_model(model)
-    _check_new(opened)
     weights = named_weights(opened)
     check_patterns(plan.spec, weights.matrices, weights.names)
     bound = check_binds(opened, tuple(args), dict(kwargs or {}))
-    check_runs(opened, *bound)
     maker = Compiler(frontend, signature_of(opened))
     flags = Flags.of(opened)
     trained = _trained(plan.spec, weights.parameters, weights.names)
@@ -105,7 +113,7 @@ def _adapt(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, pl
         for name, parameter in weights.parameters.items():
             parameter.requires_grad_(name in trained)
         made = maker.make(opened, plan, {}, (), *bound, wide=False)
-        cascade = cascade_class(maker.signature)(opened, maker, made, maker.key(opened, *bound), bound, flags)
+        cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), bound, flags)
         cascade.core.start(trained)
     except BaseException:
         flags.restore(opened)

@@ -11,14 +11,42 @@ from torch import fx, nn
 
 from lorasc_fx.adapt.pieces import insert, make_pieces
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import OWNER, Pieces, bind, capture, key_of, leaves
-from lorasc_fx.errors import CaptureError
-from lorasc_fx.graph import own_copy
+from lorasc_fx.capture import OWNER, Captured, Pieces, bind, capture, key_of, leaves, written_by
+from lorasc_fx.errors import CaptureError, NoSites
+from lorasc_fx.graph import matches, named_weights, own_copy
 from lorasc_fx.passes import FoldBranches
-from lorasc_fx.plan import Plan, Refusal
+from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.runtime import Made, Variant
 
 __all__ = ["Compiler"]
+
+_HIDDEN = (Reason.OPAQUE, Reason.MIXED_USES)
+"""Reasons of a symbolic graph that pieces do not have: under `auto` these are tried before a weight is refused so."""
+
+
+def _written(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> list[Refusal]:
+    """Return refusals of the matrices that a run of the model has written into, as no node of a graph may show."""
+    weights, spec = named_weights(model), plan.spec
+    known = {each.weight for each in refusals} | plan.by_weight.keys()
+    asked = (*spec.exclude, *spec.train)
+    return [
+        Refusal(name, "", Reason.MUTATED, "forward writes into it")
+        for name in sorted(written_by(model))
+        if name in weights.matrices and name not in known
+        if not any(matches(pattern, weights.names[name]) for pattern in asked)
+    ]
+
+
+def _in_pieces(
+    captured: Captured,
+    plan: Plan,
+    branches: Mapping[str, Branch],
+    refusals: tuple[Refusal, ...],
+    args: Any,
+    kwargs: Any,
+) -> Made:
+    made = make_pieces(captured.pieces, plan, branches, refusals, args, kwargs, swap_all=bool(captured.functions))
+    return replace(made, refused_frontends=captured.refused)
 
 
 @dataclass(frozen=True)
@@ -57,12 +85,27 @@ class Compiler:
     ) -> Made:
         """Capture the call and insert the branches, into graphs that nobody else holds yet."""
         captured = capture(model, args, kwargs, self.frontend, wide)
+        refusals = (*refusals, *_written(model, plan, refusals))
         if captured.pieces is not None:
-            made = make_pieces(captured.pieces, plan, branches, refusals, args, kwargs)
-            return replace(made, refused_frontends=captured.refused)
-        made = insert(captured.module, plan, branches, refusals)
-        variant = Variant(made.variant.module, captured.frontend, captured.guards, captured.sizes)
-        return replace(made, variant=variant, refused_frontends=captured.refused)
+            return _in_pieces(captured, plan, branches, refusals, args, kwargs)
+        whole, fault = None, None
+        try:
+            whole = insert(captured.module, plan, branches, refusals)
+            variant = Variant(whole.variant.module, captured.frontend, captured.guards, captured.sizes)
+            whole = replace(whole, variant=variant, refused_frontends=captured.refused)
+            hidden = next((str(each) for each in whole.refusals if each.reason in _HIDDEN), "")
+        except NoSites as none:
+            hidden, fault = str(none).splitlines()[-1].strip(), none
+        if hidden and self.frontend == "auto" and captured.frontend == "symbolic":
+            try:
+                made = _in_pieces(capture(model, args, kwargs, "pieces", wide), plan, branches, refusals, args, kwargs)
+                return replace(made, refused_frontends=(*captured.refused, ("symbolic", hidden)))
+            except (CaptureError, NoSites):  # what the symbolic graph said stands
+                pass
+        if whole is None:
+            assert fault is not None
+            raise fault
+        return whole
 
     def fold(
         self, variant: Variant, model: nn.Module, values: Mapping[str, Any], args: Any, kwargs: Any

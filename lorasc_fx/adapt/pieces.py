@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import Branch
-from lorasc_fx.capture import OWNER, Pieces, copied, quiet, watch, whole
+from lorasc_fx.branch import Branch, is_quantized
+from lorasc_fx.capture import OWNER, Pieces, copied, quiet, seed, substituted, untouched, watch, whole
 from lorasc_fx.errors import CaptureError, NoSites
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
@@ -24,6 +24,10 @@ __all__ = ["insert", "make_pieces"]
 
 PROBE = 0.1
 """Size of the deltas with which the pieces are tried, over the size of their weights."""
+SUSPECT = {torch.float64: 1e-7, torch.float32: 1e-3}
+"""Share of a delta's effect that may be missing before its weight is swapped, by the dtype of the outputs."""
+CERTAIN = 0.05
+"""Share that is no rounding whatever the dtype."""
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Growing:
     plan: Plan
     branches: dict[str, Branch]
     refusals: tuple[Refusal, ...]
+    swap_all: bool
     grow: WeakMethod[Callable[[Made], None]] | None = None
 
     def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
@@ -49,12 +54,16 @@ class Growing:
         return made.variant.module
 
     def look(self, pieces: Pieces, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Find weights that this call is the first to use, in a model that uses some in plain Python; swap them."""
+        """Find weights that this call is the first to use, and swap them: it may use them in plain Python.
+
+        While there are weights that no call has used, this costs a forward of the eager model.
+        """
         weights = named_weights(pieces.model)
-        lost = weights.matrices.keys() - pieces.located - {each.weight for each in self.refusals}
-        if not pieces.swapped or not lost:
+        found_by = pieces.swapped.keys() if self.swap_all else pieces.located
+        lost = weights.matrices.keys() - found_by - {each.weight for each in self.refusals}
+        if not lost:
             return
-        kinds = {name: kind for name, kind in watch(pieces.model, args, kwargs).items() if name in lost}
+        kinds = {name: kind for name, kind in watch(pieces.model, args, kwargs).items() if kind and name in lost}
         if not kinds:
             return
         record = Record(owner=OWNER, plan=self.plan, refusals=self.refusals)
@@ -89,9 +98,13 @@ def make_pieces(
     refusals: tuple[Refusal, ...],
     args: Any,
     kwargs: Mapping[str, Any],
+    swap_all: bool = False,
 ) -> Made:
     """Decide over all pieces at once, and insert; a weight that the Python in between uses is swapped while the model
     runs.
+
+    With `swap_all` every site is: a custom autograd.Function keeps its own backward where dynamo sees that its input
+    needs a gradient, which a branch inside a graph does not show.
 
     Raises:
         NoSites: nothing is left to adapt.
@@ -102,12 +115,16 @@ def make_pieces(
     if not found.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=found.refusals, unreached=found.unreached)))
     held = missing_branches(found.plan, branches, parameters)
-    growing = Growing(found.plan, held, found.refusals)
+    growing = Growing(found.plan, held, found.refusals, swap_all)
+    located = frozenset() if swap_all else pieces.located
     pieces.rewrite_by(growing.rewrite)
-    eager = _used_outside(pieces, list(held.values()), args, kwargs)
+    plain = [each for each in held.values() if not is_quantized(parameters[each.weight_name])]  # others are beside
+    pieces.swap({branch.weight_name: branch for branch in plain if branch.weight_name not in located})
+    eager = _used_outside(pieces, plain, args, kwargs, SUSPECT)
     if eager:
-        pieces.swap({branch.weight_name: branch for branch in held.values() if branch.weight_name in eager})
-        left = _used_outside(pieces, list(held.values()), args, kwargs)
+        more = {branch.weight_name: branch for branch in plain if branch.weight_name in eager}
+        pieces.swap({**pieces.swapped, **more})
+        left = _used_outside(pieces, plain, args, kwargs, dict.fromkeys(SUSPECT, CERTAIN))
         if left:
             raise CaptureError(
                 f"{type(pieces.model).__name__}: {left[0]} is used where neither a graph nor the module shows it, "
@@ -119,29 +136,40 @@ def make_pieces(
         pieces.look_before_calls(lambda args, kwargs: growing.look(pieces, args, kwargs))
 
     variant = Variant(pieces, "pieces", universal=True, attach=attach)
-    return Made(variant, growing.plan, growing.branches, growing.refusals, found.unreached)
+    told = growing.plan.by_weight.keys() | {each.weight for each in growing.refusals}  # the probe may have brought more
+    unreached = tuple(weight for weight in found.unreached if weight not in told)
+    return Made(variant, growing.plan, growing.branches, growing.refusals, unreached)
 
 
 @torch.no_grad()
-def _used_outside(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any]) -> list[str]:
-    """Return the weights whose delta does not come out of the pieces as it comes out of the merged eager model."""
+def _used_outside(
+    pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any], share: Mapping[torch.dtype, float]
+) -> list[str]:
+    """Return the weights whose delta does not come out of the pieces as it comes out of the merged eager model.
+
+    Groups that agree are not looked into; `share` of the merged effect is what a group may be off by.
+    """
     kept = [branch.lora_B.data for branch in branches]
+    guilty = []
     try:
-        for branch in branches:
-            _probe(branch, pieces.model)
-        if not _differs(pieces, branches, args, kwargs):
-            return []
-        guilty = []
-        for branch in branches:
-            for other in branches:
-                other.lora_B.data = torch.zeros_like(other.lora_B)
-            _probe(branch, pieces.model)
-            if _differs(pieces, [branch], args, kwargs):
-                guilty.append(branch.weight_name)
-        return guilty
+        groups = [list(branches)]
+        while groups:
+            group = groups.pop()
+            for branch in branches:
+                branch.lora_B.data = torch.zeros_like(branch.lora_B)
+            for branch in group:
+                _probe(branch, pieces.model)
+            if not _differs(pieces, group, args, kwargs, share):
+                continue
+            half = len(group) // 2
+            if half:
+                groups += [group[half:], group[:half]]
+            else:
+                guilty.append(group[0].weight_name)
     finally:
         for branch, value in zip(branches, kept, strict=True):
             branch.lora_B.data = value
+    return guilty
 
 
 def _probe(branch: Branch, model: nn.Module) -> None:
@@ -154,7 +182,9 @@ def _probe(branch: Branch, model: nn.Module) -> None:
         branch.lora_B.data = branch.lora_B.data * (PROBE * weight.norm().to(size.dtype).clamp_min(1e-3) / size)
 
 
-def _differs(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any]) -> bool:
+def _differs(
+    pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any], share: Mapping[torch.dtype, float]
+) -> bool:
     """Whether the pieces with branches compute something else than the eager model with merged weights."""
     model = pieces.model
     merged = {
@@ -163,10 +193,22 @@ def _differs(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapp
         )
         for branch in branches
     }
-    ours, theirs, base = (_outputs(model, call, args, kwargs) for call in (pieces, merged, {}))
-    far = sum(float((one - other).double().square().sum()) for one, other in zip(ours, theirs, strict=True))
-    effect = sum(float((one - other).double().square().sum()) for one, other in zip(theirs, base, strict=True))
-    return far > 0.05**2 * effect + 1e-30
+    ours, theirs, again, base = (_outputs(model, call, args, kwargs) for call in (pieces, merged, merged, {}))
+    far, effect, own = (_distance(theirs, other) for other in (ours, base, again))
+    if own:
+        raise CaptureError(
+            f"{type(model).__name__} does not repeat its output under one seed (does it seed by the clock?), so what "
+            "its Python does with its weights cannot be checked; make it repeat itself, say by dropouts of 0"
+        )
+    narrow = max((share.get(output.dtype, CERTAIN) for output in theirs), default=CERTAIN)
+    return far > narrow**2 * effect + 1e-30
+
+
+def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    """Return the squared distance of outputs; infinite where values decided over their shapes."""
+    if [each.shape for each in some] != [each.shape for each in others]:
+        return float("inf")
+    return sum(float((one - other).double().square().sum()) for one, other in zip(some, others, strict=True))
 
 
 def branch_dtype(model: nn.Module, branch: Branch) -> torch.dtype:
@@ -176,26 +218,9 @@ def branch_dtype(model: nn.Module, branch: Branch) -> torch.dtype:
 
 def _outputs(model: nn.Module, call: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Run once with one seed, leave buffers as they were, and return the floating outputs."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     inputs, named = copied(args, kwargs)
-    try:
-        with quiet():
-            _seed()
-            output = call(*inputs, **named) if callable(call) else _merged(model, call, inputs, named)
-    finally:
-        for name, buffer in model.named_buffers():
-            if name in buffers and buffer.shape == buffers[name].shape:
-                buffer.copy_(buffers[name])
+    with quiet(), untouched(model), substituted(model, {} if callable(call) else call):
+        seed()
+        output = (call if callable(call) else model)(*inputs, **named)
     found = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
     return [leaf.detach() for leaf in found if leaf.is_floating_point()]
-
-
-def _seed() -> None:
-    """Seed the generators that `quiet` gives back; torch.manual_seed would reach those of an idle accelerator too."""
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(0)
-
-
-def _merged(model: nn.Module, values: Mapping[str, torch.Tensor], args: Any, kwargs: Mapping[str, Any]) -> Any:
-    return torch.func.functional_call(model, dict(values), args, dict(kwargs), tie_weights=True)

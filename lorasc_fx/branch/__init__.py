@@ -4,6 +4,7 @@ from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.conv import ConvBranch
 from lorasc_fx.branch.matrix import MatrixBranch
 from lorasc_fx.branch.noise import amplitude, draw
+from lorasc_fx.branch.quantized import dense, is_quantized
 from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, SlowWeight, Which, arithmetic
 from lorasc_fx.branch.stage import check_finite, end_stage, factors_of, start_differs, start_weight
 
@@ -19,9 +20,11 @@ __all__ = [
     "amplitude",
     "arithmetic",
     "check_finite",
+    "dense",
     "draw",
     "end_stage",
     "factors_of",
+    "is_quantized",
     "start_differs",
     "start_weight",
 ]

@@ -35,26 +35,52 @@ class Branch(nn.Module, abc.ABC):
         self.weight_shape = tuple(site.shape)
         self.scale = site.scale
         self.transposed = site.layout == "in_out"
+        self.parts = site.parts
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         start = fresh_a(seed, stage, site.weight, a_shape)
         self.lora_A = nn.Parameter(start.to(device=like.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(b_shape, device=like.device, dtype=dtype))
+        self.carried_A: torch.Tensor | None
+        self.carried_B: torch.Tensor | None
+        self.register_buffer("carried_A", None, persistent=False)
+        self.register_buffer("carried_B", None, persistent=False)
 
     @property
     def rank(self) -> int:
-        """r: number of rows of lora_A."""
-        return self.lora_A.shape[-2]
+        """r: number of columns of lora_B."""
+        return self.lora_B.shape[-1]
 
     def oriented(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (left, right) with `left @ right` the delta as the weight is stored, without the scale."""
+        """Return (left, right) with `left @ right` the delta as the weight is stored, without the scale.
+
+        With parts, left holds the rows of lora_B of each slice as a block on its diagonal.
+        """
         if self.transposed:
             return self.lora_A.transpose(-2, -1), self.lora_B.transpose(-2, -1)
+        if self.parts:
+            return torch.block_diag(*self.lora_B.split(self.parts)), self.lora_A
         return self.lora_B, self.lora_A
+
+    def pairs(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return the pairs (A, B) as views, each with its rows of a matrix [out, in]; without parts there is one."""
+        if not self.parts:
+            return [(self.lora_A, self.lora_B, matrix)]
+        return list(
+            zip(self.lora_A.split(self.rank), self.lora_B.split(self.parts), matrix.split(self.parts), strict=True)
+        )
 
     def delta(self) -> torch.Tensor:
         """Return the delta in the weight's own shape, without the scale."""
+        if self.parts:
+            pairs = zip(self.lora_B.split(self.parts), self.lora_A.split(self.rank), strict=True)
+            return torch.cat([b @ a for b, a in pairs]).view(self.weight_shape)
         left, right = self.oriented()
         return (left @ right).view(self.weight_shape)
+
+    def carry(self, b: torch.Tensor | None, a: torch.Tensor | None) -> None:
+        """Add `b @ a` beside the product as well: what earlier stages gave a weight that is quantized."""
+        like = self.lora_A.detach()
+        self.carried_B, self.carried_A = (None, None) if b is None or a is None else (b.to(like), a.to(like))
 
     def finite(self) -> bool:
         """Whether no entry of the factors is inf or nan."""

@@ -48,8 +48,8 @@ class ConvBranch(Branch):
             x = F.pad(x, list(pad), mode=pad_mode)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if groups == 1:
-            down = conv(x, a.view(a.shape[0], *self.weight_shape[1:]), None, stride, padding, dilation)
-            up = conv(down, b.view(*b.shape, *(1 for _ in kernel)))
+            down = conv(x, a.view(-1, *self.weight_shape[1:]), None, stride, padding, dilation)
+            up = conv(down, b[(..., *(None for _ in kernel))])
         else:
             up = conv(x, self.delta().to(x.dtype), None, stride, padding, dilation, groups)
         return torch.add(base, up, alpha=self.scale)

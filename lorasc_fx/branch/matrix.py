@@ -31,7 +31,11 @@ class MatrixBranch(Branch):
             delta = (down @ self.lora_A.to(down.dtype)).to(base.dtype)  # autocast lets a lookup's dtype alone
             term = torch.add(base, delta, alpha=self.scale)
             return torch.where((x == padding_idx).unsqueeze(-1), term.detach(), term) if padding_idx >= 0 else term
+        if self.carried_A is not None and self.carried_B is not None:
+            base = base + F.linear(F.linear(x, self.carried_A.to(x.dtype)), self.carried_B.to(x.dtype)).to(base.dtype)
         down, up = F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.t()
+        if isinstance(base, torch.Tensor) and base.is_nested:  # a proxy of a tracer is neither
+            return base + F.linear(down, self.lora_B.to(down.dtype)) * self.scale
         rows = base.reshape(-1, base.shape[-1])
         term = torch.addmm(rows, down.reshape(-1, down.shape[-1]), up.to(down.dtype), alpha=self.scale)
         return term.view(base.shape)

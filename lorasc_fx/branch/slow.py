@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from lorasc_fx.branch.noise import draw
+from lorasc_fx.branch.quantized import dense, is_quantized
 from lorasc_fx.spec import Noise, Restart
 
 __all__ = ["Expert", "Factors", "KeptNoise", "SlowWeight", "Which"]
@@ -88,17 +89,17 @@ class SlowWeight:
         `fast` is the start of the running stage plus `live`, the running branch (F_t of algorithm.md).
         """
         device = self.base.device if device is None else device
-        total = self.base.to(device=device, dtype=dtype, copy=True).contiguous()
+        total = dense(self.base).to(device=device, dtype=dtype, copy=True).contiguous()
         if which == "base":
             return total
-        dense = self.dense_slow if which == "slow" else self.dense_start
+        collapsed = self.dense_slow if which == "slow" else self.dense_start
         terms = list(zip(self.slow if which == "slow" else self.start, self.experts, strict=True))
         pairs = [(coefficient, expert.factors) for coefficient, expert in terms if coefficient != 0]
         if which == "fast" and live is not None:
             pairs.append((1.0, live))
         matrix = total.view(self.matrix)
-        if dense is not None:
-            matrix += dense.to(device=device, dtype=dtype)
+        if collapsed is not None:
+            matrix += collapsed.to(device=device, dtype=dtype)
         if pairs:
             b = torch.cat([factors.b.to(device=device, dtype=dtype) * c for c, factors in pairs], dim=-1)
             a = torch.cat([factors.a.to(device=device, dtype=dtype) for _, factors in pairs], dim=-2)
@@ -118,13 +119,22 @@ class SlowWeight:
             experts, moved = (*experts, Expert(stage, live)), (*moved, 1.0)
         old = (*self.slow, *([0.0] * (len(moved) - len(self.slow))))
         slow = tuple(s if s == f else s + pace * (f - s) for s, f in zip(old, moved, strict=True))
-        dense = self.dense_slow
-        if dense is not None and self.dense_start is not None and self.dense_start is not dense:
-            dense = torch.lerp(dense, self.dense_start, pace)
+        collapsed = self.dense_slow
+        if collapsed is not None and self.dense_start is not None and self.dense_start is not collapsed:
+            collapsed = torch.lerp(collapsed, self.dense_start, pace)
         start = slow if restart == "slow" else moved
-        dense_start = dense if restart == "slow" else self.dense_start
-        after = replace(self, experts=experts, slow=slow, start=start, dense_slow=dense, dense_start=dense_start)
+        dense_start = collapsed if restart == "slow" else self.dense_start
+        after = replace(self, experts=experts, slow=slow, start=start, dense_slow=collapsed, dense_start=dense_start)
         return after.collapsed() if after.crowded else after
+
+    def carried(self, which: Literal["slow", "start"]) -> Factors | None:
+        """Return what the stages added as one pair of factors, for a quantized weight that cannot hold it."""
+        terms = zip(self.slow if which == "slow" else self.start, self.experts, strict=True)
+        pairs = [(c, expert.factors) for c, expert in terms if c != 0]
+        if not pairs:
+            return None
+        b = torch.cat([factors.b * c for c, factors in pairs], dim=-1)
+        return Factors(b, torch.cat([factors.a for _, factors in pairs], dim=-2))
 
     def with_noise(self, kept: KeptNoise) -> SlowWeight:
         """Return the state in which this noise stays."""
@@ -138,7 +148,9 @@ class SlowWeight:
 
     @property
     def crowded(self) -> bool:
-        """Whether the experts together hold more numbers than the weight itself."""
+        """Whether the experts together hold more numbers than the weight itself; those of a quantized one stay."""
+        if is_quantized(self.base):
+            return False
         ranks = sum(expert.factors.a.shape[-2] for expert in self.experts)
         rows, columns = self.matrix[-2:]
         return ranks * (rows + columns) > rows * columns
@@ -150,9 +162,9 @@ class SlowWeight:
         start = slow if same else self._sum(self.start, self.dense_start)
         return replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start)
 
-    def _sum(self, coefficients: Sequence[float], dense: torch.Tensor | None) -> torch.Tensor:
+    def _sum(self, coefficients: Sequence[float], before: torch.Tensor | None) -> torch.Tensor:
         dtype = arithmetic(self.base.dtype)
-        total = torch.zeros(self.matrix, dtype=dtype) if dense is None else dense.clone()
+        total = torch.zeros(self.matrix, dtype=dtype) if before is None else before.clone()
         for coefficient, expert in zip(coefficients, self.experts, strict=True):
             total += (expert.factors.b.to(dtype) * coefficient) @ expert.factors.a.to(dtype)
         return total

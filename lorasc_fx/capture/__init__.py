@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,6 +17,8 @@ from lorasc_fx.capture.pieces import Pieces, capture_pieces
 from lorasc_fx.capture.signature import bind, check_binds, copied, key_of, leaves, signature_of
 from lorasc_fx.capture.symbolic import capture_symbolic
 from lorasc_fx.capture.trees import know_trees, whole
+from lorasc_fx.capture.trial import check_agrees, one_line, seed, try_model
+from lorasc_fx.capture.untouched import substituted, untouched, written_by
 from lorasc_fx.capture.watch import watch
 from lorasc_fx.errors import CaptureError, nearest
 
@@ -30,15 +30,18 @@ __all__ = [
     "bind",
     "capture",
     "check_binds",
-    "check_runs",
     "copied",
     "key_of",
     "leaves",
     "open_model",
     "quiet",
+    "seed",
     "signature_of",
+    "substituted",
+    "untouched",
     "watch",
     "whole",
+    "written_by",
 ]
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Captured]
@@ -69,59 +72,28 @@ def capture(
     if frontend != "auto" and frontend not in FRONTENDS:
         known = ("auto", *FRONTENDS)
         raise CaptureError(f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}")
+    trial = try_model(model, args, kwargs)
     if isinstance(model, fx.GraphModule):
         return capture_graph(model, args, kwargs)
-    know_trees()
+    know_trees(model)
     refused: list[tuple[str, str]] = []
     faults: list[Exception] = []
     for name in FRONTENDS if frontend == "auto" else (frontend,):
         try:
-            return FRONTENDS[name](model, *copied(args, kwargs), wide).after(tuple(refused))
+            if name != "pieces":
+                trial.check()
+            with untouched(model):  # a tracer's proxies and writes stay in none of its places
+                captured = FRONTENDS[name](model, *copied(args, kwargs), wide)
+            if captured.pieces is None:
+                check_agrees(captured.module, model, args, kwargs)
+            return captured.after(tuple(refused), trial)
         except MemoryError:  # says nothing of the front end
             raise
         except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model
-            refused.append((name, _one_line(fault)))
+            refused.append((name, one_line(fault)))
             faults.append(fault)
-            if len(faults) == 1:
-                check_runs(model, args, kwargs)
     reasons = "\n  ".join(f"{name}: {reason}" for name, reason in refused)
     raise CaptureError(f"no front end takes {type(model).__name__}:\n  {reasons}") from faults[0]
-
-
-def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run the model once, without a trace: a tracer sees no values, and lets pass what the model refuses.
-
-    Buffers and inputs are copies for the time of the call; random generators stay as they were.
-
-    Raises:
-        CaptureError: the model itself raises.
-    """
-    args, kwargs = copied(args, kwargs)
-    buffers = {name: _clone(buffer) for name, buffer in model.named_buffers()}
-    state = random.getstate()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            torch.func.functional_call(model, buffers, args, dict(kwargs))
-    except MemoryError:
-        raise
-    except Exception as fault:
-        raise CaptureError(
-            f"{type(model).__name__} itself refuses the example inputs: {_one_line(fault)}; "
-            "give args and kwargs with which the model runs"
-        ) from fault
-    finally:
-        random.setstate(state)
-
-
-def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone()
-
-
-def _one_line(fault: Exception) -> str:
-    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-    return f"{type(fault).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def open_model(model: Any) -> nn.Module:
@@ -139,7 +111,7 @@ def open_model(model: Any) -> nn.Module:
         try:
             return torch.export.load(path).module()
         except Exception as fault:
-            raise CaptureError(f"{path} cannot be read as a .pt2: {_one_line(fault)}") from fault
+            raise CaptureError(f"{path} cannot be read as a .pt2: {one_line(fault)}") from fault
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"model is {type(model).__name__}; give an nn.Module, a GraphModule, an ExportedProgram, or a .pt2 path"

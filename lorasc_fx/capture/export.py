@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.live import Captured, read_live, traced
+from lorasc_fx.branch import is_quantized
+from lorasc_fx.capture.live import OWNER, Captured, read_live, traced
 from lorasc_fx.capture.signature import signature_of
-from lorasc_fx.graph import drop_nodes
+from lorasc_fx.capture.untouched import substituted
+from lorasc_fx.graph import call_instead, drop_nodes
 
 __all__ = ["capture_dynamo", "capture_export"]
 
 _GUARDS = "_guards_fn"
+_TAKEN = (set(dir(fx.GraphModule)) | {"_code", "_graph", "meta"}) - set(dir(nn.Module))
 
 
 def capture_dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False) -> Captured:
@@ -33,15 +37,68 @@ def capture_export(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False, strict: bool = False
 ) -> Captured:
     """Return the model's ATen graph; raises what torch.export raises."""
+    root = _in_room(model)
     with traced():
         shapes = _dynamic(signature_of(model), args, kwargs, wide)
-        program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
-        exported = program.module()
+        with substituted(model, _stand_ins(model)):
+            program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
+        exported: Any = program.module()
     guards = exported._modules.get(_GUARDS)
     graph = exported.graph
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
+    _check_buffers(graph)
     sizes = tuple(_fixed(node.meta.get("val")) for node in graph.nodes if node.op == "placeholder")
-    return Captured(read_live(exported, graph, model), "dynamo" if strict else "export", guards, sizes=sizes)
+    live = read_live(exported, graph, model, prefix="" if root is model else "inside.")
+    rigid = {f"{OWNER}.{name}" for name in _stand_ins(model)}
+    if rigid and call_instead(live.graph, torch.ops.aten.linear.default, F.linear, lambda node: _weight(node) in rigid):
+        live.recompile()  # a quantized weight knows torch's function, and not always the op
+    return Captured(live, "dynamo" if strict else "export", guards, sizes=sizes)
+
+
+def _stand_ins(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return plain tensors to trace with in place of quantized weights, which torch.export would take apart."""
+    return {
+        name: nn.Parameter(torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape), False)
+        for name, value in model.named_parameters()
+        if is_quantized(value)
+    }
+
+
+def _weight(node: fx.Node) -> str:
+    return str(node.args[1].target) if isinstance(node.args[1], fx.Node) else ""
+
+
+class _Room(nn.Module):
+    """Holds a model whose children have names that torch's graph modules need for themselves (`code`, `graph`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inside = model
+        self.training = model.training
+
+
+def _in_room(model: nn.Module) -> nn.Module:
+    """Return the model, in a room of its own where one of its names is taken."""
+    if _TAKEN.isdisjoint({*model._modules, *model._parameters, *model._buffers}):
+        return model
+
+    def forward(self: _Room, *args: Any, **kwargs: Any) -> Any:
+        return self.inside(*args, **kwargs)
+
+    vars(forward)["__signature__"] = inspect.signature(type(model).forward)
+    return cast("nn.Module", type("_Room", (_Room,), {"forward": forward})(model))
+
+
+def _check_buffers(graph: fx.Graph) -> None:
+    """Refuse a graph that replaces a buffer by one of another shape: torch.export writes it into the old one."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr":
+            old, new = (each.meta.get("val") for each in node.args[:2])
+            if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.shape != new.shape:
+                raise RuntimeError(
+                    f"the model replaces its buffer {node.args[0].target} of shape {tuple(old.shape)} by one of shape "
+                    f"{tuple(new.shape)}, which no graph with that buffer does"
+                )
 
 
 def _fixed(value: Any) -> tuple[int | None, ...] | None:
@@ -52,14 +109,10 @@ def _fixed(value: Any) -> tuple[int | None, ...] | None:
 
 
 def _dynamic(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool) -> Any:
-    shapes: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
-        spec = pytree.tree_map(lambda leaf: _dimensions(leaf, wide), value)
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            shapes |= spec
-        else:
-            shapes[name] = spec
-    return shapes
+    given = signature.bind(*args, **kwargs).arguments
+    if any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in given):
+        return None  # torch 2.13 finds no tree for them; such a graph is for its own sizes
+    return {name: pytree.tree_map(lambda leaf: _dimensions(leaf, wide), value) for name, value in given.items()}
 
 
 def _dimensions(leaf: Any, wide: bool) -> Any:

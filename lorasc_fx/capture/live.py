@@ -7,6 +7,7 @@ import io
 import logging
 import operator
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ class Captured:
         refused: names and reasons of the front ends that were tried before.
         sizes: of each placeholder that is a tensor, the sizes that are constants of the graph; None for the others.
         pieces: a `Pieces`, from the front end that finds several graphs.
+        functions: names of the custom autograd Functions that the model uses.
     """
 
     module: fx.GraphModule
@@ -41,19 +43,21 @@ class Captured:
     refused: tuple[tuple[str, str], ...] = field(default=())
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     pieces: Any = None
+    functions: tuple[str, ...] = ()
 
-    def after(self, refused: tuple[tuple[str, str], ...]) -> Captured:
-        """Return the same capture, with what was tried before it."""
-        return replace(self, refused=refused)
+    def after(self, refused: tuple[tuple[str, str], ...], trial: Any) -> Captured:
+        """Return the same capture, with what was tried before it, and what a run of the model showed."""
+        return replace(self, refused=refused, functions=trial.functions)
 
 
-def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphModule:
+def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:
     """Return a graph module in which every name of the model is read from the model.
 
     Args:
         holder: module on which the graph's names resolve now; what is not the model's is taken from it.
         graph: is changed.
         model: the live model.
+        prefix: that may stand before the model's names in the graph.
     """
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -63,8 +67,9 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.GraphM
     def rename(node: fx.Node) -> str:
         target = str(node.target)
         region = node.op == "get_attr" and hasattr(holder, target)  # a graph that a higher-order op runs
-        if target in own or (target in modules and not region):
-            return f"{OWNER}.{target}"
+        name = target.removeprefix(prefix)
+        if name in own or (name in modules and not region):
+            return f"{OWNER}.{name}"
         if target not in foreign:
             flat = target.replace(".", "_")
             while flat == OWNER or flat in foreign.values():
@@ -94,12 +99,12 @@ def _put(module: nn.Module, name: str, value: Any) -> None:
 def quiet() -> Iterator[None]:
     """Run without a trace: random generators stay as they were, and what tracers say of themselves is not heard."""
     state = random.getstate()
+    numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
+    drawn = numpy.random.get_state() if numpy is not None else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     fast = torch.backends.mha.get_fastpath_enabled()
-    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch.fx", "torch._export", "torch.export")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.CRITICAL)
+    heard = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     said = io.StringIO()  # an export that fails prints its graph; the reason is in the error
     with (
         torch.random.fork_rng(devices),
@@ -115,19 +120,20 @@ def quiet() -> Iterator[None]:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
             random.setstate(state)
-            for each, level in zip(loggers, levels, strict=True):
-                each.setLevel(level)
+            if numpy is not None:
+                numpy.random.set_state(drawn)
+            logging.disable(heard)
 
 
 @contextlib.contextmanager
 def traced() -> Iterator[None]:
-    """Be quiet, and refuse a trace that has drawn random numbers: no call of its graph would draw others.
+    """Be quiet, and refuse a trace that has drawn random numbers of torch: no call of its graph would draw others.
 
     Raises:
         RuntimeError: it has.
     """
     with quiet():
-        before = (random.getstate(), torch.get_rng_state())
+        before = torch.get_rng_state()
         yield
-        if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
+        if not torch.equal(torch.get_rng_state(), before):
             raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")

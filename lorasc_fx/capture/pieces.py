@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorasc_fx.capture.live import Captured, quiet, read_live
+from lorasc_fx.capture.untouched import substituted, untouched
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import call_instead, copy_graph, weights_from_inputs
 
@@ -51,7 +52,7 @@ class Pieces:
         self.model = model
         self._rewrite: Rewrite | None = None
         self._pieces: list[_Piece] = []
-        self._own = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._own = {id(value): name for name, value in [*model.named_parameters(), *model.named_buffers()]}
         self._swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._look: Callable[[Any, Mapping[str, Any]], None] | None = None
         self._compiled: Any = torch.compile(model, backend=self._take)
@@ -61,15 +62,8 @@ class Pieces:
 
         There may be none: dynamo leaves a loop with a break in it, and the modules of torch.nn called there, to Python.
         """
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        try:
-            with quiet():
-                self(*args, **kwargs)
-        finally:
-            with torch.no_grad():
-                for name, buffer in self.model.named_buffers():
-                    if name in buffers and buffer.shape == buffers[name].shape:
-                        buffer.copy_(buffers[name])
+        with quiet(), untouched(self.model):
+            self(*args, **kwargs)
 
     def rewrite_by(self, rewrite: Rewrite) -> None:
         """Run every piece as `rewrite` returns it, from now on."""
@@ -94,7 +88,8 @@ class Pieces:
         except torch._dynamo.exc.FailOnRecompileLimitHit as fault:
             raise CaptureError(
                 f"{type(self.model).__name__} was captured anew {LIMIT} times, and dynamo would run it without "
-                f"branches: {str(fault).splitlines()[0]}. Pad inputs to fewer sizes, or adapt a part of the model"
+                f"branches. The last graph did not fit because of {_last_guard()}. Pad inputs to fewer sizes, keep no "
+                "growing state in Python, or adapt a part of the model"
             ) from fault
         except torch._dynamo.exc.BackendCompilerFailed as fault:
             raise fault.inner_exception from fault
@@ -121,8 +116,9 @@ class Pieces:
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if not self._swapped:
             return self._compiled(*args, **kwargs)
-        values = {f"_orig_mod.{name}": f(self.model.get_parameter(name)) for name, f in self._swapped.items()}
-        return torch.func.functional_call(self._compiled, values, args, dict(kwargs))
+        values = {name: f(self.model.get_parameter(name)) for name, f in self._swapped.items()}
+        with substituted(self.model, values):
+            return self._compiled(*args, **kwargs)
 
     def first_break(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Return file, line and reason of the first graph break, or None where one graph holds the whole model."""
@@ -152,7 +148,16 @@ class Pieces:
         return run
 
     def _names(self, inputs: tuple[Any, ...]) -> Names:
-        return tuple(self._own.get(id(value)) if isinstance(value, nn.Parameter) else None for value in inputs)
+        return tuple(self._name(value) for value in inputs)
+
+    def _name(self, value: Any) -> str | None:
+        """Return the model's name of an input, if it is a parameter or buffer that is there still."""
+        name = self._own.get(id(value)) if isinstance(value, torch.Tensor) else None
+        if name is None:
+            return None
+        holder, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(holder)
+        return name if value is module._parameters.get(leaf, module._buffers.get(leaf)) else None
 
     def _bring(self, piece: _Piece, names: Names) -> Callable[..., Any]:
         graph = copy_graph(piece.source.graph)
@@ -175,6 +180,13 @@ def capture_pieces(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     pieces = Pieces(model)
     pieces.discover(args, kwargs)
     return Captured(fx.GraphModule(nn.Module(), fx.Graph()), "pieces", pieces=pieces)
+
+
+def _last_guard() -> str:
+    """Return what dynamo found changed when it captured the code that it captures most often."""
+    failures = max(torch._dynamo.utils.guard_failures.values(), key=len, default=["its inputs"])
+    guard = str(failures[-1]).splitlines()[0].partition(" #")[0].strip()
+    return guard.partition(": ")[2] or guard
 
 
 def _recomputing(running: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,16 +214,20 @@ def _dynamo_settings() -> Iterator[None]:
     for each in loggers:
         each.setLevel(logging.ERROR)
     torch.backends.mha.set_fastpath_enabled(False)
-    strict = any(action == "error" for action, *_ in warnings.filters)
     try:
         with (
-            warnings.catch_warnings() if strict else contextlib.nullcontext(),
+            warnings.catch_warnings(),
             torch._dynamo.config.patch(
-                fail_on_recompile_limit_hit=True, recompile_limit=LIMIT, accumulated_recompile_limit=4 * LIMIT
+                fail_on_recompile_limit_hit=True,
+                recompile_limit=LIMIT,
+                accumulated_recompile_limit=4 * LIMIT,
+                use_numpy_random_stream=True,  # numpy's own, not draws of torch in its place
+                allow_unspec_int_on_nn_module=True,  # a counter is no reason for a graph of each of its values
             ),
         ):
-            if strict:  # dynamo reads .grad of what a piece gets from another one, and hides the warning, not the error
-                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            # dynamo reads .grad of what a piece gets from another, and makes tensors of arrays that are tensors by then
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            warnings.filterwarnings("ignore", message="To copy construct from a tensor")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

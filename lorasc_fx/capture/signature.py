@@ -70,7 +70,11 @@ def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[
 
     def copy_leaf(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            copied_leaf = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            if leaf.is_leaf:
+                return copied_leaf
+            with torch.enable_grad():
+                return copied_leaf.clone()  # what is no leaf may be written in place
         return copy.deepcopy(leaf)
 
     copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(

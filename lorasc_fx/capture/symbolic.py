@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -31,7 +32,7 @@ def capture_symbolic(
     given.apply_defaults()
     constants = {name: value for name, value in given.arguments.items() if not _has_tensor(value)}
     tracer = _Tracer()
-    with traced(), _unchanged(model):
+    with traced(), _unchanged(model), _no_modes():
         graph = tracer.trace(model, concrete_args=constants)
     drop_nodes(graph, _checks_a_constant)
     rename_inputs(graph, [each.name for each in signature_of(model).parameters.values() if each.kind not in _VARIADIC])
@@ -45,6 +46,21 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether the module is called whole."""
         return isinstance(m, nn.modules.batchnorm._NormBase) or super().is_leaf_module(m, module_qualified_name)
+
+
+@contextlib.contextmanager
+def _no_modes() -> Iterator[None]:
+    """Refuse a model that switches gradients, autocast or inference mode: no symbolic graph holds that."""
+
+    def refuse(*_args: Any, **_kwargs: Any) -> Any:
+        raise RuntimeError("the model switches gradients or autocast on or off inside, which no symbolic graph holds")
+
+    modes: list[tuple[Any, str]] = [(torch.no_grad, "__enter__"), (torch.enable_grad, "__enter__")]
+    modes += [(torch.set_grad_enabled, "__init__"), (torch.autocast, "__enter__"), (torch.inference_mode, "__enter__")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in modes:
+            stack.enter_context(mock.patch.object(owner, name, refuse))
+        yield
 
 
 @contextlib.contextmanager

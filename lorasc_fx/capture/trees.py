@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import Any
 
+from torch import nn
 from torch.utils import _pytree as pytree
 
 __all__ = ["know_trees", "whole"]
@@ -23,10 +25,8 @@ def whole(value: Any) -> bool:
     return False
 
 
-def know_trees() -> None:
-    """Let transformers, where it is in use, register its cache with torch's pytree, as it does for its own exports."""
-    if "transformers.cache_utils" in sys.modules:
-        own = importlib.import_module("transformers.integrations.executorch")
-        register = getattr(own, "register_dynamic_cache_export_support", None)
-        if register is not None:
-            register()
+def know_trees(model: nn.Module) -> None:
+    """Let transformers, where it is in use, register its caches with torch's pytree, as it does for its own exports."""
+    if "transformers.cache_utils" in sys.modules and importlib.util.find_spec("transformers.exporters") is not None:
+        own = importlib.import_module("transformers.exporters.exporter_dynamo")
+        own.register_cache_pytrees_for_model(model)

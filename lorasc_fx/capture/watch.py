@@ -5,7 +5,7 @@ The eager twin of graph/flow.py: a tensor made of weights alone is followed unti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,44 +15,80 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.live import quiet
 from lorasc_fx.capture.signature import copied
-from lorasc_fx.graph import CONTRACTIONS
+from lorasc_fx.capture.untouched import untouched
+from lorasc_fx.graph import ADDED_FIRST, CONTRACTIONS, LIKE_ANOTHER, SCALES, weighs
 
 __all__ = ["watch"]
 
+_READS_NO_VALUE = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "detach", "requires_grad_"}
+
 
 def watch(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Run the model once and return the kind of site of each weight that it multiplies by or looks up.
+    """Run the model once and return each weight that it uses, with the kind of site that it makes of it.
 
-    Buffers and inputs are copies for the time of the call; random generators stay as they were.
+    The kind is empty for a weight that is neither multiplied by nor looked up.
+
+    The model, its inputs and the random generators stay as they were.
     """
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     inputs, named = copied(args, kwargs)
-    watcher = _Watcher(model, list(buffers.values()))
-    with quiet(), torch.no_grad(), watcher:
-        torch.func.functional_call(model, buffers, inputs, named)
-    return watcher.kinds
+    watcher = _Watcher(model, list(model.buffers()))
+    with quiet(), torch.no_grad(), untouched(model), watcher:
+        model(*inputs, **named)
+    return dict.fromkeys(sorted(watcher.seen), "") | watcher.kinds
 
 
 class _Watcher(TorchFunctionMode):
+    """Follows tensors that are made of weights, in the ways that graph/uses.py lists, the first of which counts."""
+
     def __init__(self, model: nn.Module, constants: list[torch.Tensor]) -> None:
         super().__init__()
-        self.kinds: dict[str, str] = {}
+        self.seen: set[str] = set()
+        self._found: tuple[dict[str, str], ...] = ({}, {}, {}, {})
         self._made_of: dict[int, set[str]] = {id(value): {name} for name, value in model.named_parameters()}
         self._made_of |= {id(value): set() for value in constants}
+        self._scaled: dict[int, set[str]] = {}
         self._alive: list[Any] = []  # an id is only good while its tensor lives
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Kinds of sites by weight."""
+        return {name: kind for found in reversed(self._found) for name, kind in found.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
-        weights = set().union(*(self._made_of.get(id(tensor), set()) for tensor in tensors))
-        kind = CONTRACTIONS.get(getattr(func, "__name__", ""))
-        inputs = [tensor for tensor in tensors if id(tensor) not in self._made_of and tensor.is_floating_point()]
-        if weights and (kind == "embedding" or inputs):  # an index that depends on inputs only selects
-            for weight in weights if kind is not None else ():
-                self.kinds.setdefault(weight, kind or "")
-        elif weights:
-            for leaf in pytree.tree_leaves(output):
-                if isinstance(leaf, torch.Tensor):
-                    self._made_of.setdefault(id(leaf), weights)
-                    self._alive.append(leaf)
+        name = getattr(func, "__name__", "")
+        read = args[:1] if name in LIKE_ANOTHER else (args, kwargs or {})
+        tensors = [leaf for leaf in pytree.tree_leaves(read) if isinstance(leaf, torch.Tensor)]
+        weights = self._weights(tensors)
+        if name not in _READS_NO_VALUE:
+            self.seen |= weights
+        kind = CONTRACTIONS.get(name)
+        inputs = [tensor for tensor in tensors if id(tensor) not in self._made_of]
+        if weights and (kind == "embedding" or any(each.is_floating_point() for each in inputs)):
+            multiplied = self._weights([each for each in tensors if name not in ADDED_FIRST or each is not args[0]])
+            self._note(0, multiplied, kind)
+            if name in SCALES:
+                self._follow(output, self._scaled, weights)
+        elif weights:  # an index that depends on inputs only selects
+            self._note(1, weights, kind)
+            self._note(3, weights if inputs and id(args[0]) in self._made_of else (), "embedding")
+            self._follow(output, self._made_of, weights)
+        scaled = set().union(*(self._scaled.get(id(tensor), set()) for tensor in tensors))
+        if scaled and kind is not None and len(args) > 1 and id(args[1]) in self._scaled and weighs(name):
+            self._note(2, self._scaled[id(args[1])], kind)
+        elif scaled and (name in SCALES or not any(id(each) not in self._scaled for each in inputs)):
+            self._follow(output, self._scaled, scaled | weights)
         return output
+
+    def _weights(self, tensors: list[torch.Tensor]) -> set[str]:
+        return set().union(*(self._made_of.get(id(tensor), set()) for tensor in tensors))
+
+    def _note(self, way: int, weights: Iterable[str], kind: str | None) -> None:
+        for weight in weights if kind is not None else ():
+            self._found[way].setdefault(weight, kind or "")
+
+    def _follow(self, output: Any, into: dict[int, set[str]], weights: set[str]) -> None:
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                into.setdefault(id(leaf), weights)
+                self._alive.append(leaf)

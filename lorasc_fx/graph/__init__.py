@@ -13,16 +13,20 @@ from lorasc_fx.graph.edit import (
     weights_from_inputs,
 )
 from lorasc_fx.graph.forms import (
+    ADDED_FIRST,
     BRANCH_OF,
     CONTRACTIONS,
     FORMS,
+    LIKE_ANOTHER,
     ON_WEIGHT,
+    SCALES,
     Form,
     FunctionForm,
     ModuleForm,
     Reading,
     form_named,
     form_of,
+    weighs,
 )
 from lorasc_fx.graph.matching import Matching, match, survey
 from lorasc_fx.graph.record import Record, Use, record_of, set_record, strip
@@ -32,11 +36,14 @@ from lorasc_fx.graph.verify import faults, verify
 from lorasc_fx.graph.weights import BRANCHES, named_weights, owner_of
 
 __all__ = [
+    "ADDED_FIRST",
     "BRANCHES",
     "BRANCH_OF",
     "CONTRACTIONS",
     "FORMS",
+    "LIKE_ANOTHER",
     "ON_WEIGHT",
+    "SCALES",
     "Form",
     "FunctionForm",
     "GraphEditor",
@@ -69,5 +76,6 @@ __all__ = [
     "text",
     "use_of",
     "verify",
+    "weighs",
     "weights_from_inputs",
 ]

@@ -219,9 +219,14 @@ class GraphEditor:
         return holder
 
 
-def call_instead(graph: fx.Graph, old: Callable[..., Any], new: Callable[..., Any]) -> bool:
-    """Let every node that calls one function call another one; returns whether there was any."""
-    found = [node for node in graph.nodes if node.op == "call_function" and node.target is old]
+def call_instead(
+    graph: fx.Graph,
+    old: Callable[..., Any],
+    new: Callable[..., Any],
+    where: Callable[[fx.Node], bool] = lambda node: True,
+) -> bool:
+    """Let every node that calls one function (and that `where` means) call another one; whether there was any."""
+    found = [node for node in graph.nodes if node.op == "call_function" and node.target is old and where(node)]
     for node in found:
         node.target = new
     return bool(found)

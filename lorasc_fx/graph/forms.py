@@ -24,10 +24,13 @@ from torch import fx, nn
 from lorasc_fx.branch import Branch, ConvBranch, MatrixBranch
 
 __all__ = [
+    "ADDED_FIRST",
     "BRANCH_OF",
     "CONTRACTIONS",
     "FORMS",
+    "LIKE_ANOTHER",
     "ON_WEIGHT",
+    "SCALES",
     "Form",
     "FunctionForm",
     "ModuleForm",
@@ -35,7 +38,9 @@ __all__ = [
     "contraction",
     "form_named",
     "form_of",
+    "name_of",
     "transposes",
+    "weighs",
 ]
 
 aten = torch.ops.aten
@@ -117,7 +122,8 @@ class ModuleForm(Form):
             return False
         convolves = getattr(self.module, "_conv_forward", None)
         same = convolves is None or getattr(own, "_conv_forward", None) is convolves
-        return same and getattr(module, "max_norm", None) is None
+        plain = not any(getattr(module, option, None) for option in ("max_norm", "scale_grad_by_freq"))
+        return same and plain
 
     def reads(self, node: fx.Node, module: nn.Module | None) -> Reading:
         """Return the input and the module's own stride, padding, dilation and groups, or padding_idx."""
@@ -140,7 +146,7 @@ _CONV = (*_LINEAR, *_REPEAT)
 _ADDMM = ("bias", "input", "weight")
 _ONE = (("alpha", 1), ("beta", 1))
 _LOOKUP = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
-_DENSE = (("scale_grad_by_freq", False), ("sparse", False))
+_EVENLY = (("scale_grad_by_freq", False),)
 
 
 def _conv(name: str, targets: tuple[Any, ...], dims: int) -> FunctionForm:
@@ -159,7 +165,7 @@ def _lookup(name: str, target: Any) -> FunctionForm:
         _LOOKUP,
         2,
         repeats=("padding_idx",),
-        plain=_DENSE,
+        plain=_EVENLY,
         options=(("lookup", True),),
     )
 
@@ -188,7 +194,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
         2,
         repeats=("padding_idx",),
-        plain=(("max_norm", None), *_DENSE),
+        plain=(("max_norm", None), *_EVENLY),
         counted=("padding_idx",),  # here, and not in torch.embedding, a row may be counted from the end
         options=(("lookup", True),),
     ),
@@ -203,20 +209,29 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
 CONTRACTIONS: dict[str, str] = {
     **dict.fromkeys(("linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "tensordot"), "linear"),
     **dict.fromkeys(("mv", "addmv", "inner", "bilinear", "_trilinear", "grouped_mm", "_grouped_mm"), "linear"),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "deform_conv2d"), "conv"),
+    **dict.fromkeys(("__matmul__", "__rmatmul__", "__imatmul__", "linalg_matmul", "chain_matmul"), "linear"),
+    **dict.fromkeys(("linalg_multi_dot", "multi_dot", "linalg_vecdot", "vecdot", "_scaled_mm", "_int_mm"), "linear"),
+    **dict.fromkeys(("conv_tbc", "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "deform_conv2d"), "conv"),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "conv"),
     **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), "embedding"),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), "recurrent"),
     **dict.fromkeys(("rnn_tanh_cell", "rnn_relu_cell"), "recurrent"),
-    **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), "attention"),
-    "multi_head_attention_forward": "attention",
+    **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), "linear"),
+    **dict.fromkeys(("multi_head_attention_forward", "scaled_dot_product_attention"), "linear"),
 }
 """Names of the ops that multiply by a weight or look it up, whatever their dialect, with the kind of site they make."""
 
-_ADDED_FIRST = {"addmm", "baddbmm", "addbmm", "addmv"}
+ADDED_FIRST = {"addmm", "baddbmm", "addbmm", "addmv"}
+"""Those that only add their first argument."""
+
+SCALES = {"mul", "div", "truediv", "multiply", "divide", "true_divide", "__mul__", "__rmul__", "__truediv__"}
+"""Names of the ops that scale one argument by another."""
+
+LIKE_ANOTHER = {"type_as", "expand_as", "view_as", "reshape_as", "to"}
+"""Names of the ops that read no values but those of their first argument."""
 
 BRANCH_OF: dict[str, type[Branch]] = {
-    **dict.fromkeys(("linear", "embedding", "recurrent", "attention", "experts"), MatrixBranch),
+    **dict.fromkeys(("linear", "embedding", "recurrent", "experts"), MatrixBranch),
     "conv": ConvBranch,
 }
 """The branch of each kind of site."""
@@ -239,6 +254,17 @@ def form_of(node: fx.Node, module: nn.Module | None) -> FunctionForm | ModuleFor
     return None
 
 
+def name_of(node: fx.Node) -> str:
+    """Return the name of what a node calls, whatever the dialect."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return packet if isinstance(packet, str) else getattr(packet, "__name__", "")
+
+
+def weighs(name: str) -> bool:
+    """Whether an op of this name takes a weight as its second argument, as linear and the convolutions do."""
+    return name == "linear" or name.startswith(("conv", "_conv"))
+
+
 def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
     """Return the kind of site that a node makes of a weight which it multiplies by or looks up, or None.
 
@@ -246,10 +272,9 @@ def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
     """
     if node.op not in ("call_function", "call_method"):
         return None
-    packet = getattr(node.target, "overloadpacket", node.target)
-    name = packet if isinstance(packet, str) else getattr(packet, "__name__", "")
+    name = name_of(node)
     multiplied: list[fx.Node] = []
-    fx.node.map_arg((node.args[1 if name in _ADDED_FIRST else 0 :], node.kwargs), multiplied.append)
+    fx.node.map_arg((node.args[1 if name in ADDED_FIRST else 0 :], node.kwargs), multiplied.append)
     return CONTRACTIONS.get(name) if any(source in reads for source in multiplied) else None
 
 

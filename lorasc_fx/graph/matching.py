@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.errors import PassError
-from lorasc_fx.graph.flow import Meeting, constants, inside, meetings, mutates
-from lorasc_fx.graph.forms import ON_WEIGHT, FunctionForm, contraction, form_of, transposes
+from lorasc_fx.graph.flow import Meeting, constants, mutates
+from lorasc_fx.graph.forms import ON_WEIGHT, FunctionForm, form_of, transposes
 from lorasc_fx.graph.record import Record, Use
+from lorasc_fx.graph.slices import Rows, parts_of, rows_read
 from lorasc_fx.graph.targets import check_patterns, describe, matches, targeted
+from lorasc_fx.graph.uses import kind_of, uses_of
 from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.spec import KINDS, CascadeSpec
@@ -57,6 +59,8 @@ class _Found:
     opaque: list[fx.Node] = field(default_factory=list)
     written: list[fx.Node] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    rows: list[Rows | None] = field(default_factory=list)
+    touched: bool = False
 
     @property
     def reached(self) -> bool:
@@ -70,7 +74,7 @@ class _Found:
 
     def join(self, other: _Found) -> None:
         """Take in what another graph says of the same weight."""
-        for name in ("sources", "beside", "contracted", "others", "opaque", "written"):
+        for name in ("sources", "beside", "contracted", "others", "opaque", "written", "rows"):
             getattr(self, name).extend(getattr(other, name))
 
     @property
@@ -80,6 +84,11 @@ class _Found:
     @property
     def all_beside(self) -> bool:
         return not (self.contracted or self.others or self.outside) and len({each.layout for each in self.beside}) == 1
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The rows of the slices in which all uses together read the weight, or ()."""
+        sliced = not (self.beside or self.others or self.outside) and _kind(shape, self) != "experts"
+        return parts_of(self.rows, shape[0]) if sliced else ()
 
     @property
     def called(self) -> list[fx.Node]:
@@ -96,7 +105,7 @@ def survey(
         graph_modules: that read one live model.
         record: with the plan to be followed, if any.
         spec: what is asked.
-        outside: kinds of the weights that the model is seen to use, in graphs or in between.
+        outside: kinds of the weights that the model is seen to use, in graphs or in between; empty for other uses.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
@@ -109,7 +118,8 @@ def survey(
             found[weight].join(seen)
     for weight, kind in outside.items():
         if weight in weights.matrices and not found[weight].kinds:
-            found[weight].outside.append(kind)
+            found[weight].touched = True
+            found[weight].outside += [kind] if kind else []
     return _classify(found, weights, record, spec)
 
 
@@ -153,7 +163,7 @@ def _classify(found: Mapping[str, _Found], weights: Weights, record: Record, spe
         else:
             layout = seen.beside[0].layout if seen.all_beside else "out_in"
             shape = tuple(weights.parameters[weight].shape)
-            sites.append(describe(spec, weight, _kind(shape, seen), shape, names[1:], layout))
+            sites.append(describe(spec, weight, _kind(shape, seen), shape, names[1:], layout, seen.parts(shape)))
     return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))
 
 
@@ -197,11 +207,21 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: _Found) -> R
     if seen.opaque:
         sentence = f"module {seen.opaque[0].target} is called whole; capture with another front end sees inside it"
         return Refusal(weight, seen.opaque[0].name, Reason.OPAQUE, sentence)
+    if not seen.reached and seen.touched:
+        sentence = "Python between the graphs neither multiplies by it nor looks it up"
+        return Refusal(weight, "", Reason.NO_FORM, sentence)
     if not seen.reached:
         return None
     if not seen.kinds:
         sentence = f"node {_told(seen.others[0])} neither multiplies by it nor looks it up"
         return Refusal(weight, seen.others[0].name, Reason.NO_FORM, sentence)
+    if is_quantized(parameter) and not (seen.all_beside and set(seen.kinds) == {"linear"}):
+        told = next(
+            iter(seen.others or [node for node, _ in seen.contracted] or [each.node for each in seen.beside]), None
+        )
+        where = f"node {_told(told)} computes" if told is not None else "Python between the graphs computes"
+        sentence = f"{where} with its quantized numbers, and no branch can stand beside that"
+        return Refusal(weight, told.name if told is not None else "", Reason.QUANTIZED, sentence)
     if not seen.all_beside and seen.called:
         other = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
         sentence = f"module {seen.called[0].target} is called whole, and node {_told(other)} uses its weight as well"
@@ -224,9 +244,9 @@ def _read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dic
             weight = weights.canonical.get(node.target.removeprefix(record.prefix))
             if weight is not None and weights.parameters[weight].dim() > 1:
                 found[weight].sources.append(node)
-                start = _behind_branch(graph_module, node)
-                for meeting in meetings(start, constant | {start}):
-                    _read_meeting(meeting, start, weights.parameters[weight].dim(), found[weight])
+                start, shape = _behind_branch(graph_module, node), tuple(weights.parameters[weight].shape)
+                for meeting in uses_of(start, constant | {start}):
+                    _read_meeting(meeting, start, shape, found[weight])
         elif node.op == "call_module":
             _read_module(graph_module, node, record, weights, found)
     return found
@@ -240,9 +260,9 @@ def _behind_branch(graph_module: fx.GraphModule, source: fx.Node) -> fx.Node:
     return source
 
 
-def _read_meeting(meeting: Meeting, start: fx.Node, dims: int, found: _Found) -> None:
-    node = meeting.node
-    if any(mutates(node, source) for source in meeting.reads):
+def _read_meeting(meeting: Meeting, start: fx.Node, shape: tuple[int, ...], found: _Found) -> None:
+    node, dims = meeting.node, len(shape)
+    if any(mutates(node, source) for source in meeting.aliases):
         found.written.append(node)
         return
     form, layout = form_of(node, None), None
@@ -255,20 +275,11 @@ def _read_meeting(meeting: Meeting, start: fx.Node, dims: int, found: _Found) ->
             layout = form.layout if not turned else {"out_in": "in_out", "in_out": "out_in"}[form.layout]
     if isinstance(form, FunctionForm) and layout is not None:
         found.beside.append(_Beside(node, form.name, form.kind, layout))
-    elif (kind := contraction(node, meeting.reads) or _in_region(meeting)) is not None:
+    elif (kind := kind_of(meeting)) is not None:
         found.contracted.append((node, kind))
+        found.rows += [rows_read(source, start, shape) for source in meeting.reads]
     else:
         found.others.append(node)
-
-
-def _in_region(meeting: Meeting) -> str | None:
-    """Return the kind of site that a region (a higher-order op over a graph) makes of a weight passed into it."""
-    for inner in (each for source in meeting.reads for each in inside(meeting.node, source)):
-        found = meetings(inner, constants(inner.graph) | {inner})
-        kind = next((k for each in found if (k := contraction(each.node, each.reads) or _in_region(each))), None)
-        if kind is not None:
-            return kind
-    return None
 
 
 def _read_module(
@@ -285,4 +296,5 @@ def _read_module(
     for own, parameter in module.named_parameters(remove_duplicate=False):
         weight = weights.canonical.get(f"{name}.{own}")
         if weight is not None and weight != used and parameter.dim() > 1:
-            found[weight].opaque.append(node)
+            renormed = own == "weight" and getattr(module, "max_norm", None) is not None
+            (found[weight].written if renormed else found[weight].opaque).append(node)

@@ -29,9 +29,9 @@ def check_patterns(
     """Refuse a pattern that matches nothing.
 
     Args:
-        spec: whose targets, exclude, rules and train are looked at.
+        spec: whose targets, exclude, rules, train and untie are looked at.
         weights: every weight matrix, by its name, with all its names.
-        parameters: every parameter, likewise; `train` and `exclude` may name any.
+        parameters: every parameter, likewise; `train`, `exclude` and `untie` may name any.
 
     Raises:
         UnknownTarget: with the field, the pattern, and the nearest names.
@@ -40,6 +40,7 @@ def check_patterns(
     asked += [("exclude", pattern, parameters) for pattern in spec.exclude]
     asked += [("rules", rule.pattern, weights) for rule in spec.rules]
     asked += [("train", pattern, parameters) for pattern in spec.train]
+    asked += [("untie", pattern, parameters) for pattern in spec.untie]
     for field, pattern, known in asked:
         if pattern in KINDS and field in ("targets", "rules"):
             continue
@@ -52,7 +53,13 @@ def check_patterns(
 
 
 def describe(
-    spec: CascadeSpec, weight: str, kind: str, shape: Sequence[int], aliases: tuple[str, ...], layout: str = "out_in"
+    spec: CascadeSpec,
+    weight: str,
+    kind: str,
+    shape: Sequence[int],
+    aliases: tuple[str, ...],
+    layout: str = "out_in",
+    parts: tuple[int, ...] = (),
 ) -> Site:
     """Return the site of a weight, with rank and lora_alpha by the first rule that means it, else by the spec."""
     rank, lora_alpha = spec.rank, spec.lora_alpha
@@ -61,4 +68,4 @@ def describe(
             rank = rule.rank if rule.rank is not None else rank
             lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
             break
-    return Site(weight, kind, tuple(shape), rank, float(lora_alpha), spec.use_rslora, aliases, layout)
+    return Site(weight, kind, tuple(shape), rank, float(lora_alpha), spec.use_rslora, aliases, layout, parts)

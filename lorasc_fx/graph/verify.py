@@ -15,9 +15,10 @@ from torch import fx
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.edit import branch_nodes, made_by, use_of
-from lorasc_fx.graph.flow import constants, meetings
+from lorasc_fx.graph.flow import constants
 from lorasc_fx.graph.forms import BRANCH_OF, ON_WEIGHT, FunctionForm, ModuleForm, form_named, form_of, transposes
 from lorasc_fx.graph.record import Record, record_of
+from lorasc_fx.graph.uses import uses_of
 from lorasc_fx.graph.weights import BRANCHES, module_at, named_weights, owner_of
 
 __all__ = ["RULES", "faults", "verify"]
@@ -98,7 +99,7 @@ def _readers_of_sites_are_marked(view: _View) -> Iterator[str]:
     for node in view.module.graph.nodes:
         name = str(node.target).removeprefix(view.record.prefix)
         if node.op == "get_attr" and view.canonical.get(name) in planned:
-            met = [] if use_of(node) is not None else [meeting.node for meeting in meetings(node, constant)]
+            met = [] if use_of(node) is not None else [use.node for use in uses_of(node, constant)]
             readers, weight = met, view.canonical[name]
         elif node.op == "call_module" and node not in view.branches:
             inside = module_at(view.module, node.target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from lorasc_fx.runtime import checkpoint, folding, transition
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.flags import Flags
 from lorasc_fx.runtime.optim import group
+from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.stages import Stage, run_stages
 from lorasc_fx.runtime.summary import summary
 from lorasc_fx.runtime.variants import Made, Variant, VariantMaker, Variants
@@ -111,6 +112,8 @@ class Cascade(nn.Module):
         bound, named = self._maker.bind(self.model, args, kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
             return self._variants.compiled(self.training, pytree.tree_leaves((bound, named))).module(*bound, **named)
+        if any(isinstance(leaf, torch.fx.Proxy) for leaf in self._maker.leaves(bound, named)):
+            return self._variants.symbolic(self.training).module.forward(*bound, **named)  # type: ignore[attr-defined]
         return self.variant(bound, named).module(*bound, **named)
 
     def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
@@ -142,7 +145,8 @@ class Cascade(nn.Module):
         self.branches.update(new)
         self.core.plan, self._refusals = made.plan, made.refusals
         self.core.leave_alone(made.refusals)
-        self._unreached = tuple(name for name in made.unreached if name in self._unreached)
+        told = made.plan.by_weight.keys() | {each.weight for each in made.refusals}
+        self._unreached = tuple(name for name in self._unreached if name in made.unreached and name not in told)
         self.core.know_sites()
 
     # ---- weights
@@ -171,37 +175,54 @@ class Cascade(nn.Module):
             self.core.placed = None
             folding.rest(self.core, parameters, live)
 
-    def folded_state_dict(self) -> dict[str, torch.Tensor]:
+    def folded_state_dict(self, quantized: Literal["dequantize"] | None = None) -> dict[str, torch.Tensor]:
         """Return the model's state dict with the slow weights in it, as copies; loads with strict=True.
 
         A stage that has trained is counted as `release` would: it is folded.
+
+        Args:
+            quantized: `dequantize` to get dense tensors for quantized weights that have trained; else they are refused.
         """
         self.core.check_ready("folded_state_dict")
-        return folding.folded_state(self.core)
+        return folding.folded_state(self.core, "folded_state_dict", quantized)
 
-    def folded_graph(self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    def folded_graph(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        quantized: Literal["dequantize"] | None = None,
+    ) -> nn.Module:
         """Return a plain GraphModule: names, nodes and shapes as captured, slow weights as its own constants.
 
         Args:
             args, kwargs: inputs whose graph is wanted; without, those of `adapt`. The model's present mode counts.
+            quantized: as for `folded_state_dict`.
         """
         self.core.check_ready("folded_graph")
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
         bound, named = self._maker.bind(self.model, *example)
         variant = self.variant(bound, named)
-        return self._maker.fold(variant, self.model, folding.folded_state(self.core), bound, named)
+        return self._maker.fold(
+            variant, self.model, folding.folded_state(self.core, "folded_graph", quantized), bound, named
+        )
 
-    def release(self) -> nn.Module:
+    def release(self, quantized: Requantize = None) -> nn.Module:
         """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.
 
         A running stage that has trained is folded first, so that nothing is lost.
 
+        Args:
+            quantized: what to do with quantized weights that have trained: `dequantize` leaves them dense; a callable
+                is given each module with its dense weight and quantizes it again, as torchao's
+                `lambda module: quantize_(module, config)` does. What was done is logged.
+
         Raises:
-            StateError: gradients are pending, or it was released before.
+            StateError: gradients are pending, it was released before, or quantized weights have trained and `quantized`
+                does not say what to do.
             NonFiniteBranch: a branch holds inf or nan; nothing was changed.
         """
         self.core.check_ready("release")
-        folding.release(self.core)
+        folding.release(self.core, quantized)
         self.core.turning.call_off()
         self._flags.restore(self.model)
         self.core.pending.disarm()
@@ -276,12 +297,7 @@ class Cascade(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._variants = Variants()
         self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)
-        parameters = self.core.parameters_by_name()
-        recast = [name for name in self.core.slow.states if parameters[name].dtype != before[name]]
-        resting = self.core.slow.resting
-        with torch.no_grad():
-            for name in recast:  # one rounding, from W0
-                parameters[name].copy_(resting(name, self.core.plan, parameters[name]))
+        folding.recast(self.core, before)
         return self
 
     def train(self, mode: bool = True) -> Cascade:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, Which
-from lorasc_fx.errors import StateError
+from lorasc_fx.branch import Branch, Which, is_quantized
+from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
@@ -35,6 +35,7 @@ class Core:
         self.turning = GradientStart()
         self.placed: Which | None = None
         self.released = False
+        self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self._fingerprints: dict[str, str] = {}
 
@@ -91,6 +92,12 @@ class Core:
             }
             names += [name for name in others if name not in {*self.slow.trained, *self.untouched, *names}]
         new = [name for name in names if name not in self.slow.states]
+        rigid = next((name for name in new if is_quantized(parameters[name])), None)
+        if noise.strength and rigid is not None:
+            raise SpecError(
+                f"noise.strength is {noise.strength}, and {rigid} is quantized: noise cannot be written into it. "
+                f"Give 0, or exclude it (exclude=({rigid!r},))"
+            )
         slow = self.slow.with_weights({name: parameters[name] for name in new}, self.plan)
         if noise.strength and not slow.parked:
             write(
@@ -105,6 +112,16 @@ class Core:
     def advance(self, plan: Plan, slow: SlowWeights) -> None:
         """Take over the plan and slow weights of the next stage: the commit of a transition."""
         self.plan, self.slow = plan, slow
+        for name, branch in self.branches_by_weight().items():
+            state = slow.states.get(name)
+            if state is not None and is_quantized(state.base):
+                pair = state.carried("slow" if slow.parked else "start")
+                branch.carry(*((pair.b, pair.a) if pair is not None else (None, None)))
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the sites whose weights are quantized."""
+        return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base))
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of every base parameter; those of frozen ones are computed once."""

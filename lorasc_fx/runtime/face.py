@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorasc_fx.runtime import checkpoint
 from lorasc_fx.runtime.cascade import Cascade
@@ -16,8 +17,8 @@ from lorasc_fx.runtime.cascade import Cascade
 __all__ = ["cascade_class", "save"]
 
 
-def cascade_class(signature: inspect.Signature) -> type[Cascade]:
-    """Return Cascade with a forward that shows this signature, which trainers and tracers read."""
+def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascade]:
+    """Return Cascade with a forward that shows the model's signature, which trainers and tracers read."""
 
     def forward(self: Cascade, *args: Any, **kwargs: Any) -> Any:
         return Cascade.forward(self, *args, **kwargs)
@@ -25,6 +26,7 @@ def cascade_class(signature: inspect.Signature) -> type[Cascade]:
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     shown = signature.replace(parameters=[first, *signature.parameters.values()])
     vars(forward)["__signature__"] = shown
+    vars(forward)["__wrapped__"] = inspect.unwrap(type(model).forward)  # whose names of arguments torch.fx reads
     forward.__doc__ = Cascade.forward.__doc__
     return type("Cascade", (Cascade,), {"forward": forward, "__module__": __name__, "__doc__": Cascade.__doc__})
 

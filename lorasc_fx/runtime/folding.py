@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Which
+from lorasc_fx.branch import Which, is_quantized
+from lorasc_fx.runtime.rigid import Requantize, check_asked, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, write
 from lorasc_fx.runtime.transition import trained_moved
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["ended", "folded_state", "place", "release", "rest"]
+__all__ = ["ended", "folded_state", "place", "recast", "release", "rest"]
 
 
 def place(core: Core, which: Which, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor]) -> None:
@@ -27,14 +28,29 @@ def place(core: Core, which: Which, parameters: Mapping[str, nn.Parameter], live
             return trained_value(slow, name, which, live[name], plan.spec.slow_train)
         return slow.value(name, which, like, branches.get(name))
 
+    rigid = core.quantized if which != "base" else ()
+    values = {name: new(name, parameters[name]) for name in rigid}
     write(parameters, [*slow.states, *slow.trained], new, lambda name, like: _resting(core, name, like, live))
+    core.dense = put(core.model, values)
 
 
 def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor]) -> None:
     """Write back what the parameters hold while the stage trains."""
+    put_back(core.dense)
+    core.dense = []
     with torch.no_grad():
         for name in [*core.slow.states, *core.slow.trained]:
-            parameters[name].copy_(_resting(core, name, parameters[name], live))
+            if not is_quantized(parameters[name]):
+                parameters[name].copy_(_resting(core, name, parameters[name], live))
+
+
+def recast(core: Core, before: Mapping[str, torch.dtype]) -> None:
+    """Round what was cast from W0, once; `before` are the dtypes that the parameters had."""
+    parameters, rigid = core.parameters_by_name(), core.quantized
+    with torch.no_grad():
+        for name in core.slow.states:
+            if name not in rigid and parameters[name].dtype != before[name]:
+                parameters[name].copy_(core.slow.resting(name, core.plan, parameters[name]))
 
 
 def _resting(core: Core, name: str, like: torch.Tensor, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -58,9 +74,10 @@ def ended(core: Core) -> SlowWeights:
     return slow.after_stage(core.plan, branches, trained) if begun else slow
 
 
-def folded_state(core: Core) -> dict[str, torch.Tensor]:
+def folded_state(core: Core, call: str, quantized: Requantize = None) -> dict[str, torch.Tensor]:
     """Return copies of the model's state dict with the slow weights; tied names share one tensor as in the model."""
     slow, parameters = ended(core), core.parameters_by_name()
+    check_asked(call, slow, quantized)
     first = {id(parameter): name for name, parameter in parameters.items()}
     folded: dict[str, torch.Tensor] = {}
     done: dict[str, torch.Tensor] = {}
@@ -71,7 +88,7 @@ def folded_state(core: Core) -> dict[str, torch.Tensor]:
             folded[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
             continue
         if own not in done:
-            if own in slow.states:
+            if own in slow.states and not (is_quantized(value) and slow.states[own].carried("slow") is None):
                 done[own] = slow.value(own, "slow", value)
             elif own in slow.trained:
                 done[own] = trained_value(slow, own, "slow", value).detach().to(value.device, copy=True)
@@ -81,12 +98,19 @@ def folded_state(core: Core) -> dict[str, torch.Tensor]:
     return folded
 
 
-def release(core: Core) -> None:
+def release(core: Core, quantized: Requantize) -> None:
     """Write the slow weights into the user's parameters, for good; all or nothing."""
     slow, parameters = ended(core), core.parameters_by_name()
+    rigid = check_asked("release", slow, quantized)
     live = {name: parameters[name].detach().clone() for name in slow.trained}
 
     def new(name: str, like: torch.Tensor) -> torch.Tensor:
         return trained_value(slow, name, "slow", live[name]) if name in live else slow.value(name, "slow", like)
 
-    write(parameters, [*slow.states, *live], new, lambda name, like: _resting(core, name, like, live))
+    places = put(core.model, {name: slow.value(name, "slow", parameters[name]) for name in rigid})
+    requantized(places, quantized)
+    try:
+        write(parameters, [*slow.states, *live], new, lambda name, like: _resting(core, name, like, live))
+    except BaseException:
+        put_back(places)
+        raise

@@ -88,18 +88,20 @@ def _forgets_what_was_zeroed(weight: nn.Parameter, branch: Branch) -> Callable[[
 
 @torch.no_grad()
 def _turn(branch: Branch, gradient: torch.Tensor) -> None:
-    a, b = branch.lora_A, branch.lora_B
     left, right = branch.oriented()
-    matrix = gradient.reshape(*left.shape[:-1], right.shape[-1]).to(a.dtype)
+    matrix = gradient.reshape(*left.shape[:-1], right.shape[-1]).to(branch.lora_A.dtype)
     matrix = matrix.transpose(-2, -1) if branch.transposed else matrix
-    if b.grad is None or not torch.isfinite(matrix).all():
+    slope = branch.lora_B.grad
+    if slope is None or not torch.isfinite(matrix).all():
         return
-    old = branch.scale * matrix @ a.transpose(-2, -1)
-    weight = old.square().sum()
-    share = (b.grad * old).sum() / weight if weight > 0 else torch.ones_like(weight)
-    _, _, singular = torch.linalg.svd(matrix, full_matrices=False)
-    count = min(a.shape[-2], singular.shape[-2])
-    a[..., :count, :] = singular[..., :count, :] * a.norm(dim=-1).mean()
-    b.grad.copy_(share * branch.scale * matrix @ a.transpose(-2, -1))
-    if a.grad is not None:
-        a.grad.zero_()
+    slopes = slope.split(branch.parts) if branch.parts else (slope,)
+    for (a, _, rows), b_grad in zip(branch.pairs(matrix), slopes, strict=True):
+        old = branch.scale * rows @ a.transpose(-2, -1)
+        weight = old.square().sum()
+        share = (b_grad * old).sum() / weight if weight > 0 else torch.ones_like(weight)
+        _, _, singular = torch.linalg.svd(rows, full_matrices=False)
+        count = min(a.shape[-2], singular.shape[-2])
+        a[..., :count, :] = singular[..., :count, :] * a.norm(dim=-1).mean()
+        b_grad.copy_(share * branch.scale * rows @ a.transpose(-2, -1))
+    if branch.lora_A.grad is not None:
+        branch.lora_A.grad.zero_()

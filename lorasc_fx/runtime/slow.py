@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, start_weight
+from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, is_quantized, start_weight
 from lorasc_fx.plan import Plan
 
 __all__ = ["SlowWeights", "Trained", "write"]
@@ -104,7 +104,9 @@ class SlowWeights:
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory, off the training device."""
+    """Return a copy in host memory, off the training device; of a quantized weight, which nothing writes to, itself."""
+    if is_quantized(tensor):
+        return tensor.detach()
     return tensor.detach().to("cpu", copy=True)
 
 
@@ -114,11 +116,16 @@ def write(
     new: Callable[[str, torch.Tensor], torch.Tensor],
     old: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Write `new(name, parameter)` into each parameter, one at a time; if anything raises, write `old` back."""
+    """Write `new(name, parameter)` into each parameter, one at a time; if anything raises, write `old` back.
+
+    A quantized weight is not written to: its branch carries what the stages added (`Core.advance`).
+    """
     touched: list[str] = []
     with torch.no_grad():
         try:
             for name in names:
+                if is_quantized(parameters[name]):
+                    continue
                 value = new(name, parameters[name])
                 touched.append(name)
                 parameters[name].copy_(value)

@@ -132,6 +132,20 @@ class Variants:
             "call the cascade once without torch.compile, in the same mode, with the same arguments of the same sizes"
         )
 
+    def symbolic(self, training: bool) -> Variant:
+        """Return the newest whole graph of this mode, for a trace by torch.fx, whose proxies have no sizes.
+
+        Raises:
+            StateError: there is none.
+        """
+        for mode, _, variant in self.plain:
+            if mode == training and not variant.universal:
+                return variant
+        raise StateError(
+            "torch.fx traces a whole graph, and there is none for this mode yet: "
+            "call the cascade once in this mode (a model that runs in pieces has none)"
+        )
+
     def add(self, key: Hashable, variant: Variant, training: bool, leaves: list[Any]) -> None:
         """Keep a variant, with the mode and the leaves of the arguments that it was made for."""
         self.held.setdefault(key, []).append(variant)

@@ -6,7 +6,7 @@ import gc
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -181,13 +181,59 @@ class Frozen(nn.Module):
         return self.one(x)
 
 
+class Once(Frozen):
+    """Runs once."""
+
+    calls: ClassVar[list[int]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(1)
+        if len(self.calls) > 1:
+            raise ValueError("once is enough")
+        return self.one(x)
+
+
+def test_a_model_that_runs_without_gradients_only() -> None:
+    sentence = "Frozen itself refuses the example inputs: ValueError: no gradients here"
+    refuse(lx.CaptureError, sentence, Frozen(), whole=False)
+
+
 def test_a_model_that_no_front_end_takes() -> None:
+    Once.calls.clear()
     sentence = (
-        "no front end takes Frozen:\n  export: ValueError: no gradients here\n"
-        "  dynamo: Unsupported: Observed exception\n  symbolic: ValueError: no gradients here\n"
-        "  pieces: ValueError: no gradients here"
+        "no front end takes Once:\n  export: ValueError: once is enough\n  dynamo: Unsupported: Observed exception\n"
+        "  symbolic: ValueError: once is enough\n  pieces: ValueError: once is enough"
     )
-    refuse(lx.CaptureError, sentence, Frozen())
+    refuse(lx.CaptureError, sentence, Once())
+
+
+class Counter(Frozen):
+    """Keeps in Python how often it was called, and what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.one(x) * self.calls
+
+
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
+def test_state_in_python_is_no_graphs(frontend: str) -> None:
+    """Refused by whole graphs; in pieces it counts on, and the counter is as it was before adapt."""
+    sentence = (
+        f"no front end takes Counter:\n  {frontend}: RuntimeError: the model sets its attribute calls at each call, "
+        "which no graph repeats"
+    )
+    refuse(lx.CaptureError, sentence, Counter(), frontend=frontend)
+    model = Counter()
+    cascade = lx.adapt(model, args=(X,))
+    assert cascade.frontend == "pieces"
+    assert model.calls == 0
+    for count in range(1, 80):
+        assert torch.equal(cascade(X), model.one(X) * count)
+        assert model.calls == count
 
 
 def test_a_model_that_no_single_graph_holds_is_taken_in_pieces() -> None:

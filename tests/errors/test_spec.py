@@ -12,10 +12,10 @@ import lorasc_fx as lx
 from tests.errors.models import exactly
 
 FIELDS = (
-    "targets, exclude, train, rules, rank, lora_alpha, use_rslora, pace, restart, noise, restart_A, "
+    "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, pace, restart, noise, restart_A, "
     "optimizer_state, slow_train, on_nonfinite, seed"
 )
-KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'attention', 'experts')"
+KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({"rank": bad}, f"rank is {bad!r}; a rank is an integer of 1 or more") for bad in (0, -1, True, 2.0, "8", None)),
@@ -31,6 +31,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"targets": (1,)}, "targets is (1,); give a sequence of strings"),
     ({"exclude": "head"}, "exclude is 'head'; give a sequence of strings"),
     ({"train": None}, "train is None; give a sequence of strings"),
+    ({"untie": "head"}, "untie is 'head'; give a sequence of strings"),
+    ({"untie": (None,)}, "untie is (None,); give a sequence of strings"),
     ({"rules": ({"pattern": "conv"},)}, "rules is ({'pattern': 'conv'},); give a sequence of lorasc_fx.Rule"),
     ({"rules": "conv"}, "rules is 'conv'; give a sequence of lorasc_fx.Rule"),
     ({"use_rslora": 1}, "use_rslora is 1; give true or false"),
@@ -136,6 +138,20 @@ SITE = PLAN["sites"][0]
         (json.dumps({**PLAN, "sites": [{**SITE, "shape": [3, "2"]}]}), "this is not a plan: ValueError: shape is "),
         (json.dumps({**PLAN, "sites": [{**SITE, "weight": 5}]}), "this is not a plan: ValueError: weight is 5"),
         (
+            json.dumps({**PLAN, "sites": [{**SITE, "kind": "attention"}]}),
+            "this is not a plan: ValueError: kind is 'attention'",
+        ),
+        (json.dumps({**PLAN, "sites": [{**SITE, "parts": [1, "2"]}]}), "this is not a plan: ValueError: parts is '2'"),
+        (json.dumps({**PLAN, "sites": [{**SITE, "parts": [3, 0]}]}), "this is not a plan: ValueError: parts is 0"),
+        (
+            json.dumps({**PLAN, "sites": [{**SITE, "parts": [1, 1]}]}),
+            "this is not a plan: ValueError: parts is (1, 1), which are not the rows of a weight of shape (3, 2)",
+        ),
+        (
+            json.dumps({**PLAN, "sites": [{**SITE, "parts": [1, 2], "layout": "in_out"}]}),
+            "this is not a plan: ValueError: parts is (1, 2), which are not the rows of a weight of shape (3, 2)",
+        ),
+        (
             json.dumps({**PLAN, "sites": [{**SITE, "lora_alpha": "x"}]}),
             "this is not a plan: ValueError: lora_alpha is ",
         ),
@@ -148,3 +164,12 @@ def test_not_a_plan(text: str, sentence: str) -> None:
 
 def test_a_plan_is_read_back() -> None:
     assert lx.Plan.from_json(json.dumps(PLAN)).sites == (lx.Site("a.weight", "linear", (3, 2), 1, 2.0),)
+
+
+def test_a_packed_site_is_read_back() -> None:
+    site = lx.Site("a.weight", "linear", (3, 2), 2, 2.0, parts=(1, 2))
+    assert site.factor_shapes == ((4, 2), (3, 2))
+    assert site.parameters == 4 * 2 + 3 * 2
+    assert lx.Plan.from_json(lx.Plan(lx.CascadeSpec(), (site,)).to_json()).sites == (site,)
+    one = lx.Site("a.weight", "linear", (3, 2), 2, 2.0)
+    assert one.factor_shapes == ((2, 2), (3, 2))

@@ -41,6 +41,7 @@ class Case:
         aliases: the other names of a tied site.
         kinds: of the sites whose form's name does not tell it; without, linear.
         turned: sites whose weight is stored [in, out].
+        parts: sites whose weight is used in slices, with the numbers of rows of each.
         exact: the graph computes the eager model's bits; else eager mode takes a fused path.
     """
 
@@ -55,6 +56,7 @@ class Case:
     spec: CascadeSpec = SPEC
     kinds: dict[str, str] = field(default_factory=dict)
     turned: tuple[str, ...] = ()
+    parts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     exact: bool = True
 
     def kind(self, weight: str) -> str:

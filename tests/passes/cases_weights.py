@@ -159,6 +159,28 @@ def _packed(self: Any, x: Tensor) -> Tensor:
     return scores.softmax(-1) @ F.linear(x, v) * gate
 
 
+def _slices(self: Any, x: Tensor) -> Tensor:
+    """Each weight in slices of unequal or of equal size, by split, by ranges, by a view, of a kernel."""
+    one, two, three = self.w0.split([2, 4, 6])
+    x = torch.cat([F.linear(x, one), F.linear(x, two).tanh(), F.linear(x, three).sin()], -1)
+    x = F.linear(x, self.w1[:4]).tanh() * F.linear(x, self.w1[4:]).sum(-1, keepdim=True)
+    q, k = self.w2.view(2, 3, 4).unbind(0)
+    x = F.linear(x, q) * F.linear(x, k).cos() + F.linear(x.sin(), q)
+    return F.conv1d(x.transpose(-1, -2), self.w3[:2]).sum(1) * F.conv1d(x.transpose(-1, -2), self.w3[2:]).mean(1)
+
+
+def _no_slices(self: Any, x: Tensor) -> Tensor:
+    """Ranges that overlap, that leave rows out, that cut columns, beside a use of the whole, that mix rows, and one
+    that is computed with.
+    """
+    x = torch.cat([F.linear(x, self.w0[:3]), F.linear(x, self.w0[2:])], -1).tanh()
+    x = F.linear(x, self.w1[:3]) + F.linear(x, self.w1[4:])
+    x = F.linear(x, self.w2[:, :3]).tanh() + F.linear(x, self.w2[:, 2:])
+    x = F.linear(x, self.w3[:2]).sum(-1, keepdim=True) + F.linear(x, self.w3[2:]) + F.linear(x, self.w3)[..., :4]
+    x = F.linear(x, self.w4[::2]) + F.linear(x, self.w4[1::2]).sin()
+    return F.linear(x, self.w5[:2]) + F.linear(x, self.w5[2:].tanh())
+
+
 class Standardized(nn.Conv2d):
     """A convolution whose weight is standardized first, as in NFNet and BiT."""
 
@@ -450,7 +472,36 @@ WEIGHT_CASES: tuple[Case, ...] = (
         {"w0": one("linear", "F.linear"), **on_weight("w1", "w2")},
         kinds={"w1": "experts", "w2": "experts"},
     ),
-    Case("aten_packed", functional(_packed, (12, 5), (6, 5)), randn(2, 3, 5), aten, on_weight("w0", "w1")),
+    Case(
+        "aten_packed",
+        functional(_packed, (12, 5), (6, 5)),
+        randn(2, 3, 5),
+        aten,
+        on_weight("w0", "w1"),
+        parts={"w0": (4, 4, 4)},
+    ),
+    *(
+        Case(
+            f"{dialect}_slices",
+            functional(_slices, (12, 5), (10, 12), (6, 4), (5, 3, 2)),
+            randn(2, 3, 5),
+            trace,
+            on_weight("w0", "w1", "w2", "w3"),
+            kinds={"w3": "conv"},
+            parts={"w0": (2, 4, 6), "w1": (4, 6), "w2": (3, 3), "w3": (2, 3)},
+        )
+        for dialect, trace in (("aten", aten), ("functional", functions))
+    ),
+    *(
+        Case(
+            f"{dialect}_no_slices",
+            functional(_no_slices, (5, 4), (7, 6), (4, 5), (6, 4), (6, 4), (4, 3)),
+            randn(2, 3, 4),
+            trace,
+            on_weight("w0", "w1", "w2", "w3", "w4", "w5"),
+        )
+        for dialect, trace in (("aten", aten), ("functional", functions))
+    ),
     Case(
         "aten_standardized",
         seq(lambda: Standardized(3, 4, 3, stride=2), lambda: nn.Conv2d(4, 6, 2)),
@@ -529,15 +580,16 @@ WEIGHT_CASES: tuple[Case, ...] = (
         _indices((1, 4, 8), (2, 3, 1)),
         modules,
         {"lin.weight": one("lin", "nn.Linear")},
-        refusals={"table.weight": Reason.OPAQUE},
+        refusals={"table.weight": Reason.MUTATED},
     ),
     Case(
         "aten_positions",
         Positions,
         randn(2, 4, 5),
         aten,
-        {"lin.weight": one("linear", "aten.linear")},
-        refusals={"pos": Reason.NO_FORM, "rows": Reason.NO_FORM, "bias": Reason.NO_FORM},
+        {"lin.weight": one("linear", "aten.linear"), **on_weight("bias")},
+        refusals={"pos": Reason.NO_FORM, "rows": Reason.NO_FORM},
+        kinds={"bias": "embedding"},
     ),
     Case(
         "module_mixed_uses",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,7 +69,16 @@ def deltas(graph_module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def product(site: Site, b: Tensor, a: Tensor) -> Tensor:
-    """`B @ A`, of each expert, turned around where the weight is stored [in, out], in the shape of the weight."""
+    """`B @ A`, of each expert or slice, turned around where the weight is stored [in, out], in the shape of the
+    weight.
+    """
+    if site.parts:
+        ends, rank = list(itertools.accumulate(site.parts)), site.rank
+        slices = [
+            torch.einsum("or,ri->oi", b[end - size : end], a[index * rank : (index + 1) * rank])
+            for index, (size, end) in enumerate(zip(site.parts, ends, strict=True))
+        ]
+        return torch.cat(slices).reshape(site.shape)
     matrix = torch.einsum("eor,eri->eoi", b, a) if site.kind == "experts" else torch.einsum("or,ri->oi", b, a)
     return (matrix.t() if site.layout == "in_out" else matrix).reshape(site.shape)
 

@@ -132,7 +132,8 @@ def test_branches_are_those_of_the_plan(case: Case) -> None:
             assert branch.lora_B.shape == (rows, parameter.shape[1], site.rank)
         else:
             columns, rows = (rows, columns) if weight in case.turned else (columns, rows)
-            assert branch.lora_A.shape == (site.rank, columns)
+            pairs = len(case.parts.get(weight, (rows,)))
+            assert branch.lora_A.shape == (pairs * site.rank, columns)
             assert branch.lora_B.shape == (rows, site.rank)
         assert branch.lora_A.dtype == branch.lora_B.dtype == torch.float64
         assert branch.lora_A.requires_grad
@@ -358,5 +359,5 @@ def test_a_size_that_the_graph_computes_is_given_to_the_branch() -> None:
 def test_refusals_are_data_not_branches() -> None:
     case = BY_NAME["module_max_norm"]
     inserted = insert(case.own(), case.spec)
-    assert {each.weight: each.reason for each in record_of(inserted).refusals} == {"table.weight": Reason.OPAQUE}
+    assert {each.weight: each.reason for each in record_of(inserted).refusals} == {"table.weight": Reason.MUTATED}
     assert set(branches_of(inserted)) == set(case.sites)

@@ -288,8 +288,8 @@ def test_every_pass_can_be_parsed() -> None:
         (
             'match-sites{"spec": {"rang": 4}}',
             SpecError,
-            "spec has no field 'rang'; nearest: 'rank', 'train'; known: targets, exclude, train, rules, rank, "
-            "lora_alpha, "
+            "spec has no field 'rang'; nearest: 'rank', 'train'; known: targets, exclude, train, untie, rules, "
+            "rank, lora_alpha, "
             "use_rslora, pace, restart, noise, restart_A, optimizer_state, slow_train, on_nonfinite, seed",
         ),
         (

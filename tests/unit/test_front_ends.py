@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 import lorasc_fx as lx
@@ -278,8 +279,8 @@ def test_llama_with_gradient_checkpointing(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_a_cache_that_cannot_be_taken_apart_is_one_leaf() -> None:
-    """Mamba's cache is of a type that transformers registers with torch's pytree, and refuses to be flattened."""
+def test_mamba_is_one_graph_with_its_cache() -> None:
+    """Mamba's cache is one of those that transformers registers with torch's pytree for a model that it exports."""
     import transformers
 
     torch.manual_seed(0)
@@ -287,7 +288,7 @@ def test_a_cache_that_cannot_be_taken_apart_is_one_leaf() -> None:
     model = transformers.MambaForCausalLM(config).double().eval()
     ids = torch.randint(3, 40, (2, 6))
     cascade = lx.adapt(model, kwargs={"input_ids": ids}, spec=SPEC)
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "export"
     assert {site.kind for site in cascade.sites} == {"embedding", "conv", "linear"}
     randomize(cascade, 1)
     found = cascade(input_ids=ids)
@@ -300,6 +301,47 @@ def test_a_cache_that_cannot_be_taken_apart_is_one_leaf() -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, found.logits, rtol=0, atol=1e-12)
     again = cascade(input_ids=ids[:, :3], cache_params=found.cache_params)  # the cache as an input
     assert again.logits.shape[1] == 3
+
+
+class Memory:
+    """A state that torch's pytree knows and cannot take apart."""
+
+    def __init__(self, state: torch.Tensor) -> None:
+        self.state = state
+
+
+def _refuse_to_flatten(_: Any) -> Any:
+    raise RuntimeError("should be applied to another Memory")
+
+
+pytree.register_pytree_node(Memory, _refuse_to_flatten, lambda children, context: Memory(*children))
+
+
+class Remembering(Net):
+    """Returns a state that it takes back."""
+
+    def forward(self, x: torch.Tensor, memory: Memory | None = None) -> tuple[torch.Tensor, Memory]:
+        hidden = torch.tanh(self.body(x)) + (0.0 if memory is None else memory.state)
+        return self.head(hidden), Memory(hidden)
+
+
+def test_a_state_that_cannot_be_taken_apart_is_one_leaf() -> None:
+    model, x = net(Remembering), batches(1, 4, 5)[0]
+    with pytest.raises(RuntimeError, match="should be applied to another Memory"):
+        pytree.tree_leaves(model(x))
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert cascade.frontend == "pieces"
+    randomize(cascade)
+    found, memory = cascade(x)
+    assert type(memory) is Memory
+    expected, theirs = merged(cascade, model, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(memory.state, theirs.state, rtol=0, atol=1e-12)
+    found, expected = cascade(x, memory)[0], merged(cascade, model, x, theirs)[0]  # the state as an input
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(found, merged(cascade, model, x)[0], atol=1e-3)
+    loss_of(found).backward()
+    assert all(parameter.grad.any() for parameter in cascade.branches.parameters())
 
 
 class Padded(nn.Module):

@@ -224,6 +224,56 @@ def test_lora_a_from_the_gradient(clip: float | None, discarded: bool) -> None:
         assert not torch.equal(branch.lora_A, after[name])
 
 
+class Packed(nn.Module):
+    """A layer that is used whole, and slices of 2, 4 and 3 rows of a packed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(62)
+        self.body, self.packed = nn.Linear(5, 7), nn.Parameter(torch.randn(9, 7) / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.body(x))
+        one, two, three = self.packed.split([2, 4, 3])
+        one, two, three = nn.functional.linear(x, one), nn.functional.linear(x, two), nn.functional.linear(x, three)
+        return torch.cat([one.sin(), two.tanh() * one.sum(-1, keepdim=True), three.square()], -1)
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "pieces"])
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_lora_a_from_the_gradient_of_each_slice(clip: float | None, frontend: str) -> None:
+    """The same for each slice by itself: its rows of G, its rows of lora_A and of lora_B."""
+    spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, restart_A="gradient", noise=lx.Noise(0.1))
+    cascade = lx.adapt(Packed().double(), batches(1, 4, 5), spec=spec, frontend=frontend)
+    assert {site.weight: site.parts for site in cascade.sites} == {"body.weight": (), "packed": (2, 4, 3)}
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
+    randomize(cascade)
+    cascade.transition(optimizer)
+    fresh, calls = factors(cascade), batches(2, 6, 5, seed=9)
+    truth = gradients_of(cascade.model, calls)
+    for call in calls:
+        loss_of(cascade(call)).backward()
+    share = 1.0
+    if clip is not None:
+        norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+        share = clip / (norm.item() + 1e-6)
+        assert share < 0.1
+    optimizer.step()
+    optimizer.zero_grad()
+
+    branch = branches(cascade)["packed"]
+    assert branch.lora_A.shape == (6, 7)
+    assert branch.lora_B.shape == (9, 2)
+    for index, rows in enumerate((slice(0, 2), slice(2, 6), slice(6, 9))):
+        gradient, a = truth["packed"][rows], branch.lora_A.detach()[2 * index : 2 * index + 2]
+        _, sizes, right = torch.linalg.svd(gradient, full_matrices=False)
+        assert sizes[1] > 1e-3 * sizes[0]
+        assert not torch.allclose(a, fresh["packed"][2 * index : 2 * index + 2], atol=1e-3)
+        torch.testing.assert_close(a @ right[:2].T @ right[:2], a, rtol=0, atol=1e-12)
+        assert torch.linalg.matrix_rank(a) == 2
+        torch.testing.assert_close(branch.lora_B.detach()[rows], -share * 1.5 * gradient @ a.T, rtol=1e-6, atol=1e-12)
+
+
 def test_the_gradient_start_is_the_cascades_own_trajectory() -> None:
     """From the step on, the stage is LoRA from that A: steps by hand with autograd's own gradients agree."""
     spec = lx.CascadeSpec(rank=2, restart_A="gradient", pace=1.0)

@@ -1,0 +1,81 @@
+"""`CascadeSpec.untie`: a tied parameter gets a copy of its own under some of its names, which is then a site."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorasc_fx.errors import SpecError
+from lorasc_fx.graph import matches
+
+__all__ = ["check_untie", "untied"]
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """A module that holds a parameter under a leaf name, and the full names that lead there."""
+
+    module: nn.Module
+    leaf: str
+    names: tuple[str, ...]
+
+
+def check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Refuse a pattern that means no tied parameter.
+
+    Raises:
+        SpecError: the pattern, and what it means.
+    """
+    ties = _ties(model)
+    for pattern in patterns:
+        if not any(matches(pattern, holder.names) for tie in ties for holder in tie):
+            told = "; tied here: " + ", ".join("=".join(holder.names[0] for holder in tie) for tie in ties[:5])
+            raise SpecError(
+                f"untie: {pattern!r} means no parameter that is held in two places{told if ties else ', none here is'}"
+            )
+
+
+@contextlib.contextmanager
+def untied(model: nn.Module, patterns: Sequence[str]) -> Iterator[None]:
+    """Give each place that a pattern means a parameter of its own, equal to the shared one; put it back on an error.
+
+    The first place keeps the shared object; places that no pattern means stay tied to each other.
+    """
+    before: list[tuple[_Holder, nn.Parameter]] = []
+    try:
+        for tie in _ties(model) if patterns else ():
+            shared = tie[0].module._parameters[tie[0].leaf]
+            assert shared is not None
+            apart = [holder for holder in tie if any(matches(pattern, holder.names) for pattern in patterns)]
+            rest = [holder for holder in tie if holder not in apart]
+            for group in [rest, *([holder] for holder in apart)]:
+                if not group or tie[0] in group:
+                    continue
+                own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                for holder in group:
+                    before.append((holder, shared))
+                    holder.module._parameters[holder.leaf] = own
+        yield
+    except BaseException:
+        for holder, parameter in before:
+            holder.module._parameters[holder.leaf] = parameter
+        raise
+
+
+def _ties(model: nn.Module) -> list[list[_Holder]]:
+    """Return the places of every parameter that is held in more than one."""
+    names: dict[tuple[int, str], list[str]] = {}
+    places: dict[int, dict[tuple[int, str], nn.Module]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault((id(module), leaf), []).append(f"{prefix}.{leaf}".lstrip("."))
+                places.setdefault(id(parameter), {})[id(module), leaf] = module
+    return [
+        [_Holder(module, leaf, tuple(names[place, leaf])) for (place, leaf), module in held.items()]
+        for held in places.values()
+        if len(held) > 1
+    ]

@@ -1,0 +1,239 @@
+"""What a run of the eager model shows that a tracer does not see, and whether a graph computes what the model computes.
+
+A tracer sees no values and no gradients: it lets pass what the model refuses, keeps no attribute that Python sets from
+call to call, inlines the forward of a custom autograd.Function, and may leave out a write to a buffer, a hook, or the
+type of an output. So the model runs first, and each whole graph is held against it before it is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import is_quantized
+from lorasc_fx.capture.live import quiet
+from lorasc_fx.capture.signature import copied
+from lorasc_fx.capture.untouched import Attributes, same_attributes, same_values, untouched, written_by
+from lorasc_fx.errors import CaptureError
+
+__all__ = ["Trial", "check_agrees", "one_line", "seed", "try_model"]
+
+ROUNDING = 1e4
+"""Units in the last place, of the output's scale, by which a graph may differ: torch may take other kernels for it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a run showed.
+
+    Args:
+        restless: attributes that Python sets anew at each call.
+        functions: names of the custom autograd Functions through which gradients go.
+        draws: whether its Python draws from the generators of Python or numpy, unless it seeds them itself.
+    """
+
+    restless: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+    draws: bool = False
+
+    def check(self) -> None:
+        """Refuse the model for a whole graph.
+
+        Raises:
+            RuntimeError: no graph of it would do what it does.
+        """
+        if self.restless:
+            raise RuntimeError(f"the model sets its attribute {self.restless[0]} at each call, which no graph repeats")
+        if self.draws:
+            raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
+        if self.functions:
+            raise RuntimeError(f"the model uses {self.functions[0]}, whose backward a traced graph does not keep")
+
+
+def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trial:
+    """Run the model as it is, with gradients, and leave it as it was.
+
+    Raises:
+        CaptureError: the model itself raises.
+    """
+    try:
+        with quiet(), same_attributes(model) as before, _all_trained(model):
+            output, draws = _run(model, args, kwargs), False
+            functions = tuple(sorted(_functions(_tensors(output))))
+            drawn = _generators()
+            restless: tuple[str, ...] = ()
+            if before.moved(model):
+                once = Attributes.of(model)  # what only a first call sets, a cache, is not meant
+                _run(model, args, kwargs)
+                restless = tuple(once.moved(model))
+            seed()
+            moved = [index for index, state in enumerate(_generators()) if state != drawn[index]]
+            if moved:
+                _run(model, args, kwargs, start=1)
+                again = _generators()  # a model that seeds them itself draws the same each time
+                draws = any(drawn[index] != again[index] for index in moved)
+            return Trial(restless, functions, draws)
+    except MemoryError:
+        raise
+    except Exception as fault:
+        raise CaptureError(
+            f"{type(model).__name__} itself refuses the example inputs: {one_line(fault)}; "
+            "give args and kwargs with which the model runs"
+        ) from fault
+
+
+def check_agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Hold a graph against its model on one call: types, values, and the buffers afterwards.
+
+    Raises:
+        RuntimeError: they differ by more than rounding, though the model repeats itself under one seed.
+    """
+    ours, theirs = (_observed(call, model, args, kwargs) for call in (graph, model))
+    fault = _fault(ours, theirs)
+    if fault is not None and _fault(_observed(model, model, args, kwargs), theirs) is None:
+        raise RuntimeError(f"its graph does something else than the model: {fault}")
+
+
+def seed(value: int = 0) -> None:
+    """Seed the generators that `quiet` gives back; torch.manual_seed would reach those of an idle accelerator too."""
+    random.seed(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(value)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+
+
+def one_line(fault: Exception) -> str:
+    """Return type and first line of an exception."""
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    return f"{type(fault).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _generators() -> tuple[Any, Any]:
+    """Return the states of the generators of Python and numpy."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else ()
+    return random.getstate(), [part.tolist() if hasattr(part, "tolist") else part for part in state]
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], start: int = 0) -> Any:
+    inputs, named = copied(args, kwargs)
+    with same_values(model):
+        seed(start)
+        return model(*inputs, **named)
+
+
+@contextlib.contextmanager
+def _all_trained(model: nn.Module) -> Iterator[None]:
+    """Let every weight need a gradient, so that the run shows what gradients go through."""
+    frozen = [
+        each
+        for each in model.parameters()
+        if not each.requires_grad and each.is_floating_point() and not is_quantized(each)
+    ]
+    try:
+        for each in frozen:
+            each.requires_grad_(True)
+        yield
+    finally:
+        for each in frozen:
+            each.requires_grad_(False)
+
+
+def _functions(outputs: list[torch.Tensor]) -> set[str]:
+    found: set[str] = set()
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        name = type(node).__name__.removesuffix("Backward")
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if own and not name.startswith("GeneratedBackwardFor_"):  # of a custom op, which a graph keeps
+            found.add(f"the autograd.Function {name}")
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    return found
+
+
+def _observed(
+    call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
+    """Return the types and tensors of an output, and the buffers after the call."""
+    inputs, named = copied(args, kwargs)
+    with quiet(), untouched(model), torch.no_grad():
+        seed()
+        output = call(*inputs, **named)
+        written = [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
+        buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *written]]
+    return _types(output), [each.detach() for each in _tensors(output)], buffers
+
+
+def _fault(ours: tuple[Any, Any, Any], theirs: tuple[Any, Any, Any]) -> str | None:
+    """Return how two observations differ, or None."""
+    if ours[0] != theirs[0]:
+        return f"an output of other types, {ours[0]} for {theirs[0]}"
+    for index, (one, other) in enumerate(zip(ours[1], theirs[1], strict=True)):
+        if (difference := _apart(one, other)) is not None:
+            return f"output {index} is {difference}"
+    if [name for name, _ in ours[2]] != [name for name, _ in theirs[2]]:
+        return "other buffers"
+    for (name, one), (_, other) in zip(ours[2], theirs[2], strict=True):
+        if (difference := _apart(one, other)) is not None:
+            return f"buffer {name} is {difference} after the call"
+    return None
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> str | None:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return f"{one.dtype} {tuple(one.shape)} for {other.dtype} {tuple(other.shape)}"
+    if one.is_nested or one.is_sparse or one.numel() == 0 or torch.equal(one, other):
+        return None
+    if not (one.is_floating_point() or one.is_complex()):
+        return "another"
+    finite = one.isfinite() & other.isfinite()
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return "not finite in the same places"
+    scale = float(other[finite].abs().max()) if bool(finite.any()) else 0.0
+    gap = float((one - other)[finite].abs().max()) if bool(finite.any()) else 0.0
+    return f"off by {gap / scale:.1e} of its scale" if gap > ROUNDING * torch.finfo(one.dtype).eps * scale else None
+
+
+def _types(value: Any) -> Any:
+    """Return the types of a value and of what it holds, as far as containers go."""
+    if isinstance(value, Mapping):
+        return (type(value).__name__, tuple((str(key), _types(item)) for key, item in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, tuple(map(_types, value)))
+    return "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Return the tensors of an output, of whatever type, each object once."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        elif isinstance(each, Mapping):
+            waiting.extend(reversed(list(each.values())))
+        elif isinstance(each, (list, tuple)):
+            waiting.extend(reversed(each))
+        elif hasattr(each, "__dict__") and not isinstance(each, (type, nn.Module)) and not callable(each):
+            waiting.extend(reversed(list(vars(each).values())))
+    return found

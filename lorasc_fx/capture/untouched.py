@@ -1,0 +1,182 @@
+"""Run a model without leaving a trace in it: buffers and the attributes that its Python sets are given back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import is_quantized
+
+__all__ = ["Attributes", "same_attributes", "same_values", "substituted", "untouched", "written_by"]
+
+_OWN = frozenset(("_parameters", "_buffers", "_modules", "training"))
+"""What is looked at elsewhere. Hooks are attributes as well: transformers installs some at a first call."""
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+_WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+"""Names of the parameters that each model's forward writes into, of models that have run on trial."""
+
+
+def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what a forward may write into: no quantized weights, which know few ops."""
+    return ((name, value) for name, value in model.named_parameters() if not is_quantized(value))
+
+
+def written_by(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that forward writes into, of a model that has run on trial."""
+    return _WRITTEN.get(model, frozenset())
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """The plain attributes of every module, and what the containers among them hold."""
+
+    values: dict[nn.Module, dict[str, Any]]
+    contents: dict[nn.Module, dict[str, Any]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Attributes:
+        """Return those of a model as they are."""
+        values = {
+            module: {name: value for name, value in vars(module).items() if name not in _OWN}
+            for module in model.modules()
+        }
+        contents = {
+            module: {name: value.copy() for name, value in held.items() if type(value) in _CONTAINERS}
+            for module, held in values.items()
+        }
+        return cls(values, contents)
+
+    def moved(self, model: nn.Module) -> list[str]:
+        """Return the dotted names of those that are others by now."""
+        now = Attributes.of(model)
+        names = {module: name for name, module in model.named_modules()}
+        found = []
+        for module, held in now.values.items():
+            before, contents = self.values.get(module, {}), self.contents.get(module, {})
+            for name in held.keys() | before.keys():
+                same = name in held and name in before and _same(held[name], before[name])
+                if not same or (name in contents and not _same(now.contents[module][name], contents[name])):
+                    found.append(f"{names[module]}.{name}".lstrip("."))
+        return sorted(found)
+
+    def restore(self) -> None:
+        """Give every module its attributes back."""
+        for module, held in self.values.items():
+            own = vars(module)
+            for name in [name for name in own if name not in _OWN and name not in held]:
+                del own[name]
+            own.update(held)
+            for name, content in self.contents[module].items():
+                if not _same(held[name], content):
+                    held[name].clear()
+                    held[name].extend(content) if isinstance(content, list) else held[name].update(content)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, (bool, int, float, str, bytes)):
+        return bool(one == other)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(map(_same, one.values(), other.values()))
+    return isinstance(one, (set, torch.Size, torch.dtype, torch.device)) and bool(one == other)
+
+
+@contextlib.contextmanager
+def substituted(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let the model hold other tensors in place of these parameters, at every place that holds one of them.
+
+    (torch.func.functional_call leaves its values behind in a module that a model holds under two names, and does not
+    reach lists of parameters, as recurrent layers keep.)
+    """
+    parameters = dict(model.named_parameters())
+    instead = {id(parameters[name]): value for name, value in values.items()}
+    held: list[tuple[Any, Any, Any]] = []
+    for module in model.modules():
+        held += [
+            (module._parameters, leaf, value) for leaf, value in module._parameters.items() if id(value) in instead
+        ]
+        for store in (each for each in vars(module).values() if type(each) is list):
+            held += [(store, place, value) for place, value in enumerate(store) if id(value) in instead]
+    try:
+        for store, key, value in held:
+            store[key] = instead[id(value)]
+        yield
+    finally:
+        for store, key, value in held:
+            store[key] = value
+
+
+@contextlib.contextmanager
+def same_attributes(model: nn.Module) -> Iterator[Attributes]:
+    """Give attributes back at the end; yields them as they were."""
+    attributes = Attributes.of(model)
+    try:
+        yield attributes
+    finally:
+        attributes.restore()
+
+
+@contextlib.contextmanager
+def same_values(model: nn.Module) -> Iterator[None]:
+    """Give buffers back at the end, and parameters that forward writes into.
+
+    Which ones these are is known after a first run, for which all are kept, in host memory.
+    """
+    buffers = [
+        (
+            module,
+            dict(module._buffers),
+            {name: value.clone() for name, value in module._buffers.items() if value is not None},
+        )
+        for module in model.modules()
+    ]
+    known = _WRITTEN.get(model)
+    kept = {
+        name: (parameter, parameter.data, parameter.detach().to("cpu", copy=True))
+        for name, parameter in _plain_parameters(model)
+        if known is None or name in known
+    }
+    written = set(known or ())
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, (parameter, memory, value) in kept.items():
+                moved = parameter.data_ptr() != memory.data_ptr()
+                if moved:
+                    parameter.data = memory
+                if moved or not torch.equal(parameter.cpu(), value):
+                    parameter.copy_(value)
+                    written.add(name)
+            for module, objects, values in buffers:
+                if isinstance(module._buffers, dict):  # a script module keeps its own
+                    module._buffers.clear()
+                    module._buffers.update(objects)
+                for name, value in values.items():
+                    buffer = module._buffers[name]
+                    if buffer is not None and buffer.shape == value.shape:
+                        buffer.copy_(value)
+    _WRITTEN[model] = frozenset(written)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Leave the model as it was."""
+    with same_attributes(model), same_values(model):
+        yield

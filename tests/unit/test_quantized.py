@@ -1,0 +1,211 @@
+"""A base whose weights torchao has quantized: branches train beside them, and a fold says what becomes of them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.unit.cases import loss_of
+
+torchao = pytest.importorskip("torchao.quantization")
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "int8": torchao.Int8WeightOnlyConfig,
+    "int4": lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(16)),
+}
+BOTH = pytest.mark.parametrize("width", CONFIGS)
+
+
+class Net(nn.Module):
+    """Two quantized layers, and a norm and a head that stay as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 16)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.down(torch.tanh(self.up(x)))))
+
+
+def quantize(module: nn.Module, width: str) -> None:
+    torchao.quantize_(module, CONFIGS[width](), filter_fn=lambda each, name: type(each) is nn.Linear and name != "head")
+
+
+def net(width: str) -> nn.Module:
+    torch.manual_seed(3)
+    model = Net().eval()
+    quantize(model, width)
+    return model
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
+
+
+def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's weights as dense tensors."""
+    return {
+        name: value.dequantize() if type(value) is not nn.Parameter else value.detach().clone()
+        for name, value in model.named_parameters()
+    }
+
+
+def delta(cascade: lx.Cascade, site: lx.Site) -> torch.Tensor:
+    branch = cascade.branches[site.key]
+    return 1.5 * (branch.lora_B @ branch.lora_A).detach()
+
+
+def train(cascade: lx.Cascade, stages: int = 2) -> dict[str, torch.Tensor]:
+    """Train, and return the slow weights by the formula."""
+    slow = numbers(cascade.model)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in cascade.stages(stages, optimizer):
+        for _ in range(3):
+            loss_of(cascade(inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for site in cascade.sites:
+            slow[site.weight] = slow[site.weight] + SPEC.pace * delta(cascade, site)
+    return slow
+
+
+def plain(values: dict[str, torch.Tensor]) -> nn.Module:
+    model = Net().eval()
+    model.load_state_dict(values)
+    return model
+
+
+@BOTH
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "pieces"])
+def test_branches_train_beside_quantized_weights(width: str, frontend: str) -> None:
+    model = net(width)
+    eager, before = copy.deepcopy(model), dict(model.named_parameters())
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend=frontend)
+    assert {site.weight for site in cascade.sites} == {"up.weight", "down.weight", "head.weight"}
+    assert torch.equal(cascade(inputs()), eager(inputs()))
+    start = numbers(model)
+    with torch.no_grad():
+        for branch in cascade.branches.values():
+            branch.lora_B.normal_(std=0.1)
+    merged = plain({**start, **{site.weight: start[site.weight] + delta(cascade, site) for site in cascade.sites}})
+    torch.testing.assert_close(cascade(inputs()), merged(inputs()), rtol=0, atol=2e-5)
+    assert not torch.allclose(cascade(inputs()), eager(inputs()), atol=1e-2)
+    loss_of(cascade(inputs())).backward()
+    assert all(bool(factor.grad.any()) for factor in cascade.branches.parameters())
+    cascade.zero_grad()
+    with torch.no_grad():
+        for branch in cascade.branches.values():
+            branch.lora_B.zero_()
+    slow = plain(train(cascade))(inputs())
+    torch.testing.assert_close(cascade(inputs()), slow, rtol=0, atol=2e-5)  # parked: carried by the branches
+    with cascade.weights("slow"):
+        torch.testing.assert_close(model(inputs()), slow, rtol=0, atol=2e-5)
+        assert type(model.up.weight) is nn.Parameter
+    with cascade.weights("base"):
+        assert torch.equal(model(inputs()), eager(inputs()))
+    after = dict(model.named_parameters())
+    assert all(after[name] is value for name, value in before.items())
+
+
+@BOTH
+def test_a_fold_refuses_unless_asked(width: str) -> None:
+    model = net(width)
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC)
+    slow = train(cascade)
+    sentence = r"^release: up.weight and 1 more is quantized, .* nothing was changed"
+    for call in (cascade.release, cascade.folded_state_dict, cascade.folded_graph):
+        with pytest.raises(lx.StateError, match=sentence.replace("release", call.__name__)):
+            call()
+    with pytest.raises(lx.SpecError, match="quantized is 'round'"):
+        cascade.release(quantized="round")  # type: ignore[arg-type]
+    expected = plain(slow)(inputs())
+    state = cascade.folded_state_dict(quantized="dequantize")
+    for name, value in state.items():
+        torch.testing.assert_close(value, slow[name], rtol=0, atol=1e-6)
+    torch.testing.assert_close(cascade.folded_graph(quantized="dequantize")(inputs()), expected, rtol=0, atol=2e-5)
+    released = cascade.release(quantized="dequantize")
+    assert released is model
+    assert all(type(value) is nn.Parameter for value in model.parameters())
+    torch.testing.assert_close(model(inputs()), expected, rtol=0, atol=2e-5)
+
+
+@BOTH
+def test_quantized_again_where_asked(width: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It says how far training moved each weight and how far the rounding, and the result is the library's own."""
+    model = net(width)
+    kind = type(model.up.weight)
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC)
+    slow = train(cascade)
+    with pytest.raises(lx.StateError, match="did not quantize the weight of Linear"):
+        cascade.release(quantized=lambda module: None)
+    assert type(model.up.weight) is kind
+    with caplog.at_level(logging.WARNING, logger="lorasc_fx"):
+        cascade.release(quantized=lambda module: quantize(module, width))
+    assert caplog.text.count("was quantized again as") == 2
+    assert type(model.up.weight) is type(model.down.weight) is kind
+    again = plain(slow)
+    quantize(again, width)
+    for name, value in numbers(model).items():  # a number on the border of two steps may fall to either side
+        off = (value - numbers(again)[name]).abs() > 1e-6
+        assert off.float().mean() < 0.01
+
+
+def test_an_untrained_cascade_gives_the_weights_back() -> None:
+    model = net("int8")
+    before = dict(model.named_parameters())
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC)
+    cascade.release()
+    assert all(value is before[name] for name, value in model.named_parameters())
+
+
+def test_no_noise_on_quantized_weights() -> None:
+    model = net("int8")
+    flags = [value.requires_grad for value in model.parameters()]
+    with pytest.raises(lx.SpecError, match=r"noise.strength is 0.1, and up.weight is quantized"):
+        lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(noise=lx.Noise(0.1)))
+    assert [value.requires_grad for value in model.parameters()] == flags
+    lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), noise=lx.Noise(0.1))).release()
+
+
+def test_numbers_that_are_read_in_another_way_are_refused() -> None:
+    class Odd(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.up.weight.dequantize().sum()
+
+    torch.manual_seed(3)
+    model = Odd().eval()
+    quantize(model, "int8")
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend="pieces")
+    refused = {each.weight: each.reason for each in cascade.refusals}
+    assert refused == {"up.weight": lx.Reason.QUANTIZED}
+    assert {site.weight for site in cascade.sites} == {"down.weight", "head.weight"}
+
+
+@BOTH
+def test_a_checkpoint_goes_on(width: str, tmp_path: Path) -> None:
+    cascade = lx.adapt(net(width), (inputs(),), spec=SPEC)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in range(2):
+        loss_of(cascade(inputs())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cascade.transition(optimizer)
+    lx.save(cascade, tmp_path, optimizer=optimizer)
+    again = lx.load(tmp_path, net(width), (inputs(),))
+    assert torch.equal(again(inputs()), cascade(inputs()))
+    other = net(width)
+    with torch.no_grad():
+        other.up.bias.add_(1)
+    other.up.weight = copy.deepcopy(net("int4" if width == "int8" else "int8").up.weight)
+    with pytest.raises(lx.CheckpointError, match="up"):
+        lx.load(tmp_path, other, (inputs(),))

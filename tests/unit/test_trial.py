@@ -1,0 +1,316 @@
+"""A graph that would do something else than its model is refused, with the reason."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lorasc_fx as lx
+from tests.unit.cases import batches, branches, loss_of, randomize
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+GRAPHS = ("export", "dynamo", "symbolic")
+X = batches(3, 4, 5)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    """Two layers, with something in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.between(torch.tanh(self.body(x))))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def build(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(3)
+    return make().double()
+
+
+def refuse(make: Callable[[], nn.Module], frontend: str, sentence: str) -> None:
+    model = build(make)
+    whole = f"no front end takes {type(model).__name__}:\n  {frontend}: {sentence}"
+    with pytest.raises(lx.CaptureError, match=f"^{re.escape(whole)}"):
+        lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
+
+
+def seeded(call: Callable[..., Any], *args: Any) -> Any:
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+    return call(*args)
+
+
+def assert_goes_as_eager(make: Callable[[], nn.Module], cascade: lx.Cascade) -> None:
+    """Some calls, one after the other: outputs and gradients of branches as autograd has them through W + s B A."""
+    randomize(cascade)
+    twin = build(make).train(cascade.training).requires_grad_(False)
+    held = dict(twin.named_parameters())
+    parameters = list(cascade.branches.parameters())
+    for x in X:
+        values = {name: held[name] + 1.5 * (each.lora_B @ each.lora_A) for name, each in branches(cascade).items()}
+        found = seeded(cascade, x)
+        expected = seeded(torch.func.functional_call, twin, values, (x,))
+        assert type(found) is type(expected)
+        found, expected = (each["y"] if isinstance(each, dict) else each for each in (found, expected))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        ours, theirs = (torch.autograd.grad(loss_of(each), parameters) for each in (found, expected))
+        for one, other in zip(ours, theirs, strict=True):
+            assert other.any()
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+class Steep(torch.autograd.Function):
+    """Rounds; its backward is no derivative of that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return (x * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> torch.Tensor:
+        return slope * (3.0 - ctx.saved_tensors[0].sin())
+
+
+class Rounds(Net):
+    """Rounds what is between the layers."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return Steep.apply(x)
+
+
+class RoundsWeights(Net):
+    """Rounds a weight."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, Steep.apply(self.body.weight).t().mm(self.body.weight).repeat(2, 2)[:7, :7])
+
+
+@pytest.mark.parametrize("make", [Rounds, RoundsWeights])
+@pytest.mark.parametrize("frontend", [*GRAPHS, "auto", "pieces"])
+def test_a_function_keeps_its_own_backward(make: type[Net], frontend: str) -> None:
+    reason = "RuntimeError: the model uses the autograd.Function Steep, whose backward a traced graph does not keep"
+    if frontend in GRAPHS:
+        refuse(make, frontend, reason)
+        return
+    cascade = lx.adapt(build(make), (X[0],), spec=SPEC, frontend=frontend)
+    assert cascade.frontend == "pieces"
+    assert cascade.refused_frontends == (tuple((name, reason) for name in GRAPHS) if frontend == "auto" else ())
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
+    assert_goes_as_eager(make, cascade)
+
+
+class Counts(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Any = 0
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept += 1
+        return x * self.kept
+
+
+class Lists(Counts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [1.0]
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept.append(self.kept[-1] / 2)
+        return x * self.kept[-1]
+
+
+class Hides(Counts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(7, dtype=torch.float64)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.kept
+        self.kept = self.kept / 2 + x.detach().mean(0)
+        return y
+
+
+@pytest.mark.parametrize("make", [Counts, Lists, Hides])
+def test_state_in_python(make: type[Counts]) -> None:
+    for frontend in GRAPHS:
+        refuse(make, frontend, "RuntimeError: the model sets its attribute kept at each call, which no graph repeats")
+    model = build(make)
+    kept = model.kept
+    before = list(kept) if isinstance(kept, list) else kept
+    cascade = lx.adapt(model, (X[0],), spec=SPEC)
+    assert cascade.frontend == "pieces"
+    assert model.kept is kept
+    assert before is kept or before == kept
+    assert_goes_as_eager(make, cascade)
+
+
+class Caches(Net):
+    """Only the first call sets its attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: Any = None
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale is None:
+            self.scale = 1.0 + x.shape[-1]
+        return x * self.scale
+
+
+@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "pieces"])
+def test_what_only_a_first_call_sets_is_no_state(frontend: str) -> None:
+    model = build(Caches)
+    cascade = lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
+    assert model.scale is None
+    assert cascade.frontend == ("export" if frontend == "auto" else frontend)
+    assert_goes_as_eager(Caches, cascade)
+
+
+class Grows(Net):
+    """A buffer that is another one, of another shape, after each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1, 7))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.seen.sum(0)
+        self.seen = torch.cat([self.seen, x.detach()[:1]])
+        return y
+
+
+def test_a_buffer_of_another_shape() -> None:
+    sentence = "RuntimeError: the model replaces its buffer seen of shape (1, 7) by one of shape (2, 7), which no graph"
+    refuse(Grows, "export", sentence)
+    model = build(Grows)
+    buffer, value = model.seen, model.seen.clone()
+    cascade = lx.adapt(model, (X[0],), spec=SPEC)
+    assert cascade.frontend == "pieces"
+    assert model.seen is buffer
+    assert torch.equal(model.seen, value)
+    assert_goes_as_eager(Grows, cascade)
+    assert model.seen.shape == (1 + len(X), 7)
+
+
+def hooked() -> nn.Module:
+    model = Net()
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def patched() -> nn.Module:
+    model = Net()
+    model.forward = lambda x: Net.forward(model, x) * 2
+    return model
+
+
+@pytest.mark.parametrize("make", [hooked, patched])
+def test_a_hook_and_a_patched_forward(make: Callable[[], nn.Module]) -> None:
+    refuse(make, "symbolic", "RuntimeError: its graph does something else than the model: output 0 is off by 5.0e-01")
+    assert_goes_as_eager(make, lx.adapt(build(make), (X[0],), spec=SPEC))
+
+
+class Ordered(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        return OrderedDict(y=super().forward(x))
+
+
+def test_the_type_of_an_output() -> None:
+    sentence = "RuntimeError: its graph does something else than the model: an output of other types, ('dict'"
+    refuse(Ordered, "symbolic", sentence)
+    for frontend in ("auto", "export", "pieces"):
+        assert_goes_as_eager(Ordered, lx.adapt(build(Ordered), (X[0],), spec=SPEC, frontend=frontend))
+
+
+class Modes(Net):
+    """Does half of it in another mode."""
+
+    def __init__(self, mode: Callable[[], Any]) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        with self.mode():
+            y = x.sin()
+        return x + y.detach()
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "inference_mode": torch.inference_mode,
+    "set_grad_enabled": lambda: torch.set_grad_enabled(False),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_modes_that_forward_switches(name: str) -> None:
+    def make() -> nn.Module:
+        return Modes(MODES[name])
+
+    sentence = "RuntimeError: the model switches gradients or autocast on or off inside, which no symbolic graph holds"
+    refuse(make, "symbolic", sentence)
+    if name != "inference_mode":  # its tensors have no gradient to be compared
+        assert_goes_as_eager(make, lx.adapt(build(make), (X[0],), spec=SPEC))
+
+
+class Draws(Net):
+    """Draws in Python."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1.0 + self.draw())
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_draws_in_python(draw: Callable[[], float]) -> None:
+    for frontend in ("export", "symbolic"):
+        refuse(lambda: Draws(draw), frontend, "RuntimeError: the model draws random numbers in Python, which the graph")
+    before = random.getstate(), str(np.random.get_state())
+    cascade = lx.adapt(build(lambda: Draws(draw)), (X[0],), spec=SPEC)
+    assert (random.getstate(), str(np.random.get_state())) == before
+    assert cascade.frontend == "pieces"
+    assert_goes_as_eager(lambda: Draws(draw), cascade)
+
+
+@pytest.mark.filterwarnings("ignore:`?torch.nn.utils")
+@pytest.mark.parametrize(
+    ("norm", "own"),
+    [(nn.utils.weight_norm, "weight_v"), (nn.utils.spectral_norm, "weight_orig")],
+    ids=["weight", "spectral"],
+)
+def test_old_norms_of_weights_are_one_graph(norm: Callable[[nn.Module], nn.Module], own: str) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(norm(nn.Linear(5, 7)), nn.Tanh(), nn.Linear(7, 3)).eval()
+
+    cascade = lx.adapt(build(make), (X[0],), spec=SPEC)
+    assert cascade.frontend == "export"
+    assert {site.weight for site in cascade.sites} == {f"0.{own}", "2.weight"}
+    assert_goes_as_eager(make, cascade)

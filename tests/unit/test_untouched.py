@@ -1,0 +1,112 @@
+"""`adapt` runs the model, and leaves no trace in it: objects, values, attributes and generators are what they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+GRAPHS = ("export", "dynamo", "symbolic")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Dynamo keeps what it compiled by code object; each test starts without."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def build(make: Callable[[], nn.Module]) -> Any:
+    torch.manual_seed(3)
+    return make().double()
+
+
+def seeded(call: Callable[..., Any], *args: Any) -> Any:
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+    return call(*args)
+
+
+class Busy(nn.Module):
+    """Writes into buffers, attributes and a table that its lookup renormalizes; draws from three generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 5, _weight=torch.randn(9, 5) * 3, max_norm=1.0)
+        self.norm, self.drop, self.head = nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(7, 3)
+        self.fast, self.slow = nn.Linear(5, 7), nn.Linear(5, 7)
+        self.calls, self.seen, self.last = 0, {"sum": 0.0}, [None]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen["sum"] += random.random() + float(np.random.rand())
+        self.last.append(self.calls)
+        x = self.norm(self.table(ids))
+        return self.mix(x) * (1.0 + self.seen["sum"])
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(torch.tanh(self.fast(x))))
+
+
+class Follows(Busy):
+    """A second encoder that follows the first, and nothing kept in Python."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        for own, other in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
+            self.follow(own, other)
+        x = self.norm(self.table(ids))
+        return self.mix(x) + self.head(torch.tanh(self.slow(x)).detach())
+
+    def follow(self, own: nn.Parameter, other: nn.Parameter) -> None:
+        own.data.mul_(0.9).add_(other.data, alpha=0.1)
+
+
+class Replaces(Follows):
+    """The same, by new tensors."""
+
+    def follow(self, own: nn.Parameter, other: nn.Parameter) -> None:
+        own.data = own.data * 0.9 + other.data * 0.1
+
+
+def everything(model: Busy) -> dict[str, Any]:
+    """Objects, memory and values of parameters and buffers, attributes, and the generators."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    state = {name: (id(value), value.data_ptr(), value.tolist()) for name, value in tensors}
+    state["attributes"] = (model.calls, id(model.seen), dict(model.seen), id(model.last), list(model.last))
+    state["names"] = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    state["torch"], state["random"] = torch.get_rng_state().tolist(), random.getstate()
+    state["numpy"] = str(np.random.get_state())
+    return state
+
+
+@pytest.mark.parametrize("make", [Busy, Follows, Replaces])
+@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "pieces"])
+def test_nothing_is_left_behind(make: type[Busy], frontend: str) -> None:
+    """Whether it is adapted or refused; and calls afterwards are those of a model that was never touched."""
+    model, twin, ids = build(make), build(make), torch.tensor([1, 4, 8, 2, 2, 3])
+    before = everything(model)
+    try:
+        cascade = lx.adapt(model, (ids,), spec=SPEC, frontend=frontend)
+    except lx.CaptureError:
+        assert frontend in GRAPHS
+        assert everything(model) == before
+        return
+    assert everything(model) == before
+    reasons = {each.weight: each.reason for each in cascade.refusals}
+    assert reasons["table.weight"] == lx.Reason.MUTATED
+    assert ("slow.weight" in reasons) == (make is not Busy)
+    assert {site.weight for site in cascade.sites} == {"fast.weight", "head.weight"}
+    for _ in range(3):
+        torch.testing.assert_close(seeded(cascade, ids), seeded(twin, ids), rtol=0, atol=1e-12)
+    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=0, atol=1e-12)
+    assert (model.calls, model.seen, model.last) == (twin.calls, twin.seen, twin.last)
