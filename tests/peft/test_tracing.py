@@ -1,0 +1,166 @@
+"""The adapted model, traced once more: torch.fx, torch.export (both ways) and torch.compile(fullgraph=True)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import Unsupported
+
+from tests.peft.kit import (
+    EXACT,
+    Case,
+    buffers_of,
+    by_formula,
+    eager,
+    formula_of,
+    gap,
+    normal,
+    ours_of,
+    peft_of,
+    seeded,
+)
+from tests.peft.test_attention import Attends
+from tests.peft.test_silent import Experts
+from tests.unit.cases import loss_of
+
+Traced = Callable[[nn.Module, tuple[Any, ...]], Callable[..., Any]]
+
+
+def symbolic(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
+    return torch.fx.symbolic_trace(model)
+
+
+def export(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
+    return torch.export.export(model, args).module()
+
+
+def strict(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
+    return torch.export.export(model, args, strict=True).module()
+
+
+def compiled(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend="eager")
+
+
+def linears() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Dropout(0.2), nn.Linear(7, 5))
+
+
+def convs() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(4, 8, (3, 5), padding="same"), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 4, 3, stride=2)
+    )
+
+
+def layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(6, 2, 10, batch_first=True)
+
+
+def rows() -> tuple[Any, ...]:
+    return (normal(3, 4, 6),)
+
+
+def images() -> tuple[Any, ...]:
+    return (normal(3, 4, 9, 8),)
+
+
+EXPERTS = ("body.gate_up", "body.down")
+CASES = {
+    "linears": Case(linears, rows, ("0", "3"), ("0.weight", "3.weight")),
+    "convs": Case(convs, images, ("0", "3"), ("0.weight", "3.weight")),
+    "attention": Case(Attends, rows, ("attn", "head"), ("attn.in_proj_weight", "attn.out_proj.weight", "head.weight")),
+    "layer": Case(layer, rows, ("linear1", "linear2"), ("linear1.weight", "linear2.weight")),
+    "experts": Case(Experts, rows, (*EXPERTS, "head"), (*EXPERTS, "head.weight")),
+}
+MUTATES = (Unsupported, "Failed to mutate tensor data attribute")
+PARAMETRIZES = (Unsupported, "Unsupported function call")
+FAILS: dict[tuple[str, Traced], tuple[type[Exception], str]] = {
+    **{(name, symbolic): (torch.fx.proxy.TraceError, "Proxy object cannot be iterated") for name in CASES},
+    ("attention", export): (RuntimeError, "We found a fake tensor in the exported program constant's list"),
+    ("attention", strict): MUTATES,
+    ("attention", compiled): MUTATES,
+    ("experts", strict): PARAMETRIZES,
+    ("experts", compiled): PARAMETRIZES,
+}
+"""What peft raises; where nothing stands here, its trace is right."""
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # export's, on peft
+@pytest.mark.parametrize("tracer", [symbolic, export, strict, compiled])
+@pytest.mark.parametrize("name", CASES)
+def test_peft(name: str, tracer: Traced) -> None:
+    case = CASES[name]
+    model, args = case.model().eval(), case.inputs()
+    if name == "experts":
+        theirs = peft_of(model, ["head"], target_parameters=list(EXPERTS))
+    else:
+        theirs = peft_of(model, case.targets)
+    if (name, tracer) in FAILS:
+        error, text = FAILS[name, tracer]
+        with pytest.raises(error, match=text):
+            tracer(theirs, args)(*args)
+        return
+    right = eager(model, formula_of(theirs, model), args)
+    found = tracer(copy.deepcopy(theirs), args)(*args)
+    if name == "layer" and tracer is not export:  # the fast path once more: the adapter is not in the graph
+        with torch.no_grad():
+            assert gap(found, model(*args)) < EXACT
+        assert gap(found, right) > 0.1
+    else:  # export by itself takes no fast path: what it makes is right where the module that it was made of is not
+        assert gap(found, right) < EXACT
+
+
+def assert_traced_is_right(case: Case, tracers: tuple[Traced, ...]) -> None:
+    """The cascade itself is traced, in both modes: outputs to the last bit, and every branch's gradient."""
+    model, args = case.model(), case.inputs()
+    cascade = ours_of(model, args, case.targets)
+    assert tuple(site.weight for site in cascade.sites) == case.weights
+    reference = by_formula(model, cascade)
+    names = [f"branches.{site.key}.lora_{factor}" for site in cascade.sites for factor in "AB"]
+    start = buffers_of(model)
+    for mode in (True, False):
+        reference.model.train(mode)
+        expected, own = seeded(reference, args), seeded(cascade.train(mode), args)
+        right = torch.autograd.grad(loss_of(expected), reference.parameters())
+        for tracer in tracers:
+            cascade.model.load_state_dict(start, strict=False)
+            traced = tracer(cascade, args)
+            found = seeded(traced, args)
+            assert torch.equal(found, own), tracer
+            torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)
+            held = {name.removeprefix("_orig_mod."): value for name, value in traced.named_parameters()}
+            gradients = torch.autograd.grad(loss_of(found), [held[name] for name in names])
+            for name, gradient, value in zip(names, gradients, right, strict=True):
+                assert value.abs().max() > 1e-4
+                torch.testing.assert_close(gradient, value, rtol=0, atol=EXACT, msg=name)
+        for each in (cascade.model, reference.model):
+            each.load_state_dict(start, strict=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ours(name: str) -> None:
+    assert_traced_is_right(CASES[name], (export, strict, compiled))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ours_symbolic(name: str) -> None:
+    assert_traced_is_right(CASES[name], (symbolic,))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ours_folded(name: str) -> None:
+    case = CASES[name]
+    model, args = case.model().eval(), case.inputs()
+    cascade = ours_of(model, args, case.targets)
+    right = eager(model, by_formula(model, cascade).weights("fast"), args)
+    folded = cascade.folded_graph()
+    for tracer in (symbolic, export, compiled):
+        torch.testing.assert_close(seeded(tracer(folded, args), args), right, rtol=0, atol=EXACT)
