@@ -1,0 +1,279 @@
+"""Products: every spelling of a matrix that multiplies an input, on either side, turned or not; stacks of matrices."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorasc_fx import Reason
+from tests.forms.kit import Case, linear, of, rand
+
+X = rand((4, 5))
+X3 = rand((2, 4, 5))
+ONE = linear("w0")
+
+
+def _conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Sequential(Conv1D(7, 5), nn.Tanh(), Conv1D(3, 7))
+
+
+class Own(nn.Linear):
+    """A linear layer whose class and forward are the user's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight @ x.unsqueeze(-1)).squeeze(-1) + self.bias
+
+
+class LowRank(nn.Module):
+    """The user's own low-rank layer beside a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(5, 7)
+        self.down, self.up = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(7, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.5 * (x @ self.down.T) @ self.up.T
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.head = nn.Bilinear(5, 4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(self.pair(x, y))
+
+
+def _looped(x: Tensor, w: Tensor) -> Tensor:
+    return torch.stack([x @ w[index] for index in range(3)])
+
+
+def _unbound(x: Tensor, w: Tensor) -> Tensor:
+    return sum(F.linear(x, part) for part in w.unbind(0))
+
+
+def _packed(x: Tensor, w: Tensor) -> Tensor:
+    query, key, value = w.chunk(3)
+    return torch.softmax(F.linear(x, query) @ F.linear(x, key).mT, -1) @ F.linear(x, value)
+
+
+def _split(x: Tensor, w: Tensor) -> Tensor:
+    gate, up = torch.split(w, [3, 4])
+    return F.silu(x @ gate.T).sum(-1, keepdim=True) * F.linear(x, up)
+
+
+PRODUCTS = [
+    Case(
+        "modules",
+        lambda: nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3, bias=False)),
+        X3,
+        linear("0.weight", "2.weight"),
+    ),
+    Case("own_forward", lambda: Own(5, 7), X, linear("weight")),
+    Case("low_rank", LowRank, X, linear("base.weight", "down", "up")),
+    Case("conv1d_of_transformers", _conv1d, X3, linear("0.weight", "2.weight")),
+    Case("linear_names", of(lambda x, w, b: F.linear(input=x, weight=w, bias=b), (7, 5), (7,)), X3, ONE),
+    Case("linear_other_way", of(lambda x, w: F.linear(w, x), (7, 5)), X, ONE),
+    Case("linear_four_axes", of(F.linear, (7, 5)), rand((2, 3, 4, 5)), ONE),
+    Case("linear_vector", of(F.linear, (7, 5)), rand((5,)), ONE),
+    Case("addmm", of(lambda x, w, b: torch.addmm(b, x, w), (5, 7), (7,)), X, ONE),
+    Case("addmm_method", of(lambda x, w, b: b.addmm(x, w.t()), (7, 5), (7,)), X, ONE),
+    Case("addmm_scaled", of(lambda x, w, b: torch.addmm(b, x, w, beta=0.5, alpha=2.0), (5, 7), (7,)), X, ONE),
+    Case("addmm_left", of(lambda x, w, b: torch.addmm(b, w, x.T), (7, 5), (7, 1)), X, ONE, {"w1": Reason.NO_FORM}),
+    Case("mm", of(torch.mm, (5, 7)), X, ONE),
+    Case("mm_left", of(lambda x, w: torch.mm(w, x.t()), (7, 5)), X, ONE),
+    Case("mm_named", of(lambda x, w: torch.mm(input=x, mat2=w), (5, 7)), X, ONE),
+    Case("mm_of_itself", of(lambda x, w: x.mm(w.t()).mm(w), (7, 5)), X, ONE),
+    Case("matmul", of(torch.matmul, (5, 7)), X3, ONE),
+    Case("matmul_named", of(lambda x, w: torch.matmul(input=x, other=w), (5, 7)), X3, ONE),
+    Case("matmul_operator", of(operator.matmul, (5, 7)), X3, ONE),
+    Case("matmul_left", of(lambda x, w: w @ x.mT, (7, 5)), X3, ONE),
+    Case("matmul_vector", of(lambda x, w: w @ x, (7, 5)), rand((5,)), ONE),
+    Case("rmatmul", of(lambda x, w: w.__rmatmul__(x), (5, 7)), X3, ONE),
+    Case("matmul_in_place", of(lambda x, w: (x @ w).add_(1.0).mul_(2.0), (5, 7)), X3, ONE),
+    Case("linalg_matmul", of(torch.linalg.matmul, (5, 7)), X3, ONE),
+    Case("multi_dot", of(lambda x, v, w: torch.linalg.multi_dot([x, v, w]), (5, 7), (7, 3)), X, linear("w0", "w1")),
+    Case("chain_matmul", of(lambda x, v, w: torch.linalg.multi_dot((x, v @ w)), (5, 7), (7, 3)), X, linear("w0", "w1")),
+    Case("bmm", of(lambda x, w: torch.bmm(x, w.expand(2, -1, -1)), (5, 7)), X3, ONE),
+    Case("bmm_left", of(lambda x, w: w.unsqueeze(0).expand(x.shape[0], -1, -1).bmm(x.mT), (7, 5)), X3, ONE),
+    Case("bmm_repeat", of(lambda x, w: x.bmm(w.t().repeat(2, 1, 1)), (7, 5)), X3, ONE),
+    Case("baddbmm", of(lambda x, w: torch.baddbmm(x.new_ones(2, 4, 7), x, w.expand(2, 5, 7)), (5, 7)), X3, ONE),
+    Case("addbmm", of(lambda x, w: torch.addbmm(x.new_ones(4, 7), x, w.expand(2, 5, 7)), (5, 7)), X3, ONE),
+    Case("mv", of(lambda x, w: w.mv(x), (7, 5)), rand((5,)), ONE),
+    Case("addmv", of(lambda x, w, b: torch.addmv(b, w, x), (7, 5), (7,)), rand((5,)), ONE),
+    Case("inner", of(torch.inner, (7, 5)), X3, ONE),
+    Case("tensordot", of(lambda x, w: torch.tensordot(x, w, dims=([2], [1])), (7, 5)), X3, ONE),
+    Case("tensordot_number", of(lambda x, w: torch.tensordot(x, w, 1), (5, 7)), X3, ONE),
+    Case(
+        "bilinear",
+        Bilinear,
+        rand((4, 5), (4, 4)),
+        linear("head.weight") | {"pair.weight": "experts"},
+        opaque=("pair.weight",),
+    ),
+    Case("vmap", of(lambda x, w: torch.vmap(lambda row: w @ row)(x), (7, 5)), X, ONE, refuses=("export", "symbolic")),
+    Case("einsum", of(lambda x, w: torch.einsum("bi,oi->bo", x, w), (7, 5)), X, ONE),
+    Case("einsum_left", of(lambda x, w: torch.einsum("oi,bti->bto", w, x), (7, 5)), X3, ONE),
+    Case("einsum_dots", of(lambda x, w: torch.einsum("...i,io->...o", x, w), (5, 7)), X3, ONE),
+    Case(
+        "einsum_chain", of(lambda x, v, w: torch.einsum("bi,ri,or->bo", x, v, w), (3, 5), (7, 3)), X, linear("w0", "w1")
+    ),
+    Case("einsum_list", of(lambda x, w: torch.einsum("bi,oi->bo", [x, w]), (7, 5)), X, ONE),
+    Case("einsum_numbers", of(lambda x, w: torch.einsum(x, [0, 1], w, [2, 1], [0, 2]), (7, 5)), X, ONE),
+    Case("einsum_heads", of(lambda x, w: torch.einsum("btd,dhk->bthk", x, w), (5, 2, 3)), X3, {"w0": "experts"}),
+    Case("t_call", of(lambda x, w: torch.matmul(x, torch.t(w)), (7, 5)), X, ONE),
+    Case("T", of(lambda x, w: x @ w.T, (7, 5)), X3, ONE),
+    Case("mT", of(lambda x, w: x @ w.mT, (7, 5)), X3, ONE),
+    Case("H", of(lambda x, w: x @ w.H, (7, 5)), X3, ONE),
+    Case("adjoint", of(lambda x, w: x @ w.adjoint(), (7, 5)), X3, ONE),
+    Case("transpose", of(lambda x, w: F.linear(x, w.transpose(0, 1)), (5, 7)), X3, ONE),
+    Case("transpose_back", of(lambda x, w: F.linear(x, w.transpose(-1, -2).t().contiguous()), (7, 5)), X3, ONE),
+    Case("permute", of(lambda x, w: x @ w.permute(1, 0), (7, 5)), X3, ONE),
+    Case("swapdims", of(lambda x, w: x @ torch.swapdims(w, 0, 1), (7, 5)), X3, ONE),
+    Case("movedim", of(lambda x, w: x @ w.movedim(0, 1), (7, 5)), X3, ONE),
+    Case("view", of(lambda x, w: F.linear(x, w.view(7, -1)), (7, 5, 1)), X3, {"w0": "experts"}),
+    Case(
+        "reshape", of(lambda x, v, w: x @ v.reshape(5, 7) @ w, (35, 1), (7, 3)), X, linear("w1"), {"w0": Reason.VECTOR}
+    ),
+    Case("flatten", of(lambda x, w: F.linear(x, w.flatten(1)), (7, 5, 1, 1)), X3, ONE),
+    Case("cast", of(lambda x, w: x @ w.to(x.dtype).to(x.device), (5, 7)), X3, ONE),
+    Case("type_as", of(lambda x, w: x @ w.type_as(x), (5, 7)), X3, ONE),
+    Case("two_layouts", of(lambda x, w: (x @ w.T) @ w, (7, 5)), X, ONE),
+    Case("lower_triangle", of(lambda x, w: F.linear(x, w.tril()), (5, 5)), X, ONE),
+    Case("positive", of(lambda x, w: x @ F.softplus(w), (5, 7)), X, ONE),
+    Case("mixed", of(lambda x, w: torch.softmax(w, -1) @ x, (3, 4)), X, ONE),
+    Case("sliced", of(lambda x, w: F.linear(x, w[:3]) * F.linear(x, w[-3:]), (7, 5)), X, ONE),
+    Case("sliced_by_size", of(lambda x, w: w[: x.shape[0], : x.shape[0]] @ x, (8, 8)), X, ONE),
+    Case("packed", of(_packed, (12, 5)), X3, ONE),
+    Case("split", of(_split, (7, 5)), X3, ONE),
+    Case("joined", of(lambda x, v, w: x @ torch.cat([v, w], 1), (5, 3), (5, 4)), X, linear("w0", "w1")),
+    Case(
+        "stacked",
+        of(lambda x, v, w: torch.einsum("bi,kio->kbo", x, torch.stack([v, w])), (5, 3), (5, 3)),
+        X,
+        linear("w0", "w1"),
+    ),
+    Case("padded", of(lambda x, w: x @ F.pad(w, (0, 1)), (5, 7)), X, ONE),
+    Case("two_weights", of(lambda x, v, w: x @ (v @ w), (5, 3), (3, 7)), X, linear("w0", "w1")),
+    Case("kronecker", of(lambda x, v, w: x @ torch.kron(v, w), (2, 3), (2, 3)), rand((3, 4)), linear("w0", "w1")),
+    Case("chosen_by_input", of(lambda x, w: (w[x.argmax(-1)] * x).sum(-1), (5, 5)), X, {"w0": "embedding"}),
+    Case(
+        "scaled_by_input",
+        of(lambda x, v, w: (w * x.mean(0)) @ v @ x.T[:4], (5, 4), (7, 5)),
+        X,
+        linear("w0"),
+        {"w1": Reason.NO_FORM},
+    ),
+]
+
+EXPERTS = [
+    Case("experts_bmm", of(torch.bmm, (3, 5, 7)), rand((3, 4, 5)), {"w0": "experts"}, shapes={"w0": (3, 2, 7)}),
+    Case("experts_matmul", of(lambda x, w: x.unsqueeze(1) @ w, (3, 5, 7)), X3, {"w0": "experts"}),
+    Case("experts_turned", of(lambda x, w: x @ w.transpose(1, 2), (2, 7, 5)), X3, {"w0": "experts"}),
+    Case(
+        "experts_einsum",
+        of(lambda x, w: torch.einsum("ebi,eoi->ebo", x, w), (3, 7, 5)),
+        rand((3, 4, 5)),
+        {"w0": "experts"},
+        shapes={"w0": (3, 2, 5)},
+    ),
+    Case("experts_loop", of(_looped, (3, 5, 7)), X, {"w0": "experts"}),
+    Case("experts_unbound", of(_unbound, (3, 7, 5)), X, {"w0": "experts"}, refuses=("symbolic",)),
+]
+
+
+class Grouped(nn.Module):
+    """Rows sorted by expert, and one grouped product; torch has it in fp32 and bf16."""
+
+    def __init__(self, product: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.product, self.dtype = product, dtype
+        self.experts = nn.Parameter(torch.randn(3, 16, 24))
+        self.register_buffer("ends", torch.tensor([2, 5, 8], dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x.to(self.dtype), self.experts.to(self.dtype), offs=self.ends).double()
+
+
+class Routed(nn.Module):
+    """Each row goes through the two of its experts that a router chooses, expert by expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(5, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 5)), nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        output = torch.zeros_like(x)
+        for index in range(3):
+            rows, place = torch.where(chosen == index)
+            gate, up = F.linear(x[rows], self.up[index]).chunk(2, -1)
+            hidden = F.linear(F.silu(gate) * up, self.down[index]) * weights[rows, place, None]
+            output.index_add_(0, rows, hidden)
+        return output
+
+
+class Gathered(Routed):
+    """The same, by a stack of the chosen experts' weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        gate, up = torch.einsum("bkoi,bi->bko", self.up[chosen], x).chunk(2, -1)
+        found = (self.down[chosen] @ (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        return (found * weights.unsqueeze(-1)).sum(1)
+
+
+class Listed(nn.Module):
+    """Experts in a list, all of them run and mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(5, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 5)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.stack([expert(x) for expert in self.experts], -1)
+        return (found * self.gate(x).softmax(-1).unsqueeze(1)).sum(-1)
+
+
+_ROUTED: dict[str, Any] = {"router.weight": "linear", "up": "experts", "down": "experts"}
+
+EXPERTS += [
+    Case(
+        "experts_grouped",
+        lambda: Grouped(F.grouped_mm, torch.bfloat16),
+        rand((8, 16)),
+        {"experts": "experts"},
+        shapes={"experts": (3, 2, 24)},
+    ),
+    Case(
+        "experts_grouped_private",
+        lambda: Grouped(torch._grouped_mm, torch.bfloat16),
+        rand((8, 16)),
+        {"experts": "experts"},
+    ),
+    Case(
+        "experts_grouped_fp32",
+        lambda: Grouped(F.grouped_mm, torch.float32),
+        rand((8, 16)),
+        {"experts": "experts"},
+        tolerance=1e-6,
+        refuses=("export", "dynamo", "pieces"),
+    ),
+    Case("experts_routed", Routed, rand((9, 5)), _ROUTED),
+    Case("experts_gathered", Gathered, rand((9, 5)), _ROUTED),
+    Case(
+        "experts_listed",
+        Listed,
+        rand((9, 5)),
+        linear("gate.weight", *(f"experts.{i}.{j}.weight" for i in range(2) for j in (0, 2))),
+    ),
+]

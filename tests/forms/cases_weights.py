@@ -1,0 +1,269 @@
+"""Weights that are computed before they multiply: norms, parametrizations, masks, weights made by weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from lorasc_fx import Reason
+from tests.forms.kit import Case, linear, rand
+
+X, SIGNAL = rand((4, 5)), rand((2, 4, 11))
+
+
+def hooked(hook: str, layer: Callable[[], nn.Module], width: int = 7) -> Callable[[], nn.Module]:
+    """Return a maker of a layer with one of torch's old hooks, and a linear one behind."""
+
+    def build() -> nn.Module:
+        with warnings.catch_warnings(action="ignore"):
+            return nn.Sequential(getattr(nn.utils, hook)(layer()), nn.Tanh(), nn.Linear(width, 3))
+
+    return build
+
+
+def parametrized(register: Callable[[nn.Module], nn.Module], layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(register(layer()), nn.Tanh(), nn.Linear(5, 3))
+
+
+class Symmetric(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.triu() + x.triu(1).transpose(-1, -2)
+
+
+class Product(nn.Module):
+    """A weight of two factors."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left @ right
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        return left * values, right
+
+
+class Straight(nn.Module):
+    """Rounded in forward, the identity for gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + ((x * 8).round() / 8 - x).detach()
+
+
+def symmetric(layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", Symmetric())
+
+
+def twice(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    return parametrizations.weight_norm(layer)
+
+
+def product(layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", Product())
+
+
+class Cached(nn.Module):
+    """A recurrent use of a parametrized weight, computed once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = parametrizations.orthogonal(nn.Linear(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with parametrize.cached():
+            for _ in range(3):
+                x = torch.tanh(self.layer(x))
+        return x
+
+
+class Normalized(nn.Module):
+    """A cosine classifier: the rows of the weight and of the input have norm one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(x), F.normalize(self.weight, dim=1))
+
+
+class Masked(nn.Linear):
+    """MADE: a mask that is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 7)
+        self.register_buffer("mask", (torch.rand(7, 5) > 0.3).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.mask * self.weight, self.bias)
+
+
+class Hyper(nn.Module):
+    """A network whose weights are another network's output, for a learned code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent, self.maker = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, 5 * 7 + 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.maker(self.latent)[0]
+        return F.linear(x, made[:35].view(7, 5), made[35:])
+
+
+class HyperByInput(nn.Module):
+    """A weight of its own for each example, by a linear layer of the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.body = nn.Linear(5, 15), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(self.maker(x).view(-1, 3, 5), self.body(x).unsqueeze(-1)).squeeze(-1)
+
+
+class Householder(nn.Module):
+    """An orthogonal weight by the exponential of a skew matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skew = nn.Parameter(torch.randn(5, 5) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        upper = self.skew.triu(1)
+        return x @ torch.matrix_exp(upper - upper.T)
+
+
+class Inverse(nn.Module):
+    """Glow's invertible layer, with the log determinant of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(4, 4))[0])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.conv1d(x, self.weight.unsqueeze(-1)), torch.slogdet(self.weight)[1] * x.shape[-1]
+
+
+class Regularized(nn.Linear):
+    """Returns a penalty on its own weight beside its output."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.weight.square().sum()
+
+
+class Dropped(nn.Linear):
+    """DropConnect: the weight itself is dropped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.dropout(self.weight, 0.4, self.training), self.bias)
+
+
+class Parts(nn.Module):
+    """One weight for queries, keys and values, its parts used for different inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.bias = nn.Parameter(torch.randn(15, 5)), nn.Parameter(torch.randn(15))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        q = F.linear(x, self.packed[:5], self.bias[:5])
+        k, v = F.linear(memory, self.packed[5:], self.bias[5:]).chunk(2, -1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(5, 7)
+    prune.l1_unstructured(layer, "weight", amount=0.4)
+    return nn.Sequential(layer, nn.ReLU(), nn.Linear(7, 3))
+
+
+def original(kind: str = "linear", *names: str) -> dict[str, str]:
+    return {f"0.parametrizations.weight.{name}": kind for name in names or ("original",)} | {"2.weight": "linear"}
+
+
+def whole(
+    name: str,
+    build: Callable[[], nn.Module],
+    inputs: Callable[[], object],
+    sites: dict[str, str],
+    refused: dict[str, tuple[Reason, ...]] | None = None,
+) -> Case:
+    """Return a row whose first layer computes its weight in a hook or a property: a symbolic trace calls it whole."""
+    opaque = tuple(name for name in sites if not name.startswith("2."))
+    return Case(name, build, inputs, sites, refused or {}, opaque)
+
+
+GAIN = (Reason.NO_FORM, Reason.VECTOR, Reason.OPAQUE)
+COMPUTED = [
+    whole(
+        "old_weight_norm",
+        hooked("weight_norm", lambda: nn.Linear(5, 7)),
+        X,
+        linear("0.weight_v", "2.weight"),
+        {"0.weight_g": GAIN},
+    ),
+    whole(
+        "old_weight_norm_conv",
+        hooked("weight_norm", lambda: nn.Conv1d(4, 6, 3), 9),
+        SIGNAL,
+        {"0.weight_v": "conv", "2.weight": "linear"},
+        {"0.weight_g": GAIN},
+    ),
+    whole(
+        "old_spectral_norm", hooked("spectral_norm", lambda: nn.Linear(5, 7)), X, linear("0.weight_orig", "2.weight")
+    ),
+    whole(
+        "old_spectral_norm_transposed",
+        hooked("spectral_norm", lambda: nn.ConvTranspose1d(4, 6, 3), 13),
+        SIGNAL,
+        {"0.weight_orig": "conv", "2.weight": "linear"},
+    ),
+    whole(
+        "weight_norm",
+        parametrized(parametrizations.weight_norm, lambda: nn.Linear(5, 5)),
+        X,
+        original("linear", "original1"),
+        {"0.parametrizations.weight.original0": GAIN},
+    ),
+    whole("spectral_norm", parametrized(parametrizations.spectral_norm, lambda: nn.Linear(5, 5)), X, original()),
+    whole(
+        "spectral_norm_conv",
+        parametrized(parametrizations.spectral_norm, lambda: nn.Conv1d(4, 6, 7)),
+        SIGNAL,
+        original("conv"),
+    ),
+    whole("orthogonal", parametrized(parametrizations.orthogonal, lambda: nn.Linear(5, 5)), X, original()),
+    whole(
+        "orthogonal_cayley",
+        parametrized(
+            lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley"), lambda: nn.Linear(5, 5)
+        ),
+        X,
+        original(),
+    ),
+    whole("symmetric", parametrized(symmetric, lambda: nn.Linear(5, 5)), X, original()),
+    whole("product", parametrized(product, lambda: nn.Linear(5, 5)), X, original("linear", "original0", "original1")),
+    whole(
+        "straight_through",
+        parametrized(
+            lambda layer: parametrize.register_parametrization(layer, "weight", Straight()), lambda: nn.Linear(5, 5)
+        ),
+        X,
+        original(),
+    ),
+    whole("cached", Cached, X, linear("layer.parametrizations.weight.original")),
+    whole("pruned", pruned, X, linear("0.weight_orig", "2.weight")),
+    Case("normalized", Normalized, X, linear("weight")),
+    Case("masked", Masked, X, linear("weight")),
+    Case("hyper", Hyper, X, linear("maker.weight"), {"latent": Reason.VECTOR}),
+    Case("hyper_by_input", HyperByInput, X, linear("maker.weight", "body.weight")),
+    Case("matrix_exponential", Householder, X, linear("skew")),
+    Case("inverse", Inverse, SIGNAL, {"weight": "conv"}),
+    Case("regularized", lambda: Regularized(5, 7), X, linear("weight")),
+    Case("drop_connect", lambda: Dropped(5, 7), X, linear("weight")),
+    Case("parts", Parts, rand((2, 4, 5), (2, 3, 5)), linear("packed")),
+]

@@ -1,0 +1,69 @@
+"""Compares outputs of whatever type, and seeds every generator."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def seed(value: int) -> None:
+    """Seed every generator that a model may draw from."""
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of an output, of whatever type, in order."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors(value)
+    elif is_dataclass(output):
+        for each in fields(output):
+            yield from tensors(getattr(output, each.name))
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """Return a sum over every floating output, weighed differently at each entry."""
+    seed(7)
+    leaves = [leaf for leaf in tensors(output) if leaf.requires_grad]
+    assert leaves, "no output needs a gradient"
+    parts = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves]
+    return torch.stack([(part * torch.randn_like(part)).sum() for part in parts]).sum()
+
+
+def assert_same(found: Any, expected: Any, close: float = 0.0) -> None:
+    """Types, shapes, dtypes and values are equal; values up to `close` times the scale of each tensor."""
+    assert type(found) is type(expected)
+    ours, theirs = list(tensors(found)), list(tensors(expected))
+    assert ours
+    assert [(each.shape, each.dtype) for each in ours] == [(each.shape, each.dtype) for each in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        if torch.equal(one, other) or one.numel() == 0:
+            continue
+        far = (one.detach() - other.detach()).abs().nan_to_num(nan=torch.inf).max()
+        scale = float(other.detach().abs().max())
+        assert float(far) <= close * scale, f"differs by {float(far) / max(scale, 1e-30):.1e} of its scale"
+
+
+def assert_buffers(model: nn.Module, twin: nn.Module, close: float = 0.0) -> None:
+    """Buffers that forward writes are the eager model's."""
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=close, atol=close, equal_nan=True), f"buffer {name}"
+
+
+def quietly() -> Any:
+    """Hear nothing of what eager models warn of."""
+    return warnings.catch_warnings(action="ignore")

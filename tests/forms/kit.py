@@ -1,0 +1,319 @@
+"""Holds one small model against its own eager twin, under one front end, in fp64.
+
+The oracle is a twin that is built anew and runs eagerly; with branches it runs on W + s B A, a plain formula of A and B
+under torch.func.functional_call, and autograd goes through that formula.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx import Reason
+from tests.forms.compare import assert_buffers, assert_same, loss_of, quietly, seed
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, seed=3)
+NAMED = ("export", "dynamo", "symbolic", "pieces")
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One spelling.
+
+    Args:
+        name: of the row.
+        build: makes the model anew, with random weights from torch's generator.
+        inputs: makes a call's positional arguments, or those and keywords as (tuple, dict), from torch's generator.
+        sites: kind by weight name: what every front end must adapt.
+        refused: reason by weight name: what no front end can adapt.
+        opaque: weights of modules that a symbolic trace calls whole (and there alone); sites for the others.
+        refuses: front ends that cannot take the model, and say so.
+        unreached: weights that no call of the row uses.
+        shapes: of lora_A, where a case tells it.
+        modes: in which the model is compared.
+        close: of the outputs at B = 0, where eager mode has several kernels; 0 is bit for bit.
+        tolerance: of a branch beside the formula; above 1e-12 only where the model computes in fp32 inside.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], Any]
+    sites: Mapping[str, str]
+    refused: Mapping[str, Reason | tuple[Reason, ...]] = field(default_factory=dict)
+    opaque: tuple[str, ...] = ()
+    refuses: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    modes: tuple[bool, ...] = (True, False)
+    close: float = 0.0
+    tolerance: float = 1e-12
+
+    def call(self) -> Call:
+        """Return the arguments of a call, the same values each time."""
+        seed(5)
+        made = self.inputs()
+        if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], tuple) and isinstance(made[1], dict):
+            return made
+        return (made if isinstance(made, tuple) else (made,)), {}
+
+    @property
+    def taken_by(self) -> str:
+        """The front end that auto shall use: the first that takes the model and sees into all of it."""
+        blind = ("symbolic",) if self.opaque else ()
+        return next(name for name in NAMED if name not in self.refuses + blind)
+
+    @property
+    def invisible(self) -> bool:
+        """Whether a symbolic trace sees none of the sites."""
+        return set(self.opaque) == set(self.sites)
+
+    def model(self) -> nn.Module:
+        """Return the model in fp64, without the zeros and ones that biases and gains start with."""
+        seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old hooks of torch.nn.utils are deprecated, and in use
+            model = self.build().double()
+        with torch.no_grad():
+            for value in model.parameters():
+                if value.is_floating_point() and (value.dim() < 2 or not value.any()):
+                    value.add_(0.1 * torch.randn_like(value))
+        return model
+
+
+def rand(*shapes: tuple[int, ...]) -> Callable[[], Any]:
+    """Return a maker of one normal tensor per shape."""
+    return lambda: tuple(torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+
+
+def linear(*names: str) -> dict[str, str]:
+    """Return sites of kind linear."""
+    return dict.fromkeys(names, "linear")
+
+
+class Of(nn.Module):
+    """A function of an input and of parameters w0, w1, ... of these shapes."""
+
+    def __init__(self, function: Callable[..., Any], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function, self.count = function, len(shapes)
+        for index, shape in enumerate(shapes):
+            setattr(self, f"w{index}", nn.Parameter(torch.randn(*shape) / 2))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x, *(getattr(self, f"w{index}") for index in range(self.count)))
+
+
+def of(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[[], nn.Module]:
+    """Return a maker of `Of`."""
+    return lambda: Of(function, *shapes)
+
+
+def check(case: Case, frontend: str, modes: tuple[bool, ...] | None = None) -> lx.Cascade:
+    """Hold a case against its twin; raises AssertionError for what differs, CaptureError where it is refused."""
+    torch._dynamo.reset()
+    modes = case.modes if modes is None else modes
+    model, twin = case.model(), case.model().requires_grad_(False)
+    before, base = face(model), state(model)
+    model.train(modes[0])
+    args, kwargs = case.call()
+    cascade = lx.adapt(model, args, kwargs, spec=SPEC, frontend=frontend)
+    untouched(model, base)
+    for training in modes:
+        same_at_first(case, cascade, twin, training)
+        same_as_formula(case, cascade, twin, training)
+    covered(case, cascade, model)
+    released(case, cascade, twin, base, before)
+    torch._dynamo.reset()
+    return cascade
+
+
+def state(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return parameters and buffers by name, each with a copy of its values."""
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: (value, value.detach().clone()) for name, value in held.items()}
+
+
+def untouched(model: nn.Module, base: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Nothing but a call of the cascade writes to the model: same tensors, same values."""
+    for name, (now, _) in state(model).items():
+        then, value = base[name]
+        assert now is then or not isinstance(then, nn.Parameter), f"{name} is another tensor"
+        assert torch.equal(now.nan_to_num(), value.nan_to_num()), f"{name} holds other values"
+
+
+def same_at_first(case: Case, cascade: lx.Cascade, twin: nn.Module, training: bool) -> None:
+    """B = 0: outputs and buffers are those of the frozen eager model, under the same seed."""
+    follow(twin, cascade.model)
+    expected = run(twin.train(training), case.call(), fused=bool(case.opaque) and cascade.frontend == "symbolic")
+    found = run(cascade.train(training), case.call())
+    assert_same(found, expected, case.close)
+    assert_buffers(cascade.model, twin, case.close)
+
+
+def same_as_formula(case: Case, cascade: lx.Cascade, twin: nn.Module, training: bool) -> None:
+    """B != 0: outputs are those of W + s B A, and the gradients of A and B those of autograd through the formula."""
+    randomize(cascade, 0.1)
+    follow(twin, cascade.model)
+    expected, factors = by_formula(cascade, twin.train(training), case.call())
+    found = run(cascade.train(training), case.call(), grad=True)
+    assert_same(found, expected, case.tolerance)
+    assert_buffers(cascade.model, twin, case.tolerance)
+    loss_of(found).backward()
+    loss_of(expected).backward()
+    for site in cascade.sites:
+        branch = cascade.branches[site.key]
+        for own, value in zip((branch.lora_A, branch.lora_B), factors[site.weight], strict=True):
+            assert own.grad is not None, f"no gradient for {site.weight}"
+            assert value.grad is not None, f"the formula gives {site.weight} no gradient"
+            assert value.grad.any(), f"{site.weight} moves nothing"
+            scale = float(value.grad.abs().max())
+            worst = float((own.grad - value.grad).abs().max())
+            assert worst <= 100 * case.tolerance * scale, (
+                f"gradient of {site.weight} differs by {worst / scale:.1e} of its scale"
+            )
+    cascade.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for branch in cascade.branches.values():
+            branch.lora_B.zero_()
+
+
+def covered(case: Case, cascade: lx.Cascade, model: nn.Module) -> None:
+    """Sites, refusals and unreached are all matrices, each once; the case's sites are sites, of its kinds."""
+    found = {site.weight: site.kind for site in cascade.sites}
+    refused = {refusal.weight: refusal.reason for refusal in cascade.refusals}
+    told = [*found, *refused, *cascade.unreached]
+    assert sorted(told) == sorted(name for name, value in model.named_parameters() if value.dim() > 1)
+    opaque = case.opaque if cascade.frontend == "symbolic" else ()
+    expected = {name: kind for name, kind in case.sites.items() if name not in opaque}
+    assert cascade.unreached == case.unreached
+    assert found == expected, [str(refusal) for refusal in cascade.refusals]
+    assert refused.keys() == {*case.refused, *opaque}
+    for name, reason in case.refused.items():
+        assert refused[name] in (reason if isinstance(reason, tuple) else (reason,)), str(cascade.refusals)
+    assert {refused[name] for name in opaque} <= {Reason.OPAQUE, Reason.MIXED_USES}
+    for name, shape in case.shapes.items():
+        assert tuple(branches(cascade)[name].lora_A.shape) == shape
+
+
+def released(case: Case, cascade: lx.Cascade, twin: nn.Module, base: Any, before: Any) -> None:
+    """The release is the user's object with W0 + pace s B A, and computes as a fresh model with those weights."""
+    randomize(cascade, 0.1)
+    sites = {site.weight for site in cascade.sites}
+    held = dict(cascade.model.named_parameters())
+    slow = {name: base[name][1] if name in sites else value.detach().clone() for name, value in held.items()}
+    with torch.no_grad():
+        for site in cascade.sites:
+            branch = cascade.branches[site.key]
+            slow[site.weight] = slow[site.weight] + SPEC.pace * delta(site, branch.lora_A, branch.lora_B)
+    model = cascade.model
+    assert cascade.release() is model
+    model.train(before[0][""])
+    assert face(model) == before
+    for name, value in model.named_parameters():
+        scale = float(slow[name].abs().max())
+        assert float((value.detach() - slow[name]).abs().max()) <= 1e-12 * scale, f"{name} is not folded"
+    follow(twin, model)
+    for value, (_, _, flag) in zip(
+        (each for _, each in twin.named_parameters(remove_duplicate=False)), before[1], strict=True
+    ):
+        value.requires_grad_(flag)  # torch picks kernels by it
+    training = case.modes[-1]
+    expected = run(twin.train(training), case.call(), fused=False)
+    assert_same(run(model.train(training), case.call(), fused=False), expected)
+
+
+def by_formula(cascade: lx.Cascade, twin: nn.Module, call: Call) -> tuple[Any, dict[str, tuple[torch.Tensor, ...]]]:
+    """Return the twin's output with W + s B A as weights, and the A and B that autograd goes back to."""
+    held = dict(twin.named_parameters())
+    values, factors = {}, {}
+    for site in cascade.sites:
+        branch = cascade.branches[site.key]
+        a, b = (each.detach().clone().requires_grad_() for each in (branch.lora_A, branch.lora_B))
+        values[site.weight] = held[site.weight] + delta(site, a, b)
+        factors[site.weight] = (a, b)
+    seed(6)
+    with quietly(), substituted(twin, values):
+        return twin(*call[0], **call[1]), factors
+
+
+@contextlib.contextmanager
+def substituted(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of parameters, at all their places.
+
+    torch.func.functional_call would not do: it leaves them there in a module that has two names.
+    """
+    parameters = dict(model.named_parameters())
+    swapped = {id(parameters[name]): value for name, value in values.items()}
+    places = [
+        (module._parameters, leaf, parameter)
+        for module in model.modules()
+        for leaf, parameter in module._parameters.items()
+        if id(parameter) in swapped
+    ]
+    try:
+        for holder, leaf, parameter in places:
+            holder[leaf] = swapped[id(parameter)]
+        yield
+    finally:
+        for holder, leaf, parameter in places:
+            holder[leaf] = parameter
+
+
+def delta(site: lx.Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return s B A in the weight's shape and layout, by plain products; of a packed weight, slice by slice."""
+    pairs = zip(b.split(site.parts), a.split(SPEC.rank), strict=True) if site.parts else [(b, a)]
+    product = torch.cat([rows @ own for rows, own in pairs]) * (SPEC.lora_alpha / SPEC.rank)
+    return (product if site.layout == "out_in" else product.mT).reshape(site.shape)
+
+
+def branches(cascade: lx.Cascade) -> dict[str, Any]:
+    """Return the branches by the names of their weights."""
+    return {site.weight: cascade.branches[site.key] for site in cascade.sites}
+
+
+def randomize(cascade: lx.Cascade, size: float) -> None:
+    """Give every lora_B values, as training would."""
+    seed(4)
+    with torch.no_grad():
+        for branch in cascade.branches.values():
+            branch.lora_B.normal_(std=size)
+
+
+def run(model: Any, call: Call, grad: bool = False, fused: bool = True) -> Any:
+    """Call a model under one seed; `fused` lets torch's attention take its path without gradients."""
+    seed(6)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast and fused)
+    try:
+        with quietly(), torch.set_grad_enabled(grad):
+            return model(*call[0], **call[1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def follow(twin: nn.Module, model: nn.Module) -> None:
+    """Give the twin the model's parameters and buffers."""
+    with torch.no_grad():
+        for own, theirs in ((twin.parameters(), model.parameters()), (twin.buffers(), model.buffers())):
+            for mine, other in zip(own, theirs, strict=True):
+                mine.copy_(other)
+
+
+def face(model: nn.Module) -> Any:
+    """Return what release must leave as it was: modes, flags, names, identity, hooks."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    flags = [(name, id(value), value.requires_grad) for name, value in model.named_parameters(remove_duplicate=False)]
+    hooks = [
+        (name, list(module._forward_hooks), list(module._forward_pre_hooks), list(module._backward_hooks))
+        for name, module in model.named_modules()
+    ]
+    return modes, flags, hooks, list(model.state_dict())

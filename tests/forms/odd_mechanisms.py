@@ -1,0 +1,279 @@
+"""Models in the style of published code: complex numbers, own gradients, hooks, patches, chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Spectral(nn.Module):
+    """A Fourier operator: complex weights, as such and as pairs of reals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.pair = nn.Linear(1, 4), nn.Parameter(torch.randn(4, 5, 3, 2) / 4)
+        self.local, self.lower = nn.Conv1d(4, 5, 1), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x.unsqueeze(-1)).mT
+        waves = torch.fft.rfft(x)
+        mixed = torch.einsum("bik,iok->bok", waves[..., :3], torch.view_as_complex(self.pair))
+        full = torch.zeros(x.shape[0], 5, waves.shape[-1], dtype=waves.dtype, device=x.device)
+        full[..., :3] = mixed
+        return self.lower(F.gelu(torch.fft.irfft(full, n=x.shape[-1]) + self.local(x)).mT).squeeze(-1)
+
+
+class Reverse(torch.autograd.Function):
+    """The identity, whose gradient is turned around."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return -ctx.weight * grad, None
+
+
+class Adversarial(nn.Module):
+    """A gradient reversal between features and a domain classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.label, self.domain = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.features(x))
+        return self.label(hidden), self.domain(Reverse.apply(hidden, 0.5))
+
+
+class Talkative(nn.Module):
+    """Reads values and prints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.said = nn.Linear(5, 6), nn.Linear(6, 3), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.body(x))
+        size = hidden.detach().norm().item()
+        if size > 1e-9:
+            hidden = hidden / size
+        self.said.append(size)
+        return self.head(hidden)
+
+
+class Halves(nn.Module):
+    """A part computes in bf16, a part in fp16 weights, the rest as it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(x.bfloat16(), self.body.weight.bfloat16(), self.body.bias.bfloat16())
+        return self.head(low.to(x.dtype))
+
+
+class Recursive(nn.Module):
+    """Folds a sequence into a tree, two by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.join, self.head = nn.Linear(10, 5), nn.Linear(5, 2)
+
+    def merge(self, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        half = len(parts) // 2
+        return torch.tanh(self.join(torch.cat([self.merge(parts[:half]), self.merge(parts[half:])], -1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.merge(list(x.unbind(1))))
+
+
+class Sparse(nn.Module):
+    """A graph convolution by a sparse adjacency."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return torch.sparse.mm(adjacency, self.second(torch.relu(torch.sparse.mm(adjacency, x @ self.first))))
+
+
+class Ragged(nn.Module):
+    """A list of sequences of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        return self.head(torch.stack([F.relu(self.body(part)).amax(0) for part in parts]))
+
+
+class Energy(nn.Module):
+    """Forces as the gradient of an energy, inside forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.head(torch.tanh(self.body(x))).sum()
+            (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return energy, -force
+
+
+class Penalized(nn.Module):
+    """Layers dropped by chance in Python, and a straight loop over what is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(5, 5) for _ in range(3)), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not self.training or torch.rand(()) > 0.2:
+                x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+class Droppers(nn.Module):
+    """Every kind of chance that torch has a layer for, and torchvision's stochastic depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.ops import StochasticDepth
+
+        self.conv, self.depth, self.head = nn.Conv2d(3, 4, 1), StochasticDepth(0.4, "row"), nn.Linear(4, 2)
+        self.drops = nn.Sequential(nn.Dropout2d(0.3), nn.AlphaDropout(0.2), nn.FeatureAlphaDropout(0.2), nn.RReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = (x + self.depth(self.drops(x))).mean((2, 3))
+        return self.head(x + torch.bernoulli(torch.full_like(x, 0.5)) * torch.rand_like(x))
+
+
+class Norms(nn.Module):
+    """Running statistics: averaged over all calls, of instances, without affine, in eval mode for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(3, 3, 1) for _ in range(4))
+        self.norms = nn.ModuleList(
+            [
+                nn.BatchNorm1d(3, momentum=None),
+                nn.InstanceNorm1d(3, track_running_stats=True),
+                nn.BatchNorm1d(3, affine=False),
+                nn.BatchNorm1d(3, track_running_stats=False),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x))
+        return x
+
+
+class Frozen(nn.Module):
+    """A backbone that stays in eval mode, whatever the model is set to, without gradients; and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU()), nn.Linear(6, 3)
+        self.backbone.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def _doubled(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (2 * args[0], *args[1:])
+
+
+def hooked() -> nn.Module:
+    """Hooks on children: one changes the input, one the output."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    model[0].register_forward_pre_hook(_doubled)
+    model[2].register_forward_hook(lambda module, args, output: output + 1)
+    return model
+
+
+def hooked_on_top() -> nn.Module:
+    """A hook on the model itself changes its input."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    model.register_forward_pre_hook(_doubled)
+    return model
+
+
+def patched() -> nn.Module:
+    """A forward on the instance, of the model and of a child."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    child, top = model[0].forward, model.forward
+    model[0].forward = lambda x: child(x) * 2
+    model.forward = lambda x: top(x + 1)
+    return model
+
+
+def lazy() -> nn.Module:
+    model = nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+    model(torch.randn(4, 5))
+    return model
+
+
+def adjacency() -> tuple[Tensor, Tensor]:
+    dense = (torch.rand(4, 4) > 0.4).double() + torch.eye(4).double()
+    return torch.randn(4, 5, dtype=torch.float64), dense.to_sparse()
+
+
+class Momentum(nn.Module):
+    """A key encoder that follows the query encoder, moved by forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.head = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for source, target in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                target.mul_(0.9).add_(source, alpha=0.1)
+            key = self.key(x)
+        return self.head(self.query(x)) * key.sum(-1, keepdim=True)
+
+
+class Raw(nn.Module):
+    """Reads a weight's data, behind the back of autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x) * F.linear(x, self.body.weight.data).sigmoid()
+        return self.head(hidden) + hidden @ self.head.weight.detach().T
+
+
+class Nested(nn.Module):
+    """Sequences of several lengths in one nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged)
+        return self.head(self.body(parts).sin().values())

@@ -1,0 +1,270 @@
+"""Models in the style of published code: networks that read sizes and values, keep state and return their own types."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+
+class UNet(nn.Module):
+    """Skips, and interpolation to the size of the skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.down = nn.ModuleList([nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)])
+        self.up = nn.ModuleList([nn.Conv2d(14, 6, 3, padding=1), nn.Conv2d(10, 4, 3, padding=1)])
+        self.out = nn.ConvTranspose2d(4, 2, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = [self.first(x)]
+        for layer in self.down:
+            skips.append(F.relu(layer(skips[-1])))
+        x = skips.pop()
+        for layer in self.up:
+            skip = skips.pop()
+            x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
+            x = F.relu(layer(torch.cat([x, skip], 1)))
+        return self.out(x)
+
+
+class Generator(nn.Module):
+    """A generator with spectral norm, noise in forward, and pixel norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = parametrizations.spectral_norm(nn.Linear(5, 24))
+        self.up = parametrizations.spectral_norm(nn.ConvTranspose2d(6, 4, 4, 2, 1))
+        self.strength, self.out = nn.Parameter(torch.ones(1, 4, 1, 1)), nn.Conv2d(4, 3, 1)
+
+    def forward(self, code: Tensor) -> Tensor:
+        x = self.start(code * torch.rsqrt(code.square().mean(1, keepdim=True) + 1e-8)).view(-1, 6, 2, 2)
+        x = self.up(F.leaky_relu(x, 0.2))
+        x = x + self.strength * torch.randn(x.shape[0], 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+        return torch.tanh(self.out(x))
+
+
+class GraphNetwork(nn.Module):
+    """Messages along edges, summed by index_add and averaged by scatter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.message, self.update = nn.Embedding(4, 5), nn.Linear(12, 6), nn.GRUCell(6, 5)
+        self.read = nn.Linear(5, 2)
+
+    def forward(self, kinds: Tensor, edges: Tensor, features: Tensor, batch: Tensor) -> Tensor:
+        x = self.embed(kinds)
+        source, target = edges
+        for _ in range(2):
+            sent = F.relu(self.message(torch.cat([x[source], x[target], features], -1)))
+            found = torch.zeros(x.shape[0], 6, dtype=x.dtype, device=x.device).index_add_(0, target, sent)
+            x = self.update(found, x)
+        pooled = x.new_zeros(2, 5).scatter_reduce(0, batch[:, None].expand(-1, 5), x, "mean", include_self=False)
+        return self.read(pooled)
+
+
+def graph() -> tuple[Tensor, ...]:
+    edges = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 0, 4, 3, 2]])
+    return (torch.tensor([0, 1, 2, 3, 1]), edges, torch.randn(6, 2, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1]))
+
+
+class Field(nn.Module):
+    """A radiance field: Fourier features, a skip, and a density that starts a volume rendering."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 2.0 ** torch.arange(3))
+        self.layers = nn.ModuleList([nn.Linear(21, 8), nn.Linear(8, 8), nn.Linear(29, 8)])
+        self.density, self.colour = nn.Linear(8, 1), nn.Sequential(nn.Linear(11, 3), nn.Sigmoid())
+
+    def forward(self, points: Tensor, direction: Tensor) -> dict[str, Tensor]:
+        scaled = (points[..., None, :] * self.frequencies[:, None] * math.pi).flatten(-2)
+        x = encoded = torch.cat([points, scaled.sin(), scaled.cos()], -1)
+        for index, layer in enumerate(self.layers):
+            x = F.relu(layer(torch.cat([x, encoded], -1) if index == 2 else x))
+        alpha = 1 - torch.exp(-F.softplus(self.density(x)).squeeze(-1))
+        colour = self.colour(torch.cat([x, direction[:, None].expand(-1, points.shape[1], -1)], -1))
+        ones = torch.ones_like(alpha[:, :1])
+        weights = alpha * torch.cumprod(torch.cat([ones, 1 - alpha + 1e-10], -1), -1)[:, :-1]
+        return {"rgb": (weights[..., None] * colour).sum(1), "depth": (weights * points.norm(dim=-1)).sum(1)}
+
+
+class Diffusion(nn.Module):
+    """A denoiser with an embedding of time, adaptive group norms, and attention over pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 8))
+        self.stem, self.norm, self.conv = nn.Conv2d(3, 4, 3, 1, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3, 1, 1)
+        self.qkv, self.out = nn.Conv1d(4, 12, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
+        rates = torch.exp(-math.log(10000) * torch.arange(3, dtype=x.dtype, device=x.device) / 3)
+        angles = steps[:, None].to(x.dtype) * rates[None]
+        shift, scale = self.time(torch.cat([angles.sin(), angles.cos()], -1))[:, :, None, None].chunk(2, 1)
+        x = self.stem(x)
+        x = x + self.conv(F.silu(self.norm(x) * (1 + scale) + shift))
+        batch, channels, height, width = x.shape
+        q, k, v = self.qkv(x.reshape(batch, channels, -1)).chunk(3, 1)
+        found = torch.einsum("bcq,bck->bqk", q, k * channels**-0.5).softmax(-1)
+        return self.out(x + torch.einsum("bqk,bck->bcq", found, v).reshape(batch, channels, height, width))
+
+
+class Autoencoder(nn.Module):
+    """Variational: draws in forward, a loss in the output in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(6, 8), nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        mean, spread = self.encode(x).chunk(2, -1)
+        code = mean + torch.randn_like(spread) * (0.5 * spread).exp() if self.training else mean
+        loss = -0.5 * (1 + spread - mean.square() - spread.exp()).sum(-1).mean()
+        return self.decode(code), loss
+
+
+class Quantized(nn.Module):
+    """A codebook that is a buffer, moved by forward in train mode, and a straight-through estimator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(6, 4), nn.Linear(4, 6)
+        self.register_buffer("book", torch.randn(7, 4))
+        self.register_buffer("counts", torch.ones(7))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        code = self.encode(x)
+        chosen = torch.cdist(code.detach(), self.book).argmin(-1)
+        hot = F.one_hot(chosen, 7).to(code.dtype)
+        if self.training:
+            with torch.no_grad():
+                self.counts.mul_(0.9).add_(hot.sum(0), alpha=0.1)
+                self.book.lerp_((hot.T @ code.detach()) / self.counts[:, None], 0.1)
+        found = self.book[chosen]
+        return self.decode(code + (found - code).detach()), F.mse_loss(code, found.detach())
+
+
+class Siamese(nn.Module):
+    """One trunk for two inputs, one of them without gradients and in eval mode's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+        self.predict = nn.Linear(4, 4)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        predicted = self.predict(self.trunk(left))
+        with torch.no_grad():
+            target = self.trunk(right)
+        return 2 - 2 * F.cosine_similarity(predicted, target, dim=-1)
+
+
+class Decoder(nn.Module):
+    """Decodes greedily until a token or a length, in a Python loop that reads values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cell, self.head = nn.Embedding(6, 4), nn.GRUCell(4, 5), nn.Linear(5, 6)
+
+    def forward(self, context: Tensor) -> Tensor:
+        state, tokens, found = context, torch.zeros(context.shape[0], dtype=torch.long), []
+        while len(found) < 5:
+            state = self.cell(self.table(tokens), state)
+            found.append(self.head(state))
+            tokens = found[-1].argmax(-1)
+            if bool((tokens == 5).all()):
+                break
+        return torch.stack(found, 1)
+
+
+@dataclass
+class Detections:
+    """What a detector returns."""
+
+    boxes: list[dict[str, Tensor]]
+    losses: dict[str, Tensor]
+    count: int = 0
+
+
+class Detector(nn.Module):
+    """Deep supervision: a dataclass that holds lists of dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = nn.ModuleDict({"p3": nn.Conv2d(3, 4, 3, padding=1), "p4": nn.Conv2d(4, 4, 3, 2, 1)})
+        self.boxes, self.scores = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Detections:
+        found, losses = [], {}
+        for name, level in self.levels.items():
+            x = F.relu(level(x))
+            found.append({"boxes": self.boxes(x).sigmoid(), "scores": self.scores(x)})
+            losses[f"loss_{name}"] = found[-1]["scores"].logsumexp(1).mean()
+        return Detections(found, losses, len(found))
+
+
+class Loose(nn.Module):
+    """Arguments by position, by name, in any number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(5, 3) for name in ("text", "image", "sound")})
+
+    def forward(self, *others: Tensor, scale: float = 1.0, **named: Tensor) -> dict[str, Tensor]:
+        base = sum(others)
+        return {name: self.layers[name](value) * scale + base for name, value in named.items()}
+
+
+class Stateful(nn.Module):
+    """Keeps its last state, and a queue of keys with a pointer, in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 4), nn.Linear(4, 4, bias=False)
+        self.register_buffer("state", torch.zeros(4))
+        self.register_buffer("queue", torch.randn(6, 4))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(x) + self.outer(self.state))
+        self.state = hidden.detach().mean(0)
+        logits = hidden @ self.queue.clone().detach().T
+        start = int(self.place)
+        self.queue[start : start + 2] = hidden.detach()[:2]
+        self.place[0] = (start + 2) % 6
+        return logits
+
+
+def scripted() -> nn.Module:
+    """One of its children is a script."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act = nn.Linear(5, 6), torch.jit.script(nn.Sequential(nn.Linear(6, 4), nn.ReLU()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.first(x))
+
+    return Holder()
+
+
+class Listed(nn.Module):
+    """Weights in a ParameterList and a ParameterDict, used in loops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(5, 5) / 2) for _ in range(3)])
+        self.named = nn.ParameterDict({"key": torch.randn(5, 4), "value": torch.randn(5, 4), "gain": torch.randn(5)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = torch.relu(x @ weight) + x
+        x = x * self.named["gain"]
+        return torch.softmax(x @ self.named["key"], -1) * (x @ self.named["value"])

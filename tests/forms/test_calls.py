@@ -1,0 +1,275 @@
+"""What users hand over (modules, graph modules of every dialect, programs, files), and how they call it."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import lorasc_fx as lx
+from tests.forms.compare import assert_same, loss_of, seed
+from tests.forms.kit import SPEC, branches, by_formula, randomize, run
+
+# torch's own, of a copy of any exported graph
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    """A convolution, a norm, linears, a table, and a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.table, self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, image: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        seen = F.relu(self.norm(self.conv(image))).mean((2, 3))
+        hidden = torch.tanh(self.body(self.table(ids) + seen.unsqueeze(1)))
+        return self.head(hidden), seen
+
+
+SITES = {"conv.weight", "table.weight", "body.weight"}
+
+
+def net() -> Net:
+    seed(0)
+    return Net().double().eval()
+
+
+def inputs(batch: int = 2, size: int = 7, length: int = 5) -> tuple[Tensor, Tensor]:
+    seed(1)
+    return torch.randn(batch, 3, size, size, dtype=torch.float64), torch.randint(0, 9, (batch, length))
+
+
+class Leafless(fx.Tracer):
+    """Calls no module whole but the norm: linears and convolutions are functions."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.BatchNorm2d)
+
+
+def functional(model: nn.Module) -> fx.GraphModule:
+    tracer = Leafless()
+    return fx.GraphModule(model, tracer.trace(model))
+
+
+def exported(model: nn.Module) -> torch.export.ExportedProgram:
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    shapes = {"image": {0: batch}, "ids": {0: batch, 1: length}}
+    return torch.export.export(model, inputs(), dynamic_shapes=shapes)
+
+
+def saved(model: nn.Module, place: Path) -> Path:
+    torch.export.save(exported(model), place / "model.pt2")
+    return place / "model.pt2"
+
+
+def simplified(model: nn.Module) -> fx.GraphModule:
+    """A graph that another pass has rewritten: batch norms folded into convolutions, dead code gone, a node renamed."""
+    model.conv, model.norm = fuse_conv_bn_eval(model.conv, model.norm), nn.Identity()
+    fused = fx.symbolic_trace(model)
+    for node in fused.graph.find_nodes(op="call_function", target=torch.tanh):
+        with fused.graph.inserting_after(node):
+            again = fused.graph.call_function(torch.clamp, (node, -0.9, 0.9))
+        node.replace_all_uses_with(again, delete_user_cb=lambda user, own=again: user is not own)
+    fused.graph.eliminate_dead_code()
+    fused.recompile()
+    return fused
+
+
+def proxied(model: nn.Module) -> fx.GraphModule:
+    """As torch's own compilers make it: ATen by dispatch, weights as constants by number."""
+    return make_fx(model, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs())
+
+
+KINDS: dict[str, tuple[Callable[[nn.Module, Path], Any], set[str]]] = {
+    "module": (lambda model, place: model, SITES),
+    "symbolic": (lambda model, place: fx.symbolic_trace(model), SITES),
+    "symbolic_copy": (lambda model, place: copy.deepcopy(fx.symbolic_trace(model)), SITES),
+    "functional": (lambda model, place: functional(model), SITES),
+    "export": (lambda model, place: exported(model).module(), SITES),
+    "export_decomposed": (lambda model, place: exported(model).run_decompositions().module(), SITES),
+    "unflattened": (lambda model, place: torch.export.unflatten(exported(model)), SITES),
+    "program": (lambda model, place: exported(model), SITES),
+    "file": (saved, SITES),
+    "file_name": (lambda model, place: str(saved(model, place)), SITES),
+    "make_fx": (lambda model, place: proxied(model), {"_param_constant0", "_param_constant3", "_param_constant4"}),
+    "fused": (lambda model, place: simplified(model), SITES),
+    "nested": (lambda model, place: nn.ModuleDict({"inner": fx.symbolic_trace(model)})["inner"], SITES),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_models(kind: str, tmp_path: Path) -> None:
+    """One model, however it is handed over: the same sites, the same outputs, its own numbers after the release."""
+    make, sites = KINDS[kind]
+    eager = net().requires_grad_(False)
+    cascade = lx.adapt(make(net(), tmp_path), inputs(), spec=SPEC)
+    assert {site.weight.replace("head", "table") for site in cascade.sites} == sites  # a file keeps one name of two
+    assert not cascade.refusals
+    assert cascade.unreached == (("table.weight",) if kind.startswith("file") else ())
+    exact = kind not in ("fused", "export_decomposed", "make_fx")
+    calls = [inputs(), inputs(3), inputs(2, length=8)]
+    for call in calls:
+        expected = run(eager, (call, {}))
+        if kind == "fused":
+            expected = run(simplified(net()), (call, {}))
+        assert_same(tuple(run(cascade, (call, {}))), expected, 0.0 if exact else 1e-14)
+    randomize(cascade, 0.1)
+    grown = dict(zip((site.kind for site in cascade.sites), cascade.sites, strict=True))
+    twin = simplified(net()) if kind == "fused" else net()
+    with torch.no_grad():
+        for kind_of, weight in (("conv", twin.conv), ("embedding", twin.table), ("linear", twin.body)):
+            branch = branches(cascade)[grown[kind_of].weight]
+            weight.weight += (branch.lora_B @ branch.lora_A * branch.scale).view_as(weight.weight)
+    for call in calls:
+        assert_same(tuple(run(cascade, (call, {}))), run(twin, (call, {})), 1e-12)
+    loss_of(tuple(cascade(*calls[0]))).backward()
+    assert all(value.grad is not None and value.grad.any() for value in cascade.branches.parameters())
+    cascade.zero_grad(set_to_none=True)
+    with cascade.weights("slow"):
+        expected = run(cascade.model, (calls[0], {}))
+    cascade.transition(None)
+    with cascade.weights("slow"):
+        after = run(cascade.model, (calls[0], {}))
+    assert float((after[0] - expected[0]).abs().max()) > 1e-3
+    assert_same(run(cascade.release(), (calls[0], {})), after, 1e-13)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_traced_model_trains_as_the_eager_one(training: bool) -> None:
+    """Dropout and running statistics of a GraphModule that keeps its modules."""
+    model = nn.Sequential(
+        nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Flatten(), nn.Linear(20, 2)
+    ).double()
+    eager = copy.deepcopy(model).train(training)
+    cascade = lx.adapt(fx.symbolic_trace(model), (x := torch.randn(4, 3, 7).double(),), spec=SPEC).train(training)
+    for _ in range(2):
+        assert torch.equal(run(cascade, ((x,), {})), run(eager, ((x,), {})))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("wrap", ["compile", "compile_in_place", "script", "wrapped"])
+def test_wrapped_models(wrap: str) -> None:
+    """torch.compile's wrapper and a user's own are modules; a script is refused in one line."""
+    model, call = net(), inputs()
+    expected = run(net(), (call, {}))
+    if wrap == "script":
+        with warnings.catch_warnings(action="ignore"):
+            scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 3)))
+        with pytest.raises(lx.CaptureError, match=r"^no front end takes RecursiveScriptModule:(\n  \w+: [^\n]+){4}$"):
+            lx.adapt(scripted, (torch.randn(2, 5),), spec=SPEC)
+        return
+    if wrap == "compile":
+        model = torch.compile(model, backend="eager")
+    elif wrap == "compile_in_place":
+        model.compile(backend="eager")
+    else:
+        model = nn.DataParallel(model)
+    cascade = lx.adapt(model, call, spec=SPEC)
+    assert len(cascade.sites) == 3
+    assert_same(run(cascade, (call, {})), expected)
+    randomize(cascade, 0.1)
+    loss_of(cascade(*call)).backward()
+    assert all(value.grad.any() for value in cascade.branches.parameters())
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor | None
+
+
+@dataclasses.dataclass
+class Found:
+    logits: Tensor
+    hidden: list[Tensor]
+    scale: float = 1.0
+
+
+def _model_output(x: Tensor) -> Any:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return BaseModelOutput(last_hidden_state=x, hidden_states=(x, 2 * x))
+
+
+RESULTS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda x: x,
+    "tuple_of_one": lambda x: (x,),
+    "tuple": lambda x: (x, None, 2 * x),
+    "list": lambda x: [x, [2 * x]],
+    "dict": lambda x: {"a": x, "b": {"c": 2 * x}},
+    "ordered": lambda x: collections.OrderedDict(b=x, a=2 * x),
+    "defaultdict": lambda x: collections.defaultdict(list, {"a": [x]}),
+    "named": lambda x: Pair(x, None),
+    "dataclass": lambda x: Found(x, [2 * x]),
+    "model_output": _model_output,
+    "numbers": lambda x: (x, 3, "text", 2.5, True),
+    "twice": lambda x: (x, x),
+    "set_of_dicts": lambda x: [{"boxes": x, "labels": x.argmax(-1)}, {"boxes": 2 * x, "labels": x.argmin(-1)}],
+}
+
+
+class Returns(nn.Module):
+    def __init__(self, result: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.result = nn.Linear(5, 3), result
+
+    def forward(self, x: Tensor) -> Any:
+        return self.result(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("frontend", ["auto", "pieces", "symbolic"])
+@pytest.mark.parametrize("name", RESULTS)
+def test_outputs_have_the_models_own_types(name: str, frontend: str) -> None:
+    seed(0)
+    model = Returns(RESULTS[name]).double()
+    eager, x = copy.deepcopy(model), torch.randn(4, 5, dtype=torch.float64)
+    if frontend == "symbolic" and name in ("ordered", "defaultdict", "model_output"):  # torch.fx makes dicts of them
+        with pytest.raises(lx.CaptureError, match="an output of other types"):
+            lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
+        return
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
+    for each in (x, x[:1]):
+        found, expected = cascade(each), eager(each)
+        assert_same(found, expected)
+        assert_tree(found, expected)
+    randomize(cascade, 0.1)
+    expected, _ = by_formula(cascade, eager, ((x,), {}))
+    assert_same(cascade(x), expected, 1e-12)
+
+
+def assert_tree(found: Any, expected: Any) -> None:
+    """Containers, keys, order and what is no tensor are equal."""
+    assert type(found) is type(expected)
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_tree(found[key], value)
+    elif isinstance(expected, (list, tuple)):
+        for mine, value in zip(found, expected, strict=True):
+            assert_tree(mine, value)
+    elif dataclasses.is_dataclass(expected):
+        assert_tree(vars(found), vars(expected))
+    else:
+        assert found == expected

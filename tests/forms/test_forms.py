@@ -1,0 +1,55 @@
+"""Every spelling of a weight under every front end is the eager model: at B = 0, with branches, and released."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import lorasc_fx as lx
+from tests.forms.cases import CASES
+from tests.forms.kit import NAMED, Case, check
+
+ROWS = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+def test_rows_have_names_of_their_own() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) > 150
+
+
+@ROWS
+def test_auto(case: Case) -> None:
+    """The first front end that takes the row is the one that is used; some front end takes every row."""
+    cascade = check(case, "auto")
+    first = case.taken_by
+    assert cascade.frontend == first
+    assert [name for name, _ in cascade.refused_frontends] == list(NAMED[: NAMED.index(first)])
+
+
+def pairs() -> list[Any]:
+    """Every row under every front end; where dynamo repeats export, in one mode, it is among the slow tests."""
+    found = []
+    for case in CASES:
+        for name in NAMED:
+            again = (
+                name == "dynamo" and len(case.modes) == 1 and name not in case.refuses and "export" not in case.refuses
+            )
+            marks = [pytest.mark.slow] if again else []
+            found.append(pytest.param(case, name, id=f"{name}-{case.name}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("case", "name"), pairs())
+def test_named(case: Case, name: str) -> None:
+    """A front end takes the row as it is, or refuses in one line; the one that auto takes is tested there.
+
+    dynamo gives the graphs that export gives, and takes longer: one mode tells.
+    """
+    if name in case.refuses:
+        with pytest.raises(lx.CaptureError, match=rf"^no front end takes \w+:\n  {name}: [^\n]+$"):
+            check(case, name)
+    elif name == "symbolic" and case.invisible:
+        with pytest.raises(lx.NoSites, match=r"opaque-module|mixed-uses"):
+            check(case, name)
+    elif name != case.taken_by:
+        check(case, name, case.modes[:1] if name == "dynamo" else None)

@@ -1,0 +1,319 @@
+"""One model, called in every way: dtypes, autocast, containers, caches, gradients of inputs, modes of autograd."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lorasc_fx as lx
+from tests.forms.compare import assert_same, loss_of, quietly, seed
+from tests.forms.kit import SPEC, by_formula, randomize, run
+
+FRONTENDS = pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "pieces"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Small(nn.Module):
+    """A convolution, a norm with statistics, a table, an attention of its own, dropout and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 6, 3, padding=1, groups=2), nn.BatchNorm1d(6)
+        self.table, self.qkv, self.head = nn.Embedding(9, 6), nn.Linear(6, 18), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        hidden = F.relu(self.norm(self.conv(x))).mT + self.table(ids)
+        q, k, v = self.qkv(hidden).chunk(3, -1)
+        hidden = hidden + torch.softmax(q @ k.mT / 6**0.5, -1) @ v
+        return self.head(F.dropout(hidden, 0.2, self.training))
+
+
+def small(dtype: torch.dtype = torch.float64) -> nn.Module:
+    seed(0)
+    return Small().to(dtype)
+
+
+def batch(dtype: torch.dtype = torch.float64, size: int = 3, length: int = 5) -> tuple[tuple[Tensor, ...], dict]:
+    seed(1)
+    x, ids = torch.randn(size, 4, length, dtype=torch.float64), torch.randint(0, 9, (size, length))
+    return (x.to(dtype), ids), {}
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "pieces"])
+@pytest.mark.parametrize(("first", "then"), [("float32", "float64"), ("float32", "bfloat16"), ("float64", "float32")])
+def test_another_dtype(frontend: str, first: str, then: str) -> None:
+    """cascade.to(dtype) computes as the eager model in that dtype, and its branches as the formula there."""
+    old, new = getattr(torch, first), getattr(torch, then)
+    twin = small(old).requires_grad_(False)
+    cascade = lx.adapt(small(old), *batch(old), spec=SPEC, frontend=frontend)
+    run(cascade, batch(old))
+    run(twin, batch(old))
+    cascade, twin = cascade.to(new), twin.to(new)
+    for training in (True, False):
+        for size in (3, 1):
+            call = batch(new, size)
+            assert_same(run(cascade.train(training), call), run(twin.train(training), call))
+    if new is torch.float64:
+        randomize(cascade, 0.1)
+        expected, _ = by_formula(cascade, twin, batch(new))
+        assert_same(run(cascade, batch(new)), expected, 1e-12)
+    loss_of(cascade(*batch(new)[0]).float()).backward()
+    assert all(value.grad.dtype == value.dtype for value in cascade.branches.parameters())
+    cascade.zero_grad(set_to_none=True)
+    assert cascade.release().head.weight.dtype == new
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "pieces"])
+@pytest.mark.parametrize("around", [True, False], ids=["all_in_autocast", "calls_in_autocast"])
+def test_autocast(frontend: str, around: bool) -> None:
+    """Under autocast the outputs are the eager model's, bit for bit; with branches, to the precision of bf16."""
+    model, twin = small(torch.float32), small(torch.float32).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        cascade = lx.adapt(model, *batch(torch.float32), spec=SPEC, frontend=frontend)
+    for training in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = (run(each.train(training), batch(torch.float32)) for each in (cascade, twin))
+        assert found.dtype == torch.bfloat16
+        assert_same(found, expected)
+        assert_same(run(cascade, batch(torch.float32)), run(twin, batch(torch.float32)))
+    randomize(cascade, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, _ = by_formula(cascade, twin, batch(torch.float32))
+        found = cascade(*batch(torch.float32)[0])
+        assert_same(found, expected, 0.05)
+        loss_of(found).backward()
+    assert all(value.grad.dtype == value.dtype == torch.float32 for value in cascade.branches.parameters())
+    assert all(value.grad.any() for value in cascade.branches.parameters())
+
+
+@FRONTENDS
+def test_sizes_strides_and_modes_of_autograd(frontend: str) -> None:
+    """Batch 1, other lengths, inputs that are not contiguous or expanded, no_grad, inference mode."""
+    cascade = lx.adapt(small(), *batch(), spec=SPEC, frontend=frontend).eval()
+    twin = small().requires_grad_(False).eval()
+    randomize(cascade, 0.1)
+    (x, ids), _ = batch(size=4, length=8)
+    inputs = [
+        (x[:1], ids[:1]),
+        (x[::2], ids[::2]),
+        (x[..., ::2], ids[:, ::2]),
+        (x[:1].expand(3, 4, 8), ids[:3]),
+        (x, ids),
+    ]
+    inputs.append((x.mT.contiguous().mT, ids.T.contiguous().T))
+    for call in inputs:
+        expected, _ = by_formula(cascade, twin, (call, {}))
+        assert_same(run(cascade, (call, {}), grad=True), expected, 1e-12)
+        assert_same(run(cascade, (call, {})), expected.detach(), 1e-12)
+        with torch.inference_mode():
+            assert_same(cascade(*call), expected, 1e-12)
+
+
+@FRONTENDS
+def test_gradients_of_inputs(frontend: str) -> None:
+    """An input that needs a gradient gets that of the formula; a second gradient as well."""
+    cascade = lx.adapt(small(), *batch(), spec=SPEC, frontend=frontend).eval()
+    twin = small().requires_grad_(False).eval()
+    randomize(cascade, 0.1)
+    found = []
+    for call in (cascade, lambda *args: by_formula(cascade, twin, (args, {}))[0]):
+        (x, ids), _ = batch()
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(loss_of(call(x, ids)), x, create_graph=True)
+        (second,) = torch.autograd.grad(slope.square().sum(), x)
+        found.append((slope.detach(), second))
+    assert_same(found[0], found[1], 1e-10)
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    ids: Tensor | None
+
+
+@dataclasses.dataclass
+class Batch:
+    image: Tensor
+    flags: tuple[bool, ...] = (True,)
+
+
+class Takes(nn.Module):
+    """Takes its input apart as the row says."""
+
+    def __init__(self, take: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.body, self.take = nn.Linear(5, 3), take
+
+    def forward(self, given: Any, how: str = "tanh", *, times: int = 1) -> Tensor:
+        hidden = self.body(self.take(given)) * times
+        return hidden.tanh() if how == "tanh" else hidden.relu()
+
+
+CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "dict": (lambda x: {"a": x, "b": {"c": 2 * x}}, lambda given: given["a"] + given["b"]["c"]),
+    "list": (lambda x: [x, [2 * x]], lambda given: given[0] + given[1][0]),
+    "named": (lambda x: Pair(x, None), lambda given: given.image),
+    "dataclass": (Batch, lambda given: given.image),
+    "longer_list": (lambda x: [x] * 3, sum),
+}
+
+
+@pytest.mark.parametrize("frontend", ["auto", "pieces"])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_of_inputs(name: str, frontend: str) -> None:
+    make, take = CONTAINERS[name]
+    seed(0)
+    twin = Takes(take).double().requires_grad_(False)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    cascade = lx.adapt(copy.deepcopy(twin).requires_grad_(), (make(x),), spec=SPEC, frontend=frontend)
+    randomize(cascade, 0.1)
+    calls: list[Any] = [((make(x),), {}), ((make(x[:1]),), {}), ((make(x), "relu"), {}), ((make(x),), {"times": 3})]
+    calls += [((), {"given": make(3 * x), "how": "relu", "times": 2})]
+    for call in calls:
+        assert_same(run(cascade, call, grad=True), by_formula(cascade, twin, call)[0], 1e-12)
+
+
+class Cached(nn.Module):
+    """Attention with a cache of the user's own: a tuple of keys and values for each layer, or None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layers = nn.Embedding(9, 6), nn.ModuleList(nn.Linear(6, 18) for _ in range(2))
+        self.head = nn.Linear(6, 9)
+
+    def forward(self, ids: Tensor, past: list[tuple[Tensor, Tensor]] | None = None) -> tuple[Tensor, list[Any]]:
+        x, grown = self.table(ids), []
+        for index, layer in enumerate(self.layers):
+            q, k, v = layer(x).chunk(3, -1)
+            if past is not None:
+                k, v = torch.cat([past[index][0], k], 1), torch.cat([past[index][1], v], 1)
+            grown.append((k, v))
+            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        return self.head(x), grown
+
+
+@pytest.mark.parametrize("frontend", ["auto", "symbolic", "pieces"])
+def test_a_cache_of_the_users_own(frontend: str) -> None:
+    """A step with the cache of the steps before is the eager model's, with branches."""
+    seed(0)
+    twin = Cached().double().requires_grad_(False)
+    ids = torch.randint(0, 9, (2, 6))
+    cascade = lx.adapt(copy.deepcopy(twin).requires_grad_(), (ids[:, :3],), spec=SPEC, frontend=frontend)
+    randomize(cascade, 0.1)
+    found, expected = cascade(ids[:, :3]), by_formula(cascade, twin, ((ids[:, :3],), {}))[0]
+    for step in range(3, 6):
+        assert_same(found, expected, 1e-12)
+        token = ids[:, step : step + 1]
+        found = cascade(token, found[1])
+        expected, _ = by_formula(cascade, twin, ((token, expected[1]), {}))
+    assert_same(found, expected, 1e-12)
+
+
+class Recomputed(nn.Module):
+    """A block under torch.utils.checkpoint, with dropout and a norm inside."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant, self.stem, self.head = reentrant, nn.Linear(5, 6), nn.Linear(6, 2)
+        self.block = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Dropout(0.3), nn.Linear(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.reentrant is None:
+            return self.head(x + self.block(x))
+        return self.head(x + checkpoint(self.block, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export", "dynamo", "pieces"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(frontend: str, reentrant: bool) -> None:
+    """Outputs and gradients are those without it, dropout drawn the same when it is computed again."""
+
+    def model(how: bool | None) -> nn.Module:
+        seed(0)
+        return Recomputed(how).double().train()
+
+    seed(1)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    if frontend == "dynamo" or (frontend == "export" and reentrant):
+        with pytest.raises(lx.CaptureError, match=rf"^no front end takes Recomputed:\n  {frontend}: [^\n]+$"):
+            lx.adapt(model(reentrant), (x,), spec=SPEC, frontend=frontend)
+        return
+    with quietly():
+        cascade = lx.adapt(model(reentrant), (x,), spec=SPEC, frontend=frontend)
+        randomize(cascade, 0.1)
+        expected, factors = by_formula(cascade, model(None).requires_grad_(False), ((x,), {}))
+        found = run(cascade, ((x,), {}), grad=True)
+        assert_same(found, expected, 1e-12)
+        loss_of(found).backward()
+    loss_of(expected).backward()
+    assert len(cascade.sites) == 4
+    for site in cascade.sites:
+        branch = cascade.branches[site.key]
+        assert_same((branch.lora_A.grad, branch.lora_B.grad), tuple(each.grad for each in factors[site.weight]), 1e-10)
+
+
+class Mixed(nn.Module):
+    """A region of autocast inside forward, and a region without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            low = self.body(x)
+            with torch.autocast("cpu", enabled=False):
+                return self.head(low.float() + low.dtype.itemsize)
+
+
+@FRONTENDS
+def test_autocast_inside_forward(frontend: str) -> None:
+    """Regions are kept; a trace that cannot says so."""
+    seed(0)
+    twin, x = Mixed().requires_grad_(False), torch.randn(4, 5)
+    model = copy.deepcopy(twin)
+    if frontend in ("dynamo", "symbolic"):
+        with pytest.raises(lx.CaptureError, match=rf"^no front end takes Mixed:\n  {frontend}: [^\n]+$"):
+            lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
+        return
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
+    assert_same(run(cascade, ((x,), {})), run(twin, ((x,), {})))
+    randomize(cascade, 0.1)
+    assert_same(run(cascade, ((x,), {})), by_formula(cascade, twin, ((x,), {}))[0].detach(), 0.05)
+
+
+@FRONTENDS
+def test_a_sparse_table(frontend: str) -> None:
+    """A table whose own gradient is sparse: its branch's is that of a dense one."""
+
+    def model(sparse: bool) -> nn.Module:
+        seed(0)
+        return nn.Sequential(nn.Embedding(9, 5, sparse=sparse), nn.Linear(5, 3)).double()
+
+    ids = torch.randint(0, 9, (3, 4))
+    cascade = lx.adapt(model(True), (ids,), spec=SPEC, frontend=frontend)
+    assert [site.kind for site in cascade.sites] == ["embedding", "linear"]
+    randomize(cascade, 0.1)
+    expected, factors = by_formula(cascade, model(False).requires_grad_(False), ((ids,), {}))
+    found = cascade(ids)
+    assert_same(found, expected, 1e-12)
+    loss_of(found).backward()
+    loss_of(expected).backward()
+    for site in cascade.sites:
+        branch = cascade.branches[site.key]
+        own = (branch.lora_A.grad.to_dense(), branch.lora_B.grad.to_dense())
+        assert_same(own, tuple(each.grad for each in factors[site.weight]), 1e-10)
