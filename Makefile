@@ -11,7 +11,7 @@ EXTRAS := cli,vision,text,test,bench
 CODE := lorasc_fx passes tests $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo demo-text test test-fast ci-slow lint format types bench docs clean
+.PHONY: help venv demo demo-text test test-fast ci-slow lint format types bench coverage docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -55,6 +55,9 @@ types: $(STAMP) ## mypy --strict on lorasc_fx and passes
 
 bench: $(STAMP) ## the same work beside its peers, ratios out
 	$(BIN)/python -m benchmarks
+
+coverage: $(STAMP) ## the whole zoo beside peft, written to docs/coverage.md (half an hour on two cores)
+	JOBS=$(JOBS) $(BIN)/python -m tests.models.coverage
 
 docs: $(STAMP) ## run every code block of README.md, CONTRIBUTING.md and docs/
 	$(BIN)/python -m pytest tests/contract/test_docs.py -n $(JOBS) --timeout 900

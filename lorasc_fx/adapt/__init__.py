@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import check_untie, untied
 from lorasc_fx.capture import check_binds, open_model, signature_of
-from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError
+from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
 from lorasc_fx.graph import check_patterns, matches, named_weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, read
@@ -61,7 +61,7 @@ def adapt(
     weights = named_weights(opened)
     check_patterns(plan.spec, weights.matrices, weights.names)
     check_untie(opened, plan.spec.untie)
-    with untied(opened, plan.spec.untie):
+    with untied(opened, plan.spec.untie), torch.inference_mode(False):
         return _adapt(opened, args, kwargs, plan, frontend)
 
 
@@ -145,6 +145,11 @@ def _trained(
 
 
 def _check_new(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CaptureError(f"{name} is on the meta device, without numbers: give the model its weights first")
+        if parameter.is_inference():
+            raise CaptureError(f"{name} was made in torch.inference_mode, and nothing can train it: make it outside")
     if any(isinstance(module, Cascade) for module in model.modules()):
         raise StateError(
             "this model is a cascade, or holds one: call release() on it, and adapt the model that it returns"

@@ -109,6 +109,7 @@ def make_pieces(
     Raises:
         NoSites: nothing is left to adapt.
     """
+    swap_all = swap_all or pieces.eager
     parameters = named_weights(pieces.model).parameters
     record = Record(owner=OWNER, plan=plan, refusals=refusals)
     found = survey(pieces.graphs, record, plan.spec, watch(pieces.model, args, kwargs))

@@ -54,6 +54,7 @@ class Pieces:
         self._pieces: list[_Piece] = []
         self._own = {id(value): name for name, value in [*model.named_parameters(), *model.named_buffers()]}
         self._swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self.eager = False  # dynamo cannot run the model at all: it runs as it is, with every site swapped
         self._look: Callable[[Any, Mapping[str, Any]], None] | None = None
         self._compiled: Any = torch.compile(model, backend=self._take)
 
@@ -62,8 +63,12 @@ class Pieces:
 
         There may be none: dynamo leaves a loop with a break in it, and the modules of torch.nn called there, to Python.
         """
-        with quiet(), untouched(self.model):
-            self(*args, **kwargs)
+        try:
+            with quiet(), untouched(self.model):
+                self(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException:  # a fault of dynamo's own, in a model that runs
+            self._pieces.clear()
+            self._compiled, self.eager = self.model, True
 
     def rewrite_by(self, rewrite: Rewrite) -> None:
         """Run every piece as `rewrite` returns it, from now on."""
@@ -122,6 +127,8 @@ class Pieces:
 
     def first_break(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Return file, line and reason of the first graph break, or None where one graph holds the whole model."""
+        if self.eager:
+            return "in dynamo itself, which cannot run the model"
         with quiet(), _dynamo_settings():
             told = torch._dynamo.explain(self.model)(*args, **kwargs)
         for reason in told.break_reasons:

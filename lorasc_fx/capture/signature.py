@@ -1,7 +1,7 @@
 """What makes two calls the same variant: arguments in one canonical shape, and a hashable key for them.
 
-A variant is one adapted graph for one input signature (docs/design.md): modes of every module, tree of arguments,
-which are None, values that are not tensors, dtypes, devices and numbers of axes, autocast.
+A variant is one adapted graph for one input signature (docs/design.md): modes and settings of every module, tree of
+arguments, which are None, values that are not tensors, dtypes, devices and numbers of axes, autocast.
 """
 
 from __future__ import annotations
@@ -86,8 +86,13 @@ def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[
 def key_of(model: nn.Module, args: Any, kwargs: Any) -> Hashable:
     """Return a key that is equal for two calls which one variant can serve."""
     flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=whole)
-    modes = tuple(module.training for module in model.modules())
-    return (modes, spec, tuple(_leaf(leaf) for leaf in flat), _autocast(flat))
+    return (tuple(map(_settings, model.modules())), spec, tuple(_leaf(leaf) for leaf in flat), _autocast(flat))
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """Return what a graph of a module holds as constants: mode, numbers and names that it keeps, and its hooks."""
+    kept = tuple(value for value in vars(module).values() if type(value) in (bool, int, float, str))
+    return (len(module._forward_hooks), len(module._forward_pre_hooks), *kept)
 
 
 def _leaf(leaf: Any) -> Hashable:

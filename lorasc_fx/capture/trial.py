@@ -90,7 +90,8 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def check_agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Hold a graph against its model on one call: types, values, and the buffers afterwards.
+    """Hold a graph against its model on one call: types, values, and buffers and arguments afterwards (a cache that
+    forward writes into).
 
     Raises:
         RuntimeError: they differ by more than rounding, though the model repeats itself under one seed.
@@ -166,29 +167,44 @@ def _functions(outputs: list[torch.Tensor]) -> set[str]:
     return found
 
 
+@dataclass(frozen=True)
+class _Observed:
+    """Types and tensors of an output, and of the arguments after the call; and the buffers then."""
+
+    output: tuple[Any, list[torch.Tensor]]
+    arguments: tuple[Any, list[torch.Tensor]]
+    buffers: list[tuple[str, torch.Tensor]]
+
+
 def _observed(
     call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Any, list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
-    """Return the types and tensors of an output, and the buffers after the call."""
+) -> _Observed:
     inputs, named = copied(args, kwargs)
     with quiet(), untouched(model), torch.no_grad():
         seed()
         output = call(*inputs, **named)
         written = [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
         buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *written]]
-    return _types(output), [each.detach() for each in _tensors(output)], buffers
+    seen = [(_types(value), [each.detach() for each in _tensors(value)]) for value in (output, (inputs, named))]
+    return _Observed(seen[0], seen[1], buffers)
 
 
-def _fault(ours: tuple[Any, Any, Any], theirs: tuple[Any, Any, Any]) -> str | None:
+def _fault(ours: _Observed, theirs: _Observed) -> str | None:
     """Return how two observations differ, or None."""
-    if ours[0] != theirs[0]:
-        return f"an output of other types, {ours[0]} for {theirs[0]}"
-    for index, (one, other) in enumerate(zip(ours[1], theirs[1], strict=True)):
-        if (difference := _apart(one, other)) is not None:
-            return f"output {index} is {difference}"
-    if [name for name, _ in ours[2]] != [name for name, _ in theirs[2]]:
+    for what, found, expected in (
+        ("an output", ours.output, theirs.output),
+        ("an argument after the call", ours.arguments, theirs.arguments),
+    ):
+        if found[0] != expected[0]:
+            return f"{what} has other types, {found[0]} for {expected[0]}"
+        if len(found[1]) != len(expected[1]):
+            return f"{what} holds {len(found[1])} tensors for {len(expected[1])}"
+        for one, other in zip(found[1], expected[1], strict=True):
+            if (difference := _apart(one, other)) is not None:
+                return f"{what} is {difference}"
+    if [name for name, _ in ours.buffers] != [name for name, _ in theirs.buffers]:
         return "other buffers"
-    for (name, one), (_, other) in zip(ours[2], theirs[2], strict=True):
+    for (name, one), (_, other) in zip(ours.buffers, theirs.buffers, strict=True):
         if (difference := _apart(one, other)) is not None:
             return f"buffer {name} is {difference} after the call"
     return None

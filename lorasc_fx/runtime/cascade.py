@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from lorasc_fx.runtime.variants import Made, Variant, VariantMaker, Variants
 __all__ = ["Cascade"]
 
 log = logging.getLogger("lorasc_fx")
+
+_CAPTURING = threading.RLock()
 
 WHICH: tuple[Which, ...] = ("slow", "fast", "base")
 
@@ -113,15 +116,18 @@ class Cascade(nn.Module):
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
             return self._variants.compiled(self.training, pytree.tree_leaves((bound, named))).module(*bound, **named)
         if any(isinstance(leaf, torch.fx.Proxy) for leaf in self._maker.leaves(bound, named)):
-            return self._variants.symbolic(self.training).module.forward(*bound, **named)  # type: ignore[attr-defined]
+            variant, count = self._variants.symbolic(self.training)
+            return variant.module.forward(*bound[:count], **named)  # type: ignore[attr-defined]
         return self.variant(bound, named).module(*bound, **named)
 
     def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """Return the variant for a call in canonical shape; capture it if there is none yet."""
         self.core.check_alive("variant")
         key, leaves = self._maker.key(self.model, args, kwargs), self._maker.leaves(args, kwargs)
-        found = self._variants.find(key, leaves)
-        return self._make_variant(args, kwargs, key, leaves) if found is None else found
+        if (found := self._variants.find(key, leaves)) is not None:
+            return found
+        with _CAPTURING, torch.inference_mode(False):  # tracers work on the whole process
+            return self._variants.find(key, leaves) or self._make_variant(args, kwargs, key, leaves)
 
     def _make_variant(self, args: Any, kwargs: Any, key: Any, leaves: list[Any]) -> Variant:
         wide = self._variants.known(key)
@@ -301,10 +307,9 @@ class Cascade(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Cascade:
-        """Set the mode of the model and of the cascade; an exported program's graph has one mode and keeps it."""
+        """Set the mode of model and cascade; an exported program's graph has one mode and keeps it."""
         self.core.check_alive("train")
-        self.training = mode
-        self.branches.train(mode)
+        self.training = self.branches.train(mode).training
         if "train" not in vars(self.model):
             self.model.train(mode)
         return self

@@ -38,6 +38,7 @@ class Core:
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self._fingerprints: dict[str, str] = {}
+        self._as_left: dict[str, tuple[int, int]] = {}
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -107,11 +108,13 @@ class Core:
                 lambda name, like: slow.value(name, "base", like),
             )
         self.slow = slow
+        self.note_weights()
         self.pending.arm(self.trainable())
 
     def advance(self, plan: Plan, slow: SlowWeights) -> None:
         """Take over the plan and slow weights of the next stage: the commit of a transition."""
         self.plan, self.slow = plan, slow
+        self.note_weights()
         for name, branch in self.branches_by_weight().items():
             state = slow.states.get(name)
             if state is not None and is_quantized(state.base):
@@ -122,6 +125,25 @@ class Core:
     def quantized(self) -> tuple[str, ...]:
         """Names of the sites whose weights are quantized."""
         return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base))
+
+    def note_weights(self) -> None:
+        """Remember which objects the weights are, and that nobody has written to them since."""
+        parameters = self.parameters_by_name()
+        self._as_left = {name: _mark(parameters[name]) for name in self.slow.states if name in parameters}
+
+    def check_weights(self, call: str) -> None:
+        """Raise StateError where somebody else has written other numbers into a weight, or replaced it."""
+        parameters = self.parameters_by_name()
+        for name, mark in self._as_left.items():
+            now = parameters.get(name)
+            if now is not None and _mark(now) == mark:
+                continue
+            if now is None or not torch.equal(now.detach(), self.slow.resting(name, self.plan, now)):
+                raise StateError(
+                    f"{call}: {name} was changed by somebody else while the cascade lives (by load_state_dict?), and a "
+                    "fold would overwrite that. Put it back, or load weights before you adapt"
+                )
+        self.note_weights()
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of every base parameter; those of frozen ones are computed once."""
@@ -144,6 +166,7 @@ class Core:
             raise StateError(f"{call}: inside weights({self.placed!r}); leave the with block first")
         if torch._C._current_graph_task_id() != -1:
             raise StateError(f"{call}: inside a backward, which still needs the weights; call it after the backward")
+        self.check_weights(call)
         waiting = self.pending.waiting(self.trainable())
         if waiting and call in ("transition", "release"):
             more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
@@ -151,3 +174,7 @@ class Core:
                 f"{call}: gradients are pending on {waiting[0]}{more}: they belong to the stage that ends. "
                 "Call optimizer.step() or optimizer.zero_grad() first"
             )
+
+
+def _mark(parameter: nn.Parameter) -> tuple[int, int]:
+    return id(parameter), parameter._version

@@ -42,6 +42,7 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
         for name in [*core.slow.states, *core.slow.trained]:
             if not is_quantized(parameters[name]):
                 parameters[name].copy_(_resting(core, name, parameters[name], live))
+    core.note_weights()
 
 
 def recast(core: Core, before: Mapping[str, torch.dtype]) -> None:
@@ -51,6 +52,7 @@ def recast(core: Core, before: Mapping[str, torch.dtype]) -> None:
         for name in core.slow.states:
             if name not in rigid and parameters[name].dtype != before[name]:
                 parameters[name].copy_(core.slow.resting(name, core.plan, parameters[name]))
+    core.note_weights()
 
 
 def _resting(core: Core, name: str, like: torch.Tensor, live: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -132,15 +132,17 @@ class Variants:
             "call the cascade once without torch.compile, in the same mode, with the same arguments of the same sizes"
         )
 
-    def symbolic(self, training: bool) -> Variant:
-        """Return the newest whole graph of this mode, for a trace by torch.fx, whose proxies have no sizes.
+    def symbolic(self, training: bool) -> tuple[Variant, int]:
+        """Return the newest whole graph of this mode, and how many arguments it takes, for a trace by torch.fx.
+
+        Its proxies have no sizes, and it makes one for each argument, those left to their defaults as well.
 
         Raises:
             StateError: there is none.
         """
-        for mode, _, variant in self.plain:
+        for mode, known, variant in self.plain:
             if mode == training and not variant.universal:
-                return variant
+                return variant, len(known)
         raise StateError(
             "torch.fx traces a whole graph, and there is none for this mode yet: "
             "call the cascade once in this mode (a model that runs in pieces has none)"

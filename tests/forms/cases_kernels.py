@@ -178,7 +178,7 @@ CODED = [
         Deformable,
         IMAGE,
         {"offset.weight": "conv", "conv.weight": "conv"},
-        refuses=("export", "dynamo", "symbolic"),
+        refuses=("symbolic",),
     ),
     Case("conv_residual", Shuffled, IMAGE, {f"{name}.weight": "conv" for name in ("conv", "squeeze", "excite")}),
     Case("conv_lazy", _lazy, IMAGE, {"0.weight": "conv", "2.weight": "conv"}),

@@ -160,8 +160,21 @@ class Counting(nn.Module):
         return self.head(torch.tanh(hidden))
 
 
+class Zipped(nn.Module):
+    """Dynamo itself breaks on this one, and eager torch does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(x.shape, dtype=torch.bool)
+        mask[tuple(zip(*[(place[0], place[1]) for place in (x > 0).nonzero()], strict=True))] = True
+        return self.head(torch.tanh(self.body(x * mask)))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    each.__name__: each for each in (Branchy, Items, Experts, Stack, Drops, Plain, Late, Counting)
+    each.__name__: each for each in (Branchy, Items, Experts, Stack, Drops, Plain, Late, Counting, Zipped)
 }
 ALL = pytest.mark.parametrize("name", MODELS)
 

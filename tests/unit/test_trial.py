@@ -229,7 +229,7 @@ def patched() -> nn.Module:
 
 @pytest.mark.parametrize("make", [hooked, patched])
 def test_a_hook_and_a_patched_forward(make: Callable[[], nn.Module]) -> None:
-    refuse(make, "symbolic", "RuntimeError: its graph does something else than the model: output 0 is off by 5.0e-01")
+    refuse(make, "symbolic", "RuntimeError: its graph does something else than the model: an output is off by 5.0e-01")
     assert_goes_as_eager(make, lx.adapt(build(make), (X[0],), spec=SPEC))
 
 
@@ -239,7 +239,7 @@ class Ordered(Net):
 
 
 def test_the_type_of_an_output() -> None:
-    sentence = "RuntimeError: its graph does something else than the model: an output of other types, ('dict'"
+    sentence = "RuntimeError: its graph does something else than the model: an output has other types, ('dict'"
     refuse(Ordered, "symbolic", sentence)
     for frontend in ("auto", "export", "pieces"):
         assert_goes_as_eager(Ordered, lx.adapt(build(Ordered), (X[0],), spec=SPEC, frontend=frontend))
@@ -314,3 +314,57 @@ def test_old_norms_of_weights_are_one_graph(norm: Callable[[nn.Module], nn.Modul
     assert cascade.frontend == "export"
     assert {site.weight for site in cascade.sites} == {f"0.{own}", "2.weight"}
     assert_goes_as_eager(make, cascade)
+
+
+class Remembers(nn.Module):
+    """Writes what it computed into a container that its caller holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.rate = nn.Linear(5, 3), 2.0
+
+    def forward(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        state["last"] = self.layer(x) * self.rate
+        return state["last"]
+
+
+def test_what_forward_writes_into_an_argument_is_written() -> None:
+    x, state = torch.randn(4, 5), dict[str, torch.Tensor]()
+    cascade = lx.adapt(Remembers(), (x, {}))
+    assert cascade.frontend == "pieces"
+    found = cascade(x, state)
+    assert torch.equal(state["last"], found)
+    with pytest.raises(lx.CaptureError, match="an argument after the call"):
+        lx.adapt(Remembers(), (x, {}), frontend="export")
+
+
+def test_a_setting_that_the_user_changes_is_another_graph() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+    x = torch.randn(6, 5)
+    cascade = lx.adapt(model, (x,))
+    torch.manual_seed(0)
+    first = cascade(x)
+    model[1].p = 0.0
+    assert torch.equal(cascade(x), cascade(x))
+    model[1].p = 0.5
+    torch.manual_seed(0)
+    assert torch.equal(cascade(x), first)
+    handle = model[0].register_forward_hook(lambda module, args, output: output * 2)
+    model[1].p = 0.0
+    assert torch.equal(cascade(x), model(x))
+    handle.remove()
+    assert torch.equal(cascade(x), model(x))
+
+
+def test_weights_that_nothing_can_train_are_told() -> None:
+    x = torch.randn(4, 5)
+    with pytest.raises(lx.CaptureError, match="weight is on the meta device"):
+        lx.adapt(nn.Linear(5, 3, device="meta"), (x,))
+    with torch.inference_mode():
+        fixed = nn.Linear(5, 3)
+    with pytest.raises(lx.CaptureError, match=r"weight was made in torch\.inference_mode"):
+        lx.adapt(fixed, (x,))
+    model = nn.Linear(5, 3)
+    with torch.inference_mode():
+        cascade = lx.adapt(model, (x,))
+    loss_of(cascade(x)).backward()  # what adapt made is no inference tensor

@@ -1,0 +1,262 @@
+"""Transformers' image and video models that classify, small by configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.models.entry import Entry
+from tests.models.zoo_hf_vision_build import given, model, real, whole
+
+PLAIN: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DROPPED: dict[str, Any] = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+
+_pictures = given({"labels": whole(3, 2)}, pixel_values=real(2, 3, 32, 32))
+_large = given({"labels": whole(3, 2)}, pixel_values=real(2, 3, 64, 64))
+_clips = given({"labels": whole(3, 2)}, pixel_values=real(2, 4, 3, 32, 32))
+
+IMAGES: tuple[Entry, ...] = (
+    Entry(
+        "hf_vit",
+        "modeling_vit",
+        model("ViTForImageClassification", "ViTConfig", num_labels=3, **PLAIN, **DROPPED),
+        _pictures,
+    ),
+    Entry(
+        "hf_deit",
+        "modeling_deit",
+        model("DeiTForImageClassificationWithTeacher", "DeiTConfig", num_labels=3, **PLAIN, **DROPPED),
+        given(pixel_values=real(2, 3, 32, 32)),
+    ),
+    Entry(
+        "hf_swin",
+        "modeling_swin",
+        model(
+            "SwinForImageClassification",
+            "SwinConfig",
+            num_labels=3,
+            image_size=32,
+            patch_size=4,
+            embed_dim=16,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=4,
+            drop_path_rate=0.2,
+            use_absolute_embeddings=True,
+        ),
+        _pictures,
+    ),
+    Entry(
+        "hf_swinv2",
+        "modeling_swinv2",
+        model(
+            "Swinv2ForImageClassification",
+            "Swinv2Config",
+            num_labels=3,
+            image_size=32,
+            patch_size=4,
+            embed_dim=16,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=4,
+            drop_path_rate=0.2,
+            pretrained_window_sizes=[0, 0],
+        ),
+        _pictures,
+    ),
+    Entry(
+        "hf_convnextv2",
+        "modeling_convnextv2",
+        model(
+            "ConvNextV2ForImageClassification",
+            "ConvNextV2Config",
+            num_labels=3,
+            num_stages=3,
+            hidden_sizes=[16, 24, 32],
+            depths=[1, 2, 1],
+            drop_path_rate=0.2,
+        ),
+        _pictures,
+    ),
+    Entry(
+        "hf_beit",
+        "modeling_beit",
+        model(
+            "BeitForImageClassification",
+            "BeitConfig",
+            num_labels=3,
+            use_relative_position_bias=True,
+            # With sdpa it adds a mask of True to the bias, as 1.0, but only while it is traced.
+            attn_implementation="eager",
+            use_absolute_position_embeddings=True,
+            **PLAIN,
+            **DROPPED,
+        ),
+        _pictures,
+    ),
+    Entry(
+        "hf_dinov2",
+        "modeling_dinov2",
+        model(
+            "Dinov2ForImageClassification",
+            "Dinov2Config",
+            num_labels=3,
+            use_swiglu_ffn=True,
+            drop_path_rate=0.2,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=48,
+            patch_size=8,
+            mlp_ratio=2,
+        ),
+        _pictures,
+    ),
+    Entry(
+        "hf_dinov3",
+        "modeling_dinov3_vit",
+        model(
+            "DINOv3ViTModel",
+            "DINOv3ViTConfig",
+            num_register_tokens=2,
+            use_gated_mlp=True,
+            drop_path_rate=0.2,
+            pos_embed_shift=0.1,
+            pos_embed_jitter=1.1,
+            **PLAIN,
+        ),
+        given(pixel_values=real(2, 3, 32, 32)),
+    ),
+    Entry(
+        "hf_hiera",
+        "modeling_hiera",
+        model(
+            "HieraForImageClassification",
+            "HieraConfig",
+            num_labels=3,
+            embed_dim=16,
+            image_size=[32, 32],
+            patch_size=[3, 3],
+            patch_stride=[2, 2],
+            patch_padding=[1, 1],
+            depths=[1, 2],
+            num_heads=[1, 2],
+            num_query_pool=1,
+            masked_unit_size=[4, 4],
+            masked_unit_attention=[True, False],
+            drop_path_rate=0.1,
+        ),
+        _pictures,
+    ),
+    Entry(
+        "hf_mobilevit",
+        "modeling_mobilevit",
+        model(
+            "MobileViTForImageClassification",
+            "MobileViTConfig",
+            num_labels=3,
+            image_size=64,
+            hidden_sizes=[16, 24, 32],
+            neck_hidden_sizes=[8, 8, 12, 16, 16, 24, 32],
+            num_attention_heads=2,
+            expand_ratio=2.0,
+            output_stride=16,
+        ),
+        _large,
+    ),
+    Entry(
+        "hf_levit",
+        "modeling_levit",
+        model(
+            "LevitForImageClassificationWithTeacher",
+            "LevitConfig",
+            num_labels=3,
+            image_size=64,
+            hidden_sizes=[32, 32, 48],
+            num_attention_heads=[2, 2, 3],
+            depths=[1, 1, 1],
+            key_dim=[8, 8, 8],
+            mlp_ratio=[2, 2, 2],
+            attention_ratio=[2, 2, 2],
+            drop_path_rate=0,
+        ),
+        given(pixel_values=real(2, 3, 64, 64)),
+    ),
+    Entry(
+        "hf_pvt",
+        "modeling_pvt",
+        model(
+            "PvtForImageClassification",
+            "PvtConfig",
+            num_labels=3,
+            image_size=32,
+            num_encoder_blocks=3,
+            depths=[1, 1, 1],
+            sequence_reduction_ratios=[4, 2, 1],
+            hidden_sizes=[16, 24, 32],
+            patch_sizes=[4, 2, 2],
+            strides=[4, 2, 2],
+            num_attention_heads=[1, 2, 4],
+            mlp_ratios=[2, 2, 2],
+            drop_path_rate=0.1,
+            **DROPPED,
+        ),
+        _pictures,
+    ),
+    Entry(
+        "hf_cvt",
+        "modeling_cvt",
+        model(
+            "CvtForImageClassification",
+            "CvtConfig",
+            num_labels=3,
+            embed_dim=[8, 16, 24],
+            num_heads=[1, 2, 3],
+            depth=[1, 2, 3],
+            drop_path_rate=[0.0, 0.0, 0.1],
+            mlp_ratio=[2.0, 2.0, 2.0],
+        ),
+        _pictures,
+        unused={
+            "*.stages.2.layers.2.*.convolution_projection_query.*": "the head reads the class token only, not convolved"
+        },
+    ),
+    Entry(
+        "hf_videomae",
+        "modeling_videomae",
+        model("VideoMAEForVideoClassification", "VideoMAEConfig", num_labels=3, num_frames=4, **PLAIN, **DROPPED),
+        _clips,
+    ),
+    Entry(
+        "hf_timesformer",
+        "modeling_timesformer",
+        model(
+            "TimesformerForVideoClassification",
+            "TimesformerConfig",
+            num_labels=3,
+            num_frames=4,
+            **PLAIN,
+            **DROPPED,
+        ),
+        _clips,
+    ),
+    Entry(
+        "hf_vivit",
+        "modeling_vivit",
+        model(
+            "VivitForVideoClassification",
+            "VivitConfig",
+            num_labels=3,
+            num_frames=4,
+            tubelet_size=[2, 8, 8],
+            **{key: value for key, value in (PLAIN | DROPPED).items() if key != "patch_size"},
+        ),
+        _clips,
+    ),
+)
