@@ -266,7 +266,7 @@ EXPERTS += [
         rand((8, 16)),
         {"experts": "experts"},
         tolerance=1e-6,
-        refuses=("export", "dynamo", "pieces"),
+        refuses=("export", "dynamo"),
     ),
     Case("experts_routed", Routed, rand((9, 5)), _ROUTED),
     Case("experts_gathered", Gathered, rand((9, 5)), _ROUTED),

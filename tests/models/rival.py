@@ -37,7 +37,7 @@ def _tell(entry: Entry) -> str:
     adapted = peft.get_peft_model(model, config).eval()
     layers = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     told = [f"{len(layers)} of {matrices} matrices"]
-    if (gap := difference(run(entry, adapted, False), expected)) != 0:
+    if (gap := difference(run(entry, adapted, False), expected)) > 1e-13:  # below, torch took another kernel
         told.append(f"B = 0 moves the output by {gap:.0e}")
     factors = [factor for layer in layers for factor in layer.lora_B.parameters()]
     with torch.no_grad():
