@@ -87,7 +87,10 @@ def shares(names: list[str]) -> list[dict[str, Any]]:
             model = built(ZOO[name])
             seed(1)
             args, kwargs = ZOO[name].inputs(True)
+            gc.collect()
+            gc.disable()  # else one of the two pays for the garbage of the models before
             cascade = lx.adapt(model, args, kwargs, spec=SPEC)
+            gc.enable()
             if cascade.frontend == "pieces":  # no whole graph, and no passes of ours over one
                 continue
             share = spent["insert"] / spent["capture"]
