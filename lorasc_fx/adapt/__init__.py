@@ -38,8 +38,8 @@ def adapt(
 
     Args:
         model: an nn.Module, a GraphModule, an ExportedProgram, or the path of a .pt2 file.
-        args, kwargs: example inputs; their sizes do not matter, their types do. The model runs once on them, without
-            a trace, to see that it takes them.
+        args, kwargs: example inputs; their sizes do not matter, their types do. The model runs a few times on them,
+            leaving no trace, to see what it does and that its graph does the same.
         spec: what is asked, see `CascadeSpec`.
         frontend: `export`, `dynamo`, `symbolic`, `pieces`, or `auto`, the first that takes the model.
 
@@ -85,7 +85,7 @@ def load(
     found = read(folder)
     opened = open_model(model)
     _check_new(opened)
-    with untied(opened, found.plan.spec.untie):
+    with untied(opened, found.plan.spec.untie), torch.inference_mode(False):
         check_base(found, dict(opened.named_parameters()))
         try:
             cascade = _adapt(opened, args, kwargs, found.plan, found.frontend)
@@ -104,7 +104,6 @@ def _adapt(
 ) -> Cascade:
     """Adapt by a plan: an empty one that has only a spec, or one that was saved."""
     weights = named_weights(opened)
-    check_patterns(plan.spec, weights.matrices, weights.names)
     bound = check_binds(opened, tuple(args), dict(kwargs or {}))
     maker = Compiler(frontend, signature_of(opened))
     flags = Flags.of(opened)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakMethod
 
@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, is_quantized
-from lorasc_fx.capture import OWNER, Pieces, copied, quiet, seed, substituted, untouched, watch, whole
+from lorasc_fx.capture import OWNER, Pieces, copied, quiet, seed, substituted, try_model, untouched, watch, whole
 from lorasc_fx.errors import CaptureError, NoSites
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
@@ -42,6 +42,7 @@ class Growing:
     refusals: tuple[Refusal, ...]
     swap_all: bool
     grow: WeakMethod[Callable[[Made], None]] | None = None
+    tried: set[tuple[bool, ...]] = field(default_factory=set)
 
     def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
         """Return the piece with branches; tell the cascade of sites that came with it."""
@@ -56,8 +57,15 @@ class Growing:
     def look(self, pieces: Pieces, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Find weights that this call is the first to use, and swap them: it may use them in plain Python.
 
-        While there are weights that no call has used, this costs a forward of the eager model.
+        While there are weights that no call has used, this costs a forward of the eager model; so does each new mode,
+        which may bring a custom autograd.Function.
         """
+        modes = _modes(pieces)
+        if not self.swap_all and modes not in self.tried and try_model(pieces.model, args, kwargs).functions:
+            self.swap_all = True
+            _check_swappable(pieces, self.branches.values())
+            pieces.swap({branch.weight_name: branch for branch in self.branches.values()})
+        self.tried.add(modes)
         weights = named_weights(pieces.model)
         found_by = pieces.swapped.keys() if self.swap_all else pieces.located
         lost = weights.matrices.keys() - found_by - {each.weight for each in self.refusals}
@@ -116,7 +124,9 @@ def make_pieces(
     if not found.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=found.refusals, unreached=found.unreached)))
     held = missing_branches(found.plan, branches, parameters)
-    growing = Growing(found.plan, held, found.refusals, swap_all)
+    if swap_all:
+        _check_swappable(pieces, held.values())
+    growing = Growing(found.plan, held, found.refusals, swap_all, tried={_modes(pieces)})
     located = frozenset() if swap_all else pieces.located
     pieces.rewrite_by(growing.rewrite)
     plain = [each for each in held.values() if not is_quantized(parameters[each.weight_name])]  # others are beside
@@ -140,6 +150,20 @@ def make_pieces(
     told = growing.plan.by_weight.keys() | {each.weight for each in growing.refusals}  # the probe may have brought more
     unreached = tuple(weight for weight in found.unreached if weight not in told)
     return Made(variant, growing.plan, growing.branches, growing.refusals, unreached)
+
+
+def _modes(pieces: Pieces) -> tuple[bool, ...]:
+    return tuple(module.training for module in pieces.model.modules())
+
+
+def _check_swappable(pieces: Pieces, branches: Iterable[Branch]) -> None:
+    """Raise CaptureError for a quantized site, which has its branch beside it only."""
+    for branch in branches:
+        if is_quantized(pieces.model.get_parameter(branch.weight_name)):
+            raise CaptureError(
+                f"{branch.weight_name} is quantized, and {type(pieces.model).__name__} uses an Function of its own, "
+                f"whose backward a branch beside it would not see; exclude it (exclude=({branch.weight_name!r},))"
+            )
 
 
 @torch.no_grad()

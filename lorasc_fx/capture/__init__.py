@@ -38,6 +38,7 @@ __all__ = [
     "seed",
     "signature_of",
     "substituted",
+    "try_model",
     "untouched",
     "watch",
     "whole",

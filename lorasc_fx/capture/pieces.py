@@ -235,6 +235,7 @@ def _dynamo_settings() -> Iterator[None]:
             # dynamo reads .grad of what a piece gets from another, and makes tensors of arrays that are tensors by then
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+            warnings.filterwarnings("ignore", message=".*should not be instantiated. Methods on autograd functions")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

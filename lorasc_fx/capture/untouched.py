@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ __all__ = ["Attributes", "same_attributes", "same_values", "substituted", "untou
 _OWN = frozenset(("_parameters", "_buffers", "_modules", "training"))
 """What is looked at elsewhere. Hooks are attributes as well: transformers installs some at a first call."""
 
-_CONTAINERS = (dict, OrderedDict, list, set)
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
 
 _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 """Names of the parameters that each model's forward writes into, of models that have run on trial."""
@@ -78,7 +78,7 @@ class Attributes:
             for name, content in self.contents[module].items():
                 if not _same(held[name], content):
                     held[name].clear()
-                    held[name].extend(content) if isinstance(content, list) else held[name].update(content)
+                    held[name].extend(content) if isinstance(content, (list, deque)) else held[name].update(content)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -90,7 +90,7 @@ def _same(one: Any, other: Any) -> bool:
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, (bool, int, float, str, bytes)):
         return bool(one == other)
-    if isinstance(one, (list, tuple)):
+    if isinstance(one, (list, tuple, deque)):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, dict):
         return list(one) == list(other) and all(map(_same, one.values(), other.values()))

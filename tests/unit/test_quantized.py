@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torchao.quantization as torchao
 from torch import nn
 
 import lorasc_fx as lx
 from tests.unit.cases import loss_of
-
-torchao = pytest.importorskip("torchao.quantization")
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
 CONFIGS: dict[str, Callable[[], Any]] = {
