@@ -139,3 +139,29 @@ def test_whatever_container_holds_the_state(kind: Any) -> None:
     with pytest.raises(lx.CaptureError, match="sets its attribute seen at each call"):
         lx.adapt(model, (torch.randn(4, 5),), frontend="export")
     assert not model.seen
+
+
+class Installs(nn.Module):
+    """Hooks itself up at its first call, as transformers does to collect outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.ready = nn.Linear(5, 3), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.ready:
+            self.layer.register_forward_hook(lambda module, args, output: output * 2)
+            self.ready = True
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("frontend", ["export", "pieces"])
+def test_hooks_that_a_first_call_installs_are_there_once(frontend: str) -> None:
+    model, x = Installs(), torch.randn(4, 5)
+    expected = 2 * model.layer(x)
+    cascade = lx.adapt(model, (x,), frontend=frontend)
+    assert not model.layer._forward_hooks
+    assert not model.ready
+    assert torch.equal(cascade(x), expected)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(cascade(x), expected)
