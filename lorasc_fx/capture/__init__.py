@@ -87,7 +87,7 @@ def capture(
                 captured = FRONTENDS[name](model, *copied(args, kwargs), wide)
             if captured.pieces is None:
                 check_agrees(captured.module, model, args, kwargs)
-            return captured.after(tuple(refused), trial)
+            return captured.after(tuple(refused), trial.functions)
         except MemoryError:  # says nothing of the front end
             raise
         except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model

@@ -46,7 +46,6 @@ def capture_export(
     guards = exported._modules.get(_GUARDS)
     graph = exported.graph
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
-    _check_buffers(graph)
     sizes = tuple(_fixed(node.meta.get("val")) for node in graph.nodes if node.op == "placeholder")
     live = read_live(exported, graph, model, prefix="" if root is model else "inside.")
     rigid = {f"{OWNER}.{name}" for name in _stand_ins(model)}
@@ -87,18 +86,6 @@ def _in_room(model: nn.Module) -> nn.Module:
 
     vars(forward)["__signature__"] = inspect.signature(type(model).forward)
     return cast("nn.Module", type("_Room", (_Room,), {"forward": forward})(model))
-
-
-def _check_buffers(graph: fx.Graph) -> None:
-    """Refuse a graph that replaces a buffer by one of another shape: torch.export writes it into the old one."""
-    for node in graph.nodes:
-        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr":
-            old, new = (each.meta.get("val") for each in node.args[:2])
-            if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.shape != new.shape:
-                raise RuntimeError(
-                    f"the model replaces its buffer {node.args[0].target} of shape {tuple(old.shape)} by one of shape "
-                    f"{tuple(new.shape)}, which no graph with that buffer does"
-                )
 
 
 def _fixed(value: Any) -> tuple[int | None, ...] | None:

@@ -45,9 +45,9 @@ class Captured:
     pieces: Any = None
     functions: tuple[str, ...] = ()
 
-    def after(self, refused: tuple[tuple[str, str], ...], trial: Any) -> Captured:
-        """Return the same capture, with what was tried before it, and what a run of the model showed."""
-        return replace(self, refused=refused, functions=trial.functions)
+    def after(self, refused: tuple[tuple[str, str], ...], functions: tuple[str, ...]) -> Captured:
+        """Return the same capture, with what was tried before it, and the Functions that a run of the model showed."""
+        return replace(self, refused=refused, functions=functions)
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:

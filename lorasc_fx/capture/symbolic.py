@@ -32,7 +32,7 @@ def capture_symbolic(
     given.apply_defaults()
     constants = {name: value for name, value in given.arguments.items() if not _has_tensor(value)}
     tracer = _Tracer()
-    with traced(), _unchanged(model), _no_modes():
+    with traced(), _no_modes():
         graph = tracer.trace(model, concrete_args=constants)
     drop_nodes(graph, _checks_a_constant)
     rename_inputs(graph, [each.name for each in signature_of(model).parameters.values() if each.kind not in _VARIADIC])
@@ -61,29 +61,6 @@ def _no_modes() -> Iterator[None]:
         for owner, name in modes:
             stack.enter_context(mock.patch.object(owner, name, refuse))
         yield
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Give buffers back that a trace has written to or replaced, and refuse: it happened once, and is in no graph."""
-    held = [
-        (prefix, module, leaf, buffer, buffer._version, buffer.clone())
-        for prefix, module in model.named_modules()
-        for leaf, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    changed: list[str] = []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for prefix, module, leaf, buffer, version, value in held:
-                if module._buffers.get(leaf) is not buffer or buffer._version != version:
-                    buffer.copy_(value)
-                    module._buffers[leaf] = buffer
-                    changed.append(f"{prefix}.{leaf}".lstrip("."))
-    if changed:
-        raise RuntimeError(f"the model writes to its buffer {changed[0]} in Python, which no symbolic graph repeats")
 
 
 def _has_tensor(value: Any) -> bool:

@@ -98,10 +98,16 @@ def check_agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, .
     Raises:
         RuntimeError: they differ by more than rounding, though the model repeats itself under one seed.
     """
-    ours, theirs = (_observed(call, model, args, kwargs) for call in (graph, model))
-    fault = _fault(ours, theirs)
-    if fault is not None and _fault(_observed(model, model, args, kwargs), theirs) is None:
-        raise RuntimeError(f"its graph does something else than the model: {fault}")
+    theirs = _observed(model, model, args, kwargs)
+    try:
+        ours = _observed(graph, model, args, kwargs)
+    except MemoryError:
+        raise
+    except Exception as fault:
+        raise RuntimeError(f"its graph does something else than the model: it raises {one_line(fault)}") from fault
+    difference = _fault(ours, theirs)
+    if difference is not None and _fault(_observed(model, model, args, kwargs), theirs) is None:
+        raise RuntimeError(f"its graph does something else than the model: {difference}")
 
 
 def seed(value: int = 0) -> None:
