@@ -18,6 +18,7 @@ from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError
 from lorasc_fx.graph import check_patterns, matches, named_weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, read
+from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = ["adapt", "load"]
@@ -33,6 +34,7 @@ def adapt(
     *,
     spec: CascadeSpec | None = None,
     frontend: str = "auto",
+    base: str | PathLike[str] = "memory",
 ) -> Cascade:
     """Adapt a model by cascaded low-rank branches, without touching its source.
 
@@ -42,6 +44,9 @@ def adapt(
             leaving no trace, to see what it does and that its graph does the same.
         spec: what is asked, see `CascadeSpec`.
         frontend: `export`, `dynamo`, `symbolic`, `pieces`, or `auto`, the first that takes the model.
+        base: what keeps W0 of the sites: `memory`, a copy on the host; the path of a safetensors file, or of a folder
+            with `model.safetensors` or its shards, which is mapped and not read; or `file`, the folder that a model of
+            transformers was loaded from. These files have to hold the model's numbers, and to stay as they are.
 
     Returns:
         The cascade. The model's parameters now hold the start of stage 1 (with noise, if asked for) and need no
@@ -49,7 +54,9 @@ def adapt(
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
-        SpecError: the spec leaves no site at all, is no CascadeSpec, or unties what is not tied.
+        SpecError: the spec leaves no site at all, is no CascadeSpec, or unties what is not tied; or base is `file` and
+            the model names no folder.
+        CheckpointError: base is a path, and a site is not there as the model has it; names both. Nothing was changed.
         StateError: the model is adapted already.
         CaptureError: the model refuses the inputs, or no front end takes the model.
     """
@@ -61,8 +68,9 @@ def adapt(
     weights = named_weights(opened)
     check_patterns(plan.spec, weights.matrices, weights.names)
     check_untie(opened, plan.spec.untie)
+    source = open_base(base, opened)
     with untied(opened, plan.spec.untie), torch.inference_mode(False):
-        return _adapt(opened, args, kwargs, plan, frontend)
+        return _adapt(opened, args, kwargs, plan, frontend, source)
 
 
 def load(
@@ -70,6 +78,8 @@ def load(
     model: nn.Module | torch.export.ExportedProgram | str | PathLike[str],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    base: str | PathLike[str] = "memory",
 ) -> Cascade:
     """Adapt a base model as the newest checkpoint in a folder has it, and go on with the same numbers.
 
@@ -77,18 +87,20 @@ def load(
 
     Args:
         folder: that `lorasc_fx.save` wrote to.
-        model, args, kwargs: as for `adapt`; the model holds the weights that were adapted.
+        model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted.
 
     Raises:
         CheckpointError: nothing to load, damage, or another base; the model is as it was.
+        SpecError: base is `file`, and the model names no folder.
     """
     found = read(folder)
     opened = open_model(model)
     _check_new(opened)
+    source = open_base(base, opened)
     with untied(opened, found.plan.spec.untie), torch.inference_mode(False):
         check_base(found, dict(opened.named_parameters()))
         try:
-            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend)
+            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source)
         except (PassError, SpecError) as fault:
             raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
         try:
@@ -100,7 +112,12 @@ def load(
 
 
 def _adapt(
-    opened: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, plan: Plan, frontend: str
+    opened: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    plan: Plan,
+    frontend: str,
+    source: BaseFile | None,
 ) -> Cascade:
     """Adapt by a plan: an empty one that has only a spec, or one that was saved."""
     weights = named_weights(opened)
@@ -113,6 +130,7 @@ def _adapt(
             parameter.requires_grad_(name in trained)
         made = maker.make(opened, plan, {}, (), *bound, wide=False)
         cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), bound, flags)
+        cascade.core.base_file = source
         cascade.core.start(trained)
     except BaseException:
         flags.restore(opened)

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from lorasc_fx.branch.accumulate import accumulate, exact_products
 from lorasc_fx.branch.noise import draw
 from lorasc_fx.branch.quantized import dense, is_quantized
 from lorasc_fx.spec import Noise, Restart
@@ -88,34 +89,39 @@ class SlowWeight:
 
         `fast` is the start of the running stage plus `live`, the running branch (F_t of algorithm.md).
         """
-        device = self.base.device if device is None else device
-        total = dense(self.base).to(device=device, dtype=dtype, copy=True).contiguous()
+        total = torch.empty(self.base.shape, dtype=dtype, device=self.base.device if device is None else device)
+        self.write(total, which, dtype, live)
+        return total
+
+    def write(self, out: torch.Tensor, which: Which, dtype: torch.dtype, live: Factors | None = None) -> None:
+        """Write what `exact` returns into `out`, of the weight's shape; computed in `dtype`, rounded once to that of
+        `out`.
+        """
         if which == "base":
-            return total
-        collapsed = self.dense_slow if which == "slow" else self.dense_start
-        terms = list(zip(self.slow if which == "slow" else self.start, self.experts, strict=True))
-        pairs = [(coefficient, expert.factors) for coefficient, expert in terms if coefficient != 0]
+            out.copy_(dense(self.base))
+            return
+        if self.kept and out.dtype != dtype:
+            out.copy_(self.exact(which, dtype, live, out.device))
+            return
+        delta = self.dense_slow if which == "slow" else self.dense_start
+        coefficients = self.slow if which == "slow" else self.start
+        pairs = [(c, expert.factors) for c, expert in zip(coefficients, self.experts, strict=True) if c != 0]
         if which == "fast" and live is not None:
             pairs.append((1.0, live))
-        matrix = total.view(self.matrix)
-        if collapsed is not None:
-            matrix += collapsed.to(device=device, dtype=dtype)
-        if pairs:
-            b = torch.cat([factors.b.to(device=device, dtype=dtype) * c for c, factors in pairs], dim=-1)
-            a = torch.cat([factors.a.to(device=device, dtype=dtype) for _, factors in pairs], dim=-2)
-            matrix += b @ a
+        pair = _joined(pairs, dtype, out.device) if pairs else None
+        delta = delta.view(self.base.shape) if delta is not None else None
+        accumulate(out, dense(self.base), dtype, delta, pair, self.stacked)
         for each in self.kept:
-            values = draw(each.noise, each.seed, each.stage, self.name, total.shape)
-            total += values.to(device=device, dtype=dtype) * each.amplitude
-        return total
+            out += draw(each.noise, each.seed, each.stage, self.name, out.shape).to(out).mul_(each.amplitude)
 
     def absorb(self, stage: int, live: Factors | None, pace: float, restart: Restart) -> SlowWeight:
         """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
 
-        `live` is None for a weight whose branch is left out, or that has none.
+        `live` is None for a weight whose branch is left out, or that has none. One that is zero, as it started, is not
+        kept: a longer product sums in another order, and a stage that trains nothing moves no weight.
         """
         experts, moved = self.experts, self.start
-        if live is not None:
+        if live is not None and bool(live.b.any()):
             experts, moved = (*experts, Expert(stage, live)), (*moved, 1.0)
         old = (*self.slow, *([0.0] * (len(moved) - len(self.slow))))
         slow = tuple(s if s == f else s + pace * (f - s) for s, f in zip(old, moved, strict=True))
@@ -148,9 +154,13 @@ class SlowWeight:
 
     @property
     def crowded(self) -> bool:
-        """Whether the experts together hold more numbers than the weight itself; those of a quantized one stay."""
+        """Whether the experts together hold more numbers than the weight itself, or than the dense delta that is there
+        already; those of a quantized one stay.
+        """
         if is_quantized(self.base):
             return False
+        if self.dense_slow is not None:
+            return bool(self.experts)
         ranks = sum(expert.factors.a.shape[-2] for expert in self.experts)
         rows, columns = self.matrix[-2:]
         return ranks * (rows + columns) > rows * columns
@@ -164,10 +174,27 @@ class SlowWeight:
 
     def _sum(self, coefficients: Sequence[float], before: torch.Tensor | None) -> torch.Tensor:
         dtype = arithmetic(self.base.dtype)
-        total = torch.zeros(self.matrix, dtype=dtype) if before is None else before.clone()
-        for coefficient, expert in zip(coefficients, self.experts, strict=True):
-            total += (expert.factors.b.to(dtype) * coefficient) @ expert.factors.a.to(dtype)
+        pairs = [(c, expert.factors) for c, expert in zip(coefficients, self.experts, strict=True)]
+        like = self.experts[0].factors.b if before is None else before
+        total = torch.zeros(self.matrix, dtype=dtype, device=like.device) if before is None else before.clone()
+        b, a = _joined(pairs, dtype, total.device)
+        with exact_products(total):
+            total.baddbmm_(b, a) if self.stacked else total.addmm_(b, a)
         return total
+
+
+def _joined(
+    pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `b` and `a` of all pairs side by side, the coefficients in `b`; of one pair that fits, its own tensors."""
+    one = pairs[0][1] if len(pairs) == 1 else None
+    b = one.b if one is not None else torch.cat([factors.b for _, factors in pairs], dim=-1)
+    a = one.a if one is not None else torch.cat([factors.a for _, factors in pairs], dim=-2)
+    b, a = b.to(device=device, dtype=dtype), a.to(device=device, dtype=dtype)
+    if all(c == pairs[0][0] for c, _ in pairs):
+        return (b if pairs[0][0] == 1 else b * pairs[0][0]), a
+    columns = [c for c, factors in pairs for _ in range(factors.b.shape[-1])]
+    return b * torch.tensor(columns, dtype=dtype, device=device), a
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:

@@ -10,10 +10,11 @@ from torch import nn
 from lorasc_fx.branch import Branch, Which, is_quantized
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
+from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
-from lorasc_fx.runtime.slow import SlowWeights, write
+from lorasc_fx.runtime.slow import SlowWeights, fill
 
 __all__ = ["Core"]
 
@@ -37,6 +38,7 @@ class Core:
         self.released = False
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
+        self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
         self._fingerprints: dict[str, str] = {}
         self._as_left: dict[str, tuple[int, int]] = {}
 
@@ -65,8 +67,18 @@ class Core:
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained in full."""
+        if not self.slow.trained:
+            return {}
         parameters = self.parameters_by_name()
         return {name: parameters[name] for name in self.slow.trained}
+
+    def weights_by_name(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that the slow weights know, as the model has them now; one that is gone is left out.
+
+        Looked up by name: a walk over all modules takes longer than the smaller weights take to write.
+        """
+        found = {name: _parameter(self.model, name) for name in self.slow.states}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
@@ -99,13 +111,15 @@ class Core:
                 f"noise.strength is {noise.strength}, and {rigid} is quantized: noise cannot be written into it. "
                 f"Give 0, or exclude it (exclude=({rigid!r},))"
             )
-        slow = self.slow.with_weights({name: parameters[name] for name in new}, self.plan)
+        known = {name: parameters[name] for name in new}
+        mapped = self.base_file.mapped(known) if self.base_file is not None else {}
+        slow = self.slow.with_weights(known, self.plan, mapped)
         if noise.strength and not slow.parked:
-            write(
+            fill(
                 parameters,
                 new,
-                lambda name, like: slow.resting(name, self.plan, like),
-                lambda name, like: slow.value(name, "base", like),
+                lambda name, out: slow.write_resting(name, self.plan, out),
+                lambda name, out: slow.write_value(name, "base", out),
             )
         self.slow = slow
         self.note_weights()
@@ -128,22 +142,23 @@ class Core:
 
     def note_weights(self) -> None:
         """Remember which objects the weights are, and that nobody has written to them since."""
-        parameters = self.parameters_by_name()
-        self._as_left = {name: _mark(parameters[name]) for name in self.slow.states if name in parameters}
+        self._as_left = {name: _mark(parameter) for name, parameter in self.weights_by_name().items()}
 
     def check_weights(self, call: str) -> None:
         """Raise StateError where somebody else has written other numbers into a weight, or replaced it."""
-        parameters = self.parameters_by_name()
+        changed, parameters = False, self.weights_by_name()
         for name, mark in self._as_left.items():
             now = parameters.get(name)
             if now is not None and _mark(now) == mark:
                 continue
+            changed = True
             if now is None or not torch.equal(now.detach(), self.slow.resting(name, self.plan, now)):
                 raise StateError(
                     f"{call}: {name} was changed by somebody else while the cascade lives (by load_state_dict?), and a "
                     "fold would overwrite that. Put it back, or load weights before you adapt"
                 )
-        self.note_weights()
+        if changed:
+            self.note_weights()
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of every base parameter; those of frozen ones are computed once."""
@@ -166,6 +181,8 @@ class Core:
             raise StateError(f"{call}: inside weights({self.placed!r}); leave the with block first")
         if torch._C._current_graph_task_id() != -1:
             raise StateError(f"{call}: inside a backward, which still needs the weights; call it after the backward")
+        if self.base_file is not None:
+            self.base_file.check(call)
         self.check_weights(call)
         waiting = self.pending.waiting(self.trainable())
         if waiting and call in ("transition", "release"):
@@ -174,6 +191,14 @@ class Core:
                 f"{call}: gradients are pending on {waiting[0]}{more}: they belong to the stage that ends. "
                 "Call optimizer.step() or optimizer.zero_grad() first"
             )
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    *path, leaf = name.split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    return module._parameters.get(leaf) if module is not None else None
 
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:

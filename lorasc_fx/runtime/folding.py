@@ -10,7 +10,7 @@ from torch import nn
 
 from lorasc_fx.branch import Which, is_quantized
 from lorasc_fx.runtime.rigid import Requantize, check_asked, put, put_back, requantized
-from lorasc_fx.runtime.slow import SlowWeights, write
+from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.transition import trained_moved
 
 if TYPE_CHECKING:
@@ -23,14 +23,16 @@ def place(core: Core, which: Which, parameters: Mapping[str, nn.Parameter], live
     """Write slow, fast or base weights into the user's parameters; `live` are the trained ones as they are."""
     slow, branches, plan = core.slow, core.branches_by_weight(), core.plan
 
-    def new(name: str, like: torch.Tensor) -> torch.Tensor:
+    def new(name: str, out: torch.Tensor) -> None:
         if name in slow.trained:
-            return trained_value(slow, name, which, live[name], plan.spec.slow_train)
-        return slow.value(name, which, like, branches.get(name))
+            out.copy_(trained_value(slow, name, which, live[name], plan.spec.slow_train))
+        else:
+            slow.write_value(name, which, out, branches.get(name))
 
     rigid = core.quantized if which != "base" else ()
-    values = {name: new(name, parameters[name]) for name in rigid}
-    write(parameters, [*slow.states, *slow.trained], new, lambda name, like: _resting(core, name, like, live))
+    values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}
+    names = [*slow.states, *slow.trained]
+    fill(parameters, names, new, lambda name, out: _put_resting(core, name, out, live))
     core.dense = put(core.model, values)
 
 
@@ -41,7 +43,7 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
     with torch.no_grad():
         for name in [*core.slow.states, *core.slow.trained]:
             if not is_quantized(parameters[name]):
-                parameters[name].copy_(_resting(core, name, parameters[name], live))
+                _put_resting(core, name, parameters[name], live)
     core.note_weights()
 
 
@@ -51,12 +53,15 @@ def recast(core: Core, before: Mapping[str, torch.dtype]) -> None:
     with torch.no_grad():
         for name in core.slow.states:
             if name not in rigid and parameters[name].dtype != before[name]:
-                parameters[name].copy_(core.slow.resting(name, core.plan, parameters[name]))
+                core.slow.write_resting(name, core.plan, parameters[name])
     core.note_weights()
 
 
-def _resting(core: Core, name: str, like: torch.Tensor, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return live[name] if name in live else core.slow.resting(name, core.plan, like)
+def _put_resting(core: Core, name: str, out: torch.Tensor, live: Mapping[str, torch.Tensor]) -> None:
+    if name in live:
+        out.copy_(live[name])
+    else:
+        core.slow.write_resting(name, core.plan, out)
 
 
 def trained_value(
@@ -101,18 +106,22 @@ def folded_state(core: Core, call: str, quantized: Requantize = None) -> dict[st
 
 
 def release(core: Core, quantized: Requantize) -> None:
-    """Write the slow weights into the user's parameters, for good; all or nothing."""
+    """Write the slow weights into the user's parameters, for good, and let go of W0; all or nothing."""
     slow, parameters = ended(core), core.parameters_by_name()
     rigid = check_asked("release", slow, quantized)
     live = {name: parameters[name].detach().clone() for name in slow.trained}
 
-    def new(name: str, like: torch.Tensor) -> torch.Tensor:
-        return trained_value(slow, name, "slow", live[name]) if name in live else slow.value(name, "slow", like)
+    def new(name: str, out: torch.Tensor) -> None:
+        if name in live:
+            out.copy_(trained_value(slow, name, "slow", live[name]))
+        else:
+            slow.write_value(name, "slow", out)
 
     places = put(core.model, {name: slow.value(name, "slow", parameters[name]) for name in rigid})
     requantized(places, quantized)
     try:
-        write(parameters, [*slow.states, *live], new, lambda name, like: _resting(core, name, like, live))
+        fill(parameters, [*slow.states, *live], new, lambda name, out: _put_resting(core, name, out, live))
     except BaseException:
         put_back(places)
         raise
+    core.slow, core.base_file = SlowWeights(), None

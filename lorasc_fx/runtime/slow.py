@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, is_quantized, start_weight
+from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, is_quantized
+from lorasc_fx.branch.stage import all_finite, write_start
 from lorasc_fx.plan import Plan
 
-__all__ = ["SlowWeights", "Trained", "write"]
+__all__ = ["SlowWeights", "Trained", "fill", "write"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,20 @@ class SlowWeights:
     trained: Mapping[str, Trained] = field(default_factory=dict)
     parked: bool = False
 
-    def with_weights(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> SlowWeights:
-        """Return the state that knows these weights as well; their present values are W0, kept on the host."""
-        sites = plan.by_weight
+    def with_weights(
+        self, parameters: Mapping[str, nn.Parameter], plan: Plan, mapped: Mapping[str, torch.Tensor] | None = None
+    ) -> SlowWeights:
+        """Return the state that knows these weights as well; their present values are W0, kept on the host.
+
+        `mapped` are W0 of some of them, equal to the present values, kept where they are.
+        """
+        sites, mapped = plan.by_weight, mapped or {}
         new = {
-            name: SlowWeight(name, host(value), stacked=name in sites and sites[name].experts is not None)
+            name: SlowWeight(
+                name,
+                mapped[name] if name in mapped else host(value),
+                stacked=name in sites and sites[name].experts is not None,
+            )
             for name, value in parameters.items()
             if name not in self.states
         }
@@ -61,17 +71,30 @@ class SlowWeights:
 
     def resting(self, name: str, plan: Plan, like: torch.Tensor) -> torch.Tensor:
         """Return what the parameter of this name holds between two steps: W_t, or when parked the slow weight."""
-        state = self.states[name]
+        value = torch.empty_like(like, requires_grad=False)
+        with torch.no_grad():
+            self.write_resting(name, plan, value)
+        return value
+
+    def write_resting(self, name: str, plan: Plan, out: torch.Tensor) -> None:
+        """Write what `resting` returns into `out`."""
         if self.parked:
-            return self.value(name, "slow", like)
-        return start_weight(state, plan.spec, plan.stage, device=like.device)
+            self.write_value(name, "slow", out)
+        else:
+            write_start(out, self.states[name], plan.spec, plan.stage)
 
     def value(self, name: str, which: Which, like: torch.Tensor, branch: Branch | None = None) -> torch.Tensor:
         """Return slow, fast or base weights of this name, rounded once to the dtype of `like`, on its device."""
         state = self._as_run(self.states[name])
-        live = factors_of(branch, like.device) if branch is not None and which == "fast" else None
-        exact = state.exact(which, arithmetic(like.dtype), live, like.device)
-        return exact.to(like.dtype)
+        value = torch.empty(state.base.shape, dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            self.write_value(name, which, value, branch)
+        return value
+
+    def write_value(self, name: str, which: Which, out: torch.Tensor, branch: Branch | None = None) -> None:
+        """Write what `value` returns into `out`."""
+        live = factors_of(branch, out.device) if branch is not None and which == "fast" else None
+        self._as_run(self.states[name]).write(out, which, arithmetic(out.dtype), live)
 
     def after_stage(
         self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
@@ -83,9 +106,9 @@ class SlowWeights:
             branches: by weight name.
             parameters: those trained in full, by name, with their fast values.
         """
-        spec, noisy = plan.spec, not self.parked
+        spec, noisy, finite = plan.spec, not self.parked, all_finite(branches.values())
         states = {
-            name: end_stage(self._as_run(state), branches.get(name), spec, plan.stage, noisy)
+            name: end_stage(self._as_run(state), branches.get(name), spec, plan.stage, noisy, checked=finite)
             for name, state in self.states.items()
         }
         trained = {}
@@ -116,7 +139,22 @@ def write(
     new: Callable[[str, torch.Tensor], torch.Tensor],
     old: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Write `new(name, parameter)` into each parameter, one at a time; if anything raises, write `old` back.
+    """Write `new(name, parameter)` into each parameter, one at a time; if anything raises, write `old` back."""
+    fill(
+        parameters,
+        names,
+        lambda name, out: out.copy_(new(name, out)),
+        lambda name, out: out.copy_(old(name, out)),
+    )
+
+
+def fill(
+    parameters: Mapping[str, nn.Parameter],
+    names: Iterable[str],
+    new: Callable[[str, torch.Tensor], object],
+    old: Callable[[str, torch.Tensor], object],
+) -> None:
+    """Let `new(name, parameter)` write into each parameter in turn; if anything raises, let `old` do so again.
 
     A quantized weight is not written to: its branch carries what the stages added (`Core.advance`).
     """
@@ -124,12 +162,10 @@ def write(
     with torch.no_grad():
         try:
             for name in names:
-                if is_quantized(parameters[name]):
-                    continue
-                value = new(name, parameters[name])
-                touched.append(name)
-                parameters[name].copy_(value)
+                if not is_quantized(parameters[name]):
+                    touched.append(name)
+                    new(name, parameters[name])
         except BaseException:
             for name in touched:
-                parameters[name].copy_(old(name, parameters[name]))
+                old(name, parameters[name])
             raise

@@ -6,6 +6,7 @@ Everything is computed before anything is written; what is written is put back i
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from torch import nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.branch.stage import all_finite
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
-from lorasc_fx.runtime.slow import SlowWeights, write
+from lorasc_fx.runtime.slow import SlowWeights, fill
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -40,20 +42,21 @@ def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: start_of(branches[site.weight], site, planned) for site in plan.sites}
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
-    skipped = [parameter for branch in branches.values() if not branch.finite() for parameter in branch.parameters()]
+    skipped = []
+    if plan.spec.on_nonfinite == "skip" and not all_finite(branches.values()):
+        skipped = [each for branch in branches.values() if not branch.finite() for each in branch.parameters()]
     state: dict[nn.Parameter, Any] = {}
     if optimizer is not None:
         state = treated_state(optimizer, own, plan.spec.optimizer_state)
         state |= treated_state(optimizer, skipped, "reset")  # what made a branch inf or nan is no start for the next
-    kept = {parameter: parameter.detach().clone() for parameter in [*own, *trained.values()]}
-    grads = {parameter: parameter.grad for parameter in [*own, *trained.values()]}
+    kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
     old_state = {parameter: optimizer.state[parameter] for parameter in state} if optimizer is not None else {}
-    parameters = core.parameters_by_name()
+    parameters = core.weights_by_name()
 
     def undo() -> None:
-        for parameter, value in kept.items():
+        for parameter, value, grad in kept:
             parameter.copy_(value)
-            parameter.grad = grads[parameter]
+            parameter.grad = grad
         if optimizer is not None:
             put_state(optimizer, old_state)
 
@@ -64,15 +67,15 @@ def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None
                 branch.lora_B.zero_()
             for name, parameter in trained.items():
                 parameter.copy_(resting_value(after, name))
-            for parameter in kept:
+            for parameter, _, _ in kept:
                 parameter.grad = None
             if optimizer is not None:
                 put_state(optimizer, state)
-            write(
+            fill(
                 parameters,
                 after.states,
-                lambda name, like: after.resting(name, planned, like),
-                lambda name, like: before.resting(name, plan, like),
+                lambda name, out: after.write_resting(name, planned, out),
+                lambda name, out: before.write_resting(name, plan, out),
             )
         except BaseException:
             undo()
@@ -93,13 +96,17 @@ def unpark(core: Core) -> None:
     if any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(before, trained):
         raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
     after = replace(before, parked=False)
-    parameters = core.parameters_by_name()
-    write(
-        parameters,
-        [*after.states, *trained],
-        lambda name, like: resting_value(after, name) if name in trained else after.resting(name, plan, like),
-        lambda name, like: resting_value(before, name) if name in trained else before.resting(name, plan, like),
-    )
+
+    def rest(slow: SlowWeights) -> Callable[[str, torch.Tensor], None]:
+        def put(name: str, out: torch.Tensor) -> None:
+            if name in trained:
+                out.copy_(resting_value(slow, name))
+            else:
+                slow.write_resting(name, plan, out)
+
+        return put
+
+    fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before))
     core.advance(plan, after)
 
 

@@ -1,0 +1,101 @@
+"""`out = base + delta + b @ a`, rounded once: what a fold computes of one weight, and nothing else.
+
+On the CPU it goes by blocks of rows that stay in the cache between the copy, the product and the rounding; a weight
+narrower than the arithmetic needs a temporary of one block. Elsewhere a block is the whole weight. Every step is in
+place, which autocast leaves alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["accumulate", "exact_products"]
+
+BLOCK = 1 << 21
+"""Bytes of a block per thread. From 1 to 4 MiB measure the same; smaller ones cost calls, whole weights the cache."""
+
+
+def accumulate(
+    out: torch.Tensor,
+    base: torch.Tensor,
+    dtype: torch.dtype,
+    delta: torch.Tensor | None = None,
+    pair: tuple[torch.Tensor, torch.Tensor] | None = None,
+    stacked: bool = False,
+) -> None:
+    """Write `base + delta + b @ a` into `out`, computed in `dtype` and rounded once to the dtype of `out`.
+
+    Args:
+        out: a weight [out, ...], stacked [experts, out, ...], on any device, in any memory format.
+        base, delta: of the same shape, on any device and in any dtype.
+        dtype: of the arithmetic.
+        pair: `b` [out, r] and `a` [r, columns] in `dtype` on the device of `out`; both stacked if the weight is.
+        stacked: the first axis counts experts.
+    """
+    lead = 2 if stacked else 1
+    order = [*range(lead), *sorted(range(lead, out.dim()), key=out.stride, reverse=True)]
+    if not out.permute(order).is_contiguous():  # its rows are no matrix in memory
+        whole = torch.empty(out.shape, dtype=dtype, device=out.device)
+        accumulate(whole, base, dtype, delta, pair, stacked)
+        out.copy_(whole)
+        return
+    if order != sorted(order):  # channels last: base, delta and the columns of `a` in the order of the weight
+        base, delta = base.permute(order), None if delta is None else delta.permute(order)
+        if pair is not None:
+            columns = pair[1].view(*pair[1].shape[:lead], *out.shape[lead:])
+            pair = pair[0], columns.permute(order).reshape(pair[1].shape)
+        out = out.permute(order)
+    size = BLOCK * torch.get_num_threads() // dtype.itemsize if out.device.type == "cpu" else out.numel()
+    each = math.prod(out.shape[1:])
+    if stacked and each > size:
+        for index, (one, start) in enumerate(zip(out, base, strict=True)):
+            own = None if pair is None else (pair[0][index], pair[1][index])
+            accumulate(one, start, dtype, None if delta is None else delta[index], own)
+        return
+    rows = max(1, size // max(1, each))
+    room = None if out.dtype == dtype else torch.empty_like(out[:rows], dtype=dtype)
+    with exact_products(out):
+        for first in range(0, out.shape[0], rows):
+            _block(out, base, delta, pair, slice(first, first + rows), room, stacked)
+
+
+def _block(
+    out: torch.Tensor,
+    base: torch.Tensor,
+    delta: torch.Tensor | None,
+    pair: tuple[torch.Tensor, torch.Tensor] | None,
+    part: slice,
+    room: torch.Tensor | None,
+    stacked: bool,
+) -> None:
+    target, source = out[part], base[part]
+    if room is not None and source.device != target.device and source.dtype == target.dtype:
+        source = target.copy_(source)  # so that the narrow numbers travel
+    held = target if room is None else room[: len(target)]
+    held.copy_(source)
+    if delta is not None:
+        held.add_(delta[part].to(held.device, held.dtype))
+    if pair is not None and stacked:
+        held.view(*held.shape[:2], math.prod(held.shape[2:])).baddbmm_(pair[0][part], pair[1][part])
+    elif pair is not None:
+        held.view(len(held), math.prod(held.shape[1:])).addmm_(pair[0][part], pair[1])
+    if room is not None:
+        target.copy_(held)
+
+
+@contextlib.contextmanager
+def exact_products(like: torch.Tensor) -> Iterator[None]:
+    """Let fp32 products on an accelerator be fp32, whatever the process has chosen for its training (TF32, say)."""
+    if not like.is_cuda:
+        yield
+        return
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = chosen

@@ -1,0 +1,191 @@
+"""W0 as pages of the safetensors file that the model came from, in place of a copy in host memory (`base="file"`).
+
+Such a tensor is mapped, not read: its pages are the system's to load and to drop, and no file stays open. It is
+compared once, bit for bit, with what the model holds, so that W0 is the same whatever keeps it. Nothing is written to
+the file, and nobody else may write to it while the cascade lives: that is looked for before each call that needs W0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lorasc_fx.branch import is_quantized
+from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest
+
+__all__ = ["BaseFile", "open_base"]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
+
+
+@dataclass(frozen=True)
+class BaseFile:
+    """Where the tensors of a base lie.
+
+    Args:
+        path: the file or folder that was asked for.
+        files: of each tensor by its name there.
+        keys: names there by the model's names, where a common prefix stands between the two.
+        aliases: all names of a parameter, by each of them.
+        stamps: of the files, as they were first seen.
+    """
+
+    path: Path
+    files: Mapping[str, Path]
+    keys: Mapping[str, str]
+    aliases: Mapping[str, tuple[str, ...]]
+    stamps: Mapping[Path, tuple[int, ...]]
+
+    def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Return W0 of these parameters as mapped tensors; quantized ones are left out.
+
+        Raises:
+            CheckpointError: one is not there, or has another shape, dtype or value than the model's.
+        """
+        wanted: dict[Path, list[tuple[str, str]]] = {}
+        for name, parameter in parameters.items():
+            if not is_quantized(parameter):
+                key = self._key(name)
+                wanted.setdefault(self.files[key], []).append((name, key))
+        found = {}
+        for path, pairs in wanted.items():
+            for (name, key), tensor in zip(pairs, _tensors(path, [key for _, key in pairs]), strict=True):
+                _check_same(f"base: {key} of {path}", tensor, name, parameters[name].detach())
+                found[name] = tensor
+        return found
+
+    def check(self, call: str) -> None:
+        """Raise StateError where a file was written to since; one that was deleted or replaced is still mapped."""
+        for path, (device, inode, *rest) in self.stamps.items():
+            now = _stamp(path) if path.exists() else None
+            if now is not None and now[:2] == (device, inode) and [*now[2:]] != rest:
+                raise StateError(
+                    f"{call}: {path} was written to while the cascade lives, and W0 is read from it (base=...). "
+                    "Load the model and the newest checkpoint anew, and write to other files"
+                )
+
+    def _key(self, name: str) -> str:
+        for each in self.aliases.get(name, (name,)):
+            key = each if each in self.files else self.keys.get(each)
+            if key is not None:
+                return key
+        raise CheckpointError(
+            f"base: {self.path} holds no {name}{nearest(name, self.files)}. "
+            f"{_ADVICE}; a weight that is new can be excluded, or trained in full"
+        )
+
+
+def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
+    """Return where W0 of a model lies, by what `adapt` was told; None for `memory`.
+
+    Raises:
+        SpecError: `file`, and the model names no local folder; or no path at all.
+        CheckpointError: a path that holds no safetensors, or cannot be read.
+    """
+    if not isinstance(base, (str, PathLike)):
+        raise SpecError(f"base is {base!r}; give 'memory', 'file', or the path of a safetensors file or folder")
+    if base == "memory":
+        return None
+    path = Path(_named_by(model) if base == "file" else base)
+    shards = _shards(path)
+    files = {key: shard for shard in shards for key in _keys(shard)}
+    names: dict[int, tuple[str, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = (*names.get(id(parameter), ()), name)
+    aliases = {name: group for group in names.values() for name in group}
+    return BaseFile(path, files, _renamed(aliases, files), aliases, {shard: _stamp(shard) for shard in shards})
+
+
+def _named_by(model: nn.Module) -> str:
+    """Return the folder that a model of transformers says it was loaded from."""
+    config = getattr(model, "config", None)
+    named = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    if not isinstance(named, str) or not Path(named).is_dir():
+        said = f"says {named!r}, which is no local folder" if named else "does not say where it came from"
+        raise SpecError(
+            f"base='file': {type(model).__name__} {said}; give the path of its safetensors file or folder as base"
+        )
+    return named
+
+
+def _shards(path: Path) -> list[Path]:
+    """Return the safetensors files of a path: itself, or those of a folder as transformers writes it."""
+    if path.is_file() and path.suffix != ".json":
+        return [path]
+    index = path if path.is_file() else path / INDEX
+    if not index.is_file():
+        single = path / SINGLE
+        if not single.is_file():
+            raise CheckpointError(f"base: {path} is no safetensors file, nor a folder with {SINGLE} or {INDEX}")
+        return [single]
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(table.values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("it names files outside its folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise CheckpointError(f"base: {index} cannot be read as an index of safetensors: {fault}") from fault
+    return [index.parent / name for name in names]
+
+
+def _keys(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return list(handle.keys())
+    except (OSError, SafetensorError) as fault:
+        raise CheckpointError(f"base: {path} cannot be read: {fault}") from fault
+
+
+def _tensors(path: Path, keys: Iterable[str]) -> list[torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return [handle.get_tensor(key) for key in keys]
+    except (OSError, SafetensorError) as fault:
+        raise CheckpointError(f"base: {path} cannot be read: {fault}") from fault
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    now = os.stat(path)
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+
+
+def _renamed(names: Iterable[str], files: Mapping[str, Path]) -> dict[str, str]:
+    """Return the key of each name that is not there as such, by the one prefix that finds most of them."""
+    missing = {name for name in names if name not in files}
+    found: Counter[tuple[str, str]] = Counter()
+    for key in files:
+        found.update((prefix, "") for prefix, rest in _cuts(key) if rest in missing)
+    for name in missing:
+        found.update(("", prefix) for prefix, rest in _cuts(name) if rest in files)
+    if not found:
+        return {}
+    theirs, ours = min(found, key=lambda each: (-found[each], sum(map(len, each)), each))
+    keys = {name: theirs + name.removeprefix(ours) for name in missing if name.startswith(ours)}
+    return {name: key for name, key in keys.items() if key in files}
+
+
+def _cuts(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the name in two, cut after each of its dots."""
+    for place, letter in enumerate(name, start=1):
+        if letter == ".":
+            yield name[:place], name[place:]
+
+
+def _check_same(place: str, tensor: torch.Tensor, name: str, held: torch.Tensor) -> None:
+    """Raise CheckpointError where a tensor of a file is not, bit for bit, what the model holds."""
+    if tensor.shape != held.shape or tensor.dtype != held.dtype:
+        there, here = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (tensor, held))
+        raise CheckpointError(f"{place} is {there}, the model's {name} is {here}. {_ADVICE}")
+    bits = [each.to("cpu").contiguous().flatten().view(torch.uint8) for each in (tensor, held)]
+    if not torch.equal(*bits):
+        raise CheckpointError(f"{place} holds other numbers than the model's {name}. {_ADVICE}")

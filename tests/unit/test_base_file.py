@@ -1,0 +1,351 @@
+"""base="file" and base=PATH: W0 is the pages of a safetensors file, and everything else is as with base="memory"."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorasc_fx as lx
+from tests.errors.models import exactly, inputs, mlp, step
+from tests.errors.state import of_slow, unchanged
+
+X = inputs(2, 5)
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, noise=lx.Noise(0.1))
+SITES = ("0.weight", "2.weight", "3.weight")
+MAPS = Path("/proc/self/smaps")
+
+
+def mappings(path: Path) -> list[tuple[int, int, int]]:
+    """Start, end and kB of pages of our own (written to, or copied) of the mappings of a file, or of a folder's."""
+    if not MAPS.exists():
+        pytest.skip("no /proc to see mappings in")
+    found = []
+    for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", MAPS.read_text()):
+        if str(path) in part.splitlines()[0]:
+            start, end = (int(each, 16) for each in part.split(" ", 1)[0].split("-"))
+            own = re.search(r"Anonymous:\s+(\d+) kB", part)
+            assert own is not None
+            found.append((start, end, int(own.group(1))))
+    return found
+
+
+def assert_mapped(cascade: lx.Cascade, path: Path) -> None:
+    """Every W0 lies within a mapping of the files, none of whose pages is ours."""
+    spans = mappings(path)
+    for state in cascade.core.slow.states.values():
+        address = state.base.data_ptr()
+        assert [own for start, end, own in spans if start <= address < end] == [0], state.name
+
+
+def written(path: Path, model: nn.Module, **other: torch.Tensor | None) -> Path:
+    """A safetensors file of a model's parameters, with `other` (dots as two underscores) in place, or None for none."""
+    tensors = {name: value.detach() for name, value in model.named_parameters()}
+    for key, value in other.items():
+        name = key.replace("__", ".")
+        tensors = {key: each for key, each in tensors.items() if key != name} | ({} if value is None else {name: value})
+    save_file(tensors, path)
+    return path
+
+
+def of_a_run(base: Any, model: nn.Module) -> tuple[list[torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
+    """Losses of three stages, the slow state after them, and the released weights."""
+    cascade = lx.adapt(model, (X,), spec=SPEC, base=base)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    losses = [step(cascade, optimizer) for _ in cascade.stages(3, optimizer)]
+    slow = of_slow(cascade)
+    return losses, slow, cascade.release().state_dict()
+
+
+def test_a_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    path = written(tmp_path / "any name.safetensors", mlp())
+    before = path.read_bytes()
+    ours, theirs = of_a_run(path, mlp()), of_a_run("memory", mlp())
+    assert ours[:2] == theirs[:2]
+    assert ours[2].keys() == theirs[2].keys()
+    assert all(torch.equal(ours[2][name], value) for name, value in theirs[2].items())
+    assert path.read_bytes() == before
+
+
+def test_w0_is_the_files_pages_until_the_release(tmp_path: Path) -> None:
+    """Mapped through adapt, stages and weights; afterwards nothing of the file is, though the cascade is held."""
+    path = written(tmp_path / "base.safetensors", mlp())
+    cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=str(path))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    assert set(cascade.core.slow.states) == set(SITES)
+    assert_mapped(cascade, path)
+    for _ in cascade.stages(2, optimizer):
+        step(cascade, optimizer)
+        with cascade.weights("base"):
+            assert all(torch.equal(a, b) for a, b in zip(cascade.model.parameters(), mlp().parameters(), strict=True))
+    assert_mapped(cascade, path)
+    cascade.release()
+    gc.collect()
+    assert not mappings(path)
+    assert cascade.core.released
+
+
+def test_nothing_is_copied(tmp_path: Path) -> None:
+    """A W0 of 64 MiB: the memory of the process's own grows by what the branches need, and by no second weight."""
+
+    def own() -> int:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found.group(1)) << 10 if found is not None else pytest.skip("no RssAnon in /proc")
+
+    model = nn.Sequential(nn.Linear(4096, 4096, bias=False))
+    size = model[0].weight.numel() * 4
+    path = written(tmp_path / "base.safetensors", model)
+    x = torch.randn(2, 4096)
+    lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=1), base=path).release()  # whatever a first time keeps
+    grown = {}
+    for base in (path, "memory"):
+        gc.collect()
+        before = own()
+        cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=1), base=base)
+        gc.collect()
+        grown[base] = own() - before
+        cascade.release()
+        del cascade
+    assert grown["memory"] > 0.9 * size
+    assert grown[path] < 0.1 * size
+
+
+def test_shards_and_prefixes_of_transformers(tmp_path: Path) -> None:
+    """`file` is the folder that the model names: a head's for the body, the body's for a head, one file or more."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+    )
+    torch.manual_seed(0)
+    ids = {"input_ids": torch.randint(0, 30, (2, 6))}
+    spec = lx.CascadeSpec(targets=("*.query", "*layer.*.dense", "*word_embeddings"), rank=2)
+    kinds = (transformers.BertModel, transformers.BertForMaskedLM)
+    for saved, size in ((kinds[0], "50GB"), (kinds[1], "4KB")):
+        folder = tmp_path / saved.__name__
+        saved(config).save_pretrained(folder, max_shard_size=size)
+        assert len(list(folder.glob("*.safetensors"))) == 1 or size != "50GB"
+        for loaded in (*kinds, transformers.BertForSequenceClassification):
+            model = loaded.from_pretrained(folder).eval()
+            before = {name: value.detach().clone() for name, value in model.named_parameters()}
+            cascade = lx.adapt(model, kwargs=ids, spec=spec, base="file")
+            assert sum("query" in name or "embeddings" in name for name in cascade.core.slow.states) == 2
+            assert_mapped(cascade, folder)
+            for name, state in cascade.core.slow.states.items():
+                assert torch.equal(state.base, before[name])
+            cascade.release()
+
+
+def one_bit(value: torch.Tensor) -> torch.Tensor:
+    changed = value.detach().clone()
+    changed.view(torch.int32)[1, 2] ^= 1
+    return changed
+
+
+def zeros(sign: float) -> nn.Module:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[3, 4] = sign * 0.0
+    return model
+
+
+ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
+WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], str]] = {
+    "missing": (
+        mlp,
+        lambda: {"2__weight": None},
+        "base: {path} holds no 2.weight; nearest: '3.weight', '0.weight'. "
+        f"{ADVICE}; a weight that is new can be excluded, or trained in full",
+    ),
+    "shape": (
+        mlp,
+        lambda: {"2__weight": torch.zeros(7, 6)},
+        f"base: 2.weight of {{path}} is [7, 6] float32, the model's 2.weight is [6, 7] float32. {ADVICE}",
+    ),
+    "dtype": (
+        mlp,
+        lambda: {"3__weight": mlp()[3].weight.detach().bfloat16()},
+        f"base: 3.weight of {{path}} is [2, 6] bfloat16, the model's 3.weight is [2, 6] float32. {ADVICE}",
+    ),
+    "one bit": (
+        mlp,
+        lambda: {"3__weight": one_bit(mlp()[3].weight)},
+        f"base: 3.weight of {{path}} holds other numbers than the model's 3.weight. {ADVICE}",
+    ),
+    "sign of a zero": (
+        lambda: zeros(1.0),
+        lambda: {"2__weight": zeros(-1.0)[2].weight.detach()},
+        f"base: 2.weight of {{path}} holds other numbers than the model's 2.weight. {ADVICE}",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_another_base_is_refused(fault: str, tmp_path: Path) -> None:
+    """One sentence with the weight and the file; model, flags and generators are as they were, and memory is taken."""
+    build, other, sentence = WRONG[fault]
+    model = build()
+    path = written(tmp_path / "base.safetensors", model, **other())
+    with unchanged(model), pytest.raises(lx.CheckpointError, match=exactly(sentence.format(path=path))):
+        lx.adapt(model, (X,), spec=SPEC, base=path)
+    assert lx.adapt(model, (X,), spec=SPEC).sites
+
+
+def test_only_what_is_adapted_is_asked_for(tmp_path: Path) -> None:
+    """A new head that is trained in full, a layer that is excluded: the file need not have them."""
+    path = written(tmp_path / "base.safetensors", mlp(), **{"3__weight": None, "3__bias": None, "2__weight": None})
+    spec = lx.CascadeSpec(rank=2, train=("3.*",), exclude=("2",))
+    cascade = lx.adapt(mlp(), (X,), spec=spec, base=path)
+    assert [site.weight for site in cascade.sites] == ["0.weight"]
+    assert_mapped(cascade, path)
+
+
+def named(folder: str) -> nn.Module:
+    model = mlp()
+    model.name_or_path = folder
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "base", "error", "sentence"),
+    [
+        (
+            mlp,
+            "file",
+            lx.SpecError,
+            "base='file': Sequential does not say where it came from; give ",
+        ),
+        (
+            lambda: named("org/model"),
+            "file",
+            lx.SpecError,
+            "base='file': Sequential says 'org/model', which is no ",
+        ),
+        (mlp, 3, lx.SpecError, "base is 3; give 'memory', 'file', or the path of a safetensors file or folder"),
+        (
+            mlp,
+            "nowhere",
+            lx.CheckpointError,
+            "base: nowhere is no safetensors file, nor a folder with ",
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_meant(build: Any, base: Any, error: type[Exception], sentence: str) -> None:
+    model = build()
+    with unchanged(model), pytest.raises(error, match=f"^{re.escape(sentence)}"):
+        lx.adapt(model, (X,), spec=SPEC, base=base)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("model.safetensors", "no tensors", r"base: \S+model\.safetensors cannot be read: "),
+        ("model.safetensors.index.json", "{", r"base: \S+index\.json cannot be read as an index of safetensors: "),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../a.safetensors"}}', r"base: .* outside its folder$"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "gone"}}', r"base: \S+gone cannot be read: "),
+    ],
+)
+def test_damaged_files(name: str, text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    model = mlp()
+    with unchanged(model), pytest.raises(lx.CheckpointError, match=f"^{sentence}"):
+        lx.adapt(model, (X,), spec=SPEC, base=tmp_path)
+
+
+class Late(nn.Module):
+    """`second` is used in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        return self.second(x) if self.training else x
+
+
+def test_a_site_that_comes_later(tmp_path: Path) -> None:
+    index = {"weight_map": {}}
+    for part in ("first", "second"):
+        tensors = {name: value for name, value in Late().state_dict().items() if name.startswith(part)}
+        save_file(tensors, tmp_path / f"{part}.safetensors")
+        index["weight_map"] |= dict.fromkeys(tensors, f"{part}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    cascade = lx.adapt(Late().eval(), (X,), spec=SPEC, base=tmp_path)
+    assert [site.weight for site in cascade.sites] == ["first.weight"]
+    cascade.train()
+    cascade(X)
+    assert [site.weight for site in cascade.sites] == ["first.weight", "second.weight"]
+    assert_mapped(cascade, tmp_path)
+    assert torch.equal(cascade.release().second.weight, Late().second.weight)
+
+
+def test_tied_and_untied_names_are_one_tensor_of_the_file(tmp_path: Path) -> None:
+    """The file has one of a parameter's names; a copy that `untie` makes of it is compared with the same one."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(4)
+        model = nn.ModuleDict({"table": nn.Embedding(9, 5), "head": nn.Linear(5, 9, bias=False)})
+        model["head"].weight = model["table"].weight
+        model.forward = lambda ids: model["head"](model["table"](ids))
+        return model
+
+    path = tmp_path / "base.safetensors"
+    save_file({"head.weight": build()["head"].weight.detach()}, path)
+    ids = torch.randint(0, 9, (2, 3))
+    for untie, count in (((), 1), (("head.weight",), 2)):
+        spec = lx.CascadeSpec(targets=("linear", "embedding"), rank=2, untie=untie)
+        cascade = lx.adapt(build(), (ids,), spec=spec, base=path)
+        assert len(cascade.sites) == count
+        assert_mapped(cascade, path)
+
+
+def test_a_file_that_is_written_to_is_noticed(tmp_path: Path) -> None:
+    """One that is replaced or deleted is mapped still; one whose own bytes change is W0 no longer."""
+    path = written(tmp_path / "base.safetensors", mlp())
+    cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=path)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    shutil.copy(path, tmp_path / "other")
+    (tmp_path / "other").rename(path)
+    step(cascade, optimizer)
+    cascade.transition(optimizer)
+    path.unlink()
+    step(cascade, optimizer)
+    cascade.transition(optimizer)
+    cascade.release()
+
+    path = written(tmp_path / "again.safetensors", mlp())
+    cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=path)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    step(cascade, optimizer)
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0" + b"\0")
+    sentence = f"transition: {path} was written to while the cascade lives, and W0 is read from it (base=...). "
+    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=f"^{re.escape(sentence)}"):
+        cascade.transition(optimizer)
+
+
+def test_load_takes_w0_from_the_file_too(tmp_path: Path) -> None:
+    path = written(tmp_path / "base.safetensors", mlp())
+    cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=path)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    for _ in range(2):
+        step(cascade, optimizer)
+        cascade.transition(optimizer)
+    lx.save(cascade, tmp_path / "run", optimizer=optimizer)
+    again = lx.load(tmp_path / "run", mlp(), (X,), base=path)
+    assert_mapped(again, path)
+    assert of_slow(again) == of_slow(cascade)
+    other = mlp()
+    tensors = load_file(path)
+    save_file(tensors | {"0.weight": one_bit(tensors["0.weight"])}, tmp_path / "wrong.safetensors")
+    with unchanged(other), pytest.raises(lx.CheckpointError, match=r"wrong\.safetensors holds other numbers than the "):
+        lx.load(tmp_path / "run", other, (X,), base=tmp_path / "wrong.safetensors")
