@@ -1,44 +1,112 @@
-"""Measure, print the table, and write it as JSON: `python -m benchmarks [--rounds N] [--out FILE] [names]`."""
+"""The benchmark: `python -m benchmarks [names] [--only table|costs|curves] [--rounds N] [--quick] [--write]`.
+
+A run of everything writes results.json, curves.json and curves.svg in this folder, and the section of the README. A
+part of it prints what it found, and writes it only with --write, in place of what the files hold of it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from dataclasses import asdict
+import gc
+import logging
+import os
+import warnings
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from configurations; peft would look for theirs
 
 import torch
 
-from .measure import measure, pin, rivals
+from . import curves, report
+from .costs import costs
+from .files import write
+from .measure import pin
 from .models import WORKS
+from .resident import can_measure, resident_all
+from .steps import measured
+
+HERE = Path(__file__).parent
+PARTS = ("table", "costs", "curves")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*WORKS, []], help="models; all of them by default")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results.json"))
-    options = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what was asked for, print it, and write it."""
+    options = _options(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("lorasc_fx").setLevel(logging.ERROR)
+    whole = not options.names and options.only is None and not options.quick
+    names = options.names or [name for name in WORKS if name != "tiny"]
+    parts = [part for part in PARTS if options.only in (None, part)]
+    if options.names and options.only is None:
+        parts.remove("curves")  # they have models of their own
     pin(options.threads)
-    results = {}
-    print("CPU seconds of a step (forward and backward), over the frozen model's; minimum (median)\n")
-    print("| model | ours / frozen | peft / frozen | full / frozen | ours / peft |\n|---|---|---|---|---|")
-    for name in options.names or WORKS:
-        times = measure(rivals(WORKS[name]), options.rounds)
+    measured_now: dict[str, Any] = {"about": report.about(options.threads, options.rounds)}
+    if "table" in parts:
+        measured_now["steps"] = {name: _steps(name, options) for name in names}
+    if "costs" in parts:
+        costs(WORKS["tiny"], 1)  # imports, and what is done once in a process
+        measured_now["costs"] = {name: _costs(name, options.repeats) for name in names}
+    if "curves" in parts:
+        measured_now["curves"] = _curves(options.rounds, options.quick)
+    if whole or options.write:
+        write(measured_now, HERE, HERE.parent / "README.md", whole)
 
-        def ratio(one: str, other: str, times: dict = times) -> str:
-            a, b = times[one], times[other]
-            return f"{a.minimum / b.minimum:.2f} ({a.median / b.median:.2f})"
 
-        cells = [ratio(one, "frozen") for one in ("ours", "peft", "full")] + [ratio("ours", "peft")]
-        print(f"| {WORKS[name].name} | {' | '.join(cells)} |", flush=True)
-        results[name] = {rival: asdict(each) for rival, each in times.items()}
-    about = {"torch": torch.__version__, "cpu": platform.processor()}
-    about |= {"threads": options.threads, "rounds": options.rounds}
-    options.out.write_text(json.dumps({"about": about, "cpu_seconds": results}, indent=1) + "\n", encoding="utf-8")
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="names", help=f"models, of {', '.join(WORKS)}; all of them by default"
+    )
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=2, help="fresh models for the costs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--placement", action="append", default=[], help="force it in one more rival; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="one round of each, to see that it runs")
+    parser.add_argument("--write", action="store_true", help="write a part into the files as well")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in WORKS]
+    if unknown:
+        parser.error(f"no model {unknown[0]!r}; there are {', '.join(WORKS)}")
+    if options.quick:
+        options.rounds, options.repeats = 1, 1
+    return options
+
+
+def _steps(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    row = measured(WORKS[name], options.rounds, {each: {"placement": each} for each in options.placement})
+    gc.collect()
+    row["resident"] = resident_all(name, options.threads) if can_measure() else {}
+    print(f"\n{report.step_table({name: row})}\n\n{report.memory_table({name: row})}", flush=True)
+    for each in options.placement:
+        ratio = row["ratios"][f"ours/{each}"]
+        print(f"\nours / {each} forced: {ratio['minimum']:.2f} ({ratio['paired']:.2f})", flush=True)
+    return row
+
+
+def _costs(name: str, repeats: int) -> dict[str, Any]:
+    row = costs(WORKS[name], repeats)
+    gc.collect()
+    print(f"\n{report.cost_table({name: row})}", flush=True)
+    return row
+
+
+def _curves(rounds: int, quick: bool) -> dict[str, Any]:
+    rounds = min(rounds, 5)
+    found = {
+        "rank": curves.by_rank(rounds, curves.RANKS[3::4] if quick else curves.RANKS),
+        "sites": curves.by_sites(rounds, curves.topmost(curves.BLOCKS[::4], WORKS["vit-s"]) if quick else None),
+        "stages": curves.by_stages(rounds, 1 if quick else 6),
+        "state": curves.state_size(2 if quick else 14),
+    }
+    for name, rows in found.items():
+        print(f"\n{name}")
+        for row in rows:
+            print("  " + ", ".join(f"{key} {value:.6g}" for key, value in row.items()), flush=True)
+    return {"rounds": rounds, **found}
 
 
 if __name__ == "__main__":
+    torch.set_num_interop_threads(1)
     main()

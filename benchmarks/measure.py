@@ -1,83 +1,82 @@
-"""Rivals, and the clock: each rival's steps are taken in turn, so that what the machine does meets all of them."""
+"""The clock: rivals take turns, round by round, so that what the machine does meets all of them."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-import lorasc_fx as lx
+__all__ = ["Turn", "Turns", "alternate", "pin", "ratio"]
 
-from .models import Work, loss_of
-
-RANK = 8
+WARM = 1
 
 
 @dataclass(frozen=True)
-class Times:
-    """CPU seconds of a step."""
+class Turn:
+    """What a rival does in a round: `prepare` is not timed, `run` is."""
 
-    minimum: float
-    median: float
+    prepare: Callable[[], None]
+    run: Callable[[], None]
 
 
-def rivals(work: Work) -> dict[str, Callable[[], None]]:
-    """Return a training step (forward, backward, no optimizer) of each rival, over the same weights and batch."""
-    import peft
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of one rival, by round: of CPU (all threads together), and of wall time."""
 
-    batch = work.batch()
-    state = work.build().state_dict()
+    cpu: tuple[float, ...]
+    wall: tuple[float, ...]
 
-    def fresh() -> nn.Module:
-        model = work.build()
-        model.load_state_dict(state)
-        return model
-
-    def step(model: nn.Module) -> Callable[[], None]:
-        inputs = {
-            name: value.clone().requires_grad_(True) if value.is_floating_point() else value
-            for name, value in batch.items()
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Return minimum and median of both."""
+        return {
+            clock: {"minimum": min(seconds), "median": statistics.median(seconds)}
+            for clock, seconds in (("cpu", self.cpu), ("wall", self.wall))
         }
 
-        def run() -> None:
-            for parameter in model.parameters():
-                parameter.grad = None
-            loss_of(model(**inputs)).backward()
 
-        return run
+def alternate(turns: Mapping[str, Turn], rounds: int) -> dict[str, Turns]:
+    """Return the seconds of each rival over rounds that run every one once, in turning order.
 
-    frozen = fresh().requires_grad_(False)
-    if not any(value.is_floating_point() for value in batch.values()):  # the gradient has to flow to the bottom
-        next(module for module in frozen.modules() if isinstance(module, nn.Embedding)).weight.requires_grad_(True)
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=work.peft_targets)
-    ours = lx.adapt(fresh(), kwargs=batch, spec=lx.CascadeSpec(targets=work.targets, rank=RANK))
-    theirs = peft.get_peft_model(fresh(), config)
-    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
-    if sizes[0] != sizes[1]:
-        raise RuntimeError(f"{work.name}: ours trains {sizes[0]} entries, peft {sizes[1]}: not the same work")
+    Args:
+        turns: by rival. Each runs `WARM` times before.
+        rounds: 1 or more. Garbage is collected between them, never within.
+    """
+    cpu: dict[str, list[float]] = {name: [] for name in turns}
+    wall: dict[str, list[float]] = {name: [] for name in turns}
+    for each in turns.values():
+        for _ in range(WARM):
+            each.prepare()
+            each.run()
+    names = list(turns)
+    for index in range(rounds):
+        gc.collect()
+        gc.disable()
+        try:
+            for name in names if index % 2 == 0 else reversed(names):
+                turns[name].prepare()
+                wall_start, cpu_start = time.perf_counter(), time.process_time()
+                turns[name].run()
+                cpu[name].append(time.process_time() - cpu_start)
+                wall[name].append(time.perf_counter() - wall_start)
+        finally:
+            gc.enable()
+    return {name: Turns(tuple(cpu[name]), tuple(wall[name])) for name in turns}
+
+
+def ratio(one: Turns, other: Turns) -> dict[str, float]:
+    """Return `one / other` in CPU seconds: of the minima, of the medians, and `paired`, the median over rounds of the
+    ratio within a round, which a machine that drifts leaves alone; and `wall`, paired as well.
+    """
     return {
-        "frozen": step(frozen),
-        "ours": step(ours),
-        "peft": step(theirs),
-        "full": step(fresh()),
+        "minimum": min(one.cpu) / min(other.cpu),
+        "median": statistics.median(one.cpu) / statistics.median(other.cpu),
+        "paired": statistics.median(a / b for a, b in zip(one.cpu, other.cpu, strict=True)),
+        "wall": statistics.median(a / b for a, b in zip(one.wall, other.wall, strict=True)),
     }
-
-
-def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, Times]:
-    """Return CPU seconds of each step, over rounds that run every rival once."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for each in steps.values():
-        each()
-    for _ in range(rounds):
-        for name, each in steps.items():
-            start = time.process_time()
-            each()
-            seconds[name].append(time.process_time() - start)
-    return {name: Times(min(each), statistics.median(each)) for name, each in seconds.items()}
 
 
 def pin(threads: int) -> None:

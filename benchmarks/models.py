@@ -1,14 +1,32 @@
-"""The models of the benchmark, built from configurations, with a batch and a loss."""
+"""The models of the benchmark, built from configurations, each with a batch, a loss and what is adapted.
+
+Every batch is floating point and a leaf that needs a gradient: images, or the output of the token embedding. So the
+gradient flows to the bottom for every rival alike, and no rival pays for the dense gradient of an embedding table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+__all__ = ["STACK", "WORKS", "Work", "classes", "hidden"]
+
+
+def classes(output: Any) -> torch.Tensor:
+    """Return the cross-entropy of logits [..., classes] with class 0."""
+    logits = output if isinstance(output, torch.Tensor) else output[0]
+    rows = logits.flatten(0, -2)
+    return F.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long))
+
+
+def hidden(output: Any) -> torch.Tensor:
+    """Return a scalar of the last hidden state [batch, tokens, width]."""
+    return output[0].square().mean()
 
 
 @dataclass(frozen=True)
@@ -16,22 +34,38 @@ class Work:
     """A model and a step's input.
 
     Args:
-        build: returns the model in train mode, dropout off.
-        batch: returns keyword arguments of its forward.
-        targets: peft's target_modules, and our targets.
+        title: for the table.
+        build: returns the model in train mode, its own dropout off.
+        batch: returns keyword arguments of its forward, floating point.
+        targets: our targets.
+        peft: arguments of peft's LoraConfig that mean the same weights.
+        loss: a scalar of what forward returns.
+        dropout: whether both libraries can be asked for adapter dropout here.
     """
 
-    name: str
+    title: str
     build: Callable[[], nn.Module]
     batch: Callable[[], dict[str, torch.Tensor]]
-    peft_targets: Any
     targets: tuple[str, ...]
+    peft: Mapping[str, Any]
+    loss: Callable[[Any], torch.Tensor] = field(default=classes)
+    dropout: bool = True
 
 
-def loss_of(output: Any) -> torch.Tensor:
-    """Return a scalar that depends on the whole output."""
-    tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return F.cross_entropy(tensor.flatten(0, -2), torch.zeros(tensor.flatten(0, -2).shape[0], dtype=torch.long))
+def _tiny() -> nn.Module:
+    conv, fc = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 8 * 8, 20)
+    layers = {
+        "conv": conv,
+        "act": nn.ReLU(),
+        "flat": nn.Flatten(),
+        "fc": fc,
+        "gelu": nn.GELU(),
+        "head": nn.Linear(20, 4),
+    }
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    return model
 
 
 def _vit() -> nn.Module:
@@ -40,11 +74,17 @@ def _vit() -> nn.Module:
     return timm.create_model("vit_small_patch16_224", num_classes=100).train()
 
 
+def _resnet() -> nn.Module:
+    import timm
+
+    return timm.create_model("resnet50", num_classes=100).train()
+
+
 def _bert() -> nn.Module:
     import transformers
 
     config = transformers.BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return transformers.BertForMaskedLM(config).train()
+    return transformers.BertForSequenceClassification(config).train()
 
 
 def _gpt2() -> nn.Module:
@@ -54,24 +94,108 @@ def _gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config).train()
 
 
-def _resnet() -> nn.Module:
-    import timm
+def _llama(layers: int) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
 
-    return timm.create_model("resnet50", num_classes=100).train()
+        sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+        config = transformers.LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=1000, use_cache=False)
+        return transformers.LlamaModel(config).train()
 
-
-def _images(count: int) -> Callable[[], dict[str, torch.Tensor]]:
-    return lambda: {"x": torch.randn(count, 3, 224, 224)}
-
-
-def _words(*shape: int) -> Callable[[], dict[str, torch.Tensor]]:
-    return lambda: {"input_ids": torch.randint(1000, 20000, shape)}
+    return build
 
 
-_BERT = ("*.attention.*", "*.intermediate.*", "*.layer.*.output.dense.weight")
+def _mixtral() -> nn.Module:
+    import transformers
+
+    config = transformers.MixtralConfig(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=1000,
+        use_cache=False,
+        experts_implementation="eager",  # the loop over experts, which both libraries adapt with the same entries
+    )
+    return transformers.MixtralModel(config).train()
+
+
+def _batch(name: str, *shape: int, scale: float = 1.0) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: {name: torch.randn(*shape) * scale}
+
+
+_ATTENTION = ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj")
+_LLAMA = (*_ATTENTION, "*.gate_proj", "*.up_proj", "*.down_proj")
+_LLAMA_PEFT = {"target_modules": r".*\.(q|k|v|o|gate|up|down)_proj"}
+
+STACK = Work(
+    "Llama-like, 2 layers, 2 x 256",
+    _llama(2),
+    _batch("inputs_embeds", 2, 256, 1024, scale=0.02),
+    _LLAMA,
+    _LLAMA_PEFT,
+    hidden,
+)
+"""A medium model for the curves."""
 
 WORKS = {
-    "vit-s": Work("ViT-S, batch 8, linears", _vit, _images(8), r".*(qkv|proj|fc1|fc2)", ("*.qkv", "*.proj", "*.fc*")),
-    "bert-base": Work("BERT-base, 8 x 128", _bert, _words(8, 128), r".*layer\.\d+\..*(query|key|value|dense)", _BERT),
-    "resnet-50": Work("ResNet-50, convs, batch 4", _resnet, _images(4), r".*conv\d", ("conv1", "*.conv?")),
+    "vit-s": Work(
+        "ViT-S, batch 8, linears",
+        _vit,
+        _batch("x", 8, 3, 224, 224),
+        ("*.qkv", "*.attn.proj", "*.fc1", "*.fc2"),
+        {"target_modules": r"(.*\.)?(qkv|attn\.proj|fc1|fc2)"},
+    ),
+    "bert-base": Work(
+        "BERT-base, 8 x 128, linears of the layers",
+        _bert,
+        _batch("inputs_embeds", 8, 128, 768, scale=0.02),
+        ("*.query", "*.key", "*.value", "*.layer.*.dense"),
+        {"target_modules": r".*\.layer\..*(query|key|value|dense)"},
+    ),
+    "gpt2": Work(
+        "GPT-2 small, 2 x 256, blocks",
+        _gpt2,
+        _batch("inputs_embeds", 2, 256, 768, scale=0.02),
+        ("*.c_attn", "*.c_proj", "*.c_fc"),
+        {"target_modules": r".*\.(c_attn|c_proj|c_fc)", "fan_in_fan_out": True},
+    ),
+    "resnet-50": Work(
+        "ResNet-50, batch 4, convs",
+        _resnet,
+        _batch("x", 4, 3, 224, 224),
+        ("conv",),
+        {"target_modules": r"(.*\.)?(conv\d|downsample\.0)"},
+    ),
+    "llama": Work(
+        "Llama-like, 4 layers, 2 x 256",
+        _llama(4),
+        _batch("inputs_embeds", 2, 256, 1024, scale=0.02),
+        _LLAMA,
+        _LLAMA_PEFT,
+        hidden,
+    ),
+    "mixtral": Work(
+        "Mixtral-like, 2 layers, 4 experts, 2 x 256",
+        _mixtral,
+        _batch("inputs_embeds", 2, 256, 512, scale=0.02),
+        (*_ATTENTION, "*.experts.*"),
+        {
+            "target_modules": r".*\.(q|k|v|o)_proj",
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+        hidden,
+        dropout=False,  # peft refuses it for parameters
+    ),
+    "tiny": Work(
+        "tiny",
+        _tiny,
+        _batch("input", 3, 3, 8, 8),
+        ("conv", "fc", "head"),
+        {"target_modules": ["conv", "fc", "head"]},
+    ),
 }
+"""By the name that the command takes; `tiny` is there to try the benchmark itself, and is in no table."""

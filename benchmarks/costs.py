@@ -1,0 +1,128 @@
+"""What is paid once, or once a stage, beside what peft does for the same.
+
+| ours | peft |
+|---|---|
+| `adapt` | `get_peft_model` |
+| `transition` | `merge_and_unload`, `get_peft_model`, a new optimizer |
+| `folded_state_dict` | `merge_adapter`, copies of the state dict, `unmerge_adapter` |
+| `release` | `merge_and_unload` |
+| `save` | `save_pretrained` |
+| `load` | `PeftModel.from_pretrained` |
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+
+from .models import Work
+from .rivals import adapted, check_same_work, wrapped
+from .transitions import Seconds, streaming_seconds, timed, train, transition_seconds
+
+__all__ = ["ROWS", "costs"]
+
+ROWS = ("adapt", "transition", "fold", "release", "save", "load")
+
+Found = dict[str, list[Seconds]]
+
+
+def costs(work: Work, repeats: int, stages: int = 3) -> dict[str, Any]:
+    """Return the least seconds of each row over some repeats, in which the two take turns, as plain data.
+
+    Args:
+        work: the model.
+        repeats: fresh models of each.
+        stages: transitions of each model.
+    """
+    model, batch = work.build(), work.batch()
+    ours: Found = {row: [] for row in ROWS}
+    theirs: Found = {row: [] for row in ROWS}
+    streaming: list[Seconds] = []
+    for _ in range(repeats):
+        cascade = _ours(work, model, batch, ours, stages, streaming)
+        wrapper = _theirs(work, model, theirs, stages)
+        check_same_work(work, cascade, wrapper)
+        _leave(cascade, wrapper, ours, theirs)
+    least = {name: {row: _least(found[row]) for row in ROWS} for name, found in (("ours", ours), ("peft", theirs))}
+    return {"title": work.title, **least, "streaming": _least(streaming)}
+
+
+def _ours(
+    work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor], found: Found, stages: int, streaming: list[Seconds]
+) -> lx.Cascade:
+    base = copy.deepcopy(model)
+    cascade = _clocked(found["adapt"], lambda: adapted(work, base, batch))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
+    for _ in range(stages):
+        train(cascade, optimizer)
+        found["transition"].append(transition_seconds(cascade, optimizer))
+        streaming.append(streaming_seconds(cascade))
+    train(cascade, optimizer)
+    _clocked(found["fold"], cascade.folded_state_dict)
+    with tempfile.TemporaryDirectory() as folder:
+        _clocked(found["save"], lambda: lx.save(cascade, Path(folder)))
+        again = copy.deepcopy(model)
+        _clocked(found["load"], lambda: lx.load(folder, again, kwargs=dict(batch))).release()
+    return cascade
+
+
+def _theirs(work: Work, model: nn.Module, found: Found, stages: int) -> Any:
+    import peft
+
+    base = copy.deepcopy(model)
+    wrapper: Any = _clocked(found["adapt"], lambda: wrapped(work, base))
+    optimizer = _optimizer(wrapper)
+
+    def turn() -> tuple[Any, torch.optim.Optimizer]:
+        after = wrapped(work, wrapper.merge_and_unload())
+        return after, _optimizer(after)
+
+    for _ in range(stages):
+        _train(wrapper, optimizer)
+        wrapper, optimizer = _clocked(found["transition"], turn)
+    _train(wrapper, optimizer)
+
+    def fold() -> dict[str, torch.Tensor]:
+        wrapper.merge_adapter()
+        state = {name: value.clone() for name, value in wrapper.state_dict().items()}
+        wrapper.unmerge_adapter()
+        return state
+
+    _clocked(found["fold"], fold)
+    with tempfile.TemporaryDirectory() as folder:
+        _clocked(found["save"], lambda: wrapper.save_pretrained(folder))
+        again = copy.deepcopy(model)
+        _clocked(found["load"], lambda: peft.PeftModel.from_pretrained(again, folder, is_trainable=True))
+    return wrapper
+
+
+def _leave(cascade: lx.Cascade, wrapper: Any, ours: Found, theirs: Found) -> None:
+    _clocked(ours["release"], cascade.release)
+    _clocked(theirs["release"], wrapper.merge_and_unload)
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    train(model, optimizer)  # type: ignore[arg-type]
+
+
+def _clocked(into: list[Seconds], run: Callable[[], Any]) -> Any:
+    """Run once, note the seconds, and return what came out."""
+    out: list[Any] = []
+    into.append(timed(lambda: out.append(run())))
+    return out[0]
+
+
+def _least(seconds: list[Seconds]) -> dict[str, float]:
+    return {"cpu": min(each.cpu for each in seconds), "wall": min(each.wall for each in seconds)}

@@ -1,0 +1,43 @@
+"""Where results go: results.json, curves.json and curves.svg in one folder, and the section of a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import curves, report
+
+__all__ = ["write"]
+
+
+def write(found: Mapping[str, Any], folder: Path, page: Path, whole: bool) -> None:
+    """Write what was found; a part takes the place of what the files hold of it.
+
+    Args:
+        found: `about`, and what was measured of `steps`, `costs` (by model) and `curves` (which have `rounds` of
+            their own).
+        folder: of the results.
+        page: with the markers of `report.put`.
+        whole: it is all there is; what the files held is dropped.
+
+    Raises:
+        SystemExit: a part was measured elsewhere, or otherwise, than the rest; nothing was written.
+        ValueError: the page has no place for the section.
+    """
+    about, path = found["about"], folder / "results.json"
+    before = {} if whole else json.loads(path.read_text(encoding="utf-8"))
+    if not whole and before["about"] != about:
+        raise SystemExit(f"{path.name} holds numbers of {before['about']}, these are of {about}: measure all of it")
+    results = {"about": about, **{part: before.get(part, {}) | found.get(part, {}) for part in ("steps", "costs")}}
+    text = report.put(page.read_text(encoding="utf-8"), report.section(results))
+    if "curves" in found:
+        _dump({"about": about | {"rounds": found["curves"]["rounds"]}, **found["curves"]}, folder / "curves.json")
+        curves.draw(found["curves"], folder / "curves.svg")
+    _dump(results, path)
+    page.write_text(text, encoding="utf-8")
+
+
+def _dump(found: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,137 @@
+"""The section of the README, made from the results; and what stands around them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .costs import ROWS
+from .rivals import RANK
+from .steps import DROPOUT
+
+__all__ = ["BEGIN", "END", "about", "cost_table", "memory_table", "put", "section", "step_table"]
+
+BEGIN = "<!-- `make bench` writes from here -->"
+END = "<!-- to here -->"
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def about(threads: int, rounds: int) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    packages = {name: version(name) for name in ("torch", "peft", "timm", "transformers")}
+    return {"python": platform.python_version(), **packages, "cpu": _cpu(), "threads": threads, "rounds": rounds}
+
+
+def _cpu() -> str:
+    """Return the processor's name, and its number of cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def section(results: Mapping[str, Any]) -> str:
+    """Return the text between the markers."""
+    made = results["about"]
+    return f"""\
+One command makes all of this, `make bench`: the text, `benchmarks/results.json` and the curves.
+{made["cpu"]}; torch {made["torch"]}, peft {made["peft"]}; rank {RANK}, fp32, {made["threads"]} threads, \
+{made["rounds"]} rounds in which the rivals take turns.
+
+CPU seconds of a training step over those of the same model frozen (forward, and the gradient down to the input):
+ratio of the minima (median of the ratios within a round). *Folded* is the model that `release()` gives back; by what it
+differs from 1.00 is noise. *Floor*: the flops of the low-rank products added to those of the frozen step. *Expected*:
+what the cost model said before.
+
+{step_table(results["steps"])}
+
+MiB that autograd keeps between forward and backward, without parameters and buffers. *Allowed* is what the frozen model
+keeps together with the inputs of the branches. Two columns are with adapter dropout of {DROPOUT:g}. *Resident* is the
+peak of a process that holds only this model, while it trains; interpreter and libraries are in it.
+
+{memory_table(results["steps"])}
+
+CPU seconds, ours / peft's for the same (`benchmarks/costs.py` says what that is): a transition stands beside
+`merge_and_unload`, `get_peft_model` and a new optimizer. *Streaming* is a plain copy of the bytes that a transition
+has to read and write.
+
+{cost_table(results["costs"])}
+
+The curves are in [benchmarks/curves.svg](benchmarks/curves.svg), their numbers in `benchmarks/curves.json`: a step
+against the rank, against the number of sites, and after some transitions; and the size of the slow state."""
+
+
+def put(page: str, text: str) -> str:
+    """Return the page with the text between its markers.
+
+    Raises:
+        ValueError: the page has not each marker once, in order.
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"the page needs {BEGIN!r} and {END!r}, once each")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table in Markdown."""
+    titles = list(head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *map(list, rows)])
+
+
+def step_table(rows: Rows) -> str:
+    """Return the table of steps, over the frozen model's."""
+    columns = ("ours/frozen", "peft/frozen", "full/frozen", "folded/frozen", "ours/peft")
+
+    def cells(row: Mapping[str, Any]) -> Iterable[str]:
+        yield row["title"]
+        for column in columns:
+            ratio = row["ratios"][column]
+            yield f"{ratio['minimum']:.2f} ({ratio['paired']:.2f})"
+        yield f"{row['floor']:.3f}"
+        yield _optional(row["predicted"], ".2f")
+
+    head = ("model", *(column.replace("/", " / ") for column in columns), "floor", "expected")
+    return table(head, map(cells, rows.values()))
+
+
+def memory_table(rows: Rows) -> str:
+    """Return the table of memory, in MiB."""
+
+    def cells(row: Mapping[str, Any]) -> Iterable[str]:
+        kept, dropped, resident = row["activation"], row["activation with dropout"], row.get("resident", {})
+        yield row["title"]
+        yield from (_mib(kept[name]) for name in ("frozen", "full", "peft", "ours"))
+        yield f"{kept['ours'] / kept['allowed']:.2f}"
+        yield from (_mib(dropped.get(name)) for name in ("peft", "ours"))
+        yield from (_mib(resident.get(name, {}).get("step")) for name in ("frozen", "full", "peft", "ours"))
+
+    head = ("model", "frozen", "full", "peft", "ours", "ours / allowed", "peft, dropout", "ours, dropout")
+    return table(
+        (*head, *(f"resident: {name}" for name in ("frozen", "full", "peft", "ours"))), map(cells, rows.values())
+    )
+
+
+def cost_table(rows: Rows) -> str:
+    """Return the table of what is paid once, or once a stage."""
+
+    def cells(row: Mapping[str, Any]) -> Iterable[str]:
+        yield row["title"]
+        for name in ROWS:
+            yield f"{row['ours'][name]['cpu']:.2f} / {row['peft'][name]['cpu']:.2f}"
+        yield f"{row['streaming']['cpu']:.2f}"
+
+    return table(("model", *ROWS, "streaming"), map(cells, rows.values()))
+
+
+def _mib(value: float | None) -> str:
+    return _optional(None if value is None else value / 2**20, ".0f")
+
+
+def _optional(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

@@ -1,0 +1,253 @@
+"""The benchmark measures what it says: a tiny model through all of it, and counts that can be made by hand."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+from benchmarks import curves, report
+from benchmarks.costs import ROWS, costs
+from benchmarks.files import write
+from benchmarks.floor import floor_ratio, low_rank_flops, step_flops
+from benchmarks.measure import WARM, Turn, Turns, alternate, ratio
+from benchmarks.memory import activation_bytes, allowed_bytes
+from benchmarks.models import WORKS
+from benchmarks.resident import can_measure, resident_all
+from benchmarks.rivals import RIVALS, adapted, check_same_work, entries, make, make_all, wrapped
+from benchmarks.steps import PAIRS, measured
+
+TINY = WORKS["tiny"]
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def row() -> dict[str, Any]:
+    return measured(TINY, rounds=2, forced={"other": {"pace": 1.0}})
+
+
+@pytest.fixture(scope="module")
+def paid() -> dict[str, Any]:
+    return costs(TINY, repeats=1, stages=2)
+
+
+def results(row: Mapping[str, Any], paid: Mapping[str, Any]) -> dict[str, Any]:
+    return {"about": report.about(2, 2), "steps": {"tiny": row}, "costs": {"tiny": paid}}
+
+
+def numbers(found: Any) -> list[Any]:
+    """The leaves of plain data."""
+    if isinstance(found, dict):
+        return [leaf for value in found.values() for leaf in numbers(value)]
+    return [found]
+
+
+def test_a_row_is_plain_data_and_complete(row: dict[str, Any], paid: dict[str, Any]) -> None:
+    found = json.loads(json.dumps(results(row, paid)))
+    assert found["steps"]["tiny"] == row
+    assert found["costs"]["tiny"] == paid
+    assert set(row["seconds"]) == {*RIVALS, "other"}
+    assert set(row["ratios"]) == {*(f"{one}/{other}" for one, other in PAIRS), "ours/other"}
+    assert set(row["ratios"]["ours/peft"]) == {"minimum", "median", "paired", "wall"}
+    assert set(row["activation"]) == {*RIVALS, "other", "allowed"}
+    assert all(set(paid[side]) == set(ROWS) for side in ("ours", "peft"))
+    assert all(value > 0 for value in numbers({"seconds": row["seconds"], "ratios": row["ratios"]}))
+    assert all(value >= 0 for value in numbers({side: paid[side] for side in ("ours", "peft", "streaming")}))
+
+
+def test_tables_have_a_cell_for_each_title(row: dict[str, Any], paid: dict[str, Any]) -> None:
+    text = report.section(results(row, paid))
+    assert "`make bench`" in text
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    assert len(tables) == 3
+    for lines in tables:
+        assert len({line.count("|") for line in lines}) == 1
+        assert lines[2].startswith("| tiny | ")
+    first = row["ratios"]["ours/frozen"]
+    assert tables[0][2].startswith(f"| tiny | {first['minimum']:.2f} ({first['paired']:.2f}) | ")
+
+
+def test_the_section_takes_the_place_of_the_last_one() -> None:
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.put(page, "new")
+    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert report.put(once, "new") == once
+    for broken in ("no markers", page + page, f"{report.END}{report.BEGIN}"):
+        with pytest.raises(ValueError, match="once each"):
+            report.put(broken, "new")
+
+
+def test_a_part_takes_the_place_of_what_was_there(row: dict[str, Any], paid: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
+    found = results(row, paid)
+    write(found, tmp_path, page, whole=True)
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == found
+    assert page.read_text(encoding="utf-8") == report.put(f"{report.BEGIN}{report.END}\n", report.section(found))
+    other = {"about": found["about"], "costs": {"tiny": {**paid, "title": "again"}, "new": paid}}
+    write(other, tmp_path, page, whole=False)
+    now = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert now["steps"] == found["steps"]
+    assert {name: each["title"] for name, each in now["costs"].items()} == {"tiny": "again", "new": "tiny"}
+    assert "| again | " in (before := page.read_text(encoding="utf-8"))
+    with pytest.raises(SystemExit, match="measure all of it"):
+        write({"about": report.about(3, 2), "costs": {}}, tmp_path, page, whole=False)
+    assert page.read_text(encoding="utf-8") == before
+
+
+def test_the_readme_has_a_place_for_the_section() -> None:
+    assert "new" in report.put(README.read_text(encoding="utf-8"), "new")
+
+
+def test_rivals_start_from_the_same_function_and_train_as_much() -> None:
+    rivals = make_all(TINY)
+    losses = {name: rivals[name].loss().item() for name in RIVALS}
+    assert losses["ours"] == losses["frozen"] == losses["full"]
+    assert losses["peft"] == pytest.approx(losses["frozen"], rel=1e-6)
+    assert losses["folded"] != losses["frozen"]  # it has trained before
+    # conv 3x3 from 3 to 6 channels, fc from 384 to 20, head from 20 to 4; rank 8
+    assert entries(rivals["ours"].model) == entries(rivals["peft"].model) == 8 * (27 + 6 + 384 + 20 + 20 + 4)
+    assert entries(rivals["frozen"].model) == entries(rivals["folded"].model) == 0
+    for each in rivals.values():
+        each.prepare()
+        each.step()
+        assert all(value.grad is not None for value in each.inputs.values())
+
+
+def test_unequal_work_is_refused() -> None:
+    model, batch = TINY.build(), TINY.batch()
+    ours = adapted(TINY, copy.deepcopy(model), batch, rank=2)
+    with pytest.raises(RuntimeError, match="not the same work"):
+        check_same_work(TINY, ours, wrapped(TINY, model))
+
+
+def test_what_is_trained_counts_as_changed_between_steps() -> None:
+    ours = make("ours", TINY, TINY.build(), TINY.batch())
+    trained = next(each for each in ours.model.parameters() if each.requires_grad)
+    before = trained._version
+    ours.step()
+    ours.prepare()
+    assert trained._version > before
+    assert trained.grad is None
+
+
+def test_ratios_are_paired_within_rounds() -> None:
+    one, other = Turns((2.0, 6.0, 9.0), (1.0, 1.0, 1.0)), Turns((1.0, 2.0, 9.0), (4.0, 4.0, 2.0))
+    assert ratio(one, other) == {"minimum": 2.0, "median": 3.0, "paired": 2.0, "wall": 0.25}
+    assert one.to_dict()["cpu"] == {"minimum": 2.0, "median": 6.0}
+
+
+def test_rivals_take_turns() -> None:
+    said: list[str] = []
+    turns = {name: Turn(lambda: None, lambda name=name: said.append(name)) for name in "abc"}
+    times = alternate(turns, rounds=2)
+    assert "".join(said) == "".join(name * WARM for name in "abc") + "abc" + "cba"
+    assert all(len(each.cpu) == len(each.wall) == 2 for each in times.values())
+
+
+def test_activation_memory_of_a_case_by_hand() -> None:
+    # rows 5: x [5, 3] -> first [5, 7] -> tanh [5, 7] -> last [5, 2]; float64
+    model = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        return model(x)
+
+    assert activation_bytes(forward, model) == 8 * (5 * 3 + 5 * 7)  # x for its weight; tanh's output, saved twice
+    model.requires_grad_(False)
+    assert activation_bytes(forward, model) == 8 * 5 * 7  # tanh's output
+    sites = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(rank=2)).sites
+    assert allowed_bytes(forward, model, sites) == 8 * (5 * 3 + 5 * 7)
+    assert allowed_bytes(forward, model, sites[1:]) == 8 * 5 * 7  # last's input is what tanh keeps
+
+
+def test_a_view_counts_as_the_storage_that_it_holds() -> None:
+    whole = torch.randn(4, 10)
+    part, weight = whole[:, :2], torch.randn(2, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        return part * weight
+
+    assert activation_bytes(forward, nn.Module()) == 4 * 40
+
+
+def test_ours_keeps_what_is_allowed(row: dict[str, Any]) -> None:
+    # and x A beside it: conv 8 channels of 8 x 8, fc 8, head 8, in fp32 for 3 images
+    assert row["activation"]["ours"] <= row["activation"]["allowed"] + 4 * 3 * (8 * 64 + 8 + 8)
+
+
+def test_the_floor_is_what_torch_counts_of_peft() -> None:
+    batch, model = TINY.batch(), TINY.build()
+    sites = adapted(TINY, copy.deepcopy(model), batch).sites
+    theirs = make("peft", TINY, copy.deepcopy(model), batch)
+    frozen = make("frozen", TINY, model, batch)
+    extra = step_flops(theirs.step) - step_flops(frozen.step)
+    assert low_rank_flops(frozen.loss, frozen.model, sites) == extra > 0
+    assert floor_ratio(frozen.step, frozen.loss, frozen.model, sites) == 1 + extra / step_flops(frozen.step)
+
+
+def test_a_site_that_nothing_reads_is_told() -> None:
+    frozen = make("frozen", TINY, TINY.build(), TINY.batch())
+    sites = adapted(TINY, TINY.build(), TINY.batch()).sites
+    with pytest.raises(RuntimeError, match=r"conv\.weight and 2 more"):
+        low_rank_flops(lambda: torch.zeros(()), frozen.model, sites)
+
+
+def test_curves(tmp_path: Path) -> None:
+    choices = [({"targets": tuple(names)}, {"target_modules": names}) for names in (["fc"], ["fc", "head"])]
+    found = {
+        "rank": curves.by_rank(1, (1, 2), TINY),
+        "sites": curves.by_sites(1, choices, TINY),
+        "stages": curves.by_stages(1, 2, TINY),
+        "state": curves.state_size(4, 1, TINY),
+    }
+    assert [row["rank"] for row in found["rank"]] == [1, 2]
+    assert [row["sites"] for row in found["sites"]] == [1, 2]
+    assert [row["transitions"] for row in found["stages"]] == [0, 1, 2]
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
+    about = report.about(1, 9)
+    write({"about": about, "curves": {"rounds": 1, **found}}, tmp_path, page, whole=True)
+    assert "slow state" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    written = json.loads((tmp_path / "curves.json").read_text(encoding="utf-8"))
+    assert written == {"about": about | {"rounds": 1}, "rounds": 1, **found}
+
+
+def test_the_size_of_the_state_by_hand() -> None:
+    # entries that a rank costs, and those of the weight: conv 33 and 162, fc 404 and 7680, head 24 and 80; fp32
+    rows = curves.state_size(5, 4, TINY)
+    found = [(row["experts"] / 4, row["dense"] / 4) for row in rows]
+    assert found[0] == (0, 0)
+    assert found[1] == (4 * 33 + 4 * 404, 80)  # 96 for the head is more than its weight
+    assert found[2] == (8 * 404, 162 + 80)
+    assert found[5][1] == 162 + 7680 + 80 == rows[5]["base"] / 4  # each has collapsed
+
+
+@pytest.mark.skipif(not can_measure(), reason="this system does not tell the peak of a process")
+def test_resident_memory_comes_from_a_process_of_its_own() -> None:
+    found = resident_all("tiny", 1, ("frozen",))
+    assert found["frozen"]["step"] > 50 * 2**20  # an interpreter with torch in it
+    assert found["frozen"]["built"] > 50 * 2**20
+
+
+def test_the_topmost_blocks_are_the_same_to_both() -> None:
+    leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1")
+    names = [f"blocks.{block}.{leaf}" for block in range(12) for leaf in leaves]
+    for count in (1, 2, 12):
+        ((ours, theirs),) = curves.topmost((count,), WORKS["vit-s"])
+        asked = [name for name in names if any(fnmatch.fnmatchcase(name, target) for target in ours["targets"])]
+        assert asked == [name for name in names if re.fullmatch(theirs["target_modules"], name)]
+        assert asked == [f"blocks.{block}.{leaf}" for block in range(12 - count, 12) for leaf in leaves[:4]]
