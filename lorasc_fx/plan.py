@@ -14,11 +14,11 @@ from functools import cached_property
 from typing import Any
 
 from lorasc_fx.errors import CheckpointError
-from lorasc_fx.spec import KINDS, CascadeSpec, Scaling
+from lorasc_fx.spec import KINDS, PLACEMENTS, CascadeSpec, Scaling
 
 __all__ = ["Plan", "Reason", "Refusal", "Site"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Reason(enum.Enum):
@@ -67,6 +67,9 @@ class Site:
         layout: `out_in`, or `in_out` for a weight that is stored transposed (transformers' Conv1D).
         parts: numbers of rows of the slices in which a packed weight is used (q, k and v); each slice has a pair of its
             own. Empty where the weight is used whole.
+        placement: where the branch computes if a node allows it: `beside` the op, `merged` with it, or on the `weight`;
+            on the weight where no op allows another.
+        dropout: share of the entries of the branch's input that are zero while it trains, beside an op.
     """
 
     weight: str
@@ -78,6 +81,8 @@ class Site:
     aliases: tuple[str, ...] = ()
     layout: str = "out_in"
     parts: tuple[int, ...] = ()
+    placement: str = "beside"
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -156,6 +161,8 @@ class Plan:
                 "aliases": list(site.aliases),
                 "layout": site.layout,
                 "parts": list(site.parts),
+                "placement": site.placement,
+                "dropout": site.dropout,
             }
             for site in self.sites
         ]
@@ -199,6 +206,10 @@ def _checked(site: Site) -> Site:
         _count("parts", size)
     if site.parts and (sum(site.parts) != site.shape[0] or site.experts or site.layout != "out_in"):
         raise ValueError(f"parts is {site.parts}, which are not the rows of a weight of shape {site.shape}")
+    if site.placement not in PLACEMENTS:
+        raise ValueError(f"placement is {site.placement!r}, not one of {', '.join(PLACEMENTS)}")
+    if isinstance(site.dropout, bool) or not isinstance(site.dropout, (int, float)) or not 0 <= site.dropout < 1:
+        raise ValueError(f"dropout is {site.dropout!r}, not a share in [0, 1)")
     if not isinstance(site.use_rslora, bool):
         raise ValueError(f"use_rslora is {site.use_rslora!r}, not true or false")
     if (

@@ -13,16 +13,20 @@ from typing import Any, Literal, get_args
 
 from lorasc_fx.errors import SpecError, nearest
 
-__all__ = ["KINDS", "CascadeSpec", "Noise", "Rule", "Scaling"]
+__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling"]
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""
+
+PLACEMENTS = ("beside", "merged", "weight")
+"""Where a branch computes (docs/design.md)."""
 
 Distribution = Literal["uniform", "normal"]
 Where = Literal["sites", "all"]
 Restart = Literal["slow", "fast"]
 StartA = Literal["fresh", "kept", "gradient"]
 OnNonFinite = Literal["raise", "skip"]
+Placement = Literal["auto", "beside", "merged", "weight"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ class CascadeSpec:
         rules: another rank or lora_alpha by pattern, the first match counts.
         rank: r of the branches.
         lora_alpha: numerator of the scale `s = lora_alpha / rank`. use_rslora: divide by `sqrt(rank)` instead.
+        dropout: share of the entries of a branch's input that are set to zero in train mode, the rest scaled up (LoRA's
+            adapter dropout). Only a branch beside its op sees an input, so that is where such branches stand.
+        placement: where the branches compute: `beside` the op, `merged` with it, on the `weight`, or `auto`, by a cost
+            model. Where a node does not allow what is asked for, the branch stands where it can.
         pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1].
         restart: whether the next stage starts from the slow or from the fast weights.
         noise: see `Noise`.
@@ -115,6 +123,8 @@ class CascadeSpec:
     rank: int = 8
     lora_alpha: float = 8.0
     use_rslora: bool = False
+    dropout: float = 0.0
+    placement: Placement = "auto"
     pace: float = 0.5
     restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
@@ -137,6 +147,15 @@ class CascadeSpec:
         _number("pace", self.pace)
         if not 0 < self.pace <= 1:
             raise SpecError(f"pace is {self.pace}; it is a share of the fast weights: give a number in (0, 1]")
+        _number("dropout", self.dropout)
+        if not 0 <= self.dropout < 1:
+            raise SpecError(f"dropout is {self.dropout}; it is the share that is set to zero: give a number in [0, 1)")
+        _choice("placement", self.placement, get_args(Placement))
+        if self.dropout and self.placement in ("merged", "weight"):
+            raise SpecError(
+                f"dropout is {self.dropout} and placement is {self.placement!r}, where a branch sees no input to drop; "
+                "give placement='beside' or 'auto', or dropout=0"
+            )
         _choice("restart", self.restart, get_args(Restart))
         _choice("restart_A", self.restart_A, get_args(StartA))
         _choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))

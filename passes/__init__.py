@@ -13,6 +13,8 @@ from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
 from .match_sites import MatchSites
 from .pipeline import PASSES, Pipeline
+from .share_inputs import ShareInputs
+from .split_inputs import SplitInputs
 from .stage_transition import StageTransition
 
 __all__ = [
@@ -22,5 +24,7 @@ __all__ = [
     "InsertBranches",
     "MatchSites",
     "Pipeline",
+    "ShareInputs",
+    "SplitInputs",
     "StageTransition",
 ]

@@ -10,7 +10,17 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, SlowWeight, start_differs, start_weight
 from lorasc_fx.errors import NoSites
-from lorasc_fx.graph import BRANCH_OF, ON_WEIGHT, GraphEditor, Record, branch_nodes, form_named, named_weights, use_of
+from lorasc_fx.graph import (
+    BRANCH_OF,
+    ON_WEIGHT,
+    GraphEditor,
+    Record,
+    branch_nodes,
+    form_named,
+    named_weights,
+    spelling_of,
+    use_of,
+)
 from lorasc_fx.graph.weights import module_at
 from lorasc_fx.plan import Plan, Reason
 
@@ -21,7 +31,7 @@ __all__ = ["InsertBranches", "missing_branches", "nothing_to_do"]
 
 @dataclass(frozen=True)
 class InsertBranches(CascadePass):
-    """Put `branches.KEY(base, x)` beside every marked node.
+    """Put `branches.KEY(base, x)` beside every marked node, or `branches.KEY(x, weight, bias)` in its place.
 
     Branches that the graph module holds already are wired, not made anew, so that several graphs can share them. In a
     graph module that owns its weights the noise of the plan's stage is added to new constants, and the clean weights
@@ -38,7 +48,7 @@ class InsertBranches(CascadePass):
         plan = graph.record.plan
         if plan is None or not plan.sites:
             raise NoSites(nothing_to_do(graph.record))
-        have = {node.args[0] for node in branch_nodes(graph.module)}
+        have = {node if spelling_of(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
         added = make_branches(graph, plan)
         for base in graph.nodes:
             use = use_of(base)
@@ -49,8 +59,12 @@ class InsertBranches(CascadePass):
                 graph.put_on(base, site.key)
                 continue
             module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
-            reading = form_named(use.form).reads(base, module)
-            graph.put_beside(base, site.key, reading.x, reading.options)
+            form = form_named(use.form)
+            reading = form.reads(base, module)
+            if use.merged:
+                graph.put_in_place(base, site.key, reading, form.product)
+            else:
+                graph.put_beside(base, site.key, reading.x, reading.options)
         if not graph.record.owner:
             start_values(graph, plan, added)
 

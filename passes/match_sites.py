@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from lorasc_fx.cost import Cheapest
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import GraphEditor, match
 from lorasc_fx.plan import Plan
@@ -41,7 +42,7 @@ class MatchSites(CascadePass):
             if "branches-inserted" in record.facts:
                 raise SpecError("match-sites: this graph was planned under another spec; fold its branches first")
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
-        found = match(graph.module, record, self.spec)
+        found = match(graph.module, record, self.spec, Cheapest(self.spec))
         if record.plan is not plan:
             slow = {weight: state for weight, state in slow.items() if weight in found.plan.by_weight}
         graph.mark(found.uses)

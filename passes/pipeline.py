@@ -25,13 +25,22 @@ from .base import CascadePass
 from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
 from .match_sites import MatchSites
+from .share_inputs import ShareInputs
+from .split_inputs import SplitInputs
 from .stage_transition import StageTransition
 
 __all__ = ["PASSES", "Pipeline"]
 
 AnyPass = CascadePass | Callable[[fx.GraphModule], Any]
 
-PASSES: tuple[type[CascadePass], ...] = (MatchSites, InsertBranches, FoldBranches, StageTransition)
+PASSES: tuple[type[CascadePass], ...] = (
+    MatchSites,
+    InsertBranches,
+    ShareInputs,
+    SplitInputs,
+    FoldBranches,
+    StageTransition,
+)
 """Passes that `Pipeline.parse` knows."""
 
 

@@ -91,7 +91,7 @@ class Compiler:
         whole, fault = None, None
         try:
             whole = insert(captured.module, plan, branches, refusals)
-            variant = Variant(whole.variant.module, captured.frontend, captured.guards, captured.sizes)
+            variant = replace(whole.variant, frontend=captured.frontend, guards=captured.guards, sizes=captured.sizes)
             whole = replace(whole, variant=variant, refused_frontends=captured.refused)
             hidden = next((str(each) for each in whole.refusals if each.reason in _HIDDEN), "")
         except NoSites as none:

@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.capture import OWNER, Pieces, copied, quiet, seed, substituted, try_model, untouched, watch, whole
+from lorasc_fx.cost import Cheapest, Expectation, expect
 from lorasc_fx.errors import CaptureError, NoSites
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
-from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
+from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.runtime import Made, Variant
@@ -26,6 +27,8 @@ PROBE = 0.1
 """Size of the deltas with which the pieces are tried, over the size of their weights."""
 SUSPECT = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Share of a delta's effect that may be missing before its weight is swapped, by the dtype of the outputs."""
+WORTH_SHARING = 1 << 17
+"""Entries of an input from which on one stacked product is cheaper than one for each branch that reads it."""
 CERTAIN = 0.05
 """Share that is no rounding whatever the dtype."""
 
@@ -43,11 +46,13 @@ class Growing:
     swap_all: bool
     grow: WeakMethod[Callable[[Made], None]] | None = None
     tried: set[tuple[bool, ...]] = field(default_factory=set)
+    expected: Expectation = field(default_factory=Expectation)
 
     def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
         """Return the piece with branches; tell the cascade of sites that came with it."""
         made = insert(live, self.plan, self.branches, self.refusals)
         assert isinstance(made.variant.module, fx.GraphModule)
+        self.expected += expect(live, made.variant.module)
         grow = self.grow() if self.grow is not None else None
         if grow is not None and set(made.branches) != set(self.branches):
             grow(made)
@@ -75,7 +80,7 @@ class Growing:
         if not kinds:
             return
         record = Record(owner=OWNER, plan=self.plan, refusals=self.refusals)
-        found = survey(pieces.graphs, record, self.plan.spec, kinds)
+        found = survey(pieces.graphs, record, self.plan.spec, kinds, Cheapest(self.plan.spec))
         held = missing_branches(found.plan, self.branches, weights.parameters)
         swapped = {branch.weight_name: branch for branch in held.values() if branch.weight_name in kinds}
         pieces.swap({**pieces.swapped, **swapped})
@@ -90,13 +95,16 @@ def insert(live: fx.GraphModule, plan: Plan, branches: Mapping[str, Branch], ref
     if branches:
         live._modules[BRANCHES] = nn.ModuleDict(dict(branches))
     set_record(live, replace(record_of(live), plan=plan, refusals=refusals))
-    adapted = Pipeline([MatchSites(plan.spec), InsertBranches()])(live).graph_module
+    share = [ShareInputs(least=WORTH_SHARING)] if plan.spec.placement == "auto" else []
+    adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share])(live).graph_module
     record = record_of(adapted)
     assert record.plan is not None
     holder = adapted._modules[BRANCHES]
     assert isinstance(holder, nn.ModuleDict)
     held = {key: branch for key, branch in holder.items() if isinstance(branch, Branch)}
-    return Made(Variant(adapted, ""), record.plan, held, record.refusals, record.unreached)
+    found = expect(live, adapted)
+    variant = Variant(adapted, "", placements=found.placements, expected=found.ratio)
+    return Made(variant, record.plan, held, record.refusals, record.unreached)
 
 
 def make_pieces(
@@ -120,7 +128,7 @@ def make_pieces(
     swap_all = swap_all or pieces.eager
     parameters = named_weights(pieces.model).parameters
     record = Record(owner=OWNER, plan=plan, refusals=refusals)
-    found = survey(pieces.graphs, record, plan.spec, watch(pieces.model, args, kwargs))
+    found = survey(pieces.graphs, record, plan.spec, watch(pieces.model, args, kwargs), Cheapest(plan.spec))
     if not found.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=found.refusals, unreached=found.unreached)))
     held = missing_branches(found.plan, branches, parameters)
@@ -146,7 +154,15 @@ def make_pieces(
         growing.grow = WeakMethod(grow)
         pieces.look_before_calls(lambda args, kwargs: growing.look(pieces, args, kwargs))
 
-    variant = Variant(pieces, "pieces", universal=True, attach=attach)
+    expected, swapped = growing.expected, dict.fromkeys(pieces.swapped, "weight")
+    variant = Variant(
+        pieces,
+        "pieces",
+        universal=True,
+        attach=attach,
+        placements={**expected.placements, **swapped},
+        expected=expected.ratio if not swapped else None,
+    )
     told = growing.plan.by_weight.keys() | {each.weight for each in growing.refusals}  # the probe may have brought more
     unreached = tuple(weight for weight in found.unreached if weight not in told)
     return Made(variant, growing.plan, growing.branches, growing.refusals, unreached)

@@ -5,6 +5,7 @@ from lorasc_fx.branch.conv import ConvBranch
 from lorasc_fx.branch.matrix import MatrixBranch
 from lorasc_fx.branch.noise import amplitude, draw
 from lorasc_fx.branch.quantized import dense, is_quantized
+from lorasc_fx.branch.shared import shared_down
 from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, SlowWeight, Which, arithmetic
 from lorasc_fx.branch.stage import check_finite, end_stage, factors_of, start_differs, start_weight
 
@@ -25,6 +26,7 @@ __all__ = [
     "end_stage",
     "factors_of",
     "is_quantized",
+    "shared_down",
     "start_differs",
     "start_weight",
 ]

@@ -13,6 +13,7 @@ import abc
 import torch
 from torch import nn
 
+from lorasc_fx.branch.dropout import draw_seed
 from lorasc_fx.branch.init import fresh_a
 from lorasc_fx.plan import Site
 
@@ -36,6 +37,7 @@ class Branch(nn.Module, abc.ABC):
         self.scale = site.scale
         self.transposed = site.layout == "in_out"
         self.parts = site.parts
+        self.dropout = site.dropout
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         start = fresh_a(seed, stage, site.weight, a_shape)
         self.lora_A = nn.Parameter(start.to(device=like.device, dtype=dtype))
@@ -49,6 +51,15 @@ class Branch(nn.Module, abc.ABC):
     def rank(self) -> int:
         """r: number of columns of lora_B."""
         return self.lora_B.shape[-1]
+
+    @property
+    def drops(self) -> bool:
+        """Whether entries of the branch's input are set to zero now."""
+        return self.training and self.dropout > 0
+
+    def seed(self) -> int | None:
+        """Return a fresh seed for this call's dropout, or None without any."""
+        return draw_seed() if self.drops else None
 
     def oriented(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (left, right) with `left @ right` the delta as the weight is stored, without the scale.

@@ -1,4 +1,5 @@
-"""The branch of a convolution site, beside the base op, with the base op's own stride, padding, dilation and groups.
+"""The branch of a convolution site, with the base op's own stride, padding, dilation and groups: beside it, merged into
+it, or on the weight.
 
 Without groups A is a convolution with the site's kernel to `rank` channels and B a 1x1 convolution (LoRA for
 convolutions, as in PEFT). With groups the delta keeps its matrix form, [out, in/groups * kernel], and is itself the
@@ -7,49 +8,71 @@ kernel of a grouped convolution: exact, and for depthwise sites cheaper than `ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from lorasc_fx.branch.branch import Branch
+from lorasc_fx.branch.conv_functions import BesideConv, MergedConv
+from lorasc_fx.branch.grid import CONV, Grid
+from lorasc_fx.branch.skinny import apply, by_hand, computes_in
 
 __all__ = ["ConvBranch"]
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
 
 class ConvBranch(Branch):
-    """`forward(base [batch, out, *space], x [batch, in, *space], ...)` beside the op, `forward(weight)` on it."""
+    """`forward(base [batch, out, *space], x [batch, in, *space], ...)` beside the op, `forward(weight)` on the weight,
+    `forward(x, weight, bias, ..., op="conv")` in place of the op.
+    """
 
     def forward(
         self,
         base: torch.Tensor,
         x: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
         stride: int | Sequence[int] = 1,
         padding: int | str | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
         pad: Sequence[int] | None = None,
         pad_mode: str = "constant",
+        op: str = "",
     ) -> torch.Tensor:
-        """Return base plus the branch's term.
+        """Return base plus the branch's term (algorithm.md, "Conv").
 
-        Without x, base is the weight itself, and what is returned is the weight plus the delta.
+        Without x, base is the weight itself, and what is returned is the weight plus the delta. With `op` base is x, x
+        the weight and bias the op's own, and what is returned is the convolution with the merged weight.
 
         `pad` and `pad_mode` are those of a module whose padding_mode is not zeros: x is padded first, as the module
-        does, and `padding` is then 0 (algorithm.md, "Conv").
+        does, and `padding` is then 0.
         """
         if x is None:
             return torch.add(base, self.delta().to(base.dtype), alpha=self.scale)
         kernel = self.weight_shape[2:]
-        conv = _CONV[len(kernel)]
+        conv: Callable[..., torch.Tensor] = CONV[len(kernel)]
+        args = (stride, padding, dilation, groups)
+        image = base if op else x
         if pad is not None:
-            x = F.pad(x, list(pad), mode=pad_mode)
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+            image = F.pad(image, list(pad), mode=pad_mode)
+        grid = Grid.of(kernel, *args) if by_hand(base, x) and image.dim() == 2 + len(kernel) else None
+        if op and grid is not None:
+            return self._merged(image, x, bias, grid)
+        base = conv(image, x, bias, *args) if op else base
+        if grid is not None and groups == 1:
+            image, seed = image.to(base.dtype), self.seed()
+            a, b = self.lora_A.to(base.dtype).view(-1, *self.weight_shape[1:]), self.lora_B.to(base.dtype)
+            return apply(BesideConv, base, image, a, b, grid, self.scale, self.dropout, seed)
+        image = F.dropout(image, self.dropout) if self.drops else image
+        a, b = self.lora_A.to(image.dtype), self.lora_B.to(image.dtype)
         if groups == 1:
-            down = conv(x, a.view(-1, *self.weight_shape[1:]), None, stride, padding, dilation)
-            up = conv(down, b[(..., *(None for _ in kernel))])
+            low = conv(image, a.view(-1, *self.weight_shape[1:]), None, *args[:3])
+            high = conv(low, b[(..., *(None for _ in kernel))])
         else:
-            up = conv(x, self.delta().to(x.dtype), None, stride, padding, dilation, groups)
-        return torch.add(base, up, alpha=self.scale)
+            high = conv(image, self.delta().to(image.dtype), None, *args)
+        return torch.add(base, high, alpha=self.scale)
+
+    def _merged(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+        a, dtype = self.lora_A.view(-1, *self.weight_shape[1:]), computes_in(x)
+        bias = bias.to(dtype) if bias is not None else None
+        return apply(MergedConv, x.to(dtype), weight, bias, a, self.lora_B, grid, self.scale)

@@ -1,20 +1,35 @@
-"""The branch of a weight that is a matrix, or a stack of them: beside a product, beside a lookup, or on the weight."""
+"""The branch of a weight that is a matrix, or a stack of them: beside a product or a lookup, merged into it, or on the
+weight.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from lorasc_fx.branch.beside import Beside
 from lorasc_fx.branch.branch import Branch
+from lorasc_fx.branch.merged import PRODUCTS, MergedProduct
+from lorasc_fx.branch.shared import SharedUp
+from lorasc_fx.branch.skinny import apply, by_hand, computes_in
 
 __all__ = ["MatrixBranch"]
 
 
 class MatrixBranch(Branch):
-    """`forward(base, x)` beside a product or a lookup, `forward(weight)` on the weight; the accumulate scales."""
+    """`forward(base, x)` beside a product or a lookup, `forward(weight)` on the weight, or in place of a product
+    `forward(x, weight, bias, op=...)`.
+    """
 
     def forward(
-        self, base: torch.Tensor, x: torch.Tensor | None = None, lookup: bool = False, padding_idx: int = -1
+        self,
+        base: torch.Tensor,
+        x: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        lookup: bool = False,
+        padding_idx: int = -1,
+        op: str = "",
+        shared: bool = False,
     ) -> torch.Tensor:
         """Return base plus the branch's term (algorithm.md, row "training").
 
@@ -23,9 +38,14 @@ class MatrixBranch(Branch):
             x: [..., in], the base op's input; for a lookup the indices [...].
             lookup: the base op is an embedding: rows of lora_B are looked up; what is looked up at padding_idx gives no
                 factor a gradient, as it gives the table none.
+            op: name of the product that is computed here, with the merged weight: then base is x, x is the weight as
+                it is stored, and bias the op's own.
+            shared: x is what lora_A makes of the input already, [..., rank], with that of other branches.
         """
         if x is None:
             return torch.add(base, self.delta().to(base.dtype), alpha=self.scale)
+        if op:
+            return self._merged(base, x, bias, op)
         if lookup:
             down = F.embedding(x, self.lora_B.to(base.dtype), padding_idx if padding_idx >= 0 else None)
             delta = (down @ self.lora_A.to(down.dtype)).to(base.dtype)  # autocast lets a lookup's dtype alone
@@ -33,9 +53,29 @@ class MatrixBranch(Branch):
             return torch.where((x == padding_idx).unsqueeze(-1), term.detach(), term) if padding_idx >= 0 else term
         if self.carried_A is not None and self.carried_B is not None:
             base = base + F.linear(F.linear(x, self.carried_A.to(x.dtype)), self.carried_B.to(x.dtype)).to(base.dtype)
-        down, up = F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.t()
+        return self._above(base, x) if shared else self._beside(base, x)
+
+    def _beside(self, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if by_hand(base, x):
+            a, b, seed = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype), self.seed()
+            return apply(Beside, base, x.to(base.dtype), a, b, self.scale, self.dropout, seed)
+        x = F.dropout(x, self.dropout) if self.drops else x
+        return self._added(base, F.linear(x, self.lora_A.to(x.dtype)))
+
+    def _above(self, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        if by_hand(base, low):
+            return apply(SharedUp, base, low.to(base.dtype), self.lora_B.to(base.dtype), self.scale)
+        return self._added(base, low)
+
+    def _added(self, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         if isinstance(base, torch.Tensor) and base.is_nested:  # a proxy of a tracer is neither
-            return base + F.linear(down, self.lora_B.to(down.dtype)) * self.scale
-        rows = base.reshape(-1, base.shape[-1])
-        term = torch.addmm(rows, down.reshape(-1, down.shape[-1]), up.to(down.dtype), alpha=self.scale)
-        return term.view(base.shape)
+            return base + F.linear(low, self.lora_B.to(low.dtype)) * self.scale
+        rows, up = base.reshape(-1, base.shape[-1]), self.lora_B.t().to(low.dtype)
+        return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up, alpha=self.scale).view(base.shape)
+
+    def _merged(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, op: str) -> torch.Tensor:
+        if not by_hand(x, weight):
+            return self._beside(PRODUCTS[op](x, weight, bias), x)
+        dtype = computes_in(x)
+        bias = bias.to(dtype) if bias is not None else None
+        return apply(MergedProduct, x.to(dtype), weight, bias, self.lora_A, self.lora_B, self.scale, op)

@@ -1,17 +1,9 @@
 """Graphs: the table of forms, matching, the one surgeon, the verifier, canonical text."""
 
+from lorasc_fx.graph.captured import call_instead, give_arguments, rename_inputs, retarget
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, own_copy
-from lorasc_fx.graph.edit import (
-    GraphEditor,
-    branch_nodes,
-    call_instead,
-    drop_nodes,
-    made_by,
-    rename_inputs,
-    retarget,
-    use_of,
-    weights_from_inputs,
-)
+from lorasc_fx.graph.edit import GraphEditor, drop_nodes, weights_from_inputs
+from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading
 from lorasc_fx.graph.forms import (
     ADDED_FIRST,
     BRANCH_OF,
@@ -20,16 +12,16 @@ from lorasc_fx.graph.forms import (
     LIKE_ANOTHER,
     ON_WEIGHT,
     SCALES,
-    Form,
-    FunctionForm,
-    ModuleForm,
-    Reading,
     form_named,
     form_of,
     weighs,
 )
-from lorasc_fx.graph.matching import Matching, match, survey
+from lorasc_fx.graph.marks import branch_nodes, made_by, use_of
+from lorasc_fx.graph.matching import Matching, Placer, match, survey
 from lorasc_fx.graph.record import Record, Use, record_of, set_record, strip
+from lorasc_fx.graph.shared import shared_input
+from lorasc_fx.graph.sizes import entries
+from lorasc_fx.graph.spelling import spelling_of
 from lorasc_fx.graph.targets import check_patterns, matches
 from lorasc_fx.graph.text import text
 from lorasc_fx.graph.verify import faults, verify
@@ -49,6 +41,7 @@ __all__ = [
     "GraphEditor",
     "Matching",
     "ModuleForm",
+    "Placer",
     "Reading",
     "Record",
     "Use",
@@ -57,9 +50,11 @@ __all__ = [
     "check_patterns",
     "copy_graph",
     "drop_nodes",
+    "entries",
     "faults",
     "form_named",
     "form_of",
+    "give_arguments",
     "graph_module_like",
     "made_by",
     "match",
@@ -71,6 +66,8 @@ __all__ = [
     "rename_inputs",
     "retarget",
     "set_record",
+    "shared_input",
+    "spelling_of",
     "strip",
     "survey",
     "text",

@@ -7,52 +7,24 @@ made a node, keeps names stable, and lints.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, shared_down
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, shallow
-from lorasc_fx.graph.record import MADE_BY, USE, Record, Use, record_of, set_record
-from lorasc_fx.graph.weights import BRANCHES, module_at, owner_of
+from lorasc_fx.graph.form import Reading
+from lorasc_fx.graph.marks import made_by, use_of
+from lorasc_fx.graph.record import MADE_BY, SPELLING, USE, Record, Use, record_of, set_record
+from lorasc_fx.graph.shared import shared_input
+from lorasc_fx.graph.spelling import Spelled, Spelling, spelled
+from lorasc_fx.graph.weights import BRANCHES, owner_of
 
-__all__ = [
-    "GraphEditor",
-    "branch_nodes",
-    "call_instead",
-    "drop_nodes",
-    "made_by",
-    "rename_inputs",
-    "retarget",
-    "use_of",
-    "weights_from_inputs",
-]
-
-
-def use_of(node: fx.Node) -> Use | None:
-    """Return the use that a match marked on the node."""
-    found = node.meta.get(USE)
-    return found if isinstance(found, Use) else None
-
-
-def made_by(node: fx.Node) -> str:
-    """Return the name of the pass of ours that made the node, or ""."""
-    found = node.meta.get(MADE_BY, "")
-    return found if isinstance(found, str) else ""
-
-
-def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
-    """Return the nodes that call a branch, with their branches."""
-    found: dict[fx.Node, Branch] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            module = module_at(graph_module, node.target)
-            if isinstance(module, Branch):
-                found[node] = module
-    return found
+__all__ = ["GraphEditor", "drop_nodes", "weights_from_inputs"]
 
 
 class GraphEditor:
@@ -148,13 +120,88 @@ class GraphEditor:
         """Insert `branches.KEY(weight)` after a weight's node, and give its value to all users of the weight."""
         return self._insert(weight, key, (weight,), {})
 
+    def put_in_place(self, base: fx.Node, key: str, reading: Reading, product: str) -> fx.Node:
+        """Put `branches.KEY(x, weight, bias, **options, op=product)` in place of `base`, which a fold writes again."""
+        graph = self.module.graph
+        inputs: list[Any] = [reading.x]
+        for what, each in (("weight", reading.weight), ("bias", reading.bias)):
+            if isinstance(each, str):  # a module's own, which the graph does not show
+                with graph.inserting_before(base):
+                    inputs.append(self._made("get_attr", each, (), f"{base.name}_{what}"))
+            elif each is not None:
+                inputs.append(each)
+        spelling = Spelling.of(base, inputs)
+        node = self._insert(base, key, tuple(inputs), {**reading.options, "op": product})
+        node.meta = {**base.meta, MADE_BY: self.name, SPELLING: spelling}
+        graph.erase_node(base)
+        self._names.discard(base.name)
+        return node
+
+    def share(self, nodes: Sequence[fx.Node]) -> fx.Node:
+        """Let branch nodes that read one input read one stacked product of it instead."""
+        graph, x = self.module.graph, nodes[0].args[1]
+        assert isinstance(x, fx.Node)
+        with graph.inserting_before(nodes[0]):
+            factors = tuple(self._made("get_attr", f"{each.target}.lora_A", (), f"{each.name}_A") for each in nodes)
+            group = self._made("call_function", shared_down, (x, factors), f"{x.name}_shared")
+            chosen = [
+                self._made("call_function", operator.getitem, (group, index), f"{x.name}_shared_{index}")
+                for index in range(len(nodes))
+            ]
+        for node, low in zip(nodes, chosen, strict=True):
+            node.args, node.kwargs = (node.args[0], low, *node.args[2:]), {**node.kwargs, "shared": True}
+        self.modified = True
+        return group
+
+    def unshare(self, node: fx.Node) -> None:
+        """Let a branch node read its input itself again."""
+        found = shared_input(node)
+        assert found is not None
+        low = node.args[1]
+        assert isinstance(low, fx.Node)
+        node.args = (node.args[0], found.x, *node.args[2:])
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "shared"}
+        if not low.users:
+            self._erase(low)
+        self.modified = True
+
+    def _made(self, op: str, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
+        node = self.module.graph.create_node(op, target, args, {}, name=name)
+        node.meta = {MADE_BY: self.name}
+        self._names.add(node.name)
+        return node
+
     def take_out(self, node: fx.Node) -> None:
         """Erase a branch node; its users get the base op's value again."""
+        op = spelled(node)
+        if op is not None:
+            self._write_again(node, op)
+            return
         base = node.args[0]
         assert isinstance(base, fx.Node)
         node.replace_all_uses_with(base)
+        self._erase(node)
+
+    def _write_again(self, node: fx.Node, op: Spelled) -> None:
+        """Put the op back in whose place a branch node stands."""
+        graph = self.module.graph
+        with graph.inserting_before(node):
+            base = graph.create_node(op.op, op.target, op.args, dict(op.kwargs), name=op.name)
+        base.meta = {name: value for name, value in node.meta.items() if name not in (MADE_BY, SPELLING)}
+        if op.name not in self._names:
+            base.name = op.name
+        self._names.add(base.name)
+        node.replace_all_uses_with(base)
+        self._erase(node)
+
+    def _erase(self, node: fx.Node) -> None:
+        """Erase a node that nobody reads, and what passes made for it alone."""
+        read = [each for each in node.all_input_nodes if made_by(each)]
         self.module.graph.erase_node(node)
         self._names.discard(node.name)
+        for each in read:
+            if not each.users and not each._erased:
+                self._erase(each)
         self.modified = True
 
     def set_tensor(self, names: tuple[str, ...], value: torch.Tensor) -> None:
@@ -217,34 +264,6 @@ class GraphEditor:
                 self._owned.add(id(child))
             holder = child
         return holder
-
-
-def call_instead(
-    graph: fx.Graph,
-    old: Callable[..., Any],
-    new: Callable[..., Any],
-    where: Callable[[fx.Node], bool] = lambda node: True,
-) -> bool:
-    """Let every node that calls one function (and that `where` means) call another one; whether there was any."""
-    found = [node for node in graph.nodes if node.op == "call_function" and node.target is old and where(node)]
-    for node in found:
-        node.target = new
-    return bool(found)
-
-
-def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:
-    """Give each node that names an attribute or module the target that `rename` returns."""
-    for node in graph.nodes:
-        if node.op in ("get_attr", "call_module"):
-            node.target = rename(node)
-
-
-def rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Give the inputs these names, in order, by which a call may pass them; as they are if there are not as many."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) == len(names):
-        for node, name in zip(inputs, names, strict=True):
-            node.target = name
 
 
 def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> None:

@@ -11,10 +11,8 @@ on the weight.
 
 from __future__ import annotations
 
-import abc
 import operator
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch, ConvBranch, MatrixBranch
+from lorasc_fx.graph.form import AnyNode, FunctionForm, ModuleForm
 
 __all__ = [
     "ADDED_FIRST",
@@ -31,10 +30,6 @@ __all__ = [
     "LIKE_ANOTHER",
     "ON_WEIGHT",
     "SCALES",
-    "Form",
-    "FunctionForm",
-    "ModuleForm",
-    "Reading",
     "contraction",
     "form_named",
     "form_of",
@@ -47,97 +42,6 @@ aten = torch.ops.aten
 
 ON_WEIGHT = "on-weight"
 """Name of the form in which a branch stands on the weight, before whatever computes with it."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a form reads off its node: the input, and the arguments that the branch repeats."""
-
-    x: fx.node.Argument
-    options: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Form(abc.ABC):
-    """A row: `name` for people, the `kind` of its sites, and the layout in which the op reads the weight."""
-
-    name: str
-    kind: str
-
-    @abc.abstractmethod
-    def reads(self, node: fx.Node, module: nn.Module | None) -> Reading:
-        """Return the node's input and options."""
-
-
-@dataclass(frozen=True)
-class FunctionForm(Form):
-    """A call of one of these targets (functions, or names of methods) with these parameters."""
-
-    targets: tuple[Callable[..., Any] | str, ...]
-    parameters: tuple[str, ...]
-    dims: int
-    weight: str = "weight"
-    x: str = "input"
-    repeats: tuple[str, ...] = ()
-    plain: tuple[tuple[str, Any], ...] = ()
-    counted: tuple[str, ...] = ()
-    options: tuple[tuple[str, Any], ...] = ()
-    layout: str = "out_in"
-
-    def argument(self, node: fx.Node, name: str) -> Any:
-        """Return the node's argument of this name, wherever it stands, or None."""
-        position = self.parameters.index(name) if name in self.parameters else len(node.args)
-        return node.args[position] if position < len(node.args) else node.kwargs.get(name)
-
-    def fits(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether the node reads `source` as its weight and nowhere else, and has no argument that the row cannot
-        repeat.
-        """
-        found: list[fx.Node] = []
-        fx.node.map_arg((node.args, node.kwargs), found.append)
-        plain = all(self.argument(node, name) in (None, value) for name, value in self.plain)
-        plain = plain and all((self.argument(node, name) or 0) >= 0 for name in self.counted)
-        return plain and self.argument(node, self.weight) is source and found.count(source) == 1
-
-    def reads(self, node: fx.Node, module: nn.Module | None) -> Reading:
-        """Return the input and those of the arguments to repeat that the node gives."""
-        given = {name: self.argument(node, name) for name in self.repeats}
-        options = {name: value for name, value in given.items() if value is not None}
-        return Reading(self.argument(node, self.x), {**dict(self.options), **options})
-
-
-@dataclass(frozen=True)
-class ModuleForm(Form):
-    """A `call_module` of a module whose forward is that of `module`, under whatever class name."""
-
-    module: type[nn.Module]
-    layout: str = "out_in"
-
-    def fits(self, module: nn.Module) -> bool:
-        """Whether the module computes as the row's class does; with its own forward, or with hooks, it does not."""
-        own = type(module)
-        if module._forward_pre_hooks or module._forward_hooks:
-            return False
-        if not isinstance(module, self.module) or own.forward is not self.module.forward or "forward" in vars(module):
-            return False
-        convolves = getattr(self.module, "_conv_forward", None)
-        same = convolves is None or getattr(own, "_conv_forward", None) is convolves
-        plain = not any(getattr(module, option, None) for option in ("max_norm", "scale_grad_by_freq"))
-        return same and plain
-
-    def reads(self, node: fx.Node, module: nn.Module | None) -> Reading:
-        """Return the input and the module's own stride, padding, dilation and groups, or padding_idx."""
-        x = node.args[0] if node.args else node.kwargs["input"]
-        if isinstance(module, nn.Embedding):
-            return Reading(x, {"lookup": True, "padding_idx": -1 if module.padding_idx is None else module.padding_idx})
-        if not isinstance(module, nn.modules.conv._ConvNd):
-            return Reading(x, {})
-        options: dict[str, Any] = {"stride": module.stride, "padding": module.padding}
-        options |= {"dilation": module.dilation, "groups": module.groups}
-        if module.padding_mode != "zeros":
-            pad = tuple(module._reversed_padding_repeated_twice)
-            options |= {"padding": (0,) * len(module.stride), "pad": pad, "pad_mode": module.padding_mode}
-        return Reading(x, options)
 
 
 _LINEAR = ("input", "weight", "bias")
@@ -208,7 +112,9 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
 
 CONTRACTIONS: dict[str, str] = {
     **dict.fromkeys(("linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "addbmm", "einsum", "tensordot"), "linear"),
-    **dict.fromkeys(("mv", "addmv", "inner", "bilinear", "_trilinear", "grouped_mm", "_grouped_mm"), "linear"),
+    **dict.fromkeys(
+        ("mv", "addmv", "inner", "bilinear", "_trilinear", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"), "linear"
+    ),
     **dict.fromkeys(("__matmul__", "__rmatmul__", "__imatmul__", "linalg_matmul", "chain_matmul"), "linear"),
     **dict.fromkeys(("linalg_multi_dot", "multi_dot", "linalg_vecdot", "vecdot", "_scaled_mm", "_int_mm"), "linear"),
     **dict.fromkeys(("conv_tbc", "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "deform_conv2d"), "conv"),
@@ -245,7 +151,7 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
     return _BY_NAME[name]
 
 
-def form_of(node: fx.Node, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
+def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
     """Return the row that fits a node; `module` is the one that a `call_module` calls."""
     if node.op in ("call_function", "call_method"):
         return _BY_TARGET.get(node.target)

@@ -19,14 +19,18 @@ __all__ = ["Record", "Use", "record_of", "set_record", "strip"]
 _RECORD = "lorasc_fx"
 USE = "lorasc_fx.use"
 MADE_BY = "lorasc_fx.made_by"
+SPELLING = "lorasc_fx.spelling"
 
 
 @dataclass(frozen=True)
 class Use:
-    """A node that consumes a site's weight, in the form of this name."""
+    """A node that consumes a site's weight, in the form of this name; the branch stands beside it, or with `merged` in
+    its place.
+    """
 
     weight: str
     form: str
+    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,4 @@ def strip(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         node.meta.pop(USE, None)
         node.meta.pop(MADE_BY, None)
+        node.meta.pop(SPELLING, None)

@@ -17,7 +17,8 @@ from functools import partial
 from torch import fx
 
 from lorasc_fx.graph.flow import Meeting, constants, inside, looks_up, meetings
-from lorasc_fx.graph.forms import SCALES, FunctionForm, contraction, form_of, name_of, weighs
+from lorasc_fx.graph.form import FunctionForm
+from lorasc_fx.graph.forms import SCALES, contraction, form_of, name_of, weighs
 
 __all__ = ["kind_of", "uses_of"]
 

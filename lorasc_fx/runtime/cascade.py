@@ -18,7 +18,7 @@ from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import checkpoint, folding, transition
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.flags import Flags
-from lorasc_fx.runtime.optim import group
+from lorasc_fx.runtime.optim import groups
 from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.stages import Stage, run_stages
 from lorasc_fx.runtime.summary import summary
@@ -96,6 +96,16 @@ class Cascade(nn.Module):
         """Names and reasons of the front ends that `auto` tried before."""
         return self._refused_frontends
 
+    @property
+    def placements(self) -> dict[str, str]:
+        """Where the branch of each weight computes in the first graph: `beside`, `merged` or `weight`."""
+        return dict(first.placements) if (first := self._variants.oldest) is not None else {}
+
+    @property
+    def expected_step_ratio(self) -> float | None:
+        """A training step over the frozen model's, by the cost model; None where it has no sizes, or small ones."""
+        return first.expected if (first := self._variants.oldest) is not None else None
+
     def __str__(self) -> str:
         """Return sites, refusals, parameters and front end, for people."""
         return summary(self)
@@ -133,9 +143,7 @@ class Cascade(nn.Module):
         wide = self._variants.known(key)
         branches = self.core.by_key
         made = self._maker.make(self.model, self.core.plan, branches, self._refusals, args, kwargs, wide)
-        log.info(
-            "variant %d by %s%s", len(self._variants) + 1, made.variant.frontend, ", of other sizes" if wide else ""
-        )
+        log.info("variant %d by %s%s", len(self._variants) + 1, made.variant.frontend, ", other sizes" if wide else "")
         self._grow(made)
         self._variants.add(key, made.variant, self.training, leaves)
         if made.variant.attach is not None:
@@ -207,10 +215,8 @@ class Cascade(nn.Module):
         self.core.check_ready("folded_graph")
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
         bound, named = self._maker.bind(self.model, *example)
-        variant = self.variant(bound, named)
-        return self._maker.fold(
-            variant, self.model, folding.folded_state(self.core, "folded_graph", quantized), bound, named
-        )
+        variant, state = self.variant(bound, named), folding.folded_state(self.core, "folded_graph", quantized)
+        return self._maker.fold(variant, self.model, state, bound, named)
 
     def release(self, quantized: Requantize = None) -> nn.Module:
         """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.
@@ -246,13 +252,7 @@ class Cascade(nn.Module):
             options: anything else that the optimizer's groups take.
         """
         self.core.check_alive("param_groups")
-        branches = self.core.by_key.values()
-        options = {"lr": lr, **options}
-        return [
-            *group("lora_A", [branch.lora_A for branch in branches], options),
-            *group("lora_B", [branch.lora_B for branch in branches], options),
-            *group("train", list(self.core.trained_parameters().values()), options),
-        ]
+        return groups(self.core.by_key.values(), self.core.trained_parameters().values(), {"lr": lr, **options})
 
     def stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Iterator[Stage]:
         """Yield `count` stages; between them fold, renew the branches and redraw the noise, and fold after the last.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lorasc_fx.branch import Branch
 from lorasc_fx.errors import StateError
 
 __all__ = ["check_holds", "treated_state"]
@@ -68,6 +69,10 @@ def _pruned(value: Any, parameter: nn.Parameter, ratio: float) -> Any:
     return flat.view_as(value)
 
 
-def group(name: str, parameters: Sequence[nn.Parameter], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one optimizer group of this name, or none where it would be empty."""
-    return [{"params": list(parameters), "name": name, **options}] if parameters else []
+def groups(
+    branches: Iterable[Branch], trained: Iterable[nn.Parameter], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the optimizer's groups `lora_A`, `lora_B` and `train`, those that are not empty."""
+    pairs = [(branch.lora_A, branch.lora_B) for branch in branches]
+    found = {"lora_A": [a for a, _ in pairs], "lora_B": [b for _, b in pairs], "train": list(trained)}
+    return [{"params": parameters, "name": name, **options} for name, parameters in found.items() if parameters]

@@ -25,6 +25,7 @@ def summary(cascade: Cascade) -> str:
         f"  {len(cascade.sites)} sites: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         f"  {trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)",
     ]
+    lines += _placements(cascade)
     lines += [f"  before: {name} refused: {reason}" for name, reason in cascade.refused_frontends]
     asked = Counter(refusal.reason.value for refusal in cascade.refusals if refusal.reason.asked)
     if asked:
@@ -39,3 +40,13 @@ def summary(cascade: Cascade) -> str:
         shown = ", ".join(cascade.unreached[:SHOWN])
         lines.append(f"  {len(cascade.unreached)} unreached (in no graph yet): {shown}")
     return "\n".join(lines)
+
+
+def _placements(cascade: Cascade) -> list[str]:
+    """Return the line on where branches compute and what a step is expected to cost."""
+    counted = Counter(cascade.placements.values())
+    if not counted:
+        return []
+    ratio = cascade.expected_step_ratio
+    told = f"; expected step {ratio:.2f} of the frozen model's" if ratio is not None else ""
+    return ["  placements: " + ", ".join(f"{count} {where}" for where, count in counted.most_common()) + told]

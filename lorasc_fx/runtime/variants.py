@@ -28,6 +28,8 @@ class Variant:
     A `universal` one serves every signature (pieces choose their graphs themselves); `attach` tells it whom to tell
     of sites that come with later calls. `guards`, if any, raises AssertionError for inputs (given as their leaves)
     that the graph is not for. `sizes` holds, of each leaf that is a tensor, the sizes that are constants of the graph.
+    `placements` tells of each weight where its branch computes in this graph (`beside`, `merged`, `weight`), and
+    `expected` how long a training step takes over that of the frozen model, None where that is not known.
     """
 
     module: Callable[..., Any]
@@ -36,6 +38,8 @@ class Variant:
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     universal: bool = False
     attach: Callable[[Callable[[Made], None]], None] | None = None
+    placements: Mapping[str, str] = field(default_factory=dict)
+    expected: float | None = None
 
     def fits(self, leaves: list[Any]) -> bool:
         """Whether inputs have the sizes that are constants of the graph; plain enough for dynamo to trace."""
@@ -112,6 +116,11 @@ class Variants:
         """Return a variant for this signature and these sizes."""
         own = next((variant for variant in self.held.get(key, ()) if variant.accepts(leaves)), None)
         return own or next((each for variants in self.held.values() for each in variants if each.universal), None)
+
+    @property
+    def oldest(self) -> Variant | None:
+        """The variant that was made first, of those held."""
+        return next((each for variants in self.held.values() for each in variants), None)
 
     def known(self, key: Hashable) -> bool:
         """Whether the signature has a variant, of whatever sizes."""

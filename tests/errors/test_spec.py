@@ -12,8 +12,8 @@ import lorasc_fx as lx
 from tests.errors.models import exactly
 
 FIELDS = (
-    "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, pace, restart, noise, restart_A, "
-    "optimizer_state, slow_train, on_nonfinite, seed"
+    "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, dropout, placement, pace, restart, noise, "
+    "restart_A, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -126,7 +126,7 @@ SITE = PLAN["sites"][0]
         ("[]", "this is not a plan: "),
         ("null", "this is not a plan: "),
         ("{}", "this is not a plan: KeyError: 'format'"),
-        (json.dumps({**PLAN, "format": 7}), "plan has format 7, this version reads 1"),
+        (json.dumps({**PLAN, "format": 7}), "plan has format 7, this version reads 2"),
         (json.dumps({**PLAN, "stage": 0}), "this is not a plan: ValueError: stage is 0"),
         (json.dumps({**PLAN, "stage": "2"}), "this is not a plan: ValueError: stage is '2'"),
         (json.dumps({**PLAN, "spec": {"rank": 0}}), "this is not a plan: SpecError: rank is 0; "),

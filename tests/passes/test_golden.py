@@ -1,9 +1,11 @@
-"""The text of every case as captured, inserted and folded, as files that people read."""
+"""The text of every case as captured, inserted and folded, and under other placements, as files that people read."""
+
+from dataclasses import replace
 
 import pytest
 
 from lorasc_fx.graph import text
-from lorasc_fx.passes import FoldBranches
+from lorasc_fx.passes import FoldBranches, ShareInputs
 from tests.passes.cases import CASES, Case
 from tests.passes.kit import golden, insert
 
@@ -17,5 +19,9 @@ def test_golden(case: Case) -> None:
         return
     inserted = insert(graph_module, case.spec)
     folded = FoldBranches()(inserted).graph_module
-    golden(case.name, captured=captured, inserted=text(inserted), folded=text(folded))
+    merged = insert(graph_module, replace(case.spec, placement="merged"))
+    shared = ShareInputs()(inserted).graph_module
+    others = {"merged": text(merged), "shared": text(shared)}
+    differ = {title: body for title, body in others.items() if body != text(inserted)}
+    golden(case.name, captured=captured, inserted=text(inserted), folded=text(folded), **differ)
     assert text(folded) == captured

@@ -251,7 +251,14 @@ def test_the_text_is_what_people_write() -> None:
 
 
 def test_every_pass_can_be_parsed() -> None:
-    assert {each.name for each in PASSES} == {"match-sites", "insert-branches", "fold-branches", "stage-transition"}
+    assert {each.name for each in PASSES} == {
+        "match-sites",
+        "insert-branches",
+        "share-inputs",
+        "split-inputs",
+        "fold-branches",
+        "stage-transition",
+    }
     for each in PASSES:
         assert Pipeline.parse(each.name).passes == (each(),)
 
@@ -263,13 +270,13 @@ def test_every_pass_can_be_parsed() -> None:
             "match-site, insert-branches",
             PassError,
             "no pass is named 'match-site'; nearest: 'match-sites'; known: match-sites, insert-branches, "
-            "fold-branches, "
-            "stage-transition",
+            "share-inputs, split-inputs, fold-branches, stage-transition",
         ),
         (
             "match-sites,, fold-branches",
             PassError,
-            "no pass is named ''; known: match-sites, insert-branches, fold-branches, stage-transition",
+            "no pass is named ''; known: match-sites, insert-branches, share-inputs, "
+            "split-inputs, fold-branches, stage-transition",
         ),
         ('match-sites{"specs": {}}', PassError, "match-sites has no option 'specs'; nearest: 'spec'"),
         ('fold-branches{"spec": {}}', PassError, "fold-branches has no option 'spec'"),
@@ -290,7 +297,8 @@ def test_every_pass_can_be_parsed() -> None:
             SpecError,
             "spec has no field 'rang'; nearest: 'rank', 'train'; known: targets, exclude, train, untie, rules, "
             "rank, lora_alpha, "
-            "use_rslora, pace, restart, noise, restart_A, optimizer_state, slow_train, on_nonfinite, seed",
+            "use_rslora, dropout, placement, pace, restart, noise, restart_A, optimizer_state, slow_train, "
+            "on_nonfinite, seed",
         ),
         (
             'match-sites{"spec": {"noise": {"strenght": 1}}}',

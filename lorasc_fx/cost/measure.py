@@ -1,0 +1,203 @@
+"""The calibration: run the very operations of `lorasc_fx.branch` on a few sizes, and fit a line to each.
+
+The operations take turns, so that what the machine does meanwhile meets all of them, and the minimum of an operation's
+seconds counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lorasc_fx.branch import grid, skinny
+from lorasc_fx.branch.beside import Beside
+from lorasc_fx.branch.merged import merge
+from lorasc_fx.cost.rates import OPS, Line, Rates
+
+__all__ = ["Point", "disturbed", "fitted", "measured"]
+
+BUDGET = 0.8
+"""Seconds after which no other round is begun; at twice as many the machine is too busy."""
+ROUNDS = 7
+LEAST = 3
+LOW, HIGH = 8, 64
+"""Ranks between which the cost of a rank is read off."""
+SLOW_START = 1e-3
+"""Seconds that no operation takes to start on a machine that is free."""
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Point:
+    """An operation on one size, with the seconds that it took."""
+
+    entries: float
+    rank: int
+    seconds: tuple[float, ...]
+
+    @property
+    def best(self) -> float:
+        """The least of the seconds."""
+        return min(self.seconds)
+
+
+@torch.no_grad()
+def measured(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """Return the rates of a device, measured in about a second; None where it is too busy to be measured.
+
+    Between two runs of an operation all others run, so that its operands have left the nearest cache, as in a training
+    step most have.
+    """
+    runs = _runs(device, dtype)
+    every = [(op, index, run) for op, sizes in runs.items() for index, (_, _, run) in enumerate(sizes)]
+    clock = _clock(device)
+    begin = time.perf_counter()
+    for _, _, run in every:
+        run()
+        if device.type == "cpu" and time.perf_counter() - begin > BUDGET:
+            return None
+    seconds: dict[tuple[str, int], list[float]] = {(op, index): [] for op, index, _ in every}
+    begin, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS and (rounds < LEAST or time.perf_counter() - begin < BUDGET):
+        for op, index, run in every:
+            start = clock()
+            run()
+            seconds[op, index].append(clock() - start)
+            if time.perf_counter() - begin > 2 * BUDGET:
+                return None
+        rounds += 1
+    points = {
+        op: [Point(entries, rank, tuple(seconds[op, index])) for index, (entries, rank, _) in enumerate(sizes)]
+        for op, sizes in runs.items()
+    }
+    if disturbed(points):
+        return None
+    return Rates({op: fitted(points[op]) for op in OPS})
+
+
+def disturbed(points: Mapping[str, Sequence[Point]]) -> bool:
+    """Whether the seconds say more of other work on the machine than of the operations."""
+    every = [point for found in points.values() for point in found]
+    restless = sum(statistics.median(point.seconds) > 2 * point.best for point in every)
+    reverse = sum(found[0].best >= found[1].best for found in points.values())
+    slow = any(found[0].best > SLOW_START and 0 < found[0].entries < 1e5 for found in points.values())
+    return restless * 3 > len(every) or reverse * 4 > len(points) or slow
+
+
+def fitted(points: Sequence[Point]) -> Line:
+    """Return the line through a small size, a large one, and if given the large one at a higher rank."""
+    small, large = points[0], points[1]
+    product = 0.0
+    if len(points) > 2:
+        product = max(0.0, (points[2].best - large.best) / (large.entries * (points[2].rank - large.rank)))
+    slope = max(0.0, (large.best - small.best) / (large.entries - small.entries))
+    product = min(product, slope / large.rank) if large.rank else 0.0
+    start = max(0.0, small.best - small.entries * slope)
+    return Line(start, slope - large.rank * product, product)
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Return what tells the seconds: of a single thread its own, which other work on the machine leaves alone."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+
+        def waiting() -> float:
+            module.synchronize(device)
+            return time.perf_counter()
+
+        return waiting
+    fine = time.get_clock_info("thread_time").resolution < 1e-6
+    return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _runs(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[float, int, Run]]]:
+    """Return of each operation the sizes on which it is measured: entries, rank, and the run."""
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, device=device, dtype=dtype)
+
+    found: dict[str, list[tuple[float, int, Run]]] = {op: [] for op in OPS}
+
+    def put(op: str, entries: float, rank: int, run: Run) -> None:
+        found[op].append((entries, rank, run))
+
+    for tokens, features, rank in ((256, 256, LOW), (1024, 768, LOW), (1024, 768, HIGH)):
+        _rows(put, ones(tokens, features), ones(rank, features), ones(features, rank))
+    for places, channels, rank in ((14, 64, LOW), (28, 256, LOW), (28, 256, HIGH)):
+        _images(put, ones(4, channels, places, places), ones(rank, channels, 1, 1))
+    for places, channels, rank in ((14, 32, LOW), (28, 64, LOW), (28, 64, HIGH)):
+        _kernels(put, ones(4, channels, places, places), ones(rank, channels, 3, 3))
+    for width in (64, 512):
+        put("dense", width**3, 0, _linear(ones(width, width), ones(width, width)))
+    for places, channels in ((7, 32), (28, 64)):
+        x, space = ones(4, channels, places, places), 4 * places**2
+        put("convolve", space * channels**2 * 9, 0, _both(x, ones(channels, channels, 3, 3), 1))
+        put("depthwise", space * channels * 9, 0, _both(x, ones(channels, 1, 3, 3), channels))
+    few = ones(2, 8)
+    for count in (0, 1):
+        put("call", count, 0, _step(few))
+    return found
+
+
+Put = Callable[[str, float, int, Run], None]
+
+
+def _rows(put: Put, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    rank, entries = len(a), rows.numel()
+    far = skinny.folded(rows)
+    low = skinny.down(a, far)
+    put("down", entries, rank, lambda: skinny.down(a, far))
+    put("up", entries, rank, lambda: skinny.up(far, low, a, 2.0))
+    put("raise", entries, rank, lambda: skinny.up(None, low, a, 2.0))
+    put("gradient", entries, rank, lambda: skinny.factor_gradient(low, far, 2.0))
+    put("merge", b.shape[0] * a.shape[1], rank, lambda: merge(weight, b, a, 2.0))
+    weight, other = rows.new_ones(b.shape[0], a.shape[1]), rows.clone()
+    if rank == LOW:
+        put("add", entries, 0, lambda: other.add_(rows))
+
+
+def _images(put: Put, x: torch.Tensor, a: torch.Tensor) -> None:
+    rank, entries, b = len(a), x.numel(), a.flatten(1).t().contiguous()
+    plain = grid.Grid((1, 1), (0, 0), (1, 1))
+    low = grid.down(a, x, plain)
+    put("image_down", entries, rank, lambda: grid.down(a, x, plain))
+    put("image_up", entries, rank, lambda: grid.up(x, low, b, 2.0))
+    put("image_raise", entries, rank, lambda: grid.whole_gradient(low, x, a, plain, 2.0))
+    put("image_gradient", entries, rank, lambda: grid.factor_gradient(low, x, 2.0))
+
+
+def _kernels(put: Put, x: torch.Tensor, a: torch.Tensor) -> None:
+    rank, entries = len(a), x.numel() * 9
+    padded = grid.Grid((1, 1), (1, 1), (1, 1))
+    low = grid.down(a, x, padded)
+    put("kernel_down", entries, rank, lambda: grid.down(a, x, padded))
+    put("kernel_raise", entries, rank, lambda: grid.whole_gradient(low, x, a, padded, 2.0))
+    put("kernel_gradient", entries, rank, lambda: grid.up_gradient(low, x, a, padded, 2.0))
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor) -> Run:
+    return lambda: F.linear(rows, weight)
+
+
+def _both(x: torch.Tensor, weight: torch.Tensor, groups: int) -> Run:
+    padded = grid.Grid((1, 1), (1, 1), (1, 1), groups)
+    return lambda: padded.gradients(padded.conv(x, weight), x, weight, (True, False, False))
+
+
+def _step(few: torch.Tensor) -> Run:
+    """Return forward and backward of a branch so small that nothing but the calls takes time."""
+    x, a, b = (each.requires_grad_() for each in (few.clone(), few.clone(), few.t().contiguous()))
+    base = few.clone()
+
+    def run() -> object:
+        with torch.enable_grad():
+            made = skinny.apply(Beside, base, x, a, b, 2.0, 0.0, None)
+            return torch.autograd.grad(made, (x, a, b), base)
+
+    return run

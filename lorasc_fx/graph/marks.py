@@ -1,0 +1,34 @@
+"""What is marked on nodes: the use of a site, the pass that made it, and which nodes call a branch."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from lorasc_fx.branch import Branch
+from lorasc_fx.graph.record import MADE_BY, USE, Use
+from lorasc_fx.graph.weights import module_at
+
+__all__ = ["branch_nodes", "made_by", "use_of"]
+
+
+def use_of(node: fx.Node) -> Use | None:
+    """Return the use that a match marked on the node."""
+    found = node.meta.get(USE)
+    return found if isinstance(found, Use) else None
+
+
+def made_by(node: fx.Node) -> str:
+    """Return the name of the pass of ours that made the node, or ""."""
+    found = node.meta.get(MADE_BY, "")
+    return found if isinstance(found, str) else ""
+
+
+def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
+    """Return the nodes that call a branch, with their branches."""
+    found: dict[fx.Node, Branch] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            module = module_at(graph_module, node.target)
+            if isinstance(module, Branch):
+                found[node] = module
+    return found

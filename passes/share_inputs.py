@@ -1,0 +1,51 @@
+"""Share inputs: branches that read one node (q, k and v; gate and up) make one stacked product of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from lorasc_fx.branch import Branch, MatrixBranch
+from lorasc_fx.graph import GraphEditor, branch_nodes, entries, spelling_of
+
+from .base import CascadePass
+
+__all__ = ["ShareInputs"]
+
+
+@dataclass(frozen=True)
+class ShareInputs(CascadePass):
+    """Let branches beside linear ops that read one input share one product of it with their stacked lora_A.
+
+    A branch with dropout has an input of its own, and stays apart. The inverse is split-inputs.
+
+    Args:
+        least: number of entries that an input must have for it, as far as the graph's metadata tells; 0 is any.
+    """
+
+    least: int = 0
+
+    name: ClassVar[str] = "share-inputs"
+    requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
+
+    def rewrite(self, graph: GraphEditor) -> None:
+        """Insert one node per shared input, and its parts."""
+        groups: dict[fx.Node, dict[str, fx.Node]] = defaultdict(dict)
+        for node, branch in branch_nodes(graph.module).items():
+            if shares(node, branch):
+                x = node.args[1]
+                assert isinstance(x, fx.Node)
+                groups[x].setdefault(str(node.target), node)
+        for x, nodes in groups.items():
+            if len(nodes) > 1 and entries(x) >= self.least:
+                graph.share(list(nodes.values()))
+
+
+def shares(node: fx.Node, branch: Branch) -> bool:
+    """Whether a branch node multiplies its input by lora_A, and does nothing to it before."""
+    plain = type(branch) is MatrixBranch and not branch.dropout and branch.carried_A is None
+    beside = len(node.args) == 2 and not node.kwargs and spelling_of(node) is None and isinstance(node.args[1], fx.Node)
+    return plain and beside

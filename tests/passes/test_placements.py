@@ -1,0 +1,277 @@
+"""Other placements: merged into the op, on the weight, several branches with one input. The numbers are the same."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from lorasc_fx import CascadeSpec, VerifyError
+from lorasc_fx.graph import BRANCHES, branch_nodes, faults, shared_input, spelling_of, text, verify
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, SplitInputs
+from tests.passes.cases import ADAPTABLE, BY_NAME, Case
+from tests.passes.kit import (
+    assert_close,
+    assert_differ,
+    branches_of,
+    by_hand,
+    deltas,
+    fill,
+    insert,
+    product,
+    run,
+    run_in_training,
+    same_bits,
+    sites_of,
+    uses_of,
+)
+
+MERGES = ("linear", "addmm", "mm", "matmul", "conv1d", "conv2d", "conv3d")
+"""Ends of the names of the forms that a branch can be merged into."""
+
+
+def placed(case: Case, placement: str) -> CascadeSpec:
+    """The case's spec with another placement."""
+    return replace(case.spec, placement=placement)
+
+
+def mergeable(case: Case) -> list[str]:
+    """The nodes of a case that a branch can be merged into: a known form that reads the weight as it is stored."""
+    graph = {node.name: node for node in case.own().graph.nodes}
+    found = []
+    for weight, uses in case.sites.items():
+        if case.kind(weight) == "embedding":  # a head tied to its table has one branch for both
+            continue
+        own = {weight, *case.aliases.get(weight, ())}
+        for name, form in uses:
+            node = graph[name]
+            direct = node.op == "call_module" or any(
+                each.op == "get_attr" and each.target in own for each in node.all_input_nodes
+            )
+            if form.rpartition(".")[2].lower() in MERGES and node.users and direct:
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("placement", ["merged", "weight"])
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_the_same_numbers_and_the_way_back(case: Case, placement: str) -> None:
+    matched = MatchSites(placed(case, placement))(case.own()).graph_module
+    before, bits = text(matched), run_in_training(matched, case)
+    inserted = InsertBranches()(matched).graph_module
+    assert len(branches_of(inserted)) == len(case.sites)
+    frozen = run_in_training(case.own().requires_grad_(False), case)  # torch's products choose their order by that
+    found = run_in_training(inserted, case)
+    assert same_bits(found, bits) or same_bits(found, frozen)  # B = 0 moves no bit
+
+    fill(inserted)
+    formula = by_hand(case, deltas(inserted))
+    assert_close(run(inserted, case), formula)
+    assert_close(run_in_training(inserted, case), formula)  # by the hand-written backward's forward
+    assert_differ(formula, bits)
+
+    assert not InsertBranches()(inserted).modified
+    assert not MatchSites(placed(case, placement))(inserted).modified
+    assert text(FoldBranches()(inserted).graph_module) == before
+
+
+@pytest.mark.parametrize("placement", ["merged", "weight"])
+@pytest.mark.parametrize("case", [case for case in ADAPTABLE if case.name != "module_in_place"], ids=str)
+def test_gradients_are_those_of_the_formula(case: Case, placement: str) -> None:
+    inserted = fill(insert(case.own(), placed(case, placement)))
+    total(inserted(*case.args)).backward()
+    branches, sites = branches_of(inserted), sites_of(inserted)
+    a = {weight: branch.lora_A.detach().clone().requires_grad_() for weight, branch in branches.items()}
+    b = {weight: branch.lora_B.detach().clone().requires_grad_() for weight, branch in branches.items()}
+    model = copy.deepcopy(case.model)
+    weights = dict(model.named_parameters())
+    changed = {
+        weight: weights[weight].detach() + site.scale * product(site, b[weight], a[weight])
+        for weight, site in sites.items()
+    }
+    total(functional_call(model, changed, case.args, tie_weights=True)).backward()
+    for weight, branch in branches.items():
+        assert_close(branch.lora_A.grad, a[weight].grad)
+        assert_close(branch.lora_B.grad, b[weight].grad)
+
+
+def total(output: object) -> torch.Tensor:
+    """A scalar in which every entry counts, each by its own share."""
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    ramps = [torch.linspace(1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape) for leaf in leaves]
+    return torch.stack([(leaf * ramp).sin().sum() for leaf, ramp in zip(leaves, ramps, strict=True)]).sum()
+
+
+@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+def test_forced_placements_are_taken_where_a_node_allows_it(case: Case) -> None:
+    merged = insert(case.own(), placed(case, "merged"))
+    stands = {spelling_of(node).name for node in branch_nodes(merged) if spelling_of(node) is not None}
+    assert stands <= {name for uses in case.sites.values() for name, _ in uses}
+    beside = {str(node.args[0]) for node in branch_nodes(insert(case.own(), case.spec))}
+    on_weight = {form for uses in uses_of(insert(case.own(), placed(case, "weight"))).values() for _, form in uses}
+    called = any(node.op == "call_module" for node in case.own().graph.nodes if node.name in beside)
+    assert on_weight == {"on-weight"} or called
+
+
+def test_a_merged_branch_stands_in_place_of_its_op() -> None:
+    names = {case.name: mergeable(case) for case in ADAPTABLE}
+    assert sum(map(len, names.values())) > 20
+    for case in ADAPTABLE:
+        graph_module = insert(case.own(), placed(case, "merged"))
+        spelled = {spelling_of(node).name for node in branch_nodes(graph_module) if spelling_of(node) is not None}
+        left = {node.name for node in graph_module.graph.nodes}
+        assert not spelled & left, case.name  # the op itself is gone
+        missed = set(names[case.name]) - spelled
+        assert not missed, case.name
+
+
+def test_merged_forms_carry_the_ops_own_options() -> None:
+    case = BY_NAME["module_convs"]
+    graph_module = insert(case.own(), placed(case, "merged"))
+    for node in branch_nodes(graph_module):
+        assert node.kwargs["op"] in ("conv", "linear")
+        assert node.args[1].op == "get_attr"
+
+
+# --- shared inputs ---------------------------------------------------------------------------------------------------
+
+
+class Attention(torch.nn.Module):
+    """Three projections of one node, of different widths, and one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = torch.nn.Linear(6, 4), torch.nn.Linear(6, 5)
+        self.v, self.o = torch.nn.Linear(6, 3, bias=False), torch.nn.Linear(3, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(x)
+        return self.q(h).sin().sum() + self.k(h).square().sum() + self.o(self.v(h)).sin().sum()
+
+
+SHARED = CascadeSpec(rank=2, lora_alpha=3.0, placement="beside")
+
+
+def attention(frontend: str) -> torch.fx.GraphModule:
+    torch.manual_seed(0)
+    model = Attention().double()
+    if frontend == "symbolic":
+        return torch.fx.symbolic_trace(model)
+    return torch.export.export(model, (torch.randn(3, 8, 6, dtype=torch.float64),)).module()
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_branches_that_read_one_node_share_it(frontend: str) -> None:
+    graph_module = attention(frontend)
+    apart = Pipeline([MatchSites(SHARED), InsertBranches()])(graph_module).graph_module
+    result = ShareInputs()(apart)
+    together = result.graph_module
+    assert result.modified
+    groups = {shared_input(node).group for node in branch_nodes(together) if shared_input(node) is not None}
+    assert len(groups) == 1
+    assert sorted(shared_input(node).factor for node in branch_nodes(together) if shared_input(node) is not None) == [
+        "k/weight",
+        "q/weight",
+        "v/weight",
+    ]
+    fill_alike(apart, together)
+    x = torch.randn(3, 8, 6, dtype=torch.float64)
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    one, other = together(mine), apart(theirs)
+    assert_close(one, other)
+    one.backward()
+    other.backward()
+    assert_close(mine.grad, theirs.grad)
+    for ours, alone in zip(together.branches.parameters(), apart.branches.parameters(), strict=True):
+        assert_close(ours.grad, alone.grad)
+    with torch.no_grad():
+        assert_close(together(x), apart(x))
+
+    assert not ShareInputs()(together).modified
+    assert not MatchSites(SHARED)(together).modified
+    assert not InsertBranches()(together).modified
+    assert text(SplitInputs()(together).graph_module) == text(apart)
+    assert not SplitInputs()(SplitInputs()(together).graph_module).modified
+    assert text(FoldBranches()(together).graph_module) == text(graph_module)
+
+
+def fill_alike(*graph_modules: torch.fx.GraphModule) -> None:
+    for graph_module in graph_modules:
+        fill(graph_module)
+        for parameter in graph_module.branches.parameters():
+            parameter.grad = None
+
+
+def test_zero_b_moves_no_bit_with_a_shared_input() -> None:
+    graph_module = attention("export")
+    shared = Pipeline([MatchSites(SHARED), InsertBranches(), ShareInputs()])(graph_module).graph_module
+    x = torch.randn(3, 8, 6, dtype=torch.float64)
+    assert same_bits(shared(x).detach(), graph_module(x).detach())
+
+
+def test_sizes_decide_where_they_are_known() -> None:
+    apart = Pipeline([MatchSites(SHARED), InsertBranches()])(attention("export")).graph_module
+    assert ShareInputs(least=3 * 8 * 6)(apart).modified
+    few = ShareInputs(least=3 * 8 * 6 + 1)(apart)
+    assert not few.modified
+    assert few.graph_module is apart
+    unknown = Pipeline([MatchSites(SHARED), InsertBranches()])(attention("symbolic")).graph_module
+    assert not ShareInputs(least=1)(unknown).modified
+
+
+def test_dropout_keeps_branches_apart() -> None:
+    spec = replace(SHARED, dropout=0.5)
+    graph_module = Pipeline([MatchSites(spec), InsertBranches()])(attention("export")).graph_module
+    assert not ShareInputs()(graph_module).modified
+
+
+# --- what the verifier sees ------------------------------------------------------------------------------------------
+
+
+def merged_graph() -> torch.fx.GraphModule:
+    return insert(attention("export"), replace(SHARED, placement="merged"))
+
+
+def test_the_verifier_holds_merged_branches() -> None:
+    graph_module = merged_graph()
+    assert faults(graph_module) == []
+    first, second = list(branch_nodes(graph_module))[:2]
+    weight = first.args[1]
+    first.args = (first.args[0], second.args[1], *first.args[2:])
+    assert any("computes with k.weight" in each for each in faults(graph_module))
+    first.args = (first.args[0], weight, *first.args[2:])
+    first.kwargs = {"op": "addmm"}
+    assert any("has {'op': 'addmm'}" in each for each in faults(graph_module))
+    first.kwargs = {"op": "linear"}
+    first.target, target = second.target, first.target
+    assert any("calls branches.k/weight" in each for each in faults(graph_module))
+    first.target = target
+    del first.meta["lorasc_fx.spelling"]
+    with pytest.raises(VerifyError, match="does not agree with its plan"):
+        verify(graph_module, "after a foreign pass")
+
+
+def test_the_verifier_holds_shared_inputs() -> None:
+    graph_module = Pipeline([MatchSites(SHARED), InsertBranches(), ShareInputs()])(attention("export")).graph_module
+    assert faults(graph_module) == []
+    first, second = [node for node in branch_nodes(graph_module) if shared_input(node) is not None][:2]
+    own = first.args[1]
+    first.args = (first.args[0], second.args[1])
+    assert any("gets what the lora_A of k/weight makes, not its own" in each for each in faults(graph_module))
+    first.args = (first.args[0], own)
+    group = shared_input(first).group
+    x = group.args[0]
+    group.args = (next(node for node in graph_module.graph.nodes if node.op == "placeholder"), group.args[1])
+    assert any("does not read the input of" in each for each in faults(graph_module))
+    group.args = (x, group.args[1])
+    first.kwargs = {}
+    assert any("does not read the input of" in each for each in faults(graph_module))
+
+
+def test_keys_name_modules_of_the_graph() -> None:
+    graph_module = merged_graph()
+    assert all(str(node.target).startswith(f"{BRANCHES}.") for node in branch_nodes(graph_module))
