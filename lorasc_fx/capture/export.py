@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.capture.live import OWNER, Captured, read_live, traced
+from lorasc_fx.capture.masks import without_masks
 from lorasc_fx.capture.signature import signature_of
 from lorasc_fx.capture.untouched import substituted
 from lorasc_fx.graph import call_instead, drop_nodes
@@ -47,6 +48,7 @@ def capture_export(
     graph = exported.graph
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
     sizes = tuple(_fixed(node.meta.get("val")) for node in graph.nodes if node.op == "placeholder")
+    without_masks(graph)
     live = read_live(exported, graph, model, prefix="" if root is model else "inside.")
     rigid = {f"{OWNER}.{name}" for name in _stand_ins(model)}
     if rigid and call_instead(live.graph, torch.ops.aten.linear.default, F.linear, lambda node: _weight(node) in rigid):

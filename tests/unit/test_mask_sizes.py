@@ -1,0 +1,182 @@
+"""Masks at all sizes: what is proved of them, and what is never left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lorasc_fx.capture.affine import Truth
+from lorasc_fx.capture.export import capture_dynamo, capture_export
+from lorasc_fx.capture.follow import follow
+from tests.unit.mask_cases import ALWAYS, NEVER, OPS, SOMETIMES, TABLE, Masked, attention, batch, gap, same
+
+
+@pytest.mark.parametrize("front_end", [capture_export, capture_dynamo])
+@pytest.mark.parametrize("name", ALWAYS)
+def test_what_holds_at_every_size_goes(name: str, front_end: Any) -> None:
+    mask, told = ALWAYS[name]
+    model = Masked(mask).double()
+    captured = front_end(model, (batch(2, 5),), {})
+    assert attention(captured.module) == [told]
+    assert captured.sizes == ((None, None, None),)
+    for size, length in ((2, 5), (3, 2), (1, 7), (4, 19)):
+        same(captured.module(batch(size, length)), model(batch(size, length)))
+
+
+@pytest.mark.parametrize("name", SOMETIMES | NEVER)
+def test_a_mask_that_says_something_at_any_size_stays(name: str) -> None:
+    model = Masked((SOMETIMES | NEVER)[name]).double()
+    captured = capture_export(model, (batch(2, 5).abs(),), {})
+    assert attention(captured.module) == ["mask"]
+    assert captured.sizes == ((None, None, None),)
+    for length in (5, 9):
+        same(captured.module(batch(2, length)), model(batch(2, length)))
+        same(captured.module(-batch(2, length)), model(-batch(2, length)))
+
+
+def test_a_buffer_that_changes_is_followed() -> None:
+    model = Masked(NEVER["buffer"]).double()
+    captured, x = capture_export(model, (batch(2, 5),), {}), batch(2, 5)
+    before = captured.module(x)
+    model.open.fill_(False)
+    same(captured.module(x), model(x))
+    assert not torch.equal(captured.module(x).nan_to_num(), before)
+
+
+class Cross(nn.Module):
+    """A triangle over more keys than queries."""
+
+    def __init__(self, lower: bool) -> None:
+        super().__init__()
+        self.body, self.lower = nn.Linear(8, 8), lower
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], y.shape[1], dtype=torch.bool)
+        return F.scaled_dot_product_attention(self.body(x), y, y, attn_mask=mask.tril() if self.lower else mask)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_more_keys_than_queries(lower: bool) -> None:
+    model = Cross(lower).double()
+    captured = capture_export(model, (batch(2, 5), batch(2, 7)), {})
+    assert attention(captured.module) == ["mask" if lower else "none"]
+    for length in (7, 5, 3):
+        same(captured.module(batch(2, 5), batch(2, length)), model(batch(2, 5), batch(2, length)))
+
+
+def test_as_many_keys_as_queries_by_chance() -> None:
+    """The triangle was square in the captured call; nothing says that it stays so."""
+    model = Cross(lower=True).double()
+    captured = capture_export(model, (batch(2, 5), batch(2, 5)), {})
+    for length in (5, 7, 3):
+        pair = (batch(2, 5), batch(2, length))
+        if captured.guards is not None:
+            try:
+                captured.guards(*pair)
+            except AssertionError:
+                assert length != 5
+                continue
+        same(captured.module(*pair), model(*pair))
+
+
+def test_what_only_the_mask_needed_goes_with_it() -> None:
+    """And what others need stays: here the positions are added to the output."""
+    left, gone = (
+        {str(node.target) for node in capture_export(Masked(mask).double(), (batch(2, 5),), {}).module.graph.nodes}
+        for mask in (NEVER["a step off"], ALWAYS["gap"][0])
+    )
+    assert left - gone >= {"aten.sym_size.int", "aten.arange.default", "aten.sub.Tensor", "aten.ge.Scalar"}
+    assert gone <= left
+
+    class Both(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = super().forward(x) + gap(x).sum()
+            return made
+
+    both = Both(lambda m, x: gap(x) >= 0).double()
+    captured = capture_export(both, (batch(2, 5),), {})
+    assert attention(captured.module) == ["causal"]
+    same(captured.module(batch(2, 9)), both(batch(2, 9)))
+
+
+def predicted(value: Any, shape: torch.Size) -> Tensor:
+    """The numbers or truths that a value stands for, in this shape."""
+
+    def numbers(form: Any) -> Tensor:
+        total = torch.full(shape, form.start)
+        for axis, slope in form.slopes:
+            total = total + slope * torch.arange(shape[axis]).view(-1, *(1,) * (-axis - 1))
+        return total
+
+    if not isinstance(value, Truth):
+        return numbers(value)
+    met = [numbers(form) >= 0 for form in value.conditions]
+    return torch.stack([torch.ones(shape, dtype=torch.bool), *met]).all(0)
+
+
+class Made(nn.Module):
+    """A mask alone."""
+
+    def __init__(self, mask: Any) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.mask(self, x)
+        return made
+
+
+class Values(fx.Interpreter):
+    """Keeps what each node of a graph is."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.seen = {**getattr(self, "seen", {}), n: super().run_node(n)}
+        return self.seen[n]
+
+
+def exported(name: str) -> fx.GraphModule:
+    made = torch.export.export(Made(TABLE[name]), (batch(2, 5),), dynamic_shapes=({1: torch.export.Dim.AUTO},))
+    graph_module = made.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    return graph_module
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_is_proved_of_every_op_is_what_it_computes(name: str) -> None:
+    graph_module = exported(name)
+    proved = follow(graph_module.graph.nodes)
+    assert proved or name == "few bits"
+    for length in (5, 3, 8):
+        values = Values(graph_module)
+        values.run(batch(2, length))
+        for node, value in proved.items():
+            found = values.seen[node]
+            expected = predicted(value, found.shape)
+            assert torch.equal(found, expected.to(found.dtype)), (node.format_node(), value)
+            assert (found.dtype is torch.bool) == (expected.dtype is torch.bool)
+
+
+def test_the_proof_knows_the_ops_of_the_table() -> None:
+    """All of them lead to a value that is known, but for those that have none."""
+    unknown = set()
+    for name in OPS:
+        graph = exported(name).graph
+        (result,) = graph.output_node().args[0]
+        if result not in follow(graph.nodes):
+            unknown.add(name)
+    assert unknown == {
+        "a leap",
+        "two before",
+        "two alike before",
+        "twice",
+        "counted",
+        "chosen by place",
+        "from the end",
+        "half",
+        "cast",
+        "few bits",
+    }

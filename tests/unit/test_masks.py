@@ -1,0 +1,185 @@
+"""Masks that follow from sizes: they go where eager code has none at any size."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, fx, nn
+
+import lorasc_fx as lx
+from tests.unit.mask_cases import ATTENTION, attention
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FEW = {"num_key_value_heads": 2, "use_cache": False}
+PAIR = {
+    "vocab_size": 50,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 64,
+    "use_cache": False,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "forced_eos_token_id": 2,
+}
+T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "use_cache": False}
+GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "use_cache": False}
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "image_size": 16,
+    "patch_size": 8,
+}
+MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "bert": ("BertModel", SMALL, ["none", "none"]),
+    "gpt2": ("GPT2LMHeadModel", GPT2 | {"bos_token_id": 1, "eos_token_id": 2}, ["causal", "causal"]),
+    "llama": ("LlamaForCausalLM", SMALL | FEW, ["causal", "causal"]),
+    "mistral": ("MistralForCausalLM", SMALL | FEW | {"sliding_window": None}, ["causal", "causal"]),
+    "bart": ("BartForConditionalGeneration", PAIR, ["none", "causal", "none"]),
+    "t5": ("T5ForConditionalGeneration", T5, ["mask", "mask", "none"]),  # a learned bias is a mask of its own
+    "vit": ("ViTModel", VIT, ["none"]),
+}
+WINDOW = SMALL | FEW | {"sliding_window": 8}
+
+
+def build(model: str, config: dict[str, Any], training: bool = False) -> nn.Module:
+    torch.manual_seed(5)
+    kind = getattr(transformers, model)
+    made = kind(kind.config_class(**config))
+    assert isinstance(made, nn.Module)
+    return made.double().train(training)
+
+
+def inputs(name: str, batch: int, length: int) -> dict[str, Tensor]:
+    torch.manual_seed(batch + length)
+    tokens = torch.randint(3, 50, (batch, length))
+    if name == "vit":
+        return {"pixel_values": torch.randn(batch, 3, 16, 16, dtype=torch.float64)}
+    if name in ("bart", "t5"):
+        return {"input_ids": tokens, "decoder_input_ids": tokens[:, 2:].flip(1)}
+    return {"input_ids": tokens}
+
+
+def run(model: Any, given: dict[str, Tensor]) -> Tensor:
+    torch.manual_seed(7)
+    found = model(**given)
+    made = found.logits if hasattr(found, "logits") else found.last_hidden_state
+    assert isinstance(made, Tensor)
+    return made
+
+
+def graph_of(cascade: lx.Cascade, given: dict[str, Tensor]) -> fx.GraphModule:
+    module = cascade.variant(*cascade._maker.bind(cascade.model, (), given)).module
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+@pytest.fixture
+def made(caplog: pytest.LogCaptureFixture) -> Any:
+    """Count the variants that were made since, by what the log says."""
+    caplog.set_level("INFO", logger="lorasc_fx")
+    return lambda: sum(record.getMessage().startswith("variant ") for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_is_told_what_the_eager_model_tells_it(name: str, made: Any) -> None:
+    """Bit for bit, at the captured size and others, with the one graph."""
+    kind, config, told = MODELS[name]
+    model = build(kind, config)
+    eager = copy.deepcopy(model)
+    cascade = lx.adapt(model, kwargs=inputs(name, 2, 7))
+    assert cascade.frontend == "export"
+    assert attention(graph_of(cascade, inputs(name, 2, 7))) == told
+    for batch, length in ((2, 7), (3, 40), (1, 9), (4, 3)):
+        given = inputs(name, batch, length)
+        assert torch.equal(run(cascade, given), run(eager, given))
+    assert made() == 0
+
+
+def test_dropout_of_attention_stays() -> None:
+    kind, config, told = MODELS["gpt2"]
+    model = build(kind, config | {"attn_pdrop": 0.4}, training=True)
+    eager = copy.deepcopy(model)
+    given = inputs("gpt2", 2, 7)
+    cascade = lx.adapt(model, kwargs=given)
+    graph = graph_of(cascade, given)
+    assert attention(graph) == told
+    assert [node.args[4] for node in graph.graph.nodes if node.target is ATTENTION] == [0.4, 0.4]
+    assert torch.equal(run(cascade, given), run(eager, given))
+    assert not torch.equal(run(cascade, given), run(copy.deepcopy(eager).eval(), given))
+
+
+@pytest.mark.parametrize("first", [5, 20])
+def test_a_window_stays_inside_and_outside(first: int, made: Any) -> None:
+    """One graph for all lengths, as before; it need not be bit for bit what eager computes without the mask."""
+    model = build("MistralForCausalLM", WINDOW)
+    eager = copy.deepcopy(model)
+    cascade = lx.adapt(model, kwargs=inputs("mistral", 2, first))
+    for batch, length in ((2, first), (3, 8), (3, 9), (2, 30), (1, 6)):
+        given = inputs("mistral", batch, length)
+        assert attention(graph_of(cascade, given)) == ["mask", "mask"]
+        torch.testing.assert_close(run(cascade, given), run(eager, given), rtol=1e-12, atol=1e-12)
+    assert made() == 0
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_mask_that_the_user_gives_stays(name: str) -> None:
+    """One of ones as well: another call may hold zeros."""
+    kind, config, _ = MODELS[name]
+    model = build(kind, config)
+    eager = copy.deepcopy(model)
+    given = inputs(name, 2, 7) | {"attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    cascade = lx.adapt(model, kwargs=given)
+    assert attention(graph_of(cascade, given)) == ["mask", "mask"]
+    torch.testing.assert_close(run(cascade, given), run(eager, given), rtol=1e-12, atol=1e-12)
+    given["attention_mask"][0, 4:] = 0
+    assert torch.equal(run(cascade, given), run(eager, given))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_folded_graph_can_be_exported(name: str) -> None:
+    kind, config, told = MODELS[name]
+    model = build(kind, config)
+    eager = copy.deepcopy(model)
+    given = inputs(name, 2, 7)
+    folded = lx.adapt(model, kwargs=given).folded_graph()
+    assert attention(folded) == told
+    program = torch.export.export(folded, (), given)
+    assert torch.equal(run(program.module(), given), run(eager, given))
+    longer = inputs(name, 3, 20)
+    assert torch.equal(run(folded, longer), run(eager, longer))
+
+
+@pytest.mark.parametrize("name", ["llama", "window"])
+def test_a_compiled_cascade_takes_other_sizes(name: str) -> None:
+    torch._dynamo.reset()
+    kind, config = {"llama": ("LlamaForCausalLM", SMALL | FEW), "window": ("MistralForCausalLM", WINDOW)}[name]
+    model = build(kind, config)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(lx.adapt(model, kwargs=inputs(name, 2, 5)), backend="eager", fullgraph=True)
+    for length in (5, 7, 11):
+        given = inputs(name, 2, length)
+        torch.testing.assert_close(run(compiled, given), run(eager, given), rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
