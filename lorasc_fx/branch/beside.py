@@ -53,14 +53,14 @@ class Beside(torch.autograd.Function):
         slopes = folded(gradient.reshape(-1, gradient.shape[-1]))
         back = down(b.t().contiguous(), slopes)
         dx = da = db = None
-        if ctx.needs_input_grad[1]:
-            dx = up(None, back, a, ctx.scale).view(x.shape)
-            dx = dx if ctx.seed is None else dx.mul_(kept(x, ctx.p, ctx.seed))
+        if ctx.needs_input_grad[3]:  # first, while the slopes are in the cache
+            db = factor_gradient(low, slopes, ctx.scale).t()
         if ctx.needs_input_grad[2]:
             rows = folded(dropped(x, ctx.p, ctx.seed).reshape(-1, x.shape[-1]))
             da = factor_gradient(back, rows, ctx.scale)
-        if ctx.needs_input_grad[3]:
-            db = factor_gradient(low, slopes, ctx.scale).t()
+        if ctx.needs_input_grad[1]:
+            dx = up(None, back, a, ctx.scale).view(x.shape)
+            dx = dx if ctx.seed is None else dx.mul_(kept(x, ctx.p, ctx.seed))
         return gradient, dx, da, db, *nothing
 
 

@@ -102,18 +102,19 @@ class MergedConv(torch.autograd.Function):
         again = torch.is_grad_enabled()  # the backward is itself differentiated
         projects = grid.groups > 1 or wants[1] or again
         whole = merged_kernel(weight, a, b, ctx.scale, x.dtype)
-        dx, dw, dbias = grid.gradients(gradient, x, whole, (wants[0], projects, wants[2]))
         da = db = None
+        if not projects:  # first, while the slopes are in the cache
+            thin, tall = a.to(x.dtype), b.to(x.dtype)
+            back = down_back(tall, gradient)
+            if wants[4]:
+                db = factor_gradient(down(thin, x, grid), gradient, ctx.scale).t().to(b.dtype)
+            if wants[3]:
+                da = up_gradient(back, x, thin, grid, ctx.scale).to(a.dtype)
+        dx, dw, dbias = grid.gradients(gradient, x, whole, (wants[0], projects, wants[2]))
         if projects:
             assert dw is not None
             steep = dw.flatten(1).to(a.dtype) * ctx.scale
             da, db = (b.t() @ steep).view(a.shape), steep @ a.flatten(1).t()
-        else:
-            thin, tall = a.to(x.dtype), b.to(x.dtype)
-            if wants[3]:
-                da = up_gradient(down_back(tall, gradient), x, thin, grid, ctx.scale).to(a.dtype)
-            if wants[4]:
-                db = factor_gradient(down(thin, x, grid), gradient, ctx.scale).t().to(b.dtype)
         return dx, dw.to(weight.dtype) if dw is not None and wants[1] else None, dbias, da, db, None, None
 
 

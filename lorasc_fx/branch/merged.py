@@ -99,13 +99,13 @@ def _by_layout(
     thin = a.to(rows.dtype)
     dx = da = db = None
     back = down(b.t().contiguous().to(rows.dtype), far)
+    if ctx.needs_input_grad[4]:  # the factors come first, while slopes and rows are in the cache
+        db = factor_gradient(down(thin, near), far, ctx.scale).t().to(b.dtype)
+    if ctx.needs_input_grad[3]:
+        da = factor_gradient(back, near, ctx.scale).to(a.dtype)
     if ctx.needs_input_grad[0]:
         if rows.shape[0] >= weight.shape[0]:
             dx = slopes @ merge(weight, b, a, ctx.scale, slopes.dtype)
         else:
             dx = up(folded(slopes @ weight.to(slopes.dtype)), back, thin, ctx.scale)
-    if ctx.needs_input_grad[3]:
-        da = factor_gradient(back, near, ctx.scale).to(a.dtype)
-    if ctx.needs_input_grad[4]:
-        db = factor_gradient(down(thin, near), far, ctx.scale).t().to(b.dtype)
     return dx, da, db

@@ -25,7 +25,7 @@ class Entry:
         inputs: makes the arguments of a call in train (True) or eval mode (False), anew from torch's generator; fp64.
         unused: globs on weights whose branch the outputs provably do not move, with the reason.
         tolerance: of a branch beside its merged weight, over the scale of the output; above 1e-12 only `because` the
-            model computes in fp32 inside, whatever its dtype.
+            model computes in fp32 inside, whatever its dtype, or amplifies rounding.
     """
 
     name: str

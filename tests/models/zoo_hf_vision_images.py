@@ -187,6 +187,8 @@ IMAGES: tuple[Entry, ...] = (
             drop_path_rate=0,
         ),
         given(pixel_values=real(2, 3, 64, 64)),
+        tolerance=2e-12,
+        because="batch norm over a few places amplifies rounding, that of torch's own operations as well",
     ),
     Entry(
         "hf_pvt",
