@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from lorasc_fx import CascadeSpec, Site
@@ -110,6 +111,31 @@ def assert_close(got: Any, expected: Any, **tolerance: float) -> None:
     """Equal trees, tensors within a tolerance, and not all zero."""
     torch.testing.assert_close(got, expected, **(tolerance or CLOSE))
     assert any(bool(leaf.any()) for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Tensor))
+
+
+def assert_gradients(inserted: fx.GraphModule, case: Case) -> None:
+    """Every factor's gradient is that of the eager model with `W + s B A` in place of W."""
+    total(inserted(*case.args)).backward()
+    branches, sites = branches_of(inserted), sites_of(inserted)
+    a = {weight: branch.lora_A.detach().clone().requires_grad_() for weight, branch in branches.items()}
+    b = {weight: branch.lora_B.detach().clone().requires_grad_() for weight, branch in branches.items()}
+    model = copy.deepcopy(case.model)
+    weights = dict(model.named_parameters())
+    changed = {
+        weight: weights[weight].detach() + site.scale * product(site, b[weight], a[weight])
+        for weight, site in sites.items()
+    }
+    total(functional_call(model, changed, case.args, tie_weights=True)).backward()
+    for weight, branch in branches.items():
+        assert_close(branch.lora_A.grad, a[weight].grad)
+        assert_close(branch.lora_B.grad, b[weight].grad)
+
+
+def total(output: Any) -> Tensor:
+    """A scalar in which every entry counts, each by its own share."""
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    ramps = [torch.linspace(1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape) for leaf in leaves]
+    return torch.stack([(leaf * ramp).sin().sum() for leaf, ramp in zip(leaves, ramps, strict=True)]).sum()
 
 
 def assert_differ(got: Any, other: Any) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from lorasc_fx import CascadeSpec, Noise, PassError, Reason
 from lorasc_fx.branch import amplitude, draw
@@ -23,13 +22,13 @@ from tests.passes.kit import (
     Photograph,
     assert_close,
     assert_differ,
+    assert_gradients,
     branches_of,
     by_hand,
     deltas,
     fill,
     golden_section,
     insert,
-    product,
     run,
     run_in_training,
     same_bits,
@@ -82,27 +81,7 @@ def _live(case: Case, golden: str) -> str:
 
 @pytest.mark.parametrize("case", [case for case in ADAPTABLE if case.name != "module_in_place"], ids=str)
 def test_gradients_are_those_of_the_formula(case: Case) -> None:
-    inserted = fill(insert(case.own(), case.spec))
-    _sum(inserted(*case.args)).backward()
-    branches, sites = branches_of(inserted), sites_of(inserted)
-    a = {weight: branch.lora_A.detach().clone().requires_grad_() for weight, branch in branches.items()}
-    b = {weight: branch.lora_B.detach().clone().requires_grad_() for weight, branch in branches.items()}
-    model = copy.deepcopy(case.model)
-    weights = dict(model.named_parameters())
-    changed = {
-        weight: weights[weight].detach() + site.scale * product(site, b[weight], a[weight])
-        for weight, site in sites.items()
-    }
-    _sum(functional_call(model, changed, case.args, tie_weights=True)).backward()
-    for weight, branch in branches.items():
-        assert_close(branch.lora_A.grad, a[weight].grad)
-        assert_close(branch.lora_B.grad, b[weight].grad)
-
-
-def _sum(output: object) -> torch.Tensor:
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    ramps = [torch.linspace(1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape) for leaf in leaves]
-    return torch.stack([(leaf * ramp).sin().sum() for leaf, ramp in zip(leaves, ramps, strict=True)]).sum()
+    assert_gradients(fill(insert(case.own(), case.spec)), case)
 
 
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from lorasc_fx import CascadeSpec, VerifyError
 from lorasc_fx.graph import BRANCHES, branch_nodes, faults, shared_input, spelling_of, text, verify
@@ -17,16 +14,15 @@ from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import (
     assert_close,
     assert_differ,
+    assert_gradients,
     branches_of,
     by_hand,
     deltas,
     fill,
     insert,
-    product,
     run,
     run_in_training,
     same_bits,
-    sites_of,
     uses_of,
 )
 
@@ -82,28 +78,7 @@ def test_the_same_numbers_and_the_way_back(case: Case, placement: str) -> None:
 @pytest.mark.parametrize("placement", ["merged", "weight"])
 @pytest.mark.parametrize("case", [case for case in ADAPTABLE if case.name != "module_in_place"], ids=str)
 def test_gradients_are_those_of_the_formula(case: Case, placement: str) -> None:
-    inserted = fill(insert(case.own(), placed(case, placement)))
-    total(inserted(*case.args)).backward()
-    branches, sites = branches_of(inserted), sites_of(inserted)
-    a = {weight: branch.lora_A.detach().clone().requires_grad_() for weight, branch in branches.items()}
-    b = {weight: branch.lora_B.detach().clone().requires_grad_() for weight, branch in branches.items()}
-    model = copy.deepcopy(case.model)
-    weights = dict(model.named_parameters())
-    changed = {
-        weight: weights[weight].detach() + site.scale * product(site, b[weight], a[weight])
-        for weight, site in sites.items()
-    }
-    total(functional_call(model, changed, case.args, tie_weights=True)).backward()
-    for weight, branch in branches.items():
-        assert_close(branch.lora_A.grad, a[weight].grad)
-        assert_close(branch.lora_B.grad, b[weight].grad)
-
-
-def total(output: object) -> torch.Tensor:
-    """A scalar in which every entry counts, each by its own share."""
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    ramps = [torch.linspace(1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape) for leaf in leaves]
-    return torch.stack([(leaf * ramp).sin().sum() for leaf, ramp in zip(leaves, ramps, strict=True)]).sum()
+    assert_gradients(fill(insert(case.own(), placed(case, placement))), case)
 
 
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
