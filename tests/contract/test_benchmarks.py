@@ -30,6 +30,8 @@ from benchmarks.resident import can_measure, resident_all
 from benchmarks.rivals import RIVALS, adapted, check_same_work, entries, make, make_all, wrapped
 from benchmarks.steps import PAIRS, measured
 
+pytestmark = pytest.mark.slow
+
 TINY = WORKS["tiny"]
 README = Path(__file__).parents[2] / "README.md"
 
