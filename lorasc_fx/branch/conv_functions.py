@@ -99,8 +99,7 @@ class MergedConv(torch.autograd.Function):
         """Return the gradients of x, lora_A and lora_B, and of weight and bias where they want one."""
         x, weight, a, b = ctx.saved_tensors
         grid, wants = ctx.grid, ctx.needs_input_grad
-        again = torch.is_grad_enabled()  # the backward is itself differentiated
-        projects = grid.groups > 1 or wants[1] or again
+        projects = grid.groups > 1 or wants[1]
         whole = merged_kernel(weight, a, b, ctx.scale, x.dtype)
         da = db = None
         if not projects:  # first, while the slopes are in the cache

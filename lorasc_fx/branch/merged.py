@@ -73,28 +73,19 @@ class MergedProduct(torch.autograd.Function):
             dw = (rows.t() @ slopes if turned else slopes.t() @ rows).to(weight.dtype)
         if wants[2]:
             dbias = slopes.sum_to_size(ctx.bias_shape)
-        factors = _plainly if torch.is_grad_enabled() else _by_layout
-        dx, da, db = factors(ctx, rows, slopes, weight.t() if turned else weight, a, b)
+        dx, da, db = _gradients(ctx, rows, slopes, weight.t() if turned else weight, a, b)
         return dx if dx is None else dx.view(x.shape), dw, dbias, da, db, None, None
 
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
-def _plainly(
+def _gradients(
     ctx: Any, rows: torch.Tensor, slopes: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> Gradients:
-    """Return the gradients of rows, lora_A and lora_B by operations that can be differentiated again."""
-    steep, wide = slopes.to(a.dtype) * ctx.scale, rows.to(a.dtype)
-    back = steep @ b
-    dx = slopes @ weight.to(slopes.dtype) + (back @ a).to(slopes.dtype)
-    return dx, back.t() @ wide, steep.t() @ (wide @ a.t())
-
-
-def _by_layout(
-    ctx: Any, rows: torch.Tensor, slopes: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-) -> Gradients:
-    """Return the same, fast: with many rows the merged weight is made anew, with few the term is added to dx."""
+    """Return the gradients of rows, lora_A and lora_B: with many rows the merged weight is made anew, with few the term
+    is added to dx. All of it can be differentiated again: what is saved are inputs alone.
+    """
     near, far = folded(rows), folded(slopes)
     thin = a.to(rows.dtype)
     dx = da = db = None

@@ -47,10 +47,7 @@ class _SharedDown(torch.autograd.Function):
         stacked, rows = torch.cat(factors), x.reshape(-1, x.shape[-1])
         slopes = gradient.reshape(-1, gradient.shape[-1])
         dx = (slopes @ stacked).view(x.shape) if ctx.needs_input_grad[0] else None
-        if torch.is_grad_enabled():  # the backward is itself differentiated
-            total = slopes.t() @ rows
-        else:
-            total = factor_gradient(folded(slopes).transpose(1, 2), folded(rows))
+        total = factor_gradient(folded(slopes).transpose(1, 2), folded(rows))
         return dx, *total.split([len(each) for each in factors])
 
 
@@ -73,9 +70,6 @@ class SharedUp(torch.autograd.Function):
         """Return the gradients of base, low and lora_B."""
         low, b = ctx.saved_tensors
         thin, slopes = low.reshape(-1, low.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        if torch.is_grad_enabled():  # the backward is itself differentiated
-            steep = slopes * ctx.scale
-            return gradient, (steep @ b).view(low.shape), steep.t() @ thin, None
         far = folded(slopes)
         back = db = None
         if ctx.needs_input_grad[1]:

@@ -18,7 +18,7 @@ from lorasc_fx.branch.beside import Beside
 from lorasc_fx.branch.conv_functions import BesideConv, MergedConv
 from lorasc_fx.branch.grid import Grid
 from lorasc_fx.branch.merged import MergedProduct
-from lorasc_fx.branch.shared import shared_down
+from lorasc_fx.branch.shared import SharedUp, shared_down
 
 SCALE = 0.7
 D = torch.float64
@@ -113,6 +113,20 @@ def test_one_input_for_several_branches(rows: tuple[int, ...]) -> None:
     if x.numel() < 200:
         assert gradcheck(ours, (x, a, c))
         assert gradgradcheck(ours, (x, a, c))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("rows", [(2, 5), (2, 64)], ids=str)
+def test_above_a_shared_product(rows: tuple[int, ...]) -> None:
+    base, low, b = numbers(*rows, 5, grad=True), numbers(*rows, 2, grad=True), numbers(5, 2, grad=True)
+
+    def ours(base: Tensor, low: Tensor, b: Tensor) -> Tensor:
+        return SharedUp.apply(base * 1, low, b, SCALE)
+
+    same(ours, lambda base, low, b: base + SCALE * low @ b.t(), base, low, b)
+    if base.numel() < 200:
+        assert gradcheck(ours, (base, low, b))
+        assert gradgradcheck(ours, (base, low, b))
 
 
 def same(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
