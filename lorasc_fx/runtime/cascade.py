@@ -14,14 +14,13 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Which
 from lorasc_fx.errors import StateError, nearest
-from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import checkpoint, folding, transition
 from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.described import Described
 from lorasc_fx.runtime.flags import Flags
 from lorasc_fx.runtime.optim import groups
 from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.stages import Stage, run_stages
-from lorasc_fx.runtime.summary import summary
 from lorasc_fx.runtime.variants import Made, Variant, VariantMaker, Variants
 
 __all__ = ["Cascade"]
@@ -33,7 +32,7 @@ _CAPTURING = threading.RLock()
 WHICH: tuple[Which, ...] = ("slow", "fast", "base")
 
 
-class Cascade(nn.Module):
+class Cascade(Described):
     """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
 
     Children: `model`, the user's own, which stays the only owner of its weights; `branches`, one per site. Graphs are
@@ -58,57 +57,6 @@ class Cascade(nn.Module):
             made.variant.attach(self._grow)
         self._frontend = made.variant.frontend
         self._loaded: checkpoint.Checkpoint | None = None
-
-    # ---- what it is
-
-    @property
-    def plan(self) -> Plan:
-        """What was decided."""
-        return self.core.plan
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """The adapted weights, in the model's order."""
-        return self.core.plan.sites
-
-    @property
-    def refusals(self) -> tuple[Refusal, ...]:
-        """The weight matrices that are not adapted, each with its reason."""
-        return self._refusals
-
-    @property
-    def unreached(self) -> tuple[str, ...]:
-        """The weight matrices that no captured graph has used yet."""
-        return self._unreached
-
-    @property
-    def stage(self) -> int:
-        """Number of the running stage, 1 is the first; after the last fold, of the one that would start next."""
-        return self.core.plan.stage
-
-    @property
-    def frontend(self) -> str:
-        """Name of the front end that took the model."""
-        return self._frontend
-
-    @property
-    def refused_frontends(self) -> tuple[tuple[str, str], ...]:
-        """Names and reasons of the front ends that `auto` tried before."""
-        return self._refused_frontends
-
-    @property
-    def placements(self) -> dict[str, str]:
-        """Where the branch of each weight computes in the first graph: `beside`, `merged` or `weight`."""
-        return dict(first.placements) if (first := self._variants.oldest) is not None else {}
-
-    @property
-    def expected_step_ratio(self) -> float | None:
-        """A training step over the frozen model's, by the cost model; None where it has no sizes, or small ones."""
-        return first.expected if (first := self._variants.oldest) is not None else None
-
-    def __str__(self) -> str:
-        """Return sites, refusals, parameters and front end, for people."""
-        return summary(self)
 
     # ---- computing
 

@@ -6,14 +6,14 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorasc_fx.runtime.cascade import Cascade
+    from lorasc_fx.runtime.described import Described
 
 __all__ = ["summary"]
 
 SHOWN = 8
 
 
-def summary(cascade: Cascade) -> str:
+def summary(cascade: Described) -> str:
     """Return a few lines: model, front end, sites by kind, refusals by reason, parameters, stage."""
     plan, spec = cascade.plan, cascade.plan.spec
     total = sum(parameter.numel() for parameter in cascade.model.parameters())
@@ -42,7 +42,7 @@ def summary(cascade: Cascade) -> str:
     return "\n".join(lines)
 
 
-def _placements(cascade: Cascade) -> list[str]:
+def _placements(cascade: Described) -> list[str]:
     """Return the line on where branches compute and what a step is expected to cost."""
     counted = Counter(cascade.placements.values())
     if not counted:
