@@ -59,7 +59,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "names", nargs="*", metavar="names", help=f"models, of {', '.join(WORKS)}; all of them by default"
     )
     parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2, help="fresh models for the costs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--placement", action="append", default=[], help="force it in one more rival; may be repeated")

@@ -27,8 +27,8 @@ def write(found: Mapping[str, Any], folder: Path, page: Path, whole: bool) -> No
         ValueError: the page has no place for the section.
     """
     about, path = found["about"], folder / "results.json"
-    before = {} if whole else json.loads(path.read_text(encoding="utf-8"))
-    if not whole and before["about"] != about:
+    before = {} if whole or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
+    if before and before["about"] != about:
         raise SystemExit(f"{path.name} holds numbers of {before['about']}, these are of {about}: measure all of it")
     results = {"about": about, **{part: before.get(part, {}) | found.get(part, {}) for part in ("steps", "costs")}}
     text = report.put(page.read_text(encoding="utf-8"), report.section(results))

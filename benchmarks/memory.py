@@ -58,8 +58,10 @@ def _saved(forward: Callable[[], torch.Tensor], model: nn.Module) -> dict[int, i
         if storage.data_ptr() not in owned:
             found[storage.data_ptr()] = storage.nbytes()
             kept.append(tensor.detach())
-        return tensor
+        return tensor.detach()  # a node that keeps its own result would keep itself: the tensor holds the node
 
+    # The graph holds `pack`, which holds the list: what holds the graph must not stand in it, or all of it stays.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept.append(forward())
+        result = forward()
+    del result
     return found
