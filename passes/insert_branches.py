@@ -12,10 +12,12 @@ from lorasc_fx.branch import Branch, SlowWeight, start_differs, start_weight
 from lorasc_fx.errors import NoSites
 from lorasc_fx.graph import (
     BRANCH_OF,
+    ON_CHOSEN,
     ON_WEIGHT,
     GraphEditor,
     Record,
     branch_nodes,
+    chosen_by,
     form_named,
     named_weights,
     spelling_of,
@@ -55,8 +57,8 @@ class InsertBranches(CascadePass):
             if use is None or base in have or not base.users:  # dead code stays as it is
                 continue
             site = plan.by_weight[use.weight]
-            if use.form == ON_WEIGHT:
-                graph.put_on(base, site.key)
+            if use.form in (ON_WEIGHT, ON_CHOSEN):
+                graph.put_on(base, site.key, {} if use.form == ON_WEIGHT else {"expert": chosen_by(base)})
                 continue
             module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
             form = form_named(use.form)

@@ -30,6 +30,7 @@ class MatrixBranch(Branch):
         padding_idx: int = -1,
         op: str = "",
         shared: bool = False,
+        expert: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return base plus the branch's term (algorithm.md, row "training").
 
@@ -41,9 +42,11 @@ class MatrixBranch(Branch):
             op: name of the product that is computed here, with the merged weight: then base is x, x is the weight as
                 it is stored, and bias the op's own.
             shared: x is what lora_A makes of the input already, [..., rank], with that of other branches.
+            expert: base is the matrix that this index, of no axis, takes out of a stack.
         """
         if x is None:
-            return torch.add(base, self.delta().to(base.dtype), alpha=self.scale)
+            delta = self.delta() if expert is None else self.lora_B[expert] @ self.lora_A[expert]
+            return torch.add(base, delta.to(base.dtype), alpha=self.scale)
         if op:
             return self._merged(base, x, bias, op)
         if lookup:

@@ -1,6 +1,7 @@
 """Graphs: the table of forms, matching, the one surgeon, the verifier, canonical text."""
 
 from lorasc_fx.graph.captured import call_instead, give_arguments, rename_inputs, retarget
+from lorasc_fx.graph.chosen import ON_CHOSEN, chosen_by
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, own_copy
 from lorasc_fx.graph.edit import GraphEditor, drop_nodes, weights_from_inputs
 from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading
@@ -34,6 +35,7 @@ __all__ = [
     "CONTRACTIONS",
     "FORMS",
     "LIKE_ANOTHER",
+    "ON_CHOSEN",
     "ON_WEIGHT",
     "SCALES",
     "Form",
@@ -48,6 +50,7 @@ __all__ = [
     "branch_nodes",
     "call_instead",
     "check_patterns",
+    "chosen_by",
     "copy_graph",
     "drop_nodes",
     "entries",

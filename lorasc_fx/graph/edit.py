@@ -116,9 +116,9 @@ class GraphEditor:
         self.modified = True
         return node
 
-    def put_on(self, weight: fx.Node, key: str) -> fx.Node:
-        """Insert `branches.KEY(weight)` after a weight's node, and give its value to all users of the weight."""
-        return self._insert(weight, key, (weight,), {})
+    def put_on(self, weight: fx.Node, key: str, options: Mapping[str, Any]) -> fx.Node:
+        """Insert `branches.KEY(weight, **options)` after a weight's node, and give its value to all users of it."""
+        return self._insert(weight, key, (weight,), options)
 
     def put_in_place(self, base: fx.Node, key: str, reading: Reading, product: str) -> fx.Node:
         """Put `branches.KEY(x, weight, bias, **options, op=product)` in place of `base`, which a fold writes again."""

@@ -16,6 +16,7 @@ from torch import fx
 
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import PassError
+from lorasc_fx.graph.chosen import ON_CHOSEN, choices
 from lorasc_fx.graph.forms import ON_WEIGHT
 from lorasc_fx.graph.reading import Found, kind_at, read
 from lorasc_fx.graph.record import Record, Use
@@ -154,7 +155,9 @@ def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan)
             merged = site.placement == "merged"
             marks |= {each.node: Use(weight, each.form, merged and each.mergeable) for each in seen.beside}
         elif seen.reached and not seen.called:
-            marks |= {source: Use(weight, ON_WEIGHT) for source in seen.sources}
+            for source in seen.sources:
+                chosen = choices(source) if site.kind == "experts" else []
+                marks |= dict.fromkeys(chosen, Use(weight, ON_CHOSEN)) or {source: Use(weight, ON_WEIGHT)}
         elif seen.reached:
             raise PassError(f"{weight}: node {seen.called[0].name} reads it in another layout than its branch has")
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}

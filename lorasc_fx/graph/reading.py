@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from lorasc_fx.branch import Branch
+from lorasc_fx.graph.chosen import choices
 from lorasc_fx.graph.flow import Meeting, constants, mutates
 from lorasc_fx.graph.form import FunctionForm
 from lorasc_fx.graph.forms import form_of, transposes
@@ -97,21 +98,27 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
             weight = weights.canonical.get(node.target.removeprefix(record.prefix))
             if weight is not None and weights.parameters[weight].dim() > 1:
                 found[weight].sources.append(node)
-                start, shape = _behind_branch(graph_module, node), tuple(weights.parameters[weight].shape)
-                for meeting in uses_of(start, constant | {start}):
-                    _read_meeting(meeting, start, shape, found[weight])
+                shape = tuple(weights.parameters[weight].shape)
+                for start in _behind_branches(graph_module, node):
+                    for meeting in uses_of(start, constant | {start}):
+                        _read_meeting(meeting, start, shape, found[weight])
         elif node.op == "call_module":
             _read_module(graph_module, node, record, weights, found)
     return found
 
 
-def _behind_branch(graph_module: fx.GraphModule, source: fx.Node) -> fx.Node:
-    """Return the branch node that stands on a weight already, or the weight's own node."""
-    for user in source.users:
-        branch = user.op == "call_module" and isinstance(module_at(graph_module, str(user.target)), Branch)
-        if branch and spelling_of(user) is None:
-            return user
-    return source
+def _behind_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.Node]:
+    """Return the branch nodes that stand on a weight already, or on what is chosen of it; or the weight's own node."""
+    for holders in ([source], choices(source)):
+        found = [user for holder in holders for user in holder.users if _stands_on(graph_module, user, holder)]
+        if found:
+            return found
+    return [source]
+
+
+def _stands_on(graph_module: fx.GraphModule, node: fx.Node, holder: fx.Node) -> bool:
+    branch = node.op == "call_module" and isinstance(module_at(graph_module, str(node.target)), Branch)
+    return branch and spelling_of(node) is None and node.args == (holder,)
 
 
 def _read_meeting(meeting: Meeting, start: fx.Node, shape: tuple[int, ...], found: Found) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from lorasc_fx.errors import VerifyError
+from lorasc_fx.graph.chosen import ON_CHOSEN, choices, chosen_by
 from lorasc_fx.graph.flow import constants
 from lorasc_fx.graph.form import FunctionForm, ModuleForm
 from lorasc_fx.graph.forms import BRANCH_OF, ON_WEIGHT, form_of, transposes
@@ -70,7 +71,9 @@ def _uses_fit_plan(view: View) -> Iterator[str]:
         op = spelled(node)
         module = module_at(view.module, node.target) if node.op == "call_module" else None
         form = op.form if op is not None else form_of(node, module)
-        name = ON_WEIGHT if node.op == "get_attr" else form.name if form is not None else "in no form"
+        on_chosen = form is None and chosen_by(node) is not None
+        on = ON_CHOSEN if on_chosen else ON_WEIGHT if node.op == "get_attr" else "in no form"
+        name = form.name if form is not None else on
         if op is not None and not use.merged:
             yield f"node {node.name} stands in place of {op.name}, but no pass has marked it so"
         elif name != use.form:
@@ -91,7 +94,13 @@ def _readers_of_sites_are_marked(view: View) -> Iterator[str]:
     for node in view.module.graph.nodes:
         name = str(node.target).removeprefix(view.record.prefix)
         if node.op == "get_attr" and view.canonical.get(name) in planned:
-            met = [] if use_of(node) is not None else [use.node for use in uses_of(node, constant)]
+            chosen = choices(node)
+            if use_of(node) is not None:
+                met = []
+            elif any(use_of(each) is not None for each in chosen):
+                met = chosen
+            else:
+                met = [use.node for use in uses_of(node, constant)]
             readers, weight = met, view.canonical[name]
         elif node.op == "call_module" and node not in view.branches:
             inside = module_at(view.module, node.target)
@@ -111,6 +120,8 @@ def _weight_of(view: View, node: fx.Node) -> str | None:
         return view.canonical.get(f"{str(node.target).removeprefix(view.record.prefix)}.weight")
     form = form_of(node, None)
     source, _ = _turned_back(form.argument(node, form.weight) if isinstance(form, FunctionForm) else node)
+    if form is None and chosen_by(node) is not None:
+        source = node.args[0]
     if op is not None:
         source = node.args[1]
     if not isinstance(source, fx.Node) or source.op != "get_attr":

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from lorasc_fx.branch import Branch
+from lorasc_fx.graph.chosen import ON_CHOSEN, chosen_by
 from lorasc_fx.graph.forms import BRANCH_OF, ON_WEIGHT, form_named
 from lorasc_fx.graph.marks import made_by, use_of
 from lorasc_fx.graph.shared import shared_input
@@ -86,6 +87,8 @@ def _reading(view: View, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dic
     """Return what a branch at this use must read besides its base, and with which options."""
     if form == ON_WEIGHT:
         return (), {}
+    if form == ON_CHOSEN:
+        return (), {"expert": chosen_by(base)}
     module = module_at(view.module, str(base.target)) if base.op == "call_module" else None
     reading = form_named(form).reads(base, module)
     return (reading.x,), dict(reading.options)

@@ -147,6 +147,13 @@ def _routed(self: Any, x: Tensor) -> Tensor:
     return torch.bmm(y, self.w2.index_select(0, chosen)).squeeze(1) * router.max(-1).values[:, None]
 
 
+def _chosen(self: Any, x: Tensor) -> Tensor:
+    """One matrix of each stack, by an index of no axis that the input tells; of one of them two."""
+    index = (x[0, 0] > 0).long()
+    y = F.linear(F.linear(x, self.w0[index]).tanh(), self.w1[index]) @ self.w2[index + 1] + self.w0.shape[0]
+    return y * F.linear(F.linear(x, self.w0[2 - index]), self.w1[2]).sum()
+
+
 def _looped(self: Any, x: Tensor) -> Tensor:
     gates = F.linear(x, self.w0).softmax(-1)
     return sum(gates[:, e, None] * F.linear(F.linear(x, self.w1[e]).tanh(), self.w2[e]) for e in range(3))
@@ -463,6 +470,18 @@ WEIGHT_CASES: tuple[Case, ...] = (
         aten,
         {"w0": one("linear", "aten.linear"), **on_weight("w1", "w2")},
         kinds={"w1": "experts", "w2": "experts"},
+    ),
+    Case(
+        "aten_chosen",
+        functional(_chosen, (3, 6, 5), (3, 4, 6), (3, 4, 7)),
+        randn(4, 5),
+        aten,
+        {
+            "w0": (("select_2", "on-chosen"), ("select_5", "on-chosen")),
+            **on_weight("w1"),  # one of its choices is written into the graph
+            "w2": one("select_4", "on-chosen"),
+        },
+        kinds=dict.fromkeys(("w0", "w1", "w2"), "experts"),
     ),
     Case(
         "functional_looped",

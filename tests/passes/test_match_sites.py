@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from lorasc_fx import CascadeSpec, PassError, Reason, SpecError
-from lorasc_fx.graph import FORMS, ON_WEIGHT, FunctionForm, record_of, strip, text
+from lorasc_fx.graph import FORMS, ON_CHOSEN, ON_WEIGHT, FunctionForm, record_of, strip, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
 from tests.passes.kit import (
@@ -85,7 +85,7 @@ def test_sites_refusals_and_unreached_are_all_matrices(case: Case, mode: str) ->
 
 def test_every_row_of_the_table_has_a_case() -> None:
     seen = {form for case in CASES for uses in case.sites.values() for _, form in uses}
-    assert seen == {form.name for form in FORMS} | {ON_WEIGHT}
+    assert seen == {form.name for form in FORMS} | {ON_WEIGHT, ON_CHOSEN}
 
 
 def test_every_target_of_a_row_has_a_case() -> None:
