@@ -1,0 +1,209 @@
+"""What a resume gives back: the state of optimizer, scheduler and random generators, all of it or none.
+
+Both `load_state_dict` of torch take what they get: a scheduler's puts it into its `__dict__`, where a name of a method
+would stand before the method. So a saved value is taken only where a value of its kind stands now.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorasc_fx.errors import CheckpointError
+from lorasc_fx.runtime.checkpoint import RNG
+from lorasc_fx.runtime.manifest import finite, optimizer_index
+from lorasc_fx.runtime.opening import told
+from lorasc_fx.runtime.optim import check_holds
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.checkpoint_read import Checkpoint
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["resume"]
+
+_ODD = ("Adafactor", "LBFGS", "SparseAdam")
+"""Optimizers of torch whose state has other shapes than the parameter's."""
+
+
+def resume(
+    core: Core, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | None, scheduler: Any
+) -> dict[str, Any]:
+    """Give optimizer, scheduler and random generators their state back, and return `extra`.
+
+    Raises:
+        CheckpointError: the checkpoint holds no such state, or that of another optimizer or scheduler. All are as they
+            were.
+        StateError: the optimizer does not hold the branches.
+    """
+    manifest, where = checkpoint.manifest, str(checkpoint.path)
+    for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if given is None:
+            continue
+        if what not in manifest:
+            raise CheckpointError(f"{where}: holds no {what}; it was saved without one")
+        saved = manifest[what]["class"]
+        if type(given).__name__ != saved:
+            raise CheckpointError(f"{where}: holds the state of {told(saved)}, the {what} is {type(given).__name__}")
+    if optimizer is not None:
+        check_holds(optimizer, core.trainable())
+    try:
+        state = _of_optimizer(optimizer, checkpoint, where) if optimizer is not None else None
+        then = None
+        if scheduler is not None:
+            then = like(scheduler.state_dict(), manifest["scheduler"]["state"], "scheduler")
+    except (ValueError, RecursionError) as fault:
+        raise CheckpointError(
+            f"{where}: {told(str(fault), 300)}; build optimizer and scheduler the same way"
+        ) from fault
+    _give(core, checkpoint, optimizer, state, scheduler, then)
+    extra: dict[str, Any] = manifest["extra"]
+    return extra
+
+
+def _give(
+    core: Core,
+    checkpoint: Checkpoint,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any] | None,
+    scheduler: Any,
+    then: Any,
+) -> None:
+    """Write what was checked; if anything raises, put back what was there."""
+    generators = torch.get_rng_state(), random.getstate()
+    groups = (optimizer.state, optimizer.param_groups) if optimizer is not None else None
+    schedule = deepcopy(scheduler.state_dict()) if scheduler is not None else None
+    version, words, gauss = checkpoint.manifest["rng"]["python"]
+    try:
+        if optimizer is not None and state is not None:
+            optimizer.load_state_dict(state)
+        if scheduler is not None:
+            scheduler.load_state_dict(then)
+        torch.set_rng_state(checkpoint.tensors[RNG])
+        random.setstate((version, tuple(words), gauss))
+        if optimizer is not None and checkpoint.manifest["turning"]:
+            core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer)
+    except BaseException:
+        if optimizer is not None and groups is not None:
+            core.turning.call_off()
+            optimizer.state, optimizer.param_groups = groups
+        if scheduler is not None:
+            scheduler.load_state_dict(schedule)
+        torch.set_rng_state(generators[0])
+        random.setstate(generators[1])
+        raise
+
+
+def _of_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, where: str) -> dict[str, Any]:
+    """Return the state dict that the checkpoint has for this optimizer.
+
+    Raises:
+        CheckpointError: the optimizer has other groups.
+        ValueError: the state is not that of such an optimizer.
+    """
+    meta = checkpoint.manifest["optimizer"]
+    now, then = optimizer.state_dict()["param_groups"], meta["groups"]
+    if [group["params"] for group in now] != [group["params"] for group in then]:
+        raise CheckpointError(f"{where}: the optimizer has other groups than the saved one; build it the same way")
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["numbers"].items()}
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith("optimizer/"):
+            index, key = optimizer_index(name, then)
+            state.setdefault(index, {})[key] = tensor.clone()
+    _check_state(optimizer, state)
+    groups = [_group(group, old, optimizer.defaults) for group, old in zip(now, then, strict=True)]
+    return {"state": state, "param_groups": groups}
+
+
+def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
+    """Refuse a state that parameters of one group have in part, or that has another shape than the parameter."""
+    if not type(optimizer).__module__.startswith("torch.optim.") or type(optimizer).__name__ in _ODD:
+        return  # what another optimizer keeps is its own affair
+    index = 0
+    for group in optimizer.param_groups:
+        names: set[str] | None = None
+        for parameter in group["params"]:
+            entries = state.get(index)
+            if entries is not None:
+                names = set(entries) if names is None else names
+                if set(entries) != names:
+                    odd = sorted(set(entries) ^ names)[0]
+                    raise ValueError(f"optimizer: {told(odd)} is there for some parameters of a group, not for {index}")
+                for name, value in entries.items():
+                    if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                        raise ValueError(
+                            f"optimizer: {told(name)} of parameter {index} is {tuple(value.shape)}, the parameter "
+                            f"{tuple(parameter.shape)}"
+                        )
+            index += 1
+
+
+def _group(now: Mapping[str, Any], then: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a group; what a scheduler notes there may be missing or be more."""
+    lost = next((key for key in now if key not in then and key in defaults), None)
+    if lost is not None:
+        raise ValueError(f"optimizer: a group has no {lost!r}")
+    taken = {key: like(now[key], value, f"optimizer: {key}") for key, value in then.items() if key in now}
+    more = {key: value for key, value in then.items() if key not in now}
+    for key, value in more.items():
+        if not finite(value):
+            raise ValueError(f"optimizer: a group has {told(repr(key))}, which this one has not")
+    return taken | more
+
+
+def like(now: Any, then: Any, place: str) -> Any:
+    """Return a value that JSON gave back as one of the kind that stands there now: tuples and integer keys again.
+
+    Raises:
+        ValueError: it is of another kind, or has other keys; names the place.
+    """
+    if isinstance(now, dict):
+        return _like_table(now, then, place)
+    if isinstance(now, (list, tuple)):
+        return _like_list(now, then, place)
+    if isinstance(now, bool):
+        fits = isinstance(then, bool) or then is None
+    elif isinstance(now, (int, float)):
+        fits = finite(then)
+    elif now is None:
+        fits = then is None or isinstance(then, (bool, str)) or finite(then)
+    else:
+        fits = isinstance(now, str) and isinstance(then, str)
+    if not fits:
+        raise ValueError(f"{place} is {told(repr(then))}, where {type(now).__name__} is expected")
+    return then
+
+
+def _like_table(now: dict[Any, Any], then: Any, place: str) -> Any:
+    if not isinstance(then, dict):
+        raise ValueError(f"{place} is {type(then).__name__}, not a table")
+    counted = bool(now) and all(type(key) is int for key in now)
+    if counted:
+        keys = {name: int(name) for name in then}
+        sample = next(iter(now.values()))
+        return type(now)({key: like(now.get(key, sample), then[name], f"{place}[{key}]") for name, key in keys.items()})
+    odd = sorted(set(then) ^ set(now)) if now else [name for name in then if name.startswith("_")]
+    if odd:
+        there = "has" if odd[0] in then else "has no"
+        raise ValueError(f"{place} {there} {told(repr(odd[0]))}, unlike the one that is to take it")
+    return type(now)({name: like(now.get(name), value, f"{place}.{told(name)}") for name, value in then.items()})
+
+
+def _like_list(now: list[Any] | tuple[Any, ...], then: Any, place: str) -> Any:
+    if not isinstance(then, list):
+        raise ValueError(f"{place} is {type(then).__name__}, not a list")
+    fixed = isinstance(now, tuple) or place.endswith(("lr", "lrs", "momentums")) or any(map(_nested, now))
+    if fixed and len(now) != len(then):
+        raise ValueError(f"{place} has {len(then)} entries, {len(now)} are expected")
+    samples = now if fixed else [now[0] if now else None] * len(then)
+    taken = [
+        like(sample, each, f"{place}[{index}]") for index, (sample, each) in enumerate(zip(samples, then, strict=True))
+    ]
+    return tuple(taken) if isinstance(now, tuple) else taken
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, (dict, list, tuple))
