@@ -2,9 +2,21 @@
 
 from lorasc_fx.runtime.cascade import Cascade
 from lorasc_fx.runtime.checkpoint import check_base, read
+from lorasc_fx.runtime.data_order import shuffled_batches
 from lorasc_fx.runtime.face import cascade_class, save
 from lorasc_fx.runtime.flags import Flags
 from lorasc_fx.runtime.stages import Stage
 from lorasc_fx.runtime.variants import Made, Variant
 
-__all__ = ["Cascade", "Flags", "Made", "Stage", "Variant", "cascade_class", "check_base", "read", "save"]
+__all__ = [
+    "Cascade",
+    "Flags",
+    "Made",
+    "Stage",
+    "Variant",
+    "cascade_class",
+    "check_base",
+    "read",
+    "save",
+    "shuffled_batches",
+]

