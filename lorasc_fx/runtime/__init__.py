@@ -2,6 +2,7 @@
 
 from lorasc_fx.runtime.cascade import Cascade
 from lorasc_fx.runtime.checkpoint_read import check_base, check_plan, read
+from lorasc_fx.runtime.data_order import shuffled_batches
 from lorasc_fx.runtime.face import cascade_class, save
 from lorasc_fx.runtime.flags import Flags
 from lorasc_fx.runtime.stages import Stage
@@ -18,4 +19,5 @@ __all__ = [
     "check_plan",
     "read",
     "save",
+    "shuffled_batches",
 ]

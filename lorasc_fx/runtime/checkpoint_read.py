@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "check_base", "check_plan", "read", "restore"]
 
+_GENERATOR = re.compile(rf"{RNG}|rng/cuda/\d{{1,4}}")
 _ROOM = 1 << 18
 """Entries that a branch may have however small its weight is."""
 
@@ -127,6 +129,9 @@ def _faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
         yield f"has no tensor {RNG!r}"
     elif state.dtype != torch.uint8 or state.shape != torch.get_rng_state().shape or not _is_random(state):
         yield f"{RNG!r} is no state of torch's random generator"
+    odd = next((name for name in tensors if name.startswith("rng/") and not _GENERATOR.fullmatch(name)), None)
+    if odd is not None:
+        yield f"holds {told(repr(odd))}, which is no random generator"
     for site in plan.sites:
         for name, shape in zip(("lora_A", "lora_B"), site.factor_shapes, strict=True):
             found = tensors.get(f"branch/{site.weight}/{name}")

@@ -32,6 +32,11 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "rng": (dict, "a table of random generators"),
     "extra": (dict, "a table"),
 }
+_OPTIONAL: Mapping[str, tuple[type, str]] = {
+    "pending": (list, "a list of names"),
+    "outside": (list, "a list of notes"),
+    "versions": (dict, "a table of versions"),
+}
 _SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
 _DIGEST = re.compile("[0-9a-f]{64}")
 _STATE = ("stages", "slow", "start", "kept")
@@ -79,6 +84,9 @@ def check_kinds(manifest: Mapping[str, Any]) -> None:
     for key, (kind, what) in _KINDS.items():
         if type(manifest[key]) is not kind:
             raise ValueError(f"{key!r} is {type(manifest[key]).__name__}, not {what}")
+    for key, (kind, what) in _OPTIONAL.items():
+        if key in manifest and type(manifest[key]) is not kind:
+            raise ValueError(f"{key!r} is {type(manifest[key]).__name__}, not {what}")
     for key, parts in _SAVED.items():
         held = manifest.get(key)
         if key in manifest and (
@@ -110,6 +118,12 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
     if manifest["turning"] and plan.spec.restart_A != "gradient":
         raise ValueError(f"'turning' is true, and restart_A is {plan.spec.restart_A!r}")
     _check_random(manifest["rng"])
+    for name in (*manifest.get("pending", ()), *manifest.get("versions", {}).values()):
+        if not isinstance(name, str):
+            raise ValueError(f"'pending' and 'versions' hold names, not {told(repr(name))}")
+    for note in manifest.get("outside", ()):
+        if not _is_note(note):
+            raise ValueError(f"'outside': {told(repr(note))} is no note of what stands outside of JSON")
     if "optimizer" in manifest:
         _check_optimizer(manifest["optimizer"])
 
@@ -152,6 +166,33 @@ def _check_random(states: Mapping[str, Any]) -> None:
     except (TypeError, ValueError, OverflowError) as fault:
         raise ValueError(f"'rng': is no state of Python's random generator: {fault}") from fault
 
+    numpy = states.get("numpy")
+    if numpy is not None and not _is_numpy(numpy):
+        raise ValueError("'rng': is no state of numpy's random generator")
+
+
+def _is_numpy(state: Any) -> bool:
+    """Whether a state is one of numpy's default generator; numpy itself does not look at the position in it."""
+    if (
+        not isinstance(state, dict)
+        or state.get("bit_generator") != "MT19937"
+        or not isinstance(state.get("state"), dict)
+    ):
+        return False
+    key, place = state["state"].get("key"), state["state"].get("pos")
+    words = isinstance(key, list) and len(key) == 624 and all(type(each) is int and 0 <= each < 2**32 for each in key)
+    spare = type(state.get("has_gauss")) is int and state["has_gauss"] in (0, 1) and finite(state.get("gauss"))
+    return words and spare and type(place) is int and 0 <= place <= 624
+
+
+def _is_note(note: Any) -> bool:
+    if not isinstance(note, dict) or not isinstance(note.get("place"), list) or len(note) != 2:
+        return False
+    place = note["place"]
+    way = all(isinstance(each, str) or (type(each) is int and each >= 0) for each in place)
+    what = note.get("number") in ("inf", "-inf", "nan") or str(note.get("tensor", "")).startswith("outside/")
+    return way and what and len(place) > 1 and place[0] in ("extra", "optimizer", "scheduler")
+
 
 def _check_optimizer(saved: Mapping[str, Any]) -> None:
     count = 0
@@ -162,8 +203,6 @@ def _check_optimizer(saved: Mapping[str, Any]) -> None:
     for index, entries in saved["numbers"].items():
         if not index.isdecimal() or int(index) >= count or not isinstance(entries, dict):
             raise ValueError(f"'optimizer': holds the state of parameter {told(index)}, of {count}")
-        if not all(each is None or isinstance(each, (bool, str)) or finite(each) for each in entries.values()):
-            raise ValueError(f"'optimizer': parameter {told(index)} has a state that is no number, name, or nothing")
 
 
 def optimizer_index(name: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, str]:

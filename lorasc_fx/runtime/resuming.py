@@ -6,7 +6,7 @@ would stand before the method. So a saved value is taken only where a value of i
 
 from __future__ import annotations
 
-import random
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasc_fx.errors import CheckpointError
-from lorasc_fx.runtime.checkpoint import RNG
+from lorasc_fx.runtime import generators, half_step, outside_json
 from lorasc_fx.runtime.manifest import finite, optimizer_index
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.optim import check_holds
+from lorasc_fx.runtime.provenance import differences
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.checkpoint_read import Checkpoint
     from lorasc_fx.runtime.core import Core
 
 __all__ = ["resume"]
+
+log = logging.getLogger("lorasc_fx")
 
 _ODD = ("Adafactor", "LBFGS", "SparseAdam")
 """Optimizers of torch whose state has other shapes than the parameter's."""
@@ -32,14 +35,15 @@ _ODD = ("Adafactor", "LBFGS", "SparseAdam")
 def resume(
     core: Core, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | None, scheduler: Any
 ) -> dict[str, Any]:
-    """Give optimizer, scheduler and random generators their state back, and return `extra`.
+    """Give optimizer, scheduler, pending gradients and random generators their state back, and return `extra`.
 
     Raises:
         CheckpointError: the checkpoint holds no such state, or that of another optimizer or scheduler. All are as they
             were.
         StateError: the optimizer does not hold the branches.
     """
-    manifest, where = checkpoint.manifest, str(checkpoint.path)
+    where = str(checkpoint.path)
+    manifest = _with_outside(checkpoint, where)
     for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is None:
             continue
@@ -51,17 +55,41 @@ def resume(
     if optimizer is not None:
         check_holds(optimizer, core.trainable())
     try:
-        state = _of_optimizer(optimizer, checkpoint, where) if optimizer is not None else None
-        then = None
+        state, then = None, None
+        if optimizer is not None:
+            state = _of_optimizer(optimizer, manifest["optimizer"], checkpoint.tensors, where)
         if scheduler is not None:
             then = like(scheduler.state_dict(), manifest["scheduler"]["state"], "scheduler")
     except (ValueError, RecursionError) as fault:
         raise CheckpointError(
             f"{where}: {told(str(fault), 300)}; build optimizer and scheduler the same way"
         ) from fault
-    _give(core, checkpoint, optimizer, state, scheduler, then)
+    try:
+        _give(core, checkpoint, optimizer, state, scheduler, then)
+    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        raise CheckpointError(f"{where}: its state was not taken: {told(str(fault), 300)}") from fault
+    if changed := differences(manifest.get("versions")):
+        names = told(", ".join(changed), 300)
+        log.warning("%s: written under %s; the run goes on, but perhaps not bit for bit", where, names)
     extra: dict[str, Any] = manifest["extra"]
     return extra
+
+
+def _with_outside(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
+    """Return the manifest with the tensors and numbers that JSON does not hold in their places, each used."""
+    manifest = checkpoint.manifest
+    parts = {key: manifest[key] for key in ("optimizer", "scheduler", "extra") if key in manifest}
+    notes = manifest.get("outside", ())
+    try:
+        whole = outside_json.put_back(parts, notes, checkpoint.tensors)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as fault:
+        what = f"{type(fault).__name__}: {told(str(fault))}"
+        raise CheckpointError(f"{where}: tensors and numbers outside of JSON have no place in it: {what}") from fault
+    used = {note.get("tensor") for note in notes}
+    odd = next((name for name in checkpoint.tensors if name.startswith("outside/") and name not in used), None)
+    if odd is not None:
+        raise CheckpointError(f"{where}: holds {told(repr(odd))}, which has no place in it")
+    return {**manifest, **whole}
 
 
 def _give(
@@ -73,43 +101,47 @@ def _give(
     then: Any,
 ) -> None:
     """Write what was checked; if anything raises, put back what was there."""
-    generators = torch.get_rng_state(), random.getstate()
+    manifest, tensors = checkpoint.manifest, checkpoint.tensors
+    before = generators.pack()
     groups = (optimizer.state, optimizer.param_groups) if optimizer is not None else None
     schedule = deepcopy(scheduler.state_dict()) if scheduler is not None else None
-    version, words, gauss = checkpoint.manifest["rng"]["python"]
+    gradients = [(parameter, parameter.grad) for parameter in core.parameters_by_name().values()]
+    gradients += [(parameter, parameter.grad) for parameter in core.branches.parameters()]
     try:
         if optimizer is not None and state is not None:
             optimizer.load_state_dict(state)
+            if manifest["turning"]:
+                core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer)
+            half_step.unpack(core, tensors, manifest.get("pending", ()), str(checkpoint.path))
         if scheduler is not None:
             scheduler.load_state_dict(then)
-        torch.set_rng_state(checkpoint.tensors[RNG])
-        random.setstate((version, tuple(words), gauss))
-        if optimizer is not None and checkpoint.manifest["turning"]:
-            core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer)
+        generators.unpack(tensors, manifest["rng"])
     except BaseException:
         if optimizer is not None and groups is not None:
             core.turning.call_off()
             optimizer.state, optimizer.param_groups = groups
         if scheduler is not None:
             scheduler.load_state_dict(schedule)
-        torch.set_rng_state(generators[0])
-        random.setstate(generators[1])
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        generators.unpack(*before)
         raise
 
 
-def _of_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, where: str) -> dict[str, Any]:
+def _of_optimizer(
+    optimizer: torch.optim.Optimizer, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: str
+) -> dict[str, Any]:
     """Return the state dict that the checkpoint has for this optimizer.
 
     Raises:
         CheckpointError: the optimizer has other groups.
         ValueError: the state is not that of such an optimizer.
     """
-    meta = checkpoint.manifest["optimizer"]
     now, then = optimizer.state_dict()["param_groups"], meta["groups"]
     if [group["params"] for group in now] != [group["params"] for group in then]:
         raise CheckpointError(f"{where}: the optimizer has other groups than the saved one; build it the same way")
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["numbers"].items()}
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             index, key = optimizer_index(name, then)
             state.setdefault(index, {})[key] = tensor.clone()
@@ -138,6 +170,8 @@ def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[s
                             f"optimizer: {told(name)} of parameter {index} is {tuple(value.shape)}, the parameter "
                             f"{tuple(parameter.shape)}"
                         )
+                    if isinstance(value, (dict, list, str)):
+                        raise ValueError(f"optimizer: {told(name)} of parameter {index} is no number")
             index += 1
 
 
@@ -167,9 +201,13 @@ def like(now: Any, then: Any, place: str) -> Any:
     if isinstance(now, bool):
         fits = isinstance(then, bool) or then is None
     elif isinstance(now, (int, float)):
-        fits = finite(then)
+        fits = _number(then)
+    elif isinstance(now, torch.Tensor):
+        if isinstance(then, torch.Tensor) and then.shape == now.shape and then.dtype == now.dtype:
+            return then.to(now.device)
+        fits = False
     elif now is None:
-        fits = then is None or isinstance(then, (bool, str)) or finite(then)
+        fits = then is None or isinstance(then, (bool, str)) or _number(then)
     else:
         fits = isinstance(now, str) and isinstance(then, str)
     if not fits:
@@ -203,6 +241,11 @@ def _like_list(now: list[Any] | tuple[Any, ...], then: Any, place: str) -> Any:
         like(sample, each, f"{place}[{index}]") for index, (sample, each) in enumerate(zip(samples, then, strict=True))
     ]
     return tuple(taken) if isinstance(now, tuple) else taken
+
+
+def _number(value: Any) -> bool:
+    """Whether a value is a number; inf and nan are some where a note beside the JSON has put them."""
+    return isinstance(value, float) or finite(value)
 
 
 def _nested(value: Any) -> bool:

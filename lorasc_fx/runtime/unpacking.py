@@ -22,7 +22,7 @@ __all__ = ["unpack"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
-ELSEWHERE = ("rng/", "optimizer/")
+ELSEWHERE = ("rng/", "optimizer/", "gradient/", "outside/")
 """Tensors that a resume takes, not a load."""
 
 Take = Callable[..., torch.Tensor]
