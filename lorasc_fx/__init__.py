@@ -16,7 +16,7 @@ from lorasc_fx.errors import (
     VerifyError,
 )
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
-from lorasc_fx.runtime import Cascade, Stage, save
+from lorasc_fx.runtime import Cascade, Stage, save, shuffled_batches
 from lorasc_fx.spec import CascadeSpec, Noise, Rule
 
 __all__ = [
@@ -44,4 +44,5 @@ __all__ = [
     "adapt",
     "load",
     "save",
+    "shuffled_batches",
 ]

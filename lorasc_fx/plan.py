@@ -19,6 +19,10 @@ from lorasc_fx.spec import KINDS, PLACEMENTS, CascadeSpec, Scaling
 __all__ = ["Plan", "Reason", "Refusal", "Site"]
 
 FORMAT = 2
+MOST = 2**31 - 1
+"""Of stages, of a rank, of rows: a larger number in a file is none that this package has written."""
+ENTRIES = 2**40
+"""Of a weight: as much again."""
 
 
 class Reason(enum.Enum):
@@ -179,15 +183,21 @@ class Plan:
         """
         try:
             data: dict[str, Any] = json.loads(text)
-            if data["format"] != FORMAT:
-                raise CheckpointError(f"plan has format {data['format']}, this version reads {FORMAT}")
+            if type(data["format"]) is not int or data["format"] != FORMAT:
+                raise CheckpointError(f"plan has format {data['format']!r:.40}, this version reads {FORMAT}")
             sites = tuple(
                 _checked(Site(**{**each, **{name: tuple(each[name]) for name in ("shape", "aliases", "parts")}}))
                 for each in data["sites"]
             )
-            return cls(CascadeSpec.from_dict(data["spec"]), sites, _count("stage", data["stage"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as fault:
-            raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {fault}") from fault
+            spec = CascadeSpec.from_dict(data["spec"])
+            for rank in (spec.rank, *(rule.rank for rule in spec.rules if rule.rank is not None)):
+                _count("rank", rank)
+            names = [name for site in sites for name in (site.weight, *site.aliases)]
+            if len(set(names)) != len(names):
+                raise ValueError("a weight has two sites")
+            return cls(spec, sites, _count("stage", data["stage"]))
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as fault:
+            raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}") from fault
 
 
 def _checked(site: Site) -> Site:
@@ -200,7 +210,13 @@ def _checked(site: Site) -> Site:
     if len(site.shape) < 2:
         raise ValueError(f"shape is {site.shape}, not that of a matrix")
     for size in site.shape:
-        _count("shape", size, least=0)
+        _count("shape", size, least=0, most=ENTRIES)
+    if math.prod(max(size, 1) for size in site.shape) > ENTRIES:
+        raise ValueError(f"shape is {site.shape}, more than a weight can have")
+    if site.kind == "experts" and len(site.shape) != 3:
+        raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
+    if site.layout not in ("out_in", "in_out"):
+        raise ValueError(f"layout is {site.layout!r}, not out_in or in_out")
     _count("rank", site.rank)
     for size in site.parts:
         _count("parts", size)
@@ -215,13 +231,15 @@ def _checked(site: Site) -> Site:
     if (
         isinstance(site.lora_alpha, bool)
         or not isinstance(site.lora_alpha, (int, float))
-        or not 0 < site.lora_alpha < math.inf
+        or not 0 < float(site.lora_alpha) < math.inf
     ):
         raise ValueError(f"lora_alpha is {site.lora_alpha!r}, not a finite number above 0")
     return site
 
 
-def _count(name: str, value: Any, least: int = 1) -> int:
+def _count(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}, not an integer of {least} or more")
+    if value > most:
+        raise ValueError(f"{name} is above {most}")
     return value

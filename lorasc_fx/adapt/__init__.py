@@ -13,11 +13,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import check_untie, untied
-from lorasc_fx.capture import check_binds, open_model, signature_of
+from lorasc_fx.capture import FRONTENDS, check_binds, open_model, signature_of
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
 from lorasc_fx.graph import check_patterns, matches, named_weights
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, read
+from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.spec import CascadeSpec
 
@@ -94,11 +94,16 @@ def load(
         SpecError: base is `file`, and the model names no folder.
     """
     found = read(folder)
+    if found.frontend not in ("auto", *FRONTENDS):
+        known = ", ".join(("auto", *FRONTENDS))
+        raise CheckpointError(f"{found.path}: was made by the front end {found.frontend!r:.40}; known: {known}")
     opened = open_model(model)
     _check_new(opened)
     source = open_base(base, opened)
     with untied(opened, found.plan.spec.untie), torch.inference_mode(False):
-        check_base(found, dict(opened.named_parameters()))
+        weights = named_weights(opened)
+        check_base(found, weights.parameters)
+        check_plan(found, weights.matrices, weights.parameters)
         try:
             cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source)
         except (PassError, SpecError) as fault:

@@ -14,6 +14,7 @@ from lorasc_fx.capture.export import capture_dynamo, capture_export
 from lorasc_fx.capture.graph import capture_graph
 from lorasc_fx.capture.live import OWNER, Captured, quiet
 from lorasc_fx.capture.pieces import Pieces, capture_pieces
+from lorasc_fx.capture.pt2 import inert
 from lorasc_fx.capture.signature import bind, check_binds, copied, key_of, leaves, signature_of
 from lorasc_fx.capture.symbolic import capture_symbolic
 from lorasc_fx.capture.trees import know_trees, whole
@@ -100,8 +101,10 @@ def capture(
 def open_model(model: Any) -> nn.Module:
     """Return the module to adapt: a module as it is, a program's graph module, or that of a .pt2 file.
 
+    Nothing from the file is run: one with pickled parts, or more in its texts than names and arithmetic, is refused.
+
     Raises:
-        CaptureError: it is none of these, or the file cannot be read.
+        CaptureError: it is none of these, or the file cannot be read, or holds what would be run.
     """
     if isinstance(model, torch.export.ExportedProgram):
         return model.module()
@@ -110,7 +113,9 @@ def open_model(model: Any) -> nn.Module:
         if not path.is_file():
             raise CaptureError(f"{path} is not a file; give a .pt2 that torch.export.save wrote")
         try:
-            return torch.export.load(path).module()
+            return torch.export.load(inert(path)).module()
+        except CaptureError:
+            raise
         except Exception as fault:
             raise CaptureError(f"{path} cannot be read as a .pt2: {one_line(fault)}") from fault
     if not isinstance(model, nn.Module):

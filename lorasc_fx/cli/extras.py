@@ -19,7 +19,7 @@ def module_of(extra: str, name: str) -> Any:
     """
     package = name.partition(".")[0]
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(name)  # noqa: TID251 - names of packages in our own sources
     except ModuleNotFoundError as fault:
         if fault.name is None or fault.name.partition(".")[0] != package:
             raise  # it is there, and something that it needs itself is not: not ours to explain away

@@ -23,7 +23,7 @@ def run_fold(run: Path, output: Path | None) -> int:
     folder = RunFolder(run)
     if not folder.config.is_file():
         raise StateError(f"{run} holds no run: there is no {folder.config.name} in it")
-    if not folder.checkpoint.exists():
+    if not folder.saved:
         raise StateError(f"{run} holds no checkpoint yet; a run writes its first one at the end of its first stage")
     setup = Setup.of(load_config(folder.config))
     seed = setup.config.train.seed

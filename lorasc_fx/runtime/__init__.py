@@ -1,10 +1,23 @@
 """What runs: the cascade, its slow weights, stages and checkpoints. No graph and no passes in here."""
 
 from lorasc_fx.runtime.cascade import Cascade
-from lorasc_fx.runtime.checkpoint import check_base, read
+from lorasc_fx.runtime.checkpoint_read import check_base, check_plan, read
+from lorasc_fx.runtime.data_order import shuffled_batches
 from lorasc_fx.runtime.face import cascade_class, save
 from lorasc_fx.runtime.flags import Flags
 from lorasc_fx.runtime.stages import Stage
 from lorasc_fx.runtime.variants import Made, Variant
 
-__all__ = ["Cascade", "Flags", "Made", "Stage", "Variant", "cascade_class", "check_base", "read", "save"]
+__all__ = [
+    "Cascade",
+    "Flags",
+    "Made",
+    "Stage",
+    "Variant",
+    "cascade_class",
+    "check_base",
+    "check_plan",
+    "read",
+    "save",
+    "shuffled_batches",
+]

@@ -7,13 +7,14 @@ the file, and nobody else may write to it while the cascade lives: that is looke
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,8 @@ from torch import nn
 
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest
+from lorasc_fx.runtime.manifest import LONGEST, parsed
+from lorasc_fx.runtime.opening import plain_bytes, told
 
 __all__ = ["BaseFile", "open_base"]
 
@@ -129,9 +132,9 @@ def _shards(path: Path) -> list[Path]:
             raise CheckpointError(f"base: {path} is no safetensors file, nor a folder with {SINGLE} or {INDEX}")
         return [single]
     try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table = parsed(plain_bytes(index, LONGEST, links=True))["weight_map"]
         names = sorted(set(table.values()))
-        if any(Path(name).name != name for name in names):
+        if any(Path(name).name != name or name in ("", "..") for name in names):
             raise ValueError("it names files outside its folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(f"base: {index} cannot be read as an index of safetensors: {fault}") from fault
@@ -139,19 +142,25 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _keys(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return list(handle.keys())
-    except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"base: {path} cannot be read: {fault}") from fault
+    with _opened(path) as handle:
+        return list(handle.keys())
 
 
 def _tensors(path: Path, keys: Iterable[str]) -> list[torch.Tensor]:
+    with _opened(path) as handle:
+        return [handle.get_tensor(key) for key in keys]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, whose header the library holds against its size; what is odd in it is one error."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"base: {path} cannot be read: it is no plain file")
     try:
         with safe_open(path, framework="pt") as handle:
-            return [handle.get_tensor(key) for key in keys]
-    except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"base: {path} cannot be read: {fault}") from fault
+            yield handle
+    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # no dtype of torch's
+        raise CheckpointError(f"base: {path} cannot be read: {told(str(fault), 300)}") from fault
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

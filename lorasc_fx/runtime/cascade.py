@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Which
 from lorasc_fx.errors import StateError, nearest
-from lorasc_fx.runtime import checkpoint, folding, transition
+from lorasc_fx.runtime import checkpoint_read, folding, resuming, transition
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.described import Described
 from lorasc_fx.runtime.flags import Flags
@@ -56,7 +56,7 @@ class Cascade(Described):
         if made.variant.attach is not None:
             made.variant.attach(self._grow)
         self._frontend = made.variant.frontend
-        self._loaded: checkpoint.Checkpoint | None = None
+        self._loaded: checkpoint_read.Checkpoint | None = None
 
     # ---- computing
 
@@ -240,7 +240,7 @@ class Cascade(Described):
         self.core.check_ready("resume")
         if self._loaded is None:
             raise StateError("resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)")
-        return checkpoint.resume(self.core, self._loaded, optimizer, scheduler)
+        return resuming.resume(self.core, self._loaded, optimizer, scheduler)
 
     # ---- moving
 
@@ -262,7 +262,7 @@ class Cascade(Described):
             self.model.train(mode)
         return self
 
-    def load(self, found: checkpoint.Checkpoint) -> None:
+    def load(self, found: checkpoint_read.Checkpoint) -> None:
         """Take over a checkpoint that was read; the cascade was made by its plan."""
-        checkpoint.restore(self.core, found)
+        checkpoint_read.restore(self.core, found)
         self._loaded = found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.runtime import checkpoint
+from lorasc_fx.runtime import checkpoint_write
 from lorasc_fx.runtime.cascade import Cascade
 
 __all__ = ["cascade_class", "save"]
@@ -42,19 +42,25 @@ def save(
 ) -> Path:
     """Write what a resume needs as a new version in `folder`, and drop versions older than the last `keep`.
 
+    A process that is killed at any moment leaves versions that are whole: the new one counts from the moment at which
+    it is on disk, and the old one goes after that. Gradients that wait for a step, and the states of the random
+    generators of torch, python, numpy and CUDA, are written too; `Cascade.resume` gives them back.
+
     Args:
         cascade: whose branches, experts, coefficients, trained parameters and buffers are written.
         optimizer, scheduler: whose state is written.
-        extra: anything of yours that JSON holds: the position in the data, say.
+        extra: anything of yours that JSON holds, and tensors in it: the number of steps done (the position in the
+            stage, and in the data of `shuffled_batches`), the state of a loader or a GradScaler, an average of weights.
         keep: number of versions that stay.
 
     Returns:
         The folder of the new version.
 
     Raises:
-        CheckpointError: the folder cannot be written, or extra or scheduler are not JSON. What was there stays.
+        CheckpointError: the folder cannot be written, another save writes into it, or extra or scheduler hold what
+            neither JSON nor safetensors can. What was there stays.
         SpecError: keep is less than 1.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
     cascade.core.check_ready("save")
-    return checkpoint.write_version(cascade.core, Path(folder), optimizer, scheduler, dict(extra or {}), keep)
+    return checkpoint_write.write_version(cascade.core, Path(folder), optimizer, scheduler, dict(extra or {}), keep)

@@ -35,6 +35,11 @@ class GradientStart:
         """Whether the step is still to come."""
         return self._handle is not None
 
+    @property
+    def gathering(self) -> Mapping[str, nn.Parameter]:
+        """The weights whose gradients that step will look at, by name."""
+        return self._weights
+
     def arm(
         self, parameters: Mapping[str, nn.Parameter], branches: Mapping[str, Branch], optimizer: torch.optim.Optimizer
     ) -> None:

@@ -27,7 +27,7 @@ class PendingWatch:
         for parameter in parameters.values():
             if id(parameter) not in self._armed:
                 self._armed.add(id(parameter))
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._note))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self.note))
 
     def disarm(self) -> None:
         """Watch nothing any more."""
@@ -45,7 +45,8 @@ class PendingWatch:
             and bool(parameter.grad.any())
         ]
 
-    def _note(self, parameter: nn.Parameter) -> None:
+    def note(self, parameter: nn.Parameter) -> None:
+        """The gradient that the parameter holds now waits for a step."""
         self._seen[id(parameter)] = parameter._version
 
     def __reduce__(self) -> tuple[type[PendingWatch], tuple[()]]:

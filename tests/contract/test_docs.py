@@ -1,7 +1,7 @@
 """Documentation runs: the python blocks of each page, in order, as one program in an empty folder."""
 
 import re
-import runpy
+import runpy  # noqa: TID251 - the blocks of our own pages
 from pathlib import Path
 
 import pytest

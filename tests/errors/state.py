@@ -16,7 +16,9 @@ State = dict[str, Any]
 
 
 def raw(value: Any) -> Any:
-    """A tensor as dtype, shape and bytes (nan equals nan, -0.0 is not 0.0); other values as they are."""
+    """A tensor as dtype, shape and bytes (nan equals nan, -0.0 is not 0.0), in lists too; other values as they are."""
+    if isinstance(value, (list, tuple)):
+        return [raw(each) for each in value]
     if not isinstance(value, torch.Tensor):
         return value
     plain = value.detach().cpu().contiguous()

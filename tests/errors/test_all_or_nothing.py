@@ -174,6 +174,21 @@ def test_folded_copies(call: str, kind: str) -> None:
     assert_same(of(cascade, optimizer), before)
 
 
+@pytest.mark.parametrize("kind", FAULTS)
+def test_save(kind: str, tmp_path: Path) -> None:
+    cascade, optimizer = made(SPECS["noise, train"])
+    lx.save(cascade, tmp_path, optimizer=optimizer)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    step(cascade, optimizer, X)
+
+    def save() -> None:
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+        lx.save(cascade, tmp_path, optimizer=optimizer)
+
+    assert everywhere(kind, save, cascade, optimizer) > 50
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
 def writes_fail(monkeypatch: pytest.MonkeyPatch, call: Callable[[], lx.Cascade], mode: FailAt) -> lx.Cascade:
     """Call with the mode on from the moment at which everything is captured and nothing is written."""
     real, on = Flags.of, False

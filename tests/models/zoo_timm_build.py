@@ -55,7 +55,7 @@ def net(
         own = {"num_classes": 5, **copy.deepcopy(kwargs)}  # the builder of EfficientNets takes its arguments apart
         model: nn.Module
         if file:
-            model = getattr(importlib.import_module(f"timm.models.{file}"), cls)(**own)
+            model = getattr(importlib.import_module(f"timm.models.{file}"), cls)(**own)  # noqa: TID251
         else:
             model = timm.create_model(name, pretrained=False, **own)
         for each in passed:

@@ -1,0 +1,222 @@
+"""Reading a checkpoint: a folder that anybody may have written, taken over as a whole or refused in one sentence.
+
+Each file is opened once and read into memory, and digest and content come from those bytes (`opening`). Sizes are held
+against the file before anything of that size is made: a tensor cannot be larger than its file, a branch of the plan
+not larger than its tensors. No name in a file becomes a path, and nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from lorasc_fx.errors import CheckpointError
+from lorasc_fx.plan import Plan
+from lorasc_fx.runtime import unpacking
+from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, _canonical, _versions
+from lorasc_fx.runtime.fingerprint import fingerprint, text_digest
+from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
+from lorasc_fx.runtime.opening import plain_bytes, told
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["Checkpoint", "check_base", "check_plan", "read", "restore"]
+
+_GENERATOR = re.compile(rf"{RNG}|rng/cuda/\d{{1,4}}")
+_ROOM = 1 << 18
+"""Entries that a branch may have however small its weight is."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A version as read: its manifest, its tensors, its plan."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    plan: Plan
+
+    @property
+    def frontend(self) -> str:
+        """The front end that was asked for."""
+        return str(self.manifest["frontend"])
+
+
+def read(folder: str | PathLike[str]) -> Checkpoint:
+    """Read the newest version of a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged; names the file and the reason.
+    """
+    root = Path(folder)
+    try:
+        versions = _versions(root)
+    except OSError as fault:
+        raise CheckpointError(f"{root}: cannot be read: {_why(fault)}") from fault
+    if not versions:
+        raise CheckpointError(f"{root}: no checkpoint in this folder")
+    path = versions[-1][1]
+    manifest, plan = _read_manifest(path / MANIFEST)
+    tensors = _read_tensors(path / TENSORS, manifest["files"][TENSORS])
+    _check_files(path)
+    for sentence in _faults(plan, tensors):
+        raise CheckpointError(f"{path}: {sentence}")
+    return Checkpoint(path, manifest, tensors, plan)
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
+    try:
+        manifest = parsed(plain_bytes(path, LONGEST))
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}") from fault
+    found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if not isinstance(manifest, dict) or type(found) is not int or found != FORMAT:
+        raise CheckpointError(f"{path}: format {told(repr(found))}; this version reads format {FORMAT}")
+    try:
+        check_kinds(manifest)
+        if manifest.get("digest") != text_digest(_canonical(manifest)):
+            raise ValueError("differs from its own digest; the file is damaged, or was edited")
+        plan = Plan.from_json(json.dumps(manifest["plan"]))
+        check_fields(manifest, plan, TENSORS)
+    except (ValueError, CheckpointError) as fault:
+        raise CheckpointError(f"{path}: {fault}") from fault
+    except RecursionError as fault:
+        raise CheckpointError(f"{path}: cannot be read: it is nested too deeply") from fault
+    return manifest, plan
+
+
+def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    try:
+        data = plain_bytes(path)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise CheckpointError(f"{path}: differs from its digest in {MANIFEST}; the file is damaged")
+        return load(data)
+    except (OSError, SafetensorError) as fault:
+        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}") from fault
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # a dtype or size torch has not
+        raise CheckpointError(f"{path}: cannot be read: {type(fault).__name__}: {told(str(fault))}") from fault
+    except MemoryError as fault:
+        raise CheckpointError(f"{path}: cannot be read: there is no memory for its tensors") from fault
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a version that holds more than its two files."""
+    with os.scandir(path) as entries:
+        odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, TENSORS)), None)
+    if odd is not None:
+        raise CheckpointError(f"{path}: holds {told(odd)}, which is no part of a checkpoint; take it away")
+
+
+def _faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Yield what is wrong with tensors that must be right before a cascade is made by the plan: its branches are as
+    large as the plan says, so the plan says no more than the file holds.
+    """
+    state = tensors.get(RNG)
+    if state is None:
+        yield f"has no tensor {RNG!r}"
+    elif state.dtype != torch.uint8 or state.shape != torch.get_rng_state().shape or not _is_random(state):
+        yield f"{RNG!r} is no state of torch's random generator"
+    odd = next((name for name in tensors if name.startswith("rng/") and not _GENERATOR.fullmatch(name)), None)
+    if odd is not None:
+        yield f"holds {told(repr(odd))}, which is no random generator"
+    for site in plan.sites:
+        for name, shape in zip(("lora_A", "lora_B"), site.factor_shapes, strict=True):
+            found = tensors.get(f"branch/{site.weight}/{name}")
+            if found is None:
+                yield f"has no tensor {told(repr(f'branch/{site.weight}/{name}'))}"
+            elif tuple(found.shape) != shape:
+                yield f"{told(repr(f'branch/{site.weight}/{name}'))} is {tuple(found.shape)}, the plan says {shape}"
+
+
+def _is_random(state: torch.Tensor) -> bool:
+    try:
+        torch.Generator().set_state(state)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _why(fault: Exception) -> str:
+    """Return the reason without the path, which the message names already."""
+    return fault.strerror if isinstance(fault, OSError) and fault.strerror else told(str(fault), 300)
+
+
+def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a model that is not the checkpoint's base.
+
+    Raises:
+        CheckpointError: names the parameters that are missing, foreign, or differ.
+    """
+    base: Mapping[str, str] = checkpoint.manifest["base"]
+    missing = [name for name in base if name not in parameters]
+    foreign = [name for name in parameters if name not in base]
+    changed = [name for name, value in parameters.items() if name in base and fingerprint(value) != base[name]]
+    for what, names in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(
+                f"{checkpoint.path}: this is another base: the model {what} {', '.join(map(told, names[:3]))}{more}; "
+                "load onto the weights that were adapted"
+            )
+
+
+def check_plan(
+    checkpoint: Checkpoint, matrices: Mapping[str, tuple[str, ...]], parameters: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse a plan of other weights than the model's, before a cascade is made by it.
+
+    Args:
+        checkpoint: as read.
+        matrices: all names of each weight matrix, by its first.
+        parameters: the model's, by first name.
+
+    Raises:
+        CheckpointError: names the weight.
+    """
+    manifest, plan = checkpoint.path / MANIFEST, checkpoint.plan
+    for site in plan.sites:
+        names = matrices.get(site.weight)
+        if names is None:
+            raise CheckpointError(f"{manifest}: its plan has a site {told(site.weight)}, which the model has not")
+        if (site.weight, *site.aliases) != names:
+            raise CheckpointError(
+                f"{manifest}: its plan has {told(site.weight)} tied to {told(', '.join(site.aliases) or 'nothing')}, "
+                f"the model to {', '.join(names[1:]) or 'nothing'}"
+            )
+        shape = tuple(parameters[site.weight].shape)
+        if site.shape != shape:
+            raise CheckpointError(f"{manifest}: its plan has {site.weight} of shape {site.shape}, the model {shape}")
+    spec, planned = plan.spec, plan.by_weight
+    rank = max(spec.rank, *(rule.rank or 0 for rule in spec.rules), 0)
+    for name in matrices.keys() - planned.keys():  # one that this call is the first to use would get such a branch
+        size = parameters[name].shape
+        if rank * (size[0] + math.prod(size[1:])) > max(_ROOM, 64 * parameters[name].numel()):
+            raise CheckpointError(
+                f"{manifest}: its spec asks for rank {rank}, which makes a branch of {name} larger than anything here"
+            )
+
+
+def restore(core: Core, checkpoint: Checkpoint) -> None:
+    """Put the checkpoint's values into a cascade that was made by its plan.
+
+    Raises:
+        CheckpointError: they do not fit; the cascade is as it was.
+    """
+    try:
+        unpacking.unpack(core, checkpoint.tensors, checkpoint.manifest, str(checkpoint.path))
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:
+        what = f"{type(fault).__name__}: {told(str(fault))}"
+        raise CheckpointError(f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}") from fault

@@ -1,0 +1,219 @@
+"""What a manifest may hold: each field is checked for kind and range before anything is made of it.
+
+A digest tells of damage, not of forgery: whoever edits a manifest can sign it anew. So nothing here trusts one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorasc_fx.plan import Plan
+from lorasc_fx.runtime.opening import told
+
+__all__ = ["LONGEST", "check_fields", "check_kinds", "finite", "parsed"]
+
+LONGEST = 1 << 26
+"""Bytes that a manifest has at most; parsed, JSON takes some twenty times as much."""
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "plan": (dict, "a plan"),
+    "files": (dict, "a table of digests"),
+    "base": (dict, "a table of digests"),
+    "frontend": (str, "the name of a front end"),
+    "slow": (dict, "a table of slow states"),
+    "trained": (list, "a list of names"),
+    "parked": (bool, "true or false"),
+    "turning": (bool, "true or false"),
+    "rng": (dict, "a table of random generators"),
+    "extra": (dict, "a table"),
+}
+_OPTIONAL: Mapping[str, tuple[type, str]] = {
+    "pending": (list, "a list of names"),
+    "outside": (list, "a list of notes"),
+    "versions": (dict, "a table of versions"),
+}
+_SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
+_DIGEST = re.compile("[0-9a-f]{64}")
+_STATE = ("stages", "slow", "start", "kept")
+_NOISE = ("noise", "seed", "stage", "amplitude")
+
+
+def parsed(data: bytes) -> Any:
+    """Return what JSON text holds; numbers are finite.
+
+    Raises:
+        ValueError: it is no such JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(data.decode("utf-8"), parse_float=_float, parse_constant=_float)
+    except RecursionError as fault:
+        raise ValueError("it is nested too deeply") from fault
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{told(text)} is no number that JSON can hold")
+    return value
+
+
+def finite(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def check_kinds(manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest that lacks a field, or has a field of another kind.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for key in _KINDS:
+        if key not in manifest:
+            raise ValueError(f"has no {key!r}")
+    for key, (kind, what) in _KINDS.items():
+        if type(manifest[key]) is not kind:
+            raise ValueError(f"{key!r} is {type(manifest[key]).__name__}, not {what}")
+    for key, (kind, what) in _OPTIONAL.items():
+        if key in manifest and type(manifest[key]) is not kind:
+            raise ValueError(f"{key!r} is {type(manifest[key]).__name__}, not {what}")
+    for key, parts in _SAVED.items():
+        held = manifest.get(key)
+        if key in manifest and (
+            not isinstance(held, dict) or any(type(held.get(part)) is not kind for part, kind in parts.items())
+        ):
+            raise ValueError(f"{key!r} is not the state of one: it needs {', '.join(parts)}")
+
+
+def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
+    """Refuse values that a manifest of this plan, with tensors in `file`, cannot have.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if list(manifest["files"]) != [file]:
+        odd = next((name for name in manifest["files"] if name != file), None)
+        raise ValueError(
+            f"'files' names {told(odd)}, a checkpoint has {file} only" if odd is not None else "'files' is {}"
+        )
+    for key in ("files", "base"):
+        for name, digest in manifest[key].items():
+            if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+                raise ValueError(f"{key!r}: {told(name)} has {told(digest)}, which is no digest")
+    trained = manifest["trained"]
+    if any(not isinstance(name, str) for name in trained) or len(set(trained)) != len(trained):
+        raise ValueError("'trained' is no list of names, each once")
+    for name, state in manifest["slow"].items():
+        _check_state(told(name), state, plan.stage)
+    if manifest["turning"] and plan.spec.restart_A != "gradient":
+        raise ValueError(f"'turning' is true, and restart_A is {plan.spec.restart_A!r}")
+    _check_random(manifest["rng"])
+    for name in (*manifest.get("pending", ()), *manifest.get("versions", {}).values()):
+        if not isinstance(name, str):
+            raise ValueError(f"'pending' and 'versions' hold names, not {told(repr(name))}")
+    for note in manifest.get("outside", ()):
+        if not _is_note(note):
+            raise ValueError(f"'outside': {told(repr(note))} is no note of what stands outside of JSON")
+    if "optimizer" in manifest:
+        _check_optimizer(manifest["optimizer"])
+
+
+def _check_state(name: str, state: Any, stage: int) -> None:
+    if not isinstance(state, dict) or sorted(state) != sorted(_STATE):
+        raise ValueError(f"'slow': {name} needs {', '.join(_STATE)}, and nothing else")
+    if any(not isinstance(part, list) for part in state.values()):
+        raise ValueError(f"'slow': {name} holds what is no list")
+    if any(not _counts(each, stage) for each in state["stages"]):
+        raise ValueError(f"'slow': {name} has experts of stages that were not: {told(state['stages'])}")
+    if any(not finite(each) for each in (*state["slow"], *state["start"])):
+        raise ValueError(f"'slow': {name} has coefficients that are no finite numbers")
+    if not len(state["stages"]) == len(state["slow"]) == len(state["start"]):
+        counts = ", ".join(f"{len(state[key])} {key}" for key in ("stages", "slow", "start"))
+        raise ValueError(f"'slow': {name} has {counts}; there is one of each for every expert")
+    for kept in state["kept"]:
+        if not isinstance(kept, dict) or sorted(kept) != sorted(_NOISE) or not isinstance(kept["noise"], dict):
+            raise ValueError(f"'slow': {name} keeps noise that needs {', '.join(_NOISE)}, and nothing else")
+        seed = kept["seed"]
+        if type(seed) is not int or not 0 <= seed < 2**63 or not _counts(kept["stage"], stage):
+            raise ValueError(f"'slow': {name} keeps noise of no address: {told([seed, kept['stage']])}")
+        if not finite(kept["amplitude"]) or kept["amplitude"] < 0:
+            raise ValueError(f"'slow': {name} keeps noise of amplitude {told(kept['amplitude'])}")
+
+
+def _counts(value: Any, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most
+
+
+def _check_random(states: Mapping[str, Any]) -> None:
+    state = states.get("python")
+    try:
+        version, words, gauss = state if isinstance(state, list) else []
+        if gauss is not None and not finite(gauss):
+            raise ValueError("its gauss is no number")
+        if any(type(word) is not int or not 0 <= word < 2**32 for word in words):
+            raise ValueError("its words are no numbers of 32 bits")
+        random.Random().setstate((version, tuple(words), gauss))
+    except (TypeError, ValueError, OverflowError) as fault:
+        raise ValueError(f"'rng': is no state of Python's random generator: {fault}") from fault
+
+    numpy = states.get("numpy")
+    if numpy is not None and not _is_numpy(numpy):
+        raise ValueError("'rng': is no state of numpy's random generator")
+
+
+def _is_numpy(state: Any) -> bool:
+    """Whether a state is one of numpy's default generator; numpy itself does not look at the position in it."""
+    if (
+        not isinstance(state, dict)
+        or state.get("bit_generator") != "MT19937"
+        or not isinstance(state.get("state"), dict)
+    ):
+        return False
+    key, place = state["state"].get("key"), state["state"].get("pos")
+    words = isinstance(key, list) and len(key) == 624 and all(type(each) is int and 0 <= each < 2**32 for each in key)
+    spare = type(state.get("has_gauss")) is int and state["has_gauss"] in (0, 1) and finite(state.get("gauss"))
+    return words and spare and type(place) is int and 0 <= place <= 624
+
+
+def _is_note(note: Any) -> bool:
+    if not isinstance(note, dict) or not isinstance(note.get("place"), list) or len(note) != 2:
+        return False
+    place = note["place"]
+    way = all(isinstance(each, str) or (type(each) is int and each >= 0) for each in place)
+    what = note.get("number") in ("inf", "-inf", "nan") or str(note.get("tensor", "")).startswith("outside/")
+    return way and what and len(place) > 1 and place[0] in ("extra", "optimizer", "scheduler")
+
+
+def _check_optimizer(saved: Mapping[str, Any]) -> None:
+    count = 0
+    for group in saved["groups"]:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError("'optimizer': has a group without parameters")
+        count += len(group["params"])
+    for index, entries in saved["numbers"].items():
+        if not index.isdecimal() or int(index) >= count or not isinstance(entries, dict):
+            raise ValueError(f"'optimizer': holds the state of parameter {told(index)}, of {count}")
+
+
+def optimizer_index(name: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+    """Return the parameter and the name that a tensor `optimizer/INDEX/NAME` has.
+
+    Raises:
+        ValueError: it has neither, or the optimizer has fewer parameters.
+    """
+    _, _, rest = name.partition("/")
+    index, _, key = rest.partition("/")
+    count = sum(len(group["params"]) for group in groups)
+    if not index.isdecimal() or len(index) > 9 or int(index) >= count or not key:
+        raise ValueError(f"{told(name)} is no state of one of {count} parameters")
+    return int(index), key

@@ -1,0 +1,153 @@
+"""A cascade out of named tensors and JSON. All of it is checked before anything is written, and written as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorasc_fx.branch import Expert, Factors, KeptNoise, SlowWeight
+from lorasc_fx.errors import CheckpointError
+from lorasc_fx.runtime.opening import told
+from lorasc_fx.runtime.slow import SlowWeights, Trained, write
+from lorasc_fx.runtime.transition import resting_value
+from lorasc_fx.spec import Noise
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["unpack"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPLEX = (torch.complex64, torch.complex128)
+ELSEWHERE = ("rng/", "optimizer/", "gradient/", "outside/")
+"""Tensors that a resume takes, not a load."""
+
+Take = Callable[..., torch.Tensor]
+
+
+class _Taken:
+    """Gives out the tensors of a checkpoint, each checked, and knows which nobody has asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+        self.tensors, self.where = tensors, where
+        self.left = dict.fromkeys(name for name in tensors if not name.startswith(ELSEWHERE))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def take(
+        self, name: str, shape: tuple[int, ...], like: torch.dtype | None = None, whole: bool = False
+    ) -> torch.Tensor:
+        """Return a tensor of this shape, of the kind of numbers that `like` is (real ones by default); `whole`: without
+        inf and nan.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.where}: has no tensor {told(repr(name))}")
+        if tuple(tensor.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{self.where}: {told(repr(name))} is {tuple(tensor.shape)}, the plan says {tuple(shape)}"
+            )
+        like = torch.float32 if like is None else like
+        if tensor.dtype != like and not any(tensor.dtype in kind and like in kind for kind in (FLOATS, COMPLEX)):
+            raise CheckpointError(f"{self.where}: {told(repr(name))} holds {tensor.dtype}, not {like}")
+        if whole and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{self.where}: {told(repr(name))} holds inf or nan, which no fold takes")
+        self.left.pop(name, None)
+        return tensor
+
+
+def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], where: str) -> None:
+    """Put what `pack` returned into a fresh cascade of the same plan.
+
+    Raises:
+        CheckpointError: a tensor is missing, foreign, not finite, or has another shape or kind than the plan says. The
+            cascade is as it was.
+    """
+    slow, parameters, plan = core.slow, core.parameters_by_name(), core.plan
+    branches = core.branches_by_weight()
+    held = _Taken(tensors, where)
+    whole = plan.spec.on_nonfinite == "raise"  # else such a branch is left out at the fold, and may be here
+    moves: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for weight, branch in branches.items():
+        for name, factor in (("lora_A", branch.lora_A), ("lora_B", branch.lora_B)):
+            moves.append((factor, held.take(f"branch/{weight}/{name}", tuple(factor.shape), factor.dtype, whole)))
+    if set(meta["slow"]) != set(slow.states):
+        odd = sorted(set(meta["slow"]) ^ set(slow.states))
+        raise CheckpointError(f"{where}: the slow state and the plan disagree about {told(odd[0])}")
+    states = {name: _state(state, meta["slow"][name], held) for name, state in slow.states.items()}
+    if set(meta["trained"]) != set(slow.trained):
+        raise CheckpointError(f"{where}: other parameters were trained in full than the spec names")
+    trained, values = {}, {}
+    for name, kept in slow.trained.items():
+        value, end, start = (
+            held.take(f"trained/{name}/{what}", tuple(like.shape), like.dtype)
+            for what, like in (("value", kept.base), ("slow", kept.slow), ("start", kept.start))
+        )
+        values[name], trained[name] = value, Trained(kept.base, end, start)
+    for name, buffer in core.model.named_buffers():
+        moves.append((buffer, held.take(f"buffer/{name}", tuple(buffer.shape), buffer.dtype)))
+    if held.left:
+        raise CheckpointError(f"{where}: holds {told(repr(next(iter(held.left))))}, which this plan has no place for")
+    after = SlowWeights(states, trained, meta["parked"])
+    old = [tensor.detach().clone() for tensor, _ in moves]
+
+    def before(name: str, like: torch.Tensor) -> torch.Tensor:
+        return resting_value(slow, name) if name in values else slow.resting(name, plan, like)
+
+    with torch.no_grad():
+        try:
+            for tensor, value in moves:
+                tensor.copy_(value)
+            write(
+                parameters,
+                [*states, *trained],
+                lambda name, like: values[name] if name in values else after.resting(name, plan, like),
+                before,
+            )
+            core.advance(plan, after)
+        except BaseException:
+            for (tensor, _), value in zip(moves, old, strict=True):
+                tensor.copy_(value)
+            if core.slow is after:
+                write(parameters, [*states, *trained], before, before)
+                core.advance(plan, slow)
+            raise
+
+
+def _state(state: SlowWeight, meta: Mapping[str, Any], held: _Taken) -> SlowWeight:
+    """Return the slow state that a checked manifest and these tensors describe."""
+    *stack, rows, columns = state.matrix
+    experts = []
+    for index, stage in enumerate(meta["stages"]):
+        name = f"expert/{state.name}/{index}"
+        found = held.tensors.get(f"{name}/a")
+        rank = found.shape[-2] if found is not None and found.dim() > 1 else 0
+        a = held.take(f"{name}/a", (*stack, rank, columns), whole=True)
+        b = held.take(f"{name}/b", (*stack, rows, rank), whole=True)
+        experts.append(Expert(stage, Factors(b, a)))
+    dense = {
+        which: held.take(f"dense/{state.name}/{which}", (*stack, rows, columns), whole=True)
+        for which in ("slow", "start")
+        if f"dense/{state.name}/{which}" in held
+    }
+    if list(dense) == ["start"]:
+        raise CheckpointError(
+            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which start needs"
+        )
+    kept = tuple(
+        KeptNoise(Noise(**each["noise"]), each["seed"], each["stage"], float(each["amplitude"]))
+        for each in meta["kept"]
+    )
+    return replace(
+        state,
+        experts=tuple(experts),
+        slow=tuple(map(float, meta["slow"])),
+        start=tuple(map(float, meta["start"])),
+        dense_slow=dense.get("slow"),
+        dense_start=dense.get("start", dense.get("slow")),
+        kept=kept,
+    )

@@ -1,0 +1,309 @@
+"""What a version holds besides branches and slow weights, shown by runs that stop and go on with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lorasc_fx as lx
+from tests.checkpoint.runs import THREE_STAGES, Going, Run, X, interrupted, whole
+from tests.errors.models import Net, exactly, loss_of
+from tests.errors.state import assert_same, raw, unchanged
+
+PLAIN = lx.CascadeSpec(targets=("conv", "body", "head"), rank=1, pace=0.4)
+TRAIN = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, pace=0.4, optimizer_state="kept")
+
+
+# ---- optimizers and schedulers
+
+
+class Bfgs(torch.optim.LBFGS):
+    """Takes the gradients that are there; its state is lists of tensors under the first parameter."""
+
+    def __init__(self, cascade: lx.Cascade) -> None:
+        every = [each for group in cascade.param_groups(lr=0.1) for each in group["params"]]
+        super().__init__(every, lr=0.1, max_iter=1, history_size=3)
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(lambda: torch.ones(()))
+
+
+def tensor_lr(cascade: lx.Cascade, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(cascade.param_groups(lr=torch.tensor(0.02)), lr=torch.tensor(0.02), **options)
+
+
+OPTIMIZERS: dict[str, Callable[[lx.Cascade], torch.optim.Optimizer]] = {
+    "lbfgs": Bfgs,
+    "adamw, fused": lambda cascade: torch.optim.AdamW(cascade.param_groups(lr=0.02), fused=True),
+    "adamw, foreach": lambda cascade: torch.optim.AdamW(cascade.param_groups(lr=0.02), foreach=True),
+    "sgd, fused": lambda cascade: torch.optim.SGD(cascade.param_groups(lr=0.05), momentum=0.9, fused=True),
+    "adamw, lr a tensor": tensor_lr,
+    "adamw, fused, lr a tensor": partial(tensor_lr, fused=True),
+    "an lr of inf that was never meant": lambda cascade: torch.optim.SGD(
+        [{**group, "ceiling": float("inf"), "note": None} for group in cascade.param_groups(lr=0.05)]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's own, after any resume before a step
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str, tmp_path: Path) -> None:
+    run = Run(TRAIN, optimizer=OPTIMIZERS[name], scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+    assert_same(interrupted(run, THREE_STAGES, (2, 4, 9), tmp_path), whole(run, THREE_STAGES))
+
+
+def test_a_learning_rate_stays_what_it_was(tmp_path: Path) -> None:
+    going = Run(TRAIN, optimizer=tensor_lr).started()
+    going.step()
+    for place, group in enumerate(going.optimizer.param_groups):
+        group["lr"].fill_(0.1 + place)
+    going.save(tmp_path)
+    again = Run(TRAIN, optimizer=tensor_lr).resumed(tmp_path)
+    rates = [group["lr"] for group in again.optimizer.param_groups]
+    assert all(isinstance(rate, torch.Tensor) for rate in rates)
+    assert [rate.item() for rate in rates] == [group["lr"].item() for group in going.optimizer.param_groups]
+
+
+class Worse(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    """Hears of a loss that grows; its state holds inf."""
+
+    def step(self, *_: Any) -> None:
+        super().step(float(self.last_epoch))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_plateau(tmp_path: Path) -> None:
+    run = Run(TRAIN, scheduler=partial(Worse, factor=0.3, patience=1))
+    events = ("step", "fold") * 5
+    expected = whole(run, events)
+    assert expected["scheduler"]["_last_lr"] != [0.02] * 3
+    assert_same(interrupted(run, events, (0, 1, 3, 7), tmp_path), expected)
+
+
+# ---- gradients that wait
+
+
+@dataclass
+class InHalves(Run):
+    """A run whose steps are made of two halves, so that it can stop between them."""
+
+    def started(self) -> Halves:
+        return Halves(**vars(super().started()))
+
+    def resumed(self, folder: Path) -> Halves:
+        return Halves(**vars(super().resumed(folder)))
+
+
+class Halves(Going):
+    def backward(self) -> None:
+        shift = torch.rand(()) + random.random()
+        loss_of(self.cascade(self.run.x + shift)).backward()
+
+    def update(self) -> None:
+        self.optimizer.step()
+
+    def zero(self) -> None:
+        self.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "spec", [TRAIN, lx.CascadeSpec(targets=("body", "head"), rank=1, restart_A="gradient")], ids=["train", "gradient"]
+)
+def test_saved_between_backward_and_step(spec: lx.CascadeSpec, tmp_path: Path) -> None:
+    """Accumulated over two backwards, stopped after each; then a gradient that was used and is not zeroed yet."""
+    once = ("backward", "backward", "update", "zero")
+    events = (*once, "fold", *once, "backward", "update", "fold", *once)
+    run = InHalves(spec)
+    assert_same(interrupted(run, events, range(1, len(events)), tmp_path), whole(run, events))
+
+
+def test_a_gradient_that_waited_still_waits(tmp_path: Path) -> None:
+    run = InHalves(TRAIN)
+    going = run.started()
+    going.backward()
+    with unchanged(going.cascade, going.optimizer):
+        going.save(tmp_path)
+    again = run.resumed(tmp_path)
+    with pytest.raises(lx.StateError, match=r"^transition: gradients are pending on branches\."):
+        again.fold()
+    again.update()
+    again.save(tmp_path)
+    third = run.resumed(tmp_path)
+    assert any(parameter.grad is not None for parameter in third.cascade.parameters())
+    third.fold()
+    alone = lx.load(tmp_path, Net(), args=(X,))
+    alone.resume()
+    assert all(parameter.grad is None for parameter in alone.parameters())
+
+
+def test_a_gradient_that_no_file_holds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 5, sparse=True), nn.Linear(5, 4))
+    x = torch.tensor([[0, 3], [5, 3]])
+    spec = lx.CascadeSpec(targets=("1",), train=("0.*",), rank=1)
+    cascade = lx.adapt(model, args=(x,), spec=spec, frontend="symbolic")
+    cascade(x).square().sum().backward()
+    sentence = "gradient/model.0.weight is a Tensor of float32, torch.sparse_coo, which safetensors cannot hold"
+    with pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+        lx.save(cascade, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- generators
+
+
+def test_numpys_generator(tmp_path: Path) -> None:
+    run = Run(PLAIN)
+    going = run.started()
+    np.random.seed(3)
+    np.random.standard_normal(3)  # of which it keeps one for later
+    going.save(tmp_path)
+    expected = [np.random.standard_normal(), np.random.rand(), np.random.randint(1 << 30)]
+    np.random.seed(99)
+    run.resumed(tmp_path)
+    assert [np.random.standard_normal(), np.random.rand(), np.random.randint(1 << 30)] == expected
+
+
+def test_the_generators_of_the_devices_that_are_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a device here: what torch.cuda is asked for, and told."""
+    going = Run(PLAIN).started()
+    states = [torch.arange(16, dtype=torch.uint8) + index for index in range(3)]
+    told: dict[int, bytes] = {}
+
+    def devices(count: int, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        patch.setattr(torch.cuda, "is_initialized", lambda: count > 0)
+        patch.setattr(torch.cuda, "device_count", lambda: count)
+        patch.setattr(torch.cuda, "get_rng_state_all", lambda: states[:count])
+        patch.setattr(torch.cuda, "set_rng_state", lambda state, device: told.update({device: raw(state)}))
+
+    with monkeypatch.context() as patch:
+        devices(2, patch)
+        going.save(tmp_path)
+    cascade = lx.load(tmp_path, Net(), args=(X,))
+    for count in (0, 1, 3):
+        told.clear()
+        with monkeypatch.context() as patch:
+            devices(count, patch)
+            cascade.resume()
+        assert told == {index: raw(states[index]) for index in range(min(count, 2))}
+
+
+# ---- extra
+
+
+def test_extra_with_tensors_and_numbers_outside_of_json(tmp_path: Path) -> None:
+    run = Run(PLAIN)
+    going = run.started()
+    generator = torch.Generator().manual_seed(4)
+    shared = torch.arange(6.0).view(2, 3).t()
+    extra = {
+        "best": float("inf"),
+        "worst": -float("inf"),
+        "loss": [1.5, float("nan"), None],
+        "order": generator.get_state(),
+        "average": {"a": shared, "b": [shared, nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), "text"]},
+        "empty": torch.zeros(0, 3),
+        "none": None,
+    }
+    lx.save(going.cascade, tmp_path, extra=extra)
+    cascade = lx.load(tmp_path, Net(), args=(X,))
+    found = cascade.resume()
+    assert found["best"] == float("inf")
+    assert found["worst"] == -float("inf")
+    assert found["loss"][0] == 1.5
+    assert found["loss"][1] != found["loss"][1]
+    assert found["loss"][2] is None
+    assert found["none"] is None
+    assert torch.rand(3, generator=torch.Generator().set_state(found["order"])).equal(
+        torch.rand(3, generator=generator)
+    )
+    assert raw(found["average"]["a"]) == raw(shared)
+    assert found["average"]["b"][0] is found["average"]["a"]
+    assert raw(found["average"]["b"][1]) == raw(extra["average"]["b"][1])
+    assert found["average"]["b"][2] == "text"
+    assert raw(found["empty"]) == raw(extra["empty"])
+    found["average"]["a"].zero_()
+    assert raw(cascade.resume()["average"]["a"]) == raw(shared)
+    manifest = json.loads(next(tmp_path.glob("step-*/manifest.json")).read_text(), parse_constant=pytest.fail)
+    assert manifest["extra"]["best"] is None
+
+
+# ---- versions
+
+
+def test_versions(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = Run(PLAIN)
+    version = run.started().save(tmp_path)
+    manifest = json.loads((version / "manifest.json").read_text())
+    assert set(manifest["versions"]) == {"torch", "lorasc-fx", "python"}
+    assert manifest["versions"]["torch"] == torch.__version__
+    caplog.set_level(logging.WARNING, "lorasc_fx")
+    run.resumed(tmp_path)
+    assert not caplog.records
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    monkeypatch.setattr(torch, "__version__", "9.9.0")
+    run.resumed(tmp_path)
+    said = f"torch {manifest['versions']['torch']}, here 9.9.0, python {manifest['versions']['python']}, here 3.99.0"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{version}: written under {said}; the run goes on, but perhaps not bit for bit"
+    ]
+
+
+# ---- the order of the data
+
+DATA = TensorDataset(torch.arange(11))
+
+
+def batches(count: int, **options: Any) -> list[list[int]]:
+    loader = iter(lx.shuffled_batches(DATA, 3, **options))
+    return [next(loader)[0].tolist() for _ in range(count)]
+
+
+def test_each_epoch_is_an_order_of_its_own() -> None:
+    found = batches(9, seed=1)
+    epochs = [[each for batch in found[start : start + 3] for each in batch] for start in (0, 3, 6)]
+    assert all(len(set(epoch)) == 9 and set(epoch) < set(range(11)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert batches(9, seed=1) == found
+    assert batches(9, seed=2) != found
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_from_any_step_on(workers: int) -> None:
+    found = batches(9, seed=1)
+    for start in range(8) if not workers else (4,):
+        before = torch.get_rng_state()
+        assert batches(9 - start, seed=1, start=start, num_workers=workers) == found[start:]
+        assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (partial(lx.shuffled_batches, DATA, 0), "batch_size is 0; give an integer of 1 or more"),
+        (partial(lx.shuffled_batches, DATA, True), "batch_size is True; give an integer of 1 or more"),
+        (partial(lx.shuffled_batches, DATA, 3, seed=-1), "seed is -1; give an integer of 0 or more"),
+        (partial(lx.shuffled_batches, DATA, 3, start=1.0), "start is 1.0; give an integer of 0 or more"),
+        (partial(lx.shuffled_batches, DATA, 12), "11 examples are less than a batch of 12"),
+        (
+            partial(lx.shuffled_batches, DATA, 3, shuffle=True),
+            "shuffle is not yours to give here; the order comes from seed and start",
+        ),
+    ],
+)
+def test_what_shuffled_batches_refuses(call: Any, sentence: str) -> None:
+    with pytest.raises(lx.SpecError, match=exactly(f"shuffled_batches: {sentence}")):
+        call()

@@ -1,0 +1,170 @@
+"""The folder of a checkpoint: what is synced when, who may write, what killed writers left."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorasc_fx as lx
+from lorasc_fx.runtime import checkpoint_write
+from tests.checkpoint.runs import Run, X
+from tests.errors.models import Net, exactly
+from tests.errors.state import assert_same, of_slow
+
+SPEC = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, noise=lx.Noise(0.2))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_each_thing_is_synced_before_the_next_one_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that loses its power keeps of each file what was synced; so names come after what they name."""
+    going = Run(SPEC).started()
+    going.step()
+    events: list[Any] = []
+    synced: dict[str, bytes] = {}
+    fsync, rename = os.fsync, Path.rename
+
+    def called(path: str | os.PathLike[str]) -> str:
+        parts = Path(os.path.relpath(path, tmp_path)).parts
+        return "/".join(part[:8] if part.startswith(".") else part for part in parts)
+
+    def record_sync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        events.append(called(path))
+        if path.is_file():
+            synced[path.name] = path.read_bytes()
+        fsync(handle)
+
+    def record_rename(path: Path, target: Path) -> Path:
+        events.append((called(path), called(target)))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    version = going.save(tmp_path / "deep" / "run")
+    new = "deep/run/.writing"
+    written = [f"{new}/state.safetensors", f"{new}/manifest.json", new]
+    assert events == ["", "deep", *written, (new, "deep/run/step-00000001"), "deep/run"]
+    assert synced == {path.name: path.read_bytes() for path in version.iterdir()}
+    events.clear()
+    going.save(tmp_path / "deep" / "run")
+    leaves = ("deep/run/step-00000001", "deep/run/.leaving")
+    assert events == [*written, (new, "deep/run/step-00000002"), "deep/run", leaves]
+
+
+def test_what_killed_writers_left_goes_at_the_next_save(tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("x")
+    for name in (".writing-1", ".leaving-2", ".mine"):
+        (run / name).mkdir(parents=True)
+        (run / name / "state.safetensors").write_text("half")
+    (run / ".writing-link").symlink_to(elsewhere)
+    (run / ".writing-file").write_text("x")
+    going.save(run)
+    assert names(run) == [".mine", ".writing-file", ".writing-link", "step-00000001"]
+    assert names(elsewhere) == ["mine"]
+
+
+class Slowly:
+    """A writer that stands still in the middle of its tensors, in a thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.going, self.inside, self.go_on = Run(SPEC).started(), threading.Event(), threading.Event()
+        self.fault: lx.CheckpointError | None = None
+        real = checkpoint_write.save_file
+
+        def waits(*args: Any) -> None:
+            real(*args)
+            if threading.current_thread() is self.thread:
+                self.inside.set()
+                assert self.go_on.wait(60)
+
+        def write() -> None:
+            try:
+                self.going.save(folder)
+            except lx.CheckpointError as fault:
+                self.fault = fault
+
+        monkeypatch.setattr(checkpoint_write, "save_file", waits)
+        self.thread = threading.Thread(target=write)
+        self.thread.start()
+        assert self.inside.wait(60)
+
+    def finish(self) -> lx.CheckpointError | None:
+        self.go_on.set()
+        self.thread.join()
+        return self.fault
+
+
+def test_two_writers_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    slowly = Slowly(monkeypatch, tmp_path)
+    sentence = (
+        f"{tmp_path}: another save is writing into this folder at this moment; give each run a folder of its own, and "
+        "save from one process of a run"
+    )
+    before = names(tmp_path)
+    with pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+        going.save(tmp_path)
+    assert names(tmp_path) == before
+    assert len(before) == 1
+    assert slowly.finish() is None
+    assert names(tmp_path) == ["step-00000001"]
+    assert going.save(tmp_path).name == "step-00000002"
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def test_two_writers_at_once_where_files_have_no_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The later one fails at the name; and nobody's half is taken for a dead one's."""
+
+    def unlocked(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unlocked)
+    going = Run(SPEC).started()
+    going.step()
+    slowly = Slowly(monkeypatch, tmp_path)
+    assert going.save(tmp_path).name == "step-00000001"
+    assert len(names(tmp_path)) == 2
+    fault = slowly.finish()
+    assert "Directory not empty" in str(fault)
+    assert names(tmp_path) == ["step-00000001"]
+    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
+    assert going.save(tmp_path).name == "step-00000002"
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        version = Run(SPEC).started().save(tmp_path)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (version, *version.iterdir())}
+    assert modes == {version.name: 0o750, "manifest.json": 0o640, "state.safetensors": 0o640}
+
+
+def test_a_version_that_cannot_be_dropped_stays_until_it_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    going, rename = Run(SPEC).started(), Path.rename
+
+    def stuck(path: Path, target: Path) -> Path:
+        if target.name.startswith(".leaving"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    going.save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stuck)
+        going.save(tmp_path)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    going.save(tmp_path)
+    assert names(tmp_path) == ["step-00000003"]

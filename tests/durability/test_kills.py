@@ -1,0 +1,72 @@
+"""A training killed with -9 wherever it may be, and gone on with: the same bytes, and nothing that does not load."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.durability.child import MOMENTS
+from tests.durability.server import Server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
+    """The digest of a run that nobody killed and that never saved, and the seconds of one that saved."""
+    (folder := tmp_path_factory.mktemp("run") / "1").mkdir()
+    without = server.run("train", folder=str(folder), saves=False)
+    assert not list(folder.iterdir())
+    saving = server.run("train", folder=str(folder))
+    assert saving.result == without.result
+    return str(without.result), saving.seconds
+
+
+def only_versions(folder: Path, keep: int = 2) -> None:
+    left = sorted(path.name for path in (folder / "run").iterdir())
+    assert len(left) == keep
+    assert all(name.startswith("step-") for name in left)
+
+
+def test_killed_ten_times(server: Server, undisturbed: tuple[str, float], tmp_path: Path) -> None:
+    """One run, killed at ten chosen moments one after the other; each new process looks at what it finds."""
+    moments = list(MOMENTS)
+    for count, moment in enumerate(moments):
+        ended = server.run("train", folder=str(tmp_path), die=moment, after=2 if count % 3 == 0 else 0)
+        assert ended.signal == signal.SIGKILL, moment
+    assert len(moments) >= 10
+    assert server.run("train", folder=str(tmp_path)).result == undisturbed[0]
+    only_versions(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 1, 4])
+@pytest.mark.parametrize("moment", list(MOMENTS))
+def test_killed_at(moment: str, after: int, server: Server, undisturbed: tuple[str, float], tmp_path: Path) -> None:
+    for _ in range(2):  # what the first one left must not hinder the second
+        ended = server.run("train", folder=str(tmp_path), die=moment, after=after, keep=1)
+        assert ended.signal == signal.SIGKILL
+    assert server.run("train", folder=str(tmp_path), keep=1).result == undisturbed[0]
+    only_versions(tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_killed_at_random(server: Server, undisturbed: tuple[str, float], tmp_path: Path) -> None:
+    """A hundred kills at times that are drawn, over as many runs as it takes."""
+    expected, seconds = undisturbed
+    draw, kills, runs = random.Random(0), 0, 0
+    while kills < 100:
+        ended = server.run("train", folder=str(tmp_path), kill_after=draw.uniform(0, seconds))
+        if ended.signal:
+            assert ended.signal == signal.SIGKILL
+            kills += 1
+            continue
+        assert ended.result == expected
+        only_versions(tmp_path)
+        runs += 1
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "journal").unlink()
+    assert server.run("train", folder=str(tmp_path)).result == expected
+    assert runs > 3
