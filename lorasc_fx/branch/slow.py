@@ -110,9 +110,14 @@ class SlowWeight:
             pairs.append((1.0, live))
         pair = _joined(pairs, dtype, out.device) if pairs else None
         delta = delta.view(self.base.shape) if delta is not None else None
+        draws = (draw(each.noise, each.seed, each.stage, self.name, out.shape).to(out) for each in self.kept)
+        noise = next(draws, None)  # before anything is written: where there is no memory for it, `out` is as it was
         accumulate(out, dense(self.base), dtype, delta, pair, self.stacked)
         for each in self.kept:
-            out += draw(each.noise, each.seed, each.stage, self.name, out.shape).to(out).mul_(each.amplitude)
+            assert noise is not None
+            out += noise.mul_(each.amplitude)
+            noise = None  # one at a time
+            noise = next(draws, None)
 
     def absorb(self, stage: int, live: Factors | None, pace: float, restart: Restart) -> SlowWeight:
         """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).

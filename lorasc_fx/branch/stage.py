@@ -50,9 +50,13 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
         state.write(out, "fast", dtype)
     else:
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+        # Drawn before anything is written: where there is no memory for it, the weight is as it was.
+        noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact) if not state.kept else None
         state.write(exact, "fast", dtype)
         if size := amplitude(spec.noise, exact):
-            exact += draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact).mul_(size)
+            if noise is None:  # in the room that the kept noise had
+                noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact)
+            exact += noise.mul_(size)
         if exact is not out:
             out.copy_(exact)
 

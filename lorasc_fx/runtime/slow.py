@@ -6,6 +6,7 @@ writes it, and only then is it the cascade's. A write that raises puts back what
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -148,6 +149,11 @@ def write(
     )
 
 
+SPARE = 1 << 12
+"""Bytes that are kept free for putting weights back where memory is short: for what is small. What is large, the noise
+of a weight, is made before anything is written to it."""
+
+
 def fill(
     parameters: Mapping[str, nn.Parameter],
     names: Iterable[str],
@@ -158,14 +164,21 @@ def fill(
 
     A quantized weight is not written to: its branch carries what the stages added (`Core.advance`).
     """
-    touched: list[str] = []
+    begun: dict[str, int] = {}
+    spare = torch.empty(SPARE, dtype=torch.uint8)
     with torch.no_grad():
         try:
             for name in names:
                 if not is_quantized(parameters[name]):
-                    touched.append(name)
+                    begun[name] = parameters[name]._version
                     new(name, parameters[name])
-        except BaseException:
-            for name in touched:
-                old(name, parameters[name])
+        except BaseException as fault:
+            traceback.clear_frames(fault.__traceback__)  # what `new` held is memory that `old` may need
+            del spare
+            for name, version in begun.items():
+                try:
+                    old(name, parameters[name])
+                except (MemoryError, RuntimeError):  # no memory for what the weight needs, old or new
+                    if parameters[name]._version != version:
+                        raise
             raise

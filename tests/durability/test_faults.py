@@ -34,7 +34,8 @@ def test_a_folder_that_may_not_be_written(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_no_memory_inside_a_transition(server: Server, tmp_path: Path) -> None:
-    raised = server.run("no_memory_in_a_transition", folder=str(tmp_path)).result
+@pytest.mark.parametrize(("dtype", "keep"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_no_memory_inside_a_transition(dtype: str, keep: bool, server: Server, tmp_path: Path) -> None:
+    raised = server.run("no_memory_in_a_transition", folder=str(tmp_path), dtype=dtype, keep=keep).result
     assert len(raised) > 1
     assert all("can't allocate memory" in each or each.startswith("MemoryError") for each in raised)

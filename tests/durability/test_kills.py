@@ -41,12 +41,17 @@ def test_killed_ten_times(server: Server, undisturbed: tuple[str, float], tmp_pa
     only_versions(tmp_path)
 
 
+AFTER = {"early in a transition": (0, 1), "late in a transition": (0, 1), "inside a load": (0,)}
+"""How often these have passed before, where a run has fewer of them than saves."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [0, 1, 4])
-@pytest.mark.parametrize("moment", list(MOMENTS))
+@pytest.mark.parametrize(
+    ("moment", "after"), [(each, count) for each in MOMENTS for count in AFTER.get(each, (0, 1, 4))]
+)
 def test_killed_at(moment: str, after: int, server: Server, undisturbed: tuple[str, float], tmp_path: Path) -> None:
-    for _ in range(2):  # what the first one left must not hinder the second
-        ended = server.run("train", folder=str(tmp_path), die=moment, after=after, keep=1)
+    for die, passed in (("before the rename", 2), (moment, after), (moment, after)):  # the second one meets the first's
+        ended = server.run("train", folder=str(tmp_path), die=die, after=passed, keep=1)
         assert ended.signal == signal.SIGKILL
     assert server.run("train", folder=str(tmp_path), keep=1).result == undisturbed[0]
     only_versions(tmp_path, 1)

@@ -6,6 +6,7 @@ for bit; and afterwards the same call does what it does on a twin that nothing h
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves as leaves
 
 import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches
 from lorasc_fx.runtime import Flags
+from lorasc_fx.runtime.slow import SPARE
 from tests.errors.models import Net, inputs, step
 from tests.errors.state import assert_same, of, of_model, of_optimizer, of_slow, unchanged
 
@@ -63,6 +66,29 @@ class FailAt(TorchDispatchMode):
         if self.count == self.at:
             raise self.fault
         return result
+
+
+class Budget(TorchDispatchMode):
+    """Memory that is short, and stays so while things are put back: new tensors have so many bytes together at most."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.left = most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage()._cdata for each in leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for each in leaves(result):
+            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in given:
+                size = each.untyped_storage().nbytes()
+                if size > self.left:
+                    raise MemoryError("no more")
+                self.left -= size
+                weakref.finalize(each.untyped_storage(), self.give_back, size)
+        return result
+
+    def give_back(self, size: int) -> None:
+        self.left += size
 
 
 FAULTS = {"memory": (MemoryError("no more"), False), "interrupt": (Interrupted(), True)}
@@ -118,6 +144,34 @@ def test_transition(spec: str, kind: str) -> None:
         torch.manual_seed(9)
         step(*pair, X)
     assert_same(result(cascade, optimizer), result(twin, others))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", [False, True])
+def test_transition_in_a_memory_that_stays_full(keep: bool, dtype: torch.dtype) -> None:
+    """What is put back needs memory too; the weights grow, so that earlier ones are written when a later one fails."""
+    layers = nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 9, bias=False), nn.Linear(9, 11)
+    spec = lx.CascadeSpec(rank=1, noise=lx.Noise(0.2, keep=keep))
+    x = inputs(4, 5).to(dtype)
+    cascade = lx.adapt(nn.Sequential(*layers).to(dtype), args=(x,), spec=spec, frontend="symbolic")
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
+    for _ in range(2):
+        step(cascade, optimizer, x)
+        cascade.transition(optimizer)
+    step(cascade, optimizer, x)
+    before, written = of(cascade, optimizer), 0
+    for most in range(SPARE, 10 * SPARE, 20):
+        versions = [weight._version for weight in cascade.model.parameters()]
+        try:
+            with Budget(most):
+                cascade.transition(optimizer)
+        except MemoryError:
+            assert_same(of(cascade, optimizer), before)
+            written += versions != [weight._version for weight in cascade.model.parameters()]
+        else:
+            break
+    assert cascade.stage == 4
+    assert written > 3
 
 
 @pytest.mark.parametrize("kind", FAULTS)
