@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lorasc_fx.export.callers import Calls, calls_of
 from lorasc_fx.export.peft_layout import Place, form_of
+from lorasc_fx.export.stands import read_through
 from lorasc_fx.export.trial import fault_of
 from lorasc_fx.graph import named_weights
 from lorasc_fx.plan import Site
@@ -23,7 +24,7 @@ def places_of(
 ) -> tuple[dict[str, tuple[Place, ...]], dict[str, str]]:
     """Return the places at which peft adapts each site's weight (a tied one has several), and the reasons of the rest.
 
-    The model runs once on the arguments, without a trace, and each module of interest once more in fp64.
+    The model runs twice on the arguments, without a trace, and each module of interest once more in fp64.
     """
     sites = list(sites)
     finder = _Finder.of(model, calls_of(model, [site.weight for site in sites], args, kwargs))
@@ -35,6 +36,12 @@ def places_of(
             refused[site.weight] = places
         else:
             found[site.weight] = places
+    faults = read_through(model, [place.path for each in found.values() for place in each], args, kwargs)
+    for name, places in list(found.items()):
+        fault = next((faults[place.path] for place in places if place.path in faults), None)
+        if fault is not None:
+            refused[name] = fault
+            del found[name]
     every = [place for places in found.values() for place in places]
     if any(place.form == "parameter" for place in every):  # peft takes none of them beside fan_in_fan_out
         for name, places in found.items():
