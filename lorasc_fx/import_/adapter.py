@@ -6,6 +6,7 @@ more than the model's own shapes allow.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import nn
 
 from lorasc_fx.branch import Factors, dense
 from lorasc_fx.errors import CheckpointError, nearest
-from lorasc_fx.export.peft_config import TENSORS
+from lorasc_fx.export.peft_config import RANKS, TENSORS
 from lorasc_fx.export.peft_layout import PREFIX, Place, as_ours, form_of, names_of, shapes_of
 from lorasc_fx.import_.peft_config import AdapterConfig, read_config
 
@@ -200,6 +201,10 @@ class _Reader:
         rank = self.config.rank_of(place.pattern)
         if len(shape) != 2 and place.form == "parameter" and len(shape) != 3:
             raise CheckpointError(f"{self.path}: {key_a!r}: {place.name} has {len(shape)} axes; peft adapts 2 or 3")
+        if rank > max(shape[0], math.prod(shape[1:]), RANKS[-1]):
+            raise CheckpointError(
+                f"{self.path}: {place.name} is {list(shape)}, and rank {rank} is more than it can use"
+            )
         for key, wanted in zip((key_a, key_b), shapes_of(place, shape, rank), strict=True):
             if self.shapes[key] != wanted:
                 raise CheckpointError(

@@ -66,6 +66,7 @@ def refused(folder: Path, sentence: str) -> None:
             r"up\.lora_A\.weight' is \[3, 6\]; for up\.weight \[8, 6\] at rank 4 of the configuration it is \[4, 6\]$",
         ),
         ({"r": True}, "r is True; a rank is"),
+        ({"rank_pattern": {"up": 10**12}}, r"up\.weight is \[8, 6\], and rank 1000000000000 is more than it can use$"),
         ({"lora_alpha": -1}, "lora_alpha is -1; it scales the factors: a number above 0$"),
         ({"lora_alpha": 10**40}, "it scales the factors: a number above 0$"),
         ({"lora_dropout": 1.5}, r"lora_dropout is 1\.5, not a share in \[0, 1\)$"),
