@@ -21,8 +21,6 @@ from lorasc_fx.graph import LIKE_ANOTHER
 
 __all__ = ["Call", "Calls", "calls_of"]
 
-_READS_NO_VALUE = {"detach", "requires_grad_"}
-
 
 @dataclass(frozen=True)
 class Call:
@@ -38,14 +36,10 @@ class Calls:
 
     Args:
         first: the first call of each module of interest, by its first path.
-        inside: by weight, whether each read came while a module that holds it was running.
-        own: by weight, whether each read came from such a module itself, not from one that it calls.
-        reader: by weight, the class of the module that read it from outside.
+        reader: by weight, the class of a module that read it while none that holds it was running.
     """
 
     first: dict[str, Call] = field(default_factory=dict)
-    inside: dict[str, bool] = field(default_factory=dict)
-    own: dict[str, bool] = field(default_factory=dict)
     reader: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,25 +47,23 @@ def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwar
     """Run the model once, without a trace, and return who read the parameters of these names."""
     parameters = dict(model.named_parameters())
     known = {id(parameters[name]): name for name in names}
-    seen, stack = Calls(), []
-    handles = []
-    for path, module in model.named_modules():
-        holds = any(id(value) in known for value in module._parameters.values())
+    seen = Calls()
+    stack: list[nn.Module] = []
 
-        def enter(path: str, holds: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
-            stack.append(module)
-            if holds and path not in seen.first:
-                seen.first[path] = Call(*copied(args, kwargs))
+    def enter(path: str, holds: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
+        stack.append(module)
+        if holds and path not in seen.first:
+            seen.first[path] = Call(*copied(args, kwargs))
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            stack.pop()
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        stack.pop()
 
-        handles.append((module, partial(enter, path, holds), leave))
     inputs, named = copied(args, kwargs)
     with quiet(), torch.no_grad(), untouched(model), _Watcher(known, stack, seen):
-        for module, enter_hook, leave_hook in handles:
-            module.register_forward_pre_hook(enter_hook, prepend=True, with_kwargs=True)
-            module.register_forward_hook(leave_hook, always_call=True)
+        for path, module in model.named_modules():
+            holds = any(id(value) in known for value in module._parameters.values())
+            module.register_forward_pre_hook(partial(enter, path, holds), prepend=True, with_kwargs=True)
+            module.register_forward_hook(leave, always_call=True)
         model(*inputs, **named)
     return seen
 
@@ -88,7 +80,7 @@ class _Watcher(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         read = args[:1] if name in LIKE_ANOTHER else (args, kwargs or {})
         weights = [leaf for leaf in pytree.tree_leaves(read) if id(leaf) in self._known]
-        if not weights or name in _READS_NO_VALUE:
+        if not weights or name == "requires_grad_":
             return output
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output)):
             for weight in weights:
@@ -96,9 +88,7 @@ class _Watcher(TorchFunctionMode):
         return output
 
     def _note(self, weight: torch.Tensor) -> None:
-        name, seen = self._known[id(weight)], self._seen
-        holders = [any(value is weight for value in module._parameters.values()) for module in self._stack]
-        seen.inside[name] = seen.inside.get(name, True) and any(holders)
-        seen.own[name] = seen.own.get(name, True) and bool(holders) and holders[-1]
-        if not (holders and holders[-1]):
-            seen.reader.setdefault(name, type(self._stack[-1]).__name__ if self._stack else "the model")
+        if any(value is weight for module in self._stack for value in module._parameters.values()):
+            return
+        reader = type(self._stack[-1]).__name__ if self._stack else "the model"
+        self._seen.reader.setdefault(self._known[id(weight)], reader)

@@ -95,10 +95,7 @@ class _Finder:
             if isinstance(place, str):
                 return place
             found.append(place)
-        by_name = any(place.form != "parameter" for place in found)
-        if not (self.calls.own if by_name else self.calls.inside).get(site.weight, True):
-            return self._read_by(site.weight)
-        return tuple(found)
+        return self._read_by(site.weight) if site.weight in self.calls.reader else tuple(found)
 
     def _place(self, site: Site, path: str, leaf: str) -> Place | str:
         module = self.modules[path]
