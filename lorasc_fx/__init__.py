@@ -1,9 +1,11 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
 
+from lorasc_fx import export, import_
 from lorasc_fx.adapt import adapt, load
 from lorasc_fx.errors import (
     CaptureError,
     CheckpointError,
+    ExportError,
     LorascError,
     MissingExtra,
     NonFiniteBranch,
@@ -24,6 +26,7 @@ __all__ = [
     "Cascade",
     "CascadeSpec",
     "CheckpointError",
+    "ExportError",
     "LorascError",
     "MissingExtra",
     "NoSites",
@@ -42,6 +45,8 @@ __all__ = [
     "UnknownTarget",
     "VerifyError",
     "adapt",
+    "export",
+    "import_",
     "load",
     "save",
     "shuffled_batches",

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 __all__ = [
     "CaptureError",
     "CheckpointError",
+    "ExportError",
     "LorascError",
     "MissingExtra",
     "NoSites",
@@ -68,6 +69,10 @@ class NonFiniteBranch(StateError):
 
 class CheckpointError(LorascError):
     """A checkpoint that is damaged, of another base, or cannot be written or read."""
+
+
+class ExportError(LorascError):
+    """A cascade that another format cannot express, or a place where it cannot be written; names each weight."""
 
 
 class MissingExtra(LorascError, ImportError):

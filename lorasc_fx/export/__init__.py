@@ -1,3 +1,5 @@
 """Out: a cascade in other people's formats."""
 
-__all__: list[str] = []
+from lorasc_fx.export.peft import PeftAdapter, peft
+
+__all__ = ["PeftAdapter", "peft"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lorasc_fx.plan import Plan, Refusal, Site
@@ -21,6 +23,7 @@ class Described(nn.Module):
     _refusals: tuple[Refusal, ...]
     _unreached: tuple[str, ...]
     _frontend: str
+    _example: tuple[Any, Any]
     _refused_frontends: tuple[tuple[str, str], ...]
 
     @property
@@ -47,6 +50,11 @@ class Described(nn.Module):
     def stage(self) -> int:
         """Number of the running stage, 1 is the first; after the last fold, of the one that would start next."""
         return self.core.plan.stage
+
+    @property
+    def example(self) -> tuple[Any, Any]:
+        """Arguments and keywords of the call by which the cascade was made."""
+        return self._example
 
     @property
     def frontend(self) -> str:

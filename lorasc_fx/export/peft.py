@@ -1,0 +1,235 @@
+"""A cascade as one LoRA adapter of peft: all its stages in one pair of factors a site, with a scale of 1.
+
+The change of a site is the sum of its experts, so A is the stack of theirs and B their row, with coefficients and
+scales folded in (algorithm.md, "The slow state is small"). Nothing of peft is imported: JSON and safetensors, in its
+format.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lorasc_fx.branch import Factors, SlowWeight, arithmetic
+from lorasc_fx.errors import ExportError, SpecError, StateError
+from lorasc_fx.export.change import Change, change_of
+from lorasc_fx.export.folder import write_folder
+from lorasc_fx.export.low_rank import CutOff
+from lorasc_fx.export.peft_config import CONFIG, TENSORS, config_of, leaking
+from lorasc_fx.export.peft_layout import PREFIX, Place, as_theirs, names_of, wrapped
+from lorasc_fx.export.places import places_of
+from lorasc_fx.export.saved import Saved, key_path, save_whole
+from lorasc_fx.runtime import Cascade
+from lorasc_fx.runtime.core import Core
+
+__all__ = ["PeftAdapter", "peft"]
+
+log = logging.getLogger("lorasc_fx")
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """What was written.
+
+    Args:
+        folder: where.
+        ranks: of each adapted weight.
+        cut: what `max_rank` cost each weight that had a higher rank.
+        saved: modules that were saved whole.
+    """
+
+    folder: Path
+    ranks: Mapping[str, int]
+    cut: Mapping[str, CutOff]
+    saved: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return it for people: a line for each weight that lost something."""
+        lines = [f"{self.folder}: {len(self.ranks)} weights adapted, ranks {_span(self.ranks.values())}"]
+        lines[0] += f"; saved whole: {', '.join(self.saved)}" if self.saved else ""
+        lines += [
+            f"  {name}: rank {cut.before} to {cut.after}, error {cut.error:.3g} of {cut.norm:.3g} ({cut.relative:.2%})"
+            for name, cut in self.cut.items()
+        ]
+        return "\n".join(lines)
+
+
+def peft(
+    cascade: Cascade,
+    folder: str | PathLike[str],
+    *,
+    which: Literal["slow", "fast"] = "slow",
+    max_rank: int | None = None,
+    uniform_rank: bool = False,
+    dtype: torch.dtype | None = None,
+    task_type: str | None = None,
+    base_model: str | None = None,
+) -> PeftAdapter:
+    """Write what the stages added as a LoRA adapter that `peft.PeftModel.from_pretrained` loads with equal outputs.
+
+    `adapter_config.json` and `adapter_model.safetensors`, scale 1. What was trained in full goes with its modules
+    (`modules_to_save`). Buffers outside these modules, as the statistics of a batch norm, are no part of an adapter.
+
+    Args:
+        cascade: stays as it is; its model runs once on the example inputs, to see where an adapter reaches.
+        folder: absent, empty, or an adapter, which is replaced when the new one is whole.
+        which: `slow`, with a stage that has trained folded as `release` does; or `fast`.
+        max_rank: no site gets a higher rank; a sum of experts is cut to the nearest of this rank, through QR of both
+            factors and an SVD of the core. The exact errors are logged, and are in the result.
+        uniform_rank: all sites get one rank of 8, 16, 32, 64, 128, 256, 320, 512, by zeros, for loaders that ignore
+            patterns (vLLM).
+        dtype: of the factors; by default fp64 for weights of fp64, else fp32.
+        task_type: peft's, as `CAUSAL_LM`; without, the plain PeftModel loads it.
+        base_model: name or path of the base, by default what a model of transformers says of itself.
+
+    Returns:
+        Ranks, errors and modules saved whole.
+
+    Raises:
+        ExportError: there are sites that an adapter of peft cannot express, all of which are named with the reason; or
+            the folder holds something else, or cannot be written. Nothing was written.
+        StateError: nothing was trained, after `release`, or inside `weights`.
+        NonFiniteBranch: a branch holds inf or nan.
+        SpecError: an argument that cannot be meant.
+    """
+    core, model = cascade.core, cascade.model
+    _check(which, max_rank, dtype)
+    core.check_ready("export.peft")
+    change = change_of(core, which)
+    if not change.pairs and not change.refused:
+        if not (change.trained and core.sites):
+            raise StateError("export.peft: no site has trained, and an adapter without a change is none")
+        first = core.sites[0].weight  # peft knows no adapter that only saves modules whole
+        change.pairs[first] = _nothing(core.slow.states[first])
+    if max_rank is not None:
+        change.at_most(max_rank)
+    if uniform_rank:
+        change.at_one_rank()
+    sites = [site for site in core.sites if site.weight in change.pairs]
+    places, unreached = places_of(model, sites, *cascade.example)
+    flat = [place for each in places.values() for place in each]
+    wraps = _wraps(flat)
+    saved, unsaved = save_whole(model, change.trained, flat, wraps)
+    refused = change.refused | unreached | leaking(model, flat) | _nested(flat, wraps) | unsaved
+    if refused:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
+        raise ExportError(f"export.peft: no adapter of peft expresses this cascade; nothing was written:{reasons}")
+    ranks = change.ranks
+    config = config_of(
+        model,
+        {place: ranks[name] for name, each in places.items() for place in each},
+        saved.modules,
+        saved.biases,
+        task_type=task_type,
+        base_model_name_or_path=base_model or _name_of(model),
+    )
+    tensors = _whole(core, saved, change) | _factors(core, places, change, dtype)
+
+    def fill(new: Path) -> None:
+        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+    write_folder(Path(folder), CONFIG, (CONFIG, TENSORS, "adapter_model.bin"), fill)
+    written = PeftAdapter(Path(folder), ranks, change.cut, saved.modules)
+    for line in str(written).splitlines()[1:]:
+        log.warning("export.peft: %s", line.strip())
+    for name, each in places.items():
+        if len(each) > 1:
+            log.warning(
+                "%s is tied, and peft keeps a pair for each of %s: right as an adapter, but its merge adds them all",
+                name,
+                " and ".join(place.path for place in each),
+            )
+    return written
+
+
+def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
+    if which not in ("slow", "fast"):
+        raise SpecError(f"export.peft: which is {which!r}; give 'slow' or 'fast'")
+    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
+        raise SpecError(f"export.peft: max_rank is {max_rank!r}; a rank is an integer of 1 or more")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SpecError(f"export.peft: dtype is {dtype!r}; give a floating dtype, as torch.float32")
+
+
+def _nothing(state: SlowWeight) -> Factors:
+    *stack, rows, columns = state.matrix
+    return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
+
+
+def _factors(
+    core: Core, places: Mapping[str, Sequence[Place]], change: Change, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of all pairs by their keys."""
+    flat = [place for each in places.values() for place in each]
+    wraps, found = _wraps(flat), {}
+    for name, each in places.items():
+        base = core.slow.states[name].base
+        for place in each:
+            path = f"{PREFIX}{key_path(place.path, wraps)}.{_inside(core.model, place, flat)}"
+            for end, tensor in zip(names_of(place), as_theirs(place, change.pairs[name], base.shape), strict=True):
+                found[path + end] = tensor.to(dtype or arithmetic(base.dtype)).clone(
+                    memory_format=torch.contiguous_format
+                )
+    return found
+
+
+def _whole(core: Core, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
+    """Return the tensors of what is saved whole, by their keys."""
+    held: dict[str, torch.Tensor] = {**core.parameters_by_name(), **dict(core.model.named_buffers())}
+    found = {}
+    for key, name in saved.keys.items():
+        if name in change.trained:
+            value = change.trained[name]
+        elif name in core.slow.states:  # a matrix that carries noise
+            value = core.slow.value(name, "slow", held[name])
+        else:
+            value = held[name].detach()
+        found[key] = value.to("cpu", copy=True).contiguous()
+    return found
+
+
+def _wraps(places: Iterable[Place]) -> dict[str, int]:
+    """Return how often peft wraps each module for parameters of its own."""
+    counts: dict[str, int] = {}
+    for place in places:
+        if place.form == "parameter":
+            counts[place.path] = counts.get(place.path, 0) + 1
+    return counts
+
+
+def _inside(model: nn.Module, place: Place, places: Iterable[Place]) -> str:
+    if place.form != "parameter":
+        return ""
+    leaves = [each.leaf for each in places if each.path == place.path and each.form == "parameter"]
+    return wrapped(model.get_submodule(place.path), place.leaf, leaves)
+
+
+def _nested(places: Iterable[Place], wraps: Mapping[str, int]) -> dict[str, str]:
+    """Return the parameters that stand in a module which peft wraps, inside another such module, and cannot find."""
+    return {
+        place.name: f"peft wraps {outer} for its parameters, and does not find those of {place.path} inside it"
+        for place in places
+        for outer in wraps
+        if place.form == "parameter" and place.path.startswith(f"{outer}.")
+    }
+
+
+def _name_of(model: nn.Module) -> str | None:
+    """Return what a model of transformers says that it was loaded from."""
+    named = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return named if isinstance(named, str) and named else None
+
+
+def _span(ranks: Iterable[int]) -> str:
+    low, *_, high = sorted([*ranks, *ranks])
+    return str(low) if low == high else f"{low} to {high}"

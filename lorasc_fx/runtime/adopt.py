@@ -1,0 +1,110 @@
+"""Experts that were trained elsewhere become part of the slow state: another tool's adapter, experts of other runs.
+
+All or nothing: everything is checked and computed before anything is written, and what is written is put back if a
+later write raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorasc_fx.branch import Expert, Factors, SlowWeight
+from lorasc_fx.errors import StateError
+from lorasc_fx.runtime.slow import SlowWeights, Trained, fill
+from lorasc_fx.runtime.transition import resting_value
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["adopt"]
+
+
+def adopt(
+    core: Core,
+    experts: Mapping[str, Sequence[tuple[float, Factors]]],
+    trained: Mapping[str, torch.Tensor] | None = None,
+    buffers: Mapping[str, torch.Tensor] | None = None,
+    stage: int = 0,
+) -> None:
+    """Add experts to slow weights and start of the running stage, and set parameters trained in full.
+
+    Args:
+        core: of a cascade.
+        experts: by weight name, pairs of a coefficient and factors, `b` [rows, r] and `a` [r, columns] as the weight is
+            stored.
+        trained: slow values of parameters that the spec trains in full, by name.
+        buffers: values of the model's buffers, by name.
+        stage: that is noted as the one which trained the experts; 0 for none of this cascade's.
+
+    Raises:
+        StateError: a name that the cascade does not know as such, or factors of another shape.
+    """
+    core.check_ready("adopt")
+    before, plan = core.slow, core.plan
+    values, tensors = dict(trained or {}), dict(core.model.named_buffers())
+    for what, given, known in (
+        ("a site", experts, before.states),
+        ("trained in full", values, before.trained),
+        ("a buffer", buffers or {}, tensors),
+    ):
+        foreign = [name for name in given if name not in known]
+        if foreign:
+            raise StateError(f"adopt: {', '.join(sorted(foreign))} is not {what} here")
+    states = {name: _with(state, experts.get(name, ()), stage) for name, state in before.states.items()}
+    kept = dict(before.trained)
+    for name, value in values.items():
+        base = kept[name].base
+        if value.shape != base.shape:
+            raise StateError(f"adopt: {name} is {list(base.shape)}, not {list(value.shape)}")
+        slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
+        kept[name] = Trained(base, slow, slow.to(base.dtype))
+    after = SlowWeights(states, kept, before.parked)
+    parameters = core.parameters_by_name()
+
+    def rest(slow: SlowWeights, name: str, out: torch.Tensor) -> None:
+        if name in kept:
+            out.copy_(resting_value(slow, name))
+        else:
+            slow.write_resting(name, plan, out)
+
+    moved = [(tensors[name], tensors[name].clone(), value) for name, value in (buffers or {}).items()]
+    with torch.no_grad():
+        try:
+            for buffer, _, value in moved:
+                buffer.copy_(value)
+            fill(
+                parameters,
+                [*(name for name in experts if experts[name]), *values],
+                lambda name, out: rest(after, name, out),
+                lambda name, out: rest(before, name, out),
+            )
+        except BaseException:
+            for buffer, old, _ in moved:
+                buffer.copy_(old)
+            raise
+    core.advance(plan, after)
+
+
+def _with(state: SlowWeight, experts: Sequence[tuple[float, Factors]], stage: int) -> SlowWeight:
+    """Return the state with these experts added, each with its coefficient."""
+    *stack, rows, columns = state.matrix
+    for _, pair in experts:
+        rank = pair.a.shape[-2] if pair.a.dim() > 1 else 0
+        if tuple(pair.b.shape) != (*stack, rows, rank) or tuple(pair.a.shape) != (*stack, rank, columns):
+            shapes = f"b {list(pair.b.shape)} and a {list(pair.a.shape)}"
+            raise StateError(f"adopt: {state.name} is {list(state.base.shape)}, and its factors are {shapes}")
+    if not experts:
+        return state
+    more = tuple(Expert(stage, _own(pair, state.base.device)) for _, pair in experts)
+    scales = tuple(float(coefficient) for coefficient, _ in experts)
+    after = replace(state, experts=state.experts + more, slow=state.slow + scales, start=state.start + scales)
+    return after.collapsed() if after.crowded else after
+
+
+def _own(pair: Factors, device: torch.device) -> Factors:
+    """Return copies on the device of W0."""
+    return Factors(pair.b.detach().to(device, copy=True), pair.a.detach().to(device, copy=True))

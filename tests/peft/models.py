@@ -1,0 +1,156 @@
+"""Small models of every kind that an adapter goes out of and comes into, in fp64, each the same for every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from tests.peft.kit import normal
+
+
+def tokens(*shape: int, high: int = 11) -> torch.Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(2))
+
+
+class Suffixes(nn.Module):
+    """Modules whose paths end like another's: 1.lin and 11.lin, lin and deep.lin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("1", "11"):
+            self.add_module(name, nn.ModuleDict({"lin": nn.Linear(6, 6), "other": nn.Linear(6, 6, bias=False)}))
+        self.lin, self.deep = nn.Linear(6, 5), nn.ModuleDict({"lin": nn.Linear(5, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in ("1", "11"):
+            block: Any = getattr(self, name)
+            x = torch.tanh(block["lin"](x) + block["other"](x))
+        out: torch.Tensor = self.deep["lin"](torch.tanh(self.lin(x)))
+        return out
+
+
+class Words(nn.Module):
+    """An embedding with padding, and a head beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.up, self.norm = nn.Embedding(11, 6, padding_idx=0), nn.Linear(6, 8), nn.LayerNorm(8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.norm(torch.tanh(self.up(self.emb(ids)))).mean(1))
+        return out
+
+
+class Convs(nn.Module):
+    """A residual network in little: 2d, 1d and 3d convolutions, strides, 1x1, and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.same, self.down, self.short = (
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Conv2d(6, 8, 3, 2, 1),
+            nn.Conv2d(6, 8, 1, 2),
+        )
+        self.line, self.box, self.head = nn.Conv1d(8, 5, 3, padding=1), nn.Conv3d(1, 4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.stem(x)))
+        x = torch.tanh(x + self.same(x))
+        x = torch.tanh(self.down(x) + self.short(x))
+        y = self.line(x.flatten(2)).unflatten(2, (4, 4))
+        out: torch.Tensor = self.head(torch.tanh(self.box(y.unsqueeze(1))).mean((2, 3, 4)))
+        return out
+
+
+class Experts(nn.Module):
+    """Stacked experts, as transformers keeps them, in both layouts."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.is_transposed = turned
+        up, down = ((6, 8), (8, 6)) if turned else ((8, 6), (6, 8))
+        self.up, self.down = nn.Parameter(torch.randn(3, *up) / 3), nn.Parameter(torch.randn(3, *down) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, down = (self.up, self.down) if self.is_transposed else (self.up.mT, self.down.mT)
+        return torch.bmm(torch.tanh(torch.bmm(x.expand(3, -1, -1), up)), down).sum(0)
+
+
+class Mixture(nn.Module):
+    """A router whose weight is a bare parameter, and both kinds of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.gate = nn.Linear(5, 6), Gate()
+        self.plain, self.turned = Experts(False), Experts(True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.into(x)
+        out: torch.Tensor = self.gate(x) * (self.plain(x) + self.turned(x))
+        return out
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(6, 6) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(F.linear(x, self.rows))
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16, use_cache=False, tie_word_embeddings=False
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def made(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model in fp64 and eval mode, the same for every call."""
+    torch.manual_seed(1)
+    return build().double().eval()
+
+
+BUILD: dict[str, Callable[[], nn.Module]] = {
+    "suffixes": Suffixes,
+    "words": Words,
+    "convs": Convs,
+    "mixture": Mixture,
+    "llama": llama,
+    "gpt2": gpt2,
+    "bert": bert,
+}
+
+INPUTS: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
+    "suffixes": lambda: (normal(3, 4, 6),),
+    "words": lambda: (tokens(3, 4),),
+    "convs": lambda: (normal(2, 3, 8, 8),),
+    "mixture": lambda: (normal(7, 5),),
+    "llama": lambda: (tokens(2, 5),),
+    "gpt2": lambda: (tokens(2, 5),),
+    "bert": lambda: (tokens(2, 5),),
+}

@@ -1,0 +1,253 @@
+"""Out, where a module is not what peft's layers were written for: by its parameter, or refused; peft is the judge."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers.pytorch_utils import Conv1D
+
+import lorasc_fx as lx
+from tests.peft.kit import gap, normal, seeded
+from tests.peft.models import Gate, tokens
+from tests.unit.cases import randomize
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.att, self.lin = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.lin(self.att(x, x, x)[0])
+        return out
+
+
+class Outer(nn.Module):
+    """A parameter and a linear in one module, which peft wraps for the parameter."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.rows, self.inner = nn.Parameter(torch.randn(6, 6) / 3), inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(F.linear(x, self.rows))
+        return out
+
+
+class Positions(nn.Embedding):
+    """Looks up something else than it is given, as OPT's positions do."""
+
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(mask.cumsum(1))
+
+
+class Scaled(nn.Embedding):
+    """Scales what it looks up, as Gemma's does."""
+
+    embed_scale = 2.5
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+class Looks(nn.Module):
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table, self.lin = table, nn.Linear(6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.lin(self.table(ids))
+        return out
+
+
+def images() -> tuple[torch.Tensor]:
+    return (normal(3, 4, 6),)
+
+
+def words() -> tuple[torch.Tensor]:
+    return (tokens(3, 4, high=5),)
+
+
+def normed() -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 3))
+
+
+def wide() -> Conv1D:
+    found = Conv1D(7, 6)
+    nn.init.normal_(found.weight)
+    return found
+
+
+Build = Callable[[], nn.Module]
+CASES: dict[str, tuple[Build, Callable[[], Any], dict[str, Any], list[str]]] = {
+    "packed projection": (Attention, images, {"exclude": ("att.out_proj",)}, ["att.in_proj_weight"]),
+    "a linear below a parameter": (
+        lambda: nn.Sequential(Outer(nn.Linear(6, 6)), nn.Linear(6, 3)),
+        images,
+        {"train": ("1.bias",)},
+        ["0.rows"],
+    ),
+    "Conv1D, linear": (lambda: nn.Sequential(wide(), nn.Linear(7, 3)), images, {}, []),
+    "Conv1D beside a parameter": (
+        lambda: nn.Sequential(wide(), nn.Linear(7, 6), Gate()),
+        images,
+        {},
+        ["0.weight", "2.rows"],
+    ),
+    "weight norm": (normed, images, {}, ["0.weight_v"]),
+    "an embedding of its own": (lambda: Looks(Positions(30, 6)), words, {}, ["table.weight"]),
+    "a scaled embedding": (lambda: Looks(Scaled(11, 6)), words, {}, []),
+    "a bag": (lambda: Looks(nn.EmbeddingBag(11, 6)), words, {}, ["table.weight"]),
+    "an encoder that is never fused": (
+        lambda: nn.TransformerEncoderLayer(6, 3, 8, 0.0, batch_first=True),
+        images,
+        {"targets": ("linear*",)},
+        [],
+    ),
+}
+
+
+TRACED = ("packed projection", "an encoder that is never fused", "weight norm", "a bag", "parametrized")
+"""Whose weights a symbolic trace does not see."""
+SLOW = pytest.mark.slow
+
+
+def built(build: Build) -> nn.Module:
+    torch.manual_seed(1)
+    return build().double().eval()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # peft's, of a model that has both
+@pytest.mark.parametrize("case", [pytest.param(each, marks=SLOW) if each in TRACED[:2] else each for each in CASES])
+def test_what_is_adapted_and_how(case: str, tmp_path: Path) -> None:
+    build, inputs, spec, parameters = CASES[case]
+    args, frontend = inputs(), "auto" if case in TRACED else "symbolic"
+    cascade = lx.adapt(built(build), args, spec=lx.CascadeSpec(rank=2, pace=1.0, **spec), frontend=frontend)
+    randomize(cascade)
+    lx.export.peft(cascade, tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert sorted(config.target_parameters or []) == parameters
+    theirs = peft.PeftModel.from_pretrained(built(build), tmp_path).eval()
+    with torch.no_grad():
+        adapted = seeded(theirs, args)
+        base = seeded(built(build), args)
+        right = seeded(cascade.release(), args)
+    assert gap(adapted, right) < 1e-10
+    assert gap(right, base) > 1e-2
+
+
+class Reads(nn.Module):
+    """Reads a number of the module that peft would wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+        self.gate.number = 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.gate(x) * self.gate.number  # type: ignore[operator]
+        return out
+
+
+ODD: dict[str, tuple[Build, str, str]] = {
+    "nested parameters": (
+        lambda: nn.Sequential(Outer(Outer(nn.Linear(6, 6)))),
+        "0.inner.rows",
+        "peft wraps 0 for its parameters, and does not find those of 0.inner inside it",
+    ),
+    "an attribute": (
+        Reads,
+        "gate.rows",
+        "the model reads number of its module, and peft's wrapper in its place has no number",
+    ),
+    "parametrized": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
+        "0.parametrizations.weight.original1",
+        "ParametrizationList keeps it where peft's adapter of a parameter does not reach",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_peft_could_not_load(case: str, tmp_path: Path) -> None:
+    build, name, reason = ODD[case]
+    frontend = "auto" if case in TRACED else "symbolic"
+    cascade = lx.adapt(built(build), images(), spec=lx.CascadeSpec(rank=2), frontend=frontend)
+    modules = dict(cascade.model.named_modules())
+    randomize(cascade)
+    with pytest.raises(lx.ExportError, match=f"written:\n  {re.escape(name)}: {re.escape(reason)}$"):
+        lx.export.peft(cascade, tmp_path)
+    assert dict(cascade.model.named_modules()) == modules
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")  # peft's, that it cannot merge
+def test_a_quantized_base(tmp_path: Path) -> None:
+    """Its numbers hold no delta, so an adapter is what it takes; out, and in again."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)).eval()
+        quantize_(model, Int8WeightOnlyConfig())
+        return model
+
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    cascade = lx.adapt(base(), (x,), spec=lx.CascadeSpec(rank=2, pace=1.0))
+    for stage in range(2):
+        randomize(cascade, seed=stage)
+        cascade.transition(None)
+    lx.export.peft(cascade, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    again = lx.import_.peft(tmp_path, base(), (x,))
+    with torch.no_grad():
+        assert gap(theirs(x), cascade(x)) < 1e-5
+        assert gap(again(x), theirs(x)) < 1e-5
+        assert gap(theirs(x), base()(x)) > 0.1
+
+
+def small(**more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 16, "use_cache": False, **more,
+    }  # fmt: skip
+
+
+MIXTURES: dict[str, Build] = {
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**small(num_local_experts=3, tie_word_embeddings=False))
+    ),
+    "tied llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small(tie_word_embeddings=True))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_models_of_experts(name: str, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        model = built(MIXTURES[name])
+        model.set_experts_implementation("eager")  # type: ignore[operator]
+        return model
+
+    args = (tokens(2, 5),)
+    cascade = lx.adapt(base(), args, spec=lx.CascadeSpec(rank=2, pace=1.0))
+    randomize(cascade)
+    lx.export.peft(cascade, tmp_path / "one")
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "one").eval()
+    again = lx.import_.peft(tmp_path / "one", base(), args)
+    with torch.no_grad():
+        assert gap(seeded(theirs, args), seeded(copy.deepcopy(again.release()), args)) < 1e-10
+        assert gap(seeded(theirs, args), seeded(cascade.release(), args)) < 1e-10
+        assert gap(seeded(theirs, args), seeded(base(), args)) > 1e-2

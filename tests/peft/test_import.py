@@ -1,0 +1,204 @@
+"""In: adapters that peft has trained and saved become the first expert of a cascade, and go out again as they came."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorasc_fx as lx
+from tests.peft.adapters import cascade_of, close, folded, frontend_of, loaded, merged, trained_by_peft
+from tests.peft.kit import gap, seeded
+from tests.peft.models import BUILD, INPUTS, made
+from tests.unit.cases import optimizer_of, train
+
+slow = pytest.mark.slow
+LINEARS = ["q_proj", "v_proj", "down_proj"]
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("suffixes", {"target_modules": ["lin", "other"]}),
+    "rslora": ("suffixes", {"target_modules": ["lin"], "use_rslora": True}),
+    "patterns": (
+        "suffixes",
+        {
+            "target_modules": ["lin", "other"],
+            "rank_pattern": {r"^1\.lin": 2, "deep.lin": 4, "other": 1},
+            "alpha_pattern": {r"^11\.lin": 7, r".*\.other": 9},
+        },
+    ),
+    "patterns, rslora": (
+        "suffixes",
+        {"target_modules": ["lin"], "use_rslora": True, "rank_pattern": {"1.lin": 2}, "alpha_pattern": {"^lin": 2.5}},
+    ),
+    "biases": ("suffixes", {"target_modules": ["lin"], "bias": "lora_only"}),
+    "all biases": ("words", {"target_modules": ["up"], "bias": "all"}),
+    "embedding, head": ("words", {"target_modules": ["emb", "up"], "modules_to_save": ["head", "norm"]}),
+    "convs": ("convs", {"target_modules": ["stem", "same", "down", "short", "line", "box", "head"]}),
+    "parameters": (
+        "mixture",
+        {
+            "target_modules": ["into"],
+            "target_parameters": ["gate.rows", "plain.up", "plain.down", "turned.up", "turned.down"],
+        },
+    ),
+    "llama": ("llama", {"target_modules": LINEARS, "lora_dropout": 0.1}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj", "wte"], "fan_in_fan_out": True}),
+    "bert": ("bert", {"target_modules": ["query", "value", "word_embeddings"], "task_type": "SEQ_CLS"}),
+}
+CASES = [pytest.param(key, marks=slow) if key in ("llama", "gpt2", "bert") else key for key in ADAPTERS]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's call
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+    pytest.mark.filterwarnings("ignore:Could not identify embedding layer"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_comes_in_and_goes_out_equal(case: str, tmp_path: Path) -> None:
+    name, config = ADAPTERS[case]
+    theirs = trained_by_peft(name, tmp_path / "in", **config)
+    args = INPUTS[name]()
+    model = made(BUILD[name])
+    base = seeded(model, args)
+    cascade = lx.import_.peft(tmp_path / "in", model, args, frontend=frontend_of(name))
+
+    right = merged(theirs).state_dict()
+    with torch.no_grad(), cascade.weights("slow"):
+        ours = {key: value.clone() for key, value in cascade.model.state_dict().items()}
+        close(seeded(cascade.model, args), seeded(theirs, args))
+        assert gap(seeded(cascade.model, args), base) > 1e-2
+    assert ours.keys() == right.keys()
+    for key, value in right.items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-10, msg=key)
+    with torch.no_grad():
+        close(seeded(cascade.eval(), args), seeded(theirs, args))  # the stage starts there
+
+    lx.export.peft(cascade, tmp_path / "out")
+    with torch.no_grad():
+        close(seeded(loaded(name, tmp_path / "out"), args), seeded(theirs, args))
+    first, second = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("in", "out"))
+    first = {key: value for key, value in first.items() if not key.endswith("base_layer.weight")}  # copies of the base
+    changed = {key for key in first if "lora_A" in key or "lora_B" in key or "lora_embedding" in key}
+    assert changed == {key for key in second if "lora_A" in key or "lora_B" in key or "lora_embedding" in key}
+    assert all(first[key].shape == second[key].shape for key in changed)
+    again = lx.import_.peft(tmp_path / "out", made(BUILD[name]), args, frontend=frontend_of(name))
+    for key, value in again.folded_state_dict().items():
+        torch.testing.assert_close(value, ours[key], rtol=0, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("name", ["suffixes", "words", "convs", "mixture"])
+def test_a_cascade_goes_out_and_comes_in_equal(name: str, tmp_path: Path) -> None:
+    train_in_full = ("head",) if name == "words" else ()
+    left_out = ("head",) if name == "convs" else ()  # it would collapse
+    cascade = cascade_of(name, train=train_in_full, exclude=left_out, rank=1)
+    lx.export.peft(cascade, tmp_path / "one")
+    again = lx.import_.peft(tmp_path / "one", made(BUILD[name]), INPUTS[name]())
+    assert {site.weight: site.rank for site in again.sites} == {site.weight: 2 for site in cascade.sites}
+    with torch.no_grad():
+        close(seeded(folded(again, name), INPUTS[name]()), seeded(folded(cascade, name), INPUTS[name]()))
+    lx.export.peft(again, tmp_path / "two")
+    one, two = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_the_spec_of_an_adapter(tmp_path: Path) -> None:
+    trained_by_peft("suffixes", tmp_path, **ADAPTERS["patterns"][1], lora_dropout=0.25)
+    model = made(BUILD["suffixes"])
+    spec = lx.import_.peft_spec(tmp_path, model)
+    assert (spec.rank, spec.lora_alpha, spec.dropout, spec.use_rslora) == (3, 5.0, 0.25, False)
+    cascade = lx.import_.peft(tmp_path, model, INPUTS["suffixes"](), spec=replace(spec, pace=0.25), frontend="symbolic")
+    assert cascade.plan.spec.pace == 0.25
+    assert {site.weight: (site.rank, site.lora_alpha) for site in cascade.sites} == {
+        "1.lin.weight": (2, 5.0),
+        "1.other.weight": (1, 9.0),
+        "11.lin.weight": (3, 7.0),
+        "11.other.weight": (1, 9.0),
+        "lin.weight": (3, 5.0),
+        "deep.lin.weight": (4, 5.0),
+    }
+    theirs = loaded("suffixes", tmp_path)
+    for path, module in theirs.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            site = cascade.plan.by_weight[f"{path}.weight"]
+            assert (site.rank, site.scale) == (module.r["default"], module.scaling["default"])
+
+
+def test_training_goes_on(tmp_path: Path) -> None:
+    """The first expert keeps its coefficient, and the next stages add theirs."""
+    trained_by_peft("words", tmp_path / "in", r=1, target_modules=["up"], modules_to_save=["head"])
+    model, args = made(BUILD["words"]), INPUTS["words"]()
+    cascade = lx.import_.peft(tmp_path / "in", model, args, frontend="symbolic")
+    before = cascade.folded_state_dict()
+    optimizer = optimizer_of(cascade)
+    for _ in cascade.stages(2, optimizer):
+        train(cascade, optimizer, [args[0]] * 3)
+    state = cascade.core.slow.states["up.weight"]
+    assert (state.experts[0].stage, state.slow[0]) == (0, 1.0)
+    assert len(state.experts) == 3
+    lx.export.peft(cascade, tmp_path / "out")
+    with torch.no_grad():
+        close(seeded(loaded("words", tmp_path / "out"), args), seeded(folded(cascade, "words"), args))
+    assert gap(cascade.folded_state_dict()["up.weight"], before["up.weight"]) > 1e-3
+
+
+def test_an_imported_expert_survives_a_checkpoint(tmp_path: Path) -> None:
+    trained_by_peft("suffixes", tmp_path / "in", target_modules=["lin"])
+    args = INPUTS["suffixes"]()
+    cascade = lx.import_.peft(tmp_path / "in", made(BUILD["suffixes"]), args, frontend="symbolic")
+    lx.save(cascade, tmp_path / "run")
+    again = lx.load(tmp_path / "run", made(BUILD["suffixes"]), args)
+    for key, value in again.folded_state_dict().items():
+        assert torch.equal(value, cascade.folded_state_dict()[key])
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_a_tied_head_that_was_adapted_alone(tmp_path: Path) -> None:
+    """peft trains a head beside its embedding: that is the untied model, and the error says so."""
+    import copy
+
+    from tests.peft.test_silent import Tied
+
+    torch.manual_seed(1)
+    model = Tied().double().eval()
+    ids = torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(2))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules=["head"], init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    sentence = r"head\.weight are one weight, and the adapter changes head\.weight, each by itself; untie them"
+    with pytest.raises(lx.CheckpointError, match=sentence):
+        lx.import_.peft(tmp_path, model, (ids,), frontend="symbolic")
+    spec = replace(lx.import_.peft_spec(tmp_path, model), untie=("head.weight",))
+    cascade = lx.import_.peft(tmp_path, model, (ids,), spec=spec, frontend="symbolic")
+    with torch.no_grad(), cascade.weights("slow"):
+        close(cascade.model(ids), theirs.eval()(ids))
+
+
+def test_a_cascade_of_a_spec_of_ones_own(tmp_path: Path) -> None:
+    trained_by_peft("words", tmp_path, target_modules=["up"], modules_to_save=["head"])
+    model, args = made(BUILD["words"]), INPUTS["words"]()
+    spec = lx.CascadeSpec(rank=5, train=("head", "norm"), noise=lx.Noise(0.1))
+    cascade = lx.import_.peft(tmp_path, model, args, spec=spec, frontend="symbolic")
+    assert {site.rank for site in cascade.sites} == {5}
+    with torch.no_grad(), cascade.weights("slow"):
+        close(cascade.model(*args), loaded("words", tmp_path)(*args))
+    before = made(BUILD["words"]).state_dict()
+    model = made(BUILD["words"])
+    with pytest.raises(lx.CheckpointError) as caught:
+        lx.import_.peft(tmp_path, model, args, spec=lx.CascadeSpec(targets=("emb",)), frontend="symbolic")
+    assert "the spec leaves out what the adapter holds: up.weight is not adapted here: not-targeted" in str(
+        caught.value
+    )
+    assert "head.0.weight was trained in full; add it to spec.train" in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    lx.adapt(model, args)  # nobody holds it
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3

@@ -1,0 +1,245 @@
+"""Out: what an adapter of peft cannot express is refused with the names of all such weights, and nothing is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lorasc_fx as lx
+from tests.peft.adapters import cascade_of
+from tests.peft.kit import normal
+from tests.peft.models import Suffixes, made
+from tests.unit.cases import randomize
+
+
+class Net(nn.Module):
+    """A linear, and one module more."""
+
+    def __init__(
+        self, other: nn.Module, call: Callable[[nn.Module, torch.Tensor], Any] = lambda other, x: other(x)
+    ) -> None:
+        super().__init__()
+        self.lin, self.other, self.call = nn.Linear(6, 6), other, call
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.call(self.other, torch.tanh(self.lin(x)))
+
+
+class Shared(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(6, 6)
+        self.two = self.one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.two(torch.tanh(self.one(x)))
+        return out
+
+
+class Own(nn.Module):
+    """A parameter of the top module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.lin = nn.Parameter(torch.randn(6, 6) / 3), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.lin(x), self.rows)
+
+
+def encoder(batch_first: bool = True) -> nn.Module:
+    return nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=batch_first)
+
+
+def attend(other: nn.Module, x: torch.Tensor) -> Any:
+    return other(x, x, x)[0]
+
+
+def image(other: nn.Module, x: torch.Tensor) -> Any:
+    return other(x.unflatten(2, (2, 3)))
+
+
+READ = "reads it from outside its own module, where no adapter of peft computes"
+FUSED = "in eval mode torch's fused TransformerEncoderLayer does not call what peft adapts"
+OTHER = r"peft's adapter of this {} computes something else than its weight would \(off by [\d.e-]+ of the change\)"
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "grouped": (
+        lambda: Net(nn.Conv2d(4, 6, 2, groups=2), image),
+        {"other.weight": "peft's adapter of a grouped convolution mixes the groups"},
+    ),
+    "transposed": (
+        lambda: Net(nn.ConvTranspose2d(4, 3, 2), image),
+        {"other.weight": "peft adapts no ConvTranspose2d of 4 axes"},
+    ),
+    "dilated": (
+        lambda: Net(nn.Conv2d(4, 3, 2, dilation=2, padding="same"), image),
+        {"other.weight": OTHER.format("Conv2d")},
+    ),
+    "padding mode": (
+        lambda: Net(nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), image),
+        {"other.weight": OTHER.format("Conv2d")},
+    ),
+    "attention": (
+        lambda: Net(nn.MultiheadAttention(6, 2), attend),
+        {"other.out_proj.weight": f"MultiheadAttention {READ}"},
+    ),
+    "encoder": (
+        lambda: Net(encoder()),
+        {
+            "other.linear1.weight": FUSED,
+            "other.linear2.weight": FUSED,
+            "other.self_attn.in_proj_weight": FUSED,
+            "other.self_attn.out_proj.weight": f"MultiheadAttention {READ}",
+        },
+    ),
+    "read by another": (
+        lambda: Net(nn.Linear(6, 4), lambda other, x: F.linear(x, other.weight, other.bias)),
+        {"other.weight": f"Net {READ}"},
+    ),
+    "read by another, transposed": (
+        lambda: Net(nn.Linear(6, 4), lambda other, x: x @ other.weight.T),
+        {"other.weight": f"Net {READ}"},
+    ),
+    "called and read": (
+        lambda: Net(nn.Linear(6, 6), lambda other, x: F.linear(other(x), other.weight)),
+        {"other.weight": f"Net {READ}"},
+    ),
+    "recurrent": (
+        lambda: Net(nn.GRU(6, 4, batch_first=True), lambda other, x: other(x)[0]),
+        {
+            "other.weight_hh_l0": "GRU keeps it where peft's adapter of a parameter does not reach",
+            "other.weight_ih_l0": "GRU keeps it where peft's adapter of a parameter does not reach",
+        },
+    ),
+    "shared module": (Shared, {"one.weight": "its module is held as one and as two, and peft adapts one of them"}),
+    "top module": (Own, {"rows": "it is a parameter of the top module, which peft cannot wrap"}),
+}
+
+
+TRACED = ("attention", "encoder", "recurrent", "transposed")
+"""Whose weights a symbolic trace does not see."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(each, marks=pytest.mark.slow) if each == "encoder" else each for each in CASES]
+)
+def test_what_no_adapter_expresses(case: str, tmp_path: Path) -> None:
+    build, reasons = CASES[case]
+    args = (normal(2, 4, 6),)
+    frontend = "auto" if case in TRACED else "symbolic"
+    cascade = lx.adapt(made(build), args, spec=lx.CascadeSpec(rank=2), frontend=frontend)
+    randomize(cascade)
+    with pytest.raises(lx.ExportError) as caught:
+        lx.export.peft(cascade, tmp_path / "adapter")
+    first, *lines = str(caught.value).splitlines()
+    assert first == "export.peft: no adapter of peft expresses this cascade; nothing was written:"
+    assert len(lines) == len(reasons), lines
+    for line, (name, reason) in zip(lines, reasons.items(), strict=True):
+        assert re.fullmatch(rf"  {re.escape(name)}: {reason}", line), line
+    assert not list(tmp_path.iterdir())
+    cascade.transition(None)
+
+
+def test_kept_noise(tmp_path: Path) -> None:
+    cascade = cascade_of("suffixes", noise=lx.Noise(0.1, keep=True), targets=("lin",))
+    with pytest.raises(
+        lx.ExportError, match=r"\n  lin\.weight: it keeps the noise of a stage \(noise\.keep\), which has no"
+    ):
+        lx.export.peft(cascade, tmp_path)
+
+
+def test_full_training_that_is_no_module(tmp_path: Path) -> None:
+    cascade = lx.adapt(made(Own), (normal(2, 4, 6),), spec=lx.CascadeSpec(targets=("lin",), train=("rows",)))
+    randomize(cascade)
+    with pytest.raises(
+        lx.ExportError, match="\n  rows: it is a parameter of the top module, and peft saves modules whole"
+    ):
+        lx.export.peft(cascade, tmp_path)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.lin = nn.Parameter(torch.ones(6)), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.lin(x) * self.scale
+        return out
+
+
+def test_a_module_that_holds_an_adapted_one(tmp_path: Path) -> None:
+    spec = lx.CascadeSpec(train=("other.scale",))
+    cascade = lx.adapt(made(lambda: Net(Block())), (normal(2, 4, 6),), spec=spec)
+    randomize(cascade)
+    reason = "\n  other.scale: its module holds other.lin, which is adapted, and peft saves modules whole"
+    with pytest.raises(lx.ExportError, match=re.escape(reason)):
+        lx.export.peft(cascade, tmp_path)
+
+
+def test_a_module_whose_name_means_an_adapted_one(tmp_path: Path) -> None:
+    """peft saves every module whose path ends so: 1.lin means 11.lin as well."""
+    cascade = lx.adapt(
+        made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(exclude=("1.lin.weight",), train=("1.lin.bias",))
+    )
+    randomize(cascade)
+    with pytest.raises(
+        lx.ExportError, match=r"1\.lin\.bias: to save 1.lin means 11\.lin to peft as well, which is adapted"
+    ):
+        lx.export.peft(cascade, tmp_path)
+
+
+def test_a_rank_above_all(tmp_path: Path) -> None:
+    cascade = lx.adapt(
+        made(lambda: nn.Sequential(nn.Linear(1100, 1100))), (normal(2, 1100),), spec=lx.CascadeSpec(rank=520)
+    )
+    randomize(cascade)
+    with pytest.raises(lx.ExportError, match=r"\n  0\.weight: its rank is 520, over 512; give max_rank"):
+        lx.export.peft(cascade, tmp_path, uniform_rank=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"which": "base"}, "export.peft: which is 'base'; give 'slow' or 'fast'"),
+        ({"max_rank": 0}, "export.peft: max_rank is 0; a rank is an integer of 1 or more"),
+        ({"dtype": torch.int8}, "export.peft: dtype is torch.int8; give a floating dtype, as torch.float32"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(given: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    cascade = cascade_of("suffixes", stages=1)
+    with pytest.raises(lx.SpecError, match=f"^{re.escape(sentence)}$"):
+        lx.export.peft(cascade, tmp_path, **given)
+
+
+def test_moments_that_are_not_right(tmp_path: Path) -> None:
+    cascade = lx.adapt(made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(rank=2))
+    with pytest.raises(
+        lx.StateError, match=r"^export\.peft: no site has trained, and an adapter without a change is none$"
+    ):
+        lx.export.peft(cascade, tmp_path)
+    randomize(cascade)
+    with cascade.weights("slow"), pytest.raises(lx.StateError, match=r"^export\.peft: inside weights\('slow'\)"):
+        lx.export.peft(cascade, tmp_path)
+    cascade.release()
+    with pytest.raises(lx.StateError, match=r"^export\.peft: this cascade was released"):
+        lx.export.peft(cascade, tmp_path)
+
+
+def test_folders_that_are_something_else(tmp_path: Path) -> None:
+    cascade = cascade_of("suffixes", stages=1)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(lx.ExportError, match="file is a file; give the name of a folder"):
+        lx.export.peft(cascade, tmp_path / "file")
+    with pytest.raises(lx.ExportError, match=r"holds other files and no adapter_config\.json; give an empty folder"):
+        lx.export.peft(cascade, tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]

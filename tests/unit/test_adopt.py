@@ -1,0 +1,130 @@
+"""Experts from elsewhere in the slow state: all or nothing, under noise, beside experts that are there."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx.branch import Factors
+from lorasc_fx.runtime.adopt import adopt
+from tests.unit.cases import batches, mlp, randomize
+
+
+def pairs(rank: int = 2, seed: int = 0) -> dict[str, Factors]:
+    source = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, value in mlp().named_parameters():
+        if value.dim() > 1:
+            rows, columns = value.shape
+            b, a = (torch.randn(shape, generator=source).double() for shape in ((rows, rank), (rank, columns)))
+            found[name] = Factors(b, a)
+    return found
+
+
+def cascade_of(model: nn.Module, **spec: Any) -> lx.Cascade:
+    return lx.adapt(model, (batches(1, 4, 5)[0],), spec=lx.CascadeSpec(rank=2, **spec))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("begun", [False, True])
+def test_slow_weights_are_the_sum(noise: float, begun: bool) -> None:
+    one, two = pairs(1, seed=1), pairs(1, seed=2)
+    cascade = cascade_of(mlp(), noise=lx.Noise(noise))
+    if begun:
+        randomize(cascade)
+        cascade.transition(None)
+    before = cascade.folded_state_dict()
+    start = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
+    adopt(cascade.core, {name: [(0.5, one[name]), (2.0, two[name])] for name in one})
+    after = cascade.folded_state_dict()
+    for name in one:
+        change = 0.5 * one[name].b @ one[name].a + 2 * two[name].b @ two[name].a
+        torch.testing.assert_close(after[name], before[name] + change, rtol=0, atol=1e-12)
+        assert (start[name] - cascade.model.get_parameter(name)).abs().max() > 0.1
+    if not noise:
+        for name, value in cascade.model.named_parameters():
+            torch.testing.assert_close(value.detach(), after[name], rtol=0, atol=0)
+    cascade.transition(None)  # the weights are as the cascade left them
+    for name, value in cascade.folded_state_dict().items():
+        torch.testing.assert_close(value, after[name], rtol=0, atol=1e-12)
+
+
+def test_values_trained_in_full_and_buffers() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    cascade = cascade_of(model, train=("1",))
+    new = {"1.weight": torch.arange(4.0).double()}
+    adopt(cascade.core, {}, new, {"1.running_mean": torch.ones(4)})
+    assert torch.equal(cascade.model[1].weight.detach(), new["1.weight"])
+    assert torch.equal(cascade.model[1].running_mean, torch.ones(4).double())
+    folded = cascade.folded_state_dict()
+    assert torch.equal(folded["1.weight"], new["1.weight"])
+    with cascade.weights("base"):
+        assert torch.equal(cascade.model[1].weight.detach(), torch.ones(4).double())
+
+
+def test_many_experts_collapse() -> None:
+    cascade, given = cascade_of(mlp()), pairs(4)
+    before = cascade.folded_state_dict()
+    adopt(cascade.core, {name: [(1.0, pair)] for name, pair in given.items()})
+    assert all(state.dense_slow is not None for state in cascade.core.slow.states.values())
+    for name, pair in given.items():
+        torch.testing.assert_close(
+            cascade.folded_state_dict()[name], before[name] + pair.b @ pair.a, rtol=0, atol=1e-12
+        )
+
+
+def assert_same(cascade: lx.Cascade, before: dict[str, torch.Tensor], slow: Any) -> None:
+    assert cascade.core.slow is slow
+    assert all(torch.equal(value, before[name]) for name, value in cascade.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("experts", "trained", "sentence"),
+    [
+        ({"5.weight": []}, {}, "adopt: 5.weight is not a site here"),
+        ({}, {"0.weight": torch.zeros(7, 5)}, "adopt: 0.weight is not trained in full here"),
+        ({}, {"4.bias": torch.zeros(3)}, "adopt: 4.bias is [2], not [3]"),
+        (
+            {"0.weight": [(1.0, Factors(torch.zeros(7, 2), torch.zeros(3, 5)))]},
+            {},
+            "adopt: 0.weight is [7, 5], and its factors are b [7, 2] and a [3, 5]",
+        ),
+        (
+            {"0.weight": [(1.0, Factors(torch.zeros(7), torch.zeros(5)))]},
+            {},
+            "adopt: 0.weight is [7, 5], and its factors are b [7] and a [5]",
+        ),
+    ],
+)
+def test_what_does_not_fit(experts: Any, trained: Any, sentence: str) -> None:
+    cascade = cascade_of(mlp(), train=("4.bias",))
+    before, slow = copy.deepcopy(cascade.state_dict()), cascade.core.slow
+    with pytest.raises(lx.StateError, match=f"^{re.escape(sentence)}$"):
+        adopt(cascade.core, experts, trained)
+    assert_same(cascade, before, slow)
+
+
+def test_a_write_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = cascade_of(mlp(), train=("4.bias",))
+    before, slow = copy.deepcopy(cascade.state_dict()), cascade.core.slow
+    from lorasc_fx.runtime.slow import SlowWeights
+
+    plain = SlowWeights.write_resting
+
+    def fails(self: SlowWeights, name: str, plan: Any, out: torch.Tensor) -> None:
+        if name == "4.weight" and self is not slow:
+            raise RuntimeError("no more")
+        plain(self, name, plan, out)
+
+    monkeypatch.setattr(SlowWeights, "write_resting", fails)
+    with pytest.raises(RuntimeError, match="no more"):
+        adopt(cascade.core, {name: [(1.0, pair)] for name, pair in pairs().items()}, {"4.bias": torch.zeros(2)})
+    monkeypatch.undo()
+    assert_same(cascade, before, slow)
+    cascade.transition(None)
