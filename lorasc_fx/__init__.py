@@ -1,5 +1,6 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
 
+from lorasc_fx import export
 from lorasc_fx.adapt import adapt, load
 from lorasc_fx.errors import (
     CaptureError,
@@ -42,6 +43,7 @@ __all__ = [
     "UnknownTarget",
     "VerifyError",
     "adapt",
+    "export",
     "load",
     "save",
 ]

@@ -18,7 +18,7 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train CONFIG.toml [--spec.rank 16 ...] [--resume]   adapt a model and write a run folder",
     "sites": "sites MODEL [--targets ...]                         show what would be adapted, and why not",
-    "fold": "fold RUN [--output FILE]                            write a run's slow weights as safetensors",
+    "fold": "fold RUN [--base FOLDER] [--output PATH]            slow weights as safetensors, laid out as the base",
     "compare": "compare CONFIG.toml [--compare.seeds 0 1 ...]       methods side by side; goes on where it stopped",
 }
 
@@ -71,7 +71,7 @@ def _command(arguments: list[str]) -> int:
         return run_sites(parse.sites(rest))
     from lorasc_fx.cli.fold import run_fold
 
-    return run_fold(*parse.fold(rest))
+    return run_fold(parse.fold(rest))
 
 
 def _usage() -> str:

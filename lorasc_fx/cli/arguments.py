@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.fold import FoldArguments
 from lorasc_fx.cli.schema import Config
 from lorasc_fx.cli.sites import SitesArguments
 from lorasc_fx.errors import SpecError
@@ -23,16 +24,6 @@ class _Train:
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False
     """Go on with the run that stands in the output folder."""
-
-
-@dataclass(frozen=True)
-class _Fold:
-    """Write the slow weights of a run as safetensors, in the layout of the original model."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
-    output: Path | None = None
-    """File to write; RUN/folded.safetensors if not given."""
 
 
 def train(arguments: list[str]) -> tuple[Config, bool]:
@@ -53,10 +44,9 @@ def sites(arguments: list[str]) -> SitesArguments:
     return tyro.cli(SitesArguments, prog="lorasc-fx sites", args=arguments)
 
 
-def fold(arguments: list[str]) -> tuple[Path, Path | None]:
-    """Return the folder of the run, and the file to write."""
-    parsed = tyro.cli(_Fold, prog="lorasc-fx fold", args=arguments)
-    return parsed.run, parsed.output
+def fold(arguments: list[str]) -> FoldArguments:
+    """Return what `fold` is asked."""
+    return tyro.cli(FoldArguments, prog="lorasc-fx fold", args=arguments)
 
 
 def _config_path(command: str, arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -1,3 +1,5 @@
 """Out: a cascade in other people's formats."""
 
-__all__: list[str] = []
+from lorasc_fx.export.weights import safetensors
+
+__all__ = ["safetensors"]

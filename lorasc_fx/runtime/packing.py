@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,10 @@ from lorasc_fx.spec import Noise
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["pack", "pack_optimizer", "unpack", "unpack_optimizer"]
+__all__ = ["pack", "pack_optimizer", "slow_state", "taker", "unpack", "unpack_optimizer"]
 
 Tensors = dict[str, torch.Tensor]
+Take = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 
 def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
@@ -62,14 +63,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
         CheckpointError: a tensor is missing or has another shape than the plan says.
     """
 
-    def take(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{where}: has no tensor {name!r}")
-        if tuple(tensor.shape) != tuple(shape):
-            raise CheckpointError(f"{where}: {name!r} is {tuple(tensor.shape)}, the plan says {tuple(shape)}")
-        return tensor
-
+    take = taker(tensors, where)
     slow, parameters = core.slow, core.parameters_by_name()
     branches = core.branches_by_weight()
     factors = {
@@ -82,7 +76,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     if set(meta["slow"]) != set(slow.states):
         odd = sorted(set(meta["slow"]) ^ set(slow.states))
         raise CheckpointError(f"{where}: the slow state and the plan disagree about {odd[0]}")
-    states = {name: _state(state, meta["slow"][name], tensors, take) for name, state in slow.states.items()}
+    states = {name: slow_state(state, meta["slow"][name], tensors, take) for name, state in slow.states.items()}
     if set(meta["trained"]) != set(slow.trained):
         raise CheckpointError(f"{where}: other parameters were trained in full than the spec names")
     trained, values = {}, {}
@@ -116,7 +110,28 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     core.advance(plan, after)
 
 
-def _state(state: SlowWeight, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], take: Any) -> SlowWeight:
+def taker(tensors: Mapping[str, torch.Tensor], where: str) -> Take:
+    """Return what looks a tensor up and checks its shape.
+
+    Raises:
+        CheckpointError: when called: there is no such tensor, or it has another shape.
+    """
+
+    def take(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{where}: has no tensor {name!r}")
+        if tuple(tensor.shape) != tuple(shape):
+            raise CheckpointError(f"{where}: {name!r} is {tuple(tensor.shape)}, the plan says {tuple(shape)}")
+        return tensor
+
+    return take
+
+
+def slow_state(
+    state: SlowWeight, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], take: Take
+) -> SlowWeight:
+    """Return the slow state that a checkpoint holds of one weight, over the W0 of the one given."""
     *stack, rows, columns = state.matrix
     experts = []
     for index, stage in enumerate(meta["stages"]):
