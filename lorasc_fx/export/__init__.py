@@ -1,5 +1,6 @@
 """Out: a cascade in other people's formats."""
 
+from lorasc_fx.export.graphs import program, pt2
 from lorasc_fx.export.weights import safetensors
 
-__all__ = ["safetensors"]
+__all__ = ["program", "pt2", "safetensors"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lorasc_fx.plan import Plan, Refusal, Site
@@ -20,6 +22,7 @@ class Described(nn.Module):
     _variants: Variants
     _refusals: tuple[Refusal, ...]
     _unreached: tuple[str, ...]
+    _example: tuple[tuple[Any, ...], dict[str, Any]]
     _frontend: str
     _refused_frontends: tuple[tuple[str, str], ...]
 
@@ -47,6 +50,11 @@ class Described(nn.Module):
     def stage(self) -> int:
         """Number of the running stage, 1 is the first; after the last fold, of the one that would start next."""
         return self.core.plan.stage
+
+    @property
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example inputs of `adapt`: positional, and by name."""
+        return self._example
 
     @property
     def frontend(self) -> str:
