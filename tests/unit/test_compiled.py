@@ -86,7 +86,7 @@ def holds(placement: str, backend: Any) -> None:
     assert not torch.equal(weights["left.weight"], Mixed().double().left.weight)
 
 
-@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+@pytest.mark.parametrize("placement", [pytest.param("beside", marks=pytest.mark.slow), "weight"])
 def test_a_compiled_cascade_trains_as_the_eager_one(placement: str) -> None:
     holds(placement, aot_autograd(fw_compiler=checked))
 
