@@ -1,6 +1,7 @@
 """Out: a cascade in other people's formats."""
 
 from lorasc_fx.export.graphs import program, pt2
+from lorasc_fx.export.onnx_file import onnx
 from lorasc_fx.export.weights import safetensors
 
-__all__ = ["program", "pt2", "safetensors"]
+__all__ = ["onnx", "program", "pt2", "safetensors"]
