@@ -9,12 +9,13 @@ from typing import Annotated
 import tyro
 
 from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.export import ExportArguments
 from lorasc_fx.cli.fold import FoldArguments
 from lorasc_fx.cli.schema import Config
 from lorasc_fx.cli.sites import SitesArguments
 from lorasc_fx.errors import SpecError
 
-__all__ = ["compare", "fold", "sites", "train"]
+__all__ = ["compare", "export", "fold", "sites", "train"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ def sites(arguments: list[str]) -> SitesArguments:
 def fold(arguments: list[str]) -> FoldArguments:
     """Return what `fold` is asked."""
     return tyro.cli(FoldArguments, prog="lorasc-fx fold", args=arguments)
+
+
+def export(arguments: list[str]) -> ExportArguments:
+    """Return what `export` is asked."""
+    return tyro.cli(ExportArguments, prog="lorasc-fx export", args=arguments)
 
 
 def _config_path(command: str, arguments: list[str]) -> tuple[Path | None, list[str]]:
