@@ -134,7 +134,8 @@ def _adapt(
         for name, parameter in weights.parameters.items():
             parameter.requires_grad_(name in trained)
         made = maker.make(opened, plan, {}, (), *bound, wide=False)
-        cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), bound, flags)
+        example = (tuple(args), dict(kwargs or {}))
+        cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), example, flags)
         cascade.core.base_file = source
         cascade.core.start(trained)
     except BaseException:

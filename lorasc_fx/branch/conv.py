@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.conv_functions import BesideConv, MergedConv
 from lorasc_fx.branch.grid import CONV, Grid
-from lorasc_fx.branch.skinny import apply, by_hand, computes_in
+from lorasc_fx.branch.skinny import apply, by_hand, computes_in, plus
 
 __all__ = ["ConvBranch"]
 
@@ -48,7 +48,7 @@ class ConvBranch(Branch):
         does, and `padding` is then 0.
         """
         if x is None:
-            return torch.add(base, self.delta().to(base.dtype), alpha=self.scale)
+            return plus(base, self.delta().to(base.dtype), self.scale)
         kernel = self.weight_shape[2:]
         conv: Callable[..., torch.Tensor] = CONV[len(kernel)]
         args = (stride, padding, dilation, groups)
@@ -70,7 +70,7 @@ class ConvBranch(Branch):
             high = conv(low, b[(..., *(None for _ in kernel))])
         else:
             high = conv(image, self.delta().to(image.dtype), None, *args)
-        return torch.add(base, high, alpha=self.scale)
+        return plus(base, high, self.scale)
 
     def _merged(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grid: Grid) -> torch.Tensor:
         a, dtype = self.lora_A.view(-1, *self.weight_shape[1:]), computes_in(x)

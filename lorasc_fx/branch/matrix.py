@@ -11,7 +11,7 @@ from lorasc_fx.branch.beside import Beside
 from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.merged import PRODUCTS, MergedProduct
 from lorasc_fx.branch.shared import SharedUp
-from lorasc_fx.branch.skinny import apply, by_hand, computes_in
+from lorasc_fx.branch.skinny import apply, by_hand, computes_in, plus
 
 __all__ = ["MatrixBranch"]
 
@@ -46,13 +46,13 @@ class MatrixBranch(Branch):
         """
         if x is None:
             delta = self.delta() if expert is None else self.lora_B[expert] @ self.lora_A[expert]
-            return torch.add(base, delta.to(base.dtype), alpha=self.scale)
+            return plus(base, delta.to(base.dtype), self.scale)
         if op:
             return self._merged(base, x, bias, op)
         if lookup:
             down = F.embedding(x, self.lora_B.to(base.dtype), padding_idx if padding_idx >= 0 else None)
             delta = (down @ self.lora_A.to(down.dtype)).to(base.dtype)  # autocast lets a lookup's dtype alone
-            term = torch.add(base, delta, alpha=self.scale)
+            term = plus(base, delta, self.scale)
             return torch.where((x == padding_idx).unsqueeze(-1), term.detach(), term) if padding_idx >= 0 else term
         if self.carried_A is not None and self.carried_B is not None:
             base = base + F.linear(F.linear(x, self.carried_A.to(x.dtype)), self.carried_B.to(x.dtype)).to(base.dtype)

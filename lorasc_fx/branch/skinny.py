@@ -12,7 +12,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["apply", "by_hand", "computes_in", "down", "factor_gradient", "folded", "in_own_dtype", "owned", "up"]
+__all__ = [
+    "apply",
+    "by_hand",
+    "computes_in",
+    "down",
+    "factor_gradient",
+    "folded",
+    "in_own_dtype",
+    "owned",
+    "plus",
+    "up",
+]
 
 _LEAST = 64
 
@@ -38,6 +49,16 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
 def owned(fresh: torch.Tensor) -> torch.Tensor:
     """Return what a Function has made as nobody's view, which the next op may write into."""
     return fresh.detach()
+
+
+def plus(base: torch.Tensor, term: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `base + scale * term`.
+
+    Inductor (torch 2.13) fuses a product that `torch.add` adds into addmm, and drops the alpha: no compiler gets one.
+    """
+    if torch.compiler.is_compiling():
+        return base + term * scale
+    return torch.add(base, term, alpha=scale)
 
 
 def computes_in(x: torch.Tensor) -> torch.dtype:

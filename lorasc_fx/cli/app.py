@@ -18,7 +18,8 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train CONFIG.toml [--spec.rank 16 ...] [--resume]   adapt a model and write a run folder",
     "sites": "sites MODEL [--targets ...]                         show what would be adapted, and why not",
-    "fold": "fold RUN [--output FILE]                            write a run's slow weights as safetensors",
+    "fold": "fold RUN [--base FOLDER] [--output PATH]            slow weights as safetensors, laid out as the base",
+    "export": "export RUN --to FORMAT --output PATH                 the folded model as pt2, onnx or safetensors",
     "compare": "compare CONFIG.toml [--compare.seeds 0 1 ...]       methods side by side; goes on where it stopped",
 }
 
@@ -69,9 +70,13 @@ def _command(arguments: list[str]) -> int:
         from lorasc_fx.cli.sites import run_sites
 
         return run_sites(parse.sites(rest))
+    if name == "export":
+        from lorasc_fx.cli.export import run_export
+
+        return run_export(parse.export(rest))
     from lorasc_fx.cli.fold import run_fold
 
-    return run_fold(*parse.fold(rest))
+    return run_fold(parse.fold(rest))
 
 
 def _usage() -> str:

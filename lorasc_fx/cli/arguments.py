@@ -9,11 +9,13 @@ from typing import Annotated
 import tyro
 
 from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.export import ExportArguments
+from lorasc_fx.cli.fold import FoldArguments
 from lorasc_fx.cli.schema import Config
 from lorasc_fx.cli.sites import SitesArguments
 from lorasc_fx.errors import SpecError
 
-__all__ = ["compare", "fold", "sites", "train"]
+__all__ = ["compare", "export", "fold", "sites", "train"]
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,6 @@ class _Train:
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False
     """Go on with the run that stands in the output folder."""
-
-
-@dataclass(frozen=True)
-class _Fold:
-    """Write the slow weights of a run as safetensors, in the layout of the original model."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
-    output: Path | None = None
-    """File to write; RUN/folded.safetensors if not given."""
 
 
 def train(arguments: list[str]) -> tuple[Config, bool]:
@@ -53,10 +45,14 @@ def sites(arguments: list[str]) -> SitesArguments:
     return tyro.cli(SitesArguments, prog="lorasc-fx sites", args=arguments)
 
 
-def fold(arguments: list[str]) -> tuple[Path, Path | None]:
-    """Return the folder of the run, and the file to write."""
-    parsed = tyro.cli(_Fold, prog="lorasc-fx fold", args=arguments)
-    return parsed.run, parsed.output
+def fold(arguments: list[str]) -> FoldArguments:
+    """Return what `fold` is asked."""
+    return tyro.cli(FoldArguments, prog="lorasc-fx fold", args=arguments)
+
+
+def export(arguments: list[str]) -> ExportArguments:
+    """Return what `export` is asked."""
+    return tyro.cli(ExportArguments, prog="lorasc-fx export", args=arguments)
 
 
 def _config_path(command: str, arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -1,39 +1,62 @@
-"""`lorasc-fx fold`: from a run's checkpoint to plain weights in the layout of the original model."""
+"""`lorasc-fx fold`: from a checkpoint to plain weights, in the layout of the original model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 import lorasc_fx as lx
-from lorasc_fx.cli.configure import load_config
-from lorasc_fx.cli.models import set_mode
+from lorasc_fx.cli.opened import open_run
+from lorasc_fx.cli.progress import bytes_told
 from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cli.setup import Setup
 from lorasc_fx.errors import StateError
+from lorasc_fx.export.original import fold_files
+from lorasc_fx.runtime import read
+from lorasc_fx.runtime.folded import of_checkpoint
 
-__all__ = ["run_fold"]
+__all__ = ["FoldArguments", "run_fold"]
 
 
-def run_fold(run: Path, output: Path | None) -> int:
-    """Write the slow weights of a run's last checkpoint, and return the exit code.
+@dataclass(frozen=True)
+class FoldArguments:
+    """Write the slow weights of a run, or of any checkpoint, as safetensors in the layout of the original model."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, or with --base a folder that `lorasc_fx.save` wrote to."""
+    base: Path | None = None
+    """Safetensors file or folder that the model came from: its files, names and dtypes are kept, what did not change is
+    copied, and no model is built."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("--out",))] = None
+    """File or folder to write; RUN/folded.safetensors, or RUN/folded with a --base folder, if not given."""
+
+
+def run_fold(arguments: FoldArguments) -> int:
+    """Write the slow weights of the last checkpoint, and return the exit code.
 
     Raises:
         StateError: the folder holds no run, or no checkpoint yet.
+        CheckpointError: the base is another one than was adapted.
     """
-    folder = RunFolder(run)
-    if not folder.config.is_file():
-        raise StateError(f"{run} holds no run: there is no {folder.config.name} in it")
-    if not folder.saved:
-        raise StateError(f"{run} holds no checkpoint yet; a run writes its first one at the end of its first stage")
-    setup = Setup.of(load_config(folder.config))
-    seed = setup.config.train.seed
-    model, sample = setup.model(seed), setup.sample(seed)
-    set_mode(model, setup.trains(model))
-    cascade = lx.load(folder.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
-    step, schedule = int(cascade.resume()["step"]), setup.schedule(setup.config.train.stages)
-    where = folder.write_weights(cascade.folded_state_dict(), output)
-    begun = (
-        "" if step in (0, *map(schedule.end, range(1, schedule.stages + 1))) else ", its running stage folded as it is"
-    )
-    print(f"{where}: slow weights at step {step} of {schedule.steps}{begun}")
+    folder = RunFolder(arguments.run)
+    if arguments.base is None and not folder.config.is_file() and any(arguments.run.glob("step-*")):
+        raise StateError(f"{arguments.run} is a checkpoint, and no run; give --base, the files of its base model")
+    if arguments.base is None:
+        opened = open_run(arguments.run)
+        where = arguments.output or folder.folded
+        with bytes_told(f"fold {arguments.run}") as told:
+            lx.export.safetensors(opened.cascade, where, progress=told)
+        print(f"{where}: {opened.said}")
+        return 0
+    checkpoint = folder.checkpoint if folder.config.is_file() else arguments.run
+    single = arguments.base.is_file() and arguments.base.suffix != ".json"
+    where = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
+    if arguments.output is None and not folder.config.is_file():
+        raise StateError(f"{arguments.run} is no run folder; give --output, the place to write to")
+    found = read(checkpoint)
+    with bytes_told(f"fold {checkpoint}") as told:
+        fold_files(of_checkpoint(found), arguments.base, where, told)
+    print(f"{where}: slow weights of {found.path}, in the layout of {arguments.base}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 from collections.abc import Mapping
@@ -80,6 +81,10 @@ def own_copy(live: fx.GraphModule, owner: str, values: Mapping[str, torch.Tensor
             attributes[node.target] = copy.deepcopy(found, memo)
     folded = fx.GraphModule(attributes, graph, type(model).__name__)
     folded.training = live.training
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in module._non_persistent_buffers_set:
+            with contextlib.suppress(AttributeError):  # the graph may not read it
+                folded.get_submodule(path)._non_persistent_buffers_set.add(name)
     strip(folded)
     for node in folded.graph.nodes:
         node.meta.pop("from_node", None)

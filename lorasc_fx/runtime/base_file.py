@@ -25,7 +25,7 @@ from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
 
-__all__ = ["BaseFile", "open_base"]
+__all__ = ["INDEX", "SINGLE", "BaseFile", "open_base", "renamed", "shards_of"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
@@ -100,13 +100,13 @@ def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
     if base == "memory":
         return None
     path = Path(_named_by(model) if base == "file" else base)
-    shards = _shards(path)
+    shards = shards_of(path)
     files = {key: shard for shard in shards for key in _keys(shard)}
     names: dict[int, tuple[str, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)
     aliases = {name: group for group in names.values() for name in group}
-    return BaseFile(path, files, _renamed(aliases, files), aliases, {shard: _stamp(shard) for shard in shards})
+    return BaseFile(path, files, renamed(aliases, files), aliases, {shard: _stamp(shard) for shard in shards})
 
 
 def _named_by(model: nn.Module) -> str:
@@ -121,7 +121,7 @@ def _named_by(model: nn.Module) -> str:
     return named
 
 
-def _shards(path: Path) -> list[Path]:
+def shards_of(path: Path) -> list[Path]:
     """Return the safetensors files of a path: itself, or those of a folder as transformers writes it."""
     if path.is_file() and path.suffix != ".json":
         return [path]
@@ -168,7 +168,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
 
-def _renamed(names: Iterable[str], files: Mapping[str, Path]) -> dict[str, str]:
+def renamed(names: Iterable[str], files: Mapping[str, Path]) -> dict[str, str]:
     """Return the key of each name that is not there as such, by the one prefix that finds most of them."""
     missing = {name for name in names if name not in files}
     found: Counter[tuple[str, str]] = Counter()

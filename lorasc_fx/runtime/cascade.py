@@ -52,7 +52,7 @@ class Cascade(Described):
         self._maker, self._example, self._flags = maker, example, flags
         self._refused_frontends = made.refused_frontends
         self._variants = Variants()
-        self._variants.add(key, made.variant, model.training, maker.leaves(*example))
+        self._variants.add(key, made.variant, model.training, maker.leaves(*maker.bind(model, *example)))
         if made.variant.attach is not None:
             made.variant.attach(self._grow)
         self._frontend = made.variant.frontend

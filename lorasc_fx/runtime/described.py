@@ -23,7 +23,7 @@ class Described(nn.Module):
     _refusals: tuple[Refusal, ...]
     _unreached: tuple[str, ...]
     _frontend: str
-    _example: tuple[Any, Any]
+    _example: tuple[tuple[Any, ...], dict[str, Any]]
     _refused_frontends: tuple[tuple[str, str], ...]
 
     @property
@@ -52,8 +52,8 @@ class Described(nn.Module):
         return self.core.plan.stage
 
     @property
-    def example(self) -> tuple[Any, Any]:
-        """Arguments and keywords of the call by which the cascade was made."""
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example inputs of `adapt`: positional, and by name."""
         return self._example
 
     @property

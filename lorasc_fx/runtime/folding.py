@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from lorasc_fx.runtime.transition import trained_moved
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["ended", "folded_state", "place", "recast", "release", "rest"]
+__all__ = ["ended", "folded_each", "folded_state", "place", "recast", "release", "rest"]
 
 
 def place(core: Core, which: Which, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor]) -> None:
@@ -83,26 +84,36 @@ def ended(core: Core) -> SlowWeights:
 
 def folded_state(core: Core, call: str, quantized: Requantize = None) -> dict[str, torch.Tensor]:
     """Return copies of the model's state dict with the slow weights; tied names share one tensor as in the model."""
+    folded: dict[str, torch.Tensor] = {}
+    done: dict[int, torch.Tensor] = {}
+    for name, value, new in folded_each(core, call, quantized):
+        if not isinstance(value, nn.Parameter):
+            folded[name] = new()
+            continue
+        if id(value) not in done:
+            done[id(value)] = new()
+        folded[name] = done[id(value)]
+    return folded
+
+
+def folded_each(
+    core: Core, call: str, quantized: Requantize = None
+) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
+    """Yield each entry of the model's state dict: its name, what it holds now, and what makes its folded value."""
     slow, parameters = ended(core), core.parameters_by_name()
     check_asked(call, slow, quantized)
     first = {id(parameter): name for name, parameter in parameters.items()}
-    folded: dict[str, torch.Tensor] = {}
-    done: dict[str, torch.Tensor] = {}
-    state = core.model.state_dict(keep_vars=True)
-    for name, value in state.items():
-        own = first.get(id(value))
-        if own is None:
-            folded[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
-            continue
-        if own not in done:
-            if own in slow.states and not (is_quantized(value) and slow.states[own].carried("slow") is None):
-                done[own] = slow.value(own, "slow", value)
-            elif own in slow.trained:
-                done[own] = trained_value(slow, own, "slow", value).detach().to(value.device, copy=True)
-            else:
-                done[own] = value.detach().clone()
-        folded[name] = done[own]
-    return folded
+    for name, value in core.model.state_dict(keep_vars=True).items():
+        yield name, value, partial(_folded, slow, first.get(id(value), ""), value)
+
+
+def _folded(slow: SlowWeights, name: str, value: Any) -> Any:
+    """Return a copy of an entry of the state dict, with the slow weights if it is the parameter of this name."""
+    if name in slow.states and not (is_quantized(value) and slow.states[name].carried("slow") is None):
+        return slow.value(name, "slow", value)
+    if name in slow.trained:
+        return trained_value(slow, name, "slow", value).detach().to(value.device, copy=True)
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def release(core: Core, quantized: Requantize) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +18,15 @@ from lorasc_fx.spec import Noise
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["unpack"]
+__all__ = ["Taken", "slow_state", "unpack"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 ELSEWHERE = ("rng/", "optimizer/", "gradient/", "outside/")
 """Tensors that a resume takes, not a load."""
 
-Take = Callable[..., torch.Tensor]
 
-
-class _Taken:
+class Taken:
     """Gives out the tensors of a checkpoint, each checked, and knows which nobody has asked for."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
@@ -69,7 +67,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     """
     slow, parameters, plan = core.slow, core.parameters_by_name(), core.plan
     branches = core.branches_by_weight()
-    held = _Taken(tensors, where)
+    held = Taken(tensors, where)
     whole = plan.spec.on_nonfinite == "raise"  # else such a branch is left out at the fold, and may be here
     moves: list[tuple[torch.Tensor, torch.Tensor]] = []
     for weight, branch in branches.items():
@@ -78,7 +76,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     if set(meta["slow"]) != set(slow.states):
         odd = sorted(set(meta["slow"]) ^ set(slow.states))
         raise CheckpointError(f"{where}: the slow state and the plan disagree about {told(odd[0])}")
-    states = {name: _state(state, meta["slow"][name], held) for name, state in slow.states.items()}
+    states = {name: slow_state(state, meta["slow"][name], held) for name, state in slow.states.items()}
     if set(meta["trained"]) != set(slow.trained):
         raise CheckpointError(f"{where}: other parameters were trained in full than the spec names")
     trained, values = {}, {}
@@ -118,7 +116,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
             raise
 
 
-def _state(state: SlowWeight, meta: Mapping[str, Any], held: _Taken) -> SlowWeight:
+def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowWeight:
     """Return the slow state that a checked manifest and these tensors describe."""
     *stack, rows, columns = state.matrix
     experts = []

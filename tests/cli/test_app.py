@@ -16,7 +16,10 @@ from lorasc_fx.errors import MissingExtra
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "x.toml"], "no command is called 'trian'; nearest: 'train'; known: train, sites, fold, compare"),
+        (
+            ["trian", "x.toml"],
+            "no command is called 'trian'; nearest: 'train'; known: train, sites, fold, export, compare",
+        ),
         (["train"], "train needs a configuration file first: lorasc-fx train CONFIG.toml"),
         (["compare", "--compare.seeds", "1"], "compare needs a configuration file first"),
         (["train", "absent.toml"], "absent.toml: the configuration cannot be read: No such file or directory"),
@@ -55,7 +58,7 @@ def test_a_fault_of_ours_keeps_its_traceback(place: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["compare", "-h"], ["sites", "-h"], ["fold", "-h"]]
+    "arguments", [["--help"], ["train", "--help"], ["compare", "-h"], ["sites", "-h"], ["fold", "-h"], ["export", "-h"]]
 )
 def test_help_is_0(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert main(arguments) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ for _ in cascade.stages(2, optimizer):
         optimizer.step()
         optimizer.zero_grad()
 graph = cascade.folded_graph()
+lx.export.pt2(cascade, f"{folder}/model.pt2")
 released = cascade.release()
 assert released is model
 with torch.no_grad():
@@ -45,10 +47,15 @@ released, graph, x, expected = torch.load(f"{sys.argv[1]}/folded.pt", weights_on
 with torch.no_grad():
     torch.testing.assert_close(released(x), expected, rtol=0, atol=0)
     torch.testing.assert_close(graph(x), expected, rtol=1e-12, atol=1e-12)
+    program = torch.export.load(f"{sys.argv[1]}/model.pt2")
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-12, atol=1e-12)
+    more = torch.randn(5, *x.shape[1:], dtype=x.dtype)
+    torch.testing.assert_close(program.module()(more), released(more), rtol=1e-12, atol=1e-12)
 for module in (*released.modules(), *graph.modules()):
     assert not type(module).__module__.startswith("lorasc_fx"), type(module)
     assert not module._forward_hooks and not module._forward_pre_hooks
-assert not any("lora" in str(node.target) for node in graph.graph.nodes)
+for each in (graph.graph, program.graph):
+    assert not any("lora" in str(node.target) for node in each.nodes)
 assert "lorasc_fx" not in sys.modules
 print("alone")
 """
@@ -58,6 +65,53 @@ print("alone")
 def test_a_folded_model_runs_without_us(tmp_path: Path, placement: str) -> None:
     for code in (MAKE, USE):
         run = [sys.executable, "-c", code, str(tmp_path), *([placement] if code is MAKE else [])]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "alone\n"
+
+
+COMPILE = """
+import sys, torch
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lorasc_fx":
+            raise ImportError("lorasc_fx is not here")
+
+sys.meta_path.insert(0, Refuse())
+from torch._inductor import aoti_compile_and_package
+
+program = torch.export.load(f"{sys.argv[1]}/model.pt2")
+aoti_compile_and_package(program, package_path=f"{sys.argv[1]}/compiled.pt2")
+"""
+
+RUN = """
+import sys, torch
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lorasc_fx":
+            raise ImportError("lorasc_fx is not here")
+
+sys.meta_path.insert(0, Refuse())
+from torch._inductor import aoti_load_package
+
+released, graph, x, expected = torch.load(f"{sys.argv[1]}/folded.pt", weights_only=False)
+model = aoti_load_package(f"{sys.argv[1]}/compiled.pt2")
+with torch.no_grad():
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+    more = torch.randn(7, *x.shape[1:], dtype=x.dtype)
+    torch.testing.assert_close(model(more), released(more), rtol=1e-10, atol=1e-10)
+print("alone")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_model_compiled_ahead_of_time_runs_from_its_package(tmp_path: Path) -> None:
+    """AOTInductor: compiled and run where we cannot be imported, for batches that the example did not have."""
+    for code in (MAKE, COMPILE, RUN):
+        run = [sys.executable, "-c", code, str(tmp_path), *(["merged"] if code is MAKE else [])]
         done = subprocess.run(run, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert done.stdout == "alone\n"

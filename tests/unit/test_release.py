@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from torch import nn
 
@@ -198,37 +199,57 @@ def test_folded_graph_for_other_inputs() -> None:
     assert torch.equal(found, released.train()(x))
 
 
-def test_a_transformers_model_saves_and_loads(tmp_path: Path) -> None:
-    """save_pretrained, from_pretrained: equal outputs, tied weights and generate included."""
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_a_transformers_model_saves_and_loads(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    """save_pretrained, from_pretrained: equal outputs, in the dtype; tied weights, generate and its settings too."""
     torch.manual_seed(52)
     size = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
     config = transformers.LlamaConfig(
-        vocab_size=30, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, **size
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+        vocab_size=30, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=tied, **size,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model.generation_config.max_new_tokens, model.generation_config.pad_token_id = 4, 0
     ids = torch.randint(3, 30, (2, 7))
-    before = model(input_ids=ids).logits
     cascade = lx.adapt(model, kwargs={"input_ids": ids, "use_cache": False}, spec=SPEC)
     randomize(cascade, size=0.5)
+    with cascade.weights("base"):
+        before = cascade.model(input_ids=ids).logits
     cascade.transition(None)
     with cascade.weights("slow"):
         slow = cascade.model(input_ids=ids).logits
-        written = model.generate(ids, max_new_tokens=4, do_sample=False)
+        written = model.generate(ids, do_sample=False)
+    state = cascade.folded_state_dict()
     released = cascade.release()
     assert (slow - before).abs().max() > 1e-3
+    fresh = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    assert str(fresh.load_state_dict(state, strict=True)) == "<All keys matched successfully>"
     released.save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(input_ids=ids).logits, slow)
-    assert torch.equal(released(input_ids=ids).logits, slow)
-    assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False), written)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    assert loaded.generation_config.max_new_tokens == 4
+    for each in (loaded, released, fresh):
+        assert {value.dtype for value in each.parameters()} == {dtype}
+        assert (each.lm_head.weight is each.model.embed_tokens.weight) == tied
+        assert all(torch.equal(state[name], value) for name, value in each.state_dict().items())
+        close = (
+            {"rtol": 0, "atol": 0} if dtype == torch.float32 else {}
+        )  # kernels of bf16 differ by where a file is mapped
+        torch.testing.assert_close(each(input_ids=ids).logits, slow, **close)
+    assert torch.equal(loaded.generate(ids, do_sample=False), written)
+    assert written.shape == (2, 11)
 
 
-def test_a_timm_model_loads_strictly() -> None:
+@pytest.mark.parametrize(
+    ("library", "dtype"), [("timm", torch.float32), ("timm", torch.bfloat16), ("torchvision", torch.bfloat16)]
+)
+def test_a_model_of_a_library_loads_strictly(library: str, dtype: torch.dtype) -> None:
     def build() -> nn.Module:
-        return timm.create_model("resnet10t", num_classes=5)
+        if library == "timm":
+            return timm.create_model("resnet10t", num_classes=5).to(dtype)
+        return torchvision.models.shufflenet_v2_x0_5(num_classes=5).to(dtype)
 
     torch.manual_seed(53)
-    model, x = build().train(), torch.randn(3, 3, 64, 64)
+    model, x = build().train(), torch.randn(3, 3, 64, 64, dtype=dtype)
     cascade = lx.adapt(model, (x,), spec=SPEC)
     randomize(cascade)
     cascade(x)  # moves the running statistics
@@ -237,6 +258,8 @@ def test_a_timm_model_loads_strictly() -> None:
     for each in (state, released.state_dict()):
         fresh = build().eval()
         before = fresh(x)
+        kinds = {name: value.dtype for name, value in fresh.state_dict().items()}
+        assert {name: value.dtype for name, value in each.items()} == kinds
         assert str(fresh.load_state_dict(each, strict=True)) == "<All keys matched successfully>"
         assert torch.equal(fresh(x), released(x))
         assert not torch.equal(before, fresh(x))

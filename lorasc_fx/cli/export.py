@@ -1,0 +1,62 @@
+"""`lorasc-fx export`: a run's folded model in other people's formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import lorasc_fx as lx
+from lorasc_fx.cli.opened import open_run
+from lorasc_fx.cli.progress import bytes_told
+from lorasc_fx.errors import SpecError, nearest
+
+__all__ = ["FORMATS", "ExportArguments", "run_export"]
+
+
+def _safetensors(cascade: lx.Cascade, path: Path) -> object:
+    with bytes_told(f"write {path}") as told:
+        return lx.export.safetensors(cascade, path, progress=told)
+
+
+FORMATS: dict[str, Callable[[lx.Cascade, Path], object]] = {
+    "pt2": lx.export.pt2,
+    "onnx": lx.export.onnx,
+    "peft": lx.export.peft,
+    "safetensors": _safetensors,
+}
+"""What writes a cascade to a path, by the name of the format."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write a run's last checkpoint in another format."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    to: str
+    """`pt2` or `onnx` (the folded graph of eval mode, a file), `safetensors` (folded weights, a file or folder),
+    `peft` (one LoRA adapter, a folder)."""
+    output: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
+    """File or folder to write."""
+
+
+def run_export(arguments: ExportArguments) -> int:
+    """Write the format and return the exit code.
+
+    Raises:
+        SpecError: no format is called so.
+        StateError: the folder holds no run, or no checkpoint yet.
+        MissingExtra: a package that writes the format is not installed.
+    """
+    if arguments.to not in FORMATS:
+        raise SpecError(
+            f"no format is called {arguments.to!r}{nearest(arguments.to, FORMATS)}; known: {', '.join(FORMATS)}"
+        )
+    opened = open_run(arguments.run)
+    FORMATS[arguments.to](opened.cascade, arguments.output)
+    print(f"{arguments.output}: {opened.said}")
+    return 0

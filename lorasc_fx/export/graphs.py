@@ -1,0 +1,143 @@
+"""A cascade as one graph of ATen operations: an ExportedProgram, and the .pt2 file that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lorasc_fx.capture import bind, leaves, quiet, signature_of, whole
+from lorasc_fx.errors import CaptureError, SpecError
+from lorasc_fx.export.original import beside
+from lorasc_fx.runtime import Cascade, Variant
+
+__all__ = ["program", "pt2"]
+
+
+def pt2(
+    cascade: Cascade,
+    path: str | PathLike[str],
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    folded: bool = True,
+) -> Path:
+    """Write the graph of eval mode as a .pt2 file, which `torch.export.load` reads where lorasc_fx is not installed.
+
+    Sizes that the captured graph leaves open stay open, the batch among them; an axis of size 1 in the example is
+    fixed. The file holds no inputs of yours: in their place it has zeros.
+
+    Args:
+        cascade: goes on as it was.
+        path: ends with `.pt2`.
+        args, kwargs: inputs whose graph is wanted; without, those of `adapt`.
+        folded: the slow weights and the captured nodes; otherwise the running cascade, branches and noise included.
+
+    Returns:
+        The path.
+
+    Raises:
+        SpecError: another ending.
+        CaptureError: the model runs in pieces, or torch.export does not take its graph.
+        CheckpointError: the path cannot be written.
+        StateError: after `release`, inside `weights`, or inside a backward.
+    """
+    out = Path(path)
+    if out.suffix != ".pt2":
+        raise SpecError(f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it")
+    made = program(cascade, args, kwargs, folded=folded, call="export.pt2")
+    with beside(out) as room:
+        torch.export.save(made, room)
+    return out
+
+
+def program(
+    cascade: Cascade,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    folded: bool = True,
+    call: str = "export.program",
+) -> torch.export.ExportedProgram:
+    """Return the graph of eval mode as an ExportedProgram of torch; see `pt2`.
+
+    Raises:
+        CaptureError: the model runs in pieces, or torch.export does not take its graph.
+        StateError: after `release`, inside `weights`, or inside a backward.
+    """
+    cascade.core.check_ready(call)
+    given = cascade.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
+    bound, named = bind(signature_of(cascade.model), *given)
+    with _evaluating(cascade):
+        variant = cascade.variant(bound, named)
+        module = cascade.folded_graph(bound, named) if folded else _whole(cascade, variant, bound, named)
+        shapes = _shapes(module, variant, bound, named)
+        bound, named = _as_given(signature_of(cascade.model), bound, named, given[1])
+        try:
+            with quiet():
+                made = torch.export.export(module, bound, named, dynamic_shapes=shapes, strict=False)
+        except Exception as fault:  # a tracer may raise anything
+            reason = str(fault).strip().splitlines() or [type(fault).__name__]
+            raise CaptureError(f"{call}: torch.export does not take this graph: {reason[0]}") from fault
+    made.example_inputs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (bound, named))
+    return made
+
+
+def _whole(cascade: Cascade, variant: Variant, args: Any, kwargs: Any) -> nn.Module:
+    """Return the cascade, whose call is one graph."""
+    if variant.universal:
+        cascade.folded_graph(args, kwargs)  # says where it breaks
+    return cascade
+
+
+def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what torch.export shall leave open: every size that is no constant of the captured graph; by the names of
+    the module's arguments.
+    """
+    flat = leaves(args, kwargs)
+    known = variant.sizes or (None,) * len(flat)
+    open_axes = [
+        {axis: torch.export.Dim.AUTO for axis in range(leaf.dim()) if sizes is None or sizes[axis] is None}
+        if isinstance(leaf, torch.Tensor)
+        else None
+        for leaf, sizes in zip(flat, known, strict=True)
+    ]
+    _, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
+    positional, by_name = pytree.tree_unflatten(open_axes, tree)
+    signature = inspect.signature(module.forward)
+    named: dict[str, Any] = signature.bind(*positional, **by_name).arguments
+    if any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in named):
+        return None  # torch 2.13 finds no tree for them
+    return named
+
+
+def _as_given(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], by_name: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call in canonical shape with those arguments by name that were given so: a program keeps the manner."""
+    arguments = signature.bind(*args, **kwargs).arguments
+    named = {name: arguments.pop(name) for name in list(arguments) if name in by_name}
+    first = list(signature.parameters)[: len(arguments)]
+    plain = all(
+        signature.parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in (*arguments, *named)
+    )
+    return (tuple(arguments.values()), named) if plain and list(arguments) == first else (args, kwargs)
+
+
+@contextlib.contextmanager
+def _evaluating(cascade: Cascade) -> Iterator[None]:
+    """Put the model in eval mode for a while; each module gets its own mode back."""
+    modes = {module: module.training for module in cascade.modules()}
+    cascade.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

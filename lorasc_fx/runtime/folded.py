@@ -1,0 +1,150 @@
+"""Folded weights one at a time: those of a living cascade, or of a checkpoint alone, for which no model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import Branch, MatrixBranch, SlowWeight, check_finite, is_quantized
+from lorasc_fx.errors import CheckpointError
+from lorasc_fx.plan import Plan, Site
+from lorasc_fx.runtime.checkpoint_read import Checkpoint
+from lorasc_fx.runtime.folding import ended, trained_value
+from lorasc_fx.runtime.rigid import check_asked
+from lorasc_fx.runtime.slow import SlowWeights, Trained
+from lorasc_fx.runtime.transition import trained_moved
+from lorasc_fx.runtime.unpacking import Taken, slow_state
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["Change", "FoldedWeights", "of_checkpoint", "of_core"]
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""From W0 to the folded weight of the same shape, dtype and device."""
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """What a fold makes of a base.
+
+    Args:
+        where: whose they are, for messages.
+        base: fingerprint of each base parameter, by its first name.
+        changes: of each parameter that a fold changes, by its first name.
+        buffers: the model's buffers as they are, by name.
+        aliases: the names of a tied parameter, by each of them.
+    """
+
+    where: str
+    base: Mapping[str, str]
+    changes: Mapping[str, Change]
+    buffers: Mapping[str, torch.Tensor]
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def of_core(core: Core, call: str) -> FoldedWeights:
+    """Return the folded weights of a living cascade; a running stage that has trained counts as ended.
+
+    Raises:
+        StateError: a quantized weight has trained, and no file of the base's layout can hold it.
+    """
+    slow, parameters = ended(core), core.parameters_by_name()
+    check_asked(call, slow, None)
+    names: dict[int, tuple[str, ...]] = {}
+    for name, parameter in core.model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = (*names.get(id(parameter), ()), name)
+    changes: dict[str, Change] = {
+        name: partial(slow.value, name, "slow")
+        for name, state in slow.states.items()
+        if _moved(state) and not is_quantized(state.base)
+    }
+    for name in slow.trained:
+        changes[name] = partial(_cast, trained_value(slow, name, "slow", parameters[name].detach()))
+    aliases = {name: group for group in names.values() for name in group}
+    buffers = {name: buffer.detach().cpu() for name, buffer in core.model.named_buffers()}
+    return FoldedWeights(call, core.fingerprints(), changes, buffers, aliases)
+
+
+def of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
+    """Return the folded weights of a checkpoint; a running stage that has trained counts as ended.
+
+    Raises:
+        CheckpointError: it is not what a checkpoint of its plan holds.
+        NonFiniteBranch: a running branch holds inf or nan.
+    """
+    try:
+        return _of_checkpoint(checkpoint)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:
+        what = f"{type(fault).__name__}: {fault}"
+        raise CheckpointError(f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}") from fault
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
+    plan, meta, tensors = checkpoint.plan, checkpoint.manifest, checkpoint.tensors
+    parked, held = bool(meta["parked"]), Taken(tensors, str(checkpoint.path))
+    branches = {site.weight: _branch(site, plan, held) for site in plan.sites}
+    values = {name: nn.Parameter(tensors[f"trained/{name}/value"], False) for name in meta["trained"]}
+    trained = {
+        name: Trained(value, tensors[f"trained/{name}/slow"], tensors[f"trained/{name}/start"])
+        for name, value in values.items()
+    }
+    slow = SlowWeights({}, trained, parked)
+    begun = any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(slow, values)
+    if begun:
+        for branch in branches.values():
+            check_finite(branch, plan.spec, plan.stage)
+        slow = slow.after_stage(plan, {}, values)
+    changes: dict[str, Change] = {}
+    for name, state in meta["slow"].items():
+        if begun or state["stages"] or state["kept"] or f"dense/{name}/slow" in tensors:
+            running = branches.get(name) if begun else None
+            changes[name] = partial(_from_base, name, state, held, plan, parked, begun, running)
+    for name, value in values.items():
+        changes[name] = partial(_cast, trained_value(slow, name, "slow", value))
+    buffers = {name.removeprefix("buffer/"): value for name, value in tensors.items() if name.startswith("buffer/")}
+    aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
+    return FoldedWeights(str(checkpoint.path), dict(meta["base"]), changes, buffers, aliases)
+
+
+def _branch(site: Site, plan: Plan, held: Taken) -> Branch:
+    """Return the running branch of a site, for its numbers: how it computes does not matter here."""
+    a, b = (
+        held.take(f"branch/{site.weight}/lora_{which}", shape)
+        for which, shape in zip("AB", site.factor_shapes, strict=True)
+    )
+    branch = MatrixBranch(site, plan.spec.seed, plan.stage, a)
+    branch.lora_A, branch.lora_B = nn.Parameter(a, False), nn.Parameter(b, False)
+    return branch
+
+
+def _from_base(
+    name: str,
+    meta: Mapping[str, Any],
+    held: Taken,
+    plan: Plan,
+    parked: bool,
+    begun: bool,
+    running: Branch | None,
+    base: torch.Tensor,
+) -> torch.Tensor:
+    """Return the folded value of a weight, of its W0."""
+    site = plan.site(name)
+    state = SlowWeight(name, base, stacked=site is not None and site.experts is not None)
+    slow = SlowWeights({name: slow_state(state, meta, held)}, {}, parked)
+    if begun:
+        slow = slow.after_stage(plan, {name: running} if running is not None else {}, {})
+    return slow.value(name, "slow", base)
+
+
+def _cast(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return value.detach().to(device=base.device, dtype=base.dtype)
+
+
+def _moved(state: SlowWeight) -> bool:
+    return bool(state.experts or state.kept) or state.dense_slow is not None

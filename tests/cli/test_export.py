@@ -1,0 +1,97 @@
+"""`lorasc-fx export` and `fold --base`: a run in other formats, and what is said about the wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lorasc_fx.cli import main
+from lorasc_fx.cli.export import FORMATS
+
+SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "16", "--data.validation", "16",
+         "--data.test", "10", "--data.shifts", "--spec.train"]  # fmt: skip
+
+
+@pytest.fixture
+def run(place: Path, tiny_model: Callable[[], nn.Module]) -> Path:
+    """A short run of the tiny model, with its weights from a file."""
+    torch.manual_seed(3)
+    save_file(tiny_model().state_dict(), "base.safetensors", metadata={"format": "pt", "more": "kept"})
+    assert main(["train", "tiny.toml", "--model.weights", "base.safetensors", *SHORT]) == 0
+    return place / "runs" / "tiny"
+
+
+def test_a_run_is_exported(
+    run: Path, place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {"pt2": "a/model.pt2", "safetensors": "a/folder", "onnx": "a/model.onnx"}
+    if not _has_onnx():
+        del paths["onnx"]
+    for to, path in paths.items():
+        capsys.readouterr()
+        assert main(["export", "runs/tiny", "--to", to, "--out", path]) == 0
+        assert capsys.readouterr().out == f"{path}: slow weights at step 4 of 4\n"
+    folded = load_file(run / "folded.safetensors")
+    model = tiny_model()
+    model.load_state_dict(folded, strict=True)
+    x = torch.rand(3, 3, 12, 12)
+    found = load_file(place / "a" / "folder" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in folded.items())
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.export.load("a/model.pt2").module()(x), expected, rtol=1e-5, atol=1e-5)
+    if "onnx" in paths:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession("a/model.onnx", providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
+
+
+def _has_onnx() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("onnxruntime") is not None
+
+
+def test_a_run_is_folded_into_its_base(run: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its own checkpoint, without the model; the same numbers as the fold that builds it."""
+    capsys.readouterr()
+    assert main(["fold", "runs/tiny", "--base", "base.safetensors", "--output", "new.safetensors"]) == 0
+    said = capsys.readouterr().out
+    assert "new.safetensors: slow weights of runs/tiny/checkpoint/step-0000000" in said
+    found, folded, base = (
+        load_file(path) for path in ("new.safetensors", run / "folded.safetensors", "base.safetensors")
+    )
+    assert found.keys() == base.keys()
+    assert all(torch.equal(found[name], value) for name, value in folded.items())
+    assert not torch.equal(found["0.weight"], base["0.weight"])
+    assert torch.equal(found["7.weight"], base["7.weight"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent", "--to", "onnx", "--out", "a.onnx"], "absent holds no run: there is no config.toml in it"),
+        (["absent", "--to", "onxn", "--out", "a"], "no format is called 'onxn'; nearest: 'onnx'; known: pt2, onnx, "),
+        (["absent", "--to", "pt2"], "--output"),
+    ],
+)
+def test_what_the_user_got_wrong_is_a_sentence(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["export", *arguments]) == 2
+    said = capsys.readouterr()
+    assert message in " ".join((said.err + said.out).split())
+    assert "Traceback" not in said.err + said.out
+
+
+def test_every_format_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"`{name}`" in said for name in FORMATS)

@@ -1,0 +1,99 @@
+"""torch.compile of a whole cascade: one graph without a break, which trains as the eager one in every stage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+
+import lorasc_fx as lx
+from tests.unit.cases import loss_of
+
+STAGES, STEPS = 3, 2
+TOKENS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(7))
+
+
+class Mixed(nn.Module):
+    """A lookup, linears that read one input, a convolution with groups and one without, a stack of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.table = nn.Embedding(11, 10)
+        self.left, self.right = nn.Linear(10, 8), nn.Linear(10, 8)
+        self.grouped = nn.Conv1d(8, 12, 3, padding=1, groups=2)
+        self.plain = nn.Conv1d(12, 8, 1)
+        self.experts = nn.Parameter(torch.randn(2, 5, 8) * 0.3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        y = torch.tanh(self.left(x)) * self.right(x)
+        y = self.plain(torch.relu(self.grouped(y.transpose(1, 2)))).mean(-1)
+        return torch.bmm(y.expand(2, -1, -1), self.experts.transpose(1, 2)).sum(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def trajectory(placement: str, compiled: dict[str, Any] | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of all steps, and the slow weights at the end."""
+    spec = lx.CascadeSpec(
+        rank=2, lora_alpha=4.0, pace=0.5, noise=lx.Noise(0.1), placement=placement, train=("plain.bias",)
+    )
+    cascade = lx.adapt(Mixed().double(), (TOKENS,), spec=spec)
+    assert len(cascade.sites) == 6
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    call = cascade if compiled is None else torch.compile(cascade, fullgraph=True, **compiled)
+    losses = []
+    for _ in cascade.stages(STAGES, optimizer):
+        for _ in range(STEPS):
+            loss = loss_of(call(TOKENS))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses, cascade.folded_state_dict()
+
+
+def checked(graph: fx.GraphModule, _: Any) -> Any:
+    """What a compiler gets, it does right: inductor drops the alpha of an addition that it fuses a product into."""
+    assert not any("alpha" in node.kwargs for node in graph.graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    return make_boxed_func(graph.forward)
+
+
+def holds(placement: str, backend: Any) -> None:
+    expected, weights = trajectory(placement, None)
+    found, compiled = trajectory(placement, {"backend": backend})
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
+    assert len(set(expected)) == STAGES * STEPS
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-10, atol=1e-10)
+    for name, value in weights.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-8, atol=1e-8)  # AdamW divides by small numbers
+    assert not torch.equal(weights["left.weight"], Mixed().double().left.weight)
+
+
+@pytest.mark.parametrize("placement", [pytest.param("beside", marks=pytest.mark.slow), "weight"])
+def test_a_compiled_cascade_trains_as_the_eager_one(placement: str) -> None:
+    holds(placement, aot_autograd(fw_compiler=checked))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+def test_inductor_trains_as_eager_does(placement: str) -> None:
+    holds(placement, "inductor")
