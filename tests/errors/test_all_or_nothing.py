@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches
 from lorasc_fx.runtime import Flags
+from tests.errors.inject import FailAt, Interrupted, raises
 from tests.errors.models import Net, inputs, step
 from tests.errors.state import assert_same, of, of_model, of_optimizer, of_slow, unchanged
 
@@ -44,27 +44,6 @@ SPECS = {
 }
 
 
-class Interrupted(BaseException):
-    """Like KeyboardInterrupt, of no Exception."""
-
-
-class FailAt(TorchDispatchMode):
-    """Raises at the k-th operation, before or after it has run; once."""
-
-    def __init__(self, at: int, fault: BaseException, after: bool) -> None:
-        super().__init__()
-        self.at, self.fault, self.after, self.count = at, fault, after, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        if self.count == self.at and not self.after:
-            raise self.fault
-        result = func(*args, **(kwargs or {}))
-        if self.count == self.at:
-            raise self.fault
-        return result
-
-
 FAULTS = {"memory": (MemoryError("no more"), False), "interrupt": (Interrupted(), True)}
 
 
@@ -85,7 +64,7 @@ def everywhere(kind: str, call: Callable[[], Any], *things: Any) -> int:
     fault, after = FAULTS[kind]
     before = of(*things)
     for at in range(1, EVERY):
-        mode = FailAt(at, fault, after)
+        mode = FailAt(at, raises(fault), after)
         try:
             with mode:
                 call()
@@ -147,7 +126,7 @@ def test_entering_weights(spec: str, which: Any, kind: str) -> None:
         held.__enter__()
 
     before = of(cascade, optimizer)
-    assert everywhere(kind, enter, cascade, optimizer) >= 4
+    assert everywhere(kind, enter, cascade, optimizer) >= 2  # a copy for each weight
     assert cascade.core.placed == which
     held.__exit__(None, None, None)
     assert_same(of(cascade, optimizer), before)
@@ -201,7 +180,7 @@ def every_write(
     before = of(model)
     for at in range(1, EVERY):
         try:
-            cascade = writes_fail(monkeypatch, call, FailAt(at, fault, after))
+            cascade = writes_fail(monkeypatch, call, FailAt(at, raises(fault), after))
         except type(fault):
             assert_same(of(model), before)
         else:
