@@ -267,3 +267,18 @@ def test_a_new_variant(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
             cascade(X)
     with unchanged(cascade.model):
         assert cascade(X).shape == (5, 4)
+
+
+@pytest.mark.parametrize("what", ["lora_A", "lora_B", "expert"])
+def test_load_holds_the_graph_against_its_plan(what: str, tmp_path: Path) -> None:
+    """The verifier runs on what was loaded: numbers that are not finite are told by name, and nothing is changed."""
+    saved, _ = made(SPECS["gradient"])
+    branch, state = saved.core.branches_by_weight()["body.weight"], saved.core.slow.states["body.weight"]
+    with torch.no_grad():
+        (state.experts[0].factors.b if what == "expert" else getattr(branch, what))[0, 0] = float("nan")
+    lx.save(saved, tmp_path)
+    model = prepared()
+    told = r"slow state of body\.weight" if what == "expert" else r"branch of body\.weight"
+    with unchanged(model), pytest.raises(lx.CheckpointError, match=told):
+        lx.load(tmp_path, model, args=(X,))
+    assert lx.adapt(model, args=(X,), frontend="symbolic").sites
