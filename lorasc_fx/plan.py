@@ -35,6 +35,7 @@ class Reason(enum.Enum):
     MIXED_USES = "mixed-uses"
     MUTATED = "written-by-forward"
     VECTOR = "vector"
+    EMPTY = "empty"
     OPAQUE = "opaque-module"
     NOT_FLOATING = "not-floating"
     QUANTIZED = "quantized"

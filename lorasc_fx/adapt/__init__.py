@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.compiler import Compiler
-from lorasc_fx.adapt.untie import check_untie, untied
+from lorasc_fx.adapt.untie import check_untie, untie
 from lorasc_fx.capture import FRONTENDS, check_binds, open_model, signature_of
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
-from lorasc_fx.graph import check_patterns, matches, named_weights
+from lorasc_fx.graph import check_patterns, faults, matches, named_weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["adapt", "load"]
+
+log = logging.getLogger("lorasc_fx")
 
 _ADAPTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameters that a living cascade has adapted, with a weak reference to it."""
@@ -69,8 +75,11 @@ def adapt(
     check_patterns(plan.spec, weights.matrices, weights.names)
     check_untie(opened, plan.spec.untie)
     source = open_base(base, opened)
-    with untied(opened, plan.spec.untie), torch.inference_mode(False):
-        return _adapt(opened, args, kwargs, plan, frontend, source)
+    with torch.inference_mode(False), AllOrNothing() as undo:
+        untie(opened, plan.spec.untie, undo)
+        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo)
+        _tell_of_wide_branches(cascade.plan)
+        return cascade
 
 
 def load(
@@ -100,19 +109,19 @@ def load(
     opened = open_model(model)
     _check_new(opened)
     source = open_base(base, opened)
-    with untied(opened, found.plan.spec.untie), torch.inference_mode(False):
+    with torch.inference_mode(False), AllOrNothing() as undo:
+        untie(opened, found.plan.spec.untie, undo)
         weights = named_weights(opened)
         check_base(found, weights.parameters)
         check_plan(found, weights.matrices, weights.parameters)
         try:
-            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source)
+            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo)
         except (PassError, SpecError) as fault:
             raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
-        try:
-            cascade.load(found)
-        except BaseException:
-            cascade.release()
-            raise
+        undo(cascade.core.base_writer())
+        undo(_buffer_writer(opened))
+        cascade.load(found)
+        _check_loaded(cascade, found.path)
         return cascade
 
 
@@ -123,6 +132,7 @@ def _adapt(
     plan: Plan,
     frontend: str,
     source: BaseFile | None,
+    undo: AllOrNothing,
 ) -> Cascade:
     """Adapt by a plan: an empty one that has only a spec, or one that was saved."""
     weights = named_weights(opened)
@@ -130,20 +140,67 @@ def _adapt(
     maker = Compiler(frontend, signature_of(opened))
     flags = Flags.of(opened)
     trained = _trained(plan.spec, weights.parameters, weights.names)
-    try:
-        for name, parameter in weights.parameters.items():
-            parameter.requires_grad_(name in trained)
-        made = maker.make(opened, plan, {}, (), *bound, wide=False)
-        example = (tuple(args), dict(kwargs or {}))
-        cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), example, flags)
-        cascade.core.base_file = source
-        cascade.core.start(trained)
-    except BaseException:
-        flags.restore(opened)
-        raise
+    undo(partial(flags.restore, opened))
+    for name, parameter in weights.parameters.items():
+        parameter.requires_grad_(name in trained)
+    made = maker.make(opened, plan, {}, (), *bound, wide=False)
+    example = (tuple(args), dict(kwargs or {}))
+    cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), example, flags)
+    cascade.core.base_file = source
+    cascade.core.start(trained, undo)
+    undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
         _ADAPTED[parameter] = ref(cascade)
     return cascade
+
+
+def _buffer_writer(model: nn.Module) -> Callable[[], None]:
+    """Return what writes the present values back into the model's buffers."""
+    held = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def write() -> None:
+        with torch.no_grad():
+            for buffer, value in held:
+                buffer.copy_(value)
+
+    return write
+
+
+def _forget(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        _ADAPTED.pop(parameter, None)
+
+
+def _check_loaded(cascade: Cascade, path: Path) -> None:
+    """Hold the graphs against their plan, with the values that were loaded.
+
+    Raises:
+        CheckpointError: they do not agree, or values are not finite.
+    """
+    told = cascade.core.faults()
+    variant = cascade._variants.oldest
+    if variant is not None and isinstance(variant.module, fx.GraphModule):  # a piece is verified when it is rewritten
+        told += faults(variant.module)
+    if told:
+        raise CheckpointError(
+            f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(told))
+        )
+
+
+def _tell_of_wide_branches(plan: Plan) -> None:
+    """Warn, once a cascade, of ranks that no product of such a shape can have."""
+    wide = [(site, most) for site in plan.sites if site.rank > (most := min(*site.matrix_shape, *site.parts))]
+    if wide:
+        (site, most), more = wide[0], f" and {len(wide) - 1} more" if len(wide) > 1 else ""
+        log.warning(
+            "rank %d is more than %s%s can have: a matrix of %s has a rank of %d at most. The branch computes what a "
+            "smaller one would, at more cost; give such weights a rank of their own (rules=...)",
+            site.rank,
+            site.weight,
+            more,
+            tuple(site.matrix_shape),
+            most,
+        )
 
 
 def _trained(

@@ -83,10 +83,10 @@ class Growing:
         found = survey(pieces.graphs, record, self.plan.spec, kinds, Cheapest(self.plan.spec))
         held = missing_branches(found.plan, self.branches, weights.parameters)
         swapped = {branch.weight_name: branch for branch in held.values() if branch.weight_name in kinds}
-        pieces.swap({**pieces.swapped, **swapped})
         grow = self.grow() if self.grow is not None else None
         if grow is not None and set(held) != set(self.branches):
             grow(Made(Variant(pieces, "pieces"), found.plan, held, found.refusals, found.unreached))
+        pieces.swap({**pieces.swapped, **swapped})
         self.plan, self.branches, self.refusals = found.plan, held, found.refusals
 
 

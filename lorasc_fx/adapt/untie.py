@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import matches
+from lorasc_fx.undo import AllOrNothing
 
-__all__ = ["check_untie", "untied"]
+__all__ = ["check_untie", "untie"]
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,23 @@ def check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
             )
 
 
-@contextlib.contextmanager
-def untied(model: nn.Module, patterns: Sequence[str]) -> Iterator[None]:
-    """Give each place that a pattern means a parameter of its own, equal to the shared one; put it back on an error.
+def untie(model: nn.Module, patterns: Sequence[str], undo: AllOrNothing) -> None:
+    """Give each place that a pattern means a parameter of its own, equal to the shared one.
 
     The first place keeps the shared object; places that no pattern means stay tied to each other.
     """
-    before: list[tuple[_Holder, nn.Parameter]] = []
-    try:
-        for tie in _ties(model) if patterns else ():
-            shared = tie[0].module._parameters[tie[0].leaf]
-            assert shared is not None
-            apart = [holder for holder in tie if any(matches(pattern, holder.names) for pattern in patterns)]
-            rest = [holder for holder in tie if holder not in apart]
-            for group in [rest, *([holder] for holder in apart)]:
-                if not group or tie[0] in group:
-                    continue
-                own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-                for holder in group:
-                    before.append((holder, shared))
-                    holder.module._parameters[holder.leaf] = own
-        yield
-    except BaseException:
-        for holder, parameter in before:
-            holder.module._parameters[holder.leaf] = parameter
-        raise
+    for tie in _ties(model) if patterns else ():
+        shared = tie[0].module._parameters[tie[0].leaf]
+        assert shared is not None
+        apart = [holder for holder in tie if any(matches(pattern, holder.names) for pattern in patterns)]
+        rest = [holder for holder in tie if holder not in apart]
+        for group in [rest, *([holder] for holder in apart)]:
+            if not group or tie[0] in group:
+                continue
+            own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+            for holder in group:
+                undo(partial(holder.module._parameters.__setitem__, holder.leaf, shared))
+                holder.module._parameters[holder.leaf] = own
 
 
 def _ties(model: nn.Module) -> list[list[_Holder]]:

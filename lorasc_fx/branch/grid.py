@@ -96,7 +96,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return rows as [batch, channels, h, w] in channels-last memory."""
     batch, _, height, width = like.shape
-    return rows.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+    return rows.reshape(batch, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ def down(a: torch.Tensor, x: torch.Tensor, grid: Grid) -> torch.Tensor:
     thin = a.flatten(1)
     if _in_rows(x):
         return _images(skinny.down(thin, _rows(x)).transpose(1, 2), x)
-    return torch.bmm(thin.expand(len(x), -1, -1), _flat(x)).view(len(x), -1, *x.shape[2:])
+    return torch.bmm(thin.expand(len(x), -1, -1), _flat(x)).view(len(x), len(thin), *x.shape[2:])
 
 
 def up(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -127,7 +127,7 @@ def down_back(b: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     thin = b.t().contiguous()
     if _in_rows(slope):
         return _images(skinny.down(thin, _rows(slope)).transpose(1, 2), slope)
-    return torch.bmm(thin.expand(len(slope), -1, -1), _flat(slope)).view(len(slope), -1, *slope.shape[2:])
+    return torch.bmm(thin.expand(len(slope), -1, -1), _flat(slope)).view(len(slope), len(thin), *slope.shape[2:])
 
 
 def factor_gradient(low: torch.Tensor, slope: torch.Tensor, scale: float) -> torch.Tensor:

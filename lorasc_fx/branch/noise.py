@@ -5,6 +5,8 @@ Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise".
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lorasc_fx.branch.address import generator
@@ -17,7 +19,11 @@ def amplitude(noise: Noise, weight: torch.Tensor) -> float:
     """Return `strength * std(W)`; the standard deviation of one value, or of none, is 0."""
     if noise.strength == 0 or weight.numel() < 2:
         return 0.0
-    return noise.strength * weight.std().item()
+    size = weight.std().item()
+    if not 0 < size < math.inf:  # of numbers whose squares leave the dtype, or of equal ones
+        top = weight.abs().max().item()
+        size = top * (weight / top).std().item() if 0 < top < math.inf else top
+    return noise.strength * size
 
 
 def draw(noise: Noise, seed: int, stage: int, name: str, shape: torch.Size) -> torch.Tensor:

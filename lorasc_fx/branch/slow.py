@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -34,6 +35,12 @@ class Factors:
 
     b: torch.Tensor
     a: torch.Tensor
+
+    @cached_property
+    def bound(self) -> float:
+        """A number that no entry of `b @ a` exceeds: the product of their norms (Cauchy and Schwarz)."""
+        b, a = (torch.linalg.vector_norm(each, dtype=torch.float64).item() for each in (self.b, self.a))
+        return b * a if math.isfinite(b * a) else math.inf
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,39 @@ class SlowWeight:
         dense_start = collapsed if restart == "slow" else self.dense_start
         after = replace(self, experts=experts, slow=slow, start=start, dense_slow=collapsed, dense_start=dense_start)
         return after.collapsed() if after.crowded else after
+
+    def reach(self, which: Literal["slow", "start"]) -> float:
+        """Return a number that no entry of the weight has moved by, seen from W0."""
+        coefficients, delta = (self.slow, self.dense_slow) if which == "slow" else (self.start, self.dense_start)
+        total = sum(abs(c) * expert.factors.bound for c, expert in zip(coefficients, self.experts, strict=True) if c)
+        if delta is not None and delta.numel():
+            total += max(abs(each.item()) for each in torch.aminmax(delta))
+        return total + sum(8 * each.amplitude for each in self.kept)
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the experts, each as the end of a sentence about the slow state."""
+        found = []
+        if not len(self.experts) == len(self.slow) == len(self.start):
+            counts = f"{len(self.slow)} slow and {len(self.start)} start coefficients"
+            found.append(f"has {len(self.experts)} experts, but {counts}")
+        *stack, rows, columns = self.matrix
+        for expert in self.experts:
+            b, a = tuple(expert.factors.b.shape), tuple(expert.factors.a.shape)
+            rank = a[-2] if len(a) > 1 else 0
+            if b != (*stack, rows, rank) or a != (*stack, rank, columns):
+                found.append(
+                    f"has an expert of stage {expert.stage} of {b} and {a}, which is no delta of {self.matrix}"
+                )
+        for delta in (self.dense_slow, self.dense_start):
+            if delta is not None and tuple(delta.shape) != self.matrix:
+                found.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
+        held = [each for expert in self.experts for each in (expert.factors.b, expert.factors.a)]
+        held += [delta for delta in (self.dense_slow, self.dense_start) if delta is not None]
+        if not all(bool(torch.isfinite(each).all()) for each in held) or not all(
+            map(math.isfinite, self.slow + self.start)
+        ):
+            found.append("holds inf or nan")
+        return found
 
     def carried(self, which: Literal["slow", "start"]) -> Factors | None:
         """Return what the stages added as one pair of factors, for a quantized weight that cannot hold it."""

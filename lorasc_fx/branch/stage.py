@@ -5,6 +5,7 @@ Source: algorithm.md, "One site".
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 
@@ -12,11 +13,25 @@ import torch
 
 from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.noise import amplitude, draw
-from lorasc_fx.branch.slow import Factors, KeptNoise, SlowWeight, arithmetic
-from lorasc_fx.errors import NonFiniteBranch
+from lorasc_fx.branch.quantized import is_quantized
+from lorasc_fx.branch.slow import Factors, KeptNoise, SlowWeight, Which, arithmetic
+from lorasc_fx.errors import NonFiniteBranch, SpecError
 from lorasc_fx.spec import CascadeSpec
 
-__all__ = ["all_finite", "check_finite", "end_stage", "factors_of", "start_differs", "start_weight", "write_start"]
+__all__ = [
+    "all_finite",
+    "check_finite",
+    "end_stage",
+    "factors_of",
+    "fits",
+    "start_differs",
+    "start_weight",
+    "write_start",
+]
+
+log = logging.getLogger("lorasc_fx")
+
+_ADVICE = "Lower the learning rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
 
 
 def factors_of(branch: Branch, device: torch.device) -> Factors:
@@ -53,12 +68,23 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
         noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact) if not state.kept else None
         state.write(exact, "fast", dtype)
-        if size := amplitude(spec.noise, exact):
+        size = amplitude(spec.noise, exact)
+        if not math.isfinite(size):
+            raise SpecError(
+                f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
+                f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0"
+            )
+        if size:
             if noise is None:  # in the room that the kept noise had
                 noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact)
             exact += noise.mul_(size)
         if exact is not out:
             out.copy_(exact)
+        if size > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):
+            raise SpecError(
+                f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
+                f"Give less, or exclude it (exclude=({state.name!r},))"
+            )
 
 
 def start_differs(state: SlowWeight) -> bool:
@@ -87,29 +113,75 @@ def check_finite(branch: Branch, spec: CascadeSpec, stage: int) -> None:
     if spec.on_nonfinite == "raise" and not branch.finite():
         raise NonFiniteBranch(
             f"the branch of {branch.weight_name} holds inf or nan at the end of stage {stage}; nothing was folded. "
-            "Lower the learning rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
+            f"{_ADVICE}"
         )
 
 
 def end_stage(
-    state: SlowWeight, branch: Branch | None, spec: CascadeSpec, stage: int, noisy: bool = True, checked: bool = False
+    state: SlowWeight,
+    branch: Branch | None,
+    spec: CascadeSpec,
+    stage: int,
+    noisy: bool = True,
+    checked: bool = False,
+    left_out: set[str] | None = None,
 ) -> SlowWeight:
     """Return the slow state after the stage: the slow update, and the stage's noise where it is kept.
 
-    `noisy` says whether the stage ran with its noise; `branch` is None for a weight that only carried noise; `checked`
-    says that its factors are known to be finite.
+    A branch that is not finite, or that would take an entry of the weight beyond its dtype, is not folded.
+
+    Args:
+        state: of the weight when the stage started.
+        branch: None for a weight that only carried noise.
+        spec, stage: of the plan.
+        noisy: whether the stage ran with its noise.
+        checked: whether the factors are known to be finite.
+        left_out: gets the name of a weight whose branch was left out.
 
     Raises:
-        NonFiniteBranch: the branch holds inf or nan, and spec.on_nonfinite is "raise".
+        NonFiniteBranch: the branch cannot be folded, and spec.on_nonfinite is "raise".
     """
-    live = None
+    after = None
     if branch is not None:
         if not checked:
             check_finite(branch, spec, stage)
+        fault = "holds inf or nan"
         if checked or branch.finite():
-            live = factors_of(branch, state.base.device)
-    after = state.absorb(stage, live, spec.pace, spec.restart)
+            folded = state.absorb(stage, factors_of(branch, state.base.device), spec.pace, spec.restart)
+            fault = "" if fits(folded) else f"takes it beyond {state.base.dtype}"
+            after = None if fault else folded
+        if fault and spec.on_nonfinite == "raise":
+            raise NonFiniteBranch(
+                f"the branch of {branch.weight_name} {fault} at the end of stage {stage}; nothing was folded. {_ADVICE}"
+            )
+        if fault:
+            log.warning("the branch of %s %s at the end of stage %d: it was left out", state.name, fault, stage)
+            if left_out is not None:
+                left_out.add(state.name)
+    if after is None:
+        after = state.absorb(stage, None, spec.pace, spec.restart)
     if noisy and spec.noise.keep and spec.noise.strength:
         size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)))
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))
     return after
+
+
+def fits(state: SlowWeight) -> bool:
+    """Whether slow and start weights, rounded to the dtype of W0, are finite wherever W0 is.
+
+    They are looked at only where a bound on what was added leaves it open: what is less than half the distance of the
+    two largest numbers of a dtype makes no finite number infinite.
+    """
+    if is_quantized(state.base):
+        return all(math.isfinite(expert.factors.bound) for expert in state.experts)
+    limits = torch.finfo(state.base.dtype)
+    room = limits.max * limits.eps / 8
+    if state.reach("slow") < room and state.reach("start") < room:
+        return True
+    known = torch.isfinite(state.base)
+    both: tuple[Which, ...] = ("slow", "fast") if start_differs(state) else ("slow",)
+    for which in both:
+        value = state.exact(which, arithmetic(state.base.dtype)).to(state.base.dtype)
+        if not bool((torch.isfinite(value) | ~known).all()):
+            return False
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lorasc_fx.graph.record import MADE_BY, SPELLING, USE, Record, Use, record_o
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.spelling import Spelled, Spelling, spelled
 from lorasc_fx.graph.weights import BRANCHES, owner_of
+from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["GraphEditor", "drop_nodes", "weights_from_inputs"]
 
@@ -237,19 +239,12 @@ class GraphEditor:
             return self.module
         pairs = [(key, old, holder._modules.get(key)) for key, old in self._renewed.items()]
         moves = [(key, old, new) for key, old, new in pairs if isinstance(new, Branch) and new is not old]
-        kept = [(old, old.lora_A.detach().clone(), old.lora_B.detach().clone()) for _, old, _ in moves]
-        with torch.no_grad():
-            try:
-                for _, old, new in moves:
-                    old.lora_A.copy_(new.lora_A)
-                    old.lora_B.copy_(new.lora_B)
-            except BaseException:
-                for old, a, b in kept:
-                    old.lora_A.copy_(a)
-                    old.lora_B.copy_(b)
-                raise
-        for key, old, _ in moves:
-            holder[key] = old
+        with torch.no_grad(), AllOrNothing() as undo:
+            for key, old, new in moves:
+                for factor, value in ((old.lora_A, new.lora_A), (old.lora_B, new.lora_B)):
+                    undo(partial(factor.copy_, factor.detach().clone()))
+                    factor.copy_(value)
+                holder[key] = old
         return self.module
 
     def _own(self, path: list[str]) -> nn.Module:

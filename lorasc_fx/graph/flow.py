@@ -156,7 +156,9 @@ def reads_shape_only(node: fx.Node) -> bool:
         return node.target in _SHAPE_METHODS
     if node.op != "call_function":
         return False
-    return node.target in _SHAPE_ONLY or (node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES)
+    return node.target in _SHAPE_ONLY or (
+        node.target is getattr and any(each in _SHAPE_ATTRIBUTES for each in node.args[1:2])
+    )
 
 
 def mutates(node: fx.Node, source: fx.Node) -> bool:

@@ -192,7 +192,7 @@ _PERMUTE = (aten.permute.default, torch.permute, "permute")
 def transposes(node: fx.Node) -> bool:
     """Whether a node turns a matrix around, and does nothing else."""
     if node.target is getattr:
-        return node.args[1] in ("T", "mT")
+        return node.args[1:2] in (("T",), ("mT",))
     rest: Any = node.args[1:]
     if node.target in _T:
         return not rest

@@ -177,6 +177,8 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: Found) -> Re
         wanted = any(pattern in KINDS or matches(pattern, names) for pattern in spec.targets)
     if not wanted:
         return Refusal(weight, "", Reason.NOT_TARGETED, "matches no target of the spec")
+    if not parameter.numel():
+        return Refusal(weight, "", Reason.EMPTY, f"of shape {tuple(parameter.shape)}, holds no numbers")
     if not parameter.is_floating_point():
         return Refusal(weight, "", Reason.NOT_FLOATING, f"holds {parameter.dtype}, which has no gradient")
     if seen.written:

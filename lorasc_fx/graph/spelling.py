@@ -25,13 +25,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class Spelling:
-    """A node's name, op, target and arguments, with a `Slot` for each node among them."""
+    """A node's name, op, target and arguments, with a `Slot` for each node among them; and the number of the branch's
+    own inputs.
+    """
 
     name: str
     op: str
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    inputs: int
 
     @classmethod
     def of(cls, node: fx.Node, inputs: Sequence[Any]) -> Spelling:
@@ -41,7 +44,7 @@ class Spelling:
             return Slot(inputs.index(each))
 
         args, kwargs = fx.node.map_arg(node.args, slot), fx.node.map_arg(node.kwargs, slot)
-        return cls(node.name, node.op, node.target, args, kwargs)
+        return cls(node.name, node.op, node.target, args, kwargs, len(inputs))
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def spelled(node: fx.Node) -> Spelled | None:
     owner = node.graph.owning_module
     module = module_at(owner, found.target) if owner is not None and found.op == "call_module" else None
     form = form_of(op, module)
-    if form is None:
+    if form is None or len(node.args) != found.inputs:
         return op
     return Spelled(found.name, found.op, found.target, args, kwargs, form, form.reads(op, module))
 
@@ -92,7 +95,7 @@ def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
 
 def _filled(value: Any, inputs: Sequence[Any]) -> Any:
     if isinstance(value, Slot):
-        return inputs[value.index]
+        return inputs[value.index] if value.index < len(inputs) else None
     if isinstance(value, (tuple, list)):
         return type(value)(_filled(each, inputs) for each in value)
     if isinstance(value, Mapping):

@@ -24,6 +24,7 @@ from lorasc_fx.graph.verify_branches import (
     branches_stand_at_sites,
     every_use_has_a_branch,
     metadata_is_the_base_ops,
+    nothing_is_left_over,
 )
 from lorasc_fx.graph.view import Rule, View
 from lorasc_fx.graph.weights import module_at, named_weights, owner_of
@@ -47,8 +48,13 @@ def _targets_exist(view: View) -> Iterator[str]:
 def _plan_fits_weights(view: View) -> Iterator[str]:
     if view.record.plan is None:
         return
-    weights = named_weights(owner_of(view.module, view.record))
+    if view.record.plan.stage < 1:
+        yield f"the plan is in stage {view.record.plan.stage}; the first one is 1"
+    weights, seen = named_weights(owner_of(view.module, view.record)), set()
     for site in view.record.plan.sites:
+        if site.weight in seen:
+            yield f"{site.weight} is planned twice"
+        seen.add(site.weight)
         parameter = weights.parameters.get(site.weight)
         if parameter is None:
             yield f"{site.weight} is planned, but the model has no weight of this name"
@@ -76,6 +82,8 @@ def _uses_fit_plan(view: View) -> Iterator[str]:
         name = form.name if form is not None else on
         if op is not None and not use.merged:
             yield f"node {node.name} stands in place of {op.name}, but no pass has marked it so"
+        elif use.merged and site.placement != "merged":
+            yield f"node {node.name} is merged with the branch of {use.weight}, planned {site.placement}"
         elif name != use.form:
             yield f"node {node.name} is marked as {use.form}, but is {name}"
         elif _weight_of(view, node) != use.weight:
@@ -123,7 +131,7 @@ def _weight_of(view: View, node: fx.Node) -> str | None:
     if form is None and chosen_by(node) is not None:
         source = node.args[0]
     if op is not None:
-        source = node.args[1]
+        source = node.args[1] if len(node.args) > 1 else None
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return None
     return view.canonical.get(str(source.target).removeprefix(view.record.prefix))
@@ -155,6 +163,8 @@ def _slow_state_is_kept(view: View) -> Iterator[str]:
             yield f"{site.weight} has a branch, but the record holds no slow state of it"
         elif tuple(state.base.shape) != site.shape:
             yield f"the slow state of {site.weight} is {tuple(state.base.shape)}, planned as {site.shape}"
+        else:
+            yield from (f"the slow state of {site.weight} {fault}" for fault in state.faults())
 
 
 RULES: tuple[Rule, ...] = (
@@ -168,6 +178,7 @@ RULES: tuple[Rule, ...] = (
     branches_fit_plan,
     _slow_state_is_kept,
     metadata_is_the_base_ops,
+    nothing_is_left_over,
 )
 """Every rule, in the order in which faults are told."""
 

@@ -18,7 +18,13 @@ from lorasc_fx.graph.spelling import spelled, spelling_of
 from lorasc_fx.graph.view import View
 from lorasc_fx.graph.weights import BRANCHES, module_at
 
-__all__ = ["branches_fit_plan", "branches_stand_at_sites", "every_use_has_a_branch", "metadata_is_the_base_ops"]
+__all__ = [
+    "branches_fit_plan",
+    "branches_stand_at_sites",
+    "every_use_has_a_branch",
+    "metadata_is_the_base_ops",
+    "nothing_is_left_over",
+]
 
 
 def branches_stand_at_sites(view: View) -> Iterator[str]:
@@ -42,7 +48,11 @@ def branches_stand_at_sites(view: View) -> Iterator[str]:
             continue
         if branch.weight_name != use.weight:
             yield f"branch node {node.name} calls the branch of {branch.weight_name} beside {use.weight}"
-        inputs, options = _reading(view, use.form, base)
+        found = _reading(view, use.form, base)
+        if found is None:
+            yield f"node {base.name} has not the arguments of {use.form}"
+            continue
+        inputs, options = found
         shared = shared_input(node)
         if shared is not None:
             options |= {"shared": True}
@@ -83,13 +93,15 @@ def _named(found: Any, wanted: Any) -> Any:
     return found.target if isinstance(found, fx.Node) and isinstance(wanted, str) else found
 
 
-def _reading(view: View, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a branch at this use must read besides its base, and with which options."""
+def _reading(view: View, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return what a branch at this use must read besides its base, and with which options; None without any input."""
     if form == ON_WEIGHT:
         return (), {}
     if form == ON_CHOSEN:
         return (), {"expert": chosen_by(base)}
     module = module_at(view.module, str(base.target)) if base.op == "call_module" else None
+    if base.op == "call_module" and not (base.args or "input" in base.kwargs):
+        return None
     reading = form_named(form).reads(base, module)
     return (reading.x,), dict(reading.options)
 
@@ -130,8 +142,10 @@ def branches_fit_plan(view: View) -> Iterator[str]:
             yield f"lora_B of {site.weight} is {tuple(branch.lora_B.shape)}, planned as {b_shape}"
         if branch.transposed != (site.layout == "in_out"):
             yield f"the branch of {site.weight} is turned the other way than its layout, {site.layout}, says"
-        if branch.scale != site.scale:
-            yield f"the branch of {site.weight} has scale {branch.scale}, planned as {site.scale}"
+        for what in ("weight_name", "scale", "dropout", "parts"):
+            made, planned = getattr(branch, what), getattr(site, "weight" if what == "weight_name" else what)
+            if made != planned:
+                yield f"the branch of {site.weight} has {what} {made}, planned as {planned}"
         if plan.spec.on_nonfinite == "raise" and not branch.finite():
             yield f"the branch of {site.weight} holds inf or nan"
     keys = {site.key for site in plan.sites}
@@ -151,8 +165,22 @@ def metadata_is_the_base_ops(view: View) -> Iterator[str]:
         if not made_by(node):
             yield f"branch node {node.name} was made by no pass of ours"
         own, theirs = node.meta.get("val"), base.meta.get("val")
+        use, plan = use_of(base), view.record.plan
+        site = plan.site(use.weight) if plan is not None and use is not None else None
+        if site is not None and base is node and isinstance(own, torch.Tensor):
+            axis = own.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
+            if not 0 <= axis < own.dim() or own.shape[axis] != site.matrix_shape[0]:
+                outputs = f"{site.weight} has {site.matrix_shape[0]} outputs"
+                yield f"branch node {node.name} is said to be {_shape(own)}, but {outputs}"
         if own is not theirs and _shape(own) != _shape(theirs):
             yield f"branch node {node.name} is said to be {_shape(own)}, {base.name} is {_shape(theirs)}"
+
+
+def nothing_is_left_over(view: View) -> Iterator[str]:
+    """What passes made for a branch is read by one."""
+    for node in view.module.graph.nodes:
+        if made_by(node) and node not in view.branches and not node.users:
+            yield f"node {node.name} was made by {made_by(node)} for a branch, and is read by nobody"
 
 
 def _shape(value: Any) -> tuple[str, torch.dtype] | None:

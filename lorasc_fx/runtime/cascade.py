@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from lorasc_fx.runtime.optim import groups
 from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.stages import Stage, run_stages
 from lorasc_fx.runtime.variants import Made, Variant, VariantMaker, Variants
+from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["Cascade"]
 
@@ -92,24 +94,30 @@ class Cascade(Described):
         branches = self.core.by_key
         made = self._maker.make(self.model, self.core.plan, branches, self._refusals, args, kwargs, wide)
         log.info("variant %d by %s%s", len(self._variants) + 1, made.variant.frontend, ", other sizes" if wide else "")
-        self._grow(made)
-        self._variants.add(key, made.variant, self.training, leaves)
-        if made.variant.attach is not None:
-            made.variant.attach(self._grow)
-        return made.variant
+        with AllOrNothing() as undo:
+            self._grow(made, undo)
+            self._variants.add(key, made.variant, self.training, leaves)
+            if made.variant.attach is not None:
+                made.variant.attach(self._grow)
+            return made.variant
 
-    def _grow(self, made: Made) -> None:
-        """Take over the sites, refusals and branches that came with a new graph."""
+    def _grow(self, made: Made, undo: AllOrNothing | None = None) -> None:
+        """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
+        if undo is None:
+            with AllOrNothing() as own:
+                self._grow(made, own)
+            return
+        undo(self._held())
         new = {name: branch for name, branch in made.branches.items() if name not in self.branches}
-        if new:
-            weights = [branch.weight_name for branch in new.values()]
-            log.warning("%d sites came with a new variant: %s; add their branches to the optimizer", len(new), weights)
         self.branches.update(new)
         self.core.plan, self._refusals = made.plan, made.refusals
         self.core.leave_alone(made.refusals)
         told = made.plan.by_weight.keys() | {each.weight for each in made.refusals}
         self._unreached = tuple(name for name in self._unreached if name in made.unreached and name not in told)
-        self.core.know_sites()
+        self.core.know_sites(undo)
+        if new:
+            weights = [branch.weight_name for branch in new.values()]
+            log.warning("%d sites came with a new variant: %s; add their branches to the optimizer", len(new), weights)
 
     # ---- weights
 
@@ -129,12 +137,10 @@ class Cascade(Described):
         self.core.check_ready("weights")
         parameters = self.core.parameters_by_name()
         live = {name: parameters[name].detach().clone() for name in self.core.slow.trained}
-        folding.place(self.core, which, parameters, live)
-        self.core.placed = which
         try:
+            folding.place(self.core, which, parameters, live)
             yield self
         finally:
-            self.core.placed = None
             folding.rest(self.core, parameters, live)
 
     def folded_state_dict(self, quantized: Literal["dequantize"] | None = None) -> dict[str, torch.Tensor]:
@@ -182,13 +188,32 @@ class Cascade(Described):
             NonFiniteBranch: a branch holds inf or nan; nothing was changed.
         """
         self.core.check_ready("release")
-        folding.release(self.core, quantized)
-        self.core.turning.call_off()
-        self._flags.restore(self.model)
-        self.core.pending.disarm()
-        self._variants = Variants()
-        self.core.released = True
-        return self.model
+        with AllOrNothing() as undo:
+            undo(self._held())
+            undo(partial(Flags.of(self.model).restore, self.model))
+            undo(self.core.turning.restorer())
+            undo(self.core.pending.restorer(self.core.trainable()))
+            folding.release(self.core, quantized, undo)
+            self.core.turning.call_off()
+            self._flags.restore(self.model)
+            self._variants = Variants()
+            self.core.released = True
+            self.core.pending.disarm()
+            return self.model
+
+    def _held(self) -> Callable[[], None]:
+        """Return what brings back the decisions, branches and graphs of this moment."""
+        core, branches = self.core, dict(self.branches.items())
+        decided = (self._variants, self._refusals, self._unreached, core.plan, core.untouched, core.released)
+        variants = self._variants.copy()
+
+        def restore() -> None:
+            self._variants, self._refusals, self._unreached, core.plan, core.untouched, core.released = decided
+            self._variants.held, self._variants.plain = variants.held, variants.plain
+            for key in [key for key in self.branches if key not in branches]:
+                del self.branches[key]
+
+        return restore
 
     # ---- stages
 

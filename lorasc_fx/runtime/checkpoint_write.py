@@ -20,10 +20,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lorasc_fx.errors import CheckpointError, SpecError
+from lorasc_fx.branch.stage import all_finite
+from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
 from lorasc_fx.runtime import generators, half_step, outside_json, packing
 from lorasc_fx.runtime.checkpoint import _PREFIX, FORMAT, MANIFEST, TENSORS, _canonical, _versions
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
+from lorasc_fx.runtime.manifest import LONGEST
 from lorasc_fx.runtime.provenance import versions
 
 try:
@@ -50,6 +52,7 @@ def write_version(
     """Write a new version into `root`, and drop versions older than the last `keep`; see `lorasc_fx.save`."""
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise SpecError(f"keep is {keep!r}; give the number of versions that stay, an integer of 1 or more")
+    _check_finite(core)
     tensors, manifest = _contents(core, optimizer, scheduler, extra)
     with contextlib.ExitStack() as held:
         try:
@@ -66,6 +69,16 @@ def write_version(
         for _, old in _versions(root)[:-keep]:
             _drop(old)
     return whole
+
+
+def _check_finite(core: Core) -> None:
+    """Refuse to keep what a load would refuse; the version before is worth more."""
+    if core.plan.spec.on_nonfinite == "raise" and not all_finite(core.by_key.values()):
+        broken = next(branch.weight_name for branch in core.by_key.values() if not branch.finite())
+        raise NonFiniteBranch(
+            f"save: the branch of {broken} holds inf or nan; nothing was written, and the last version stays. "
+            "Load that one, and go on with a lower learning rate or with clipped gradients"
+        )
 
 
 def _contents(
@@ -124,7 +137,10 @@ def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, who
         _sync(beside / TENSORS)
         manifest["files"] = {TENSORS: file_digest(beside / TENSORS)}
         manifest["digest"] = text_digest(_canonical(manifest))
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+        text = json.dumps(manifest, indent=1, allow_nan=False).encode()
+        if len(text) > LONGEST:
+            raise OSError(f"{MANIFEST} would have {len(text)} bytes, of {LONGEST} at most; put numbers into tensors")
+        (beside / MANIFEST).write_bytes(text)
         shutil.copymode(beside / MANIFEST, beside / TENSORS)  # safetensors would keep it from everybody else
         _sync(beside / MANIFEST)
         _sync(beside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
 from lorasc_fx.runtime.slow import SlowWeights, fill
+from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["Core"]
 
@@ -85,17 +86,20 @@ class Core:
         own = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
         return own | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
 
-    def start(self, trained: Mapping[str, nn.Parameter]) -> None:
+    def start(self, trained: Mapping[str, nn.Parameter], undo: AllOrNothing) -> None:
         """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn."""
         self.slow = self.slow.with_trained(trained)
-        self.know_sites()
+        self.know_sites(undo)
 
     def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
         """Note which weights the spec excludes: no noise reaches them."""
         self.untouched = frozenset(each.weight for each in refusals if each.reason is Reason.EXCLUDED)
 
-    def know_sites(self) -> None:
+    def know_sites(self, undo: AllOrNothing) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
+        before, watched = self.slow, {name: each for name, each in self.trainable().items() if self.pending.knows(each)}
+        undo(lambda: setattr(self, "slow", before))
+        undo(self.pending.restorer(watched))
         parameters = self.parameters_by_name()
         noise = self.plan.spec.noise
         names = [site.weight for site in self.sites]
@@ -120,6 +124,7 @@ class Core:
                 new,
                 lambda name, out: slow.write_resting(name, self.plan, out),
                 lambda name, out: slow.write_value(name, "base", out),
+                undo,
             )
         self.slow = slow
         self.note_weights()
@@ -134,6 +139,27 @@ class Core:
             if state is not None and is_quantized(state.base):
                 pair = state.carried("slow" if slow.parked else "start")
                 branch.carry(*((pair.b, pair.a) if pair is not None else (None, None)))
+
+    def base_writer(self) -> Callable[[], None]:
+        """Return what writes W0 back into the user's parameters, as it is kept now."""
+        slow, parameters = self.slow, self.parameters_by_name()
+
+        def write() -> None:
+            with torch.no_grad():
+                for name in slow.states:
+                    if not is_quantized(parameters[name]):
+                        slow.write_value(name, "base", parameters[name])
+                for name, kept in slow.trained.items():
+                    parameters[name].copy_(kept.base)
+
+        return write
+
+    def faults(self) -> list[str]:
+        """Return a sentence for each slow state with inf or nan, and each branch unless such ones are left out."""
+        if self.plan.spec.on_nonfinite == "skip":
+            return self.slow.faults()
+        spoilt = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
+        return [f"the branch of {name} holds inf or nan" for name in spoilt] + self.slow.faults()
 
     @property
     def quantized(self) -> tuple[str, ...]:

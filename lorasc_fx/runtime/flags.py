@@ -26,8 +26,8 @@ class Flags:
         )
 
     def restore(self, model: nn.Module) -> None:
-        """Give the flags back."""
+        """Give the flags back; what has come since keeps its own."""
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.requires_grad[name])
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for name, module in model.named_modules():
-            module.training = self.training[name]
+            module.training = self.training.get(name, module.training)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Which, is_quantized
-from lorasc_fx.runtime.rigid import Requantize, check_asked, put, put_back, requantized
+from lorasc_fx.runtime.rigid import Requantize, check_asked, places, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.transition import trained_moved
+from lorasc_fx.undo import AllOrNothing
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -34,18 +35,26 @@ def place(core: Core, which: Which, parameters: Mapping[str, nn.Parameter], live
     values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}
     names = [*slow.states, *slow.trained]
     fill(parameters, names, new, lambda name, out: _put_resting(core, name, out, live))
-    core.dense = put(core.model, values)
+    core.dense = places(core.model, values)
+    put(core.dense, core.model, values)
+    core.placed = which
 
 
 def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor]) -> None:
-    """Write back what the parameters hold while the stage trains."""
-    put_back(core.dense)
-    core.dense = []
-    with torch.no_grad():
-        for name in [*core.slow.states, *core.slow.trained]:
-            if not is_quantized(parameters[name]):
-                _put_resting(core, name, parameters[name], live)
-    core.note_weights()
+    """Write back what the parameters hold while the stage trains; where that raises, once more."""
+
+    def write() -> None:
+        put_back(core.dense)
+        with torch.no_grad():
+            for name in [*core.slow.states, *core.slow.trained]:
+                if not is_quantized(parameters[name]):
+                    _put_resting(core, name, parameters[name], live)
+        core.dense, core.placed = [], None
+        core.note_weights()
+
+    with AllOrNothing() as undo:
+        undo(write)
+        write()
 
 
 def recast(core: Core, before: Mapping[str, torch.dtype]) -> None:
@@ -116,8 +125,8 @@ def _folded(slow: SlowWeights, name: str, value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def release(core: Core, quantized: Requantize) -> None:
-    """Write the slow weights into the user's parameters, for good, and let go of W0; all or nothing."""
+def release(core: Core, quantized: Requantize, undo: AllOrNothing) -> None:
+    """Write the slow weights into the user's parameters, for good, and let go of W0."""
     slow, parameters = ended(core), core.parameters_by_name()
     rigid = check_asked("release", slow, quantized)
     live = {name: parameters[name].detach().clone() for name in slow.trained}
@@ -128,11 +137,16 @@ def release(core: Core, quantized: Requantize) -> None:
         else:
             slow.write_value(name, "slow", out)
 
-    places = put(core.model, {name: slow.value(name, "slow", parameters[name]) for name in rigid})
-    requantized(places, quantized)
-    try:
-        fill(parameters, [*slow.states, *live], new, lambda name, out: _put_resting(core, name, out, live))
-    except BaseException:
-        put_back(places)
-        raise
+    values = {name: slow.value(name, "slow", parameters[name]) for name in rigid}
+    held, before = places(core.model, values), (core.slow, core.base_file)
+
+    def hold() -> None:
+        core.slow, core.base_file = before
+
+    undo(core.note_weights)
+    undo(partial(put_back, held))
+    put(held, core.model, values)
+    requantized(held, quantized)
+    fill(parameters, [*slow.states, *live], new, lambda name, out: _put_resting(core, name, out, live), undo)
+    undo(hold)
     core.slow, core.base_file = SlowWeights(), None

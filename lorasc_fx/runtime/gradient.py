@@ -29,6 +29,7 @@ class GradientStart:
         self._weights: dict[str, nn.Parameter] = {}
         self._handle: Any = None
         self._watches: list[Any] = []
+        self._armed_by: tuple[Any, ...] = ()
 
     @property
     def armed(self) -> bool:
@@ -45,6 +46,7 @@ class GradientStart:
     ) -> None:
         """Wait for the optimizer's next step."""
         self.call_off()
+        self._armed_by = (parameters, branches, optimizer)
 
         def before_step(_optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
             for name, gradient in self.call_off().items():
@@ -68,8 +70,21 @@ class GradientStart:
             weight.requires_grad_(False)
             if weight.grad is not None:
                 gathered[name], weight.grad = weight.grad.detach(), None
-        self._weights, self._handle, self._watches = {}, None, []
+        self._weights, self._handle, self._watches, self._armed_by = {}, None, [], ()
         return gathered
+
+    def restorer(self) -> Callable[[], None]:
+        """Return what brings this state back, with the gradients gathered so far."""
+        armed_by, gathered = self._armed_by, {weight: weight.grad for weight in self._weights.values()}
+
+        def restore() -> None:
+            self.call_off()
+            if armed_by:
+                self.arm(*armed_by)
+            for weight, gradient in gathered.items():
+                weight.grad = gradient
+
+        return restore
 
     def __reduce__(self) -> tuple[type[GradientStart], tuple[()]]:
         return (GradientStart, ())

@@ -6,7 +6,7 @@ parameter is still at the noted one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,21 @@ class PendingWatch:
         for handle in self._handles:
             handle.remove()
         self._handles, self._armed, self._seen = [], set(), {}
+
+    def knows(self, parameter: nn.Parameter) -> bool:
+        """Whether this parameter is watched."""
+        return id(parameter) in self._armed
+
+    def restorer(self, parameters: Mapping[str, nn.Parameter]) -> Callable[[], None]:
+        """Return what brings this state back, in which these parameters are watched and no others."""
+        seen = dict(self._seen)
+
+        def restore() -> None:
+            self.disarm()
+            self.arm(parameters)
+            self._seen = seen
+
+        return restore
 
     def waiting(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
         """Return the names of the parameters whose gradient, if it is not zero, no step has used."""

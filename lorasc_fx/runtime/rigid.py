@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from lorasc_fx.branch import dense, is_quantized
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.runtime.slow import SlowWeights
 
-__all__ = ["Requantize", "check_asked", "put", "put_back", "requantized"]
+__all__ = ["Requantize", "check_asked", "places", "put", "put_back", "requantized"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -45,32 +45,37 @@ def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
     return names
 
 
-def put(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Places:
-    """Put dense parameters in place of quantized ones, everywhere they are held; return what was there."""
+def places(model: nn.Module, names: Iterable[str]) -> Places:
+    """Return every place where these parameters are held, with what is there."""
     parameters = dict(model.named_parameters())
-    instead = {id(parameters[name]): nn.Parameter(value, requires_grad=False) for name, value in values.items()}
-    places = [
+    meant = {id(parameters[name]) for name in names}
+    return [
         (module, leaf, value)
         for module in model.modules()
         for leaf, value in module._parameters.items()
-        if value is not None and id(value) in instead
+        if value is not None and id(value) in meant
     ]
-    for module, leaf, value in places:
+
+
+def put(held: Places, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Put dense parameters in place of quantized ones, everywhere they are held."""
+    parameters = dict(model.named_parameters())
+    instead = {id(parameters[name]): nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    for module, leaf, value in held:
         module._parameters[leaf] = instead[id(value)]
-    return places
 
 
-def put_back(places: Places) -> None:
+def put_back(held: Places) -> None:
     """Undo `put`."""
-    for module, leaf, value in places:
+    for module, leaf, value in held:
         module._parameters[leaf] = value
 
 
-def requantized(places: Places, how: Requantize) -> None:
+def requantized(held: Places, how: Requantize) -> None:
     """Quantize again where asked to, and tell what was done to each weight; puts everything back if that fails."""
-    kept = {id(old): module._parameters[leaf] for module, leaf, old in places}
+    kept = {id(old): module._parameters[leaf] for module, leaf, old in held}
     try:
-        for module, leaf, old in places:
+        for module, leaf, old in held:
             exact = kept[id(old)]
             assert exact is not None
             if not callable(how):
@@ -92,5 +97,5 @@ def requantized(places: Places, how: Requantize) -> None:
                 100 * rounded,
             )
     except BaseException:
-        put_back(places)
+        put_back(held)
         raise

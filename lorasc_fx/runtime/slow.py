@@ -6,18 +6,23 @@ writes it, and only then is it the cascade's. A write that raises puts back what
 
 from __future__ import annotations
 
-import traceback
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, is_quantized
 from lorasc_fx.branch.stage import all_finite, write_start
+from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.plan import Plan
+from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["SlowWeights", "Trained", "fill", "write"]
+
+log = logging.getLogger("lorasc_fx")
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,13 @@ class SlowWeights:
         states: of the sites, and of every matrix that carries noise.
         trained: of the parameters trained in full.
         parked: no stage runs; the parameters hold the slow weights, without noise.
+        left_out: names of the weights that the last fold did not move, because what had trained was not finite.
     """
 
     states: Mapping[str, SlowWeight] = field(default_factory=dict)
     trained: Mapping[str, Trained] = field(default_factory=dict)
     parked: bool = False
+    left_out: frozenset[str] = frozenset()
 
     def with_weights(
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, mapped: Mapping[str, torch.Tensor] | None = None
@@ -106,25 +113,59 @@ class SlowWeights:
             plan: of the stage that ends.
             branches: by weight name.
             parameters: those trained in full, by name, with their fast values.
+
+        Raises:
+            NonFiniteBranch: one of them is not finite, or makes a weight so, and spec.on_nonfinite is "raise".
         """
         spec, noisy, finite = plan.spec, not self.parked, all_finite(branches.values())
+        left_out: set[str] = set()
         states = {
-            name: end_stage(self._as_run(state), branches.get(name), spec, plan.stage, noisy, checked=finite)
+            name: end_stage(self._as_run(state), branches.get(name), spec, plan.stage, noisy, finite, left_out)
             for name, state in self.states.items()
         }
         trained = {}
         for name, kept in self.trained.items():
             fast = host(parameters[name])
+            if _spoilt(name, fast, kept.base, plan):
+                trained[name] = kept
+                left_out.add(name)
+                continue
             exact = fast.to(kept.slow.dtype)
             same = spec.pace == 1 or not spec.slow_train
             slow = exact if same else torch.lerp(kept.slow, exact, spec.pace)
             start = fast if spec.restart == "fast" or same else slow.to(fast.dtype)
             trained[name] = Trained(kept.base, slow, start)
-        return replace(self, states=states, trained=trained, parked=False)
+        return replace(self, states=states, trained=trained, parked=False, left_out=frozenset(left_out))
+
+    def faults(self) -> list[str]:
+        """Return a sentence for each weight whose slow state holds inf or nan, or what does not belong together."""
+        found = [f"the slow state of {name} {fault}" for name, each in self.states.items() for fault in each.faults()]
+        for name, kept in self.trained.items():
+            if any(bool((~torch.isfinite(each) & torch.isfinite(kept.base)).any()) for each in (kept.slow, kept.start)):
+                found.append(f"{name}, which is trained in full, holds inf or nan")
+        return found
 
     def _as_run(self, state: SlowWeight) -> SlowWeight:
         """Return the state from which the running stage started: when parked, the slow weights."""
         return replace(state, start=state.slow, dense_start=state.dense_slow) if self.parked else state
+
+
+def _spoilt(name: str, fast: torch.Tensor, base: torch.Tensor, plan: Plan) -> bool:
+    """Whether a parameter trained in full has an inf or nan where it had none before it was adapted.
+
+    Raises:
+        NonFiniteBranch: it has, and spec.on_nonfinite is "raise".
+    """
+    if not bool((~torch.isfinite(fast) & torch.isfinite(base)).any()):
+        return False
+    told = f"{name}, which is trained in full, holds inf or nan at the end of stage {plan.stage}"
+    if plan.spec.on_nonfinite == "raise":
+        raise NonFiniteBranch(
+            f"{told}; nothing was folded. Lower the learning rate or clip gradients, or set on_nonfinite='skip' to go "
+            "on from what the stage started from"
+        )
+    log.warning("%s: it goes on from what the stage started from", told)
+    return True
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,26 +200,32 @@ def fill(
     names: Iterable[str],
     new: Callable[[str, torch.Tensor], object],
     old: Callable[[str, torch.Tensor], object],
+    undo: AllOrNothing | None = None,
 ) -> None:
     """Let `new(name, parameter)` write into each parameter in turn; if anything raises, let `old` do so again.
 
-    A quantized weight is not written to: its branch carries what the stages added (`Core.advance`).
+    With `undo` these are steps of a larger block. A quantized weight is not written to: its branch carries what the
+    stages added (`Core.advance`).
     """
-    begun: dict[str, int] = {}
-    spare = torch.empty(SPARE, dtype=torch.uint8)
+    if undo is None:
+        with AllOrNothing() as own:
+            fill(parameters, names, new, old, own)
+        return
+    spare = [torch.empty(SPARE, dtype=torch.uint8)]  # room for putting back, where memory stays short
+    with torch.no_grad():
+        for name in names:
+            if not is_quantized(parameters[name]):
+                undo(partial(_again, old, name, parameters[name], parameters[name]._version, spare))
+                new(name, parameters[name])
+
+
+def _again(
+    old: Callable[[str, torch.Tensor], object], name: str, out: torch.Tensor, version: int, spare: list[torch.Tensor]
+) -> None:
+    spare.clear()
     with torch.no_grad():
         try:
-            for name in names:
-                if not is_quantized(parameters[name]):
-                    begun[name] = parameters[name]._version
-                    new(name, parameters[name])
-        except BaseException as fault:
-            traceback.clear_frames(fault.__traceback__)  # what `new` held is memory that `old` may need
-            del spare
-            for name, version in begun.items():
-                try:
-                    old(name, parameters[name])
-                except (MemoryError, RuntimeError):  # no memory for what the weight needs, old or new
-                    if parameters[name]._version != version:
-                        raise
-            raise
+            old(name, out)
+        except (MemoryError, RuntimeError):  # no memory for what the weight needs, old or new
+            if out._version != version:
+                raise

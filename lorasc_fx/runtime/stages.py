@@ -42,6 +42,4 @@ def _stages(core: Core, count: int, optimizer: torch.optim.Optimizer, scheduler:
     for index in range(1, count + 1):
         yield Stage(core.stage, index, count)
         core.check_ready("transition")
-        transition.run(core, optimizer, park=index == count)
-        if scheduler is not None:
-            scheduler.step()
+        transition.run(core, optimizer, park=index == count, then=scheduler.step if scheduler is not None else None)

@@ -1,13 +1,14 @@
 """A stage transition in values: fold, then insert, with every node and every Parameter object left in place.
 
-Everything is computed before anything is written; what is written is put back if a later write raises.
+Everything is computed before anything is written; what is written is put back if anything raises, Ctrl-C included.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.init import fresh_a
-from lorasc_fx.branch.stage import all_finite
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
 from lorasc_fx.runtime.slow import SlowWeights, fill
+from lorasc_fx.undo import AllOrNothing
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -29,8 +30,13 @@ __all__ = ["run", "unpark"]
 log = logging.getLogger("lorasc_fx")
 
 
-def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None:
-    """End the running stage; start the next one, or with `park` leave the slow weights in place, without noise."""
+def run(
+    core: Core, optimizer: torch.optim.Optimizer | None, park: bool, then: Callable[[], object] | None = None
+) -> None:
+    """End the running stage; start the next one, or with `park` leave the slow weights in place, without noise.
+
+    `then` is called at the end; the transition is taken back if it raises.
+    """
     plan, before = core.plan, core.slow
     branches = core.branches_by_weight()
     if optimizer is not None:
@@ -42,49 +48,61 @@ def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: start_of(branches[site.weight], site, planned) for site in plan.sites}
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
-    skipped = []
-    if plan.spec.on_nonfinite == "skip" and not all_finite(branches.values()):
-        skipped = [each for branch in branches.values() if not branch.finite() for each in branch.parameters()]
-    state: dict[nn.Parameter, Any] = {}
-    if optimizer is not None:
-        state = treated_state(optimizer, own, plan.spec.optimizer_state)
-        state |= treated_state(optimizer, skipped, "reset")  # what made a branch inf or nan is no start for the next
+    state = _after_fold(optimizer, plan, own, _left_out(after, branches, trained)) if optimizer is not None else {}
     kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
-    old_state = {parameter: optimizer.state[parameter] for parameter in state} if optimizer is not None else {}
     parameters = core.weights_by_name()
-
-    def undo() -> None:
-        for parameter, value, grad in kept:
-            parameter.copy_(value)
-            parameter.grad = grad
+    with torch.no_grad(), AllOrNothing() as undo:
+        undo(partial(core.advance, plan, before))
+        undo(core.turning.restorer())
         if optimizer is not None:
-            put_state(optimizer, old_state)
+            undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in state}))
+        undo(partial(_put, kept))
+        for weight, branch in branches.items():
+            branch.lora_A.copy_(starts[weight])
+            branch.lora_B.zero_()
+        for name, parameter in trained.items():
+            parameter.copy_(resting_value(after, name))
+        for parameter, _, _ in kept:
+            parameter.grad = None
+        if optimizer is not None:
+            put_state(optimizer, state)
+        fill(
+            parameters,
+            after.states,
+            lambda name, out: after.write_resting(name, planned, out),
+            lambda name, out: before.write_resting(name, plan, out),
+            undo,
+        )
+        core.advance(planned, after)
+        core.turning.call_off()
+        if plan.spec.restart_A == "gradient" and not park and optimizer is not None:
+            core.turning.arm(parameters, branches, optimizer)
+        if then is not None:
+            then()
+        log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
 
-    with torch.no_grad():
-        try:
-            for weight, branch in branches.items():
-                branch.lora_A.copy_(starts[weight])
-                branch.lora_B.zero_()
-            for name, parameter in trained.items():
-                parameter.copy_(resting_value(after, name))
-            for parameter, _, _ in kept:
-                parameter.grad = None
-            if optimizer is not None:
-                put_state(optimizer, state)
-            fill(
-                parameters,
-                after.states,
-                lambda name, out: after.write_resting(name, planned, out),
-                lambda name, out: before.write_resting(name, plan, out),
-            )
-        except BaseException:
-            undo()
-            raise
-    core.advance(planned, after)
-    log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
-    core.turning.call_off()
-    if plan.spec.restart_A == "gradient" and not park and optimizer is not None:
-        core.turning.arm(parameters, branches, optimizer)
+
+def _put(kept: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> None:
+    for parameter, value, grad in kept:
+        parameter.copy_(value)
+        parameter.grad = grad
+
+
+def _left_out(
+    after: SlowWeights, branches: Mapping[str, Branch], trained: Mapping[str, nn.Parameter]
+) -> list[nn.Parameter]:
+    """Return the parameters that the fold left out because they are not finite, or made a weight so."""
+    found = []
+    for name in after.left_out:
+        found += list(branches[name].parameters()) if name in branches else [trained[name]]
+    return found
+
+
+def _after_fold(
+    optimizer: torch.optim.Optimizer, plan: Plan, own: list[nn.Parameter], left_out: list[nn.Parameter]
+) -> dict[nn.Parameter, Any]:
+    """Return the optimizer's state for the next stage, where it changes: what made a branch inf or nan is no start."""
+    return treated_state(optimizer, own, plan.spec.optimizer_state) | treated_state(optimizer, left_out, "reset")
 
 
 def unpark(core: Core) -> None:
@@ -106,8 +124,10 @@ def unpark(core: Core) -> None:
 
         return put
 
-    fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before))
-    core.advance(plan, after)
+    with AllOrNothing() as undo:
+        undo(partial(core.advance, plan, before))
+        fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before), undo)
+        core.advance(plan, after)
 
 
 def resting_value(slow: SlowWeights, name: str) -> torch.Tensor:

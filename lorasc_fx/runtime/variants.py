@@ -169,6 +169,10 @@ class Variants:
                 del self.held[oldest]
             log.warning("more than %d variants: the oldest one is dropped; calls vary in mode, sizes or dtype", LIMIT)
 
+    def copy(self) -> Variants:
+        """Return a store of the same variants, in tables of its own."""
+        return Variants({key: list(each) for key, each in self.held.items()}, list(self.plain))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Variants:
         """Return an empty store: a graph reads the model and the branches that it was made with."""
         return Variants()

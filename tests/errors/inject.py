@@ -1,0 +1,187 @@
+"""Faults at the k-th operation of torch, line of ours, or call on a file; and a loop that lets each of them be hit.
+
+`each(kind)` raises at one place after the other, until a try goes through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import linecache
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.errors.state import assert_same, of
+
+ROOT = Path(__file__).parents[2]
+EVERY = 200_000
+"""More places than any of the calls has."""
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, of no Exception."""
+
+
+class FailAt(TorchDispatchMode):
+    """Acts at the k-th operation, before or after it has run; once, or from then on."""
+
+    def __init__(self, at: int, act: Callable[[], None], after: bool = False, again: bool = False) -> None:
+        super().__init__()
+        self.at, self.act, self.after, self.again, self.count = at, act, after, again, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        meant = self.count == self.at or (self.again and self.count > self.at)
+        if meant and not self.after:
+            self.act()
+        result = func(*args, **(kwargs or {}))
+        if meant and self.after:
+            self.act()
+        return result
+
+
+class LineAt:
+    """Acts before the k-th line of ours that runs (of these files), once.
+
+    A `with` that ends counts as a line as well, but nothing can happen there: neither does Python look for signals, nor
+    is memory taken. So lines that begin with `with` are passed over, and so is the file that puts things back.
+    """
+
+    def __init__(self, at: int, act: Callable[[], None], files: tuple[str, ...]) -> None:
+        self.at, self.act, self.count = at, act, 0
+        self.files = tuple(str(ROOT / each) for each in files)
+
+    def __enter__(self) -> LineAt:
+        self.before = sys.gettrace()
+        sys.settrace(self.called)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+    def called(self, frame: FrameType, event: str, _: Any) -> Any:
+        name = frame.f_code.co_filename
+        return self.line if name.startswith(self.files) and not name.endswith("undo.py") else None
+
+    def line(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line" and self.count < self.at:
+            text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            self.count += not text.startswith("with ")
+            if self.count == self.at:
+                self.act()
+        return self.line
+
+
+FILE_CALLS: tuple[tuple[Any, str], ...] = (
+    *((os, name) for name in ("open", "stat", "lstat", "fstat", "listdir", "scandir", "rename", "replace", "fsync")),
+    *((os, name) for name in ("mkdir", "unlink", "rmdir", "link", "close")),
+    *(
+        (Path, name)
+        for name in ("open", "stat", "iterdir", "read_text", "read_bytes", "write_text", "rename", "exists")
+    ),
+    *((Path, name) for name in ("is_dir", "is_file", "mkdir", "unlink", "replace")),
+    (io, "open"),
+    (tempfile, "mkdtemp"),
+    (shutil, "rmtree"),
+)
+
+SAFETENSORS = ("safe_open", "load_file", "save_file", "serialize", "serialize_file", "deserialize")
+
+
+class FileCallAt:
+    """Acts before the k-th call that one of our modules makes on a file: of Python's own, or of safetensors."""
+
+    def __init__(self, at: int, act: Callable[[], None]) -> None:
+        self.at, self.act, self.count, self.names = at, act, 0, set[str]()
+
+    def __enter__(self) -> FileCallAt:
+        self.patch = pytest.MonkeyPatch()
+        for owner, name in FILE_CALLS:
+            if hasattr(owner, name):
+                self.patch.setattr(owner, name, self.counted(getattr(owner, name), name))
+        for module in [module for name, module in sys.modules.items() if name.startswith("lorasc_fx.")]:
+            for name in SAFETENSORS:
+                if name in vars(module):
+                    self.patch.setattr(module, name, self.counted(getattr(module, name), name))
+        self.patch.setattr("builtins.open", self.counted(open, "open"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.undo()
+
+    def counted(self, real: Any, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if ours():
+                self.count += 1
+                self.names.add(name)
+                if self.count == self.at:
+                    self.act()
+            return real(*args, **kwargs)
+
+        return call
+
+
+def ours() -> bool:
+    """Whether the caller's caller is code of this package."""
+    return sys._getframe(2).f_code.co_filename.startswith((str(ROOT / "lorasc_fx"), str(ROOT / "passes")))
+
+
+def raises(fault: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise fault
+
+    return act
+
+
+def sigint() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def python_answers() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, whatever the test runner does with it; and that is so again afterwards."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler was not given back"
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def in_turn(
+    place: Callable[[int], Any],
+    call: Callable[[], Any],
+    things: tuple[Any, ...],
+    faults: tuple[type[BaseException], ...],
+    step: int = 1,
+    state: Callable[..., Any] = of,
+) -> int:
+    """Let `call` fail at every step-th place, until one try goes through; after each failure all is as it was.
+
+    Returns:
+        The number of failures.
+    """
+    before, failures = state(*things), 0
+    for at in range(1, EVERY, step):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(python_answers())
+            mode = stack.enter_context(place(at))
+            try:
+                call()
+            except faults:
+                failures += 1
+            else:
+                assert mode.count < at
+                return failures
+        assert_same(state(*things), before)
+    raise AssertionError("it never went through")

@@ -1,0 +1,506 @@
+"""Numbers at the edges: 1e-30 and 1e30, no spread, no entries, one channel, ranks too high, and the ends of a dtype.
+
+The oracle is the formula in fp64 (algorithm.md), written here, on the user's eager model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import lorasc_fx as lx
+from lorasc_fx.branch import SlowWeight, amplitude
+from tests.errors.models import exactly, loss_of
+from tests.errors.state import unchanged
+
+RANK, ALPHA, PACE = 2, 3.0, 0.5
+PLACEMENTS = ("beside", "merged", "weight")
+
+
+def spec(**options: Any) -> lx.CascadeSpec:
+    return lx.CascadeSpec(**{"rank": RANK, "lora_alpha": ALPHA, "pace": PACE, **options})
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def put_factors(cascade: lx.Cascade, size: Mapping[str, float] | float = 1.0) -> dict[str, torch.Tensor]:
+    """Give the branches factors whose deltas are of this size; return the deltas in fp64, by weight name."""
+    deltas = {}
+    for place, (name, branch) in enumerate(sorted(cascade.core.branches_by_weight().items())):
+        root = math.sqrt(size if isinstance(size, float) else size[name])
+        with torch.no_grad():
+            branch.lora_A.copy_(randn(*branch.lora_A.shape, seed=place, dtype=torch.float64) * root)
+            branch.lora_B.copy_(randn(*branch.lora_B.shape, seed=place + 50, dtype=torch.float64) * root)
+        product = branch.lora_B.detach().double() @ branch.lora_A.detach().double()
+        deltas[name] = (ALPHA / branch.rank * product).reshape(branch.weight_shape)
+    return deltas
+
+
+def eager(model: nn.Module, x: torch.Tensor, added: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The user's model in fp64 with `W + added`."""
+    values = {name: value.detach().double() for name, value in model.state_dict().items()}
+    values |= {name: values[name] + delta for name, delta in added.items()}
+    return functional_call(model.double(), values, (x.double(),))
+
+
+# ---- weights of 1e-30 and 1e30
+
+
+def scaled(size: float, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Linear, conv and linear whose weights are of this size, and whose outputs would be of its cube."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 12), nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 6, 1), nn.Flatten(), nn.Linear(24, 4))
+    model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(size)
+    return model.to(dtype)
+
+
+SIZES = [
+    (1e-30, torch.float32),
+    (1e30, torch.float32),
+    (1e-30, torch.bfloat16),
+    (1e30, torch.bfloat16),
+    (1e-200, torch.float64),
+    (1e200, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("size", "dtype"), SIZES)
+def test_folds_of_tiny_and_huge_weights_are_the_formula(size: float, dtype: torch.dtype) -> None:
+    """And the noise has their size: squares of such weights leave their dtype."""
+    model = scaled(size, dtype)
+    base = {name: value.detach().clone().double() for name, value in model.named_parameters()}
+    cascade = lx.adapt(model, (randn(2, 5, dtype=dtype),), spec=spec(noise=lx.Noise(0.2)), frontend="symbolic")
+    room = torch.finfo(dtype).eps
+    for name in ("0.weight", "2.weight", "4.weight"):
+        noise = model.get_parameter(name).detach().double() - base[name]
+        allowed = 0.1 * float((base[name] / size).std()) * size
+        assert 0 < float(noise.abs().max()) <= allowed * (1 + 8 * room) + float(base[name].abs().max()) * room
+        assert float(noise.abs().max()) > 0.5 * allowed
+    deltas = put_factors(cascade, size)
+    cascade.transition(None)
+    slow = cascade.release().state_dict()
+    for name, delta in deltas.items():
+        expected = base[name] + PACE * delta
+        close = 4 * room * float(expected.abs().max())
+        torch.testing.assert_close(slow[name].double(), expected, rtol=room, atol=close)
+        assert float((slow[name].double() - base[name]).abs().max()) > 100 * close or dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_branches_beside_and_in_tiny_and_huge_weights(size: float, placement: Any) -> None:
+    """One such weight, followed by one that brings the numbers back: outputs and gradients of the formula."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(size)
+        model[1].weight.div_(size)
+    x = randn(4, 5)
+    cascade = lx.adapt(model, (x,), spec=spec(placement=placement), frontend="symbolic")
+    deltas = put_factors(cascade, {"0.weight": size, "1.weight": 1 / size})
+    output = cascade(x)
+    loss_of(output).backward()
+    assert all(bool(value.grad.isfinite().all() and value.grad.any()) for value in cascade.core.trainable().values())
+    torch.testing.assert_close(output.double(), eager(model, x, deltas), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-30, 1e30, 1e200])
+def test_the_size_of_the_noise_scales_with_the_weight(size: float) -> None:
+    weight = randn(40, 30, dtype=torch.float64)
+    plain = amplitude(lx.Noise(0.3), weight)
+    assert plain == pytest.approx(0.3 * float(weight.std()), rel=1e-12)
+    assert amplitude(lx.Noise(0.3), weight * size) == pytest.approx(plain * size, rel=1e-9)
+
+
+def test_a_device_whose_squares_overflow_still_has_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator sums the squares of fp32 in fp32."""
+    real, weight = torch.Tensor.std, randn(40, 30) * 1e30
+
+    def in_fp32(self: torch.Tensor, **options: Any) -> torch.Tensor:
+        if options:
+            return real(self, **options)
+        return (self - self.mean()).square().sum().div(self.numel() - 1).sqrt() if self.abs().max() > 2 else real(self)
+
+    monkeypatch.setattr(torch.Tensor, "std", in_fp32)
+    assert not weight.std().isfinite()
+    for size in (1.0, 1e-60):
+        held = (weight.double() * size).float()
+        assert amplitude(lx.Noise(0.3), held) == pytest.approx(0.3 * float(held.double().std(correction=1)), rel=1e-4)
+
+
+# ---- no spread, no entries, one channel
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.0, 1e-30, 1e30])
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+def test_constant_weights_get_no_noise_and_train(value: float, distribution: Any) -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    with torch.no_grad():
+        model[0].weight.fill_(value)
+    x = randn(4, 5)
+    cascade = lx.adapt(model, (x,), spec=spec(noise=lx.Noise(0.5, distribution)), frontend="symbolic")
+    assert bool((model[0].weight == value).all())
+    put_factors(cascade, {"0.weight": max(abs(value), 1e-3), "2.weight": 1.0})
+    cascade.transition(None)
+    assert bool(model[0].weight.isfinite().all())
+    assert bool(cascade(x).isfinite().all())
+    assert len(set(cascade.release()[0].weight.flatten().tolist())) > 1
+
+
+class Mixed(nn.Module):
+    """A lookup, two convolutions (one of them grouped) and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.table = nn.Embedding(11, 6)
+        self.wide, self.deep = nn.Conv1d(6, 8, 3, padding=1), nn.Conv1d(8, 4, 1, groups=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.deep(torch.tanh(self.wide(self.table(ids).transpose(1, 2)))))
+        return self.head(x.transpose(1, 2))
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_batch_of_none(placement: Any, frontend: str) -> None:
+    """Its gradients are zero, and a stage that saw nothing else moves no weight."""
+    model = Mixed().double()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    ids = torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(0))
+    cascade = lx.adapt(model, (ids,), spec=spec(placement=placement), frontend=frontend)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    for empty in (ids[:0], ids[:0, :3]):
+        output = cascade(empty)
+        assert output.shape == (0, empty.shape[1], 3)
+        output.sum().backward()
+        assert not any(bool(each.grad.any()) for each in cascade.core.trainable().values() if each.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+    cascade.transition(optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in cascade.release().named_parameters())
+
+
+class Hollow(nn.Module):
+    """Two weights without entries, [3, 0] and [0, 5], beside one that has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.none_in, self.none_out = (nn.Parameter(torch.empty(*shape)) for shape in ((3, 0), (0, 5)))
+        self.some = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.linear(x, self.none_out)
+        return self.some(x) + nn.functional.linear(y, self.none_in)
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_weights_without_entries_are_refused_by_name(placement: Any, frontend: str) -> None:
+    model, x = Hollow(), randn(4, 5)
+    expected = model(x)
+    cascade = lx.adapt(model, (x,), spec=spec(placement=placement, noise=lx.Noise(0.1, where="all")), frontend=frontend)
+    assert [site.weight for site in cascade.sites] == ["some.weight"]
+    assert [str(each) for each in cascade.refusals] == [
+        "none_in: empty (of shape (3, 0), holds no numbers)",
+        "none_out: empty (of shape (0, 5), holds no numbers)",
+    ]
+    loss_of(cascade(x)).backward()
+    for parameter in cascade.core.trainable().values():
+        parameter.grad = None
+    cascade.transition(None)
+    assert torch.equal(cascade.release()(x), expected)
+
+
+ONE_CHANNEL = {
+    "1 to 1, 3x3": nn.Conv2d(1, 1, 3, padding=1),
+    "1 to 1, 1x1": nn.Conv2d(1, 1, 1),
+    "1 to 4": nn.Conv2d(1, 4, 3, stride=2),
+    "4 to 1": nn.Conv2d(4, 1, (1, 3)),
+    "4 to 1, 1x1": nn.Conv2d(4, 1, 1),
+    "one a group": nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect"),
+    "one in, two out a group": nn.Conv2d(3, 6, 1, groups=3),
+}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", ONE_CHANNEL)
+def test_convolutions_of_one_channel(name: str, placement: Any) -> None:
+    """Outputs, gradients of both factors, and the fold, against the eager model with W + s B A."""
+    torch.manual_seed(7)
+    conv = ONE_CHANNEL[name]
+    model = nn.Sequential(conv, nn.Tanh(), nn.Conv2d(conv.out_channels, 3, 1)).double()
+    model.requires_grad_(True)
+    x = randn(3, conv.in_channels, 6, 5, dtype=torch.float64)
+    base = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    cascade = lx.adapt(model, (x,), spec=spec(placement=placement), frontend="symbolic")
+    held = {site.weight: site for site in cascade.sites}
+    assert set(held) == {"0.weight", "2.weight"}
+    deltas = put_factors(cascade)
+    output = cascade(x)
+    torch.testing.assert_close(output, eager(model, x, deltas), rtol=1e-12, atol=1e-12)
+    loss_of(output).backward()
+    factors, added = {}, {}
+    for key, branch in cascade.core.branches_by_weight().items():
+        a, b = (each.detach().clone().requires_grad_() for each in (branch.lora_A, branch.lora_B))
+        factors[key], added[key] = (a, b), (ALPHA / RANK * b @ a).view(held[key].shape)
+    loss_of(functional_call(model, {**base, **{k: base[k] + v for k, v in added.items()}}, (x,))).backward()
+    for key, (a, b) in factors.items():
+        branch = cascade.core.branches_by_weight()[key]
+        torch.testing.assert_close(branch.lora_A.grad, a.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(branch.lora_B.grad, b.grad, rtol=1e-10, atol=1e-12)
+        branch.lora_A.grad = branch.lora_B.grad = None
+    cascade.transition(None)
+    slow = cascade.release().state_dict()
+    for key, delta in deltas.items():
+        torch.testing.assert_close(slow[key], base[key] + PACE * delta, rtol=1e-13, atol=1e-13)
+
+
+# ---- ranks
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_rank_above_what_the_shape_can_have(placement: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning, once; new graphs, stages and a second call bring no more; and the numbers are the formula's."""
+    torch.manual_seed(8)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 40), nn.Linear(40, 30)).double()
+    base = {name: value.detach().clone() for name, value in model.named_parameters()}
+    x = randn(4, 5, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING, logger="lorasc_fx"):
+        cascade = lx.adapt(model, (x,), spec=spec(rank=9, placement=placement), frontend="symbolic")
+        deltas = put_factors(cascade)
+        torch.testing.assert_close(cascade(x), eager(model, x, deltas), rtol=1e-12, atol=1e-12)
+        cascade.eval()
+        cascade(x)
+        cascade.transition(None)
+        for name, value in cascade.release().named_parameters():
+            expected = base[name] + PACE * deltas[name] if name in deltas else base[name]
+            torch.testing.assert_close(value.detach(), expected, rtol=1e-13, atol=1e-13)
+    assert [record.message for record in caplog.records] == [
+        "rank 9 is more than 0.weight and 2 more can have: a matrix of (7, 5) has a rank of 5 at most. The branch "
+        "computes what a smaller one would, at more cost; give such weights a rank of their own (rules=...)"
+    ]
+
+
+def test_a_rank_that_the_shape_can_have_is_no_matter(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="lorasc_fx"):
+        lx.adapt(nn.Linear(5, 7), (randn(2, 5),), spec=spec(rank=5), frontend="symbolic")
+    assert not caplog.records
+
+
+# ---- the ends of a dtype
+
+
+def near_the_end(dtype: torch.dtype, share: float = 1.0) -> tuple[nn.Sequential, torch.Tensor]:
+    """A linear whose first entry is a share of the largest number, followed by one that is nothing special."""
+    torch.manual_seed(9)
+    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 3, bias=False)).to(dtype)
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.finfo(dtype).max * share
+    return model, torch.zeros(2, 5, dtype=dtype)
+
+
+def push(cascade: lx.Cascade, by: float) -> None:
+    """Let the branch of the first weight add this to its first entry, and to no other, at pace 1."""
+    branch = cascade.core.branches_by_weight()["0.weight"]
+    with torch.no_grad():
+        branch.lora_A.zero_()
+        branch.lora_A[0, 0] = math.sqrt(by / branch.scale)
+        branch.lora_B[0, 0] = math.sqrt(by / branch.scale)
+
+
+NARROW = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_fold_that_leaves_the_dtype_is_refused(dtype: torch.dtype) -> None:
+    model, x = near_the_end(dtype)
+    cascade = lx.adapt(model, (x,), spec=spec(pace=1.0), frontend="symbolic")
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    push(cascade, float(torch.finfo(dtype).max) * 0.01)
+    sentence = exactly(
+        f"the branch of 0.weight takes it beyond {dtype} at the end of stage 1; nothing was folded. Lower the learning "
+        "rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
+    )
+    for call in (lambda: cascade.transition(optimizer), cascade.release, cascade.folded_state_dict):
+        with unchanged(cascade, optimizer), pytest.raises(lx.NonFiniteBranch, match=sentence):
+            call()
+    with cascade.weights("slow"):
+        assert bool(model[0].weight.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_such_a_branch_can_be_skipped(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = near_the_end(dtype)
+    before = model[0].weight.detach().clone()
+    cascade = lx.adapt(model, (x,), spec=spec(pace=1.0, on_nonfinite="skip"), frontend="symbolic")
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+    x[:, 1] = 1.0
+    loss_of(cascade(x)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    push(cascade, float(torch.finfo(dtype).max) * 0.01)
+    with caplog.at_level(logging.WARNING, logger="lorasc_fx"):
+        cascade.transition(optimizer)
+    told = f"the branch of 0.weight takes it beyond {dtype} at the end of stage 1: it was left out"
+    assert [record.message for record in caplog.records] == [told]
+    assert torch.equal(model[0].weight, before)
+    left_out, taken = (cascade.core.branches_by_weight()[name] for name in ("0.weight", "1.weight"))
+    assert not optimizer.state.get(left_out.lora_B)
+    assert not optimizer.state.get(taken.lora_B)
+    assert cascade.core.slow.states["1.weight"].experts
+    assert not cascade.core.slow.states["0.weight"].experts
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_what_stays_inside_the_dtype_is_folded(dtype: torch.dtype) -> None:
+    """Up to the largest number, and by less than its last bit: no fold is refused that rounds to a finite number."""
+    limits = torch.finfo(dtype)
+    for share, by in ((0.5, limits.max * 0.25), (1.0, limits.max * limits.eps / 8), (1.0, limits.max * limits.eps / 5)):
+        model, x = near_the_end(dtype, share)
+        expected = (model[0].weight[0, 0].double() + by).to(dtype)
+        cascade = lx.adapt(model, (x,), spec=spec(pace=1.0), frontend="symbolic")
+        push(cascade, by)
+        cascade.transition(None)
+        assert bool(model[0].weight.isfinite().all())
+        torch.testing.assert_close(
+            cascade.release()[0].weight[0, 0].double(), expected.double(), rtol=limits.eps, atol=0
+        )
+
+
+def test_a_product_that_overflows_is_refused_though_its_factors_are_finite() -> None:
+    model, x = near_the_end(torch.float32, 1e-38)
+    cascade = lx.adapt(model, (x,), spec=spec(), frontend="symbolic")
+    branch = cascade.core.branches_by_weight()["0.weight"]
+    with torch.no_grad():
+        branch.lora_A.fill_(1e30)
+        branch.lora_B.fill_(1e30)
+    assert branch.finite()
+    with unchanged(cascade), pytest.raises(lx.NonFiniteBranch, match=r"takes it beyond torch\.float32"):
+        cascade.transition(None)
+
+
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+def test_steps_that_add_up_to_an_overflow(restart: Any) -> None:
+    """Each stage's step is far too small to overflow anything; the stage whose sum does is the one that is refused."""
+    model, x = near_the_end(torch.float16, 0.9985)
+    cascade = lx.adapt(model, (x,), spec=spec(pace=1.0, restart=restart), frontend="symbolic")
+
+    def go_on() -> None:
+        for _ in range(60):
+            push(cascade, 7.0)
+            cascade.transition(None)
+
+    with pytest.raises(lx.NonFiniteBranch, match=r"takes it beyond torch\.float16 at the end of stage (\d+)") as raised:
+        go_on()
+    assert 5 < cascade.stage < 40
+    assert f"stage {cascade.stage};" in str(raised.value)
+    assert bool(model[0].weight.isfinite().all())
+
+
+def test_the_usual_fold_is_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound says that it fits: no weight is made for it."""
+    model, x = near_the_end(torch.float16, 0.9)
+    cascade = lx.adapt(model, (x,), spec=spec(), frontend="symbolic")
+    push(cascade, 1.0)
+
+    def made(*_: Any, **__: Any) -> None:
+        raise AssertionError("a whole weight was computed")
+
+    monkeypatch.setattr(SlowWeight, "exact", made)
+    cascade.transition(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_noise_that_leaves_the_dtype_is_refused(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3)).to(dtype)
+    with torch.no_grad():
+        model[0].weight.copy_((torch.rand(30, 40) - 0.5).sign().double() * torch.finfo(dtype).max * 0.9)
+    x = torch.zeros(2, 40, dtype=dtype)
+    sentence = exactly(
+        f"noise.strength is 1.0: in stage 1 it takes 0.weight beyond {dtype}. Give less, or exclude it "
+        "(exclude=('0.weight',))"
+    )
+    with unchanged(model), pytest.raises(lx.SpecError, match=sentence):
+        lx.adapt(model, (x,), spec=spec(noise=lx.Noise(1.0)), frontend="symbolic")
+
+
+def test_a_weight_that_is_not_finite_has_no_noise_but_can_be_adapted() -> None:
+    model, x = near_the_end(torch.float32, math.inf)
+    sentence = exactly(
+        "noise.strength is 0.1, and 0.weight holds inf or nan, or numbers too far apart: no noise has a size for it. "
+        "Exclude it (exclude=('0.weight',)), or give 0"
+    )
+    with unchanged(model), pytest.raises(lx.SpecError, match=sentence):
+        lx.adapt(model, (x,), spec=spec(noise=lx.Noise(0.1)), frontend="symbolic")
+    cascade = lx.adapt(model, (x,), spec=spec(), frontend="symbolic")
+    put_factors(cascade, 1e35)
+    cascade.transition(None)
+    weight = cascade.release()[0].weight
+    assert weight[0, 0] == math.inf
+    assert bool(weight.flatten()[1:].isfinite().all())
+
+
+# ---- branches and heads that went non-finite
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("call", ["transition", "folded_state_dict", "release"])
+def test_a_branch_that_is_skipped_is_named(call: str, factor: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = near_the_end(torch.float32, 1e-38)
+    before = model[0].weight.detach().clone()
+    cascade = lx.adapt(model, (x,), spec=spec(on_nonfinite="skip"), frontend="symbolic")
+    put_factors(cascade)
+    with torch.no_grad():
+        getattr(cascade.core.branches_by_weight()["0.weight"], factor)[0, 0] = float("nan")
+    with caplog.at_level(logging.WARNING, logger="lorasc_fx"):
+        getattr(cascade, call)(*([None] if call == "transition" else []))
+    told = "the branch of 0.weight holds inf or nan at the end of stage 1: it was left out"
+    assert [record.message for record in caplog.records] == [told]
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("slow_train", [True, False])
+def test_a_head_that_is_not_finite(slow_train: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """What is trained in full is folded as little as a branch, and keeps its last good values if it is skipped."""
+    for how in ("raise", "skip"):
+        model, x = near_the_end(torch.float32, 1e-38)
+        options = {"targets": ("0",), "train": ("1.*",), "slow_train": slow_train, "on_nonfinite": how}
+        cascade = lx.adapt(model, (x,), spec=spec(**options), frontend="symbolic")
+        optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+        loss_of(cascade(x.add(1.0))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cascade.transition(optimizer)
+        good = model[1].weight.detach().clone()
+        with torch.no_grad():
+            model[1].weight[0, 0] = float("inf")
+        told = "1.weight, which is trained in full, holds inf or nan at the end of stage 2"
+        if how == "raise":
+            with unchanged(cascade, optimizer), pytest.raises(lx.NonFiniteBranch, match=f"^{told}; nothing was folded"):
+                cascade.transition(optimizer)
+            with unchanged(cascade, optimizer), pytest.raises(lx.NonFiniteBranch):
+                cascade.release()
+            continue
+        assert optimizer.state[model[1].weight]
+        with caplog.at_level(logging.WARNING, logger="lorasc_fx"):
+            cascade.transition(optimizer)
+        assert [record.message for record in caplog.records] == [f"{told}: it goes on from what the stage started from"]
+        assert torch.equal(model[1].weight, good)
+        assert not optimizer.state.get(model[1].weight)
+        assert torch.equal(cascade.release()[1].weight, good)

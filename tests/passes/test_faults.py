@@ -1,0 +1,67 @@
+"""Every operation and every n-th line of a pass or pipeline is made to fail in turn: the input is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import fx
+
+from tests.errors.inject import EVERY, FailAt, LineAt, python_answers, raises, sigint
+from tests.passes.cases import BY_NAME, Case
+from tests.passes.kit import Photograph
+from tests.passes.test_transactions import RUNS, _at
+
+FILES = ("passes", "lorasc_fx/graph", "lorasc_fx/branch", "lorasc_fx/cost")
+ACTS: dict[str, Callable[[], None]] = {"memory": raises(MemoryError("no more")), "ctrl-c": sigint}
+
+
+def fails_in_turn(
+    place: Callable[[int], Any],
+    stage: str,
+    make: Callable[[Case], Callable[[fx.GraphModule], Any]],
+    case: Case,
+    often: int,
+) -> int:
+    """Let the pass fail at every often-th place until it goes through; returns how often it failed."""
+    graph_module = _at(stage, case)
+    photograph, failures = Photograph(graph_module, case), 0
+    for at in range(1, EVERY, often):
+        with python_answers(), place(at) as mode:
+            try:
+                make(case)(graph_module)
+            except (MemoryError, KeyboardInterrupt):
+                failures += 1
+            else:
+                assert mode.count < at
+                return failures
+        photograph.assert_unchanged()
+    raise AssertionError("it never went through")
+
+
+@pytest.mark.parametrize("kind", ACTS)
+@pytest.mark.parametrize(("name", "often"), [("fold", 2), ("transition", 3), ("again", 13), ("all", 11)])
+def test_at_some_operations(name: str, often: int, kind: str) -> None:
+    stage, make = RUNS[name]
+    case = BY_NAME["module_two_names"]
+    assert fails_in_turn(lambda at: FailAt(at, ACTS[kind]), stage, make, case, often) > 3
+
+
+@pytest.mark.parametrize("kind", ACTS)
+@pytest.mark.parametrize("name", ["transition", "again"])
+def test_at_some_lines(name: str, kind: str) -> None:
+    stage, make = RUNS[name]
+    case = BY_NAME["module_two_names"]
+    assert fails_in_turn(lambda at: LineAt(at, ACTS[kind], FILES), stage, make, case, 907) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ACTS)
+@pytest.mark.parametrize("name", RUNS)
+def test_at_each_operation_and_many_lines(name: str, kind: str) -> None:
+    stage, make = RUNS[name]
+    case = BY_NAME["module_two_names"]
+    fails_in_turn(lambda at: FailAt(at, ACTS[kind]), stage, make, case, 1)
+    assert fails_in_turn(lambda at: LineAt(at, ACTS[kind], FILES), stage, make, case, 61) > 10
