@@ -342,4 +342,4 @@ def test_operations_against_the_law() -> None:
 
 @pytest.mark.slow
 def test_operations_against_the_law_at_length() -> None:
-    run(examples=250, steps=14)
+    run(examples=150, steps=12)
