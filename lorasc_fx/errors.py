@@ -23,6 +23,7 @@ __all__ = [
     "StateError",
     "UnknownTarget",
     "VerifyError",
+    "listed",
     "nearest",
 ]
 
@@ -83,3 +84,10 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return "; nearest: 'a', 'b'" for the known names most like `name`, or an empty string if none is near."""
     found = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return "; nearest: " + ", ".join(repr(each) for each in found) if found else ""
+
+
+def listed(known: Iterable[str], count: int = 5) -> str:
+    """Return "; known: 'a', 'b' and 7 more" with the first known names: the answer where none is near."""
+    names = list(known)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return "; known: " + ", ".join(map(repr, names[:count])) + more if names else ""

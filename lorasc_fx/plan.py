@@ -185,7 +185,10 @@ class Plan:
         try:
             data: dict[str, Any] = json.loads(text)
             if type(data["format"]) is not int or data["format"] != FORMAT:
-                raise CheckpointError(f"plan has format {data['format']!r:.40}, this version reads {FORMAT}")
+                raise CheckpointError(
+                    f"plan has format {data['format']!r:.40}, this version reads {FORMAT}; "
+                    "read it by the lorasc-fx that wrote it"
+                )
             sites = tuple(
                 _checked(Site(**{**each, **{name: tuple(each[name]) for name in ("shape", "aliases", "parts")}}))
                 for each in data["sites"]

@@ -17,7 +17,7 @@ import networkx as nx
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from lorasc_fx.errors import PassError, PassOrderError, nearest
+from lorasc_fx.errors import PassError, PassOrderError, listed, nearest
 from lorasc_fx.graph import GraphEditor, record_of, verify
 from lorasc_fx.spec import CascadeSpec
 
@@ -167,7 +167,7 @@ def _solve(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
     except nx.NetworkXUnfeasible:
         circle = [earlier for earlier, _ in nx.find_cycle(graph)]
         chain = " -> ".join(name_of(passes[index]) for index in [*circle, circle[0]])
-        raise PassOrderError(f"these passes need each other in a circle: {chain}") from None
+        raise PassOrderError(f"these passes need each other in a circle: {chain}; run one of them by itself") from None
 
 
 def _check_given(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:
@@ -219,7 +219,9 @@ def _parse(text: str) -> Iterator[CascadePass]:
             try:
                 options, end = json.JSONDecoder().raw_decode(rest)
             except json.JSONDecodeError as fault:
-                raise PassError(f"the options of {name} are not JSON: {fault}") from fault
+                raise PassError(
+                    f'the options of {name} are not JSON: {fault}; write {name}{{"option": value}}'
+                ) from fault
             rest = rest[end:].lstrip()
         if rest and not rest.startswith(","):
             raise PassError(f"after {name} there is {rest[:20]!r}; passes are separated by a comma")
@@ -227,7 +229,9 @@ def _parse(text: str) -> Iterator[CascadePass]:
         names = [field.name for field in fields(known[name])]
         for option in options:
             if option not in names:
-                raise PassError(f"{name} has no option {option!r}{nearest(option, names)}")
+                raise PassError(
+                    f"{name} has no option {option!r}{nearest(option, names) or listed(names) or '; it takes none'}"
+                )
         if "spec" in options:
             if not isinstance(options["spec"], dict):
                 raise PassError(f"{name}: spec is {options['spec']!r}; give its fields as an object")

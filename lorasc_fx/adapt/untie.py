@@ -35,7 +35,8 @@ def check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
         if not any(matches(pattern, holder.names) for tie in ties for holder in tie):
             told = "; tied here: " + ", ".join("=".join(holder.names[0] for holder in tie) for tie in ties[:5])
             raise SpecError(
-                f"untie: {pattern!r} means no parameter that is held in two places{told if ties else ', none here is'}"
+                f"untie: {pattern!r} means no parameter that is held in two places"
+                f"{told if ties else ', and none here is: leave untie out'}"
             )
 
 

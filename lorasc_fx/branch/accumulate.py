@@ -78,7 +78,7 @@ def _block(
     held = target if room is None else room[: len(target)]
     held.copy_(source)
     if delta is not None:
-        held.add_(delta[part].to(held.device, held.dtype))
+        held.add_(delta[part].to(held.device))  # a wider delta is added as it is, and the sum is rounded
     if pair is not None and stacked:
         held.view(*held.shape[:2], math.prod(held.shape[2:])).baddbmm_(pair[0][part], pair[1][part])
     elif pair is not None:

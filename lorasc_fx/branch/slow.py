@@ -218,10 +218,12 @@ class SlowWeight:
         return replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start)
 
     def _sum(self, coefficients: Sequence[float], before: torch.Tensor | None) -> torch.Tensor:
-        dtype = arithmetic(self.base.dtype)
+        dtype = summing(self.base.dtype)
         pairs = [(c, expert.factors) for c, expert in zip(coefficients, self.experts, strict=True)]
         like = self.experts[0].factors.b if before is None else before
-        total = torch.zeros(self.matrix, dtype=dtype, device=like.device) if before is None else before.clone()
+        total = (
+            torch.zeros(self.matrix, dtype=dtype, device=like.device) if before is None else before.to(dtype, copy=True)
+        )
         b, a = _joined(pairs, dtype, total.device)
         with exact_products(total):
             total.baddbmm_(b, a) if self.stacked else total.addmm_(b, a)
@@ -240,6 +242,13 @@ def _joined(
         return (b if pairs[0][0] == 1 else b * pairs[0][0]), a
     columns = [c for c, factors in pairs for _ in range(factors.b.shape[-1])]
     return b * torch.tensor(columns, dtype=dtype, device=device), a
+
+
+def summing(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a dense delta, to which every stage adds: fp64, so that its sum is rounded once however many
+    there were; fp32 is fine enough for weights that are narrower.
+    """
+    return torch.float64 if dtype.itemsize >= 4 else torch.float32
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:

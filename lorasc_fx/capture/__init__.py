@@ -95,7 +95,9 @@ def capture(
             refused.append((name, one_line(fault)))
             faults.append(fault)
     reasons = "\n  ".join(f"{name}: {reason}" for name, reason in refused)
-    raise CaptureError(f"no front end takes {type(model).__name__}:\n  {reasons}") from faults[0]
+    raise CaptureError(
+        f"no front end takes {type(model).__name__}. Change what is told here, or adapt a part of it:\n  {reasons}"
+    ) from faults[0]
 
 
 def open_model(model: Any) -> nn.Module:
@@ -117,7 +119,9 @@ def open_model(model: Any) -> nn.Module:
         except CaptureError:
             raise
         except Exception as fault:
-            raise CaptureError(f"{path} cannot be read as a .pt2: {one_line(fault)}") from fault
+            raise CaptureError(
+                f"{path} cannot be read as a .pt2, write it anew by torch.export.save: {one_line(fault)}"
+            ) from fault
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"model is {type(model).__name__}; give an nn.Module, a GraphModule, an ExportedProgram, or a .pt2 path"

@@ -54,7 +54,8 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None) -> Splits:
     whole = _load(config.name, config, tokenizer)
     if sum(sizes) > len(whole):
         raise SpecError(
-            f"{config.name} has {len(whole)} examples; data.train + data.validation + data.test ask for {sum(sizes)}"
+            f"{config.name} has {len(whole)} examples; data.train + data.validation + data.test ask for {sum(sizes)}; "
+            "ask for fewer"
         )
     parts = [whole.take(index) for index in split_sizes(len(whole), sizes, config.seed)]
     shifts = {name: _shift(name, config, whole, parts[2], tokenizer) for name in config.shifts}
@@ -84,7 +85,9 @@ def _load(name: str, config: DataConfig, tokenizer: Tokenizer | None) -> Texts |
             return csv_file(Path(rest), config.text_column, config.label_column)
         return movie_reviews(kind.replace("-", "_"))
     if tokenizer is not None:
-        raise SpecError(f"the model takes texts, and {name} holds images")
+        raise SpecError(
+            f"the model takes texts, and {name} holds images; give a data set of texts (csv:FILE), or another model"
+        )
     if kind == "imagefolder":
         return image_folder(Path(rest), config.image_size)
     return mnist5k(config.image_size) if kind == "mnist5k" else digits(config.image_size)
@@ -99,15 +102,17 @@ def _shift(
 ) -> Texts | ImageExamples:
     if name in IMAGE_SHIFTS:
         if not isinstance(test, ImageExamples):
-            raise SpecError(f"data.shifts: {name!r} is a shift of images, and {config.name} holds texts")
+            raise SpecError(
+                f"data.shifts: {name!r} is a shift of images, and {config.name} holds texts; give a data set of texts"
+            )
         return shifted(test.take(torch.arange(min(len(test), config.shift_test))), name, config.seed)
     known = (*DATA, *IMAGE_SHIFTS)
     if name.partition(":")[0] not in [each.partition(":")[0] for each in DATA]:
         raise SpecError(f"no shift is called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     if name == config.name:
-        raise SpecError(f"data.shifts has {name}, which is the data set itself")
+        raise SpecError(f"data.shifts has {name}, which is the data set itself; give others, or none")
     other = _load(name, config, tokenizer)
     if other.classes != whole.classes:
-        raise SpecError(f"data.shifts: {name} has other classes than {config.name}")
+        raise SpecError(f"data.shifts: {name} has other classes than {config.name}; give a data set with the same ones")
     count = min(len(other), config.shift_test)
     return other.take(split_sizes(len(other), (count,), config.seed)[0])

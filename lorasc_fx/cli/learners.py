@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorasc_fx as lx
 from lorasc_fx.cli.batches import Batch
 from lorasc_fx.cli.models import logits_of, set_mode
-from lorasc_fx.errors import UnknownTarget, nearest
+from lorasc_fx.errors import UnknownTarget, listed, nearest
 from lorasc_fx.graph import matches
 from lorasc_fx.spec import CascadeSpec
 
@@ -105,7 +105,9 @@ class PlainLearner(Learner):
         names = [name for name, _ in model.named_parameters()]
         for pattern in patterns:
             if not matches(pattern, names):
-                raise UnknownTarget(f"train: {pattern!r} matches no parameter{nearest(pattern, names)}")
+                raise UnknownTarget(
+                    f"train: {pattern!r} matches no parameter{nearest(pattern, names) or listed(names)}"
+                )
         for name, parameter in model.named_parameters():
             asked = any(matches(pattern, (name,)) for pattern in patterns)
             parameter.requires_grad_(asked and not any(matches(pattern, (name,)) for pattern in exclude))

@@ -35,7 +35,9 @@ class Setup:
         try:
             torch.empty(0, device=train.device)
         except (RuntimeError, AssertionError) as fault:
-            raise SpecError(f"train.device is {train.device!r}: {str(fault).splitlines()[0]}") from fault
+            raise SpecError(
+                f"train.device is {train.device!r}: {str(fault).splitlines()[0]}; give cpu, or cuda"
+            ) from fault
         return cls(config, load_data(config.data, tokenizer_of(config.model, config.data.max_length)))
 
     def model(self, seed: int) -> nn.Module:

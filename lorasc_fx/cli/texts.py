@@ -118,18 +118,20 @@ def csv_file(path: Path, text_column: str, label_column: str, source: str = "") 
                     continue
                 if not row[text_column] or not row[label_column]:
                     empty = text_column if not row[text_column] else label_column
-                    raise SpecError(f"{path}:{reader.line_num}: the cell {empty!r} is empty")
+                    raise SpecError(
+                        f"{path}:{reader.line_num}: the cell {empty!r} is empty; fill it, or take the row out"
+                    )
                 texts.append(row[text_column])
                 names.append(row[label_column])
     except OSError as fault:
         raise SpecError(f"{path}: this file cannot be read: {fault.strerror}") from fault
     except UnicodeDecodeError as fault:
-        raise SpecError(f"{path}:{_undecodable_line(path)}: this is not UTF-8 text") from fault
+        raise SpecError(f"{path}:{_undecodable_line(path)}: this is not UTF-8 text; save it as UTF-8") from fault
     except csv.Error as fault:
         at_end = "end of data" in str(fault)  # else the line that is being read is not counted yet
         raise SpecError(f"{path}:{reader.line_num + (not at_end)}: this is not CSV: {fault}") from fault
     if not texts:
-        raise SpecError(f"{path}: it holds no rows")
+        raise SpecError(f"{path}: it holds no rows; give one text and one label a row")
     classes = sorted(set(names))
     return Texts(tuple(texts), tuple(classes.index(name) for name in names), tuple(classes))
 

@@ -34,14 +34,15 @@ def load_weights(model: nn.Module, source: str, head: str = "") -> None:
         name = (missing or extra)[0]
         what = "lacks" if missing else "has, and the model has not,"
         raise SpecError(
-            f"{source} does not fit the model: it {what} {name!r} (and {len(missing) + len(extra) - 1} more)"
+            f"{source} does not fit the model: it {what} {name!r} (and {len(missing) + len(extra) - 1} more); "
+            "give weights of this very model, or leave model.weights out"
         )
     kept = {name for name in own if head and name.startswith(f"{head}.") and own[name].shape != found[name].shape}
     for name in own:
         if name not in kept and own[name].shape != found[name].shape:
             raise SpecError(
                 f"{source} does not fit the model: {name!r} is {list(found[name].shape)} there and "
-                f"{list(own[name].shape)} here"
+                f"{list(own[name].shape)} here; give weights of this very model"
             )
     model.load_state_dict({name: own[name] if name in kept else found[name] for name in own}, strict=True)
 

@@ -159,7 +159,10 @@ def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan)
                 chosen = choices(source) if site.kind == "experts" else []
                 marks |= dict.fromkeys(chosen, Use(weight, ON_CHOSEN)) or {source: Use(weight, ON_WEIGHT)}
         elif seen.reached:
-            raise PassError(f"{weight}: node {seen.called[0].name} reads it in another layout than its branch has")
+            raise PassError(
+                f"{weight}: node {seen.called[0].name} reads it in another layout than its branch has. "
+                f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode"
+            )
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     return dict(sorted(marks.items(), key=lambda item: order[item[0]]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from lorasc_fx.errors import UnknownTarget, nearest
+from lorasc_fx.errors import UnknownTarget, listed, nearest
 from lorasc_fx.plan import Site
 from lorasc_fx.spec import KINDS, CascadeSpec
 
@@ -49,7 +49,7 @@ def check_patterns(
             modules = {name.rpartition(".")[0] for name in names} - {""}
             what = "parameter" if known is parameters else "weight"
             hint = nearest(pattern.removesuffix(".*"), [*names, *sorted(modules), *(KINDS if known is weights else ())])
-            raise UnknownTarget(f"{field}: {pattern!r} matches no {what}{hint}")
+            raise UnknownTarget(f"{field}: {pattern!r} matches no {what}{hint or listed(names)}")
 
 
 def describe(

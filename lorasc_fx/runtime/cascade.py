@@ -272,7 +272,7 @@ class Cascade(Described):
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
         """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
         self.core.check_ready("to")
-        before = {name: value.dtype for name, value in self.core.parameters_by_name().items()}
+        before = folding.before_cast(self.core, fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._variants = Variants()
         self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,23 @@ from torch import nn
 from lorasc_fx.branch import Which, is_quantized
 from lorasc_fx.runtime.rigid import Requantize, check_asked, places, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, fill
-from lorasc_fx.runtime.transition import trained_moved
+from lorasc_fx.runtime.transition import resting_value, trained_moved
 from lorasc_fx.undo import AllOrNothing
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["ended", "folded_each", "folded_state", "place", "recast", "release", "rest"]
+__all__ = [
+    "BeforeCast",
+    "before_cast",
+    "ended",
+    "folded_each",
+    "folded_state",
+    "place",
+    "recast",
+    "release",
+    "rest",
+]
 
 
 def place(core: Core, which: Which, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor]) -> None:
@@ -57,13 +68,44 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
         write()
 
 
-def recast(core: Core, before: Mapping[str, torch.dtype]) -> None:
-    """Round what was cast from W0, once; `before` are the dtypes that the parameters had."""
+@dataclass(frozen=True)
+class BeforeCast:
+    """What a cast must not lose: the dtypes that the parameters had, which of those trained in full stand at the start
+    of their stage, and the factors.
+    """
+
+    dtypes: Mapping[str, torch.dtype]
+    unmoved: tuple[str, ...]
+    factors: Mapping[str, torch.Tensor]
+
+
+def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> BeforeCast:
+    """Note what `recast` needs, before `fn` moves or casts every parameter.
+
+    Fingerprints are of the base as it was adapted: they are taken now if its numbers are about to change.
+    """
+    parameters, trained = core.parameters_by_name(), core.trained_parameters()
+    dtypes = {name: value.dtype for name, value in parameters.items()}
+    if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
+        core.fingerprints()
+    unmoved = tuple(name for name, value in trained.items() if not trained_moved(core.slow, {name: value}))
+    return BeforeCast(dtypes, unmoved, {name: factor.data for name, factor in core.branches.named_parameters()})
+
+
+def recast(core: Core, before: BeforeCast) -> None:
+    """Round what was cast from W0, once. Factors of a weight narrower than fp32 are fp32."""
     parameters, rigid = core.parameters_by_name(), core.quantized
     with torch.no_grad():
         for name in core.slow.states:
-            if name not in rigid and parameters[name].dtype != before[name]:
+            if name not in rigid and parameters[name].dtype != before.dtypes[name]:
                 core.slow.write_resting(name, core.plan, parameters[name])
+        for name in before.unmoved:
+            parameters[name].copy_(resting_value(core.slow, name))
+        for name, factor in core.branches.named_parameters():
+            if factor.dtype.itemsize < 4:
+                grad, factor.grad = factor.grad, None
+                factor.data = before.factors[name].to(factor.device, torch.float32)
+                factor.grad = None if grad is None else grad.float()
     core.note_weights()
 
 

@@ -84,7 +84,10 @@ def requantized(held: Places, how: Requantize) -> None:
             how(module)
             now = module._parameters[leaf]
             if now is None or not is_quantized(now):
-                raise StateError(f"release: quantized={how!r} did not quantize the {leaf} of {type(module).__name__}")
+                raise StateError(
+                    f"release: quantized={how!r} did not quantize the {leaf} of {type(module).__name__}; "
+                    "nothing was changed. Give a callable that quantizes the module that it is given, in place"
+                )
             size = dense(old).float().norm().clamp_min(1e-30)
             trained = float((exact.float() - dense(old).float()).norm() / size)
             rounded = float((dense(now).float() - exact.float()).norm() / size)

@@ -148,5 +148,6 @@ def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
 def trained_moved(slow: SlowWeights, trained: dict[str, nn.Parameter]) -> bool:
     """Whether a parameter trained in full has left the value that its stage started from."""
     return any(
-        not torch.equal(parameter.detach().cpu(), resting_value(slow, name)) for name, parameter in trained.items()
+        not torch.equal(parameter.detach().cpu(), resting_value(slow, name).to(parameter.dtype))
+        for name, parameter in trained.items()
     )

@@ -228,7 +228,7 @@ def test_a_plan_that_is_none(version: Path) -> None:
     forge(version, lambda manifest: manifest["plan"]["sites"][0].update(rank="two"))
     refuse(version, f"{path}: this is not a plan: ValueError: rank is 'two', not an integer of 1 or more")
     forge(version, lambda manifest: manifest.update(plan={"format": 3}))
-    refuse(version, f"{path}: plan has format 3, this version reads 2")
+    refuse(version, f"{path}: plan has format 3, this version reads 2; read it by the lorasc-fx that wrote it")
 
 
 FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {

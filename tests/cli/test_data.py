@@ -145,8 +145,8 @@ def test_csv_classes_are_sorted_names(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"txt,label\na,0\n", "{path}:1: no column 'text'; nearest: 'txt'; it has txt, label"),
-        (b"text,label\na,0\nb\n", "{path}:3: the cell 'label' is empty"),
-        (b"text,label\na,0\n,1\n", "{path}:3: the cell 'text' is empty"),
+        (b"text,label\na,0\nb\n", "{path}:3: the cell 'label' is empty; fill it, or take the row out"),
+        (b"text,label\na,0\n,1\n", "{path}:3: the cell 'text' is empty; fill it, or take the row out"),
         (b'text,label\na,0\n"b"c,1\n', "{path}:3: this is not CSV: "),
         (b"text,label\na,0\n\xff,1\n", "{path}:3: this is not UTF-8 text"),
         (b"text,label\n", "{path}: it holds no rows"),

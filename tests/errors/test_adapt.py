@@ -41,14 +41,20 @@ def refuse(
             "targets: '2.wieght' matches no weight; nearest: '2.weight', '3.weight', '0.weight'",
         ),
         ({"targets": ("linaer",)}, "targets: 'linaer' matches no weight; nearest: 'linear'"),
-        ({"targets": ("linear", "blocks.*")}, "targets: 'blocks.*' matches no weight"),
-        ({"targets": ("2.bias",)}, "targets: '2.bias' matches no weight"),
+        (
+            {"targets": ("linear", "blocks.*")},
+            "targets: 'blocks.*' matches no weight; known: '0.weight', '2.weight', '3.weight'",
+        ),
+        ({"targets": ("2.bias",)}, "targets: '2.bias' matches no weight; known: '0.weight', '2.weight', '3.weight'"),
         (
             {"exclude": ("7.weight",)},
             "exclude: '7.weight' matches no parameter; nearest: '3.weight', '2.weight', '0.weight'",
         ),
-        ({"train": ("head",)}, "train: 'head' matches no parameter"),
-        ({"rules": (lx.Rule("9", rank=2),)}, "rules: '9' matches no weight"),
+        (
+            {"train": ("head",)},
+            "train: 'head' matches no parameter; known: '0.weight', '0.bias', '2.weight', '3.weight', '3.bias'",
+        ),
+        ({"rules": (lx.Rule("9", rank=2),)}, "rules: '9' matches no weight; known: '0.weight', '2.weight', '3.weight'"),
     ],
 )
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])
@@ -201,7 +207,8 @@ def test_a_model_that_runs_without_gradients_only() -> None:
 def test_a_model_that_no_front_end_takes() -> None:
     Once.calls.clear()
     sentence = (
-        "no front end takes Once:\n  export: ValueError: once is enough\n  dynamo: Unsupported: Observed exception\n"
+        "no front end takes Once. Change what is told here, or adapt a part of it:"
+        "\n  export: ValueError: once is enough\n  dynamo: Unsupported: Observed exception\n"
         "  symbolic: ValueError: once is enough\n  pieces: ValueError: once is enough"
     )
     refuse(lx.CaptureError, sentence, Once())
@@ -223,7 +230,8 @@ class Counter(Frozen):
 def test_state_in_python_is_no_graphs(frontend: str) -> None:
     """Refused by whole graphs; in pieces it counts on, and the counter is as it was before adapt."""
     sentence = (
-        f"no front end takes Counter:\n  {frontend}: RuntimeError: the model sets its attribute calls at each call, "
+        f"no front end takes Counter. Change what is told here, or adapt a part of it:"
+        f"\n  {frontend}: RuntimeError: the model sets its attribute calls at each call, "
         "which no graph repeats"
     )
     refuse(lx.CaptureError, sentence, Counter(), frontend=frontend)
@@ -248,7 +256,10 @@ def test_a_model_that_no_single_graph_holds_is_taken_in_pieces() -> None:
 
 @pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
 def test_one_front_end_tells_its_own_reason_only(frontend: str) -> None:
-    with pytest.raises(lx.CaptureError, match=f"^no front end takes Branchy:\n  {frontend}: [^\n]*$"):
+    with pytest.raises(
+        lx.CaptureError,
+        match=f"^no front end takes Branchy. Change what is told here, or adapt a part of it:\n  {frontend}: [^\n]*$",
+    ):
         lx.adapt(Branchy(), args=(X,), frontend=frontend)
 
 
@@ -261,7 +272,10 @@ class Uncopied(Branchy):
 
 
 def test_a_model_that_cannot_be_copied_still_gets_the_front_ends_reasons() -> None:
-    with pytest.raises(lx.CaptureError, match=r"^no front end takes Uncopied:\n  export: Guard"):
+    with pytest.raises(
+        lx.CaptureError,
+        match=r"^no front end takes Uncopied. Change what is told here, or adapt a part of it:\n  export: Guard",
+    ):
         lx.adapt(Uncopied(), args=(X,), frontend="export")
     assert lx.adapt(Uncopied(), args=(X,)).frontend == "pieces"
 
@@ -275,7 +289,13 @@ class Dice(Branchy):
 
 @pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
 def test_a_model_that_draws_leaves_the_generators_alone(frontend: str) -> None:
-    refuse(lx.CaptureError, "no front end takes Dice:\n  ", Dice(), whole=False, frontend=frontend)
+    refuse(
+        lx.CaptureError,
+        "no front end takes Dice. Change what is told here, or adapt a part of it:\n  ",
+        Dice(),
+        whole=False,
+        frontend=frontend,
+    )
 
 
 @pytest.mark.parametrize("frontend", ["auto", "pieces"])
@@ -347,7 +367,10 @@ def test_a_pt2_that_cannot_be_read(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(mlp(), (X,)), whole)
     for content in (b"", b"no archive", whole.read_bytes()[: whole.stat().st_size // 2]):
         path.write_bytes(content)
-        with pytest.raises(lx.CaptureError, match="^" + re.escape(f"{path} cannot be read as a .pt2: ")):
+        with pytest.raises(
+            lx.CaptureError,
+            match="^" + re.escape(f"{path} cannot be read as a .pt2, write it anew by torch.export.save: "),
+        ):
             lx.adapt(path, args=(X,))
 
 

@@ -525,7 +525,8 @@ def test_a_new_signature_that_no_front_end_takes() -> None:
     cascade.eval()
     Once.calls.clear()
     sentence = (
-        "no front end takes Once:\n  export: ValueError: once is enough\n  dynamo: Unsupported: Observed exception\n"
+        "no front end takes Once. Change what is told here, or adapt a part of it:"
+        "\n  export: ValueError: once is enough\n  dynamo: Unsupported: Observed exception\n"
         "  symbolic: ValueError: once is enough\n  pieces: ValueError: once is enough"
     )
     with unchanged(cascade, optimizer), pytest.raises(lx.CaptureError, match=exactly(sentence)):

@@ -15,7 +15,10 @@ from torch import fx, nn
 import lorasc_fx as lx
 from lorasc_fx import errors
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
+from tests.errors.catalogue import ENTRIES
 from tests.errors.models import exactly, inputs, mlp
+from tests.errors.page import PAGE, page
+from tests.errors.raises import Place, held, places, untested
 from tests.errors.state import unchanged
 
 CLASSES = [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]
@@ -33,7 +36,7 @@ def raised_in(source: str) -> Iterator[str]:
 
 
 def test_every_error_is_exported() -> None:
-    assert set(errors.__all__) == {*CLASSES, "nearest"}
+    assert set(errors.__all__) == {*CLASSES, "listed", "nearest"}
     for name in CLASSES:
         assert getattr(lx, name) is getattr(errors, name)
         assert name in lx.__all__
@@ -46,6 +49,30 @@ def test_every_error_is_raised_by_some_test() -> None:
     tests = Path(__file__).parents[1]
     found = {name for path in tests.rglob("test_*.py") for name in raised_in(path.read_text(encoding="utf-8"))}
     assert set(CLASSES) - found == set()
+
+
+def test_every_message_is_held_by_some_test() -> None:
+    """Each `raise` of a public error, by words of its own; a new message needs a test that holds it."""
+    assert len(places()) > 150
+    assert untested(places(), held()) == []
+
+
+def test_the_search_for_held_messages_finds_what_it_should() -> None:
+    one = Place("StateError", "a.py:1", ("the weights are ", " and the call was early"))
+    two = Place("StateError", "b.py:2", ("the weights are ", " and the call was late"))
+    assert untested([one, two], ["^the weights are old and the call was early$"]) == [
+        f"b.py:2: StateError({' ... '.join(two.parts)!r})"
+    ]
+    assert len(untested([one, two], ["the weights are old and the call was"])) == 2  # words that both have
+
+
+def test_the_catalogue_has_every_error() -> None:
+    assert sorted(entry.raised.__name__ for entry in ENTRIES) == sorted(CLASSES)
+
+
+def test_the_page_is_what_the_calls_raise() -> None:
+    """`python -m tests.errors.page` writes it anew."""
+    assert PAGE.read_text(encoding="utf-8") == page()
 
 
 def test_the_search_for_raised_errors_finds_what_it_should() -> None:

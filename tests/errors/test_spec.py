@@ -126,7 +126,10 @@ SITE = PLAN["sites"][0]
         ("[]", "this is not a plan: "),
         ("null", "this is not a plan: "),
         ("{}", "this is not a plan: KeyError: 'format'"),
-        (json.dumps({**PLAN, "format": 7}), "plan has format 7, this version reads 2"),
+        (
+            json.dumps({**PLAN, "format": 7}),
+            "plan has format 7, this version reads 2; read it by the lorasc-fx that wrote it",
+        ),
         (json.dumps({**PLAN, "stage": 0}), "this is not a plan: ValueError: stage is 0"),
         (json.dumps({**PLAN, "stage": "2"}), "this is not a plan: ValueError: stage is '2'"),
         (json.dumps({**PLAN, "spec": {"rank": 0}}), "this is not a plan: SpecError: rank is 0; "),

@@ -46,7 +46,10 @@ def test_named(case: Case, name: str) -> None:
     dynamo gives the graphs that export gives, and takes longer: one mode tells.
     """
     if name in case.refuses:
-        with pytest.raises(lx.CaptureError, match=rf"^no front end takes \w+:\n  {name}: [^\n]+$"):
+        with pytest.raises(
+            lx.CaptureError,
+            match=rf"^no front end takes \w+. Change what is told here, or adapt a part of it:\n  {name}: [^\n]+$",
+        ):
             check(case, name)
     elif name == "symbolic" and case.invisible:
         with pytest.raises(lx.NoSites, match=r"opaque-module|mixed-uses"):

@@ -22,7 +22,10 @@ def test_auto(case: Case) -> None:
 def test_named(case: Case, name: str) -> None:
     """As for the spellings: exact, or refused; the one that auto takes is tested there."""
     if name in case.refuses:
-        with pytest.raises(lx.CaptureError, match=rf"^no front end takes \w+:\n  {name}: [^\n]+$"):
+        with pytest.raises(
+            lx.CaptureError,
+            match=rf"^no front end takes \w+. Change what is told here, or adapt a part of it:\n  {name}: [^\n]+$",
+        ):
             check(case, name)
     elif name == "symbolic" and case.invisible:
         with pytest.raises(lx.NoSites, match=r"opaque-module|mixed-uses"):

@@ -111,7 +111,10 @@ def test_a_circle_is_told_as_one() -> None:
     ]
     with pytest.raises(PassOrderError) as raised:
         Pipeline(passes)
-    assert str(raised.value) == "these passes need each other in a circle: one -> two -> three -> one"
+    assert (
+        str(raised.value)
+        == "these passes need each other in a circle: one -> two -> three -> one; run one of them by itself"
+    )
 
 
 def test_a_given_order_lists_every_violated_pair() -> None:
@@ -279,11 +282,12 @@ def test_every_pass_can_be_parsed() -> None:
             "split-inputs, fold-branches, stage-transition",
         ),
         ('match-sites{"specs": {}}', PassError, "match-sites has no option 'specs'; nearest: 'spec'"),
-        ('fold-branches{"spec": {}}', PassError, "fold-branches has no option 'spec'"),
+        ('fold-branches{"spec": {}}', PassError, "fold-branches has no option 'spec'; it takes none"),
         (
             'match-sites{"spec": {"rank": 4}',
             PassError,
-            "the options of match-sites are not JSON: Expecting ',' delimiter: line 1 column 21 (char 20)",
+            "the options of match-sites are not JSON: Expecting ',' delimiter: line 1 column 21 (char 20); "
+            'write match-sites{"option": value}',
         ),
         (
             "match-sites{} insert-branches",

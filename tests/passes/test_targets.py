@@ -139,7 +139,12 @@ def test_rules_under_rslora() -> None:
             "'blocks.1.attn.proj'",
         ),
         (CascadeSpec(targets=("linaer",)), "targets: 'linaer' matches no weight; nearest: 'linear'"),
-        (CascadeSpec(targets=("zzz",)), "targets: 'zzz' matches no weight"),
+        (
+            CascadeSpec(targets=("zzz",)),
+            "targets: 'zzz' matches no weight; known: 'pos', 'blocks.0.attn.qkv.weight', "
+            "'blocks.0.attn.proj.weight', 'blocks.0.fc1.weight', "
+            "'blocks.0.fc2.weight' and 6 more",
+        ),
         (
             CascadeSpec(targets=("linear", "head.wieght")),
             "targets: 'head.wieght' matches no weight; nearest: 'head.weight', 'spare.weight', 'head'",
@@ -152,14 +157,20 @@ def test_rules_under_rslora() -> None:
             CascadeSpec(exclude=("head.bais",)),
             "exclude: 'head.bais' matches no parameter; nearest: 'head.bias', 'head', 'head.weight'",
         ),
-        (CascadeSpec(exclude=("linear",)), "exclude: 'linear' matches no parameter"),
+        (
+            CascadeSpec(exclude=("linear",)),
+            "exclude: 'linear' matches no parameter; known: 'pos', 'blocks.0.norm.weight', 'blocks.0.norm.bias', "
+            "'blocks.0.attn.qkv.weight', 'blocks.0.attn.qkv.bias' and 20 more",
+        ),
         (
             CascadeSpec(train=("heads.*",)),
             "train: 'heads.*' matches no parameter; nearest: 'head', 'head.bias', 'head.weight'",
         ),
         (
             CascadeSpec(rules=(Rule("*.fc3", rank=2),)),
-            "rules: '*.fc3' matches no weight",
+            "rules: '*.fc3' matches no weight; known: 'pos', 'blocks.0.attn.qkv.weight', "
+            "'blocks.0.attn.proj.weight', 'blocks.0.fc1.weight', "
+            "'blocks.0.fc2.weight' and 6 more",
         ),
     ],
 )

@@ -82,7 +82,11 @@ def test_a_named_one_is_used_alone(name: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), [("export", Steps), ("dynamo", Steps), ("symbolic", Unrolled)])
 def test_a_named_one_that_refuses_is_no_reason_to_try_others(name: str, kind: type[Net]) -> None:
     shape = (4, 2, 5) if kind is Unrolled else (4, 5)
-    with pytest.raises(lx.CaptureError, match=rf"^no front end takes {kind.__name__}:\n  {name}: [^\n]*$"):
+    with pytest.raises(
+        lx.CaptureError,
+        match=rf"^no front end takes {kind.__name__}. Change what is told here, or adapt a part of it:"
+        rf"\n  {name}: [^\n]*$",
+    ):
         lx.adapt(net(kind), batches(1, *shape), frontend=name)
     assert lx.adapt(net(kind), batches(1, *shape)).frontend == ("export" if kind is Unrolled else "pieces")
 

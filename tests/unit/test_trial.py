@@ -50,7 +50,10 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
 
 def refuse(make: Callable[[], nn.Module], frontend: str, sentence: str) -> None:
     model = build(make)
-    whole = f"no front end takes {type(model).__name__}:\n  {frontend}: {sentence}"
+    whole = (
+        f"no front end takes {type(model).__name__}. Change what is told here, or adapt a part of it:"
+        f"\n  {frontend}: {sentence}"
+    )
     with pytest.raises(lx.CaptureError, match=f"^{re.escape(whole)}"):
         lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
 

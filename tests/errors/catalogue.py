@@ -1,0 +1,241 @@
+"""Every public error: where it comes from, what to do, and calls that raise it. docs/errors.md is made from this list.
+
+An example is a function whose body is shown on the page, with the message that it really raised. `model` is `mlp()`,
+and `x` its input; it runs in an empty folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import lorasc_fx as lx
+from lorasc_fx.cli.extras import module_of
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+
+Example = Callable[[nn.Module, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One class of errors.
+
+    Args:
+        raised: the class. by: the calls that raise it.
+        remedy: what to do, beyond what the message says itself.
+        examples: each raises it.
+    """
+
+    raised: type[lx.LorascError]
+    by: tuple[str, ...]
+    remedy: str
+    examples: tuple[Example, ...]
+
+    @property
+    def bases(self) -> list[str]:
+        """What else catches it."""
+        return [each.__name__ for each in self.raised.__mro__[1:] if each not in (BaseException, Exception, object)]
+
+
+def body(example: Example) -> str:
+    """The lines of an example."""
+    lines = inspect.getsource(example).splitlines()
+    return textwrap.dedent("\n".join(lines[1:]))
+
+
+def anything(model: nn.Module, x: Tensor) -> None:
+    try:
+        lx.adapt(model, args=(x,), spec=lx.CascadeSpec(pace=2.0))
+    except lx.LorascError as error:
+        raise error
+
+
+def a_rank(model: nn.Module, x: Tensor) -> None:
+    lx.CascadeSpec(rank=0)
+
+
+def a_choice(model: nn.Module, x: Tensor) -> None:
+    lx.CascadeSpec(restart="fats")
+
+
+def a_field(model: nn.Module, x: Tensor) -> None:
+    lx.CascadeSpec.from_dict({"lora_alhpa": 8.0})
+
+
+def a_target(model: nn.Module, x: Tensor) -> None:
+    lx.adapt(model, args=(x,), spec=lx.CascadeSpec(targets=("2.wieght",)))
+
+
+def a_head(model: nn.Module, x: Tensor) -> None:
+    lx.adapt(model, args=(x,), spec=lx.CascadeSpec(train=("classifier",)))
+
+
+def no_convs(model: nn.Module, x: Tensor) -> None:
+    lx.adapt(model, args=(x,), spec=lx.CascadeSpec(targets=("conv",)))
+
+
+def all_excluded(model: nn.Module, x: Tensor) -> None:
+    lx.adapt(model, args=(x,), spec=lx.CascadeSpec(exclude=("*.weight",)))
+
+
+def a_front_end(model: nn.Module, x: Tensor) -> None:
+    lx.adapt(model, args=(x,), frontend="exprot")
+
+
+def no_numbers(model: nn.Module, x: Tensor) -> None:
+    lx.adapt(model.to("meta"), args=(x,))
+
+
+def no_model(model: nn.Module, x: Tensor) -> None:
+    lx.adapt("model.pt2", args=(x,))
+
+
+def before_its_time(model: nn.Module, x: Tensor) -> None:
+    InsertBranches()(fx.symbolic_trace(model))
+
+
+def no_such_pass(model: nn.Module, x: Tensor) -> None:
+    Pipeline.parse("match-sites, insert-branch")
+
+
+def a_wrong_order(model: nn.Module, x: Tensor) -> None:
+    Pipeline([InsertBranches(), MatchSites(lx.CascadeSpec())], order="given")
+
+
+def an_edited_graph(model: nn.Module, x: Tensor) -> None:
+    adapted = Pipeline([MatchSites(lx.CascadeSpec()), InsertBranches()])(fx.symbolic_trace(model)).graph_module
+    branch = next(node for node in adapted.graph.nodes if node.name.endswith("_lora"))
+    branch.replace_all_uses_with(branch.args[0], delete_user_cb=lambda user: user is not branch)
+    FoldBranches()(adapted)
+
+
+def another_kind(model: nn.Module, x: Tensor) -> None:
+    matched = MatchSites(lx.CascadeSpec())(fx.symbolic_trace(model)).graph_module
+    record = matched.meta["lorasc_fx"]
+    plan = json.loads(record.plan.to_json())
+    plan["sites"][0]["kind"] = "conv"
+    matched.meta["lorasc_fx"] = replace(record, plan=lx.Plan.from_json(json.dumps(plan)))
+    InsertBranches()(matched)
+
+
+def released(model: nn.Module, x: Tensor) -> None:
+    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
+    cascade.release()
+    cascade(x)
+
+
+def unused_gradients(model: nn.Module, x: Tensor) -> None:
+    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
+    cascade(x).square().mean().backward()
+    cascade.transition(optimizer)
+
+
+def another_optimizer(model: nn.Module, x: Tensor) -> None:
+    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
+    cascade.transition(torch.optim.AdamW(model.parameters(), lr=1e-3))
+
+
+def twice(model: nn.Module, x: Tensor) -> None:
+    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
+    lx.adapt(cascade.model, args=(x,), frontend="symbolic")
+
+
+def diverged(model: nn.Module, x: Tensor) -> None:
+    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
+    torch.nn.init.constant_(cascade.branches["2/weight"].lora_B, float("nan"))
+    cascade.transition(torch.optim.AdamW(cascade.param_groups(lr=1e-3)))
+
+
+def nothing_saved(model: nn.Module, x: Tensor) -> None:
+    lx.load("run", model, args=(x,))
+
+
+def another_base(model: nn.Module, x: Tensor) -> None:
+    lx.save(lx.adapt(model, args=(x,), frontend="symbolic"), "run")
+    other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6, bias=False), nn.Linear(6, 2))
+    lx.load("run", other, args=(x,))
+
+
+def not_installed(model: nn.Module, x: Tensor) -> None:
+    module_of("vision", "absent_package")
+
+
+ENTRIES = (
+    Entry(lx.LorascError, ("everything here",), "Catch it to catch all of them.", (anything,)),
+    Entry(
+        lx.SpecError,
+        ("CascadeSpec", "Noise", "Rule", "adapt", "stages", "save", "lorasc-fx"),
+        "Give the value that the message asks for. Of a file, the line is told.",
+        (a_rank, a_choice, a_field),
+    ),
+    Entry(
+        lx.UnknownTarget,
+        ("adapt", "MatchSites", "lorasc-fx"),
+        "`lorasc-fx sites MODEL` lists the weights of a model, by the names that a spec takes.",
+        (a_target, a_head),
+    ),
+    Entry(
+        lx.NoSites,
+        ("adapt", "InsertBranches"),
+        "Widen `targets`, or take away what `exclude` and `train` name; the reason of each weight is told.",
+        (no_convs, all_excluded),
+    ),
+    Entry(
+        lx.CaptureError,
+        ("adapt", "load", "a call of the cascade", "folded_graph"),
+        "Give inputs with which the model runs. Where no front end takes it, each one's reason is told: change the "
+        "model there, or adapt a part of it.",
+        (a_front_end, no_numbers, no_model),
+    ),
+    Entry(
+        lx.PassError,
+        ("passes", "Pipeline.parse"),
+        "Run the passes that the message names before, or leave the order to `Pipeline`.",
+        (before_its_time, no_such_pass),
+    ),
+    Entry(
+        lx.PassOrderError,
+        ("Pipeline",),
+        'Leave `order="given"` out: a pipeline solves the order of its passes by what they require.',
+        (a_wrong_order,),
+    ),
+    Entry(
+        lx.VerifyError,
+        ("passes", "load"),
+        "Somebody edited the graph, or the plan is another model's: fold the branches before you edit a graph, and "
+        "adapt it anew.",
+        (an_edited_graph, another_kind),
+    ),
+    Entry(
+        lx.StateError,
+        ("every call of a cascade", "adapt", "save"),
+        "The call is right, the moment is not: do first what the message says.",
+        (released, unused_gradients, another_optimizer, twice),
+    ),
+    Entry(
+        lx.NonFiniteBranch,
+        ("transition", "stages", "release", "folded_state_dict", "folded_graph", "passes"),
+        "Nothing was folded: the last checkpoint, and the slow weights, are whole.",
+        (diverged,),
+    ),
+    Entry(
+        lx.CheckpointError,
+        ("load", "save", "resume", "adapt(base=...)", "Plan.from_json"),
+        "A damaged version can be deleted: `load` takes the newest that is there, and `save(keep=N)` keeps several.",
+        (nothing_saved, another_base),
+    ),
+    Entry(
+        lx.MissingExtra,
+        ("lorasc-fx",),
+        "Run the pip command of the message.",
+        (not_installed,),
+    ),
+)

@@ -1,0 +1,237 @@
+"""The whole of LoRASC by hand, in fp64, from docs/algorithm.md alone: nothing of lorasc_fx is in here.
+
+A weight is a dense matrix: W0, S, what its running stage started from, and N. The model is called with
+`W0 + start + N + s B A`, so that autograd differentiates the formula. SGD with momentum is written out. A stage's fresh
+A and noise come from their documented address.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tests.property.nets import loss_of
+
+
+@dataclass(frozen=True)
+class Law:
+    """What is asked: the fields of a spec that change numbers, and the optimizer's."""
+
+    pace: float
+    restart: str
+    restart_A: str
+    optimizer_state: Any
+    slow_train: bool
+    seed: int
+    strength: float
+    distribution: str
+    keep: bool
+    lr: float = 0.05
+    momentum: float = 0.5
+
+
+@dataclass
+class Delta:
+    """S of a weight, what the running stage started from, and W0; [out, ...] as the weight is stored."""
+
+    base: Tensor
+    slow: Tensor
+    start: Tensor
+
+
+@dataclass
+class Pair:
+    """A [r, columns] and B [out, r] of a site, and its scale."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def address(seed: int, stage: int, purpose: str, name: str) -> torch.Generator:
+    """The generator of an address (algorithm.md, "Randomness")."""
+    digest = hashlib.sha256(b"\0".join(str(each).encode() for each in (seed, stage, purpose, name))).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+class Plain:
+    """A cascade of `model` (copied, in fp64).
+
+    Args:
+        matrices: names of the weights that carry noise or a branch.
+        trained: names of what is trained in full.
+    """
+
+    def __init__(self, model: nn.Module, law: Law, matrices: Sequence[str], trained: Sequence[str]) -> None:
+        self.model, self.law = copy.deepcopy(model).double().requires_grad_(False), law
+        self.frozen = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        self.original = dict(self.frozen)
+        self.deltas = {name: self.begin(name) for name in matrices}
+        self.trained = {name: Delta(self.frozen[name], self.frozen[name], self.frozen[name]) for name in trained}
+        self.values = {name: self.frozen[name].clone() for name in trained}
+        self.pairs: dict[str, Pair] = {}
+        self.velocity: dict[tuple[str, str], Tensor] = {}
+        self.stage, self.parked, self.moved = 1, False, False
+
+    def begin(self, name: str) -> Delta:
+        """A weight that no stage has changed."""
+        zero = torch.zeros_like(self.frozen[name])
+        return Delta(self.original[name], zero, zero)
+
+    def add_site(self, name: str, rank: int, scale: float) -> None:
+        """A branch for a weight, as the running stage starts it: A from its address, B = 0."""
+        self.deltas.setdefault(name, self.begin(name))
+        rows = self.matrix(name)[0]
+        self.pairs[name] = Pair(self.fresh(name, rank), torch.zeros(rows, rank, dtype=torch.float64), scale)
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """[out, in / groups * prod(kernel)]."""
+        shape = self.original[name].shape
+        return shape[0], math.prod(shape[1:])
+
+    def fresh(self, name: str, rank: int) -> Tensor:
+        """Kaiming uniform as LoRA: U(-1/sqrt(columns), 1/sqrt(columns))."""
+        bound = self.matrix(name)[1] ** -0.5
+        draw = torch.rand(rank, self.matrix(name)[1], generator=address(self.law.seed, self.stage, "lora_A", name))
+        return (draw * (2 * bound) - bound).double()  # fp32 until here, as all draws
+
+    # ---- values
+
+    def started(self, name: str) -> Tensor:
+        """What the running stage started from, without W0; when parked, S."""
+        return self.deltas[name].slow if self.parked else self.deltas[name].start
+
+    def noise(self, name: str) -> Tensor | float:
+        """N_t = strength * std(W0 + start) * U(-1/2, 1/2), or a normal of the same variance; none when parked."""
+        law, delta = self.law, self.deltas[name]
+        if self.parked or not law.strength:
+            return 0.0
+        source, shape = address(law.seed, self.stage, "noise", name), delta.base.shape
+        if law.distribution == "uniform":
+            unit = torch.rand(shape, generator=source) - 0.5
+        else:
+            unit = torch.randn(shape, generator=source) * 12**-0.5
+        return law.strength * (delta.base + delta.start).std() * unit.double()
+
+    def live(self, name: str) -> Tensor | float:
+        """s B A, as the weight is stored."""
+        pair = self.pairs.get(name)
+        return 0.0 if pair is None else pair.scale * (pair.b @ pair.a).view(self.original[name].shape)
+
+    def present(self) -> dict[str, Tensor]:
+        """What the parameters hold: W_t, what is trained in full as it is, and the rest as it was."""
+        held = {n: delta.base + self.started(n) + self.noise(n) for n, delta in self.deltas.items()}
+        return self.frozen | held | self.values
+
+    def weights(self, which: str) -> dict[str, Tensor]:
+        """W0 + S, W0 + F or W0, without noise."""
+        if which == "base":
+            changed = {name: delta.base for name, delta in (self.deltas | self.trained).items()}
+        elif which == "fast":
+            changed = {n: delta.base + self.started(n) + self.live(n) for n, delta in self.deltas.items()} | self.values
+        else:
+            changed = {name: delta.base + delta.slow for name, delta in self.deltas.items()}
+            changed |= {n: each.slow for n, each in self.trained.items()} if self.law.slow_train else self.values
+        return self.frozen | {name: value.detach() for name, value in changed.items()}
+
+    def __call__(self, *args: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The model with W_t and its branches, or with other weights."""
+        if weights is None:
+            weights = self.present() | {n: self.present()[n] + self.live(n) for n in self.pairs}
+        wide = [each.double() if each is not None and each.is_floating_point() else each for each in args]
+        return functional_call(self.model, dict(weights), tuple(wide))
+
+    # ---- operations
+
+    def leaves(self) -> dict[tuple[str, str], Tensor]:
+        """What an optimizer holds."""
+        found = {(name, "A"): pair.a for name, pair in self.pairs.items()}
+        found |= {(name, "B"): pair.b for name, pair in self.pairs.items()}
+        return found | {(name, "value"): value for name, value in self.values.items()}
+
+    def step(self, *args: Any) -> Tensor:
+        """One step of SGD with momentum; returns the output before it."""
+        leaves = self.leaves()
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        output = self(*args)
+        gradients = torch.autograd.grad(loss_of(output), list(leaves.values()), allow_unused=True)
+        for (key, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            leaf.requires_grad_(False)
+            if gradient is not None:
+                self.velocity[key] = self.law.momentum * self.velocity.get(key, 0) + gradient
+                leaf.sub_(self.law.lr * self.velocity[key])
+        self.moved |= bool(self.values)
+        return output.detach()
+
+    def slow_update(self) -> None:
+        """S_t = S_{t-1} + pace * (F_t - S_{t-1}), and what the next stage starts from."""
+        law = self.law
+        for name, delta in self.deltas.items():
+            start, kept = self.started(name), self.noise(name) if law.keep else 0.0
+            fast = start + self.live(name)
+            slow = delta.slow + law.pace * (fast - delta.slow)
+            self.deltas[name] = Delta(delta.base, slow + kept, (slow if law.restart == "slow" else fast) + kept)
+        for name, each in self.trained.items():
+            fast = self.values[name].clone()
+            slow = each.slow + law.pace * (fast - each.slow) if law.slow_train else fast
+            self.trained[name] = Delta(each.base, slow, slow if law.restart == "slow" else fast)
+
+    def transition(self, park: bool = False, told: bool = True) -> None:
+        """End the stage; `told` says whether the optimizer is part of it."""
+        law = self.law
+        self.slow_update()
+        self.stage, self.parked, self.moved = self.stage + 1, park, False
+        for name, pair in self.pairs.items():
+            a = self.fresh(name, pair.a.shape[0]) if law.restart_A == "fresh" else pair.a
+            self.pairs[name] = Pair(a, torch.zeros_like(pair.b), pair.scale)
+        for key in [key for key in self.velocity if key[1] != "value"] if told else ():
+            if law.optimizer_state == "reset":
+                del self.velocity[key]
+            elif law.optimizer_state != "kept":
+                self.velocity[key] = pruned(self.velocity[key], law.optimizer_state)
+        self.rest()
+
+    def unpark(self) -> None:
+        """Start the stage that comes after a loop's last one."""
+        self.parked = False
+        self.rest()
+
+    def rest(self) -> None:
+        """Put what is trained in full at the start of its stage."""
+        for name, each in self.trained.items():
+            self.values[name] = (each.slow if self.parked else each.start).clone()
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Everything that lives in the parameters is rounded; W0 and S are not."""
+        own = {*self.deltas, *self.trained}
+        self.frozen = {n: v if n in own else v.to(dtype).double() for n, v in self.frozen.items()}
+
+    def loaded(self) -> None:
+        """A checkpoint goes onto the base as it was adapted, not as it was cast since."""
+        self.frozen = dict(self.original)
+
+    def released(self) -> dict[str, Tensor]:
+        """The slow weights; a stage that has trained is folded first."""
+        begun = self.moved or any(bool(pair.b.any()) for pair in self.pairs.values())
+        ended = copy.deepcopy(self)
+        if begun:
+            ended.slow_update()
+        slow = {name: delta.base + delta.slow for name, delta in ended.deltas.items()}
+        return self.frozen | slow | {name: each.slow for name, each in ended.trained.items()}
+
+
+def pruned(value: Tensor, share: float) -> Tensor:
+    """The share of the entries that are smallest in magnitude set to zero, by sorting."""
+    order = value.abs().flatten().argsort()
+    flat = value.flatten().clone()
+    flat[order[: round(share * value.numel())]] = 0
+    return flat.view_as(value)

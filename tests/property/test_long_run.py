@@ -1,0 +1,115 @@
+"""2,000 transitions of a small model: memory, handles, objects and time stay flat, and the slow weights are the sum."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorasc_fx as lx
+from tests.errors.models import inputs, loss_of
+
+TRANSITIONS = 2000
+WARM = 100
+"""Transitions after which everything is flat: by then every site's experts are one dense delta."""
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, noise=lx.Noise(0.1))
+
+
+@dataclass
+class Census:
+    """What the process holds, at every hundredth transition."""
+
+    resident: list[int] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    tensors: list[int] = field(default_factory=list)
+    objects: list[int] = field(default_factory=list)
+
+    def take(self) -> None:
+        process = psutil.Process()
+        gc.collect()
+        self.resident.append(process.memory_info().rss)
+        self.files.append(process.num_fds())
+        self.threads.append(process.num_threads())
+        held = gc.get_objects()
+        self.objects.append(len(held))
+        self.tensors.append(sum(issubclass(type(each), Tensor) for each in held))
+
+
+def model_of(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def spacing(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbours of this dtype at each value: 2^e eps."""
+    return torch.exp2(value.abs().clamp_min(1e-30).log2().floor()) * torch.finfo(dtype).eps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_thousand_transitions(dtype: torch.dtype) -> None:
+    """Each stage trains one step; the reference adds pace * s * B A in fp64 from the factors that were trained."""
+    x = inputs(4, 5, seed=3).to(dtype)
+    cascade = lx.adapt(model_of(dtype), (x,), spec=SPEC, frontend="symbolic")
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.3))
+    branches = {site.weight: cascade.branches[site.key] for site in cascade.sites}
+    parameters = dict(cascade.model.named_parameters())
+    exact = {name: parameter.detach().double() for name, parameter in model_of(dtype).named_parameters()}
+    census, seconds = Census(), []
+    for count in range(1, TRANSITIONS + 1):
+        loss_of(cascade(x).float()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, branch in branches.items():
+            exact[name] += SPEC.pace * 1.5 * branch.lora_B.detach().double() @ branch.lora_A.detach().double()
+        began = time.perf_counter()
+        cascade.transition(optimizer)
+        seconds.append(time.perf_counter() - began)
+        if count % WARM == 0:
+            census.take()
+
+    assert census.resident[-1] <= 1.05 * census.resident[0]
+    assert max(census.files) == census.files[0]
+    assert max(census.threads) == census.threads[0]
+    assert census.tensors[-1] == census.tensors[0]
+    assert census.objects[-1] - census.objects[0] < TRANSITIONS / 10  # one more object a stage would be 1,900
+    early, late = seconds[WARM : 3 * WARM], seconds[-2 * WARM :]
+    assert statistics.median(late) < 2 * statistics.median(early)  # no race: what grows by a stage has grown tenfold
+
+    with cascade.weights("slow"):
+        slow = {name: parameter.detach().double() for name, parameter in parameters.items()}
+    for name in branches:
+        moved = (exact[name] - model_of(dtype).get_parameter(name).double()).abs().mean()
+        assert moved > 0.01  # the stages did something
+        off = (slow[name] - exact[name]).abs() / spacing(exact[name], dtype)
+        print(f"{dtype} {name}: off by {off.max():.3f} of the spacing, moved {moved:.3f}")
+        assert off.max() <= 1.0
+
+
+@pytest.mark.slow
+def test_saving_a_long_run_leaves_nothing_open(tmp_path: Path) -> None:
+    """200 checkpoints, each loaded: handles, folders and live cascades stay as many as they were."""
+    cascade = lx.adapt(model_of(torch.float32), (inputs(4, 5),), spec=SPEC, frontend="symbolic")
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.3))
+    census = Census()
+    for count in range(1, 201):
+        lx.save(cascade, tmp_path, optimizer=optimizer, keep=2)
+        cascade = lx.load(tmp_path, model_of(torch.float32), (inputs(4, 5),))
+        optimizer = torch.optim.SGD(cascade.param_groups(lr=0.3))
+        cascade.resume(optimizer)
+        cascade.transition(optimizer)
+        if count % 50 == 0:
+            census.take()
+    assert len(os.listdir(tmp_path)) == 2
+    assert census.files[-1] == census.files[0]
+    assert census.threads[-1] == census.threads[0]
+    assert census.tensors[-1] == census.tensors[0]

@@ -1,0 +1,345 @@
+"""Random small models under random specs through random sequences of operations, beside `plain.Plain` after each one.
+
+After an operation everything that can be seen is compared: what the parameters hold, the branches, slow, fast and base
+weights, the folded state, buffers, the optimizer's momentum, and an output. A model that was once cast to fp32 is held
+to fp32's rounding from then on, and hands over what an optimizer writes, so that one operation's rounding is seen, not
+the sum of all.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor, nn
+
+import lorasc_fx as lx
+from tests.property.nets import Build, Net, inputs, loss_of
+from tests.property.plain import Law, Plain
+
+EXACT = {"rtol": 1e-9, "atol": 1e-10}
+ROUNDED = {"rtol": 1e-5, "atol": 1e-5}
+
+BUILDS = st.builds(
+    Build,
+    groups=st.sampled_from([0, 1, 2]),
+    norm=st.booleans(),
+    again=st.booleans(),
+    tied=st.booleans(),
+    words=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+STRENGTH = st.sampled_from([0.0, 0.3])
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> lx.CascadeSpec:
+    return lx.CascadeSpec(
+        targets=draw(st.sampled_from([("linear", "conv", "embedding"), ("first", "mix", "other"), ("mix*", "*o*r*")])),
+        exclude=draw(st.sampled_from([(), (), ("first",)])),
+        train=draw(st.sampled_from([(), ("head",), ("head", "*.bias")])),
+        rules=draw(st.sampled_from([(), (lx.Rule("mix", rank=1, lora_alpha=1.5),)])),
+        rank=draw(st.integers(1, 3)),
+        lora_alpha=draw(st.sampled_from([1.0, 3.0])),
+        use_rslora=draw(st.booleans()),
+        placement=draw(st.sampled_from(["auto", "beside", "merged", "weight"])),
+        pace=draw(st.sampled_from([0.3, 0.5, 1.0])),
+        restart=draw(st.sampled_from(["slow", "fast"])),
+        restart_A=draw(st.sampled_from(["fresh", "kept"])),
+        optimizer_state=draw(st.sampled_from(["reset", "kept", 0.5])),
+        slow_train=draw(st.booleans()),
+        noise=lx.Noise(
+            draw(STRENGTH),
+            draw(st.sampled_from(["uniform", "normal"])),
+            keep=draw(st.booleans()),
+            where=draw(st.sampled_from(["sites", "all"])),
+        ),
+        seed=draw(st.integers(0, 2**63 - 1)),
+    )
+
+
+TARGETS = {
+    ("linear", "conv", "embedding"): ("conv", "first", "other", "mix", "back", "words", "head"),
+    ("first", "mix", "other"): ("first", "mix", "other"),
+    ("mix*", "*o*r*"): ("mix", "other", "words"),
+}
+"""The modules that the targets mean, written out: `*o*r*` means other and words."""
+
+
+def sites_of(spec: lx.CascadeSpec, model: Net, with_y: bool) -> list[str]:
+    """The weights that the spec adapts, of those that a call uses."""
+    asked = [f"{name}.weight" for name in TARGETS[spec.targets] if f"{name}" not in (*spec.exclude, *spec.train)]
+    return [name for name in model.matrices(with_y) if name in asked]
+
+
+def scaling(spec: lx.CascadeSpec, name: str) -> tuple[int, float]:
+    """Rank, and s = lora_alpha / r, or under rsLoRA / sqrt(r)."""
+    rank, alpha = (1, 1.5) if spec.rules and name == "mix.weight" else (spec.rank, spec.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if spec.use_rslora else rank)
+
+
+def law_of(spec: lx.CascadeSpec) -> Law:
+    return Law(
+        pace=spec.pace,
+        restart=spec.restart,
+        restart_A=spec.restart_A,
+        optimizer_state=spec.optimizer_state,
+        slow_train=spec.slow_train,
+        seed=spec.seed,
+        strength=spec.noise.strength,
+        distribution=spec.noise.distribution,
+        keep=spec.noise.keep,
+    )
+
+
+class Machine(RuleBasedStateMachine):
+    """A cascade, its optimizer, and the plain reference."""
+
+    cascade: lx.Cascade
+    frontends = ("symbolic",)
+
+    @initialize(
+        build=BUILDS,
+        spec=specs(),
+        with_y=st.booleans(),
+        frontend=st.sampled_from(["symbolic", "symbolic", "export"]),
+        train=st.booleans(),
+    )
+    def start(self, build: Build, spec: lx.CascadeSpec, with_y: bool, frontend: str, train: bool) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="lorasc-fx-")
+        self.build, self.frontend, self.with_y, self.near = build, frontend, with_y, EXACT
+        self.dtype = torch.float64
+        self.adapt(Net(build).double().train(train), spec)
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    # ---- both sides
+
+    def adapt(self, model: Net, spec: lx.CascadeSpec) -> None:
+        self.spec, self.untouched, self.origin = spec, copy.deepcopy(model), self.dtype
+        self.flags = [(parameter.requires_grad, model.training) for parameter in model.parameters()]
+        held = {name: value.dim() for name, value in model.named_parameters()}
+        trained = [
+            n
+            for n in held
+            if ("head" in spec.train and n.startswith("head.")) or ("*.bias" in spec.train and n.endswith(".bias"))
+        ]
+        trained = [n for n in trained if n.rpartition(".")[0] not in spec.exclude]
+        noisy: list[str] = []
+        if spec.noise.strength and spec.noise.where == "all":
+            noisy = [n for n, axes in held.items() if axes > 1 and n not in trained]
+            noisy = [n for n in noisy if n.rpartition(".")[0] not in spec.exclude]
+        self.plain = Plain(model, law_of(spec), noisy, trained)
+        self.cascade = lx.adapt(model, self.inputs(3, 0, self.with_y), spec=spec, frontend=self.frontend)
+        self.optimizer = self.fresh_optimizer()
+        self.know(self.with_y)
+
+    def inputs(self, batch: int, seed: int, with_y: bool) -> tuple[Any, ...]:
+        return inputs(self.build, batch, seed, with_y, self.dtype)
+
+    def fresh_optimizer(self) -> torch.optim.Optimizer:
+        law = self.plain.law
+        return torch.optim.SGD(self.cascade.param_groups(lr=law.lr, momentum=law.momentum))
+
+    def know(self, with_y: bool) -> None:
+        """Sites that came with a call: branches of both, and a new optimizer that goes on with the old one's state."""
+        new = [name for name in sites_of(self.spec, self.untouched, with_y) if name not in self.plain.pairs]
+        for name in new:
+            self.plain.add_site(name, *scaling(self.spec, name))
+        assert {site.weight for site in self.cascade.sites} == set(self.plain.pairs)
+        if new:
+            old, self.optimizer = self.optimizer, self.fresh_optimizer()
+            for parameter, state in old.state.items():
+                self.optimizer.state[parameter] = state
+
+    def near_to(self, found: Tensor, expected: Tensor, what: str) -> None:
+        torch.testing.assert_close(
+            found.detach().double(), expected.detach(), **self.near, msg=lambda text: f"{what}: {text}"
+        )
+
+    def both(self, args: tuple[Any, ...]) -> Tensor:
+        """Call both; returns the cascade's output."""
+        output = self.cascade(*args)
+        self.know(len(args) > 1 and args[1] is not None)
+        self.near_to(output, self.plain(*args), "output")
+        return output
+
+    def leaves(self) -> dict[tuple[str, str], nn.Parameter]:
+        branches = {site.weight: self.cascade.branches[site.key] for site in self.cascade.sites}
+        held = dict(self.cascade.model.named_parameters())
+        found = {(name, "A"): branch.lora_A for name, branch in branches.items()}
+        found |= {(name, "B"): branch.lora_B for name, branch in branches.items()}
+        return found | {(name, "value"): held[name] for name in self.plain.values}
+
+    def velocity(self, leaf: nn.Parameter) -> Tensor:
+        return self.optimizer.state.get(leaf, {}).get("momentum_buffer", torch.zeros_like(leaf)).detach()
+
+    @invariant()
+    def agree(self) -> None:
+        if not hasattr(self, "cascade"):
+            return
+        cascade, plain = self.cascade, self.plain
+        assert cascade.stage == plain.stage
+        for name, value in plain.present().items():
+            self.near_to(dict(cascade.model.named_parameters())[name], value, name)
+        leaves = self.leaves()
+        assert leaves.keys() == plain.leaves().keys()
+        for key, value in plain.leaves().items():
+            assert leaves[key].requires_grad
+            self.near_to(leaves[key], value, str(key))
+            expected = plain.velocity.get(key, torch.zeros_like(value))
+            self.near_to(self.velocity(leaves[key]), expected, f"momentum of {key}")
+        if self.near is ROUNDED:
+            self.hand_over(leaves)
+        for which in ("slow", "fast", "base"):
+            with cascade.weights(which):
+                for name, value in plain.weights(which).items():
+                    self.near_to(dict(cascade.model.named_parameters())[name], value, f"{which} {name}")
+        folded = cascade.folded_state_dict()
+        for name, value in plain.released().items():
+            self.near_to(folded[name], value, f"folded {name}")
+        self.both(self.inputs(3, 0, self.with_y))
+        for name, buffer in plain.model.named_buffers():
+            self.near_to(dict(cascade.model.named_buffers())[name], buffer.double(), name)
+
+    def hand_over(self, leaves: dict[tuple[str, str], nn.Parameter]) -> None:
+        plain = self.plain
+        for key, leaf in leaves.items():
+            plain.leaves()[key].copy_(leaf.detach())
+            if key in plain.velocity:
+                plain.velocity[key] = self.velocity(leaf).to(torch.float64, copy=True)
+
+    # ---- operations
+
+    def one_step(self, batch: int, seed: int, with_y: bool) -> None:
+        args = self.inputs(batch, seed, with_y)
+        output = self.cascade(*args)
+        self.know(with_y)
+        loss_of(output).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.near_to(output, self.plain.step(*args), "output")
+
+    @rule(batch=st.integers(2, 4), seed=st.integers(1, 9), with_y=st.booleans())
+    def step(self, batch: int, seed: int, with_y: bool) -> None:
+        self.one_step(batch, seed, with_y)
+
+    @rule(told=st.sampled_from([True, True, False]))
+    def transition(self, told: bool) -> None:
+        self.cascade.transition(self.optimizer if told else None)
+        self.plain.transition(told=told)
+
+    def trained_since_parked(self) -> bool:
+        return self.plain.parked and (self.plain.moved or any(bool(pair.b.any()) for pair in self.plain.pairs.values()))
+
+    @rule(count=st.integers(1, 2), steps=st.integers(0, 2), leave=st.booleans())
+    def loop(self, count: int, steps: int, leave: bool) -> None:
+        stages = self.cascade.stages(count, self.optimizer)
+        if self.trained_since_parked():
+            with pytest.raises(lx.StateError, match=r"^stages: the branches trained after the last stage ended"):
+                next(stages)
+            return
+        if self.plain.parked:
+            self.plain.unpark()
+        for stage in stages:
+            assert (stage.number, stage.count) == (self.plain.stage, count)
+            for seed in range(steps):
+                self.one_step(3, seed, self.with_y)
+            if leave and stage.index == count:
+                break
+            self.plain.transition(park=stage.index == count)
+
+    @rule(which=st.sampled_from(["slow", "fast", "base"]), batch=st.integers(2, 4), with_y=st.booleans())
+    def look(self, which: Any, batch: int, with_y: bool) -> None:
+        args = self.inputs(batch, 5, with_y)
+        with self.cascade.weights(which):
+            found = self.cascade(*args)
+            self.near_to(found, self.plain(*args, weights=self.plain.weights(which)), f"output by {which}")
+
+    @rule(batch=st.integers(2, 4), with_y=st.booleans())
+    def call(self, batch: int, with_y: bool) -> None:
+        self.both(self.inputs(batch, 6, with_y))
+
+    @rule(train=st.booleans())
+    def mode(self, train: bool) -> None:
+        self.cascade.train(train)
+        self.plain.model.train(train)
+
+    @rule()
+    def save_and_load(self) -> None:
+        path = Path(self.folder.name) / "run"
+        lx.save(self.cascade, path, optimizer=self.optimizer, extra={"stage": self.cascade.stage})
+        training = self.cascade.training
+        self.dtype = self.origin
+        model = copy.deepcopy(self.untouched).train(training)
+        self.cascade = lx.load(path, model, self.inputs(3, 0, self.with_y))
+        self.optimizer = self.fresh_optimizer()
+        assert self.cascade.resume(self.optimizer) == {"stage": self.plain.stage}
+        self.plain.loaded()
+
+    @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.float32]))
+    def cast(self, dtype: torch.dtype) -> None:
+        self.cascade.to(dtype)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # torch: the state gets its parameters' dtype
+        self.plain.cast(dtype)
+        self.dtype = dtype
+        if dtype == torch.float32:
+            self.near = ROUNDED
+
+    @precondition(lambda self: self.plain.stage > 1)
+    @rule(spec=specs(), other=st.booleans())
+    def release_and_adapt(self, spec: lx.CascadeSpec, other: bool) -> None:
+        expected, training = self.plain.released(), self.cascade.training
+        buffers = {name: value.clone() for name, value in self.plain.model.named_buffers()}
+        model = self.cascade.release()
+        assert isinstance(model, Net)
+        assert [(p.requires_grad, model.training) for p in model.parameters()] == self.flags
+        assert training in (True, False)
+        for name, value in expected.items():
+            self.near_to(dict(model.named_parameters())[name], value, f"released {name}")
+        for name, value in buffers.items():
+            self.near_to(dict(model.named_buffers())[name], value.double(), f"released {name}")
+        with pytest.raises(lx.StateError, match=r"^forward: this cascade was released"):
+            self.cascade(*self.inputs(3, 0, self.with_y))
+        self.with_y = self.with_y != other
+        self.adapt(model, spec)
+
+
+def run(examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            print_blob=True,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )
+
+
+def test_operations_against_the_law() -> None:
+    run(examples=10, steps=8)
+
+
+@pytest.mark.slow
+def test_operations_against_the_law_at_length() -> None:
+    run(examples=150, steps=12)
