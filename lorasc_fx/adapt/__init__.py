@@ -15,10 +15,11 @@ from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import check_untie, untied
 from lorasc_fx.capture import check_binds, open_model, signature_of
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
-from lorasc_fx.graph import check_patterns, matches, named_weights
+from lorasc_fx.graph import check_patterns, forms_missing, matches, named_weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
+from lorasc_fx.runtime.checkpoint import Checkpoint
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = ["adapt", "load"]
@@ -99,6 +100,7 @@ def load(
     source = open_base(base, opened)
     with untied(opened, found.plan.spec.untie), torch.inference_mode(False):
         check_base(found, dict(opened.named_parameters()))
+        _check_forms(found)
         try:
             cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source)
         except (PassError, SpecError) as fault:
@@ -109,6 +111,16 @@ def load(
             cascade.release()
             raise
         return cascade
+
+
+def _check_forms(found: Checkpoint) -> None:
+    """Refuse a checkpoint whose sites were found through forms that are not registered here."""
+    sites = {site.form: site.weight for site in reversed(found.plan.sites)}
+    for form, hint in forms_missing(sites).items():
+        raise CheckpointError(
+            f"{found.path}: {sites[form]} was adapted through the form {form!r}, which is not registered here{hint}; "
+            "call lorasc_fx.graph.register_form with it before load"
+        )
 
 
 def _adapt(

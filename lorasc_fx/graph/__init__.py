@@ -3,7 +3,7 @@
 from lorasc_fx.graph.captured import call_instead, give_arguments, rename_inputs, retarget
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, own_copy
 from lorasc_fx.graph.edit import GraphEditor, drop_nodes, weights_from_inputs
-from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading
+from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading, WeightForm
 from lorasc_fx.graph.forms import (
     ADDED_FIRST,
     BRANCH_OF,
@@ -16,9 +16,10 @@ from lorasc_fx.graph.forms import (
     form_of,
     weighs,
 )
-from lorasc_fx.graph.marks import branch_nodes, made_by, use_of
+from lorasc_fx.graph.marks import branch_nodes, calls_branches, made_by, use_of
 from lorasc_fx.graph.matching import Matching, Placer, match, survey
 from lorasc_fx.graph.record import Record, Use, record_of, set_record, strip
+from lorasc_fx.graph.register import forms_missing, register_form
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.sizes import entries
 from lorasc_fx.graph.spelling import spelling_of
@@ -26,6 +27,7 @@ from lorasc_fx.graph.targets import check_patterns, matches
 from lorasc_fx.graph.text import text
 from lorasc_fx.graph.verify import faults, verify
 from lorasc_fx.graph.weights import BRANCHES, named_weights, owner_of
+from lorasc_fx.graph.writes import written_between
 
 __all__ = [
     "ADDED_FIRST",
@@ -45,8 +47,10 @@ __all__ = [
     "Reading",
     "Record",
     "Use",
+    "WeightForm",
     "branch_nodes",
     "call_instead",
+    "calls_branches",
     "check_patterns",
     "copy_graph",
     "drop_nodes",
@@ -54,6 +58,7 @@ __all__ = [
     "faults",
     "form_named",
     "form_of",
+    "forms_missing",
     "give_arguments",
     "graph_module_like",
     "made_by",
@@ -63,6 +68,7 @@ __all__ = [
     "own_copy",
     "owner_of",
     "record_of",
+    "register_form",
     "rename_inputs",
     "retarget",
     "set_record",
@@ -75,4 +81,5 @@ __all__ = [
     "verify",
     "weighs",
     "weights_from_inputs",
+    "written_between",
 ]

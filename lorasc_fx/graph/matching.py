@@ -121,6 +121,7 @@ def _classify(
             layout = seen.beside[0].layout if seen.all_beside else "out_in"
             shape = tuple(weights.parameters[weight].shape)
             site = describe(spec, weight, kind_at(shape, seen), shape, names[1:], layout, seen.parts(shape))
+            site = replace(site, form=seen.own_form)
             sites.append(_placed(site, seen, weights.parameters[weight], spec, place))
     return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))
 

@@ -24,8 +24,15 @@ from lorasc_fx.graph.verify_branches import (
     every_use_has_a_branch,
     metadata_is_the_base_ops,
 )
+from lorasc_fx.graph.verify_foreign import (
+    branches_stand_in_this_graph,
+    factors_are_read_by_branches,
+    nothing_is_written_in_between,
+    weights_are_the_stages,
+)
 from lorasc_fx.graph.view import Rule, View
-from lorasc_fx.graph.weights import module_at, named_weights, owner_of
+from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of
+from lorasc_fx.plan import Site
 
 __all__ = ["RULES", "faults", "verify"]
 
@@ -53,8 +60,14 @@ def _plan_fits_weights(view: View) -> Iterator[str]:
             yield f"{site.weight} is planned, but the model has no weight of this name"
         elif tuple(parameter.shape) != site.shape:
             yield f"{site.weight} is {tuple(parameter.shape)}, planned as {site.shape}"
-        elif weights.names[site.weight][1:] != site.aliases:
+        elif _ties_differ(weights, site):
             yield f"{site.weight} is tied to {weights.names[site.weight][1:]}, planned with {site.aliases}"
+
+
+def _ties_differ(weights: Weights, site: Site) -> bool:
+    """Whether a name is tied that was not, or the other way; one that nobody reads may be gone from a graph module."""
+    new = set(weights.names[site.weight][1:]) - set(site.aliases)
+    return bool(new) or any(weights.canonical.get(alias, site.weight) != site.weight for alias in site.aliases)
 
 
 def _uses_fit_plan(view: View) -> Iterator[str]:
@@ -157,6 +170,10 @@ RULES: tuple[Rule, ...] = (
     branches_fit_plan,
     _slow_state_is_kept,
     metadata_is_the_base_ops,
+    branches_stand_in_this_graph,
+    factors_are_read_by_branches,
+    nothing_is_written_in_between,
+    weights_are_the_stages,
 )
 """Every rule, in the order in which faults are told."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.graph.forms import BRANCH_OF, ON_WEIGHT, form_named
+from lorasc_fx.graph.forms import BRANCH_OF, ON_WEIGHT, form_named, is_form
 from lorasc_fx.graph.marks import made_by, use_of
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.spelling import spelled, spelling_of
@@ -41,6 +41,8 @@ def branches_stand_at_sites(view: View) -> Iterator[str]:
             continue
         if branch.weight_name != use.weight:
             yield f"branch node {node.name} calls the branch of {branch.weight_name} beside {use.weight}"
+        if not is_form(use.form):
+            continue  # told where uses are held against the plan
         inputs, options = _reading(view, use.form, base)
         shared = shared_input(node)
         if shared is not None:
