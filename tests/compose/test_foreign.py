@@ -54,7 +54,21 @@ class Stored(nn.Module):
         return up * torch.sigmoid(gate) + self.packed[8]
 
 
-MODELS: dict[type[nn.Module], tuple[int, ...]] = {Plain: (3, 5), Stored: (3, 3, 6)}
+class Tied(nn.Module):
+    """A table and a head with one weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Linear(5, 7, bias=False), nn.Linear(5, 7, bias=False)
+        self.back = nn.Linear(7, 5)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.back(torch.tanh(self.table(x)))))
+
+
+TIED = ("table", "head")
+MODELS: dict[type[nn.Module], tuple[int, ...]] = {Plain: (3, 5), Stored: (3, 3, 6), Tied: (3, 5)}
 
 
 def make(model: type[nn.Module], dialect: str, placement: str = "beside") -> tuple[fx.GraphModule, Tensor]:
@@ -182,6 +196,16 @@ def record_dropped_with_a_new_module(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, copy.deepcopy(module.graph))
 
 
+@case(model=Tied)
+def name_of_a_tied_weight_dropped_with_a_new_module(module: fx.GraphModule) -> fx.GraphModule:
+    one, other = (next(node for node in module.graph.nodes if node.target == f"{name}.weight") for name in TIED)
+    other.replace_all_uses_with(one)
+    module.graph.erase_node(other)
+    result = fx.GraphModule(module, copy.deepcopy(module.graph))
+    assert not hasattr(result, "head")
+    return result
+
+
 @case(dialect="modules")
 def fusion_without_a_trace(module: fx.GraphModule) -> Any:
     import warnings
@@ -286,6 +310,11 @@ def input_of_the_base_replaced(module: fx.GraphModule) -> None:
 @case("is marked as a use of second.weight, but computes with third.weight")
 def weight_retargeted(module: fx.GraphModule) -> None:
     next(node for node in module.graph.nodes if node.target == "second.weight").target = "third.weight"
+
+
+@case("table.weight is tied to (), planned with ('head.weight',)", model=Tied)
+def tied_weight_given_two_values(module: fx.GraphModule) -> None:
+    module.head = nn.Linear(5, 7, bias=False).double()
 
 
 @case("node linear is marked as a use of first.weight, but computes with None")

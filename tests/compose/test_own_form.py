@@ -273,3 +273,53 @@ def test_a_module_of_ones_own() -> None:
         weight = root[0].weight + deltas(inserted)["0.weight"]
         torch.testing.assert_close(inserted(x), F.linear(x, weight, root[0].bias), rtol=0, atol=1e-12)
         torch.testing.assert_close(FoldBranches()(inserted).graph_module(x), inserted(x), rtol=0, atol=1e-12)
+
+
+class Halved(Skewed):
+    """The op gets something made of the weight, so that its branch stands on the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return skewed(x, self.kernel / 2)
+
+
+class Packet(Skewed):
+    """The op by its packet, as most people write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.my.skewed(x, self.kernel)
+
+
+class Between(Skewed):
+    """The op runs in Python, between two graphs."""
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return skewed(x, self.kernel)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("layer", "frontend", "placement", "share"),
+    [
+        (Halved, "export", "weight", 0.5),
+        (Packet, "symbolic", "beside", 1.0),
+        (Packet, "export", "beside", 1.0),
+        (Between, "pieces", "weight", 1.0),
+    ],
+)
+def test_spellings(layer: type[Skewed], frontend: str, placement: str, share: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), layer(8, 5), nn.Linear(5, 3)).double()
+    values = {name: value.detach().clone() for name, value in model.named_parameters()}
+    cascade = lx.adapt(model, args=(X,), spec=SPEC, frontend=frontend)
+    assert cascade.placements["1.kernel"] == placement
+    with torch.no_grad():
+        for site in cascade.sites:
+            branch = cascade.branches[site.key]
+            nn.init.normal_(branch.lora_B)
+            values[site.weight] += 1.5 * branch.lora_B @ branch.lora_A
+        y = F.linear(X, values["0.weight"], values["0.bias"])
+        y = F.linear(y, share * values["1.kernel"]) + torch.sin(y[..., :1])
+        expected = F.linear(y, values["2.weight"], values["2.bias"])
+        torch.testing.assert_close(cascade(X), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(cascade.release()(X), expected, rtol=0, atol=1e-12)
