@@ -98,6 +98,7 @@ def train(cascade: lx.Cascade) -> dict[str, Tensor]:
 def test_before(row: Row) -> None:
     first = composed(row, plain(row))
     assert row.did(first)
+    without = run(first, row)
     if row.dialect == "eager":
         cascade = lx.adapt(first, inputs(row.dtype), spec=SPEC)
         added, inserted, released = train(cascade), cascade, lambda: cascade.release("dequantize")
@@ -111,7 +112,7 @@ def test_before(row: Row) -> None:
     assert isinstance(row.before, Yes)
     assert len(added) >= 6
     expected = run(merged(composed(row, plain(row)), added), row)
-    assert (expected - run(composed(row, plain(row)), row)).abs().max() > EFFECT
+    assert (expected - without).abs().max() > EFFECT
     assert_equal(run(inserted, row), expected, row)
     folded = released()
     assert row.dialect == "eager" or row.did(folded)
@@ -166,7 +167,7 @@ def test_after(row: Row) -> None:
             torch.testing.assert_close(folded[name], value, rtol=1e-6, atol=1e-6)
         values = folded
     expected = run(composed(row, plain(row, values)), row)
-    assert (expected - run(composed(row, plain(row)), row)).abs().max() > EFFECT
+    assert (expected - run(plain(row), row)).abs().max() > 5 * EFFECT
     result = composed(row, cascade.folded_graph() if row.dialect != "eager" else cascade.release())
     assert row.did(result)
     assert_equal(run(result, row), expected, row)
