@@ -75,6 +75,7 @@ class Site:
         placement: where the branch computes if a node allows it: `beside` the op, `merged` with it, or on the `weight`;
             on the weight where no op allows another.
         dropout: share of the entries of the branch's input that are zero while it trains, beside an op.
+        form: name of the registered form (`lorasc_fx.graph.register_form`) that made it a site; "" for those built in.
     """
 
     weight: str
@@ -88,6 +89,7 @@ class Site:
     parts: tuple[int, ...] = ()
     placement: str = "beside"
     dropout: float = 0.0
+    form: str = ""
 
     @property
     def scale(self) -> float:
@@ -168,6 +170,7 @@ class Plan:
                 "parts": list(site.parts),
                 "placement": site.placement,
                 "dropout": site.dropout,
+                **({"form": site.form} if site.form else {}),
             }
             for site in self.sites
         ]
@@ -230,6 +233,8 @@ def _checked(site: Site) -> Site:
         raise ValueError(f"placement is {site.placement!r}, not one of {', '.join(PLACEMENTS)}")
     if isinstance(site.dropout, bool) or not isinstance(site.dropout, (int, float)) or not 0 <= site.dropout < 1:
         raise ValueError(f"dropout is {site.dropout!r}, not a share in [0, 1)")
+    if not isinstance(site.form, str):
+        raise ValueError(f"form is {site.form!r}, not the name of a form")
     if not isinstance(site.use_rslora, bool):
         raise ValueError(f"use_rslora is {site.use_rslora!r}, not true or false")
     if (

@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from lorasc_fx.errors import PassError
-from lorasc_fx.graph import GraphEditor, record_of, verify
+from lorasc_fx.graph import GraphEditor, calls_branches, record_of, verify
 
 __all__ = ["CascadePass"]
 
@@ -67,10 +67,7 @@ class CascadePass(abc.ABC):
         """Raise PassError unless the graph carries every required fact."""
         missing = sorted(self.requires - record_of(graph_module).facts)
         if missing:
-            raise PassError(
-                f"{self.name} requires {', '.join(missing)}, which this graph does not carry; "
-                f"run a pass that provides it before"
-            )
+            raise PassError(f"{self.name} requires {', '.join(missing)}, which this graph {_why_not(graph_module)}")
 
     def apply(self, editor: GraphEditor) -> None:
         """Rewrite, note the new facts, and verify."""
@@ -80,3 +77,14 @@ class CascadePass(abc.ABC):
         editor.record = replace(editor.record, facts=facts)
         if editor.modified:
             verify(editor.module, f"after {self.name}")
+
+
+def _why_not(graph_module: fx.GraphModule) -> str:
+    """Return what to do about a missing fact: run a pass, or keep what another's pass has dropped."""
+    caller = calls_branches(graph_module)
+    if caller is None or record_of(graph_module).facts:
+        return "does not carry; run a pass that provides it before"
+    return (
+        f"does not carry, though its node {caller.name} calls a branch: a pass made a new graph module without the "
+        "metadata (graph_module.meta); run that pass inside a Pipeline, which hands it on"
+    )

@@ -49,6 +49,7 @@ class FoldBranches(CascadePass):
                 exact = state.exact("slow", arithmetic(state.base.dtype))
                 graph.set_tensor(named.names[weight], exact.to(state.base.dtype))
             graph.record = replace(graph.record, slow=slow, plan=plan.at_stage(plan.stage + 1))
+        graph.record = replace(graph.record, branched=frozenset())
         graph.set_branches({})
 
 

@@ -69,6 +69,8 @@ class InsertBranches(CascadePass):
                 graph.put_beside(base, site.key, reading.x, reading.options)
         if not graph.record.owner:
             start_values(graph, plan, added)
+        branched = frozenset(branch.weight_name for branch in branch_nodes(graph.module).values())
+        graph.record = replace(graph.record, branched=branched)
 
 
 def nothing_to_do(record: Record) -> str:

@@ -3,7 +3,8 @@
 The given order is kept where the facts that a graph brings along allow it; else it is solved, by a lexicographic
 topological sort over facts (networkx), so that it is unique and as near as possible to the given one. Passes that occur
 more than once, and pipelines with `order="given"`, always run as given. Other people's passes (any callable on a
-GraphModule) may stand in between; a pipeline that holds one runs as given.
+GraphModule) may stand in between; a pipeline that holds one runs as given, and hands on what is noted of a graph where
+such a pass makes a new graph module and drops it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from lorasc_fx.errors import PassError, PassOrderError, listed, nearest
-from lorasc_fx.graph import GraphEditor, record_of, verify
+from lorasc_fx.graph import GraphEditor, record_of, set_record, verify
 from lorasc_fx.spec import CascadeSpec
 
 from .base import CascadePass
@@ -103,13 +104,20 @@ class Pipeline:
         return ", ".join(_text(each) for each in self.passes)
 
     @classmethod
-    def parse(cls, text: str, order: Literal["solved", "given"] = "solved") -> Pipeline:
+    def parse(
+        cls, text: str, order: Literal["solved", "given"] = "solved", passes: Sequence[type[CascadePass]] = ()
+    ) -> Pipeline:
         """Build a pipeline from `name, name{options as JSON}, ...`.
+
+        Args:
+            text: names of passes in PASSES, or in `passes`.
+            order: as for a Pipeline.
+            passes: classes of your own, that the text may name besides.
 
         Raises:
             PassError: an unknown pass (with the nearest names), unknown options, or text that cannot be read.
         """
-        return cls(tuple(_parse(text)), order)
+        return cls(tuple(_parse(text, (*PASSES, *passes))), order)
 
 
 def name_of(each: AnyPass) -> str:
@@ -118,7 +126,7 @@ def name_of(each: AnyPass) -> str:
 
 
 def _run_foreign(each: Callable[[fx.GraphModule], Any], editor: GraphEditor) -> GraphEditor:
-    before = editor.compiled()
+    before, record = editor.lend(), editor.record
     result = each(before)
     changed = True
     if isinstance(result, PassResult):
@@ -128,6 +136,8 @@ def _run_foreign(each: Callable[[fx.GraphModule], Any], editor: GraphEditor) -> 
         raise PassError(
             f"pass {name_of(each)} returned {type(result).__name__}; a pass returns a GraphModule or PassResult"
         )
+    if not record_of(result).facts and "branches-folded" not in record.facts:
+        set_record(result, record)  # made anew; of a folded graph nothing has to be known any more
     verify(result, f"after {name_of(each)}")
     after = editor.go_on(result)
     after.modified |= changed
@@ -135,7 +145,9 @@ def _run_foreign(each: Callable[[fx.GraphModule], Any], editor: GraphEditor) -> 
 
 
 def _pairs(passes: Sequence[AnyPass]) -> Iterator[tuple[int, int]]:
-    """Yield (provider, requirer) for each fact that one pass provides and another requires."""
+    """Yield (provider, requirer) for each fact that one pass provides and another requires, and (requirer, taker) for
+    each that a pass takes away which requires it itself.
+    """
     for later, each in enumerate(passes):
         if not isinstance(each, CascadePass):
             continue
@@ -145,6 +157,8 @@ def _pairs(passes: Sequence[AnyPass]) -> Iterator[tuple[int, int]]:
             wanted = each.requires & other.provides
             kept = each.provides & wanted  # a pass that hands a fact on, as it got it, needs nobody to renew it
             if wanted - kept or (wanted and not other.requires & wanted):
+                yield earlier, later
+            if other.requires & (each.requires & each.removes - other.removes):
                 yield earlier, later
 
 
@@ -206,8 +220,8 @@ def _text(each: AnyPass) -> str:
     return each.name + (json.dumps(options) if options else "")
 
 
-def _parse(text: str) -> Iterator[CascadePass]:
-    known = {each.name: each for each in PASSES}
+def _parse(text: str, passes: Sequence[type[CascadePass]]) -> Iterator[CascadePass]:
+    known = {each.name: each for each in passes}
     rest = text.strip()
     while rest:
         length = next((at for at, letter in enumerate(rest) if letter in "{,"), len(rest))

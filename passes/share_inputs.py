@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import fx
 
 from lorasc_fx.branch import Branch, MatrixBranch
-from lorasc_fx.graph import GraphEditor, branch_nodes, entries, spelling_of
+from lorasc_fx.graph import GraphEditor, branch_nodes, entries, spelling_of, written_between
 
 from .base import CascadePass
 
@@ -38,7 +38,9 @@ class ShareInputs(CascadePass):
             if shares(node, branch):
                 x = node.args[1]
                 assert isinstance(x, fx.Node)
-                groups[x].setdefault(str(node.target), node)
+                group = groups[x]
+                if not group or written_between(next(iter(group.values())), node, (x,)) is None:
+                    group.setdefault(str(node.target), node)
         for x, nodes in groups.items():
             if len(nodes) > 1 and entries(x) >= self.least:
                 graph.share(list(nodes.values()))

@@ -18,10 +18,11 @@ from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import check_untie, untie
 from lorasc_fx.capture import FRONTENDS, check_binds, open_model, signature_of
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
-from lorasc_fx.graph import check_patterns, faults, matches, named_weights
+from lorasc_fx.graph import check_patterns, faults, forms_missing, matches, named_weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
+from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing
 
@@ -114,6 +115,7 @@ def load(
         weights = named_weights(opened)
         check_base(found, weights.parameters)
         check_plan(found, weights.matrices, weights.parameters)
+        _check_forms(found)
         try:
             cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo)
         except (PassError, SpecError) as fault:
@@ -123,6 +125,16 @@ def load(
         cascade.load(found)
         _check_loaded(cascade, found.path)
         return cascade
+
+
+def _check_forms(found: Checkpoint) -> None:
+    """Refuse a checkpoint whose sites were found through forms that are not registered here."""
+    sites = {site.form: site.weight for site in reversed(found.plan.sites)}
+    for form, hint in forms_missing(sites).items():
+        raise CheckpointError(
+            f"{found.path}: {sites[form]} was adapted through the form {form!r}, which is not registered here{hint}; "
+            "call lorasc_fx.graph.register_form with it before load"
+        )
 
 
 def _adapt(

@@ -17,6 +17,7 @@ from lorasc_fx.capture.live import quiet
 from lorasc_fx.capture.signature import copied
 from lorasc_fx.capture.untouched import untouched
 from lorasc_fx.graph import ADDED_FIRST, CONTRACTIONS, LIKE_ANOTHER, SCALES, weighs
+from lorasc_fx.graph.own_forms import own_form
 
 __all__ = ["watch"]
 
@@ -62,7 +63,8 @@ class _Watcher(TorchFunctionMode):
         weights = self._weights(tensors)
         if name not in _READS_NO_VALUE:
             self.seen |= weights
-        kind = CONTRACTIONS.get(name)
+        own = own_form(func)
+        kind = CONTRACTIONS.get(name) if own is None else own.kind
         inputs = [tensor for tensor in tensors if id(tensor) not in self._made_of]
         if weights and (kind == "embedding" or any(each.is_floating_point() for each in inputs)):
             multiplied = self._weights([each for each in tensors if name not in ADDED_FIRST or each is not args[0]])

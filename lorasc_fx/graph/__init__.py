@@ -1,25 +1,27 @@
 """Graphs: the table of forms, matching, the one surgeon, the verifier, canonical text."""
 
 from lorasc_fx.graph.captured import call_instead, give_arguments, rename_inputs, retarget
-from lorasc_fx.graph.chosen import ON_CHOSEN, chosen_by
+from lorasc_fx.graph.chosen import chosen_by
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, own_copy
 from lorasc_fx.graph.edit import GraphEditor, drop_nodes, weights_from_inputs
-from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading
+from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading, WeightForm
 from lorasc_fx.graph.forms import (
     ADDED_FIRST,
     BRANCH_OF,
     CONTRACTIONS,
     FORMS,
     LIKE_ANOTHER,
+    ON_CHOSEN,
     ON_WEIGHT,
     SCALES,
     form_named,
     form_of,
     weighs,
 )
-from lorasc_fx.graph.marks import branch_nodes, made_by, use_of
+from lorasc_fx.graph.marks import branch_nodes, calls_branches, made_by, use_of
 from lorasc_fx.graph.matching import Matching, Placer, match, survey
 from lorasc_fx.graph.record import Record, Use, record_of, set_record, strip
+from lorasc_fx.graph.register import forms_missing, register_form
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.sizes import entries
 from lorasc_fx.graph.spelling import spelling_of
@@ -27,6 +29,7 @@ from lorasc_fx.graph.targets import check_patterns, matches
 from lorasc_fx.graph.text import text
 from lorasc_fx.graph.verify import faults, verify
 from lorasc_fx.graph.weights import BRANCHES, named_weights, owner_of
+from lorasc_fx.graph.writes import written_between
 
 __all__ = [
     "ADDED_FIRST",
@@ -47,8 +50,10 @@ __all__ = [
     "Reading",
     "Record",
     "Use",
+    "WeightForm",
     "branch_nodes",
     "call_instead",
+    "calls_branches",
     "check_patterns",
     "chosen_by",
     "copy_graph",
@@ -57,6 +62,7 @@ __all__ = [
     "faults",
     "form_named",
     "form_of",
+    "forms_missing",
     "give_arguments",
     "graph_module_like",
     "made_by",
@@ -66,6 +72,7 @@ __all__ = [
     "own_copy",
     "owner_of",
     "record_of",
+    "register_form",
     "rename_inputs",
     "retarget",
     "set_record",
@@ -78,4 +85,5 @@ __all__ = [
     "verify",
     "weighs",
     "weights_from_inputs",
+    "written_between",
 ]

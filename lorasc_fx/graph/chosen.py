@@ -14,10 +14,7 @@ from torch import fx
 from lorasc_fx.graph.flow import reads_shape_only
 from lorasc_fx.graph.sizes import shape_of
 
-__all__ = ["ON_CHOSEN", "choices", "chosen_by"]
-
-ON_CHOSEN = "on-chosen"
-"""Name of the form in which a branch stands on the matrix that was chosen, before whatever computes with it."""
+__all__ = ["choices", "chosen_by"]
 
 _SELECTS = (torch.ops.aten.select.int, torch.select, "select")
 _INDEXES = (torch.ops.aten.index.Tensor, operator.getitem)

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lorasc_fx.graph.record import strip
 
-__all__ = ["copy_graph", "graph_module_like", "own_copy", "shallow"]
+__all__ = ["copy_graph", "graph_module_like", "own_copy", "shallow", "unshared"]
 
 
 def shallow(module: nn.Module) -> nn.Module:
@@ -23,6 +23,15 @@ def shallow(module: nn.Module) -> nn.Module:
     for store in ("_modules", "_parameters", "_buffers"):
         new.__dict__[store] = dict(getattr(module, store))
     return new
+
+
+def unshared(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Return a shallow copy of a module and of all modules in it; what stood at two places stands there again."""
+    if module not in memo:
+        memo[module] = new = shallow(module)
+        for name, child in module._modules.items():
+            new._modules[name] = child if child is None else unshared(child, memo)
+    return memo[module]
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -17,13 +17,13 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch, shared_down
 from lorasc_fx.errors import PassError
-from lorasc_fx.graph.copies import copy_graph, graph_module_like, shallow
+from lorasc_fx.graph.copies import copy_graph, graph_module_like, shallow, unshared
 from lorasc_fx.graph.form import Reading
 from lorasc_fx.graph.marks import made_by, use_of
 from lorasc_fx.graph.record import MADE_BY, SPELLING, USE, Record, Use, record_of, set_record
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.spelling import Spelled, Spelling, spelled
-from lorasc_fx.graph.weights import BRANCHES, owner_of
+from lorasc_fx.graph.weights import BRANCHES, held_branches, owner_of
 from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["GraphEditor", "drop_nodes", "weights_from_inputs"]
@@ -79,12 +79,12 @@ class GraphEditor:
     @property
     def branches(self) -> Mapping[str, Branch]:
         """The branches that the graph module holds, by key."""
-        found = self.module._modules.get(BRANCHES)
-        if found is None:
+        if self.module._modules.get(BRANCHES) is None:
             return {}
-        if not isinstance(found, nn.ModuleDict) or not all(isinstance(each, Branch) for each in found.values()):
+        found = held_branches(self.module)
+        if found is None:
             raise PassError(f"the graph module has a child {BRANCHES!r} of its own; rename it, branches are kept there")
-        return {key: each for key, each in found.items() if isinstance(each, Branch)}
+        return found
 
     def set_branches(self, branches: Mapping[str, Branch]) -> None:
         """Hold these branches, in a dictionary of this copy's own; without any, the child goes."""
@@ -218,8 +218,20 @@ class GraphEditor:
             holder._parameters[leaf] = new
         self.modified = True
 
+    def lend(self) -> fx.GraphModule:
+        """Lint, compile, and return the copy for another's pass, which may exchange modules and parameters in it.
+
+        Only tensors are shared with the original, and a live model, which is the runtime's.
+        """
+        self.compiled()
+        memo: dict[nn.Module, nn.Module] = {}
+        for name, child in self.module._modules.items():
+            if child is not None and name != self.record.owner:
+                self.module._modules[name] = unshared(child, memo)
+        return self.module
+
     def compiled(self) -> fx.GraphModule:
-        """Lint, compile, and return the copy as it is: for another's pass in the middle of a pipeline."""
+        """Lint, compile, and return the copy as it is."""
         self.module.graph.lint()
         self.module.recompile()
         return self.module

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.graph.forms import LIKE_ANOTHER, name_of
 from lorasc_fx.graph.weights import module_at
 
-__all__ = ["Meeting", "constants", "inside", "looks_up", "meetings", "mutates", "reads_shape_only"]
+__all__ = ["Meeting", "constants", "inside", "looks_up", "may_alias", "meetings", "mutates", "reads_shape_only"]
 
 _SHAPE_ONLY = {torch.ops.aten.sym_size.int, torch.ops.aten._assert_tensor_metadata.default}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"}
@@ -114,7 +114,7 @@ def meetings(
             )
             apart = stands_for_itself(user) or stands(user, sources)
             if user.users and not apart and user.op != "output" and (made or selects(user, derived)):
-                derived[user] = any(derived[source] for source in sources) and _may_alias(user)
+                derived[user] = any(derived[source] for source in sources) and may_alias(user)
                 waiting.append(user)
             else:
                 met[user] = None
@@ -123,7 +123,7 @@ def meetings(
         yield Meeting(node, reads, tuple(source for source in reads if derived[source]))
 
 
-def _may_alias(node: fx.Node) -> bool:
+def may_alias(node: fx.Node) -> bool:
     """Whether a node's value may share memory with an argument; unknown where the op has no schema."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(each.alias_info is not None for each in schema.returns)

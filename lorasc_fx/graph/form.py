@@ -1,6 +1,6 @@
 """What a form is: a spelling of a node beside which a branch can stand, or which a branch can be merged into.
 
-The rows are in `forms`.
+The rows are in `forms`; a user's own are added by `register_form`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import fx, nn
 
-__all__ = ["AnyNode", "Form", "FunctionForm", "ModuleForm", "Reading"]
+__all__ = ["AnyNode", "Form", "FunctionForm", "ModuleForm", "Reading", "WeightForm"]
 
 
 class AnyNode(Protocol):
@@ -81,8 +81,7 @@ class FunctionForm(Form):
 
     def argument(self, node: AnyNode, name: str) -> Any:
         """Return the node's argument of this name, wherever it stands, or None."""
-        position = self.parameters.index(name) if name in self.parameters else len(node.args)
-        return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+        return _argument(self.parameters, node, name)
 
     def fits(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether the node reads `source` as its weight and nowhere else, and has no argument that the row cannot
@@ -102,6 +101,35 @@ class FunctionForm(Form):
         return Reading(
             self.argument(node, self.x), {**dict(self.options), **options}, self.argument(node, self.weight), bias
         )
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """A call of one of these targets that computes with its weight in any way: the branch stands on the weight, before
+    it. The op may do what it likes with `W + s B A`; the weight's whole gradient is made.
+
+    Args:
+        name: for people, in plans and in messages.
+        kind: of the sites, one of `lorasc_fx.spec.KINDS`; a spec's targets may name it.
+        targets: functions, torch ops, or names of methods.
+        parameters: names of the target's arguments, in order.
+        weight: which of them is the weight.
+    """
+
+    name: str
+    kind: str
+    targets: tuple[Callable[..., Any] | str, ...]
+    parameters: tuple[str, ...]
+    weight: str = "weight"
+
+    def argument(self, node: AnyNode, name: str) -> Any:
+        """Return the node's argument of this name, wherever it stands, or None."""
+        return _argument(self.parameters, node, name)
+
+
+def _argument(parameters: tuple[str, ...], node: AnyNode, name: str) -> Any:
+    position = parameters.index(name) if name in parameters else len(node.args)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
 @dataclass(frozen=True)

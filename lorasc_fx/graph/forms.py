@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch, ConvBranch, MatrixBranch
-from lorasc_fx.graph.form import AnyNode, FunctionForm, ModuleForm
+from lorasc_fx.errors import PassError
+from lorasc_fx.graph.form import AnyNode, FunctionForm, ModuleForm, WeightForm
+from lorasc_fx.graph.own_forms import OWN, own_form, own_named
 
 __all__ = [
     "ADDED_FIRST",
@@ -28,11 +30,13 @@ __all__ = [
     "CONTRACTIONS",
     "FORMS",
     "LIKE_ANOTHER",
+    "ON_CHOSEN",
     "ON_WEIGHT",
     "SCALES",
     "contraction",
     "form_named",
     "form_of",
+    "is_form",
     "name_of",
     "transposes",
     "weighs",
@@ -42,6 +46,9 @@ aten = torch.ops.aten
 
 ON_WEIGHT = "on-weight"
 """Name of the form in which a branch stands on the weight, before whatever computes with it."""
+
+ON_CHOSEN = "on-chosen"
+"""Name of the form in which a branch stands on the matrix that an input chose out of a stack (`chosen`)."""
 
 
 _LINEAR = ("input", "weight", "bias")
@@ -147,16 +154,30 @@ _BY_NAME = {form.name: form for form in FORMS}
 
 
 def form_named(name: str) -> FunctionForm | ModuleForm:
-    """Return the row of this name."""
-    return _BY_NAME[name]
+    """Return the row of this name.
+
+    Raises:
+        PassError: it is a registered one, and is so no more.
+    """
+    form = _BY_NAME.get(name) or own_named(name)
+    if form is None or isinstance(form, WeightForm):  # the latter are no node's
+        raise PassError(f"no form is named {name!r} here; register it again (lorasc_fx.graph.register_form)")
+    return form
+
+
+def is_form(name: str) -> bool:
+    """Whether a row has this name now."""
+    return name in (ON_WEIGHT, ON_CHOSEN) or name in _BY_NAME or own_named(name) is not None
 
 
 def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
     """Return the row that fits a node; `module` is the one that a `call_module` calls."""
     if node.op in ("call_function", "call_method"):
-        return _BY_TARGET.get(node.target)
+        form = _BY_TARGET.get(node.target) or own_form(node.target)
+        return form if isinstance(form, FunctionForm) else None
     if node.op == "call_module" and module is not None:
-        return next((form for form in FORMS if isinstance(form, ModuleForm) and form.fits(module)), None)
+        rows = (*FORMS, *OWN.values())
+        return next((form for form in rows if isinstance(form, ModuleForm) and form.fits(module)), None)
     return None
 
 
@@ -178,6 +199,11 @@ def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
     """
     if node.op not in ("call_function", "call_method"):
         return None
+    own = own_form(node.target)
+    if isinstance(own, WeightForm):
+        return own.kind if own.argument(node, own.weight) in reads else None
+    if own is not None:
+        return own.kind if any(source in reads for source in node.all_input_nodes) else None
     name = name_of(node)
     multiplied: list[fx.Node] = []
     fx.node.map_arg((node.args[1 if name in ADDED_FIRST else 0 :], node.kwargs), multiplied.append)

@@ -8,7 +8,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.graph.record import MADE_BY, USE, Use
 from lorasc_fx.graph.weights import module_at
 
-__all__ = ["branch_nodes", "made_by", "use_of"]
+__all__ = ["branch_nodes", "calls_branches", "made_by", "use_of"]
 
 
 def use_of(node: fx.Node) -> Use | None:
@@ -32,3 +32,13 @@ def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
             if isinstance(module, Branch):
                 found[node] = module
     return found
+
+
+def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
+    """Return the first node that calls a branch, or a module inside which one stands."""
+    for node in graph_module.graph.nodes:
+        module = module_at(graph_module, str(node.target)) if node.op == "call_module" else None
+        if module is not None and any(isinstance(each, Branch) for each in module.modules()):
+            found: fx.Node = node
+            return found
+    return None

@@ -16,8 +16,8 @@ from torch import fx
 
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import PassError
-from lorasc_fx.graph.chosen import ON_CHOSEN, choices
-from lorasc_fx.graph.forms import ON_WEIGHT
+from lorasc_fx.graph.chosen import choices
+from lorasc_fx.graph.forms import ON_CHOSEN, ON_WEIGHT
 from lorasc_fx.graph.reading import Found, kind_at, read
 from lorasc_fx.graph.record import Record, Use
 from lorasc_fx.graph.targets import check_patterns, describe, matches, targeted
@@ -122,6 +122,7 @@ def _classify(
             layout = seen.beside[0].layout if seen.all_beside else "out_in"
             shape = tuple(weights.parameters[weight].shape)
             site = describe(spec, weight, kind_at(shape, seen), shape, names[1:], layout, seen.parts(shape))
+            site = replace(site, form=seen.own_form)
             sites.append(_placed(site, seen, weights.parameters[weight], spec, place))
     return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))
 

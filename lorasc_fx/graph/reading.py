@@ -12,6 +12,7 @@ from lorasc_fx.graph.chosen import choices
 from lorasc_fx.graph.flow import Meeting, constants, mutates
 from lorasc_fx.graph.form import FunctionForm
 from lorasc_fx.graph.forms import form_of, transposes
+from lorasc_fx.graph.own_forms import own_form, own_named
 from lorasc_fx.graph.record import Record
 from lorasc_fx.graph.slices import Rows, parts_of, rows_read
 from lorasc_fx.graph.spelling import mergeable, spelled, spelling_of
@@ -76,6 +77,13 @@ class Found:
         """The rows of the slices in which all uses together read the weight, or ()."""
         sliced = not (self.beside or self.others or self.outside) and kind_at(shape, self) != "experts"
         return parts_of(self.rows, shape[0]) if sliced else ()
+
+    @property
+    def own_form(self) -> str:
+        """Name of the first form that a user has registered among those of the uses, or ""."""
+        names = [each.form for each in self.beside if own_named(each.form) is not None]
+        forms = [form for node, _ in self.contracted if (form := own_form(node.target)) is not None]
+        return next(iter([*names, *(form.name for form in forms)]), "")
 
     @property
     def called(self) -> list[fx.Node]:

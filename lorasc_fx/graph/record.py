@@ -44,6 +44,7 @@ class Record:
         plan: what was decided, or None.
         refusals, unreached: what was not adapted; with the sites, every weight matrix.
         slow: slow state of the sites of a graph module that owns its weights.
+        branched: the weights whose branch nodes of this graph call, since they were inserted.
     """
 
     facts: frozenset[str] = frozenset()
@@ -52,6 +53,7 @@ class Record:
     refusals: tuple[Refusal, ...] = ()
     unreached: tuple[str, ...] = ()
     slow: Mapping[str, SlowWeight] = field(default_factory=dict)
+    branched: frozenset[str] = frozenset()
 
     @property
     def prefix(self) -> str:

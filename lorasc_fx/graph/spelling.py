@@ -10,6 +10,7 @@ from torch import fx
 
 from lorasc_fx.graph.form import FunctionForm, ModuleForm, Reading
 from lorasc_fx.graph.forms import form_of
+from lorasc_fx.graph.own_forms import own_named
 from lorasc_fx.graph.record import SPELLING
 from lorasc_fx.graph.weights import module_at
 
@@ -83,7 +84,7 @@ def spelled(node: fx.Node) -> Spelled | None:
 
 def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
     """Whether a branch can stand in place of this node: it reads the weight as the model stores it."""
-    if not form.product:
+    if not form.product or own_named(form.name) is not None:  # what a user's op is merged into, nobody said
         return False
     if isinstance(form, ModuleForm):
         return True

@@ -11,10 +11,10 @@ from typing import Any
 from torch import fx
 
 from lorasc_fx.errors import VerifyError
-from lorasc_fx.graph.chosen import ON_CHOSEN, choices, chosen_by
+from lorasc_fx.graph.chosen import choices, chosen_by
 from lorasc_fx.graph.flow import constants
 from lorasc_fx.graph.form import FunctionForm, ModuleForm
-from lorasc_fx.graph.forms import BRANCH_OF, ON_WEIGHT, form_of, transposes
+from lorasc_fx.graph.forms import BRANCH_OF, ON_CHOSEN, ON_WEIGHT, form_of, transposes
 from lorasc_fx.graph.marks import branch_nodes, use_of
 from lorasc_fx.graph.record import record_of
 from lorasc_fx.graph.spelling import spelled
@@ -26,8 +26,15 @@ from lorasc_fx.graph.verify_branches import (
     metadata_is_the_base_ops,
     nothing_is_left_over,
 )
+from lorasc_fx.graph.verify_foreign import (
+    branches_stand_in_this_graph,
+    factors_are_read_by_branches,
+    nothing_is_written_in_between,
+    weights_are_the_stages,
+)
 from lorasc_fx.graph.view import Rule, View
-from lorasc_fx.graph.weights import module_at, named_weights, owner_of
+from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of
+from lorasc_fx.plan import Site
 
 __all__ = ["RULES", "faults", "verify"]
 
@@ -60,8 +67,14 @@ def _plan_fits_weights(view: View) -> Iterator[str]:
             yield f"{site.weight} is planned, but the model has no weight of this name"
         elif tuple(parameter.shape) != site.shape:
             yield f"{site.weight} is {tuple(parameter.shape)}, planned as {site.shape}"
-        elif weights.names[site.weight][1:] != site.aliases:
+        elif _ties_differ(weights, site):
             yield f"{site.weight} is tied to {weights.names[site.weight][1:]}, planned with {site.aliases}"
+
+
+def _ties_differ(weights: Weights, site: Site) -> bool:
+    """Whether a name is tied that was not, or the other way; one that nobody reads may be gone from a graph module."""
+    new = set(weights.names[site.weight][1:]) - set(site.aliases)
+    return bool(new) or any(weights.canonical.get(alias, site.weight) != site.weight for alias in site.aliases)
 
 
 def _uses_fit_plan(view: View) -> Iterator[str]:
@@ -179,6 +192,10 @@ RULES: tuple[Rule, ...] = (
     _slow_state_is_kept,
     metadata_is_the_base_ops,
     nothing_is_left_over,
+    branches_stand_in_this_graph,
+    factors_are_read_by_branches,
+    nothing_is_written_in_between,
+    weights_are_the_stages,
 )
 """Every rule, in the order in which faults are told."""
 

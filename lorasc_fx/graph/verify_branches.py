@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.graph.chosen import ON_CHOSEN, chosen_by
-from lorasc_fx.graph.forms import BRANCH_OF, ON_WEIGHT, form_named
+from lorasc_fx.graph.chosen import chosen_by
+from lorasc_fx.graph.forms import BRANCH_OF, ON_CHOSEN, ON_WEIGHT, form_named, is_form
 from lorasc_fx.graph.marks import made_by, use_of
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.spelling import spelled, spelling_of
@@ -48,6 +48,8 @@ def branches_stand_at_sites(view: View) -> Iterator[str]:
             continue
         if branch.weight_name != use.weight:
             yield f"branch node {node.name} calls the branch of {branch.weight_name} beside {use.weight}"
+        if not is_form(use.form):
+            continue  # told where uses are held against the plan
         found = _reading(view, use.form, base)
         if found is None:
             yield f"node {base.name} has not the arguments of {use.form}"

@@ -10,7 +10,7 @@ from torch import fx, nn
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph.record import Record
 
-__all__ = ["BRANCHES", "Weights", "named_weights"]
+__all__ = ["BRANCHES", "Weights", "held_branches", "named_weights"]
 
 BRANCHES = "branches"
 """Name of the child that holds the branches; it is not the model's."""
@@ -42,7 +42,7 @@ def named_weights(owner: nn.Module) -> Weights:
     parameters: dict[str, nn.Parameter] = {}
     names: dict[str, list[str]] = {}
     canonical: dict[str, str] = {}
-    ours = f"{BRANCHES}." if isinstance(owner, fx.GraphModule) and _ours(owner) else None
+    ours = f"{BRANCHES}." if isinstance(owner, fx.GraphModule) and held_branches(owner) is not None else None
     for name, parameter in owner.named_parameters(remove_duplicate=False):
         if ours is not None and name.startswith(ours):
             continue
@@ -53,9 +53,16 @@ def named_weights(owner: nn.Module) -> Weights:
     return Weights(parameters, {own: tuple(all_names) for own, all_names in names.items()}, canonical)
 
 
-def _ours(owner: nn.Module) -> bool:
-    holder = owner._modules.get(BRANCHES)
-    return isinstance(holder, nn.ModuleDict) and all(isinstance(each, Branch) for each in holder.values())
+def held_branches(graph_module: nn.Module) -> dict[str, Branch] | None:
+    """Return the branches that a graph module holds, by key; None if it has no child for them, or one of its own.
+
+    A graph module that was made of another by its graph has a plain module in place of our dictionary.
+    """
+    holder = graph_module._modules.get(BRANCHES)
+    if type(holder) not in (nn.ModuleDict, nn.Module) or holder is None or holder._parameters or holder._buffers:
+        return None
+    found = {key: each for key, each in holder._modules.items() if isinstance(each, Branch)}
+    return found if len(found) == len(holder._modules) and (found or isinstance(holder, nn.ModuleDict)) else None
 
 
 def owner_of(graph_module: fx.GraphModule, record: Record) -> nn.Module:

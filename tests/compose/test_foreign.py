@@ -1,0 +1,503 @@
+"""What another's pass does to a site between insertion and fold is followed, or refused with node and reason.
+
+Each pass here works on a graph that holds branches with B != 0. Followed: the folded graph computes what the adapted
+one did, as the pass left it. Refused: an error that names the node, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import lorasc_fx as lx
+from lorasc_fx.graph import branch_nodes, faults, record_of, text
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, StageTransition
+from tests.compose.models import SPEC, calls, plainly
+from tests.passes.kit import deltas, fill, insert
+
+aten = torch.ops.aten
+
+
+class Plain(nn.Module):
+    """Linear layers after each other; one weight is used twice, on the same input and on another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(5, 7), nn.Linear(7, 6), nn.Linear(7, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        a = torch.relu(self.second(y))
+        b = torch.relu(self.second(y))
+        return a * self.third(y) + b
+
+
+class Stored(nn.Module):
+    """A branch on its weight: two slices of it are used apart. And a convolution with its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(torch.randn(9, 4) / 2)
+        self.conv, self.bn = nn.Conv1d(3, 4, 2, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x)).transpose(1, 2)
+        up, gate = F.linear(y, self.packed[:4]), F.linear(y, self.packed[4:8])
+        return up * torch.sigmoid(gate) + self.packed[8]
+
+
+class Tied(nn.Module):
+    """A table and a head with one weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Linear(5, 7, bias=False), nn.Linear(5, 7, bias=False)
+        self.back = nn.Linear(7, 5)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.back(torch.tanh(self.table(x)))))
+
+
+TIED = ("table", "head")
+MODELS: dict[type[nn.Module], tuple[int, ...]] = {Plain: (3, 5), Stored: (3, 3, 6), Tied: (3, 5)}
+
+
+def make(model: type[nn.Module], dialect: str, placement: str = "beside") -> tuple[fx.GraphModule, Tensor]:
+    """An inserted graph with branches that count, and an input."""
+    torch.manual_seed(2)
+    module = model().double()
+    x = torch.randn(MODELS[model], dtype=torch.float64)
+    module(x * 2 + 1)
+    module.eval()
+    plain: Any = fx.symbolic_trace(module)
+    if dialect == "aten":
+        plain = plainly(torch.export.export(module, (x,)).module(check_guards=False))
+    spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0, seed=5, placement=placement)  # type: ignore[arg-type]
+    return fill(insert(plain, spec)), x
+
+
+@dataclass(frozen=True)
+class Case:
+    """A foreign pass, the graph that it works on, and what is said of it; nothing where it is followed."""
+
+    harm: Callable[[fx.GraphModule], Any]
+    told: tuple[str, ...]
+    model: type[nn.Module]
+    dialect: str
+    placement: str
+
+    def __str__(self) -> str:
+        return self.harm.__name__
+
+
+CASES: list[Case] = []
+
+
+def case(
+    *told: str, model: type[nn.Module] = Plain, dialect: str = "aten", placement: str = "beside"
+) -> Callable[[Callable[[fx.GraphModule], Any]], Callable[[fx.GraphModule], Any]]:
+    def register(harm: Callable[[fx.GraphModule], Any]) -> Callable[[fx.GraphModule], Any]:
+        CASES.append(Case(harm, told, model, dialect, placement))
+        return harm
+
+    return register
+
+
+def at(module: fx.GraphModule, name: str) -> fx.Node:
+    return next(node for node in module.graph.nodes if node.name == name)
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    base = node.args[0]
+    assert isinstance(base, fx.Node)
+    return base
+
+
+def instead(node: fx.Node, target: Any, args: tuple[Any, ...], meta: bool = False) -> fx.Node:
+    """A new node in the place of another, as a careless pass makes it (or a careful one, with its metadata)."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, args)
+    new.meta = dict(node.meta) if meta else {}
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    return new
+
+
+# --- followed -------------------------------------------------------------------------------------------------------
+
+
+@case()
+def base_renamed(module: fx.GraphModule) -> None:
+    at(module, "linear").name = "projection"
+
+
+@case()
+def branch_renamed(module: fx.GraphModule) -> None:
+    at(module, "linear_lora").name = "projection_with_adapter"
+
+
+@case(placement="merged")
+def merged_branch_renamed(module: fx.GraphModule) -> None:
+    at(module, "linear_lora").name = "projection_with_adapter"
+
+
+@case()
+def base_and_branch_cloned(module: fx.GraphModule) -> None:
+    branch = at(module, "linear_lora")
+    user = next(iter(branch.users))
+    with module.graph.inserting_before(user):
+        base = module.graph.node_copy(base_of(branch))
+        twin = module.graph.node_copy(branch, lambda node: base if node is base_of(branch) else node)
+        total = module.graph.call_function(torch.add, (branch, twin))
+    user.replace_input_with(branch, total)
+
+
+@case()
+def equal_uses_merged(module: fx.GraphModule) -> fx.GraphModule:
+    from torch.fx.passes.dialect.common.cse_pass import CSEPass
+
+    before = len(branch_nodes(module))
+    result = CSEPass()(module).graph_module
+    assert len(branch_nodes(result)) == before - 1
+    return result
+
+
+@case()
+def nodes_reordered(module: fx.GraphModule) -> None:
+    branch = at(module, "linear_3_lora")
+    at(module, "tanh").append(base_of(branch))
+    at(module, "relu_1").append(branch)
+
+
+@case()
+def bias_split_off_behind_the_branch(module: fx.GraphModule) -> None:
+    branch = at(module, "linear_lora")
+    base = base_of(branch)
+    bias = base.args[2]
+    base.args = base.args[:2]
+    users = list(branch.users)
+    with module.graph.inserting_after(branch):
+        total = module.graph.call_function(aten.add.Tensor, (branch, bias))
+    for user in users:
+        user.replace_input_with(branch, total)
+
+
+@case()
+def record_dropped_with_a_new_module(module: fx.GraphModule) -> fx.GraphModule:
+    return fx.GraphModule(module, copy.deepcopy(module.graph))
+
+
+@case(model=Tied)
+def name_of_a_tied_weight_dropped_with_a_new_module(module: fx.GraphModule) -> fx.GraphModule:
+    one, other = (next(node for node in module.graph.nodes if node.target == f"{name}.weight") for name in TIED)
+    other.replace_all_uses_with(one)
+    module.graph.erase_node(other)
+    result = fx.GraphModule(module, copy.deepcopy(module.graph))
+    assert not hasattr(result, "head")
+    return result
+
+
+@case(dialect="modules")
+def fusion_without_a_trace(module: fx.GraphModule) -> Any:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.fx.experimental.optimization import fuse
+    return fuse(module, no_trace=True)
+
+
+@case(model=Stored)
+def noise_of_a_quantizer_over_the_branch(module: fx.GraphModule) -> None:
+    branch = at(module, "packed_lora")
+    users = list(branch.users)
+    with module.graph.inserting_after(branch):
+        rounded = module.graph.call_function(torch.fake_quantize_per_tensor_affine, (branch, 0.01, 0, -128, 127))
+    for user in users:
+        user.replace_input_with(branch, rounded)
+
+
+@case()
+def dead_uses_dropped_whole(module: fx.GraphModule) -> None:
+    """One of the two uses of a weight goes, with its branch; the other stays."""
+    output = next(iter(reversed(module.graph.nodes)))
+    total = output.args[0]
+    assert isinstance(total, fx.Node)
+    total.replace_all_uses_with(total.args[0])  # type: ignore[arg-type]
+    module.graph.eliminate_dead_code()
+    assert calls(module, "relu") == 1
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+@case(
+    "node addmm_default reads first.weight, a site, but no pass has marked it as a use",
+    "branch node linear_lora does not",
+)
+def base_decomposed(module: fx.GraphModule) -> None:
+    base = at(module, "linear")
+    x, weight, bias = base.args
+    with module.graph.inserting_before(base):
+        turned = module.graph.call_function(aten.t.default, (weight,))
+    instead(base, aten.addmm.default, (bias, x, turned))
+
+
+@case(
+    "branch node linear_lora does not stand beside the use of a site",
+    "first.weight is used at node linear with 0 branches",
+)
+def bias_split_off_before_the_branch(module: fx.GraphModule) -> None:
+    branch = at(module, "linear_lora")
+    base = base_of(branch)
+    bias = base.args[2]
+    base.args = base.args[:2]
+    with module.graph.inserting_after(base):
+        total = module.graph.call_function(aten.add.Tensor, (base, bias))
+    branch.args = (total, *branch.args[1:])
+
+
+def linear_tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.tanh(F.linear(x, weight, bias))
+
+
+@case("node linear is marked as aten.linear, but is in no form")
+def activation_fused_into_the_base(module: fx.GraphModule) -> None:
+    tanh = at(module, "tanh")
+    at(module, "linear").target = linear_tanh
+    tanh.replace_all_uses_with(at(module, "linear_lora"))
+    module.graph.erase_node(tanh)
+
+
+@case("branch node linear_lora does not stand beside the use of a site")
+def activation_moved_between(module: fx.GraphModule) -> None:
+    branch = at(module, "linear_lora")
+    with module.graph.inserting_before(branch):
+        between = module.graph.call_function(torch.relu, (base_of(branch),))
+    branch.args = (between, *branch.args[1:])
+
+
+@case("first.weight is used at node linear with 0 branches instead of one")
+def branch_bypassed_and_dropped(module: fx.GraphModule) -> None:
+    branch = at(module, "linear_lora")
+    branch.replace_all_uses_with(base_of(branch))
+    module.graph.eliminate_dead_code()
+
+
+@case("node linear_1 has a branch, but relu read it without")
+def branch_bypassed_by_one_reader(module: fx.GraphModule) -> None:
+    branch = at(module, "linear_1_lora")
+    next(iter(branch.users)).replace_input_with(branch, base_of(branch))
+
+
+@case("branch node linear_lora does not read the input of linear")
+def input_of_the_base_replaced(module: fx.GraphModule) -> None:
+    base = at(module, "linear")
+    with module.graph.inserting_before(base):
+        doubled = module.graph.call_function(torch.mul, (base.args[0], 2.0))
+    base.args = (doubled, *base.args[1:])
+
+
+@case("is marked as a use of second.weight, but computes with third.weight")
+def weight_retargeted(module: fx.GraphModule) -> None:
+    next(node for node in module.graph.nodes if node.target == "second.weight").target = "third.weight"
+
+
+@case("table.weight is tied to (), planned with ('head.weight',)", model=Tied)
+def tied_weight_given_two_values(module: fx.GraphModule) -> None:
+    module.head = nn.Linear(5, 7, bias=False).double()
+
+
+@case("node linear is marked as a use of first.weight, but computes with None")
+def weight_replaced_by_a_constant(module: fx.GraphModule) -> None:
+    weight = next(node for node in module.graph.nodes if node.target == "first.weight")
+    module.register_buffer("_frozen", module.get_parameter("first.weight").detach() * 1.5)
+    weight.target = "_frozen"
+
+
+@case("node linear is marked as a use of first.weight, but computes with None")
+def weight_under_a_quantizer(module: fx.GraphModule) -> None:
+    base = at(module, "linear")
+    with module.graph.inserting_before(base):
+        rounded = module.graph.call_function(torch.fake_quantize_per_tensor_affine, (base.args[1], 0.01, 0, -128, 127))
+    base.args = (base.args[0], rounded, *base.args[2:])
+
+
+@case("conv.weight holds other numbers than stage 1 began with", model=Stored, dialect="modules")
+def norm_folded_into_the_weights_below(module: fx.GraphModule) -> None:
+    """A fusion that looks through the branch, and forgets it."""
+    norm = at(module, "bn")
+    module.conv = torch.nn.utils.fuse_conv_bn_eval(module.conv, module.bn)  # type: ignore[arg-type]
+    norm.replace_all_uses_with(base_of(norm))
+    module.graph.erase_node(norm)
+
+
+@case("packed had a branch in this graph, and no node calls it any more", model=Stored)
+def branch_on_a_weight_folded_to_a_constant(module: fx.GraphModule) -> None:
+    from torch._inductor.constant_folding import constant_fold
+
+    constant_fold(module)
+
+
+@case("inside which the branch of", dialect="modules")
+def cut_between_base_and_branch(module: fx.GraphModule) -> Any:
+    from torch.fx.passes.split_module import split_module
+
+    base = base_of(at(module, "first_lora"))
+    part = {node: int(node > base) for node in module.graph.nodes}
+    return split_module(module, module, part.__getitem__)
+
+
+@case("a site, but no pass has marked it as a use")
+def traced_anew(module: fx.GraphModule) -> fx.GraphModule:
+    return fx.symbolic_trace(module)
+
+
+@case("reads branches.first/weight.lora_B past the branch of first.weight")
+def penalty_on_a_factor(module: fx.GraphModule) -> None:
+    output = next(iter(reversed(module.graph.nodes)))
+    with module.graph.inserting_before(output):
+        factor = module.graph.get_attr("branches.first/weight.lora_B")
+        norm = module.graph.call_method("norm", (factor,))
+        total = module.graph.call_function(torch.add, (output.args[0], norm))
+    output.args = (total,)
+
+
+@case("node add_ writes into what linear_1 and its branch node linear_1_lora read in turn")
+def input_written_between(module: fx.GraphModule) -> None:
+    branch = at(module, "linear_1_lora")
+    with module.graph.inserting_before(branch):
+        module.graph.create_node("call_function", aten.add_.Tensor, (branch.args[1], 1.0), name="add_")
+
+
+@case("first.weight", "no pass has marked it")
+def base_made_anew_without_its_mark(module: fx.GraphModule) -> None:
+    base = at(module, "linear")
+    instead(base, base.target, base.args)
+
+
+@case("is marked as a use of first.weight, but computes with None", placement="merged")
+def merged_weight_scaled(module: fx.GraphModule) -> None:
+    branch = at(module, "linear_lora")
+    with module.graph.inserting_before(branch):
+        scaled = module.graph.call_function(torch.mul, (branch.args[1], 2.0))
+    branch.args = (branch.args[0], scaled, *branch.args[2:])
+
+
+@case("the branch of first.weight is a Wrapped", dialect="modules")
+def branch_wrapped(module: fx.GraphModule) -> None:
+    """A pass that swaps modules for its own: twice the branch, here."""
+    branch = module.get_submodule("branches.first/weight")
+    kind = type(branch)
+    wrapped = type("Wrapped", (kind,), {"forward": lambda self, base, x: kind.forward(self, base, x * 2)})
+    branch.__class__ = wrapped
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_followed_or_refused(case: Case) -> None:
+    inserted, x = make(case.model, case.dialect, case.placement)
+    with torch.no_grad():
+        adapted, before = inserted(x), text(inserted)
+        if not case.told:
+            result = Pipeline([case.harm])(copy.deepcopy(inserted)).graph_module
+            assert faults(result) == []
+            folded = FoldBranches()(result).graph_module
+            assert not branch_nodes(folded)
+            torch.testing.assert_close(folded(x), result(x), rtol=0, atol=1e-10)
+            by_hand = copy.deepcopy(folded)  # and no other than W + s B A is in it
+            for weight, delta in deltas(inserted).items():
+                by_hand.get_parameter(weight).sub_(delta)
+                torch.testing.assert_close(
+                    by_hand.get_parameter(weight), record_of(result).slow[weight].base, rtol=0, atol=1e-14
+                )
+            return
+        with pytest.raises(lx.VerifyError) as raised:
+            Pipeline([case.harm, FoldBranches()])(copy.deepcopy(inserted))
+        message = str(raised.value)
+        assert [each for each in case.told if each not in message] == [], message
+        assert f"after {case.harm.__name__}, the graph does not agree with its plan" in message
+        assert text(inserted) == before
+        assert torch.equal(inserted(x), adapted)
+
+
+def test_at_least_ten_of_each() -> None:
+    assert sum(not case.told for case in CASES) >= 10
+    assert sum(bool(case.told) for case in CASES) >= 10
+
+
+# --- outside a Pipeline, and in torch's own manager -----------------------------------------------------------------
+
+
+def test_outside_a_pipeline_a_dropped_record_is_told() -> None:
+    inserted, _ = make(Plain, "aten")
+    dropped = record_dropped_with_a_new_module(inserted)
+    with pytest.raises(lx.PassError) as raised:
+        FoldBranches()(dropped)
+    assert str(raised.value) == (
+        "fold-branches requires branches-inserted, which this graph does not carry, though its node linear_lora calls "
+        "a branch: a pass made a new graph module without the metadata (graph_module.meta); run that pass inside a "
+        "Pipeline, which hands it on"
+    )
+
+
+def test_torchs_manager_holds_ours_and_others() -> None:
+    inserted, x = make(Plain, "aten")
+    plain = FoldBranches()(inserted).graph_module
+    manager = PassManager(passes=[Pipeline([equal_uses_merged]), FoldBranches()])
+    result = manager(inserted)
+    assert result.modified
+    with torch.no_grad():
+        torch.testing.assert_close(result.graph_module(x), inserted(x), rtol=0, atol=1e-10)
+        assert calls(plain, "linear") == calls(result.graph_module, "linear") + 1
+
+
+def test_noise_is_no_other_weight() -> None:
+    """Weights that hold the noise of the stage are those that the stage began with, on copies as well."""
+    module = fx.symbolic_trace(Plain().double())
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.3, where="all"), pace=0.5, targets=("first.weight",))
+    inserted = fill(Pipeline([MatchSites(spec), InsertBranches()])(module).graph_module)
+    for stage in range(3):
+        assert faults(copy.deepcopy(inserted)) == [], stage
+        inserted = fill(StageTransition()(inserted).graph_module, seed=stage)
+    other = copy.deepcopy(inserted)
+    with torch.no_grad():
+        other.get_parameter("third.weight")[0, 0] += 1e-9  # no site, but it carries noise that a fold takes out
+    assert [fault.partition(";")[0] for fault in faults(other)] == [
+        "third.weight holds other numbers than stage 4 began with"
+    ]
+
+
+def test_a_shared_input_is_shared_only_while_it_stays_the_same() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            q, k = self.q(y), self.k(y)
+            y.add_(1.0)
+            return q * k + self.v(y)
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    inserted = fill(insert(fx.symbolic_trace(Written().double()), SPEC))
+    with torch.no_grad():
+        before = inserted(x)
+        shared = ShareInputs()(inserted).graph_module
+        assert [len(node.args[1]) for node in shared.graph.nodes if calls_shared(node)] == [2]
+        torch.testing.assert_close(shared(x), before, rtol=0, atol=1e-12)
+        torch.testing.assert_close(FoldBranches()(shared).graph_module(x), before, rtol=0, atol=1e-12)
+
+
+def calls_shared(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "shared_down"

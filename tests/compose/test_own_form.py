@@ -1,0 +1,325 @@
+"""A form of one's own: it makes sites, computes rightly, can be taken back, and stands before none that is built in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import lorasc_fx as lx
+from examples import own_form
+from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, faults, register_form
+from lorasc_fx.graph.own_forms import OWN
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from tests.passes.kit import deltas, fill
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0)
+
+
+@torch.library.custom_op("my::skewed", mutates_args=())
+def skewed(x: Tensor, kernel: Tensor) -> Tensor:
+    """A product and something more: `x W^T + sin x_0`."""
+    return F.linear(x, kernel) + torch.sin(x[..., :1])
+
+
+@skewed.register_fake
+def _(x: Tensor, kernel: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], kernel.shape[0])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, kernel = ctx.saved_tensors
+    along = grad @ kernel
+    along[..., :1] += torch.cos(x[..., :1]) * grad.sum(-1, keepdim=True)
+    return along, grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+skewed.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+SKEWED = FunctionForm("my.skewed", "linear", (skewed,), ("x", "kernel"), 2, weight="kernel", x="x")
+
+
+class Skewed(nn.Module):
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(out, width) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return skewed(x, self.kernel)
+
+
+def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(own_form.Fused(6, 8), Skewed(8, 5), nn.Linear(5, 3)).to(dtype)
+
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def formula(values: dict[str, Tensor], x: Tensor) -> Tensor:
+    y = F.gelu(x @ values["0.weight"].t() + values["0.bias"])
+    y = y @ values["1.kernel"].t() + torch.sin(y[..., :1])
+    return y @ values["2.weight"].t() + values["2.bias"]
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    with register_form(own_form.FORM), register_form(SKEWED):
+        yield
+
+
+def adapted(frontend: str = "auto") -> lx.Cascade:
+    cascade = lx.adapt(net(), args=(X,), spec=SPEC, frontend=frontend)
+    with torch.no_grad():
+        for index, site in enumerate(cascade.sites):
+            generator = torch.Generator().manual_seed(index)
+            b = cascade.branches[site.key].lora_B
+            b.copy_(torch.randn(b.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return cascade
+
+
+def merged(cascade: lx.Cascade) -> dict[str, Tensor]:
+    values = {name: value.detach().clone() for name, value in net().named_parameters()}
+    for site in cascade.sites:
+        branch = cascade.branches[site.key]
+        values[site.weight] = values[site.weight] + 1.5 * branch.lora_B @ branch.lora_A
+    return values
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "pieces"])
+def test_its_weight_is_a_site(frontend: str) -> None:
+    cascade = adapted(frontend)
+    assert {site.weight: site.form for site in cascade.sites} == {
+        "0.weight": "my.linear_gelu",
+        "1.kernel": "my.skewed",
+        "2.weight": "",
+    }
+    assert cascade.refusals == ()
+    if frontend != "pieces":
+        assert cascade.placements == {"0.weight": "weight", "1.kernel": "beside", "2.weight": "beside"}
+    values = merged(cascade)
+    output = cascade(X)
+    torch.testing.assert_close(output, formula(values, X), rtol=0, atol=1e-12)
+    factors = dict(cascade.branches.named_parameters())
+    got = torch.autograd.grad(output.square().sum(), list(factors.values()))
+    expected = torch.autograd.grad(formula(values, X).square().sum(), list(factors.values()))
+    for one, other in zip(got, expected, strict=True):
+        assert other.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        released = cascade.release()
+        torch.testing.assert_close(released(X), formula(values, X), rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("registered")
+def test_passes_know_it() -> None:
+    graph = torch.export.export(net(), (X,)).module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
+    inserted = fill(Pipeline([MatchSites(SPEC), InsertBranches()])(graph).graph_module)
+    assert faults(inserted) == []
+    values = {name: value.detach() for name, value in net().named_parameters()}
+    values |= {name: values[name] + delta for name, delta in deltas(inserted).items()}
+    with torch.no_grad():
+        torch.testing.assert_close(inserted(X), formula(values, X), rtol=0, atol=1e-12)
+        folded = FoldBranches()(inserted).graph_module
+        torch.testing.assert_close(folded(X), formula(values, X), rtol=0, atol=1e-12)
+
+
+def test_without_it_the_weight_is_refused() -> None:
+    for registered in (False, True, False):
+        handle = register_form(SKEWED) if registered else None
+        cascade = lx.adapt(net(), args=(X,), spec=SPEC)
+        assert ("1.kernel" in {site.weight for site in cascade.sites}) is registered
+        assert ("1.kernel" in {each.weight for each in cascade.refusals}) is not registered
+        if handle is not None:
+            handle.remove()
+    assert not OWN
+
+
+def test_a_merged_branch_never_stands_in_place_of_it() -> None:
+    """What `my.linear` computes besides the product nobody told."""
+    with register_form(replace(SKEWED, name="my.linear")):
+        cascade = lx.adapt(net(), args=(X,), spec=replace(SPEC, placement="merged"))
+    assert cascade.placements["1.kernel"] == "beside"
+    assert cascade.placements["2.weight"] == "merged"
+
+
+def test_a_graph_whose_form_is_gone_is_refused() -> None:
+    graph = torch.export.export(net(), (X,)).module(check_guards=False)
+    with register_form(SKEWED):
+        inserted = Pipeline([MatchSites(SPEC), InsertBranches()])(graph).graph_module
+        node = next(each.name for each in inserted.graph.nodes if "skewed" in each.name)
+    with pytest.raises(lx.VerifyError) as raised:
+        FoldBranches()(inserted)
+    assert f"node {node} is marked as my.skewed, but is in no form" in str(raised.value)
+
+
+def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
+    with register_form(own_form.FORM), register_form(SKEWED):
+        cascade = adapted()
+        lx.save(cascade, tmp_path)
+        expected = cascade(X)
+    with register_form(own_form.FORM), pytest.raises(lx.CheckpointError) as raised:
+        lx.load(tmp_path, net(), args=(X,))
+    assert str(raised.value) == (
+        f"{tmp_path / 'step-00000001'}: 1.kernel was adapted through the form 'my.skewed', which is not registered "
+        "here; call lorasc_fx.graph.register_form with it before load"
+    )
+    with register_form(own_form.FORM), register_form(SKEWED):
+        assert torch.equal(lx.load(tmp_path, net(), args=(X,))(X), expected)
+    with (
+        register_form(own_form.FORM),
+        register_form(replace(SKEWED, name="my.skewd")),
+        pytest.raises(lx.CheckpointError, match=r"'my\.skewed', which is not registered here; nearest: 'my\.skewd'"),
+    ):
+        lx.load(tmp_path, net(), args=(X,))
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("linear", "form is str; give a FunctionForm, a ModuleForm or a WeightForm"),
+        (replace(SKEWED, name=""), "the form's name is ''; give one that people can read, such as 'my.linear'"),
+        (replace(SKEWED, name="aten.mm"), "aten.mm is the name of a form that is built in; give yours another"),
+        (
+            replace(SKEWED, kind="lineer"),
+            "my.skewed: kind is 'lineer'; nearest: 'linear'; known: linear, conv, embedding",
+        ),
+        (replace(SKEWED, kind="recurrent"), "my.skewed: kind is 'recurrent'; known: linear, conv, embedding"),
+        (
+            replace(own_form.FORM, kind="linears"),
+            "my.linear_gelu: kind is 'linears'; nearest: 'linear'; known: linear, conv, embedding, recurrent, experts",
+        ),
+        (
+            replace(SKEWED, weight="kernal"),
+            "my.skewed: 'kernal' is none of its parameters; nearest: 'kernel'; they are ('x', 'kernel')",
+        ),
+        (
+            replace(SKEWED, parameters=("kernel", "x")),
+            "my.skewed: parameters is ('kernel', 'x'), but skewed.default takes ('x', 'kernel')",
+        ),
+        (
+            replace(SKEWED, targets=()),
+            "my.skewed: targets is (); give a tuple of functions, ops or names of methods",
+        ),
+        (
+            FunctionForm("my.mm", "linear", (torch.ops.aten.mm.default,), ("self", "mat2"), 2, "mat2", "self"),
+            "my.mm: mm.default is a form already: aten.mm, which is built in",
+        ),
+        (
+            FunctionForm("my.matmul", "linear", (torch.matmul,), ("input", "weight"), 2),
+            "my.matmul: matmul is a form already: torch.matmul, which is built in",
+        ),
+        (
+            WeightForm("my.bmm", "linear", (torch.ops.aten.bmm.default,), ("self", "mat2"), "mat2"),
+            "my.bmm: bmm.default is known already: its branch stands on the weight",
+        ),
+        (
+            WeightForm("my.einsum", "linear", ("einsum",), ("x", "weight")),
+            "my.einsum: einsum is known already: its branch stands on the weight",
+        ),
+        (
+            ModuleForm("my.Linear", "linear", nn.Linear),
+            "my.Linear: Linear computes as nn.Linear does, which is built in",
+        ),
+    ],
+)
+def test_what_cannot_be_registered(form: Any, message: str) -> None:
+    with pytest.raises(lx.SpecError) as raised:
+        register_form(form)
+    assert str(raised.value) == message
+    assert not OWN
+
+
+def test_a_name_and_a_target_are_registered_once() -> None:
+    with register_form(SKEWED):
+        with pytest.raises(lx.SpecError) as raised:
+            register_form(SKEWED)
+        assert str(raised.value) == "my.skewed is registered already; call remove() on its handle before"
+        with pytest.raises(lx.SpecError) as raised:
+            register_form(replace(SKEWED, name="other"))
+        assert str(raised.value) == "other: skewed.default is a form already: my.skewed, which is registered"
+    assert not OWN
+
+
+class Same(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.t() + self.bias
+
+
+class Whole(fx.Tracer):
+    """Calls every module whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def test_a_module_of_ones_own() -> None:
+    torch.manual_seed(0)
+    root, x = nn.Sequential(Same(4, 3)).double(), torch.randn(2, 4, dtype=torch.float64)
+    traced = fx.GraphModule(root, Whole().trace(root))
+    ours = Pipeline([MatchSites(SPEC), InsertBranches()])
+    with pytest.raises(lx.NoSites):
+        ours(traced)
+    with register_form(ModuleForm("my.Same", "linear", Same)), torch.no_grad():
+        inserted = fill(ours(traced).graph_module)
+        weight = root[0].weight + deltas(inserted)["0.weight"]
+        torch.testing.assert_close(inserted(x), F.linear(x, weight, root[0].bias), rtol=0, atol=1e-12)
+        torch.testing.assert_close(FoldBranches()(inserted).graph_module(x), inserted(x), rtol=0, atol=1e-12)
+
+
+class Halved(Skewed):
+    """The op gets something made of the weight, so that its branch stands on the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return skewed(x, self.kernel / 2)
+
+
+class Packet(Skewed):
+    """The op by its packet, as most people write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.my.skewed(x, self.kernel)
+
+
+class Between(Skewed):
+    """The op runs in Python, between two graphs."""
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return skewed(x, self.kernel)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("layer", "frontend", "placement", "share"),
+    [
+        (Halved, "export", "weight", 0.5),
+        (Packet, "symbolic", "beside", 1.0),
+        (Packet, "export", "beside", 1.0),
+        (Between, "pieces", "weight", 1.0),
+    ],
+)
+def test_spellings(layer: type[Skewed], frontend: str, placement: str, share: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), layer(8, 5), nn.Linear(5, 3)).double()
+    values = {name: value.detach().clone() for name, value in model.named_parameters()}
+    cascade = lx.adapt(model, args=(X,), spec=SPEC, frontend=frontend)
+    assert cascade.placements["1.kernel"] == placement
+    with torch.no_grad():
+        for site in cascade.sites:
+            branch = cascade.branches[site.key]
+            nn.init.normal_(branch.lora_B)
+            values[site.weight] += 1.5 * branch.lora_B @ branch.lora_A
+        y = F.linear(X, values["0.weight"], values["0.bias"])
+        y = F.linear(y, share * values["1.kernel"]) + torch.sin(y[..., :1])
+        expected = F.linear(y, values["2.weight"], values["2.bias"])
+        torch.testing.assert_close(cascade(X), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(cascade.release()(X), expected, rtol=0, atol=1e-12)

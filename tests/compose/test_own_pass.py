@@ -1,0 +1,86 @@
+"""The examples of one's own parts run, are what CONTRIBUTING shows, and compute what they say."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorasc_fx as lx
+from examples import own_form, own_pass
+from lorasc_fx.graph import branch_nodes, record_of
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from tests.passes.kit import branches_of, deltas, weights_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["own_form", "own_pass"])
+def test_contributing_shows_the_example(name: str) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    example = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert f"```python\n{example}```\n" in page
+
+
+@pytest.mark.parametrize("name", ["own_form", "own_pass"])
+def test_the_part_itself_is_twenty_lines(name: str) -> None:
+    """From the first to the last line of what a user adds: without imports, docstring, and its use."""
+    example = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    start = {"own_form": "@torch.library.custom_op", "own_pass": "@dataclass"}[name]
+    body = re.split(r"\n\nclass Fused|\n\ndef main", example[example.index(start) :])[0]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 20
+
+
+def test_own_form() -> None:
+    cascade = own_form.main()
+    assert [site.form for site in cascade.sites] == ["my.linear_gelu", ""]
+    assert cascade.placements["0.weight"] == "weight"
+
+
+def test_own_pass_limits_every_branch_and_is_folded() -> None:
+    torch.manual_seed(0)
+    inserted, folded = own_pass.main()
+    x = torch.ones(2, 6)
+    with torch.no_grad():
+        free = FoldBranches()(inserted).graph_module
+        for weight, delta in deltas(inserted).items():
+            before = record_of(inserted).slow[weight].base
+            share = min(1.0, float(0.2 * before.norm() / delta.norm()))
+            assert share < 0.9  # the limit is felt
+            torch.testing.assert_close(weights_of(folded)[weight].detach(), before + 0.5 * share * delta)  # pace
+        assert not branch_nodes(folded)
+        assert (free(x) - folded(x)).abs().max() > 1e-2
+
+
+def test_own_pass_is_one_as_ours_are() -> None:
+    torch.manual_seed(0)
+    inserted, _ = own_pass.main()
+    limit = own_pass.LimitNorm(0.2)
+    branches = {key: branch.lora_B.detach().clone() for key, branch in branches_of(inserted).items()}
+    result = limit(inserted)
+    assert result.modified
+    assert not limit(result.graph_module).modified
+    assert any(not torch.equal(branch.lora_B, branches[key]) for key, branch in branches_of(inserted).items())
+    text = 'match-sites, insert-branches, limit-norm{"most": 0.2}, fold-branches'
+    pipeline = Pipeline.parse(text, passes=(own_pass.LimitNorm,))
+    assert str(pipeline) == text
+    assert pipeline.passes[2] == limit
+    with pytest.raises(lx.PassError) as raised:
+        Pipeline.parse(text)
+    assert str(raised.value).startswith("no pass is named 'limit-norm'")
+    with pytest.raises(lx.PassError) as raised:
+        limit(torch.fx.symbolic_trace(torch.nn.Linear(2, 3)))
+    assert str(raised.value) == (
+        "limit-norm requires branches-inserted, which this graph does not carry; run a pass that provides it before"
+    )
+
+
+@pytest.mark.parametrize(
+    "order", [*itertools.permutations([MatchSites(), InsertBranches(), own_pass.LimitNorm(), FoldBranches()])]
+)
+def test_it_is_put_before_the_fold(order: tuple[object, ...]) -> None:
+    names = [each.name for each in Pipeline(order).ordered()]  # type: ignore[arg-type, union-attr]
+    assert names == ["match-sites", "insert-branches", "limit-norm", "fold-branches"]
