@@ -173,11 +173,10 @@ def _check_random(states: Mapping[str, Any]) -> None:
 
 def _is_numpy(state: Any) -> bool:
     """Whether a state is one of numpy's default generator; numpy itself does not look at the position in it."""
-    if (
-        not isinstance(state, dict)
-        or state.get("bit_generator") != "MT19937"
-        or not isinstance(state.get("state"), dict)
-    ):
+    parts = {"bit_generator", "state", "has_gauss", "gauss"}
+    if not isinstance(state, dict) or set(state) != parts or state["bit_generator"] != "MT19937":
+        return False
+    if not isinstance(state["state"], dict) or set(state["state"]) != {"key", "pos"}:
         return False
     key, place = state["state"].get("key"), state["state"].get("pos")
     words = isinstance(key, list) and len(key) == 624 and all(type(each) is int and 0 <= each < 2**32 for each in key)
