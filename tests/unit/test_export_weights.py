@@ -228,6 +228,9 @@ def test_tied_weights_other_names_and_buffers(tmp_path: Path) -> None:
         found = fold(tmp_path, "base.safetensors")
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], folded[name]) for name in found)
+    copied = {"table.weight": plain["table.weight"], "old.tokens": plain["table.weight"].clone()}  # a name of none
+    save_file(copied, tmp_path / "base.safetensors")
+    assert all(torch.equal(value, folded["table.weight"]) for value in fold(tmp_path, "base.safetensors").values())
     renamed = {"a.tokens": plain["table.weight"], "a.out": plain["table.weight"].clone(), "a.more": torch.ones(5)}
     save_file(renamed, tmp_path / "base.safetensors")
     found = fold(tmp_path, "base.safetensors")

@@ -231,10 +231,8 @@ def test_a_transformers_model_saves_and_loads(tmp_path: Path, tied: bool, dtype:
         assert {value.dtype for value in each.parameters()} == {dtype}
         assert (each.lm_head.weight is each.model.embed_tokens.weight) == tied
         assert all(torch.equal(state[name], value) for name, value in each.state_dict().items())
-        close = (
-            {"rtol": 0, "atol": 0} if dtype == torch.float32 else {}
-        )  # kernels of bf16 differ by where a file is mapped
-        torch.testing.assert_close(each(input_ids=ids).logits, slow, **close)
+        off = 0.0 if dtype == torch.float32 else 0.02  # bf16: which kernel runs depends on where a file is mapped
+        torch.testing.assert_close(each(input_ids=ids).logits, slow, rtol=off, atol=off)
     assert torch.equal(loaded.generate(ids, do_sample=False), written)
     assert written.shape == (2, 11)
 
