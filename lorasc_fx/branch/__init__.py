@@ -6,7 +6,7 @@ from lorasc_fx.branch.matrix import MatrixBranch
 from lorasc_fx.branch.noise import amplitude, draw
 from lorasc_fx.branch.quantized import dense, is_quantized
 from lorasc_fx.branch.shared import shared_down
-from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, SlowWeight, Which, arithmetic
+from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, Past, SlowWeight, Which, arithmetic
 from lorasc_fx.branch.spectrum import effective_rank, norm_of, singular_values, slow_spectrum
 from lorasc_fx.branch.stage import check_finite, end_stage, factors_of, start_differs, start_weight
 
@@ -17,6 +17,7 @@ __all__ = [
     "Factors",
     "KeptNoise",
     "MatrixBranch",
+    "Past",
     "SlowWeight",
     "Which",
     "amplitude",

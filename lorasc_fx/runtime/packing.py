@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasc_fx.branch import Expert, Factors, KeptNoise, SlowWeight
+from lorasc_fx.branch import Expert, Factors, KeptNoise, Past, SlowWeight
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
 from lorasc_fx.runtime.transition import resting_value
@@ -26,7 +26,7 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
     """Return branches, experts, what is trained in full and buffers; and coefficients and noise as JSON."""
     slow = core.slow
     tensors: Tensors = {}
-    meta: dict[str, Any] = {"parked": slow.parked, "trained": list(slow.trained), "slow": {}}
+    meta: dict[str, Any] = {"parked": slow.parked, "trained": list(slow.trained), "slow": {}, "past": {}}
     meta["turning"] = core.turning.armed
     for weight, branch in core.branches_by_weight().items():
         tensors[f"branch/{weight}/lora_A"] = branch.lora_A.detach()
@@ -37,6 +37,7 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
             "slow": list(state.slow),
             "start": list(state.start),
             "kept": [asdict(kept) for kept in state.kept],
+            "past": [[each.stage, each.slow] for each in state.past],
         }
         for index, expert in enumerate(state.experts):
             tensors[f"expert/{weight}/{index}/b"] = expert.factors.b
@@ -50,6 +51,8 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
         tensors[f"trained/{name}/value"] = parameters[name].detach()
         tensors[f"trained/{name}/slow"] = kept.slow
         tensors[f"trained/{name}/start"] = kept.start
+        meta["past"][name] = [stage for stage, _ in kept.past]
+        tensors |= {f"trained/{name}/past/{stage}": value for stage, value in kept.past}
     for name, buffer in core.model.named_buffers():
         tensors[f"buffer/{name}"] = buffer.detach()
     return {name: tensor.clone() for name, tensor in tensors.items()}, meta
@@ -89,7 +92,9 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     for name, kept in slow.trained.items():
         shape = tuple(kept.base.shape)
         values[name] = take(f"trained/{name}/value", shape)
-        trained[name] = Trained(kept.base, take(f"trained/{name}/slow", shape), take(f"trained/{name}/start", shape))
+        past = tuple((int(s), take(f"trained/{name}/past/{int(s)}", shape)) for s in meta.get("past", {}).get(name, ()))
+        start = take(f"trained/{name}/start", shape)
+        trained[name] = Trained(kept.base, take(f"trained/{name}/slow", shape), start, past)
     buffers = {
         name: (buffer, take(f"buffer/{name}", tuple(buffer.shape))) for name, buffer in core.model.named_buffers()
     }
@@ -139,6 +144,9 @@ def _state(state: SlowWeight, meta: Mapping[str, Any], tensors: Mapping[str, tor
     kept = tuple(
         KeptNoise(Noise(**each["noise"]), each["seed"], each["stage"], each["amplitude"]) for each in meta["kept"]
     )
+    past = tuple(Past(int(s), None if c is None else tuple(map(float, c))) for s, c in meta.get("past", ()))
+    if any(each.slow is not None and len(each.slow) > len(experts) for each in past):
+        raise ValueError(f"{state.name} has {len(experts)} experts, and had more at the end of an earlier stage")
     return replace(
         state,
         experts=tuple(experts),
@@ -147,6 +155,7 @@ def _state(state: SlowWeight, meta: Mapping[str, Any], tensors: Mapping[str, tor
         dense_slow=dense.get("slow"),
         dense_start=dense.get("start", dense.get("slow")),
         kept=kept,
+        past=past,
     )
 
 

@@ -6,7 +6,7 @@ Everything is computed before anything is written; what is written is put back i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from lorasc_fx.runtime.slow import SlowWeights, fill
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["run", "unpark"]
+__all__ = ["begin", "check_optimizer", "run", "unpark"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -33,12 +33,8 @@ def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None
     """End the running stage; start the next one, or with `park` leave the slow weights in place, without noise."""
     plan, before = core.plan, core.slow
     branches = core.branches_by_weight()
-    if optimizer is not None:
-        check_holds(optimizer, core.trainable())
-    elif plan.spec.restart_A == "gradient" and not park:
-        raise StateError("transition(None): restart_A='gradient' looks at the first optimizer step; give the optimizer")
-    trained = core.trained_parameters()
-    after = replace(before.after_stage(plan, branches, trained), parked=park)
+    check_optimizer(core, optimizer, "transition", park)
+    after = replace(before.after_stage(plan, branches, core.trained_parameters()), parked=park)
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: start_of(branches[site.weight], site, planned) for site in plan.sites}
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
@@ -49,6 +45,38 @@ def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None
     if optimizer is not None:
         state = treated_state(optimizer, own, plan.spec.optimizer_state)
         state |= treated_state(optimizer, skipped, "reset")  # what made a branch inf or nan is no start for the next
+    begin(core, optimizer, planned, after, starts, state)
+    log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
+
+
+def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: str, park: bool = False) -> None:
+    """Raise StateError where the optimizer lacks a parameter, or is lacking and wanted."""
+    if optimizer is not None:
+        check_holds(optimizer, core.trainable())
+    elif core.plan.spec.restart_A == "gradient" and not park:
+        raise StateError(f"{call}(None): restart_A='gradient' looks at the first optimizer step; give the optimizer")
+
+
+def begin(
+    core: Core,
+    optimizer: torch.optim.Optimizer | None,
+    planned: Plan,
+    after: SlowWeights,
+    starts: Mapping[str, torch.Tensor],
+    state: Mapping[nn.Parameter, Any],
+) -> None:
+    """Start a stage: write its weights, lora_A, B = 0, and the optimizer's state; all or nothing.
+
+    Args:
+        core, optimizer: that are written to.
+        planned: the plan of the stage that starts.
+        after: slow weights that it starts from.
+        starts: lora_A by weight name.
+        state: of the optimizer, for the parameters whose state changes.
+    """
+    plan, before, trained = core.plan, core.slow, core.trained_parameters()
+    branches = core.branches_by_weight()
+    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
     kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
     old_state = {parameter: optimizer.state[parameter] for parameter in state} if optimizer is not None else {}
     parameters = core.weights_by_name()
@@ -81,9 +109,8 @@ def run(core: Core, optimizer: torch.optim.Optimizer | None, park: bool) -> None
             undo()
             raise
     core.advance(planned, after)
-    log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
     core.turning.call_off()
-    if plan.spec.restart_A == "gradient" and not park and optimizer is not None:
+    if planned.spec.restart_A == "gradient" and not after.parked and optimizer is not None:
         core.turning.arm(parameters, branches, optimizer)
 
 
