@@ -1,6 +1,7 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
 
 from lorasc_fx.adapt import adapt, load
+from lorasc_fx.adapt.merge import merge
 from lorasc_fx.errors import (
     CaptureError,
     CheckpointError,
@@ -43,5 +44,6 @@ __all__ = [
     "VerifyError",
     "adapt",
     "load",
+    "merge",
     "save",
 ]
