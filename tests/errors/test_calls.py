@@ -32,6 +32,7 @@ RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "stages": lambda cascade, optimizer, __: cascade.stages(2, optimizer),
     "transition": lambda cascade, optimizer, __: cascade.transition(optimizer),
     "rewind": lambda cascade, optimizer, __: cascade.rewind(0, optimizer),
+    "draw": lambda cascade, _, path: cascade.draw(path / "graph.svg"),
     "resume": lambda cascade, optimizer, __: cascade.resume(optimizer),
     "save": lambda cascade, optimizer, path: lx.save(cascade, path / "run", optimizer=optimizer),
     "to": lambda cascade, _, __: cascade.double(),
