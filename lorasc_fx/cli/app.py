@@ -20,6 +20,7 @@ COMMANDS = {
     "sites": "sites MODEL [--targets ...]                         show what would be adapted, and why not",
     "fold": "fold RUN [--output FILE]                            write a run's slow weights as safetensors",
     "compare": "compare CONFIG.toml [--compare.seeds 0 1 ...]       methods side by side; goes on where it stopped",
+    "report": "report RUN [--output FILE]                          one HTML page of a run: loss, experts, spectra",
 }
 
 
@@ -69,6 +70,10 @@ def _command(arguments: list[str]) -> int:
         from lorasc_fx.cli.sites import run_sites
 
         return run_sites(parse.sites(rest))
+    if name == "report":
+        from lorasc_fx.cli.report import run_report
+
+        return run_report(*parse.report(rest))
     from lorasc_fx.cli.fold import run_fold
 
     return run_fold(*parse.fold(rest))

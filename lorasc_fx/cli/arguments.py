@@ -13,7 +13,7 @@ from lorasc_fx.cli.schema import Config
 from lorasc_fx.cli.sites import SitesArguments
 from lorasc_fx.errors import SpecError
 
-__all__ = ["compare", "fold", "sites", "train"]
+__all__ = ["compare", "fold", "report", "sites", "train"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,16 @@ class _Fold:
     """Folder of the run."""
     output: Path | None = None
     """File to write; RUN/folded.safetensors if not given."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Write one HTML page of a run, that needs no network: loss, slow and fast weights, experts, spectra, sites."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    output: Path | None = None
+    """File to write; RUN/report.html if not given."""
 
 
 def train(arguments: list[str]) -> tuple[Config, bool]:
@@ -56,6 +66,12 @@ def sites(arguments: list[str]) -> SitesArguments:
 def fold(arguments: list[str]) -> tuple[Path, Path | None]:
     """Return the folder of the run, and the file to write."""
     parsed = tyro.cli(_Fold, prog="lorasc-fx fold", args=arguments)
+    return parsed.run, parsed.output
+
+
+def report(arguments: list[str]) -> tuple[Path, Path | None]:
+    """Return the folder of the run, and the file to write."""
+    parsed = tyro.cli(_Report, prog="lorasc-fx report", args=arguments)
     return parsed.run, parsed.output
 
 
