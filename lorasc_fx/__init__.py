@@ -2,6 +2,7 @@
 
 from lorasc_fx import export, import_
 from lorasc_fx.adapt import adapt, load
+from lorasc_fx.adapt.merge import merge
 from lorasc_fx.errors import (
     CaptureError,
     CheckpointError,
@@ -48,6 +49,7 @@ __all__ = [
     "export",
     "import_",
     "load",
+    "merge",
     "save",
     "shuffled_batches",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
@@ -15,6 +17,7 @@ from lorasc_fx.capture import OWNER, Captured, Pieces, bind, capture, key_of, le
 from lorasc_fx.errors import CaptureError, NoSites
 from lorasc_fx.graph import matches, named_weights, own_copy
 from lorasc_fx.passes import FoldBranches
+from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.runtime import Made, Variant
 
@@ -119,3 +122,9 @@ class Compiler:
         assert isinstance(variant.module, fx.GraphModule)
         folded = FoldBranches()(variant.module).graph_module
         return own_copy(folded, OWNER, values)
+
+    def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
+        """Draw the variant around some sites into an SVG file; of pieces, those that have run."""
+        module = variant.module
+        graphs = module.rewritten if isinstance(module, Pieces) else [module]
+        return draw_graphs([each for each in graphs if isinstance(each, fx.GraphModule)], plan, file, sites, radius)

@@ -6,7 +6,8 @@ from lorasc_fx.branch.matrix import MatrixBranch
 from lorasc_fx.branch.noise import amplitude, draw
 from lorasc_fx.branch.quantized import dense, is_quantized
 from lorasc_fx.branch.shared import shared_down
-from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, SlowWeight, Which, arithmetic
+from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, Past, SlowWeight, Which, arithmetic, summing
+from lorasc_fx.branch.spectrum import effective_rank, norm_of, singular_values, slow_spectrum
 from lorasc_fx.branch.stage import check_finite, end_stage, factors_of, start_differs, start_weight
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Factors",
     "KeptNoise",
     "MatrixBranch",
+    "Past",
     "SlowWeight",
     "Which",
     "amplitude",
@@ -23,10 +25,15 @@ __all__ = [
     "check_finite",
     "dense",
     "draw",
+    "effective_rank",
     "end_stage",
     "factors_of",
     "is_quantized",
+    "norm_of",
     "shared_down",
+    "singular_values",
+    "slow_spectrum",
     "start_differs",
     "start_weight",
+    "summing",
 ]

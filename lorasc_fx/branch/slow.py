@@ -21,7 +21,7 @@ from lorasc_fx.branch.noise import draw
 from lorasc_fx.branch.quantized import dense, is_quantized
 from lorasc_fx.spec import Noise, Restart
 
-__all__ = ["Expert", "Factors", "KeptNoise", "SlowWeight", "Which"]
+__all__ = ["Expert", "Factors", "KeptNoise", "Past", "SlowWeight", "Which"]
 
 Which = Literal["slow", "fast", "base"]
 
@@ -62,6 +62,14 @@ class KeptNoise:
 
 
 @dataclass(frozen=True)
+class Past:
+    """The slow coefficients at the end of a stage; None where the experts of that time are gone into a dense delta."""
+
+    stage: int
+    slow: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
 class SlowWeight:
     """W0 with what the stages added.
 
@@ -73,6 +81,7 @@ class SlowWeight:
         slow, start: one coefficient per expert.
         dense_slow, dense_start: what was left of experts at the dense collapse, [out, columns].
         kept: noise that stays.
+        past: the slow coefficients at the end of each stage, oldest first.
     """
 
     name: str
@@ -84,6 +93,7 @@ class SlowWeight:
     dense_slow: torch.Tensor | None = None
     dense_start: torch.Tensor | None = None
     kept: tuple[KeptNoise, ...] = ()
+    past: tuple[Past, ...] = ()
 
     def exact(
         self,
@@ -142,7 +152,9 @@ class SlowWeight:
             collapsed = torch.lerp(collapsed, self.dense_start, pace)
         start = slow if restart == "slow" else moved
         dense_start = collapsed if restart == "slow" else self.dense_start
+        past = self.past if collapsed is self.dense_slow else tuple(Past(each.stage, None) for each in self.past)
         after = replace(self, experts=experts, slow=slow, start=start, dense_slow=collapsed, dense_start=dense_start)
+        after = replace(after, past=(*past, Past(stage, slow)))
         return after.collapsed() if after.crowded else after
 
     def reach(self, which: Literal["slow", "start"]) -> float:
@@ -177,6 +189,21 @@ class SlowWeight:
         ):
             found.append("holds inf or nan")
         return found
+
+    def at(self, stage: int) -> SlowWeight | None:
+        """Return the state at the end of a stage (0: W0), as both slow and start; None where its experts are gone.
+
+        A weight that was not known yet had no delta.
+        """
+        past = tuple(each for each in self.past if each.stage <= stage)
+        if not past:
+            return SlowWeight(self.name, self.base, self.stacked)
+        slow = past[-1].slow
+        if slow is None:
+            return None
+        kept = tuple(each for each in self.kept if each.stage <= stage)
+        after = replace(self, experts=self.experts[: len(slow)], slow=slow, start=slow, kept=kept, past=past)
+        return replace(after, dense_start=self.dense_slow)
 
     def carried(self, which: Literal["slow", "start"]) -> Factors | None:
         """Return what the stages added as one pair of factors, for a quantized weight that cannot hold it."""
@@ -215,7 +242,8 @@ class SlowWeight:
         slow = self._sum(self.slow, self.dense_slow)
         same = self.start == self.slow and self.dense_start is self.dense_slow
         start = slow if same else self._sum(self.start, self.dense_start)
-        return replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start)
+        past = tuple(Past(each.stage, () if each.slow == self.slow else None) for each in self.past)
+        return replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start, past=past)
 
     def _sum(self, coefficients: Sequence[float], before: torch.Tensor | None) -> torch.Tensor:
         dtype = summing(self.base.dtype)

@@ -143,6 +143,11 @@ class Pieces:
         found = [graph for piece in self._pieces for graph in piece.graphs.values()]
         return found or [read_live(nn.Module(), fx.Graph(), self.model)]
 
+    @property
+    def rewritten(self) -> list[Callable[..., Any]]:
+        """The pieces as they run."""
+        return [running for piece in self._pieces for running in piece.running.values()]
+
     def _take(self, source: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         piece = _Piece(source)
         self._pieces.append(piece)

@@ -21,6 +21,7 @@ COMMANDS = {
     "fold": "fold RUN [--base FOLDER] [--output PATH]            slow weights as safetensors, laid out as the base",
     "export": "export RUN --to FORMAT --output PATH                 the folded model as pt2, onnx or safetensors",
     "compare": "compare CONFIG.toml [--compare.seeds 0 1 ...]       methods side by side; goes on where it stopped",
+    "report": "report RUN [--output FILE]                          one HTML page of a run: loss, experts, spectra",
 }
 
 
@@ -74,6 +75,10 @@ def _command(arguments: list[str]) -> int:
         from lorasc_fx.cli.export import run_export
 
         return run_export(parse.export(rest))
+    if name == "report":
+        from lorasc_fx.cli.report import run_report
+
+        return run_report(*parse.report(rest))
     from lorasc_fx.cli.fold import run_fold
 
     return run_fold(parse.fold(rest))

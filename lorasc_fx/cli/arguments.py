@@ -15,7 +15,7 @@ from lorasc_fx.cli.schema import Config
 from lorasc_fx.cli.sites import SitesArguments
 from lorasc_fx.errors import SpecError
 
-__all__ = ["compare", "export", "fold", "sites", "train"]
+__all__ = ["compare", "export", "fold", "report", "sites", "train"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,16 @@ class _Train:
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False
     """Go on with the run that stands in the output folder."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Write one HTML page of a run, that needs no network: loss, slow and fast weights, experts, spectra, sites."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    output: Path | None = None
+    """File to write; RUN/report.html if not given."""
 
 
 def train(arguments: list[str]) -> tuple[Config, bool]:
@@ -53,6 +63,12 @@ def fold(arguments: list[str]) -> FoldArguments:
 def export(arguments: list[str]) -> ExportArguments:
     """Return what `export` is asked."""
     return tyro.cli(ExportArguments, prog="lorasc-fx export", args=arguments)
+
+
+def report(arguments: list[str]) -> tuple[Path, Path | None]:
+    """Return the folder of the run, and the file to write."""
+    parsed = tyro.cli(_Report, prog="lorasc-fx report", args=arguments)
+    return parsed.run, parsed.output
 
 
 def _config_path(command: str, arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -43,6 +43,26 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def cascade(self) -> Path:
+        """Sites, refusals, placements and cost, as the run began."""
+        return self.path / "cascade.json"
+
+    @property
+    def experts(self) -> Path:
+        """Norm and effective rank of each expert, one JSON object a line."""
+        return self.path / "experts.jsonl"
+
+    @property
+    def spectrum(self) -> Path:
+        """Singular values of each slow delta, as the run ended."""
+        return self.path / "spectrum.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that `lorasc-fx report` writes."""
+        return self.path / "report.html"
+
+    @property
     def checkpoint(self) -> Path:
         """What `lorasc_fx.save` wrote."""
         return self.path / "checkpoint"

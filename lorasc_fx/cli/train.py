@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,11 +13,12 @@ from lorasc_fx.cli.batches import Batch
 from lorasc_fx.cli.interrupt import on_ctrl_c
 from lorasc_fx.cli.learners import CascadeLearner, PlainLearner
 from lorasc_fx.cli.models import set_mode
+from lorasc_fx.cli.recorder import record_cascade, record_experts, record_spectrum
 from lorasc_fx.cli.reporter import Reporter, reporting
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.schema import Config
 from lorasc_fx.cli.setup import Setup
-from lorasc_fx.cli.training import Step, accuracy, make_optimizer, predict, train_steps
+from lorasc_fx.cli.training import Step, accuracy, evaluate, make_optimizer, predict, train_steps
 
 __all__ = ["run_train"]
 
@@ -43,6 +45,7 @@ def run_train(config: Config, *, resume: bool) -> int:
             interrupt=interrupt,
             start=start,
             device=device,
+            before_fold=watch.before_fold,
         )
         if not whole:
             watch.save()
@@ -64,6 +67,7 @@ def _begin(setup: Setup, folder: RunFolder, *, resume: bool) -> tuple[CascadeLea
         # The cascade first: what it refuses must not leave a run folder behind.
         learner = CascadeLearner.adapt(model, sample, config.spec, train=mode)
         folder.begin(config, _SECTIONS, resume=resume)
+        record_cascade(folder, learner.cascade)
         return learner, make_optimizer(learner, config.train.lr, config.train.weight_decay), 0
     folder.begin(config, _SECTIONS, resume=True)
     set_mode(model, mode)
@@ -99,27 +103,37 @@ class _Watch:
         if step.done % train.log_every == 0 or step.ends_stage:
             self._folder.log(step=step.done, stage=step.stage, loss=step.loss, lr=step.lr, seconds=step.seconds)
         if step.ends_stage:
-            self._validate(step.stage)
+            share = self._validate(step, "slow")
+            self._reporter.say(f"stage {step.stage}/{self._stages} ends at step {step.done}: validation {share:.3f}")
         if step.ends_stage or (train.checkpoint_every and step.done % train.checkpoint_every == 0):
             self.save()
+
+    def before_fold(self, step: Step) -> None:
+        """Measure the fast weights and the experts of the stage that ends, while they are there."""
+        self._validate(step, "fast")
+        record_experts(self._folder, self._learner.cascade, step.stage)
 
     def save(self) -> None:
         """Write the checkpoint."""
         lx.save(self._learner.cascade, self._folder.checkpoint, optimizer=self._optimizer, extra={"step": self.done})
 
-    def _validate(self, stage: int) -> None:
+    def _validate(self, step: Step, which: Literal["slow", "fast"]) -> float:
         splits, device = self._setup.splits, self._setup.config.train.device
         cascade, mode = self._learner.cascade, self._learner.cascade.training
         cascade.eval()
-        with cascade.weights("slow"):
-            share = accuracy(predict(self._learner.logits, splits.validation, device), splits.validation)
+        with cascade.weights(which):
+            share, loss = evaluate(self._learner.logits, splits.validation, device)
         cascade.train(mode)
-        self._folder.log(step=self.done, stage=stage, validation=share)
-        self._reporter.say(f"stage {stage}/{self._stages} ends at step {self.done}: validation {share:.3f}")
+        suffix = "" if which == "slow" else "_fast"
+        finite = loss if math.isfinite(loss) else None  # JSON has no nan
+        entry = {f"validation{suffix}": share, f"validation_loss{suffix}": finite}
+        self._folder.log(step=step.done, stage=step.stage, **entry)
+        return share
 
 
 def _end(setup: Setup, folder: RunFolder, learner: CascadeLearner, reporter: Reporter) -> None:
     """Write the folded weights, then report on the released model."""
+    record_spectrum(folder, learner.cascade)
     folder.write_weights(learner.cascade.folded_state_dict())
     model = set_mode(learner.finish(), False)
     device = setup.config.train.device

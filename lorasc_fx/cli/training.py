@@ -17,7 +17,7 @@ from lorasc_fx.cli.learners import Learner
 from lorasc_fx.cli.schedule import Schedule
 from lorasc_fx.errors import SpecError, StateError
 
-__all__ = ["Diverged", "Step", "accuracy", "make_optimizer", "predict", "train_steps"]
+__all__ = ["Diverged", "Step", "accuracy", "evaluate", "make_optimizer", "predict", "train_steps"]
 
 EVAL_BATCH = 64
 
@@ -55,10 +55,12 @@ def train_steps(
     interrupt: Interrupt,
     start: int = 0,
     device: str = "cpu",
+    before_fold: Callable[[Step], None] = lambda step: None,
 ) -> bool:
     """Train from a step to the end; return False if Ctrl-C ended it, always between two whole steps.
 
     Dropout is drawn from the address (seed, step), so that a run that stopped and went on gives the same numbers.
+    `before_fold` is told of the last step of each stage before the stage ends, `observe` of every step, after that.
 
     Raises:
         Diverged: a loss that is inf or nan.
@@ -86,11 +88,12 @@ def train_steps(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        ends = schedule.ends_stage(step)
-        if ends:
-            learner.end_stage()
         rate = optimizer.param_groups[0]["lr"]
-        observe(Step(step + 1, schedule.stage(step), value, rate, ends, time.monotonic() - began))
+        done = Step(step + 1, schedule.stage(step), value, rate, schedule.ends_stage(step), time.monotonic() - began)
+        if done.ends_stage:
+            before_fold(done)
+            learner.end_stage()
+        observe(done)
     return True
 
 
@@ -106,6 +109,15 @@ def predict(call: Callable[[Batch], Tensor], examples: Examples, device: str = "
     """Return the predicted class of each example, [examples]."""
     with torch.no_grad():
         return torch.cat([call(batch.to(device)).argmax(-1).cpu() for batch in in_turn(examples, EVAL_BATCH)])
+
+
+def evaluate(call: Callable[[Batch], Tensor], examples: Examples, device: str = "cpu") -> tuple[float, float]:
+    """Return the share of right predictions, and the mean loss."""
+    with torch.no_grad():
+        found = [(call(batch.to(device)).cpu(), batch.labels.cpu()) for batch in in_turn(examples, EVAL_BATCH)]
+        logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
+        right = (logits.argmax(-1) == labels).double().mean().item()
+        return right, F.cross_entropy(logits.float(), labels).item()
 
 
 def accuracy(predicted: Tensor, examples: Examples) -> float:

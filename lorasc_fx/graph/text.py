@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["text"]
+__all__ = ["SYMBOL", "text"]
 
-_SYMBOL = re.compile(r"\b[su]\d+\b")
+SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def text(graph: fx.Graph | fx.GraphModule) -> str:
@@ -50,6 +50,6 @@ def _type(value: Any, symbols: dict[str, str]) -> str:
     if not isinstance(value, torch.Tensor):
         return ""
     sizes = ", ".join(
-        _SYMBOL.sub(lambda found: symbols.setdefault(found[0], f"s{len(symbols)}"), str(size)) for size in value.shape
+        SYMBOL.sub(lambda found: symbols.setdefault(found[0], f"s{len(symbols)}"), str(size)) for size in value.shape
     )
     return f" : {str(value.dtype).removeprefix('torch.')}[{sizes}]"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +17,12 @@ from lorasc_fx.branch import Expert, Factors, SlowWeight
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.slow import SlowWeights, Trained, fill
 from lorasc_fx.runtime.transition import resting_value
+from lorasc_fx.undo import AllOrNothing
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["adopt"]
+__all__ = ["adopt", "install"]
 
 
 def adopt(
@@ -44,7 +46,7 @@ def adopt(
         StateError: a name that the cascade does not know as such, or factors of another shape.
     """
     core.check_ready("adopt")
-    before, plan = core.slow, core.plan
+    before = core.slow
     values, tensors = dict(trained or {}), dict(core.model.named_buffers())
     for what, given, known in (
         ("a site", experts, before.states),
@@ -62,31 +64,46 @@ def adopt(
             raise StateError(f"adopt: {name} is {list(base.shape)}, not {list(value.shape)}")
         slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
         kept[name] = Trained(base, slow, slow.to(base.dtype))
-    after = SlowWeights(states, kept, before.parked)
-    parameters = core.parameters_by_name()
+    touched = [*(name for name in experts if experts[name]), *values]
+    install(core, SlowWeights(states, kept, before.parked), touched, buffers or {})
+
+
+def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> None:
+    """Go on from other slow weights in the running stage, B and noise as they are; all or nothing.
+
+    Args:
+        core: of a cascade.
+        after: the slow weights.
+        names: of the weights that they change, trained in full or not.
+        buffers: values of the model's buffers, by name.
+    """
+    before, plan = core.slow, core.plan
+    held = dict(core.model.named_buffers())
 
     def rest(slow: SlowWeights, name: str, out: torch.Tensor) -> None:
-        if name in kept:
+        if name in slow.trained:
             out.copy_(resting_value(slow, name))
         else:
             slow.write_resting(name, plan, out)
 
-    moved = [(tensors[name], tensors[name].clone(), value) for name, value in (buffers or {}).items()]
+    with torch.no_grad(), AllOrNothing() as undo:
+        undo(partial(core.advance, plan, before))
+        for name, value in buffers.items():
+            undo(partial(_set, held[name], held[name].clone()))
+            held[name].copy_(value)
+        fill(
+            core.parameters_by_name(),
+            names,
+            lambda name, out: rest(after, name, out),
+            lambda name, out: rest(before, name, out),
+            undo,
+        )
+        core.advance(plan, after)
+
+
+def _set(buffer: torch.Tensor, value: torch.Tensor) -> None:
     with torch.no_grad():
-        try:
-            for buffer, _, value in moved:
-                buffer.copy_(value)
-            fill(
-                parameters,
-                [*(name for name in experts if experts[name]), *values],
-                lambda name, out: rest(after, name, out),
-                lambda name, out: rest(before, name, out),
-            )
-        except BaseException:
-            for buffer, old, _ in moved:
-                buffer.copy_(old)
-            raise
-    core.advance(plan, after)
+        buffer.copy_(value)
 
 
 def _with(state: SlowWeight, experts: Sequence[tuple[float, Factors]], stage: int) -> SlowWeight:

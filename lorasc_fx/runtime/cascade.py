@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Which
 from lorasc_fx.errors import StateError, nearest
-from lorasc_fx.runtime import checkpoint_read, folding, resuming, transition
+from lorasc_fx.runtime import checkpoint_read, folding, past, resuming, transition
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.described import Described
 from lorasc_fx.runtime.flags import Flags
@@ -122,23 +122,35 @@ class Cascade(Described):
     # ---- weights
 
     @contextlib.contextmanager
-    def weights(self, which: Which) -> Iterator[Cascade]:
-        """Put slow, fast or base weights in place, exactly, for the time of a `with`; the branches rest.
+    def weights(self, which: Which | None = None, *, stage: int | None = None) -> Iterator[Cascade]:
+        """Put slow, fast, base or an earlier stage's weights in place, exactly, for the time of a `with`.
 
-        Inside, the cascade and the user's model compute the same, and the model's own methods (`generate`, ...) work.
+        Inside, the branches rest, cascade and model compute the same, and the model's own methods (`generate`) work.
         `slow` is W0 + S as of the last transition, `fast` is W0 + F with the running branches in it, `base` is W0; none
         holds noise.
 
+        Args:
+            which: `slow`, `fast` or `base`.
+            stage: in its place the number of a stage that has ended: the slow weights at its end; 0 is the base.
+
         Raises:
-            StateError: another name, inside another `weights`, inside a backward, or after `release`.
+            StateError: another name, a stage that has not ended or whose experts are gone into a dense delta, inside
+                another `weights`, inside a backward, or after `release`.
         """
-        if which not in WHICH:
+        if stage is not None and which is not None:
+            raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two")
+        if stage is None and which not in WHICH:
             raise StateError(f"weights({which!r}): give one of {', '.join(WHICH)}{nearest(str(which), WHICH)}")
         self.core.check_ready("weights")
         parameters = self.core.parameters_by_name()
         live = {name: parameters[name].detach().clone() for name in self.core.slow.trained}
+        earlier = past.at_stage(self.core.slow, stage, "weights") if stage is not None else None
         try:
-            folding.place(self.core, which, parameters, live)
+            if stage is None:
+                folding.place(self.core, which or "slow", parameters, live)
+            else:
+                folding.place(self.core, "slow" if stage else "base", parameters, live, earlier)
+                self.core.placed = stage
             yield self
         finally:
             folding.rest(self.core, parameters, live)
@@ -254,6 +266,23 @@ class Cascade(Described):
         """
         self.core.check_ready("transition")
         transition.run(self.core, optimizer, park=False)
+
+    def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Go back to the slow weights of an earlier stage, and start a stage from them; what came after is dropped.
+
+        All or nothing. The new stage has a number that no stage had, so that its noise and its lora_A are new. Under
+        either restart it starts from the slow weights. The optimizer's state of all that trains is reset; buffers of
+        the model (running statistics) stay as they are. Without `stages` it runs until `transition`.
+
+        Args:
+            stage: number of a stage that has ended; 0 is the base.
+            optimizer: holds the branches; None if there is none to be treated.
+
+        Raises:
+            StateError: as `weights(stage=...)`, or as `transition`; nothing was changed.
+        """
+        self.core.check_ready("rewind")
+        past.rewind(self.core, stage, optimizer)
 
     def resume(self, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
         """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.

@@ -35,7 +35,7 @@ class Core:
         self.slow = SlowWeights()
         self.pending = PendingWatch()
         self.turning = GradientStart()
-        self.placed: Which | None = None
+        self.placed: Which | int | None = None  # a number is that of a stage
         self.released = False
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
@@ -204,7 +204,8 @@ class Core:
         """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
         self.check_alive(call)
         if self.placed is not None:
-            raise StateError(f"{call}: inside weights({self.placed!r}); leave the with block first")
+            what = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
+            raise StateError(f"{call}: inside weights({what}); leave the with block first")
         if torch._C._current_graph_task_id() != -1:
             raise StateError(f"{call}: inside a backward, which still needs the weights; call it after the backward")
         if self.base_file is not None:

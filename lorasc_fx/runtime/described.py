@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.summary import summary
-from lorasc_fx.runtime.variants import Variants
+from lorasc_fx.runtime.variants import VariantMaker, Variants
 
 __all__ = ["Described"]
 
@@ -19,6 +23,7 @@ class Described(nn.Module):
 
     model: nn.Module
     core: Core
+    _maker: VariantMaker
     _variants: Variants
     _refusals: tuple[Refusal, ...]
     _unreached: tuple[str, ...]
@@ -75,6 +80,29 @@ class Described(nn.Module):
     def expected_step_ratio(self) -> float | None:
         """A training step over the frozen model's, by the cost model; None where it has no sizes, or small ones."""
         return first.expected if (first := self._variants.oldest) is not None else None
+
+    def draw(self, file: str | PathLike[str], sites: Sequence[str] = (), radius: int = 2) -> Path:
+        """Draw the rewritten graph around some sites: branches marked by placement, names, dtypes and shapes.
+
+        Args:
+            file: the .svg to write.
+            sites: kinds or globs on weight names, as in a spec; the first three sites if not given.
+            radius: arrows to follow from each branch, in both directions.
+
+        Returns:
+            The file.
+
+        Raises:
+            UnknownTarget: a pattern means no site.
+            SpecError: the file is no .svg, its folder is not there, or radius is no count.
+            StateError: after `release`, or none of these branches stands in a graph.
+            MissingExtra: the extra `report` is not installed.
+        """
+        self.core.check_alive("draw")
+        first = self._variants.oldest
+        if first is None:
+            raise StateError("draw: there is no graph since the cascade was moved or copied; call it once")
+        return self._maker.draw(first, self.core.plan, file, sites, radius)
 
     def __str__(self) -> str:
         """Return sites, refusals, parameters and front end, for people."""

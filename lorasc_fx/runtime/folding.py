@@ -32,13 +32,22 @@ __all__ = [
 ]
 
 
-def place(core: Core, which: Which, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor]) -> None:
-    """Write slow, fast or base weights into the user's parameters; `live` are the trained ones as they are."""
-    slow, branches, plan = core.slow, core.branches_by_weight(), core.plan
+def place(
+    core: Core,
+    which: Which,
+    parameters: Mapping[str, nn.Parameter],
+    live: Mapping[str, torch.Tensor],
+    past: SlowWeights | None = None,
+) -> None:
+    """Write slow, fast or base weights into the user's parameters; `live` are the trained ones as they are.
+
+    `past` are slow weights of an earlier stage, to be written in place of the present ones.
+    """
+    slow, branches, plan = past or core.slow, core.branches_by_weight(), core.plan
 
     def new(name: str, out: torch.Tensor) -> None:
         if name in slow.trained:
-            out.copy_(trained_value(slow, name, which, live[name], plan.spec.slow_train))
+            out.copy_(trained_value(slow, name, which, live[name], plan.spec.slow_train or past is not None))
         else:
             slow.write_value(name, which, out, branches.get(name))
 

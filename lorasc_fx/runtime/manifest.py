@@ -5,6 +5,7 @@ A digest tells of damage, not of forgery: whoever edits a manifest can sign it a
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -27,6 +28,7 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "frontend": (str, "the name of a front end"),
     "slow": (dict, "a table of slow states"),
     "trained": (list, "a list of names"),
+    "past": (dict, "a table of stages"),
     "parked": (bool, "true or false"),
     "turning": (bool, "true or false"),
     "rng": (dict, "a table of random generators"),
@@ -39,7 +41,7 @@ _OPTIONAL: Mapping[str, tuple[type, str]] = {
 }
 _SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
 _DIGEST = re.compile("[0-9a-f]{64}")
-_STATE = ("stages", "slow", "start", "kept")
+_STATE = ("stages", "slow", "start", "kept", "past")
 _NOISE = ("noise", "seed", "stage", "amplitude")
 
 
@@ -115,6 +117,10 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
         raise ValueError("'trained' is no list of names, each once")
     for name, state in manifest["slow"].items():
         _check_state(told(name), state, plan.stage)
+    for name, stages in manifest["past"].items():
+        if name not in trained:
+            raise ValueError(f"'past': {told(name)} is not trained in full")
+        _check_past(told(name), stages, plan.stage)
     if manifest["turning"] and plan.spec.restart_A != "gradient":
         raise ValueError(f"'turning' is true, and restart_A is {plan.spec.restart_A!r}")
     _check_random(manifest["rng"])
@@ -133,13 +139,21 @@ def _check_state(name: str, state: Any, stage: int) -> None:
         raise ValueError(f"'slow': {name} needs {', '.join(_STATE)}, and nothing else")
     if any(not isinstance(part, list) for part in state.values()):
         raise ValueError(f"'slow': {name} holds what is no list")
-    if any(not _counts(each, stage) for each in state["stages"]):
+    if any(each != 0 and not _counts(each, stage) for each in state["stages"]):  # 0: trained elsewhere
         raise ValueError(f"'slow': {name} has experts of stages that were not: {told(state['stages'])}")
     if any(not finite(each) for each in (*state["slow"], *state["start"])):
         raise ValueError(f"'slow': {name} has coefficients that are no finite numbers")
     if not len(state["stages"]) == len(state["slow"]) == len(state["start"]):
         counts = ", ".join(f"{len(state[key])} {key}" for key in ("stages", "slow", "start"))
         raise ValueError(f"'slow': {name} has {counts}; there is one of each for every expert")
+    _check_past(name, [each[0] if isinstance(each, list) and len(each) == 2 else None for each in state["past"]], stage)
+    for _, slow in state["past"]:
+        if slow is not None and not (
+            isinstance(slow, list) and len(slow) <= len(state["slow"]) and all(map(finite, slow))
+        ):
+            raise ValueError(
+                f"'slow': {name} had, at the end of an earlier stage, what are no coefficients of its experts"
+            )
     for kept in state["kept"]:
         if not isinstance(kept, dict) or sorted(kept) != sorted(_NOISE) or not isinstance(kept["noise"], dict):
             raise ValueError(f"'slow': {name} keeps noise that needs {', '.join(_NOISE)}, and nothing else")
@@ -148,6 +162,14 @@ def _check_state(name: str, state: Any, stage: int) -> None:
             raise ValueError(f"'slow': {name} keeps noise of no address: {told([seed, kept['stage']])}")
         if not finite(kept["amplitude"]) or kept["amplitude"] < 0:
             raise ValueError(f"'slow': {name} keeps noise of amplitude {told(kept['amplitude'])}")
+
+
+def _check_past(name: str, stages: Any, stage: int) -> None:
+    """Hold the numbers of stages that have ended: each once, in order, none of them later than the one that runs."""
+    if not isinstance(stages, list) or any(not _counts(each, stage) for each in stages):
+        raise ValueError(f"'past': {name} has ends of stages that were not: {told(stages)}")
+    if any(one >= other for one, other in itertools.pairwise(stages)):
+        raise ValueError(f"'past': {name} has ends of stages out of order: {told(stages)}")
 
 
 def _counts(value: Any, most: int) -> bool:

@@ -19,7 +19,7 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
     """Return branches, experts, what is trained in full and buffers; and coefficients and noise as JSON."""
     slow = core.slow
     tensors: Tensors = {}
-    meta: dict[str, Any] = {"parked": slow.parked, "trained": list(slow.trained), "slow": {}}
+    meta: dict[str, Any] = {"parked": slow.parked, "trained": list(slow.trained), "slow": {}, "past": {}}
     meta["turning"] = core.turning.armed
     for weight, branch in core.branches_by_weight().items():
         tensors[f"branch/{weight}/lora_A"] = branch.lora_A.detach()
@@ -30,6 +30,7 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
             "slow": list(state.slow),
             "start": list(state.start),
             "kept": [asdict(kept) for kept in state.kept],
+            "past": [[each.stage, each.slow] for each in state.past],
         }
         for index, expert in enumerate(state.experts):
             tensors[f"expert/{weight}/{index}/b"] = expert.factors.b
@@ -43,6 +44,8 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
         tensors[f"trained/{name}/value"] = parameters[name].detach()
         tensors[f"trained/{name}/slow"] = kept.slow
         tensors[f"trained/{name}/start"] = kept.start
+        meta["past"][name] = [stage for stage, _ in kept.past]
+        tensors |= {f"trained/{name}/past/{stage}": value for stage, value in kept.past}
     for name, buffer in core.model.named_buffers():
         tensors[f"buffer/{name}"] = buffer.detach()
     return {name: tensor.clone() for name, tensor in tensors.items()}, meta

@@ -20,18 +20,25 @@ from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.plan import Plan
 from lorasc_fx.undo import AllOrNothing
 
-__all__ = ["SlowWeights", "Trained", "fill", "write"]
+__all__ = ["AFFORDABLE", "SlowWeights", "Trained", "fill", "write"]
+
+AFFORDABLE = 1 << 20
+"""Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
 
 log = logging.getLogger("lorasc_fx")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A parameter trained in full: its value before adaptation, its slow value, and the one its stage started from."""
+    """A parameter trained in full: its value before adaptation, its slow value, and the one its stage started from.
+
+    `past` holds the slow values at the ends of stages, oldest first, as long as that is affordable (`AFFORDABLE`).
+    """
 
     base: torch.Tensor
     slow: torch.Tensor
     start: torch.Tensor
+    past: tuple[tuple[int, torch.Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ class SlowWeights:
         """
         spec, noisy, finite = plan.spec, not self.parked, all_finite(branches.values())
         left_out: set[str] = set()
+        size = sum(each.numel() for branch in branches.values() for each in (branch.lora_A, branch.lora_B))
+        kept_on = sum(kept.base.numel() for kept in self.trained.values()) <= max(AFFORDABLE, size)
         states = {
             name: end_stage(self._as_run(state), branches.get(name), spec, plan.stage, noisy, finite, left_out)
             for name, state in self.states.items()
@@ -134,7 +143,8 @@ class SlowWeights:
             same = spec.pace == 1 or not spec.slow_train
             slow = exact if same else torch.lerp(kept.slow, exact, spec.pace)
             start = fast if spec.restart == "fast" or same else slow.to(fast.dtype)
-            trained[name] = Trained(kept.base, slow, start)
+            past = (*kept.past, (plan.stage, slow)) if kept_on else ()
+            trained[name] = Trained(kept.base, slow, start, past)
         return replace(self, states=states, trained=trained, parked=False, left_out=frozenset(left_out))
 
     def faults(self) -> list[str]:

@@ -25,7 +25,7 @@ from lorasc_fx.undo import AllOrNothing
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["run", "unpark"]
+__all__ = ["begin", "check_optimizer", "run", "unpark"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -38,17 +38,47 @@ def run(
     `then` is called at the end; the transition is taken back if it raises.
     """
     plan, before = core.plan, core.slow
-    branches = core.branches_by_weight()
-    if optimizer is not None:
-        check_holds(optimizer, core.trainable())
-    elif plan.spec.restart_A == "gradient" and not park:
-        raise StateError("transition(None): restart_A='gradient' looks at the first optimizer step; give the optimizer")
-    trained = core.trained_parameters()
+    branches, trained = core.branches_by_weight(), core.trained_parameters()
+    check_optimizer(core, optimizer, "transition", park)
     after = replace(before.after_stage(plan, branches, trained), parked=park)
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: start_of(branches[site.weight], site, planned) for site in plan.sites}
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
     state = _after_fold(optimizer, plan, own, _left_out(after, branches, trained)) if optimizer is not None else {}
+    begin(core, optimizer, planned, after, starts, state, then)
+    log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
+
+
+def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: str, park: bool = False) -> None:
+    """Raise StateError where the optimizer lacks a parameter, or is lacking and wanted."""
+    if optimizer is not None:
+        check_holds(optimizer, core.trainable())
+    elif core.plan.spec.restart_A == "gradient" and not park:
+        raise StateError(f"{call}(None): restart_A='gradient' looks at the first optimizer step; give the optimizer")
+
+
+def begin(
+    core: Core,
+    optimizer: torch.optim.Optimizer | None,
+    planned: Plan,
+    after: SlowWeights,
+    starts: Mapping[str, torch.Tensor],
+    state: Mapping[nn.Parameter, Any],
+    then: Callable[[], object] | None = None,
+) -> None:
+    """Start a stage: write its weights, lora_A, B = 0, and the optimizer's state; all or nothing.
+
+    Args:
+        core, optimizer: that are written to.
+        planned: the plan of the stage that starts.
+        after: slow weights that it starts from.
+        starts: lora_A by weight name.
+        state: of the optimizer, for the parameters whose state changes.
+        then: is called at the end; all is taken back if it raises.
+    """
+    plan, before, trained = core.plan, core.slow, core.trained_parameters()
+    branches = core.branches_by_weight()
+    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
     kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
     parameters = core.weights_by_name()
     with torch.no_grad(), AllOrNothing() as undo:
@@ -75,11 +105,10 @@ def run(
         )
         core.advance(planned, after)
         core.turning.call_off()
-        if plan.spec.restart_A == "gradient" and not park and optimizer is not None:
+        if planned.spec.restart_A == "gradient" and not after.parked and optimizer is not None:
             core.turning.arm(parameters, branches, optimizer)
         if then is not None:
             then()
-        log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
 
 
 def _put(kept: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasc_fx.branch import Expert, Factors, KeptNoise, SlowWeight
+from lorasc_fx.branch import Expert, Factors, KeptNoise, Past, SlowWeight
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
@@ -85,7 +85,11 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
             held.take(f"trained/{name}/{what}", tuple(like.shape), like.dtype)
             for what, like in (("value", kept.base), ("slow", kept.slow), ("start", kept.start))
         )
-        values[name], trained[name] = value, Trained(kept.base, end, start)
+        past = tuple(
+            (stage, held.take(f"trained/{name}/past/{stage}", tuple(kept.slow.shape), kept.slow.dtype))
+            for stage in meta["past"].get(name, ())
+        )
+        values[name], trained[name] = value, Trained(kept.base, end, start, past)
     for name, buffer in core.model.named_buffers():
         moves.append((buffer, held.take(f"buffer/{name}", tuple(buffer.shape), buffer.dtype)))
     if held.left:
@@ -148,4 +152,5 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
         dense_slow=dense.get("slow"),
         dense_start=dense.get("start", dense.get("slow")),
         kept=kept,
+        past=tuple(Past(stage, None if slow is None else tuple(map(float, slow))) for stage, slow in meta["past"]),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +105,9 @@ class VariantMaker(Protocol):
 
     def fold(self, variant: Variant, model: nn.Module, values: Mapping[str, Any], args: Any, kwargs: Any) -> nn.Module:
         """Return the variant's captured graph with these values as constants of its own."""
+
+    def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
+        """Draw the variant around some sites into an SVG file."""
 
 
 @dataclass

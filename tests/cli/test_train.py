@@ -48,7 +48,8 @@ def test_a_run_folder_is_whole(
     assert main(["train", "tiny.toml", "--spec.rank", "3"]) == 0
     run = place / "runs" / "tiny"
     assert sorted(entry.name for entry in run.iterdir()) == [
-        "checkpoint", "config.toml", "environment.json", "folded.safetensors", "metrics.jsonl",
+        "cascade.json", "checkpoint", "config.toml", "environment.json", "experts.jsonl", "folded.safetensors",
+        "metrics.jsonl", "spectrum.json",
     ]  # fmt: skip
     assert load_config(run / "config.toml").spec.rank == 3
     assert sorted(losses(run)) == [2, 4, 6, 8, 10, 12]

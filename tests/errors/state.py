@@ -56,9 +56,10 @@ def of_slow(cascade: lx.Cascade) -> State:
     for name, each in slow.states.items():
         experts = [(expert.stage, raw(expert.factors.b), raw(expert.factors.a)) for expert in each.experts]
         dense = (raw(each.dense_slow), raw(each.dense_start))
-        state[f"slow {name}"] = (raw(each.base), experts, each.slow, each.start, *dense, each.kept)
+        state[f"slow {name}"] = (raw(each.base), experts, each.slow, each.start, *dense, each.kept, each.past)
     for name, kept in slow.trained.items():
-        state[f"trained {name}"] = (raw(kept.base), raw(kept.slow), raw(kept.start))
+        past = [(stage, raw(value)) for stage, value in kept.past]
+        state[f"trained {name}"] = (raw(kept.base), raw(kept.slow), raw(kept.start), past)
     return state
 
 

@@ -1,0 +1,175 @@
+"""`lorasc_fx.merge`: one cascade from several runs on one base."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.adapt import _adapt, _buffer_writer, _check_new, _trained
+from lorasc_fx.adapt.untie import untie
+from lorasc_fx.capture import open_model
+from lorasc_fx.errors import CheckpointError, PassError, SpecError
+from lorasc_fx.graph import matches, named_weights
+from lorasc_fx.passes.insert_branches import missing_branches
+from lorasc_fx.plan import Plan, Site
+from lorasc_fx.runtime import Cascade, read
+from lorasc_fx.runtime.arithmetic import Part, join, part_of, weighted_sum
+from lorasc_fx.runtime.base_file import open_base
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, restore
+from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.fingerprint import fingerprint
+from lorasc_fx.undo import AllOrNothing
+
+__all__ = ["merge"]
+
+
+def merge(
+    runs: Sequence[Cascade | str | PathLike[str]],
+    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: str | PathLike[str] = "memory",
+) -> Cascade:
+    """Adapt a base model by the weighted sum of what several runs on it have learnt: `W0 + sum_i w_i S_i`.
+
+    The sum goes through the experts, side by side with their coefficients multiplied, and is rounded once; no rounded
+    weight is read. A stage that runs and has trained is counted, as `release` counts it. Runs may differ in ranks and
+    in sites: a weight that a run did not adapt has S = 0 there. What a run trained in full is summed as well.
+
+    Args:
+        runs: checkpoint folders (the newest version of each), or living cascades on copies of the base, which are only
+            read. The first one's spec is that of the result, and its branches where it has them.
+        model, args, kwargs, base: as for `adapt`; the model holds the weights that every run adapted.
+        weights: one finite number a run; equal ones that sum to 1 if not given. They need not sum to 1: other sums are
+            task arithmetic, and a negative weight takes away what a run has learnt.
+
+    Returns:
+        A cascade whose slow weights are the sum, at the start of a stage that no run had; it trains on or releases.
+
+    Raises:
+        SpecError: no runs, weights that are not one finite number a run, or runs that cannot be summed.
+        CheckpointError: a folder without a whole checkpoint, or a run on another base; names what differs.
+        StateError: the model is adapted already, or a cascade was released.
+        NonFiniteBranch: a running branch holds inf or nan. The model is as it was, whatever is raised.
+    """
+    if isinstance(runs, (str, PathLike, Cascade)) or not runs:
+        raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
+    shares = _shares(weights, len(runs))
+    found = [_Found.of(run, f"run {number}") for number, run in enumerate(runs, start=1)]
+    opened = open_model(model)
+    _check_new(opened)
+    source = open_base(base, opened)
+    with torch.inference_mode(False), AllOrNothing() as undo:
+        untie(opened, found[0].plan.spec.untie, undo)
+        own = {name: fingerprint(value) for name, value in opened.named_parameters()}
+        for each in found:
+            each.check_base(own)
+        parts = [each.part(opened) for each in found]
+        plan = _plan(parts, named_weights(opened).names)
+        try:
+            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo)
+        except PassError as fault:
+            raise SpecError(f"merge: the sites of these runs do not fit together: {fault}") from fault
+        undo(cascade.core.base_writer())
+        undo(_buffer_writer(opened))
+        join(cascade.core, weighted_sum(cascade.core.slow, parts, shares, plan.stage - 1), parts)
+        return cascade
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1 / count] * count
+    shares = list(weights)
+    if len(shares) != count:
+        raise SpecError(f"merge: {len(shares)} weights for {count} runs; give one a run")
+    for weight in shares:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise SpecError(f"merge: weights has {weight!r}; give finite numbers")
+    return [float(weight) for weight in shares]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A run as given: what it is called in messages, its plan, and the fingerprints of its base."""
+
+    name: str
+    plan: Plan
+    base: Mapping[str, str]
+    frontend: str
+    run: Cascade | Checkpoint
+
+    @classmethod
+    def of(cls, run: Any, name: str) -> _Found:
+        """Read a folder, or look at a cascade."""
+        if isinstance(run, Cascade):
+            run.core.check_ready("merge")
+            return cls(f"{name}, a cascade", run.plan, run.core.fingerprints(), run.core.frontend, run)
+        if not isinstance(run, (str, PathLike)):
+            raise SpecError(f"merge: {name} is {type(run).__name__}; give a checkpoint folder or a cascade")
+        found = read(run)
+        return cls(f"{name}, {found.path}", found.plan, found.manifest["base"], found.frontend, found)
+
+    def check_base(self, own: Mapping[str, str]) -> None:
+        """Raise CheckpointError where the model is not what this run adapted."""
+        theirs = self.base
+        foreign = [name for name in own if name not in theirs]
+        missing = [name for name in theirs if name not in own]
+        changed = [name for name, digest in own.items() if theirs.get(name, digest) != digest]
+        for what, names in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise CheckpointError(
+                    f"merge: {self.name}, is of another base: the model {what} {', '.join(names[:3])}{more}; "
+                    "runs can be summed on the one base that all of them adapted"
+                )
+
+    def part(self, model: nn.Module) -> Part:
+        """Return the run as a part of the sum; a checkpoint is unpacked into a copy of the base, without a capture."""
+        if isinstance(self.run, Cascade):
+            return part_of(self.run.core, self.name)
+        scratch = copy.deepcopy(model)
+        named = named_weights(scratch)
+        trained = _trained(self.plan.spec, named.parameters, named.names)
+        for name, parameter in named.parameters.items():
+            parameter.requires_grad_(name in trained)
+        branches = missing_branches(self.plan, {}, named.parameters)
+        core = Core(scratch, nn.ModuleDict(dict(branches)), self.plan, self.frontend)
+        with AllOrNothing() as undo:
+            core.start(trained, undo)
+        restore(core, self.run)
+        return part_of(core, self.name)
+
+
+def _plan(parts: Sequence[Part], names: Mapping[str, tuple[str, ...]]) -> Plan:
+    """Return the first run's plan, with the sites that other runs have besides, at a stage that none of them had."""
+    first = parts[0].plan
+    trained = {name for part in parts for name in part.slow.trained}
+    sites: dict[str, Site] = {}
+    for part in parts:
+        for site in part.plan.sites:
+            if site.weight not in trained:
+                sites.setdefault(site.weight, site)
+    added = sorted(trained - parts[0].slow.trained.keys())
+    spec = first.spec
+    if added:
+        spec = replace(spec, train=(*spec.train, *added), exclude=tuple(_without(spec.exclude, added, names)))
+    return Plan(spec, tuple(sites.values()), max(part.plan.stage for part in parts) + 1)
+
+
+def _without(patterns: Iterable[str], added: Sequence[str], names: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
+    """Yield the patterns; one that means a name that was added, as the names that it means besides."""
+    for pattern in patterns:
+        meant = [name for name in names if matches(pattern, names[name])]
+        if set(meant) & set(added):
+            yield from (name for name in meant if name not in added)
+        else:
+            yield pattern

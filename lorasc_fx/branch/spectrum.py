@@ -1,0 +1,53 @@
+"""Singular values of a delta from its factors, and what they say: norm and effective rank. The delta is never formed.
+
+`b @ a` has the singular values of the small core `R_b R_a^T` of two QR decompositions. Effective rank: O. Roy and
+M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007: the exponential of the entropy
+of the singular values that are scaled to sum to 1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lorasc_fx.branch.slow import Factors, SlowWeight
+
+__all__ = ["effective_rank", "norm_of", "singular_values", "slow_spectrum"]
+
+
+def singular_values(factors: Factors) -> torch.Tensor:
+    """Return the singular values of `b @ a` [min(rank, rows, columns)], or [experts, ...], in fp64, largest first."""
+    b, a = factors.b.detach().double(), factors.a.detach().double()
+    _, left = torch.linalg.qr(b)
+    _, right = torch.linalg.qr(a.transpose(-2, -1))
+    values: torch.Tensor = torch.linalg.svdvals(left @ right.transpose(-2, -1))
+    return values
+
+
+def slow_spectrum(state: SlowWeight) -> torch.Tensor:
+    """Return the singular values of the slow delta S [values], or [experts, values]; without kept noise.
+
+    A delta that was collapsed into a dense one is decomposed as it is.
+    """
+    factors = state.carried("slow")
+    if state.dense_slow is not None:
+        total = state.dense_slow.double()
+        if factors is not None:
+            total = total + factors.b.double() @ factors.a.double()
+        values: torch.Tensor = torch.linalg.svdvals(total)
+        return values
+    if factors is None:
+        return torch.zeros((*state.matrix[:-2], 0), dtype=torch.float64)
+    return singular_values(factors)
+
+
+def norm_of(values: torch.Tensor) -> float:
+    """Return the Frobenius norm that these singular values belong to; of stacked matrices, that of all together."""
+    return float(values.square().sum().sqrt().item())
+
+
+def effective_rank(values: torch.Tensor) -> float:
+    """Return exp(entropy) of singular values: 0 for a zero matrix, k for k equal ones; of stacked matrices the mean."""
+    total = values.sum(-1, keepdim=True)
+    share = torch.where(total > 0, values / total.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+    ranks = torch.special.entr(share).sum(-1).exp().where(total.squeeze(-1) > 0, torch.zeros(()).to(values))
+    return float(ranks.mean().item())

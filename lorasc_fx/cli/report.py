@@ -1,0 +1,255 @@
+"""`lorasc-fx report`: one HTML file of a run, that needs no network and no script."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorasc_fx.cli.extras import module_of, require
+from lorasc_fx.cli.report_data import RunRecord
+from lorasc_fx.cli.report_page import PAGE, STYLE
+from lorasc_fx.cli.run_folder import RunFolder, write_whole
+from lorasc_fx.errors import SpecError
+from lorasc_fx.pictures import Picture
+from lorasc_fx.pictures.charts import by_site, loss_over_steps, slow_and_fast, spectra
+
+__all__ = ["page", "run_report"]
+
+LONG = 12
+"""Rows above which a table folds."""
+DRAWN = 6
+"""Spectra that are drawn; the table has them all."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; its style is a class of the page: `name`, `text`, `sentence`, or none for numbers."""
+
+    title: str
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page; a long one folds."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+
+    @property
+    def folds(self) -> bool:
+        """Whether it is long."""
+        return len(self.rows) > LONG
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under one heading."""
+
+    key: str
+    title: str
+    paragraphs: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = field(default_factory=tuple)
+
+
+def run_report(run: Path, output: Path | None) -> int:
+    """Write the report of a run, and return the exit code.
+
+    Raises:
+        StateError: the folder holds no run that could be shown.
+        SpecError: the file cannot be written there.
+        MissingExtra: the extra `report` is not installed.
+    """
+    require("report", "jinja2", "matplotlib")
+    record = RunRecord.read(run)
+    where = output or RunFolder(run).report
+    if not where.parent.is_dir():
+        raise SpecError(f"report: there is no folder {where.parent}")
+    write_whole(where, page(record))
+    print(f"{where}: the report of {record.name}")
+    return 0
+
+
+def page(record: RunRecord) -> str:
+    """Return the page as text."""
+    jinja2 = module_of("report", "jinja2")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    config, about = record.config, record.about
+    spec = config.spec
+    lead = (
+        f"{config.model.name} ({about['model']}) on {config.data.name}: {config.train.stages} stages, pace "
+        f"{spec.pace:g}, restart {spec.restart}, noise {spec.noise.strength:g}"
+        + ("." if record.result else "; this run has not ended yet.")
+    )
+    sections = [each for each in _sections(record) if each.pictures or each.tables or each.paragraphs]
+    text: str = environment.from_string(PAGE).render(
+        title=f"Run {record.name}", lead=lead, style=STYLE, numbers=_numbers(record), sections=sections
+    )
+    return text.strip() + "\n"
+
+
+def _numbers(record: RunRecord) -> list[tuple[str, str]]:
+    about = record.about
+    share = about["trainable"] / max(about["parameters"], 1)
+    numbers = [(part, f"{value:.1%}") for part, value in record.result.items()]
+    if record.stages:
+        numbers.append(("validation", f"{record.stages[-1]['validation']:.1%}"))
+    steps = record.losses[-1][0] if record.losses else 0
+    numbers += [
+        ("steps", f"{steps:,}"),
+        ("stages ended", f"{len(record.stages)} of {record.config.train.stages}"),
+        ("sites", f"{len(about['sites']):,}"),
+        ("trained entries", f"{about['trainable']:,} ({share:.2%})"),
+    ]
+    return numbers
+
+
+def _sections(record: RunRecord) -> Iterable[Section]:
+    losses = [loss_over_steps(record.losses, record.transitions)] if record.losses else []
+    yield Section("loss-section", "Loss", (), losses)
+    yield _slow_and_fast(record)
+    yield _experts(record)
+    yield _spectrum(record)
+    yield _cost(record)
+    yield _sites(record)
+    yield _refusals(record)
+    yield _environment(record)
+
+
+def _slow_and_fast(record: RunRecord) -> Section:
+    rows = record.stages
+    pictures = []
+    for key, measure, what in (
+        ("validation", "validation", "accuracy"),
+        ("validation-loss", "validation_loss", "validation loss"),
+    ):
+        points = [(row["stage"], row.get(measure), row.get(f"{measure}_fast")) for row in rows]
+        if any(each is not None for _, *pair in points for each in pair):
+            pictures.append(slow_and_fast(points, key, what))
+    columns = [Column(name) for name in ("stage", "step", "accuracy, slow", "fast", "loss, slow", "fast")]
+    measures = ("validation", "validation_fast", "validation_loss", "validation_loss_fast")
+    table = [(row["stage"], row["step"], *(_number(row.get(name)) for name in measures)) for row in rows]
+    said = "Fast weights are those that the stage trained, without its noise; slow ones are what a release would give."
+    return Section(
+        "slow-fast",
+        "Slow beside fast weights",
+        (said,) if rows else (),
+        pictures,
+        (Table("On the validation examples, at the end of each stage", columns, table),) if rows else (),
+    )
+
+
+def _experts(record: RunRecord) -> Section:
+    stages, rows = record.expert_stages, record.expert_rows
+    if not stages or not rows:
+        return Section("experts", "Experts")
+    pictures = [
+        by_site(
+            {stage: [row["by_stage"][stage].get(measure) for row in rows] for stage in stages}, key, what, len(rows)
+        )
+        for key, measure, what in (("norm", "norm", "norm"), ("rank", "effective_rank", "effective rank"))
+    ]
+    columns = [Column("no."), Column("site", "name")]
+    columns += [Column(f"{what}, stage {stage}") for stage in stages for what in ("norm", "eff. rank")]
+    table = [
+        (
+            row["number"],
+            row["site"],
+            *(_number(row["by_stage"][stage].get(name)) for stage in stages for name in ("norm", "effective_rank")),
+        )
+        for row in rows
+    ]
+    said = (
+        "Each stage trains one expert a site, s B A. Its norm is the Frobenius norm; its effective rank is the "
+        "exponential of the entropy of its singular values (Roy and Vetterli, 2007): 1 where one direction does all, "
+        "the rank where all do as much."
+    )
+    return Section("experts", "Experts", (said,), pictures, (Table("Experts by site", columns, table),))
+
+
+def _spectrum(record: RunRecord) -> Section:
+    found = {name: each for name, each in record.spectrum.items() if each["values"] and max(each["values"]) > 0}
+    if not found:
+        return Section("delta", "Final delta")
+    largest = sorted(found, key=lambda name: -found[name]["norm"])[:DRAWN]
+    columns = [Column("site", "name"), Column("norm"), Column("share of W0"), Column("eff. rank"), Column("largest"),
+               Column("second"), Column("values")]  # fmt: skip
+    table = []
+    for name, each in record.spectrum.items():
+        share = each["norm"] / each["base_norm"] if each["base_norm"] else None
+        first = [_number(value) for value in each["values"][:2]] + ["–", "–"]
+        rank = _number(each["effective_rank"])
+        table.append((name, _number(each["norm"]), f"{share:.2%}" if share is not None else "–", rank, *first[:2],
+                      len(each["values"])))  # fmt: skip
+    said = (
+        "The slow delta S of each site, as the run ended: what a release adds to W0. Singular values come from the "
+        "experts' factors; the share is that of the norms."
+    )
+    picture = spectra({name: found[name]["values"] for name in largest})
+    return Section("delta", "Final delta", (said,), (picture,), (Table("Final delta by site", columns, table),))
+
+
+def _cost(record: RunRecord) -> Section:
+    about = record.about
+    counted = Counter(site["placement"] for site in about["sites"])
+    expected = about["expected_step_ratio"]
+    branches = sum(site["parameters"] for site in about["sites"])
+    step = record.seconds_a_step
+    rows = [
+        ("entries of the model", f"{about['parameters']:,}"),
+        ("trained entries", f"{about['trainable']:,}"),
+        ("of these in branches", f"{branches:,}"),
+        ("placements", ", ".join(f"{count} {where}" for where, count in counted.most_common()) or "–"),
+        ("expected step over that of the frozen model", f"{expected:.2f}" if expected is not None else "not known"),
+        ("median seconds a step", f"{step:.3g}" if step is not None else "not known"),
+        ("seconds of training", f"{record.seconds:.1f}"),
+        ("front end", about["frontend"]),
+    ]
+    rows += [(f"front end {name} refused", reason) for name, reason in about["refused_frontends"]]
+    columns = [Column("what", "text"), Column("how much", "text")]
+    said = "After the last fold nothing of this is left: the released model has the nodes of the original."
+    return Section("cost", "Cost", (said,), (), (Table("Cost of the run", columns, rows),))
+
+
+def _sites(record: RunRecord) -> Section:
+    columns = [Column("no."), Column("site", "name"), Column("kind", "text"), Column("shape"), Column("rank"),
+               Column("scale"), Column("branch", "text"), Column("entries")]  # fmt: skip
+    rows = [
+        (number, site["weight"], site["kind"], " × ".join(map(str, site["shape"])), site["rank"],
+         f"{site['scale']:g}", site["placement"], f"{site['parameters']:,}")
+        for number, site in enumerate(record.about["sites"], start=1)
+    ]  # fmt: skip
+    counted = Counter(site["kind"] for site in record.about["sites"])
+    said = f"{len(rows)} weights were adapted: " + ", ".join(f"{n} {kind}" for kind, n in counted.most_common()) + "."
+    return Section("sites", "Sites", (said,), (), (Table("Sites", columns, rows),))
+
+
+def _refusals(record: RunRecord) -> Section:
+    refusals, unreached = record.about["refusals"], record.about["unreached"]
+    counted = Counter(each["reason"] for each in refusals)
+    told = [f"{count} {reason}" for reason, count in counted.most_common()]
+    if unreached:
+        told.append(f"{len(unreached)} unreached (in no graph)")
+    said = f"Weight matrices that have no branch: {', '.join(told)}." if told else "Every weight matrix was adapted."
+    columns = [Column("weight", "name"), Column("reason", "text"), Column("because", "sentence")]
+    rows = [(each["weight"], each["reason"], each["sentence"]) for each in refusals]
+    rows += [(name, "unreached", "no captured graph uses it") for name in unreached]
+    return Section("refusals", "Refusals", (said,), (), (Table("Refusals", columns, rows),) if rows else ())
+
+
+def _environment(record: RunRecord) -> Section:
+    found = dict(record.environment)
+    packages = found.pop("packages", {})
+    rows = [(name, value) for name, value in found.items() if value is not None]
+    rows += [(name, version) for name, version in packages.items() if version is not None]
+    columns = [Column("what", "text"), Column("version or value", "text")]
+    return Section("made-with", "Made with", (), (), (Table("Machine and packages", columns, rows),) if rows else ())
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

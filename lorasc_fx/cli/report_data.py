@@ -1,0 +1,154 @@
+"""What `lorasc-fx report` knows of a run: the files of its folder, read and brought into order."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.run_folder import RunFolder
+from lorasc_fx.cli.schema import Config
+from lorasc_fx.errors import StateError
+
+__all__ = ["RunRecord"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The records of one run.
+
+    Args:
+        name: of its folder.
+        config: that it had.
+        lines: of its metrics, in the order in which they were written.
+        about: what the run wrote of its cascade at the start.
+        experts: a line a stage and site.
+        spectrum: by site; empty before the end.
+        environment: packages and machine.
+    """
+
+    name: str
+    config: Config
+    lines: list[dict[str, Any]]
+    about: dict[str, Any]
+    experts: list[dict[str, Any]]
+    spectrum: dict[str, Any]
+    environment: dict[str, Any]
+
+    @classmethod
+    def read(cls, run: Path) -> RunRecord:
+        """Read a run folder.
+
+        Raises:
+            StateError: the folder holds no run of `train`, or nothing that could be shown yet; or a file is damaged.
+        """
+        folder = RunFolder(run)
+        if not folder.config.is_file():
+            raise StateError(f"{run} holds no run: there is no {folder.config.name} in it")
+        if folder.cells.exists():
+            raise StateError(f"{run} holds a comparison; a report shows one run, of lorasc-fx train")
+        if not folder.cascade.is_file() or not folder.metrics.is_file():
+            raise StateError(
+                f"{run} has nothing to show yet: {folder.cascade.name} or {folder.metrics.name} is not there. A run "
+                "writes them in its first steps; one by an older version has to be made again"
+            )
+        environment = folder.path / "environment.json"
+        return cls(
+            run.resolve().name,
+            load_config(folder.config),
+            _lines(folder.metrics),
+            _whole(folder.cascade),
+            _lines(folder.experts) if folder.experts.is_file() else [],
+            _whole(folder.spectrum) if folder.spectrum.is_file() else {},
+            _whole(environment) if environment.is_file() else {},
+        )
+
+    @cached_property
+    def losses(self) -> list[tuple[int, float]]:
+        """Steps with their losses; of a step that was made twice (a stopped run that went on) the later one."""
+        return sorted({line["step"]: line["loss"] for line in self.lines if "loss" in line}.items())
+
+    @cached_property
+    def transitions(self) -> list[int]:
+        """Steps at which a stage ended."""
+        return sorted({line["step"] for line in self.lines if "validation" in line})
+
+    @cached_property
+    def stages(self) -> list[dict[str, Any]]:
+        """A row a stage that ended: `stage`, `step`, and the measures of slow and fast weights."""
+        rows: dict[int, dict[str, Any]] = {}
+        for line in self.lines:
+            if "validation" in line or "validation_fast" in line:
+                rows.setdefault(line["stage"], {}).update(line)
+        return [rows[stage] for stage in sorted(rows) if "validation" in rows[stage]]
+
+    @cached_property
+    def result(self) -> dict[str, float]:
+        """Accuracy on the test set and its shifts; empty before the end."""
+        found = [line for line in self.lines if line.get("event") == "result"]
+        return {name: value for name, value in found[-1].items() if name != "event"} if found else {}
+
+    @cached_property
+    def seconds_a_step(self) -> float | None:
+        """Median over the logged stretches in which no stage ended; None where there is none."""
+        timed = [line for line in self.lines if "seconds" in line]
+        ends = set(self.transitions)
+        rates = [
+            (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
+            for before, after in pairwise(timed)
+            if after["step"] > before["step"] and after["seconds"] > before["seconds"] and before["step"] not in ends
+        ]
+        return statistics.median(rates) if rates else None
+
+    @cached_property
+    def seconds(self) -> float:
+        """Time in steps, stages' ends included, over all the parts in which the run was made."""
+        total, last = 0.0, 0.0
+        for line in self.lines:
+            if "seconds" in line:
+                if line["seconds"] < last:
+                    total += last
+                last = line["seconds"]
+        return total + last
+
+    @cached_property
+    def expert_rows(self) -> list[dict[str, Any]]:
+        """A row a site: its number and name, and by stage norm and effective rank of its expert."""
+        latest = {(line["stage"], line["site"]): line for line in self.experts}
+        return [
+            {
+                "number": number,
+                "site": site["weight"],
+                "by_stage": {stage: latest.get((stage, site["weight"]), {}) for stage in self.expert_stages},
+            }
+            for number, site in enumerate(self.about["sites"], start=1)
+        ]
+
+    @cached_property
+    def expert_stages(self) -> list[int]:
+        """Stages of which there are experts."""
+        return sorted({line["stage"] for line in self.experts})
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    return [_parsed(path, line, number) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    return _parsed(path, path.read_text(encoding="utf-8"), 1)
+
+
+def _parsed(path: Path, text: str, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as fault:
+        raise StateError(f"{path}: line {number} is no JSON ({fault}); the file is damaged") from fault
+    if not isinstance(found, dict):
+        raise StateError(f"{path}: line {number} is no JSON object; the file is damaged")
+    return found

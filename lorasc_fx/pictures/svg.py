@@ -1,0 +1,94 @@
+"""A matplotlib figure as SVG for people: texts that stay texts, a title and a description for those who do not see it.
+
+In a page the colours are CSS variables, of which the page has a light and a dark set; a file of its own has plain ones,
+which every viewer knows. Ids are prefixed, so that several pictures can stand in one page.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lorasc_fx.pictures.library import library
+
+__all__ = ["INK", "MUTED", "PAPER", "SERIES", "Picture", "figure", "finished"]
+
+INK, MUTED, PAPER = "#1f2430", "#68707f", "#fdfdfc"
+SERIES = ("#0969b3", "#b5480b", "#16784a", "#7a3fa8", "#8a6a00", "#b0255f", "#00727d", "#5b5f66")
+"""Colours of series in order; each has a contrast of 4.5 or more on PAPER (WCAG 2.1, AA)."""
+
+_VARIABLES = {INK: "ink", MUTED: "muted", PAPER: "paper", **{each: f"series-{n}" for n, each in enumerate(SERIES, 1)}}
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lorasc-fx",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.facecolor": PAPER,
+    "figure.facecolor": PAPER,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": MUTED,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG element: its text, its title, and what it shows in words."""
+
+    svg: str
+    title: str
+    description: str
+
+
+@contextmanager
+def figure(width: float, height: float) -> Iterator[Any]:
+    """Give a matplotlib figure of this size in points, under our settings."""
+    matplotlib, figures = library("matplotlib"), library("matplotlib.figure")
+    with matplotlib.rc_context(_SETTINGS):
+        yield figures.Figure(figsize=(width / 72, height / 72), layout="none")
+
+
+def finished(drawn: Any, key: str, title: str, description: str, *, themed: bool = False) -> Picture:
+    """Return a figure as a picture.
+
+    Args:
+        drawn: a matplotlib figure.
+        key: of the picture, before each of its ids; letters, digits and dashes.
+        title: a few words, the picture's accessible name.
+        description: what there is to see, for those who do not see it.
+        themed: colours are CSS variables of the page that it stands in.
+    """
+    buffer = io.StringIO()
+    drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
+    for colour, name in _VARIABLES.items() if themed else ():
+        svg = svg.replace(colour, f"var(--{name}, {colour})")
+    named = (
+        f'<title id="{key}-title">{html.escape(title)}</title><desc id="{key}-desc">{html.escape(description)}</desc>'
+    )
+    head = f'<svg role="img" aria-labelledby="{key}-title {key}-desc" '
+    return Picture(
+        re.sub(r"<svg ([^>]*)>", lambda found: f"{head}{found[1]}>{named}", svg, count=1), title, description
+    )

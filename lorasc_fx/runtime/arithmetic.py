@@ -1,0 +1,163 @@
+"""Weighted sums of what several runs on one base have learnt: `sum_i w_i S_i`, exactly, through their experts.
+
+The experts of all runs stand side by side, each coefficient times its run's weight (algorithm.md, "The slow state is
+small"); what is dense already (a collapsed delta, a parameter trained in full) is summed in fp64 and rounded once. No
+rounded weight of any run is read. Relatives: model soups (2203.05482), task arithmetic (2212.04089).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorasc_fx.branch import Expert, Past, SlowWeight, arithmetic, dense, summing
+from lorasc_fx.errors import SpecError
+from lorasc_fx.plan import Plan
+from lorasc_fx.runtime.adopt import install
+from lorasc_fx.runtime.folding import ended
+from lorasc_fx.runtime.slow import SlowWeights, Trained
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["Part", "join", "part_of", "weighted_sum"]
+
+log = logging.getLogger("lorasc_fx")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of a sum.
+
+    Args:
+        name: for messages.
+        plan: of its running stage.
+        slow: its slow weights as a release would have them; its bases are without numbers, they are those of the sum.
+        buffers: of its model.
+    """
+
+    name: str
+    plan: Plan
+    slow: SlowWeights
+    buffers: Mapping[str, torch.Tensor]
+
+
+def part_of(core: Core, name: str) -> Part:
+    """Return a run as a part; a running stage that has trained is counted, as `release` counts it.
+
+    Raises:
+        NonFiniteBranch: a running branch holds inf or nan.
+    """
+    buffers = {key: buffer.detach().clone() for key, buffer in core.model.named_buffers()}
+    slow = ended(core)
+    bare = {key: replace(state, base=state.base.to("meta")) for key, state in slow.states.items()}
+    return Part(name, core.plan, replace(slow, states=bare), buffers)
+
+
+def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:
+    """Return `W0 + sum_i w_i S_i` for every weight that `own` knows; a run that did not adapt one has S = 0 there.
+
+    Args:
+        own: slow weights of a fresh cascade on the common base, which knows every weight of every part.
+        parts: the runs.
+        weights: one a run; they need not sum to 1.
+        stage: number of the stage that the sum counts as the end of.
+
+    Raises:
+        SpecError: a run knows a weight that `own` does not, or reads one as another kind of matrix.
+    """
+    terms = list(zip(weights, parts, strict=True))
+    for part in parts:
+        odd = sorted({*part.slow.states, *part.slow.trained} - {*own.states, *own.trained})
+        if odd:
+            raise SpecError(
+                f"merge: {part.name}, keeps noise in {odd[0]}, which is no site of the first run; "
+                "give a run with noise.where='all' first"
+            )
+    states = {name: _state(state, terms, stage) for name, state in own.states.items()}
+    trained = {}
+    for name, kept in own.trained.items():
+        total = kept.base.double() + _dense(name, kept.base, terms)
+        slow = total.to(arithmetic(kept.base.dtype))
+        trained[name] = Trained(kept.base, slow, total.to(kept.base.dtype), ((stage, slow),))
+    return SlowWeights(states, trained)
+
+
+def _state(own: SlowWeight, terms: Sequence[tuple[float, Part]], stage: int) -> SlowWeight:
+    experts: list[Expert] = []
+    coefficients: list[float] = []
+    kept = []
+    for weight, part in terms:
+        state = part.slow.states.get(own.name)
+        if state is None or weight == 0:
+            continue
+        if state.stacked != own.stacked:
+            raise SpecError(f"merge: {part.name}, adapted {own.name} as another kind of matrix than the first run")
+        for coefficient, expert in zip(state.slow, state.experts, strict=True):
+            if coefficient != 0:
+                experts.append(expert)
+                coefficients.append(weight * coefficient)
+        kept += [replace(noise, amplitude=weight * noise.amplitude) for noise in state.kept]
+    total = None
+    if any(_holds_dense(own.name, part) for weight, part in terms if weight != 0):
+        total = _dense(own.name, own.base, terms, factors=False).view(own.matrix).to(summing(own.base.dtype))
+    slow = tuple(coefficients)
+    after = SlowWeight(own.name, own.base, own.stacked, tuple(experts), slow, slow, total, total, tuple(kept))
+    after = replace(after, past=(Past(stage, slow),))
+    return after.collapsed() if after.crowded else after
+
+
+def _holds_dense(name: str, part: Part) -> bool:
+    state = part.slow.states.get(name)
+    return name in part.slow.trained or (state is not None and state.dense_slow is not None)
+
+
+def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], factors: bool = True) -> torch.Tensor:
+    """Return the weighted sum of the deltas of one weight in fp64, as the weight is stored.
+
+    Without `factors` it is only what is dense in the runs: collapsed deltas, and what was trained in full.
+    """
+    total = torch.zeros(base.shape, dtype=torch.float64)
+    for weight, part in terms:
+        if weight == 0:
+            continue
+        if name in part.slow.trained:
+            total += weight * (part.slow.trained[name].slow.double().cpu() - base.double().cpu())
+        elif (state := part.slow.states.get(name)) is not None:
+            if factors:
+                total += weight * (
+                    replace(state, base=base).exact("slow", torch.float64).cpu() - dense(base).double().cpu()
+                )
+            elif state.dense_slow is not None:
+                total += weight * state.dense_slow.double().cpu().view(base.shape)
+    return total
+
+
+def join(core: Core, after: SlowWeights, parts: Sequence[Part]) -> None:
+    """Let the first stage of a fresh cascade start from these slow weights; all or nothing.
+
+    Buffers (running statistics) have no sum: those that are the same in all runs are taken over, others stay the base's
+    and are told of.
+    """
+    buffers = dict(core.model.named_buffers())
+    taken = {name: parts[0].buffers[name] for name in buffers if _agree(name, parts)}
+    told = [name for name, buffer in buffers.items() if name not in taken and buffer.is_floating_point()]
+    install(core, after, [*after.states, *after.trained], taken)
+    if told:
+        log.warning(
+            "merge: %d buffers differ between the runs and stay as the base has them: %s; "
+            "torch.optim.swa_utils.update_bn makes running statistics anew",
+            len(told),
+            ", ".join(told[:3]),
+        )
+
+
+def _agree(name: str, parts: Sequence[Part]) -> bool:
+    first, *others = [part.buffers.get(name) for part in parts]
+    return first is not None and all(
+        each is not None and each.dtype == first.dtype and torch.equal(each.cpu(), first.cpu()) for each in others
+    )

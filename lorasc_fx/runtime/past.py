@@ -1,0 +1,89 @@
+"""Earlier stages: their slow weights from the experts and the coefficients of that time, and going on from one of them.
+
+Algorithm.md, "The slow state is small": S_k is one more coefficient vector over the experts that are there anyway. What
+was trained in full is kept as a copy a stage (`slow.AFFORDABLE`). After a dense collapse the experts of the stages
+before are gone, and so are those stages.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorasc_fx.branch import SlowWeight, arithmetic
+from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.errors import StateError
+from lorasc_fx.runtime import transition
+from lorasc_fx.runtime.optim import treated_state
+from lorasc_fx.runtime.slow import SlowWeights, Trained
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["at_stage", "rewind"]
+
+log = logging.getLogger("lorasc_fx")
+
+
+def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
+    """Return the slow weights at the end of a stage (0: before the first), from which a stage can start.
+
+    Raises:
+        StateError: no stage of this number has ended here, or it is gone; names what is missing, and which stages can
+            be had.
+    """
+    ended = sorted({each.stage for state in slow.states.values() for each in state.past})
+    if isinstance(stage, bool) or not isinstance(stage, int) or stage not in (0, *ended):
+        raise StateError(
+            f"{call}: stage {stage!r} has not ended in this cascade; there are "
+            f"{', '.join(map(str, (0, *ended)))} (0 is the base). Of the running stage give weights('fast')"
+        )
+    states, trained, gone = _looked_up(slow, stage)
+    if gone:
+        can = [each for each in (0, *ended) if not _looked_up(slow, each)[2]]
+        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+        raise StateError(
+            f"{call}: stage {stage} is gone for {', '.join(gone[:3])}{more}: experts that outgrow their weight are "
+            "summed into one dense delta, and what is trained in full is kept a stage at a time only while it is "
+            f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all"
+        )
+    return SlowWeights(states, trained)
+
+
+def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, SlowWeight], dict[str, Trained], list[str]]:
+    """Return the states of a stage, and the names of those that are gone."""
+    states, trained, gone = {}, {}, []
+    for name, state in slow.states.items():
+        found = state.at(stage)
+        if found is None:
+            gone.append(name)
+        else:
+            states[name] = found
+    for name, kept in slow.trained.items():
+        values = {0: kept.base.to(arithmetic(kept.base.dtype)), **dict(kept.past)}
+        if stage not in values:
+            gone.append(name)
+            continue
+        past = tuple(each for each in kept.past if each[0] <= stage)
+        trained[name] = Trained(kept.base, values[stage], values[stage].to(kept.base.dtype), past)
+    return states, trained, gone
+
+
+def rewind(core: Core, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
+    """Start a stage from the slow weights of an earlier one; see `Cascade.rewind`."""
+    plan = core.plan
+    transition.check_optimizer(core, optimizer, "rewind")
+    after = at_stage(core.slow, stage, "rewind")
+    branches, trained = core.branches_by_weight(), core.trained_parameters()
+    unused = core.slow.parked and not any(bool(branch.lora_B.any()) for branch in branches.values())
+    planned = plan if unused else plan.at_stage(plan.stage + 1)  # the noise of a number is drawn once
+    starts = {
+        site.weight: fresh_a(plan.spec.seed, planned.stage, site.weight, site.factor_shapes[0]) for site in plan.sites
+    }
+    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    state = treated_state(optimizer, [*own, *trained.values()], "reset") if optimizer is not None else {}
+    transition.begin(core, optimizer, planned, replace(after, parked=False), starts, state)
+    log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)

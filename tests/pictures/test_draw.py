@@ -1,0 +1,157 @@
+"""`cascade.draw`: the SVG read back by an XML parser, against the fx graph walked by networkx."""
+
+from __future__ import annotations
+
+import re
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from torch import fx, nn
+
+import lorasc_fx as lx
+from tests.errors.state import unchanged
+
+SVG = "{http://www.w3.org/2000/svg}"
+X = (torch.randn(3, 8, generator=torch.Generator().manual_seed(1)),)
+
+
+class Attention(nn.Module):
+    """Three linears that read one input, and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.q, self.k, self.v = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.out = nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.out(torch.tanh(self.q(x)) * self.k(x) + self.v(x))
+
+
+def texts(file: Path) -> list[str]:
+    return ["".join(each.itertext()) for each in ET.parse(file).getroot().iter(f"{SVG}text")]
+
+
+def adapted(**options: Any) -> lx.Cascade:
+    return lx.adapt(Attention(), X, spec=lx.CascadeSpec(rank=2, **options))
+
+
+def near(graph: fx.GraphModule, keys: set[str], radius: int) -> set[str]:
+    """Names of the nodes up to `radius` arrows from the branches of these keys."""
+    plain: nx.Graph = nx.Graph()
+    for node in graph.graph.nodes:
+        plain.add_node(node.name)
+        plain.add_edges_from((node.name, each.name) for each in node.all_input_nodes)
+    seeds = [node.name for node in graph.graph.nodes if str(node.target).removeprefix("branches.") in keys]
+    assert seeds
+    return {name for seed in seeds for name in nx.ego_graph(plain, seed, radius)}
+
+
+@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+@pytest.mark.parametrize("radius", [0, 1, 3])
+def test_it_shows_the_branch_and_what_is_around_it(tmp_path: Path, placement: Any, radius: int) -> None:
+    cascade = adapted(placement=placement)
+    file = tmp_path / "graph.svg"
+    with unchanged(cascade):
+        assert cascade.draw(file, ["q.weight"], radius) == file
+    shown = texts(file)
+    where = {"beside": "beside the op", "merged": "merged into the op", "weight": "on the weight"}[placement]
+    assert shown.count(f"branch, rank 2, {where}") == len([each for each in shown if each.startswith("branch, rank")])
+    assert "q.weight" in shown
+    module = cascade._variants.oldest.module
+    expected = near(module, {"q/weight"}, radius)
+    told = {
+        node.name: str(node.target).removeprefix("model.").removeprefix("branches.").replace("/", ".")
+        for node in module.graph.nodes
+    }
+    for weight in ("k.weight", "v.weight", "out.weight"):
+        assert (weight in shown) == any(told[name] == weight for name in expected)
+    title, desc = (ET.parse(file).getroot().find(f"{SVG}{tag}").text for tag in ("title", "desc"))
+    assert title == "Rewritten graph around q.weight"
+    assert desc.startswith(f"{len(expected)} nodes and ")
+    names = {node.name for node in module.graph.nodes if node.op in ("call_function", "call_method")}
+    assert {name for name in names if name in shown} == names & expected
+
+
+def test_the_first_sites_are_shown_and_names_are_readable(tmp_path: Path) -> None:
+    cascade = adapted(placement="beside")
+    shown = texts(cascade.draw(tmp_path / "graph.svg"))
+    assert {"q.weight", "k.weight", "v.weight"} <= set(shown)
+    assert shown.count("branch, rank 2, beside the op") == 4  # that of `out` is near enough
+    assert "aten.linear" in shown
+    assert "input" in shown
+    assert any(re.fullmatch(r"float32\[s?\d+, 6\]", each) for each in shown)
+    assert "branch beside its op" in shown  # the legend
+
+
+def test_the_picture_has_a_name_and_unique_ids_and_reads_nothing_from_outside(tmp_path: Path) -> None:
+    root = ET.parse(adapted().draw(tmp_path / "graph.svg", ["linear"])).getroot()
+    ids = [each.get("id") for each in root.iter() if each.get("id")]
+    assert len(ids) == len(set(ids))
+    assert root.get("role") == "img"
+    assert root.get("aria-labelledby", "").split() == [root.find(f"{SVG}{tag}").get("id") for tag in ("title", "desc")]
+    links = [value for each in root.iter() for name, value in each.attrib.items() if name.endswith("href")]
+    assert all(link.startswith("#") and link[1:] in ids for link in links)
+    assert "var(" not in (tmp_path / "graph.svg").read_text()  # a viewer of files need not know CSS variables
+
+
+def test_pieces_are_drawn_side_by_side(tmp_path: Path) -> None:
+    class Broken(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            return torch.tanh(self.out(torch.tanh(self.q(x))))
+
+    cascade = lx.adapt(Broken(), X, spec=lx.CascadeSpec(rank=2, placement="beside"), frontend="pieces")
+    shown = texts(cascade.draw(tmp_path / "graph.svg", ["q"], 0))
+    assert shown.count("branch, rank 2, beside the op") == shown.count("q.weight") == 2  # one in each piece
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"file": "graph.png"}, lx.SpecError, "draw: graph.png is no .svg file; SVG is what is drawn"),
+        ({"file": "absent/graph.svg"}, lx.SpecError, "draw: there is no folder absent"),
+        ({"sites": "q.weight"}, lx.SpecError, "draw: sites is 'q.weight'; give a sequence of kinds or globs"),
+        (
+            {"sites": ["q.wieght"]},
+            lx.UnknownTarget,
+            "draw: 'q.wieght' means no site of this cascade; nearest: 'q.weight'",
+        ),
+        ({"radius": -1}, lx.SpecError, "draw: radius is -1; give the number of arrows to follow, 0 or more"),
+    ],
+)
+def test_what_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any, error: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cascade = adapted()
+    with unchanged(cascade), pytest.raises(error, match=f"^{re.escape(message)}"):
+        cascade.draw(**{"file": "graph.svg", **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_after_release(tmp_path: Path) -> None:
+    cascade = adapted()
+    cascade.double()
+    with pytest.raises(lx.StateError, match="draw: there is no graph since the cascade was moved or copied; call it"):
+        cascade.draw(tmp_path / "graph.svg")
+    cascade.release()
+    with pytest.raises(lx.StateError, match="draw: this cascade was released"):
+        cascade.draw(tmp_path / "graph.svg")
+
+
+@pytest.mark.parametrize("package", ["igraph", "matplotlib"])
+def test_a_missing_library_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    cascade = adapted()
+    for name in [each for each in sys.modules if each.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"pictures need the package {package!r}, which is not installed: pip install 'lorasc-fx[report]'"
+    with unchanged(cascade), pytest.raises(lx.MissingExtra, match=f"^{re.escape(message)}$"):
+        cascade.draw(tmp_path / "graph.svg")

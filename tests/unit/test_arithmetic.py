@@ -1,0 +1,388 @@
+"""`lx.merge` against sums in fp64 of what each run has learnt, made by plain torch from the factors."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchao.quantization as torchao
+from torch import nn
+
+import lorasc_fx as lx
+from tests.errors.models import Net
+from tests.errors.state import of, unchanged
+from tests.unit.cases import branches, mlp, optimizer_of, randomize, train
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+Deltas = dict[str, torch.Tensor]
+
+
+def base(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """[24, 20], [18, 24] and [3, 18]: they hold more numbers than the experts of these runs."""
+    torch.manual_seed(8)
+    return nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 18, bias=False), nn.Linear(18, 3)).to(dtype)
+
+
+def call(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor]:
+    return (torch.randn(5, 20, generator=torch.Generator().manual_seed(3)).to(dtype),)
+
+
+def spec(**options: Any) -> lx.CascadeSpec:
+    return lx.CascadeSpec(**{"targets": ("0.weight", "2.weight"), "rank": 2, "lora_alpha": 3.0, "pace": 0.5, **options})
+
+
+@dataclass
+class Run:
+    """A run of experts that no optimizer made, and its slow delta in fp64 by hand (restart = slow)."""
+
+    cascade: lx.Cascade
+    delta: Deltas = field(default_factory=dict)
+
+    def train(self, seed: int) -> None:
+        randomize(self.cascade, seed)
+        pace = self.cascade.plan.spec.pace
+        for name, branch in branches(self.cascade).items():
+            learnt = pace * branch.scale * branch.lora_B.detach().double() @ branch.lora_A.detach().double()
+            self.delta[name] = self.delta.get(name, 0) + learnt.view(branch.weight_shape)
+
+    def saved(self, folder: Path) -> Path:
+        lx.save(self.cascade, folder)
+        return folder
+
+
+def run(
+    asked: lx.CascadeSpec,
+    seeds: Sequence[int],
+    build: Callable[[], nn.Module] = base,
+    dtype: torch.dtype = torch.float64,
+) -> Run:
+    """A run whose last stage is still running."""
+    made = Run(lx.adapt(build(), call(dtype), spec=asked, frontend="symbolic"))
+    for seed in seeds:
+        if made.delta:
+            made.cascade.transition(None)
+        made.train(seed)
+    return made
+
+
+def expected(runs: Sequence[Run], weights: Sequence[float], model: nn.Module) -> Deltas:
+    """W0 + sum_i w_i S_i in fp64."""
+    total = {name: value.detach().double().clone() for name, value in model.named_parameters()}
+    for weight, each in zip(weights, runs, strict=True):
+        for name, delta in each.delta.items():
+            total[name] += weight * delta
+    return total
+
+
+def assert_holds(model: nn.Module, values: Deltas, **close: Any) -> None:
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.detach().double(), values[name], **(close or EXACT), msg=f"{name} differs")
+
+
+@pytest.mark.parametrize("weights", [None, (0.25, 0.5, 0.25), (1.0, -0.7, 2.0), (0.0, 1.0, 0.0)])
+def test_folders_and_cascades_of_other_ranks_and_sites(tmp_path: Path, weights: Sequence[float] | None) -> None:
+    runs = [
+        run(spec(), [1, 2]),
+        run(spec(rank=1, lora_alpha=0.5, targets=("2.weight", "3.weight"), pace=1.0), [3]),
+        run(spec(rank=3, restart_A="kept", noise=lx.Noise(0.2)), [4, 5, 6]),
+    ]
+    given = [runs[0].saved(tmp_path / "one"), runs[1].cascade, str(runs[2].saved(tmp_path / "three"))]
+    model = base()
+    with unchanged(*(each.cascade for each in runs)):
+        merged = lx.merge(given, model, call(), weights=weights)
+    values = expected(runs, weights or [1 / 3] * 3, base())
+    assert [site.weight for site in merged.sites] == ["0.weight", "2.weight", "3.weight"]
+    assert [site.rank for site in merged.sites] == [2, 2, 1]
+    assert merged.stage == 4
+    assert merged.plan.spec == runs[0].cascade.plan.spec
+    for which in ({"which": "slow"}, {"stage": 3}):
+        with merged.weights(**which):
+            assert_holds(model, values)
+    with merged.weights(stage=0):
+        assert_holds(model, expected([], [], base()))
+    folded = merged.folded_state_dict()
+    assert merged.release() is model
+    assert_holds(model, values)
+    assert all(torch.equal(folded[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_sum_trains_on_saves_and_rewinds(tmp_path: Path) -> None:
+    runs = [run(spec(), [1]), run(spec(targets=("3.weight",), rank=1), [2])]
+    merged = lx.merge([each.cascade for each in runs], base(), call())
+    values = expected(runs, [0.5, 0.5], base())
+    lx.save(merged, tmp_path)
+    again = lx.load(tmp_path, base(), call())
+    losses = []
+    for cascade in (merged, again):
+        optimizer = optimizer_of(cascade)
+        assert_holds(cascade.model, values)
+        losses.append(train(cascade, optimizer, call()[:1] * 3))
+        learnt = {
+            name: 0.5 * branch.scale * (branch.lora_B @ branch.lora_A).detach()
+            for name, branch in branches(cascade).items()
+        }
+        cascade.transition(optimizer)
+        with cascade.weights("slow"):
+            assert_holds(cascade.model, values | {name: values[name] + delta for name, delta in learnt.items()})
+        cascade.rewind(1, optimizer)
+        assert_holds(cascade.model, values)
+    assert torch.equal(*losses)
+    assert losses[0][2] < losses[0][0]
+
+
+def test_one_rounding_of_a_narrow_base() -> None:
+    """bf16: the sum is rounded once; a sum of the runs' own rounded weights is much farther away."""
+    bf16 = torch.bfloat16
+
+    def build() -> nn.Module:
+        return base(bf16)
+
+    runs = [run(spec(), [seed, seed + 10], build, bf16) for seed in (1, 2, 3)]
+    weights = [2.0, -1.0, 1.0]
+    merged = lx.merge([each.cascade for each in runs], build(), call(bf16), weights=weights).release()
+    rounded = [each.cascade.release() for each in runs]
+    values = expected(runs, weights, build())
+    for name in ("0.weight", "2.weight"):
+        exact = values[name]
+        once = exact.bfloat16()
+        ours = merged.get_parameter(name).detach()
+        assert (ours == once).double().mean() > 0.99  # fp32 sums: a few stand on the other side of a tie
+        steps = ((ours.double() - exact).abs() / exact.abs()).max()
+        assert steps < 2**-8
+        start = build().get_parameter(name).detach().double()
+        theirs = start + sum(
+            weight * (each.get_parameter(name).detach().double() - start)
+            for weight, each in zip(weights, rounded, strict=True)
+        )
+        assert (theirs - exact).norm() > 1.7 * (ours.double() - exact).norm()
+
+
+def test_what_was_trained_in_full_is_summed_and_a_weight_may_be_a_site_in_one_run(tmp_path: Path) -> None:
+    first = run(spec(train=("3.*",)), [1])
+    second = run(spec(targets=("0.weight", "3.weight"), train=("2.weight",), exclude=("3.b*",), rank=1), [2])
+    gone = {}
+    for each, names in ((first, ("3.weight", "3.bias")), (second, ("2.weight",))):
+        for place, name in enumerate(names):
+            parameter = each.cascade.model.get_parameter(name)
+            draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
+            with torch.no_grad():
+                parameter.add_(draw)
+            gone[name] = 0.5 * draw  # the slow rule, with pace 0.5
+    for each in (first, second):
+        each.cascade.transition(None)
+    values = expected([first, second], [0.75, 0.5], base())
+    for name, weight in (("3.weight", 0.75), ("3.bias", 0.75), ("2.weight", 0.5)):
+        values[name] = values[name] + weight * gone[name]
+    merged = lx.merge([first.saved(tmp_path), second.cascade], base(), call(), weights=[0.75, 0.5])
+    assert [site.weight for site in merged.sites] == ["0.weight"]
+    assert merged.plan.spec.train == ("3.*", "2.weight")
+    lx.save(merged, tmp_path / "sum")
+    assert_holds(merged.release(), values)
+    assert_holds(lx.load(tmp_path / "sum", base(), call()).release(), values)
+
+
+def test_a_name_that_the_first_run_excludes_and_another_trains() -> None:
+    first = run(spec(exclude=("3",)), [1])
+    second = run(spec(train=("3.bias",)), [2])
+    merged = lx.merge([first.cascade, second.cascade], base(), call())
+    assert merged.plan.spec.exclude == ("3.weight",)
+    assert merged.plan.spec.train == ("3.bias",)
+    assert {each.weight: each.reason for each in merged.refusals} == {"3.weight": lx.Reason.EXCLUDED}
+
+
+def test_collapsed_deltas_are_summed_exactly() -> None:
+    """Weights of 35 and 42 numbers: the experts of two stages outgrow them."""
+    x = (torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64),)
+    asked = lx.CascadeSpec(rank=2, lora_alpha=2.0, targets=("0.weight", "2.weight"), pace=0.5)
+    runs = []
+    for seeds in ((1, 2, 3), (4,)):
+        made = Run(lx.adapt(mlp(), x, spec=asked))
+        for seed in seeds:
+            made.train(seed)
+            made.cascade.transition(None)
+        runs.append(made)
+    dense = [each.cascade.core.slow.states["0.weight"].dense_slow is not None for each in runs]
+    assert dense == [True, False]
+    merged = lx.merge([each.cascade for each in runs], mlp(), x, weights=[0.3, 0.7])
+    assert_holds(merged.release(), expected(runs, [0.3, 0.7], mlp()))
+
+
+def test_kept_noise_is_summed_with_the_weight_of_its_run() -> None:
+    runs = [run(spec(noise=lx.Noise(0.4, keep=True), seed=seed), [seed]) for seed in (1, 2)]
+    released = []
+    for each in runs:
+        each.cascade.transition(None)
+        with each.cascade.weights("slow"):
+            released.append({name: value.detach().clone() for name, value in each.cascade.model.named_parameters()})
+    merged = lx.merge([each.cascade for each in runs], base(), call(), weights=[0.25, -1.5])
+    with merged.weights("slow"):
+        held = {name: value.detach().clone() for name, value in merged.model.named_parameters()}
+    for name, value in base().named_parameters():
+        own = [each[name] - value.detach() for each in released]
+        torch.testing.assert_close(held[name] - value.detach(), 0.25 * own[0] - 1.5 * own[1], rtol=0, atol=1e-6)
+    exact = expected(runs, [0.25, -1.5], base())
+    assert (held["0.weight"] - exact["0.weight"]).std() > 0.01  # the noise is in it
+
+
+def test_stacked_convs_and_embeddings() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(4)
+            self.table = nn.Embedding(30, 12)
+            self.conv = nn.Conv1d(12, 10, 3, groups=2, padding=1)
+            self.experts = nn.Parameter(torch.randn(3, 10, 14))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tanh(self.conv(self.table(ids).transpose(1, 2)).transpose(1, 2))
+            return torch.einsum("bti,eio->beto", hidden, self.experts)
+
+    ids = (torch.arange(12).view(2, 6),)
+    asked = lx.CascadeSpec(rank=1, lora_alpha=1.0, pace=0.5)
+    runs = []
+    for seed in (1, 2):
+        made = Run(lx.adapt(Odd().double(), ids, spec=asked))
+        made.train(seed)
+        runs.append(made)
+    merged = lx.merge([each.cascade for each in runs], Odd().double(), ids, weights=[2.0, 1.0])
+    with merged.weights("slow"):
+        held = {name: value.detach().clone() for name, value in merged.model.named_parameters()}
+    start = {name: value.detach() for name, value in Odd().double().named_parameters()}
+    single = []
+    for each in runs:
+        each.cascade.release()
+        single.append({name: value.detach() for name, value in each.cascade.model.named_parameters()})
+    assert {site.kind for site in merged.sites} >= {"conv", "embedding"}
+    for site in merged.sites:
+        name = site.weight
+        sums = start[name] + 2 * (single[0][name] - start[name]) + single[1][name] - start[name]
+        torch.testing.assert_close(held[name], sums, **EXACT)
+        assert (held[name] - start[name]).abs().max() > 1e-3
+
+
+def test_a_quantized_base_carries_the_sum(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 16)).eval()
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        return model
+
+    x = (torch.randn(6, 32, generator=torch.Generator().manual_seed(2)),)
+    runs = []
+    for seed in (1, 2):
+        made = Run(lx.adapt(build(), x, spec=lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)))
+        made.train(seed)
+        made.cascade.transition(None)
+        runs.append(made)
+    merged = lx.merge([runs[0].saved(tmp_path), runs[1].cascade], build(), x, weights=[0.5, 2.0])
+    plain = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 16)).double()
+    with torch.no_grad():
+        for place in (0, 2):
+            weight = build()[place].weight.dequantize().double()
+            name = f"{place}.weight"
+            plain[place].weight.copy_(weight + 0.5 * runs[0].delta[name] + 2.0 * runs[1].delta[name])
+            plain[place].bias.copy_(build()[place].bias)
+        torch.testing.assert_close(merged(*x).double(), plain(x[0].double()), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            merged.release(quantized="dequantize")(*x).double(), plain(x[0].double()), rtol=0, atol=2e-5
+        )
+
+
+def test_buffers_that_differ_stay_the_bases_and_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    x = (torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(1)),)
+    runs = []
+    for seed in (1, 2):
+        cascade = lx.adapt(Net(), x, spec=lx.CascadeSpec(targets=("body",), rank=1), frontend="symbolic")
+        randomize(cascade, seed)
+        cascade(torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(seed)))
+        runs.append(cascade)
+    assert not torch.equal(runs[0].model.norm.running_mean, runs[1].model.norm.running_mean)
+    with caplog.at_level(logging.WARNING, logger="lorasc_fx"):
+        merged = lx.merge(runs, Net(), x)
+    assert "2 buffers differ between the runs and stay as the base has them: norm.running_mean" in caplog.text
+    assert torch.equal(merged.model.norm.running_mean, Net().norm.running_mean)
+    caplog.clear()
+    same = lx.merge([runs[0], runs[0]], Net(), x)
+    assert torch.equal(same.model.norm.running_mean, runs[0].model.norm.running_mean)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5], "merge: 1 weights for 2 runs; give one a run"),
+        ([0.5, math.nan], "merge: weights has nan; give finite numbers"),
+        ([math.inf, 1.0], "merge: weights has inf; give finite numbers"),
+        ([True, 1.0], "merge: weights has True; give finite numbers"),
+        (["1", 1.0], "merge: weights has '1'; give finite numbers"),
+    ],
+)
+def test_weights_that_are_none(weights: list[Any], message: str) -> None:
+    runs, model = [run(spec(), [seed]).cascade for seed in (1, 2)], base()
+    with unchanged(model, *runs), pytest.raises(lx.SpecError, match=re.escape(message)):
+        lx.merge(runs, model, call(), weights=weights)
+
+
+def test_what_cannot_be_summed_is_refused_and_nothing_was_changed(tmp_path: Path) -> None:
+    first = run(spec(), [1]).cascade
+    model = base()
+
+    def refuse(error: type[lx.LorascError], message: str, runs: Any, onto: Any = model) -> None:
+        with unchanged(model, first), pytest.raises(error, match=re.escape(message)):
+            lx.merge(runs, onto, call())
+
+    refuse(lx.SpecError, "merge: give a list of checkpoint folders or cascades, one or more", [])
+    refuse(lx.SpecError, "merge: give a list of checkpoint folders or cascades, one or more", str(tmp_path))
+    refuse(lx.SpecError, "merge: run 2 is int; give a checkpoint folder or a cascade", [first, 3])
+    refuse(lx.CheckpointError, "no checkpoint in this folder", [first, tmp_path])
+    refuse(lx.StateError, "this model is adapted already", [first], first.model)
+
+    other = base()
+    with torch.no_grad():
+        other[2].weight[0, 0] += 1
+    foreign = lx.adapt(other, call(), spec=spec())
+    message = (
+        "merge: run 2, a cascade, is of another base: the model differs in 2.weight; runs can be summed on the one"
+    )
+    refuse(lx.CheckpointError, message, [first, foreign])
+    shorter = lx.adapt(nn.Sequential(*copy.deepcopy(base())[:3]), call(), spec=spec())
+    refuse(lx.CheckpointError, "the model has besides 3.weight, 3.bias; runs can be", [shorter, first])
+    noisy = lx.adapt(base(), call(), spec=spec(noise=lx.Noise(0.1, where="all", keep=True)))
+    randomize(noisy)
+    refuse(lx.SpecError, "merge: run 2, a cascade, keeps noise in 3.weight, which is no site of", [first, noisy])
+    broken = run(spec(), [1]).cascade
+    with torch.no_grad():
+        broken.branches["0/weight"].lora_B[0, 0] = math.nan
+    refuse(lx.NonFiniteBranch, "the branch of 0.weight holds inf or nan", [first, broken])
+    first.release()
+    with pytest.raises(lx.StateError, match="merge: this cascade was released"):
+        lx.merge([first], model, call())
+
+
+def test_a_sum_that_fails_late_gives_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, model = [run(spec(noise=lx.Noise(0.2)), [seed]).cascade for seed in (1, 2)], base()
+    before = of(model)
+
+    def broken(*_: object) -> None:
+        raise MemoryError("no more")
+
+    module = sys.modules["lorasc_fx.adapt.merge"]  # `lorasc_fx.adapt` is the function, to a path by attributes
+    monkeypatch.setattr(module, "weighted_sum", broken)
+    with pytest.raises(MemoryError):
+        lx.merge(runs, model, call())
+    after = of(model)
+    hooks = [key for key in before if "hooks" in key]
+    assert {key: value for key, value in after.items() if key not in hooks and "rng" not in key} == {
+        key: value for key, value in before.items() if key not in hooks and "rng" not in key
+    }
+    monkeypatch.undo()
+    lx.merge(runs, model, call()).release()
