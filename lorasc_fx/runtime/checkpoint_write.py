@@ -137,10 +137,10 @@ def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, who
         _sync(beside / TENSORS)
         manifest["files"] = {TENSORS: file_digest(beside / TENSORS)}
         manifest["digest"] = text_digest(_canonical(manifest))
-        text = json.dumps(manifest, indent=1, allow_nan=False).encode()
-        if len(text) > LONGEST:
+        text = json.dumps(manifest, indent=1, allow_nan=False)
+        if len(text) > LONGEST:  # ASCII, as json writes it
             raise OSError(f"{MANIFEST} would have {len(text)} bytes, of {LONGEST} at most; put numbers into tensors")
-        (beside / MANIFEST).write_bytes(text)
+        (beside / MANIFEST).write_text(text, encoding="utf-8")
         shutil.copymode(beside / MANIFEST, beside / TENSORS)  # safetensors would keep it from everybody else
         _sync(beside / MANIFEST)
         _sync(beside)

@@ -85,5 +85,8 @@ def rewind(core: Core, stage: int, optimizer: torch.optim.Optimizer | None) -> N
     }
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
     state = treated_state(optimizer, [*own, *trained.values()], "reset") if optimizer is not None else {}
-    transition.begin(core, optimizer, planned, replace(after, parked=False), starts, state)
-    log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
+
+    def end() -> None:
+        log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
+
+    transition.begin(core, optimizer, planned, replace(after, parked=False), starts, state, end)

@@ -45,8 +45,13 @@ def run(
     starts = {site.weight: start_of(branches[site.weight], site, planned) for site in plan.sites}
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
     state = _after_fold(optimizer, plan, own, _left_out(after, branches, trained)) if optimizer is not None else {}
-    begin(core, optimizer, planned, after, starts, state, then)
-    log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
+
+    def end() -> None:
+        log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
+        if then is not None:
+            then()
+
+    begin(core, optimizer, planned, after, starts, state, end)
 
 
 def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: str, park: bool = False) -> None:

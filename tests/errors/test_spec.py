@@ -135,7 +135,7 @@ SITE = PLAN["sites"][0]
         (json.dumps({**PLAN, "spec": {"rank": 0}}), "this is not a plan: SpecError: rank is 0; "),
         (json.dumps({**PLAN, "spec": {"rules": [{}]}}), "this is not a plan: SpecError: rules: pattern is ''; "),
         (json.dumps({**PLAN, "sites": [{}]}), "this is not a plan: KeyError: 'shape'"),
-        (json.dumps({**PLAN, "sites": [{**SITE, "form": "x"}]}), "this is not a plan: TypeError: "),
+        (json.dumps({**PLAN, "sites": [{**SITE, "colour": "x"}]}), "this is not a plan: TypeError: "),
         (json.dumps({**PLAN, "sites": [{**SITE, "kind": "lstm"}]}), "this is not a plan: ValueError: kind is 'lstm'"),
         (json.dumps({**PLAN, "sites": [{**SITE, "rank": "4"}]}), "this is not a plan: ValueError: rank is '4'"),
         (json.dumps({**PLAN, "sites": [{**SITE, "shape": [3, "2"]}]}), "this is not a plan: ValueError: shape is "),
