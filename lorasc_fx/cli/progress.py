@@ -23,13 +23,16 @@ def bytes_told(title: str) -> Iterator[Callable[[int, int], object]]:
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from rich.table import Column
+
+    title_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a long path leaves the bar its place
     columns = (
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=title_column),
         BarColumn(bar_width=24),
         DownloadColumn(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=screen, transient=True) as progress:
+    with Progress(*columns, console=screen, transient=True, expand=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
