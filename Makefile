@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
 	@touch $@
 
-demo: $(STAMP) ## methods side by side on an image model and a small data set
+demo: $(STAMP) ## methods side by side on an image model and a small data set (examples/demo.toml)
 	$(BIN)/python -m examples.demo
 
 demo-text: $(STAMP) ## the same for a text model
@@ -36,7 +36,7 @@ test: $(STAMP) ## everything that is not slow
 test-fast: $(STAMP) ## stops at the first failure; last failures first
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) -x --ff -q
 
-ci-slow: $(STAMP) ## the tests marked slow; none at all is a failure
+ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler
 	@$(BIN)/python -m pytest -m slow -n $(JOBS) --timeout 900 || { status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "ci-slow: no test is marked slow, so this ran none; mark one or drop the target" >&2; fi; \
 	  exit $$status; }
@@ -53,7 +53,7 @@ format: $(STAMP) ## what ruff can mend by itself
 types: $(STAMP) ## mypy --strict on lorasc_fx and passes
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the same work beside its peers, ratios out
+bench: $(STAMP) ## costs beside peft, written to README.md and benchmarks/
 	$(BIN)/python -m benchmarks
 
 coverage: $(STAMP) ## the whole zoo beside peft, written to docs/coverage.md (half an hour on two cores)

@@ -19,7 +19,7 @@ COMMANDS = {
     "train": "train CONFIG.toml [--spec.rank 16 ...] [--resume]   adapt a model and write a run folder",
     "sites": "sites MODEL [--targets ...]                         show what would be adapted, and why not",
     "fold": "fold RUN [--base FOLDER] [--output PATH]            slow weights as safetensors, laid out as the base",
-    "export": "export RUN --to FORMAT --output PATH                 the folded model as pt2, onnx or safetensors",
+    "export": "export RUN --to FORMAT --output PATH                the folded model as pt2, onnx, safetensors or peft",
     "compare": "compare CONFIG.toml [--compare.seeds 0 1 ...]       methods side by side; goes on where it stopped",
     "report": "report RUN [--output FILE]                          one HTML page of a run: loss, experts, spectra",
 }

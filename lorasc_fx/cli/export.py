@@ -22,10 +22,16 @@ def _safetensors(cascade: lx.Cascade, path: Path) -> object:
         return lx.export.safetensors(cascade, path, progress=told)
 
 
+def _peft(cascade: lx.Cascade, path: Path) -> object:
+    written = lx.export.peft(cascade, path)
+    print(written)
+    return written
+
+
 FORMATS: dict[str, Callable[[lx.Cascade, Path], object]] = {
     "pt2": lx.export.pt2,
     "onnx": lx.export.onnx,
-    "peft": lx.export.peft,
+    "peft": _peft,
     "safetensors": _safetensors,
 }
 """What writes a cascade to a path, by the name of the format."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def test_a_run_is_exported(
         capsys.readouterr()
         assert main(["export", "runs/tiny", "--to", to, "--out", path]) == 0
         assert capsys.readouterr().out == f"{path}: slow weights at step 4 of 4\n"
+    assert main(["export", "runs/tiny", "--to", "peft", "--out", "a/adapter"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"a/adapter: \d+ weights adapted, ranks .*", told[0])
+    assert told[-1] == "a/adapter: slow weights at step 4 of 4"
+    assert (place / "a" / "adapter" / "adapter_model.safetensors").is_file()
     folded = load_file(run / "folded.safetensors")
     model = tiny_model()
     model.load_state_dict(folded, strict=True)
