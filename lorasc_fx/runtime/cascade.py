@@ -146,11 +146,8 @@ class Cascade(Described):
         live = {name: parameters[name].detach().clone() for name in self.core.slow.trained}
         earlier = past.at_stage(self.core.slow, stage, "weights") if stage is not None else None
         try:
-            if stage is None:
-                folding.place(self.core, which or "slow", parameters, live)
-            else:
-                folding.place(self.core, "slow" if stage else "base", parameters, live, earlier)
-                self.core.placed = stage
+            folding.place(self.core, which or ("slow" if stage else "base"), parameters, live, earlier)
+            self.core.placed = which if stage is None else stage
             yield self
         finally:
             folding.rest(self.core, parameters, live)
