@@ -148,7 +148,9 @@ def _parsed(path: Path, text: str, number: int) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as fault:
-        raise StateError(f"{path}: line {number} is no JSON ({fault}); the file is damaged") from fault
+        raise StateError(
+            f"{path}: line {number} is no JSON ({fault}); the file is damaged: restore it, or train anew"
+        ) from fault
     if not isinstance(found, dict):
-        raise StateError(f"{path}: line {number} is no JSON object; the file is damaged")
+        raise StateError(f"{path}: line {number} is no JSON object; the file is damaged: restore it, or train anew")
     return found

@@ -85,7 +85,9 @@ def program(
                 made = torch.export.export(module, bound, named, dynamic_shapes=shapes, strict=False)
         except Exception as fault:  # a tracer may raise anything
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
-            raise CaptureError(f"{call}: torch.export does not take this graph: {reason[0]}") from fault
+            raise CaptureError(
+                f"{call}: torch.export does not take this graph: {reason[0]}; change the model there"
+            ) from fault
     made.example_inputs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (bound, named))
     return made
 

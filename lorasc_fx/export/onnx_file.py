@@ -65,8 +65,13 @@ def onnx(
         with quiet():
             found = torch.onnx.export(made, dynamo=True, opset_version=opset, verbose=False)
     except Exception as fault:  # torch.onnx raises what its parts raise
-        reason = str(fault).strip().splitlines() or [type(fault).__name__]
-        raise CaptureError(f"export.onnx: torch.onnx does not take this graph: {reason[0]}") from fault
+        first: BaseException = fault
+        while first.__cause__ is not None:  # the outer ones say that something failed, not what
+            first = first.__cause__
+        reason = str(first).strip().splitlines() or [type(first).__name__]
+        raise CaptureError(
+            f"export.onnx: torch.onnx does not take this graph: {reason[0]}; change the model there"
+        ) from fault
     assert found is not None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

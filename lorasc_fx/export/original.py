@@ -120,7 +120,10 @@ def _write(shard: Shard, changes: Mapping[str, Change], path: Path, tell: Callab
                 base = entry.read(source)
                 value = change(base)
                 if value.shape != base.shape or value.dtype != base.dtype:
-                    raise CheckpointError(f"{entry.name} became {list(value.shape)} {value.dtype} in the fold")
+                    raise CheckpointError(
+                        f"{entry.name} is {list(base.shape)} {base.dtype}, and became {list(value.shape)} "
+                        f"{value.dtype} in the fold; the checkpoint was edited, take one that save wrote"
+                    )
                 write_tensor(target, value)
             tell(entry.size)
         target.flush()

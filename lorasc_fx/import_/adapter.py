@@ -69,6 +69,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     if not path.is_file():
         other = sorted(each.name for each in folder.glob("adapter_model.*"))
         told = f"; {other[0]} is a pickle, which can run code: save it anew as safetensors" if other else ""
+        told = told or "; give the folder of an adapter that peft has saved"
         raise CheckpointError(f"{path}: is not there{told}")
     try:
         with safe_open(path, framework="pt") as handle:

@@ -96,7 +96,10 @@ def _state(own: SlowWeight, terms: Sequence[tuple[float, Part]], stage: int) -> 
         if state is None or weight == 0:
             continue
         if state.stacked != own.stacked:
-            raise SpecError(f"merge: {part.name}, adapted {own.name} as another kind of matrix than the first run")
+            raise SpecError(
+                f"merge: {part.name}, adapted {own.name} as another kind of matrix than the first run; "
+                "sum runs of one model"
+            )
         for coefficient, expert in zip(state.slow, state.experts, strict=True):
             if coefficient != 0:
                 experts.append(expert)

@@ -35,3 +35,11 @@ def _versions(root: Path) -> list[tuple[int, Path]]:
         if path.name.startswith(_PREFIX) and number.isdecimal() and path.is_dir() and not path.is_symlink():
             found.append((int(number), path))
     return sorted(found)
+
+
+def _way_back(version: Path) -> str:
+    """Return what can be done about a version that no load takes: go back to the one before."""
+    before = [path.name for _, path in _versions(version.parent) if path.name < version.name]
+    if not before:
+        return "no version before it is here: start anew, and keep several (save(keep=N))"
+    return f"take {version.name} away, and {before[-1]} is loaded"

@@ -25,7 +25,7 @@ from safetensors.torch import load
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import unpacking
-from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, _canonical, _versions
+from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, _canonical, _versions, _way_back
 from lorasc_fx.runtime.fingerprint import fingerprint, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "check_base", "check_plan", "read", "restore"]
 
 _GENERATOR = re.compile(rf"{RNG}|rng/cuda/\d{{1,4}}")
+_AS_IT_WAS = "build the model as it was when it was adapted"
 _ROOM = 1 << 18
 """Entries that a branch may have however small its weight is."""
 
@@ -67,13 +68,13 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     except OSError as fault:
         raise CheckpointError(f"{root}: cannot be read: {_why(fault)}") from fault
     if not versions:
-        raise CheckpointError(f"{root}: no checkpoint in this folder")
+        raise CheckpointError(f"{root}: no checkpoint in this folder; give the one that save was given")
     path = versions[-1][1]
     manifest, plan = _read_manifest(path / MANIFEST)
     tensors = _read_tensors(path / TENSORS, manifest["files"][TENSORS])
     _check_files(path)
     for sentence in _faults(plan, tensors):
-        raise CheckpointError(f"{path}: {sentence}")
+        raise CheckpointError(f"{path}: {sentence}; {_way_back(path)}")
     return Checkpoint(path, manifest, tensors, plan)
 
 
@@ -81,20 +82,25 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
     try:
         manifest = parsed(plain_bytes(path, LONGEST))
     except (OSError, ValueError) as fault:
-        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}") from fault
+        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {_way_back(path.parent)}") from fault
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if not isinstance(manifest, dict) or type(found) is not int or found != FORMAT:
-        raise CheckpointError(f"{path}: format {told(repr(found))}; this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{path}: format {told(repr(found))}; this version reads format {FORMAT}; "
+            "load it by the lorasc-fx that wrote it"
+        )
     try:
         check_kinds(manifest)
         if manifest.get("digest") != text_digest(_canonical(manifest)):
             raise ValueError("differs from its own digest; the file is damaged, or was edited")
         plan = Plan.from_json(json.dumps(manifest["plan"]))
         check_fields(manifest, plan, TENSORS)
-    except (ValueError, CheckpointError) as fault:
+    except CheckpointError as fault:
         raise CheckpointError(f"{path}: {fault}") from fault
+    except ValueError as fault:
+        raise CheckpointError(f"{path}: {fault}; {_way_back(path.parent)}") from fault
     except RecursionError as fault:
-        raise CheckpointError(f"{path}: cannot be read: it is nested too deeply") from fault
+        raise CheckpointError(f"{path}: cannot be read: it is nested too deeply; {_way_back(path.parent)}") from fault
     return manifest, plan
 
 
@@ -102,14 +108,19 @@ def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
     try:
         data = plain_bytes(path)
         if hashlib.sha256(data).hexdigest() != digest:
-            raise CheckpointError(f"{path}: differs from its digest in {MANIFEST}; the file is damaged")
+            raise CheckpointError(
+                f"{path}: differs from its digest in {MANIFEST}; the file is damaged; {_way_back(path.parent)}"
+            )
         return load(data)
     except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}") from fault
+        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {_way_back(path.parent)}") from fault
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # a dtype or size torch has not
-        raise CheckpointError(f"{path}: cannot be read: {type(fault).__name__}: {told(str(fault))}") from fault
+        why = f"{type(fault).__name__}: {told(str(fault))}"
+        raise CheckpointError(f"{path}: cannot be read: {why}; {_way_back(path.parent)}") from fault
     except MemoryError as fault:
-        raise CheckpointError(f"{path}: cannot be read: there is no memory for its tensors") from fault
+        raise CheckpointError(
+            f"{path}: cannot be read: there is no memory for its tensors; free some, or take a larger machine"
+        ) from fault
 
 
 def _check_files(path: Path) -> None:
@@ -190,26 +201,31 @@ def check_plan(
     Raises:
         CheckpointError: names the weight.
     """
-    manifest, plan = checkpoint.path / MANIFEST, checkpoint.plan
+    manifest, plan, way = checkpoint.path / MANIFEST, checkpoint.plan, _way_back(checkpoint.path)
     for site in plan.sites:
         names = matrices.get(site.weight)
         if names is None:
-            raise CheckpointError(f"{manifest}: its plan has a site {told(site.weight)}, which the model has not")
+            raise CheckpointError(
+                f"{manifest}: its plan has a site {told(site.weight)}, which the model has not; {_AS_IT_WAS}"
+            )
         if (site.weight, *site.aliases) != names:
             raise CheckpointError(
                 f"{manifest}: its plan has {told(site.weight)} tied to {told(', '.join(site.aliases) or 'nothing')}, "
-                f"the model to {', '.join(names[1:]) or 'nothing'}"
+                f"the model to {', '.join(names[1:]) or 'nothing'}; {_AS_IT_WAS}"
             )
         shape = tuple(parameters[site.weight].shape)
         if site.shape != shape:
-            raise CheckpointError(f"{manifest}: its plan has {site.weight} of shape {site.shape}, the model {shape}")
+            raise CheckpointError(
+                f"{manifest}: its plan has {site.weight} of shape {site.shape}, the model {shape}; {way}"
+            )
     spec, planned = plan.spec, plan.by_weight
     rank = max(spec.rank, *(rule.rank or 0 for rule in spec.rules), 0)
     for name in matrices.keys() - planned.keys():  # one that this call is the first to use would get such a branch
         size = parameters[name].shape
         if rank * (size[0] + math.prod(size[1:])) > max(_ROOM, 64 * parameters[name].numel()):
             raise CheckpointError(
-                f"{manifest}: its spec asks for rank {rank}, which makes a branch of {name} larger than anything here"
+                f"{manifest}: its spec asks for rank {rank}, which makes a branch of {name} larger than anything here; "
+                f"{way}"
             )
 
 
@@ -221,6 +237,10 @@ def restore(core: Core, checkpoint: Checkpoint) -> None:
     """
     try:
         unpacking.unpack(core, checkpoint.tensors, checkpoint.manifest, str(checkpoint.path))
+    except CheckpointError as fault:
+        raise CheckpointError(f"{fault}; {_way_back(checkpoint.path)}") from fault
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:
-        what = f"{type(fault).__name__}: {told(str(fault))}"
-        raise CheckpointError(f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}") from fault
+        what, way = f"{type(fault).__name__}: {told(str(fault))}", _way_back(checkpoint.path)
+        raise CheckpointError(
+            f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}; {way}"
+        ) from fault

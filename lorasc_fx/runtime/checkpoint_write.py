@@ -109,13 +109,16 @@ def _contents(
         manifest = json.loads(json.dumps(manifest, allow_nan=False))
     except (TypeError, ValueError) as fault:
         raise CheckpointError(
-            f"extra, or the state of optimizer or scheduler, holds what neither JSON nor safetensors can: {fault}"
+            f"extra, or the state of optimizer or scheduler, holds what neither JSON nor safetensors can: {fault}; "
+            "give numbers, strings, lists, tables with strings as keys, and dense tensors"
         ) from fault
     _check_keys(extra)
     tensors |= gradients | streams | taken.tensors
     for name, tensor in tensors.items():
         if not outside_json.fits(tensor):
-            raise CheckpointError(f"{name} is {outside_json.kind(tensor)}, which safetensors cannot hold")
+            raise CheckpointError(
+                f"{name} is {outside_json.kind(tensor)}, which safetensors cannot hold; make it dense or cast it before"
+            )
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest
 
 
@@ -124,7 +127,7 @@ def _check_keys(value: Any) -> None:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise CheckpointError(f"extra has the key {key!r}; JSON keeps strings as keys only")
+                raise CheckpointError(f"extra has the key {key!r}; JSON keeps strings as keys only; give str(key)")
     for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
         _check_keys(each)
 

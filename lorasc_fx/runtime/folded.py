@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, MatrixBranch, SlowWeight, check_finite, is_quantized
-from lorasc_fx.errors import CheckpointError
+from lorasc_fx.errors import CheckpointError, NonFiniteBranch
 from lorasc_fx.plan import Plan, Site
+from lorasc_fx.runtime.checkpoint import _way_back
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.folding import ended, trained_value
+from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.rigid import check_asked
 from lorasc_fx.runtime.slow import SlowWeights, Trained
 from lorasc_fx.runtime.transition import trained_moved
@@ -80,9 +82,13 @@ def of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
     """
     try:
         return _of_checkpoint(checkpoint)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:
-        what = f"{type(fault).__name__}: {fault}"
-        raise CheckpointError(f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}") from fault
+    except NonFiniteBranch:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        what, way = f"{type(fault).__name__}: {told(str(fault))}", _way_back(checkpoint.path)
+        raise CheckpointError(
+            f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}; {way}"
+        ) from fault
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:

@@ -43,7 +43,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], pending: Sequence[st
             if holder.shape != tensor.shape or holder.dtype != tensor.dtype:
                 raise CheckpointError(
                     f"{where}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, its parameter {tuple(holder.shape)} "
-                    f"{holder.dtype}"
+                    f"{holder.dtype}; it is not of this run"
                 )
             found[name.removeprefix(_PREFIX)] = tensor
     for name, tensor in found.items():

@@ -30,7 +30,7 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
         OSError: it cannot be read.
     """
     if not links and path.is_symlink():
-        raise CheckpointError(f"{path}: is a link; a checkpoint holds its files itself")
+        raise CheckpointError(f"{path}: is a link; a checkpoint holds its files itself: copy the file there")
     flags = sum(getattr(os, name, 0) for name in (*_FLAGS, *(() if links else ("O_NOFOLLOW",))))
     handle = os.open(path, os.O_RDONLY | flags)  # not blocking: a pipe is refused, not waited for
     try:
@@ -44,7 +44,9 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
         with os.fdopen(handle, "rb", closefd=False) as file:
             return file.read(found.st_size)
     except MemoryError as fault:
-        raise CheckpointError(f"{path}: has {found.st_size} bytes, for which there is no memory") from fault
+        raise CheckpointError(
+            f"{path}: has {found.st_size} bytes, for which there is no memory; free some, or take a larger machine"
+        ) from fault
     finally:
         os.close(handle)
 

@@ -48,10 +48,13 @@ def resume(
         if given is None:
             continue
         if what not in manifest:
-            raise CheckpointError(f"{where}: holds no {what}; it was saved without one")
+            raise CheckpointError(f"{where}: holds no {what}; it was saved without one: resume without it")
         saved = manifest[what]["class"]
         if type(given).__name__ != saved:
-            raise CheckpointError(f"{where}: holds the state of {told(saved)}, the {what} is {type(given).__name__}")
+            raise CheckpointError(
+                f"{where}: holds the state of {told(saved)}, the {what} is {type(given).__name__}; give one of the "
+                "kind that was saved"
+            )
     if optimizer is not None:
         check_holds(optimizer, core.trainable())
     try:
@@ -67,7 +70,10 @@ def resume(
     try:
         _give(core, checkpoint, optimizer, state, scheduler, then)
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
-        raise CheckpointError(f"{where}: its state was not taken: {told(str(fault), 300)}") from fault
+        raise CheckpointError(
+            f"{where}: its state was not taken: {told(str(fault), 300)}; build optimizer and scheduler the same way, "
+            "or go on without them"
+        ) from fault
     if changed := differences(manifest.get("versions")):
         names = told(", ".join(changed), 300)
         log.warning("%s: written under %s; the run goes on, but perhaps not bit for bit", where, names)

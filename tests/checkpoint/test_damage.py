@@ -27,6 +27,7 @@ SPEC = lx.CascadeSpec(
 )
 DAMAGED = "; the file is damaged"
 EDITED = "differs from its own digest; the file is damaged, or was edited"
+ALONE = "; no version before it is here: start anew, and keep several (save(keep=N))"
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +100,21 @@ def test_the_copy_is_whole(version: Path) -> None:
 def test_nothing_to_load(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     folder = tmp_path / name
-    refuse(folder / "step", f"{folder}: no checkpoint in this folder")
+    refuse(folder / "step", f"{folder}: no checkpoint in this folder; give the one that save was given")
 
 
 def test_an_empty_folder_and_one_of_other_things(tmp_path: Path) -> None:
-    refuse(tmp_path / "step", f"{tmp_path}: no checkpoint in this folder")
+    refuse(tmp_path / "step", f"{tmp_path}: no checkpoint in this folder; give the one that save was given")
     (tmp_path / ".writing-abc").mkdir()
     (tmp_path / "step-x").mkdir()
     (tmp_path / "step-00000003").write_text("not a folder")
-    refuse(tmp_path / "step", f"{tmp_path}: no checkpoint in this folder")
+    refuse(tmp_path / "step", f"{tmp_path}: no checkpoint in this folder; give the one that save was given")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.safetensors"])
 def test_a_missing_file(version: Path, name: str) -> None:
     (version / name).unlink()
-    refuse(version, f"{version / name}: cannot be read: No such file or directory")
+    refuse(version, f"{version / name}: cannot be read: No such file or directory{ALONE}")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
@@ -121,7 +122,7 @@ def test_a_truncated_file(version: Path, share: float) -> None:
     manifest, tensors = version / "manifest.json", version / "state.safetensors"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[: int(share * len(whole))])
-    refuse(version, f"{tensors}: differs from its digest in manifest.json{DAMAGED}")
+    refuse(version, f"{tensors}: differs from its digest in manifest.json{DAMAGED}{ALONE}")
     text = manifest.read_text()
     manifest.write_text(text[: int(share * len(text))])
     refuse(version, f"{manifest}: cannot be read: ", whole=False)
@@ -130,7 +131,7 @@ def test_a_truncated_file(version: Path, share: float) -> None:
 def test_a_longer_file(version: Path) -> None:
     path = version / "state.safetensors"
     path.write_bytes(path.read_bytes() + b"\0")
-    refuse(version, f"{path}: differs from its digest in manifest.json{DAMAGED}")
+    refuse(version, f"{path}: differs from its digest in manifest.json{DAMAGED}{ALONE}")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.2, 0.5, 0.8, 0.99])
@@ -140,7 +141,7 @@ def test_a_flipped_bit_in_the_tensors(version: Path, share: float, bit: int) -> 
     data = bytearray(path.read_bytes())
     data[int(share * len(data))] ^= 1 << bit
     path.write_bytes(data)
-    refuse(version, f"{path}: differs from its digest in manifest.json{DAMAGED}")
+    refuse(version, f"{path}: differs from its digest in manifest.json{DAMAGED}{ALONE}")
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest(version: Path) -> None:
@@ -165,7 +166,7 @@ def test_the_tensors_of_another_version(version: Path, tmp_path: Path) -> None:
     going.step()
     other = going.save(tmp_path / "other")
     shutil.copy(other / "state.safetensors", version)
-    refuse(version, f"{version / 'state.safetensors'}: differs from its digest in manifest.json{DAMAGED}")
+    refuse(version, f"{version / 'state.safetensors'}: differs from its digest in manifest.json{DAMAGED}{ALONE}")
 
 
 def test_no_safetensors_behind_a_right_digest(version: Path) -> None:
@@ -183,7 +184,8 @@ def test_no_safetensors_behind_a_right_digest(version: Path) -> None:
 @pytest.mark.parametrize("found", [2, 0, "1", None, 1.5])
 def test_another_format(version: Path, found: Any) -> None:
     forge(version, lambda manifest: manifest.update(format=found))
-    refuse(version, f"{version / 'manifest.json'}: format {found!r}; this version reads format 1")
+    sentence = f"format {found!r}; this version reads format 1; load it by the lorasc-fx that wrote it"
+    refuse(version, f"{version / 'manifest.json'}: {sentence}")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_another_format(version: Path, found: Any) -> None:
 def test_a_manifest_of_another_kind(version: Path, text: str, found: str) -> None:
     path = version / "manifest.json"
     path.write_text(text)
-    refuse(version, f"{path}: format {found}; this version reads format 1")
+    refuse(version, f"{path}: format {found}; this version reads format 1; load it by the lorasc-fx that wrote it")
 
 
 def test_an_edited_manifest(version: Path) -> None:
@@ -212,7 +214,7 @@ def test_an_edited_manifest(version: Path) -> None:
         changed = json.loads(json.dumps(manifest))
         edit(changed)
         path.write_text(json.dumps(changed))
-        refuse(version, f"{path}: {EDITED}")
+        refuse(version, f"{path}: {EDITED}{ALONE}")
     path.write_text(json.dumps(manifest))  # the same content in another layout is not damage
     assert lx.load(version.parent, prepared(), args=(X,)).stage == 3
 
@@ -220,7 +222,7 @@ def test_an_edited_manifest(version: Path) -> None:
 @pytest.mark.parametrize("key", ["plan", "files", "base", "frontend", "slow", "trained", "parked", "rng", "extra"])
 def test_a_manifest_without(version: Path, key: str) -> None:
     forge(version, lambda manifest: manifest.pop(key))
-    refuse(version, f"{version / 'manifest.json'}: has no {key!r}")
+    refuse(version, f"{version / 'manifest.json'}: has no {key!r}{ALONE}")
 
 
 def test_a_plan_that_is_none(version: Path) -> None:
@@ -280,10 +282,10 @@ def test_a_tensor_that_is_missing_or_of_another_shape(version: Path, what: str) 
     name = tensor_named(version, what)
     if what != "dense/":  # without it a weight simply has no dense delta
         forge_tensors(version, lambda tensors: tensors.pop(name))
-        refuse(version, f"{version}: has no tensor {name!r}")
+        refuse(version, f"{version}: has no tensor {name!r}{ALONE}")
     if what == "rng/":
         forge_tensors(version, lambda tensors: tensors.update({name: torch.zeros(2, 9)}))
-        refuse(version, f"{version}: 'rng/torch' is no state of torch's random generator")
+        refuse(version, f"{version}: 'rng/torch' is no state of torch's random generator{ALONE}")
         return
     forge_tensors(version, lambda tensors: tensors.update({name: torch.zeros(2, 9)}))
     refuse(version, f"{version}: {name!r} is (2, 9), the plan says (", whole=False)
@@ -353,7 +355,11 @@ def test_another_optimizer_or_scheduler(version: Path) -> None:
     schedulers = torch.optim.lr_scheduler
     parts = [{**groups[0], "params": groups[0]["params"] + groups[1]["params"]}, *groups[2:]]
     cases: list[tuple[torch.optim.Optimizer, Any, str]] = [
-        (torch.optim.SGD(groups, lr=0.1), None, "holds the state of AdamW, the optimizer is SGD"),
+        (
+            torch.optim.SGD(groups, lr=0.1),
+            None,
+            "holds the state of AdamW, the optimizer is SGD; give one of the kind that was saved",
+        ),
         (
             torch.optim.AdamW(parts),
             None,
@@ -362,7 +368,7 @@ def test_another_optimizer_or_scheduler(version: Path) -> None:
         (
             optimizer,
             schedulers.ExponentialLR(optimizer, 0.9),
-            "holds the state of StepLR, the scheduler is ExponentialLR",
+            "holds the state of StepLR, the scheduler is ExponentialLR; give one of the kind that was saved",
         ),
     ]
     for given, scheduler, sentence in cases:
@@ -385,7 +391,7 @@ def test_saved_without(version: Path, what: str, tmp_path: Path) -> None:
     lx.save(going.cascade, tmp_path / "bare", optimizer=None if what == "optimizer" else going.optimizer)
     cascade, optimizer = resumed(tmp_path / "bare" / "step-00000001")
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2) if what == "scheduler" else None
-    sentence = f"{tmp_path / 'bare' / 'step-00000001'}: holds no {what}; it was saved without one"
+    sentence = f"{tmp_path / 'bare' / 'step-00000001'}: holds no {what}; it was saved without one: resume without it"
     with unchanged(cascade, optimizer), pytest.raises(lx.CheckpointError, match=exactly(sentence)):
         cascade.resume(optimizer, scheduler)
 

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import lorasc_fx as lx
-from lorasc_fx.runtime import checkpoint_write
+from lorasc_fx.runtime import checkpoint_read, checkpoint_write
 from tests.checkpoint.runs import Run, X
 from tests.errors.models import Net, exactly
 from tests.errors.state import assert_same, of_slow, unchanged
@@ -103,10 +104,71 @@ def test_extra_that_json_cannot_hold(extra: Any, sentence: str, tmp_path: Path) 
 @pytest.mark.parametrize(("extra", "key"), [({1: 2}, 1), ({"a": [{"b": {None: 1}}]}, None), ({"a": {True: 1}}, True)])
 def test_extra_that_json_would_change(extra: Any, key: Any, tmp_path: Path) -> None:
     going = Run(SPEC).started()
-    sentence = f"extra has the key {key!r}; JSON keeps strings as keys only"
+    sentence = f"extra has the key {key!r}; JSON keeps strings as keys only; give str(key)"
     with pytest.raises(lx.CheckpointError, match=exactly(sentence)):
         lx.save(going.cascade, tmp_path / "new", extra=extra)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_branch_that_holds_inf_or_nan_is_not_kept(tmp_path: Path) -> None:
+    """A load would refuse it: the version before is worth more."""
+    going = Run(SPEC).started()
+    going.step()
+    going.save(tmp_path)
+    saved, slow = contents(tmp_path), of_slow(going.cascade)
+    going.step()
+    branch = going.cascade.branches["body/weight"]
+    sentence = (
+        "save: the branch of body.weight holds inf or nan; nothing was written, and the last version stays. "
+        "Load that one, and go on with a lower learning rate or with clipped gradients"
+    )
+    for factor, value in ((branch.lora_A, float("inf")), (branch.lora_B, float("nan"))):
+        kept = factor.detach().clone()
+        with torch.no_grad():
+            factor[0, 0] = value
+        for folder in (tmp_path, tmp_path / "new"):
+            with unchanged(going.cascade, going.optimizer), pytest.raises(lx.NonFiniteBranch, match=exactly(sentence)):
+                going.save(folder)
+        with torch.no_grad():
+            factor.copy_(kept)
+    assert contents(tmp_path) == saved
+    assert names(tmp_path) == version(1)
+    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
+    assert going.save(tmp_path).name == "step-00000002"
+
+
+def test_a_branch_that_the_next_fold_leaves_out_is_kept(tmp_path: Path) -> None:
+    going = Run(replace(SPEC, on_nonfinite="skip")).started()
+    going.step()
+    with torch.no_grad():
+        going.cascade.branches["body/weight"].lora_A[0, 0] = float("nan")
+    going.save(tmp_path)
+    again = Run(SPEC).resumed(tmp_path)
+    assert again.cascade.branches["body/weight"].lora_A[0, 0].isnan()
+    assert_same(again.result(), going.result())
+    again.fold()
+    assert again.cascade.branches["body/weight"].lora_A.isfinite().all()
+
+
+def test_a_manifest_longer_than_a_load_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    going.step()
+    whole = going.save(tmp_path)
+    saved, size = contents(tmp_path), (whole / "manifest.json").stat().st_size
+    for module in (checkpoint_write, checkpoint_read):
+        monkeypatch.setattr(module, "LONGEST", size)
+    going.losses = [0.5] * 100
+    sentence = (
+        rf"^{re.escape(str(tmp_path))}: the checkpoint was not written: manifest\.json would have \d+ bytes, "
+        rf"of {size} at most; put numbers into tensors; what was there stays$"
+    )
+    with unchanged(going.cascade, going.optimizer), pytest.raises(lx.CheckpointError, match=sentence):
+        going.save(tmp_path)
+    assert contents(tmp_path) == saved
+    assert names(tmp_path) == version(1)
+    going.losses = []
+    going.save(tmp_path)  # as long as before, or shorter
+    assert lx.load(tmp_path, Net(), args=(X,)).stage == 1
 
 
 def fail(

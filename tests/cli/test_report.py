@@ -289,7 +289,11 @@ def damaged(run: Path) -> None:
         (lambda run: None, "absent holds no run: there is no config.toml in it"),
         (begin, "absent has nothing to show yet: cascade.json or metrics.jsonl is not there"),
         (lambda run: (begin(run), (run / "cells").mkdir()), "absent holds a comparison; a report shows one run"),
-        (damaged, "absent/metrics.jsonl: line 2 is no JSON"),
+        (damaged, "absent/metrics.jsonl: line 2 is no JSON (Expecting value: "),
+        (
+            lambda run: (damaged(run), (run / "metrics.jsonl").write_text("[]")),
+            "absent/metrics.jsonl: line 1 is no JSON object; the file is damaged: restore it, or train anew",
+        ),
     ],
 )
 def test_a_folder_without_a_run_to_show(

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
 from examples import own_form
-from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, faults, register_form
+from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, faults, form_named, register_form
 from lorasc_fx.graph.own_forms import OWN
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.passes.kit import deltas, fill
@@ -159,6 +159,14 @@ def test_a_graph_whose_form_is_gone_is_refused() -> None:
     with pytest.raises(lx.VerifyError) as raised:
         FoldBranches()(inserted)
     assert f"node {node} is marked as my.skewed, but is in no form" in str(raised.value)
+
+
+def test_a_form_is_asked_for_by_its_name_while_it_is_registered() -> None:
+    with register_form(SKEWED):
+        assert form_named("my.skewed").parameters == ("x", "kernel")
+    sentence = r"^no form is named 'my\.skewed' here; register it again \(lorasc_fx\.graph\.register_form\)$"
+    with pytest.raises(lx.PassError, match=sentence):
+        form_named("my.skewed")
 
 
 def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:

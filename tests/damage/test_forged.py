@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,32 @@ def test_what_is_no_plain_file(version: Path, name: str, tmp_path: Path) -> None
 def test_a_file_too_many(version: Path) -> None:
     (version / "state.pkl").write_bytes(b"")
     refuse(version, ": holds state.pkl, which is no part of a checkpoint; take it away")
+
+
+def test_what_can_be_done_about_damage(version: Path, files: dict[str, bytes]) -> None:
+    """Where a version stands before, it can be gone back to: what the sentence says then works."""
+    (version / TENSORS).write_bytes(b"")
+    damage = f"/{TENSORS}: differs from its digest in {MANIFEST}; the file is damaged; "
+    refuse(version, f"{damage}no version before it is here: start anew, and keep several (save(keep=N))")
+    put(version, files)
+    later = version.with_name("step-00000012")
+    later.mkdir()
+    put(later, {**files, TENSORS: b""})
+    refuse(later, f"{damage}take step-00000012 away, and step-00000001 is loaded")
+    shutil.rmtree(later)
+    assert lx.load(version.parent, Small(), args=(X,)).stage == 3
+
+
+def test_a_file_that_memory_does_not_hold(version: Path) -> None:
+    """Of holes, smaller than the machine's memory and larger than what this process may have."""
+    os.truncate(version / TENSORS, 1 << 31)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
+    try:
+        refuse(version, f"/{TENSORS}: has {1 << 31} bytes, for which there is no memory; free some, or take a larger")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_files_without_end(version: Path) -> None:
@@ -165,6 +193,38 @@ def test_a_branch_larger_than_anything(version: Path) -> None:
     refuse(version, f"/{MANIFEST}: its spec asks for rank {2**31 - 1}, which makes a branch of ")
 
 
+def test_a_plan_of_another_shape(version: Path) -> None:
+    """With factors that fit it, as only the model tells: W0 is not in a checkpoint."""
+    forge(version, lambda each: each["plan"]["sites"][0].update(shape=[4, 6]))
+    forge_tensors(version, lambda each: each.update({"branch/body.weight/lora_A": torch.ones(1, 6)}))
+    refuse(version, f"/{MANIFEST}: its plan has body.weight of shape (4, 6), the model (4, 5); no version before it")
+
+
+def test_a_plan_of_other_ties(version: Path) -> None:
+    forge(version, lambda each: each["plan"]["sites"][0].update(aliases=["head.tied"]))
+    refuse(
+        version,
+        f"/{MANIFEST}: its plan has body.weight tied to head.tied, the model to nothing; build the model as it was",
+    )
+
+
+def test_a_plan_of_a_weight_that_is_no_matrix(version: Path) -> None:
+    forge(version, lambda each: each["plan"]["sites"][0].update(weight="body.bias"))
+
+    def moved(tensors: Any) -> None:
+        for name in ("lora_A", "lora_B"):
+            tensors[f"branch/body.bias/{name}"] = tensors.pop(f"branch/body.weight/{name}")
+
+    forge_tensors(version, moved)
+    refuse(version, f"/{MANIFEST}: its plan has a site body.bias, which the model has not; build the model as it was")
+
+
+def test_values_that_no_plan_has(version: Path) -> None:
+    """Noise of a negative strength: a manifest's fields are right, what they make is not."""
+    forge(version, lambda each: each["slow"]["body.weight"]["kept"][0]["noise"].update(strength=-1))
+    refuse(version, ": is not what a checkpoint of this plan holds: SpecError: ")
+
+
 # ---- tensors
 
 TENSOR: dict[str, tuple[Change, str]] = {
@@ -175,6 +235,10 @@ TENSOR: dict[str, tuple[Change, str]] = {
     "inf in an expert": (
         lambda each: each["expert/body.weight/0/a"].fill_(float("inf")),
         ": 'expert/body.weight/0/a' holds inf or nan, which no fold takes",
+    ),
+    "a start without an end": (
+        lambda each: each.pop("dense/mid.weight/slow"),
+        ": has no tensor 'dense/mid.weight/slow', which start needs; no version before it is here",
     ),
     "whole numbers": (
         lambda each: each.update({"branch/body.weight/lora_B": torch.ones(4, 1, dtype=torch.int32)}),
@@ -251,6 +315,10 @@ STATES: dict[str, tuple[Change, str]] = {
         lambda each: each.update({"gradient/x": torch.ones(3)}),
         ": 'gradient/x' is of no parameter that is trained",
     ),
+    "a gradient of another shape": (
+        lambda each: each.update({"gradient/model.head.bias": torch.ones(3)}),
+        ": 'gradient/model.head.bias' is (3,) torch.float32, its parameter (2,) torch.float32; it is not of this run",
+    ),
     "a tensor of no place": (
         lambda each: each.update({"outside/9": torch.ones(3)}),
         ": holds 'outside/9', which has no place in it",
@@ -267,6 +335,25 @@ def test_a_resume(version: Path, name: str) -> None:
     before = dict(vars(scheduler))
     pattern = "^" + re.escape(f"{version}{sentence}")
     with unchanged(cascade, optimizer), pytest.raises(lx.CheckpointError, match=pattern):
+        cascade.resume(optimizer, scheduler)
+    assert vars(scheduler) == before
+
+
+def test_an_optimizer_that_does_not_take_its_state(version: Path) -> None:
+    """A hook of torch, by which a library refuses what it is given."""
+    cascade = lx.load(version.parent, Small(), args=(X,))
+    optimizer, scheduler = optimizers(cascade)
+
+    def refusing(*_: object) -> None:
+        raise ValueError("of an older kind")
+
+    optimizer.register_load_state_dict_pre_hook(refusing)
+    sentence = (
+        f"{version}: its state was not taken: of an older kind; build optimizer and scheduler the same way, or go on "
+        "without them"
+    )
+    before = dict(vars(scheduler))
+    with unchanged(cascade, optimizer), pytest.raises(lx.CheckpointError, match=f"^{re.escape(sentence)}$"):
         cascade.resume(optimizer, scheduler)
     assert vars(scheduler) == before
 

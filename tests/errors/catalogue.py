@@ -164,6 +164,21 @@ def another_base(model: nn.Module, x: Tensor) -> None:
     lx.load("run", other, args=(x,))
 
 
+def no_adapter(model: nn.Module, x: Tensor) -> None:
+    cascade = lx.adapt(
+        model, args=(x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1, keep=True)), frontend="symbolic"
+    )
+    cascade.transition(None)
+    lx.export.peft(cascade, "adapter")
+
+
+def another_folder(model: nn.Module, x: Tensor) -> None:
+    cascade = lx.adapt(model, args=(x,), frontend="symbolic")
+    torch.nn.init.ones_(cascade.branches["2/weight"].lora_B)
+    lx.save(cascade, "run")
+    lx.export.peft(cascade, "run")
+
+
 def not_installed(model: nn.Module, x: Tensor) -> None:
     module_of("vision", "absent_package")
 
@@ -231,6 +246,13 @@ ENTRIES = (
         ("load", "save", "resume", "adapt(base=...)", "Plan.from_json"),
         "A damaged version can be deleted: `load` takes the newest that is there, and `save(keep=N)` keeps several.",
         (nothing_saved, another_base),
+    ),
+    Entry(
+        lx.ExportError,
+        ("export.peft",),
+        "Exclude the weights that the message names from the run, or export the folded weights "
+        "(`export.safetensors`), which hold everything. Nothing was written.",
+        (no_adapter, another_folder),
     ),
     Entry(
         lx.MissingExtra,

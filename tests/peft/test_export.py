@@ -241,7 +241,7 @@ def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["lorasc_fx.export.peft"], "save_file", full)
-        with pytest.raises(lx.ExportError, match="No space left on device; what was there stays"):
+        with pytest.raises(lx.ExportError, match=r"adapter was not written: .*; what was there stays$"):
             lx.export.peft(cascade, folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == first
     lx.export.peft(cascade, folder)

@@ -116,7 +116,7 @@ A, B = "up.lora_A.weight", "up.lora_B.weight"
         ),
         (
             lambda tensors: tensors.update({P + "norm.weight": torch.ones(9)}),
-            r"is \[9\], and norm\.weight of the model is \[8\]$",
+            r"norm\.weight' is \[9\], and norm\.weight of the model is \[8\]$",
         ),
         (
             lambda tensors: tensors.update({P + "emb.weight": torch.ones(11, 6)}),
@@ -133,6 +133,11 @@ def test_tensors(edit: Callable[[dict[str, torch.Tensor]], Any], sentence: str, 
     refused(changed(source, tmp_path, {}, edit), sentence)
 
 
+def test_a_parameter_that_is_wrapped_once_and_named_twice(source: Path, tmp_path: Path) -> None:
+    folder = changed(source, tmp_path, {"target_parameters": ["up.weight"]}, move(A, "up.base_layer.lora_A.weight"))
+    refused(folder, r"up\.base_layer\.lora_A\.weight': peft does not wrap up so often$")
+
+
 def test_files(source: Path, tmp_path: Path) -> None:
     refused(
         tmp_path / "absent", r"adapter_config\.json: cannot be read: No such file or directory; give the folder of a"
@@ -143,7 +148,12 @@ def test_files(source: Path, tmp_path: Path) -> None:
     weights.write_bytes(whole[:-8])
     refused(folder, r"adapter_model\.safetensors: cannot be read: ")
     weights.rename(folder / "adapter_model.bin")
-    refused(folder, r"is not there; adapter_model\.bin is a pickle, which can run code: save it anew as safetensors$")
+    refused(
+        folder,
+        r"adapter_model\.safetensors: is not there; adapter_model\.bin is a pickle, which can run code: save it anew ",
+    )
+    (folder / "adapter_model.bin").unlink()
+    refused(folder, r"is not there; give the folder of an adapter that peft has saved$")
     (folder / "adapter_config.json").write_text("[1]", encoding="utf-8")
     refused(folder, r"adapter_config\.json: is a list, not a table$")
     (folder / "adapter_config.json").write_text("{", encoding="utf-8")

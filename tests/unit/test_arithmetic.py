@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchao.quantization as torchao
 from torch import nn
 
@@ -366,6 +367,46 @@ def test_what_cannot_be_summed_is_refused_and_nothing_was_changed(tmp_path: Path
     first.release()
     with pytest.raises(lx.StateError, match="merge: this cascade was released"):
         lx.merge([first], model, call())
+
+
+class Read(nn.Module):
+    """Two weights, of which the first is read in one way or another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.how = how
+        self.stack, self.tail = nn.Parameter(torch.randn(3, 4, 5)), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.tail(x)
+        if self.how == "experts":
+            return y + torch.einsum("bi,eoi->beo", x, self.stack).sum()
+        if self.how == "conv":
+            return y + F.conv1d(x[:, None].expand(-1, 4, -1), self.stack).sum()
+        return y + self.tail.weight.sum()
+
+
+def read_by(how: str) -> lx.Cascade:
+    cascade = lx.adapt(Read(how), (torch.ones(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+    randomize(cascade)
+    return cascade
+
+
+def test_runs_whose_models_read_a_weight_in_other_ways() -> None:
+    runs, x = [read_by("experts"), read_by("conv")], (torch.ones(2, 5),)
+    sentence = (
+        "merge: run 2, a cascade, adapted stack as another kind of matrix than the first run; sum runs of one model"
+    )
+    model = Read("experts")
+    with unchanged(model, *runs), pytest.raises(lx.SpecError, match=f"^{re.escape(sentence)}$"):
+        lx.merge(runs, model, x)
+    model = Read("summed")  # a module that is called, and whose weight is read besides
+    sentence = (
+        "merge: the sites of these runs do not fit together: tail.weight has a branch, but this graph uses it where"
+    )
+    with unchanged(model, *runs), pytest.raises(lx.SpecError, match=f"^{re.escape(sentence)}"):
+        lx.merge(runs[:1], model, x)
 
 
 def test_a_sum_that_fails_late_gives_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,52 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     assert sorted(each.name for each in tmp_path.iterdir()) == ["in"]
 
 
+@fx.wrap
+def sign_of_the_sum(x: torch.Tensor) -> torch.Tensor:
+    return x if x.sum() > 0 else -x
+
+
+class Leaf(nn.Linear):
+    """Asks for a value inside a function that a symbolic trace leaves alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sign_of_the_sum(super().forward(x))
+
+
+@torch.library.custom_op("export_tests::unheard_of", mutates_args=())
+def unheard_of(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@unheard_of.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Foreign(nn.Linear):
+    """Has an operator that onnx does not know."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return unheard_of(super().forward(x))
+
+
+def test_a_graph_that_torch_does_not_export_is_a_sentence(tmp_path: Path) -> None:
+    spec, x = lx.CascadeSpec(rank=1), torch.randn(2, 3)
+    leaf = lx.adapt(nn.Sequential(Leaf(3, 4)), (x,), spec=spec, frontend="symbolic")
+    sentence = (
+        r"^export\.pt2: torch\.export does not take this graph: Could not .*data-dependent.*; change the model there$"
+    )
+    with pytest.raises(lx.CaptureError, match=sentence):
+        lx.export.pt2(leaf, tmp_path / "model.pt2")
+    foreign = lx.adapt(nn.Sequential(Foreign(3, 4)), (x,), spec=spec)
+    sentence = (
+        r"^export\.onnx: torch\.onnx does not take this graph: .*export_tests\.unheard_of.*; change the model there$"
+    )
+    with pytest.raises(lx.CaptureError, match=sentence):
+        lx.export.onnx(foreign, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_front_ends_and_inputs(tmp_path: Path) -> None:
     """A symbolic graph of modules becomes ATen; a graph is made for the inputs that are given."""
     case = CASES["stated"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.export import original
+from tests.damage.mutations import signed
 from tests.unit.cases import batches, mlp, randomize
 from tests.unit.export_cases import llama
 
@@ -305,6 +308,54 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
         lx.export.safetensors(cascade, tmp_path / "out", max_shard_bytes=0)
 
 
+def test_a_dtype_that_no_file_holds(tmp_path: Path) -> None:
+    model = mlp()
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=1))
+    sentence = "safetensors: phase is torch.complex128, which a safetensors file cannot hold; dequantize or cast it"
+    with pytest.raises(lx.StateError, match=f"^{re.escape(sentence)}$"):
+        lx.export.safetensors(cascade, tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def edited(version: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a version, and sign it anew, as whoever edits it can."""
+    file = version / "state.safetensors"
+    tensors, manifest = load_file(file), json.loads((version / "manifest.json").read_bytes())
+    change(tensors)
+    save_file(tensors, file)
+    (version / "manifest.json").write_bytes(signed(manifest, file.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (
+            (),
+            ": is not what a checkpoint of this plan holds: KeyError: 'trained/0.bias/value'; no version before",
+        ),
+        (("slow",), ": is not what a checkpoint of this plan holds: RuntimeError: "),
+        (
+            ("value", "slow", "start"),
+            "0.bias is [7] torch.float64, and became [3] torch.float64 in the fold; the checkpoint",
+        ),
+    ],
+)
+def test_a_checkpoint_that_was_edited(
+    parts: tuple[str, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part of what was trained in full is gone, or has another shape than the others or than the base."""
+    save_file(mlp().state_dict(), tmp_path / "base.safetensors")
+    version = lx.save(stepped(small(train=("0.bias",)), 1, running=True), tmp_path / "checkpoint")
+    gone: dict[str, torch.Tensor] = {f"trained/0.bias/{each}": torch.ones(3, dtype=torch.float64) for each in parts}
+    edited(version, lambda held: held.update(gone) if gone else held.pop("trained/0.bias/value"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    arguments = ["--base", str(tmp_path / "base.safetensors"), "--out", str(tmp_path / "out.safetensors")]
+    assert main(["fold", str(tmp_path / "checkpoint"), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 def test_a_fold_that_fails_on_its_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(mlp().state_dict(), tmp_path / "base.safetensors")
     cascade = stepped(small(), 1, running=False)
@@ -333,6 +384,7 @@ def test_progress_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert f"fold {tmp_path}/checkpoint: 0.0 of 0.0 GB\n" in said
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "400")  # room for a bar beside a long path
     fold(tmp_path, "base.safetensors")
     assert "━" in capsys.readouterr().out
 
