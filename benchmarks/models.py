@@ -118,7 +118,6 @@ def _mixtral() -> nn.Module:
         num_experts_per_tok=2,
         vocab_size=1000,
         use_cache=False,
-        experts_implementation="eager",  # the loop over experts, which both libraries adapt with the same entries
     )
     return transformers.MixtralModel(config).train()
 

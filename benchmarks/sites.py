@@ -16,6 +16,9 @@ from lorasc_fx import Site
 
 __all__ = ["Meeting", "Recorder"]
 
+_GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+"""Products of rows with the matrices of a stack, which torch's table of flops does not know."""
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -54,12 +57,12 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
+        if _multiplies(func):
             tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             site = next((self._sites[_address(t)] for t in tensors if _address(t) in self._sites), None)
             if site is not None:
                 x = next(each for each in tensors if _address(each) not in self._owned)
-                flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+                flops = _flops(func, args, kwargs or {}, out)
                 features = out.shape[1 if site.kind == "conv" else -1]
                 self.meetings.append(Meeting(site, x, flops, features, out.numel()))
         return out
@@ -72,6 +75,16 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError(
                 f"no product with {missing[0]} and {len(missing) - 1} more was seen: what is counted is short"
             )
+
+
+def _multiplies(func: Any) -> bool:
+    return func._overloadpacket in flop_registry or func._schema.name in _GROUPED
+
+
+def _flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    if func._schema.name in _GROUPED:  # each row meets one matrix of the stack
+        return 2 * out.numel() * int(args[0].shape[-1])
+    return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
 
 
 def _address(tensor: torch.Tensor) -> int:

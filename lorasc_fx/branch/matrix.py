@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from lorasc_fx.branch.beside import Beside
 from lorasc_fx.branch.branch import Branch
+from lorasc_fx.branch.grouped import grouped
 from lorasc_fx.branch.merged import PRODUCTS, MergedProduct
 from lorasc_fx.branch.shared import SharedUp
 from lorasc_fx.branch.skinny import apply, by_hand, computes_in, plus
@@ -31,6 +32,8 @@ class MatrixBranch(Branch):
         op: str = "",
         shared: bool = False,
         expert: int | torch.Tensor | None = None,
+        offs: torch.Tensor | None = None,
+        by: str = "",
     ) -> torch.Tensor:
         """Return base plus the branch's term (algorithm.md, row "training").
 
@@ -43,12 +46,16 @@ class MatrixBranch(Branch):
                 it is stored, and bias the op's own.
             shared: x is what lora_A makes of the input already, [..., rank], with that of other branches.
             expert: base is the matrix that this index, of no axis, takes out of a stack.
+            offs: x is [rows, in], sorted by expert, and each expert's rows end here, [experts].
+            by: name of the op that computes such a grouped product, as `torch.ops` has it.
         """
         if x is None:
-            delta = self.delta() if expert is None else self.lora_B[expert] @ self.lora_A[expert]
+            delta = self.delta() if expert is None else self._of(expert)
             return plus(base, delta.to(base.dtype), self.scale)
         if op:
             return self._merged(base, x, bias, op)
+        if offs is not None:
+            return plus(base, grouped(x, self.lora_A, self.lora_B, offs, by).to(base.dtype), self.scale)
         if lookup:
             down = F.embedding(x, self.lora_B.to(base.dtype), padding_idx if padding_idx >= 0 else None)
             delta = (down @ self.lora_A.to(down.dtype)).to(base.dtype)  # autocast lets a lookup's dtype alone
@@ -57,6 +64,10 @@ class MatrixBranch(Branch):
         if self.carried_A is not None and self.carried_B is not None:
             base = base + F.linear(F.linear(x, self.carried_A.to(x.dtype)), self.carried_B.to(x.dtype)).to(base.dtype)
         return self._above(base, x) if shared else self._beside(base, x)
+
+    def _of(self, expert: int | torch.Tensor) -> torch.Tensor:
+        delta = self.lora_B[expert] @ self.lora_A[expert]
+        return delta.transpose(-2, -1) if self.transposed else delta
 
     def _beside(self, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if by_hand(base, x):

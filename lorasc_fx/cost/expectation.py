@@ -121,7 +121,8 @@ def _branch(rates: Rates, node: fx.Node, branch: Branch) -> float:
     in_place = spelling_of(node) is not None
     shared = shared_input(node)
     x = shared.x if shared is not None else node.args[0 if in_place else 1]
-    use = use_at(x, node, branch.weight_shape, rank)
+    stacked = "offs" in node.kwargs  # each row meets one matrix of the stack
+    use = use_at(x, node, branch.weight_shape[stacked:], rank)
     if use is None:
         return 0.0
     if in_place:

@@ -15,7 +15,7 @@ __all__ = ["device_of", "dtype_of", "use_at", "work_of"]
 
 _INPUT = {"addmm": 1, "baddbmm": 1, "addbmm": 1}
 """Where the first factor of a product stands, if not first."""
-PRODUCTS = ("linear", "mm", "matmul", "bmm", *_INPUT)
+PRODUCTS = ("linear", "mm", "matmul", "bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", *_INPUT)
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TURNED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 ATTENTION = "scaled_dot_product_attention"

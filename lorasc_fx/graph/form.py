@@ -66,7 +66,9 @@ class Form(abc.ABC):
 
 @dataclass(frozen=True)
 class FunctionForm(Form):
-    """A call of one of these targets (functions, or names of methods) with these parameters."""
+    """A call of one of these targets with these parameters: functions, names of methods, or `space::name` of ops that
+    another library defines.
+    """
 
     targets: tuple[Callable[..., Any] | str, ...]
     parameters: tuple[str, ...]
@@ -77,6 +79,7 @@ class FunctionForm(Form):
     plain: tuple[tuple[str, Any], ...] = ()
     counted: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    needs: tuple[str, ...] = ()
     layout: str = "out_in"
 
     def argument(self, node: AnyNode, name: str) -> Any:
@@ -84,13 +87,14 @@ class FunctionForm(Form):
         return _argument(self.parameters, node, name)
 
     def fits(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether the node reads `source` as its weight and nowhere else, and has no argument that the row cannot
-        repeat.
+        """Whether the node reads `source` as its weight and nowhere else, has no argument that the row cannot repeat,
+        and those that it needs.
         """
         found: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), found.append)
         plain = all(self.argument(node, name) in (None, value) for name, value in self.plain)
         plain = plain and all((self.argument(node, name) or 0) >= 0 for name in self.counted)
+        plain = plain and all(self.argument(node, name) is not None for name in self.needs)
         return plain and self.argument(node, self.weight) is source and found.count(source) == 1
 
     def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:

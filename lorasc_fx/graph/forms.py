@@ -33,6 +33,7 @@ __all__ = [
     "ON_CHOSEN",
     "ON_WEIGHT",
     "SCALES",
+    "built_in",
     "contraction",
     "form_named",
     "form_of",
@@ -57,6 +58,8 @@ _CONV = (*_LINEAR, *_REPEAT)
 _ADDMM = ("bias", "input", "weight")
 _ONE = (("alpha", 1), ("beta", 1))
 _LOOKUP = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
+_GROUPED = ("offs", "bias", "out_dtype")
+_FALLBACK = "transformers::grouped_mm_fallback"
 _EVENLY = (("scale_grad_by_freq", False),)
 
 
@@ -81,6 +84,23 @@ def _lookup(name: str, target: Any) -> FunctionForm:
     )
 
 
+def _grouped(name: str, target: Any, parameters: tuple[str, ...], by: str) -> FunctionForm:
+    return FunctionForm(
+        name,
+        "experts",
+        (target,),
+        parameters,
+        3,
+        weight=parameters[1],
+        x=parameters[0],
+        repeats=("offs",),
+        needs=("offs",),  # without, or with rows that are no matrix, it is another product
+        plain=(("bias", None), ("out_dtype", None)),
+        options=(("by", by),),
+        layout="in_out",
+    )
+
+
 FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     FunctionForm("aten.linear", "linear", (aten.linear.default,), _LINEAR, 2),
     _product("aten.addmm", (aten.addmm.default,), _ADDMM, plain=_ONE),
@@ -90,6 +110,8 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     _conv("aten.conv2d", (aten.conv2d.default, aten.conv2d.padding), 4),
     _conv("aten.conv3d", (aten.conv3d.default, aten.conv3d.padding), 5),
     _lookup("aten.embedding", aten.embedding.default),
+    _grouped("aten._grouped_mm", aten._grouped_mm.default, ("self", "mat2", *_GROUPED), "aten::_grouped_mm"),
+    _grouped(_FALLBACK, _FALLBACK, ("input", "weight", "offs"), _FALLBACK),
     FunctionForm("F.linear", "linear", (F.linear,), _LINEAR, 2),
     _product("torch.addmm", (torch.addmm, "addmm"), _ADDMM, plain=_ONE),
     _product("torch.mm", (torch.mm, "mm"), ("input", "weight")),
@@ -98,6 +120,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     _conv("F.conv2d", (F.conv2d,), 4),
     _conv("F.conv3d", (F.conv3d,), 5),
     _lookup("torch.embedding", torch.embedding),
+    _grouped("torch._grouped_mm", torch._grouped_mm, ("self", "mat2", *_GROUPED), "aten::_grouped_mm"),
     FunctionForm(
         "F.embedding",
         "embedding",
@@ -165,6 +188,12 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
     return form
 
 
+def built_in(target: Any) -> FunctionForm | None:
+    """Return the row of this table whose nodes call this target."""
+    packet = getattr(target, "overloadpacket", target)
+    return _BY_TARGET.get(target) or _BY_TARGET.get(getattr(packet, "_qualified_op_name", ""))
+
+
 def is_form(name: str) -> bool:
     """Whether a row has this name now."""
     return name in (ON_WEIGHT, ON_CHOSEN) or name in _BY_NAME or own_named(name) is not None
@@ -173,7 +202,7 @@ def is_form(name: str) -> bool:
 def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
     """Return the row that fits a node; `module` is the one that a `call_module` calls."""
     if node.op in ("call_function", "call_method"):
-        form = _BY_TARGET.get(node.target) or own_form(node.target)
+        form = built_in(node.target) or own_form(node.target)
         return form if isinstance(form, FunctionForm) else None
     if node.op == "call_module" and module is not None:
         rows = (*FORMS, *OWN.values())
@@ -210,21 +239,21 @@ def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
     return CONTRACTIONS.get(name) if any(source in reads for source in multiplied) else None
 
 
-_T = (aten.t.default, aten.numpy_T.default, torch.t, "t")
+_T = (aten.t.default, aten.numpy_T.default, aten.mT.default, torch.t, "t")
 _SWAP = (aten.transpose.int, torch.transpose, torch.swapaxes, "transpose", "swapaxes")
 _PERMUTE = (aten.permute.default, torch.permute, "permute")
 
 
-def transposes(node: fx.Node) -> bool:
-    """Whether a node turns a matrix around, and does nothing else."""
+def transposes(node: fx.Node, dims: int = 2) -> bool:
+    """Whether a node turns a matrix around, or each in a stack of `dims` axes, and does nothing else."""
     if node.target is getattr:
-        return node.args[1:2] in (("T",), ("mT",))
+        return node.args[1:2] == ("mT",) or (dims == 2 and node.args[1:2] == ("T",))
     rest: Any = node.args[1:]
     if node.target in _T:
-        return not rest
+        return not rest and (dims == 2 or node.target is aten.mT.default)
     if node.target in _SWAP:
-        return len(rest) == 2 and {axis % 2 for axis in rest} == {0, 1}
+        return len(rest) == 2 and {axis % dims for axis in rest} == {dims - 2, dims - 1}
     if node.target in _PERMUTE:
         axes = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-        return [axis % 2 for axis in axes] == [1, 0]
+        return [axis % dims for axis in axes] == [*range(dims - 2), dims - 1, dims - 2]
     return False

@@ -129,7 +129,7 @@ def _classify(
 
 def _placed(site: Site, seen: Found, weight: torch.Tensor, spec: CascadeSpec, place: Placer) -> Site:
     """Return the site with its placement, and with dropout where the branch sees an input that can be dropped."""
-    if not seen.all_beside or site.kind == "experts":
+    if not _beside(site, seen):
         return site  # on the weight wherever it is used so
     if spec.placement == "weight" and not seen.called and not is_quantized(weight):
         return replace(site, placement="weight")
@@ -143,16 +143,17 @@ def _placed(site: Site, seen: Found, weight: torch.Tensor, spec: CascadeSpec, pl
     return replace(site, placement="merged") if merged else site
 
 
+def _beside(site: Site, seen: Found) -> bool:
+    """Whether a branch can stand beside every use: a stack of experts only where all forms are of experts."""
+    kinds = {each.kind for each in seen.beside}
+    return seen.all_beside and (site.kind != "experts" or kinds == {"experts"})
+
+
 def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan) -> dict[fx.Node, Use]:
     marks: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
         seen = found.get(weight, Found())
-        if (
-            seen.all_beside
-            and seen.beside[0].layout == site.layout
-            and site.kind != "experts"
-            and (site.placement != "weight" or seen.called)
-        ):
+        if _beside(site, seen) and seen.beside[0].layout == site.layout and (site.placement != "weight" or seen.called):
             merged = site.placement == "merged"
             marks |= {each.node: Use(weight, each.form, merged and each.mergeable) for each in seen.beside}
         elif seen.reached and not seen.called:

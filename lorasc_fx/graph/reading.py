@@ -142,7 +142,7 @@ def _read_meeting(meeting: Meeting, start: fx.Node, shape: tuple[int, ...], foun
     if isinstance(form, FunctionForm) and form.dims == dims and len(meeting.reads) == 1:
         source, turned = meeting.reads[0], False
         fits = form.fits(node, source)
-        while source is not start and transposes(source) and dims == 2:
+        while source is not start and form.kind != "conv" and transposes(source, dims):
             source, turned = source.all_input_nodes[0], not turned
         if fits and source is start:
             layout = form.layout if not turned else {"out_in": "in_out", "in_out": "out_in"}[form.layout]

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.graph.form import FunctionForm, ModuleForm, WeightForm
-from lorasc_fx.graph.forms import CONTRACTIONS, FORMS
+from lorasc_fx.graph.forms import CONTRACTIONS, FORMS, built_in
 from lorasc_fx.graph.own_forms import OWN, OwnForm, own_named, targets_of
 from lorasc_fx.spec import KINDS
 
@@ -93,12 +93,13 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
             hint = nearest(name, form.parameters)
             raise SpecError(f"{form.name}: {name!r} is none of its parameters{hint}; they are {form.parameters}")
     for target in targets_of(form):
-        taken = next((row.name for row in FORMS if isinstance(row, FunctionForm) and target in row.targets), None)
+        taken = built_in(target)
         other = next(
             (row for row in OWN.values() if not isinstance(row, ModuleForm) and target in targets_of(row)), None
         )
         if taken is not None or other is not None:
-            row = f"{taken}, which is built in" if other is None else f"{other.name}, which is registered"
+            rows = ((taken, "built in"), (other, "registered"))
+            row = next(f"{each.name}, which is {how}" for each, how in rows if each is not None)
             raise SpecError(f"{form.name}: {_told(target)} is a form already: {row}")
         if _is_torchs(target) and _name(target) in CONTRACTIONS:
             raise SpecError(f"{form.name}: {_told(target)} is known already: its branch stands on the weight")

@@ -101,10 +101,15 @@ def _uses_fit_plan(view: View) -> Iterator[str]:
             yield f"node {node.name} is marked as {use.form}, but is {name}"
         elif _weight_of(view, node) != use.weight:
             yield f"node {node.name} is marked as a use of {use.weight}, but computes with {_weight_of(view, node)}"
-        elif form is not None and BRANCH_OF[form.kind] is not BRANCH_OF[site.kind]:
+        elif form is not None and not _alike(form.kind, site.kind):
             yield f"node {node.name} is a {form.kind}, but {use.weight} is planned as a {site.kind}"
         elif form is not None and _layout_of(node, form) != site.layout:
             yield f"node {node.name} reads {use.weight} as {_layout_of(node, form)}, planned as {site.layout}"
+
+
+def _alike(used: str, planned: str) -> bool:
+    """Whether the branch of a site of one kind can stand beside a use of another."""
+    return BRANCH_OF[used] is BRANCH_OF[planned] and (used == "experts") == (planned == "experts")
 
 
 def _readers_of_sites_are_marked(view: View) -> Iterator[str]:
@@ -140,7 +145,9 @@ def _weight_of(view: View, node: fx.Node) -> str | None:
     if op is None and node.op == "call_module":
         return view.canonical.get(f"{str(node.target).removeprefix(view.record.prefix)}.weight")
     form = form_of(node, None)
-    source, _ = _turned_back(form.argument(node, form.weight) if isinstance(form, FunctionForm) else node)
+    source: Any = node
+    if isinstance(form, FunctionForm):
+        source, _ = _turned_back(form.argument(node, form.weight), form.dims)
     if form is None and chosen_by(node) is not None:
         source = node.args[0]
     if op is not None:
@@ -154,14 +161,14 @@ def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
     """Return how a use reads its weight, with the transposes on the way to it."""
     if spelled(node) is not None or isinstance(form, ModuleForm):
         return form.layout
-    turned = _turned_back(form.argument(node, form.weight))[1]
+    turned = _turned_back(form.argument(node, form.weight), form.dims)[1]
     return {"out_in": "in_out", "in_out": "out_in"}[form.layout] if turned else form.layout
 
 
-def _turned_back(source: Any) -> tuple[Any, bool]:
+def _turned_back(source: Any, dims: int) -> tuple[Any, bool]:
     """Return what a chain of transposes starts from, and whether it turns it around."""
     turned = False
-    while isinstance(source, fx.Node) and source.op != "get_attr" and transposes(source):
+    while isinstance(source, fx.Node) and source.op != "get_attr" and transposes(source, dims):
         source, turned = source.all_input_nodes[0], not turned
     return source, turned
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.integrations import moe
 
 import lorasc_fx as lx
 
@@ -28,6 +29,7 @@ from benchmarks.memory import activation_bytes, allowed_bytes
 from benchmarks.models import WORKS
 from benchmarks.resident import can_measure, resident_all
 from benchmarks.rivals import RIVALS, adapted, check_same_work, entries, make, make_all, wrapped
+from benchmarks.sites import Recorder
 from benchmarks.steps import PAIRS, measured
 
 pytestmark = pytest.mark.slow
@@ -174,6 +176,31 @@ def test_activation_memory_of_a_case_by_hand() -> None:
     sites = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(rank=2)).sites
     assert allowed_bytes(forward, model, sites) == 8 * (5 * 3 + 5 * 7)
     assert allowed_bytes(forward, model, sites[1:]) == 8 * 5 * 7  # last's input is what tanh keeps
+
+
+def test_a_grouped_product_meets_its_rows() -> None:
+    # rows [6, 16] through [16, 24], one expert each: 16 * 24 multiply-adds a row
+    stack, x = torch.randn(3, 16, 24), torch.randn(6, 16)
+    model = nn.Module()
+    model.experts = nn.Parameter(stack)
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    site = lx.Site("experts", "experts", (3, 16, 24), rank=2, lora_alpha=2.0, layout="in_out")
+    for product in (torch._grouped_mm, moe.torch.ops.transformers.grouped_mm_fallback):
+        with Recorder(model, [site]) as recorder:
+            product(x, model.experts, ends)
+        recorder.check_all_met()
+        assert sum(each.flops for each in recorder.meetings) == 2 * 6 * 16 * 24
+        assert all(each.features == 24 for each in recorder.meetings)
+
+
+def test_experts_keep_what_is_allowed() -> None:
+    """The Mixtral-like model: a branch beside each grouped product keeps x and x A, which is a hundredth here."""
+    work = WORKS["mixtral"]
+    model, batch = work.build(), work.batch()
+    frozen, ours = make("frozen", work, copy.deepcopy(model), batch), make("ours", work, model, batch)
+    allowed = allowed_bytes(frozen.loss, frozen.model, ours.model.sites)
+    assert activation_bytes(frozen.loss, frozen.model) < allowed
+    assert allowed <= activation_bytes(ours.loss, ours.model) <= 1.10 * allowed
 
 
 def test_a_view_counts_as_the_storage_that_it_holds() -> None:

@@ -202,6 +202,29 @@ class Grouped(nn.Module):
         return self.product(x.to(self.dtype), self.experts.to(self.dtype), offs=self.ends).double()
 
 
+class Sorted(nn.Module):
+    """Rows that a router sorts by expert, as transformers does it; `turned` is how the up projection is stored."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.turned, self.router = turned, nn.Linear(5, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 5)), nn.Parameter(torch.randn(3, 5, 4))
+        if turned:
+            self.up = nn.Parameter(torch.randn(3, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        import transformers.integrations.moe  # noqa: F401  (it makes the op)
+
+        grouped = torch.ops.transformers.grouped_mm_fallback.default
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        expert, order = torch.sort(chosen.reshape(-1))
+        ends = torch.cumsum(torch.histc(expert.float(), bins=3, min=0, max=2), 0, dtype=torch.int32)
+        up = self.up if self.turned else self.up.transpose(-2, -1)
+        gate, value = grouped(x[order // 2], up, ends).chunk(2, -1)
+        found = grouped(F.silu(gate) * value, self.down.mT, ends) * weights.reshape(-1)[order, None]
+        return found[torch.argsort(order)].view(-1, 2, 5).sum(1)
+
+
 class Routed(nn.Module):
     """Each row goes through the two of its experts that a router chooses, expert by expert."""
 
@@ -268,6 +291,8 @@ EXPERTS += [
         tolerance=1e-6,
         refuses=("export", "dynamo"),
     ),
+    Case("experts_sorted", lambda: Sorted(turned=False), rand((9, 5)), _ROUTED),
+    Case("experts_sorted_turned", lambda: Sorted(turned=True), rand((9, 5)), _ROUTED, shapes={"up": (3, 2, 5)}),
     Case("experts_routed", Routed, rand((9, 5)), _ROUTED),
     Case("experts_gathered", Gathered, rand((9, 5)), _ROUTED),
     Case(

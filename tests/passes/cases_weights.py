@@ -79,6 +79,9 @@ def _scaled_addmm(self: Any, x: Tensor) -> Tensor:
     return torch.mm(x, mat2=self.w3)
 
 
+_FALLBACK = "transformers::grouped_mm_fallback"
+
+
 class Lookups(nn.Module):
     """Tables with a padding row, looked up by modules and by functions; the padding row is asked for as well."""
 
@@ -157,6 +160,21 @@ def _chosen(self: Any, x: Tensor) -> Tensor:
 def _looped(self: Any, x: Tensor) -> Tensor:
     gates = F.linear(x, self.w0).softmax(-1)
     return sum(gates[:, e, None] * F.linear(F.linear(x, self.w1[e]).tanh(), self.w2[e]) for e in range(3))
+
+
+def _grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    import transformers.integrations.moe  # noqa: F401  (it makes the op)
+
+    return torch.ops.transformers.grouped_mm_fallback.default(x, w, ends)
+
+
+def _grouped(self: Any, x: Tensor) -> Tensor:
+    """Rows that an input sorts by expert: stacks as they are stored, turned around, and beside another use."""
+    ends = torch.stack([(x > 0).sum() * 0 + 2, (x > 0).any() * 3, (x > 0).any() * 6]).int()
+    x = _grouped_product(x, self.w0, ends).tanh()
+    x = _grouped_product(x, self.w1.transpose(-2, -1), ends).tanh()
+    x = _grouped_product(x, self.w2.permute(0, 2, 1).mT.transpose(1, 2), ends).tanh()
+    return _grouped_product(x, self.w3, ends) + torch.bmm(x.expand(3, -1, -1), self.w3).sum(0)
 
 
 def _packed(self: Any, x: Tensor) -> Tensor:
@@ -482,6 +500,26 @@ WEIGHT_CASES: tuple[Case, ...] = (
             "w2": one("select_4", "on-chosen"),
         },
         kinds=dict.fromkeys(("w0", "w1", "w2"), "experts"),
+    ),
+    *(
+        Case(
+            f"{dialect}_grouped",
+            functional(_grouped, (3, 5, 4), (3, 6, 4), (3, 7, 6), (3, 7, 5)),
+            randn(6, 5),
+            trace,
+            {
+                "w0": one(name, _FALLBACK),
+                "w1": one(f"{name}_1", _FALLBACK),
+                "w2": one(f"{name}_2", _FALLBACK),
+                **on_weight("w3"),
+            },
+            kinds=dict.fromkeys(("w0", "w1", "w2", "w3"), "experts"),
+            turned=("w0",),
+        )
+        for dialect, trace, name in (
+            ("aten", aten, "grouped_mm_fallback"),
+            ("functional", functions, "grouped_mm_fallback_default"),
+        )
     ),
     Case(
         "functional_looped",

@@ -81,7 +81,7 @@ def product(site: Site, b: Tensor, a: Tensor) -> Tensor:
         ]
         return torch.cat(slices).reshape(site.shape)
     matrix = torch.einsum("eor,eri->eoi", b, a) if site.kind == "experts" else torch.einsum("or,ri->oi", b, a)
-    return (matrix.t() if site.layout == "in_out" else matrix).reshape(site.shape)
+    return (matrix.mT if site.layout == "in_out" else matrix).reshape(site.shape)
 
 
 def by_hand(case: Case, added: Mapping[str, Tensor]) -> Any:

@@ -473,6 +473,39 @@ def turned_experts(graph_module: fx.GraphModule) -> None:
     )
 
 
+GROUPED = "transformers::grouped_mm_fallback"
+
+
+@damage(
+    f"branch node grouped_mm_fallback_1_lora has {{'by': {GROUPED!r}}}, but grouped_mm_fallback_1 has "
+    f"{{'by': {GROUPED!r}, 'offs': to}}",
+    case="aten_grouped",
+)
+def lost_ends(graph_module: fx.GraphModule) -> None:
+    branch = at(graph_module, "grouped_mm_fallback_1_lora")
+    branch.kwargs = {"by": branch.kwargs["by"]}
+
+
+@damage(
+    "node grouped_mm_fallback_1 reads w1 as in_out, planned as out_in",
+    case="aten_grouped",
+)
+def experts_read_the_other_way(graph_module: fx.GraphModule) -> None:
+    base = at(graph_module, "grouped_mm_fallback_1")
+    base.args = (base.args[0], at(graph_module, "w1"), base.args[2])
+
+
+@damage(
+    "node grouped_mm_fallback_1 is a experts, but w1 is planned as a linear",
+    case="aten_grouped",
+)
+def experts_planned_as_a_matrix(graph_module: fx.GraphModule) -> None:
+    record = record_of(graph_module)
+    assert record.plan is not None
+    sites = tuple(replace(site, kind="linear") if site.weight == "w1" else site for site in record.plan.sites)
+    set_record(graph_module, replace(record, plan=replace(record.plan, sites=sites)))
+
+
 def damaged(name: str) -> tuple[fx.GraphModule, list[str]]:
     case_name, harm, told = DAMAGE[name]
     case = BY_NAME[case_name.removesuffix("_live")]

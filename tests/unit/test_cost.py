@@ -31,6 +31,7 @@ from lorasc_fx.cost.rates import OPS, usual
 from lorasc_fx.cost.reading import use_at, work_of
 from lorasc_fx.graph import Record, match
 from lorasc_fx.graph.forms import name_of
+from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 
 Given = Callable[[torch.device, torch.dtype], Rates]
 
@@ -458,6 +459,27 @@ def test_the_frozen_step_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     found = expect(graph, graph, lambda device, dtype: Rates(lines)).frozen
     dense = 2 * (THIN + OUT) + 3 * (ATTENDED + PAIRS)
     assert found == pytest.approx(dense + 100 * (WIDE + TURNED) + 1e4 * DEEP, rel=1e-12)
+
+
+def test_a_branch_beside_a_grouped_product_costs_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows [40, 5] meet one matrix [5, 7] each, however many experts there are."""
+    monkeypatch.setattr("lorasc_fx.cost.expectation.WORTH", 1)
+    graph = fx.Graph()
+    x, stack = graph.placeholder("x"), graph.get_attr("stack")
+    ends = graph.placeholder("ends")
+    made = graph.call_function(torch._grouped_mm, (x, stack), {"offs": ends})
+    graph.output(made)
+    for node, shape in ((x, (40, 5)), (stack, (3, 5, 7)), (made, (40, 7))):
+        node.meta["val"] = torch.empty(shape)
+    root = nn.Module()
+    root.stack = nn.Parameter(torch.zeros(3, 5, 7))
+    plain = fx.GraphModule(root, graph)
+    adapted = Pipeline([MatchSites(lx.CascadeSpec(rank=2, targets=("experts",))), InsertBranches()])(plain).graph_module
+    found = expect(plain, adapted, lambda device, dtype: RATES)
+    assert found.placements == {"stack": "beside"}
+    assert work_of(made, "_grouped_mm") == 40 * 5 * 7
+    assert found.frozen == 2 * 40 * 5 * 7
+    assert found.branches == beside(RATES, LinearUse(tokens=40, inner=5, outer=7, rank=2))
 
 
 # --- what is told ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,248 @@
+"""Branches beside grouped products: every spelling, in the dtypes that its op takes, against the formula in fp64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.integrations import moe
+
+import lorasc_fx as lx
+from lorasc_fx.branch import MatrixBranch
+from lorasc_fx.capture import capture
+from lorasc_fx.graph import FORMS, FunctionForm
+from tests.passes.kit import branches_of, fill, insert, same_bits, sites_of, uses_of
+
+SPEC = lx.CascadeSpec(rank=3, lora_alpha=5.0, pace=0.5, seed=11, targets=("experts",))
+ENDS = (2, 2, 7)
+FALLBACK = torch.ops.transformers.grouped_mm_fallback.default
+assert moe.torch is torch  # the module that makes the op
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+class Grouped(nn.Module):
+    """Two grouped products of rows [rows, 16]; the first stack is [experts, in, out], the other [experts, out, in]."""
+
+    def __init__(self, product: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.product = product
+        self.up, self.down = nn.Parameter(torch.randn(3, 16, 24) / 4), nn.Parameter(torch.randn(3, 16, 24) / 4)
+        self.register_buffer("ends", torch.tensor(ENDS, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(torch.tanh(self.product(x, self.up, offs=self.ends)), self.down.mT, offs=self.ends)
+
+
+def rows(dtype: torch.dtype) -> Tensor:
+    return torch.randn(ENDS[-1], 16, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def by_hand(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The model on these stacks, expert by expert, in their dtype."""
+    parts, start = [], 0
+    for expert, end in enumerate(ENDS):
+        parts.append(torch.tanh(x[start:end] @ up[expert]) @ down[expert].T)
+        start = end
+    return torch.cat(parts)
+
+
+ROWS = {
+    ("torch._grouped_mm", torch.float32): (F.grouped_mm, "symbolic"),  # which no tracer keeps
+    ("torch._grouped_mm", torch.bfloat16): (torch._grouped_mm, "symbolic"),
+    ("aten._grouped_mm", torch.bfloat16): (F.grouped_mm, "export"),
+    ("transformers::grouped_mm_fallback", torch.float32): (FALLBACK, "export"),
+    ("transformers::grouped_mm_fallback", torch.float64): (FALLBACK, "symbolic"),
+}
+"""The row of the table and a dtype, with what the model calls and the front end that writes it so."""
+
+
+def test_every_row_of_experts_has_a_case() -> None:
+    assert {name for name, _ in ROWS} == {form.name for form in FORMS if form.kind == "experts"}
+
+
+@pytest.mark.parametrize(("row", "dtype"), ROWS, ids=str)
+def test_the_branch_is_the_formula(row: str, dtype: torch.dtype) -> None:
+    product, frontend = ROWS[row, dtype]
+    model, x = Grouped(product).to(dtype).requires_grad_(False), rows(dtype)
+    captured = capture(model, (x,), {}, frontend).module
+    inserted = insert(captured, SPEC)
+    assert {weight: form for weight, ((_, form),) in uses_of(inserted).items()} == {"up": row, "down": row}
+    assert {weight: site.layout for weight, site in sites_of(inserted).items()} == {"up": "in_out", "down": "out_in"}
+    assert torch.equal(inserted(x), captured(x))  # B = 0
+
+    fill(inserted)
+    found = inserted(x)
+    branches = branches_of(inserted)
+    factors = {
+        name: [each.detach().double().requires_grad_() for each in (branches[name].lora_A, branches[name].lora_B)]
+        for name in ("up", "down")
+    }
+    (up_a, up_b), (down_a, down_b) = factors.values()
+    up = model.up.double() + 5 / 3 * (up_b @ up_a).mT
+    down = model.down.double() + 5 / 3 * (down_b @ down_a)
+    expected = by_hand(x.double(), up, down)
+    assert_near(found, expected, dtype)
+    found.double().square().sum().backward()
+    expected.square().sum().backward()
+    for name, (a, b) in factors.items():
+        assert_near(branches[name].lora_A.grad, a.grad, dtype)
+        assert_near(branches[name].lora_B.grad, b.grad, dtype)
+        assert not b.grad[1].any()  # the expert without rows
+        assert not branches[name].lora_B.grad[1].any()
+
+
+def assert_near(found: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> None:
+    assert found is not None
+    assert expected is not None
+    worst = float(((found.double() - expected).abs().max() / expected.abs().max()).detach())
+    assert worst <= TOLERANCE[dtype]
+
+
+OPS = [("aten::_grouped_mm", torch.float32), ("aten::_grouped_mm", torch.bfloat16)]
+OPS += [("transformers::grouped_mm_fallback", torch.float32)]
+
+
+def branch(dtype: torch.dtype) -> MatrixBranch:
+    """A branch of three experts [24, 16], B not zero."""
+    site = lx.Site("experts", "experts", (3, 24, 16), rank=3, lora_alpha=5.0)
+    made = MatrixBranch(site, 0, 1, torch.empty(0, dtype=dtype))
+    with torch.no_grad():
+        made.lora_B.copy_(torch.randn(made.lora_B.shape, generator=torch.Generator().manual_seed(7)))
+    return made
+
+
+@pytest.mark.parametrize(("op", "dtype"), OPS, ids=str)
+def test_rows_of_no_expert_move_no_factor(op: str, dtype: torch.dtype) -> None:
+    """Those behind the last end, which expert parallelism leaves uninitialised, with gradients as wild."""
+    made, ends = branch(dtype), torch.tensor(ENDS, dtype=torch.int32)
+    x, base = rows(dtype), torch.zeros(ENDS[-1], 24, dtype=dtype)
+    wild = torch.full((4, 24), torch.nan, dtype=dtype)
+    gradients = []
+    for more in (0, 4):
+        made.zero_grad(set_to_none=True)
+        longer = torch.cat([x, wild[:more, :16]]).requires_grad_()
+        found = made(torch.cat([base, wild[:more]]), longer, offs=ends, by=op)
+        found.backward(torch.cat([torch.ones_like(base), wild[:more]]))
+        assert longer.grad is not None
+        gradients.append([found[: ENDS[-1]], longer.grad[: ENDS[-1]], made.lora_A.grad, made.lora_B.grad])
+    for short, long in zip(*gradients, strict=True):
+        assert short.isfinite().all()
+        assert short.any()
+        assert torch.equal(long, short)
+
+
+@pytest.mark.parametrize(("op", "dtype"), OPS, ids=str)
+def test_nothing_is_kept_but_x_and_what_a_makes_of_it(op: str, dtype: torch.dtype) -> None:
+    made, kept = branch(dtype), dict[int, tuple[int, ...]]()
+    x = rows(dtype).requires_grad_()
+    held: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor.detach())
+        if tensor.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() and tensor.is_floating_point():
+            kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor.detach()
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        made(torch.zeros(ENDS[-1], 24, dtype=dtype), x, offs=torch.tensor(ENDS, dtype=torch.int32), by=op)
+    rank = 8 if op.startswith("aten") else 3  # padded to strides of 16 bytes
+    assert sorted(kept.values()) == sorted([(3, 16, rank), (3, rank, 24), (ENDS[-1], rank)])
+
+
+class Either(nn.Module):
+    """A grouped product in one mode, one chosen expert in the other."""
+
+    def __init__(self, grouped: bool) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.grouped = grouped
+        self.stack = nn.Parameter(torch.randn(3, 5, 7) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training is self.grouped:
+            ends = (x[:, 0].sum() > 0) * 2 + torch.tensor([1, 2, 4])
+            return FALLBACK(x, self.stack, ends.clamp(max=4).int())
+        return x @ self.stack[(x[0, 0] > 0).long()]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_mode_that_chooses_has_the_same_branch(grouped: bool) -> None:
+    """Planned beside a grouped product, in its layout, or as the stack is stored: both modes are the formula."""
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = Either(grouped).double().train()
+    twin = copy.deepcopy(model)
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    (site,) = cascade.sites
+    assert site.layout == ("in_out" if grouped else "out_in")
+    (only,) = cascade.branches.values()
+    with torch.no_grad():
+        only.lora_B.normal_(generator=torch.Generator().manual_seed(2))
+        delta = only.scale * only.lora_B @ only.lora_A
+        twin.stack.add_(delta.mT if grouped else delta)
+    for training in (True, False):
+        torch.testing.assert_close(cascade.train(training)(x), twin.train(training)(x), rtol=1e-12, atol=1e-12)
+    assert cascade.placements == {"stack": "beside" if grouped else "weight"}
+
+
+STEPS = 3
+
+
+def trajectory(placement: str, call: Callable[[Any], Any] = lambda cascade: cascade) -> tuple[list[float], Tensor]:
+    """Losses of two stages, and the slow weights of both stacks."""
+    x = rows(torch.float64)
+    spec = lx.CascadeSpec(**{**SPEC.to_dict(), "noise": lx.Noise(0.1), "placement": placement, "rules": ()})
+    cascade = lx.adapt(Grouped(FALLBACK).double(), (x,), spec=spec)
+    assert set(cascade.placements.values()) == {placement}
+    optimizer, run = torch.optim.SGD(cascade.param_groups(lr=0.3)), call(cascade)
+    losses = []
+    for _ in cascade.stages(2, optimizer):
+        for _ in range(STEPS):
+            loss = run(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    slow = cascade.folded_state_dict()
+    return losses, torch.stack([slow["up"], slow["down"]])
+
+
+def test_it_trains_as_on_the_weight_compiled_or_not() -> None:
+    expected, slow = trajectory("weight")
+    assert len(set(expected)) == 2 * STEPS
+    for call in (lambda cascade: cascade, lambda cascade: torch.compile(cascade, fullgraph=True, backend="aot_eager")):
+        torch._dynamo.reset()
+        losses, weights = trajectory("beside", call)
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(weights, slow, rtol=1e-10, atol=1e-10)
+    torch._dynamo.reset()
+
+
+def test_a_checkpoint_goes_on_beside_the_product(tmp_path: Any) -> None:
+    x = rows(torch.float64)
+    cascade = lx.adapt(Grouped(FALLBACK).double(), (x,), spec=SPEC)
+    for each in cascade.branches.values():
+        torch.nn.init.normal_(each.lora_B)
+    lx.save(cascade, tmp_path / "here")
+    loaded = lx.load(tmp_path / "here", Grouped(FALLBACK).double(), (x,))
+    assert loaded.placements == {"up": "beside", "down": "beside"}
+    assert [site.placement for site in loaded.sites] == ["beside", "beside"]
+    assert same_bits(loaded(x), cascade(x))
+
+
+def test_a_product_with_more_than_rows_and_ends_stands_on_the_weight() -> None:
+    """A bias, or a batch of matrices without ends, is another product."""
+    forms = {form.name: form for form in FORMS if isinstance(form, FunctionForm)}
+    graph = torch.fx.Graph()
+    x, w, ends = (graph.placeholder(name) for name in ("x", "w", "ends"))
+    fits = [
+        forms["torch._grouped_mm"].fits(graph.call_function(torch._grouped_mm, (x, w), kwargs), w)
+        for kwargs in ({"offs": ends}, {}, {"offs": ends, "bias": x}, {"offs": ends, "out_dtype": torch.float32})
+    ]
+    assert fits == [True, False, False, False]
