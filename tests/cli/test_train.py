@@ -217,6 +217,7 @@ def stop_from_outside(command: list[str], place: Path, environment: dict[str, st
     return said
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_a_train_in_its_own_process(
     place: Path, command: list[str], environment: dict[str, str], run_alone: Alone
 ) -> None:
@@ -228,6 +229,7 @@ def test_ctrl_c_of_a_train_in_its_own_process(
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_a_compare_in_its_own_process(
     place: Path, command: list[str], environment: dict[str, str], run_alone: Alone
 ) -> None:

@@ -61,7 +61,9 @@ print("alone")
 """
 
 
-@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+@pytest.mark.parametrize(
+    "placement", ["beside", *(pytest.param(each, marks=pytest.mark.slow) for each in ("merged", "weight"))]
+)
 def test_a_folded_model_runs_without_us(tmp_path: Path, placement: str) -> None:
     for code in (MAKE, USE):
         run = [sys.executable, "-c", code, str(tmp_path), *([placement] if code is MAKE else [])]

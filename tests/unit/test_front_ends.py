@@ -221,6 +221,7 @@ def assert_same_outputs(found: Any, expected: Any, close: float = 0.0) -> None:
             torch.testing.assert_close(found[key], value, rtol=0, atol=close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["auto", "pieces"])
 def test_llama(name: str) -> None:
     """Modes, labels, sizes, padding, autocast, checkpointing and a cache."""

@@ -479,6 +479,7 @@ def mixtral() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return transformers.MixtralForCausalLM(config), {"input_ids": torch.randint(3, 30, (2, 9))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [longformer, mixtral])
 def test_transformers_models(build: Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]) -> None:
     torch.manual_seed(21)
