@@ -22,7 +22,6 @@ def bytes_told(title: str) -> Iterator[Callable[[int, int], object]]:
         yield _lines(title)
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     from rich.table import Column
 
     title_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a long path leaves the bar its place
