@@ -82,6 +82,7 @@ def weights_are_the_stages(view: View) -> Iterator[str]:
     for weight, state in view.record.slow.items():
         parameter = parameters.get(weight)
         fits = parameter is not None and parameter.shape == state.base.shape
+        fits = fits and not state.faults()  # told where the slow state is held against the plan
         if fits and parameter is not None and not _is_start(parameter, state, plan.spec, plan.stage):
             yield (
                 f"{weight} holds other numbers than stage {plan.stage} began with; run what changes weights before the "

@@ -266,6 +266,7 @@ def prepared() -> nn.Module:
     return model
 
 
+@pytest.mark.slow  # test_interrupts has some of the places
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_adapt(spec: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +286,7 @@ def test_adapt(spec: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not model.norm.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "parked", "kind"),
     [
