@@ -154,7 +154,7 @@ class SlowWeight:
         dense_start = collapsed if restart == "slow" else self.dense_start
         past = self.past if collapsed is self.dense_slow else tuple(Past(each.stage, None) for each in self.past)
         after = replace(self, experts=experts, slow=slow, start=start, dense_slow=collapsed, dense_start=dense_start)
-        after = replace(after, past=(*past, Past(stage, slow)))
+        after = replace(after, past=_pruned((*past, Past(stage, slow))))
         return after.collapsed() if after.crowded else after
 
     def reach(self, which: Literal["slow", "start"]) -> float:
@@ -195,6 +195,9 @@ class SlowWeight:
 
         A weight that was not known yet had no delta.
         """
+        gone = max((each.stage for each in self.past if each.slow is None), default=0)
+        if 0 < stage <= gone:
+            return None
         past = tuple(each for each in self.past if each.stage <= stage)
         if not past:
             return SlowWeight(self.name, self.base, self.stacked)
@@ -242,7 +245,7 @@ class SlowWeight:
         slow = self._sum(self.slow, self.dense_slow)
         same = self.start == self.slow and self.dense_start is self.dense_slow
         start = slow if same else self._sum(self.start, self.dense_start)
-        past = tuple(Past(each.stage, () if each.slow == self.slow else None) for each in self.past)
+        past = _pruned(tuple(Past(each.stage, () if each.slow == self.slow else None) for each in self.past))
         return replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start, past=past)
 
     def _sum(self, coefficients: Sequence[float], before: torch.Tensor | None) -> torch.Tensor:
@@ -256,6 +259,12 @@ class SlowWeight:
         with exact_products(total):
             total.baddbmm_(b, a) if self.stacked else total.addmm_(b, a)
         return total
+
+
+def _pruned(past: tuple[Past, ...]) -> tuple[Past, ...]:
+    """Return the ends of stages with the last of those alone that are gone: the earlier ones are gone as well."""
+    gone = [each for each in past if each.slow is None]
+    return (*gone[-1:], *(each for each in past if each.slow is not None))
 
 
 def _joined(

@@ -257,7 +257,7 @@ class GraphEditor:
                     undo(partial(factor.copy_, factor.detach().clone()))
                     factor.copy_(value)
                 holder[key] = old
-        return self.module
+            return self.module
 
     def _own(self, path: list[str]) -> nn.Module:
         """Return the module at a path, with each module on the way replaced by a copy that is this editor's own."""

@@ -186,7 +186,7 @@ def _check_random(states: Mapping[str, Any]) -> None:
             raise ValueError("its words are no numbers of 32 bits")
         random.Random().setstate((version, tuple(words), gauss))
     except (TypeError, ValueError, OverflowError) as fault:
-        raise ValueError(f"'rng': is no state of Python's random generator: {fault}") from fault
+        raise ValueError(f"'rng': is no state of Python's random generator: {told(str(fault))}") from fault
 
     numpy = states.get("numpy")
     if numpy is not None and not _is_numpy(numpy):

@@ -41,12 +41,13 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
         if limit is not None and found.st_size > limit:
             why = "such a file has" if most is not None else "this machine has memory for"
             raise CheckpointError(f"{path}: has {found.st_size} bytes, {why} {limit} at most")
-        with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read(found.st_size)
-    except MemoryError as fault:
-        raise CheckpointError(
-            f"{path}: has {found.st_size} bytes, for which there is no memory; free some, or take a larger machine"
-        ) from fault
+        try:
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                return file.read(found.st_size)
+        except MemoryError as fault:
+            raise CheckpointError(
+                f"{path}: has {found.st_size} bytes, for which there is no memory; free some, or take a larger machine"
+            ) from fault
     finally:
         os.close(handle)
 

@@ -35,7 +35,9 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
         StateError: no stage of this number has ended here, or it is gone; names what is missing, and which stages can
             be had.
     """
-    ended = sorted({each.stage for state in slow.states.values() for each in state.past})
+    past = [each for state in slow.states.values() for each in state.past]
+    gone_to = max((each.stage for each in past if each.slow is None), default=0)
+    ended = sorted({each.stage for each in past} | set(range(1, gone_to)))
     if isinstance(stage, bool) or not isinstance(stage, int) or stage not in (0, *ended):
         raise StateError(
             f"{call}: stage {stage!r} has not ended in this cascade; there are "

@@ -24,6 +24,8 @@ __all__ = ["AFFORDABLE", "SlowWeights", "Trained", "fill", "write"]
 
 AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
+MOST = 100
+"""Stages of which such copies are kept, the latest."""
 
 log = logging.getLogger("lorasc_fx")
 
@@ -143,7 +145,7 @@ class SlowWeights:
             same = spec.pace == 1 or not spec.slow_train
             slow = exact if same else torch.lerp(kept.slow, exact, spec.pace)
             start = fast if spec.restart == "fast" or same else slow.to(fast.dtype)
-            past = (*kept.past, (plan.stage, slow)) if kept_on else ()
+            past = (*kept.past, (plan.stage, slow))[-MOST:] if kept_on else ()
             trained[name] = Trained(kept.base, slow, start, past)
         return replace(self, states=states, trained=trained, parked=False, left_out=frozenset(left_out))
 

@@ -260,9 +260,10 @@ def test_the_size_of_the_state_by_hand() -> None:
     rows = curves.state_size(5, 4, TINY)
     found = [(row["experts"] / 4, row["dense"] / 4) for row in rows]
     assert found[0] == (0, 0)
-    assert found[1] == (4 * 33 + 4 * 404, 80)  # 96 for the head is more than its weight
-    assert found[2] == (8 * 404, 162 + 80)
-    assert found[5][1] == 162 + 7680 + 80 == rows[5]["base"] / 4  # each has collapsed
+    # what is dense is summed in fp64: two entries of fp32 each
+    assert found[1] == (4 * 33 + 4 * 404, 2 * 80)  # 96 for the head is more than its weight
+    assert found[2] == (8 * 404, 2 * (162 + 80))
+    assert found[5][1] == 2 * (162 + 7680 + 80) == 2 * rows[5]["base"] / 4  # each has collapsed
 
 
 @pytest.mark.skipif(not can_measure(), reason="this system does not tell the peak of a process")

@@ -120,6 +120,7 @@ def says(folder: Path, again: Path) -> str:
             known = ("class", "groups", "numbers", "state")
             manifest[what] = {key: value for key, value in manifest.get(what, {}).items() if key in known}
         manifest["trained"].sort()
+        manifest.get("outside", []).sort(key=json.dumps)  # what stands outside of JSON, in no order
         for group in manifest["optimizer"]["groups"]:
             group.pop("decoupled_weight_decay", None)  # AdamW sets it itself, whatever it is given
     for key in SAID:
