@@ -22,7 +22,7 @@ from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime import Cascade, read
 from lorasc_fx.runtime.arithmetic import Part, join, part_of, weighted_sum
 from lorasc_fx.runtime.base_file import open_base
-from lorasc_fx.runtime.checkpoint_read import Checkpoint, restore
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs, restore
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.undo import AllOrNothing
@@ -120,17 +120,11 @@ class _Found:
 
     def check_base(self, own: Mapping[str, str]) -> None:
         """Raise CheckpointError where the model is not what this run adapted."""
-        theirs = self.base
-        foreign = [name for name in own if name not in theirs]
-        missing = [name for name in theirs if name not in own]
-        changed = [name for name, digest in own.items() if theirs.get(name, digest) != digest]
-        for what, names in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise CheckpointError(
-                    f"merge: {self.name}, is of another base: the model {what} {', '.join(names[:3])}{more}; "
-                    "runs can be summed on the one base that all of them adapted"
-                )
+        if odd := base_differs(self.base, own, own):
+            raise CheckpointError(
+                f"merge: {self.name}, is of another base: the model {odd}; "
+                "runs can be summed on the one base that all of them adapted"
+            )
 
     def part(self, model: nn.Module) -> Part:
         """Return the run as a part of the sum; a checkpoint is unpacked into a copy of the base, without a capture."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lorasc_fx.errors import ExportError
+from lorasc_fx.runtime.checkpoint_write import sync
 
 __all__ = ["write_folder"]
 
@@ -42,7 +43,7 @@ def write_folder(folder: Path, marker: str, ours: Collection[str], write: Callab
         new.mkdir()
         write(new)
         for path in new.iterdir():
-            _sync(path)
+            sync(path)
         if folder.is_dir():
             for path in folder.iterdir():
                 if path.name not in ours:
@@ -54,7 +55,7 @@ def write_folder(folder: Path, marker: str, ours: Collection[str], write: Callab
             if old.exists():
                 old.rename(folder)
             raise
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as fault:
         raise ExportError(f"{given} was not written: {fault}; what was there stays") from fault
     finally:
@@ -66,11 +67,3 @@ def _copy(path: Path, target: Path) -> None:
         shutil.copytree(path, target, symlinks=True)
     else:
         shutil.copy2(path, target, follow_symlinks=False)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

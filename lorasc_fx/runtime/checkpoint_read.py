@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -33,7 +33,7 @@ from lorasc_fx.runtime.opening import plain_bytes, told
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["Checkpoint", "check_base", "check_plan", "read", "restore"]
+__all__ = ["Checkpoint", "base_differs", "check_base", "check_plan", "read", "restore"]
 
 _GENERATOR = re.compile(rf"{RNG}|rng/cuda/\d{{1,4}}")
 _AS_IT_WAS = "build the model as it was when it was adapted"
@@ -176,16 +176,30 @@ def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -
         CheckpointError: names the parameters that are missing, foreign, or differ.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
-    missing = [name for name in base if name not in parameters]
-    foreign = [name for name in parameters if name not in base]
-    changed = [name for name, value in parameters.items() if name in base and fingerprint(value) != base[name]]
-    for what, names in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(
-                f"{checkpoint.path}: this is another base: the model {what} {', '.join(map(told, names[:3]))}{more}; "
-                "load onto the weights that were adapted"
-            )
+    own = {name: fingerprint(value) for name, value in parameters.items() if name in base}
+    if odd := base_differs(base, own, parameters):
+        raise CheckpointError(
+            f"{checkpoint.path}: this is another base: the model {odd}; load onto the weights that were adapted"
+        )
+
+
+def base_differs(base: Mapping[str, str], own: Mapping[str, str], names: Iterable[str]) -> str:
+    """Return what tells a model from a base: "lacks ...", "has besides ...", "differs in ..."; "" for nothing.
+
+    Args:
+        base: fingerprints of the base, by parameter.
+        own: those of the model, of the parameters that the base has.
+        names: all parameters of the model.
+    """
+    names = list(names)
+    missing = [name for name in base if name not in own]
+    foreign = [name for name in names if name not in base]
+    changed = [name for name, digest in own.items() if base.get(name, digest) != digest]
+    for what, found in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            return f"{what} {', '.join(map(told, found[:3]))}{more}"
+    return ""
 
 
 def check_plan(

@@ -36,7 +36,7 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["write_version"]
+__all__ = ["sync", "write_version"]
 
 _WRITING, _LEAVING = ".writing-", ".leaving-"
 
@@ -137,7 +137,7 @@ def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, who
     root, made = whole.parent, beside
     try:
         save_file(tensors, beside / TENSORS)
-        _sync(beside / TENSORS)
+        sync(beside / TENSORS)
         manifest["files"] = {TENSORS: file_digest(beside / TENSORS)}
         manifest["digest"] = text_digest(_canonical(manifest))
         text = json.dumps(manifest, indent=1, allow_nan=False)
@@ -145,11 +145,11 @@ def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, who
             raise OSError(f"{MANIFEST} would have {len(text)} bytes, of {LONGEST} at most; put numbers into tensors")
         (beside / MANIFEST).write_text(text, encoding="utf-8")
         shutil.copymode(beside / MANIFEST, beside / TENSORS)  # safetensors would keep it from everybody else
-        _sync(beside / MANIFEST)
-        _sync(beside)
+        sync(beside / MANIFEST)
+        sync(beside)
         beside.rename(whole)
         made = whole
-        _sync(root)
+        sync(root)
     except (OSError, SafetensorError) as fault:
         _undo(made)
         raise CheckpointError(f"{root}: the checkpoint was not written: {fault}; what was there stays") from fault
@@ -171,7 +171,7 @@ def _make(root: Path) -> None:
     new = [each for each in (root, *root.parents) if not each.exists()]
     root.mkdir(parents=True, exist_ok=True)
     for each in reversed(new):
-        _sync(each.parent)
+        sync(each.parent)
 
 
 @contextlib.contextmanager
@@ -213,7 +213,8 @@ def _drop(version: Path) -> None:
         shutil.rmtree(leaving, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system put a file or folder on its disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -198,12 +198,12 @@ def _becomes(start: str) -> Callable[..., bool]:
 
 MOMENTS: dict[str, Callable[[int], None]] = {
     "inside the tensors": lambda n: around(checkpoint_write, "save_file", n, always, instead=half_a_file),
-    "before the tensors are synced": lambda n: around(checkpoint_write, "_sync", n, _named("state"), before=True),
+    "before the tensors are synced": lambda n: around(checkpoint_write, "sync", n, _named("state"), before=True),
     "inside the manifest": lambda n: around(Path, "write_text", n, _named("manifest"), instead=half_a_text),
-    "before the version is synced": lambda n: around(checkpoint_write, "_sync", n, _named(".writing"), before=True),
+    "before the version is synced": lambda n: around(checkpoint_write, "sync", n, _named(".writing"), before=True),
     "before the rename": lambda n: around(Path, "rename", n, _becomes("step-"), before=True),
     "after the rename": lambda n: around(Path, "rename", n, _becomes("step-")),
-    "after the folder is synced": lambda n: around(checkpoint_write, "_sync", n, _named("run")),
+    "after the folder is synced": lambda n: around(checkpoint_write, "sync", n, _named("run")),
     "before an old version loses its name": lambda n: around(Path, "rename", n, _becomes(".leaving"), before=True),
     "after an old version lost its name": lambda n: around(Path, "rename", n, _becomes(".leaving")),
     "inside the removal": lambda n: around(shutil, "rmtree", n, _named(".leaving"), instead=half_a_folder),
