@@ -10,8 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lorasc_fx.cli.extras import require
 from lorasc_fx.errors import LorascError, SpecError, nearest
+from lorasc_fx.extras import require
 
 __all__ = ["main"]
 

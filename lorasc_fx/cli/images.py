@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasc_fx.cli.batches import Batch
-from lorasc_fx.cli.extras import module_of
 from lorasc_fx.errors import SpecError
+from lorasc_fx.extras import module_of
 
 __all__ = ["IMAGE_SHIFTS", "ImageExamples", "digits", "image_folder", "mnist5k", "shifted"]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lorasc_fx.capture import open_model
-from lorasc_fx.cli.extras import module_of
 from lorasc_fx.cli.schema import ModelConfig
 from lorasc_fx.cli.texts import Tokenizer, hf_tokenizer
 from lorasc_fx.cli.weights import load_weights
 from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.extras import module_of
 
 __all__ = ["MODELS", "MeanPooled", "build_model", "example_inputs", "logits_of", "set_mode", "tokenizer_of"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorasc_fx.cli.extras import module_of, require
 from lorasc_fx.cli.report_data import RunRecord
 from lorasc_fx.cli.report_page import PAGE, STYLE
 from lorasc_fx.cli.run_folder import RunFolder, write_whole
 from lorasc_fx.errors import SpecError
+from lorasc_fx.extras import module_of, require
 from lorasc_fx.pictures import Picture
 from lorasc_fx.pictures.charts import by_site, loss_over_steps, slow_and_fast, spectra
 

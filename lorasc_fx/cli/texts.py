@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lorasc_fx.cli.batches import Batch
-from lorasc_fx.cli.extras import missing, module_of
 from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.extras import missing, module_of
 
 __all__ = ["TextExamples", "Texts", "Tokenizer", "csv_file", "hf_tokenizer", "movie_reviews"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorasc_fx.cli.extras import module_of
 from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.extras import module_of
 
 __all__ = ["PACKAGES", "load_weights"]
 

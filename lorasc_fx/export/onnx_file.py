@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 
 from lorasc_fx.capture import quiet
-from lorasc_fx.errors import CaptureError, CheckpointError, MissingExtra, SpecError
+from lorasc_fx.errors import CaptureError, CheckpointError, SpecError
 from lorasc_fx.export.graphs import program
+from lorasc_fx.extras import require
 from lorasc_fx.runtime import Cascade
 
 __all__ = ["onnx"]
@@ -51,15 +51,7 @@ def onnx(
     out = Path(path)
     if out.suffix != ".onnx":
         raise SpecError(f"export.onnx: {out} does not end with .onnx")
-    for package in ("onnx", "onnxscript"):
-        try:
-            importlib.import_module(package)  # noqa: TID251 - names of ours
-        except ModuleNotFoundError as fault:
-            if fault.name is None or fault.name.partition(".")[0] != package:
-                raise
-            raise MissingExtra(
-                f"this needs the package {package!r}, which is not installed: pip install 'lorasc-fx[onnx]'"
-            ) from fault
+    require("onnx", "onnx", "onnxscript")
     made = program(cascade, args, kwargs, folded=folded, call="export.onnx")
     try:
         with quiet():

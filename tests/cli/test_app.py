@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lorasc_fx.cli import main
-from lorasc_fx.cli.extras import module_of
 from lorasc_fx.errors import MissingExtra
+from lorasc_fx.extras import module_of
 
 
 @pytest.mark.parametrize(

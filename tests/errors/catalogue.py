@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
-from lorasc_fx.cli.extras import module_of
+from lorasc_fx.extras import module_of
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 
 Example = Callable[[nn.Module, Tensor], Any]

@@ -86,7 +86,7 @@ def test_every_error_is_documented(name: str) -> None:
 
 
 def test_an_extra_that_is_missing() -> None:
-    from lorasc_fx.cli.extras import module_of
+    from lorasc_fx.extras import module_of
 
     sentence = "this needs the package 'absent_package', which is not installed: pip install 'lorasc-fx[vision]'"
     with pytest.raises(lx.MissingExtra, match=exactly(sentence)) as caught:

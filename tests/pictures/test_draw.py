@@ -152,6 +152,6 @@ def test_a_missing_library_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     for name in [each for each in sys.modules if each.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    message = f"pictures need the package {package!r}, which is not installed: pip install 'lorasc-fx[report]'"
+    message = f"this needs the package {package!r}, which is not installed: pip install 'lorasc-fx[report]'"
     with unchanged(cascade), pytest.raises(lx.MissingExtra, match=f"^{re.escape(message)}$"):
         cascade.draw(tmp_path / "graph.svg")
