@@ -80,7 +80,7 @@ def test_two_thousand_transitions(dtype: torch.dtype) -> None:
     assert census.resident[-1] <= 1.05 * census.resident[0]
     assert max(census.files) == census.files[0]
     assert max(census.threads) == census.threads[0]
-    assert census.tensors[-1] == census.tensors[0]
+    assert census.tensors[-1] <= census.tensors[0]  # what earlier tests left may go meanwhile
     assert census.objects[-1] - census.objects[0] < TRANSITIONS / 10  # one more object a stage would be 1,900
     early, late = seconds[WARM : 3 * WARM], seconds[-2 * WARM :]
     assert statistics.median(late) < 2 * statistics.median(early)  # no race: what grows by a stage has grown tenfold
@@ -111,5 +111,5 @@ def test_saving_a_long_run_leaves_nothing_open(tmp_path: Path) -> None:
             census.take()
     assert len(os.listdir(tmp_path)) == 2
     assert census.files[-1] == census.files[0]
-    assert census.threads[-1] == census.threads[0]
-    assert census.tensors[-1] == census.tensors[0]
+    assert census.threads[-1] <= census.threads[0]
+    assert census.tensors[-1] <= census.tensors[0]
