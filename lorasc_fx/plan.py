@@ -131,11 +131,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Plan:
-    """Spec, sites in the model's order, and the stage that runs (1 is the first)."""
+    """Spec, sites in the model's order, the stage that runs (1 is the first), and where noise is redrawn by the step
+    (noise.redraw) how many optimizer steps it has made.
+    """
 
     spec: CascadeSpec
     sites: tuple[Site, ...] = ()
     stage: int = 1
+    step: int = 0
 
     def site(self, weight: str) -> Site | None:
         """Return the site of this weight name, or None."""
@@ -152,8 +155,8 @@ class Plan:
         return replace(self, sites=self.sites + tuple(site for site in sites if site.weight not in known))
 
     def at_stage(self, stage: int) -> Plan:
-        """Return the same plan in another stage."""
-        return replace(self, stage=stage)
+        """Return the same plan at the start of another stage."""
+        return replace(self, stage=stage, step=0)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -174,8 +177,9 @@ class Plan:
             }
             for site in self.sites
         ]
+        step = {"step": self.step} if self.step else {}
         return json.dumps(
-            {"format": FORMAT, "stage": self.stage, "spec": self.spec.to_dict(), "sites": sites}, indent=1
+            {"format": FORMAT, "stage": self.stage, **step, "spec": self.spec.to_dict(), "sites": sites}, indent=1
         )
 
     @classmethod
@@ -202,7 +206,7 @@ class Plan:
             names = [name for site in sites for name in (site.weight, *site.aliases)]
             if len(set(names)) != len(names):
                 raise ValueError("a weight has two sites")
-            return cls(spec, sites, _count("stage", data["stage"]))
+            return cls(spec, sites, _count("stage", data["stage"]), _count("step", data.get("step", 0), least=0))
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as fault:
             raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}") from fault
 

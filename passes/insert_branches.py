@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, SlowWeight, start_differs, start_weight
-from lorasc_fx.errors import NoSites
+from lorasc_fx.branch import Branch, SlowWeight, start_differs, start_weight, take_out
+from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.errors import NoSites, PassError
 from lorasc_fx.graph import (
     BRANCH_OF,
     ON_CHOSEN,
@@ -113,18 +115,35 @@ def bystanders(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     )
 
 
+def begun(state: SlowWeight, branch: Branch, plan: Plan) -> SlowWeight:
+    """Let a branch start from its weight, in place, and return the state that knows it."""
+    shape = tuple(branch.lora_A.shape)
+    after, start = take_out(state, branch, plan.spec.start, fresh_a(plan.spec.seed, plan.stage, state.name, shape))
+    with torch.no_grad():
+        branch.lora_A.copy_(start.lora_A)
+        branch.lora_B.copy_(start.lora_B)
+    return after
+
+
 def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> None:
     """Compute with the start of the stage, `W_t = W0 + S_{t-1} + N_t`; the clean weights stay in the record."""
+    if plan.spec.noise.strength and plan.spec.noise.redraw == "step":
+        raise PassError("insert-branches: noise.redraw='step' needs a training step; use a Cascade")
     named = named_weights(graph.owner)
-    slow = dict(graph.record.slow)
+    slow, added = dict(graph.record.slow), weights
+    branches = {branch.weight_name: branch for branch in graph.branches.values()}
     weights += tuple(site.weight for site in plan.sites if site.weight not in slow and site.weight not in weights)
     if weights and plan.spec.noise.strength and plan.spec.noise.where == "all":
         weights += bystanders(graph, plan)
     stacked = {site.weight for site in plan.sites if site.experts}
+    turned = {site.weight for site in plan.sites if site.layout == "in_out"}
     for weight in weights:
         state = slow.setdefault(
-            weight, SlowWeight(weight, named.parameters[weight].detach(), stacked=weight in stacked)
+            weight,
+            SlowWeight(weight, named.parameters[weight].detach(), stacked=weight in stacked, turned=weight in turned),
         )
-        if plan.spec.noise.strength or start_differs(state):
+        if weight in added and plan.spec.start != "lora":
+            slow[weight] = state = begun(state, branches[weight], plan)
+        if plan.spec.noise.strength or state.began or start_differs(state):
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))
     graph.record = replace(graph.record, slow=slow)

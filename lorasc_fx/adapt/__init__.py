@@ -117,7 +117,7 @@ def load(
         check_plan(found, weights.matrices, weights.parameters)
         _check_forms(found)
         try:
-            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo)
+            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, empty=True)
         except (PassError, SpecError) as fault:
             raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
         undo(cascade.core.base_writer())
@@ -145,8 +145,9 @@ def _adapt(
     frontend: str,
     source: BaseFile | None,
     undo: AllOrNothing,
+    empty: bool = False,
 ) -> Cascade:
-    """Adapt by a plan: an empty one that has only a spec, or one that was saved."""
+    """Adapt by a plan: an empty one that has only a spec, or one that was saved, whose numbers are still to come."""
     weights = named_weights(opened)
     bound = check_binds(opened, tuple(args), dict(kwargs or {}))
     maker = Compiler(frontend, signature_of(opened))
@@ -159,7 +160,7 @@ def _adapt(
     example = (tuple(args), dict(kwargs or {}))
     cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), example, flags)
     cascade.core.base_file = source
-    cascade.core.start(trained, undo)
+    cascade.core.start(trained, undo, empty)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
         _ADAPTED[parameter] = ref(cascade)

@@ -76,7 +76,7 @@ def merge(
         parts = [each.part(opened) for each in found]
         plan = _plan(parts, named_weights(opened).names)
         try:
-            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo)
+            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo, empty=True)
         except PassError as fault:
             raise SpecError(f"merge: the sites of these runs do not fit together: {fault}") from fault
         undo(cascade.core.base_writer())
@@ -138,7 +138,7 @@ class _Found:
         branches = missing_branches(self.plan, {}, named.parameters)
         core = Core(scratch, nn.ModuleDict(dict(branches)), self.plan, self.frontend)
         with AllOrNothing() as undo:
-            core.start(trained, undo)
+            core.start(trained, undo, empty=True)
         restore(core, self.run)
         return part_of(core, self.name)
 

@@ -1,5 +1,6 @@
 """Tensor maths as modules and values: branches, their start, noise, and the slow state. No graph in here."""
 
+from lorasc_fx.branch.began import began_of, began_shapes, factors_of, has_trained, leading, take_out
 from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.conv import ConvBranch
 from lorasc_fx.branch.matrix import MatrixBranch
@@ -8,7 +9,7 @@ from lorasc_fx.branch.quantized import dense, is_quantized
 from lorasc_fx.branch.shared import shared_down
 from lorasc_fx.branch.slow import Expert, Factors, KeptNoise, Past, SlowWeight, Which, arithmetic, summing
 from lorasc_fx.branch.spectrum import effective_rank, norm_of, singular_values, slow_spectrum
-from lorasc_fx.branch.stage import check_finite, end_stage, factors_of, start_differs, start_weight
+from lorasc_fx.branch.stage import check_finite, end_stage, start_differs, start_weight
 
 __all__ = [
     "Branch",
@@ -22,13 +23,17 @@ __all__ = [
     "Which",
     "amplitude",
     "arithmetic",
+    "began_of",
+    "began_shapes",
     "check_finite",
     "dense",
     "draw",
     "effective_rank",
     "end_stage",
     "factors_of",
+    "has_trained",
     "is_quantized",
+    "leading",
     "norm_of",
     "shared_down",
     "singular_values",
@@ -36,4 +41,5 @@ __all__ = [
     "start_differs",
     "start_weight",
     "summing",
+    "take_out",
 ]

@@ -77,11 +77,13 @@ class SlowWeight:
         name: of the weight.
         base: W0, in the weight's own dtype; never written to.
         stacked: the first axis counts experts.
+        turned: it is stored as [in, out].
         experts: the trained branches, oldest first.
         slow, start: one coefficient per expert.
         dense_slow, dense_start: what was left of experts at the dense collapse, [out, columns].
         kept: noise that stays.
         past: the slow coefficients at the end of each stage, oldest first.
+        began: the factors that the running stage took out of its start, in fp64 (`branch.began`); None for B = 0.
     """
 
     name: str
@@ -94,6 +96,8 @@ class SlowWeight:
     dense_start: torch.Tensor | None = None
     kept: tuple[KeptNoise, ...] = ()
     past: tuple[Past, ...] = ()
+    began: Factors | None = None
+    turned: bool = False
 
     def exact(
         self,
@@ -154,7 +158,7 @@ class SlowWeight:
         dense_start = collapsed if restart == "slow" else self.dense_start
         past = self.past if collapsed is self.dense_slow else tuple(Past(each.stage, None) for each in self.past)
         after = replace(self, experts=experts, slow=slow, start=start, dense_slow=collapsed, dense_start=dense_start)
-        after = replace(after, past=_pruned((*past, Past(stage, slow))))
+        after = replace(after, past=_pruned((*past, Past(stage, slow))), began=None)
         return after.collapsed() if after.crowded else after
 
     def reach(self, which: Literal["slow", "start"]) -> float:
@@ -200,13 +204,13 @@ class SlowWeight:
             return None
         past = tuple(each for each in self.past if each.stage <= stage)
         if not past:
-            return SlowWeight(self.name, self.base, self.stacked)
+            return SlowWeight(self.name, self.base, self.stacked, turned=self.turned)
         slow = past[-1].slow
         if slow is None:
             return None
         kept = tuple(each for each in self.kept if each.stage <= stage)
         after = replace(self, experts=self.experts[: len(slow)], slow=slow, start=slow, kept=kept, past=past)
-        return replace(after, dense_start=self.dense_slow)
+        return replace(after, dense_start=self.dense_slow, began=None)
 
     def carried(self, which: Literal["slow", "start"]) -> Factors | None:
         """Return what the stages added as one pair of factors, for a quantized weight that cannot hold it."""
@@ -220,6 +224,11 @@ class SlowWeight:
     def with_noise(self, kept: KeptNoise) -> SlowWeight:
         """Return the state in which this noise stays."""
         return replace(self, kept=(*self.kept, kept))
+
+    @property
+    def taken_out(self) -> Factors | None:
+        """What is added to the start of the running stage so that its branch adds nothing: `- s B_0 A_0`."""
+        return Factors(-self.began.b, self.began.a) if self.began is not None else None
 
     @property
     def matrix(self) -> tuple[int, ...]:

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 
 import torch
 
+from lorasc_fx.branch.began import factors_of, has_trained
 from lorasc_fx.branch.branch import Branch
-from lorasc_fx.branch.noise import amplitude, draw
+from lorasc_fx.branch.noise import amplitude, draw, row_sizes
 from lorasc_fx.branch.quantized import is_quantized
-from lorasc_fx.branch.slow import Factors, KeptNoise, SlowWeight, Which, arithmetic
+from lorasc_fx.branch.slow import KeptNoise, SlowWeight, Which, arithmetic
 from lorasc_fx.errors import NonFiniteBranch, SpecError
 from lorasc_fx.spec import CascadeSpec
 
@@ -22,7 +23,6 @@ __all__ = [
     "all_finite",
     "check_finite",
     "end_stage",
-    "factors_of",
     "fits",
     "start_differs",
     "start_weight",
@@ -34,50 +34,54 @@ log = logging.getLogger("lorasc_fx")
 _ADVICE = "Lower the learning rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
 
 
-def factors_of(branch: Branch, device: torch.device) -> Factors:
-    """Return copies of the factors on a device, as the weight is stored, the scale folded in: `b @ a` is the delta."""
-    with torch.no_grad():
-        left, right = branch.oriented()
-        return Factors((left * branch.scale).to(device), right.clone().to(device))
-
-
 def start_weight(
-    state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True, device: torch.device | None = None
+    state: SlowWeight,
+    spec: CascadeSpec,
+    stage: int,
+    noisy: bool = True,
+    device: torch.device | None = None,
+    step: int = 0,
 ) -> torch.Tensor:
-    """Return `W_t = W0 + S_{t-1} + N_t` (under restart = fast `W0 + F_{t-1} + N_t`), rounded once to the weight's
-    dtype.
+    """Return `W_t = W0 + S_{t-1} + N_t` (under restart = fast `W0 + F_{t-1} + N_t`), less what the branch took out of
+    it, rounded once to the weight's dtype.
     """
     start = torch.empty(
         state.base.shape, dtype=state.base.dtype, device=state.base.device if device is None else device
     )
-    write_start(start, state, spec, stage, noisy)
+    write_start(start, state, spec, stage, noisy, step)
     return start
 
 
-def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True) -> None:
+def write_start(
+    out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True, step: int = 0
+) -> None:
     """Write what `start_weight` returns into `out`, in place: of extra memory there is the noise, and where `out` is
     narrower than the arithmetic the exact weight (without noise a block of it).
     """
     dtype = arithmetic(state.base.dtype)
     if state.base.dtype not in (out.dtype, dtype):  # a narrow weight that was cast since: still of its own dtype
-        out.copy_(start_weight(state, spec, stage, noisy, out.device))
+        out.copy_(start_weight(state, spec, stage, noisy, out.device, step))
     elif not (noisy and spec.noise.strength):
-        state.write(out, "fast", dtype)
+        state.write(out, "fast", dtype, state.taken_out)
     else:
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
-        noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact) if not state.kept else None
+        noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, step).to(exact) if not state.kept else None
         state.write(exact, "fast", dtype)
-        size = amplitude(spec.noise, exact)
+        by_rows = spec.noise.distribution == "filter" and exact.numel() > 0
+        rows = row_sizes(spec.noise, exact, state.stacked, state.turned) if by_rows else None
+        size = amplitude(spec.noise, exact) if rows is None else rows.max().item()
         if not math.isfinite(size):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
                 f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0"
             )
+        if state.began is not None:
+            state.write(exact, "fast", dtype, state.taken_out)
         if size:
             if noise is None:  # in the room that the kept noise had
-                noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact)
-            exact += noise.mul_(size)
+                noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, step).to(exact)
+            exact += noise.mul_(size if rows is None else rows)
         if exact is not out:
             out.copy_(exact)
         if size > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):
@@ -147,7 +151,9 @@ def end_stage(
             check_finite(branch, spec, stage)
         fault = "holds inf or nan"
         if checked or branch.finite():
-            folded = state.absorb(stage, factors_of(branch, state.base.device), spec.pace, spec.restart)
+            moved = has_trained(branch, state.began)
+            live = factors_of(branch, state.base.device, state.began) if moved else None
+            folded = state.absorb(stage, live, spec.pace, spec.restart)
             fault = "" if fits(folded) else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorasc_fx.branch import Factors, factors_of
+from lorasc_fx.branch import Factors, factors_of, has_trained
 from lorasc_fx.export.low_rank import CutOff, compressed, factored, padded, stacked
 from lorasc_fx.export.peft_config import RANKS
 from lorasc_fx.runtime.core import Core
@@ -65,8 +65,8 @@ def change_of(core: Core, which: str) -> Change:
     for name, state in slow.states.items():
         coefficients, delta = (state.slow, state.dense_slow) if at_slow else (state.start, state.dense_start)
         terms = list(zip(coefficients, (expert.factors for expert in state.experts), strict=True))
-        if which == "fast" and name in branches and bool(branches[name].lora_B.any()):
-            terms.append((1.0, factors_of(branches[name], torch.device("cpu"))))
+        if which == "fast" and name in branches and has_trained(branches[name], state.began):
+            terms.append((1.0, factors_of(branches[name], torch.device("cpu"), state.began)))
         if delta is not None and bool(delta.any()):
             terms.append((1.0, factored(delta)))
         if state.kept:

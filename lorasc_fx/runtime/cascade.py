@@ -206,8 +206,7 @@ class Cascade(Described):
             self.core.turning.call_off()
             self._flags.restore(self.model)
             self._variants = Variants()
-            self.core.released = True
-            self.core.pending.disarm()
+            self.core.let_go()
             return self.model
 
     def _held(self) -> Callable[[], None]:

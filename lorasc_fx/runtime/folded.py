@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, MatrixBranch, SlowWeight, check_finite, is_quantized
+from lorasc_fx.branch import Branch, Factors, MatrixBranch, SlowWeight, check_finite, has_trained, is_quantized
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.checkpoint import _way_back
@@ -20,7 +20,7 @@ from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.rigid import check_asked
 from lorasc_fx.runtime.slow import SlowWeights, Trained
 from lorasc_fx.runtime.transition import trained_moved
-from lorasc_fx.runtime.unpacking import Taken, slow_state
+from lorasc_fx.runtime.unpacking import Taken, began, slow_state
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -101,7 +101,11 @@ def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
         for name, value in values.items()
     }
     slow = SlowWeights({}, trained, parked)
-    begun = any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(slow, values)
+    starts = {}
+    if plan.spec.start != "lora" and not parked:
+        starts = {name: began(branch, held) for name, branch in branches.items()}
+    moved = any(has_trained(branch, starts.get(name)) for name, branch in branches.items())
+    begun = moved or trained_moved(slow, values)
     if begun:
         for branch in branches.values():
             check_finite(branch, plan.spec, plan.stage)
@@ -110,7 +114,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
     for name, state in meta["slow"].items():
         if begun or state["stages"] or state["kept"] or f"dense/{name}/slow" in tensors:
             running = branches.get(name) if begun else None
-            changes[name] = partial(_from_base, name, state, held, plan, parked, begun, running)
+            changes[name] = partial(_from_base, name, state, held, plan, parked, begun, running, starts.get(name))
     for name, value in values.items():
         changes[name] = partial(_cast, trained_value(slow, name, "slow", value))
     buffers = {name.removeprefix("buffer/"): value for name, value in tensors.items() if name.startswith("buffer/")}
@@ -137,12 +141,14 @@ def _from_base(
     parked: bool,
     begun: bool,
     running: Branch | None,
+    start: Factors | None,
     base: torch.Tensor,
 ) -> torch.Tensor:
     """Return the folded value of a weight, of its W0."""
     site = plan.site(name)
-    state = SlowWeight(name, base, stacked=site is not None and site.experts is not None)
-    slow = SlowWeights({name: slow_state(state, meta, held)}, {}, parked)
+    stacked, turned = (site.experts is not None, site.layout == "in_out") if site is not None else (False, False)
+    state = SlowWeight(name, base, stacked, turned=turned)
+    slow = SlowWeights({name: replace(slow_state(state, meta, held), began=start)}, {}, parked)
     if begun:
         slow = slow.after_stage(plan, {name: running} if running is not None else {}, {})
     return slow.value(name, "slow", base)

@@ -138,7 +138,7 @@ def trained_value(
 def ended(core: Core) -> SlowWeights:
     """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written."""
     slow, branches, trained = core.slow, core.branches_by_weight(), core.trained_parameters()
-    begun = any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(slow, trained)
+    begun = slow.moved(branches) or trained_moved(slow, trained)
     return slow.after_stage(core.plan, branches, trained) if begun else slow
 
 

@@ -35,6 +35,8 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
         for index, expert in enumerate(state.experts):
             tensors[f"expert/{weight}/{index}/b"] = expert.factors.b
             tensors[f"expert/{weight}/{index}/a"] = expert.factors.a
+        if state.began is not None:
+            tensors |= {f"began/{weight}/b": state.began.b, f"began/{weight}/a": state.began.a}
         if state.dense_slow is not None:
             tensors[f"dense/{weight}/slow"] = state.dense_slow
         if state.dense_start is not None and state.dense_start is not state.dense_slow:

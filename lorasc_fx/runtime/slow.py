@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, is_quantized
+from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, has_trained, is_quantized
 from lorasc_fx.branch.stage import all_finite, write_start
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.plan import Plan
@@ -72,6 +72,7 @@ class SlowWeights:
                 name,
                 mapped[name] if name in mapped else host(value),
                 stacked=name in sites and sites[name].experts is not None,
+                turned=name in sites and sites[name].layout == "in_out",
             )
             for name, value in parameters.items()
             if name not in self.states
@@ -98,7 +99,7 @@ class SlowWeights:
         if self.parked:
             self.write_value(name, "slow", out)
         else:
-            write_start(out, self.states[name], plan.spec, plan.stage)
+            write_start(out, self.states[name], plan.spec, plan.stage, step=plan.step)
 
     def value(self, name: str, which: Which, like: torch.Tensor, branch: Branch | None = None) -> torch.Tensor:
         """Return slow, fast or base weights of this name, rounded once to the dtype of `like`, on its device."""
@@ -110,8 +111,13 @@ class SlowWeights:
 
     def write_value(self, name: str, which: Which, out: torch.Tensor, branch: Branch | None = None) -> None:
         """Write what `value` returns into `out`."""
-        live = factors_of(branch, out.device) if branch is not None and which == "fast" else None
-        self._as_run(self.states[name]).write(out, which, arithmetic(out.dtype), live)
+        state = self._as_run(self.states[name])
+        live = factors_of(branch, out.device, state.began) if branch is not None and which == "fast" else None
+        state.write(out, which, arithmetic(out.dtype), live)
+
+    def moved(self, branches: Mapping[str, Branch]) -> bool:
+        """Whether one of these branches, by weight name, has left the start of its stage."""
+        return any(has_trained(branch, self.states[name].began) for name, branch in branches.items())
 
     def after_stage(
         self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]

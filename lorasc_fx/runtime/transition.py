@@ -20,6 +20,7 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
 from lorasc_fx.runtime.slow import SlowWeights, fill
+from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.undo import AllOrNothing
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def begin(
     plan, before, trained = core.plan, core.slow, core.trained_parameters()
     branches = core.branches_by_weight()
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    after, started = starts_of(planned, after, branches)
     kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
     parameters = core.weights_by_name()
     with torch.no_grad(), AllOrNothing() as undo:
@@ -95,6 +97,7 @@ def begin(
         for weight, branch in branches.items():
             branch.lora_A.copy_(starts[weight])
             branch.lora_B.zero_()
+        put_starts(branches, started, undo)
         for name, parameter in trained.items():
             parameter.copy_(resting_value(after, name))
         for parameter, _, _ in kept:
@@ -145,9 +148,9 @@ def unpark(core: Core) -> None:
     if not before.parked:
         return
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    if any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(before, trained):
+    if before.moved(branches) or trained_moved(before, trained):
         raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
-    after = replace(before, parked=False)
+    after, started = starts_of(plan, replace(before, parked=False), branches)
 
     def rest(slow: SlowWeights) -> Callable[[str, torch.Tensor], None]:
         def put(name: str, out: torch.Tensor) -> None:
@@ -160,6 +163,7 @@ def unpark(core: Core) -> None:
 
     with AllOrNothing() as undo:
         undo(partial(core.advance, plan, before))
+        put_starts(branches, started, undo)
         fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before), undo)
         core.advance(plan, after)
 

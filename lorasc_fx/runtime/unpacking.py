@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasc_fx.branch import Expert, Factors, KeptNoise, Past, SlowWeight
+from lorasc_fx.branch import Branch, Expert, Factors, KeptNoise, Past, SlowWeight, began_shapes
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
@@ -18,7 +18,7 @@ from lorasc_fx.spec import Noise
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["Taken", "slow_state", "unpack"]
+__all__ = ["Taken", "began", "slow_state", "unpack"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -77,6 +77,8 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
         odd = sorted(set(meta["slow"]) ^ set(slow.states))
         raise CheckpointError(f"{where}: the slow state and the plan disagree about {told(odd[0])}")
     states = {name: slow_state(state, meta["slow"][name], held) for name, state in slow.states.items()}
+    if plan.spec.start != "lora" and not meta["parked"]:
+        states |= {name: replace(states[name], began=began(branch, held)) for name, branch in branches.items()}
     if set(meta["trained"]) != set(slow.trained):
         raise CheckpointError(f"{where}: other parameters were trained in full than the spec names")
     trained, values = {}, {}
@@ -118,6 +120,13 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
                 write(parameters, [*states, *trained], before, before)
                 core.advance(plan, slow)
             raise
+
+
+def began(branch: Branch, held: Taken) -> Factors:
+    """Return the factors that a branch of the running stage took out of its weight."""
+    shapes = zip("ba", began_shapes(branch), strict=True)
+    b, a = (held.take(f"began/{branch.weight_name}/{each}", shape, torch.float64, True) for each, shape in shapes)
+    return Factors(b.double(), a.double())
 
 
 def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowWeight:

@@ -13,7 +13,7 @@ from tests.errors.models import exactly
 
 FIELDS = (
     "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, dropout, placement, pace, restart, noise, "
-    "restart_A, optimizer_state, slow_train, on_nonfinite, seed"
+    "restart_A, start, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -40,6 +40,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"restart": "fsat"}, "restart is 'fsat'; give one of slow, fast; nearest: 'fast'"),
     ({"restart": 1}, "restart is 1; give one of slow, fast"),
     ({"restart_A": "gradeint"}, "restart_A is 'gradeint'; give one of fresh, kept, gradient; nearest: 'gradient'"),
+    ({"start": "pisa"}, "start is 'pisa'; give one of lora, pissa, olora; nearest: 'pissa'"),
+    *(
+        (
+            {"start": "olora", "restart_A": bad},
+            f"start is 'olora', which takes lora_A out of the weight, and restart_A is {bad!r}; "
+            "give restart_A='fresh', or start='lora'",
+        )
+        for bad in ("kept", "gradient")
+    ),
     ({"on_nonfinite": "skipp"}, "on_nonfinite is 'skipp'; give one of raise, skip; nearest: 'skip'"),
     ({"noise": 0.1}, "noise is 0.1; give lorasc_fx.Noise(strength)"),
     ({"optimizer_state": "rest"}, "optimizer_state is 'rest'; give one of reset, kept; nearest: 'reset', 'kept'"),
@@ -66,7 +75,18 @@ def test_wrong_value(fields: dict[str, Any], sentence: str) -> None:
         ({"strength": "0.1"}, "noise.strength is '0.1'; give a finite number"),
         (
             {"distribution": "norml"},
-            "noise.distribution is 'norml'; give one of uniform, normal; nearest: 'normal', 'uniform'",
+            "noise.distribution is 'norml'; give one of uniform, normal, filter; nearest: 'normal', 'uniform'",
+        ),
+        ({"redraw": "steps"}, "noise.redraw is 'steps'; give one of stage, step; nearest: 'step', 'stage'"),
+        (
+            {"redraw": "step", "keep": True},
+            "noise.keep is True and noise.redraw is 'step': a stage has many draws, and none of them is its noise; "
+            "give keep=False, or redraw='stage'",
+        ),
+        (
+            {"distribution": "filter", "keep": True},
+            "noise.keep is True and noise.distribution is 'filter', whose size differs from row to row, and what is "
+            "kept has one size a weight; give keep=False, or distribution='normal'",
         ),
         ({"where": "site"}, "noise.where is 'site'; give one of sites, all; nearest: 'sites'"),
         ({"keep": 1}, "noise.keep is 1; give true or false"),
