@@ -76,6 +76,7 @@ class Site:
             on the weight where no op allows another.
         dropout: share of the entries of the branch's input that are zero while it trains, beside an op.
         form: name of the registered form (`lorasc_fx.graph.register_form`) that made it a site; "" for those built in.
+        use_dora: each row has a magnitude of its own.
     """
 
     weight: str
@@ -90,6 +91,7 @@ class Site:
     placement: str = "beside"
     dropout: float = 0.0
     form: str = ""
+    use_dora: bool = False
 
     @property
     def scale(self) -> float:
@@ -124,9 +126,16 @@ class Site:
         return (*stack, max(len(self.parts), 1) * self.rank, columns), (*stack, out, self.rank)
 
     @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all that a branch trains, by name: the factors, and under DoRA the magnitudes [out]."""
+        a, b = self.factor_shapes
+        more = {"lora_magnitude_vector": self.matrix_shape[:1]} if self.use_dora else {}
+        return {"lora_A": a, "lora_B": b, **more}
+
+    @property
     def parameters(self) -> int:
         """Number of trainable entries of the branch."""
-        return sum(map(math.prod, self.factor_shapes))
+        return sum(map(math.prod, self.parameter_shapes.values()))
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,7 @@ class Plan:
                 "placement": site.placement,
                 "dropout": site.dropout,
                 **({"form": site.form} if site.form else {}),
+                **({"use_dora": True} if site.use_dora else {}),
             }
             for site in self.sites
         ]
@@ -241,6 +251,8 @@ def _checked(site: Site) -> Site:
         raise ValueError(f"form is {site.form!r}, not the name of a form")
     if not isinstance(site.use_rslora, bool):
         raise ValueError(f"use_rslora is {site.use_rslora!r}, not true or false")
+    if not isinstance(site.use_dora, bool) or (site.use_dora and site.placement != "merged"):
+        raise ValueError(f"use_dora is {site.use_dora!r}, not true or false, or its branch stands beside its op")
     if (
         isinstance(site.lora_alpha, bool)
         or not isinstance(site.lora_alpha, (int, float))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lorasc_fx.errors import SpecError, nearest
-from lorasc_fx.spec_pairs import check_noise, check_start
+from lorasc_fx.spec_pairs import check_dora, check_noise, check_start
 
 __all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling", "Start"]
 
@@ -122,6 +122,8 @@ class CascadeSpec:
         start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
             residual while the stage trains: its leading singular vectors (`pissa`, 2404.02948) or the first columns and
             rows of its QR decomposition (`olora`, 2406.01775).
+        use_dora: each row of a weight has a trainable magnitude, `W' = diag(m / |W + s B A|) (W + s B A)` (2402.09353);
+            for products and convolutions, in place of their ops.
         optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
             entries that are set to zero (ReLoRA, 2307.05695).
         slow_train: parameters under `train` follow the slow rule as well.
@@ -144,6 +146,7 @@ class CascadeSpec:
     noise: Noise = field(default_factory=Noise)
     restart_A: StartA = "fresh"
     start: Start = "lora"
+    use_dora: bool = False
     optimizer_state: Literal["reset", "kept"] | float = "reset"
     slow_train: bool = True
     on_nonfinite: OnNonFinite = "raise"
@@ -178,8 +181,12 @@ class CascadeSpec:
         _choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         if not isinstance(self.noise, Noise):
             raise SpecError(f"noise is {self.noise!r}; give lorasc_fx.Noise(strength)")
-        for name in ("use_rslora", "slow_train"):
+        for name in ("use_rslora", "slow_train", "use_dora"):
             _flag(name, getattr(self, name))
+        if self.use_dora:
+            noisy = bool(self.noise.strength)
+            keep, redraw = noisy and self.noise.keep, self.noise.redraw if noisy else "stage"
+            check_dora(self.restart, self.restart_A, self.dropout, self.placement, keep, redraw)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise SpecError(f"seed is {self.seed!r}; give an integer from 0 to 2**63 - 1")
         if isinstance(self.optimizer_state, str):

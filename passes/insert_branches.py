@@ -9,15 +9,14 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, SlowWeight, start_differs, start_weight, take_out
-from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.branch import Branch, SlowWeight, begin_stage, start_differs, start_weight
 from lorasc_fx.errors import NoSites, PassError
 from lorasc_fx.graph import (
-    BRANCH_OF,
     ON_CHOSEN,
     ON_WEIGHT,
     GraphEditor,
     Record,
+    branch_class,
     branch_nodes,
     chosen_by,
     form_named,
@@ -92,7 +91,7 @@ def missing_branches(
     for site in plan.sites:
         if site.key not in branches:
             like = parameters[site.weight]
-            branches[site.key] = BRANCH_OF[site.kind](site, plan.spec.seed, plan.stage, like)
+            branches[site.key] = branch_class(site)(site, plan.spec.seed, plan.stage, like)
     return branches
 
 
@@ -117,11 +116,10 @@ def bystanders(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
 
 def begun(state: SlowWeight, branch: Branch, plan: Plan) -> SlowWeight:
     """Let a branch start from its weight, in place, and return the state that knows it."""
-    shape = tuple(branch.lora_A.shape)
-    after, start = take_out(state, branch, plan.spec.start, fresh_a(plan.spec.seed, plan.stage, state.name, shape))
+    after, start = begin_stage(state, branch, plan.spec, plan.stage, branch.lora_A.detach())
     with torch.no_grad():
-        branch.lora_A.copy_(start.lora_A)
-        branch.lora_B.copy_(start.lora_B)
+        for own, value in zip(branch.parameters(), start.parameters(), strict=True):
+            own.copy_(value)
     return after
 
 
@@ -142,7 +140,7 @@ def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> No
             weight,
             SlowWeight(weight, named.parameters[weight].detach(), stacked=weight in stacked, turned=weight in turned),
         )
-        if weight in added and plan.spec.start != "lora":
+        if weight in added and (plan.spec.start != "lora" or plan.spec.use_dora):
             slow[weight] = state = begun(state, branches[weight], plan)
         if plan.spec.noise.strength or state.began or start_differs(state):
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))

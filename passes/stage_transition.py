@@ -54,7 +54,7 @@ class StageTransition(CascadePass):
         after = plan.at_stage(plan.stage + 1)
         branches = graph.branches
         new = {site.key: renewed(branches[site.key], site, after) for site in plan.sites}
-        if plan.spec.start != "lora":
+        if plan.spec.start != "lora" or plan.spec.use_dora:
             slow |= {branch.weight_name: begun(slow[branch.weight_name], branch, after) for branch in new.values()}
         for weight, state in slow.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))

@@ -8,33 +8,16 @@ as the change, and exactly zero before the first step.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import torch
 
 from lorasc_fx.branch.accumulate import exact_products
 from lorasc_fx.branch.branch import Branch
-from lorasc_fx.branch.slow import Factors, SlowWeight, arithmetic
+from lorasc_fx.branch.dora import DoraBranch
+from lorasc_fx.branch.kept import Began, Factors
 from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import Start
 
-__all__ = ["began_of", "began_shapes", "factors_of", "has_trained", "leading", "take_out"]
-
-
-def take_out(state: SlowWeight, branch: Branch, how: Start, a: torch.Tensor) -> tuple[SlowWeight, Branch]:
-    """Return the state of a stage whose branch starts from the weight, and a copy of the branch as it starts.
-
-    Args:
-        state: that the stage starts from.
-        branch, how, a: as for `leading`.
-    """
-    with torch.no_grad():
-        exact = state.exact("fast", arithmetic(state.base.dtype), device=branch.lora_A.device)
-        started = copy.deepcopy(branch)
-        for factor, value in zip((started.lora_A, started.lora_B), leading(how, branch, exact, a), strict=True):
-            factor.copy_(value)
-    return replace(state, began=began_of(started)), started
+__all__ = ["began_of", "began_shapes", "factors_of", "has_trained", "leading"]
 
 
 def leading(how: Start, branch: Branch, weight: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,23 +76,28 @@ def began_shapes(branch: Branch) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(left.shape), tuple(right.shape)
 
 
-def has_trained(branch: Branch, began: Factors | None) -> bool:
-    """Whether a branch has left its start: B = 0, or the factors that it began with."""
-    if began is None:
+def has_trained(branch: Branch, began: Began | None) -> bool:
+    """Whether a branch has left its start: B = 0, or the factors and magnitudes that it began with."""
+    magnitude = began.magnitude if began is not None else None
+    if magnitude is not None and isinstance(branch, DoraBranch):
+        own = branch.lora_magnitude_vector.detach().cpu()
+        if not torch.equal(own, magnitude.to(own.dtype)):  # one that was cast since has not trained
+            return True
+    if began is None or began.factors is None:
         return bool(branch.lora_B.any())
     now = began_of(branch)
-    return not (torch.equal(now.b, began.b) and torch.equal(now.a, began.a))
+    return not (torch.equal(now.b, began.factors.b) and torch.equal(now.a, began.factors.a))
 
 
-def factors_of(branch: Branch, device: torch.device, began: Factors | None = None) -> Factors:
+def factors_of(branch: Branch, device: torch.device, began: Began | None = None) -> Factors:
     """Return what the branch has added since its start as factors on a device, as the weight is stored, the scale
     folded in: copies of its own where it started from B = 0, else `[B - B_0, B_0]` and `[A; A - A_0]`.
     """
     with torch.no_grad():
         left, right = branch.oriented()
-        if began is None:
+        if began is None or began.factors is None:
             return Factors((left * branch.scale).to(device), right.clone().to(device))
-        now, dtype = began_of(branch), branch.lora_A.dtype
-        b = torch.cat([now.b - began.b, began.b], dim=-1)
-        a = torch.cat([now.a, now.a - began.a], dim=-2)
+        now, first, dtype = began_of(branch), began.factors, branch.lora_A.dtype
+        b = torch.cat([now.b - first.b, first.b], dim=-1)
+        a = torch.cat([now.a, now.a - first.a], dim=-2)
         return Factors(b.to(device, dtype), a.to(device, dtype))

@@ -5,25 +5,32 @@ Source: algorithm.md, "One site".
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
-from lorasc_fx.branch.began import factors_of, has_trained
+from lorasc_fx.branch.began import began_of, factors_of, has_trained, leading
 from lorasc_fx.branch.branch import Branch
+from lorasc_fx.branch.dora import DoraBranch
+from lorasc_fx.branch.kept import Began, KeptNoise
 from lorasc_fx.branch.noise import amplitude, draw, row_sizes
 from lorasc_fx.branch.quantized import is_quantized
-from lorasc_fx.branch.slow import KeptNoise, SlowWeight, Which, arithmetic
+from lorasc_fx.branch.slow import SlowWeight, Which
+from lorasc_fx.branch.sums import arithmetic
 from lorasc_fx.errors import NonFiniteBranch, SpecError
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = [
     "all_finite",
+    "begin_stage",
     "check_finite",
     "end_stage",
     "fits",
+    "gain_of",
     "start_differs",
     "start_weight",
     "write_start",
@@ -91,6 +98,49 @@ def write_start(
             )
 
 
+def begin_stage(
+    state: SlowWeight, branch: Branch, spec: CascadeSpec, stage: int, a: torch.Tensor, noisy: bool = True
+) -> tuple[SlowWeight, Branch]:
+    """Return the state of a stage whose branch starts from the weight, and a copy of the branch as it starts: factors
+    out of the weight (`spec.start`) where the stage runs, and magnitudes that leave the weight as it is.
+
+    Args:
+        state: that the stage starts from.
+        branch: of the weight.
+        spec, stage: of the plan.
+        a: lora_A as LoRA starts it.
+        noisy: whether the stage runs; else its weight is without noise, and B = 0.
+    """
+    started = copy.deepcopy(branch)
+    with torch.no_grad():
+        values = [a, torch.zeros_like(branch.lora_B)]
+        if spec.start != "lora" and noisy:
+            exact = state.exact("fast", arithmetic(state.base.dtype), device=branch.lora_A.device)
+            values = list(leading(spec.start, branch, exact, a))
+        for factor, value in zip((started.lora_A, started.lora_B), values, strict=True):
+            factor.copy_(value)
+        began = Began(began_of(started) if spec.start != "lora" and noisy else None)
+        state = replace(state, began=began)
+        if isinstance(started, DoraBranch):
+            weight = start_weight(state, spec, stage, noisy, branch.lora_A.device)
+            started.lora_magnitude_vector.copy_(started.norms(weight))
+            magnitude = started.lora_magnitude_vector.double().cpu().clone()
+            state = replace(state, began=replace(began, magnitude=magnitude))
+    return state, started
+
+
+def gain_of(
+    branch: Branch, state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True
+) -> torch.Tensor | None:
+    """Return the row scale g [out] of a branch with magnitudes, in fp64 on the host: with the weight that it trained
+    on, noise included. None for any other branch.
+    """
+    if not isinstance(branch, DoraBranch):
+        return None
+    with torch.no_grad():
+        return branch.gain(start_weight(state, spec, stage, noisy, branch.lora_A.device)).double().cpu()
+
+
 def start_differs(state: SlowWeight) -> bool:
     """Whether a stage starts from other weights than the slow ones."""
     return state.start != state.slow or state.dense_start is not state.dense_slow
@@ -105,7 +155,7 @@ def all_finite(branches: Iterable[Branch]) -> bool:
     if not branches:
         return True
     with torch.no_grad():
-        sums = [factor.sum() for branch in branches for factor in (branch.lora_A, branch.lora_B)]
+        sums = [factor.sum() for branch in branches for factor in branch.parameters()]
         each = {place: [one for one in sums if one.device == place] for place in {one.device for one in sums}}
         if all(math.isfinite(torch.stack(found).sum().item()) for found in each.values()):
             return True
@@ -153,7 +203,8 @@ def end_stage(
         if checked or branch.finite():
             moved = has_trained(branch, state.began)
             live = factors_of(branch, state.base.device, state.began) if moved else None
-            folded = state.absorb(stage, live, spec.pace, spec.restart)
+            gain = gain_of(branch, state, spec, stage, noisy) if moved else None
+            folded = state.absorb(stage, live, spec.pace, spec.restart, gain)
             fault = "" if fits(folded) else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":

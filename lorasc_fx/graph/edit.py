@@ -253,7 +253,7 @@ class GraphEditor:
         moves = [(key, old, new) for key, old, new in pairs if isinstance(new, Branch) and new is not old]
         with torch.no_grad(), AllOrNothing() as undo:
             for key, old, new in moves:
-                for factor, value in ((old.lora_A, new.lora_A), (old.lora_B, new.lora_B)):
+                for factor, value in zip(old.parameters(), new.parameters(), strict=True):
                     undo(partial(factor.copy_, factor.detach().clone()))
                     factor.copy_(value)
                 holder[key] = old

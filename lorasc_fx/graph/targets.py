@@ -68,4 +68,5 @@ def describe(
             rank = rule.rank if rule.rank is not None else rank
             lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
             break
-    return Site(weight, kind, tuple(shape), rank, float(lora_alpha), spec.use_rslora, aliases, layout, parts)
+    own = (rank, float(lora_alpha), spec.use_rslora)
+    return Site(weight, kind, tuple(shape), *own, aliases, layout, parts, use_dora=spec.use_dora)

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, Factors, MatrixBranch, SlowWeight, check_finite, has_trained, is_quantized
+from lorasc_fx.branch import (
+    Began,
+    Branch,
+    DoraBranch,
+    MatrixBranch,
+    SlowWeight,
+    check_finite,
+    has_trained,
+    is_quantized,
+)
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.checkpoint import _way_back
@@ -101,9 +110,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
         for name, value in values.items()
     }
     slow = SlowWeights({}, trained, parked)
-    starts = {}
-    if plan.spec.start != "lora" and not parked:
-        starts = {name: began(branch, held) for name, branch in branches.items()}
+    starts = {name: began(branch, plan.spec, parked, held) for name, branch in branches.items()}
     moved = any(has_trained(branch, starts.get(name)) for name, branch in branches.items())
     begun = moved or trained_moved(slow, values)
     if begun:
@@ -124,12 +131,11 @@ def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
 
 def _branch(site: Site, plan: Plan, held: Taken) -> Branch:
     """Return the running branch of a site, for its numbers: how it computes does not matter here."""
-    a, b = (
-        held.take(f"branch/{site.weight}/lora_{which}", shape)
-        for which, shape in zip("AB", site.factor_shapes, strict=True)
-    )
-    branch = MatrixBranch(site, plan.spec.seed, plan.stage, a)
-    branch.lora_A, branch.lora_B = nn.Parameter(a, False), nn.Parameter(b, False)
+    found = {name: held.take(f"branch/{site.weight}/{name}", shape) for name, shape in site.parameter_shapes.items()}
+    like = found["lora_A"].new_zeros(()).expand(site.shape)
+    branch = (DoraBranch if site.use_dora else MatrixBranch)(site, plan.spec.seed, plan.stage, like)
+    for name, value in found.items():
+        setattr(branch, name, nn.Parameter(value, False))
     return branch
 
 
@@ -141,7 +147,7 @@ def _from_base(
     parked: bool,
     begun: bool,
     running: Branch | None,
-    start: Factors | None,
+    start: Began | None,
     base: torch.Tensor,
 ) -> torch.Tensor:
     """Return the folded value of a weight, of its W0."""

@@ -49,7 +49,7 @@ def place(
         if name in slow.trained:
             out.copy_(trained_value(slow, name, which, live[name], plan.spec.slow_train or past is not None))
         else:
-            slow.write_value(name, which, out, branches.get(name))
+            slow.write_value(name, which, out, branches.get(name), plan)
 
     rigid = core.quantized if which != "base" else ()
     values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}

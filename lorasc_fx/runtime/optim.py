@@ -72,7 +72,10 @@ def _pruned(value: Any, parameter: nn.Parameter, ratio: float) -> Any:
 def groups(
     branches: Iterable[Branch], trained: Iterable[nn.Parameter], options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups `lora_A`, `lora_B` and `train`, those that are not empty."""
-    pairs = [(branch.lora_A, branch.lora_B) for branch in branches]
-    found = {"lora_A": [a for a, _ in pairs], "lora_B": [b for _, b in pairs], "train": list(trained)}
+    """Return the optimizer's groups `lora_A`, `lora_B`, `lora_magnitude_vector`, `train`, those that are not empty."""
+    found: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "lora_magnitude_vector": []}
+    for branch in branches:
+        for name, parameter in branch.named_parameters():
+            found[name].append(parameter)
+    found["train"] = list(trained)
     return [{"params": parameters, "name": name, **options} for name, parameters in found.items() if parameters]

@@ -85,7 +85,7 @@ def rewind(core: Core, stage: int, optimizer: torch.optim.Optimizer | None) -> N
     starts = {
         site.weight: fresh_a(plan.spec.seed, planned.stage, site.weight, site.factor_shapes[0]) for site in plan.sites
     }
-    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
     state = treated_state(optimizer, [*own, *trained.values()], "reset") if optimizer is not None else {}
 
     def end() -> None:

@@ -9,8 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, take_out
-from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.branch import Branch, begin_stage
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.slow import SlowWeights
 from lorasc_fx.undo import AllOrNothing
@@ -18,22 +17,29 @@ from lorasc_fx.undo import AllOrNothing
 __all__ = ["put_starts", "starts_of"]
 
 
-def starts_of(plan: Plan, slow: SlowWeights, branches: Mapping[str, Branch]) -> tuple[SlowWeights, dict[str, Branch]]:
+def starts_of(
+    plan: Plan,
+    slow: SlowWeights,
+    branches: Mapping[str, Branch],
+    starts: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[SlowWeights, dict[str, Branch]]:
     """Return the slow weights with what these branches take out of them, and copies of the branches as they start.
 
-    There are none where the factors start as in LoRA, or where no stage runs.
+    There are none where the factors start as in LoRA, or no stage runs; but magnitudes always start from the weight.
 
     Args:
         plan: of the stage that starts.
         slow: that it starts from.
         branches: by weight name.
+        starts: lora_A by weight name, as LoRA starts it; by default as it is.
     """
-    if plan.spec.start == "lora" or slow.parked:
+    spec = plan.spec
+    if not spec.use_dora and (spec.start == "lora" or slow.parked):
         return slow, {}
     states, started = dict(slow.states), {}
     for name, branch in branches.items():
-        a = fresh_a(plan.spec.seed, plan.stage, name, tuple(branch.lora_A.shape))
-        states[name], started[name] = take_out(states[name], branch, plan.spec.start, a)
+        a = starts[name] if starts is not None else branch.lora_A.detach()
+        states[name], started[name] = begin_stage(states[name], branch, spec, plan.stage, a, not slow.parked)
     return replace(slow, states=states), started
 
 
@@ -41,8 +47,7 @@ def put_starts(branches: Mapping[str, Branch], started: Mapping[str, Branch], un
     """Let the branches start as their copies do; taken back with the block."""
     with torch.no_grad():
         for name, start in started.items():
-            own = branches[name]
-            for factor, value in ((own.lora_A, start.lora_A), (own.lora_B, start.lora_B)):
+            for factor, value in zip(branches[name].parameters(), start.parameters(), strict=True):
                 undo(partial(_set, factor, factor.detach().clone()))
                 factor.copy_(value)
 

@@ -44,7 +44,7 @@ def run(
     after = replace(before.after_stage(plan, branches, trained), parked=park)
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: start_of(branches[site.weight], site, planned) for site in plan.sites}
-    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
     state = _after_fold(optimizer, plan, own, _left_out(after, branches, trained)) if optimizer is not None else {}
 
     def end() -> None:
@@ -84,8 +84,8 @@ def begin(
     """
     plan, before, trained = core.plan, core.slow, core.trained_parameters()
     branches = core.branches_by_weight()
-    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
-    after, started = starts_of(planned, after, branches)
+    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
+    after, started = starts_of(planned, after, branches, starts)
     kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
     parameters = core.weights_by_name()
     with torch.no_grad(), AllOrNothing() as undo:

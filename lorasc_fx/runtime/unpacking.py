@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasc_fx.branch import Branch, Expert, Factors, KeptNoise, Past, SlowWeight, began_shapes
+from lorasc_fx.branch import Began, Branch, DoraBranch, Expert, Factors, KeptNoise, Past, SlowWeight, Turn, began_shapes
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
 from lorasc_fx.runtime.transition import resting_value
-from lorasc_fx.spec import Noise
+from lorasc_fx.spec import CascadeSpec, Noise
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -71,14 +71,14 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     whole = plan.spec.on_nonfinite == "raise"  # else such a branch is left out at the fold, and may be here
     moves: list[tuple[torch.Tensor, torch.Tensor]] = []
     for weight, branch in branches.items():
-        for name, factor in (("lora_A", branch.lora_A), ("lora_B", branch.lora_B)):
+        for name, factor in branch.named_parameters():
             moves.append((factor, held.take(f"branch/{weight}/{name}", tuple(factor.shape), factor.dtype, whole)))
     if set(meta["slow"]) != set(slow.states):
         odd = sorted(set(meta["slow"]) ^ set(slow.states))
         raise CheckpointError(f"{where}: the slow state and the plan disagree about {told(odd[0])}")
     states = {name: slow_state(state, meta["slow"][name], held) for name, state in slow.states.items()}
-    if plan.spec.start != "lora" and not meta["parked"]:
-        states |= {name: replace(states[name], began=began(branch, held)) for name, branch in branches.items()}
+    for name, branch in branches.items():
+        states[name] = replace(states[name], began=began(branch, plan.spec, meta["parked"], held))
     if set(meta["trained"]) != set(slow.trained):
         raise CheckpointError(f"{where}: other parameters were trained in full than the spec names")
     trained, values = {}, {}
@@ -122,11 +122,17 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
             raise
 
 
-def began(branch: Branch, held: Taken) -> Factors:
-    """Return the factors that a branch of the running stage took out of its weight."""
-    shapes = zip("ba", began_shapes(branch), strict=True)
-    b, a = (held.take(f"began/{branch.weight_name}/{each}", shape, torch.float64, True) for each, shape in shapes)
-    return Factors(b.double(), a.double())
+def began(branch: Branch, spec: CascadeSpec, parked: bool, held: Taken) -> Began | None:
+    """Return where a branch of the running stage began; None for B = 0."""
+    found, name = Began(), f"began/{branch.weight_name}"
+    if spec.start != "lora" and not parked:
+        shapes = zip("ba", began_shapes(branch), strict=True)
+        b, a = (held.take(f"{name}/{each}", shape, torch.float64, True).double() for each, shape in shapes)
+        found = replace(found, factors=Factors(b, a))
+    if isinstance(branch, DoraBranch):
+        shape = tuple(branch.lora_magnitude_vector.shape)
+        found = replace(found, magnitude=held.take(f"{name}/m", shape, torch.float64, True).double())
+    return None if found == Began() else found
 
 
 def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowWeight:
@@ -149,6 +155,12 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
         raise CheckpointError(
             f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which start needs"
         )
+    size = (columns if state.turned else rows,)
+    turns = tuple(
+        Turn(stage, before, held.take(f"turn/{state.name}/{index}", size, torch.float64, True).double())
+        for index, (stage, before) in enumerate(meta.get("turns", ()))
+    )
+    total = f"rows/{state.name}"
     kept = tuple(
         KeptNoise(Noise(**each["noise"]), each["seed"], each["stage"], float(each["amplitude"]))
         for each in meta["kept"]
@@ -161,5 +173,7 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
         dense_slow=dense.get("slow"),
         dense_start=dense.get("start", dense.get("slow")),
         kept=kept,
+        turns=turns,
+        rows=held.take(total, size, torch.float64, True).double() if total in held else None,
         past=tuple(Past(stage, None if slow is None else tuple(map(float, slow))) for stage, slow in meta["past"]),
     )

@@ -57,6 +57,11 @@ def of_slow(cascade: lx.Cascade) -> State:
         experts = [(expert.stage, raw(expert.factors.b), raw(expert.factors.a)) for expert in each.experts]
         dense = (raw(each.dense_slow), raw(each.dense_start))
         state[f"slow {name}"] = (raw(each.base), experts, each.slow, each.start, *dense, each.kept, each.past)
+        state[f"rows {name}"] = [raw(each.rows), *((turn.stage, turn.before, raw(turn.rows)) for turn in each.turns)]
+        began = each.began
+        if began is not None:
+            pair = () if began.factors is None else (raw(began.factors.b), raw(began.factors.a))
+            state[f"began {name}"] = (*pair, raw(began.magnitude))
     for name, kept in slow.trained.items():
         past = [(stage, raw(value)) for stage, value in kept.past]
         state[f"trained {name}"] = (raw(kept.base), raw(kept.slow), raw(kept.start), past)

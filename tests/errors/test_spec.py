@@ -13,7 +13,7 @@ from tests.errors.models import exactly
 
 FIELDS = (
     "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, dropout, placement, pace, restart, noise, "
-    "restart_A, start, optimizer_state, slow_train, on_nonfinite, seed"
+    "restart_A, start, use_dora, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -48,6 +48,42 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             "give restart_A='fresh', or start='lora'",
         )
         for bad in ("kept", "gradient")
+    ),
+    ({"use_dora": 1}, "use_dora is 1; give true or false"),
+    *(
+        ({"use_dora": True, **other}, f"use_dora is True and {sentence}, or use_dora=False")
+        for other, sentence in (
+            (
+                {"restart": "fast"},
+                "restart is 'fast': the rows of slow and fast weights would be scaled apart, and no one list of "
+                "experts has both; give restart='slow'",
+            ),
+            (
+                {"restart_A": "gradient"},
+                "restart_A is 'gradient', whose first step is known for plain LoRA only; give restart_A='fresh' "
+                "or 'kept'",
+            ),
+            (
+                {"dropout": 0.1},
+                "dropout is 0.1: the branch stands in place of its op, whose input is not dropped; give dropout=0",
+            ),
+            *(
+                (
+                    {"placement": bad},
+                    f"placement is {bad!r}: magnitudes scale the op's own product, so the branch stands in its place; "
+                    "give placement='auto' or 'merged'",
+                )
+                for bad in ("beside", "weight")
+            ),
+            (
+                {"noise": lx.Noise(0.1, keep=True)},
+                "noise.keep is True: noise that stays would be scaled by every later stage; give keep=False",
+            ),
+            (
+                {"noise": lx.Noise(0.1, redraw="step")},
+                "noise.redraw is 'step': the norms of a stage would be those of its last draw; give redraw='stage'",
+            ),
+        )
     ),
     ({"on_nonfinite": "skipp"}, "on_nonfinite is 'skipp'; give one of raise, skip; nearest: 'skip'"),
     ({"noise": 0.1}, "noise is 0.1; give lorasc_fx.Noise(strength)"),
