@@ -54,16 +54,18 @@ class StageTransition(CascadePass):
         for weight, state in slow.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))
         branches = graph.branches
-        graph.renew_branches({site.key: renewed(branches[site.key], site, after) for site in plan.sites})
+        graph.renew_branches({site.key: renewed(branches[site.key], site, after) for site in after.sites})
         graph.record = replace(graph.record, slow=slow, plan=after)
 
 
 def renewed(branch: Branch, site: Site, plan: Plan) -> Branch:
     """Return a copy of the branch as the plan's stage starts it."""
     new = copy.deepcopy(branch)
+    resized = branch.rank != site.rank
+    new.to_rank(site)
     with torch.no_grad():
         new.lora_B.zero_()
-        if plan.spec.restart_A == "fresh" or not torch.isfinite(new.lora_A).all():
+        if plan.spec.restart_A == "fresh" or resized or not torch.isfinite(new.lora_A).all():
             start = fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
             new.lora_A.copy_(start)
     return new

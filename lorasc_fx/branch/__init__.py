@@ -1,6 +1,6 @@
 """Tensor maths as modules and values: branches, their start, noise, and the slow state. No graph in here."""
 
-from lorasc_fx.branch.branch import Branch
+from lorasc_fx.branch.branch import Branch, fill_factor
 from lorasc_fx.branch.conv import ConvBranch
 from lorasc_fx.branch.matrix import MatrixBranch
 from lorasc_fx.branch.noise import amplitude, draw
@@ -28,6 +28,7 @@ __all__ = [
     "effective_rank",
     "end_stage",
     "factors_of",
+    "fill_factor",
     "is_quantized",
     "norm_of",
     "shared_down",

@@ -11,62 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from lorasc_fx.branch.accumulate import accumulate, exact_products
+from lorasc_fx.branch.expert import Expert, Factors, KeptNoise, Past, joined
 from lorasc_fx.branch.noise import draw
 from lorasc_fx.branch.quantized import dense, is_quantized
-from lorasc_fx.spec import Noise, Restart
+from lorasc_fx.spec import Restart
 
 __all__ = ["Expert", "Factors", "KeptNoise", "Past", "SlowWeight", "Which"]
 
-Which = Literal["slow", "fast", "base"]
-
-
-@dataclass(frozen=True)
-class Factors:
-    """`b` [rows, r] with the branch's scale folded in, and `a` [r, columns]: `b @ a` is added to the weight as stored.
-
-    For stacked experts both have the axis of experts before.
-    """
-
-    b: torch.Tensor
-    a: torch.Tensor
-
-    @cached_property
-    def bound(self) -> float:
-        """A number that no entry of `b @ a` exceeds: the product of their norms (Cauchy and Schwarz)."""
-        b, a = (torch.linalg.vector_norm(each, dtype=torch.float64).item() for each in (self.b, self.a))
-        return b * a if math.isfinite(b * a) else math.inf
-
-
-@dataclass(frozen=True)
-class Expert:
-    """A trained branch that the slow weights keep, and the stage that trained it."""
-
-    stage: int
-    factors: Factors
-
-
-@dataclass(frozen=True)
-class KeptNoise:
-    """The noise of a stage that stays in the weights (noise.keep): its address and amplitude, not its values."""
-
-    noise: Noise
-    seed: int
-    stage: int
-    amplitude: float
-
-
-@dataclass(frozen=True)
-class Past:
-    """The slow coefficients at the end of a stage; None where the experts of that time are gone into a dense delta."""
-
-    stage: int
-    slow: tuple[float, ...] | None
+Which = Literal["slow", "fast", "base", "averaged"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +39,8 @@ class SlowWeight:
         dense_slow, dense_start: what was left of experts at the dense collapse, [out, columns].
         kept: noise that stays.
         past: the slow coefficients at the end of each stage, oldest first.
+        average: one coefficient per expert, of the average of the slow weights over stages; None where it is the slow
+            weights. dense_average: its dense delta, after a collapse.
     """
 
     name: str
@@ -94,6 +53,8 @@ class SlowWeight:
     dense_start: torch.Tensor | None = None
     kept: tuple[KeptNoise, ...] = ()
     past: tuple[Past, ...] = ()
+    average: tuple[float, ...] | None = None
+    dense_average: torch.Tensor | None = None
 
     def exact(
         self,
@@ -120,12 +81,11 @@ class SlowWeight:
         if self.kept and out.dtype != dtype:
             out.copy_(self.exact(which, dtype, live, out.device))
             return
-        delta = self.dense_slow if which == "slow" else self.dense_start
-        coefficients = self.slow if which == "slow" else self.start
+        coefficients, delta = self.terms(which)
         pairs = [(c, expert.factors) for c, expert in zip(coefficients, self.experts, strict=True) if c != 0]
         if which == "fast" and live is not None:
             pairs.append((1.0, live))
-        pair = _joined(pairs, dtype, out.device) if pairs else None
+        pair = joined(pairs, dtype, out.device) if pairs else None
         delta = delta.view(self.base.shape) if delta is not None else None
         draws = (draw(each.noise, each.seed, each.stage, self.name, out.shape).to(out) for each in self.kept)
         noise = next(draws, None)  # before anything is written: where there is no memory for it, `out` is as it was
@@ -136,11 +96,20 @@ class SlowWeight:
             noise = None  # one at a time
             noise = next(draws, None)
 
-    def absorb(self, stage: int, live: Factors | None, pace: float, restart: Restart) -> SlowWeight:
+    def terms(self, which: Which) -> tuple[tuple[float, ...], torch.Tensor | None]:
+        """Return the coefficients of slow, fast or averaged weights, and the dense delta beside the experts."""
+        if which == "averaged" and self.average is not None:
+            return self.average, self.dense_average
+        return (self.start, self.dense_start) if which == "fast" else (self.slow, self.dense_slow)
+
+    def absorb(
+        self, stage: int, live: Factors | None, pace: float, restart: Restart, share: float | None = None
+    ) -> SlowWeight:
         """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
 
         `live` is None for a weight whose branch is left out, or that has none. One that is zero, as it started, is not
-        kept: a longer product sums in another order, and a stage that trains nothing moves no weight.
+        kept: a longer product sums in another order, and a stage that trains nothing moves no weight. With a `share`
+        the average takes so much of S_t.
         """
         experts, moved = self.experts, self.start
         if live is not None and bool(live.b.any()):
@@ -155,7 +124,19 @@ class SlowWeight:
         past = self.past if collapsed is self.dense_slow else tuple(Past(each.stage, None) for each in self.past)
         after = replace(self, experts=experts, slow=slow, start=start, dense_slow=collapsed, dense_start=dense_start)
         after = replace(after, past=_pruned((*past, Past(stage, slow))))
+        after = after if share is None else replace(after, **self._averaged(after, share))
         return after.collapsed() if after.crowded else after
+
+    def _averaged(self, after: SlowWeight, share: float) -> dict[str, Any]:
+        """Return what the average becomes: `average + share * (S_t - average)`."""
+        if share == 1:
+            return {"average": None, "dense_average": None}
+        average, delta = self.terms("averaged")
+        average = (*average, *([0.0] * (len(after.slow) - len(average))))
+        mixed = tuple(a if a == s else a + share * (s - a) for a, s in zip(average, after.slow, strict=True))
+        if delta is not None and after.dense_slow is not None and delta is not after.dense_slow:
+            delta = torch.lerp(delta, after.dense_slow, share)
+        return {"average": mixed, "dense_average": delta}
 
     def reach(self, which: Literal["slow", "start"]) -> float:
         """Return a number that no entry of the weight has moved by, seen from W0."""
@@ -168,9 +149,12 @@ class SlowWeight:
     def faults(self) -> list[str]:
         """Return what is wrong with the experts, each as the end of a sentence about the slow state."""
         found = []
+        average = self.terms("averaged")[0]
         if not len(self.experts) == len(self.slow) == len(self.start):
             counts = f"{len(self.slow)} slow and {len(self.start)} start coefficients"
             found.append(f"has {len(self.experts)} experts, but {counts}")
+        elif len(average) != len(self.experts):
+            found.append(f"has {len(self.experts)} experts, but {len(average)} coefficients of an average")
         *stack, rows, columns = self.matrix
         for expert in self.experts:
             b, a = tuple(expert.factors.b.shape), tuple(expert.factors.a.shape)
@@ -179,13 +163,14 @@ class SlowWeight:
                 found.append(
                     f"has an expert of stage {expert.stage} of {b} and {a}, which is no delta of {self.matrix}"
                 )
-        for delta in (self.dense_slow, self.dense_start):
-            if delta is not None and tuple(delta.shape) != self.matrix:
+        deltas = [each for each in (self.dense_slow, self.dense_start, self.dense_average) if each is not None]
+        for delta in deltas:
+            if tuple(delta.shape) != self.matrix:
                 found.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
         held = [each for expert in self.experts for each in (expert.factors.b, expert.factors.a)]
-        held += [delta for delta in (self.dense_slow, self.dense_start) if delta is not None]
+        held += deltas
         if not all(bool(torch.isfinite(each).all()) for each in held) or not all(
-            map(math.isfinite, self.slow + self.start)
+            map(math.isfinite, self.slow + self.start + average)
         ):
             found.append("holds inf or nan")
         return found
@@ -206,7 +191,7 @@ class SlowWeight:
             return None
         kept = tuple(each for each in self.kept if each.stage <= stage)
         after = replace(self, experts=self.experts[: len(slow)], slow=slow, start=slow, kept=kept, past=past)
-        return replace(after, dense_start=self.dense_slow)
+        return replace(after, dense_start=self.dense_slow, average=None, dense_average=None)
 
     def carried(self, which: Literal["slow", "start"]) -> Factors | None:
         """Return what the stages added as one pair of factors, for a quantized weight that cannot hold it."""
@@ -246,7 +231,10 @@ class SlowWeight:
         same = self.start == self.slow and self.dense_start is self.dense_slow
         start = slow if same else self._sum(self.start, self.dense_start)
         past = _pruned(tuple(Past(each.stage, () if each.slow == self.slow else None) for each in self.past))
-        return replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start, past=past)
+        after = replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start, past=past)
+        if self.average is None:
+            return after
+        return replace(after, average=(), dense_average=self._sum(self.average, self.dense_average))
 
     def _sum(self, coefficients: Sequence[float], before: torch.Tensor | None) -> torch.Tensor:
         dtype = summing(self.base.dtype)
@@ -255,7 +243,7 @@ class SlowWeight:
         total = (
             torch.zeros(self.matrix, dtype=dtype, device=like.device) if before is None else before.to(dtype, copy=True)
         )
-        b, a = _joined(pairs, dtype, total.device)
+        b, a = joined(pairs, dtype, total.device)
         with exact_products(total):
             total.baddbmm_(b, a) if self.stacked else total.addmm_(b, a)
         return total
@@ -265,20 +253,6 @@ def _pruned(past: tuple[Past, ...]) -> tuple[Past, ...]:
     """Return the ends of stages with the last of those alone that are gone: the earlier ones are gone as well."""
     gone = [each for each in past if each.slow is None]
     return (*gone[-1:], *(each for each in past if each.slow is not None))
-
-
-def _joined(
-    pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `b` and `a` of all pairs side by side, the coefficients in `b`; of one pair that fits, its own tensors."""
-    one = pairs[0][1] if len(pairs) == 1 else None
-    b = one.b if one is not None else torch.cat([factors.b for _, factors in pairs], dim=-1)
-    a = one.a if one is not None else torch.cat([factors.a for _, factors in pairs], dim=-2)
-    b, a = b.to(device=device, dtype=dtype), a.to(device=device, dtype=dtype)
-    if all(c == pairs[0][0] for c, _ in pairs):
-        return (b if pairs[0][0] == 1 else b * pairs[0][0]), a
-    columns = [c for c, factors in pairs for _ in range(factors.b.shape[-1])]
-    return b * torch.tensor(columns, dtype=dtype, device=device), a
 
 
 def summing(dtype: torch.dtype) -> torch.dtype:

@@ -125,6 +125,7 @@ def end_stage(
     noisy: bool = True,
     checked: bool = False,
     left_out: set[str] | None = None,
+    share: float | None = None,
 ) -> SlowWeight:
     """Return the slow state after the stage: the slow update, and the stage's noise where it is kept.
 
@@ -137,17 +138,18 @@ def end_stage(
         noisy: whether the stage ran with its noise.
         checked: whether the factors are known to be finite.
         left_out: gets the name of a weight whose branch was left out.
+        share: of the new slow weights in their average over stages; None where none is kept.
 
     Raises:
         NonFiniteBranch: the branch cannot be folded, and spec.on_nonfinite is "raise".
     """
-    after = None
+    after, pace = None, spec.pace_at(stage)
     if branch is not None:
         if not checked:
             check_finite(branch, spec, stage)
         fault = "holds inf or nan"
         if checked or branch.finite():
-            folded = state.absorb(stage, factors_of(branch, state.base.device), spec.pace, spec.restart)
+            folded = state.absorb(stage, factors_of(branch, state.base.device), pace, spec.restart, share)
             fault = "" if fits(folded) else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":
@@ -159,7 +161,7 @@ def end_stage(
             if left_out is not None:
                 left_out.add(state.name)
     if after is None:
-        after = state.absorb(stage, None, spec.pace, spec.restart)
+        after = state.absorb(stage, None, pace, spec.restart, share)
     if noisy and spec.noise.keep and spec.noise.strength:
         size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)))
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))

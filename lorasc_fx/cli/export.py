@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -17,20 +17,31 @@ from lorasc_fx.errors import SpecError, nearest
 __all__ = ["FORMATS", "ExportArguments", "run_export"]
 
 
-def _safetensors(cascade: lx.Cascade, path: Path) -> object:
+Which = Literal["slow", "averaged"]
+
+
+def _pt2(cascade: lx.Cascade, path: Path, which: Which) -> object:
+    return lx.export.pt2(cascade, path, which=which)
+
+
+def _onnx(cascade: lx.Cascade, path: Path, which: Which) -> object:
+    return lx.export.onnx(cascade, path, which=which)
+
+
+def _safetensors(cascade: lx.Cascade, path: Path, which: Which) -> object:
     with bytes_told(f"write {path}") as told:
-        return lx.export.safetensors(cascade, path, progress=told)
+        return lx.export.safetensors(cascade, path, which=which, progress=told)
 
 
-def _peft(cascade: lx.Cascade, path: Path) -> object:
-    written = lx.export.peft(cascade, path)
+def _peft(cascade: lx.Cascade, path: Path, which: Which) -> object:
+    written = lx.export.peft(cascade, path, which=which)
     print(written)
     return written
 
 
-FORMATS: dict[str, Callable[[lx.Cascade, Path], object]] = {
-    "pt2": lx.export.pt2,
-    "onnx": lx.export.onnx,
+FORMATS: dict[str, Callable[[lx.Cascade, Path, Which], object]] = {
+    "pt2": _pt2,
+    "onnx": _onnx,
     "peft": _peft,
     "safetensors": _safetensors,
 }
@@ -48,6 +59,8 @@ class ExportArguments:
     `peft` (one LoRA adapter, a folder)."""
     output: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
     """File or folder to write."""
+    which: Which = "slow"
+    """The slow weights, or their average over stages, where the run's spec keeps one."""
 
 
 def run_export(arguments: ExportArguments) -> int:
@@ -63,6 +76,6 @@ def run_export(arguments: ExportArguments) -> int:
             f"no format is called {arguments.to!r}{nearest(arguments.to, FORMATS)}; known: {', '.join(FORMATS)}"
         )
     opened = open_run(arguments.run)
-    FORMATS[arguments.to](opened.cascade, arguments.output)
-    print(f"{arguments.output}: {opened.said}")
+    FORMATS[arguments.to](opened.cascade, arguments.output, arguments.which)
+    print(f"{arguments.output}: {arguments.which} {opened.said}")
     return 0

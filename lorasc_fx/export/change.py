@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorasc_fx.branch import Factors, factors_of
+from lorasc_fx.branch import Factors, Which, factors_of
 from lorasc_fx.export.low_rank import CutOff, compressed, factored, padded, stacked
 from lorasc_fx.export.peft_config import RANKS
 from lorasc_fx.runtime.core import Core
@@ -53,17 +53,16 @@ class Change:
             self.pairs = {name: padded(pair, one) for name, pair in self.pairs.items()}
 
 
-def change_of(core: Core, which: str) -> Change:
-    """Return the change of a cascade's slow or fast weights; a running stage that has trained counts as at a release.
+def change_of(core: Core, which: Which) -> Change:
+    """Return the change of a cascade's weights; of slow and averaged ones a stage that has trained counts as ended.
 
     What a dense collapse has left is factored at its numerical rank: the delta is there, and its pair is never larger
     than twice that. Kept noise has full rank, and is refused.
     """
-    slow = ended(core) if which == "slow" else core.slow
+    slow = core.slow if which == "fast" else ended(core)
     branches, change = core.branches_by_weight(), Change()
-    at_slow = which == "slow" or slow.parked
     for name, state in slow.states.items():
-        coefficients, delta = (state.slow, state.dense_slow) if at_slow else (state.start, state.dense_start)
+        coefficients, delta = state.terms("slow" if which == "fast" and slow.parked else which)
         terms = list(zip(coefficients, (expert.factors for expert in state.experts), strict=True))
         if which == "fast" and name in branches and bool(branches[name].lora_B.any()):
             terms.append((1.0, factors_of(branches[name], torch.device("cpu"))))
@@ -74,6 +73,6 @@ def change_of(core: Core, which: str) -> Change:
         elif (pair := stacked(terms)) is not None:
             change.pairs[name] = pair
     for name, value in core.trained_parameters().items():
-        found = trained_value(slow, name, "slow" if which == "slow" else "fast", value)
+        found = trained_value(slow, name, which, value)
         change.trained[name] = found.detach().to("cpu", value.dtype)
     return change

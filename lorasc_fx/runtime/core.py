@@ -15,6 +15,7 @@ from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
 from lorasc_fx.runtime.slow import SlowWeights, fill
+from lorasc_fx.spec import TrainRule
 from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["Core"]
@@ -40,6 +41,7 @@ class Core:
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
+        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
         self._as_left: dict[str, tuple[int, int]] = {}
 
@@ -84,11 +86,18 @@ class Core:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
         own = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
+        if not self.plan.spec.train_A:
+            own = {name: parameter for name, parameter in own.items() if not name.endswith(".lora_A")}
         return own | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
 
-    def start(self, trained: Mapping[str, nn.Parameter], undo: AllOrNothing) -> None:
-        """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn."""
-        self.slow = self.slow.with_trained(trained)
+    def start(
+        self, trained: Mapping[str, nn.Parameter], undo: AllOrNothing, rules: Mapping[str, TrainRule] | None = None
+    ) -> None:
+        """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn.
+
+        `rules` are those of the spec's train_rules that mean some of the parameters.
+        """
+        self.slow = self.slow.with_trained(trained, rules or {})
         self.know_sites(undo)
 
     def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
