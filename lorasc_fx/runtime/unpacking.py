@@ -140,7 +140,7 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
     }
     if dense and "slow" not in dense:
         raise CheckpointError(
-            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which {next(iter(dense))} needs"
+            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which what is dense beside it needs"
         )
     kept = tuple(
         KeptNoise(Noise(**each["noise"]), each["seed"], each["stage"], float(each["amplitude"]))
