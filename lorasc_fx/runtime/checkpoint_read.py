@@ -233,7 +233,7 @@ def check_plan(
                 f"{manifest}: its plan has {site.weight} of shape {site.shape}, the model {shape}; {way}"
             )
     spec, planned = plan.spec, plan.by_weight
-    rank = max(spec.rank, *(rule.rank or 0 for rule in spec.rules), 0)
+    rank = max(spec.rank, *spec.ranks, *(rule.rank or 0 for rule in spec.rules), 0)
     for name in matrices.keys() - planned.keys():  # one that this call is the first to use would get such a branch
         size = parameters[name].shape
         if rank * (size[0] + math.prod(size[1:])) > max(_ROOM, 64 * parameters[name].numel()):

@@ -91,12 +91,14 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
             (stage, held.take(f"trained/{name}/past/{stage}", tuple(kept.slow.shape), kept.slow.dtype))
             for stage in meta["past"].get(name, ())
         )
-        values[name], trained[name] = value, Trained(kept.base, end, start, past)
+        average = f"trained/{name}/average"
+        mean = held.take(average, tuple(kept.slow.shape), kept.slow.dtype) if average in held else None
+        values[name], trained[name] = value, Trained(kept.base, end, start, past, mean, kept.rule)
     for name, buffer in core.model.named_buffers():
         moves.append((buffer, held.take(f"buffer/{name}", tuple(buffer.shape), buffer.dtype)))
     if held.left:
         raise CheckpointError(f"{where}: holds {told(repr(next(iter(held.left))))}, which this plan has no place for")
-    after = SlowWeights(states, trained, meta["parked"])
+    after = SlowWeights(states, trained, meta["parked"], averaged=meta.get("averaged", 0))
     old = [tensor.detach().clone() for tensor, _ in moves]
 
     def before(name: str, like: torch.Tensor) -> torch.Tensor:
@@ -148,12 +150,12 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
         experts.append(Expert(stage, Factors(b, a)))
     dense = {
         which: held.take(f"dense/{state.name}/{which}", (*stack, rows, columns), whole=True)
-        for which in ("slow", "start")
+        for which in ("slow", "start", "average")
         if f"dense/{state.name}/{which}" in held
     }
-    if list(dense) == ["start"]:
+    if dense and "slow" not in dense:
         raise CheckpointError(
-            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which start needs"
+            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which what is dense beside it needs"
         )
     size = (columns if state.turned else rows,)
     turns = tuple(
@@ -176,4 +178,6 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
         turns=turns,
         rows=held.take(total, size, torch.float64, True).double() if total in held else None,
         past=tuple(Past(stage, None if slow is None else tuple(map(float, slow))) for stage, slow in meta["past"]),
+        average=tuple(map(float, meta["average"])) if "average" in meta else None,
+        dense_average=dense.get("average"),
     )
