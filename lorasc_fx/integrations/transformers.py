@@ -232,6 +232,12 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             )
 
     def _check_arguments(self, args: Any) -> None:
+        if args.n_gpu > 1:
+            raise SpecError(
+                f"CascadeCallback: the Trainer would copy the cascade to {args.n_gpu} devices at each step "
+                "(DataParallel), and no copy has graphs; start one process a device by torchrun, or show one device "
+                "only"
+            )
         for name in _BEHIND:
             if getattr(args, name, None):
                 raise SpecError(

@@ -91,6 +91,8 @@ def merged(cascade: lx.Cascade) -> dict[str, Tensor]:
     for weight, branch in cascade.core.branches_by_weight().items():
         state = cascade.core.slow.states[weight]
         slow = state.base.double().clone()
+        if state.dense_slow is not None:  # experts that outgrew their weight
+            slow += state.dense_slow.double().view_as(slow)
         for coefficient, expert in zip(state.slow, state.experts, strict=True):
             slow += coefficient * expert.factors.b.double() @ expert.factors.a.double()
         found[weight] = slow

@@ -12,8 +12,8 @@ def test_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     from examples.trainer import main
 
     before, after = main(str(tmp_path / "run"), epochs=2)
-    assert after < before - 0.3
-    assert "the saved model goes on counting" in capsys.readouterr().out
+    assert after < before - 2
+    assert "the saved model goes on counting: [24, 27, 1, 4, 7, 10, 13, 16, 19, 22]" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -48,8 +48,13 @@ class PeftTrainer(Trainer):  # type: ignore[misc]
     "more",
     [
         {},
-        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.3},
-        {"gradient_accumulation_steps": 3, "lr_scheduler_type": "linear", "label_names": ["labels"]},
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.3}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"gradient_accumulation_steps": 3, "lr_scheduler_type": "linear", "label_names": ["labels"]},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "accumulated-clipped-decayed", "last-batch-short-and-linear"],
 )
@@ -68,17 +73,12 @@ def test_one_stage_is_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, A
         torch.testing.assert_close(value, expected[name], atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "accumulated", "pace"),
     [
-        ({"epochs": 1}, 2, 0.4),
-        *(
-            pytest.param(how, accumulated, pace, marks=pytest.mark.slow)
-            for how, accumulated, pace in (
-                ({"epochs": 1}, 1, 1.0), ({"epochs": 2}, 1, 0.4), ({"epochs": 2}, 2, 1.0), ({"steps": 3}, 1, 1.0),
-                ({"steps": 3}, 2, 0.4),
-            )
-        ),
+        ({"epochs": 1}, 2, 0.4), ({"epochs": 1}, 1, 1.0), ({"epochs": 2}, 1, 0.4), ({"epochs": 2}, 2, 1.0),
+        ({"steps": 3}, 1, 1.0), ({"steps": 3}, 2, 0.4),
     ],
     ids=str,
 )  # fmt: skip

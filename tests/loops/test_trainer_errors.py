@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,31 @@ def test_a_state_of_a_plateau(state: dict[str, Any]) -> None:
         f"the state of a plateau is {state!r}; it needs a lowest loss and a count"
     )):  # fmt: skip
         Plateau(1).take(state)
+
+
+def test_copies_on_several_devices(tmp_path: Path) -> None:
+    cascade, args = adapted(SPEC), arguments(tmp_path)
+    args._n_gpu = 2
+    sentence = (
+        "CascadeCallback: the Trainer would copy the cascade to 2 devices at each step (DataParallel), "
+        "and no copy has graphs; start one process a device by torchrun, or show one device only"
+    )
+    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+        CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
+
+
+@pytest.mark.parametrize("name", ["accelerate", "transformers"])
+def test_a_package_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    getattr(lx.integrations, name)
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"lorasc_fx.integrations.{name}")
+    monkeypatch.delattr(lx.integrations, name)
+    sentence = f"this needs the package {name!r}, which is not installed: pip install 'lorasc-fx[loops]'"
+    with pytest.raises(lx.MissingExtra, match=exactly(sentence)):
+        getattr(lx.integrations, name)
+
+
+def test_a_loop_that_is_not_there() -> None:
+    assert {"accelerate", "progress", "transformers"} <= set(dir(lx.integrations))
+    with pytest.raises(AttributeError, match=r"^module 'lorasc_fx\.integrations' has no attribute 'trasnformers'$"):
+        _ = lx.integrations.trasnformers

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import lorasc_fx as lx
+from lorasc_fx.integrations.small_state import keep_small
 from tests.errors.models import exactly
+from tests.errors.state import unchanged
 from tests.loops.kit import adapted, arguments, losses, merged, rows, with_weights
 
 SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), train=("head.bias",))
@@ -239,3 +241,47 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
     assert all(
         torch.equal(value, cascade.folded_state_dict()[name]) for name, value in again.folded_state_dict().items()
     )
+
+
+def test_a_state_goes_through_a_wrapper_and_is_taken_as_a_whole(tmp_path: Path) -> None:
+    """DistributedDataParallel and its like put a name before each key; and what raises on the way changes nothing."""
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1), train=("head.bias",), restart_A="gradient")
+    cascade = adapted(spec)
+    trainer_of(cascade, tmp_path, {"steps": 2}, max_steps=5).train()
+    state = nn.ModuleDict({"module": cascade}).state_dict()
+    assert all(name.startswith("module.") for name in state)
+
+    def refuse(_found: Any) -> None:
+        raise MemoryError("in the middle")
+
+    other = adapted(spec)
+    optimizer = torch.optim.AdamW(other.param_groups(lr=0.1))
+    keep_small(other, taken=refuse)
+    for _ in range(2):
+        other(torch.ones(3, 6), torch.zeros(3, dtype=torch.long))["loss"].backward()  # gradients that wait
+        with unchanged(other, optimizer), pytest.raises(MemoryError, match=r"^in the middle$"):
+            nn.ModuleDict({"module": other}).load_state_dict(state)
+        optimizer.step()
+        optimizer.zero_grad()
+        other.transition(optimizer)  # and a stage that looks for its first gradient
+    keep_small(other)
+    assert not any(nn.ModuleDict({"module": other}).load_state_dict(state, strict=True))
+    assert other.stage == cascade.stage == 4
+    for name, value in other.folded_state_dict().items():
+        assert torch.equal(value, cascade.folded_state_dict()[name])
+    for name, value in other.model.state_dict().items():  # noise included
+        assert torch.equal(value, cascade.model.state_dict()[name])
+
+
+def test_a_second_training_goes_on(tmp_path: Path) -> None:
+    """The first one was cut short: its stage is folded, and no noise is left; the second begins with a stage."""
+    cascade = adapted(lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2)))
+    trainer = trainer_of(cascade, tmp_path, {"steps": 4}, max_steps=6)
+    trainer.train()
+    assert cascade.stage == 3
+    found = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}
+    now = cascade.model.state_dict()
+    for name, value in found.items():
+        torch.testing.assert_close(now[name].double(), value, atol=1e-6, rtol=0)
+    trainer.train()
+    assert cascade.stage == 5
