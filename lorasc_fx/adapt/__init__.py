@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -156,7 +157,10 @@ def _adapt(
     undo(partial(flags.restore, opened))
     for name, parameter in weights.parameters.items():
         parameter.requires_grad_(name in trained)
+    begun = time.monotonic()
     made = maker.make(opened, plan, {}, (), *bound, wide=False)
+    sites, seconds = len(made.plan.sites), time.monotonic() - begun
+    log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {}))
     cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), example, flags)
     cascade.core.base_file = source

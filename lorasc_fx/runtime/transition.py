@@ -6,6 +6,7 @@ Everything is computed before anything is written; what is written is put back i
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from lorasc_fx.undo import AllOrNothing
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["begin", "check_optimizer", "run", "unpark"]
+__all__ = ["begin", "check_optimizer", "has_begun", "restart", "run", "unpark"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -38,7 +39,7 @@ def run(
 
     `then` is called at the end; the transition is taken back if it raises.
     """
-    plan, before = core.plan, core.slow
+    plan, before, begun = core.plan, core.slow, time.monotonic()
     branches, trained = core.branches_by_weight(), core.trained_parameters()
     check_optimizer(core, optimizer, "transition", park)
     after = replace(before.after_stage(plan, branches, trained), parked=park)
@@ -49,11 +50,24 @@ def run(
     state = _after_fold(optimizer, plan, own, anew) if optimizer is not None else {}
 
     def end() -> None:
-        log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
+        experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
+        log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
         if then is not None:
             then()
 
     begin(core, optimizer, planned, after, starts, state, end)
+
+
+def restart(core: Core, optimizer: torch.optim.Optimizer | None) -> None:
+    """Start another stage from where the running one started; what that one has trained is dropped."""
+    check_optimizer(core, optimizer, "restart")
+    planned = core.plan.at_stage(core.plan.stage + 1)  # the noise of a number is drawn once
+    starts = {
+        site.weight: fresh_a(planned.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
+        for site in planned.sites
+    }
+    state = treated_state(optimizer, core.trainable().values(), "reset") if optimizer is not None else {}
+    begin(core, optimizer, planned, replace(core.slow, parked=False), starts, state)
 
 
 def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: str, park: bool = False) -> None:
@@ -163,7 +177,7 @@ def unpark(core: Core) -> None:
     if not before.parked:
         return
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    if before.moved(branches) or trained_moved(before, trained):
+    if has_begun(core):
         raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
     after, started = starts_of(plan, replace(before, parked=False), branches)
 
@@ -181,6 +195,11 @@ def unpark(core: Core) -> None:
         put_starts(branches, started, undo)
         fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before), undo)
         core.advance(plan, after)
+
+
+def has_begun(core: Core) -> bool:
+    """Whether the running stage has trained: a branch, or what is trained in full, has left where it started."""
+    return core.slow.moved(core.branches_by_weight()) or trained_moved(core.slow, core.trained_parameters())
 
 
 def resting_value(slow: SlowWeights, name: str) -> torch.Tensor:
