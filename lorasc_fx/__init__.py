@@ -1,6 +1,6 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
 
-from lorasc_fx import export, import_
+from lorasc_fx import export, import_, integrations
 from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.merge import merge
 from lorasc_fx.errors import (
@@ -48,6 +48,7 @@ __all__ = [
     "adapt",
     "export",
     "import_",
+    "integrations",
     "load",
     "merge",
     "save",

@@ -14,6 +14,7 @@ import torch
 from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.noise import amplitude, draw
 from lorasc_fx.branch.quantized import is_quantized
+from lorasc_fx.branch.rows import Rows, local, whole
 from lorasc_fx.branch.slow import Factors, KeptNoise, SlowWeight, Which, arithmetic
 from lorasc_fx.errors import NonFiniteBranch, SpecError
 from lorasc_fx.spec import CascadeSpec
@@ -34,11 +35,26 @@ log = logging.getLogger("lorasc_fx")
 _ADVICE = "Lower the learning rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
 
 
-def factors_of(branch: Branch, device: torch.device) -> Factors:
-    """Return copies of the factors on a device, as the weight is stored, the scale folded in: `b @ a` is the delta."""
+def factors_of(branch: Branch, device: torch.device, rows: Rows | None = None) -> Factors:
+    """Return copies of the factors on a device, as the weight is stored, the scale folded in: `b @ a` is the delta.
+
+    With rows `b @ a` is that of those: of a factor that is sharded as the weight is, its own rows are taken without a
+    word to the other processes.
+    """
     with torch.no_grad():
         left, right = branch.oriented()
+        if rows is not None:
+            stacked = right.dim() > 2
+            left = _rows_of(left, rows)
+            right = _rows_of(right, rows) if stacked else whole(right)
         return Factors((left * branch.scale).to(device), right.clone().to(device))
+
+
+def _rows_of(factor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Return rows of a factor: its own shard where that is cut along them, else of all of it, which is small."""
+    if any(each.is_shard(0) for each in getattr(factor, "placements", ())):
+        return local(factor)
+    return rows.of_whole(whole(factor))
 
 
 def start_weight(
@@ -66,9 +82,10 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
     else:
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
-        noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact) if not state.kept else None
+        rows = state.rows
+        noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, rows).to(exact) if not state.kept else None
         state.write(exact, "fast", dtype)
-        size = amplitude(spec.noise, exact)
+        size = amplitude(spec.noise, exact, rows)
         if not math.isfinite(size):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
@@ -76,7 +93,7 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
             )
         if size:
             if noise is None:  # in the room that the kept noise had
-                noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact)
+                noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, rows).to(exact)
             exact += noise.mul_(size)
         if exact is not out:
             out.copy_(exact)
@@ -101,7 +118,7 @@ def all_finite(branches: Iterable[Branch]) -> bool:
     if not branches:
         return True
     with torch.no_grad():
-        sums = [factor.sum() for branch in branches for factor in (branch.lora_A, branch.lora_B)]
+        sums = [local(factor).sum() for branch in branches for factor in (branch.lora_A, branch.lora_B)]
         each = {place: [one for one in sums if one.device == place] for place in {one.device for one in sums}}
         if all(math.isfinite(torch.stack(found).sum().item()) for found in each.values()):
             return True
@@ -143,12 +160,11 @@ def end_stage(
     """
     after = None
     if branch is not None:
-        if not checked:
-            check_finite(branch, spec, stage)
         fault = "holds inf or nan"
-        if checked or branch.finite():
-            folded = state.absorb(stage, factors_of(branch, state.base.device), spec.pace, spec.restart)
-            fault = "" if fits(folded) else f"takes it beyond {state.base.dtype}"
+        if checked or state.every(branch.finite()):
+            factors = factors_of(branch, state.base.device, state.rows)
+            folded = state.absorb(stage, factors, spec.pace, spec.restart)
+            fault = "" if state.every(fits(folded)) else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":
             raise NonFiniteBranch(
@@ -161,7 +177,7 @@ def end_stage(
     if after is None:
         after = state.absorb(stage, None, spec.pace, spec.restart)
     if noisy and spec.noise.keep and spec.noise.strength:
-        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)))
+        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.rows)
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))
     return after
 

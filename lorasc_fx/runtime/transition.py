@@ -16,6 +16,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.branch.rows import local, part_of
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
@@ -93,10 +94,10 @@ def begin(
             undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in state}))
         undo(partial(_put, kept))
         for weight, branch in branches.items():
-            branch.lora_A.copy_(starts[weight])
-            branch.lora_B.zero_()
+            local(branch.lora_A).copy_(part_of(starts[weight], branch.lora_A))
+            local(branch.lora_B).zero_()
         for name, parameter in trained.items():
-            parameter.copy_(resting_value(after, name))
+            local(parameter).copy_(resting_value(after, name))
         for parameter, _, _ in kept:
             parameter.grad = None
         if optimizer is not None:
@@ -111,7 +112,7 @@ def begin(
         core.advance(planned, after)
         core.turning.call_off()
         if planned.spec.restart_A == "gradient" and not after.parked and optimizer is not None:
-            core.turning.arm(parameters, branches, optimizer)
+            core.turning.arm(parameters, branches, optimizer, core.replicas)
         if then is not None:
             then()
 
@@ -145,7 +146,7 @@ def unpark(core: Core) -> None:
     if not before.parked:
         return
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    if any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(before, trained):
+    if begun(before, branches, trained):
         raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
     after = replace(before, parked=False)
 
@@ -174,14 +175,23 @@ def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
     """Return lora_A as the plan's stage starts it: `kept` only where it is finite, and `gradient` fresh, until the
     first step has seen one.
     """
-    if plan.spec.restart_A == "kept" and bool(torch.isfinite(branch.lora_A).all()):
+    if plan.spec.restart_A == "kept" and bool(torch.isfinite(local(branch.lora_A)).all()):
         return branch.lora_A.detach().clone()
     return fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
 
 
-def trained_moved(slow: SlowWeights, trained: dict[str, nn.Parameter]) -> bool:
+def begun(slow: SlowWeights, branches: Mapping[str, Branch], trained: Mapping[str, nn.Parameter]) -> bool:
+    """Whether anything has trained since the stage started, or since it was parked."""
+    return slow.some(any(bool(local(branch.lora_B).any()) for branch in branches.values())) or trained_moved(
+        slow, trained
+    )
+
+
+def trained_moved(slow: SlowWeights, trained: Mapping[str, nn.Parameter]) -> bool:
     """Whether a parameter trained in full has left the value that its stage started from."""
-    return any(
-        not torch.equal(parameter.detach().cpu(), resting_value(slow, name).to(parameter.dtype))
-        for name, parameter in trained.items()
+    return slow.some(
+        any(
+            not torch.equal(local(parameter).detach().cpu(), resting_value(slow, name).to(parameter.dtype))
+            for name, parameter in trained.items()
+        )
     )
