@@ -80,7 +80,7 @@ class SplitGraph:
         Raises:
             StateError: inside torch.compile.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback():
             raise StateError("torch.compile: a cascade whose weights are sharded runs as it is; call it uncompiled")
         with resting(self.branches) if self.called() else contextlib.nullcontext():
             try:

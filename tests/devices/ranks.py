@@ -54,7 +54,7 @@ def on_ranks(
         ]
         for process in started:
             process.start()
-        end, grace = time.monotonic() + limit, 3 * timeout  # the others meet a time limit of their own
+        end, grace = time.monotonic() + limit, timeout + 3  # the others meet a time limit of their own
         while (now := time.monotonic()) < end and any(process.is_alive() for process in started):
             if any(process.exitcode for process in started):
                 end = min(end, now + grace)
@@ -88,8 +88,8 @@ def _run(rank: int, count: int, port: int, folder: str, timeout: float, work: Wo
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         found = work(rank, count, *args) or {}
         save_file({name: value.detach().contiguous() for name, value in found.items()}, f"{folder}/{rank}.safetensors")
-        if timeout:
-            dist.destroy_process_group()
+        code = 0
     except BaseException:
         Path(folder, f"{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        os._exit(1)  # what the group still holds may wait for the others
+        code = 1
+    os._exit(code)  # to take the group down could wait for the others, or abort where they are gone

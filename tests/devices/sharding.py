@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
@@ -15,11 +16,13 @@ from lorasc_fx.integrations import fsdp
 from tests.devices.training import ROWS, STAGES, STEPS, data
 
 SPECS: dict[str, dict[str, Any]] = {
-    "fresh": {"noise": {"strength": 0.1, "keep": True}},
+    "fresh": {"noise": {"strength": 0.1, "keep": True}},  # its experts outgrow their weights, and are summed
     "fast": {
+        "rank": 1,
+        "exclude": ("head.*", "table.*"),
         "restart": "fast",
-        "noise": {"strength": 0.1, "distribution": "normal", "where": "all"},
         "restart_A": "kept",
+        "noise": {"strength": 0.1, "distribution": "normal", "where": "all"},
     },
     "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
 }
@@ -122,7 +125,36 @@ def alone(name: str) -> dict[str, Tensor]:
     run(cascade, optimizer_of(cascade), 0, STAGES * STEPS, (0, 1))
     found = values(cascade)
     cascade.transition(None)
-    return found | {f"folded/{key}": value for key, value in cascade.folded_state_dict().items()}
+    found |= {f"folded/{key}": value for key, value in cascade.folded_state_dict().items()}
+    return found | back(cascade, name)
+
+
+def back(cascade: lx.Cascade, name: str) -> dict[str, Tensor]:
+    """An earlier stage, for a moment and for good, where the experts have not outgrown their weights."""
+    if name != "fast":
+        return {}
+    with cascade.weights(stage=1), torch.no_grad():
+        found = {f"first/{key}": whole(each.detach()).clone() for key, each in cascade.model.named_parameters()}
+        found["first/output"] = cascade(example())
+    cascade.rewind(2, None)
+    return found | {f"back/{key}": value for key, value in values(cascade).items()}
+
+
+class Gathered:
+    """Shapes of what is made whole, one process asking the others for their shards."""
+
+    def __enter__(self) -> list[torch.Size]:
+        self.before, shapes = DTensor.full_tensor, list[torch.Size]()
+
+        def full_tensor(tensor: DTensor, **options: Any) -> Tensor:
+            shapes.append(tensor.shape)
+            return self.before(tensor, **options)
+
+        DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
+        return shapes
+
+    def __exit__(self, *_: object) -> None:
+        DTensor.full_tensor = self.before  # type: ignore[method-assign]
 
 
 def sharded(rank: int, count: int, names: list[str]) -> dict[str, Tensor]:
@@ -134,10 +166,29 @@ def sharded(rank: int, count: int, names: list[str]) -> dict[str, Tensor]:
         optimizer = optimizer_of(cascade)
         run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
         own = values(cascade)
-        cascade.transition(optimizer)
+        with Gathered() as shapes:
+            cascade.transition(optimizer)
+        ranks = {site.rank for site in cascade.sites}
+        assert shapes, "the transition asked for no factor"
+        assert all(ranks & set(shape) for shape in shapes), shapes  # factors, and no weight
         own |= {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
+        own |= back(cascade, name)
         found |= {f"{name}/{key}": value for key, value in own.items()}
     return found
+
+
+def narrow(rank: int, count: int) -> dict[str, Tensor]:
+    """A base in bf16 with branches in fp32; the slow weights after a stage, and what they are made of."""
+    cascade = lx.adapt(blocks().bfloat16(), args=(example(),), spec=lx.CascadeSpec(rank=2, pace=0.5))
+    fsdp.shard(called_in_both_modes(cascade))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
+    cascade(example())[:, rank].sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    factors = {key: whole(each.detach()).clone() for key, each in cascade.branches.named_parameters()}
+    cascade.transition(optimizer)
+    with cascade.weights("slow"):
+        return factors | {key: whole(each.detach()).clone() for key, each in cascade.model.named_parameters()}
 
 
 # ---- checkpoints
