@@ -10,6 +10,7 @@ from lorasc_fx.branch.noise import amplitude, draw
 from lorasc_fx.branch.quantized import dense, is_quantized
 from lorasc_fx.branch.shared import shared_down
 from lorasc_fx.branch.slow import SlowWeight, Which
+from lorasc_fx.branch.slow_faults import slow_faults
 from lorasc_fx.branch.spectrum import effective_rank, norm_of, singular_values, slow_spectrum
 from lorasc_fx.branch.stage import begin_stage, check_finite, end_stage, gain_of, start_differs, start_weight
 from lorasc_fx.branch.sums import arithmetic, summing
@@ -47,6 +48,7 @@ __all__ = [
     "scaled",
     "shared_down",
     "singular_values",
+    "slow_faults",
     "slow_spectrum",
     "start_differs",
     "start_weight",

@@ -14,6 +14,7 @@ from lorasc_fx.branch.accumulate import exact_products
 from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.dora import DoraBranch
 from lorasc_fx.branch.kept import Began, Factors
+from lorasc_fx.branch.rows import Rows, local, whole
 from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import Start
 
@@ -77,27 +78,43 @@ def began_shapes(branch: Branch) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def has_trained(branch: Branch, began: Began | None) -> bool:
-    """Whether a branch has left its start: B = 0, or the factors and magnitudes that it began with."""
+    """Whether a branch, as far as it is here, has left its start: B = 0, or the factors and magnitudes that it began
+    with.
+    """
     magnitude = began.magnitude if began is not None else None
     if magnitude is not None and isinstance(branch, DoraBranch):
         own = branch.lora_magnitude_vector.detach().cpu()
         if not torch.equal(own, magnitude.to(own.dtype)):  # one that was cast since has not trained
             return True
     if began is None or began.factors is None:
-        return bool(branch.lora_B.any())
+        return bool(local(branch.lora_B).any())
     now = began_of(branch)
     return not (torch.equal(now.b, began.factors.b) and torch.equal(now.a, began.factors.a))
 
 
-def factors_of(branch: Branch, device: torch.device, began: Began | None = None) -> Factors:
+def factors_of(branch: Branch, device: torch.device, began: Began | None = None, part: Rows | None = None) -> Factors:
     """Return what the branch has added since its start as factors on a device, as the weight is stored, the scale
     folded in: copies of its own where it started from B = 0, else `[B - B_0, B_0]` and `[A; A - A_0]`.
+
+    With a part `b @ a` is that of those rows: of a factor that is sharded as the weight is, its own rows are taken
+    without a word to the other processes.
     """
     with torch.no_grad():
         left, right = branch.oriented()
+        if part is not None:
+            stacked = right.dim() > 2
+            left = _rows_of(left, part)
+            right = _rows_of(right, part) if stacked else whole(right)
         if began is None or began.factors is None:
             return Factors((left * branch.scale).to(device), right.clone().to(device))
         now, first, dtype = began_of(branch), began.factors, branch.lora_A.dtype
         b = torch.cat([now.b - first.b, first.b], dim=-1)
         a = torch.cat([now.a, now.a - first.a], dim=-2)
         return Factors(b.to(device, dtype), a.to(device, dtype))
+
+
+def _rows_of(factor: torch.Tensor, part: Rows) -> torch.Tensor:
+    """Return rows of a factor: its own shard where that is cut along them, else of all of it, which is small."""
+    if any(each.is_shard(0) for each in getattr(factor, "placements", ())):
+        return local(factor)
+    return part.of_whole(whole(factor))

@@ -16,6 +16,7 @@ from torch import nn
 from lorasc_fx.branch.dropout import draw_seed
 from lorasc_fx.branch.init import fresh_a
 from lorasc_fx.branch.nearest import nearest_full
+from lorasc_fx.branch.rows import local, whole
 from lorasc_fx.plan import Site
 
 __all__ = ["Branch", "fill_factor"]
@@ -76,7 +77,7 @@ class Branch(nn.Module, abc.ABC):
         if self.transposed:
             return self.lora_A.transpose(-2, -1), self.up.transpose(-2, -1)
         if self.parts:
-            return torch.block_diag(*self.up.split(self.parts)), self.lora_A
+            return torch.block_diag(*whole(self.up).split(self.parts)), self.lora_A
         return self.up, self.lora_A
 
     def pairs(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -111,8 +112,8 @@ class Branch(nn.Module, abc.ABC):
                 fill_factor(factor, factor.new_zeros(shape))
 
     def finite(self) -> bool:
-        """Whether no entry of the factors is inf or nan."""
-        return all(bool(torch.isfinite(factor).all()) for factor in self.parameters())
+        """Whether no entry of the factors, as far as they are here, is inf or nan."""
+        return all(bool(torch.isfinite(local(factor)).all()) for factor in self.parameters())
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the branch."""

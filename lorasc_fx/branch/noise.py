@@ -11,13 +11,19 @@ import math
 import torch
 
 from lorasc_fx.branch.address import generator
+from lorasc_fx.branch.rows import Rows
 from lorasc_fx.spec import Noise
 
 __all__ = ["amplitude", "draw", "row_sizes"]
 
 
-def amplitude(noise: Noise, weight: torch.Tensor) -> float:
-    """Return `strength * std(W)`; the standard deviation of one value, or of none, is 0."""
+def amplitude(noise: Noise, weight: torch.Tensor, part: Rows | None = None) -> float:
+    """Return `strength * std(W)`; the standard deviation of one value, or of none, is 0.
+
+    With a part the weight is some rows of W, and every process asks at the same time.
+    """
+    if noise.strength and part is not None:
+        return noise.strength * _size_together(weight, part)
     if noise.strength == 0 or weight.numel() < 2:
         return 0.0
     size = weight.std().item()
@@ -25,6 +31,15 @@ def amplitude(noise: Noise, weight: torch.Tensor) -> float:
         top = weight.abs().max().item()
         size = top * (weight / top).std().item() if 0 < top < math.inf else top
     return noise.strength * size
+
+
+def _size_together(weight: torch.Tensor, part: Rows) -> float:
+    """Return the standard deviation of a weight of which each process holds rows."""
+    size = part.spread(weight)
+    if 0 < size < math.inf:
+        return size
+    top = part.together.largest(weight.abs().max().item() if weight.numel() else 0.0)
+    return top * part.spread(weight / top) if 0 < top < math.inf else top
 
 
 def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, turned: bool) -> torch.Tensor:
@@ -42,11 +57,17 @@ def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, turned: bool) -
     return sizes.mul_(noise.strength / math.sqrt(max(1, count)))
 
 
-def draw(noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0) -> torch.Tensor:
+def draw(
+    noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0, part: Rows | None = None
+) -> torch.Tensor:
     """Return the unscaled noise of this address, in fp32 on the CPU: U(-1/2, 1/2), N(0, 1/12), or for `filter` N(0, 1).
 
-    Step 0 is the start of the stage.
+    Step 0 is the start of the stage. With a part it is that of those rows alone, of which the weight here has its
+    shape; all of it is drawn for a moment.
     """
+    if part is not None:
+        every = torch.Size((part.total, *shape[1:]))
+        return part.of_whole(draw(noise, seed, stage, name, every, step)).clone()
     source = generator(seed, stage, f"noise of step {step}" if step else "noise", name)
     if noise.distribution == "uniform":
         return torch.rand(shape, generator=source, dtype=torch.float32).sub_(0.5)

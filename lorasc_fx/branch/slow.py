@@ -19,6 +19,7 @@ from lorasc_fx.branch.accumulate import accumulate, exact_products
 from lorasc_fx.branch.kept import Began, Expert, Factors, KeptNoise, Past, pruned
 from lorasc_fx.branch.noise import draw
 from lorasc_fx.branch.quantized import dense, is_quantized
+from lorasc_fx.branch.rows import Rows
 from lorasc_fx.branch.sums import joined, summing
 from lorasc_fx.branch.turns import Turn, along, grown, scaled, times
 from lorasc_fx.spec import Restart
@@ -47,6 +48,7 @@ class SlowWeight:
         began: where the running stage began; None for B = 0.
         average: one coefficient per expert, of the average of the slow weights over stages; None where it is the slow
             weights. dense_average: its dense delta, after a collapse.
+        part: which rows of the weight all of this is of, where other processes hold the others.
     """
 
     name: str
@@ -65,6 +67,11 @@ class SlowWeight:
     rows: torch.Tensor | None = None
     average: tuple[float, ...] | None = None
     dense_average: torch.Tensor | None = None
+    part: Rows | None = None
+
+    def every(self, flag: bool) -> bool:
+        """Whether it holds here, and on every process that holds rows of this weight."""
+        return flag if self.part is None else self.part.together.every(flag)
 
     def exact(
         self,
@@ -103,7 +110,8 @@ class SlowWeight:
         base, delta, pairs = self.terms(which, live, gain)
         pair = joined(pairs, dtype, out.device) if pairs else None
         delta = delta.view(self.base.shape) if delta is not None else None
-        draws = (draw(each.noise, each.seed, each.stage, self.name, out.shape).to(out) for each in self.kept)
+        kept = self.kept
+        draws = (draw(each.noise, each.seed, each.stage, self.name, out.shape, part=self.part).to(out) for each in kept)
         noise = next(draws, None)  # before anything is written: where there is no memory for it, `out` is as it was
         accumulate(out, base, dtype, delta, pair, self.stacked)
         for each in self.kept:
@@ -118,7 +126,7 @@ class SlowWeight:
         """Return what slow, fast or averaged weights are the sum of: W0, the dense delta, and pairs with their
         coefficients; under DoRA each with its rows scaled.
         """
-        coefficients, delta = self._vector(which)
+        coefficients, delta = self.vector(which)
         base, pairs = dense(self.base), self._pairs(coefficients, gain)
         if which == "fast" and live is not None:
             pairs.append((1.0, scaled(live, gain, self.turned)))
@@ -128,7 +136,7 @@ class SlowWeight:
             base = along(rows, base.double(), self.turned)
         return base, delta, pairs
 
-    def _vector(self, which: Which) -> tuple[tuple[float, ...], torch.Tensor | None]:
+    def vector(self, which: Which) -> tuple[tuple[float, ...], torch.Tensor | None]:
         """Return the coefficients of slow, fast or averaged weights, and the dense delta beside the experts."""
         if which == "averaged" and self.average is not None:
             return self.average, self.dense_average
@@ -163,7 +171,7 @@ class SlowWeight:
             own = replace(self, turns=(*self.turns, turn))
             return own.absorb(stage, Factors(pair.b.to(live.b.dtype), pair.a.to(live.a.dtype)), pace, restart)
         experts, moved = self.experts, self.start
-        if live is not None and bool(live.b.any()):
+        if live is not None and not self.every(not live.b.any()):
             experts, moved = (*experts, Expert(stage, live)), (*moved, 1.0)
         old = (*self.slow, *([0.0] * (len(moved) - len(self.slow))))
         slow = tuple(s if s == f else s + pace * (f - s) for s, f in zip(old, moved, strict=True))
@@ -182,7 +190,7 @@ class SlowWeight:
         """Return what the average becomes: `average + share * (S_t - average)`."""
         if share == 1:
             return {"average": None, "dense_average": None}
-        average, delta = self._vector("averaged")
+        average, delta = self.vector("averaged")
         average = (*average, *([0.0] * (len(after.slow) - len(average))))
         mixed = tuple(a if a == s else a + share * (s - a) for a, s in zip(average, after.slow, strict=True))
         if delta is not None and after.dense_slow is not None and delta is not after.dense_slow:
@@ -199,38 +207,6 @@ class SlowWeight:
             total += max(abs(each.item()) for each in torch.aminmax(delta))
         return total + sum(8 * each.amplitude for each in self.kept)
 
-    def faults(self) -> list[str]:
-        """Return what is wrong with the experts, each as the end of a sentence about the slow state."""
-        found = []
-        average = self._vector("averaged")[0]
-        if not len(self.experts) == len(self.slow) == len(self.start):
-            counts = f"{len(self.slow)} slow and {len(self.start)} start coefficients"
-            found.append(f"has {len(self.experts)} experts, but {counts}")
-        elif len(average) != len(self.experts):
-            found.append(f"has {len(self.experts)} experts, but {len(average)} coefficients of an average")
-        *stack, rows, columns = self.matrix
-        for expert in self.experts:
-            b, a = tuple(expert.factors.b.shape), tuple(expert.factors.a.shape)
-            rank = a[-2] if len(a) > 1 else 0
-            if b != (*stack, rows, rank) or a != (*stack, rank, columns):
-                found.append(
-                    f"has an expert of stage {expert.stage} of {b} and {a}, which is no delta of {self.matrix}"
-                )
-        deltas = [each for each in (self.dense_slow, self.dense_start, self.dense_average) if each is not None]
-        for delta in deltas:
-            if tuple(delta.shape) != self.matrix:
-                found.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
-        scales = [turn.rows for turn in self.turns] + ([self.rows] if self.rows is not None else [])
-        out = self.matrix[-1 if self.turned else -2]
-        found += [f"scales {tuple(each.shape)} rows, not {out}" for each in scales if tuple(each.shape) != (out,)]
-        held = [each for expert in self.experts for each in (expert.factors.b, expert.factors.a)]
-        held += deltas + scales
-        if not all(bool(torch.isfinite(each).all()) for each in held) or not all(
-            map(math.isfinite, self.slow + self.start + average)
-        ):
-            found.append("holds inf or nan")
-        return found
-
     def at(self, stage: int) -> SlowWeight | None:
         """Return the state at the end of a stage (0: W0), as both slow and start; None where its experts are gone.
 
@@ -241,7 +217,7 @@ class SlowWeight:
             return None
         past = tuple(each for each in self.past if each.stage <= stage)
         if not past:
-            return SlowWeight(self.name, self.base, self.stacked, turned=self.turned)
+            return SlowWeight(self.name, self.base, self.stacked, turned=self.turned, part=self.part)
         slow = past[-1].slow
         if slow is None:
             return None
@@ -287,6 +263,8 @@ class SlowWeight:
             return bool(self.experts)
         ranks = sum(expert.factors.a.shape[-2] for expert in self.experts)
         rows, columns = self.matrix[-2:]
+        if self.part is not None and not self.stacked:
+            rows = self.part.total  # so that all processes come to the same
         return ranks * (rows + columns) > rows * columns
 
     def collapsed(self) -> SlowWeight:

@@ -19,6 +19,7 @@ from lorasc_fx.branch.dora import DoraBranch
 from lorasc_fx.branch.kept import Began, KeptNoise
 from lorasc_fx.branch.noise import amplitude, draw, row_sizes
 from lorasc_fx.branch.quantized import is_quantized
+from lorasc_fx.branch.rows import local
 from lorasc_fx.branch.slow import SlowWeight, Which
 from lorasc_fx.branch.sums import arithmetic
 from lorasc_fx.errors import NonFiniteBranch, SpecError
@@ -74,11 +75,12 @@ def write_start(
     else:
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
-        noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, step).to(exact) if not state.kept else None
+        key, part = (spec.noise, spec.seed, stage, state.name, exact.shape, step), state.part
+        noise = draw(*key, part).to(exact) if not state.kept else None
         state.write(exact, "fast", dtype)
         by_rows = spec.noise.distribution == "filter" and exact.numel() > 0
         rows = row_sizes(spec.noise, exact, state.stacked, state.turned) if by_rows else None
-        size = amplitude(spec.noise, exact) if rows is None else rows.max().item()
+        size = amplitude(spec.noise, exact, part) if rows is None else rows.max().item()
         if not math.isfinite(size):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
@@ -88,7 +90,7 @@ def write_start(
             state.write(exact, "fast", dtype, state.taken_out)
         if size:
             if noise is None:  # in the room that the kept noise had
-                noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, step).to(exact)
+                noise = draw(*key, part).to(exact)
             exact += noise.mul_(size if rows is None else rows)
         if exact is not out:
             out.copy_(exact)
@@ -157,7 +159,7 @@ def all_finite(branches: Iterable[Branch]) -> bool:
     if not branches:
         return True
     with torch.no_grad():
-        sums = [factor.sum() for branch in branches for factor in branch.parameters()]
+        sums = [local(factor).sum() for branch in branches for factor in branch.parameters()]
         each = {place: [one for one in sums if one.device == place] for place in {one.device for one in sums}}
         if all(math.isfinite(torch.stack(found).sum().item()) for found in each.values()):
             return True
@@ -201,15 +203,13 @@ def end_stage(
     """
     after, pace = None, spec.pace_at(stage)
     if branch is not None:
-        if not checked:
-            check_finite(branch, spec, stage)
         fault = "holds inf or nan"
-        if checked or branch.finite():
-            moved = has_trained(branch, state.began)
-            live = factors_of(branch, state.base.device, state.began) if moved else None
+        if checked or state.every(branch.finite()):
+            moved = not state.every(not has_trained(branch, state.began))
+            live = factors_of(branch, state.base.device, state.began, state.part) if moved else None
             gain = gain_of(branch, state, spec, stage, noisy) if moved else None
             folded = state.absorb(stage, live, pace, spec.restart, share, gain)
-            fault = "" if fits(folded) else f"takes it beyond {state.base.dtype}"
+            fault = "" if state.every(fits(folded)) else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":
             raise NonFiniteBranch(
@@ -222,7 +222,7 @@ def end_stage(
     if after is None:
         after = state.absorb(stage, None, pace, spec.restart, share)
     if noisy and spec.noise.keep and spec.noise.strength:
-        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)))
+        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.part)
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))
     return after
 

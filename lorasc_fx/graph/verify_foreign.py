@@ -11,7 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, SlowWeight, dense, is_quantized, shared_down, start_differs, start_weight
+from lorasc_fx.branch import (
+    Branch,
+    SlowWeight,
+    dense,
+    is_quantized,
+    shared_down,
+    slow_faults,
+    start_differs,
+    start_weight,
+)
 from lorasc_fx.graph.marks import use_of
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.spelling import spelling_of
@@ -82,7 +91,7 @@ def weights_are_the_stages(view: View) -> Iterator[str]:
     for weight, state in view.record.slow.items():
         parameter = parameters.get(weight)
         fits = parameter is not None and parameter.shape == state.base.shape
-        fits = fits and not state.faults()  # told where the slow state is held against the plan
+        fits = fits and not slow_faults(state)  # told where the slow state is held against the plan
         if fits and parameter is not None and not _is_start(parameter, state, plan.spec, plan.stage):
             yield (
                 f"{weight} holds other numbers than stage {plan.stage} began with; run what changes weights before the "

@@ -1,16 +1,19 @@
-"""Other people's training loops: a module each, imported when it is asked for, with the package that it is about.
+"""Other people's training loops and devices: a module each, imported when it is asked for, with what it is about.
 
 `transformers` holds `CascadeCallback`, for the Trainer; `accelerate` holds `keep`, for `save_state` and `load_state`;
-`progress` holds `telling`, for a loop of your own: bars, metrics and TensorBoard.
+`progress` holds `telling`, for a loop of your own: bars, metrics and TensorBoard. `distributed` saves and resumes what
+several processes train together (DDP); `fsdp` shards a cascade over them (FSDP2).
 """
 
 import importlib
 from typing import Any
 
-__all__ = ["accelerate", "progress", "transformers"]
+__all__ = ["accelerate", "distributed", "fsdp", "progress", "transformers"]
 
 _MODULES = (
     "accelerate",
+    "distributed",
+    "fsdp",
     "progress",
     "transformers",
 )

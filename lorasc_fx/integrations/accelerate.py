@@ -50,6 +50,6 @@ def keep(accelerator: Accelerator, cascade: Cascade) -> None:
         core, first = cascade.core, next(iter(cascade.core.trainable().values()))
         for optimizer in accelerator._optimizers:
             if any(first is each for group in optimizer.param_groups for each in group["params"]):
-                core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer)
+                core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
 
     keep_small(cascade, taken=arm)

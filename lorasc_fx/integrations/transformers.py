@@ -123,7 +123,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         check_holds(optimizer, core.trainable())
         transition.unpark(core)
         if self._turning:
-            core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer)
+            core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
             self._turning = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:

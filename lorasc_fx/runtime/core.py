@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Which, is_quantized
+from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
+from lorasc_fx.runtime.replicas import Replicas
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.steps import StepWatch
@@ -21,6 +23,9 @@ from lorasc_fx.spec import TrainRule
 from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["Core"]
+
+SHARDED = ("transition", "stages", "rewind", "weights", "resume")
+"""Calls that work on shards of the weights."""
 
 
 class Core:
@@ -39,6 +44,7 @@ class Core:
         self.pending = PendingWatch()
         self.turning = GradientStart()
         self.steps = StepWatch()
+        self.replicas = Replicas()
         self.placed: Which | int | None = None  # a number is that of a stage
         self.released = False
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
@@ -156,6 +162,7 @@ class Core:
         self.pending.arm(self.trainable())
         if noise.strength and noise.redraw == "step":
             self.steps.arm(self)
+        self.replicas.see(len(self.branches), self.trainable)
 
     def advance(self, plan: Plan, slow: SlowWeights) -> None:
         """Take over the plan and slow weights of the next stage: the commit of a transition."""
@@ -211,13 +218,17 @@ class Core:
             if now is not None and _mark(now) == mark:
                 continue
             changed = True
-            if now is None or not torch.equal(now.detach(), self.slow.resting(name, self.plan, now)):
+            if now is None or not self._rests(name, local(now).detach()):
                 raise StateError(
                     f"{call}: {name} was changed by somebody else while the cascade lives (by load_state_dict?), and a "
                     "fold would overwrite that. Put it back, or load weights before you adapt"
                 )
         if changed:
             self.note_weights()
+
+    def _rests(self, name: str, now: torch.Tensor) -> bool:
+        """Whether a weight holds what it does between two steps, on all processes that hold shards of it."""
+        return self.slow.states[name].every(torch.equal(now, self.slow.resting(name, self.plan, now)))
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of every base parameter; those of frozen ones are computed once."""
@@ -233,9 +244,19 @@ class Core:
         if self.released:
             raise StateError(f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on")
 
+    def check_called(self, call: str) -> None:
+        """Raise StateError after `release`, and where other processes that train copies do not know all branches."""
+        self.check_alive(call)
+        self.replicas.see(len(self.branches), self.trainable)
+
     def check_ready(self, call: str) -> None:
         """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
         self.check_alive(call)
+        if self.slow.together is not None and call not in SHARDED:
+            raise StateError(
+                f"{call}: the weights are sharded over processes, where there is {', '.join(SHARDED)}; "
+                "lorasc_fx.integrations.fsdp has save, load and folded_state_dict for them"
+            )
         if self.placed is not None:
             what = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
             raise StateError(f"{call}: inside weights({what}); leave the with block first")
@@ -245,7 +266,8 @@ class Core:
             self.base_file.check(call)
         self.check_weights(call)
         waiting = self.pending.waiting(self.trainable())
-        if waiting and call in ("transition", "release"):
+        if self.slow.some(bool(waiting)) and call in ("transition", "release"):
+            waiting = waiting or ["what another process holds"]
             more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
             raise StateError(
                 f"{call}: gradients are pending on {waiting[0]}{more}: they belong to the stage that ends. "

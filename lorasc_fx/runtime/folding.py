@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Which, is_quantized
+from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import StateError, nearest
 from lorasc_fx.runtime.rigid import Requantize, check_asked, places, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, fill
@@ -32,6 +33,7 @@ __all__ = [
     "recast",
     "release",
     "rest",
+    "trained_now",
 ]
 
 
@@ -45,6 +47,11 @@ def check_which(call: str, which: str, spec: CascadeSpec, known: tuple[Which, ..
         raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}")
     if which == "averaged" and spec.average == "off":
         raise StateError(f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'")
+
+
+def trained_now(core: Core, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return copies of the parameters trained in full, as they are here now."""
+    return {name: local(parameters[name]).detach().clone() for name in core.slow.trained}
 
 
 def place(
@@ -84,7 +91,7 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
         with torch.no_grad():
             for name in [*core.slow.states, *core.slow.trained]:
                 if not is_quantized(parameters[name]):
-                    _put_resting(core, name, parameters[name], live)
+                    _put_resting(core, name, local(parameters[name]), live)
             for buffer, value in core.statistics:
                 buffer.copy_(value)
         core.dense, core.placed, core.statistics = [], None, []
@@ -208,7 +215,7 @@ def release(core: Core, quantized: Requantize, which: Which, undo: AllOrNothing)
     check_which("release", which, core.plan.spec)
     slow, parameters = ended(core), core.parameters_by_name()
     rigid = check_asked("release", slow, quantized)
-    live = {name: parameters[name].detach().clone() for name in slow.trained}
+    live = trained_now(core, parameters)
 
     def new(name: str, out: torch.Tensor) -> None:
         if name in live:

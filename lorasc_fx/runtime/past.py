@@ -52,7 +52,8 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             "summed into one dense delta, and what is trained in full is kept a stage at a time only while it is "
             f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all"
         )
-    return SlowWeights(states, trained, averaged=min(stage, 1))  # an average begins anew, with the slow weights of then
+    # An average begins anew, with the slow weights of then.
+    return SlowWeights(states, trained, averaged=min(stage, 1), together=slow.together)
 
 
 def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, SlowWeight], dict[str, Trained], list[str]]:

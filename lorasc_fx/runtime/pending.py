@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lorasc_fx.branch.rows import local
+
 __all__ = ["PendingWatch"]
 
 
@@ -57,7 +59,7 @@ class PendingWatch:
             for name, parameter in parameters.items()
             if parameter.grad is not None
             and self._seen.get(id(parameter)) == parameter._version
-            and bool(parameter.grad.any())
+            and bool(local(parameter.grad).any())
         ]
 
     def note(self, parameter: nn.Parameter) -> None:

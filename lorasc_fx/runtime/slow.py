@@ -24,7 +24,9 @@ from lorasc_fx.branch import (
     gain_of,
     has_trained,
     is_quantized,
+    slow_faults,
 )
+from lorasc_fx.branch.rows import Together, local
 from lorasc_fx.branch.stage import all_finite, write_start
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.plan import Plan
@@ -79,6 +81,7 @@ class SlowWeights:
         parked: no stage runs; the parameters hold the slow weights, without noise.
         left_out: names of the weights that the last fold did not move, because what had trained was not finite.
         averaged: number of stages whose slow weights are in the average.
+        together: the processes that hold the weights in shards, of which this one has its own; None for one process.
     """
 
     states: Mapping[str, SlowWeight] = field(default_factory=dict)
@@ -86,6 +89,11 @@ class SlowWeights:
     parked: bool = False
     left_out: frozenset[str] = frozenset()
     averaged: int = 0
+    together: Together | None = None
+
+    def some(self, flag: bool) -> bool:
+        """Whether it holds here, or on a process that holds other shards."""
+        return flag if self.together is None else self.together.some(flag)
 
     def with_weights(
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, mapped: Mapping[str, torch.Tensor] | None = None
@@ -143,14 +151,14 @@ class SlowWeights:
         """Write what `value` returns into `out`; for a branch with magnitudes the plan is that of its stage."""
         state, live, gain = self._as_run(self.states[name]), None, None
         if branch is not None and which == "fast":
-            live = factors_of(branch, out.device, state.began)
+            live = factors_of(branch, out.device, state.began, state.part)
             if plan is not None and has_trained(branch, state.began):
                 gain = gain_of(branch, state, plan.spec, plan.stage, not self.parked)
         state.write(out, which, arithmetic(out.dtype), live, gain)
 
     def moved(self, branches: Mapping[str, Branch]) -> bool:
-        """Whether one of these branches, by weight name, has left the start of its stage."""
-        return any(has_trained(branch, self.states[name].began) for name, branch in branches.items())
+        """Whether one of these branches, by weight name, has left the start of its stage, here or elsewhere."""
+        return self.some(any(has_trained(branch, self.states[name].began) for name, branch in branches.items()))
 
     def after_stage(
         self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
@@ -165,7 +173,7 @@ class SlowWeights:
         Raises:
             NonFiniteBranch: one of them is not finite, or makes a weight so, and spec.on_nonfinite is "raise".
         """
-        spec, noisy, finite = plan.spec, not self.parked, all_finite(branches.values())
+        spec, noisy, finite = plan.spec, not self.parked, not self.some(not all_finite(branches.values()))
         left_out: set[str] = set()
         size = sum(each.numel() for branch in branches.values() for each in branch.parameters())
         kept_on = sum(kept.base.numel() for kept in self.trained.values()) <= max(AFFORDABLE, size)
@@ -177,7 +185,7 @@ class SlowWeights:
         trained = {}
         for name, kept in self.trained.items():
             fast = host(parameters[name])
-            if _spoilt(name, fast, kept.base, plan):
+            if _spoilt(name, self.some(_broken(fast, kept.base)), plan):
                 trained[name] = kept.averaged(kept, share)
                 left_out.add(name)
                 continue
@@ -192,7 +200,9 @@ class SlowWeights:
 
     def faults(self) -> list[str]:
         """Return a sentence for each weight whose slow state holds inf or nan, or what does not belong together."""
-        found = [f"the slow state of {name} {fault}" for name, each in self.states.items() for fault in each.faults()]
+        found = [
+            f"the slow state of {name} {fault}" for name, each in self.states.items() for fault in slow_faults(each)
+        ]
         for name, kept in self.trained.items():
             held = [each for each in (kept.slow, kept.start, kept.average) if each is not None]
             if any(bool((~torch.isfinite(each) & torch.isfinite(kept.base)).any()) for each in held):
@@ -204,13 +214,18 @@ class SlowWeights:
         return replace(state, start=state.slow, dense_start=state.dense_slow) if self.parked else state
 
 
-def _spoilt(name: str, fast: torch.Tensor, base: torch.Tensor, plan: Plan) -> bool:
-    """Whether a parameter trained in full has an inf or nan where it had none before it was adapted.
+def _broken(fast: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether a parameter trained in full has an inf or nan where it had none before it was adapted."""
+    return bool((~torch.isfinite(fast) & torch.isfinite(base)).any())
+
+
+def _spoilt(name: str, broken: bool, plan: Plan) -> bool:
+    """Return it, after a warning where it is so.
 
     Raises:
-        NonFiniteBranch: it has, and spec.on_nonfinite is "raise".
+        NonFiniteBranch: it is so, and spec.on_nonfinite is "raise".
     """
-    if not bool((~torch.isfinite(fast) & torch.isfinite(base)).any()):
+    if not broken:
         return False
     told = f"{name}, which is trained in full, holds inf or nan at the end of stage {plan.stage}"
     if plan.spec.on_nonfinite == "raise":
@@ -223,10 +238,12 @@ def _spoilt(name: str, fast: torch.Tensor, base: torch.Tensor, plan: Plan) -> bo
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory, off the training device; of a quantized weight, which nothing writes to, itself."""
+    """Return a copy in host memory, off the training device, of what is here; of a quantized weight, which nothing
+    writes to, itself.
+    """
     if is_quantized(tensor):
         return tensor.detach()
-    return tensor.detach().to("cpu", copy=True)
+    return local(tensor).detach().to("cpu", copy=True)
 
 
 def write(
@@ -269,8 +286,9 @@ def fill(
     with torch.no_grad():
         for name in names:
             if not is_quantized(parameters[name]):
-                undo(partial(_again, old, name, parameters[name], parameters[name]._version, spare))
-                new(name, parameters[name])
+                out = local(parameters[name])
+                undo(partial(_again, old, name, out, out._version, spare))
+                new(name, out)
 
 
 def _again(

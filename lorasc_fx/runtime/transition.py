@@ -17,6 +17,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, fill_factor
 from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.branch.rows import local, part_of
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
@@ -112,11 +113,11 @@ def begin(
         undo(partial(_put, kept, scales))
         for weight, branch in branches.items():
             branch.to_rank(planned.by_weight[weight])
-            branch.lora_A.copy_(starts[weight])
-            branch.lora_B.zero_()
+            local(branch.lora_A).copy_(part_of(starts[weight], branch.lora_A))
+            local(branch.lora_B).zero_()
         put_starts(branches, started, undo)
         for name, parameter in trained.items():
-            parameter.copy_(resting_value(after, name))
+            local(parameter).copy_(resting_value(after, name))
         for parameter, _, _ in kept:
             parameter.grad = None
         if optimizer is not None:
@@ -131,7 +132,7 @@ def begin(
         core.advance(planned, after)
         core.turning.call_off()
         if planned.spec.restart_A == "gradient" and not after.parked and optimizer is not None:
-            core.turning.arm(parameters, branches, optimizer)
+            core.turning.arm(parameters, branches, optimizer, core.replicas)
         if then is not None:
             then()
 
@@ -213,14 +214,16 @@ def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
     fresh, until the first step has seen one.
     """
     same = branch.rank == site.rank
-    if plan.spec.restart_A == "kept" and same and bool(torch.isfinite(branch.lora_A).all()):
+    if plan.spec.restart_A == "kept" and same and bool(torch.isfinite(local(branch.lora_A)).all()):
         return branch.lora_A.detach().clone()
     return fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
 
 
-def trained_moved(slow: SlowWeights, trained: dict[str, nn.Parameter]) -> bool:
+def trained_moved(slow: SlowWeights, trained: Mapping[str, nn.Parameter]) -> bool:
     """Whether a parameter trained in full has left the value that its stage started from."""
-    return any(
-        not torch.equal(parameter.detach().cpu(), resting_value(slow, name).to(parameter.dtype))
-        for name, parameter in trained.items()
+    return slow.some(
+        any(
+            not torch.equal(local(parameter).detach().cpu(), resting_value(slow, name).to(parameter.dtype))
+            for name, parameter in trained.items()
+        )
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasc_fx.branch import Began, Branch, DoraBranch, Expert, Factors, KeptNoise, Past, SlowWeight, Turn, began_shapes
+from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.opening import told
@@ -72,7 +73,8 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     moves: list[tuple[torch.Tensor, torch.Tensor]] = []
     for weight, branch in branches.items():
         for name, factor in branch.named_parameters():
-            moves.append((factor, held.take(f"branch/{weight}/{name}", tuple(factor.shape), factor.dtype, whole)))
+            own = local(factor)
+            moves.append((own, held.take(f"branch/{weight}/{name}", tuple(own.shape), own.dtype, whole)))
     if set(meta["slow"]) != set(slow.states):
         odd = sorted(set(meta["slow"]) ^ set(slow.states))
         raise CheckpointError(f"{where}: the slow state and the plan disagree about {told(odd[0])}")
@@ -98,7 +100,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
         moves.append((buffer, held.take(f"buffer/{name}", tuple(buffer.shape), buffer.dtype)))
     if held.left:
         raise CheckpointError(f"{where}: holds {told(repr(next(iter(held.left))))}, which this plan has no place for")
-    after = SlowWeights(states, trained, meta["parked"], averaged=meta.get("averaged", 0))
+    after = SlowWeights(states, trained, meta["parked"], averaged=meta.get("averaged", 0), together=slow.together)
     old = [tensor.detach().clone() for tensor, _ in moves]
     held_before = {name: parameters[name].detach().clone() for name in values}
 
