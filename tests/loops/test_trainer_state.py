@@ -167,6 +167,8 @@ class Spy(TrainerCallback):  # type: ignore[misc]
                 told[name] = with_weights(cascade.model, values)(self.x, self.labels)["loss"].item()
         assert len({round(each, 4) for each in told.values()}) == 3
         assert self.trainer.evaluate()["eval_loss"] == pytest.approx(told[callback.evaluate], abs=1e-5)
+        predicted = self.trainer.predict(rows(7)).metrics["test_loss"]
+        assert predicted == pytest.approx(told[callback.evaluate], abs=1e-5)
         self.trainer.save_model(f"{args.output_dir}/saved")
         saved = load_file(f"{args.output_dir}/saved/model.safetensors")
         for name, value in slow.items():
