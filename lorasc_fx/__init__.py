@@ -21,8 +21,8 @@ from lorasc_fx.errors import (
     VerifyError,
 )
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
-from lorasc_fx.runtime import Cascade, Stage, save, shuffled_batches
-from lorasc_fx.spec import CascadeSpec, Noise, Rule
+from lorasc_fx.runtime import Cascade, Plateau, Rewarmed, Stage, save, shuffled_batches
+from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
 
 __all__ = [
     "CaptureError",
@@ -38,13 +38,16 @@ __all__ = [
     "PassError",
     "PassOrderError",
     "Plan",
+    "Plateau",
     "Reason",
     "Refusal",
+    "Rewarmed",
     "Rule",
     "Site",
     "SpecError",
     "Stage",
     "StateError",
+    "TrainRule",
     "UnknownTarget",
     "VerifyError",
     "adapt",

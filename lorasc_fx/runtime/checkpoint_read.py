@@ -170,12 +170,12 @@ def plan_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str
     odd = next((name for name in tensors if name.startswith("rng/") and not _GENERATOR.fullmatch(name)), None)
     if odd is not None:
         yield f"holds {told(repr(odd))}, which is no random generator"
-    planned = {f"branch/{site.weight}/{name}" for site in plan.sites for name in ("lora_A", "lora_B")}
+    planned = {f"branch/{site.weight}/{name}" for site in plan.sites for name in site.parameter_shapes}
     odd = next((name for name in tensors if name.startswith("branch/") and name not in planned), None)
     if odd is not None:
         yield f"holds {told(repr(odd))}, of which the plan has no site"
     for site in plan.sites:
-        for name, shape in zip(("lora_A", "lora_B"), site.factor_shapes, strict=True):
+        for name, shape in site.parameter_shapes.items():
             found = tensors.get(f"branch/{site.weight}/{name}")
             if found is None:
                 yield f"has no tensor {told(repr(f'branch/{site.weight}/{name}'))}"
@@ -260,7 +260,7 @@ def check_plan(
                 f"{manifest}: its plan has {site.weight} of shape {site.shape}, the model {shape}; {way}"
             )
     spec, planned = plan.spec, plan.by_weight
-    rank = max(spec.rank, *(rule.rank or 0 for rule in spec.rules), 0)
+    rank = max(spec.rank, *spec.ranks, *(rule.rank or 0 for rule in spec.rules), 0)
     for name in matrices.keys() - planned.keys():  # one that this call is the first to use would get such a branch
         size = parameters[name].shape
         if rank * (size[0] + math.prod(size[1:])) > max(_ROOM, 64 * parameters[name].numel()):
