@@ -67,8 +67,9 @@ class Run:
         ({"noise": lx.Noise(0.2), "train": ("head.bias",)}, "no"),
         ({"restart": "fast", "optimizer_state": "kept"}, "bf16"),
         ({"restart_A": "gradient"}, "no"),
+        ({"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")}, "no"),
     ],
-    ids=["noise", "bf16", "gradient"],
+    ids=["noise", "bf16", "gradient", "ranks-redrawn"],
 )
 @pytest.mark.parametrize("at", [4, 5, 6, 7])
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path, fields: dict[str, Any], precision: str, at: int) -> None:
