@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -16,11 +17,11 @@ import torch
 
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.extras import require
-from lorasc_fx.integrations.plateau import Plateau
 from lorasc_fx.integrations.small_state import keep_small
 from lorasc_fx.runtime import Cascade, transition
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.optim import check_holds
+from lorasc_fx.runtime.plateau import Plateau
 
 require("loops", "transformers", "accelerate")
 
@@ -53,9 +54,9 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         cascade: the Trainer's model.
         epochs: a stage ends with every so many epochs; 1 if nothing else is given, as in the paper.
         steps: a stage ends with every so many optimizer steps.
-        plateau: a stage ends when so many evaluations in a row have found no lower loss. Slow weights stand still
-            within a stage, so that the loss is that of the fast ones: each evaluation has a second pass for it, and
-            reports it as `eval_fast_loss`.
+        plateau: a stage ends when evaluations find no lower loss any more: a `lorasc_fx.Plateau`, or its patience. Slow
+            weights stand still within a stage, so that the loss is that of the fast ones: each evaluation has a second
+            pass for it, and reports it as `eval_fast_loss`.
         evaluate: what evaluations and predictions see: the `slow` weights, the `fast` ones, or the cascade as it is
             `trained` at this moment, noise included.
 
@@ -70,26 +71,24 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         *,
         epochs: int | None = None,
         steps: int | None = None,
-        plateau: int | None = None,
+        plateau: Plateau | int | None = None,
         evaluate: Evaluated = "slow",
     ) -> None:
         given = {"epochs": epochs, "steps": steps, "plateau": plateau}
-        asked = {name: count for name, count in given.items() if count is not None} or {"epochs": 1}
+        asked = [name for name, value in given.items() if value is not None]
         if len(asked) > 1:
             raise SpecError(f"CascadeCallback: {' and '.join(asked)} both say when a stage ends; give one of them")
-        for name, count in asked.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise SpecError(
-                    f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number of them, 1 or more"
-                )
+        for name, count in (("epochs", epochs), ("steps", steps)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
         if evaluate not in get_args(Evaluated):
             raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; give one of {', '.join(get_args(Evaluated))}")
         cascade.core.check_alive("CascadeCallback")
         self.cascade, self.evaluate = cascade, evaluate
-        self.epochs, self.steps = asked.get("epochs"), asked.get("steps")
-        self.plateau = Plateau(asked["plateau"]) if "plateau" in asked else None
+        self.epochs, self.steps = epochs if asked else 1, steps
+        self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._trainer: Any = None
-        self._turning = False
+        self._over = self._turning = False
         for name in _READ:
             if hasattr(cascade.model, name):
                 setattr(cascade, name, getattr(cascade.model, name))
@@ -121,6 +120,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             raise SpecError("CascadeCallback: plateau looks at evaluations, and eval_strategy is 'no'; give another")
         core, optimizer = self.cascade.core, about["optimizer"]
         check_holds(optimizer, core.trainable())
+        self._check_rates(optimizer)
         transition.unpark(core)
         if self._turning:
             core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
@@ -128,8 +128,9 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """End a stage on a plateau: after the evaluation that found it was saved as it was measured."""
-        if self.plateau is not None and self.plateau.reached:
-            self._end_stage(about["optimizer"])
+        if self._over:
+            self.cascade.transition(about["optimizer"])
+            self._over = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """End a stage by its count of steps or epochs: before an evaluation or a checkpoint of the same step."""
@@ -137,7 +138,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         if (self.steps is not None and state.global_step % self.steps == 0) or (
             self.epochs is not None and whole and int(state.epoch) % self.epochs == 0
         ):
-            self._end_stage(about["optimizer"])
+            self.cascade.transition(about["optimizer"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **about: Any) -> None:
         """Look at the loss."""
@@ -149,7 +150,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 f"CascadeCallback: plateau looks at {name}, and the evaluation gives {', '.join(sorted(metrics))}; "
                 "give the Trainer one eval_dataset, with labels"
             )
-        self.plateau.look(metrics[name])
+        self._over = self.plateau.over(metrics[name]) or self._over
 
     def on_train_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Fold a stage that was cut short; after the best model was loaded, drop it, as it was not measured."""
@@ -165,20 +166,17 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
     # ---- inside
 
-    def _end_stage(self, optimizer: torch.optim.Optimizer) -> None:
-        self.cascade.transition(optimizer)
-        if self.plateau is not None:
-            self.plateau.reset()
-
     def _extra(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of this callback."""
-        return {"plateau": self.plateau.state()} if self.plateau is not None else {}
+        return {"over": self._over, "plateau": self.plateau.state_dict()} if self.plateau is not None else {}
 
     def _taken(self, found: Checkpoint) -> None:
         """Go on from what a checkpoint has kept."""
         self._turning = bool(found.manifest["turning"])
-        if self.plateau is not None and "plateau" in found.manifest["extra"]:
-            self.plateau.take(found.manifest["extra"]["plateau"])
+        extra = found.manifest["extra"]
+        if self.plateau is not None and "plateau" in extra:
+            self.plateau.load_state_dict(extra["plateau"])
+            self._over = extra["over"]
 
     @contextlib.contextmanager
     def _placed(self, which: Evaluated) -> Iterator[None]:
@@ -230,6 +228,27 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 f"CascadeCallback: the Trainer's model is {type(model).__name__}, and not the cascade that the "
                 "callback was given; give both the same (and no model_init)"
             )
+
+    def _check_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer of one learning rate where the spec asks for several: the Trainer's own is one."""
+        spec = self.cascade.plan.spec
+        if spec.lr_ratio == 1.0 and all(rule.lr is None for rule in spec.train_rules):
+            return
+        found = {
+            id(each): group.get("initial_lr", group["lr"])
+            for group in optimizer.param_groups
+            for each in group["params"]
+        }
+        first = self.cascade.param_groups(lr=1.0)[0]  # lora_A, or lora_B where that is not trained
+        asked = self.cascade.param_groups(lr=found[id(first["params"][0])] / first["lr"])
+        for group in asked:
+            for each in group["params"]:
+                if not math.isclose(found[id(each)], group["lr"], rel_tol=1e-6):
+                    raise SpecError(
+                        f"CascadeCallback: {group['name']} is to have the learning rate {group['lr']:g} (lr_ratio, "
+                        f"train_rules), and has {found[id(each)]:g} in the Trainer's optimizer; give it "
+                        "optimizers=(torch.optim.AdamW(cascade.param_groups(lr=...)), None)"
+                    )
 
     def _check_arguments(self, args: Any) -> None:
         if args.n_gpu > 1:

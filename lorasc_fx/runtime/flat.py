@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from lorasc_fx.branch import fill_factor
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, half_step
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, _canonical
@@ -93,7 +95,8 @@ def take_over(
             f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted"
         )
     _check_alike(core.plan, found)
-    sites, gradients = core.sites, [(each, each.grad) for each in core.trainable().values()]
+    placed = {site.weight: site.placement for site in core.sites}
+    gradients = [(each, each.grad) for each in core.trainable().values()]
 
     def put_back() -> None:
         for parameter, gradient in gradients:
@@ -107,8 +110,10 @@ def take_over(
         for parameter, _ in gradients:
             parameter.grad = None
         undo(_values(core))
+        for weight, branch in core.branches_by_weight().items():
+            branch.to_rank(found.plan.by_weight[weight])
         cascade.load(found)
-        if core.sites != sites:  # placed elsewhere, on another machine: the same graphs, so the same bits
+        if placed != {site.weight: site.placement for site in core.sites}:  # chosen on another machine, as its bits are
             cascade._variants = Variants()
         then(found)
         half_step.unpack(core, found.tensors, found.manifest.get("pending", ()), str(found.path))
@@ -119,6 +124,7 @@ def _values(core: Core) -> Callable[[], None]:
     plan, slow = core.plan, core.slow
     tensors = (*core.branches.parameters(), *core.trained_parameters().values(), *core.model.buffers())
     held = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    scales = [(branch, branch.scale) for branch in core.by_key.values()]
 
     def rest(name: str, out: torch.Tensor) -> None:
         slow.write_resting(name, plan, out)
@@ -126,7 +132,12 @@ def _values(core: Core) -> Callable[[], None]:
     def write() -> None:
         with torch.no_grad():
             for tensor, value in held:
-                tensor.copy_(value)
+                if isinstance(tensor, nn.Parameter):
+                    fill_factor(tensor, value)
+                else:
+                    tensor.copy_(value)
+        for branch, scale in scales:
+            branch.scale = scale
         fill(core.weights_by_name(), slow.states, rest, rest)
         core.advance(plan, slow)
 

@@ -23,8 +23,8 @@ CallbackOf = lx.integrations.transformers.CascadeCallback
     ("how", "sentence"),
     [
         ({"epochs": 1, "steps": 2}, "epochs and steps both say when a stage ends; give one of them"),
-        ({"steps": 0}, "steps is 0; a stage ends after a whole number of them, 1 or more"),
-        ({"plateau": True}, "plateau is True; a stage ends after a whole number of them, 1 or more"),
+        ({"steps": 0}, "steps is 0; a stage ends after a whole number, 1 or more"),
+        ({"epochs": True}, "epochs is True; a stage ends after a whole number, 1 or more"),
         ({"evaluate": "slwo"}, "evaluate is 'slwo'; give one of slow, fast, trained"),
     ],
 )
@@ -130,14 +130,32 @@ def test_an_optimizer_without_the_branches(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("state", [{"lowest": "low", "count": 1}, {"lowest": 1.0, "count": -1}, {}], ids=str)
-def test_a_state_of_a_plateau(state: dict[str, Any]) -> None:
-    from lorasc_fx.integrations.plateau import Plateau
-
-    with pytest.raises(lx.CheckpointError, match=exactly(
-        f"the state of a plateau is {state!r}; it needs a lowest loss and a count"
-    )):  # fmt: skip
-        Plateau(1).take(state)
+@pytest.mark.parametrize(
+    ("fields", "name", "asked"),
+    [
+        ({"lr_ratio": 16.0}, "lora_B", 0.32),
+        ({"train": ("head.bias",), "train_rules": (lx.TrainRule("head.*", lr=0.5),)}, "train:head.*", 0.5),
+    ],
+    ids=["ratio", "rule"],
+)
+def test_learning_rates_of_the_spec(tmp_path: Path, fields: dict[str, Any], name: str, asked: float) -> None:
+    """The Trainer's own optimizer has one for all; one of `param_groups` has what is asked for, and trains."""
+    spec = lx.CascadeSpec(rank=2, **fields)
+    cascade = adapted(spec)
+    trainer = Trainer(model=cascade, args=arguments(tmp_path), train_dataset=rows(), callbacks=[CallbackOf(cascade)])
+    sentence = (
+        f"CascadeCallback: {name} is to have the learning rate {asked:g} (lr_ratio, train_rules), and has 0.02 in the "
+        "Trainer's optimizer; give it optimizers=(torch.optim.AdamW(cascade.param_groups(lr=...)), None)"
+    )
+    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+        trainer.train()
+    cascade = adapted(spec)
+    trainer = Trainer(
+        model=cascade, args=arguments(tmp_path, warmup_steps=2, lr_scheduler_type="linear"), train_dataset=rows(),
+        callbacks=[CallbackOf(cascade)], optimizers=(torch.optim.AdamW(cascade.param_groups(lr=0.02)), None),
+    )  # fmt: skip
+    trainer.train()
+    assert cascade.stage == 3
 
 
 def test_copies_on_several_devices(tmp_path: Path) -> None:

@@ -42,7 +42,10 @@ def trainer_of(cascade: lx.Cascade, folder: Path, how: dict[str, Any], *callback
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "epochs": ({"epochs": 1}, {}, {}),
     "steps-accumulated": ({"steps": 2}, {"gradient_accumulation_steps": 2, "num_train_epochs": 3}, {}),
-    "plateau": ({"plateau": 1}, {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.5}, {}),
+    "plateau": ({"plateau": 0}, {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.5}, {}),
+    "ranks-redrawn": ({"steps": 2}, {}, {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")}),
+    "dora": ({"steps": 3}, {}, {"use_dora": True, "train": ()}),
+    "pissa-averaged": ({"steps": 3}, {}, {"start": "pissa", "average": "ema", "noise": lx.Noise()}),
     "gradient": ({"steps": 3}, {}, {"restart_A": "gradient", "noise": lx.Noise()}),
     "fast-kept": ({"steps": 3}, {"bf16": True}, {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"}),
     "best": (
@@ -167,6 +170,8 @@ class Spy(TrainerCallback):  # type: ignore[misc]
                 told[name] = with_weights(cascade.model, values)(self.x, self.labels)["loss"].item()
         assert len({round(each, 4) for each in told.values()}) == 3
         assert self.trainer.evaluate()["eval_loss"] == pytest.approx(told[callback.evaluate], abs=1e-5)
+        predicted = self.trainer.predict(rows(7)).metrics["test_loss"]
+        assert predicted == pytest.approx(told[callback.evaluate], abs=1e-5)
         self.trainer.save_model(f"{args.output_dir}/saved")
         saved = load_file(f"{args.output_dir}/saved/model.safetensors")
         for name, value in slow.items():
@@ -186,7 +191,7 @@ def test_a_plateau_ends_a_stage(tmp_path: Path) -> None:
             stages.append(cascade.stage)
 
     more = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "num_train_epochs": 2}
-    trainer = trainer_of(cascade, tmp_path, {"plateau": 2}, Watch(), **more)
+    trainer = trainer_of(cascade, tmp_path, {"plateau": 1}, Watch(), **more)
     trainer.train()
     assert stages == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
     found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
