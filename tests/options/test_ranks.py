@@ -206,6 +206,41 @@ def test_a_transition_to_another_rank_is_done_or_not_done(kind: str) -> None:
         assert torch.equal(value, factors(twin)[name])
 
 
+class Late(nn.Module):
+    """A head that eval mode alone uses, or with `python` inputs of a negative sum, which no whole graph can tell."""
+
+    def __init__(self, python: bool) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.body, self.head, self.python = nn.Linear(5, 7), nn.Linear(7, 6), python
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.body(x).tanh()
+        if self.python:
+            return hidden if x.sum() > 0 else self.head(hidden)
+        return hidden if self.training else self.head(hidden)
+
+
+@pytest.mark.parametrize("python", [False, True])
+def test_a_site_that_comes_in_a_later_stage_has_the_rank_of_that(python: bool) -> None:
+    spec = lx.CascadeSpec(ranks=RANKS, lora_alpha=4.5, pace=1.0)
+    x = torch.ones(4, 5).double()
+    cascade = lx.adapt(Late(python).double().train(), (x,), spec=spec)
+    assert cascade.frontend == ("pieces" if python else "export")
+    for _ in range(2):
+        cascade(x)
+        cascade.transition(None)
+    assert len(cascade.sites) == 1
+    cascade.train(python)
+    expected = Late(python).double().train(python)
+    torch.testing.assert_close(cascade(-x), expected(-x), rtol=0, atol=1e-12)
+    assert {name: branch.rank for name, branch in branches(cascade).items()} == {"body.weight": 3, "head.weight": 3}
+    assert cascade.stage == 3
+    cascade.transition(None)
+    torch.testing.assert_close(cascade(-x), expected(-x), rtol=0, atol=1e-12)
+    assert {branch.rank for branch in branches(cascade).values()} == {1}
+
+
 def test_compiled_code_is_compiled_again() -> None:
     """The oracle is the cascade without a compiler; the same graph serves again where the rank is known already."""
     seen: list[int] = []
