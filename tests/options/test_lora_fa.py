@@ -45,7 +45,7 @@ def test_lora_fa_is_pefts(placement: str, use_rslora: bool) -> None:
     spec = lx.CascadeSpec(
         **PLAIN, use_rslora=use_rslora, train_A=False, nearest_full_gradient=True, placement=placement
     )
-    cascade = lx.adapt(mlp(), (X,), spec=spec)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
     before = {name: branch.lora_A.detach().clone() for name, branch in branches(cascade).items()}
     theirs = lora_of(original, cascade, use_rslora=use_rslora)
     made = create_lorafa_optimizer(theirs, r=PLAIN["rank"], lora_alpha=PLAIN["lora_alpha"], lr=LR)
@@ -149,9 +149,10 @@ class Experts(nn.Module):
         return torch.bmm(x.expand(3, -1, -1), self.stack.transpose(1, 2)).tanh().sum(0)
 
 
+@pytest.mark.slow
 def test_it_can_be_compiled_and_transformed() -> None:
     spec = lx.CascadeSpec(**PLAIN, train_A=False, nearest_full_gradient=True)
-    cascade = lx.adapt(mlp(), (X,), spec=spec)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
     loss_of(cascade(X)).backward()
     expected = {name: value.grad for name, value in cascade.named_parameters() if value.grad is not None}
     assert len(expected) == 3
@@ -194,7 +195,7 @@ def test_the_input_is_not_kept(build: Any) -> None:
 
 def test_a_cascade_of_stages_with_a_fixed_lora_a() -> None:
     spec = lx.CascadeSpec(rank=2, pace=1.0, train_A=False)
-    cascade = lx.adapt(mlp(), (X,), spec=spec)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
     assert [group["name"] for group in optimizer.param_groups] == ["lora_B"]
     first = None
