@@ -66,6 +66,8 @@ def stepped(
         if late and number % 5 == 0:
             cascade.transition(optimizer)
         scheduler.step()
+        if late and number % 5 == 0:  # what is logged now is the rate of the step to come
+            assert scheduler.get_last_lr()[0] <= 0.1 / (WARMUP + 1)
         if not late and number % 5 == 0:
             cascade.transition(optimizer)
     watch.remove()
