@@ -1,6 +1,8 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
 
-from lorasc_fx import export, import_
+import logging
+
+from lorasc_fx import export, import_, integrations
 from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.merge import merge
 from lorasc_fx.errors import (
@@ -51,8 +53,11 @@ __all__ = [
     "adapt",
     "export",
     "import_",
+    "integrations",
     "load",
     "merge",
     "save",
     "shuffled_batches",
 ]
+
+logging.getLogger("lorasc_fx").addHandler(logging.NullHandler())  # quiet, until a program asks for logs

@@ -23,10 +23,11 @@ from lorasc_fx.spec_checks import (
     _rank,
     _ranks,
     _rate,
+    check_noise,
     check_pairs,
 )
 
-__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling", "TrainRule"]
+__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling", "Start", "TrainRule"]
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""
@@ -34,10 +35,12 @@ KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 PLACEMENTS = ("beside", "merged", "weight")
 """Where a branch computes (docs/design.md)."""
 
-Distribution = Literal["uniform", "normal"]
+Distribution = Literal["uniform", "normal", "filter"]
+Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
 Restart = Literal["slow", "fast"]
 StartA = Literal["fresh", "kept", "gradient"]
+Start = Literal["lora", "pissa", "olora"]
 OnNonFinite = Literal["raise", "skip"]
 Average = Literal["off", "ema", "swa"]
 Placement = Literal["auto", "beside", "merged", "weight"]
@@ -49,15 +52,21 @@ class Noise:
 
     Args:
         strength: lambda of algorithm.md, 0 is off.
-        distribution: `uniform` as above (NoisyTune, 2202.12024), or `normal` of the same variance.
+        distribution: `uniform` as above (NoisyTune, 2202.12024), `normal` of the same variance, or `filter`, that of
+            Flat-LoRA (2409.14396): `strength * |W_i| / sqrt(n) * N(0, 1)` in row i of n entries. The paper takes the
+            rows of the weight with the branch in it, and lets the strength grow from 0; here they are those that the
+            stage starts from, and the strength is constant.
         keep: the noise of a stage stays in the slow weights; else the fold takes it away, bit for bit.
         where: on the `sites`, or on `all` weight matrices that are not trained in full.
+        redraw: once a `stage`, or after each optimizer `step`, as in Flat-LoRA: the weights are written anew from W0
+            each time, at the cost of a fold.
     """
 
     strength: float = 0.0
     distribution: Distribution = "uniform"
     keep: bool = False
     where: Where = "sites"
+    redraw: Redraw = "stage"
 
     def __post_init__(self) -> None:
         _number("noise.strength", self.strength)
@@ -65,7 +74,9 @@ class Noise:
             raise SpecError(f"noise.strength is {self.strength}; it scales a standard deviation: give 0 (off) or more")
         _choice("noise.distribution", self.distribution, get_args(Distribution))
         _choice("noise.where", self.where, get_args(Where))
+        _choice("noise.redraw", self.redraw, get_args(Redraw))
         _flag("noise.keep", self.keep)
+        check_noise(self.keep, self.redraw, self.distribution)
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,11 @@ class CascadeSpec:
         noise: see `Noise`.
         restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right singular vectors
             of the `gradient` that the first optimizer step of the stage sees.
+        start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
+            residual while the stage trains: its leading singular vectors (`pissa`, 2404.02948) or the first columns and
+            rows of its QR decomposition (`olora`, 2406.01775).
+        use_dora: each row of a weight has a trainable magnitude, `W' = diag(m / |W + s B A|) (W + s B A)` (2402.09353);
+            for products and convolutions, in place of their ops.
         optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
             entries that are set to zero (ReLoRA, 2307.05695).
         slow_train: parameters under `train` follow the slow rule as well.
@@ -183,6 +199,8 @@ class CascadeSpec:
     restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
     restart_A: StartA = "fresh"
+    start: Start = "lora"
+    use_dora: bool = False
     optimizer_state: Literal["reset", "kept"] | float = "reset"
     slow_train: bool = True
     on_nonfinite: OnNonFinite = "raise"
@@ -205,10 +223,11 @@ class CascadeSpec:
         _choice("placement", self.placement, get_args(Placement))
         _choice("restart", self.restart, get_args(Restart))
         _choice("restart_A", self.restart_A, get_args(StartA))
+        _choice("start", self.start, get_args(Start))
         _choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         if not isinstance(self.noise, Noise):
             raise SpecError(f"noise is {self.noise!r}; give lorasc_fx.Noise(strength)")
-        for name in ("use_rslora", "slow_train", "train_A", "nearest_full_gradient"):
+        for name in ("use_rslora", "slow_train", "use_dora", "train_A", "nearest_full_gradient"):
             _flag(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise SpecError(f"seed is {self.seed!r}; give an integer from 0 to 2**63 - 1")

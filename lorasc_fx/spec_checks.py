@@ -10,7 +10,7 @@ from typing import Any
 
 from lorasc_fx.errors import SpecError, nearest
 
-__all__ = ["check_pairs"]
+__all__ = ["check_noise", "check_pairs"]
 
 
 def check_pairs(spec: Any) -> None:
@@ -51,6 +51,76 @@ def check_pairs(spec: Any) -> None:
         raise SpecError(
             f"average is {spec.average!r} and noise.keep is true: an average of weights would hold a share of each "
             "stage's noise, which has no coefficient; give one of the two"
+        )
+    _check_start(spec)
+    if spec.use_dora:
+        _check_dora(spec)
+
+
+def _check_start(spec: Any) -> None:
+    """Refuse a rule for lora_A where both factors start from the weight."""
+    if spec.start != "lora" and spec.restart_A != "fresh":
+        raise SpecError(
+            f"start is {spec.start!r}, which takes lora_A out of the weight, and restart_A is {spec.restart_A!r}; "
+            "give restart_A='fresh', or start='lora'"
+        )
+
+
+def _check_dora(spec: Any) -> None:
+    """Refuse what a row scale does not go together with."""
+    if spec.restart != "slow":
+        raise SpecError(
+            f"use_dora is True and restart is {spec.restart!r}: the rows of slow and fast weights would be scaled "
+            "apart, and no one list of experts has both; give restart='slow', or use_dora=False"
+        )
+    if spec.restart_A == "gradient":
+        raise SpecError(
+            "use_dora is True and restart_A is 'gradient', whose first step is known for plain LoRA only; "
+            "give restart_A='fresh' or 'kept', or use_dora=False"
+        )
+    if spec.dropout:
+        raise SpecError(
+            f"use_dora is True and dropout is {spec.dropout}: the branch stands in place of its op, whose input is not "
+            "dropped; give dropout=0, or use_dora=False"
+        )
+    if spec.placement not in ("auto", "merged"):
+        raise SpecError(
+            f"use_dora is True and placement is {spec.placement!r}: magnitudes scale the op's own product, so the "
+            "branch stands in its place; give placement='auto' or 'merged', or use_dora=False"
+        )
+    if spec.noise.strength and spec.noise.keep:
+        raise SpecError(
+            "use_dora is True and noise.keep is True: noise that stays would be scaled by every later stage; "
+            "give keep=False, or use_dora=False"
+        )
+    if spec.noise.strength and spec.noise.redraw != "stage":
+        raise SpecError(
+            "use_dora is True and noise.redraw is 'step': the norms of a stage would be those of its last draw; "
+            "give redraw='stage', or use_dora=False"
+        )
+    if spec.average != "off":
+        raise SpecError(
+            f"use_dora is True and average is {spec.average!r}: an average of weights whose rows were scaled apart "
+            "has no coefficients over one list of experts; give average='off', or use_dora=False"
+        )
+    if spec.nearest_full_gradient:
+        raise SpecError(
+            "use_dora is True and nearest_full_gradient is True: the correction is that of a plain branch, whose rows "
+            "no magnitude scales; give one of the two"
+        )
+
+
+def check_noise(keep: bool, redraw: str, distribution: str) -> None:
+    """Refuse to keep noise of which there is no one draw, or no one size."""
+    if keep and redraw == "step":
+        raise SpecError(
+            "noise.keep is True and noise.redraw is 'step': a stage has many draws, and none of them is its noise; "
+            "give keep=False, or redraw='stage'"
+        )
+    if keep and distribution == "filter":
+        raise SpecError(
+            "noise.keep is True and noise.distribution is 'filter', whose size differs from row to row, and what is "
+            "kept has one size a weight; give keep=False, or distribution='normal'"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -117,7 +118,7 @@ def load(
         check_plan(found, weights.matrices, weights.parameters)
         _check_forms(found)
         try:
-            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo)
+            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, empty=True)
         except (PassError, SpecError) as fault:
             raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
         undo(cascade.core.base_writer())
@@ -145,8 +146,9 @@ def _adapt(
     frontend: str,
     source: BaseFile | None,
     undo: AllOrNothing,
+    empty: bool = False,
 ) -> Cascade:
-    """Adapt by a plan: an empty one that has only a spec, or one that was saved."""
+    """Adapt by a plan: an empty one that has only a spec, or one that was saved, whose numbers are still to come."""
     weights = named_weights(opened)
     bound = check_binds(opened, tuple(args), dict(kwargs or {}))
     maker = Compiler(frontend, signature_of(opened))
@@ -155,11 +157,14 @@ def _adapt(
     undo(partial(flags.restore, opened))
     for name, parameter in weights.parameters.items():
         parameter.requires_grad_(name in trained)
+    begun = time.monotonic()
     made = maker.make(opened, plan, {}, (), *bound, wide=False)
+    sites, seconds = len(made.plan.sites), time.monotonic() - begun
+    log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {}))
     cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), example, flags)
     cascade.core.base_file = source
-    cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names))
+    cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
         _ADAPTED[parameter] = ref(cascade)

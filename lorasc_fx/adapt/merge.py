@@ -65,6 +65,12 @@ def merge(
         raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
     shares = _shares(weights, len(runs))
     found = [_Found.of(run, f"run {number}") for number, run in enumerate(runs, start=1)]
+    scaled = next((each.name for each in found if each.plan.spec.use_dora), None)
+    if scaled is not None:
+        raise SpecError(
+            f"merge: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "
+            "Release the runs and sum their weights"
+        )
     opened = open_model(model)
     _check_new(opened)
     source = open_base(base, opened)
@@ -76,7 +82,7 @@ def merge(
         parts = [each.part(opened) for each in found]
         plan = _plan(parts, named_weights(opened).names)
         try:
-            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo)
+            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo, empty=True)
         except PassError as fault:
             raise SpecError(f"merge: the sites of these runs do not fit together: {fault}") from fault
         undo(cascade.core.base_writer())
@@ -138,7 +144,7 @@ class _Found:
         branches = missing_branches(self.plan, {}, named.parameters)
         core = Core(scratch, nn.ModuleDict(dict(branches)), self.plan, self.frontend)
         with AllOrNothing() as undo:
-            core.start(trained, undo, rules_of(self.plan.spec, trained, named.names))
+            core.start(trained, undo, rules_of(self.plan.spec, trained, named.names), empty=True)
         restore(core, self.run)
         return part_of(core, self.name)
 

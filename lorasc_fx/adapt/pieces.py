@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.capture import OWNER, Pieces, copied, quiet, seed, substituted, try_model, untouched, watch, whole
 from lorasc_fx.cost import Cheapest, Expectation, expect
-from lorasc_fx.errors import CaptureError, NoSites
+from lorasc_fx.errors import CaptureError, NoSites, SpecError
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
@@ -140,6 +140,12 @@ def make_pieces(
     found = survey(pieces.graphs, record, plan.spec, watch(pieces.model, args, kwargs), Cheapest(plan.spec))
     if not found.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=found.refusals, unreached=found.unreached)))
+    scaled = next((site.weight for site in found.plan.sites if site.use_dora), None)
+    if scaled is not None:
+        raise SpecError(
+            f"use_dora is True, and {type(pieces.model).__name__} runs in pieces, where the branch of {scaled} cannot "
+            "stand in place of its op; give use_dora=False, or a front end that takes the whole model"
+        )
     held = missing_branches(found.plan, branches, parameters)
     if swap_all:
         _check_swappable(pieces, held.values())

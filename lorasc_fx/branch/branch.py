@@ -112,7 +112,7 @@ class Branch(nn.Module, abc.ABC):
 
     def finite(self) -> bool:
         """Whether no entry of the factors is inf or nan."""
-        return bool(torch.isfinite(self.lora_A).all() and torch.isfinite(self.lora_B).all())
+        return all(bool(torch.isfinite(factor).all()) for factor in self.parameters())
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the branch."""

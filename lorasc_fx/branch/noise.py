@@ -1,6 +1,7 @@
-"""The noise of a stage: `N = strength * std(W) * U(-1/2, 1/2)`, or a normal of the same variance.
+"""The noise of a stage, or of a step: `N = strength * std(W) * U(-1/2, 1/2)`, or a normal of the same variance; or by
+rows, `N_ij = strength * |W_i| / sqrt(n) * N(0, 1)`.
 
-Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise".
+Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise". By rows: Flat-LoRA (2409.14396).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from lorasc_fx.branch.address import generator
 from lorasc_fx.spec import Noise
 
-__all__ = ["amplitude", "draw"]
+__all__ = ["amplitude", "draw", "row_sizes"]
 
 
 def amplitude(noise: Noise, weight: torch.Tensor) -> float:
@@ -26,9 +27,28 @@ def amplitude(noise: Noise, weight: torch.Tensor) -> float:
     return noise.strength * size
 
 
-def draw(noise: Noise, seed: int, stage: int, name: str, shape: torch.Size) -> torch.Tensor:
-    """Return the unscaled noise of this address, in fp32 on the CPU: U(-1/2, 1/2), or N(0, 1/12)."""
-    source = generator(seed, stage, "noise", name)
+def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, turned: bool) -> torch.Tensor:
+    """Return `strength * |W_i| / sqrt(n)` of each row i of n entries, of a shape that broadcasts over the weight.
+
+    Args:
+        noise: of the distribution `filter`.
+        weight: [out, ...], [in, out] if `turned`; with an axis of experts before if `stacked`.
+        stacked, turned: how it is stored.
+    """
+    own = (1 if stacked else 0) + (1 if turned else 0)
+    rest = [axis for axis in range(1 if stacked else 0, weight.dim()) if axis != own]
+    count = math.prod(weight.shape[axis] for axis in rest)
+    sizes: torch.Tensor = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
+    return sizes.mul_(noise.strength / math.sqrt(max(1, count)))
+
+
+def draw(noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0) -> torch.Tensor:
+    """Return the unscaled noise of this address, in fp32 on the CPU: U(-1/2, 1/2), N(0, 1/12), or for `filter` N(0, 1).
+
+    Step 0 is the start of the stage.
+    """
+    source = generator(seed, stage, f"noise of step {step}" if step else "noise", name)
     if noise.distribution == "uniform":
         return torch.rand(shape, generator=source, dtype=torch.float32).sub_(0.5)
-    return torch.randn(shape, generator=source, dtype=torch.float32).mul_(12**-0.5)
+    normal = torch.randn(shape, generator=source, dtype=torch.float32)
+    return normal if noise.distribution == "filter" else normal.mul_(12**-0.5)

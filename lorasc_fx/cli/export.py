@@ -33,19 +33,19 @@ def _safetensors(cascade: lx.Cascade, path: Path, which: Which) -> object:
         return lx.export.safetensors(cascade, path, which=which, progress=told)
 
 
-def _peft(cascade: lx.Cascade, path: Path, which: Which) -> object:
-    written = lx.export.peft(cascade, path, which=which)
+def _peft(cascade: lx.Cascade, path: Path, which: Which, max_rank: int | None, uniform_rank: bool) -> object:
+    written = lx.export.peft(cascade, path, which=which, max_rank=max_rank, uniform_rank=uniform_rank)
     print(written)
     return written
 
 
-FORMATS: dict[str, Callable[[lx.Cascade, Path, Which], object]] = {
+FORMATS: dict[str, Callable[..., object]] = {
     "pt2": _pt2,
     "onnx": _onnx,
     "peft": _peft,
     "safetensors": _safetensors,
 }
-"""What writes a cascade to a path, by the name of the format."""
+"""What writes a cascade to a path, by the name of the format; `peft` takes the ranks as well."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class ExportArguments:
     `peft` (one LoRA adapter, a folder)."""
     output: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
     """File or folder to write."""
+    max_rank: int | None = None
+    """Of `peft`: no weight gets a higher rank; what is cut off is printed, weight by weight."""
+    uniform_rank: bool = False
+    """Of `peft`: one rank for all weights, by zeros, for loaders that ignore patterns (vLLM)."""
     which: Which = "slow"
     """The slow weights, or their average over stages, where the run's spec keeps one."""
 
@@ -67,7 +71,7 @@ def run_export(arguments: ExportArguments) -> int:
     """Write the format and return the exit code.
 
     Raises:
-        SpecError: no format is called so.
+        SpecError: no format is called so, or it has no ranks to be told.
         StateError: the folder holds no run, or no checkpoint yet.
         MissingExtra: a package that writes the format is not installed.
     """
@@ -75,7 +79,12 @@ def run_export(arguments: ExportArguments) -> int:
         raise SpecError(
             f"no format is called {arguments.to!r}{nearest(arguments.to, FORMATS)}; known: {', '.join(FORMATS)}"
         )
+    ranks = {"max_rank": arguments.max_rank, "uniform_rank": arguments.uniform_rank} if arguments.to == "peft" else {}
+    if not ranks and (arguments.max_rank is not None or arguments.uniform_rank):
+        raise SpecError(
+            f"--max-rank and --uniform-rank are of an adapter, {arguments.to} has none: drop them, or --to peft"
+        )
     opened = open_run(arguments.run)
-    FORMATS[arguments.to](opened.cascade, arguments.output, arguments.which)
+    FORMATS[arguments.to](opened.cascade, arguments.output, arguments.which, **ranks)
     print(f"{arguments.output}: {arguments.which} {opened.said}")
     return 0

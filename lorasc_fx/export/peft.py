@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorasc_fx.branch import Factors, SlowWeight, arithmetic
+from lorasc_fx.branch import arithmetic
 from lorasc_fx.errors import ExportError, SpecError, StateError
-from lorasc_fx.export.change import Change, change_of
+from lorasc_fx.export.change import Change, change_of, nothing
 from lorasc_fx.export.folder import write_folder
 from lorasc_fx.export.low_rank import CutOff
 from lorasc_fx.export.peft_config import CONFIG, TENSORS, config_of, leaking
-from lorasc_fx.export.peft_layout import PREFIX, Place, as_theirs, names_of, wrapped
+from lorasc_fx.export.peft_layout import PREFIX, Place, as_theirs, magnitude_as_theirs, names_of, wrapped
 from lorasc_fx.export.places import places_of
 from lorasc_fx.export.saved import Saved, key_path, save_whole
 from lorasc_fx.runtime import Cascade
@@ -111,7 +111,12 @@ def peft(
         if not (change.trained and core.sites):
             raise StateError("export.peft: no site has trained, and an adapter without a change is none")
         first = core.sites[0].weight  # peft knows no adapter that only saves modules whole
-        change.pairs[first] = _nothing(core.slow.states[first])
+        change.pairs[first] = nothing(core.slow.states[first])
+    if max_rank is not None and change.magnitudes:
+        raise SpecError(
+            f"export.peft: max_rank is {max_rank}, and the rows of this cascade are scaled (use_dora): a nearest pair "
+            "of a smaller rank has other norms; give max_rank=None"
+        )
     if max_rank is not None:
         change.at_most(max_rank)
     if uniform_rank:
@@ -133,6 +138,7 @@ def peft(
         saved.biases,
         task_type=task_type,
         base_model_name_or_path=base_model or _name_of(model),
+        use_dora=bool(change.magnitudes),
     )
     tensors = _whole(core, saved, change) | _factors(core, places, change, dtype)
 
@@ -163,11 +169,6 @@ def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
         raise SpecError(f"export.peft: dtype is {dtype!r}; give a floating dtype, as torch.float32")
 
 
-def _nothing(state: SlowWeight) -> Factors:
-    *stack, rows, columns = state.matrix
-    return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
-
-
 def _factors(
     core: Core, places: Mapping[str, Sequence[Place]], change: Change, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
@@ -178,7 +179,10 @@ def _factors(
         base = core.slow.states[name].base
         for place in each:
             path = f"{PREFIX}{key_path(place.path, wraps)}.{_inside(core.model, place, flat)}"
-            for end, tensor in zip(names_of(place), as_theirs(place, change.pairs[name], base.shape), strict=True):
+            own = dict(zip(names_of(place), as_theirs(place, change.pairs[name], base.shape), strict=True))
+            if name in change.magnitudes:
+                own["lora_magnitude_vector"] = magnitude_as_theirs(place, change.magnitudes[name], base.dim())
+            for end, tensor in own.items():
                 found[path + end] = tensor.to(dtype or arithmetic(base.dtype)).clone(
                     memory_format=torch.contiguous_format
                 )

@@ -7,13 +7,13 @@ from lorasc_fx.graph.edit import GraphEditor, drop_nodes, weights_from_inputs
 from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading, WeightForm
 from lorasc_fx.graph.forms import (
     ADDED_FIRST,
-    BRANCH_OF,
     CONTRACTIONS,
     FORMS,
     LIKE_ANOTHER,
     ON_CHOSEN,
     ON_WEIGHT,
     SCALES,
+    branch_class,
     form_named,
     form_of,
     weighs,
@@ -34,7 +34,6 @@ from lorasc_fx.graph.writes import written_between
 __all__ = [
     "ADDED_FIRST",
     "BRANCHES",
-    "BRANCH_OF",
     "CONTRACTIONS",
     "FORMS",
     "LIKE_ANOTHER",
@@ -52,6 +51,7 @@ __all__ = [
     "Use",
     "WeightForm",
     "at_stage",
+    "branch_class",
     "branch_nodes",
     "call_instead",
     "calls_branches",

@@ -254,7 +254,7 @@ class GraphEditor:
         with torch.no_grad(), AllOrNothing() as undo:
             for key, old, new in moves:
                 undo(partial(setattr, old, "scale", old.scale))
-                for factor, value in ((old.lora_A, new.lora_A), (old.lora_B, new.lora_B)):
+                for factor, value in zip(old.parameters(), new.parameters(), strict=True):
                     undo(partial(fill_factor, factor, factor.detach().clone()))
                     fill_factor(factor, value)
                 old.scale = new.scale

@@ -90,5 +90,6 @@ def describe(
             rank, ranks = (rule.rank, ()) if rule.rank is not None else (rank, ranks)
             lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
             break
-    site = Site(weight, kind, tuple(shape), rank, float(lora_alpha), spec.use_rslora, aliases, layout, parts)
+    own = (rank, float(lora_alpha), spec.use_rslora)
+    site = Site(weight, kind, tuple(shape), *own, aliases, layout, parts, use_dora=spec.use_dora)
     return replace(site, ranks=ranks, train_A=spec.train_A, nearest_full_gradient=spec.nearest_full_gradient)

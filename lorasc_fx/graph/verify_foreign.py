@@ -96,7 +96,7 @@ def _is_start(parameter: nn.Parameter, state: SlowWeight, spec: CascadeSpec, sta
     if is_quantized(parameter) or is_quantized(state.base):
         both = is_quantized(parameter) and is_quantized(state.base)
         return both and torch.equal(dense(parameter), dense(state.base))
-    plain = not (spec.noise.strength or state.experts or state.kept or start_differs(state))
+    plain = not (spec.noise.strength or state.experts or state.kept or state.began or start_differs(state))
     if plain and state.dense_start is None and parameter.data_ptr() == state.base.data_ptr():
         return True  # the very memory
     with torch.no_grad():

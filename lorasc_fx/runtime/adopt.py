@@ -16,6 +16,7 @@ import torch
 from lorasc_fx.branch import Expert, Factors, SlowWeight
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.slow import SlowWeights, Trained, fill
+from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.transition import resting_value
 from lorasc_fx.undo import AllOrNothing
 
@@ -71,6 +72,8 @@ def adopt(
 def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> None:
     """Go on from other slow weights in the running stage, B and noise as they are; all or nothing.
 
+    Branches that start from the weights and have not trained yet start from the new ones.
+
     Args:
         core: of a cascade.
         after: the slow weights.
@@ -78,7 +81,9 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
         buffers: values of the model's buffers, by name.
     """
     before, plan = core.slow, core.plan
-    held = dict(core.model.named_buffers())
+    held, branches = dict(core.model.named_buffers()), core.branches_by_weight()
+    unmoved = {name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})}
+    after, started = starts_of(plan, after, unmoved)
 
     def rest(slow: SlowWeights, name: str, out: torch.Tensor) -> None:
         if name in slow.trained:
@@ -91,6 +96,7 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
         for name, value in buffers.items():
             undo(partial(_set, held[name], held[name].clone()))
             held[name].copy_(value)
+        put_starts(branches, started, undo)
         fill(
             core.parameters_by_name(),
             names,

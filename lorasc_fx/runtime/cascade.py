@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -89,10 +90,10 @@ class Cascade(Staged):
             return self._variants.find(key, leaves) or self._make_variant(args, kwargs, key, leaves)
 
     def _make_variant(self, args: Any, kwargs: Any, key: Any, leaves: list[Any]) -> Variant:
-        wide = self._variants.known(key)
-        branches = self.core.by_key
-        made = self._maker.make(self.model, self.core.plan, branches, self._refusals, args, kwargs, wide)
-        log.info("variant %d by %s%s", len(self._variants) + 1, made.variant.frontend, ", other sizes" if wide else "")
+        wide, begun = self._variants.known(key), time.monotonic()
+        made = self._maker.make(self.model, self.core.plan, self.core.by_key, self._refusals, args, kwargs, wide)
+        number, sizes, seconds = len(self._variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
+        log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
         with AllOrNothing() as undo:
             self._grow(made, undo)
             self._variants.add(key, made.variant, self.training, leaves)
@@ -232,8 +233,7 @@ class Cascade(Staged):
             self.core.turning.call_off()
             self._flags.restore(self.model)
             self._variants = Variants()
-            self.core.released = True
-            self.core.pending.disarm()
+            self.core.let_go()
             return self.model
 
     def _held(self) -> Callable[[], None]:
@@ -254,8 +254,8 @@ class Cascade(Staged):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
         """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
-        self.core.check_ready("to")
-        before = folding.before_cast(self.core, fn)
+        if (before := folding.before_cast(self.core, fn)) is None:
+            return self
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._variants = Variants()
         self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)

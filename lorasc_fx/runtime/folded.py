@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, MatrixBranch, SlowWeight, Which, check_finite, is_quantized
+from lorasc_fx.branch import (
+    Began,
+    Branch,
+    DoraBranch,
+    MatrixBranch,
+    SlowWeight,
+    Which,
+    check_finite,
+    has_trained,
+    is_quantized,
+)
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.checkpoint import _way_back
@@ -20,7 +30,7 @@ from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.rigid import check_asked
 from lorasc_fx.runtime.slow import SlowWeights, Trained
 from lorasc_fx.runtime.transition import trained_moved
-from lorasc_fx.runtime.unpacking import Taken, slow_state
+from lorasc_fx.runtime.unpacking import Taken, began, slow_state
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -111,7 +121,9 @@ def _of_checkpoint(checkpoint: Checkpoint, which: Which) -> FoldedWeights:
     }
     averaged = meta.get("averaged", 0)
     slow = SlowWeights({}, trained, parked, averaged=averaged)
-    begun = any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(slow, values)
+    starts = {name: began(branch, plan.spec, parked, held) for name, branch in branches.items()}
+    moved = any(has_trained(branch, starts.get(name)) for name, branch in branches.items())
+    begun = moved or trained_moved(slow, values)
     if begun:
         for branch in branches.values():
             check_finite(branch, plan.spec, plan.stage)
@@ -120,7 +132,8 @@ def _of_checkpoint(checkpoint: Checkpoint, which: Which) -> FoldedWeights:
     for name, state in meta["slow"].items():
         if begun or state["stages"] or state["kept"] or f"dense/{name}/slow" in tensors:
             running = branches.get(name) if begun else None
-            changes[name] = partial(_from_base, name, state, held, plan, parked, begun, running, averaged, which)
+            more = (running, starts.get(name), averaged, which)
+            changes[name] = partial(_from_base, name, state, held, plan, parked, begun, *more)
     for name, value in values.items():
         changes[name] = partial(_cast, trained_value(slow, name, which, value))
     buffers = {name.removeprefix("buffer/"): value for name, value in tensors.items() if name.startswith("buffer/")}
@@ -130,12 +143,11 @@ def _of_checkpoint(checkpoint: Checkpoint, which: Which) -> FoldedWeights:
 
 def _branch(site: Site, plan: Plan, held: Taken) -> Branch:
     """Return the running branch of a site, for its numbers: how it computes does not matter here."""
-    a, b = (
-        held.take(f"branch/{site.weight}/lora_{which}", shape)
-        for which, shape in zip("AB", site.factor_shapes, strict=True)
-    )
-    branch = MatrixBranch(site, plan.spec.seed, plan.stage, a)
-    branch.lora_A, branch.lora_B = nn.Parameter(a, False), nn.Parameter(b, False)
+    found = {name: held.take(f"branch/{site.weight}/{name}", shape) for name, shape in site.parameter_shapes.items()}
+    like = found["lora_A"].new_zeros(()).expand(site.shape)
+    branch = (DoraBranch if site.use_dora else MatrixBranch)(site, plan.spec.seed, plan.stage, like)
+    for name, value in found.items():
+        setattr(branch, name, nn.Parameter(value, False))
     return branch
 
 
@@ -147,14 +159,16 @@ def _from_base(
     parked: bool,
     begun: bool,
     running: Branch | None,
+    start: Began | None,
     averaged: int,
     which: Which,
     base: torch.Tensor,
 ) -> torch.Tensor:
     """Return the folded value of a weight, of its W0."""
     site = plan.site(name)
-    state = SlowWeight(name, base, stacked=site is not None and site.experts is not None)
-    slow = SlowWeights({name: slow_state(state, meta, held)}, {}, parked, averaged=averaged)
+    stacked, turned = (site.experts is not None, site.layout == "in_out") if site is not None else (False, False)
+    state = replace(slow_state(SlowWeight(name, base, stacked, turned=turned), meta, held), began=start)
+    slow = SlowWeights({name: state}, {}, parked, averaged=averaged)
     if begun:
         slow = slow.after_stage(plan, {name: running} if running is not None else {}, {})
     return slow.value(name, which, base)

@@ -14,7 +14,7 @@ from lorasc_fx.branch import Which, is_quantized
 from lorasc_fx.errors import StateError, nearest
 from lorasc_fx.runtime.rigid import Requantize, check_asked, places, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, fill
-from lorasc_fx.runtime.transition import resting_value, trained_moved
+from lorasc_fx.runtime.transition import has_begun, resting_value, trained_moved
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing
 
@@ -65,7 +65,7 @@ def place(
             follows = past is not None or slow.trained[name].follows(plan.spec)
             out.copy_(trained_value(slow, name, which, live[name], follows))
         else:
-            slow.write_value(name, which, out, branches.get(name))
+            slow.write_value(name, which, out, branches.get(name), plan)
 
     rigid = core.quantized if which != "base" else ()
     values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}
@@ -106,17 +106,26 @@ class BeforeCast:
     factors: Mapping[str, torch.Tensor]
 
 
-def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> BeforeCast:
-    """Note what `recast` needs, before `fn` moves or casts every parameter.
+def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> BeforeCast | None:
+    """Note what `recast` needs, before `fn` moves or casts every parameter; None if it leaves them as they are.
 
     Fingerprints are of the base as it was adapted: they are taken now if its numbers are about to change.
+
+    Raises:
+        StateError: after `release`; and where something moves, inside `weights` or inside a backward.
     """
+    core.check_alive("to")
     parameters, trained = core.parameters_by_name(), core.trained_parameters()
+    factors = {name: factor.data for name, factor in core.branches.named_parameters()}
+    held = [*(each.data for each in parameters.values()), *core.model.buffers(), *factors.values()]
+    if all(fn(each) is each for each in held):
+        return None
+    core.check_ready("to")
     dtypes = {name: value.dtype for name, value in parameters.items()}
     if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
         core.fingerprints()
     unmoved = tuple(name for name, value in trained.items() if not trained_moved(core.slow, {name: value}))
-    return BeforeCast(dtypes, unmoved, {name: factor.data for name, factor in core.branches.named_parameters()})
+    return BeforeCast(dtypes, unmoved, factors)
 
 
 def recast(core: Core, before: BeforeCast) -> None:
@@ -156,8 +165,7 @@ def trained_value(slow: SlowWeights, name: str, which: Which, live: torch.Tensor
 def ended(core: Core) -> SlowWeights:
     """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written."""
     slow, branches, trained = core.slow, core.branches_by_weight(), core.trained_parameters()
-    begun = any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(slow, trained)
-    return slow.after_stage(core.plan, branches, trained) if begun else slow
+    return slow.after_stage(core.plan, branches, trained) if has_begun(core) else slow
 
 
 def folded_state(core: Core, call: str, quantized: Requantize = None, which: Which = "slow") -> dict[str, torch.Tensor]:

@@ -147,7 +147,7 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
 
 
 def _check_state(name: str, state: Any, stage: int) -> None:
-    if not isinstance(state, dict) or sorted({*state} - {"average"}) != sorted(_STATE):
+    if not isinstance(state, dict) or sorted({*state} - {"average", "turns"}) != sorted(_STATE):
         raise ValueError(f"'slow': {name} needs {', '.join(_STATE)}, and nothing else")
     if any(not isinstance(part, list) for part in state.values()):
         raise ValueError(f"'slow': {name} holds what is no list")
@@ -167,6 +167,15 @@ def _check_state(name: str, state: Any, stage: int) -> None:
             raise ValueError(
                 f"'slow': {name} had, at the end of an earlier stage, what are no coefficients of its experts"
             )
+    for turn in state.get("turns", ()):
+        if not (
+            isinstance(turn, list)
+            and len(turn) == 2
+            and _counts(turn[0], stage)
+            and type(turn[1]) is int
+            and 0 <= turn[1] <= len(state["stages"])
+        ):
+            raise ValueError(f"'slow': {name} scaled its rows in stages that were not: {told(state['turns'])}")
     for kept in state["kept"]:
         if not isinstance(kept, dict) or sorted(kept) != sorted(_NOISE) or not isinstance(kept["noise"], dict):
             raise ValueError(f"'slow': {name} keeps noise that needs {', '.join(_NOISE)}, and nothing else")

@@ -77,15 +77,17 @@ def groups(
     lr: float,
     options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups `lora_A`, `lora_B`, `train`, and `train:PATTERN` of each rule with a learning rate
-    of its own; those that are not empty.
+    """Return the optimizer's groups `lora_A`, `lora_B`, `lora_magnitude_vector`, `train`, and `train:PATTERN` of each
+    rule with a learning rate of its own; those that are not empty.
     """
-    branches = list(branches)
+    rates = {"lora_B": lr * spec.lr_ratio}
     found: dict[str, tuple[float, list[nn.Parameter]]] = {
-        "lora_A": (lr, [branch.lora_A for branch in branches] if spec.train_A else []),
-        "lora_B": (lr * spec.lr_ratio, [branch.lora_B for branch in branches]),
-        "train": (lr, []),
+        name: (rates.get(name, lr), []) for name in ("lora_A", "lora_B", "lora_magnitude_vector", "train")
     }
+    for branch in branches:
+        for name, parameter in branch.named_parameters():
+            if spec.train_A or name != "lora_A":
+                found[name][1].append(parameter)
     for parameter, rule in trained:
         name, rate = (f"train:{rule.pattern}", rule.lr) if rule is not None and rule.lr is not None else ("train", lr)
         found.setdefault(name, (rate, []))[1].append(parameter)

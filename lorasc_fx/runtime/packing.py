@@ -22,8 +22,7 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
     meta: dict[str, Any] = {"parked": slow.parked, "trained": list(slow.trained), "slow": {}, "past": {}}
     meta["turning"] = core.turning.armed
     for weight, branch in core.branches_by_weight().items():
-        tensors[f"branch/{weight}/lora_A"] = branch.lora_A.detach()
-        tensors[f"branch/{weight}/lora_B"] = branch.lora_B.detach()
+        tensors |= {f"branch/{weight}/{name}": value.detach() for name, value in branch.named_parameters()}
     for weight, state in slow.states.items():
         meta["slow"][weight] = {
             "stages": [expert.stage for expert in state.experts],
@@ -36,6 +35,15 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
         for index, expert in enumerate(state.experts):
             tensors[f"expert/{weight}/{index}/b"] = expert.factors.b
             tensors[f"expert/{weight}/{index}/a"] = expert.factors.a
+        if state.began is not None and state.began.factors is not None:
+            tensors |= {f"began/{weight}/b": state.began.factors.b, f"began/{weight}/a": state.began.factors.a}
+        if state.began is not None and state.began.magnitude is not None:
+            tensors[f"began/{weight}/m"] = state.began.magnitude
+        if state.turns or state.rows is not None:
+            meta["slow"][weight]["turns"] = [[turn.stage, turn.before] for turn in state.turns]
+            tensors |= {f"turn/{weight}/{index}": turn.rows for index, turn in enumerate(state.turns)}
+        if state.rows is not None:
+            tensors[f"rows/{weight}"] = state.rows
         if state.dense_slow is not None:
             tensors[f"dense/{weight}/slow"] = state.dense_slow
         if state.dense_start is not None and state.dense_start is not state.dense_slow:

@@ -80,13 +80,13 @@ def rewind(core: Core, stage: int, optimizer: torch.optim.Optimizer | None) -> N
     transition.check_optimizer(core, optimizer, "rewind")
     after = at_stage(core.slow, stage, "rewind")
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    unused = core.slow.parked and not any(bool(branch.lora_B.any()) for branch in branches.values())
+    unused = core.slow.parked and not core.slow.moved(branches)
     planned = plan if unused else plan.at_stage(plan.stage + 1)  # the noise of a number is drawn once
     starts = {
         site.weight: fresh_a(plan.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
         for site in planned.sites
     }
-    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
     state = treated_state(optimizer, [*own, *trained.values()], "reset") if optimizer is not None else {}
 
     def end() -> None:

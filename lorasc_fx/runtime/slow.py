@@ -14,7 +14,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, is_quantized
+from lorasc_fx.branch import (
+    Branch,
+    SlowWeight,
+    Which,
+    arithmetic,
+    end_stage,
+    factors_of,
+    gain_of,
+    has_trained,
+    is_quantized,
+)
 from lorasc_fx.branch.stage import all_finite, write_start
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.plan import Plan
@@ -90,6 +100,7 @@ class SlowWeights:
                 name,
                 mapped[name] if name in mapped else host(value),
                 stacked=name in sites and sites[name].experts is not None,
+                turned=name in sites and sites[name].layout == "in_out",
             )
             for name, value in parameters.items()
             if name not in self.states
@@ -116,7 +127,7 @@ class SlowWeights:
         if self.parked:
             self.write_value(name, "slow", out)
         else:
-            write_start(out, self.states[name], plan.spec, plan.stage)
+            write_start(out, self.states[name], plan.spec, plan.stage, step=plan.step)
 
     def value(self, name: str, which: Which, like: torch.Tensor, branch: Branch | None = None) -> torch.Tensor:
         """Return weights of this name, rounded once to the dtype of `like`, on its device."""
@@ -126,10 +137,20 @@ class SlowWeights:
             self.write_value(name, which, value, branch)
         return value
 
-    def write_value(self, name: str, which: Which, out: torch.Tensor, branch: Branch | None = None) -> None:
-        """Write what `value` returns into `out`."""
-        live = factors_of(branch, out.device) if branch is not None and which == "fast" else None
-        self._as_run(self.states[name]).write(out, which, arithmetic(out.dtype), live)
+    def write_value(
+        self, name: str, which: Which, out: torch.Tensor, branch: Branch | None = None, plan: Plan | None = None
+    ) -> None:
+        """Write what `value` returns into `out`; for a branch with magnitudes the plan is that of its stage."""
+        state, live, gain = self._as_run(self.states[name]), None, None
+        if branch is not None and which == "fast":
+            live = factors_of(branch, out.device, state.began)
+            if plan is not None and has_trained(branch, state.began):
+                gain = gain_of(branch, state, plan.spec, plan.stage, not self.parked)
+        state.write(out, which, arithmetic(out.dtype), live, gain)
+
+    def moved(self, branches: Mapping[str, Branch]) -> bool:
+        """Whether one of these branches, by weight name, has left the start of its stage."""
+        return any(has_trained(branch, self.states[name].began) for name, branch in branches.items())
 
     def after_stage(
         self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
@@ -146,7 +167,7 @@ class SlowWeights:
         """
         spec, noisy, finite = plan.spec, not self.parked, all_finite(branches.values())
         left_out: set[str] = set()
-        size = sum(each.numel() for branch in branches.values() for each in (branch.lora_A, branch.lora_B))
+        size = sum(each.numel() for branch in branches.values() for each in branch.parameters())
         kept_on = sum(kept.base.numel() for kept in self.trained.values()) <= max(AFFORDABLE, size)
         pace, share = spec.pace_at(plan.stage), spec.average_share(self.averaged)
         states = {

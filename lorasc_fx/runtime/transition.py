@@ -6,6 +6,7 @@ Everything is computed before anything is written; what is written is put back i
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,12 +21,13 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
 from lorasc_fx.runtime.slow import SlowWeights, fill
+from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.undo import AllOrNothing
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["begin", "check_optimizer", "run", "unpark"]
+__all__ = ["begin", "check_optimizer", "has_begun", "restart", "run", "unpark"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -37,22 +39,35 @@ def run(
 
     `then` is called at the end; the transition is taken back if it raises.
     """
-    plan, before = core.plan, core.slow
+    plan, before, begun = core.plan, core.slow, time.monotonic()
     branches, trained = core.branches_by_weight(), core.trained_parameters()
     check_optimizer(core, optimizer, "transition", park)
     after = replace(before.after_stage(plan, branches, trained), parked=park)
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: start_of(branches[site.weight], site, planned) for site in planned.sites}
-    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
     anew = _left_out(after, branches, trained) + _resized(planned, branches)
     state = _after_fold(optimizer, plan, own, anew) if optimizer is not None else {}
 
     def end() -> None:
-        log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
+        experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
+        log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
         if then is not None:
             then()
 
     begin(core, optimizer, planned, after, starts, state, end)
+
+
+def restart(core: Core, optimizer: torch.optim.Optimizer | None) -> None:
+    """Start another stage from where the running one started; what that one has trained is dropped."""
+    check_optimizer(core, optimizer, "restart")
+    planned = core.plan.at_stage(core.plan.stage + 1)  # the noise of a number is drawn once
+    starts = {
+        site.weight: fresh_a(planned.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
+        for site in planned.sites
+    }
+    state = treated_state(optimizer, core.trainable().values(), "reset") if optimizer is not None else {}
+    begin(core, optimizer, planned, replace(core.slow, parked=False), starts, state)
 
 
 def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: str, park: bool = False) -> None:
@@ -84,7 +99,8 @@ def begin(
     """
     plan, before, trained = core.plan, core.slow, core.trained_parameters()
     branches = core.branches_by_weight()
-    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
+    after, started = starts_of(planned, after, branches, starts)
     kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
     scales = [(branch, branch.scale) for branch in branches.values()]
     parameters = core.weights_by_name()
@@ -98,6 +114,7 @@ def begin(
             branch.to_rank(planned.by_weight[weight])
             branch.lora_A.copy_(starts[weight])
             branch.lora_B.zero_()
+        put_starts(branches, started, undo)
         for name, parameter in trained.items():
             parameter.copy_(resting_value(after, name))
         for parameter, _, _ in kept:
@@ -160,9 +177,9 @@ def unpark(core: Core) -> None:
     if not before.parked:
         return
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    if any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(before, trained):
+    if has_begun(core):
         raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
-    after = replace(before, parked=False)
+    after, started = starts_of(plan, replace(before, parked=False), branches)
 
     def rest(slow: SlowWeights) -> Callable[[str, torch.Tensor], None]:
         def put(name: str, out: torch.Tensor) -> None:
@@ -175,8 +192,14 @@ def unpark(core: Core) -> None:
 
     with AllOrNothing() as undo:
         undo(partial(core.advance, plan, before))
+        put_starts(branches, started, undo)
         fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before), undo)
         core.advance(plan, after)
+
+
+def has_begun(core: Core) -> bool:
+    """Whether the running stage has trained: a branch, or what is trained in full, has left where it started."""
+    return core.slow.moved(core.branches_by_weight()) or trained_moved(core.slow, core.trained_parameters())
 
 
 def resting_value(slow: SlowWeights, name: str) -> torch.Tensor:

@@ -58,6 +58,11 @@ def of_slow(cascade: lx.Cascade) -> State:
         dense = (raw(each.dense_slow), raw(each.dense_start), raw(each.dense_average))
         vectors = (each.slow, each.start, each.average)
         state[f"slow {name}"] = (raw(each.base), experts, *vectors, *dense, each.kept, each.past)
+        state[f"rows {name}"] = [raw(each.rows), *((turn.stage, turn.before, raw(turn.rows)) for turn in each.turns)]
+        began = each.began
+        if began is not None:
+            pair = () if began.factors is None else (raw(began.factors.b), raw(began.factors.a))
+            state[f"began {name}"] = (*pair, raw(began.magnitude))
     for name, kept in slow.trained.items():
         past = [(stage, raw(value)) for stage, value in kept.past]
         state[f"trained {name}"] = (raw(kept.base), raw(kept.slow), raw(kept.start), raw(kept.average), past)

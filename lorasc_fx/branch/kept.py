@@ -1,9 +1,8 @@
-"""What the slow weights keep of a stage: its expert, the coefficients of its end, and noise by its address."""
+"""What a slow state is made of: factors, experts, noise that stays, where a stage began, and what stages have ended."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +10,7 @@ import torch
 
 from lorasc_fx.spec import Noise
 
-__all__ = ["Expert", "Factors", "KeptNoise", "Past", "joined"]
+__all__ = ["Began", "Expert", "Factors", "KeptNoise", "Past", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,16 @@ class Factors:
         """A number that no entry of `b @ a` exceeds: the product of their norms (Cauchy and Schwarz)."""
         b, a = (torch.linalg.vector_norm(each, dtype=torch.float64).item() for each in (self.b, self.a))
         return b * a if math.isfinite(b * a) else math.inf
+
+
+@dataclass(frozen=True)
+class Began:
+    """Where the running stage began, if not at B = 0: the factors that were taken out of the weight, and the magnitudes
+    [out] of DoRA. In fp64, on the host.
+    """
+
+    factors: Factors | None = None
+    magnitude: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,15 +66,7 @@ class Past:
     slow: tuple[float, ...] | None
 
 
-def joined(
-    pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `b` and `a` of all pairs side by side, the coefficients in `b`; of one pair that fits, its own tensors."""
-    one = pairs[0][1] if len(pairs) == 1 else None
-    b = one.b if one is not None else torch.cat([factors.b for _, factors in pairs], dim=-1)
-    a = one.a if one is not None else torch.cat([factors.a for _, factors in pairs], dim=-2)
-    b, a = b.to(device=device, dtype=dtype), a.to(device=device, dtype=dtype)
-    if all(c == pairs[0][0] for c, _ in pairs):
-        return (b if pairs[0][0] == 1 else b * pairs[0][0]), a
-    columns = [c for c, factors in pairs for _ in range(factors.b.shape[-1])]
-    return b * torch.tensor(columns, dtype=dtype, device=device), a
+def pruned(past: tuple[Past, ...]) -> tuple[Past, ...]:
+    """Return the ends of stages with the last of those alone that are gone: the earlier ones are gone as well."""
+    gone = [each for each in past if each.slow is None]
+    return (*gone[-1:], *(each for each in past if each.slow is not None))
