@@ -8,11 +8,7 @@ LoRA-Pro (2407.18242), equation for a fixed A; peft's optimizer for LoRA-FA (230
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-
-from lorasc_fx.branch.skinny import apply
 
 __all__ = ["nearest_full"]
 
@@ -22,30 +18,19 @@ _DIAGONAL = 1e-8
 def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, parts: tuple[int, ...]) -> torch.Tensor:
     """Return lora_B as it is; its gradient on the way back is multiplied by `(A A^T)^-1 / scale^2`.
 
+    Plain operations, for whoever compiles or transforms them: what is added to the values is a product of zeros.
+
     Args:
         b: lora_B [out, rank], or with an axis of experts before.
         a: lora_A [rank, in], likewise; with parts [parts * rank, in].
         scale: s of the branch.
         parts: rows of lora_B of each slice that has a lora_A of its own; empty for one of all.
     """
-    return apply(_NearestFull, b, a, scale, parts)
-
-
-class _NearestFull(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, b: torch.Tensor, a: torch.Tensor, scale: float, parts: tuple[int, ...]) -> torch.Tensor:
-        """Return b."""
-        ctx.save_for_backward(a)
-        ctx.scale, ctx.parts = scale, parts
-        return b.view_as(b)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the corrected gradient of b."""
-        (a,) = ctx.saved_tensors
-        parts = ctx.parts or gradient.shape[-2:-1]
-        pairs = zip(gradient.split(parts, -2), a.chunk(len(parts), -2), strict=True)
-        return torch.cat([slope @ _inverse(each, ctx.scale) for slope, each in pairs], -2), None, None, None
+    if not torch.is_grad_enabled():
+        return b
+    parts = parts or (b.shape[-2],)
+    pairs = zip((b - b.detach()).split(parts, -2), a.detach().chunk(len(parts), -2), strict=True)
+    return b.detach() + torch.cat([zero @ _inverse(each, scale) for zero, each in pairs], -2)
 
 
 def _inverse(a: torch.Tensor, scale: float) -> torch.Tensor:

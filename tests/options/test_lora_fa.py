@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft.optimizers import create_lorafa_optimizer
 from torch import nn
+from torch.nn.functional import linear
 
 import lorasc_fx as lx
 from tests.errors.models import exactly
@@ -44,7 +45,7 @@ def test_lora_fa_is_pefts(placement: str, use_rslora: bool) -> None:
     spec = lx.CascadeSpec(
         **PLAIN, use_rslora=use_rslora, train_A=False, nearest_full_gradient=True, placement=placement
     )
-    cascade = lx.adapt(mlp(), (X,), spec=spec)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
     before = {name: branch.lora_A.detach().clone() for name, branch in branches(cascade).items()}
     theirs = lora_of(original, cascade, use_rslora=use_rslora)
     made = create_lorafa_optimizer(theirs, r=PLAIN["rank"], lora_alpha=PLAIN["lora_alpha"], lr=LR)
@@ -73,7 +74,7 @@ def test_the_corrected_step_is_the_nearest_to_the_full_one() -> None:
 
 
 @pytest.mark.parametrize("nearest", [False, True])
-@pytest.mark.parametrize("kind", ["conv", "shared", "dropout", "embedding", "experts"])
+@pytest.mark.parametrize("kind", ["conv", "shared", "dropout", "embedding", "experts", "slices"])
 def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str, nearest: bool) -> None:
     torch.manual_seed(4)
     models: dict[str, tuple[nn.Module, Any]] = {
@@ -83,6 +84,7 @@ def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str, nearest:
         "dropout": (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)),
         "embedding": (nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3)), torch.tensor([[1, 2, 2], [4, 8, 0]])),
         "experts": (Experts(), torch.randn(4, 5)),
+        "slices": (Packed(), torch.randn(4, 5)),
     }  # fmt: skip
     model, x = models[kind]
     x = x.double() if x.is_floating_point() else x
@@ -104,9 +106,11 @@ def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str, nearest:
     for name, branch in ours.items():
         a, slope = branch.lora_A.detach(), theirs[name].lora_B.grad
         if nearest:
-            gram = a @ a.transpose(-2, -1) * branch.scale**2
-            steady = gram + branch.scale**2 * 1e-8 * torch.eye(gram.shape[-1])  # as peft does
-            slope = slope @ torch.linalg.inv(steady)
+            slopes = slope.split(branch.parts, -2) if branch.parts else [slope]
+            each = a.chunk(len(slopes), -2)
+            steady = [one @ one.transpose(-2, -1) + 1e-8 * torch.eye(2) for one in each]  # as peft does
+            inverse = [torch.linalg.inv(one) / branch.scale**2 for one in steady]
+            slope = torch.cat([one @ other for one, other in zip(slopes, inverse, strict=True)], -2)
         torch.testing.assert_close(branch.lora_B.grad, slope, rtol=1e-9, atol=1e-11, msg=name)
         assert branch.lora_A.grad is None
         assert theirs[name].lora_A.grad is not None
@@ -123,6 +127,17 @@ class Shared(nn.Module):
         return self.last(self.first(x).tanh() * self.other(x))
 
 
+class Packed(nn.Module):
+    """A weight of which slices are used, each with a pair of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(torch.randn(7, 5) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.packed[:3]).tanh() @ linear(x, self.packed[3:]).sum(0)[:3]
+
+
 class Experts(nn.Module):
     """A stack of three matrices."""
 
@@ -132,6 +147,24 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.bmm(x.expand(3, -1, -1), self.stack.transpose(1, 2)).tanh().sum(0)
+
+
+@pytest.mark.slow
+def test_it_can_be_compiled_and_transformed() -> None:
+    spec = lx.CascadeSpec(**PLAIN, train_A=False, nearest_full_gradient=True)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    loss_of(cascade(X)).backward()
+    expected = {name: value.grad for name, value in cascade.named_parameters() if value.grad is not None}
+    assert len(expected) == 3
+    cascade.zero_grad()
+    loss_of(torch.compile(cascade, backend="aot_eager", fullgraph=True)(X)).backward()
+    held = {name: value for name, value in cascade.named_parameters() if name in expected}
+    func = torch.func.grad(lambda values: loss_of(torch.func.functional_call(cascade, values, (X,))))(
+        {name: value.detach() for name, value in held.items()}
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(held[name].grad, value, rtol=0, atol=1e-12, msg=name)
+        torch.testing.assert_close(func[name], value, rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("build", [lambda: nn.Linear(40, 50), lambda: nn.Conv2d(40, 50, 3, padding=1)])
@@ -162,7 +195,7 @@ def test_the_input_is_not_kept(build: Any) -> None:
 
 def test_a_cascade_of_stages_with_a_fixed_lora_a() -> None:
     spec = lx.CascadeSpec(rank=2, pace=1.0, train_A=False)
-    cascade = lx.adapt(mlp(), (X,), spec=spec)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
     assert [group["name"] for group in optimizer.param_groups] == ["lora_B"]
     first = None

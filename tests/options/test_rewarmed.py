@@ -20,7 +20,7 @@ WARMUP = 3
 
 def adapted(**options: Any) -> tuple[lx.Cascade, torch.optim.Optimizer]:
     spec = lx.CascadeSpec(rank=2, targets=("0.weight", "2.weight"), train=("4.*",), lr_ratio=8.0, **options)
-    cascade = lx.adapt(mlp(), (X,), spec=spec)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
     return cascade, torch.optim.AdamW(cascade.param_groups(lr=0.1))
 
 
@@ -66,6 +66,8 @@ def stepped(
         if late and number % 5 == 0:
             cascade.transition(optimizer)
         scheduler.step()
+        if late and number % 5 == 0:  # what is logged now is the rate of the step to come
+            assert scheduler.get_last_lr()[0] <= 0.1 / (WARMUP + 1)
         if not late and number % 5 == 0:
             cascade.transition(optimizer)
     watch.remove()
@@ -101,7 +103,7 @@ def test_every_loop_over_stages_and_every_rewind_is_a_restart() -> None:
 
 
 @pytest.mark.parametrize("base", ["none", "cosine", "sequence"])
-@pytest.mark.parametrize("stop", [4, 5, 7])
+@pytest.mark.parametrize("stop", [5, 7])
 def test_a_resumed_run_has_the_same_rates(base: str, stop: int, tmp_path: Path) -> None:
     whole, one = adapted()
     expected, losses = stepped(whole, one, lx.Rewarmed(one, whole, warmup=WARMUP, base=BASES[base](one)))
