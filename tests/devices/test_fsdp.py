@@ -188,13 +188,10 @@ def test_what_shard_refuses(case: str) -> None:
 
 
 def test_what_is_said_without_a_group(tmp_path: Path) -> None:
-    told = (
-        "no process group is there; start the processes by torchrun and call torch.distributed.init_process_group first"
-    )
     cascade = small({})
-    with pytest.raises(lx.StateError, match=exactly(f"shard: {told}")):
+    with pytest.raises(lx.StateError, match=r"^shard: no process group is there; start the processes by torchrun and call"):
         fsdp.shard(cascade)
-    with pytest.raises(lx.StateError, match=exactly(f"load: {told}")):
+    with pytest.raises(lx.StateError, match=r"^load: no process group is there; start the processes by torchrun and call"):
         fsdp.load(tmp_path, nn.Linear(5, 7))
     for call, way in (
         (partial(fsdp.save, cascade, tmp_path), "save: this cascade is not sharded; use lorasc_fx.save"),
