@@ -119,7 +119,8 @@ def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
         slow = slow.after_stage(plan, {}, values)
     changes: dict[str, Change] = {}
     for name, state in meta["slow"].items():
-        if begun or state["stages"] or state["kept"] or f"dense/{name}/slow" in tensors:
+        moved = state["stages"] or state["kept"] or state.get("turns") or f"rows/{name}" in tensors
+        if begun or moved or f"dense/{name}/slow" in tensors:
             running = branches.get(name) if begun else None
             changes[name] = partial(_from_base, name, state, held, plan, parked, begun, running, starts.get(name))
     for name, value in values.items():
@@ -165,4 +166,4 @@ def _cast(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 def _moved(state: SlowWeight) -> bool:
-    return bool(state.experts or state.kept) or state.dense_slow is not None
+    return bool(state.experts or state.kept) or state.dense_slow is not None or state.scale() is not None
