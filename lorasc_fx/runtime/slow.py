@@ -124,9 +124,9 @@ class SlowWeights:
     ) -> None:
         """Write what `value` returns into `out`; for a branch with magnitudes the plan is that of its stage."""
         state, live, gain = self._as_run(self.states[name]), None, None
-        if branch is not None and which == "fast":
+        if branch is not None and which == "fast" and has_trained(branch, state.began):
             live = factors_of(branch, out.device, state.began)
-            if plan is not None and has_trained(branch, state.began):
+            if plan is not None:
                 gain = gain_of(branch, state, plan.spec, plan.stage, not self.parked)
         state.write(out, which, arithmetic(out.dtype), live, gain)
 

@@ -175,6 +175,17 @@ def test_nothing_trained_is_nothing_changed(start: str, dtype: torch.dtype) -> N
     assert all(torch.equal(value, base[name]) for name, value in weights(released).items())
 
 
+@STARTS
+def test_a_cast_is_no_training(start: str) -> None:
+    x = batches(1, 4, 5)[0]
+    base, cascade = weights(mlp().float()), adapted(mlp(), x, start, lora_alpha=RANK * 1.3)
+    cascade.float()
+    assert (cascade(x.float()) - mlp().float()(x.float())).abs().max() < 2e-6
+    with cascade.weights("fast"):
+        assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
+
+
 def test_a_convolution_trains_as_its_matrix() -> None:
     """peft starts convolutions as LoRA, so the oracle is `W - s B_0 A_0 + s B A`, by autograd; a grouped one too."""
     torch.manual_seed(3)
