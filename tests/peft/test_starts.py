@@ -176,6 +176,22 @@ def test_nothing_trained_is_nothing_changed(start: str, dtype: torch.dtype) -> N
 
 
 @STARTS
+@pytest.mark.parametrize("redraw", ["stage", "step"])
+def test_noise_lies_on_the_residual(start: str, redraw: str) -> None:
+    """The noise of a cascade that starts as LoRA, and of its size: that of the whole weight."""
+    x, noise = batches(1, 4, 5)[0], lx.Noise(0.3, redraw=redraw)
+    cascade, plain = (adapted(mlp(), x, each, noise=noise) for each in (start, "lora"))
+    for _ in range(2):
+        expected = weights(plain.model)
+        for name, (b, a) in pairs(cascade).items():
+            residual = expected[name] - SCALE * b @ a
+            torch.testing.assert_close(weights(cascade.model)[name], residual, rtol=0, atol=1e-14)
+        assert (cascade(x) - plain(x)).abs().max() < 1e-14
+        for each in (cascade, plain):
+            torch.optim.SGD(each.param_groups(lr=0.0)).step()
+
+
+@STARTS
 def test_a_cast_is_no_training(start: str) -> None:
     x = batches(1, 4, 5)[0]
     base, cascade = weights(mlp().float()), adapted(mlp(), x, start, lora_alpha=RANK * 1.3)
