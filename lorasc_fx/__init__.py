@@ -1,6 +1,8 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
 
-from lorasc_fx import export, import_
+import logging
+
+from lorasc_fx import export, import_, integrations
 from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.merge import merge
 from lorasc_fx.errors import (
@@ -19,8 +21,8 @@ from lorasc_fx.errors import (
     VerifyError,
 )
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
-from lorasc_fx.runtime import Cascade, Stage, save, shuffled_batches
-from lorasc_fx.spec import CascadeSpec, Noise, Rule
+from lorasc_fx.runtime import Cascade, Plateau, Rewarmed, Stage, save, shuffled_batches
+from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
 
 __all__ = [
     "CaptureError",
@@ -36,20 +38,26 @@ __all__ = [
     "PassError",
     "PassOrderError",
     "Plan",
+    "Plateau",
     "Reason",
     "Refusal",
+    "Rewarmed",
     "Rule",
     "Site",
     "SpecError",
     "Stage",
     "StateError",
+    "TrainRule",
     "UnknownTarget",
     "VerifyError",
     "adapt",
     "export",
     "import_",
+    "integrations",
     "load",
     "merge",
     "save",
     "shuffled_batches",
 ]
+
+logging.getLogger("lorasc_fx").addHandler(logging.NullHandler())  # quiet, until a program asks for logs

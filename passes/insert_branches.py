@@ -116,7 +116,8 @@ def bystanders(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
 
 def begun(state: SlowWeight, branch: Branch, plan: Plan) -> SlowWeight:
     """Let a branch start from its weight, in place, and return the state that knows it."""
-    after, start = begin_stage(state, branch, plan.spec, plan.stage, branch.lora_A.detach())
+    site = plan.by_weight[state.name]
+    after, start = begin_stage(state, branch, site, plan.spec, plan.stage, branch.lora_A.detach())
     with torch.no_grad():
         for own, value in zip(branch.parameters(), start.parameters(), strict=True):
             own.copy_(value)

@@ -53,7 +53,7 @@ class StageTransition(CascadePass):
         named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
         after = plan.at_stage(plan.stage + 1)
         branches = graph.branches
-        new = {site.key: renewed(branches[site.key], site, after) for site in plan.sites}
+        new = {site.key: renewed(branches[site.key], site, after) for site in after.sites}
         if plan.spec.start != "lora" or plan.spec.use_dora:
             slow |= {branch.weight_name: begun(slow[branch.weight_name], branch, after) for branch in new.values()}
         for weight, state in slow.items():
@@ -65,9 +65,11 @@ class StageTransition(CascadePass):
 def renewed(branch: Branch, site: Site, plan: Plan) -> Branch:
     """Return a copy of the branch as the plan's stage starts it."""
     new = copy.deepcopy(branch)
+    resized = branch.rank != site.rank
+    new.to_rank(site)
     with torch.no_grad():
         new.lora_B.zero_()
-        if plan.spec.restart_A == "fresh" or not torch.isfinite(new.lora_A).all():
+        if plan.spec.restart_A == "fresh" or resized or not torch.isfinite(new.lora_A).all():
             start = fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
             new.lora_A.copy_(start)
     return new

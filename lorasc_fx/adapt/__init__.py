@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -18,7 +19,7 @@ from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import check_untie, untie
 from lorasc_fx.capture import FRONTENDS, check_binds, open_model, signature_of
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
-from lorasc_fx.graph import check_patterns, faults, forms_missing, matches, named_weights
+from lorasc_fx.graph import check_patterns, faults, forms_missing, matches, named_weights, rules_of, trained_by
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
@@ -156,11 +157,14 @@ def _adapt(
     undo(partial(flags.restore, opened))
     for name, parameter in weights.parameters.items():
         parameter.requires_grad_(name in trained)
+    begun = time.monotonic()
     made = maker.make(opened, plan, {}, (), *bound, wide=False)
+    sites, seconds = len(made.plan.sites), time.monotonic() - begun
+    log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {}))
     cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), example, flags)
     cascade.core.base_file = source
-    cascade.core.start(trained, undo, empty)
+    cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
         _ADAPTED[parameter] = ref(cascade)
@@ -202,13 +206,17 @@ def _check_loaded(cascade: Cascade, path: Path) -> None:
 
 def _tell_of_wide_branches(plan: Plan) -> None:
     """Warn, once a cascade, of ranks that no product of such a shape can have."""
-    wide = [(site, most) for site in plan.sites if site.rank > (most := min(*site.matrix_shape, *site.parts))]
+    wide = [
+        (site, most)
+        for site in plan.sites
+        if max((site.rank, *site.ranks)) > (most := min(*site.matrix_shape, *site.parts))
+    ]
     if wide:
         (site, most), more = wide[0], f" and {len(wide) - 1} more" if len(wide) > 1 else ""
         log.warning(
             "rank %d is more than %s%s can have: a matrix of %s has a rank of %d at most. The branch computes what a "
             "smaller one would, at more cost; give such weights a rank of their own (rules=...)",
-            site.rank,
+            max((site.rank, *site.ranks)),
             site.weight,
             more,
             tuple(site.matrix_shape),
@@ -224,16 +232,13 @@ def _trained(
     Raises:
         SpecError: one of them holds numbers that cannot be trained.
     """
-    trained = {}
-    for name, parameter in parameters.items():
-        pattern = next((each for each in spec.train if matches(each, names[name])), None)
-        if pattern is None or any(matches(each, names[name]) for each in spec.exclude):
-            continue
+    trained = {name: parameters[name] for name in trained_by(spec, names) if name in parameters}
+    for name, parameter in trained.items():
         if not parameter.is_floating_point() and not parameter.is_complex():
+            pattern = next(each for each in spec.train if matches(each, names[name]))
             raise SpecError(
                 f"train: {pattern!r} means {name}, which holds {parameter.dtype} and has no gradient; exclude it"
             )
-        trained[name] = parameter
     return trained
 
 

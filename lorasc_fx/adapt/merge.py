@@ -16,7 +16,7 @@ from lorasc_fx.adapt import _adapt, _buffer_writer, _check_new, _trained
 from lorasc_fx.adapt.untie import untie
 from lorasc_fx.capture import open_model
 from lorasc_fx.errors import CheckpointError, PassError, SpecError
-from lorasc_fx.graph import matches, named_weights
+from lorasc_fx.graph import matches, named_weights, rules_of
 from lorasc_fx.passes.insert_branches import missing_branches
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime import Cascade, read
@@ -144,7 +144,7 @@ class _Found:
         branches = missing_branches(self.plan, {}, named.parameters)
         core = Core(scratch, nn.ModuleDict(dict(branches)), self.plan, self.frontend)
         with AllOrNothing() as undo:
-            core.start(trained, undo, empty=True)
+            core.start(trained, undo, rules_of(self.plan.spec, trained, named.names), empty=True)
         restore(core, self.run)
         return part_of(core, self.name)
 
@@ -162,7 +162,7 @@ def _plan(parts: Sequence[Part], names: Mapping[str, tuple[str, ...]]) -> Plan:
     spec = first.spec
     if added:
         spec = replace(spec, train=(*spec.train, *added), exclude=tuple(_without(spec.exclude, added, names)))
-    return Plan(spec, tuple(sites.values()), max(part.plan.stage for part in parts) + 1)
+    return Plan(spec, tuple(sites.values())).at_stage(max(part.plan.stage for part in parts) + 1)
 
 
 def _without(patterns: Iterable[str], added: Sequence[str], names: Mapping[str, tuple[str, ...]]) -> Iterable[str]:

@@ -1,7 +1,7 @@
 """Tensor maths as modules and values: branches, their start, noise, and the slow state. No graph in here."""
 
 from lorasc_fx.branch.began import began_of, began_shapes, factors_of, has_trained
-from lorasc_fx.branch.branch import Branch
+from lorasc_fx.branch.branch import Branch, fill_factor
 from lorasc_fx.branch.conv import ConvBranch
 from lorasc_fx.branch.dora import DoraBranch
 from lorasc_fx.branch.kept import Began, Expert, Factors, KeptNoise, Past
@@ -39,6 +39,7 @@ __all__ = [
     "effective_rank",
     "end_stage",
     "factors_of",
+    "fill_factor",
     "gain_of",
     "has_trained",
     "is_quantized",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ from lorasc_fx.spec import Restart
 
 __all__ = ["SlowWeight", "Which"]
 
-Which = Literal["slow", "fast", "base"]
+Which = Literal["slow", "fast", "base", "averaged"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class SlowWeight:
         kept: noise that stays.
         past: the slow coefficients at the end of each stage, oldest first.
         began: where the running stage began; None for B = 0.
+        average: one coefficient per expert, of the average of the slow weights over stages; None where it is the slow
+            weights. dense_average: its dense delta, after a collapse.
     """
 
     name: str
@@ -61,6 +63,8 @@ class SlowWeight:
     turned: bool = False
     turns: tuple[Turn, ...] = ()
     rows: torch.Tensor | None = None
+    average: tuple[float, ...] | None = None
+    dense_average: torch.Tensor | None = None
 
     def exact(
         self,
@@ -111,11 +115,11 @@ class SlowWeight:
     def terms(
         self, which: Which, live: Factors | None = None, gain: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[float, Factors]]]:
-        """Return what slow or fast weights are the sum of: W0, the dense delta, and pairs with their coefficients;
-        under DoRA each with its rows scaled.
+        """Return what slow, fast or averaged weights are the sum of: W0, the dense delta, and pairs with their
+        coefficients; under DoRA each with its rows scaled.
         """
-        base, delta = dense(self.base), self.dense_slow if which == "slow" else self.dense_start
-        pairs = self._pairs(self.slow if which == "slow" else self.start, gain)
+        coefficients, delta = self._vector(which)
+        base, pairs = dense(self.base), self._pairs(coefficients, gain)
         if which == "fast" and live is not None:
             pairs.append((1.0, scaled(live, gain, self.turned)))
         if delta is not None and (rows := times(grown(self.turns), gain)) is not None:
@@ -123,6 +127,12 @@ class SlowWeight:
         if (rows := self.scale(gain)) is not None:
             base = along(rows, base.double(), self.turned)
         return base, delta, pairs
+
+    def _vector(self, which: Which) -> tuple[tuple[float, ...], torch.Tensor | None]:
+        """Return the coefficients of slow, fast or averaged weights, and the dense delta beside the experts."""
+        if which == "averaged" and self.average is not None:
+            return self.average, self.dense_average
+        return (self.start, self.dense_start) if which == "fast" else (self.slow, self.dense_slow)
 
     def _pairs(self, coefficients: Sequence[float], gain: torch.Tensor | None = None) -> list[tuple[float, Factors]]:
         both = enumerate(zip(coefficients, self.experts, strict=True))
@@ -134,13 +144,19 @@ class SlowWeight:
         return times(times(self.rows, grown(self.turns)), gain)
 
     def absorb(
-        self, stage: int, live: Factors | None, pace: float, restart: Restart, gain: torch.Tensor | None = None
+        self,
+        stage: int,
+        live: Factors | None,
+        pace: float,
+        restart: Restart,
+        share: float | None = None,
+        gain: torch.Tensor | None = None,
     ) -> SlowWeight:
         """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
 
         `live` is None for a weight whose branch is left out, or that has none. One that is zero, as it started, is not
-        kept: a longer product sums in another order, and a stage that trains nothing moves no weight. `gain` [out] is
-        the row scale of a branch with magnitudes (`branch.turns`).
+        kept: a longer product sums in another order, and a stage that trains nothing moves no weight. With a `share`
+        the average takes so much of S_t. `gain` [out] is the row scale of a branch with magnitudes (`branch.turns`).
         """
         if live is not None and gain is not None:
             turn, pair = Turn(stage, len(self.experts), 1 - pace + pace * gain), scaled(live, gain, self.turned)
@@ -159,7 +175,19 @@ class SlowWeight:
         past = self.past if collapsed is self.dense_slow else tuple(Past(each.stage, None) for each in self.past)
         after = replace(self, experts=experts, slow=slow, start=start, dense_slow=collapsed, dense_start=dense_start)
         after = replace(after, past=pruned((*past, Past(stage, slow))), began=None)
+        after = after if share is None else replace(after, **self._averaged(after, share))
         return after.collapsed() if after.crowded else after
+
+    def _averaged(self, after: SlowWeight, share: float) -> dict[str, Any]:
+        """Return what the average becomes: `average + share * (S_t - average)`."""
+        if share == 1:
+            return {"average": None, "dense_average": None}
+        average, delta = self._vector("averaged")
+        average = (*average, *([0.0] * (len(after.slow) - len(average))))
+        mixed = tuple(a if a == s else a + share * (s - a) for a, s in zip(average, after.slow, strict=True))
+        if delta is not None and after.dense_slow is not None and delta is not after.dense_slow:
+            delta = torch.lerp(delta, after.dense_slow, share)
+        return {"average": mixed, "dense_average": delta}
 
     def reach(self, which: Literal["slow", "start"]) -> float:
         """Return a number that no entry of the weight has moved by, seen from W0."""
@@ -174,9 +202,12 @@ class SlowWeight:
     def faults(self) -> list[str]:
         """Return what is wrong with the experts, each as the end of a sentence about the slow state."""
         found = []
+        average = self._vector("averaged")[0]
         if not len(self.experts) == len(self.slow) == len(self.start):
             counts = f"{len(self.slow)} slow and {len(self.start)} start coefficients"
             found.append(f"has {len(self.experts)} experts, but {counts}")
+        elif len(average) != len(self.experts):
+            found.append(f"has {len(self.experts)} experts, but {len(average)} coefficients of an average")
         *stack, rows, columns = self.matrix
         for expert in self.experts:
             b, a = tuple(expert.factors.b.shape), tuple(expert.factors.a.shape)
@@ -185,16 +216,17 @@ class SlowWeight:
                 found.append(
                     f"has an expert of stage {expert.stage} of {b} and {a}, which is no delta of {self.matrix}"
                 )
-        for delta in (self.dense_slow, self.dense_start):
-            if delta is not None and tuple(delta.shape) != self.matrix:
+        deltas = [each for each in (self.dense_slow, self.dense_start, self.dense_average) if each is not None]
+        for delta in deltas:
+            if tuple(delta.shape) != self.matrix:
                 found.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
         scales = [turn.rows for turn in self.turns] + ([self.rows] if self.rows is not None else [])
         out = self.matrix[-1 if self.turned else -2]
         found += [f"scales {tuple(each.shape)} rows, not {out}" for each in scales if tuple(each.shape) != (out,)]
-        held = [each for expert in self.experts for each in (expert.factors.b, expert.factors.a)] + scales
-        held += [delta for delta in (self.dense_slow, self.dense_start) if delta is not None]
+        held = [each for expert in self.experts for each in (expert.factors.b, expert.factors.a)]
+        held += deltas + scales
         if not all(bool(torch.isfinite(each).all()) for each in held) or not all(
-            map(math.isfinite, self.slow + self.start)
+            map(math.isfinite, self.slow + self.start + average)
         ):
             found.append("holds inf or nan")
         return found
@@ -216,7 +248,8 @@ class SlowWeight:
         kept = tuple(each for each in self.kept if each.stage <= stage)
         turns = tuple(each for each in self.turns if each.stage <= stage)
         after = replace(self, experts=self.experts[: len(slow)], slow=slow, start=slow, kept=kept, past=past)
-        return replace(after, dense_start=self.dense_slow, began=None, turns=turns)
+        after = replace(after, dense_start=self.dense_slow, began=None, turns=turns)
+        return replace(after, average=None, dense_average=None)
 
     def carried(self, which: Literal["slow", "start"]) -> Factors | None:
         """Return what the stages added as one pair of factors, for a quantized weight that cannot hold it."""
@@ -265,7 +298,10 @@ class SlowWeight:
         ends = [(each.stage, each.slow == self.slow and each.stage >= last) for each in self.past]
         past = pruned(tuple(Past(stage, () if is_now else None) for stage, is_now in ends))
         after = replace(self, experts=(), slow=(), start=(), dense_slow=slow, dense_start=start, past=past)
-        return replace(after, turns=(), rows=self.scale())
+        after = replace(after, turns=(), rows=self.scale())
+        if self.average is None:
+            return after
+        return replace(after, average=(), dense_average=self._sum(self.average, self.dense_average))
 
     def _sum(self, coefficients: Sequence[float], before: torch.Tensor | None) -> torch.Tensor:
         dtype = summing(self.base.dtype)

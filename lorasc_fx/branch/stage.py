@@ -22,6 +22,7 @@ from lorasc_fx.branch.quantized import is_quantized
 from lorasc_fx.branch.slow import SlowWeight, Which
 from lorasc_fx.branch.sums import arithmetic
 from lorasc_fx.errors import NonFiniteBranch, SpecError
+from lorasc_fx.plan import Site
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = [
@@ -99,7 +100,7 @@ def write_start(
 
 
 def begin_stage(
-    state: SlowWeight, branch: Branch, spec: CascadeSpec, stage: int, a: torch.Tensor, noisy: bool = True
+    state: SlowWeight, branch: Branch, site: Site, spec: CascadeSpec, stage: int, a: torch.Tensor, noisy: bool = True
 ) -> tuple[SlowWeight, Branch]:
     """Return the state of a stage whose branch starts from the weight, and a copy of the branch as it starts: factors
     out of the weight (`spec.start`) where the stage runs, and magnitudes that leave the weight as it is.
@@ -107,16 +108,17 @@ def begin_stage(
     Args:
         state: that the stage starts from.
         branch: of the weight.
-        spec, stage: of the plan.
+        site, spec, stage: of the plan; the copy has the rank of this site.
         a: lora_A as LoRA starts it.
         noisy: whether the stage runs; else its weight is without noise, and B = 0.
     """
     started = copy.deepcopy(branch)
+    started.to_rank(site)
     with torch.no_grad():
-        values = [a, torch.zeros_like(branch.lora_B)]
+        values = [a, torch.zeros_like(started.lora_B)]
         if spec.start != "lora" and noisy:
             exact = state.exact("fast", arithmetic(state.base.dtype), device=branch.lora_A.device)
-            values = list(leading(spec.start, branch, exact, a))
+            values = list(leading(spec.start, started, exact, a))
         for factor, value in zip((started.lora_A, started.lora_B), values, strict=True):
             factor.copy_(value)
         began = Began(began_of(started) if spec.start != "lora" and noisy else None)
@@ -179,6 +181,7 @@ def end_stage(
     noisy: bool = True,
     checked: bool = False,
     left_out: set[str] | None = None,
+    share: float | None = None,
 ) -> SlowWeight:
     """Return the slow state after the stage: the slow update, and the stage's noise where it is kept.
 
@@ -191,11 +194,12 @@ def end_stage(
         noisy: whether the stage ran with its noise.
         checked: whether the factors are known to be finite.
         left_out: gets the name of a weight whose branch was left out.
+        share: of the new slow weights in their average over stages; None where none is kept.
 
     Raises:
         NonFiniteBranch: the branch cannot be folded, and spec.on_nonfinite is "raise".
     """
-    after = None
+    after, pace = None, spec.pace_at(stage)
     if branch is not None:
         if not checked:
             check_finite(branch, spec, stage)
@@ -204,7 +208,7 @@ def end_stage(
             moved = has_trained(branch, state.began)
             live = factors_of(branch, state.base.device, state.began) if moved else None
             gain = gain_of(branch, state, spec, stage, noisy) if moved else None
-            folded = state.absorb(stage, live, spec.pace, spec.restart, gain)
+            folded = state.absorb(stage, live, pace, spec.restart, share, gain)
             fault = "" if fits(folded) else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":
@@ -216,7 +220,7 @@ def end_stage(
             if left_out is not None:
                 left_out.add(state.name)
     if after is None:
-        after = state.absorb(stage, None, spec.pace, spec.restart)
+        after = state.absorb(stage, None, pace, spec.restart, share)
     if noisy and spec.noise.keep and spec.noise.strength:
         size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)))
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))

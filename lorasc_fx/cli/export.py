@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -17,20 +17,31 @@ from lorasc_fx.errors import SpecError, nearest
 __all__ = ["FORMATS", "ExportArguments", "run_export"]
 
 
-def _safetensors(cascade: lx.Cascade, path: Path) -> object:
+Which = Literal["slow", "averaged"]
+
+
+def _pt2(cascade: lx.Cascade, path: Path, which: Which) -> object:
+    return lx.export.pt2(cascade, path, which=which)
+
+
+def _onnx(cascade: lx.Cascade, path: Path, which: Which) -> object:
+    return lx.export.onnx(cascade, path, which=which)
+
+
+def _safetensors(cascade: lx.Cascade, path: Path, which: Which) -> object:
     with bytes_told(f"write {path}") as told:
-        return lx.export.safetensors(cascade, path, progress=told)
+        return lx.export.safetensors(cascade, path, which=which, progress=told)
 
 
-def _peft(cascade: lx.Cascade, path: Path, max_rank: int | None, uniform_rank: bool) -> object:
-    written = lx.export.peft(cascade, path, max_rank=max_rank, uniform_rank=uniform_rank)
+def _peft(cascade: lx.Cascade, path: Path, which: Which, max_rank: int | None, uniform_rank: bool) -> object:
+    written = lx.export.peft(cascade, path, which=which, max_rank=max_rank, uniform_rank=uniform_rank)
     print(written)
     return written
 
 
 FORMATS: dict[str, Callable[..., object]] = {
-    "pt2": lx.export.pt2,
-    "onnx": lx.export.onnx,
+    "pt2": _pt2,
+    "onnx": _onnx,
     "peft": _peft,
     "safetensors": _safetensors,
 }
@@ -52,6 +63,8 @@ class ExportArguments:
     """Of `peft`: no weight gets a higher rank; what is cut off is printed, weight by weight."""
     uniform_rank: bool = False
     """Of `peft`: one rank for all weights, by zeros, for loaders that ignore patterns (vLLM)."""
+    which: Which = "slow"
+    """The slow weights, or their average over stages, where the run's spec keeps one."""
 
 
 def run_export(arguments: ExportArguments) -> int:
@@ -72,6 +85,6 @@ def run_export(arguments: ExportArguments) -> int:
             f"--max-rank and --uniform-rank are of an adapter, {arguments.to} has none: drop them, or --to peft"
         )
     opened = open_run(arguments.run)
-    FORMATS[arguments.to](opened.cascade, arguments.output, **ranks)
-    print(f"{arguments.output}: {opened.said}")
+    FORMATS[arguments.to](opened.cascade, arguments.output, arguments.which, **ranks)
+    print(f"{arguments.output}: {arguments.which} {opened.said}")
     return 0

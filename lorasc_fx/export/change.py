@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from lorasc_fx.branch import Factors, SlowWeight, dense, factors_of, gain_of, has_trained, scaled
+from lorasc_fx.branch import Factors, SlowWeight, Which, dense, factors_of, gain_of, has_trained, scaled
 from lorasc_fx.export.low_rank import CutOff, compressed, factored, padded, stacked
 from lorasc_fx.export.peft_config import RANKS
 from lorasc_fx.runtime.core import Core
@@ -72,22 +72,21 @@ def nothing(state: SlowWeight) -> Factors:
     return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
 
 
-def change_of(core: Core, which: str) -> Change:
-    """Return the change of a cascade's slow or fast weights; a running stage that has trained counts as at a release.
+def change_of(core: Core, which: Which) -> Change:
+    """Return the change of a cascade's weights; of slow and averaged ones a stage that has trained counts as ended.
 
     What a dense collapse has left is factored at its numerical rank: the delta is there, and its pair is never larger
     than twice that. Kept noise has full rank, and is refused.
     """
-    slow = ended(core) if which == "slow" else core.slow
+    slow = core.slow if which == "fast" else ended(core)
     branches, change = core.branches_by_weight(), Change()
-    at_slow = which == "slow" or slow.parked
-    for name, kept in slow.states.items():
-        state = replace(kept, start=kept.slow, dense_start=kept.dense_slow) if at_slow else kept
+    at = "slow" if which == "fast" and slow.parked else which
+    for name, state in slow.states.items():
         live, gain, branch = None, None, branches.get(name)
         if which == "fast" and branch is not None and has_trained(branch, state.began):
             live = factors_of(branch, torch.device("cpu"), state.began)
             gain = gain_of(branch, state, core.plan.spec, core.plan.stage, not slow.parked)
-        _, delta, terms = state.terms("fast", live, gain)
+        _, delta, terms = state.terms(at if live is None else "fast", live, gain)
         if delta is not None and bool(delta.any()):
             terms.append((1.0, factored(delta)))
         rows = state.scale(gain)
@@ -102,6 +101,6 @@ def change_of(core: Core, which: str) -> Change:
         elif (pair := stacked(terms)) is not None:
             change.pairs[name] = pair
     for name, value in core.trained_parameters().items():
-        found = trained_value(slow, name, "slow" if which == "slow" else "fast", value)
+        found = trained_value(slow, name, which, value)
         change.trained[name] = found.detach().to("cpu", value.dtype)
     return change

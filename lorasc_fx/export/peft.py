@@ -30,6 +30,7 @@ from lorasc_fx.export.places import places_of
 from lorasc_fx.export.saved import Saved, key_path, save_whole
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.folding import check_which
 
 __all__ = ["PeftAdapter", "peft"]
 
@@ -67,7 +68,7 @@ def peft(
     cascade: Cascade,
     folder: str | PathLike[str],
     *,
-    which: Literal["slow", "fast"] = "slow",
+    which: Literal["slow", "fast", "averaged"] = "slow",
     max_rank: int | None = None,
     uniform_rank: bool = False,
     dtype: torch.dtype | None = None,
@@ -82,7 +83,7 @@ def peft(
     Args:
         cascade: stays as it is; its model runs once on the example inputs, to see where an adapter reaches.
         folder: absent, empty, or an adapter, which is replaced when the new one is whole.
-        which: `slow`, with a stage that has trained folded as `release` does; or `fast`.
+        which: `slow`, with a stage that has trained folded as `release` does; `averaged`, likewise; or `fast`.
         max_rank: no site gets a higher rank; a sum of experts is cut to the nearest of this rank, through QR of both
             factors and an SVD of the core. The exact errors are logged, and are in the result.
         uniform_rank: all sites get one rank of 8, 16, 32, 64, 128, 256, 320, 512, by zeros, for loaders that ignore
@@ -104,6 +105,7 @@ def peft(
     core, model = cascade.core, cascade.model
     _check(which, max_rank, dtype)
     core.check_ready("export.peft")
+    check_which("export.peft", which, core.plan.spec, ("slow", "fast", "averaged"))
     change = change_of(core, which)
     if not change.pairs and not change.refused:
         if not (change.trained and core.sites):
@@ -159,8 +161,8 @@ def peft(
 
 
 def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
-    if which not in ("slow", "fast"):
-        raise SpecError(f"export.peft: which is {which!r}; give 'slow' or 'fast'")
+    if which not in ("slow", "fast", "averaged"):
+        raise SpecError(f"export.peft: which is {which!r}; give 'slow', 'fast' or 'averaged'")
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise SpecError(f"export.peft: max_rank is {max_rank!r}; a rank is an integer of 1 or more")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

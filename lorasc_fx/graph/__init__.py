@@ -20,12 +20,12 @@ from lorasc_fx.graph.forms import (
 )
 from lorasc_fx.graph.marks import branch_nodes, calls_branches, made_by, use_of
 from lorasc_fx.graph.matching import Matching, Placer, match, survey
-from lorasc_fx.graph.record import Record, Use, record_of, set_record, strip
+from lorasc_fx.graph.record import Record, Use, at_stage, record_of, set_record, strip
 from lorasc_fx.graph.register import forms_missing, register_form
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.sizes import entries
 from lorasc_fx.graph.spelling import spelling_of
-from lorasc_fx.graph.targets import check_patterns, matches
+from lorasc_fx.graph.targets import check_patterns, matches, rules_of, trained_by
 from lorasc_fx.graph.text import text
 from lorasc_fx.graph.verify import faults, verify
 from lorasc_fx.graph.weights import BRANCHES, named_weights, owner_of
@@ -50,6 +50,7 @@ __all__ = [
     "Record",
     "Use",
     "WeightForm",
+    "at_stage",
     "branch_class",
     "branch_nodes",
     "call_instead",
@@ -75,12 +76,14 @@ __all__ = [
     "register_form",
     "rename_inputs",
     "retarget",
+    "rules_of",
     "set_record",
     "shared_input",
     "spelling_of",
     "strip",
     "survey",
     "text",
+    "trained_by",
     "use_of",
     "verify",
     "weighs",

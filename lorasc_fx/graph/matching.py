@@ -151,6 +151,8 @@ def _placed(site: Site, seen: Found, weight: torch.Tensor, spec: CascadeSpec, pl
         return replace(site, dropout=float(spec.dropout))
     if is_quantized(weight) or spec.placement == "beside" or not any(each.mergeable for each in seen.beside):
         return site
+    if spec.placement != "merged" and not spec.train_A:
+        return site  # where only A x is kept
     merged = spec.placement == "merged" or place(site, [each.node for each in seen.beside]) == "merged"
     return replace(site, placement="merged") if merged else site
 

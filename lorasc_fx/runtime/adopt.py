@@ -64,9 +64,9 @@ def adopt(
         if value.shape != base.shape:
             raise StateError(f"adopt: {name} is {list(base.shape)}, not {list(value.shape)}")
         slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
-        kept[name] = Trained(base, slow, slow.to(base.dtype))
+        kept[name] = Trained(base, slow, slow.to(base.dtype), rule=kept[name].rule)
     touched = [*(name for name in experts if experts[name]), *values]
-    install(core, SlowWeights(states, kept, before.parked), touched, buffers or {})
+    install(core, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
 
 
 def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> None:
@@ -125,6 +125,7 @@ def _with(state: SlowWeight, experts: Sequence[tuple[float, Factors]], stage: in
     more = tuple(Expert(stage, _own(pair, state.base.device)) for _, pair in experts)
     scales = tuple(float(coefficient) for coefficient, _ in experts)
     after = replace(state, experts=state.experts + more, slow=state.slow + scales, start=state.start + scales)
+    after = after if state.average is None else replace(after, average=state.average + scales)
     return after.collapsed() if after.crowded else after
 
 

@@ -83,7 +83,7 @@ def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[floa
     for name, kept in own.trained.items():
         total = kept.base.double() + _dense(name, kept.base, terms)
         slow = total.to(arithmetic(kept.base.dtype))
-        trained[name] = Trained(kept.base, slow, total.to(kept.base.dtype), ((stage, slow),))
+        trained[name] = Trained(kept.base, slow, total.to(kept.base.dtype), ((stage, slow),), rule=kept.rule)
     return SlowWeights(states, trained)
 
 

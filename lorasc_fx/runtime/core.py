@@ -17,6 +17,7 @@ from lorasc_fx.runtime.pending import PendingWatch
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.steps import StepWatch
+from lorasc_fx.spec import TrainRule
 from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["Core"]
@@ -43,6 +44,7 @@ class Core:
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
+        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
         self._as_left: dict[str, tuple[int, int]] = {}
 
@@ -87,14 +89,23 @@ class Core:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
         own = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
+        if not self.plan.spec.train_A:
+            own = {name: parameter for name, parameter in own.items() if not name.endswith(".lora_A")}
         return own | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
 
-    def start(self, trained: Mapping[str, nn.Parameter], undo: AllOrNothing, empty: bool = False) -> None:
+    def start(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        undo: AllOrNothing,
+        rules: Mapping[str, TrainRule] | None = None,
+        empty: bool = False,
+    ) -> None:
         """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn.
 
-        An `empty` one waits for a slow state and branches from elsewhere: no factors are taken out of its weights.
+        `rules` are those of the spec's train_rules that mean some of the parameters. An `empty` one waits for a slow
+        state and branches from elsewhere: no factors are taken out of its weights.
         """
-        self.slow = self.slow.with_trained(trained)
+        self.slow = self.slow.with_trained(trained, rules or {})
         self.know_sites(undo, empty)
 
     def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:

@@ -44,8 +44,10 @@ class GradientStart:
     def arm(
         self, parameters: Mapping[str, nn.Parameter], branches: Mapping[str, Branch], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Wait for the optimizer's next step."""
+        """Wait for the optimizer's next step; of one that another loop has wrapped, for the step of the one inside."""
         self.call_off()
+        inside = getattr(optimizer, "optimizer", None)
+        optimizer = inside if isinstance(inside, torch.optim.Optimizer) else optimizer
         self._armed_by = (parameters, branches, optimizer)
 
         def before_step(_optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -30,6 +30,7 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
             "start": list(state.start),
             "kept": [asdict(kept) for kept in state.kept],
             "past": [[each.stage, each.slow] for each in state.past],
+            **({"average": list(state.average)} if state.average is not None else {}),
         }
         for index, expert in enumerate(state.experts):
             tensors[f"expert/{weight}/{index}/b"] = expert.factors.b
@@ -47,6 +48,8 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
             tensors[f"dense/{weight}/slow"] = state.dense_slow
         if state.dense_start is not None and state.dense_start is not state.dense_slow:
             tensors[f"dense/{weight}/start"] = state.dense_start
+        if state.dense_average is not None:
+            tensors[f"dense/{weight}/average"] = state.dense_average
     parameters = core.parameters_by_name()
     for name, kept in slow.trained.items():
         tensors[f"trained/{name}/value"] = parameters[name].detach()
@@ -54,6 +57,13 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
         tensors[f"trained/{name}/start"] = kept.start
         meta["past"][name] = [stage for stage, _ in kept.past]
         tensors |= {f"trained/{name}/past/{stage}": value for stage, value in kept.past}
+        if kept.average is not None:
+            tensors[f"trained/{name}/average"] = kept.average
+    rules = core.plan.spec.train_rules
+    if ruled := {name: rules.index(kept.rule) for name, kept in slow.trained.items() if kept.rule is not None}:
+        meta["rules"] = ruled
+    if core.plan.spec.average != "off":
+        meta["averaged"] = slow.averaged
     for name, buffer in core.model.named_buffers():
         tensors[f"buffer/{name}"] = buffer.detach()
     return {name: tensor.clone() for name, tensor in tensors.items()}, meta

@@ -39,7 +39,8 @@ def starts_of(
     states, started = dict(slow.states), {}
     for name, branch in branches.items():
         a = starts[name] if starts is not None else branch.lora_A.detach()
-        states[name], started[name] = begin_stage(states[name], branch, spec, plan.stage, a, not slow.parked)
+        site = plan.by_weight[name]
+        states[name], started[name] = begin_stage(states[name], branch, site, spec, plan.stage, a, not slow.parked)
     return replace(slow, states=states), started
 
 

@@ -10,9 +10,9 @@ import torch
 
 from lorasc_fx.branch import Began, Branch, DoraBranch, Expert, Factors, KeptNoise, Past, SlowWeight, Turn, began_shapes
 from lorasc_fx.errors import CheckpointError
+from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
-from lorasc_fx.runtime.transition import resting_value
 from lorasc_fx.spec import CascadeSpec, Noise
 
 if TYPE_CHECKING:
@@ -58,14 +58,14 @@ class Taken:
         return tensor
 
 
-def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], where: str) -> None:
-    """Put what `pack` returned into a fresh cascade of the same plan.
+def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], where: str, plan: Plan) -> None:
+    """Put what `pack` returned into a cascade that has the sites of this plan, which is its plan then.
 
     Raises:
         CheckpointError: a tensor is missing, foreign, not finite, or has another shape or kind than the plan says. The
             cascade is as it was.
     """
-    slow, parameters, plan = core.slow, core.parameters_by_name(), core.plan
+    slow, parameters, planned = core.slow, core.parameters_by_name(), core.plan
     branches = core.branches_by_weight()
     held = Taken(tensors, where)
     whole = plan.spec.on_nonfinite == "raise"  # else such a branch is left out at the fold, and may be here
@@ -91,16 +91,19 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
             (stage, held.take(f"trained/{name}/past/{stage}", tuple(kept.slow.shape), kept.slow.dtype))
             for stage in meta["past"].get(name, ())
         )
-        values[name], trained[name] = value, Trained(kept.base, end, start, past)
+        average = f"trained/{name}/average"
+        mean = held.take(average, tuple(kept.slow.shape), kept.slow.dtype) if average in held else None
+        values[name], trained[name] = value, Trained(kept.base, end, start, past, mean, kept.rule)
     for name, buffer in core.model.named_buffers():
         moves.append((buffer, held.take(f"buffer/{name}", tuple(buffer.shape), buffer.dtype)))
     if held.left:
         raise CheckpointError(f"{where}: holds {told(repr(next(iter(held.left))))}, which this plan has no place for")
-    after = SlowWeights(states, trained, meta["parked"])
+    after = SlowWeights(states, trained, meta["parked"], averaged=meta.get("averaged", 0))
     old = [tensor.detach().clone() for tensor, _ in moves]
+    held_before = {name: parameters[name].detach().clone() for name in values}
 
     def before(name: str, like: torch.Tensor) -> torch.Tensor:
-        return resting_value(slow, name) if name in values else slow.resting(name, plan, like)
+        return held_before[name] if name in values else slow.resting(name, planned, like)
 
     with torch.no_grad():
         try:
@@ -118,7 +121,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
                 tensor.copy_(value)
             if core.slow is after:
                 write(parameters, [*states, *trained], before, before)
-                core.advance(plan, slow)
+                core.advance(planned, slow)
             raise
 
 
@@ -148,12 +151,12 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
         experts.append(Expert(stage, Factors(b, a)))
     dense = {
         which: held.take(f"dense/{state.name}/{which}", (*stack, rows, columns), whole=True)
-        for which in ("slow", "start")
+        for which in ("slow", "start", "average")
         if f"dense/{state.name}/{which}" in held
     }
-    if list(dense) == ["start"]:
+    if dense and "slow" not in dense:
         raise CheckpointError(
-            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which start needs"
+            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which what is dense beside it needs"
         )
     size = (columns if state.turned else rows,)
     turns = tuple(
@@ -176,4 +179,6 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
         turns=turns,
         rows=held.take(total, size, torch.float64, True).double() if total in held else None,
         past=tuple(Past(stage, None if slow is None else tuple(map(float, slow))) for stage, slow in meta["past"]),
+        average=tuple(map(float, meta["average"])) if "average" in meta else None,
+        dense_average=dense.get("average"),
     )

@@ -12,8 +12,9 @@ import lorasc_fx as lx
 from tests.errors.models import exactly
 
 FIELDS = (
-    "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, dropout, placement, pace, restart, noise, "
-    "restart_A, start, use_dora, optimizer_state, slow_train, on_nonfinite, seed"
+    "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, dropout, ranks, train_A, "
+    "nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, restart, noise, restart_A, "
+    "start, use_dora, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -158,7 +159,7 @@ def test_wrong_rule(fields: dict[str, Any], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        ({"rnak": 4}, f"spec has no field 'rnak'; nearest: 'rank'; known: {FIELDS}"),
+        ({"rnak": 4}, f"spec has no field 'rnak'; nearest: 'rank', 'ranks'; known: {FIELDS}"),
         ({"noise": {"strenght": 1}}, "noise has no field 'strenght'; nearest: 'strength'; "),
         ({"rules": [{"patern": "conv"}]}, "rules has no field 'patern'; nearest: 'pattern'; known: pattern, rank, "),
         ({"rules": [{"rank": 4}]}, f"rules: pattern is ''; give a kind {KINDS} or a glob on weight names"),
