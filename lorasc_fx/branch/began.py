@@ -79,17 +79,22 @@ def began_shapes(branch: Branch) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def has_trained(branch: Branch, began: Began | None) -> bool:
     """Whether a branch, as far as it is here, has left its start: B = 0, or the factors and magnitudes that it began
-    with.
+    with. One that was cast since has not.
     """
     magnitude = began.magnitude if began is not None else None
     if magnitude is not None and isinstance(branch, DoraBranch):
         own = branch.lora_magnitude_vector.detach().cpu()
-        if not torch.equal(own, magnitude.to(own.dtype)):  # one that was cast since has not trained
+        if not torch.equal(own, magnitude.to(own.dtype)):
             return True
     if began is None or began.factors is None:
         return bool(local(branch.lora_B).any())
-    now = began_of(branch)
-    return not (torch.equal(now.b, began.factors.b) and torch.equal(now.a, began.factors.a))
+    now, first = began_of(branch), began.factors
+    if torch.equal(now.b, first.b) and torch.equal(now.a, first.a):
+        return False
+    left, right = (factor.detach().cpu() for factor in branch.oriented())
+    return not (
+        torch.equal((first.b / branch.scale).to(left.dtype), left) and torch.equal(first.a.to(right.dtype), right)
+    )
 
 
 def factors_of(branch: Branch, device: torch.device, began: Began | None = None, part: Rows | None = None) -> Factors:

@@ -106,6 +106,7 @@ def _is_start(parameter: nn.Parameter, state: SlowWeight, spec: CascadeSpec, sta
         both = is_quantized(parameter) and is_quantized(state.base)
         return both and torch.equal(dense(parameter), dense(state.base))
     plain = not (spec.noise.strength or state.experts or state.kept or state.began or start_differs(state))
+    plain = plain and state.scale() is None
     if plain and state.dense_start is None and parameter.data_ptr() == state.base.data_ptr():
         return True  # the very memory
     with torch.no_grad():

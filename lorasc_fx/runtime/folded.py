@@ -130,7 +130,8 @@ def _of_checkpoint(checkpoint: Checkpoint, which: Which) -> FoldedWeights:
         slow = slow.after_stage(plan, {}, values)
     changes: dict[str, Change] = {}
     for name, state in meta["slow"].items():
-        if begun or state["stages"] or state["kept"] or f"dense/{name}/slow" in tensors:
+        moved = state["stages"] or state["kept"] or state.get("turns") or f"rows/{name}" in tensors
+        if begun or moved or f"dense/{name}/slow" in tensors:
             running = branches.get(name) if begun else None
             more = (running, starts.get(name), averaged, which)
             changes[name] = partial(_from_base, name, state, held, plan, parked, begun, *more)
@@ -179,4 +180,4 @@ def _cast(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 def _moved(state: SlowWeight) -> bool:
-    return bool(state.experts or state.kept) or state.dense_slow is not None
+    return bool(state.experts or state.kept) or state.dense_slow is not None or state.scale() is not None

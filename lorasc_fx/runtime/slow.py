@@ -150,9 +150,10 @@ class SlowWeights:
     ) -> None:
         """Write what `value` returns into `out`; for a branch with magnitudes the plan is that of its stage."""
         state, live, gain = self._as_run(self.states[name]), None, None
-        if branch is not None and which == "fast":
+        moved = branch is not None and which == "fast" and not state.every(not has_trained(branch, state.began))
+        if branch is not None and moved:
             live = factors_of(branch, out.device, state.began, state.part)
-            if plan is not None and has_trained(branch, state.began):
+            if plan is not None:
                 gain = gain_of(branch, state, plan.spec, plan.stage, not self.parked)
         state.write(out, which, arithmetic(out.dtype), live, gain)
 

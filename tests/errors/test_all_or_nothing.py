@@ -42,10 +42,18 @@ SPECS = {
         optimizer_state=0.5,
         restart_A="kept",
     ),
+    "pissa, dora": lx.CascadeSpec(
+        targets=("conv", "linear"), rank=1, pace=0.4, start="pissa", use_dora=True, noise=lx.Noise(0.2)
+    ),
+    "olora, fast, by step": lx.CascadeSpec(
+        targets=("conv", "linear"), rank=1, start="olora", restart="fast", noise=lx.Noise(0.2, redraw="step")
+    ),
     "gradient": lx.CascadeSpec(
         targets=("body", "head"), rank=1, pace=1.0, restart_A="gradient", optimizer_state="kept"
     ),
 }
+LONG = ("pissa, dora", "olora, fast, by step")
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in SPECS]
 
 
 class Budget(TorchDispatchMode):
@@ -111,7 +119,7 @@ def result(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> dict[str, A
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", NAMES)
 def test_transition(spec: str, kind: str) -> None:
     cascade, optimizer = made(SPECS[spec])
     twin, others = made(SPECS[spec])
@@ -155,7 +163,7 @@ def test_transition_in_a_memory_that_stays_full(keep: bool, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", NAMES)
 def test_the_first_stage_of_a_new_loop(spec: str, kind: str) -> None:
     cascade, optimizer = made(SPECS[spec])
     list(cascade.stages(1, optimizer))
@@ -170,7 +178,7 @@ def test_the_first_stage_of_a_new_loop(spec: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("which", ["slow", "fast", "base"])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", NAMES)
 def test_entering_weights(spec: str, which: Any, kind: str) -> None:
     cascade, optimizer = made(SPECS[spec])
     held = cascade.weights(which)
@@ -188,7 +196,7 @@ def test_entering_weights(spec: str, which: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", NAMES)
 def test_release(spec: str, kind: str) -> None:
     cascade, optimizer = made(SPECS[spec])
     twin, _ = made(SPECS[spec])
@@ -268,7 +276,7 @@ def prepared() -> nn.Module:
 
 @pytest.mark.slow  # test_interrupts has some of the places
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", NAMES)
 def test_adapt(spec: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = prepared(), prepared()
 

@@ -301,13 +301,14 @@ def test_every_pass_can_be_parsed() -> None:
             SpecError,
             "spec has no field 'rang'; nearest: 'rank', 'train', 'ranks'; known: targets, exclude, train, untie, "
             "rules, rank, lora_alpha, use_rslora, dropout, ranks, train_A, nearest_full_gradient, lr_ratio, "
-            "train_rules, average, average_decay, placement, pace, restart, noise, restart_A, optimizer_state, "
+            "train_rules, average, average_decay, placement, pace, restart, noise, restart_A, start, use_dora, "
+            "optimizer_state, "
             "slow_train, on_nonfinite, seed",
         ),
         (
             'match-sites{"spec": {"noise": {"strenght": 1}}}',
             SpecError,
-            "noise has no field 'strenght'; nearest: 'strength'; known: strength, distribution, keep, where",
+            "noise has no field 'strenght'; nearest: 'strength'; known: strength, distribution, keep, where, redraw",
         ),
     ],
 )

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.func import functional_call
 
 import lorasc_fx as lx
 from tests.peft.dora_kit import CASES, FEW, PLAIN, RANK, adapted, make, norms, theirs_of, trainable, trained, weights
@@ -167,24 +169,32 @@ def test_with_a_start_from_the_weight() -> None:
         torch.testing.assert_close(weights(released)[name], (base[name] + fast[name]) / 2, rtol=0, atol=1e-13)
 
 
+def scaled_by_hand(
+    model: nn.Module, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model with `diag(m / |W + s B A|) (W + s B A)` for its weight, the norms held constant."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        moved = model.weight.detach() + SCALE * (b @ a).view_as(model.weight)
+        return functional_call(model, {"weight": m.view(-1, 1, 1, 1) / norms(moved).detach() * moved}, (x,))
+
+    return call
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
 def test_groups_and_weights_stored_as_in_out() -> None:
     """A grouped convolution by its formula, in autograd; GPT-2's Conv1D against peft."""
     torch.manual_seed(2)
-    model, calls = nn.Conv2d(4, 6, 3, groups=2, padding="same").double(), batches(5, 2, 4, 5, 6)
-    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
-    cascade = adapted(model, calls[0])
-    branch = next(iter(branches(cascade).values()))
-    own = [each.detach().clone().requires_grad_() for each in branch.parameters()]
-    a, b, m = own
-
-    def formula(x: torch.Tensor) -> torch.Tensor:
-        moved = weight + SCALE * (b @ a).view_as(weight)
-        scaled = m.view(-1, 1, 1, 1) / norms(moved).detach() * moved
-        return nn.functional.conv2d(x, scaled, bias, padding="same", groups=2)
-
-    losses = [train(formula, make("sgd", own), calls), train(cascade, optimizer_of(cascade, "sgd"), calls)]
-    torch.testing.assert_close(*losses, rtol=0, atol=1e-11)
+    convs = [nn.Conv2d(4, 6, 3, groups=2, padding="same"), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")]
+    for model, frontend in zip(convs, ("auto", "symbolic"), strict=True):
+        calls, plain = batches(5, 2, 4, 5, 6), copy.deepcopy(model.double())
+        cascade = adapted(model, calls[0], frontend)
+        own = [each.detach().clone().requires_grad_() for each in next(iter(branches(cascade).values())).parameters()]
+        losses = [
+            train(scaled_by_hand(plain, *own), make("sgd", own), calls),
+            train(cascade, optimizer_of(cascade, "sgd"), calls),
+        ]
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-11)
 
     size = {"n_embd": 12, "n_layer": 1, "n_head": 2, "vocab_size": 17, "n_positions": 9}
     config = transformers.GPT2Config(**size, use_cache=False, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)

@@ -175,6 +175,33 @@ def test_nothing_trained_is_nothing_changed(start: str, dtype: torch.dtype) -> N
     assert all(torch.equal(value, base[name]) for name, value in weights(released).items())
 
 
+@STARTS
+@pytest.mark.parametrize("redraw", ["stage", "step"])
+def test_noise_lies_on_the_residual(start: str, redraw: str) -> None:
+    """The noise of a cascade that starts as LoRA, and of its size: that of the whole weight."""
+    x, noise = batches(1, 4, 5)[0], lx.Noise(0.3, redraw=redraw)
+    cascade, plain = (adapted(mlp(), x, each, noise=noise) for each in (start, "lora"))
+    for _ in range(2):
+        expected = weights(plain.model)
+        for name, (b, a) in pairs(cascade).items():
+            residual = expected[name] - SCALE * b @ a
+            torch.testing.assert_close(weights(cascade.model)[name], residual, rtol=0, atol=1e-14)
+        assert (cascade(x) - plain(x)).abs().max() < 1e-14
+        for each in (cascade, plain):
+            torch.optim.SGD(each.param_groups(lr=0.0)).step()
+
+
+@STARTS
+def test_a_cast_is_no_training(start: str) -> None:
+    x = batches(1, 4, 5)[0]
+    base, cascade = weights(mlp().float()), adapted(mlp(), x, start, lora_alpha=RANK * 1.3)
+    cascade.float()
+    assert (cascade(x.float()) - mlp().float()(x.float())).abs().max() < 2e-6
+    with cascade.weights("fast"):
+        assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
+
+
 def test_a_convolution_trains_as_its_matrix() -> None:
     """peft starts convolutions as LoRA, so the oracle is `W - s B_0 A_0 + s B A`, by autograd; a grouped one too."""
     torch.manual_seed(3)
@@ -283,6 +310,13 @@ def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
         ours.load_state_dict(state)
         torch.testing.assert_close(theirs(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
         assert (ours(calls[0]) - base(calls[0])).abs().max() > 1e-2
+    spec = lx.CascadeSpec(targets=("0", "2"), rank=1, lora_alpha=SCALE, start=start)
+    again = lx.import_.peft(tmp_path / "slow", copy.deepcopy(base), args=(calls[0],), spec=spec)
+    torch.testing.assert_close(again(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
+    for path in ("0", "2"):
+        whole = ours.get_submodule(path).weight.detach()
+        b0, a0 = split(whole, start, 1)  # out of the sum, not out of the base
+        torch.testing.assert_close(again.model.get_submodule(path).weight, whole - SCALE * b0 @ a0, rtol=0, atol=1e-12)
 
 
 def test_passes_alone(tmp_path: Path) -> None:

@@ -208,6 +208,32 @@ def test_weights_that_somebody_changed_are_not_written_over() -> None:
     assert torch.equal(cascade.model[2].weight, held)
 
 
+def test_a_redraw_that_raises_leaves_the_noise_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorasc_fx.runtime import slow
+
+    x = batches(1, 4, 5)[0]
+    cascade, twin = adapted(mlp(), x), adapted(mlp(), x)
+    optimizers = [torch.optim.SGD(each.param_groups(lr=0.0)) for each in (cascade, twin)]
+    for optimizer in optimizers:
+        optimizer.step()
+    held, write, count = weights(cascade.model), slow.write_start, iter(range(99))
+
+    def failing(*args: object, **options: object) -> None:
+        if next(count) == 1:
+            raise RuntimeError("no memory")
+        write(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slow, "write_start", failing)
+        with pytest.raises(RuntimeError, match="no memory"):
+            optimizers[0].step()
+    assert all(torch.equal(value, held[name]) for name, value in weights(cascade.model).items())
+    for optimizer in optimizers:
+        optimizer.step()
+    after = weights(twin.model)
+    assert all(torch.equal(value, after[name]) for name, value in weights(cascade.model).items())
+
+
 def test_a_graph_of_its_own_has_no_steps() -> None:
     from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 
