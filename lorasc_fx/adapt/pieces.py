@@ -45,15 +45,16 @@ class Growing:
     refusals: tuple[Refusal, ...]
     swap_all: bool
     grow: WeakMethod[Callable[[Made], None]] | None = None
-    stage: WeakMethod[Callable[[], int]] | None = None
+    running: WeakMethod[Callable[[], Plan]] | None = None
     tried: set[tuple[bool, ...]] = field(default_factory=set)
     expected: Expectation = field(default_factory=Expectation)
 
     def go_on(self) -> None:
-        """Plan for the stage that runs, whose ranks the branches have."""
-        stage = self.stage() if self.stage is not None else None
-        if stage is not None and stage() != self.plan.stage:
-            self.plan = self.plan.at_stage(stage())
+        """Plan for the stage and step that run, whose ranks the branches have."""
+        running = self.running() if self.running is not None else None
+        if running is not None:
+            now = running()
+            self.plan = replace(self.plan.at_stage(now.stage), step=now.step)
 
     def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
         """Return the piece with branches; tell the cascade of sites that came with it."""
@@ -165,8 +166,8 @@ def make_pieces(
                 f"and its branch would not be seen; exclude it (exclude=({left[0]!r},))"
             )
 
-    def attach(grow: Callable[[Made], None], stage: Callable[[], int]) -> None:
-        growing.grow, growing.stage = WeakMethod(grow), WeakMethod(stage)
+    def attach(grow: Callable[[Made], None], running: Callable[[], Plan]) -> None:
+        growing.grow, growing.running = WeakMethod(grow), WeakMethod(running)
         pieces.look_before_calls(lambda args, kwargs: growing.look(pieces, args, kwargs))
 
     expected, swapped = growing.expected, dict.fromkeys(pieces.swapped, "weight")

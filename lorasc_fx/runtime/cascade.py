@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Which
 from lorasc_fx.errors import StateError
+from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import checkpoint_read, folding, past
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.flags import Flags
@@ -56,7 +57,7 @@ class Cascade(Staged):
         self._variants = Variants()
         self._variants.add(key, made.variant, model.training, maker.leaves(*maker.bind(model, *example)))
         if made.variant.attach is not None:
-            made.variant.attach(self._grow, self._number)
+            made.variant.attach(self._grow, self._running)
         self._frontend = made.variant.frontend
         self._loaded = None
 
@@ -98,7 +99,7 @@ class Cascade(Staged):
             self._grow(made, undo)
             self._variants.add(key, made.variant, self.training, leaves)
             if made.variant.attach is not None:
-                made.variant.attach(self._grow, self._number)
+                made.variant.attach(self._grow, self._running)
             return made.variant
 
     def _grow(self, made: Made, undo: AllOrNothing | None = None) -> None:
@@ -119,9 +120,9 @@ class Cascade(Staged):
             weights = [branch.weight_name for branch in new.values()]
             log.warning("%d sites came with a new variant: %s; add their branches to the optimizer", len(new), weights)
 
-    def _number(self) -> int:
-        """Return the number of the running stage, as variants ask for it."""
-        return self.stage
+    def _running(self) -> Plan:
+        """Return the plan of the running stage, as variants ask for it."""
+        return self.core.plan
 
     # ---- weights
 

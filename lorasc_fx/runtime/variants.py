@@ -28,7 +28,7 @@ class Variant:
     """One adapted graph; `module` is called with a call's own arguments.
 
     A `universal` one serves every signature (pieces choose their graphs themselves); `attach` tells it whom to tell
-    of sites that come with later calls, and whom to ask for the stage. `guards`, if any, raises AssertionError for
+    of sites that come with later calls, and whom to ask for the plan. `guards`, if any, raises AssertionError for
     inputs (given as their leaves) that the graph is not for. `sizes` holds, of each leaf that is a tensor, the sizes
     that are constants of the graph. `placements` tells of each weight where its branch computes in this graph
     (`beside`, `merged`, `weight`), and `expected` how long a training step takes over that of the frozen model, None
@@ -40,7 +40,7 @@ class Variant:
     guards: Callable[..., Any] | None = None
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     universal: bool = False
-    attach: Callable[[Callable[[Made], None], Callable[[], int]], None] | None = None
+    attach: Callable[[Callable[[Made], None], Callable[[], Plan]], None] | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
     expected: float | None = None
 

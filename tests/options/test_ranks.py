@@ -252,6 +252,23 @@ def test_a_site_that_comes_in_a_later_stage_has_the_rank_of_that(python: bool) -
     assert {branch.rank for branch in branches(cascade).values()} == {1}
 
 
+def test_a_site_that_comes_between_two_steps_leaves_their_count() -> None:
+    """Noise that is redrawn by the step has the step in its address."""
+    x = torch.ones(4, 5).double()
+    spec = lx.CascadeSpec(rank=1, noise=lx.Noise(0.1, redraw="step"))
+    cascade = lx.adapt(Late(python=True).double().train(), (x,), spec=spec)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    for _ in range(2):
+        train(cascade, optimizer, [x, x])
+        cascade.transition(optimizer)
+    train(cascade, optimizer, [x, x])
+    before = cascade.plan
+    assert (before.stage, before.step) == (3, 2)
+    cascade(-x)
+    assert len(cascade.sites) == 2
+    assert (cascade.plan.stage, cascade.plan.step) == (3, 2)
+
+
 @pytest.mark.slow
 def test_compiled_code_is_compiled_again() -> None:
     """The oracle is the cascade without a compiler; the same graph serves again where the rank is known already."""
