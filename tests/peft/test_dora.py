@@ -120,6 +120,27 @@ def test_a_magnitude_alone_that_has_trained() -> None:
             torch.testing.assert_close(value, (0.5 + 0.5 * scales[name]) * base[name], rtol=0, atol=1e-14)
 
 
+def test_a_magnitude_alone_over_a_dense_delta() -> None:
+    """Rows of what was collapsed before are scaled as well, at once and after one more stage."""
+    model, calls = mlp(), batches(4, 4, 5)
+    cascade = adapted(model, calls[0], rank=4, lora_alpha=4 * SCALE)
+    optimizer = optimizer_of(cascade, "sgd")
+    train(cascade, optimizer, calls)
+    cascade.transition(optimizer)
+    assert all(state.dense_slow is not None for state in cascade.core.slow.states.values())
+    slow = weights(cascade.model)
+    with torch.no_grad():
+        for branch in branches(cascade).values():
+            branch.lora_magnitude_vector.mul_(1.5)
+    cascade.transition(optimizer)
+    for name, value in weights(cascade.model).items():
+        torch.testing.assert_close(value, 1.5 * slow[name], rtol=0, atol=1e-13)
+    train(cascade, optimizer, calls)
+    fast = {name: trained(cascade, name, 1.5 * value) for name, value in slow.items()}
+    for name, value in weights(cascade.release()).items():
+        torch.testing.assert_close(value, fast[name], rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_nothing_trained_is_nothing_changed(dtype: torch.dtype, noise: float) -> None:
