@@ -9,6 +9,7 @@ and runs. A first run finds the graphs, before it is decided what to do with the
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +57,8 @@ class Pieces:
         self._swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self.eager = False  # dynamo cannot run the model at all: it runs as it is, with every site swapped
         self._look: Callable[[Any, Mapping[str, Any]], None] | None = None
-        self._compiled: Any = torch.compile(model, backend=self._take)
+        compiler = inspect.unwrap(torch.compile)  # Lightning Fabric's copies the backend, onto the user's model
+        self._compiled: Any = compiler(model, backend=self._take)
 
     def discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the model once as it is, and find its pieces; buffers and random generators stay as they were.

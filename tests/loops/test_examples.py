@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
 
 
 @pytest.mark.slow
@@ -32,3 +36,23 @@ def test_fabric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(str(tmp_path)) > 0.6
     assert "stage 3: loss" in capsys.readouterr().out
+
+
+def test_a_model_in_pieces_beside_fabric() -> None:
+    """Its import wraps torch.compile, whose keywords it copies onto the model; ours are no affair of a model."""
+    import lightning_fabric
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) if x.sum().item() > 0 else self.inner(-x)
+
+    assert hasattr(torch.compile, "__wrapped__"), lightning_fabric
+    model = Branching()
+    cascade = lx.adapt(model, args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
+    assert cascade.frontend == "pieces"
+    assert "_compile_kwargs" not in vars(model)
+    assert torch.equal(cascade(-torch.ones(2, 4)), model.inner(torch.ones(2, 4)))
