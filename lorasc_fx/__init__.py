@@ -1,7 +1,8 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
 
-from lorasc_fx import export, import_
+from lorasc_fx import export, import_, integrations
 from lorasc_fx.adapt import adapt, load
+from lorasc_fx.adapt.materialize import materialize
 from lorasc_fx.adapt.merge import merge
 from lorasc_fx.errors import (
     CaptureError,
@@ -48,7 +49,9 @@ __all__ = [
     "adapt",
     "export",
     "import_",
+    "integrations",
     "load",
+    "materialize",
     "merge",
     "save",
     "shuffled_batches",

@@ -13,6 +13,7 @@ import torch
 
 from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.noise import amplitude, draw
+from lorasc_fx.branch.part import anywhere, here
 from lorasc_fx.branch.quantized import is_quantized
 from lorasc_fx.branch.slow import Factors, KeptNoise, SlowWeight, Which, arithmetic
 from lorasc_fx.errors import NonFiniteBranch, SpecError
@@ -35,9 +36,11 @@ _ADVICE = "Lower the learning rate or clip gradients, or set on_nonfinite='skip'
 
 
 def factors_of(branch: Branch, device: torch.device) -> Factors:
-    """Return copies of the factors on a device, as the weight is stored, the scale folded in: `b @ a` is the delta."""
+    """Return copies of the factors on a device, as the weight is stored, the scale folded in: `b @ a` is the delta, or
+    the part of it that lies here.
+    """
     with torch.no_grad():
-        left, right = branch.oriented()
+        left, right = (here(factor) for factor in branch.oriented())
         return Factors((left * branch.scale).to(device), right.clone().to(device))
 
 
@@ -66,9 +69,9 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
     else:
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
-        noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact) if not state.kept else None
+        noise = _drawn(state, spec, stage, exact) if not state.kept else None
         state.write(exact, "fast", dtype)
-        size = amplitude(spec.noise, exact)
+        size = amplitude(spec.noise, exact, state.part)
         if not math.isfinite(size):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
@@ -76,7 +79,7 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
             )
         if size:
             if noise is None:  # in the room that the kept noise had
-                noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape).to(exact)
+                noise = _drawn(state, spec, stage, exact)
             exact += noise.mul_(size)
         if exact is not out:
             out.copy_(exact)
@@ -85,6 +88,10 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
                 f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
                 f"Give less, or exclude it (exclude=({state.name!r},))"
             )
+
+
+def _drawn(state: SlowWeight, spec: CascadeSpec, stage: int, like: torch.Tensor) -> torch.Tensor:
+    return draw(spec.noise, spec.seed, stage, state.name, like.shape, state.part).to(like)
 
 
 def start_differs(state: SlowWeight) -> bool:
@@ -101,9 +108,10 @@ def all_finite(branches: Iterable[Branch]) -> bool:
     if not branches:
         return True
     with torch.no_grad():
-        sums = [factor.sum() for branch in branches for factor in (branch.lora_A, branch.lora_B)]
+        sums = [here(factor).sum() for branch in branches for factor in (branch.lora_A, branch.lora_B)]
         each = {place: [one for one in sums if one.device == place] for place in {one.device for one in sums}}
-        if all(math.isfinite(torch.stack(found).sum().item()) for found in each.values()):
+        finite = all(math.isfinite(torch.stack(found).sum().item()) for found in each.values())
+        if not anywhere([not finite], [branches[0].lora_A])[0]:
             return True
         return all(branch.finite() for branch in branches)
 
@@ -147,8 +155,10 @@ def end_stage(
             check_finite(branch, spec, stage)
         fault = "holds inf or nan"
         if checked or branch.finite():
-            folded = state.absorb(stage, factors_of(branch, state.base.device), spec.pace, spec.restart)
-            fault = "" if fits(folded) else f"takes it beyond {state.base.dtype}"
+            live = factors_of(branch, state.base.device) if branch.moved() else None
+            folded = state.absorb(stage, live, spec.pace, spec.restart)
+            bad = anywhere([not fits(folded)], [branch.lora_A])[0]
+            fault = "" if not bad else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":
             raise NonFiniteBranch(
@@ -161,7 +171,7 @@ def end_stage(
     if after is None:
         after = state.absorb(stage, None, spec.pace, spec.restart)
     if noisy and spec.noise.keep and spec.noise.strength:
-        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)))
+        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.part)
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))
     return after
 

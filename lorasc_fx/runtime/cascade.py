@@ -70,6 +70,8 @@ class Cascade(Described):
             CaptureError: a new signature that no front end takes.
         """
         self.core.check_alive("forward")
+        if self.core.spread is not None:
+            return self.core.spread(self, args, kwargs)
         if self.core.placed is not None:
             return self.model(*args, **kwargs)
         bound, named = self._maker.bind(self.model, args, kwargs)
@@ -143,7 +145,7 @@ class Cascade(Described):
             raise StateError(f"weights({which!r}): give one of {', '.join(WHICH)}{nearest(str(which), WHICH)}")
         self.core.check_ready("weights")
         parameters = self.core.parameters_by_name()
-        live = {name: parameters[name].detach().clone() for name in self.core.slow.trained}
+        live = self.core.live()
         earlier = past.at_stage(self.core.slow, stage, "weights") if stage is not None else None
         try:
             folding.place(self.core, which or ("slow" if stage else "base"), parameters, live, earlier)
@@ -292,8 +294,6 @@ class Cascade(Described):
         if self._loaded is None:
             raise StateError("resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)")
         return resuming.resume(self.core, self._loaded, optimizer, scheduler)
-
-    # ---- moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
         """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""

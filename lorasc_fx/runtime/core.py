@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Which, is_quantized
+from lorasc_fx.branch.part import here
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
+from lorasc_fx.runtime.filling import Hollow
 from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
@@ -40,6 +43,8 @@ class Core:
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
+        self.hollow: Hollow | None = None  # until a model on the meta device has its numbers
+        self.spread: Callable[[Any, Any, Any], Any] | None = None  # computes a call, where weights lie in parts
         self._fingerprints: dict[str, str] = {}
         self._as_left: dict[str, tuple[int, int]] = {}
 
@@ -81,6 +86,10 @@ class Core:
         found = {name: _parameter(self.model, name) for name in self.slow.states}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
+    def live(self) -> dict[str, torch.Tensor]:
+        """Return copies of the parameters that are trained in full, as they are."""
+        return {name: here(value).detach().clone() for name, value in self.trained_parameters().items()}
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
         own = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
@@ -89,7 +98,8 @@ class Core:
     def start(self, trained: Mapping[str, nn.Parameter], undo: AllOrNothing) -> None:
         """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn."""
         self.slow = self.slow.with_trained(trained)
-        self.know_sites(undo)
+        if self.hollow is None:
+            self.know_sites(undo)
 
     def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
         """Note which weights the spec excludes: no noise reaches them."""
@@ -178,7 +188,7 @@ class Core:
             if now is not None and _mark(now) == mark:
                 continue
             changed = True
-            if now is None or not torch.equal(now.detach(), self.slow.resting(name, self.plan, now)):
+            if now is None or not torch.equal(here(now).detach(), self.slow.resting(name, self.plan, now)):
                 raise StateError(
                     f"{call}: {name} was changed by somebody else while the cascade lives (by load_state_dict?), and a "
                     "fold would overwrite that. Put it back, or load weights before you adapt"
@@ -196,13 +206,23 @@ class Core:
         return dict(self._fingerprints)
 
     def check_alive(self, call: str) -> None:
-        """Raise StateError after `release`."""
+        """Raise StateError after `release`, and before the model has its numbers."""
         if self.released:
             raise StateError(f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on")
+        if self.hollow is not None and call not in ("train", "draw"):
+            raise StateError(
+                f"{call}: the model is on the meta device, without numbers; "
+                "call lorasc_fx.materialize(cascade, folder) with its safetensors first"
+            )
 
     def check_ready(self, call: str) -> None:
         """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
         self.check_alive(call)
+        if self.spread is not None and call not in ("weights", "transition", "stages", "rewind"):
+            raise StateError(
+                f"{call}: the weights lie in parts on several processes; call "
+                "lorasc_fx.integrations.tensor_parallel.gather(cascade) first"
+            )
         if self.placed is not None:
             what = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
             raise StateError(f"{call}: inside weights({what}); leave the with block first")
@@ -229,4 +249,4 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:
-    return id(parameter), parameter._version
+    return id(parameter), here(parameter)._version

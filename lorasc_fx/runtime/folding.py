@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Which, is_quantized
+from lorasc_fx.branch.part import here
 from lorasc_fx.runtime.rigid import Requantize, check_asked, places, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.transition import resting_value, trained_moved
@@ -68,7 +69,7 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
         with torch.no_grad():
             for name in [*core.slow.states, *core.slow.trained]:
                 if not is_quantized(parameters[name]):
-                    _put_resting(core, name, parameters[name], live)
+                    _put_resting(core, name, here(parameters[name]), live)
         core.dense, core.placed = [], None
         core.note_weights()
 
@@ -138,7 +139,7 @@ def trained_value(
 def ended(core: Core) -> SlowWeights:
     """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written."""
     slow, branches, trained = core.slow, core.branches_by_weight(), core.trained_parameters()
-    begun = any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(slow, trained)
+    begun = any(branch.moved() for branch in branches.values()) or trained_moved(slow, trained)
     return slow.after_stage(core.plan, branches, trained) if begun else slow
 
 

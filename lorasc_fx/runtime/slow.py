@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, is_quantized
+from lorasc_fx.branch.part import anywhere, here, part_of
 from lorasc_fx.branch.stage import all_finite, write_start
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.plan import Plan
@@ -72,6 +73,7 @@ class SlowWeights:
                 name,
                 mapped[name] if name in mapped else host(value),
                 stacked=name in sites and sites[name].experts is not None,
+                part=part_of(value),
             )
             for name, value in parameters.items()
             if name not in self.states
@@ -88,7 +90,7 @@ class SlowWeights:
 
     def resting(self, name: str, plan: Plan, like: torch.Tensor) -> torch.Tensor:
         """Return what the parameter of this name holds between two steps: W_t, or when parked the slow weight."""
-        value = torch.empty_like(like, requires_grad=False)
+        value = torch.empty_like(here(like), requires_grad=False)
         with torch.no_grad():
             self.write_resting(name, plan, value)
         return value
@@ -137,7 +139,7 @@ class SlowWeights:
         trained = {}
         for name, kept in self.trained.items():
             fast = host(parameters[name])
-            if _spoilt(name, fast, kept.base, plan):
+            if _spoilt(name, parameters[name], fast, kept.base, plan):
                 trained[name] = kept
                 left_out.add(name)
                 continue
@@ -162,13 +164,14 @@ class SlowWeights:
         return replace(state, start=state.slow, dense_start=state.dense_slow) if self.parked else state
 
 
-def _spoilt(name: str, fast: torch.Tensor, base: torch.Tensor, plan: Plan) -> bool:
+def _spoilt(name: str, live: torch.Tensor, fast: torch.Tensor, base: torch.Tensor, plan: Plan) -> bool:
     """Whether a parameter trained in full has an inf or nan where it had none before it was adapted.
 
     Raises:
         NonFiniteBranch: it has, and spec.on_nonfinite is "raise".
     """
-    if not bool((~torch.isfinite(fast) & torch.isfinite(base)).any()):
+    spoilt = bool((~torch.isfinite(fast) & torch.isfinite(base)).any())
+    if not anywhere([spoilt], [live])[0]:
         return False
     told = f"{name}, which is trained in full, holds inf or nan at the end of stage {plan.stage}"
     if plan.spec.on_nonfinite == "raise":
@@ -181,10 +184,12 @@ def _spoilt(name: str, fast: torch.Tensor, base: torch.Tensor, plan: Plan) -> bo
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory, off the training device; of a quantized weight, which nothing writes to, itself."""
-    if is_quantized(tensor):
+    """Return a copy in host memory, off the training device, of what lies here of a tensor; of a quantized weight,
+    which nothing writes to, itself, and so of one without numbers.
+    """
+    if is_quantized(tensor) or tensor.is_meta:
         return tensor.detach()
-    return tensor.detach().to("cpu", copy=True)
+    return here(tensor).detach().to("cpu", copy=True)
 
 
 def write(
@@ -227,8 +232,9 @@ def fill(
     with torch.no_grad():
         for name in names:
             if not is_quantized(parameters[name]):
-                undo(partial(_again, old, name, parameters[name], parameters[name]._version, spare))
-                new(name, parameters[name])
+                out = here(parameters[name])
+                undo(partial(_again, old, name, out, out._version, spare))
+                new(name, out)
 
 
 def _again(

@@ -16,6 +16,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.branch.part import anywhere, here, part_of
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
@@ -25,7 +26,7 @@ from lorasc_fx.undo import AllOrNothing
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["begin", "check_optimizer", "run", "unpark"]
+__all__ = ["begin", "check_optimizer", "fresh_of", "run", "unpark"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -84,7 +85,7 @@ def begin(
     plan, before, trained = core.plan, core.slow, core.trained_parameters()
     branches = core.branches_by_weight()
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
-    kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
+    kept = [(each, here(each).detach().clone(), each.grad) for each in [*own, *trained.values()]]
     parameters = core.weights_by_name()
     with torch.no_grad(), AllOrNothing() as undo:
         undo(partial(core.advance, plan, before))
@@ -93,10 +94,10 @@ def begin(
             undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in state}))
         undo(partial(_put, kept))
         for weight, branch in branches.items():
-            branch.lora_A.copy_(starts[weight])
-            branch.lora_B.zero_()
+            here(branch.lora_A).copy_(starts[weight])
+            here(branch.lora_B).zero_()
         for name, parameter in trained.items():
-            parameter.copy_(resting_value(after, name))
+            here(parameter).copy_(resting_value(after, name))
         for parameter, _, _ in kept:
             parameter.grad = None
         if optimizer is not None:
@@ -118,7 +119,7 @@ def begin(
 
 def _put(kept: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> None:
     for parameter, value, grad in kept:
-        parameter.copy_(value)
+        here(parameter).copy_(value)
         parameter.grad = grad
 
 
@@ -145,7 +146,7 @@ def unpark(core: Core) -> None:
     if not before.parked:
         return
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    if any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(before, trained):
+    if any(branch.moved() for branch in branches.values()) or trained_moved(before, trained):
         raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
     after = replace(before, parked=False)
 
@@ -174,14 +175,22 @@ def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
     """Return lora_A as the plan's stage starts it: `kept` only where it is finite, and `gradient` fresh, until the
     first step has seen one.
     """
-    if plan.spec.restart_A == "kept" and bool(torch.isfinite(branch.lora_A).all()):
-        return branch.lora_A.detach().clone()
-    return fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
+    own = here(branch.lora_A)
+    if plan.spec.restart_A == "kept" and not anywhere([not bool(torch.isfinite(own).all())], [branch.lora_A])[0]:
+        return own.detach().clone()
+    return fresh_of(branch, site, plan)
+
+
+def fresh_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
+    """Return a fresh lora_A of the plan's stage, or the part of it that the branch holds here."""
+    whole, part = fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0]), part_of(branch.lora_A)
+    return whole if part is None else part.cut(whole)
 
 
 def trained_moved(slow: SlowWeights, trained: dict[str, nn.Parameter]) -> bool:
     """Whether a parameter trained in full has left the value that its stage started from."""
-    return any(
-        not torch.equal(parameter.detach().cpu(), resting_value(slow, name).to(parameter.dtype))
+    moved = [
+        not torch.equal(here(parameter).detach().cpu(), resting_value(slow, name).to(parameter.dtype))
         for name, parameter in trained.items()
-    )
+    ]
+    return any(anywhere(moved, list(trained.values())))
