@@ -1,8 +1,10 @@
 """Runs an adapted graph on DTensors: torch says how each op goes on parts, and here is what it does not say.
 
-A plain tensor that meets a DTensor (a constant, a mask, a frozen weight outside the plan) counts as a copy on every
-process. Attention whose heads are split goes head by head. An op that torch has no rule for is computed whole, on every
-process.
+Products with weights in parts go as Megatron-LM has them (1909.08053, section 3), whatever torch would think cheapest:
+an input that column-wise weights share is whole, and its gradient is summed once; what a row-wise weight makes is
+summed at once. A plain tensor that meets a DTensor (a constant, a mask, a frozen weight outside the plan) counts as a
+copy on every process. Attention whose heads are split goes head by head. An op that torch has no rule for is computed
+whole, on every process.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.branch import MatrixBranch, shared_down
 from lorasc_fx.branch.merged import PRODUCTS
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph import BRANCHES
@@ -26,6 +30,19 @@ __all__ = ["PartsInterpreter", "copied_everywhere", "whole"]
 
 log = logging.getLogger("lorasc_fx")
 
+_PRODUCTS = {
+    torch.ops.aten.linear.default: (0, 1, 2, 0),
+    torch.ops.aten.addmm.default: (1, 2, 0, 1),
+    torch.ops.aten.mm.default: (0, 1, None, 1),
+    torch.ops.aten.matmul.default: (0, 1, None, 1),
+}
+"""Where an op has its input, its weight and its bias, and which axis of the weight is that of the outputs."""
+_SPELLED = {
+    "linear": torch.ops.aten.linear.default,
+    "addmm": torch.ops.aten.addmm.default,
+    "mm": torch.ops.aten.mm.default,
+    "matmul": torch.ops.aten.matmul.default,
+}
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _CAT = torch.ops.aten.cat.default
 _ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
@@ -58,6 +75,7 @@ class PartsInterpreter(fx.Interpreter):
         super().__init__(module)
         self.outputs = module.graph.process_outputs
         self.mesh, self.resting, self.told = mesh, resting, told
+        self._last: dict[bool, tuple[DTensor, DTensor]] = {}  # inputs of products, as they were and as they are read
 
     def call(self, leaves: list[Any]) -> Any:
         """Compute the graph for the leaves of a call's arguments, and return what the model returns."""
@@ -70,12 +88,16 @@ class PartsInterpreter(fx.Interpreter):
         """Compute a branch, or leave it out."""
         assert str(target).startswith(f"{BRANCHES}.")
         args, kwargs = self._spread(args, kwargs)
-        if not self.resting:
-            return super().call_module(target, args, kwargs)
+        branch = self.fetch_attr(str(target))
         if "op" in kwargs:
             x, weight, *bias = args
-            return PRODUCTS[kwargs["op"]](x, weight, bias[0] if bias else None)
-        return args[0]
+            base = self._of_parts(kwargs["op"], x, weight, bias[0] if bias else None)
+            return base if self.resting else self._beside(branch, base, x, False)
+        if self.resting:
+            return args[0]
+        if type(branch) is MatrixBranch and len(args) == 2 and not branch.parts and not kwargs.keys() - {"shared"}:
+            return self._beside(branch, *args, **kwargs)
+        return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute an op on parts, or whole."""
@@ -89,6 +111,12 @@ class PartsInterpreter(fx.Interpreter):
         if target is _ATTENTION:
             found = self._by_heads(args, kwargs)
             return found if found is not None else self._whole(target, args, kwargs)
+        if target in _PRODUCTS and not kwargs:
+            x, weight, bias, _ = _PRODUCTS[target]
+            given = args[bias] if bias is not None and bias < len(args) else None
+            return self._of_parts(target, args[x], args[weight], given)
+        if target is shared_down:
+            return shared_down(self._read(args[0], False), args[1])
         if target is _CAT:  # a cache begins with an empty tensor of one axis, which DTensor does not leave out
             args = ([each for each in args[0] if each.dim() > 1 or each.numel()] or args[0], *args[1:])
         try:
@@ -99,6 +127,35 @@ class PartsInterpreter(fx.Interpreter):
 
     def _spread(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
         return pytree.tree_map_only(torch.Tensor, lambda each: copied_everywhere(each, self.mesh), (args, dict(kwargs)))
+
+    def _of_parts(self, op: Any, x: DTensor, weight: DTensor, bias: DTensor | None) -> Any:
+        """Return a product, of an op or of its name in `PRODUCTS`: by columns in parts, by rows summed."""
+        name = op if isinstance(op, str) else next(each for each, known in _SPELLED.items() if known is op)
+        (place,), out = weight.placements, _PRODUCTS[_SPELLED[name]][3]
+        if not isinstance(place, Shard) or weight.dim() != 2:
+            return PRODUCTS[name](x, weight, bias)
+        if place.dim == out:
+            return PRODUCTS[name](self._read(x, False), weight, bias)
+        x = self._read(x, True)
+        made = F.linear(x, weight) if name == "linear" else torch.matmul(x, weight)
+        made = made.redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
+        return made if bias is None else made + bias
+
+    def _beside(self, branch: MatrixBranch, base: DTensor, x: DTensor, shared: bool = False) -> Any:
+        """Return what `MatrixBranch` computes beside a product, with one sum over [tokens, rank]."""
+        a, b = branch.lora_A.to(x.dtype), branch.lora_B.to(x.dtype)
+        by_rows = a.placements == (Shard(1),)  # type: ignore[attr-defined]
+        low = x if shared else F.linear(self._read(x, by_rows), a)
+        low = low.redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
+        return base + F.linear(low, b) * branch.scale
+
+    def _read(self, x: DTensor, by_rows: bool) -> DTensor:
+        """Return a product's input, whole or in parts along its last axis; the same for all that read it in turn."""
+        last = self._last.get(by_rows)
+        if last is None or last[0] is not x:
+            place = Shard(x.dim() - 1) if by_rows else Replicate()
+            last = self._last[by_rows] = (x, x.redistribute(placements=[place]))
+        return last[1]
 
     def _check_random(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         schema = getattr(target, "_schema", None)
