@@ -27,7 +27,7 @@ from lorasc_fx.runtime.filling import Hollow, check_attributes, groups_of
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing
 
-__all__ = ["adapt", "load"]
+__all__ = ["adapt", "load", "restored"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -109,6 +109,18 @@ def load(
         SpecError: base is `file`, and the model names no folder.
     """
     found = read(folder)
+    return restored(found, model, args, kwargs, base, lambda cascade: cascade.load(found))
+
+
+def restored(
+    found: Checkpoint,
+    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    base: str | PathLike[str],
+    restore: Callable[[Cascade], object],
+) -> Cascade:
+    """Adapt a base model by the plan of a checkpoint, and let `restore` put its values into the cascade; as `load`."""
     if found.frontend not in ("auto", *FRONTENDS):
         known = ", ".join(("auto", *FRONTENDS))
         raise CheckpointError(f"{found.path}: was made by the front end {found.frontend!r:.40}; known: {known}")
@@ -127,7 +139,7 @@ def load(
             raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
         undo(cascade.core.base_writer())
         undo(_buffer_writer(opened))
-        cascade.load(found)
+        restore(cascade)
         _check_loaded(cascade, found.path)
         return cascade
 

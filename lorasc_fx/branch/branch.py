@@ -15,7 +15,7 @@ from torch import nn
 
 from lorasc_fx.branch.dropout import draw_seed
 from lorasc_fx.branch.init import fresh_a
-from lorasc_fx.branch.part import anywhere, here
+from lorasc_fx.branch.rows import local, whole
 from lorasc_fx.plan import Site
 
 __all__ = ["Branch"]
@@ -70,7 +70,7 @@ class Branch(nn.Module, abc.ABC):
         if self.transposed:
             return self.lora_A.transpose(-2, -1), self.lora_B.transpose(-2, -1)
         if self.parts:
-            return torch.block_diag(*self.lora_B.split(self.parts)), self.lora_A
+            return torch.block_diag(*whole(self.lora_B).split(self.parts)), self.lora_A
         return self.lora_B, self.lora_A
 
     def pairs(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -95,15 +95,10 @@ class Branch(nn.Module, abc.ABC):
         self.carried_B, self.carried_A = (None, None) if b is None or a is None else (b.to(like), a.to(like))
 
     def finite(self) -> bool:
-        """Whether no entry of the factors is inf or nan, on no process that shares them; without numbers none is."""
+        """Whether no entry of the factors, as far as they are here, is inf or nan; without numbers none is."""
         if self.lora_A.is_meta:
             return True
-        found = all(bool(torch.isfinite(here(factor)).all()) for factor in (self.lora_A, self.lora_B))
-        return not anywhere([not found], [self.lora_A])[0]
-
-    def moved(self) -> bool:
-        """Whether lora_B has left the zero that it starts from, on any process that shares it."""
-        return anywhere([bool(here(self.lora_B).any())], [self.lora_B])[0]
+        return all(bool(torch.isfinite(local(each)).all()) for each in (self.lora_A, self.lora_B))
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the branch."""

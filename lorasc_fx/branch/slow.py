@@ -18,8 +18,8 @@ import torch
 
 from lorasc_fx.branch.accumulate import accumulate, exact_products
 from lorasc_fx.branch.noise import draw
-from lorasc_fx.branch.part import Part
 from lorasc_fx.branch.quantized import dense, is_quantized
+from lorasc_fx.branch.rows import Rows
 from lorasc_fx.spec import Noise, Restart
 
 __all__ = ["Expert", "Factors", "KeptNoise", "Past", "SlowWeight", "Which"]
@@ -83,7 +83,7 @@ class SlowWeight:
         dense_slow, dense_start: what was left of experts at the dense collapse, [out, columns].
         kept: noise that stays.
         past: the slow coefficients at the end of each stage, oldest first.
-        part: which part of the weight all this is, where several processes share it.
+        rows: which rows of the weight all of this is of, where other processes hold the others.
     """
 
     name: str
@@ -96,7 +96,11 @@ class SlowWeight:
     dense_start: torch.Tensor | None = None
     kept: tuple[KeptNoise, ...] = ()
     past: tuple[Past, ...] = ()
-    part: Part | None = None
+    rows: Rows | None = None
+
+    def every(self, flag: bool) -> bool:
+        """Whether it holds here, and on every process that holds rows of this weight."""
+        return flag if self.rows is None else self.rows.together.every(flag)
 
     def exact(
         self,
@@ -130,7 +134,8 @@ class SlowWeight:
             pairs.append((1.0, live))
         pair = _joined(pairs, dtype, out.device) if pairs else None
         delta = delta.view(self.base.shape) if delta is not None else None
-        draws = (draw(each.noise, each.seed, each.stage, self.name, out.shape, self.part).to(out) for each in self.kept)
+        kept = self.kept
+        draws = (draw(each.noise, each.seed, each.stage, self.name, out.shape, self.rows).to(out) for each in kept)
         noise = next(draws, None)  # before anything is written: where there is no memory for it, `out` is as it was
         accumulate(out, dense(self.base), dtype, delta, pair, self.stacked)
         for each in self.kept:
@@ -142,11 +147,11 @@ class SlowWeight:
     def absorb(self, stage: int, live: Factors | None, pace: float, restart: Restart) -> SlowWeight:
         """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
 
-        `live` is None for a weight whose branch is left out, or that has none, or one that is zero, as it started: a
-        longer product sums in another order, and a stage that trains nothing moves no weight.
+        `live` is None for a weight whose branch is left out, or that has none. One that is zero, as it started, is not
+        kept: a longer product sums in another order, and a stage that trains nothing moves no weight.
         """
         experts, moved = self.experts, self.start
-        if live is not None:
+        if live is not None and not self.every(not live.b.any()):
             experts, moved = (*experts, Expert(stage, live)), (*moved, 1.0)
         old = (*self.slow, *([0.0] * (len(moved) - len(self.slow))))
         slow = tuple(s if s == f else s + pace * (f - s) for s, f in zip(old, moved, strict=True))
@@ -203,7 +208,7 @@ class SlowWeight:
             return None
         past = tuple(each for each in self.past if each.stage <= stage)
         if not past:
-            return SlowWeight(self.name, self.base, self.stacked, part=self.part)
+            return SlowWeight(self.name, self.base, self.stacked, rows=self.rows)
         slow = past[-1].slow
         if slow is None:
             return None
@@ -240,9 +245,10 @@ class SlowWeight:
         if self.dense_slow is not None:
             return bool(self.experts)
         ranks = sum(expert.factors.a.shape[-2] for expert in self.experts)
-        whole = self.base.shape if self.part is None else self.part.whole
-        rows, *rest = whole[1:] if self.stacked else whole
-        columns = math.prod(rest)
+        rows, columns = self.matrix[-2:]
+        if self.rows is not None and not self.stacked:  # so that all processes come to the same
+            whole = self.rows.shape_of_whole(self.base.shape)
+            rows, columns = whole[0], math.prod(whole[1:])
         return ranks * (rows + columns) > rows * columns
 
     def collapsed(self) -> SlowWeight:

@@ -13,8 +13,8 @@ import torch
 
 from lorasc_fx.branch.branch import Branch
 from lorasc_fx.branch.noise import amplitude, draw
-from lorasc_fx.branch.part import anywhere, here
 from lorasc_fx.branch.quantized import is_quantized
+from lorasc_fx.branch.rows import Rows, local, whole
 from lorasc_fx.branch.slow import Factors, KeptNoise, SlowWeight, Which, arithmetic
 from lorasc_fx.errors import NonFiniteBranch, SpecError
 from lorasc_fx.spec import CascadeSpec
@@ -35,13 +35,25 @@ log = logging.getLogger("lorasc_fx")
 _ADVICE = "Lower the learning rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
 
 
-def factors_of(branch: Branch, device: torch.device) -> Factors:
-    """Return copies of the factors on a device, as the weight is stored, the scale folded in: `b @ a` is the delta, or
-    the part of it that lies here.
+def factors_of(branch: Branch, device: torch.device, rows: Rows | None = None) -> Factors:
+    """Return copies of the factors on a device, as the weight is stored, the scale folded in: `b @ a` is the delta.
+
+    With rows `b @ a` is that of those: of a factor that is sharded as the weight is, its own rows are taken without a
+    word to the other processes.
     """
     with torch.no_grad():
-        left, right = (here(factor) for factor in branch.oriented())
+        left, right = branch.oriented()
+        axis, stacked = rows.axis if rows is not None else None, right.dim() > 2
+        left = _rows_of(left, rows) if rows is not None and axis == 0 else whole(left)
+        right = _rows_of(right, rows) if rows is not None and (stacked or axis == 1) else whole(right)
         return Factors((left * branch.scale).to(device), right.clone().to(device))
+
+
+def _rows_of(factor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Return rows of a factor: its own shard where that is cut along them, else of all of it, which is small."""
+    if any(each.is_shard(rows.axis) for each in getattr(factor, "placements", ())):
+        return local(factor)
+    return rows.of_whole(whole(factor))
 
 
 def start_weight(
@@ -69,9 +81,10 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
     else:
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
-        noise = _drawn(state, spec, stage, exact) if not state.kept else None
+        rows = state.rows
+        noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, rows).to(exact) if not state.kept else None
         state.write(exact, "fast", dtype)
-        size = amplitude(spec.noise, exact, state.part)
+        size = amplitude(spec.noise, exact, rows)
         if not math.isfinite(size):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
@@ -79,7 +92,7 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
             )
         if size:
             if noise is None:  # in the room that the kept noise had
-                noise = _drawn(state, spec, stage, exact)
+                noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, rows).to(exact)
             exact += noise.mul_(size)
         if exact is not out:
             out.copy_(exact)
@@ -88,10 +101,6 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
                 f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
                 f"Give less, or exclude it (exclude=({state.name!r},))"
             )
-
-
-def _drawn(state: SlowWeight, spec: CascadeSpec, stage: int, like: torch.Tensor) -> torch.Tensor:
-    return draw(spec.noise, spec.seed, stage, state.name, like.shape, state.part).to(like)
 
 
 def start_differs(state: SlowWeight) -> bool:
@@ -108,10 +117,9 @@ def all_finite(branches: Iterable[Branch]) -> bool:
     if not branches:
         return True
     with torch.no_grad():
-        sums = [here(factor).sum() for branch in branches for factor in (branch.lora_A, branch.lora_B)]
+        sums = [local(factor).sum() for branch in branches for factor in (branch.lora_A, branch.lora_B)]
         each = {place: [one for one in sums if one.device == place] for place in {one.device for one in sums}}
-        finite = all(math.isfinite(torch.stack(found).sum().item()) for found in each.values())
-        if not anywhere([not finite], [branches[0].lora_A])[0]:
+        if all(math.isfinite(torch.stack(found).sum().item()) for found in each.values()):
             return True
         return all(branch.finite() for branch in branches)
 
@@ -151,14 +159,11 @@ def end_stage(
     """
     after = None
     if branch is not None:
-        if not checked:
-            check_finite(branch, spec, stage)
         fault = "holds inf or nan"
-        if checked or branch.finite():
-            live = factors_of(branch, state.base.device) if branch.moved() else None
-            folded = state.absorb(stage, live, spec.pace, spec.restart)
-            bad = anywhere([not fits(folded)], [branch.lora_A])[0]
-            fault = "" if not bad else f"takes it beyond {state.base.dtype}"
+        if checked or state.every(branch.finite()):
+            factors = factors_of(branch, state.base.device, state.rows)
+            folded = state.absorb(stage, factors, spec.pace, spec.restart)
+            fault = "" if state.every(fits(folded)) else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":
             raise NonFiniteBranch(
@@ -171,7 +176,7 @@ def end_stage(
     if after is None:
         after = state.absorb(stage, None, spec.pace, spec.restart)
     if noisy and spec.noise.keep and spec.noise.strength:
-        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.part)
+        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.rows)
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))
     return after
 

@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch.part import is_spread
 from lorasc_fx.capture.trees import whole
 from lorasc_fx.capture.untouched import substituted
 
@@ -36,7 +35,7 @@ def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
 
 def has_numbers(model: nn.Module) -> bool:
     """Whether plain code can compute with the model: nothing is on the meta device, or in parts."""
-    return not is_hollow(model) and not any(is_spread(each) for each in model.parameters())
+    return not is_hollow(model) and not any(hasattr(each, "to_local") for each in model.parameters())
 
 
 @contextlib.contextmanager

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ("tensor_parallel",)
+__all__ = (
+    "distributed",
+    "fsdp",
+    "tensor_parallel",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,28 +10,27 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lorasc_fx.branch import Expert, Factors, SlowWeight
-from lorasc_fx.branch.part import Part
+from lorasc_fx.branch.rows import Rows
 from lorasc_fx.integrations._parts import whole
 from lorasc_fx.runtime.slow import Trained
 
 __all__ = ["cut", "cut_state", "joined", "joined_state", "trained_with"]
 
 
-def cut(value: torch.Tensor, part: Part | None) -> torch.Tensor:
+def cut(value: torch.Tensor, rows: Rows | None) -> torch.Tensor:
     """Return the part of a tensor, in memory of its own."""
-    return value if part is None else part.cut(value).clone()
+    return value if rows is None else rows.of_whole(value).clone()
 
 
-def cut_state(state: SlowWeight, part: Part | None) -> SlowWeight:
-    """Return the slow state of the part: its rows of W0 and B, its columns of W0 and A."""
-    if part is None:
+def cut_state(state: SlowWeight, rows: Rows | None) -> SlowWeight:
+    """Return the slow state of the part: its rows of W0 and B, or its columns of W0 and A."""
+    if rows is None:
         return state
-    (rows, columns), (height, width) = part.start, part.shape
 
     def factors(pair: Factors) -> Factors:
-        return Factors(pair.b.narrow(0, rows, height).clone(), pair.a.narrow(1, columns, width).clone())
+        return Factors(cut(pair.b, rows), pair.a) if rows.axis == 0 else Factors(pair.b, cut(pair.a, rows))
 
-    return _state(state, partial(cut, part=part), factors, part)
+    return _state(state, partial(cut, rows=rows), factors, rows)
 
 
 def joined(value: torch.Tensor, like: DTensor) -> torch.Tensor:
@@ -59,13 +58,13 @@ def _state(
     state: SlowWeight,
     dense: Callable[[torch.Tensor], torch.Tensor],
     factors: Callable[[Factors], Factors],
-    part: Part | None,
+    rows: Rows | None,
 ) -> SlowWeight:
     slow = None if state.dense_slow is None else dense(state.dense_slow)
     same = state.dense_start is state.dense_slow
     start = slow if same or state.dense_start is None else dense(state.dense_start)
     experts = tuple(Expert(each.stage, factors(each.factors)) for each in state.experts)
-    return replace(state, base=dense(state.base), experts=experts, dense_slow=slow, dense_start=start, part=part)
+    return replace(state, base=dense(state.base), experts=experts, dense_slow=slow, dense_start=start, rows=rows)
 
 
 def trained_with(kept: Trained, change: Callable[[torch.Tensor], torch.Tensor]) -> Trained:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from lorasc_fx.adapt import _ADAPTED
-from lorasc_fx.branch.part import part_of
+from lorasc_fx.branch.rows import Rows, Together
 from lorasc_fx.capture import quiet, seed, untouched
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.graph import BRANCHES
@@ -137,7 +137,7 @@ def gather(cascade: Cascade) -> Cascade:
             name: trained_with(kept, partial(joined, like=layouts[name])) for name, kept in core.slow.trained.items()
         }
         _exchange(cascade, lambda value: _again(value, whole(value)), undo)
-        _take(cascade, replace(core.slow, states=states, trained=trained), None, undo)
+        _take(cascade, replace(core.slow, states=states, trained=trained, together=None), None, undo)
     return cascade
 
 
@@ -191,10 +191,15 @@ def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement],
         return value if place is None else _again(value, _dtensor(value.detach(), mesh, place))
 
     _exchange(cascade, split, undo)
-    parts = {name: part_of(value) for name, value in core.parameters_by_name().items()}
-    states = {name: cut_state(state, parts[name]) for name, state in core.slow.states.items()}
-    trained = {name: trained_with(kept, partial(cut, part=parts[name])) for name, kept in core.slow.trained.items()}
-    _take(cascade, replace(core.slow, states=states, trained=trained), Spread(mesh, set()), undo)
+    rows = {
+        name: Rows.of(value) if isinstance(value, DTensor) and value.placements[0].is_shard() else None
+        for name, value in core.parameters_by_name().items()
+    }
+    states = {name: cut_state(state, rows[name]) for name, state in core.slow.states.items()}
+    trained = {name: trained_with(kept, partial(cut, rows=rows[name])) for name, kept in core.slow.trained.items()}
+    together = Together(mesh.get_group(), next(iter(core.by_key.values())).lora_A.device)
+    after = replace(core.slow, states=states, trained=trained, together=together)
+    _take(cascade, after, Spread(mesh, set()), undo)
 
 
 def _dtensor(value: torch.Tensor, mesh: DeviceMesh, place: Placement) -> DTensor:

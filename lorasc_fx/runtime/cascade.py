@@ -72,7 +72,7 @@ class Cascade(Described):
         self.core.check_alive("forward")
         if self.core.spread is not None:
             return self.core.spread(self, args, kwargs)
-        if self.core.placed is not None:
+        if self.core.placed is not None and self.core.slow.together is None:
             return self.model(*args, **kwargs)
         bound, named = self._maker.bind(self.model, args, kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
@@ -84,7 +84,7 @@ class Cascade(Described):
 
     def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """Return the variant for a call in canonical shape; capture it if there is none yet."""
-        self.core.check_alive("variant")
+        self.core.check_called("variant")
         key, leaves = self._maker.key(self.model, args, kwargs), self._maker.leaves(args, kwargs)
         if (found := self._variants.find(key, leaves)) is not None:
             return found
@@ -145,7 +145,7 @@ class Cascade(Described):
             raise StateError(f"weights({which!r}): give one of {', '.join(WHICH)}{nearest(str(which), WHICH)}")
         self.core.check_ready("weights")
         parameters = self.core.parameters_by_name()
-        live = self.core.live()
+        live = folding.trained_now(self.core, parameters)
         earlier = past.at_stage(self.core.slow, stage, "weights") if stage is not None else None
         try:
             folding.place(self.core, which or ("slow" if stage else "base"), parameters, live, earlier)

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lorasc_fx.branch.rows import local
 from lorasc_fx.branch.stage import all_finite
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
 from lorasc_fx.runtime import generators, half_step, outside_json, packing
@@ -115,7 +116,7 @@ def _contents(
     _check_keys(extra)
     tensors |= gradients | streams | taken.tensors
     for name, tensor in tensors.items():
-        if not outside_json.fits(tensor):
+        if not outside_json.fits(local(tensor)):
             raise CheckpointError(
                 f"{name} is {outside_json.kind(tensor)}, which safetensors cannot hold; make it dense or cast it before"
             )

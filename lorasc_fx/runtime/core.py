@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Which, is_quantized
-from lorasc_fx.branch.part import here
+from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
@@ -17,10 +17,14 @@ from lorasc_fx.runtime.filling import Hollow
 from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
+from lorasc_fx.runtime.replicas import Replicas
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["Core"]
+
+SHARDED = ("transition", "stages", "rewind", "weights", "resume")
+"""Calls that work on shards of the weights."""
 
 
 class Core:
@@ -38,6 +42,7 @@ class Core:
         self.slow = SlowWeights()
         self.pending = PendingWatch()
         self.turning = GradientStart()
+        self.replicas = Replicas()
         self.placed: Which | int | None = None  # a number is that of a stage
         self.released = False
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
@@ -85,10 +90,6 @@ class Core:
         """
         found = {name: _parameter(self.model, name) for name in self.slow.states}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
-
-    def live(self) -> dict[str, torch.Tensor]:
-        """Return copies of the parameters that are trained in full, as they are."""
-        return {name: here(value).detach().clone() for name, value in self.trained_parameters().items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
@@ -139,6 +140,7 @@ class Core:
         self.slow = slow
         self.note_weights()
         self.pending.arm(self.trainable())
+        self.replicas.see(len(self.branches), self.trainable)
 
     def advance(self, plan: Plan, slow: SlowWeights) -> None:
         """Take over the plan and slow weights of the next stage: the commit of a transition."""
@@ -188,13 +190,17 @@ class Core:
             if now is not None and _mark(now) == mark:
                 continue
             changed = True
-            if now is None or not torch.equal(here(now).detach(), self.slow.resting(name, self.plan, now)):
+            if now is None or not self._rests(name, local(now).detach()):
                 raise StateError(
                     f"{call}: {name} was changed by somebody else while the cascade lives (by load_state_dict?), and a "
                     "fold would overwrite that. Put it back, or load weights before you adapt"
                 )
         if changed:
             self.note_weights()
+
+    def _rests(self, name: str, now: torch.Tensor) -> bool:
+        """Whether a weight holds what it does between two steps, on all processes that hold shards of it."""
+        return self.slow.states[name].every(torch.equal(now, self.slow.resting(name, self.plan, now)))
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of every base parameter; those of frozen ones are computed once."""
@@ -215,6 +221,11 @@ class Core:
                 "call lorasc_fx.materialize(cascade, folder) with its safetensors first"
             )
 
+    def check_called(self, call: str) -> None:
+        """Raise StateError after `release`, and where other processes that train copies do not know all branches."""
+        self.check_alive(call)
+        self.replicas.see(len(self.branches), self.trainable)
+
     def check_ready(self, call: str) -> None:
         """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
         self.check_alive(call)
@@ -222,6 +233,11 @@ class Core:
             raise StateError(
                 f"{call}: the weights lie in parts on several processes; call "
                 "lorasc_fx.integrations.tensor_parallel.gather(cascade) first"
+            )
+        if self.slow.together is not None and call not in SHARDED:
+            raise StateError(
+                f"{call}: the weights are sharded over processes, where there is {', '.join(SHARDED)}; "
+                "lorasc_fx.integrations.fsdp has save, load and folded_state_dict for them"
             )
         if self.placed is not None:
             what = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
@@ -232,7 +248,8 @@ class Core:
             self.base_file.check(call)
         self.check_weights(call)
         waiting = self.pending.waiting(self.trainable())
-        if waiting and call in ("transition", "release"):
+        if self.slow.some(bool(waiting)) and call in ("transition", "release"):
+            waiting = waiting or ["what another process holds"]
             more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
             raise StateError(
                 f"{call}: gradients are pending on {waiting[0]}{more}: they belong to the stage that ends. "
@@ -249,4 +266,4 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:
-    return id(parameter), here(parameter)._version
+    return id(parameter), parameter._version

@@ -101,7 +101,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
         for name, value in values.items()
     }
     slow = SlowWeights({}, trained, parked)
-    begun = any(branch.moved() for branch in branches.values()) or trained_moved(slow, values)
+    begun = any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(slow, values)
     if begun:
         for branch in branches.values():
             check_finite(branch, plan.spec, plan.stage)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Which, is_quantized
-from lorasc_fx.branch.part import here
+from lorasc_fx.branch.rows import local
 from lorasc_fx.runtime.rigid import Requantize, check_asked, places, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, fill
-from lorasc_fx.runtime.transition import resting_value, trained_moved
+from lorasc_fx.runtime.transition import begun, resting_value, trained_moved
 from lorasc_fx.undo import AllOrNothing
 
 if TYPE_CHECKING:
@@ -30,7 +30,13 @@ __all__ = [
     "recast",
     "release",
     "rest",
+    "trained_now",
 ]
+
+
+def trained_now(core: Core, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return copies of the parameters trained in full, as they are here now."""
+    return {name: local(parameters[name]).detach().clone() for name in core.slow.trained}
 
 
 def place(
@@ -69,7 +75,7 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
         with torch.no_grad():
             for name in [*core.slow.states, *core.slow.trained]:
                 if not is_quantized(parameters[name]):
-                    _put_resting(core, name, here(parameters[name]), live)
+                    _put_resting(core, name, local(parameters[name]), live)
         core.dense, core.placed = [], None
         core.note_weights()
 
@@ -139,8 +145,7 @@ def trained_value(
 def ended(core: Core) -> SlowWeights:
     """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written."""
     slow, branches, trained = core.slow, core.branches_by_weight(), core.trained_parameters()
-    begun = any(branch.moved() for branch in branches.values()) or trained_moved(slow, trained)
-    return slow.after_stage(core.plan, branches, trained) if begun else slow
+    return slow.after_stage(core.plan, branches, trained) if begun(slow, branches, trained) else slow
 
 
 def folded_state(core: Core, call: str, quantized: Requantize = None) -> dict[str, torch.Tensor]:
@@ -181,7 +186,7 @@ def release(core: Core, quantized: Requantize, undo: AllOrNothing) -> None:
     """Write the slow weights into the user's parameters, for good, and let go of W0."""
     slow, parameters = ended(core), core.parameters_by_name()
     rigid = check_asked("release", slow, quantized)
-    live = {name: parameters[name].detach().clone() for name in slow.trained}
+    live = trained_now(core, parameters)
 
     def new(name: str, out: torch.Tensor) -> None:
         if name in live:

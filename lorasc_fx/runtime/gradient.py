@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch
+from lorasc_fx.runtime.replicas import Replicas
 
 __all__ = ["GradientStart"]
 
@@ -42,15 +43,19 @@ class GradientStart:
         return self._weights
 
     def arm(
-        self, parameters: Mapping[str, nn.Parameter], branches: Mapping[str, Branch], optimizer: torch.optim.Optimizer
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        branches: Mapping[str, Branch],
+        optimizer: torch.optim.Optimizer,
+        replicas: Replicas,
     ) -> None:
-        """Wait for the optimizer's next step."""
+        """Wait for the optimizer's next step; the gradient is the mean over the processes that train together."""
         self.call_off()
-        self._armed_by = (parameters, branches, optimizer)
+        self._armed_by = (parameters, branches, optimizer, replicas)
 
         def before_step(_optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
             for name, gradient in self.call_off().items():
-                _turn(branches[name], gradient)
+                _turn(branches[name], replicas.averaged(gradient))
 
         self._weights = {name: parameters[name] for name in branches}
         self._handle = optimizer.register_step_pre_hook(before_step)

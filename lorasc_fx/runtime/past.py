@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasc_fx.branch import SlowWeight, arithmetic
+from lorasc_fx.branch.init import fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime import transition
 from lorasc_fx.runtime.optim import treated_state
@@ -51,7 +52,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             "summed into one dense delta, and what is trained in full is kept a stage at a time only while it is "
             f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all"
         )
-    return SlowWeights(states, trained)
+    return SlowWeights(states, trained, together=slow.together)
 
 
 def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, SlowWeight], dict[str, Trained], list[str]]:
@@ -79,9 +80,11 @@ def rewind(core: Core, stage: int, optimizer: torch.optim.Optimizer | None) -> N
     transition.check_optimizer(core, optimizer, "rewind")
     after = at_stage(core.slow, stage, "rewind")
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    unused = core.slow.parked and not any(branch.moved() for branch in branches.values())
+    unused = core.slow.parked and not transition.begun(core.slow, branches, {})
     planned = plan if unused else plan.at_stage(plan.stage + 1)  # the noise of a number is drawn once
-    starts = {site.weight: transition.fresh_of(branches[site.weight], site, planned) for site in plan.sites}
+    starts = {
+        site.weight: fresh_a(plan.spec.seed, planned.stage, site.weight, site.factor_shapes[0]) for site in plan.sites
+    }
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
     state = treated_state(optimizer, [*own, *trained.values()], "reset") if optimizer is not None else {}
 

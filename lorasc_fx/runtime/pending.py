@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lorasc_fx.branch.part import anywhere, here
+from lorasc_fx.branch.rows import local
 
 __all__ = ["PendingWatch"]
 
@@ -54,13 +54,13 @@ class PendingWatch:
 
     def waiting(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
         """Return the names of the parameters whose gradient, if it is not zero, no step has used."""
-        held = {
-            name: parameter
+        return [
+            name
             for name, parameter in parameters.items()
-            if parameter.grad is not None and self._seen.get(id(parameter)) == parameter._version
-        }
-        found = [each.grad is not None and bool(here(each.grad).any()) for each in held.values()]
-        return [name for name, waits in zip(held, anywhere(found, list(held.values())), strict=True) if waits]
+            if parameter.grad is not None
+            and self._seen.get(id(parameter)) == parameter._version
+            and bool(local(parameter.grad).any())
+        ]
 
     def note(self, parameter: nn.Parameter) -> None:
         """The gradient that the parameter holds now waits for a step."""

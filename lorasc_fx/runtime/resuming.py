@@ -117,7 +117,7 @@ def _give(
         if optimizer is not None and state is not None:
             optimizer.load_state_dict(state)
             if manifest["turning"]:
-                core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer)
+                core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
             half_step.unpack(core, tensors, manifest.get("pending", ()), str(checkpoint.path))
         if scheduler is not None:
             scheduler.load_state_dict(then)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, is_quantized
-from lorasc_fx.branch.part import anywhere, here, part_of
+from lorasc_fx.branch.rows import Together, local
 from lorasc_fx.branch.stage import all_finite, write_start
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.plan import Plan
@@ -53,12 +53,18 @@ class SlowWeights:
         trained: of the parameters trained in full.
         parked: no stage runs; the parameters hold the slow weights, without noise.
         left_out: names of the weights that the last fold did not move, because what had trained was not finite.
+        together: the processes that hold the weights in shards, of which this one has its own; None for one process.
     """
 
     states: Mapping[str, SlowWeight] = field(default_factory=dict)
     trained: Mapping[str, Trained] = field(default_factory=dict)
     parked: bool = False
     left_out: frozenset[str] = frozenset()
+    together: Together | None = None
+
+    def some(self, flag: bool) -> bool:
+        """Whether it holds here, or on a process that holds other shards."""
+        return flag if self.together is None else self.together.some(flag)
 
     def with_weights(
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, mapped: Mapping[str, torch.Tensor] | None = None
@@ -73,7 +79,6 @@ class SlowWeights:
                 name,
                 mapped[name] if name in mapped else host(value),
                 stacked=name in sites and sites[name].experts is not None,
-                part=part_of(value),
             )
             for name, value in parameters.items()
             if name not in self.states
@@ -90,7 +95,7 @@ class SlowWeights:
 
     def resting(self, name: str, plan: Plan, like: torch.Tensor) -> torch.Tensor:
         """Return what the parameter of this name holds between two steps: W_t, or when parked the slow weight."""
-        value = torch.empty_like(here(like), requires_grad=False)
+        value = torch.empty_like(like, requires_grad=False)
         with torch.no_grad():
             self.write_resting(name, plan, value)
         return value
@@ -112,8 +117,9 @@ class SlowWeights:
 
     def write_value(self, name: str, which: Which, out: torch.Tensor, branch: Branch | None = None) -> None:
         """Write what `value` returns into `out`."""
-        live = factors_of(branch, out.device) if branch is not None and which == "fast" else None
-        self._as_run(self.states[name]).write(out, which, arithmetic(out.dtype), live)
+        state = self._as_run(self.states[name])
+        live = factors_of(branch, out.device, state.rows) if branch is not None and which == "fast" else None
+        state.write(out, which, arithmetic(out.dtype), live)
 
     def after_stage(
         self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
@@ -128,7 +134,7 @@ class SlowWeights:
         Raises:
             NonFiniteBranch: one of them is not finite, or makes a weight so, and spec.on_nonfinite is "raise".
         """
-        spec, noisy, finite = plan.spec, not self.parked, all_finite(branches.values())
+        spec, noisy, finite = plan.spec, not self.parked, not self.some(not all_finite(branches.values()))
         left_out: set[str] = set()
         size = sum(each.numel() for branch in branches.values() for each in (branch.lora_A, branch.lora_B))
         kept_on = sum(kept.base.numel() for kept in self.trained.values()) <= max(AFFORDABLE, size)
@@ -139,7 +145,7 @@ class SlowWeights:
         trained = {}
         for name, kept in self.trained.items():
             fast = host(parameters[name])
-            if _spoilt(name, parameters[name], fast, kept.base, plan):
+            if _spoilt(name, self.some(_broken(fast, kept.base)), plan):
                 trained[name] = kept
                 left_out.add(name)
                 continue
@@ -164,14 +170,18 @@ class SlowWeights:
         return replace(state, start=state.slow, dense_start=state.dense_slow) if self.parked else state
 
 
-def _spoilt(name: str, live: torch.Tensor, fast: torch.Tensor, base: torch.Tensor, plan: Plan) -> bool:
-    """Whether a parameter trained in full has an inf or nan where it had none before it was adapted.
+def _broken(fast: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether a parameter trained in full has an inf or nan where it had none before it was adapted."""
+    return bool((~torch.isfinite(fast) & torch.isfinite(base)).any())
+
+
+def _spoilt(name: str, broken: bool, plan: Plan) -> bool:
+    """Return it, after a warning where it is so.
 
     Raises:
-        NonFiniteBranch: it has, and spec.on_nonfinite is "raise".
+        NonFiniteBranch: it is so, and spec.on_nonfinite is "raise".
     """
-    spoilt = bool((~torch.isfinite(fast) & torch.isfinite(base)).any())
-    if not anywhere([spoilt], [live])[0]:
+    if not broken:
         return False
     told = f"{name}, which is trained in full, holds inf or nan at the end of stage {plan.stage}"
     if plan.spec.on_nonfinite == "raise":
@@ -184,12 +194,12 @@ def _spoilt(name: str, live: torch.Tensor, fast: torch.Tensor, base: torch.Tenso
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory, off the training device, of what lies here of a tensor; of a quantized weight,
-    which nothing writes to, itself, and so of one without numbers.
+    """Return a copy in host memory, off the training device, of what is here; of a quantized weight, which nothing
+    writes to, itself, and so of one without numbers.
     """
     if is_quantized(tensor) or tensor.is_meta:
         return tensor.detach()
-    return here(tensor).detach().to("cpu", copy=True)
+    return local(tensor).detach().to("cpu", copy=True)
 
 
 def write(
@@ -232,7 +242,7 @@ def fill(
     with torch.no_grad():
         for name in names:
             if not is_quantized(parameters[name]):
-                out = here(parameters[name])
+                out = local(parameters[name])
                 undo(partial(_again, old, name, out, out._version, spare))
                 new(name, out)
 

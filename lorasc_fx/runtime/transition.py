@@ -16,7 +16,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.init import fresh_a
-from lorasc_fx.branch.part import anywhere, here, part_of
+from lorasc_fx.branch.rows import local, part_of
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
@@ -26,7 +26,7 @@ from lorasc_fx.undo import AllOrNothing
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["begin", "check_optimizer", "fresh_of", "run", "unpark"]
+__all__ = ["begin", "check_optimizer", "run", "unpark"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -85,7 +85,7 @@ def begin(
     plan, before, trained = core.plan, core.slow, core.trained_parameters()
     branches = core.branches_by_weight()
     own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
-    kept = [(each, here(each).detach().clone(), each.grad) for each in [*own, *trained.values()]]
+    kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
     parameters = core.weights_by_name()
     with torch.no_grad(), AllOrNothing() as undo:
         undo(partial(core.advance, plan, before))
@@ -94,10 +94,10 @@ def begin(
             undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in state}))
         undo(partial(_put, kept))
         for weight, branch in branches.items():
-            here(branch.lora_A).copy_(starts[weight])
-            here(branch.lora_B).zero_()
+            local(branch.lora_A).copy_(part_of(starts[weight], branch.lora_A))
+            local(branch.lora_B).zero_()
         for name, parameter in trained.items():
-            here(parameter).copy_(resting_value(after, name))
+            local(parameter).copy_(resting_value(after, name))
         for parameter, _, _ in kept:
             parameter.grad = None
         if optimizer is not None:
@@ -112,14 +112,14 @@ def begin(
         core.advance(planned, after)
         core.turning.call_off()
         if planned.spec.restart_A == "gradient" and not after.parked and optimizer is not None:
-            core.turning.arm(parameters, branches, optimizer)
+            core.turning.arm(parameters, branches, optimizer, core.replicas)
         if then is not None:
             then()
 
 
 def _put(kept: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> None:
     for parameter, value, grad in kept:
-        here(parameter).copy_(value)
+        parameter.copy_(value)
         parameter.grad = grad
 
 
@@ -146,7 +146,7 @@ def unpark(core: Core) -> None:
     if not before.parked:
         return
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    if any(branch.moved() for branch in branches.values()) or trained_moved(before, trained):
+    if begun(before, branches, trained):
         raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
     after = replace(before, parked=False)
 
@@ -175,22 +175,23 @@ def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
     """Return lora_A as the plan's stage starts it: `kept` only where it is finite, and `gradient` fresh, until the
     first step has seen one.
     """
-    own = here(branch.lora_A)
-    if plan.spec.restart_A == "kept" and not anywhere([not bool(torch.isfinite(own).all())], [branch.lora_A])[0]:
-        return own.detach().clone()
-    return fresh_of(branch, site, plan)
+    if plan.spec.restart_A == "kept" and bool(torch.isfinite(local(branch.lora_A)).all()):
+        return branch.lora_A.detach().clone()
+    return fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
 
 
-def fresh_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
-    """Return a fresh lora_A of the plan's stage, or the part of it that the branch holds here."""
-    whole, part = fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0]), part_of(branch.lora_A)
-    return whole if part is None else part.cut(whole)
+def begun(slow: SlowWeights, branches: Mapping[str, Branch], trained: Mapping[str, nn.Parameter]) -> bool:
+    """Whether anything has trained since the stage started, or since it was parked."""
+    return slow.some(any(bool(local(branch.lora_B).any()) for branch in branches.values())) or trained_moved(
+        slow, trained
+    )
 
 
-def trained_moved(slow: SlowWeights, trained: dict[str, nn.Parameter]) -> bool:
+def trained_moved(slow: SlowWeights, trained: Mapping[str, nn.Parameter]) -> bool:
     """Whether a parameter trained in full has left the value that its stage started from."""
-    moved = [
-        not torch.equal(here(parameter).detach().cpu(), resting_value(slow, name).to(parameter.dtype))
-        for name, parameter in trained.items()
-    ]
-    return any(anywhere(moved, list(trained.values())))
+    return slow.some(
+        any(
+            not torch.equal(local(parameter).detach().cpu(), resting_value(slow, name).to(parameter.dtype))
+            for name, parameter in trained.items()
+        )
+    )

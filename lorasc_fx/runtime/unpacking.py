@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasc_fx.branch import Expert, Factors, KeptNoise, Past, SlowWeight
+from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
@@ -71,7 +72,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     whole = plan.spec.on_nonfinite == "raise"  # else such a branch is left out at the fold, and may be here
     moves: list[tuple[torch.Tensor, torch.Tensor]] = []
     for weight, branch in branches.items():
-        for name, factor in (("lora_A", branch.lora_A), ("lora_B", branch.lora_B)):
+        for name, factor in (("lora_A", local(branch.lora_A)), ("lora_B", local(branch.lora_B))):
             moves.append((factor, held.take(f"branch/{weight}/{name}", tuple(factor.shape), factor.dtype, whole)))
     if set(meta["slow"]) != set(slow.states):
         odd = sorted(set(meta["slow"]) ^ set(slow.states))
@@ -94,7 +95,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
         moves.append((buffer, held.take(f"buffer/{name}", tuple(buffer.shape), buffer.dtype)))
     if held.left:
         raise CheckpointError(f"{where}: holds {told(repr(next(iter(held.left))))}, which this plan has no place for")
-    after = SlowWeights(states, trained, meta["parked"])
+    after = SlowWeights(states, trained, meta["parked"], together=slow.together)
     old = [tensor.detach().clone() for tensor, _ in moves]
 
     def before(name: str, like: torch.Tensor) -> torch.Tensor:

@@ -306,6 +306,11 @@ def test_from_any_step_on(workers: int) -> None:
             partial(lx.shuffled_batches, DATA, 3, start=1.0),
             "shuffled_batches: start is 1.0; give an integer of 0 or more",
         ),
+        (
+            partial(lx.shuffled_batches, DATA, 3, share=(0, 2)),
+            "shuffled_batches: share is (0, 2) of a batch of 3; give (rank, count of processes), where the count "
+            "divides the batch",
+        ),
         (partial(lx.shuffled_batches, DATA, 12), "shuffled_batches: 11 examples are less than a batch of 12"),
         (
             partial(lx.shuffled_batches, DATA, 3, shuffle=True),

@@ -1,0 +1,54 @@
+"""A cascade on several processes: `torchrun --nproc-per-node 2 -m examples.ddp`; without torchrun it runs on one."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lorasc_fx as lx
+
+
+def main(steps: int = 20, stages: int = 3, batch: int = 32) -> float:
+    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+    torch.manual_seed(0)  # the same model and data everywhere
+    model = nn.Sequential(
+        nn.Linear(16, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 4)
+    )
+    points = torch.randn(1024, 16)
+    data = torch.utils.data.TensorDataset(points, (points @ torch.randn(16, 4)).argmax(1))
+
+    spec = lx.CascadeSpec(rank=4, train=("5.*",), pace=0.7, noise=lx.Noise(0.1))
+    cascade = lx.adapt(model.to(device), args=(points[:2].to(device),), spec=spec)
+    wrapper = DistributedDataParallel(cascade) if count > 1 else cascade
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=5e-3))
+
+    # Each process gets its share of one global batch, so that the numbers do not depend on how many there are.
+    batches = iter(lx.shuffled_batches(data, batch, share=(rank, count)))
+    loss = torch.zeros((), device=device)
+    for stage in cascade.stages(stages, optimizer):  # every process makes the same transition by itself
+        for _ in range(steps):
+            x, label = (each.to(device) for each in next(batches))
+            loss = F.cross_entropy(wrapper(x), label)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if count > 1:
+            dist.all_reduce(loss := loss.detach() / count)
+        if rank == 0:
+            print(f"stage {stage.index} of {stage.count}: loss {loss.item():.3f} on {count} processes")
+    if count > 1:
+        dist.destroy_process_group()
+    return loss.item()
+
+
+if __name__ == "__main__":
+    main()

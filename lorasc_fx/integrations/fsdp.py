@@ -1,0 +1,234 @@
+"""A cascade whose weights are sharded over processes, by torch's fully_shard (FSDP2).
+
+`fully_shard` gathers a module's parameters while the module's forward runs. A graph calls no blocks: it is cut where it
+goes on to the weights of another block, and each part runs in a module that holds that block's parameters and branches.
+Base and branches keep their dtypes. A transition works on shards: of `S` each process holds the same rows as of W0,
+made of its own rows of B and of all of A, so that no weight is gathered (algorithm.md, "One site").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lorasc_fx.branch import Expert, Factors, SlowWeight
+from lorasc_fx.branch.rows import Rows, whole
+from lorasc_fx.errors import StateError
+from lorasc_fx.integrations.segments import ROOT, Cut, cut, together, unit_of
+from lorasc_fx.integrations.sharded_files import load, resume, save
+from lorasc_fx.integrations.units import Shards, SplitGraph, Unit
+from lorasc_fx.runtime import Cascade, Made, Variant, folding
+from lorasc_fx.runtime.slow import SlowWeights, Trained
+
+__all__ = ["folded_state_dict", "load", "resume", "save", "shard"]
+
+
+def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
+    """Shard the weights, branches and slow state of a cascade over processes, in place.
+
+    Every process calls it, on the same cascade, before the optimizer is built. Then calls of the cascade, backward,
+    `stages`, `transition`, `weights(...)` and `rewind` work as on one process, on a share of each batch; gradients are
+    averaged. Inside `weights(...)` it is the cascade that is called, not the model. No graph can be made any more: call
+    the cascade once before, in each mode and with each kind of arguments.
+
+    Args:
+        cascade: that was adapted, or loaded; the parameters lie on the device of this process.
+        mesh: of one axis, over the processes that hold the shards; all of them by default.
+
+    Returns:
+        The cascade. Each parameter is now a DTensor of which a process holds some rows.
+
+    Raises:
+        StateError: what cannot be sharded, with names; nothing was changed.
+    """
+    core = cascade.core
+    core.check_ready("stages")
+    units = _units(cascade)
+    graphs = _check(cascade, mesh, units)
+    core.fingerprints()  # of the whole weights, while they are here
+    kind = next(iter(core.model.parameters())).device.type
+    mesh = mesh if mesh is not None else init_device_mesh(kind, (dist.get_world_size(),))
+    shards = _fully_sharded(cascade, units, mesh)
+    rows = {name: Rows.of(each) for name, each in core.parameters_by_name().items()}
+    core.slow = _rows_of_all(core.slow, rows, mapped=core.base_file is not None)
+    core.pending.disarm()
+    core.note_weights()
+
+    def called() -> bool:
+        if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
+            for parameter in core.trainable().values():
+                core.pending.note(parameter)
+        return core.placed is not None
+
+    leaves, variants = cascade._maker.leaves, cascade._variants
+    new = {id(each): replace(each, module=SplitGraph(shards, graph, leaves, called)) for each, graph in graphs}
+    variants.held = {key: [new[id(each)] for each in held] for key, held in variants.held.items()}
+    variants.plain = [(mode, kinds, new[id(each)]) for mode, kinds, each in variants.plain]
+    cascade._maker = _NoMore(cascade._maker)
+    return cascade
+
+
+def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
+    """Return the model's state dict with the slow weights in it, whole, in host memory of rank 0; elsewhere none of it.
+
+    One weight is gathered at a time, on all processes. A stage that has trained is counted as folded, as by
+    `Cascade.folded_state_dict`, and the cascade goes on after it.
+
+    Raises:
+        StateError: the cascade is not sharded, or not between two steps.
+    """
+    core = cascade.core
+    if core.slow.together is None:
+        raise StateError("folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()")
+    core.check_ready("weights")
+    first, found = dist.get_rank(core.slow.together.group) == 0, {}
+    for name, value, new in folding.folded_each(core, "folded_state_dict"):
+        held = new()
+        if hasattr(value, "to_local") and not hasattr(held, "to_local"):
+            held = Rows.of(value).sharded(held, value)
+        held = whole(held)
+        if first:
+            found[name] = held.cpu()
+    return found
+
+
+def _units(cascade: Cascade) -> dict[int, str]:
+    """Return the unit of every parameter of model and branches, by id."""
+    model, graphs = dict(cascade.model.named_parameters()), [each.module for each in _variants(cascade)]
+    units = {id(each): unit_of(name, each) for name, each in model.items()}
+    for branch in cascade.core.by_key.values():
+        units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
+    for graph in graphs:
+        if isinstance(graph, fx.GraphModule):
+            while found := together(graph, units):
+                units |= dict.fromkeys((each for read in found for each in read), ROOT)
+    for branch in cascade.core.by_key.values():  # a weight that had to go to the root takes its branch along
+        units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
+    return units
+
+
+def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> list[tuple[Variant, Cut]]:
+    """Return the graphs, cut; or raise StateError for what cannot be sharded."""
+    core, spec = cascade.core, cascade.core.plan.spec
+    if not dist.is_initialized():
+        raise StateError(
+            "shard: no process group is there; start the processes by torchrun and call "
+            "torch.distributed.init_process_group first"
+        )
+    if core.slow.together is not None:
+        raise StateError("shard: this cascade is sharded already")
+    if mesh is not None and mesh.ndim != 1:
+        raise StateError(f"shard: the mesh has {mesh.ndim} axes; give one of its axes, as mesh['name']")
+    for name, value in (("restart_A", "gradient"), ("on_nonfinite", "skip")):
+        if getattr(spec, name) == value:
+            raise StateError(f"shard: {name} is {value!r}, which needs whole weights; give another in the spec")
+    if not isinstance(spec.optimizer_state, str):
+        raise StateError(
+            f"shard: optimizer_state is {spec.optimizer_state}: the smallest entries of a whole state are not found in "
+            "a shard; give 'reset' or 'kept' in the spec"
+        )
+    graphs = [(each, each.module) for each in _variants(cascade) if isinstance(each.module, fx.GraphModule)]
+    if len(graphs) < len(_variants(cascade)):
+        raise StateError(
+            "shard: the model runs in pieces, with Python in between, and only a whole graph can be cut into blocks; "
+            "adapt it by another front end"
+        )
+    if core.quantized:
+        raise StateError(f"shard: {core.quantized[0]} is quantized, which FSDP does not cut; exclude it")
+    own = {f"model.{name}": each for name, each in core.parameters_by_name().items()}
+    own |= {f"branches.{name}": each for name, each in core.branches.named_parameters()}
+    for name, parameter in own.items():
+        if not parameter.dim() or not parameter.is_contiguous() or hasattr(parameter, "to_local"):
+            what = "has no axis" if not parameter.dim() else "is not contiguous"
+            what = "is a DTensor already" if hasattr(parameter, "to_local") else what
+            raise StateError(f"shard: {name} {what}, and FSDP cuts the first axis of plain tensors")
+        if parameter.grad is not None:
+            raise StateError(f"shard: {name} has a gradient; call optimizer.zero_grad() first, and build it anew after")
+    kinds: dict[str, dict[torch.dtype, str]] = {}
+    for name, parameter in core.trainable().items():
+        seen = kinds.setdefault(units[id(parameter)], {})
+        seen.setdefault(parameter.dtype, name)
+        if len(seen) > 1:
+            odd = " and ".join(f"{each} {dtype}" for dtype, each in seen.items())
+            raise StateError(
+                f"shard: {odd} are trained in one block, where FSDP adds up gradients of one dtype; cast them"
+            )
+    return [(each, cut(graph, units)) for each, graph in graphs]
+
+
+def _variants(cascade: Cascade) -> list[Variant]:
+    return [each for held in cascade._variants.held.values() for each in held]
+
+
+def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh) -> Shards:
+    """Let FSDP take the parameters of each unit, and those of none as the root."""
+    holders: dict[str, list[nn.Module]] = {}
+    originals = list(cascade.parameters())  # held, so that no other object gets the id of one
+    for root in (cascade.model, cascade.branches):
+        for module in root.modules():
+            for name in dict.fromkeys(units[id(each)] for each in module._parameters.values() if each is not None):
+                holders.setdefault(name, []).append(module)
+    blocks = {name: Unit(held) for name, held in holders.items() if name != ROOT}
+    shards = Shards(blocks, holders.get(ROOT, ()))
+    for name, unit in (*blocks.items(), (ROOT, shards)):
+        others = {
+            each for each in cascade.parameters() if units.get(id(each)) != name
+        }  # those of other units, cut or not
+        cut_up = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=others)
+        if dist.get_backend(mesh.get_group()) == "gloo":  # which has no mean
+            cut_up.set_force_sum_reduction_for_comms(True)
+    del originals
+    for module in cascade.modules():  # marks for dynamo, which would be settings of another signature
+        for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+            vars(module).pop(mark, None)
+    return shards
+
+
+def _rows_of_all(slow: SlowWeights, rows: Mapping[str, Rows], mapped: bool) -> SlowWeights:
+    """Return the slow weights of the rows that are here; W0 stays in its file if it is `mapped`."""
+    states = {name: _rows_of(state, rows[name], mapped) for name, state in slow.states.items()}
+    trained = {}
+    for name, kept in slow.trained.items():
+        own = rows[name].of_whole
+        past = tuple((stage, own(value).clone()) for stage, value in kept.past)
+        trained[name] = Trained(own(kept.base).clone(), own(kept.slow).clone(), own(kept.start).clone(), past)
+    every = next(iter(rows.values())).together
+    return replace(slow, states=states, trained=trained, together=every)
+
+
+def _rows_of(state: SlowWeight, rows: Rows, mapped: bool) -> SlowWeight:
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return rows.of_whole(tensor).clone()
+
+    experts = tuple(
+        Expert(each.stage, Factors(own(each.factors.b), own(each.factors.a) if state.stacked else each.factors.a))
+        for each in state.experts
+    )
+    slow = None if state.dense_slow is None else own(state.dense_slow)
+    start = slow if state.dense_start is state.dense_slow or state.dense_start is None else own(state.dense_start)
+    base = rows.of_whole(state.base) if mapped else own(state.base)
+    return replace(state, base=base, experts=experts, dense_slow=slow, dense_start=start, rows=rows)
+
+
+@dataclass(frozen=True)
+class _NoMore:
+    """The maker of variants, which makes no more of them."""
+
+    maker: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.maker, name)
+
+    def make(self, *_: Any) -> Made:
+        """Refuse."""
+        raise StateError(
+            "there is no graph for this call, and none can be made of sharded weights: call the cascade once in each "
+            "mode and with each kind of arguments before shard"
+        )

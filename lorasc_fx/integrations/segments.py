@@ -1,0 +1,222 @@
+"""An adapted graph cut where it goes on to the weights of another unit, so that a unit's weights are whole only while
+its own nodes run.
+
+The graph is only read. A node that computes from weights alone (a transpose, a cast, a branch on a weight) belongs to
+whoever uses it and is computed there, so that nothing of a unit's weights outlives the unit's turn. The other nodes
+keep their order: each stays with the unit before it until one reads the weights of another.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+__all__ = ["ROOT", "Cut", "Segment", "cut", "together", "unit_of"]
+
+ROOT = ""
+"""The unit whose weights are whole for a whole forward: what is read in several units, and small things between."""
+
+_NUMBER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+
+
+def unit_of(name: str, parameter: nn.Parameter) -> str:
+    """Return the unit of a parameter by its name: up to its first number (`layers.3`), else the module that holds it,
+    where it is a matrix (`head`); a vector outside of numbered modules is in the root unit.
+    """
+    found = _NUMBER.match(name)
+    if found is not None:
+        return found.group()
+    return name.rpartition(".")[0] if parameter.dim() > 1 else ROOT
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Nodes that run in one go.
+
+    Args:
+        unit: whose weights they read, or ROOT.
+        nodes: in order, without those that compute from weights alone.
+        inputs: nodes of earlier segments whose values these need.
+        outputs: nodes of this one whose values later ones need.
+        last: by node, the values that nobody needs after it.
+    """
+
+    unit: str
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    last: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+
+    def run(self, holder: nn.Module, values: Iterable[Any]) -> tuple[Any, ...]:
+        """Return the values of the outputs, from those of the inputs; names are read from the holder as it is now."""
+        held: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
+
+        def value_of(node: fx.Node) -> Any:
+            if node not in held:
+                held[node] = _run(node, holder, value_of)
+            return held[node]
+
+        for node in self.nodes:
+            value_of(node)
+            for done in self.last.get(node, ()):
+                held.pop(done, None)
+        return tuple(held[node] for node in self.outputs)
+
+
+def _run(node: fx.Node, holder: nn.Module, value_of: Callable[[fx.Node], Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    if node.op == "output":
+        return args[0]
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(holder)
+    if node.op == "call_module":
+        return operator.attrgetter(str(node.target))(holder)(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def together(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[set[int]]:
+    """Return the sets of parameters (by id) of several units that one node reads, which no cut can part."""
+    reads = _reads(graph_module)
+    found = []
+    for node in graph_module.graph.nodes:
+        if node in reads.lazy:
+            continue
+        seen = reads.of(node)
+        if len({units[each] for each in seen} - {ROOT}) > 1:
+            found.append(seen)
+    return found
+
+
+class Cut:
+    """A graph in segments, and the values that are still needed after each of them.
+
+    Args:
+        module: the graph module, from which the nodes read their names.
+        segments: in order.
+    """
+
+    def __init__(self, module: fx.GraphModule, segments: tuple[Segment, ...]) -> None:
+        self.module, self.segments = module, segments
+        self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        needed = [set(segment.inputs) for segment in segments]
+        self.later = [set().union(*needed[index + 1 :]) for index in range(len(segments))]
+
+    def run(self, inputs: tuple[Any, ...], turn: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> Any:
+        """Return what the output node has; `turn` runs a segment on the values of its inputs.
+
+        Arguments that were left out have their defaults.
+        """
+        given = [*inputs, *(node.args[0] for node in self.placeholders[len(inputs) :])]
+        values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
+        for segment, later in zip(self.segments, self.later, strict=True):
+            made = turn(segment, [values[node] for node in segment.inputs])
+            if segment is self.segments[-1]:
+                return made[-1]
+            values = {**values, **dict(zip(segment.outputs, made, strict=True))}
+            values = {node: value for node, value in values.items() if node in later}
+        raise AssertionError("a graph has an output node")
+
+
+def cut(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Cut:
+    """Cut a graph.
+
+    Args:
+        graph_module: whose nodes read the parameters of its children.
+        units: the unit of every parameter, by the parameter's id.
+    """
+    reads = _reads(graph_module)
+    runs: list[tuple[str, list[fx.Node]]] = [(ROOT, [])]
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" or node in reads.lazy:
+            continue
+        wanted = {units[each] for each in reads.of(node)} - {ROOT}
+        if wanted and wanted != {runs[-1][0]}:
+            runs.append((wanted.pop(), []))
+        runs[-1][1].append(node)
+    runs = [each for each in runs if each[1]]
+    needs = [_needs(nodes, reads.lazy) for _, nodes in runs]
+    segments = []
+    for index, (unit, nodes) in enumerate(runs):
+        own = set(nodes)
+        inputs = tuple(node for node in needs[index] if node not in own)
+        later = {node for other in needs[index + 1 :] for node in other}
+        outputs = tuple(node for node in nodes if node in later or node.op == "output")
+        last = _last(nodes, set(outputs), reads.lazy)
+        segments.append(Segment(unit, tuple(nodes), inputs, outputs, last))
+    return Cut(graph_module, tuple(segments))
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Which nodes compute from weights alone, and the parameters that each node reads itself, by id."""
+
+    lazy: frozenset[fx.Node]
+    own: Mapping[fx.Node, set[int]]
+
+    def of(self, node: fx.Node) -> set[int]:
+        """Return the parameters that a node reads, through those that compute from weights alone."""
+        found = set(self.own.get(node, ()))
+        for source in node.all_input_nodes:
+            if source in self.lazy:
+                found |= self.of(source)
+        return found
+
+
+def _reads(graph_module: fx.GraphModule) -> _Reads:
+    lazy: set[fx.Node] = set()
+    own: dict[fx.Node, set[int]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            held = operator.attrgetter(str(node.target))(graph_module)
+            inside = held.parameters() if isinstance(held, nn.Module) else [held]
+            own[node] = {id(each) for each in inside if isinstance(each, nn.Parameter)}
+        sources = node.all_input_nodes
+        computed = bool(sources) and all(source in lazy for source in sources)
+        if node.op == "get_attr" or (computed and node.op != "output" and not _is_particular(node)):
+            lazy.add(node)
+    return _Reads(frozenset(lazy), own)
+
+
+def _is_particular(node: fx.Node) -> bool:
+    """Whether a node has to run once, in its place: it writes, or draws random numbers."""
+    tags = getattr(node.target, "tags", ())
+    return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
+
+
+def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, None]:
+    """Return what the nodes read, seen through what computes from weights alone, in order."""
+    found: dict[fx.Node, None] = {}
+
+    def look(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source in lazy:
+                look(source)
+            else:
+                found[source] = None
+
+    for node in nodes:
+        look(node)
+    return found
+
+
+def _last(nodes: list[fx.Node], kept: set[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Return by node what nobody reads after it in these nodes: inputs and nodes that are no outputs."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in _needs([node], lazy):
+            last[source] = node
+        last.setdefault(node, node)
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for value, node in last.items():
+        if value not in kept:
+            found[node] = (*found.get(node, ()), value)
+    return found

@@ -1,0 +1,269 @@
+"""Checkpoints of sharded weights by torch.distributed.checkpoint: each process writes and reads its own rows.
+
+What torch writes by default is unpickled when it is read; here it writes safetensors, and beside them stands the
+manifest of `lorasc_fx.save`, with the shape of every tensor. So loading runs no code from a file, and a run goes on
+with any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+from torch.distributed.checkpoint.state_dict_saver import save as write_shards
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import zeros
+
+from lorasc_fx.adapt import restored
+from lorasc_fx.branch.rows import Rows, local
+from lorasc_fx.errors import CheckpointError, StateError
+from lorasc_fx.integrations.processes import RANKS, agreed, gathered, reseed, streams, text_of_rank_0
+from lorasc_fx.plan import Plan
+from lorasc_fx.runtime import Cascade
+from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, _canonical, _versions, _way_back
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, restore
+from lorasc_fx.runtime.checkpoint_write import _contents, sync
+from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.fingerprint import file_digest, text_digest
+from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
+from lorasc_fx.runtime.opening import plain_bytes
+
+__all__ = ["load", "resume", "save"]
+
+KIND = "lorasc_fx.sharded"
+FORMAT = 1
+
+
+def save(
+    cascade: Cascade,
+    folder: str | PathLike[str],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint of a sharded cascade as a new version in `folder`; each process writes its own shards.
+
+    Every process calls it, between two steps. The version gets its name when all of it is on disk. W0 is not in it.
+
+    Args:
+        cascade: that was sharded.
+        folder: that every process sees.
+        optimizer, scheduler, extra: as for `lorasc_fx.save`.
+
+    Returns:
+        The folder of the new version, on every process.
+
+    Raises:
+        StateError: the cascade is not sharded, or not between two steps, or another process has failed or is gone.
+        CheckpointError, NonFiniteBranch: as `lorasc_fx.save`; what was there stays.
+    """
+    core = cascade.core
+    if core.slow.together is None:
+        raise StateError("save: this cascade is not sharded; use lorasc_fx.save")
+    core.check_ready("resume")
+    if any(each.grad is not None for each in core.trainable().values()):
+        raise StateError("save: there are gradients; call it after optimizer.step() and optimizer.zero_grad()")
+    group, root = core.slow.together.group, Path(folder)
+    first = dist.get_rank(group) == 0
+    whole = {**(extra or {}), RANKS: gathered(streams(), group, "save")}
+    with agreed("save", group):
+        tensors, manifest = _contents(core, optimizer, scheduler, whole)
+        tensors = _as_sharded(core, tensors)
+    beside = Path(text_of_rank_0(str(root / f".writing-{uuid.uuid4().hex}"), group, "save"))
+    path = ""
+    with agreed("save", group):
+        if first:
+            beside.mkdir(parents=True)
+    try:
+        with agreed("save", group):
+            own = {name: each for name, each in tensors.items() if first or hasattr(each, "to_local")}
+            writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+            write_shards(own, storage_writer=writer, process_group=group)
+        with agreed("save", group):
+            if first:
+                manifest["tensors"] = {name: _described(each) for name, each in tensors.items()}
+                path = str(_named(beside, root, manifest))
+    except BaseException:
+        if first:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return Path(text_of_rank_0(path, group, "save"))
+
+
+def _named(beside: Path, root: Path, manifest: dict[str, Any]) -> Path:
+    """Write the manifest, sync, and give the folder its name."""
+    files = sorted(beside.iterdir())
+    for each in files:
+        sync(each)
+    manifest |= {"kind": KIND, "format": FORMAT, "files": {each.name: file_digest(each) for each in files}}
+    manifest["digest"] = text_digest(_canonical(manifest))
+    (beside / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+    sync(beside / MANIFEST)
+    sync(beside)
+    known = _versions(root)
+    whole = root / f"step-{known[-1][0] + 1 if known else 1:08d}"
+    beside.rename(whole)
+    sync(root)
+    return whole
+
+
+def load(
+    folder: str | PathLike[str],
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    calls: Sequence[tuple[bool, Sequence[Any], Mapping[str, Any]]] = (),
+) -> Cascade:
+    """Adapt and shard a base model as the newest checkpoint in a folder has it, on any number of processes.
+
+    `resume` then gives optimizer, scheduler and random generators their state.
+
+    Args:
+        folder: that `save` wrote to, and that every process sees.
+        model, args, kwargs: as for `lorasc_fx.load`; the model holds the weights that were adapted.
+        mesh: as for `shard`.
+        calls: (mode, args, kwargs) of other calls, whose graphs are made before the weights are cut; mode is True for
+            training.
+
+    Raises:
+        CheckpointError: nothing to load, damage, or another base.
+        StateError: what cannot be sharded, or another process has failed or is gone.
+    """
+    from lorasc_fx.integrations.fsdp import shard
+
+    if not dist.is_initialized():
+        raise StateError(
+            "load: no process group is there; start the processes by torchrun and call "
+            "torch.distributed.init_process_group first"
+        )
+    group = mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
+    with agreed("load", group):
+        found = _read(Path(folder))
+    with agreed("load", group):
+        cascade = restored(found, model, args, kwargs, "memory", lambda cascade: None)
+        for mode, more, named in calls:
+            before = cascade.training
+            with torch.no_grad():
+                cascade.train(mode)(*more, **named)
+            cascade.train(before)
+    shard(cascade, mesh)
+    parameter: Any = next(iter(cascade.parameters()))
+    with agreed("load", group):
+        tensors = _targets(found, parameter)
+    with agreed("load", group):
+        read_shards(tensors, storage_reader=HuggingFaceStorageReader(str(found.path)), process_group=group)
+        here = {name: each if name.startswith("optimizer/") else local(each).cpu() for name, each in tensors.items()}
+        restore(cascade.core, Checkpoint(found.path, found.manifest, here, found.plan))
+        cascade._loaded = Checkpoint(found.path, found.manifest, here, found.plan)
+    return cascade
+
+
+def resume(cascade: Cascade, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
+    """After `load`: give optimizer, scheduler and random generators their saved state; return `extra`.
+
+    The optimizer is built of `cascade.param_groups(...)` after `load`. On as many processes as saved, each gets its own
+    random generators back, on another number each a stream of its own.
+
+    Raises:
+        StateError: the cascade is not sharded, was not loaded, or another process has failed or is gone.
+        CheckpointError: as `Cascade.resume`.
+    """
+    core = cascade.core
+    if core.slow.together is None:
+        raise StateError("resume: this cascade is not sharded; use cascade.resume")
+    group = core.slow.together.group
+    with agreed("resume", group):
+        extra = cascade.resume(optimizer, scheduler)
+        reseed(extra.pop(RANKS), dist.get_rank(group), dist.get_world_size(group), core.stage)
+    return extra
+
+
+def _as_sharded(core: Core, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors, those of which rows are here as DTensors."""
+    parameters = core.parameters_by_name()
+    found = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        what = rest.rpartition("/")[2]
+        if kind == "expert":
+            weight = rest.rsplit("/", 2)[0]
+            cut = what == "b" or core.slow.states[weight].stacked
+        elif kind == "trained" and not hasattr(tensor, "to_local"):
+            weight = rest.rsplit("/", 2)[0] if what.isdecimal() else rest.rpartition("/")[0]
+            cut = True
+        else:
+            weight, cut = rest.rpartition("/")[0], kind == "dense"
+        rows = Rows.of(parameters[weight]) if cut else None
+        found[name] = rows.sharded(tensor, parameters[weight]) if rows is not None else tensor
+    return found
+
+
+def _described(tensor: torch.Tensor) -> dict[str, Any]:
+    rows = hasattr(tensor, "to_local")
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "rows": rows}
+
+
+def _read(root: Path) -> Checkpoint:
+    """Read the manifest of the newest version in a folder; rank 0 holds the files against their digests."""
+    versions = _versions(root)
+    if not versions:
+        raise CheckpointError(
+            f"{root}: no checkpoint of sharded weights in this folder; give the one that save was given"
+        )
+    path = versions[-1][1]
+    try:
+        manifest = parsed(plain_bytes(path / MANIFEST, LONGEST))
+        if not isinstance(manifest, dict) or manifest.get("kind") != KIND or manifest.get("format") != FORMAT:
+            raise ValueError(
+                "it is none of sharded weights, or of another format; lorasc_fx.load reads what save wrote"
+            )
+        check_kinds(manifest)
+        if manifest.get("digest") != text_digest(_canonical(manifest)):
+            raise ValueError("it differs from its own digest; the file is damaged, or was edited")
+        plan = Plan.from_json(json.dumps(manifest["plan"]))
+        check_fields({**manifest, "files": {TENSORS: "0" * 64}}, plan, TENSORS)
+        if dist.get_rank() == 0:
+            there = sorted(each.name for each in path.iterdir() if each.name != MANIFEST)
+            if there != sorted(manifest["files"]):
+                raise ValueError(f"it tells of {len(manifest['files'])} files, beside it are {len(there)} or others")
+            for name in there:
+                if file_digest(path / name) != manifest["files"][name]:
+                    raise ValueError(f"{name} differs from its digest; the file is damaged")
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(f"{path / MANIFEST}: cannot be read: {fault}; {_way_back(path)}") from fault
+    return Checkpoint(path, manifest, {}, plan)
+
+
+def _targets(found: Checkpoint, like: Any) -> dict[str, torch.Tensor]:
+    """Return tensors to read into, as large as manifest and files say alike; sharded as `like` is."""
+    table, held = found.manifest.get("tensors"), HuggingFaceStorageReader(str(found.path)).read_metadata()
+    sizes: dict[str, Any] = held.state_dict_metadata
+    made: dict[str, torch.Tensor] = {}
+    if not isinstance(table, dict) or set(table) != set(sizes):
+        raise CheckpointError(f"{found.path}: manifest and files name other tensors; {_way_back(found.path)}")
+    for name, entry in table.items():
+        size, dtype = sizes[name].size, sizes[name].properties.dtype
+        if (
+            not isinstance(entry, dict)
+            or entry.get("shape") != list(size)
+            or f"torch.{entry.get('dtype')}" != str(dtype)
+        ):
+            raise CheckpointError(f"{found.path}: manifest and files disagree about {name!r}; {_way_back(found.path)}")
+        if entry.get("rows") is True:
+            made[name] = zeros(size, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
+        else:
+            made[name] = torch.zeros(size, dtype=dtype)
+    return made

@@ -1,0 +1,293 @@
+"""A small network of blocks trained in fp64, whole or sharded: what each process does, and what it measures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorasc_fx as lx
+from lorasc_fx.integrations import fsdp
+from tests.devices.training import ROWS, STAGES, STEPS, data
+
+SPECS: dict[str, dict[str, Any]] = {
+    "fresh": {"noise": {"strength": 0.1, "keep": True}},  # its experts outgrow their weights, and are summed
+    "fast": {
+        "rank": 1,
+        "exclude": ("head.*", "table.*"),
+        "restart": "fast",
+        "restart_A": "kept",
+        "noise": {"strength": 0.1, "distribution": "normal", "where": "all"},
+    },
+    "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.mix = nn.Parameter(torch.randn(width, width + 1) / 4)  # stored [in, out]
+        self.back = nn.Conv1d(width + 1, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return x + self.back((x @ self.mix).transpose(1, 2)).transpose(1, 2)
+
+
+class Blocks(nn.Module):
+    """An embedding, tied to a term of the head; blocks; a head; dropout that does nothing in eval mode."""
+
+    def __init__(self, depth: int = 3, width: int = 6, inner: int = 9) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, width)
+        self.start = nn.Parameter(torch.randn(1, 1, width))
+        self.layers = nn.ModuleList(Block(width, inner) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        x = torch.cat([self.start.expand(x.shape[0], -1, -1), x], 1)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x).mean(1)
+        return self.head(x) + F.linear(x, self.table.weight)[:, :4]
+
+
+def blocks(**sizes: int) -> Blocks:
+    torch.manual_seed(1)
+    return Blocks(**sizes).double()
+
+
+def example() -> Tensor:
+    return torch.stack([tokens for tokens, _ in data()[:3]])
+
+
+def adapted(name: str, **sizes: int) -> lx.Cascade:
+    spec = lx.CascadeSpec.from_dict({"rank": 2, "pace": 0.6, "train": ("*norm*",), "seed": 5, **SPECS[name]})
+    return lx.adapt(blocks(**sizes), args=(example(),), spec=spec)
+
+
+def called_in_both_modes(cascade: lx.Cascade) -> lx.Cascade:
+    for mode in (False, True):
+        cascade.train(mode)(example())
+    return cascade
+
+
+def optimizer_of(cascade: lx.Cascade) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(cascade.param_groups(lr=0.02))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
+def values(cascade: lx.Cascade) -> dict[str, Tensor]:
+    """Factors, and parameters and outputs under each kind of weights, as one process would have them."""
+    tokens = example()
+    found = {f"live/{name}": whole(each.detach()).clone() for name, each in cascade.named_parameters()}
+    cascade.eval()
+    for which in ("slow", "fast", "base"):
+        with cascade.weights(which), torch.no_grad():  # type: ignore[arg-type]
+            found[f"{which}/output"] = cascade(tokens)
+            found |= {
+                f"{which}/{name}": whole(each.detach()).clone() for name, each in cascade.model.named_parameters()
+            }
+    with torch.no_grad():
+        found["output"] = cascade(tokens)
+    cascade.train()
+    return found
+
+
+def run(cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> None:
+    """Go on from `done` steps, of two backwards each; a transition after every STEPS of them."""
+    source = iter(lx.shuffled_batches(data(), ROWS, seed=3, start=2 * done, share=share))
+    while done < until:
+        for _ in range(2):
+            tokens, labels = next(source)
+            (F.cross_entropy(cascade(tokens), labels) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+        if done % STEPS == 0 and done < STAGES * STEPS:
+            cascade.transition(optimizer)
+
+
+def alone(name: str) -> dict[str, Tensor]:
+    cascade = adapted(name)
+    run(cascade, optimizer_of(cascade), 0, STAGES * STEPS, (0, 1))
+    found = values(cascade)
+    cascade.transition(None)
+    found |= {f"folded/{key}": value for key, value in cascade.folded_state_dict().items()}
+    return found | back(cascade, name)
+
+
+def back(cascade: lx.Cascade, name: str) -> dict[str, Tensor]:
+    """An earlier stage, for a moment and for good, where the experts have not outgrown their weights."""
+    if name != "fast":
+        return {}
+    with cascade.weights(stage=1), torch.no_grad():
+        found = {f"first/{key}": whole(each.detach()).clone() for key, each in cascade.model.named_parameters()}
+        found["first/output"] = cascade(example())
+    cascade.rewind(2, None)
+    return found | {f"back/{key}": value for key, value in values(cascade).items()}
+
+
+class Gathered:
+    """Shapes of what is made whole, one process asking the others for their shards."""
+
+    def __enter__(self) -> list[torch.Size]:
+        self.before, shapes = DTensor.full_tensor, list[torch.Size]()
+
+        def full_tensor(tensor: DTensor, **options: Any) -> Tensor:
+            shapes.append(tensor.shape)
+            return self.before(tensor, **options)
+
+        DTensor.full_tensor = full_tensor  # type: ignore[method-assign]
+        return shapes
+
+    def __exit__(self, *_: object) -> None:
+        DTensor.full_tensor = self.before  # type: ignore[method-assign]
+
+
+def sharded(rank: int, count: int, names: list[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in names:
+        torch.manual_seed(100 + rank)
+        cascade = lx.integrations.fsdp.shard(called_in_both_modes(adapted(name)))
+        assert all(hasattr(each, "to_local") for each in cascade.parameters())
+        optimizer = optimizer_of(cascade)
+        run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
+        own = values(cascade)
+        with Gathered() as shapes:
+            cascade.transition(optimizer)
+        ranks = {site.rank for site in cascade.sites}
+        assert shapes, "the transition asked for no factor"
+        assert all(ranks & set(shape) for shape in shapes), shapes  # factors, and no weight
+        own |= {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
+        own |= back(cascade, name)
+        found |= {f"{name}/{key}": value for key, value in own.items()}
+    return found
+
+
+def narrow(rank: int, count: int) -> dict[str, Tensor]:
+    """A base in bf16 with branches in fp32; the slow weights after a stage, and what they are made of."""
+    cascade = lx.adapt(blocks().bfloat16(), args=(example(),), spec=lx.CascadeSpec(rank=2, pace=0.5))
+    fsdp.shard(called_in_both_modes(cascade))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
+    cascade(example())[:, rank].sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    factors = {key: whole(each.detach()).clone() for key, each in cascade.branches.named_parameters()}
+    cascade.transition(optimizer)
+    with cascade.weights("slow"):
+        return factors | {key: whole(each.detach()).clone() for key, each in cascade.model.named_parameters()}
+
+
+# ---- checkpoints
+
+
+def saved(rank: int, count: int, name: str, folder: str, at: int) -> None:
+    cascade = fsdp.shard(called_in_both_modes(adapted(name)))
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, at, (rank, count))
+    fsdp.save(cascade, folder, optimizer=optimizer, extra={"steps": at})
+
+
+def resumed(rank: int, count: int, folder: str) -> dict[str, Tensor]:
+    tokens = example()
+    cascade = fsdp.load(folder, blocks(), args=(tokens,), calls=[(False, (tokens,), {})])
+    optimizer = optimizer_of(cascade)
+    extra = fsdp.resume(cascade, optimizer)
+    run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
+    return values(cascade)
+
+
+# ---- memory
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of gathered weights that stood at once, looked at before every operation."""
+
+    def __init__(self, cascade: lx.Cascade) -> None:
+        super().__init__()
+        self.cascade, self.most = cascade, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [each for each in self.cascade.parameters() if not hasattr(each, "to_local")]
+        self.most = max(self.most, sum(storages(plain).values()))
+        return func(*args, **(kwargs or {}))
+
+
+def measured(rank: int, count: int) -> dict[str, Tensor]:
+    """Bytes: of the shards and of W0 here, of the whole, and the most that was gathered at once in a step."""
+    cascade = adapted("fresh", depth=12, width=32, inner=96)
+    parameters = sum(storages(cascade.parameters()).values())
+    fsdp.shard(cascade)
+    with Peak(cascade) as peak:
+        cascade(example()).sum().backward()
+    held = sum(storages(each.to_local() for each in cascade.parameters()).values())  # type: ignore[operator]
+    slow = cascade.core.slow
+    base = sum(
+        storages(
+            [*(each.base for each in slow.states.values()), *(each.base for each in slow.trained.values())]
+        ).values()
+    )
+    return {"bytes": torch.tensor([parameters, held, base, peak.most])}
+
+
+# ---- what is refused
+
+
+def refused(rank: int, count: int, folder: str) -> None:
+    tokens = example()
+    cascade = fsdp.shard(adapted("fresh"))
+    optimizer = optimizer_of(cascade)
+    told = "are sharded over processes, where there is transition, stages, rewind, weights, resume; "
+    for call in (
+        cascade.release,
+        cascade.folded_state_dict,
+        cascade.folded_graph,
+        lambda: cascade.to(torch.float32),
+        lambda: lx.save(cascade, folder),
+    ):
+        with pytest.raises(lx.StateError, match=told):
+            call()
+    with pytest.raises(
+        lx.StateError, match=r"^there is no graph for this call, and none can be made of sharded weights: "
+    ):
+        cascade.eval()(tokens)
+    cascade.train()
+    with pytest.raises(lx.StateError, match=r"^shard: this cascade is sharded already$"):
+        fsdp.shard(cascade)
+    with pytest.raises(
+        lx.StateError, match=r"^torch.compile: a cascade whose weights are sharded runs as it is; call it"
+    ):
+        torch.compile(cascade, backend="eager")(tokens)
+    cascade(tokens).sum().backward()
+    with pytest.raises(lx.StateError, match=r"^transition: gradients are pending on "):
+        cascade.transition(optimizer)
+    with pytest.raises(lx.StateError, match=r"^save: there are gradients; call it after optimizer.step\(\) and "):
+        fsdp.save(cascade, folder, optimizer=optimizer)
+    optimizer.zero_grad()
+    with torch.no_grad():
+        if rank == count - 1:  # one process alone has met it
+            cascade.branches["head/weight"].lora_B.to_local().fill_(float("nan"))
+    before = {name: each.detach().clone() for name, each in cascade.named_parameters()}
+    with pytest.raises(
+        lx.NonFiniteBranch, match=r"^the branch of head.weight holds inf or nan at the end of stage 1; "
+    ):
+        cascade.transition(optimizer)
+    for name, each in cascade.named_parameters():
+        torch.testing.assert_close(each.to_local(), before[name].to_local(), rtol=0, atol=0, equal_nan=True)  # type: ignore[operator]

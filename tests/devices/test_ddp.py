@@ -1,0 +1,233 @@
+"""DistributedDataParallel around a cascade: the numbers of one process, and errors that say what to do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lorasc_fx as lx
+from lorasc_fx.integrations import distributed
+from tests.devices import training
+from tests.devices.ranks import RankFailed, on_ranks
+from tests.errors.models import exactly
+
+ROOT = Path(__file__).parents[2]
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str = "") -> None:
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[f"{prefix}{name}"], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this one process."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_weights_of_one_process(count: int) -> None:
+    names = list(training.SPECS)
+    wanted = {name: training.alone(name) for name in names}
+    ranks = on_ranks(count, training.under_ddp, names)
+    for found in ranks:
+        for name in names:
+            close(found, wanted[name], f"{name}/")
+        assert all(torch.equal(value, ranks[0][key]) for key, value in found.items())
+    base = training.net().state_dict()
+    moved = [
+        key
+        for key, value in wanted["fresh"].items()
+        if key.startswith("slow/") and not torch.equal(value, base[key[5:]])
+    ]
+    assert len(moved) == 7  # every matrix, and both parameters of the normalization
+
+
+@pytest.mark.slow
+def test_noise_and_fresh_factors_without_a_word_between_the_processes() -> None:
+    first, second = on_ranks(2, training.without_a_group, "fresh", group=False)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    key = "model.up.weight"
+    assert not torch.equal(first[f"1/{key}"], first[f"2/{key}"])
+    assert not torch.equal(first[f"1/{key}"], training.net().up.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "name"), [("dies", "gradient"), ("stands still", "fresh")])
+def test_a_process_that_leaves_ends_the_run_which_goes_on_elsewhere(tmp_path: Path, how: str, name: str) -> None:
+    folder, at, until = str(tmp_path / "run"), 6 if name == "fresh" else 4, 10
+    began = time.monotonic()
+    with pytest.raises(RankFailed) as caught:
+        on_ranks(2, training.saved_then_killed, name, folder, at, how, limit=40, timeout=5)
+    assert time.monotonic() - began < 40
+    assert caught.value.codes[0] == 1  # it ended by itself, with an error
+    assert re.search("closed by peer|Timed out|timed out|reset by peer", caught.value.told[0])
+    wanted = training.uninterrupted(name, until)
+    for count in (2, 4) if how == "dies" else (1,):
+        ranks = on_ranks(count, training.resumed, name, folder, until)
+        for found in ranks:
+            close(found, wanted)
+        drawn = [each["drawn"] for each in ranks]
+        assert len({tuple(each.tolist()) for each in drawn}) == count
+        for rank, each in enumerate(drawn if count == 2 else ()):  # as many as saved: each goes on with its own
+            assert torch.equal(each, torch.rand(3, generator=torch.Generator().manual_seed(rank)))
+
+
+class Late(nn.Module):
+    """Has a head that only some calls use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.more = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        return self.more(hidden) if more else hidden
+
+
+LATE = (
+    "branches.more/weight.lora_A, branches.more/weight.lora_B came with a graph that was made after "
+    "DistributedDataParallel wrapped the cascade, which would not average their gradients over the processes: call the "
+    "cascade once in each mode and with each kind of arguments before you wrap it, or wrap it anew"
+)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_site_that_comes_after_the_wrapper() -> None:
+    x = torch.randn(4, 5)
+    cascade = lx.adapt(Late(), args=(x,), spec=lx.CascadeSpec(rank=2))
+    wrapper = DistributedDataParallel(cascade)
+    wrapper(x).sum().backward()
+    before = [site.weight for site in cascade.sites]
+    with pytest.raises(lx.StateError, match=exactly(LATE)):
+        wrapper(x, more=True)
+    assert [site.weight for site in cascade.sites] == before == ["body.weight"]  # nothing was changed
+    assert set(cascade.branches) == {"body/weight"}
+    wrapper(x).sum().backward()
+
+    cascade(x, more=True)  # past the wrapper: told at its next call
+    with pytest.raises(lx.StateError, match=exactly(LATE)):
+        wrapper(x)
+    DistributedDataParallel(cascade)(x, more=True).sum().backward()
+
+
+@pytest.mark.usefixtures("group")
+def test_the_wrapper_writes_nothing_that_a_fold_would_not_know() -> None:
+    """It broadcasts parameters and buffers: the same numbers, into weights that need no gradient as well."""
+    cascade = training.adapted("fresh")
+    before = {name: value.clone() for name, value in cascade.named_parameters()}
+    wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
+    assert all(torch.equal(value, before[name]) for name, value in cascade.named_parameters())
+    assert not any(value.requires_grad for name, value in cascade.model.named_parameters() if "norm" not in name)
+    training.run(wrapper, cascade, optimizer, 0, training.STEPS, (0, 1))
+    assert cascade.core.stage == 2
+
+
+def test_what_the_checkpoints_refuse_without_a_group(tmp_path: Path) -> None:
+    cascade = training.adapted("fresh")
+    told = (
+        "no process group is there; start the processes by torchrun and call torch.distributed.init_process_group, or "
+    )
+    with pytest.raises(lx.StateError, match=exactly(f"save: {told}use lorasc_fx.save in a single one")):
+        distributed.save(cascade, tmp_path)
+    with pytest.raises(lx.StateError, match=exactly(f"load: {told}use lorasc_fx.load in a single one")):
+        distributed.load(tmp_path, training.net())
+
+
+@pytest.mark.usefixtures("group")
+def test_what_the_checkpoints_refuse(tmp_path: Path) -> None:
+    example = (training.data()[0][0][None],)
+    cascade = training.adapted("fresh")
+    optimizer = training.optimizer_of(cascade)
+    with pytest.raises(
+        lx.StateError, match=r"^save: this is Net; give a cascade, or DistributedDataParallel\(cascade\)$"
+    ):
+        distributed.save(training.net(), tmp_path)
+    tokens, labels = next(training.batches(0, 0, 1))
+    nn.functional.cross_entropy(cascade(tokens), labels).backward()
+    sentence = (
+        "save: gradients wait for a step on branches.table/weight.lora_B, and each process may hold others; call it "
+        "between optimizer.step() and the next backward"
+    )
+    with pytest.raises(lx.StateError, match=exactly(sentence)):
+        distributed.save(cascade, tmp_path / "run", optimizer=optimizer)
+    assert not (tmp_path / "run").exists()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(lx.SpecError, match=r"^keep is 0; "):
+        distributed.save(cascade, tmp_path / "run", optimizer=optimizer, keep=0)
+    lx.save(cascade, tmp_path / "alone", optimizer=optimizer)
+    loaded = distributed.load(tmp_path / "alone", training.net(), args=example)
+    sentence = "resume: this is Cascade; wrap what load returned in DistributedDataParallel first, and give the wrapper"
+    with pytest.raises(lx.StateError, match=exactly(sentence)):
+        distributed.resume(loaded, training.optimizer_of(loaded))
+    sentence = (
+        "resume: this checkpoint was not written by lorasc_fx.integrations.distributed.save; call "
+        "cascade.resume(optimizer), and seed each process yourself"
+    )
+    with pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+        distributed.resume(DistributedDataParallel(loaded), training.optimizer_of(loaded))
+
+
+def fails_on_one(rank: int, count: int, folder: str) -> None:
+    """The last process reads another folder than the others: no version, or an older one."""
+    cascade = training.adapted("fresh")
+    for part in ("here", "there"):
+        lx.integrations.distributed.save(cascade, f"{folder}/{part}")
+    if rank == 0:
+        lx.save(cascade, f"{folder}/there")
+    dist.barrier()
+    for own, other, told in (
+        ("here", "nowhere", f"^load: rank {count - 1} has failed, and with it the others: CheckpointError: "),
+        (
+            "here",
+            "there",
+            "^load: the processes have read different versions of .*: step-00000001, step-00000002, by rank",
+        ),
+    ):
+        kind = lx.CheckpointError if rank and other == "nowhere" else lx.StateError
+        words = "no checkpoint in this folder" if kind is lx.CheckpointError else told
+        with pytest.raises(kind, match=words):
+            lx.integrations.distributed.load(
+                f"{folder}/{other if rank else own}", training.net(), args=(training.data()[0][0][None],)
+            )
+    if rank == 0:
+        with pytest.raises(lx.StateError, match=r"^save: another process is gone, or has not come within the timeout"):
+            lx.integrations.distributed.save(cascade, f"{folder}/here")
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_one_of_all(tmp_path: Path) -> None:
+    on_ranks(2, fails_on_one, str(tmp_path), timeout=10)
+
+
+@pytest.mark.slow
+def test_the_example_runs_by_torchrun() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "examples.ddp",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^stage 3 of 3: loss 0\.\d+ on 2 processes$", done.stdout, re.MULTILINE), done.stdout

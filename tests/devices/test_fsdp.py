@@ -1,0 +1,291 @@
+"""FSDP2 under a cascade: the numbers of one process from shards, memory, checkpoints that are cut anew, and errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import lorasc_fx as lx
+from lorasc_fx.integrations import fsdp, segments, sharded_files
+from lorasc_fx.runtime.checkpoint_read import Checkpoint
+from tests.devices import sharding
+from tests.devices.ranks import on_ranks
+from tests.devices.test_ddp import close, group
+from tests.errors.models import exactly
+
+ROOT = Path(__file__).parents[2]
+__all__ = ["group"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "names"), [(2, ["fresh", "fast", "merged"]), (4, ["fast"])])
+def test_the_numbers_of_one_process(count: int, names: list[str]) -> None:
+    wanted = {name: sharding.alone(name) for name in names}
+    ranks = on_ranks(count, sharding.sharded, names, limit=100)
+    for rank, found in enumerate(ranks):
+        for name in names:
+            here = {key: value for key, value in wanted[name].items() if not rank or not key.startswith("folded/")}
+            close(found, here, f"{name}/")
+        assert not rank or not any("/folded/" in key for key in found)  # the first process has them
+    for found in wanted.values():
+        assert not torch.equal(found["slow/output"], found["base/output"])
+        assert not torch.equal(found["slow/output"], found["output"])
+
+
+@pytest.mark.slow
+def test_base_and_branches_keep_their_dtypes() -> None:
+    for found in on_ranks(2, sharding.narrow):
+        for name, base in sharding.blocks().bfloat16().named_parameters():
+            assert found[name].dtype == torch.bfloat16
+            a, b = found.get(f"{name.replace('.', '/')}.lora_A"), found.get(f"{name.replace('.', '/')}.lora_B")
+            if a is None or b is None:
+                assert torch.equal(found[name], base)
+                continue
+            assert a.dtype == b.dtype == torch.float32
+            delta = (a.t() @ b.t() if name.endswith("mix") else b @ a).view(base.shape)
+            exact = base.double() + 0.5 * delta.double() * (8.0 / 2)
+            assert (found[name].double() - exact).abs().max() < 2**-8 * exact.abs().max()
+            assert not torch.equal(found[name], base)
+
+
+@pytest.mark.slow
+def test_memory_falls_with_the_number_of_processes() -> None:
+    for count in (2, 4):
+        for found in on_ranks(count, sharding.measured):
+            whole, held, base, peak = found["bytes"].tolist()
+            assert whole / count <= held < 1.1 * whole / count, (count, found)  # uneven rows are padded
+            assert base < 1.05 * whole / count, (count, found)
+            assert 0 < peak < 3.1 * whole / 12, (count, found)  # a block, the next one, and the root
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_cut_anew(tmp_path: Path) -> None:
+    name, at = "fresh", 10
+    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
+    on_ranks(2, sharding.saved, name, str(tmp_path), at)
+    files = sorted(each.name for each in (tmp_path / "step-00000001").iterdir())
+    assert len(files) == 3
+    assert all(each.endswith(".safetensors") or each == "manifest.json" for each in files)  # nothing to unpickle
+    for count in (4, 1):
+        for found in on_ranks(count, sharding.resumed, str(tmp_path)):
+            close(found, wanted)
+
+
+@pytest.mark.slow
+def test_what_shards_refuse(tmp_path: Path) -> None:
+    on_ranks(2, sharding.refused, str(tmp_path))
+
+
+def test_units_are_blocks_by_path() -> None:
+    model = sharding.blocks()
+    units = {name: segments.unit_of(name, each) for name, each in model.named_parameters()}
+    assert units["layers.1.up.weight"] == units["layers.1.norm.bias"] == units["layers.1.mix"] == "layers.1"
+    assert (units["head.weight"], units["head.bias"]) == ("head", "")
+    assert units["start"] == units["norm.weight"] == ""
+
+
+def test_a_graph_is_cut_where_it_goes_on_to_another_block() -> None:
+    """And each part computes what the graph does, one after the other."""
+    cascade = sharding.adapted("fresh")
+    tokens = sharding.example()
+    module = cascade.variant((tokens,), {}).module
+    graph = segments.cut(module, fsdp._units(cascade))
+    assert [each.unit for each in graph.segments] == ["", "table", "layers.0", "layers.1", "layers.2", "head", "table"]
+    nodes = [node for each in graph.segments for node in each.nodes]
+    assert len(set(nodes)) == len(nodes)
+    found = graph.run((tokens,), lambda segment, values: segment.run(module, values))
+    assert torch.equal(module.graph.process_outputs(found), cascade(tokens))
+    assert [len(each.inputs) for each in graph.segments[2:]] == [
+        1,
+        1,
+        1,
+        1,
+        2,
+    ]  # the residual stream, and the tokens' sum
+
+
+def small(spec: dict[str, object], model: nn.Module | None = None) -> lx.Cascade:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) if model is None else model
+    return lx.adapt(model, args=(torch.randn(2, 5),), spec=lx.CascadeSpec.from_dict({"rank": 2, **spec}))
+
+
+class Scaled(nn.Module):
+    def __init__(self, gain: Tensor) -> None:
+        super().__init__()
+        self.gain, self.linear = nn.Parameter(gain), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.gain.sum())
+
+
+class Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum().item() > 1e9 else self.linear(-x)
+
+
+def quantized() -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    quantize_(model[1], Int8WeightOnlyConfig())
+    return model
+
+
+CUT = "and FSDP cuts the first axis of plain tensors"
+REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, str]] = {
+    "gradient": (
+        {"restart_A": "gradient"},
+        None,
+        "shard: restart_A is 'gradient', which needs whole weights; give another in the spec",
+    ),
+    "skip": (
+        {"on_nonfinite": "skip"},
+        None,
+        "shard: on_nonfinite is 'skip', which needs whole weights; give another in the spec",
+    ),
+    "pruned": (
+        {"optimizer_state": 0.5},
+        None,
+        "shard: optimizer_state is 0.5: the smallest entries of a whole state are not found in a shard; give 'reset' "
+        "or 'kept' in the spec",
+    ),
+    "scalar": ({}, lambda: Scaled(torch.tensor(2.0)), f"shard: model.gain has no axis, {CUT}"),
+    "layout": ({}, lambda: Scaled(torch.ones(2, 3).t()), f"shard: model.gain is not contiguous, {CUT}"),
+    "pieces": (
+        {},
+        Breaks,
+        "shard: the model runs in pieces, with Python in between, and only a whole graph can be cut into blocks; adapt "
+        "it by another front end",
+    ),
+    "quantized": ({}, quantized, "shard: 1.weight is quantized, which FSDP does not cut; exclude it"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.usefixtures("group")
+def test_what_shard_refuses(case: str) -> None:
+    spec, make, sentence = REFUSED[case]
+    cascade = small(spec, make() if make is not None else None)
+    before = dict(cascade.named_parameters())
+    with pytest.raises(lx.StateError, match=exactly(sentence)):
+        fsdp.shard(cascade)
+    assert all(each is before[name] for name, each in cascade.named_parameters())
+    cascade(torch.randn(2, 5)).sum().backward()
+
+
+def test_what_is_said_without_a_group(tmp_path: Path) -> None:
+    cascade = small({})
+    with pytest.raises(lx.StateError, match=r"^shard: no process group is there; start the processes by torchrun and call"):
+        fsdp.shard(cascade)
+    with pytest.raises(lx.StateError, match=r"^load: no process group is there; start the processes by torchrun and call"):
+        fsdp.load(tmp_path, nn.Linear(5, 7))
+    for call, way in (
+        (partial(fsdp.save, cascade, tmp_path), "save: this cascade is not sharded; use lorasc_fx.save"),
+        (partial(fsdp.resume, cascade), "resume: this cascade is not sharded; use cascade.resume"),
+        (
+            partial(fsdp.folded_state_dict, cascade),
+            "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()",
+        ),
+    ):
+        with pytest.raises(lx.StateError, match=exactly(way)):
+            call()
+
+
+@pytest.mark.usefixtures("group")
+def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
+    x = torch.randn(2, 5)
+    cascade = small({"train": ["1.bias"]})
+    with pytest.raises(
+        lx.StateError, match=exactly("shard: the mesh has 2 axes; give one of its axes, as mesh['name']")
+    ):
+        fsdp.shard(cascade, init_device_mesh("cpu", (1, 1)))
+    cascade(x).sum().backward()
+    with pytest.raises(
+        lx.StateError, match=r"^shard: .* has a gradient; call optimizer.zero_grad\(\) first, and build "
+    ):
+        fsdp.shard(cascade)
+    for each in cascade.parameters():
+        each.grad = None
+    wanted = cascade(x)
+    fsdp.shard(cascade)
+    torch.testing.assert_close(cascade(x), wanted, rtol=0, atol=0)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+    cascade(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    path = fsdp.save(cascade, tmp_path, optimizer=optimizer)
+    base = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    manifest = path / "manifest.json"
+    whole = json.loads(manifest.read_text())
+
+    def refuse(told: str) -> None:
+        with pytest.raises(lx.CheckpointError, match=told):
+            fsdp.load(tmp_path, base, args=(x,))
+
+    refuse("this is another base: the model differs in 0.weight")
+    name = next(iter(whole["tensors"]))
+    for change, told in (
+        (
+            {"kind": "other"},
+            "it is none of sharded weights, or of another format; lorasc_fx.load reads what save wrote",
+        ),
+        ({"parked": True}, "it differs from its own digest; the file is damaged, or was edited"),
+    ):
+        manifest.write_text(json.dumps(whole | change))
+        refuse(told)
+    manifest.write_text(json.dumps(whole))
+    more = path / "more.safetensors"
+    more.write_bytes(b"")
+    refuse("it tells of 1 files, beside it are 2 or others")
+    more.unlink()
+    file = next(path.glob("*.safetensors"))
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refuse("safetensors differs from its digest; the file is damaged")
+    file.write_bytes(data)
+    with pytest.raises(
+        lx.CheckpointError, match="no checkpoint of sharded weights in this folder; give the one that save"
+    ):
+        fsdp.load(tmp_path / "empty", base, args=(x,))
+    found = Checkpoint(path, {"tensors": whole["tensors"] | {"foreign": {}}}, {}, cascade.core.plan)
+    like = next(iter(cascade.parameters()))
+    with pytest.raises(lx.CheckpointError, match="manifest and files name other tensors"):
+        sharded_files._targets(found, like)
+    found = Checkpoint(path, {"tensors": whole["tensors"] | {name: {"shape": [1 << 40]}}}, {}, cascade.core.plan)
+    with pytest.raises(lx.CheckpointError, match="manifest and files disagree about "):
+        sharded_files._targets(found, like)
+
+
+@pytest.mark.usefixtures("group")
+def test_gradients_of_two_dtypes_in_one_block() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).bfloat16()
+    cascade = lx.adapt(model, args=(torch.randn(2, 5).bfloat16(),), spec=lx.CascadeSpec(rank=2, train=("0.bias",)))
+    told = "are trained in one block, where FSDP adds up gradients of one dtype; cast them"
+    with pytest.raises(lx.StateError, match=told):
+        fsdp.shard(cascade)
+
+
+@pytest.mark.slow
+def test_the_example_runs_by_torchrun() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "examples.fsdp2"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^stage 3 of 3: loss [01]\.\d+ on 2 processes$", done.stdout, re.MULTILINE), done.stdout
+    here, whole = map(int, re.search(r"^(\d+) of (\d+) numbers", done.stdout, re.MULTILINE).groups())  # type: ignore[union-attr]
+    assert whole / 2 <= here < 1.01 * whole / 2

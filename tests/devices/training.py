@@ -1,0 +1,167 @@
+"""A small training whose global batch is the same on any number of processes, in fp64; and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lorasc_fx as lx
+
+SPECS: dict[str, dict[str, Any]] = {
+    "fresh": {"noise": {"strength": 0.1, "keep": True}},
+    "gradient": {"restart_A": "gradient", "restart": "fast", "noise": {"strength": 0.1, "distribution": "normal"}},
+}
+STAGES, STEPS, ROWS = 3, 4, 8
+
+
+class Net(nn.Module):
+    """An embedding, a convolution, a normalization and linears, none of them square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 9, 3)
+        self.norm = nn.LayerNorm(9)
+        self.up, self.down = nn.Linear(9, 10), nn.Linear(10, 7)
+        self.head = nn.Linear(7, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.conv(self.table(tokens).transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.tanh(self.down(F.gelu(self.up(self.norm(hidden))))).mean(1))
+
+
+def net() -> Net:
+    torch.manual_seed(1)
+    return Net().double()
+
+
+def spec_of(name: str) -> lx.CascadeSpec:
+    return lx.CascadeSpec.from_dict({"rank": 2, "pace": 0.6, "train": ("norm.*",), "seed": 5, **SPECS[name]})
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    source = torch.Generator().manual_seed(2)
+    count = 4 * ROWS
+    tokens = torch.randint(11, (count, 5), generator=source)
+    return list(zip(tokens, torch.randint(4, (count,), generator=source), strict=True))
+
+
+def adapted(name: str) -> lx.Cascade:
+    return lx.adapt(net(), args=(data()[0][0][None],), spec=spec_of(name))
+
+
+def optimizer_of(cascade: lx.Cascade) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(cascade.param_groups(lr=0.02))
+
+
+def batches(start: int, rank: int, count: int) -> Iterator[Any]:
+    return iter(lx.shuffled_batches(data(), ROWS, seed=3, start=start, share=(rank, count)))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, halves: list[Any]) -> None:
+    """One optimizer step over two batches; processes talk once."""
+    for index, (tokens, labels) in enumerate(halves):
+        wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not index else contextlib.nullcontext()
+        with wait:
+            (F.cross_entropy(model(tokens), labels) / len(halves)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def values(cascade: lx.Cascade) -> dict[str, Tensor]:
+    """Everything that the numbers of a run show in: slow and fast weights, and the factors of the running stage."""
+    found = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
+    for which in ("slow", "fast"):
+        with cascade.weights(which):  # type: ignore[arg-type]
+            found |= {f"{which}/{name}": value.detach().clone() for name, value in cascade.model.named_parameters()}
+    return found
+
+
+def train(model: nn.Module, cascade: lx.Cascade, name: str, rank: int, count: int) -> dict[str, Tensor]:
+    """Stages with transitions between, and a step into the last; returns `values`."""
+    optimizer, source = optimizer_of(cascade), batches(0, rank, count)
+    for stage in range(STAGES):
+        if stage:
+            cascade.transition(optimizer)
+        for _ in range(STEPS):
+            step(model, optimizer, [next(source), next(source)])
+    return values(cascade)
+
+
+def alone(name: str) -> dict[str, Tensor]:
+    cascade = adapted(name)
+    return train(cascade, cascade, name, 0, 1)
+
+
+def under_ddp(rank: int, count: int, names: list[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in names:
+        torch.manual_seed(100 + rank)  # no process owes its numbers to a common generator
+        cascade = adapted(name)
+        wrapper = DistributedDataParallel(cascade, find_unused_parameters=False)
+        found |= {f"{name}/{key}": value for key, value in train(wrapper, cascade, name, rank, count).items()}
+    return found
+
+
+# ---- a run that is saved, killed and resumed
+
+
+def run(model: nn.Module, cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> int:
+    """Go on from `done` steps; a transition after every STEPS of them."""
+    source = batches(2 * done, *share)
+    while done < until:
+        step(model, optimizer, [next(source), next(source)])
+        done += 1
+        if done % STEPS == 0:
+            cascade.transition(optimizer)
+    return done
+
+
+def uninterrupted(name: str, until: int) -> dict[str, Tensor]:
+    cascade = adapted(name)
+    run(cascade, cascade, optimizer_of(cascade), 0, until, (0, 1))
+    return values(cascade)
+
+
+def saved_then_killed(rank: int, count: int, name: str, folder: str, at: int, how: str) -> None:
+    """Save after `at` steps; then the last process dies, or stands still, in the middle of a step of the others."""
+    cascade = adapted(name)
+    wrapper, optimizer = DistributedDataParallel(cascade), optimizer_of(cascade)
+    run(wrapper, cascade, optimizer, 0, at, (rank, count))
+    torch.manual_seed(rank)
+    path = lx.integrations.distributed.save(cascade, folder, optimizer=optimizer, extra={"steps": at}, keep=2)
+    assert path.parent == Path(folder)
+    if rank == count - 1 and how == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif rank == count - 1:
+        time.sleep(1000)
+    run(wrapper, cascade, optimizer, at, at + 2, (rank, count))
+
+
+def resumed(rank: int, count: int, name: str, folder: str, until: int) -> dict[str, Tensor]:
+    cascade = lx.integrations.distributed.load(folder, net(), args=(data()[0][0][None],))
+    wrapper, optimizer = DistributedDataParallel(cascade), optimizer_of(cascade)
+    extra: Mapping[str, Any] = lx.integrations.distributed.resume(wrapper, optimizer)
+    assert list(extra) == ["steps"]
+    run(wrapper, cascade, optimizer, extra["steps"], until, (rank, count))
+    return {**values(cascade), "drawn": torch.rand(3)}
+
+
+def without_a_group(rank: int, count: int, name: str) -> dict[str, Tensor]:
+    """What each process makes of noise and lora_A by itself, stage after stage."""
+    torch.manual_seed(100 + rank)
+    cascade, found = adapted(name), {}
+    for stage in (1, 2, 3):
+        found |= {f"{stage}/{key}": value.detach().clone() for key, value in cascade.named_parameters()}
+        cascade.transition(None)
+    return found
