@@ -8,8 +8,8 @@ made of its own rows of B and of all of A, so that no weight is gathered (algori
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,21 @@ from lorasc_fx.integrations.sharded_files import load, resume, save
 from lorasc_fx.integrations.units import Shards, SplitGraph, Unit
 from lorasc_fx.runtime import Cascade, Made, Variant, folding
 from lorasc_fx.runtime.slow import SlowWeights, Trained
+from lorasc_fx.spec import CascadeSpec
 
 __all__ = ["folded_state_dict", "load", "resume", "save", "shard"]
+
+ON_SHARDS = {
+    "targets", "exclude", "train", "untie", "rules", "rank", "lora_alpha", "use_rslora", "dropout", "placement", "pace",
+    "restart", "slow_train", "seed", "noise", "strength", "keep", "where", "train_A", "lr_ratio", "train_rules",
+}  # fmt: skip
+"""Fields of a spec, and of its noise, that mean the same on shards, whatever they hold."""
+ALSO: Mapping[str, tuple[Any, ...]] = {
+    "restart_A": ("kept",),
+    "optimizer_state": ("kept",),
+    "distribution": ("normal",),
+}
+"""What other fields may hold besides their default."""
 
 
 def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
@@ -126,14 +139,8 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         raise StateError("shard: this cascade is sharded already")
     if mesh is not None and mesh.ndim != 1:
         raise StateError(f"shard: the mesh has {mesh.ndim} axes; give one of its axes, as mesh['name']")
-    for name, value in (("restart_A", "gradient"), ("on_nonfinite", "skip")):
-        if getattr(spec, name) == value:
-            raise StateError(f"shard: {name} is {value!r}, which needs whole weights; give another in the spec")
-    if not isinstance(spec.optimizer_state, str):
-        raise StateError(
-            f"shard: optimizer_state is {spec.optimizer_state}: the smallest entries of a whole state are not found in "
-            "a shard; give 'reset' or 'kept' in the spec"
-        )
+    for name, value in _whole_only(spec):
+        raise StateError(f"shard: {name} is {value!r}, which needs whole weights; give another in the spec")
     graphs = [(each, each.module) for each in _variants(cascade) if isinstance(each.module, fx.GraphModule)]
     if len(graphs) < len(_variants(cascade)):
         raise StateError(
@@ -161,6 +168,19 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
                 f"shard: {odd} are trained in one block, where FSDP adds up gradients of one dtype; cast them"
             )
     return [(each, cut(graph, units)) for each, graph in graphs]
+
+
+def _whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any]]:
+    """Yield what a spec asks that is not known to work on shards: all that nobody has said so of."""
+    usual = CascadeSpec()
+    for each in fields(spec):
+        value = getattr(spec, each.name)
+        if each.name not in ON_SHARDS and value not in (getattr(usual, each.name), *ALSO.get(each.name, ())):
+            yield each.name, value
+    for part in fields(spec.noise):
+        value = getattr(spec.noise, part.name)
+        if part.name not in ON_SHARDS and value not in (getattr(usual.noise, part.name), *ALSO.get(part.name, ())):
+            yield f"noise.{part.name}", value
 
 
 def _variants(cascade: Cascade) -> list[Variant]:

@@ -160,8 +160,7 @@ REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, str]
     "pruned": (
         {"optimizer_state": 0.5},
         None,
-        "shard: optimizer_state is 0.5: the smallest entries of a whole state are not found in a shard; give 'reset' "
-        "or 'kept' in the spec",
+        "shard: optimizer_state is 0.5, which needs whole weights; give another in the spec",
     ),
     "scalar": ({}, lambda: Scaled(torch.tensor(2.0)), f"shard: model.gain has no axis, {CUT}"),
     "layout": ({}, lambda: Scaled(torch.ones(2, 3).t()), f"shard: model.gain is not contiguous, {CUT}"),
@@ -189,9 +188,13 @@ def test_what_shard_refuses(case: str) -> None:
 
 def test_what_is_said_without_a_group(tmp_path: Path) -> None:
     cascade = small({})
-    with pytest.raises(lx.StateError, match=r"^shard: no process group is there; start the processes by torchrun and call"):
+    with pytest.raises(
+        lx.StateError, match=r"^shard: no process group is there; start the processes by torchrun and call"
+    ):
         fsdp.shard(cascade)
-    with pytest.raises(lx.StateError, match=r"^load: no process group is there; start the processes by torchrun and call"):
+    with pytest.raises(
+        lx.StateError, match=r"^load: no process group is there; start the processes by torchrun and call"
+    ):
         fsdp.load(tmp_path, nn.Linear(5, 7))
     for call, way in (
         (partial(fsdp.save, cascade, tmp_path), "save: this cascade is not sharded; use lorasc_fx.save"),
