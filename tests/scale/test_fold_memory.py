@@ -77,6 +77,7 @@ def test_the_peak_is_a_few_tensors(tmp_path: Path) -> None:
     base = sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
     assert base > 400e6
     before, after = map(int, run(FOLD, tmp_path).rpartition("PEAK")[2].split())
+    print(f"fold of {base / 1e6:.0f} MB: {before / 1e6:.0f} MB before, {after / 1e6:.0f} MB at the peak")
     experts = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
     assert after - before < 8 * TENSOR + 3 * experts + 30e6
     assert after - before < 0.25 * base
