@@ -7,7 +7,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
-EXTRAS := cli,vision,text,onnx,report,test,bench
+EXTRAS := cli,vision,text,onnx,report,loops,tensorboard,test,bench
 CODE := lorasc_fx passes tests $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
 

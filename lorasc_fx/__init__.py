@@ -1,5 +1,7 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
 
+import logging
+
 from lorasc_fx import export, import_, integrations
 from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.materialize import materialize
@@ -20,8 +22,8 @@ from lorasc_fx.errors import (
     VerifyError,
 )
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
-from lorasc_fx.runtime import Cascade, Stage, save, shuffled_batches
-from lorasc_fx.spec import CascadeSpec, Noise, Rule
+from lorasc_fx.runtime import Cascade, Plateau, Rewarmed, Stage, save, shuffled_batches
+from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
 
 __all__ = [
     "CaptureError",
@@ -37,13 +39,16 @@ __all__ = [
     "PassError",
     "PassOrderError",
     "Plan",
+    "Plateau",
     "Reason",
     "Refusal",
+    "Rewarmed",
     "Rule",
     "Site",
     "SpecError",
     "Stage",
     "StateError",
+    "TrainRule",
     "UnknownTarget",
     "VerifyError",
     "adapt",
@@ -56,3 +61,5 @@ __all__ = [
     "save",
     "shuffled_batches",
 ]
+
+logging.getLogger("lorasc_fx").addHandler(logging.NullHandler())  # quiet, until a program asks for logs

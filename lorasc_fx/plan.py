@@ -23,6 +23,7 @@ MOST = 2**31 - 1
 """Of stages, of a rank, of rows: a larger number in a file is none that this package has written."""
 ENTRIES = 2**40
 """Of a weight: as much again."""
+_LISTS = ("shape", "aliases", "parts", "ranks")
 
 
 class Reason(enum.Enum):
@@ -76,6 +77,10 @@ class Site:
             on the weight where no op allows another.
         dropout: share of the entries of the branch's input that are zero while it trains, beside an op.
         form: name of the registered form (`lorasc_fx.graph.register_form`) that made it a site; "" for those built in.
+        use_dora: each row has a magnitude of its own.
+        ranks: rank of the branch in stage 1, 2, ..., the last one goes on; empty for one whose rank stays.
+        train_A: whether lora_A is trained.
+        nearest_full_gradient: whether the gradient of lora_B is that of the nearest step to full training.
     """
 
     weight: str
@@ -90,6 +95,14 @@ class Site:
     placement: str = "beside"
     dropout: float = 0.0
     form: str = ""
+    use_dora: bool = False
+    ranks: tuple[int, ...] = ()
+    train_A: bool = True
+    nearest_full_gradient: bool = False
+
+    def at_stage(self, stage: int) -> Site:
+        """Return the site as this stage has it: its rank follows `ranks`."""
+        return replace(self, rank=self.ranks[min(stage, len(self.ranks)) - 1]) if self.ranks else self
 
     @property
     def scale(self) -> float:
@@ -124,18 +137,28 @@ class Site:
         return (*stack, max(len(self.parts), 1) * self.rank, columns), (*stack, out, self.rank)
 
     @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all that a branch trains, by name: the factors, and under DoRA the magnitudes [out]."""
+        a, b = self.factor_shapes
+        more = {"lora_magnitude_vector": self.matrix_shape[:1]} if self.use_dora else {}
+        return {"lora_A": a, "lora_B": b, **more}
+
+    @property
     def parameters(self) -> int:
         """Number of trainable entries of the branch."""
-        return sum(map(math.prod, self.factor_shapes))
+        return sum(map(math.prod, self.parameter_shapes.values()))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Spec, sites in the model's order, and the stage that runs (1 is the first)."""
+    """Spec, sites in the model's order, the stage that runs (1 is the first), and where noise is redrawn by the step
+    (noise.redraw) how many optimizer steps it has made.
+    """
 
     spec: CascadeSpec
     sites: tuple[Site, ...] = ()
     stage: int = 1
+    step: int = 0
 
     def site(self, weight: str) -> Site | None:
         """Return the site of this weight name, or None."""
@@ -149,11 +172,12 @@ class Plan:
     def with_sites(self, sites: tuple[Site, ...]) -> Plan:
         """Return the plan with these sites added; a weight that is planned already keeps its branch."""
         known = self.by_weight
-        return replace(self, sites=self.sites + tuple(site for site in sites if site.weight not in known))
+        new = tuple(site.at_stage(self.stage) for site in sites if site.weight not in known)
+        return replace(self, sites=self.sites + new)
 
     def at_stage(self, stage: int) -> Plan:
-        """Return the same plan in another stage."""
-        return replace(self, stage=stage)
+        """Return the same plan at the start of another stage, with the ranks of that one."""
+        return replace(self, stage=stage, step=0, sites=tuple(site.at_stage(stage) for site in self.sites))
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -171,11 +195,16 @@ class Plan:
                 "placement": site.placement,
                 "dropout": site.dropout,
                 **({"form": site.form} if site.form else {}),
+                **({"use_dora": True} if site.use_dora else {}),
+                **({"ranks": list(site.ranks)} if site.ranks else {}),
+                **({} if site.train_A else {"train_A": False}),
+                **({"nearest_full_gradient": True} if site.nearest_full_gradient else {}),
             }
             for site in self.sites
         ]
+        step = {"step": self.step} if self.step else {}
         return json.dumps(
-            {"format": FORMAT, "stage": self.stage, "spec": self.spec.to_dict(), "sites": sites}, indent=1
+            {"format": FORMAT, "stage": self.stage, **step, "spec": self.spec.to_dict(), "sites": sites}, indent=1
         )
 
     @classmethod
@@ -193,16 +222,22 @@ class Plan:
                     "read it by the lorasc-fx that wrote it"
                 )
             sites = tuple(
-                _checked(Site(**{**each, **{name: tuple(each[name]) for name in ("shape", "aliases", "parts")}}))
+                _checked(
+                    Site(**{**each, **{name: tuple(each[name]) for name in _LISTS if name in each or name != "ranks"}})
+                )
                 for each in data["sites"]
             )
             spec = CascadeSpec.from_dict(data["spec"])
-            for rank in (spec.rank, *(rule.rank for rule in spec.rules if rule.rank is not None)):
+            for rank in (spec.rank, *spec.ranks, *(rule.rank for rule in spec.rules if rule.rank is not None)):
                 _count("rank", rank)
             names = [name for site in sites for name in (site.weight, *site.aliases)]
             if len(set(names)) != len(names):
                 raise ValueError("a weight has two sites")
-            return cls(spec, sites, _count("stage", data["stage"]))
+            steps = _count("step", data.get("step", 0), least=0)
+            plan = cls(spec, sites, _count("stage", data["stage"]), steps)
+            if any(site.at_stage(plan.stage) != site for site in plan.sites):
+                raise ValueError(f"a site has another rank than its ranks say for stage {plan.stage}")
+            return plan
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as fault:
             raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}") from fault
 
@@ -224,7 +259,8 @@ def _checked(site: Site) -> Site:
         raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
     if site.layout not in ("out_in", "in_out"):
         raise ValueError(f"layout is {site.layout!r}, not out_in or in_out")
-    _count("rank", site.rank)
+    for rank in (site.rank, *site.ranks):
+        _count("rank", rank)
     for size in site.parts:
         _count("parts", size)
     if site.parts and (sum(site.parts) != site.shape[0] or site.experts or site.layout != "out_in"):
@@ -235,8 +271,11 @@ def _checked(site: Site) -> Site:
         raise ValueError(f"dropout is {site.dropout!r}, not a share in [0, 1)")
     if not isinstance(site.form, str):
         raise ValueError(f"form is {site.form!r}, not the name of a form")
-    if not isinstance(site.use_rslora, bool):
-        raise ValueError(f"use_rslora is {site.use_rslora!r}, not true or false")
+    for name in ("use_rslora", "train_A", "nearest_full_gradient"):
+        if not isinstance(flag := getattr(site, name), bool):
+            raise ValueError(f"{name} is {flag!r}, not true or false")
+    if not isinstance(site.use_dora, bool) or (site.use_dora and site.placement != "merged"):
+        raise ValueError(f"use_dora is {site.use_dora!r}, not true or false, or its branch stands beside its op")
     if (
         isinstance(site.lora_alpha, bool)
         or not isinstance(site.lora_alpha, (int, float))

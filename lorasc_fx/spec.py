@@ -12,8 +12,22 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.spec_checks import (
+    _choice,
+    _decay,
+    _flag,
+    _number,
+    _paces,
+    _patterns,
+    _positive,
+    _rank,
+    _ranks,
+    _rate,
+    check_noise,
+    check_pairs,
+)
 
-__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling"]
+__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling", "Start", "TrainRule"]
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""
@@ -21,11 +35,14 @@ KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 PLACEMENTS = ("beside", "merged", "weight")
 """Where a branch computes (docs/design.md)."""
 
-Distribution = Literal["uniform", "normal"]
+Distribution = Literal["uniform", "normal", "filter"]
+Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
 Restart = Literal["slow", "fast"]
 StartA = Literal["fresh", "kept", "gradient"]
+Start = Literal["lora", "pissa", "olora"]
 OnNonFinite = Literal["raise", "skip"]
+Average = Literal["off", "ema", "swa"]
 Placement = Literal["auto", "beside", "merged", "weight"]
 
 
@@ -35,15 +52,21 @@ class Noise:
 
     Args:
         strength: lambda of algorithm.md, 0 is off.
-        distribution: `uniform` as above (NoisyTune, 2202.12024), or `normal` of the same variance.
+        distribution: `uniform` as above (NoisyTune, 2202.12024), `normal` of the same variance, or `filter`, that of
+            Flat-LoRA (2409.14396): `strength * |W_i| / sqrt(n) * N(0, 1)` in row i of n entries. The paper takes the
+            rows of the weight with the branch in it, and lets the strength grow from 0; here they are those that the
+            stage starts from, and the strength is constant.
         keep: the noise of a stage stays in the slow weights; else the fold takes it away, bit for bit.
         where: on the `sites`, or on `all` weight matrices that are not trained in full.
+        redraw: once a `stage`, or after each optimizer `step`, as in Flat-LoRA: the weights are written anew from W0
+            each time, at the cost of a fold.
     """
 
     strength: float = 0.0
     distribution: Distribution = "uniform"
     keep: bool = False
     where: Where = "sites"
+    redraw: Redraw = "stage"
 
     def __post_init__(self) -> None:
         _number("noise.strength", self.strength)
@@ -51,7 +74,9 @@ class Noise:
             raise SpecError(f"noise.strength is {self.strength}; it scales a standard deviation: give 0 (off) or more")
         _choice("noise.distribution", self.distribution, get_args(Distribution))
         _choice("noise.where", self.where, get_args(Where))
+        _choice("noise.redraw", self.redraw, get_args(Redraw))
         _flag("noise.keep", self.keep)
+        check_noise(self.keep, self.redraw, self.distribution)
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,29 @@ class Rule:
             _rank(f"rules[{self.pattern!r}].rank", self.rank)
         if self.lora_alpha is not None:
             _positive(f"rules[{self.pattern!r}].lora_alpha", self.lora_alpha)
+
+
+@dataclass(frozen=True)
+class TrainRule:
+    """How the parameters that a glob matches are trained in full; the first match counts.
+
+    Args:
+        pattern: glob on parameter names; what it matches has to be under `CascadeSpec.train` as well.
+        lr: their learning rate, in place of that of `param_groups`.
+        slow: whether they have a slow copy by the slow rule, in place of `CascadeSpec.slow_train`.
+    """
+
+    pattern: str
+    lr: float | None = None
+    slow: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise SpecError(f"train_rules: pattern is {self.pattern!r}; give a glob on parameter names")
+        if self.lr is not None:
+            _rate(f"train_rules[{self.pattern!r}].lr", self.lr)
+        if self.slow is not None:
+            _flag(f"train_rules[{self.pattern!r}].slow", self.slow)
 
 
 @dataclass(frozen=True)
@@ -101,13 +149,28 @@ class CascadeSpec:
         lora_alpha: numerator of the scale `s = lora_alpha / rank`. use_rslora: divide by `sqrt(rank)` instead.
         dropout: share of the entries of a branch's input that are set to zero in train mode, the rest scaled up (LoRA's
             adapter dropout). Only a branch beside its op sees an input, so that is where such branches stand.
+        ranks: rank of stage 1, 2, ...; the last one goes on. Empty: every stage has `rank`. A rule that gives a rank of
+            its own is not moved by it.
+        train_A: whether lora_A is trained; without, only A x is kept beside an op (LoRA-FA, 2308.03303).
+        nearest_full_gradient: the gradient of lora_B times `(A A^T)^-1 / s^2`: of all that a frozen lora_A allows, the
+            step that is nearest to that of full training.
+        lr_ratio: learning rate of lora_B over that of lora_A (LoRA+, 2402.12354, there about 16).
+        train_rules: learning rate and slow copy by pattern, of what `train` names; the first match counts.
+        average: of the slow weights at the ends of stages, for `weights("averaged")`: `ema`, exponential with
+            average_decay, or `swa`, the plain mean (1803.05407).
         placement: where the branches compute: `beside` the op, `merged` with it, on the `weight`, or `auto`, by a cost
             model. Where a node does not allow what is asked for, the branch stands where it can.
-        pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1].
+        pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1]; a
+            sequence is that of stage 1, 2, ..., whose last one goes on.
         restart: whether the next stage starts from the slow or from the fast weights.
         noise: see `Noise`.
         restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right singular vectors
             of the `gradient` that the first optimizer step of the stage sees.
+        start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
+            residual while the stage trains: its leading singular vectors (`pissa`, 2404.02948) or the first columns and
+            rows of its QR decomposition (`olora`, 2406.01775).
+        use_dora: each row of a weight has a trainable magnitude, `W' = diag(m / |W + s B A|) (W + s B A)` (2402.09353);
+            for products and convolutions, in place of their ops.
         optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
             entries that are set to zero (ReLoRA, 2307.05695).
         slow_train: parameters under `train` follow the slow rule as well.
@@ -124,11 +187,20 @@ class CascadeSpec:
     lora_alpha: float = 8.0
     use_rslora: bool = False
     dropout: float = 0.0
+    ranks: tuple[int, ...] = ()
+    train_A: bool = True
+    nearest_full_gradient: bool = False
+    lr_ratio: float = 1.0
+    train_rules: tuple[TrainRule, ...] = ()
+    average: Average = "off"
+    average_decay: float = 0.9
     placement: Placement = "auto"
-    pace: float = 0.5
+    pace: float | tuple[float, ...] = 0.5
     restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
     restart_A: StartA = "fresh"
+    start: Start = "lora"
+    use_dora: bool = False
     optimizer_state: Literal["reset", "kept"] | float = "reset"
     slow_train: bool = True
     on_nonfinite: OnNonFinite = "raise"
@@ -144,24 +216,18 @@ class CascadeSpec:
             raise SpecError(f"targets is empty; give kinds {KINDS} or globs on weight names")
         _rank("rank", self.rank)
         _positive("lora_alpha", self.lora_alpha)
-        _number("pace", self.pace)
-        if not 0 < self.pace <= 1:
-            raise SpecError(f"pace is {self.pace}; it is a share of the fast weights: give a number in (0, 1]")
+        self._check_schedules()
         _number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise SpecError(f"dropout is {self.dropout}; it is the share that is set to zero: give a number in [0, 1)")
         _choice("placement", self.placement, get_args(Placement))
-        if self.dropout and self.placement in ("merged", "weight"):
-            raise SpecError(
-                f"dropout is {self.dropout} and placement is {self.placement!r}, where a branch sees no input to drop; "
-                "give placement='beside' or 'auto', or dropout=0"
-            )
         _choice("restart", self.restart, get_args(Restart))
         _choice("restart_A", self.restart_A, get_args(StartA))
+        _choice("start", self.start, get_args(Start))
         _choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         if not isinstance(self.noise, Noise):
             raise SpecError(f"noise is {self.noise!r}; give lorasc_fx.Noise(strength)")
-        for name in ("use_rslora", "slow_train"):
+        for name in ("use_rslora", "slow_train", "use_dora", "train_A", "nearest_full_gradient"):
             _flag(name, getattr(self, name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise SpecError(f"seed is {self.seed!r}; give an integer from 0 to 2**63 - 1")
@@ -173,6 +239,34 @@ class CascadeSpec:
                 raise SpecError(
                     f"optimizer_state is {self.optimizer_state}; give 'reset', 'kept' or a ratio in (0, 1) to prune"
                 )
+        check_pairs(self)
+
+    def _check_schedules(self) -> None:
+        object.__setattr__(self, "ranks", _ranks(self.ranks, self.rank, CascadeSpec.rank))
+        object.__setattr__(self, "rank", (*self.ranks, self.rank)[0])
+        object.__setattr__(self, "pace", _paces(self.pace))
+        _rate("lr_ratio", self.lr_ratio)
+        if not isinstance(self.train_rules, (tuple, list)) or any(
+            not isinstance(r, TrainRule) for r in self.train_rules
+        ):
+            raise SpecError(f"train_rules is {self.train_rules!r}; give a sequence of lorasc_fx.TrainRule")
+        object.__setattr__(self, "train_rules", tuple(self.train_rules))
+        _choice("average", self.average, get_args(Average))
+        _decay("average_decay", self.average_decay)
+
+    def pace_at(self, stage: int) -> float:
+        """Return the pace of a stage, 1 is the first."""
+        return self.pace[min(stage, len(self.pace)) - 1] if isinstance(self.pace, tuple) else self.pace
+
+    def rank_at(self, stage: int) -> int:
+        """Return the rank of a stage, 1 is the first, where no rule gives another."""
+        return self.ranks[min(stage, len(self.ranks)) - 1] if self.ranks else self.rank
+
+    def average_share(self, count: int) -> float | None:
+        """Return the share that the slow weights have in their average, after `count` stages are in it; None if off."""
+        if self.average == "off":
+            return None
+        return 1.0 if count == 0 else 1 / (count + 1) if self.average == "swa" else 1 - self.average_decay
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dictionaries and numbers, for JSON and TOML (a None is left out)."""
@@ -190,19 +284,20 @@ class CascadeSpec:
         if isinstance(values.get("noise"), Mapping):
             _known_keys("noise", values["noise"], Noise)
             values["noise"] = Noise(**values["noise"])
-        rules = values.get("rules", ())
-        if isinstance(rules, (list, tuple)):
-            for rule in rules:
-                if isinstance(rule, Mapping):
-                    _known_keys("rules", rule, Rule)
-            values["rules"] = tuple(
-                Rule(**{"pattern": "", **rule}) if isinstance(rule, Mapping) else rule for rule in rules
-            )
+        for name, kind in (("rules", Rule), ("train_rules", TrainRule)):
+            rules = values.get(name, ())
+            if isinstance(rules, (list, tuple)):
+                for rule in rules:
+                    if isinstance(rule, Mapping):
+                        _known_keys(name, rule, kind)
+                values[name] = tuple(
+                    kind(**{"pattern": "", **rule}) if isinstance(rule, Mapping) else rule for rule in rules
+                )
         return cls(**values)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (Noise, Rule)):
+    if isinstance(value, (Noise, Rule, TrainRule)):
         items = {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
         return {name: item for name, item in items.items() if item is not None}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
@@ -213,35 +308,3 @@ def _known_keys(where: str, data: Mapping[str, Any], cls: type[Any]) -> None:
     for key in data:
         if key not in known:
             raise SpecError(f"{where} has no field {key!r}{nearest(str(key), known)}; known: {', '.join(known)}")
-
-
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, (tuple, list)) or any(not isinstance(p, str) for p in value):
-        raise SpecError(f"{name} is {value!r}; give a sequence of strings")
-    return tuple(value)
-
-
-def _rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SpecError(f"{name} is {value!r}; a rank is an integer of 1 or more")
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SpecError(f"{name} is {value!r}; give a finite number")
-
-
-def _positive(name: str, value: Any) -> None:
-    _number(name, value)
-    if value <= 0:
-        raise SpecError(f"{name} is {value}; it scales the branch: give a number above 0")
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise SpecError(f"{name} is {value!r}; give true or false")
-
-
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SpecError(f"{name} is {value!r}; give one of {', '.join(allowed)}{nearest(str(value), allowed)}")

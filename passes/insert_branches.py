@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, SlowWeight, start_differs, start_weight
-from lorasc_fx.errors import NoSites
+from lorasc_fx.branch import Branch, SlowWeight, begin_stage, start_differs, start_weight
+from lorasc_fx.errors import NoSites, PassError
 from lorasc_fx.graph import (
-    BRANCH_OF,
     ON_CHOSEN,
     ON_WEIGHT,
     GraphEditor,
     Record,
+    branch_class,
     branch_nodes,
     chosen_by,
     form_named,
@@ -90,7 +91,7 @@ def missing_branches(
     for site in plan.sites:
         if site.key not in branches:
             like = parameters[site.weight]
-            branches[site.key] = BRANCH_OF[site.kind](site, plan.spec.seed, plan.stage, like)
+            branches[site.key] = branch_class(site)(site, plan.spec.seed, plan.stage, like)
     return branches
 
 
@@ -113,18 +114,35 @@ def bystanders(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     )
 
 
+def begun(state: SlowWeight, branch: Branch, plan: Plan) -> SlowWeight:
+    """Let a branch start from its weight, in place, and return the state that knows it."""
+    site = plan.by_weight[state.name]
+    after, start = begin_stage(state, branch, site, plan.spec, plan.stage, branch.lora_A.detach())
+    with torch.no_grad():
+        for own, value in zip(branch.parameters(), start.parameters(), strict=True):
+            own.copy_(value)
+    return after
+
+
 def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> None:
     """Compute with the start of the stage, `W_t = W0 + S_{t-1} + N_t`; the clean weights stay in the record."""
+    if plan.spec.noise.strength and plan.spec.noise.redraw == "step":
+        raise PassError("insert-branches: noise.redraw='step' needs a training step; use a Cascade")
     named = named_weights(graph.owner)
-    slow = dict(graph.record.slow)
+    slow, added = dict(graph.record.slow), weights
+    branches = {branch.weight_name: branch for branch in graph.branches.values()}
     weights += tuple(site.weight for site in plan.sites if site.weight not in slow and site.weight not in weights)
     if weights and plan.spec.noise.strength and plan.spec.noise.where == "all":
         weights += bystanders(graph, plan)
     stacked = {site.weight for site in plan.sites if site.experts}
+    turned = {site.weight for site in plan.sites if site.layout == "in_out"}
     for weight in weights:
         state = slow.setdefault(
-            weight, SlowWeight(weight, named.parameters[weight].detach(), stacked=weight in stacked)
+            weight,
+            SlowWeight(weight, named.parameters[weight].detach(), stacked=weight in stacked, turned=weight in turned),
         )
-        if plan.spec.noise.strength or start_differs(state):
+        if weight in added and (plan.spec.start != "lora" or plan.spec.use_dora):
+            slow[weight] = state = begun(state, branches[weight], plan)
+        if plan.spec.noise.strength or state.began or start_differs(state):
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))
     graph.record = replace(graph.record, slow=slow)

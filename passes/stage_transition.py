@@ -17,6 +17,7 @@ from lorasc_fx.plan import Plan, Site
 
 from .base import CascadePass
 from .fold_branches import absorb_branches, check_branches
+from .insert_branches import begun
 
 __all__ = ["StageTransition"]
 
@@ -51,19 +52,24 @@ class StageTransition(CascadePass):
             raise PassError(f"{self.name}: restart_A='gradient' needs a training step; use a Cascade")
         named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
         after = plan.at_stage(plan.stage + 1)
+        branches = graph.branches
+        new = {site.key: renewed(branches[site.key], site, after) for site in after.sites}
+        if plan.spec.start != "lora" or plan.spec.use_dora:
+            slow |= {branch.weight_name: begun(slow[branch.weight_name], branch, after) for branch in new.values()}
         for weight, state in slow.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))
-        branches = graph.branches
-        graph.renew_branches({site.key: renewed(branches[site.key], site, after) for site in plan.sites})
+        graph.renew_branches(new)
         graph.record = replace(graph.record, slow=slow, plan=after)
 
 
 def renewed(branch: Branch, site: Site, plan: Plan) -> Branch:
     """Return a copy of the branch as the plan's stage starts it."""
     new = copy.deepcopy(branch)
+    resized = branch.rank != site.rank
+    new.to_rank(site)
     with torch.no_grad():
         new.lora_B.zero_()
-        if plan.spec.restart_A == "fresh" or not torch.isfinite(new.lora_A).all():
+        if plan.spec.restart_A == "fresh" or resized or not torch.isfinite(new.lora_A).all():
             start = fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
             new.lora_A.copy_(start)
     return new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -18,7 +19,7 @@ from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import check_untie, untie
 from lorasc_fx.capture import FRONTENDS, check_binds, is_hollow, open_model, signature_of
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
-from lorasc_fx.graph import check_patterns, faults, forms_missing, matches, named_weights
+from lorasc_fx.graph import check_patterns, faults, forms_missing, matches, named_weights, rules_of, trained_by
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
@@ -83,7 +84,7 @@ def adapt(
     source = open_base(base, opened) if hollow is None else None
     with torch.inference_mode(False), AllOrNothing() as undo:
         untie(opened, plan.spec.untie, undo)
-        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, hollow)
+        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, hollow=hollow)
         _tell_of_wide_branches(cascade.plan)
         return cascade
 
@@ -134,7 +135,7 @@ def restored(
         check_plan(found, weights.matrices, weights.parameters)
         _check_forms(found)
         try:
-            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo)
+            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, empty=True)
         except (PassError, SpecError) as fault:
             raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
         undo(cascade.core.base_writer())
@@ -162,10 +163,14 @@ def _adapt(
     frontend: str,
     source: BaseFile | None,
     undo: AllOrNothing,
+    empty: bool = False,
     hollow: Hollow | None = None,
     into: Cascade | None = None,
 ) -> Cascade:
-    """Adapt by a plan: an empty one that has only a spec, or one that was saved; into a cascade that begins anew."""
+    """Adapt by a plan: an empty one that has only a spec, or one that was saved, whose numbers are still to come.
+
+    With `into` that cascade begins anew.
+    """
     weights = named_weights(opened)
     bound = check_binds(opened, tuple(args), dict(kwargs or {}))
     maker = Compiler(frontend, signature_of(opened))
@@ -174,7 +179,10 @@ def _adapt(
     undo(partial(flags.restore, opened))
     for name, parameter in weights.parameters.items():
         parameter.requires_grad_(name in trained)
+    begun = time.monotonic()
     made = maker.make(opened, plan, {}, (), *bound, wide=False)
+    sites, seconds = len(made.plan.sites), time.monotonic() - begun
+    log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {}))
     key = maker.key(opened, *bound)
     if into is None:
@@ -182,7 +190,7 @@ def _adapt(
     else:
         Cascade.__init__(cascade := into, opened, maker, made, key, example, flags)
     cascade.core.base_file, cascade.core.hollow = source, hollow
-    cascade.core.start(trained, undo)
+    cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
         _ADAPTED[parameter] = ref(cascade)
@@ -224,13 +232,17 @@ def _check_loaded(cascade: Cascade, path: Path) -> None:
 
 def _tell_of_wide_branches(plan: Plan) -> None:
     """Warn, once a cascade, of ranks that no product of such a shape can have."""
-    wide = [(site, most) for site in plan.sites if site.rank > (most := min(*site.matrix_shape, *site.parts))]
+    wide = [
+        (site, most)
+        for site in plan.sites
+        if max((site.rank, *site.ranks)) > (most := min(*site.matrix_shape, *site.parts))
+    ]
     if wide:
         (site, most), more = wide[0], f" and {len(wide) - 1} more" if len(wide) > 1 else ""
         log.warning(
             "rank %d is more than %s%s can have: a matrix of %s has a rank of %d at most. The branch computes what a "
             "smaller one would, at more cost; give such weights a rank of their own (rules=...)",
-            site.rank,
+            max((site.rank, *site.ranks)),
             site.weight,
             more,
             tuple(site.matrix_shape),
@@ -246,16 +258,13 @@ def _trained(
     Raises:
         SpecError: one of them holds numbers that cannot be trained.
     """
-    trained = {}
-    for name, parameter in parameters.items():
-        pattern = next((each for each in spec.train if matches(each, names[name])), None)
-        if pattern is None or any(matches(each, names[name]) for each in spec.exclude):
-            continue
+    trained = {name: parameters[name] for name in trained_by(spec, names) if name in parameters}
+    for name, parameter in trained.items():
         if not parameter.is_floating_point() and not parameter.is_complex():
+            pattern = next(each for each in spec.train if matches(each, names[name]))
             raise SpecError(
                 f"train: {pattern!r} means {name}, which holds {parameter.dtype} and has no gradient; exclude it"
             )
-        trained[name] = parameter
     return trained
 
 

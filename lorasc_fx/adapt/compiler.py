@@ -15,7 +15,7 @@ from lorasc_fx.adapt.pieces import insert, make_pieces
 from lorasc_fx.branch import Branch
 from lorasc_fx.capture import OWNER, Captured, Pieces, bind, capture, key_of, leaves, written_by
 from lorasc_fx.errors import CaptureError, NoSites
-from lorasc_fx.graph import matches, named_weights, own_copy
+from lorasc_fx.graph import at_stage, matches, named_weights, own_copy
 from lorasc_fx.passes import FoldBranches
 from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
@@ -111,15 +111,18 @@ class Compiler:
         return whole
 
     def fold(
-        self, variant: Variant, model: nn.Module, values: Mapping[str, Any], args: Any, kwargs: Any
+        self, variant: Variant, model: nn.Module, stage: int, values: Mapping[str, Any], args: Any, kwargs: Any
     ) -> fx.GraphModule:
-        """Return the variant's captured graph with these values as constants of its own."""
+        """Return the variant's captured graph, whose branches are those of a stage, with these values as constants of
+        its own.
+        """
         if isinstance(variant.module, Pieces):
             raise CaptureError(
                 f"{type(model).__name__} runs in pieces, and a folded graph needs one whole graph; the first break is "
                 f"{variant.module.first_break(args, kwargs)}. release() and folded_state_dict() need no graph"
             )
         assert isinstance(variant.module, fx.GraphModule)
+        at_stage(variant.module, stage)  # the plan of the stage that it was made in may have other ranks
         folded = FoldBranches()(variant.module).graph_module
         return own_copy(folded, OWNER, values)
 

@@ -16,7 +16,7 @@ from lorasc_fx.adapt import _adapt, _buffer_writer, _check_new, _trained
 from lorasc_fx.adapt.untie import untie
 from lorasc_fx.capture import open_model
 from lorasc_fx.errors import CheckpointError, PassError, SpecError
-from lorasc_fx.graph import matches, named_weights
+from lorasc_fx.graph import matches, named_weights, rules_of
 from lorasc_fx.passes.insert_branches import missing_branches
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime import Cascade, read
@@ -65,6 +65,12 @@ def merge(
         raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
     shares = _shares(weights, len(runs))
     found = [_Found.of(run, f"run {number}") for number, run in enumerate(runs, start=1)]
+    scaled = next((each.name for each in found if each.plan.spec.use_dora), None)
+    if scaled is not None:
+        raise SpecError(
+            f"merge: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "
+            "Release the runs and sum their weights"
+        )
     opened = open_model(model)
     _check_new(opened)
     source = open_base(base, opened)
@@ -76,7 +82,7 @@ def merge(
         parts = [each.part(opened) for each in found]
         plan = _plan(parts, named_weights(opened).names)
         try:
-            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo)
+            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo, empty=True)
         except PassError as fault:
             raise SpecError(f"merge: the sites of these runs do not fit together: {fault}") from fault
         undo(cascade.core.base_writer())
@@ -138,7 +144,7 @@ class _Found:
         branches = missing_branches(self.plan, {}, named.parameters)
         core = Core(scratch, nn.ModuleDict(dict(branches)), self.plan, self.frontend)
         with AllOrNothing() as undo:
-            core.start(trained, undo)
+            core.start(trained, undo, rules_of(self.plan.spec, trained, named.names), empty=True)
         restore(core, self.run)
         return part_of(core, self.name)
 
@@ -156,7 +162,7 @@ def _plan(parts: Sequence[Part], names: Mapping[str, tuple[str, ...]]) -> Plan:
     spec = first.spec
     if added:
         spec = replace(spec, train=(*spec.train, *added), exclude=tuple(_without(spec.exclude, added, names)))
-    return Plan(spec, tuple(sites.values()), max(part.plan.stage for part in parts) + 1)
+    return Plan(spec, tuple(sites.values())).at_stage(max(part.plan.stage for part in parts) + 1)
 
 
 def _without(patterns: Iterable[str], added: Sequence[str], names: Mapping[str, tuple[str, ...]]) -> Iterable[str]:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.capture import OWNER, Pieces, copied, quiet, seed, substituted, try_model, untouched, watch, whole
 from lorasc_fx.cost import Cheapest, Expectation, expect
-from lorasc_fx.errors import CaptureError, NoSites
+from lorasc_fx.errors import CaptureError, NoSites, SpecError
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
@@ -45,11 +45,19 @@ class Growing:
     refusals: tuple[Refusal, ...]
     swap_all: bool
     grow: WeakMethod[Callable[[Made], None]] | None = None
+    stage: WeakMethod[Callable[[], int]] | None = None
     tried: set[tuple[bool, ...]] = field(default_factory=set)
     expected: Expectation = field(default_factory=Expectation)
 
+    def go_on(self) -> None:
+        """Plan for the stage that runs, whose ranks the branches have."""
+        stage = self.stage() if self.stage is not None else None
+        if stage is not None and stage() != self.plan.stage:
+            self.plan = self.plan.at_stage(stage())
+
     def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
         """Return the piece with branches; tell the cascade of sites that came with it."""
+        self.go_on()
         made = insert(live, self.plan, self.branches, self.refusals)
         assert isinstance(made.variant.module, fx.GraphModule)
         self.expected += expect(live, made.variant.module)
@@ -79,6 +87,7 @@ class Growing:
         kinds = {name: kind for name, kind in watch(pieces.model, args, kwargs).items() if kind and name in lost}
         if not kinds:
             return
+        self.go_on()
         record = Record(owner=OWNER, plan=self.plan, refusals=self.refusals)
         found = survey(pieces.graphs, record, self.plan.spec, kinds, Cheapest(self.plan.spec))
         held = missing_branches(found.plan, self.branches, weights.parameters)
@@ -131,6 +140,12 @@ def make_pieces(
     found = survey(pieces.graphs, record, plan.spec, watch(pieces.model, args, kwargs), Cheapest(plan.spec))
     if not found.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=found.refusals, unreached=found.unreached)))
+    scaled = next((site.weight for site in found.plan.sites if site.use_dora), None)
+    if scaled is not None:
+        raise SpecError(
+            f"use_dora is True, and {type(pieces.model).__name__} runs in pieces, where the branch of {scaled} cannot "
+            "stand in place of its op; give use_dora=False, or a front end that takes the whole model"
+        )
     held = missing_branches(found.plan, branches, parameters)
     if swap_all:
         _check_swappable(pieces, held.values())
@@ -150,8 +165,8 @@ def make_pieces(
                 f"and its branch would not be seen; exclude it (exclude=({left[0]!r},))"
             )
 
-    def attach(grow: Callable[[Made], None]) -> None:
-        growing.grow = WeakMethod(grow)
+    def attach(grow: Callable[[Made], None], stage: Callable[[], int]) -> None:
+        growing.grow, growing.stage = WeakMethod(grow), WeakMethod(stage)
         pieces.look_before_calls(lambda args, kwargs: growing.look(pieces, args, kwargs))
 
     expected, swapped = growing.expected, dict.fromkeys(pieces.swapped, "weight")

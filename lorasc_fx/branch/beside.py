@@ -1,4 +1,5 @@
-"""The branch beside a product, by a hand-written backward: `y + s B (A x)`, nothing kept but x and A x.
+"""The branch beside a product, by a hand-written backward: `y + s B (A x)`, nothing kept but x and A x, and x only for
+the gradient of lora_A.
 
 Algorithm.md, row "training". The same numbers as the plain formula; what is gained is layout (see `skinny`), one fused
 accumulate, and that adapter dropout keeps no mask.
@@ -12,8 +13,9 @@ import torch
 
 from lorasc_fx.branch.dropout import dropped, kept
 from lorasc_fx.branch.skinny import down, factor_gradient, folded, in_own_dtype, owned, up
+from lorasc_fx.errors import StateError
 
-__all__ = ["Beside", "plain_gradients"]
+__all__ = ["Beside", "check_kept", "plain_gradients"]
 
 
 class Beside(torch.autograd.Function):
@@ -38,7 +40,8 @@ class Beside(torch.autograd.Function):
         ctx.scale, ctx.p, ctx.seed = scale, p, seed
         rows = folded(dropped(x, p, seed).reshape(-1, x.shape[-1]))
         low = down(a, rows)
-        ctx.save_for_backward(x, a, b, low)
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, low)
         term = up(folded(base.reshape(-1, base.shape[-1])), low, b.t().contiguous(), scale)
         return owned(term.view(base.shape))
 
@@ -49,6 +52,7 @@ class Beside(torch.autograd.Function):
         x, a, b, low = ctx.saved_tensors
         nothing = (None, None, None)
         if torch.is_grad_enabled():  # the backward is itself differentiated
+            check_kept(x)
             return gradient, *plain_gradients(ctx, gradient, x, a, b), *nothing
         slopes = folded(gradient.reshape(-1, gradient.shape[-1]))
         back = down(b.t().contiguous(), slopes)
@@ -59,9 +63,18 @@ class Beside(torch.autograd.Function):
             rows = folded(dropped(x, ctx.p, ctx.seed).reshape(-1, x.shape[-1]))
             da = factor_gradient(back, rows, ctx.scale)
         if ctx.needs_input_grad[1]:
-            dx = up(None, back, a, ctx.scale).view(x.shape)
-            dx = dx if ctx.seed is None else dx.mul_(kept(x, ctx.p, ctx.seed))
+            dx = up(None, back, a, ctx.scale).view(ctx.shape)
+            dx = dx if ctx.seed is None else dx.mul_(kept(dx, ctx.p, ctx.seed))
         return gradient, dx, da, db, *nothing
+
+
+def check_kept(x: torch.Tensor | None) -> None:
+    """Raise StateError where a gradient of a gradient needs an input that a lora_A without a gradient did not keep."""
+    if x is None:
+        raise StateError(
+            "a gradient of a gradient needs the input of a branch, which train_A=False does not keep; "
+            "adapt with train_A=True"
+        )
 
 
 def plain_gradients(

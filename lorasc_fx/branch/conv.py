@@ -61,10 +61,10 @@ class ConvBranch(Branch):
         base = conv(image, x, bias, *args) if op else base
         if grid is not None and groups == 1:
             image, seed = image.to(base.dtype), self.seed()
-            a, b = self.lora_A.to(base.dtype).view(-1, *self.weight_shape[1:]), self.lora_B.to(base.dtype)
+            a, b = self.lora_A.to(base.dtype).view(-1, *self.weight_shape[1:]), self.up.to(base.dtype)
             return apply(BesideConv, base, image, a, b, grid, self.scale, self.dropout, seed)
         image = F.dropout(image, self.dropout) if self.drops else image
-        a, b = self.lora_A.to(image.dtype), self.lora_B.to(image.dtype)
+        a, b = self.lora_A.to(image.dtype), self.up.to(image.dtype)
         if groups == 1:
             low = conv(image, a.view(-1, *self.weight_shape[1:]), None, *args[:3])
             high = conv(low, b[(..., *(None for _ in kernel))])
@@ -75,4 +75,4 @@ class ConvBranch(Branch):
     def _merged(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grid: Grid) -> torch.Tensor:
         a, dtype = self.lora_A.view(-1, *self.weight_shape[1:]), computes_in(x)
         bias = bias.to(dtype) if bias is not None else None
-        return apply(MergedConv, x.to(dtype), weight, bias, a, self.lora_B, grid, self.scale)
+        return apply(MergedConv, x.to(dtype), weight, bias, a, self.up, grid, self.scale)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lorasc_fx.branch.beside import check_kept
 from lorasc_fx.branch.dropout import dropped, kept
 from lorasc_fx.branch.grid import Grid, down, down_back, factor_gradient, up, up_gradient, whole_gradient
 from lorasc_fx.branch.merged import merge
@@ -46,7 +47,9 @@ class BesideConv(torch.autograd.Function):
         """Return base plus the branch's term."""
         ctx.grid, ctx.scale, ctx.p, ctx.seed = grid, scale, p, seed
         low = down(a, dropped(x, p, seed), grid)
-        ctx.save_for_backward(x, a, b, low)
+        keeps = ctx.needs_input_grad[2]
+        ctx.like = None if keeps else torch.empty_like(x, device="meta")
+        ctx.save_for_backward(x if keeps else None, a, b, low)
         return owned(up(base, low, b, scale))
 
     @staticmethod
@@ -56,12 +59,14 @@ class BesideConv(torch.autograd.Function):
         x, a, b, low = ctx.saved_tensors
         nothing = (None, None, None, None)
         if torch.is_grad_enabled():  # the backward is itself differentiated
+            check_kept(x)
             return gradient, *_plainly(ctx, gradient, x, a, b), *nothing
         dx = da = db = None
         back = down_back(b, gradient)
         if ctx.needs_input_grad[1]:
-            dx = whole_gradient(back, x, a, ctx.grid, ctx.scale)
-            dx = dx if ctx.seed is None else dx.mul_(kept(x, ctx.p, ctx.seed))
+            image = torch.empty_like(ctx.like, device=gradient.device) if x is None else x
+            dx = whole_gradient(back, image, a, ctx.grid, ctx.scale)
+            dx = dx if ctx.seed is None else dx.mul_(kept(dx, ctx.p, ctx.seed))
         if ctx.needs_input_grad[2]:
             da = up_gradient(back, dropped(x, ctx.p, ctx.seed), a, ctx.grid, ctx.scale)
         if ctx.needs_input_grad[3]:

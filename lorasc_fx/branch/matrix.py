@@ -55,9 +55,9 @@ class MatrixBranch(Branch):
         if op:
             return self._merged(base, x, bias, op)
         if offs is not None:
-            return plus(base, grouped(x, self.lora_A, self.lora_B, offs, by).to(base.dtype), self.scale)
+            return plus(base, grouped(x, self.lora_A, self.up, offs, by).to(base.dtype), self.scale)
         if lookup:
-            down = F.embedding(x, self.lora_B.to(base.dtype), padding_idx if padding_idx >= 0 else None)
+            down = F.embedding(x, self.up.to(base.dtype), padding_idx if padding_idx >= 0 else None)
             delta = (down @ self.lora_A.to(down.dtype)).to(base.dtype)  # autocast lets a lookup's dtype alone
             term = plus(base, delta, self.scale)
             return torch.where((x == padding_idx).unsqueeze(-1), term.detach(), term) if padding_idx >= 0 else term
@@ -66,25 +66,25 @@ class MatrixBranch(Branch):
         return self._above(base, x) if shared else self._beside(base, x)
 
     def _of(self, expert: int | torch.Tensor) -> torch.Tensor:
-        delta = self.lora_B[expert] @ self.lora_A[expert]
+        delta = self.up[expert] @ self.lora_A[expert]
         return delta.transpose(-2, -1) if self.transposed else delta
 
     def _beside(self, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if by_hand(base, x):
-            a, b, seed = self.lora_A.to(base.dtype), self.lora_B.to(base.dtype), self.seed()
+            a, b, seed = self.lora_A.to(base.dtype), self.up.to(base.dtype), self.seed()
             return apply(Beside, base, x.to(base.dtype), a, b, self.scale, self.dropout, seed)
         x = F.dropout(x, self.dropout) if self.drops else x
         return self._added(base, F.linear(x, self.lora_A.to(x.dtype)))
 
     def _above(self, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         if by_hand(base, low):
-            return apply(SharedUp, base, low.to(base.dtype), self.lora_B.to(base.dtype), self.scale)
+            return apply(SharedUp, base, low.to(base.dtype), self.up.to(base.dtype), self.scale)
         return self._added(base, low)
 
     def _added(self, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         if isinstance(base, torch.Tensor) and base.is_nested:  # a proxy of a tracer is neither
-            return base + F.linear(low, self.lora_B.to(low.dtype)) * self.scale
-        rows, up = base.reshape(-1, base.shape[-1]), self.lora_B.t().to(low.dtype)
+            return base + F.linear(low, self.up.to(low.dtype)) * self.scale
+        rows, up = base.reshape(-1, base.shape[-1]), self.up.t().to(low.dtype)
         return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up, alpha=self.scale).view(base.shape)
 
     def _merged(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, op: str) -> torch.Tensor:
@@ -92,4 +92,4 @@ class MatrixBranch(Branch):
             return self._beside(PRODUCTS[op](x, weight, bias), x)
         dtype = computes_in(x)
         bias = bias.to(dtype) if bias is not None else None
-        return apply(MergedProduct, x.to(dtype), weight, bias, self.lora_A, self.lora_B, self.scale, op)
+        return apply(MergedProduct, x.to(dtype), weight, bias, self.lora_A, self.up, self.scale, op)

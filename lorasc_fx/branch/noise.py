@@ -1,6 +1,7 @@
-"""The noise of a stage: `N = strength * std(W) * U(-1/2, 1/2)`, or a normal of the same variance.
+"""The noise of a stage, or of a step: `N = strength * std(W) * U(-1/2, 1/2)`, or a normal of the same variance; or by
+rows, `N_ij = strength * |W_i| / sqrt(n) * N(0, 1)`.
 
-Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise".
+Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise". By rows: Flat-LoRA (2409.14396).
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from lorasc_fx.branch.address import generator
 from lorasc_fx.branch.rows import Rows
 from lorasc_fx.spec import Noise
 
-__all__ = ["amplitude", "draw"]
+__all__ = ["amplitude", "draw", "row_sizes"]
 
 
-def amplitude(noise: Noise, weight: torch.Tensor, rows: Rows | None = None) -> float:
+def amplitude(noise: Noise, weight: torch.Tensor, part: Rows | None = None) -> float:
     """Return `strength * std(W)`; the standard deviation of one value, or of none, is 0.
 
-    With rows the weight is a part of W, and every process asks at the same time.
+    With a part the weight is some rows of W, and every process asks at the same time.
     """
-    if noise.strength and rows is not None:
-        return noise.strength * _size_together(weight, rows)
+    if noise.strength and part is not None:
+        return noise.strength * _size_together(weight, part)
     if noise.strength == 0 or weight.numel() < 2:
         return 0.0
     size = weight.std().item()
@@ -32,23 +33,42 @@ def amplitude(noise: Noise, weight: torch.Tensor, rows: Rows | None = None) -> f
     return noise.strength * size
 
 
-def _size_together(weight: torch.Tensor, rows: Rows) -> float:
+def _size_together(weight: torch.Tensor, part: Rows) -> float:
     """Return the standard deviation of a weight of which each process holds rows."""
-    size = rows.spread(weight)
+    size = part.spread(weight)
     if 0 < size < math.inf:
         return size
-    top = rows.together.largest(weight.abs().max().item() if weight.numel() else 0.0)
-    return top * rows.spread(weight / top) if 0 < top < math.inf else top
+    top = part.together.largest(weight.abs().max().item() if weight.numel() else 0.0)
+    return top * part.spread(weight / top) if 0 < top < math.inf else top
 
 
-def draw(noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, rows: Rows | None = None) -> torch.Tensor:
-    """Return the unscaled noise of this address, in fp32 on the CPU: U(-1/2, 1/2), or N(0, 1/12).
+def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, turned: bool) -> torch.Tensor:
+    """Return `strength * |W_i| / sqrt(n)` of each row i of n entries, of a shape that broadcasts over the weight.
 
-    With rows it is that of those alone, of which the weight here has its shape; all of it is drawn for a moment.
+    Args:
+        noise: of the distribution `filter`.
+        weight: [out, ...], [in, out] if `turned`; with an axis of experts before if `stacked`.
+        stacked, turned: how it is stored.
     """
-    if rows is not None:
-        return rows.of_whole(draw(noise, seed, stage, name, rows.shape_of_whole(shape))).clone()
-    source = generator(seed, stage, "noise", name)
+    own = (1 if stacked else 0) + (1 if turned else 0)
+    rest = [axis for axis in range(1 if stacked else 0, weight.dim()) if axis != own]
+    count = math.prod(weight.shape[axis] for axis in rest)
+    sizes: torch.Tensor = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
+    return sizes.mul_(noise.strength / math.sqrt(max(1, count)))
+
+
+def draw(
+    noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0, part: Rows | None = None
+) -> torch.Tensor:
+    """Return the unscaled noise of this address, in fp32 on the CPU: U(-1/2, 1/2), N(0, 1/12), or for `filter` N(0, 1).
+
+    Step 0 is the start of the stage. With a part it is that of those rows alone, of which the weight here has its
+    shape; all of it is drawn for a moment.
+    """
+    if part is not None:
+        return part.of_whole(draw(noise, seed, stage, name, part.shape_of_whole(shape), step)).clone()
+    source = generator(seed, stage, f"noise of step {step}" if step else "noise", name)
     if noise.distribution == "uniform":
         return torch.rand(shape, generator=source, dtype=torch.float32).sub_(0.5)
-    return torch.randn(shape, generator=source, dtype=torch.float32).mul_(12**-0.5)
+    normal = torch.randn(shape, generator=source, dtype=torch.float32)
+    return normal if noise.distribution == "filter" else normal.mul_(12**-0.5)

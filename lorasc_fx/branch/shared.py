@@ -35,7 +35,8 @@ class _SharedDown(torch.autograd.Function):
     @in_own_dtype
     def forward(ctx: Any, x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         """Return the stacked product."""
-        ctx.save_for_backward(x, *factors)
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *factors)
         low = down(torch.cat(factors), folded(x.reshape(-1, x.shape[-1])))
         return owned(low.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
@@ -44,10 +45,11 @@ class _SharedDown(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of x and of each lora_A."""
         x, *factors = ctx.saved_tensors
-        stacked, rows = torch.cat(factors), x.reshape(-1, x.shape[-1])
-        slopes = gradient.reshape(-1, gradient.shape[-1])
-        dx = (slopes @ stacked).view(x.shape) if ctx.needs_input_grad[0] else None
-        total = factor_gradient(folded(slopes).transpose(1, 2), folded(rows))
+        stacked, slopes = torch.cat(factors), gradient.reshape(-1, gradient.shape[-1])
+        dx = (slopes @ stacked).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        if x is None:
+            return dx, *(None for _ in factors)
+        total = factor_gradient(folded(slopes).transpose(1, 2), folded(x.reshape(-1, x.shape[-1])))
         return dx, *total.split([len(each) for each in factors])
 
 

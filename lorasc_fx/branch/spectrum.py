@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from lorasc_fx.branch.slow import Factors, SlowWeight
+from lorasc_fx.branch.kept import Factors
+from lorasc_fx.branch.quantized import dense
+from lorasc_fx.branch.slow import SlowWeight
 
 __all__ = ["effective_rank", "norm_of", "singular_values", "slow_spectrum"]
 
@@ -28,6 +30,10 @@ def slow_spectrum(state: SlowWeight) -> torch.Tensor:
 
     A delta that was collapsed into a dense one is decomposed as it is.
     """
+    if state.scale() is not None:
+        delta = state.exact("slow", torch.float64) - dense(state.base).double()
+        found: torch.Tensor = torch.linalg.svdvals(delta.reshape(state.matrix))
+        return found
     factors = state.carried("slow")
     if state.dense_slow is not None:
         total = state.dense_slow.double()

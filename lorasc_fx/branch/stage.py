@@ -5,26 +5,34 @@ Source: algorithm.md, "One site".
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
+from lorasc_fx.branch.began import began_of, factors_of, has_trained, leading
 from lorasc_fx.branch.branch import Branch
-from lorasc_fx.branch.noise import amplitude, draw
+from lorasc_fx.branch.dora import DoraBranch
+from lorasc_fx.branch.kept import Began, KeptNoise
+from lorasc_fx.branch.noise import amplitude, draw, row_sizes
 from lorasc_fx.branch.quantized import is_quantized
-from lorasc_fx.branch.rows import Rows, local, whole
-from lorasc_fx.branch.slow import Factors, KeptNoise, SlowWeight, Which, arithmetic
+from lorasc_fx.branch.rows import local
+from lorasc_fx.branch.slow import SlowWeight, Which
+from lorasc_fx.branch.sums import arithmetic
 from lorasc_fx.errors import NonFiniteBranch, SpecError
+from lorasc_fx.plan import Site
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = [
     "all_finite",
+    "begin_stage",
     "check_finite",
     "end_stage",
-    "factors_of",
     "fits",
+    "gain_of",
     "start_differs",
     "start_weight",
     "write_start",
@@ -35,65 +43,55 @@ log = logging.getLogger("lorasc_fx")
 _ADVICE = "Lower the learning rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
 
 
-def factors_of(branch: Branch, device: torch.device, rows: Rows | None = None) -> Factors:
-    """Return copies of the factors on a device, as the weight is stored, the scale folded in: `b @ a` is the delta.
-
-    With rows `b @ a` is that of those: of a factor that is sharded as the weight is, its own rows are taken without a
-    word to the other processes.
-    """
-    with torch.no_grad():
-        left, right = branch.oriented()
-        axis, stacked = rows.axis if rows is not None else None, right.dim() > 2
-        left = _rows_of(left, rows) if rows is not None and axis == 0 else whole(left)
-        right = _rows_of(right, rows) if rows is not None and (stacked or axis == 1) else whole(right)
-        return Factors((left * branch.scale).to(device), right.clone().to(device))
-
-
-def _rows_of(factor: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Return rows of a factor: its own shard where that is cut along them, else of all of it, which is small."""
-    if any(each.is_shard(rows.axis) for each in getattr(factor, "placements", ())):
-        return local(factor)
-    return rows.of_whole(whole(factor))
-
-
 def start_weight(
-    state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True, device: torch.device | None = None
+    state: SlowWeight,
+    spec: CascadeSpec,
+    stage: int,
+    noisy: bool = True,
+    device: torch.device | None = None,
+    step: int = 0,
 ) -> torch.Tensor:
-    """Return `W_t = W0 + S_{t-1} + N_t` (under restart = fast `W0 + F_{t-1} + N_t`), rounded once to the weight's
-    dtype.
+    """Return `W_t = W0 + S_{t-1} + N_t` (under restart = fast `W0 + F_{t-1} + N_t`), less what the branch took out of
+    it, rounded once to the weight's dtype.
     """
     start = torch.empty(
         state.base.shape, dtype=state.base.dtype, device=state.base.device if device is None else device
     )
-    write_start(start, state, spec, stage, noisy)
+    write_start(start, state, spec, stage, noisy, step)
     return start
 
 
-def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True) -> None:
+def write_start(
+    out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True, step: int = 0
+) -> None:
     """Write what `start_weight` returns into `out`, in place: of extra memory there is the noise, and where `out` is
     narrower than the arithmetic the exact weight (without noise a block of it).
     """
     dtype = arithmetic(state.base.dtype)
     if state.base.dtype not in (out.dtype, dtype):  # a narrow weight that was cast since: still of its own dtype
-        out.copy_(start_weight(state, spec, stage, noisy, out.device))
+        out.copy_(start_weight(state, spec, stage, noisy, out.device, step))
     elif not (noisy and spec.noise.strength):
-        state.write(out, "fast", dtype)
+        state.write(out, "fast", dtype, state.taken_out)
     else:
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
-        rows = state.rows
-        noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, rows).to(exact) if not state.kept else None
+        key, part = (spec.noise, spec.seed, stage, state.name, exact.shape, step), state.part
+        noise = draw(*key, part).to(exact) if not state.kept else None
         state.write(exact, "fast", dtype)
-        size = amplitude(spec.noise, exact, rows)
+        by_rows = spec.noise.distribution == "filter" and exact.numel() > 0
+        rows = row_sizes(spec.noise, exact, state.stacked, state.turned) if by_rows else None
+        size = amplitude(spec.noise, exact, part) if rows is None else rows.max().item()
         if not math.isfinite(size):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
                 f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0"
             )
+        if state.began is not None:
+            state.write(exact, "fast", dtype, state.taken_out)
         if size:
             if noise is None:  # in the room that the kept noise had
-                noise = draw(spec.noise, spec.seed, stage, state.name, exact.shape, rows).to(exact)
-            exact += noise.mul_(size)
+                noise = draw(*key, part).to(exact)
+            exact += noise.mul_(size if rows is None else rows)
         if exact is not out:
             out.copy_(exact)
         if size > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):
@@ -101,6 +99,50 @@ def write_start(out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: 
                 f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
                 f"Give less, or exclude it (exclude=({state.name!r},))"
             )
+
+
+def begin_stage(
+    state: SlowWeight, branch: Branch, site: Site, spec: CascadeSpec, stage: int, a: torch.Tensor, noisy: bool = True
+) -> tuple[SlowWeight, Branch]:
+    """Return the state of a stage whose branch starts from the weight, and a copy of the branch as it starts: factors
+    out of the weight (`spec.start`) where the stage runs, and magnitudes that leave the weight as it is.
+
+    Args:
+        state: that the stage starts from.
+        branch: of the weight.
+        site, spec, stage: of the plan; the copy has the rank of this site.
+        a: lora_A as LoRA starts it.
+        noisy: whether the stage runs; else its weight is without noise, and B = 0.
+    """
+    started = copy.deepcopy(branch)
+    started.to_rank(site)
+    with torch.no_grad():
+        values = [a, torch.zeros_like(started.lora_B)]
+        if spec.start != "lora" and noisy:
+            exact = state.exact("fast", arithmetic(state.base.dtype), device=branch.lora_A.device)
+            values = list(leading(spec.start, started, exact, a))
+        for factor, value in zip((started.lora_A, started.lora_B), values, strict=True):
+            factor.copy_(value)
+        began = Began(began_of(started) if spec.start != "lora" and noisy else None)
+        state = replace(state, began=began)
+        if isinstance(started, DoraBranch):
+            weight = start_weight(state, spec, stage, noisy, branch.lora_A.device)
+            started.lora_magnitude_vector.copy_(started.norms(weight))
+            magnitude = started.lora_magnitude_vector.double().cpu().clone()
+            state = replace(state, began=replace(began, magnitude=magnitude))
+    return state, started
+
+
+def gain_of(
+    branch: Branch, state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True
+) -> torch.Tensor | None:
+    """Return the row scale g [out] of a branch with magnitudes, in fp64 on the host: with the weight that it trained
+    on, noise included. None for any other branch.
+    """
+    if not isinstance(branch, DoraBranch):
+        return None
+    with torch.no_grad():
+        return branch.gain(start_weight(state, spec, stage, noisy, branch.lora_A.device)).double().cpu()
 
 
 def start_differs(state: SlowWeight) -> bool:
@@ -117,7 +159,7 @@ def all_finite(branches: Iterable[Branch]) -> bool:
     if not branches:
         return True
     with torch.no_grad():
-        sums = [local(factor).sum() for branch in branches for factor in (branch.lora_A, branch.lora_B)]
+        sums = [local(factor).sum() for branch in branches for factor in branch.parameters()]
         each = {place: [one for one in sums if one.device == place] for place in {one.device for one in sums}}
         if all(math.isfinite(torch.stack(found).sum().item()) for found in each.values()):
             return True
@@ -141,6 +183,7 @@ def end_stage(
     noisy: bool = True,
     checked: bool = False,
     left_out: set[str] | None = None,
+    share: float | None = None,
 ) -> SlowWeight:
     """Return the slow state after the stage: the slow update, and the stage's noise where it is kept.
 
@@ -153,16 +196,19 @@ def end_stage(
         noisy: whether the stage ran with its noise.
         checked: whether the factors are known to be finite.
         left_out: gets the name of a weight whose branch was left out.
+        share: of the new slow weights in their average over stages; None where none is kept.
 
     Raises:
         NonFiniteBranch: the branch cannot be folded, and spec.on_nonfinite is "raise".
     """
-    after = None
+    after, pace = None, spec.pace_at(stage)
     if branch is not None:
         fault = "holds inf or nan"
         if checked or state.every(branch.finite()):
-            factors = factors_of(branch, state.base.device, state.rows)
-            folded = state.absorb(stage, factors, spec.pace, spec.restart)
+            moved = not state.every(not has_trained(branch, state.began))
+            live = factors_of(branch, state.base.device, state.began, state.part) if moved else None
+            gain = gain_of(branch, state, spec, stage, noisy) if moved else None
+            folded = state.absorb(stage, live, pace, spec.restart, share, gain)
             fault = "" if state.every(fits(folded)) else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":
@@ -174,9 +220,9 @@ def end_stage(
             if left_out is not None:
                 left_out.add(state.name)
     if after is None:
-        after = state.absorb(stage, None, spec.pace, spec.restart)
+        after = state.absorb(stage, None, pace, spec.restart, share)
     if noisy and spec.noise.keep and spec.noise.strength:
-        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.rows)
+        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.part)
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))
     return after
 

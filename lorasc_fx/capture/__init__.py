@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -49,6 +51,8 @@ __all__ = [
     "written_by",
 ]
 
+log = logging.getLogger("lorasc_fx")
+
 FrontEnd = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Captured]
 
 FRONTENDS: dict[str, FrontEnd] = {
@@ -92,6 +96,7 @@ def _captured(
     refused: list[tuple[str, str]] = []
     faults: list[Exception] = []
     for name in FRONTENDS if frontend == "auto" else (frontend,):
+        begun = time.monotonic()
         try:
             if name != "pieces":
                 trial.check()
@@ -103,11 +108,19 @@ def _captured(
                 captured = FRONTENDS[name](model, *copied(args, kwargs), wide)
             if captured.pieces is None:
                 check_agrees(captured.module, model, args, kwargs)
+            log.info("%s captured by %s, in %.2f s", type(model).__name__, name, time.monotonic() - begun)
             return captured.after(tuple(refused), trial.functions)
         except MemoryError:  # says nothing of the front end
             raise
         except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model
             refused.append((name, one_line(fault)))
+            log.info(
+                "%s not captured by %s, in %.2f s: %s",
+                type(model).__name__,
+                name,
+                time.monotonic() - begun,
+                refused[-1][1],
+            )
             faults.append(fault)
     reasons = "\n  ".join(f"{name}: {reason}" for name, reason in refused)
     raise CaptureError(

@@ -14,12 +14,12 @@ from lorasc_fx.cli.interrupt import Interrupt, on_ctrl_c
 from lorasc_fx.cli.learners import PlainLearner
 from lorasc_fx.cli.methods import TABLE
 from lorasc_fx.cli.models import set_mode
-from lorasc_fx.cli.reporter import Reporter, reporting
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.schema import METHODS, Config
 from lorasc_fx.cli.setup import Setup
 from lorasc_fx.cli.training import Diverged, Step, accuracy, make_optimizer, predict, train_steps
 from lorasc_fx.errors import NonFiniteBranch, SpecError
+from lorasc_fx.integrations.reporter import Reporter, reporting
 
 __all__ = ["compare", "run_compare"]
 

@@ -9,9 +9,9 @@ import torch
 
 from lorasc_fx.cli.cells import Result
 from lorasc_fx.cli.methods import TABLE
-from lorasc_fx.cli.reporter import console
 from lorasc_fx.cli.schema import METHODS, Config
 from lorasc_fx.cli.statistics import Interval, bootstrap_interval, mean_and_deviation, t_interval
+from lorasc_fx.integrations.reporter import console
 
 __all__ = ["chosen", "print_tables"]
 

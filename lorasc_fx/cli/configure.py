@@ -11,11 +11,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 from lorasc_fx.cli.schema import Config
 from lorasc_fx.cli.toml_text import KeyPath, key_lines, line_of, to_toml
 from lorasc_fx.errors import SpecError, nearest
-from lorasc_fx.spec import CascadeSpec, Noise, Rule
+from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
 
 __all__ = ["config_to_dict", "load_config", "write_config"]
 
-_SPEC_TABLES: dict[str, type[Any]] = {"noise": Noise, "rules": Rule}
+_SPEC_TABLES: dict[str, type[Any]] = {"noise": Noise, "rules": Rule, "train_rules": TrainRule}
 
 
 def load_config(path: Path) -> Config:

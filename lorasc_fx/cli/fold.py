@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -31,6 +31,8 @@ class FoldArguments:
     copied, and no model is built."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=("--out",))] = None
     """File or folder to write; RUN/folded.safetensors, or RUN/folded with a --base folder, if not given."""
+    which: Literal["slow", "averaged"] = "slow"
+    """The slow weights, or their average over stages, where the run's spec keeps one."""
 
 
 def run_fold(arguments: FoldArguments) -> int:
@@ -47,8 +49,8 @@ def run_fold(arguments: FoldArguments) -> int:
         opened = open_run(arguments.run)
         where = arguments.output or folder.folded
         with bytes_told(f"fold {arguments.run}") as told:
-            lx.export.safetensors(opened.cascade, where, progress=told)
-        print(f"{where}: {opened.said}")
+            lx.export.safetensors(opened.cascade, where, which=arguments.which, progress=told)
+        print(f"{where}: {arguments.which} {opened.said}")
         return 0
     checkpoint = folder.checkpoint if folder.config.is_file() else arguments.run
     single = arguments.base.is_file() and arguments.base.suffix != ".json"
@@ -57,6 +59,6 @@ def run_fold(arguments: FoldArguments) -> int:
         raise StateError(f"{arguments.run} is no run folder; give --output, the place to write to")
     found = read(checkpoint)
     with bytes_told(f"fold {checkpoint}") as told:
-        fold_files(of_checkpoint(found), arguments.base, where, told)
-    print(f"{where}: slow weights of {found.path}, in the layout of {arguments.base}")
+        fold_files(of_checkpoint(found, arguments.which), arguments.base, where, told)
+    print(f"{where}: {arguments.which} weights of {found.path}, in the layout of {arguments.base}")
     return 0

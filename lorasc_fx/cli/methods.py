@@ -68,7 +68,9 @@ def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
         )
         for rule in spec.rules
     )
-    return replace(_lora(spec, 1), rank=spec.rank * stages, lora_alpha=spec.lora_alpha * stages, rules=rules)
+    summed = sum(spec.rank_at(stage) for stage in range(1, stages + 1))
+    alpha = spec.lora_alpha * summed / spec.rank
+    return replace(_lora(spec, 1), rank=summed, ranks=(), lora_alpha=alpha, rules=rules)
 
 
 def _as_asked(spec: CascadeSpec, stages: int) -> CascadeSpec:

@@ -44,4 +44,4 @@ def open_run(run: Path) -> OpenedRun:
     begun = (
         "" if step in (0, *map(schedule.end, range(1, schedule.stages + 1))) else ", its running stage folded as it is"
     )
-    return OpenedRun(folder, cascade, f"slow weights at step {step} of {schedule.steps}{begun}")
+    return OpenedRun(folder, cascade, f"weights at step {step} of {schedule.steps}{begun}")

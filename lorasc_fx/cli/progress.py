@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lorasc_fx.cli.reporter import console
+from lorasc_fx.integrations.reporter import console
 
 __all__ = ["bytes_told"]
 

@@ -60,7 +60,8 @@ def record_experts(folder: RunFolder, cascade: lx.Cascade, stage: int) -> None:
         for weight, branch in cascade.core.branches_by_weight().items():
             line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
             if branch.finite():
-                values = singular_values(factors_of(branch, torch.device("cpu")))
+                began = cascade.core.slow.states[weight].began
+                values = singular_values(factors_of(branch, torch.device("cpu"), began))
                 line |= {"norm": norm_of(values), "effective_rank": effective_rank(values)}
             file.write(json.dumps(line) + "\n")
 

@@ -81,9 +81,10 @@ def page(record: RunRecord) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     config, about = record.config, record.about
     spec = config.spec
+    paces = spec.pace if isinstance(spec.pace, tuple) else (spec.pace,)
     lead = (
         f"{config.model.name} ({about['model']}) on {config.data.name}: {config.train.stages} stages, pace "
-        f"{spec.pace:g}, restart {spec.restart}, noise {spec.noise.strength:g}"
+        f"{' then '.join(f'{each:g}' for each in paces)}, restart {spec.restart}, noise {spec.noise.strength:g}"
         + ("." if record.result else "; this run has not ended yet.")
     )
     sections = [each for each in _sections(record) if each.pictures or each.tables or each.paragraphs]

@@ -17,6 +17,7 @@ from torch import Tensor
 from lorasc_fx.cli.configure import config_to_dict, load_config, write_config
 from lorasc_fx.cli.schema import Config
 from lorasc_fx.errors import StateError
+from lorasc_fx.integrations.metrics import FILE, append
 
 __all__ = ["RunFolder", "write_whole"]
 
@@ -40,7 +41,7 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         """One JSON object a line."""
-        return self.path / "metrics.jsonl"
+        return self.path / FILE
 
     @property
     def cascade(self) -> Path:
@@ -112,8 +113,7 @@ class RunFolder:
 
     def log(self, **entry: Any) -> None:
         """Add one line to the metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append(self.metrics, entry)
 
     def write_weights(self, tensors: Mapping[str, Tensor], path: Path | None = None) -> Path:
         """Write a state dict as safetensors; weights that share memory are written once each by name."""

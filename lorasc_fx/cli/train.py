@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +13,12 @@ from lorasc_fx.cli.interrupt import on_ctrl_c
 from lorasc_fx.cli.learners import CascadeLearner, PlainLearner
 from lorasc_fx.cli.models import set_mode
 from lorasc_fx.cli.recorder import record_cascade, record_experts, record_spectrum
-from lorasc_fx.cli.reporter import Reporter, reporting
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.schema import Config
 from lorasc_fx.cli.setup import Setup
 from lorasc_fx.cli.training import Step, accuracy, evaluate, make_optimizer, predict, train_steps
+from lorasc_fx.integrations.metrics import Metrics
+from lorasc_fx.integrations.reporter import Reporter, reporting
 
 __all__ = ["run_train"]
 
@@ -32,9 +32,9 @@ def run_train(config: Config, *, resume: bool) -> int:
     learner, optimizer, start = _begin(setup, folder, resume=resume)
     schedule = setup.schedule(config.train.stages)
     device = config.train.device
-    with reporting() as reporter, on_ctrl_c() as interrupt:
+    with reporting() as reporter, Metrics(folder.path) as metrics, on_ctrl_c() as interrupt:
         reporter.begin("train", schedule.steps, start)
-        watch = _Watch(setup, folder, learner, optimizer, reporter, schedule.stages, start)
+        watch = _Watch(setup, folder, metrics, learner, optimizer, reporter, schedule.stages, start)
         whole = train_steps(
             learner,
             optimizer,
@@ -53,7 +53,7 @@ def run_train(config: Config, *, resume: bool) -> int:
             return 130
         if start == schedule.steps:
             reporter.say("This run was at its end already.")
-        _end(setup, folder, learner, reporter)
+        _end(setup, folder, metrics, learner, reporter)
     return 0
 
 
@@ -86,6 +86,7 @@ class _Watch:
         self,
         setup: Setup,
         folder: RunFolder,
+        metrics: Metrics,
         learner: CascadeLearner,
         optimizer: torch.optim.Optimizer,
         reporter: Reporter,
@@ -93,7 +94,7 @@ class _Watch:
         start: int,
     ) -> None:
         self._setup, self._folder, self._learner, self._optimizer = setup, folder, learner, optimizer
-        self._reporter, self._stages = reporter, stages
+        self._reporter, self._metrics, self._stages = reporter, metrics, stages
         self.done = start
 
     def __call__(self, step: Step) -> None:
@@ -101,7 +102,7 @@ class _Watch:
         self.done = step.done
         self._reporter.step(step.done, f"stage {step.stage}/{self._stages}", step.loss)
         if step.done % train.log_every == 0 or step.ends_stage:
-            self._folder.log(step=step.done, stage=step.stage, loss=step.loss, lr=step.lr, seconds=step.seconds)
+            self._metrics.log(step=step.done, stage=step.stage, loss=step.loss, lr=step.lr, seconds=step.seconds)
         if step.ends_stage:
             share = self._validate(step, "slow")
             self._reporter.say(f"stage {step.stage}/{self._stages} ends at step {step.done}: validation {share:.3f}")
@@ -125,13 +126,12 @@ class _Watch:
             share, loss = evaluate(self._learner.logits, splits.validation, device)
         cascade.train(mode)
         suffix = "" if which == "slow" else "_fast"
-        finite = loss if math.isfinite(loss) else None  # JSON has no nan
-        entry = {f"validation{suffix}": share, f"validation_loss{suffix}": finite}
-        self._folder.log(step=step.done, stage=step.stage, **entry)
+        entry = {f"validation{suffix}": share, f"validation_loss{suffix}": loss}
+        self._metrics.log(step=step.done, stage=step.stage, **entry)
         return share
 
 
-def _end(setup: Setup, folder: RunFolder, learner: CascadeLearner, reporter: Reporter) -> None:
+def _end(setup: Setup, folder: RunFolder, metrics: Metrics, learner: CascadeLearner, reporter: Reporter) -> None:
     """Write the folded weights, then report on the released model."""
     record_spectrum(folder, learner.cascade)
     folder.write_weights(learner.cascade.folded_state_dict())
@@ -145,6 +145,6 @@ def _end(setup: Setup, folder: RunFolder, learner: CascadeLearner, reporter: Rep
     shares: dict[str, Any] = {
         part: accuracy(predict(call, examples, device), examples) for part, examples in parts.items()
     }
-    folder.log(event="result", **shares)
+    metrics.log(event="result", **shares)
     reporter.say(" ".join(f"{part} {share:.3f}" for part, share in shares.items()))
     reporter.say(f"folded weights: {folder.folded}")

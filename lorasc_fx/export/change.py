@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from lorasc_fx.branch import Factors, factors_of
+from lorasc_fx.branch import Factors, SlowWeight, Which, dense, factors_of, gain_of, has_trained, scaled
 from lorasc_fx.export.low_rank import CutOff, compressed, factored, padded, stacked
 from lorasc_fx.export.peft_config import RANKS
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.folding import ended, trained_value
 
-__all__ = ["Change", "change_of"]
+__all__ = ["Change", "change_of", "nothing"]
 
 
 @dataclass
@@ -22,12 +22,15 @@ class Change:
 
     Args:
         pairs: by weight, in fp64, as the weight is stored; of weights that have moved.
+        magnitudes: of weights whose rows are scaled: `diag(d) (W0 + b a)` is `diag(m / |W0 + b a|) (W0 + b a)` with the
+            pair of DoRA that stands in `pairs`; [out], in fp64.
         trained: values of parameters trained in full, in their own dtype.
         refused: reasons of weights whose change is no product of factors.
         cut: what a smaller rank cost.
     """
 
     pairs: dict[str, Factors] = field(default_factory=dict)
+    magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
     trained: dict[str, torch.Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     cut: dict[str, CutOff] = field(default_factory=dict)
@@ -53,27 +56,51 @@ class Change:
             self.pairs = {name: padded(pair, one) for name, pair in self.pairs.items()}
 
 
-def change_of(core: Core, which: str) -> Change:
-    """Return the change of a cascade's slow or fast weights; a running stage that has trained counts as at a release.
+def _add_scaled(change: Change, state: SlowWeight, terms: Sequence[tuple[float, Factors]], rows: torch.Tensor) -> None:
+    """Note `diag(rows) W0 + b a` as `diag(rows) (W0 + diag(1 / rows) b a)`: the pair, and the norms that this has."""
+    pair = stacked(terms) or nothing(state)
+    pair = scaled(pair, 1 / rows, state.turned)
+    weight = dense(state.base).double().cpu()
+    total = weight + (pair.b @ pair.a).view_as(weight)
+    own = total.mT if state.turned else total
+    change.pairs[state.name], change.magnitudes[state.name] = pair, rows * own.flatten(1).norm(dim=1)
+
+
+def nothing(state: SlowWeight) -> Factors:
+    """Return factors of rank 1 that add nothing."""
+    *stack, rows, columns = state.matrix
+    return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
+
+
+def change_of(core: Core, which: Which) -> Change:
+    """Return the change of a cascade's weights; of slow and averaged ones a stage that has trained counts as ended.
 
     What a dense collapse has left is factored at its numerical rank: the delta is there, and its pair is never larger
     than twice that. Kept noise has full rank, and is refused.
     """
-    slow = ended(core) if which == "slow" else core.slow
+    slow = core.slow if which == "fast" else ended(core)
     branches, change = core.branches_by_weight(), Change()
-    at_slow = which == "slow" or slow.parked
+    at = "slow" if which == "fast" and slow.parked else which
     for name, state in slow.states.items():
-        coefficients, delta = (state.slow, state.dense_slow) if at_slow else (state.start, state.dense_start)
-        terms = list(zip(coefficients, (expert.factors for expert in state.experts), strict=True))
-        if which == "fast" and name in branches and bool(branches[name].lora_B.any()):
-            terms.append((1.0, factors_of(branches[name], torch.device("cpu"))))
+        live, gain, branch = None, None, branches.get(name)
+        if which == "fast" and branch is not None and has_trained(branch, state.began):
+            live = factors_of(branch, torch.device("cpu"), state.began)
+            gain = gain_of(branch, state, core.plan.spec, core.plan.stage, not slow.parked)
+        _, delta, terms = state.terms(at if live is None else "fast", live, gain)
         if delta is not None and bool(delta.any()):
             terms.append((1.0, factored(delta)))
+        rows = state.scale(gain)
+        if rows is None and terms and core.plan.spec.use_dora:  # experts that came from elsewhere
+            rows = torch.ones(state.matrix[-1 if state.turned else -2], dtype=torch.float64)
         if state.kept:
             change.refused[name] = "it keeps the noise of a stage (noise.keep), which has no low rank"
+        elif rows is not None and not bool(rows.all()):
+            change.refused[name] = "a row of it was scaled to 0, which no magnitude does"
+        elif rows is not None:
+            _add_scaled(change, state, terms, rows)
         elif (pair := stacked(terms)) is not None:
             change.pairs[name] = pair
     for name, value in core.trained_parameters().items():
-        found = trained_value(slow, name, "slow" if which == "slow" else "fast", value)
+        found = trained_value(slow, name, which, value)
         change.trained[name] = found.detach().to("cpu", value.dtype)
     return change

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ def pt2(
     kwargs: Mapping[str, Any] | None = None,
     *,
     folded: bool = True,
+    which: Literal["slow", "averaged"] = "slow",
 ) -> Path:
     """Write the graph of eval mode as a .pt2 file, which `torch.export.load` reads where lorasc_fx is not installed.
 
@@ -39,6 +40,7 @@ def pt2(
         path: ends with `.pt2`.
         args, kwargs: inputs whose graph is wanted; without, those of `adapt`.
         folded: the slow weights and the captured nodes; otherwise the running cascade, branches and noise included.
+        which: of a folded one: `slow` weights, or their average over stages.
 
     Returns:
         The path.
@@ -52,7 +54,7 @@ def pt2(
     out = Path(path)
     if out.suffix != ".pt2":
         raise SpecError(f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it")
-    made = program(cascade, args, kwargs, folded=folded, call="export.pt2")
+    made = program(cascade, args, kwargs, folded=folded, which=which, call="export.pt2")
     with beside(out) as room:
         torch.export.save(made, room)
     return out
@@ -64,6 +66,7 @@ def program(
     kwargs: Mapping[str, Any] | None = None,
     *,
     folded: bool = True,
+    which: Literal["slow", "averaged"] = "slow",
     call: str = "export.program",
 ) -> torch.export.ExportedProgram:
     """Return the graph of eval mode as an ExportedProgram of torch; see `pt2`.
@@ -77,7 +80,7 @@ def program(
     bound, named = bind(signature_of(cascade.model), *given)
     with _evaluating(cascade):
         variant = cascade.variant(bound, named)
-        module = cascade.folded_graph(bound, named) if folded else _whole(cascade, variant, bound, named)
+        module = cascade.folded_graph(bound, named, which=which) if folded else _whole(cascade, variant, bound, named)
         shapes = _shapes(module, variant, bound, named)
         bound, named = _as_given(signature_of(cascade.model), bound, named, given[1])
         try:

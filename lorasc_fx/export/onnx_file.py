@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,7 @@ def onnx(
     kwargs: Mapping[str, Any] | None = None,
     *,
     folded: bool = True,
+    which: Literal["slow", "averaged"] = "slow",
     opset: int | None = None,
 ) -> Path:
     """Write the graph of eval mode as an ONNX file, with the sizes open that the captured graph leaves open.
@@ -36,6 +37,7 @@ def onnx(
         path: ends with `.onnx`. Weights of about 2 GB and more lie in a file beside it, `PATH.data`.
         args, kwargs: inputs whose graph is wanted; without, those of `adapt`.
         folded: the slow weights and the captured nodes; otherwise the running cascade, branches and noise included.
+        which: of a folded one: `slow` weights, or their average over stages.
         opset: version of the operators; torch's own choice if not given.
 
     Returns:
@@ -52,7 +54,7 @@ def onnx(
     if out.suffix != ".onnx":
         raise SpecError(f"export.onnx: {out} does not end with .onnx")
     require("onnx", "onnx", "onnxscript")
-    made = program(cascade, args, kwargs, folded=folded, call="export.onnx")
+    made = program(cascade, args, kwargs, folded=folded, which=which, call="export.onnx")
     try:
         with quiet():
             found = torch.onnx.export(made, dynamo=True, opset_version=opset, verbose=False)

@@ -19,17 +19,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorasc_fx.branch import Factors, SlowWeight, arithmetic
+from lorasc_fx.branch import arithmetic
 from lorasc_fx.errors import ExportError, SpecError, StateError
-from lorasc_fx.export.change import Change, change_of
+from lorasc_fx.export.change import Change, change_of, nothing
 from lorasc_fx.export.folder import write_folder
 from lorasc_fx.export.low_rank import CutOff
 from lorasc_fx.export.peft_config import CONFIG, TENSORS, config_of, leaking
-from lorasc_fx.export.peft_layout import PREFIX, Place, as_theirs, names_of, wrapped
+from lorasc_fx.export.peft_layout import PREFIX, Place, as_theirs, magnitude_as_theirs, names_of, wrapped
 from lorasc_fx.export.places import places_of
 from lorasc_fx.export.saved import Saved, key_path, save_whole
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.folding import check_which
 
 __all__ = ["PeftAdapter", "peft"]
 
@@ -67,7 +68,7 @@ def peft(
     cascade: Cascade,
     folder: str | PathLike[str],
     *,
-    which: Literal["slow", "fast"] = "slow",
+    which: Literal["slow", "fast", "averaged"] = "slow",
     max_rank: int | None = None,
     uniform_rank: bool = False,
     dtype: torch.dtype | None = None,
@@ -82,7 +83,7 @@ def peft(
     Args:
         cascade: stays as it is; its model runs once on the example inputs, to see where an adapter reaches.
         folder: absent, empty, or an adapter, which is replaced when the new one is whole.
-        which: `slow`, with a stage that has trained folded as `release` does; or `fast`.
+        which: `slow`, with a stage that has trained folded as `release` does; `averaged`, likewise; or `fast`.
         max_rank: no site gets a higher rank; a sum of experts is cut to the nearest of this rank, through QR of both
             factors and an SVD of the core. The exact errors are logged, and are in the result.
         uniform_rank: all sites get one rank of 8, 16, 32, 64, 128, 256, 320, 512, by zeros, for loaders that ignore
@@ -104,12 +105,18 @@ def peft(
     core, model = cascade.core, cascade.model
     _check(which, max_rank, dtype)
     core.check_ready("export.peft")
+    check_which("export.peft", which, core.plan.spec, ("slow", "fast", "averaged"))
     change = change_of(core, which)
     if not change.pairs and not change.refused:
         if not (change.trained and core.sites):
             raise StateError("export.peft: no site has trained, and an adapter without a change is none")
         first = core.sites[0].weight  # peft knows no adapter that only saves modules whole
-        change.pairs[first] = _nothing(core.slow.states[first])
+        change.pairs[first] = nothing(core.slow.states[first])
+    if max_rank is not None and change.magnitudes:
+        raise SpecError(
+            f"export.peft: max_rank is {max_rank}, and the rows of this cascade are scaled (use_dora): a nearest pair "
+            "of a smaller rank has other norms; give max_rank=None"
+        )
     if max_rank is not None:
         change.at_most(max_rank)
     if uniform_rank:
@@ -131,6 +138,7 @@ def peft(
         saved.biases,
         task_type=task_type,
         base_model_name_or_path=base_model or _name_of(model),
+        use_dora=bool(change.magnitudes),
     )
     tensors = _whole(core, saved, change) | _factors(core, places, change, dtype)
 
@@ -153,17 +161,12 @@ def peft(
 
 
 def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
-    if which not in ("slow", "fast"):
-        raise SpecError(f"export.peft: which is {which!r}; give 'slow' or 'fast'")
+    if which not in ("slow", "fast", "averaged"):
+        raise SpecError(f"export.peft: which is {which!r}; give 'slow', 'fast' or 'averaged'")
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise SpecError(f"export.peft: max_rank is {max_rank!r}; a rank is an integer of 1 or more")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"export.peft: dtype is {dtype!r}; give a floating dtype, as torch.float32")
-
-
-def _nothing(state: SlowWeight) -> Factors:
-    *stack, rows, columns = state.matrix
-    return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
 
 
 def _factors(
@@ -176,7 +179,10 @@ def _factors(
         base = core.slow.states[name].base
         for place in each:
             path = f"{PREFIX}{key_path(place.path, wraps)}.{_inside(core.model, place, flat)}"
-            for end, tensor in zip(names_of(place), as_theirs(place, change.pairs[name], base.shape), strict=True):
+            own = dict(zip(names_of(place), as_theirs(place, change.pairs[name], base.shape), strict=True))
+            if name in change.magnitudes:
+                own["lora_magnitude_vector"] = magnitude_as_theirs(place, change.magnitudes[name], base.dim())
+            for end, tensor in own.items():
                 found[path + end] = tensor.to(dtype or arithmetic(base.dtype)).clone(
                     memory_format=torch.contiguous_format
                 )

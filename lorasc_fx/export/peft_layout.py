@@ -15,7 +15,18 @@ from torch import nn
 
 from lorasc_fx.branch import Factors
 
-__all__ = ["PREFIX", "Place", "as_ours", "as_theirs", "form_of", "is_conv1d", "names_of", "shapes_of", "wrapped"]
+__all__ = [
+    "PREFIX",
+    "Place",
+    "as_ours",
+    "as_theirs",
+    "form_of",
+    "is_conv1d",
+    "magnitude_as_theirs",
+    "names_of",
+    "shapes_of",
+    "wrapped",
+]
 
 PREFIX = "base_model.model."
 """Of every key of an adapter file."""
@@ -102,6 +113,11 @@ def as_theirs(place: Place, pair: Factors, shape: Sequence[int]) -> tuple[torch.
         inner, outer = (b.mT, a.mT) if place.transposed else (a, b)
         return inner.flatten(0, 1), outer.permute(1, 2, 0).flatten(1)
     return a, b
+
+
+def magnitude_as_theirs(place: Place, magnitude: torch.Tensor, axes: int) -> torch.Tensor:
+    """Return magnitudes [out] as peft keeps them for a weight of so many axes: of a convolution [1, out, 1, ...]."""
+    return magnitude.view(1, -1, *(1 for _ in range(axes - 2))) if place.form == "conv" else magnitude
 
 
 def shapes_of(place: Place, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,7 @@ def safetensors(
     path: str | PathLike[str],
     *,
     base: str | PathLike[str] | None = None,
+    which: Literal["slow", "averaged"] = "slow",
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> Path:
@@ -41,6 +43,7 @@ def safetensors(
             as transformers reads them.
         base: the safetensors file or folder that the model came from: what is written has its files, names, dtypes and
             metadata, and every tensor that the fold does not change is copied as it is.
+        which: `slow`, or their average over stages.
         max_shard_bytes: size above which a folder's weights are split, without `base`.
         progress: told how many bytes are done, of how many.
 
@@ -56,13 +59,13 @@ def safetensors(
     out, call = Path(path), "export.safetensors"
     cascade.core.check_ready(call)
     if base is not None:
-        return fold_files(of_core(cascade.core, call), Path(base), out, progress)
+        return fold_files(of_core(cascade.core, call, which), Path(base), out, progress)
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
     check_free(out)
     values: Values = {}
     entries: list[Entry] = []
-    for name, now, new in folded_each(cascade.core, call):
+    for name, now, new in folded_each(cascade.core, call, which=which):
         if not isinstance(now, torch.Tensor):
             raise StateError(f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor")
         entries.append(entry_of(name, now))

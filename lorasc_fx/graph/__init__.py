@@ -7,25 +7,25 @@ from lorasc_fx.graph.edit import GraphEditor, drop_nodes, weights_from_inputs
 from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading, WeightForm
 from lorasc_fx.graph.forms import (
     ADDED_FIRST,
-    BRANCH_OF,
     CONTRACTIONS,
     FORMS,
     LIKE_ANOTHER,
     ON_CHOSEN,
     ON_WEIGHT,
     SCALES,
+    branch_class,
     form_named,
     form_of,
     weighs,
 )
 from lorasc_fx.graph.marks import branch_nodes, calls_branches, made_by, use_of
 from lorasc_fx.graph.matching import Matching, Placer, match, survey
-from lorasc_fx.graph.record import Record, Use, record_of, set_record, strip
+from lorasc_fx.graph.record import Record, Use, at_stage, record_of, set_record, strip
 from lorasc_fx.graph.register import forms_missing, register_form
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.sizes import entries
 from lorasc_fx.graph.spelling import spelling_of
-from lorasc_fx.graph.targets import check_patterns, matches
+from lorasc_fx.graph.targets import check_patterns, matches, rules_of, trained_by
 from lorasc_fx.graph.text import text
 from lorasc_fx.graph.verify import faults, verify
 from lorasc_fx.graph.weights import BRANCHES, named_weights, owner_of
@@ -34,7 +34,6 @@ from lorasc_fx.graph.writes import written_between
 __all__ = [
     "ADDED_FIRST",
     "BRANCHES",
-    "BRANCH_OF",
     "CONTRACTIONS",
     "FORMS",
     "LIKE_ANOTHER",
@@ -51,6 +50,8 @@ __all__ = [
     "Record",
     "Use",
     "WeightForm",
+    "at_stage",
+    "branch_class",
     "branch_nodes",
     "call_instead",
     "calls_branches",
@@ -75,12 +76,14 @@ __all__ = [
     "register_form",
     "rename_inputs",
     "retarget",
+    "rules_of",
     "set_record",
     "shared_input",
     "spelling_of",
     "strip",
     "survey",
     "text",
+    "trained_by",
     "use_of",
     "verify",
     "weighs",

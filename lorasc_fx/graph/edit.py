@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, shared_down
+from lorasc_fx.branch import Branch, fill_factor, shared_down
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, shallow, unshared
 from lorasc_fx.graph.form import Reading
@@ -253,9 +253,11 @@ class GraphEditor:
         moves = [(key, old, new) for key, old, new in pairs if isinstance(new, Branch) and new is not old]
         with torch.no_grad(), AllOrNothing() as undo:
             for key, old, new in moves:
-                for factor, value in ((old.lora_A, new.lora_A), (old.lora_B, new.lora_B)):
-                    undo(partial(factor.copy_, factor.detach().clone()))
-                    factor.copy_(value)
+                undo(partial(setattr, old, "scale", old.scale))
+                for factor, value in zip(old.parameters(), new.parameters(), strict=True):
+                    undo(partial(fill_factor, factor, factor.detach().clone()))
+                    fill_factor(factor, value)
+                old.scale = new.scale
                 holder[key] = old
             return self.module
 

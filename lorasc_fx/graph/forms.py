@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, ConvBranch, MatrixBranch
+from lorasc_fx.branch import Branch, ConvBranch, DoraBranch, MatrixBranch
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph.form import AnyNode, FunctionForm, ModuleForm, WeightForm
 from lorasc_fx.graph.own_forms import OWN, own_form, own_named
+from lorasc_fx.plan import Site
 
 __all__ = [
     "ADDED_FIRST",
@@ -33,6 +34,7 @@ __all__ = [
     "ON_CHOSEN",
     "ON_WEIGHT",
     "SCALES",
+    "branch_class",
     "built_in",
     "contraction",
     "form_named",
@@ -170,7 +172,13 @@ BRANCH_OF: dict[str, type[Branch]] = {
     **dict.fromkeys(("linear", "embedding", "recurrent", "experts"), MatrixBranch),
     "conv": ConvBranch,
 }
-"""The branch of each kind of site."""
+"""The branch of each kind of site, without magnitudes."""
+
+
+def branch_class(site: Site) -> type[Branch]:
+    """Return the class of a site's branch."""
+    return DoraBranch if site.use_dora else BRANCH_OF[site.kind]
+
 
 _BY_TARGET = {target: form for form in FORMS if isinstance(form, FunctionForm) for target in form.targets}
 _BY_NAME = {form.name: form for form in FORMS}

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from lorasc_fx.branch import is_quantized
-from lorasc_fx.errors import PassError
+from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.graph.chosen import choices
 from lorasc_fx.graph.forms import ON_CHOSEN, ON_WEIGHT
 from lorasc_fx.graph.reading import Found, kind_at, read
@@ -128,7 +128,19 @@ def _classify(
 
 
 def _placed(site: Site, seen: Found, weight: torch.Tensor, spec: CascadeSpec, place: Placer) -> Site:
-    """Return the site with its placement, and with dropout where the branch sees an input that can be dropped."""
+    """Return the site with its placement, and with dropout where the branch sees an input that can be dropped.
+
+    Raises:
+        SpecError: it is to have magnitudes, and is used where none can stand.
+    """
+    if site.use_dora:
+        if not _in_place(site, seen) or is_quantized(weight):
+            raise SpecError(
+                f"use_dora is True, and {site.weight} is {_seen_as(site, seen, weight)}, where no magnitude can stand: "
+                "only products and convolutions that read the weight as it is stored. "
+                f"Exclude it (exclude=({site.weight!r},)), or give use_dora=False"
+            )
+        return replace(site, placement="merged")
     if not _beside(site, seen):
         return site  # on the weight wherever it is used so
     if spec.placement == "weight" and not seen.called and not is_quantized(weight):
@@ -139,8 +151,22 @@ def _placed(site: Site, seen: Found, weight: torch.Tensor, spec: CascadeSpec, pl
         return replace(site, dropout=float(spec.dropout))
     if is_quantized(weight) or spec.placement == "beside" or not any(each.mergeable for each in seen.beside):
         return site
+    if spec.placement != "merged" and not spec.train_A:
+        return site  # where only A x is kept
     merged = spec.placement == "merged" or place(site, [each.node for each in seen.beside]) == "merged"
     return replace(site, placement="merged") if merged else site
+
+
+def _in_place(site: Site, seen: Found) -> bool:
+    """Whether a branch can stand in place of every use."""
+    return site.kind in ("linear", "conv") and _beside(site, seen) and all(each.mergeable for each in seen.beside)
+
+
+def _seen_as(site: Site, seen: Found, weight: torch.Tensor) -> str:
+    if is_quantized(weight):
+        return "quantized"
+    odd = [node for node, _ in seen.contracted] or seen.others or [each.node for each in seen.beside]
+    return f"of kind {site.kind!r}, used at node {_told(odd[0])}" if odd else f"of kind {site.kind!r}"
 
 
 def _beside(site: Site, seen: Found) -> bool:
@@ -153,6 +179,11 @@ def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan)
     marks: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
         seen = found.get(weight, Found())
+        if site.use_dora and seen.reached and not _in_place(site, seen):
+            raise PassError(
+                f"{weight} has magnitudes, and this graph uses it where none can stand. "
+                f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode"
+            )
         if _beside(site, seen) and seen.beside[0].layout == site.layout and (site.placement != "weight" or seen.called):
             merged = site.placement == "merged"
             marks |= {each.node: Use(weight, each.form, merged and each.mergeable) for each in seen.beside}

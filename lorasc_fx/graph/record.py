@@ -7,14 +7,14 @@ people's passes. `strip` takes all of it away.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from lorasc_fx.branch import SlowWeight
 from lorasc_fx.plan import Plan, Refusal
 
-__all__ = ["Record", "Use", "record_of", "set_record", "strip"]
+__all__ = ["Record", "Use", "at_stage", "record_of", "set_record", "strip"]
 
 _RECORD = "lorasc_fx"
 USE = "lorasc_fx.use"
@@ -70,6 +70,13 @@ def record_of(graph_module: fx.GraphModule) -> Record:
 def set_record(graph_module: fx.GraphModule, record: Record) -> None:
     """Give the module this record."""
     graph_module.meta[_RECORD] = record
+
+
+def at_stage(graph_module: fx.GraphModule, stage: int) -> None:
+    """Let the module's plan be that of this stage, whose branches it has."""
+    record = record_of(graph_module)
+    if record.plan is not None:
+        set_record(graph_module, replace(record, plan=record.plan.at_stage(stage)))
 
 
 def strip(graph_module: fx.GraphModule) -> None:

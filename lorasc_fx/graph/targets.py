@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from lorasc_fx.errors import UnknownTarget, listed, nearest
 from lorasc_fx.plan import Site
-from lorasc_fx.spec import KINDS, CascadeSpec
+from lorasc_fx.spec import KINDS, CascadeSpec, TrainRule
 
-__all__ = ["check_patterns", "describe", "matches"]
+__all__ = ["check_patterns", "describe", "matches", "rules_of", "trained_by"]
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:
@@ -29,7 +30,7 @@ def check_patterns(
     """Refuse a pattern that matches nothing.
 
     Args:
-        spec: whose targets, exclude, rules, train and untie are looked at.
+        spec: whose targets, exclude, rules, train, train_rules and untie are looked at.
         weights: every weight matrix, by its name, with all its names.
         parameters: every parameter, likewise; `train`, `exclude` and `untie` may name any.
 
@@ -41,15 +42,36 @@ def check_patterns(
     asked += [("rules", rule.pattern, weights) for rule in spec.rules]
     asked += [("train", pattern, parameters) for pattern in spec.train]
     asked += [("untie", pattern, parameters) for pattern in spec.untie]
+    full = trained_by(spec, parameters) if spec.train_rules else {}
+    asked += [("train_rules", rule.pattern, full) for rule in spec.train_rules]
     for field, pattern, known in asked:
         if pattern in KINDS and field in ("targets", "rules"):
             continue
         names = [name for group in known.values() for name in group]
         if not matches(pattern, names):
             modules = {name.rpartition(".")[0] for name in names} - {""}
-            what = "parameter" if known is parameters else "weight"
+            what = "weight" if known is weights else "parameter" if known is parameters else "parameter under train"
             hint = nearest(pattern.removesuffix(".*"), [*names, *sorted(modules), *(KINDS if known is weights else ())])
             raise UnknownTarget(f"{field}: {pattern!r} matches no {what}{hint or listed(names)}")
+
+
+def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return the parameters that the spec trains in full, with all their names; what it excludes is not trained."""
+    return {
+        name: group
+        for name, group in names.items()
+        if any(matches(each, group) for each in spec.train) and not any(matches(each, group) for each in spec.exclude)
+    }
+
+
+def rules_of(spec: CascadeSpec, trained: Iterable[str], names: Mapping[str, tuple[str, ...]]) -> dict[str, TrainRule]:
+    """Return the first of the spec's train_rules that means each of these parameters, where one does."""
+    found = {}
+    for name in trained:
+        rule = next((each for each in spec.train_rules if matches(each.pattern, names[name])), None)
+        if rule is not None:
+            found[name] = rule
+    return found
 
 
 def describe(
@@ -62,10 +84,12 @@ def describe(
     parts: tuple[int, ...] = (),
 ) -> Site:
     """Return the site of a weight, with rank and lora_alpha by the first rule that means it, else by the spec."""
-    rank, lora_alpha = spec.rank, spec.lora_alpha
+    rank, lora_alpha, ranks = spec.rank, spec.lora_alpha, spec.ranks
     for rule in spec.rules:
         if targeted((rule.pattern,), kind, (weight, *aliases)):
-            rank = rule.rank if rule.rank is not None else rank
+            rank, ranks = (rule.rank, ()) if rule.rank is not None else (rank, ranks)
             lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
             break
-    return Site(weight, kind, tuple(shape), rank, float(lora_alpha), spec.use_rslora, aliases, layout, parts)
+    own = (rank, float(lora_alpha), spec.use_rslora)
+    site = Site(weight, kind, tuple(shape), *own, aliases, layout, parts, use_dora=spec.use_dora)
+    return replace(site, ranks=ranks, train_A=spec.train_A, nearest_full_gradient=spec.nearest_full_gradient)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from lorasc_fx.branch import slow_faults
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.chosen import choices, chosen_by
 from lorasc_fx.graph.flow import constants
@@ -184,7 +185,7 @@ def _slow_state_is_kept(view: View) -> Iterator[str]:
         elif tuple(state.base.shape) != site.shape:
             yield f"the slow state of {site.weight} is {tuple(state.base.shape)}, planned as {site.shape}"
         else:
-            yield from (f"the slow state of {site.weight} {fault}" for fault in state.faults())
+            yield from (f"the slow state of {site.weight} {fault}" for fault in slow_faults(state))
 
 
 RULES: tuple[Rule, ...] = (

@@ -11,7 +11,7 @@ from torch import fx
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph.chosen import chosen_by
-from lorasc_fx.graph.forms import BRANCH_OF, ON_CHOSEN, ON_WEIGHT, form_named, is_form
+from lorasc_fx.graph.forms import ON_CHOSEN, ON_WEIGHT, branch_class, form_named, is_form
 from lorasc_fx.graph.marks import made_by, use_of
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.spelling import spelled, spelling_of
@@ -134,14 +134,13 @@ def branches_fit_plan(view: View) -> Iterator[str]:
         if not isinstance(branch, Branch):
             yield f"{site.weight} is planned, but has no branch"
             continue
-        if type(branch) is not BRANCH_OF[site.kind] or branch.weight_shape != site.shape:
+        if type(branch) is not branch_class(site) or branch.weight_shape != site.shape:
             made = f"{type(branch).__name__} for {branch.weight_shape}"
             yield f"the branch of {site.weight} is a {made}, planned for a {site.kind} of {site.shape}"
-        a_shape, b_shape = site.factor_shapes
-        if tuple(branch.lora_A.shape) != a_shape:
-            yield f"lora_A of {site.weight} is {tuple(branch.lora_A.shape)}, planned as {a_shape}"
-        if tuple(branch.lora_B.shape) != b_shape:
-            yield f"lora_B of {site.weight} is {tuple(branch.lora_B.shape)}, planned as {b_shape}"
+        own = dict(branch.named_parameters())
+        for name, shape in site.parameter_shapes.items():
+            if name in own and tuple(own[name].shape) != shape:
+                yield f"{name} of {site.weight} is {tuple(own[name].shape)}, planned as {shape}"
         if branch.transposed != (site.layout == "in_out"):
             yield f"the branch of {site.weight} is turned the other way than its layout, {site.layout}, says"
         for what in ("weight_name", "scale", "dropout", "parts"):

@@ -11,7 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, SlowWeight, dense, is_quantized, shared_down, start_differs, start_weight
+from lorasc_fx.branch import (
+    Branch,
+    SlowWeight,
+    dense,
+    is_quantized,
+    shared_down,
+    slow_faults,
+    start_differs,
+    start_weight,
+)
 from lorasc_fx.graph.marks import use_of
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.spelling import spelling_of
@@ -82,7 +91,7 @@ def weights_are_the_stages(view: View) -> Iterator[str]:
     for weight, state in view.record.slow.items():
         parameter = parameters.get(weight)
         fits = parameter is not None and parameter.shape == state.base.shape
-        fits = fits and not state.faults()  # told where the slow state is held against the plan
+        fits = fits and not slow_faults(state)  # told where the slow state is held against the plan
         if fits and parameter is not None and not _is_start(parameter, state, plan.spec, plan.stage):
             yield (
                 f"{weight} holds other numbers than stage {plan.stage} began with; run what changes weights before the "
@@ -96,7 +105,7 @@ def _is_start(parameter: nn.Parameter, state: SlowWeight, spec: CascadeSpec, sta
     if is_quantized(parameter) or is_quantized(state.base):
         both = is_quantized(parameter) and is_quantized(state.base)
         return both and torch.equal(dense(parameter), dense(state.base))
-    plain = not (spec.noise.strength or state.experts or state.kept or start_differs(state))
+    plain = not (spec.noise.strength or state.experts or state.kept or state.began or start_differs(state))
     if plain and state.dense_start is None and parameter.data_ptr() == state.base.data_ptr():
         return True  # the very memory
     with torch.no_grad():

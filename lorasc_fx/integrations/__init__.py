@@ -1,18 +1,33 @@
-"""Other people's training loops and devices; each part is imported when it is first asked for."""
+"""Other people's training loops and devices: a module each, imported when it is asked for, with what it is about.
 
-from __future__ import annotations
+`transformers` holds `CascadeCallback`, for the Trainer; `accelerate` holds `keep`, for `save_state` and `load_state`;
+`progress` holds `telling`, for a loop of your own: bars, metrics and TensorBoard. `distributed` saves and resumes what
+several processes train together (DDP); `fsdp` shards a cascade over them (FSDP2); `tensor_parallel` puts weights on
+them by columns and rows.
+"""
 
 import importlib
 from typing import Any
 
-__all__ = (
+__all__ = ["accelerate", "distributed", "fsdp", "progress", "tensor_parallel", "transformers"]
+
+_MODULES = (
+    "accelerate",
     "distributed",
     "fsdp",
+    "progress",
     "tensor_parallel",
+    "transformers",
 )
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")  # noqa: TID251 - a name of the tuple above
+    """Import a module when it is first asked for."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")  # noqa: TID251 - one of our own, listed above
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names of the modules, too."""
+    return sorted({*globals(), *_MODULES})

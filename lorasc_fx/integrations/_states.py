@@ -64,10 +64,10 @@ def _state(
     same = state.dense_start is state.dense_slow
     start = slow if same or state.dense_start is None else dense(state.dense_start)
     experts = tuple(Expert(each.stage, factors(each.factors)) for each in state.experts)
-    return replace(state, base=dense(state.base), experts=experts, dense_slow=slow, dense_start=start, rows=rows)
+    return replace(state, base=dense(state.base), experts=experts, dense_slow=slow, dense_start=start, part=rows)
 
 
 def trained_with(kept: Trained, change: Callable[[torch.Tensor], torch.Tensor]) -> Trained:
     """Return what is kept of a parameter trained in full, each tensor changed so."""
     past = tuple((stage, change(value)) for stage, value in kept.past)
-    return Trained(change(kept.base), change(kept.slow), change(kept.start), past)
+    return replace(kept, base=change(kept.base), slow=change(kept.slow), start=change(kept.start), past=past)

@@ -26,7 +26,7 @@ from lorasc_fx.integrations.sharded_files import load, resume, save
 from lorasc_fx.integrations.units import Shards, SplitGraph, Unit
 from lorasc_fx.runtime import Cascade, Made, Variant, folding
 from lorasc_fx.runtime.slow import SlowWeights, Trained
-from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.spec import CascadeSpec, Noise
 
 __all__ = ["folded_state_dict", "load", "resume", "save", "shard"]
 
@@ -139,8 +139,8 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         raise StateError("shard: this cascade is sharded already")
     if mesh is not None and mesh.ndim != 1:
         raise StateError(f"shard: the mesh has {mesh.ndim} axes; give one of its axes, as mesh['name']")
-    for name, value in _whole_only(spec):
-        raise StateError(f"shard: {name} is {value!r}, which needs whole weights; give another in the spec")
+    for name, value, usual in whole_only(spec):
+        raise StateError(f"shard: {name} is {value!r}, which needs whole weights; give {usual!r} in the spec")
     graphs = [(each, each.module) for each in _variants(cascade) if isinstance(each.module, fx.GraphModule)]
     if len(graphs) < len(_variants(cascade)):
         raise StateError(
@@ -170,17 +170,14 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     return [(each, cut(graph, units)) for each, graph in graphs]
 
 
-def _whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any]]:
-    """Yield what a spec asks that is not known to work on shards: all that nobody has said so of."""
-    usual = CascadeSpec()
-    for each in fields(spec):
-        value = getattr(spec, each.name)
-        if each.name not in ON_SHARDS and value not in (getattr(usual, each.name), *ALSO.get(each.name, ())):
-            yield each.name, value
-    for part in fields(spec.noise):
-        value = getattr(spec.noise, part.name)
-        if part.name not in ON_SHARDS and value not in (getattr(usual.noise, part.name), *ALSO.get(part.name, ())):
-            yield f"noise.{part.name}", value
+def whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what a spec asks that nobody has said to work on shards: its name, its value, and the default."""
+    held = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.strength else [])
+    for prefix, asked, plain in held:
+        for each in fields(asked):
+            value, usual = getattr(asked, each.name), getattr(plain, each.name)
+            if each.name not in ON_SHARDS and value not in (usual, *ALSO.get(each.name, ())):
+                yield f"{prefix}{each.name}", value, usual
 
 
 def _variants(cascade: Cascade) -> list[Variant]:
@@ -234,7 +231,7 @@ def _rows_of(state: SlowWeight, rows: Rows, mapped: bool) -> SlowWeight:
     slow = None if state.dense_slow is None else own(state.dense_slow)
     start = slow if state.dense_start is state.dense_slow or state.dense_start is None else own(state.dense_start)
     base = rows.of_whole(state.base) if mapped else own(state.base)
-    return replace(state, base=base, experts=experts, dense_slow=slow, dense_start=start, rows=rows)
+    return replace(state, base=base, experts=experts, dense_slow=slow, dense_start=start, part=rows)
 
 
 @dataclass(frozen=True)

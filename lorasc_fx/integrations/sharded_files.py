@@ -32,7 +32,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, _canonical, _versions, _way_back
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, restore
-from lorasc_fx.runtime.checkpoint_write import _contents, sync
+from lorasc_fx.runtime.checkpoint_write import contents, sync
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
@@ -78,7 +78,7 @@ def save(
     first = dist.get_rank(group) == 0
     whole = {**(extra or {}), RANKS: gathered(streams(), group, "save")}
     with agreed("save", group):
-        tensors, manifest = _contents(core, optimizer, scheduler, whole)
+        tensors, manifest = contents(core, optimizer, scheduler, whole)
         tensors = _as_sharded(core, tensors)
     beside = Path(text_of_rank_0(str(root / f".writing-{uuid.uuid4().hex}"), group, "save"))
     path = ""

@@ -29,6 +29,7 @@ from lorasc_fx.graph import BRANCHES
 from lorasc_fx.integrations._parts import PartsInterpreter, whole
 from lorasc_fx.integrations._places import Style, places_of
 from lorasc_fx.integrations._states import cut, cut_state, joined, joined_state, trained_with
+from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.undo import AllOrNothing
 
@@ -149,14 +150,11 @@ def _check_spec(cascade: Cascade, mesh: DeviceMesh) -> None:
             f"parallelize: mesh is {told}; "
             "give a DeviceMesh of one axis (torch.distributed.device_mesh.init_device_mesh)"
         )
-    asked = {
-        f"dropout={spec.dropout}": spec.dropout > 0,
-        "restart_A='gradient'": spec.restart_A == "gradient",
-        f"optimizer_state={spec.optimizer_state!r}": not isinstance(spec.optimizer_state, str),
-    }
-    for what, given in asked.items():
-        if given:
-            raise SpecError(f"parallelize: the spec has {what}, which parts of a weight cannot do; adapt without it")
+    asked = [(name, value) for name, value, _ in whole_only(spec)] + [("dropout", spec.dropout)] * (spec.dropout > 0)
+    for name, value in asked:
+        raise SpecError(
+            f"parallelize: the spec has {name}={value!r}, which parts of a weight cannot do; adapt without it"
+        )
     for variants in cascade._variants.held.values():
         for variant in variants:
             _graph(variant.module)

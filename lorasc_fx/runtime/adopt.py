@@ -16,6 +16,7 @@ import torch
 from lorasc_fx.branch import Expert, Factors, SlowWeight
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.slow import SlowWeights, Trained, fill
+from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.transition import resting_value
 from lorasc_fx.undo import AllOrNothing
 
@@ -63,13 +64,15 @@ def adopt(
         if value.shape != base.shape:
             raise StateError(f"adopt: {name} is {list(base.shape)}, not {list(value.shape)}")
         slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
-        kept[name] = Trained(base, slow, slow.to(base.dtype))
+        kept[name] = Trained(base, slow, slow.to(base.dtype), rule=kept[name].rule)
     touched = [*(name for name in experts if experts[name]), *values]
-    install(core, SlowWeights(states, kept, before.parked), touched, buffers or {})
+    install(core, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
 
 
 def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> None:
     """Go on from other slow weights in the running stage, B and noise as they are; all or nothing.
+
+    Branches that start from the weights and have not trained yet start from the new ones.
 
     Args:
         core: of a cascade.
@@ -78,7 +81,9 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
         buffers: values of the model's buffers, by name.
     """
     before, plan = core.slow, core.plan
-    held = dict(core.model.named_buffers())
+    held, branches = dict(core.model.named_buffers()), core.branches_by_weight()
+    unmoved = {name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})}
+    after, started = starts_of(plan, after, unmoved)
 
     def rest(slow: SlowWeights, name: str, out: torch.Tensor) -> None:
         if name in slow.trained:
@@ -91,6 +96,7 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
         for name, value in buffers.items():
             undo(partial(_set, held[name], held[name].clone()))
             held[name].copy_(value)
+        put_starts(branches, started, undo)
         fill(
             core.parameters_by_name(),
             names,
@@ -119,6 +125,7 @@ def _with(state: SlowWeight, experts: Sequence[tuple[float, Factors]], stage: in
     more = tuple(Expert(stage, _own(pair, state.base.device)) for _, pair in experts)
     scales = tuple(float(coefficient) for coefficient, _ in experts)
     after = replace(state, experts=state.experts + more, slow=state.slow + scales, start=state.start + scales)
+    after = after if state.average is None else replace(after, average=state.average + scales)
     return after.collapsed() if after.crowded else after
 
 

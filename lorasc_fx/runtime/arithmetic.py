@@ -83,7 +83,7 @@ def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[floa
     for name, kept in own.trained.items():
         total = kept.base.double() + _dense(name, kept.base, terms)
         slow = total.to(arithmetic(kept.base.dtype))
-        trained[name] = Trained(kept.base, slow, total.to(kept.base.dtype), ((stage, slow),))
+        trained[name] = Trained(kept.base, slow, total.to(kept.base.dtype), ((stage, slow),), rule=kept.rule)
     return SlowWeights(states, trained)
 
 
@@ -110,7 +110,7 @@ def _state(own: SlowWeight, terms: Sequence[tuple[float, Part]], stage: int) -> 
         total = _dense(own.name, own.base, terms, factors=False).view(own.matrix).to(summing(own.base.dtype))
     slow = tuple(coefficients)
     after = SlowWeight(own.name, own.base, own.stacked, tuple(experts), slow, slow, total, total, tuple(kept))
-    after = replace(after, past=(Past(stage, slow),))
+    after = replace(after, past=(Past(stage, slow),), turned=own.turned)
     return after.collapsed() if after.crowded else after
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,14 +15,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Which
-from lorasc_fx.errors import StateError, nearest
-from lorasc_fx.runtime import checkpoint_read, folding, past, resuming, transition
+from lorasc_fx.errors import StateError
+from lorasc_fx.runtime import checkpoint_read, folding, past
 from lorasc_fx.runtime.core import Core
-from lorasc_fx.runtime.described import Described
 from lorasc_fx.runtime.flags import Flags
-from lorasc_fx.runtime.optim import groups
+from lorasc_fx.runtime.recalibrating import recalibrate
 from lorasc_fx.runtime.rigid import Requantize
-from lorasc_fx.runtime.stages import Stage, run_stages
+from lorasc_fx.runtime.staged import Staged
 from lorasc_fx.runtime.variants import Made, Variant, VariantMaker, Variants
 from lorasc_fx.undo import AllOrNothing
 
@@ -31,10 +31,10 @@ log = logging.getLogger("lorasc_fx")
 
 _CAPTURING = threading.RLock()
 
-WHICH: tuple[Which, ...] = ("slow", "fast", "base")
+WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
 
 
-class Cascade(Described):
+class Cascade(Staged):
     """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
 
     Children: `model`, the user's own, which stays the only owner of its weights; `branches`, one per site. Graphs are
@@ -56,9 +56,9 @@ class Cascade(Described):
         self._variants = Variants()
         self._variants.add(key, made.variant, model.training, maker.leaves(*maker.bind(model, *example)))
         if made.variant.attach is not None:
-            made.variant.attach(self._grow)
+            made.variant.attach(self._grow, self._number)
         self._frontend = made.variant.frontend
-        self._loaded: checkpoint_read.Checkpoint | None = None
+        self._loaded = None
 
     # ---- computing
 
@@ -92,15 +92,15 @@ class Cascade(Described):
             return self._variants.find(key, leaves) or self._make_variant(args, kwargs, key, leaves)
 
     def _make_variant(self, args: Any, kwargs: Any, key: Any, leaves: list[Any]) -> Variant:
-        wide = self._variants.known(key)
-        branches = self.core.by_key
-        made = self._maker.make(self.model, self.core.plan, branches, self._refusals, args, kwargs, wide)
-        log.info("variant %d by %s%s", len(self._variants) + 1, made.variant.frontend, ", other sizes" if wide else "")
+        wide, begun = self._variants.known(key), time.monotonic()
+        made = self._maker.make(self.model, self.core.plan, self.core.by_key, self._refusals, args, kwargs, wide)
+        number, sizes, seconds = len(self._variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
+        log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
         with AllOrNothing() as undo:
             self._grow(made, undo)
             self._variants.add(key, made.variant, self.training, leaves)
             if made.variant.attach is not None:
-                made.variant.attach(self._grow)
+                made.variant.attach(self._grow, self._number)
             return made.variant
 
     def _grow(self, made: Made, undo: AllOrNothing | None = None) -> None:
@@ -121,28 +121,32 @@ class Cascade(Described):
             weights = [branch.weight_name for branch in new.values()]
             log.warning("%d sites came with a new variant: %s; add their branches to the optimizer", len(new), weights)
 
+    def _number(self) -> int:
+        """Return the number of the running stage, as variants ask for it."""
+        return self.stage
+
     # ---- weights
 
     @contextlib.contextmanager
     def weights(self, which: Which | None = None, *, stage: int | None = None) -> Iterator[Cascade]:
-        """Put slow, fast, base or an earlier stage's weights in place, exactly, for the time of a `with`.
+        """Put slow, fast, base, averaged or an earlier stage's weights in place, exactly, for the time of a `with`.
 
         Inside, the branches rest, cascade and model compute the same, and the model's own methods (`generate`) work.
-        `slow` is W0 + S as of the last transition, `fast` is W0 + F with the running branches in it, `base` is W0; none
-        holds noise.
+        `slow` is W0 + S as of the last transition, `fast` is W0 + F with the running branches in it, `base` is W0, and
+        `averaged` the mean of the slow weights that the spec's `average` asks for; none holds noise.
 
         Args:
-            which: `slow`, `fast` or `base`.
+            which: `slow`, `fast`, `base` or `averaged`.
             stage: in its place the number of a stage that has ended: the slow weights at its end; 0 is the base.
 
         Raises:
-            StateError: another name, a stage that has not ended or whose experts are gone into a dense delta, inside
-                another `weights`, inside a backward, or after `release`.
+            StateError: another name, a stage that has not ended or whose experts are gone into a dense delta, averaged
+                weights where none are kept, inside another `weights`, inside a backward, or after `release`.
         """
         if stage is not None and which is not None:
             raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two")
-        if stage is None and which not in WHICH:
-            raise StateError(f"weights({which!r}): give one of {', '.join(WHICH)}{nearest(str(which), WHICH)}")
+        if stage is None:
+            folding.check_which(f"weights({which!r})", str(which), self.core.plan.spec, WHICH)
         self.core.check_ready("weights")
         parameters = self.core.parameters_by_name()
         live = folding.trained_now(self.core, parameters)
@@ -154,36 +158,58 @@ class Cascade(Described):
         finally:
             folding.rest(self.core, parameters, live)
 
-    def folded_state_dict(self, quantized: Literal["dequantize"] | None = None) -> dict[str, torch.Tensor]:
+    def recalibrate(self, batches: Iterable[Any], call: Callable[[Cascade, Any], Any] | None = None) -> None:
+        """Estimate the running statistics of batch norms anew, for the weights that are in place.
+
+        As torch.optim.swa_utils.update_bn: the statistics are reset, and are then the mean over the batches, without
+        gradients, in train mode. Inside `weights(...)` those weights count, and the statistics of before are put back
+        at its end; elsewhere the fast weights count, and the new statistics stay.
+
+        Args:
+            batches: of inputs; a mapping is given by name, of a tuple or list the first entry.
+            call: runs the cascade on a batch, where another reading is wanted.
+
+        Raises:
+            StateError: the model has no such batch norm, there is no batch, inside a backward, or after `release`.
+                Whatever raises, the statistics are as they were.
+        """
+        recalibrate(self, batches, call)
+
+    def folded_state_dict(
+        self, quantized: Literal["dequantize"] | None = None, *, which: Literal["slow", "averaged"] = "slow"
+    ) -> dict[str, torch.Tensor]:
         """Return the model's state dict with the slow weights in it, as copies; loads with strict=True.
 
         A stage that has trained is counted as `release` would: it is folded.
 
         Args:
             quantized: `dequantize` to get dense tensors for quantized weights that have trained; else they are refused.
+            which: `slow`, or their average over stages.
         """
         self.core.check_ready("folded_state_dict")
-        return folding.folded_state(self.core, "folded_state_dict", quantized)
+        return folding.folded_state(self.core, "folded_state_dict", quantized, which)
 
     def folded_graph(
         self,
         args: Sequence[Any] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         quantized: Literal["dequantize"] | None = None,
+        *,
+        which: Literal["slow", "averaged"] = "slow",
     ) -> nn.Module:
         """Return a plain GraphModule: names, nodes and shapes as captured, slow weights as its own constants.
 
         Args:
             args, kwargs: inputs whose graph is wanted; without, those of `adapt`. The model's present mode counts.
-            quantized: as for `folded_state_dict`.
+            quantized, which: as for `folded_state_dict`.
         """
         self.core.check_ready("folded_graph")
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
         bound, named = self._maker.bind(self.model, *example)
-        variant, state = self.variant(bound, named), folding.folded_state(self.core, "folded_graph", quantized)
-        return self._maker.fold(variant, self.model, state, bound, named)
+        variant, state = self.variant(bound, named), folding.folded_state(self.core, "folded_graph", quantized, which)
+        return self._maker.fold(variant, self.model, self.stage, state, bound, named)
 
-    def release(self, quantized: Requantize = None) -> nn.Module:
+    def release(self, quantized: Requantize = None, *, which: Literal["slow", "averaged"] = "slow") -> nn.Module:
         """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.
 
         A running stage that has trained is folded first, so that nothing is lost.
@@ -192,6 +218,7 @@ class Cascade(Described):
             quantized: what to do with quantized weights that have trained: `dequantize` leaves them dense; a callable
                 is given each module with its dense weight and quantizes it again, as torchao's
                 `lambda module: quantize_(module, config)` does. What was done is logged.
+            which: `slow`, or their average over stages.
 
         Raises:
             StateError: gradients are pending, it was released before, or quantized weights have trained and `quantized`
@@ -204,12 +231,11 @@ class Cascade(Described):
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(self.core.turning.restorer())
             undo(self.core.pending.restorer(self.core.trainable()))
-            folding.release(self.core, quantized, undo)
+            folding.release(self.core, quantized, which, undo)
             self.core.turning.call_off()
             self._flags.restore(self.model)
             self._variants = Variants()
-            self.core.released = True
-            self.core.pending.disarm()
+            self.core.let_go()
             return self.model
 
     def _held(self) -> Callable[[], None]:
@@ -226,79 +252,12 @@ class Cascade(Described):
 
         return restore
 
-    # ---- stages
-
-    def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
-        """Return groups for a torch optimizer: `lora_A`, `lora_B`, and `train` (what the spec trains in full).
-
-        Args:
-            lr: learning rate of every group.
-            options: anything else that the optimizer's groups take.
-        """
-        self.core.check_alive("param_groups")
-        return groups(self.core.by_key.values(), self.core.trained_parameters().values(), {"lr": lr, **options})
-
-    def stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Iterator[Stage]:
-        """Yield `count` stages; between them fold, renew the branches and redraw the noise, and fold after the last.
-
-        Args:
-            count: number of stages.
-            optimizer: holds the branches; its state for them is treated as the spec says.
-            scheduler: a torch learning rate scheduler whose unit is the stage: stepped once at each transition.
-
-        Raises:
-            StateError: the optimizer does not hold the branches.
-        """
-        return run_stages(self.core, count, optimizer, scheduler)
-
-    def transition(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
-
-        All or nothing. Parameter objects stay the same, so that optimizers, compiled code and wrappers stay valid.
-
-        Args:
-            optimizer: holds the branches; None if there is none to be treated.
-
-        Raises:
-            StateError: inside a backward, with gradients pending, inside `weights`, or an optimizer without the
-            branches. NonFiniteBranch: a branch holds inf or nan.
-        """
-        self.core.check_ready("transition")
-        transition.run(self.core, optimizer, park=False)
-
-    def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """Go back to the slow weights of an earlier stage, and start a stage from them; what came after is dropped.
-
-        All or nothing. The new stage has a number that no stage had, so that its noise and its lora_A are new. Under
-        either restart it starts from the slow weights. The optimizer's state of all that trains is reset; buffers of
-        the model (running statistics) stay as they are. Without `stages` it runs until `transition`.
-
-        Args:
-            stage: number of a stage that has ended; 0 is the base.
-            optimizer: holds the branches; None if there is none to be treated.
-
-        Raises:
-            StateError: as `weights(stage=...)`, or as `transition`; nothing was changed.
-        """
-        self.core.check_ready("rewind")
-        past.rewind(self.core, stage, optimizer)
-
-    def resume(self, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
-        """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
-
-        Raises:
-            StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches.
-            CheckpointError: the checkpoint holds no such state, or that of another optimizer.
-        """
-        self.core.check_ready("resume")
-        if self._loaded is None:
-            raise StateError("resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)")
-        return resuming.resume(self.core, self._loaded, optimizer, scheduler)
+    # ---- moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
         """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
-        self.core.check_ready("to")
-        before = folding.before_cast(self.core, fn)
+        if (before := folding.before_cast(self.core, fn)) is None:
+            return self
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._variants = Variants()
         self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)

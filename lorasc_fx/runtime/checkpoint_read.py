@@ -33,7 +33,16 @@ from lorasc_fx.runtime.opening import plain_bytes, told
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["Checkpoint", "base_differs", "check_base", "check_plan", "read", "restore"]
+__all__ = [
+    "Checkpoint",
+    "base_differs",
+    "check_base",
+    "check_plan",
+    "manifest_of",
+    "plan_faults",
+    "read",
+    "restore",
+]
 
 _GENERATOR = re.compile(rf"{RNG}|rng/cuda/\d{{1,4}}")
 _AS_IT_WAS = "build the model as it was when it was adapted"
@@ -73,16 +82,34 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     manifest, plan = _read_manifest(path / MANIFEST)
     tensors = _read_tensors(path / TENSORS, manifest["files"][TENSORS])
     _check_files(path)
-    for sentence in _faults(plan, tensors):
+    for sentence in plan_faults(plan, tensors):
         raise CheckpointError(f"{path}: {sentence}; {_way_back(path)}")
     return Checkpoint(path, manifest, tensors, plan)
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
     try:
-        manifest = parsed(plain_bytes(path, LONGEST))
+        data = plain_bytes(path, LONGEST)
     except (OSError, ValueError) as fault:
         raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {_way_back(path.parent)}") from fault
+    return manifest_of(data, path, _way_back(path.parent))
+
+
+def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan]:
+    """Return the manifest that these bytes are, checked, and its plan.
+
+    Args:
+        data: JSON.
+        path: where they come from, for messages.
+        way: what to do about one that no load takes.
+
+    Raises:
+        CheckpointError: they are none, or damaged.
+    """
+    try:
+        manifest = parsed(data)
+    except ValueError as fault:
+        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way}") from fault
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if not isinstance(manifest, dict) or type(found) is not int or found != FORMAT:
         raise CheckpointError(
@@ -98,9 +125,9 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
     except CheckpointError as fault:
         raise CheckpointError(f"{path}: {fault}") from fault
     except ValueError as fault:
-        raise CheckpointError(f"{path}: {fault}; {_way_back(path.parent)}") from fault
+        raise CheckpointError(f"{path}: {fault}; {way}") from fault
     except RecursionError as fault:
-        raise CheckpointError(f"{path}: cannot be read: it is nested too deeply; {_way_back(path.parent)}") from fault
+        raise CheckpointError(f"{path}: cannot be read: it is nested too deeply; {way}") from fault
     return manifest, plan
 
 
@@ -131,7 +158,7 @@ def _check_files(path: Path) -> None:
         raise CheckpointError(f"{path}: holds {told(odd)}, which is no part of a checkpoint; take it away")
 
 
-def _faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+def plan_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Yield what is wrong with tensors that must be right before a cascade is made by the plan: its branches are as
     large as the plan says, so the plan says no more than the file holds.
     """
@@ -143,12 +170,12 @@ def _faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
     odd = next((name for name in tensors if name.startswith("rng/") and not _GENERATOR.fullmatch(name)), None)
     if odd is not None:
         yield f"holds {told(repr(odd))}, which is no random generator"
-    planned = {f"branch/{site.weight}/{name}" for site in plan.sites for name in ("lora_A", "lora_B")}
+    planned = {f"branch/{site.weight}/{name}" for site in plan.sites for name in site.parameter_shapes}
     odd = next((name for name in tensors if name.startswith("branch/") and name not in planned), None)
     if odd is not None:
         yield f"holds {told(repr(odd))}, of which the plan has no site"
     for site in plan.sites:
-        for name, shape in zip(("lora_A", "lora_B"), site.factor_shapes, strict=True):
+        for name, shape in site.parameter_shapes.items():
             found = tensors.get(f"branch/{site.weight}/{name}")
             if found is None:
                 yield f"has no tensor {told(repr(f'branch/{site.weight}/{name}'))}"
@@ -233,7 +260,7 @@ def check_plan(
                 f"{manifest}: its plan has {site.weight} of shape {site.shape}, the model {shape}; {way}"
             )
     spec, planned = plan.spec, plan.by_weight
-    rank = max(spec.rank, *(rule.rank or 0 for rule in spec.rules), 0)
+    rank = max(spec.rank, *spec.ranks, *(rule.rank or 0 for rule in spec.rules), 0)
     for name in matrices.keys() - planned.keys():  # one that this call is the first to use would get such a branch
         size = parameters[name].shape
         if rank * (size[0] + math.prod(size[1:])) > max(_ROOM, 64 * parameters[name].numel()):
@@ -244,13 +271,13 @@ def check_plan(
 
 
 def restore(core: Core, checkpoint: Checkpoint) -> None:
-    """Put the checkpoint's values into a cascade that was made by its plan.
+    """Put the checkpoint's values into a cascade that has its sites; the cascade's plan is then the checkpoint's.
 
     Raises:
         CheckpointError: they do not fit; the cascade is as it was.
     """
     try:
-        unpacking.unpack(core, checkpoint.tensors, checkpoint.manifest, str(checkpoint.path))
+        unpacking.unpack(core, checkpoint.tensors, checkpoint.manifest, str(checkpoint.path), checkpoint.plan)
     except CheckpointError as fault:
         raise CheckpointError(f"{fault}; {_way_back(checkpoint.path)}") from fault
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:

@@ -37,7 +37,7 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["sync", "write_version"]
+__all__ = ["check_finite", "contents", "sync", "write_version"]
 
 _WRITING, _LEAVING = ".writing-", ".leaving-"
 
@@ -53,8 +53,8 @@ def write_version(
     """Write a new version into `root`, and drop versions older than the last `keep`; see `lorasc_fx.save`."""
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise SpecError(f"keep is {keep!r}; give the number of versions that stay, an integer of 1 or more")
-    _check_finite(core)
-    tensors, manifest = _contents(core, optimizer, scheduler, extra)
+    check_finite(core)
+    tensors, manifest = contents(core, optimizer, scheduler, extra)
     with contextlib.ExitStack() as held:
         try:
             _make(root)
@@ -72,7 +72,7 @@ def write_version(
     return whole
 
 
-def _check_finite(core: Core) -> None:
+def check_finite(core: Core) -> None:
     """Refuse to keep what a load would refuse; the version before is worth more."""
     if core.plan.spec.on_nonfinite == "raise" and not all_finite(core.by_key.values()):
         broken = next(branch.weight_name for branch in core.by_key.values() if not branch.finite())
@@ -82,7 +82,7 @@ def _check_finite(core: Core) -> None:
         )
 
 
-def _contents(
+def contents(
     core: Core, optimizer: torch.optim.Optimizer | None, scheduler: Any, extra: Mapping[str, Any]
 ) -> tuple[packing.Tensors, dict[str, Any]]:
     """Return what the two files of a version hold; nothing is written yet."""

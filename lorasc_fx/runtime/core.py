@@ -19,6 +19,9 @@ from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
 from lorasc_fx.runtime.replicas import Replicas
 from lorasc_fx.runtime.slow import SlowWeights, fill
+from lorasc_fx.runtime.starts import put_starts, starts_of
+from lorasc_fx.runtime.steps import StepWatch
+from lorasc_fx.spec import TrainRule
 from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["Core"]
@@ -42,6 +45,7 @@ class Core:
         self.slow = SlowWeights()
         self.pending = PendingWatch()
         self.turning = GradientStart()
+        self.steps = StepWatch()
         self.replicas = Replicas()
         self.placed: Which | int | None = None  # a number is that of a stage
         self.released = False
@@ -50,6 +54,7 @@ class Core:
         self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
         self.hollow: Hollow | None = None  # until a model on the meta device has its numbers
         self.spread: Callable[[Any, Any, Any], Any] | None = None  # computes a call, where weights lie in parts
+        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
         self._as_left: dict[str, tuple[int, int]] = {}
 
@@ -94,25 +99,37 @@ class Core:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
         own = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
+        if not self.plan.spec.train_A:
+            own = {name: parameter for name, parameter in own.items() if not name.endswith(".lora_A")}
         return own | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
 
-    def start(self, trained: Mapping[str, nn.Parameter], undo: AllOrNothing) -> None:
-        """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn."""
-        self.slow = self.slow.with_trained(trained)
+    def start(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        undo: AllOrNothing,
+        rules: Mapping[str, TrainRule] | None = None,
+        empty: bool = False,
+    ) -> None:
+        """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn.
+
+        `rules` are those of the spec's train_rules that mean some of the parameters. An `empty` one waits for a slow
+        state and branches from elsewhere: no factors are taken out of its weights.
+        """
+        self.slow = self.slow.with_trained(trained, rules or {})
         if self.hollow is None:
-            self.know_sites(undo)
+            self.know_sites(undo, empty)
 
     def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
         """Note which weights the spec excludes: no noise reaches them."""
         self.untouched = frozenset(each.weight for each in refusals if each.reason is Reason.EXCLUDED)
 
-    def know_sites(self, undo: AllOrNothing) -> None:
+    def know_sites(self, undo: AllOrNothing, empty: bool = False) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
         before, watched = self.slow, {name: each for name, each in self.trainable().items() if self.pending.knows(each)}
         undo(lambda: setattr(self, "slow", before))
         undo(self.pending.restorer(watched))
         parameters = self.parameters_by_name()
-        noise = self.plan.spec.noise
+        noise, start = self.plan.spec.noise, self.plan.spec.start
         names = [site.weight for site in self.sites]
         if noise.strength and noise.where == "all":
             others = {
@@ -126,10 +143,18 @@ class Core:
                 f"noise.strength is {noise.strength}, and {rigid} is quantized: noise cannot be written into it. "
                 f"Give 0, or exclude it (exclude=({rigid!r},))"
             )
+        if start != "lora" and rigid is not None:
+            raise SpecError(
+                f"start is {start!r}, and {rigid} is quantized: the residual cannot be written into it. "
+                f"Give start='lora', or exclude it (exclude=({rigid!r},))"
+            )
         known = {name: parameters[name] for name in new}
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
-        slow = self.slow.with_weights(known, self.plan, mapped)
-        if noise.strength and not slow.parked:
+        slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
+        own = {name: branches[name] for name in new if name in branches and not empty}
+        slow, started = starts_of(self.plan, slow, own)
+        put_starts(branches, started, undo)
+        if (noise.strength or started) and not slow.parked:
             fill(
                 parameters,
                 new,
@@ -140,6 +165,8 @@ class Core:
         self.slow = slow
         self.note_weights()
         self.pending.arm(self.trainable())
+        if noise.strength and noise.redraw == "step":
+            self.steps.arm(self)
         self.replicas.see(len(self.branches), self.trainable)
 
     def advance(self, plan: Plan, slow: SlowWeights) -> None:
@@ -151,6 +178,12 @@ class Core:
             if state is not None and is_quantized(state.base):
                 pair = state.carried("slow" if slow.parked else "start")
                 branch.carry(*((pair.b, pair.a) if pair is not None else (None, None)))
+
+    def let_go(self) -> None:
+        """Watch nothing any more: the model is the user's again."""
+        self.released = True
+        self.pending.disarm()
+        self.steps.disarm()
 
     def base_writer(self) -> Callable[[], None]:
         """Return what writes W0 back into the user's parameters, as it is kept now."""

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, MatrixBranch, SlowWeight, check_finite, is_quantized
+from lorasc_fx.branch import (
+    Began,
+    Branch,
+    DoraBranch,
+    MatrixBranch,
+    SlowWeight,
+    Which,
+    check_finite,
+    has_trained,
+    is_quantized,
+)
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.checkpoint import _way_back
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
-from lorasc_fx.runtime.folding import ended, trained_value
+from lorasc_fx.runtime.folding import check_which, ended, trained_value
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.rigid import check_asked
 from lorasc_fx.runtime.slow import SlowWeights, Trained
 from lorasc_fx.runtime.transition import trained_moved
-from lorasc_fx.runtime.unpacking import Taken, slow_state
+from lorasc_fx.runtime.unpacking import Taken, began, slow_state
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -50,38 +60,41 @@ class FoldedWeights:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def of_core(core: Core, call: str) -> FoldedWeights:
+def of_core(core: Core, call: str, which: Which = "slow") -> FoldedWeights:
     """Return the folded weights of a living cascade; a running stage that has trained counts as ended.
 
     Raises:
         StateError: a quantized weight has trained, and no file of the base's layout can hold it.
     """
+    check_which(call, which, core.plan.spec)
     slow, parameters = ended(core), core.parameters_by_name()
     check_asked(call, slow, None)
     names: dict[int, tuple[str, ...]] = {}
     for name, parameter in core.model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)
     changes: dict[str, Change] = {
-        name: partial(slow.value, name, "slow")
+        name: partial(slow.value, name, which)
         for name, state in slow.states.items()
         if _moved(state) and not is_quantized(state.base)
     }
     for name in slow.trained:
-        changes[name] = partial(_cast, trained_value(slow, name, "slow", parameters[name].detach()))
+        changes[name] = partial(_cast, trained_value(slow, name, which, parameters[name].detach()))
     aliases = {name: group for group in names.values() for name in group}
     buffers = {name: buffer.detach().cpu() for name, buffer in core.model.named_buffers()}
     return FoldedWeights(call, core.fingerprints(), changes, buffers, aliases)
 
 
-def of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
+def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeights:
     """Return the folded weights of a checkpoint; a running stage that has trained counts as ended.
 
     Raises:
         CheckpointError: it is not what a checkpoint of its plan holds.
+        StateError: which is `averaged`, and its spec keeps no average.
         NonFiniteBranch: a running branch holds inf or nan.
     """
+    check_which(f"fold {checkpoint.path}", which, checkpoint.plan.spec)
     try:
-        return _of_checkpoint(checkpoint)
+        return _of_checkpoint(checkpoint, which)
     except NonFiniteBranch:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
@@ -91,17 +104,26 @@ def of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
         ) from fault
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
+def _of_checkpoint(checkpoint: Checkpoint, which: Which) -> FoldedWeights:
     plan, meta, tensors = checkpoint.plan, checkpoint.manifest, checkpoint.tensors
     parked, held = bool(meta["parked"]), Taken(tensors, str(checkpoint.path))
     branches = {site.weight: _branch(site, plan, held) for site in plan.sites}
     values = {name: nn.Parameter(tensors[f"trained/{name}/value"], False) for name in meta["trained"]}
     trained = {
-        name: Trained(value, tensors[f"trained/{name}/slow"], tensors[f"trained/{name}/start"])
+        name: Trained(
+            value,
+            tensors[f"trained/{name}/slow"],
+            tensors[f"trained/{name}/start"],
+            average=tensors.get(f"trained/{name}/average"),
+            rule=plan.spec.train_rules[meta["rules"][name]] if name in meta.get("rules", ()) else None,
+        )
         for name, value in values.items()
     }
-    slow = SlowWeights({}, trained, parked)
-    begun = any(bool(branch.lora_B.any()) for branch in branches.values()) or trained_moved(slow, values)
+    averaged = meta.get("averaged", 0)
+    slow = SlowWeights({}, trained, parked, averaged=averaged)
+    starts = {name: began(branch, plan.spec, parked, held) for name, branch in branches.items()}
+    moved = any(has_trained(branch, starts.get(name)) for name, branch in branches.items())
+    begun = moved or trained_moved(slow, values)
     if begun:
         for branch in branches.values():
             check_finite(branch, plan.spec, plan.stage)
@@ -110,9 +132,10 @@ def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
     for name, state in meta["slow"].items():
         if begun or state["stages"] or state["kept"] or f"dense/{name}/slow" in tensors:
             running = branches.get(name) if begun else None
-            changes[name] = partial(_from_base, name, state, held, plan, parked, begun, running)
+            more = (running, starts.get(name), averaged, which)
+            changes[name] = partial(_from_base, name, state, held, plan, parked, begun, *more)
     for name, value in values.items():
-        changes[name] = partial(_cast, trained_value(slow, name, "slow", value))
+        changes[name] = partial(_cast, trained_value(slow, name, which, value))
     buffers = {name.removeprefix("buffer/"): value for name, value in tensors.items() if name.startswith("buffer/")}
     aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
     return FoldedWeights(str(checkpoint.path), dict(meta["base"]), changes, buffers, aliases)
@@ -120,12 +143,11 @@ def _of_checkpoint(checkpoint: Checkpoint) -> FoldedWeights:
 
 def _branch(site: Site, plan: Plan, held: Taken) -> Branch:
     """Return the running branch of a site, for its numbers: how it computes does not matter here."""
-    a, b = (
-        held.take(f"branch/{site.weight}/lora_{which}", shape)
-        for which, shape in zip("AB", site.factor_shapes, strict=True)
-    )
-    branch = MatrixBranch(site, plan.spec.seed, plan.stage, a)
-    branch.lora_A, branch.lora_B = nn.Parameter(a, False), nn.Parameter(b, False)
+    found = {name: held.take(f"branch/{site.weight}/{name}", shape) for name, shape in site.parameter_shapes.items()}
+    like = found["lora_A"].new_zeros(()).expand(site.shape)
+    branch = (DoraBranch if site.use_dora else MatrixBranch)(site, plan.spec.seed, plan.stage, like)
+    for name, value in found.items():
+        setattr(branch, name, nn.Parameter(value, False))
     return branch
 
 
@@ -137,15 +159,19 @@ def _from_base(
     parked: bool,
     begun: bool,
     running: Branch | None,
+    start: Began | None,
+    averaged: int,
+    which: Which,
     base: torch.Tensor,
 ) -> torch.Tensor:
     """Return the folded value of a weight, of its W0."""
     site = plan.site(name)
-    state = SlowWeight(name, base, stacked=site is not None and site.experts is not None)
-    slow = SlowWeights({name: slow_state(state, meta, held)}, {}, parked)
+    stacked, turned = (site.experts is not None, site.layout == "in_out") if site is not None else (False, False)
+    state = replace(slow_state(SlowWeight(name, base, stacked, turned=turned), meta, held), began=start)
+    slow = SlowWeights({name: state}, {}, parked, averaged=averaged)
     if begun:
         slow = slow.after_stage(plan, {name: running} if running is not None else {}, {})
-    return slow.value(name, "slow", base)
+    return slow.value(name, which, base)
 
 
 def _cast(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,11 @@ from torch import nn
 
 from lorasc_fx.branch import Which, is_quantized
 from lorasc_fx.branch.rows import local
+from lorasc_fx.errors import StateError, nearest
 from lorasc_fx.runtime.rigid import Requantize, check_asked, places, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, fill
-from lorasc_fx.runtime.transition import begun, resting_value, trained_moved
+from lorasc_fx.runtime.transition import has_begun, resting_value, trained_moved
+from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BeforeCast",
     "before_cast",
+    "check_which",
     "ended",
     "folded_each",
     "folded_state",
@@ -32,6 +35,18 @@ __all__ = [
     "rest",
     "trained_now",
 ]
+
+
+FOLDED: tuple[Which, ...] = ("slow", "averaged")
+"""What a fold can leave in the weights."""
+
+
+def check_which(call: str, which: str, spec: CascadeSpec, known: tuple[Which, ...] = FOLDED) -> None:
+    """Raise StateError for weights of no such name, and for averaged ones where the spec keeps no average."""
+    if which not in known:
+        raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}")
+    if which == "averaged" and spec.average == "off":
+        raise StateError(f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'")
 
 
 def trained_now(core: Core, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -54,9 +69,10 @@ def place(
 
     def new(name: str, out: torch.Tensor) -> None:
         if name in slow.trained:
-            out.copy_(trained_value(slow, name, which, live[name], plan.spec.slow_train or past is not None))
+            follows = past is not None or slow.trained[name].follows(plan.spec)
+            out.copy_(trained_value(slow, name, which, live[name], follows))
         else:
-            slow.write_value(name, which, out, branches.get(name))
+            slow.write_value(name, which, out, branches.get(name), plan)
 
     rigid = core.quantized if which != "base" else ()
     values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}
@@ -76,7 +92,9 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
             for name in [*core.slow.states, *core.slow.trained]:
                 if not is_quantized(parameters[name]):
                     _put_resting(core, name, local(parameters[name]), live)
-        core.dense, core.placed = [], None
+            for buffer, value in core.statistics:
+                buffer.copy_(value)
+        core.dense, core.placed, core.statistics = [], None, []
         core.note_weights()
 
     with AllOrNothing() as undo:
@@ -95,17 +113,26 @@ class BeforeCast:
     factors: Mapping[str, torch.Tensor]
 
 
-def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> BeforeCast:
-    """Note what `recast` needs, before `fn` moves or casts every parameter.
+def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> BeforeCast | None:
+    """Note what `recast` needs, before `fn` moves or casts every parameter; None if it leaves them as they are.
 
     Fingerprints are of the base as it was adapted: they are taken now if its numbers are about to change.
+
+    Raises:
+        StateError: after `release`; and where something moves, inside `weights` or inside a backward.
     """
+    core.check_alive("to")
     parameters, trained = core.parameters_by_name(), core.trained_parameters()
+    factors = {name: factor.data for name, factor in core.branches.named_parameters()}
+    held = [*(each.data for each in parameters.values()), *core.model.buffers(), *factors.values()]
+    if all(fn(each) is each for each in held):
+        return None
+    core.check_ready("to")
     dtypes = {name: value.dtype for name, value in parameters.items()}
     if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
         core.fingerprints()
     unmoved = tuple(name for name, value in trained.items() if not trained_moved(core.slow, {name: value}))
-    return BeforeCast(dtypes, unmoved, {name: factor.data for name, factor in core.branches.named_parameters()})
+    return BeforeCast(dtypes, unmoved, factors)
 
 
 def recast(core: Core, before: BeforeCast) -> None:
@@ -132,27 +159,27 @@ def _put_resting(core: Core, name: str, out: torch.Tensor, live: Mapping[str, to
         core.slow.write_resting(name, core.plan, out)
 
 
-def trained_value(
-    slow: SlowWeights, name: str, which: Which, live: torch.Tensor, slow_train: bool = True
-) -> torch.Tensor:
-    """Return a parameter that is trained in full as the slow, fast or base weights have it."""
+def trained_value(slow: SlowWeights, name: str, which: Which, live: torch.Tensor, follows: bool = True) -> torch.Tensor:
+    """Return a parameter that is trained in full as the slow, fast, averaged or base weights have it."""
     kept = slow.trained[name]
     if which == "base":
         return kept.base
-    return kept.slow.to(live.dtype) if which == "slow" and slow_train else live
+    if which == "averaged" and kept.average is not None:
+        return kept.average.to(live.dtype)
+    return kept.slow.to(live.dtype) if which != "fast" and follows else live
 
 
 def ended(core: Core) -> SlowWeights:
     """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written."""
     slow, branches, trained = core.slow, core.branches_by_weight(), core.trained_parameters()
-    return slow.after_stage(core.plan, branches, trained) if begun(slow, branches, trained) else slow
+    return slow.after_stage(core.plan, branches, trained) if has_begun(core) else slow
 
 
-def folded_state(core: Core, call: str, quantized: Requantize = None) -> dict[str, torch.Tensor]:
-    """Return copies of the model's state dict with the slow weights; tied names share one tensor as in the model."""
+def folded_state(core: Core, call: str, quantized: Requantize = None, which: Which = "slow") -> dict[str, torch.Tensor]:
+    """Return copies of the model's state dict with slow weights; tied names share one tensor as in the model."""
     folded: dict[str, torch.Tensor] = {}
     done: dict[int, torch.Tensor] = {}
-    for name, value, new in folded_each(core, call, quantized):
+    for name, value, new in folded_each(core, call, quantized, which):
         if not isinstance(value, nn.Parameter):
             folded[name] = new()
             continue
@@ -163,38 +190,40 @@ def folded_state(core: Core, call: str, quantized: Requantize = None) -> dict[st
 
 
 def folded_each(
-    core: Core, call: str, quantized: Requantize = None
+    core: Core, call: str, quantized: Requantize = None, which: Which = "slow"
 ) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
     """Yield each entry of the model's state dict: its name, what it holds now, and what makes its folded value."""
+    check_which(call, which, core.plan.spec)
     slow, parameters = ended(core), core.parameters_by_name()
     check_asked(call, slow, quantized)
     first = {id(parameter): name for name, parameter in parameters.items()}
     for name, value in core.model.state_dict(keep_vars=True).items():
-        yield name, value, partial(_folded, slow, first.get(id(value), ""), value)
+        yield name, value, partial(_folded, slow, first.get(id(value), ""), value, which)
 
 
-def _folded(slow: SlowWeights, name: str, value: Any) -> Any:
+def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
     """Return a copy of an entry of the state dict, with the slow weights if it is the parameter of this name."""
     if name in slow.states and not (is_quantized(value) and slow.states[name].carried("slow") is None):
-        return slow.value(name, "slow", value)
+        return slow.value(name, which, value)
     if name in slow.trained:
-        return trained_value(slow, name, "slow", value).detach().to(value.device, copy=True)
+        return trained_value(slow, name, which, value).detach().to(value.device, copy=True)
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def release(core: Core, quantized: Requantize, undo: AllOrNothing) -> None:
-    """Write the slow weights into the user's parameters, for good, and let go of W0."""
+def release(core: Core, quantized: Requantize, which: Which, undo: AllOrNothing) -> None:
+    """Write slow or averaged weights into the user's parameters, for good, and let go of W0."""
+    check_which("release", which, core.plan.spec)
     slow, parameters = ended(core), core.parameters_by_name()
     rigid = check_asked("release", slow, quantized)
     live = trained_now(core, parameters)
 
     def new(name: str, out: torch.Tensor) -> None:
         if name in live:
-            out.copy_(trained_value(slow, name, "slow", live[name]))
+            out.copy_(trained_value(slow, name, which, live[name]))
         else:
-            slow.write_value(name, "slow", out)
+            slow.write_value(name, which, out)
 
-    values = {name: slow.value(name, "slow", parameters[name]) for name in rigid}
+    values = {name: slow.value(name, which, parameters[name]) for name in rigid}
     held, before = places(core.model, values), (core.slow, core.base_file)
 
     def hold() -> None:

@@ -49,8 +49,13 @@ class GradientStart:
         optimizer: torch.optim.Optimizer,
         replicas: Replicas,
     ) -> None:
-        """Wait for the optimizer's next step; the gradient is the mean over the processes that train together."""
+        """Wait for the optimizer's next step; of one that another loop has wrapped, for the step of the one inside.
+
+        The gradient is the mean over the processes that train together.
+        """
         self.call_off()
+        inside = getattr(optimizer, "optimizer", None)
+        optimizer = inside if isinstance(inside, torch.optim.Optimizer) else optimizer
         self._armed_by = (parameters, branches, optimizer, replicas)
 
         def before_step(_optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -38,10 +38,13 @@ _OPTIONAL: Mapping[str, tuple[type, str]] = {
     "pending": (list, "a list of names"),
     "outside": (list, "a list of notes"),
     "versions": (dict, "a table of versions"),
+    "rules": (dict, "a table of rules"),
+    "averaged": (int, "a number of stages"),
 }
 _SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
 _DIGEST = re.compile("[0-9a-f]{64}")
 _STATE = ("stages", "slow", "start", "kept", "past")
+"""Of a slow state; one that is averaged over stages has an `average` as well."""
 _NOISE = ("noise", "seed", "stage", "amplitude")
 
 
@@ -121,6 +124,15 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
         if name not in trained:
             raise ValueError(f"'past': {told(name)} is not trained in full")
         _check_past(told(name), stages, plan.stage)
+    if plan.spec.average == "off" and any("average" in state for state in manifest["slow"].values()):
+        raise ValueError("'slow' holds an average, and the spec keeps none")
+    if not 0 <= manifest.get("averaged", 0) < max(plan.stage, 1) or (
+        "averaged" in manifest and plan.spec.average == "off"
+    ):
+        raise ValueError(f"'averaged' is {manifest['averaged']}, which this plan's stages cannot have made")
+    for name, index in manifest.get("rules", {}).items():
+        if name not in trained or type(index) is not int or not 0 <= index < len(plan.spec.train_rules):
+            raise ValueError(f"'rules': {told(name)} has {told(index)}, which is no rule of the spec's train_rules")
     if manifest["turning"] and plan.spec.restart_A != "gradient":
         raise ValueError(f"'turning' is true, and restart_A is {plan.spec.restart_A!r}")
     _check_random(manifest["rng"])
@@ -135,16 +147,17 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
 
 
 def _check_state(name: str, state: Any, stage: int) -> None:
-    if not isinstance(state, dict) or sorted(state) != sorted(_STATE):
+    if not isinstance(state, dict) or sorted({*state} - {"average", "turns"}) != sorted(_STATE):
         raise ValueError(f"'slow': {name} needs {', '.join(_STATE)}, and nothing else")
     if any(not isinstance(part, list) for part in state.values()):
         raise ValueError(f"'slow': {name} holds what is no list")
     if any(each != 0 and not _counts(each, stage) for each in state["stages"]):  # 0: trained elsewhere
         raise ValueError(f"'slow': {name} has experts of stages that were not: {told(state['stages'])}")
-    if any(not finite(each) for each in (*state["slow"], *state["start"])):
+    vectors = [key for key in ("slow", "start", "average") if key in state]
+    if any(not finite(each) for key in vectors for each in state[key]):
         raise ValueError(f"'slow': {name} has coefficients that are no finite numbers")
-    if not len(state["stages"]) == len(state["slow"]) == len(state["start"]):
-        counts = ", ".join(f"{len(state[key])} {key}" for key in ("stages", "slow", "start"))
+    if any(len(state[key]) != len(state["stages"]) for key in vectors):
+        counts = ", ".join(f"{len(state[key])} {key}" for key in ("stages", *vectors))
         raise ValueError(f"'slow': {name} has {counts}; there is one of each for every expert")
     _check_past(name, [each[0] if isinstance(each, list) and len(each) == 2 else None for each in state["past"]], stage)
     for _, slow in state["past"]:
@@ -154,6 +167,15 @@ def _check_state(name: str, state: Any, stage: int) -> None:
             raise ValueError(
                 f"'slow': {name} had, at the end of an earlier stage, what are no coefficients of its experts"
             )
+    for turn in state.get("turns", ()):
+        if not (
+            isinstance(turn, list)
+            and len(turn) == 2
+            and _counts(turn[0], stage)
+            and type(turn[1]) is int
+            and 0 <= turn[1] <= len(state["stages"])
+        ):
+            raise ValueError(f"'slow': {name} scaled its rows in stages that were not: {told(state['turns'])}")
     for kept in state["kept"]:
         if not isinstance(kept, dict) or sorted(kept) != sorted(_NOISE) or not isinstance(kept["noise"], dict):
             raise ValueError(f"'slow': {name} keeps noise that needs {', '.join(_NOISE)}, and nothing else")

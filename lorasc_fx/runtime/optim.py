@@ -10,6 +10,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import StateError
+from lorasc_fx.spec import CascadeSpec, TrainRule
 
 __all__ = ["check_holds", "treated_state"]
 
@@ -70,9 +71,28 @@ def _pruned(value: Any, parameter: nn.Parameter, ratio: float) -> Any:
 
 
 def groups(
-    branches: Iterable[Branch], trained: Iterable[nn.Parameter], options: Mapping[str, Any]
+    spec: CascadeSpec,
+    branches: Iterable[Branch],
+    trained: Iterable[tuple[nn.Parameter, TrainRule | None]],
+    lr: float,
+    options: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups `lora_A`, `lora_B` and `train`, those that are not empty."""
-    pairs = [(branch.lora_A, branch.lora_B) for branch in branches]
-    found = {"lora_A": [a for a, _ in pairs], "lora_B": [b for _, b in pairs], "train": list(trained)}
-    return [{"params": parameters, "name": name, **options} for name, parameters in found.items() if parameters]
+    """Return the optimizer's groups `lora_A`, `lora_B`, `lora_magnitude_vector`, `train`, and `train:PATTERN` of each
+    rule with a learning rate of its own; those that are not empty.
+    """
+    rates = {"lora_B": lr * spec.lr_ratio}
+    found: dict[str, tuple[float, list[nn.Parameter]]] = {
+        name: (rates.get(name, lr), []) for name in ("lora_A", "lora_B", "lora_magnitude_vector", "train")
+    }
+    for branch in branches:
+        for name, parameter in branch.named_parameters():
+            if spec.train_A or name != "lora_A":
+                found[name][1].append(parameter)
+    for parameter, rule in trained:
+        name, rate = (f"train:{rule.pattern}", rule.lr) if rule is not None and rule.lr is not None else ("train", lr)
+        found.setdefault(name, (rate, []))[1].append(parameter)
+    return [
+        {"params": parameters, "name": name, "lr": rate, **options}
+        for name, (rate, parameters) in found.items()
+        if parameters
+    ]

@@ -22,8 +22,7 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
     meta: dict[str, Any] = {"parked": slow.parked, "trained": list(slow.trained), "slow": {}, "past": {}}
     meta["turning"] = core.turning.armed
     for weight, branch in core.branches_by_weight().items():
-        tensors[f"branch/{weight}/lora_A"] = branch.lora_A.detach()
-        tensors[f"branch/{weight}/lora_B"] = branch.lora_B.detach()
+        tensors |= {f"branch/{weight}/{name}": value.detach() for name, value in branch.named_parameters()}
     for weight, state in slow.states.items():
         meta["slow"][weight] = {
             "stages": [expert.stage for expert in state.experts],
@@ -31,14 +30,26 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
             "start": list(state.start),
             "kept": [asdict(kept) for kept in state.kept],
             "past": [[each.stage, each.slow] for each in state.past],
+            **({"average": list(state.average)} if state.average is not None else {}),
         }
         for index, expert in enumerate(state.experts):
             tensors[f"expert/{weight}/{index}/b"] = expert.factors.b
             tensors[f"expert/{weight}/{index}/a"] = expert.factors.a
+        if state.began is not None and state.began.factors is not None:
+            tensors |= {f"began/{weight}/b": state.began.factors.b, f"began/{weight}/a": state.began.factors.a}
+        if state.began is not None and state.began.magnitude is not None:
+            tensors[f"began/{weight}/m"] = state.began.magnitude
+        if state.turns or state.rows is not None:
+            meta["slow"][weight]["turns"] = [[turn.stage, turn.before] for turn in state.turns]
+            tensors |= {f"turn/{weight}/{index}": turn.rows for index, turn in enumerate(state.turns)}
+        if state.rows is not None:
+            tensors[f"rows/{weight}"] = state.rows
         if state.dense_slow is not None:
             tensors[f"dense/{weight}/slow"] = state.dense_slow
         if state.dense_start is not None and state.dense_start is not state.dense_slow:
             tensors[f"dense/{weight}/start"] = state.dense_start
+        if state.dense_average is not None:
+            tensors[f"dense/{weight}/average"] = state.dense_average
     parameters = core.parameters_by_name()
     for name, kept in slow.trained.items():
         tensors[f"trained/{name}/value"] = parameters[name].detach()
@@ -46,6 +57,13 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
         tensors[f"trained/{name}/start"] = kept.start
         meta["past"][name] = [stage for stage, _ in kept.past]
         tensors |= {f"trained/{name}/past/{stage}": value for stage, value in kept.past}
+        if kept.average is not None:
+            tensors[f"trained/{name}/average"] = kept.average
+    rules = core.plan.spec.train_rules
+    if ruled := {name: rules.index(kept.rule) for name, kept in slow.trained.items() if kept.rule is not None}:
+        meta["rules"] = ruled
+    if core.plan.spec.average != "off":
+        meta["averaged"] = slow.averaged
     for name, buffer in core.model.named_buffers():
         tensors[f"buffer/{name}"] = buffer.detach()
     return {name: tensor.clone() for name, tensor in tensors.items()}, meta

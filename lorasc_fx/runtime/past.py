@@ -52,7 +52,8 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             "summed into one dense delta, and what is trained in full is kept a stage at a time only while it is "
             f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all"
         )
-    return SlowWeights(states, trained, together=slow.together)
+    # An average begins anew, with the slow weights of then.
+    return SlowWeights(states, trained, averaged=min(stage, 1), together=slow.together)
 
 
 def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, SlowWeight], dict[str, Trained], list[str]]:
@@ -70,7 +71,7 @@ def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, SlowWeight], di
             gone.append(name)
             continue
         past = tuple(each for each in kept.past if each[0] <= stage)
-        trained[name] = Trained(kept.base, values[stage], values[stage].to(kept.base.dtype), past)
+        trained[name] = Trained(kept.base, values[stage], values[stage].to(kept.base.dtype), past, rule=kept.rule)
     return states, trained, gone
 
 
@@ -80,12 +81,13 @@ def rewind(core: Core, stage: int, optimizer: torch.optim.Optimizer | None) -> N
     transition.check_optimizer(core, optimizer, "rewind")
     after = at_stage(core.slow, stage, "rewind")
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    unused = core.slow.parked and not transition.begun(core.slow, branches, {})
+    unused = core.slow.parked and not core.slow.moved(branches)
     planned = plan if unused else plan.at_stage(plan.stage + 1)  # the noise of a number is drawn once
     starts = {
-        site.weight: fresh_a(plan.spec.seed, planned.stage, site.weight, site.factor_shapes[0]) for site in plan.sites
+        site.weight: fresh_a(plan.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
+        for site in planned.sites
     }
-    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
     state = treated_state(optimizer, [*own, *trained.values()], "reset") if optimizer is not None else {}
 
     def end() -> None:

@@ -14,11 +14,23 @@ from functools import partial
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, SlowWeight, Which, arithmetic, end_stage, factors_of, is_quantized
+from lorasc_fx.branch import (
+    Branch,
+    SlowWeight,
+    Which,
+    arithmetic,
+    end_stage,
+    factors_of,
+    gain_of,
+    has_trained,
+    is_quantized,
+    slow_faults,
+)
 from lorasc_fx.branch.rows import Together, local
 from lorasc_fx.branch.stage import all_finite, write_start
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.plan import Plan
+from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.undo import AllOrNothing
 
 __all__ = ["AFFORDABLE", "SlowWeights", "Trained", "fill", "write"]
@@ -35,13 +47,28 @@ log = logging.getLogger("lorasc_fx")
 class Trained:
     """A parameter trained in full: its value before adaptation, its slow value, and the one its stage started from.
 
-    `past` holds the slow values at the ends of stages, oldest first, as long as that is affordable (`AFFORDABLE`).
+    `past` holds the slow values at the ends of stages, oldest first, as long as that is affordable (`AFFORDABLE`);
+    `average` is that of the slow values over stages, None where it is the slow value; `rule` is the first of the spec's
+    train_rules that means the parameter.
     """
 
     base: torch.Tensor
     slow: torch.Tensor
     start: torch.Tensor
     past: tuple[tuple[int, torch.Tensor], ...] = ()
+    average: torch.Tensor | None = None
+    rule: TrainRule | None = None
+
+    def follows(self, spec: CascadeSpec) -> bool:
+        """Whether the parameter follows the slow rule."""
+        return spec.slow_train if self.rule is None or self.rule.slow is None else self.rule.slow
+
+    def averaged(self, before: Trained, share: float | None) -> Trained:
+        """Return it with `average + share * (slow - average)`, from the average before; without a share with none."""
+        if share is None or share == 1:
+            return self
+        average = before.slow if before.average is None else before.average
+        return replace(self, average=torch.lerp(average, self.slow, share))
 
 
 @dataclass(frozen=True)
@@ -53,6 +80,7 @@ class SlowWeights:
         trained: of the parameters trained in full.
         parked: no stage runs; the parameters hold the slow weights, without noise.
         left_out: names of the weights that the last fold did not move, because what had trained was not finite.
+        averaged: number of stages whose slow weights are in the average.
         together: the processes that hold the weights in shards, of which this one has its own; None for one process.
     """
 
@@ -60,6 +88,7 @@ class SlowWeights:
     trained: Mapping[str, Trained] = field(default_factory=dict)
     parked: bool = False
     left_out: frozenset[str] = frozenset()
+    averaged: int = 0
     together: Together | None = None
 
     def some(self, flag: bool) -> bool:
@@ -79,18 +108,19 @@ class SlowWeights:
                 name,
                 mapped[name] if name in mapped else host(value),
                 stacked=name in sites and sites[name].experts is not None,
+                turned=name in sites and sites[name].layout == "in_out",
             )
             for name, value in parameters.items()
             if name not in self.states
         }
         return replace(self, states={**self.states, **new})
 
-    def with_trained(self, parameters: Mapping[str, nn.Parameter]) -> SlowWeights:
-        """Return the state that knows these parameters, trained in full."""
+    def with_trained(self, parameters: Mapping[str, nn.Parameter], rules: Mapping[str, TrainRule]) -> SlowWeights:
+        """Return the state that knows these parameters, trained in full, some by a rule of their own."""
         new = {}
         for name, value in parameters.items():
             base = host(value)
-            new[name] = Trained(base, base.to(arithmetic(base.dtype)), base)
+            new[name] = Trained(base, base.to(arithmetic(base.dtype)), base, rule=rules.get(name))
         return replace(self, trained=new)
 
     def resting(self, name: str, plan: Plan, like: torch.Tensor) -> torch.Tensor:
@@ -105,21 +135,30 @@ class SlowWeights:
         if self.parked:
             self.write_value(name, "slow", out)
         else:
-            write_start(out, self.states[name], plan.spec, plan.stage)
+            write_start(out, self.states[name], plan.spec, plan.stage, step=plan.step)
 
     def value(self, name: str, which: Which, like: torch.Tensor, branch: Branch | None = None) -> torch.Tensor:
-        """Return slow, fast or base weights of this name, rounded once to the dtype of `like`, on its device."""
+        """Return weights of this name, rounded once to the dtype of `like`, on its device."""
         state = self._as_run(self.states[name])
         value = torch.empty(state.base.shape, dtype=like.dtype, device=like.device)
         with torch.no_grad():
             self.write_value(name, which, value, branch)
         return value
 
-    def write_value(self, name: str, which: Which, out: torch.Tensor, branch: Branch | None = None) -> None:
-        """Write what `value` returns into `out`."""
-        state = self._as_run(self.states[name])
-        live = factors_of(branch, out.device, state.rows) if branch is not None and which == "fast" else None
-        state.write(out, which, arithmetic(out.dtype), live)
+    def write_value(
+        self, name: str, which: Which, out: torch.Tensor, branch: Branch | None = None, plan: Plan | None = None
+    ) -> None:
+        """Write what `value` returns into `out`; for a branch with magnitudes the plan is that of its stage."""
+        state, live, gain = self._as_run(self.states[name]), None, None
+        if branch is not None and which == "fast":
+            live = factors_of(branch, out.device, state.began, state.part)
+            if plan is not None and has_trained(branch, state.began):
+                gain = gain_of(branch, state, plan.spec, plan.stage, not self.parked)
+        state.write(out, which, arithmetic(out.dtype), live, gain)
+
+    def moved(self, branches: Mapping[str, Branch]) -> bool:
+        """Whether one of these branches, by weight name, has left the start of its stage, here or elsewhere."""
+        return self.some(any(has_trained(branch, self.states[name].began) for name, branch in branches.items()))
 
     def after_stage(
         self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
@@ -136,32 +175,37 @@ class SlowWeights:
         """
         spec, noisy, finite = plan.spec, not self.parked, not self.some(not all_finite(branches.values()))
         left_out: set[str] = set()
-        size = sum(each.numel() for branch in branches.values() for each in (branch.lora_A, branch.lora_B))
+        size = sum(each.numel() for branch in branches.values() for each in branch.parameters())
         kept_on = sum(kept.base.numel() for kept in self.trained.values()) <= max(AFFORDABLE, size)
+        pace, share = spec.pace_at(plan.stage), spec.average_share(self.averaged)
         states = {
-            name: end_stage(self._as_run(state), branches.get(name), spec, plan.stage, noisy, finite, left_out)
+            name: end_stage(self._as_run(state), branches.get(name), spec, plan.stage, noisy, finite, left_out, share)
             for name, state in self.states.items()
         }
         trained = {}
         for name, kept in self.trained.items():
             fast = host(parameters[name])
             if _spoilt(name, self.some(_broken(fast, kept.base)), plan):
-                trained[name] = kept
+                trained[name] = kept.averaged(kept, share)
                 left_out.add(name)
                 continue
             exact = fast.to(kept.slow.dtype)
-            same = spec.pace == 1 or not spec.slow_train
-            slow = exact if same else torch.lerp(kept.slow, exact, spec.pace)
+            same = pace == 1 or not kept.follows(spec)
+            slow = exact if same else torch.lerp(kept.slow, exact, pace)
             start = fast if spec.restart == "fast" or same else slow.to(fast.dtype)
             past = (*kept.past, (plan.stage, slow))[-MOST:] if kept_on else ()
-            trained[name] = Trained(kept.base, slow, start, past)
-        return replace(self, states=states, trained=trained, parked=False, left_out=frozenset(left_out))
+            trained[name] = Trained(kept.base, slow, start, past, rule=kept.rule).averaged(kept, share)
+        after = replace(self, states=states, trained=trained, parked=False, left_out=frozenset(left_out))
+        return after if share is None else replace(after, averaged=self.averaged + 1)
 
     def faults(self) -> list[str]:
         """Return a sentence for each weight whose slow state holds inf or nan, or what does not belong together."""
-        found = [f"the slow state of {name} {fault}" for name, each in self.states.items() for fault in each.faults()]
+        found = [
+            f"the slow state of {name} {fault}" for name, each in self.states.items() for fault in slow_faults(each)
+        ]
         for name, kept in self.trained.items():
-            if any(bool((~torch.isfinite(each) & torch.isfinite(kept.base)).any()) for each in (kept.slow, kept.start)):
+            held = [each for each in (kept.slow, kept.start, kept.average) if each is not None]
+            if any(bool((~torch.isfinite(each) & torch.isfinite(kept.base)).any()) for each in held):
                 found.append(f"{name}, which is trained in full, holds inf or nan")
         return found
 

@@ -16,12 +16,13 @@ SHOWN = 8
 def summary(cascade: Described) -> str:
     """Return a few lines: model, front end, sites by kind, refusals by reason, parameters, stage."""
     plan, spec = cascade.plan, cascade.plan.spec
+    pace = spec.pace_at(plan.stage)
     total = sum(parameter.numel() for parameter in cascade.model.parameters())
     trainable = sum(parameter.numel() for parameter in cascade.core.trainable().values())
     kinds = Counter(site.kind for site in cascade.sites)
     lines = [
         f"Cascade of {type(cascade.model).__name__}, captured by {cascade.frontend}",
-        f"  stage {plan.stage}, pace {spec.pace:g}, noise {spec.noise.strength:g}, restart {spec.restart}",
+        f"  stage {plan.stage}, pace {pace:g}, noise {spec.noise.strength:g}, restart {spec.restart}",
         f"  {len(cascade.sites)} sites: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         f"  {trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)",
     ]

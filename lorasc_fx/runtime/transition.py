@@ -6,6 +6,7 @@ Everything is computed before anything is written; what is written is put back i
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,19 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, fill_factor
 from lorasc_fx.branch.init import fresh_a
 from lorasc_fx.branch.rows import local, part_of
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
 from lorasc_fx.runtime.slow import SlowWeights, fill
+from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.undo import AllOrNothing
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["begin", "check_optimizer", "run", "unpark"]
+__all__ = ["begin", "check_optimizer", "has_begun", "restart", "run", "unpark"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -38,21 +40,35 @@ def run(
 
     `then` is called at the end; the transition is taken back if it raises.
     """
-    plan, before = core.plan, core.slow
+    plan, before, begun = core.plan, core.slow, time.monotonic()
     branches, trained = core.branches_by_weight(), core.trained_parameters()
     check_optimizer(core, optimizer, "transition", park)
     after = replace(before.after_stage(plan, branches, trained), parked=park)
     planned = plan.at_stage(plan.stage + 1)
-    starts = {site.weight: start_of(branches[site.weight], site, planned) for site in plan.sites}
-    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
-    state = _after_fold(optimizer, plan, own, _left_out(after, branches, trained)) if optimizer is not None else {}
+    starts = {site.weight: start_of(branches[site.weight], site, planned) for site in planned.sites}
+    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
+    anew = _left_out(after, branches, trained) + _resized(planned, branches)
+    state = _after_fold(optimizer, plan, own, anew) if optimizer is not None else {}
 
     def end() -> None:
-        log.info("stage %d folded, %d experts", plan.stage, sum(len(s.experts) for s in after.states.values()))
+        experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
+        log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
         if then is not None:
             then()
 
     begin(core, optimizer, planned, after, starts, state, end)
+
+
+def restart(core: Core, optimizer: torch.optim.Optimizer | None) -> None:
+    """Start another stage from where the running one started; what that one has trained is dropped."""
+    check_optimizer(core, optimizer, "restart")
+    planned = core.plan.at_stage(core.plan.stage + 1)  # the noise of a number is drawn once
+    starts = {
+        site.weight: fresh_a(planned.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
+        for site in planned.sites
+    }
+    state = treated_state(optimizer, core.trainable().values(), "reset") if optimizer is not None else {}
+    begin(core, optimizer, planned, replace(core.slow, parked=False), starts, state)
 
 
 def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: str, park: bool = False) -> None:
@@ -84,18 +100,22 @@ def begin(
     """
     plan, before, trained = core.plan, core.slow, core.trained_parameters()
     branches = core.branches_by_weight()
-    own = [parameter for branch in branches.values() for parameter in (branch.lora_A, branch.lora_B)]
+    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
+    after, started = starts_of(planned, after, branches, starts)
     kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
+    scales = [(branch, branch.scale) for branch in branches.values()]
     parameters = core.weights_by_name()
     with torch.no_grad(), AllOrNothing() as undo:
         undo(partial(core.advance, plan, before))
         undo(core.turning.restorer())
         if optimizer is not None:
             undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in state}))
-        undo(partial(_put, kept))
+        undo(partial(_put, kept, scales))
         for weight, branch in branches.items():
+            branch.to_rank(planned.by_weight[weight])
             local(branch.lora_A).copy_(part_of(starts[weight], branch.lora_A))
             local(branch.lora_B).zero_()
+        put_starts(branches, started, undo)
         for name, parameter in trained.items():
             local(parameter).copy_(resting_value(after, name))
         for parameter, _, _ in kept:
@@ -117,10 +137,20 @@ def begin(
             then()
 
 
-def _put(kept: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]) -> None:
+def _put(
+    kept: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]], scales: list[tuple[Branch, float]]
+) -> None:
     for parameter, value, grad in kept:
-        parameter.copy_(value)
+        fill_factor(parameter, value)
         parameter.grad = grad
+    for branch, scale in scales:
+        branch.scale = scale
+
+
+def _resized(planned: Plan, branches: Mapping[str, Branch]) -> list[nn.Parameter]:
+    """Return the factors that have another rank in the stage that is planned: no state of an optimizer fits them."""
+    changed = [branches[site.weight] for site in planned.sites if branches[site.weight].rank != site.rank]
+    return [factor for branch in changed for factor in (branch.lora_A, branch.lora_B)]
 
 
 def _left_out(
@@ -134,10 +164,12 @@ def _left_out(
 
 
 def _after_fold(
-    optimizer: torch.optim.Optimizer, plan: Plan, own: list[nn.Parameter], left_out: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer, plan: Plan, own: list[nn.Parameter], anew: list[nn.Parameter]
 ) -> dict[nn.Parameter, Any]:
-    """Return the optimizer's state for the next stage, where it changes: what made a branch inf or nan is no start."""
-    return treated_state(optimizer, own, plan.spec.optimizer_state) | treated_state(optimizer, left_out, "reset")
+    """Return the optimizer's state for the next stage, where it changes: what made a branch inf or nan is no start, and
+    what has another shape none either.
+    """
+    return treated_state(optimizer, own, plan.spec.optimizer_state) | treated_state(optimizer, anew, "reset")
 
 
 def unpark(core: Core) -> None:
@@ -146,9 +178,9 @@ def unpark(core: Core) -> None:
     if not before.parked:
         return
     branches, trained = core.branches_by_weight(), core.trained_parameters()
-    if begun(before, branches, trained):
+    if has_begun(core):
         raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
-    after = replace(before, parked=False)
+    after, started = starts_of(plan, replace(before, parked=False), branches)
 
     def rest(slow: SlowWeights) -> Callable[[str, torch.Tensor], None]:
         def put(name: str, out: torch.Tensor) -> None:
@@ -161,8 +193,14 @@ def unpark(core: Core) -> None:
 
     with AllOrNothing() as undo:
         undo(partial(core.advance, plan, before))
+        put_starts(branches, started, undo)
         fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before), undo)
         core.advance(plan, after)
+
+
+def has_begun(core: Core) -> bool:
+    """Whether the running stage has trained: a branch, or what is trained in full, has left where it started."""
+    return core.slow.moved(core.branches_by_weight()) or trained_moved(core.slow, core.trained_parameters())
 
 
 def resting_value(slow: SlowWeights, name: str) -> torch.Tensor:
@@ -172,19 +210,13 @@ def resting_value(slow: SlowWeights, name: str) -> torch.Tensor:
 
 
 def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
-    """Return lora_A as the plan's stage starts it: `kept` only where it is finite, and `gradient` fresh, until the
-    first step has seen one.
+    """Return lora_A as the plan's stage starts it: `kept` only where it is finite and of the same rank, and `gradient`
+    fresh, until the first step has seen one.
     """
-    if plan.spec.restart_A == "kept" and bool(torch.isfinite(local(branch.lora_A)).all()):
+    same = branch.rank == site.rank
+    if plan.spec.restart_A == "kept" and same and bool(torch.isfinite(local(branch.lora_A)).all()):
         return branch.lora_A.detach().clone()
     return fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
-
-
-def begun(slow: SlowWeights, branches: Mapping[str, Branch], trained: Mapping[str, nn.Parameter]) -> bool:
-    """Whether anything has trained since the stage started, or since it was parked."""
-    return slow.some(any(bool(local(branch.lora_B).any()) for branch in branches.values())) or trained_moved(
-        slow, trained
-    )
 
 
 def trained_moved(slow: SlowWeights, trained: Mapping[str, nn.Parameter]) -> bool:

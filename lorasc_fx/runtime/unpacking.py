@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasc_fx.branch import Expert, Factors, KeptNoise, Past, SlowWeight
+from lorasc_fx.branch import Began, Branch, DoraBranch, Expert, Factors, KeptNoise, Past, SlowWeight, Turn, began_shapes
 from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import CheckpointError
+from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
-from lorasc_fx.runtime.transition import resting_value
-from lorasc_fx.spec import Noise
+from lorasc_fx.spec import CascadeSpec, Noise
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["Taken", "slow_state", "unpack"]
+__all__ = ["Taken", "began", "slow_state", "unpack"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -59,25 +59,28 @@ class Taken:
         return tensor
 
 
-def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], where: str) -> None:
-    """Put what `pack` returned into a fresh cascade of the same plan.
+def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], where: str, plan: Plan) -> None:
+    """Put what `pack` returned into a cascade that has the sites of this plan, which is its plan then.
 
     Raises:
         CheckpointError: a tensor is missing, foreign, not finite, or has another shape or kind than the plan says. The
             cascade is as it was.
     """
-    slow, parameters, plan = core.slow, core.parameters_by_name(), core.plan
+    slow, parameters, planned = core.slow, core.parameters_by_name(), core.plan
     branches = core.branches_by_weight()
     held = Taken(tensors, where)
     whole = plan.spec.on_nonfinite == "raise"  # else such a branch is left out at the fold, and may be here
     moves: list[tuple[torch.Tensor, torch.Tensor]] = []
     for weight, branch in branches.items():
-        for name, factor in (("lora_A", local(branch.lora_A)), ("lora_B", local(branch.lora_B))):
-            moves.append((factor, held.take(f"branch/{weight}/{name}", tuple(factor.shape), factor.dtype, whole)))
+        for name, factor in branch.named_parameters():
+            own = local(factor)
+            moves.append((own, held.take(f"branch/{weight}/{name}", tuple(own.shape), own.dtype, whole)))
     if set(meta["slow"]) != set(slow.states):
         odd = sorted(set(meta["slow"]) ^ set(slow.states))
         raise CheckpointError(f"{where}: the slow state and the plan disagree about {told(odd[0])}")
     states = {name: slow_state(state, meta["slow"][name], held) for name, state in slow.states.items()}
+    for name, branch in branches.items():
+        states[name] = replace(states[name], began=began(branch, plan.spec, meta["parked"], held))
     if set(meta["trained"]) != set(slow.trained):
         raise CheckpointError(f"{where}: other parameters were trained in full than the spec names")
     trained, values = {}, {}
@@ -90,16 +93,19 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
             (stage, held.take(f"trained/{name}/past/{stage}", tuple(kept.slow.shape), kept.slow.dtype))
             for stage in meta["past"].get(name, ())
         )
-        values[name], trained[name] = value, Trained(kept.base, end, start, past)
+        average = f"trained/{name}/average"
+        mean = held.take(average, tuple(kept.slow.shape), kept.slow.dtype) if average in held else None
+        values[name], trained[name] = value, Trained(kept.base, end, start, past, mean, kept.rule)
     for name, buffer in core.model.named_buffers():
         moves.append((buffer, held.take(f"buffer/{name}", tuple(buffer.shape), buffer.dtype)))
     if held.left:
         raise CheckpointError(f"{where}: holds {told(repr(next(iter(held.left))))}, which this plan has no place for")
-    after = SlowWeights(states, trained, meta["parked"], together=slow.together)
+    after = SlowWeights(states, trained, meta["parked"], averaged=meta.get("averaged", 0), together=slow.together)
     old = [tensor.detach().clone() for tensor, _ in moves]
+    held_before = {name: parameters[name].detach().clone() for name in values}
 
     def before(name: str, like: torch.Tensor) -> torch.Tensor:
-        return resting_value(slow, name) if name in values else slow.resting(name, plan, like)
+        return held_before[name] if name in values else slow.resting(name, planned, like)
 
     with torch.no_grad():
         try:
@@ -117,8 +123,21 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
                 tensor.copy_(value)
             if core.slow is after:
                 write(parameters, [*states, *trained], before, before)
-                core.advance(plan, slow)
+                core.advance(planned, slow)
             raise
+
+
+def began(branch: Branch, spec: CascadeSpec, parked: bool, held: Taken) -> Began | None:
+    """Return where a branch of the running stage began; None for B = 0."""
+    found, name = Began(), f"began/{branch.weight_name}"
+    if spec.start != "lora" and not parked:
+        shapes = zip("ba", began_shapes(branch), strict=True)
+        b, a = (held.take(f"{name}/{each}", shape, torch.float64, True).double() for each, shape in shapes)
+        found = replace(found, factors=Factors(b, a))
+    if isinstance(branch, DoraBranch):
+        shape = tuple(branch.lora_magnitude_vector.shape)
+        found = replace(found, magnitude=held.take(f"{name}/m", shape, torch.float64, True).double())
+    return None if found == Began() else found
 
 
 def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowWeight:
@@ -134,13 +153,19 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
         experts.append(Expert(stage, Factors(b, a)))
     dense = {
         which: held.take(f"dense/{state.name}/{which}", (*stack, rows, columns), whole=True)
-        for which in ("slow", "start")
+        for which in ("slow", "start", "average")
         if f"dense/{state.name}/{which}" in held
     }
-    if list(dense) == ["start"]:
+    if dense and "slow" not in dense:
         raise CheckpointError(
-            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which start needs"
+            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which what is dense beside it needs"
         )
+    size = (columns if state.turned else rows,)
+    turns = tuple(
+        Turn(stage, before, held.take(f"turn/{state.name}/{index}", size, torch.float64, True).double())
+        for index, (stage, before) in enumerate(meta.get("turns", ()))
+    )
+    total = f"rows/{state.name}"
     kept = tuple(
         KeptNoise(Noise(**each["noise"]), each["seed"], each["stage"], float(each["amplitude"]))
         for each in meta["kept"]
@@ -153,5 +178,9 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
         dense_slow=dense.get("slow"),
         dense_start=dense.get("start", dense.get("slow")),
         kept=kept,
+        turns=turns,
+        rows=held.take(total, size, torch.float64, True).double() if total in held else None,
         past=tuple(Past(stage, None if slow is None else tuple(map(float, slow))) for stage, slow in meta["past"]),
+        average=tuple(map(float, meta["average"])) if "average" in meta else None,
+        dense_average=dense.get("average"),
     )

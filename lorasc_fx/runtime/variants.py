@@ -28,10 +28,11 @@ class Variant:
     """One adapted graph; `module` is called with a call's own arguments.
 
     A `universal` one serves every signature (pieces choose their graphs themselves); `attach` tells it whom to tell
-    of sites that come with later calls. `guards`, if any, raises AssertionError for inputs (given as their leaves)
-    that the graph is not for. `sizes` holds, of each leaf that is a tensor, the sizes that are constants of the graph.
-    `placements` tells of each weight where its branch computes in this graph (`beside`, `merged`, `weight`), and
-    `expected` how long a training step takes over that of the frozen model, None where that is not known.
+    of sites that come with later calls, and whom to ask for the stage. `guards`, if any, raises AssertionError for
+    inputs (given as their leaves) that the graph is not for. `sizes` holds, of each leaf that is a tensor, the sizes
+    that are constants of the graph. `placements` tells of each weight where its branch computes in this graph
+    (`beside`, `merged`, `weight`), and `expected` how long a training step takes over that of the frozen model, None
+    where that is not known.
     """
 
     module: Callable[..., Any]
@@ -39,7 +40,7 @@ class Variant:
     guards: Callable[..., Any] | None = None
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     universal: bool = False
-    attach: Callable[[Callable[[Made], None]], None] | None = None
+    attach: Callable[[Callable[[Made], None], Callable[[], int]], None] | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
     expected: float | None = None
 
@@ -103,8 +104,12 @@ class VariantMaker(Protocol):
     ) -> Made:
         """Capture the call and insert the branches."""
 
-    def fold(self, variant: Variant, model: nn.Module, values: Mapping[str, Any], args: Any, kwargs: Any) -> nn.Module:
-        """Return the variant's captured graph with these values as constants of its own."""
+    def fold(
+        self, variant: Variant, model: nn.Module, stage: int, values: Mapping[str, Any], args: Any, kwargs: Any
+    ) -> nn.Module:
+        """Return the variant's captured graph, whose branches are those of a stage, with these values as constants of
+        its own.
+        """
 
     def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
         """Draw the variant around some sites into an SVG file."""

@@ -34,6 +34,12 @@ SPECS: dict[str, lx.CascadeSpec] = {
     "A kept": lx.CascadeSpec(rank=1, restart_A="kept", optimizer_state="kept"),
     "A by gradient": lx.CascadeSpec(targets=("body", "head"), rank=1, restart_A="gradient"),
     "pruned": lx.CascadeSpec(rank=2, optimizer_state=0.6),
+    "pissa": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", noise=lx.Noise(0.2)),
+    "olora, fast": lx.CascadeSpec(rank=1, pace=0.4, start="olora", restart="fast"),
+    "dora": lx.CascadeSpec(rank=1, pace=0.4, use_dora=True, noise=lx.Noise(0.2)),
+    "dora, dense collapse": lx.CascadeSpec(rank=4, pace=0.4, use_dora=True, start="olora"),
+    "noise by the step": lx.CascadeSpec(rank=1, pace=0.4, noise=lx.Noise(0.3, redraw="step")),
+    "filter noise by the step": lx.CascadeSpec(rank=1, noise=lx.Noise(0.3, distribution="filter", redraw="step")),
     "rules, rslora": lx.CascadeSpec(rank=1, lora_alpha=3.3, use_rslora=True, rules=(lx.Rule("head", 2, 0.7),), seed=5),
 }
 STOPS = (1, 3, 4, 6, 8, 10)

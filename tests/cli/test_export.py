@@ -42,6 +42,12 @@ def test_a_run_is_exported(
     assert re.fullmatch(r"a/adapter: \d+ weights adapted, ranks .*", told[0])
     assert told[-1] == "a/adapter: slow weights at step 4 of 4"
     assert (place / "a" / "adapter" / "adapter_model.safetensors").is_file()
+    cut = ["--max-rank", "1", "--uniform-rank"]
+    assert main(["export", "runs/tiny", "--to", "peft", "--out", "a/small", *cut]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert all(re.search(r"rank \d+ to 1, error ", line) for line in told[1:-1])
+    small = load_file(place / "a" / "small" / "adapter_model.safetensors")
+    assert {each.shape[0] for name, each in small.items() if ".lora_A." in name} == {8}  # vLLM's least
     folded = load_file(run / "folded.safetensors")
     model = tiny_model()
     model.load_state_dict(folded, strict=True)
@@ -86,6 +92,7 @@ def test_a_run_is_folded_into_its_base(run: Path, place: Path, capsys: pytest.Ca
         (["absent", "--to", "onnx", "--out", "a.onnx"], "absent holds no run: there is no config.toml in it"),
         (["absent", "--to", "onxn", "--out", "a"], "no format is called 'onxn'; nearest: 'onnx'; known: pt2, onnx, "),
         (["absent", "--to", "pt2"], "--output"),
+        (["absent", "--to", "onnx", "--out", "a", "--max-rank", "2"], "are of an adapter, onnx has none: drop them"),
     ],
 )
 def test_what_the_user_got_wrong_is_a_sentence(

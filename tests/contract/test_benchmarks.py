@@ -281,3 +281,26 @@ def test_the_topmost_blocks_are_the_same_to_both() -> None:
         asked = [name for name in names if any(fnmatch.fnmatchcase(name, target) for target in ours["targets"])]
         assert asked == [name for name in names if re.fullmatch(theirs["target_modules"], name)]
         assert asked == [f"blocks.{block}.{leaf}" for block in range(12 - count, 12) for leaf in leaves[:4]]
+
+
+def test_the_readme_holds_what_was_measured() -> None:
+    found = json.loads((README.parent / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+    named = {name for name in WORKS if name != "tiny"}
+    assert set(found["steps"]) == set(found["costs"]) == named
+    page = README.read_text(encoding="utf-8")
+    assert report.put(page, report.section(found)) == page
+
+
+def test_a_profile_tells_low_rank_products_from_those_of_the_base() -> None:
+    from benchmarks import profile
+
+    assert profile.kind_of("aten::mm", [[512, 768], [768, 8]]) == "low-rank products"
+    assert profile.kind_of("aten::addmm", [[3072], [512, 768], [768, 3072]]) == "base products"
+    assert profile.kind_of("aten::add_", [[512, 768], [512, 768]]) == "sums and copies"
+    assert profile.kind_of("aten::_softmax", [[8, 12, 128, 128]]) == "the rest"
+    shown = profile.profiled("tiny", rounds=1).splitlines()
+    assert [line.split("|")[1].strip() for line in shown[2:]] == list(profile.PROFILED)
+    frozen, ours, _ = ([float(cell) for cell in line.split("|")[2:6]] for line in shown[2:])
+    assert frozen[1] == 0 < ours[1]
+    assert frozen[0] > 0
+    assert ours[0] > 0

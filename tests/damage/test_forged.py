@@ -238,7 +238,7 @@ TENSOR: dict[str, tuple[Change, str]] = {
     ),
     "a start without an end": (
         lambda each: each.pop("dense/mid.weight/slow"),
-        ": has no tensor 'dense/mid.weight/slow', which start needs; no version before it is here",
+        ": has no tensor 'dense/mid.weight/slow', which what is dense beside it needs; no version before it is here",
     ),
     "whole numbers": (
         lambda each: each.update({"branch/body.weight/lora_B": torch.ones(4, 1, dtype=torch.int32)}),

@@ -150,17 +150,42 @@ REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, str]
     "gradient": (
         {"restart_A": "gradient"},
         None,
-        "shard: restart_A is 'gradient', which needs whole weights; give another in the spec",
+        "shard: restart_A is 'gradient', which needs whole weights; give 'fresh' in the spec",
     ),
     "skip": (
         {"on_nonfinite": "skip"},
         None,
-        "shard: on_nonfinite is 'skip', which needs whole weights; give another in the spec",
+        "shard: on_nonfinite is 'skip', which needs whole weights; give 'raise' in the spec",
+    ),
+    "dora": (
+        {"use_dora": True},
+        None,
+        "shard: use_dora is True, which needs whole weights; give False in the spec",
+    ),
+    "start": (
+        {"start": "pissa"},
+        None,
+        "shard: start is 'pissa', which needs whole weights; give 'lora' in the spec",
+    ),
+    "average": (
+        {"average": "ema"},
+        None,
+        "shard: average is 'ema', which needs whole weights; give 'off' in the spec",
+    ),
+    "redraw": (
+        {"noise": {"strength": 0.1, "redraw": "step"}},
+        None,
+        "shard: noise.redraw is 'step', which needs whole weights; give 'stage' in the spec",
+    ),
+    "filter": (
+        {"noise": {"strength": 0.1, "distribution": "filter"}},
+        None,
+        "shard: noise.distribution is 'filter', which needs whole weights; give 'uniform' in the spec",
     ),
     "pruned": (
         {"optimizer_state": 0.5},
         None,
-        "shard: optimizer_state is 0.5, which needs whole weights; give another in the spec",
+        "shard: optimizer_state is 0.5, which needs whole weights; give 'reset' in the spec",
     ),
     "scalar": ({}, lambda: Scaled(torch.tensor(2.0)), f"shard: model.gain has no axis, {CUT}"),
     "layout": ({}, lambda: Scaled(torch.ones(2, 3).t()), f"shard: model.gain is not contiguous, {CUT}"),

@@ -52,14 +52,20 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> State:
 def of_slow(cascade: lx.Cascade) -> State:
     """W0, experts, coefficients, what is trained in full: no objects, so that two cascades can be compared."""
     slow = cascade.core.slow
-    state: State = {"parked": slow.parked, "plan": cascade.plan.to_json()}
+    state: State = {"parked": slow.parked, "averaged": slow.averaged, "plan": cascade.plan.to_json()}
     for name, each in slow.states.items():
         experts = [(expert.stage, raw(expert.factors.b), raw(expert.factors.a)) for expert in each.experts]
-        dense = (raw(each.dense_slow), raw(each.dense_start))
-        state[f"slow {name}"] = (raw(each.base), experts, each.slow, each.start, *dense, each.kept, each.past)
+        dense = (raw(each.dense_slow), raw(each.dense_start), raw(each.dense_average))
+        vectors = (each.slow, each.start, each.average)
+        state[f"slow {name}"] = (raw(each.base), experts, *vectors, *dense, each.kept, each.past)
+        state[f"rows {name}"] = [raw(each.rows), *((turn.stage, turn.before, raw(turn.rows)) for turn in each.turns)]
+        began = each.began
+        if began is not None:
+            pair = () if began.factors is None else (raw(began.factors.b), raw(began.factors.a))
+            state[f"began {name}"] = (*pair, raw(began.magnitude))
     for name, kept in slow.trained.items():
         past = [(stage, raw(value)) for stage, value in kept.past]
-        state[f"trained {name}"] = (raw(kept.base), raw(kept.slow), raw(kept.start), past)
+        state[f"trained {name}"] = (raw(kept.base), raw(kept.slow), raw(kept.start), raw(kept.average), past)
     return state
 
 

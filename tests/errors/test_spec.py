@@ -12,8 +12,9 @@ import lorasc_fx as lx
 from tests.errors.models import exactly
 
 FIELDS = (
-    "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, dropout, placement, pace, restart, noise, "
-    "restart_A, optimizer_state, slow_train, on_nonfinite, seed"
+    "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, dropout, ranks, train_A, "
+    "nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, restart, noise, restart_A, "
+    "start, use_dora, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -40,6 +41,51 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"restart": "fsat"}, "restart is 'fsat'; give one of slow, fast; nearest: 'fast'"),
     ({"restart": 1}, "restart is 1; give one of slow, fast"),
     ({"restart_A": "gradeint"}, "restart_A is 'gradeint'; give one of fresh, kept, gradient; nearest: 'gradient'"),
+    ({"start": "pisa"}, "start is 'pisa'; give one of lora, pissa, olora; nearest: 'pissa'"),
+    *(
+        (
+            {"start": "olora", "restart_A": bad},
+            f"start is 'olora', which takes lora_A out of the weight, and restart_A is {bad!r}; "
+            "give restart_A='fresh', or start='lora'",
+        )
+        for bad in ("kept", "gradient")
+    ),
+    ({"use_dora": 1}, "use_dora is 1; give true or false"),
+    *(
+        ({"use_dora": True, **other}, f"use_dora is True and {sentence}, or use_dora=False")
+        for other, sentence in (
+            (
+                {"restart": "fast"},
+                "restart is 'fast': the rows of slow and fast weights would be scaled apart, and no one list of "
+                "experts has both; give restart='slow'",
+            ),
+            (
+                {"restart_A": "gradient"},
+                "restart_A is 'gradient', whose first step is known for plain LoRA only; give restart_A='fresh' "
+                "or 'kept'",
+            ),
+            (
+                {"dropout": 0.1},
+                "dropout is 0.1: the branch stands in place of its op, whose input is not dropped; give dropout=0",
+            ),
+            *(
+                (
+                    {"placement": bad},
+                    f"placement is {bad!r}: magnitudes scale the op's own product, so the branch stands in its place; "
+                    "give placement='auto' or 'merged'",
+                )
+                for bad in ("beside", "weight")
+            ),
+            (
+                {"noise": lx.Noise(0.1, keep=True)},
+                "noise.keep is True: noise that stays would be scaled by every later stage; give keep=False",
+            ),
+            (
+                {"noise": lx.Noise(0.1, redraw="step")},
+                "noise.redraw is 'step': the norms of a stage would be those of its last draw; give redraw='stage'",
+            ),
+        )
+    ),
     ({"on_nonfinite": "skipp"}, "on_nonfinite is 'skipp'; give one of raise, skip; nearest: 'skip'"),
     ({"noise": 0.1}, "noise is 0.1; give lorasc_fx.Noise(strength)"),
     ({"optimizer_state": "rest"}, "optimizer_state is 'rest'; give one of reset, kept; nearest: 'reset', 'kept'"),
@@ -66,7 +112,18 @@ def test_wrong_value(fields: dict[str, Any], sentence: str) -> None:
         ({"strength": "0.1"}, "noise.strength is '0.1'; give a finite number"),
         (
             {"distribution": "norml"},
-            "noise.distribution is 'norml'; give one of uniform, normal; nearest: 'normal', 'uniform'",
+            "noise.distribution is 'norml'; give one of uniform, normal, filter; nearest: 'normal', 'uniform'",
+        ),
+        ({"redraw": "steps"}, "noise.redraw is 'steps'; give one of stage, step; nearest: 'step', 'stage'"),
+        (
+            {"redraw": "step", "keep": True},
+            "noise.keep is True and noise.redraw is 'step': a stage has many draws, and none of them is its noise; "
+            "give keep=False, or redraw='stage'",
+        ),
+        (
+            {"distribution": "filter", "keep": True},
+            "noise.keep is True and noise.distribution is 'filter', whose size differs from row to row, and what is "
+            "kept has one size a weight; give keep=False, or distribution='normal'",
         ),
         ({"where": "site"}, "noise.where is 'site'; give one of sites, all; nearest: 'sites'"),
         ({"keep": 1}, "noise.keep is 1; give true or false"),
@@ -102,7 +159,7 @@ def test_wrong_rule(fields: dict[str, Any], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        ({"rnak": 4}, f"spec has no field 'rnak'; nearest: 'rank'; known: {FIELDS}"),
+        ({"rnak": 4}, f"spec has no field 'rnak'; nearest: 'rank', 'ranks'; known: {FIELDS}"),
         ({"noise": {"strenght": 1}}, "noise has no field 'strenght'; nearest: 'strength'; "),
         ({"rules": [{"patern": "conv"}]}, "rules has no field 'patern'; nearest: 'pattern'; known: pattern, rank, "),
         ({"rules": [{"rank": 4}]}, f"rules: pattern is ''; give a kind {KINDS} or a glob on weight names"),

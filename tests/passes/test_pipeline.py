@@ -299,10 +299,10 @@ def test_every_pass_can_be_parsed() -> None:
         (
             'match-sites{"spec": {"rang": 4}}',
             SpecError,
-            "spec has no field 'rang'; nearest: 'rank', 'train'; known: targets, exclude, train, untie, rules, "
-            "rank, lora_alpha, "
-            "use_rslora, dropout, placement, pace, restart, noise, restart_A, optimizer_state, slow_train, "
-            "on_nonfinite, seed",
+            "spec has no field 'rang'; nearest: 'rank', 'train', 'ranks'; known: targets, exclude, train, untie, "
+            "rules, rank, lora_alpha, use_rslora, dropout, ranks, train_A, nearest_full_gradient, lr_ratio, "
+            "train_rules, average, average_decay, placement, pace, restart, noise, restart_A, optimizer_state, "
+            "slow_train, on_nonfinite, seed",
         ),
         (
             'match-sites{"spec": {"noise": {"strenght": 1}}}',

@@ -210,7 +210,7 @@ def test_a_rank_above_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"which": "base"}, "export.peft: which is 'base'; give 'slow' or 'fast'"),
+        ({"which": "base"}, "export.peft: which is 'base'; give 'slow', 'fast' or 'averaged'"),
         ({"max_rank": 0}, "export.peft: max_rank is 0; a rank is an integer of 1 or more"),
         ({"dtype": torch.int8}, "export.peft: dtype is torch.int8; give a floating dtype, as torch.float32"),
     ],

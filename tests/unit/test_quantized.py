@@ -170,10 +170,22 @@ def test_an_untrained_cascade_gives_the_weights_back() -> None:
     assert all(value is before[name] for name, value in model.named_parameters())
 
 
+def test_no_start_out_of_quantized_weights() -> None:
+    model = net("int8")
+    held = numbers(model)
+    sentence = r"^start is 'pissa', and up.weight is quantized: the residual cannot be written into it"
+    with pytest.raises(lx.SpecError, match=sentence):
+        lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(start="pissa"))
+    assert all(torch.equal(value, held[name]) for name, value in numbers(model).items())
+    lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), start="pissa")).release()
+
+
 def test_no_noise_on_quantized_weights() -> None:
     model = net("int8")
     flags = [value.requires_grad for value in model.parameters()]
-    with pytest.raises(lx.SpecError, match=r"noise.strength is 0.1, and up.weight is quantized"):
+    with pytest.raises(
+        lx.SpecError, match=r"noise.strength is 0.1, and up.weight is quantized: noise cannot be written"
+    ):
         lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(noise=lx.Noise(0.1)))
     assert [value.requires_grad for value in model.parameters()] == flags
     lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), noise=lx.Noise(0.1))).release()

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lorasc_fx.cli import reporter
+from lorasc_fx.integrations import reporter
 
 
 def tell(to: reporter.Reporter) -> None:
@@ -36,10 +36,10 @@ def test_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         tell(shown)
     assert capsys.readouterr().out.splitlines() == [
         "first [bold]: 10 steps",
-        "first [bold]: step 4/10 stage 1/3 loss 0.250, 30 s left",  # 20 s for 4 steps
+        "first [bold]: step 4/10 stage 1/3 loss 0.250, 0.2 steps/s, 30 s left",  # 20 s for 4 steps
         "a line: hf:package:x [bold]",
         "second: 2 steps",
-        "second: step 10/10 stage 3/3 loss 0.125, 0 s left",
+        "second: step 10/10 stage 3/3 loss 0.125, 0.1 steps/s, 0 s left",
     ]
 
 

@@ -58,6 +58,7 @@ def reporting() -> Iterator[Reporter]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[stage]}"),
         TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=screen, transient=True) as progress:
@@ -67,14 +68,16 @@ def reporting() -> Iterator[Reporter]:
 class _Bar(Reporter):
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._task = progress.add_task("", total=None, visible=False, stage="", loss="")
+        self._task = progress.add_task("", total=None, visible=False, stage="", loss="", rate="")
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(title, total=steps, completed=done, stage="", loss="")
+        self._task = self._progress.add_task(title, total=steps, completed=done, stage="", loss="", rate="")
 
     def step(self, done: int, stage: str, loss: float) -> None:
         self._progress.update(self._task, completed=done, stage=stage, loss=f"loss {loss:.3f}")
+        speed = self._progress.tasks[0].speed
+        self._progress.update(self._task, rate=f"{speed:.1f}/s" if speed else "")
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, soft_wrap=True)
@@ -95,8 +98,10 @@ class _Lines(Reporter):
         if now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        left = (now - self._started) / max(1, done - self._first) * (self._steps - done)
-        self.say(f"{self._title}: step {done}/{self._steps} {stage} loss {loss:.3f}, {left:.0f} s left")
+        seconds = (now - self._started) / max(1, done - self._first)
+        rate, left = 1 / seconds if seconds else 0.0, seconds * (self._steps - done)
+        told = f"step {done}/{self._steps} {stage} loss {loss:.3f}"
+        self.say(f"{self._title}: {told}, {rate:.1f} steps/s, {left:.0f} s left")
 
     def say(self, text: str) -> None:
         print(text, file=sys.stdout, flush=True)

@@ -1,0 +1,67 @@
+"""A small Llama in transformers' Trainer: stages by epoch, checkpoints, and a folder that `from_pretrained` loads.
+
+Needs the extra `loops`: pip install 'lorasc-fx[loops]'. Some ten seconds on two cores; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import lorasc_fx as lx
+
+
+def sequences(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Counting by threes, from anywhere, modulo 29."""
+    start = torch.randint(29, (count, 1), generator=torch.Generator().manual_seed(seed))
+    ids = 3 + (start + 3 * torch.arange(12)) % 29
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def main(folder: str, epochs: int = 4) -> tuple[float, float]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    train, test = sequences(512, seed=1), sequences(128, seed=2)
+
+    spec = lx.CascadeSpec(
+        targets=("*_proj.weight",), train=("lm_head.*", "*norm.weight"), rank=8, pace=0.7, noise=lx.Noise(0.05)
+    )
+    example = {name: torch.stack([row[name] for row in train[:2]]) for name in ("input_ids", "labels")}
+    cascade = lx.adapt(model, kwargs=example, spec=spec)
+    print(cascade)
+
+    trainer = Trainer(
+        model=cascade,  # the Trainer gets the cascade itself
+        args=TrainingArguments(
+            output_dir=folder, num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=1e-2,
+            gradient_accumulation_steps=2, eval_strategy="epoch", save_strategy="epoch", save_total_limit=1,
+            load_best_model_at_end=True, report_to=[], use_cpu=True, dataloader_pin_memory=False,
+        ),
+        train_dataset=train,
+        eval_dataset=test,
+        callbacks=[lx.integrations.transformers.CascadeCallback(cascade, epochs=1)],
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()  # resume_from_checkpoint=True goes on with the last checkpoint
+    after: float = trainer.evaluate()["eval_loss"]
+    print(f"loss of the slow weights: {before:.3f} before, {after:.3f} after {cascade.stage - 1} stages")
+
+    trainer.save_model(f"{folder}/model")  # config.json and model.safetensors of a Llama, nothing of ours
+    cascade.release()
+    loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
+    counted = loaded.generate(test[0]["input_ids"][None, :4], max_new_tokens=6, do_sample=False)
+    print("the saved model goes on counting:", [token - 3 for token in counted[0].tolist()])
+    return before, after
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as given:
+        main(sys.argv[1] if len(sys.argv) > 1 else str(Path(given, "run")))

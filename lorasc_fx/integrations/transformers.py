@@ -1,0 +1,275 @@
+"""A cascade in transformers' Trainer, which is given the cascade itself as its model.
+
+The Trainer knows when a step, an epoch and an evaluation end, and a callback is told. What a callback is not told is
+when an evaluation begins and where a model is saved: so it puts itself before `evaluation_loop` and `save_model` of its
+own Trainer, and of no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+
+from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.extras import require
+from lorasc_fx.integrations.small_state import keep_small
+from lorasc_fx.runtime import Cascade, transition
+from lorasc_fx.runtime.checkpoint_read import Checkpoint
+from lorasc_fx.runtime.optim import check_holds
+from lorasc_fx.runtime.plateau import Plateau
+
+require("loops", "transformers", "accelerate")
+
+from transformers import Trainer, TrainerCallback  # noqa: E402 - after the sentence on how to install it
+from transformers.trainer_utils import has_length  # noqa: E402
+from transformers.utils.generic import find_labels  # noqa: E402
+
+__all__ = ["CascadeCallback"]
+
+Evaluated = Literal["slow", "fast", "trained"]
+
+_READ = ("config", "loss_type", "accepts_loss_kwargs", "main_input_name", "num_parameters", "_get_name")
+"""What a Trainer reads off its model beside `forward`: by these it counts tokens, shifts labels and scales losses."""
+
+_BEHIND = ("neftune_noise_alpha", "activation_checkpointing", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval")
+"""Arguments by which a Trainer changes a model behind the captured graphs: its Python, or its dtype for a while."""
+
+
+class CascadeCallback(TrainerCallback):  # type: ignore[misc]
+    """Makes the transitions of a cascade that a Trainer trains, after the optimizer's step and before the next forward.
+
+    Give the Trainer the cascade and this callback: `Trainer(model=cascade, callbacks=[CascadeCallback(cascade)], ...)`.
+    Evaluations and predictions see the slow weights. `trainer.save_model(folder)` writes the user's own model with the
+    slow weights, in its own library's layout. The `checkpoint-N` of a Trainer hold what a resume needs, without W0;
+    `trainer.train(resume_from_checkpoint=...)` takes them, in a process that has adapted the same weights by the same
+    spec. A stage that the end of the training cuts short is folded, but after `load_best_model_at_end`: the weights
+    are then those that were found best.
+
+    Args:
+        cascade: the Trainer's model.
+        epochs: a stage ends with every so many epochs; 1 if nothing else is given, as in the paper.
+        steps: a stage ends with every so many optimizer steps.
+        plateau: a stage ends when evaluations find no lower loss any more: a `lorasc_fx.Plateau`, or its patience. Slow
+            weights stand still within a stage, so that the loss is that of the fast ones: each evaluation has a second
+            pass for it, and reports it as `eval_fast_loss`.
+        evaluate: what evaluations and predictions see: the `slow` weights, the `fast` ones, or the cascade as it is
+            `trained` at this moment, noise included.
+
+    Raises:
+        SpecError: two ways of ending stages, a count below 1, or arguments of the Trainer that a cascade cannot follow.
+        StateError: another model than the Trainer's, or a callback that the Trainer was given after it was made.
+    """
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        plateau: Plateau | int | None = None,
+        evaluate: Evaluated = "slow",
+    ) -> None:
+        given = {"epochs": epochs, "steps": steps, "plateau": plateau}
+        asked = [name for name, value in given.items() if value is not None]
+        if len(asked) > 1:
+            raise SpecError(f"CascadeCallback: {' and '.join(asked)} both say when a stage ends; give one of them")
+        for name, count in (("epochs", epochs), ("steps", steps)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
+        if evaluate not in get_args(Evaluated):
+            raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; give one of {', '.join(get_args(Evaluated))}")
+        cascade.core.check_alive("CascadeCallback")
+        self.cascade, self.evaluate = cascade, evaluate
+        self.epochs, self.steps = epochs if asked else 1, steps
+        self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
+        self._trainer: Any = None
+        self._over = self._turning = False
+        for name in _READ:
+            if hasattr(cascade.model, name):
+                setattr(cascade, name, getattr(cascade.model, name))
+        keep_small(cascade, self._extra, self._taken)
+
+    # ---- what a Trainer tells
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        """Take a place before the Trainer's evaluation and its saving."""
+        self._check_model(about["model"])
+        self._check_arguments(args)
+        self._trainer = trainer = _calling_trainer()
+        if args.label_names is None:
+            trainer.label_names = find_labels(type(self.cascade.model))  # it looks at the name of the class as well
+        trainer.evaluation_loop = self._evaluating(trainer.evaluation_loop)
+        trainer.save_model = self._saving(trainer, trainer.save_model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        """Check that the training can go as it was asked for."""
+        self._check_model(about["model"])
+        if self._trainer is None:
+            raise StateError(
+                "CascadeCallback: the Trainer was made without it, and has read off the cascade what it needs; "
+                "give it as Trainer(callbacks=[...])"
+            )
+        if self.epochs is not None and not has_length(about["train_dataloader"]):
+            raise SpecError(f"CascadeCallback: epochs is {self.epochs}, and the data have no length; give steps=...")
+        if self.plateau is not None and args.eval_strategy == "no":
+            raise SpecError("CascadeCallback: plateau looks at evaluations, and eval_strategy is 'no'; give another")
+        core, optimizer = self.cascade.core, about["optimizer"]
+        check_holds(optimizer, core.trainable())
+        self._check_rates(optimizer)
+        transition.unpark(core)
+        if self._turning:
+            core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
+            self._turning = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        """End a stage on a plateau: after the evaluation that found it was saved as it was measured."""
+        if self._over:
+            self.cascade.transition(about["optimizer"])
+            self._over = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        """End a stage by its count of steps or epochs: before an evaluation or a checkpoint of the same step."""
+        whole = state.epoch is not None and state.epoch == int(state.epoch)
+        if (self.steps is not None and state.global_step % self.steps == 0) or (
+            self.epochs is not None and whole and int(state.epoch) % self.epochs == 0
+        ):
+            self.cascade.transition(about["optimizer"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **about: Any) -> None:
+        """Look at the loss."""
+        if self.plateau is None or not self._trainer.is_in_train:
+            return
+        name = "eval_fast_loss" if self.evaluate == "slow" else "eval_loss"
+        if name not in metrics:
+            raise SpecError(
+                f"CascadeCallback: plateau looks at {name}, and the evaluation gives {', '.join(sorted(metrics))}; "
+                "give the Trainer one eval_dataset, with labels"
+            )
+        self._over = self.plateau.over(metrics[name]) or self._over
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        """Fold a stage that was cut short; after the best model was loaded, drop it, as it was not measured."""
+        core, optimizer = self.cascade.core, about["optimizer"]
+        if not transition.has_begun(core):
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            if self.evaluate == "slow":
+                transition.restart(core, optimizer)
+        else:
+            core.check_ready("transition")
+            transition.run(core, optimizer, park=True)
+
+    # ---- inside
+
+    def _extra(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this callback."""
+        return {"over": self._over, "plateau": self.plateau.state_dict()} if self.plateau is not None else {}
+
+    def _taken(self, found: Checkpoint) -> None:
+        """Go on from what a checkpoint has kept."""
+        self._turning = bool(found.manifest["turning"])
+        extra = found.manifest["extra"]
+        if self.plateau is not None and "plateau" in extra:
+            self.plateau.load_state_dict(extra["plateau"])
+            self._over = extra["over"]
+
+    @contextlib.contextmanager
+    def _placed(self, which: Evaluated) -> Iterator[None]:
+        if which == "trained" or self.cascade.core.placed is not None:  # the user's own `weights(...)` stands
+            yield
+            return
+        with self.cascade.weights(which):
+            yield
+
+    def _evaluating(self, original: Any) -> Any:
+        def evaluation_loop(
+            dataloader: Any,
+            description: str,
+            prediction_loss_only: bool | None = None,
+            ignore_keys: list[str] | None = None,
+            metric_key_prefix: str = "eval",
+        ) -> Any:
+            """Evaluate as the Trainer does, with the weights that are asked for in place."""
+            rest = (description, prediction_loss_only, ignore_keys)
+            with self._placed(self.evaluate):
+                found = original(dataloader, *rest, metric_key_prefix)
+            if self.plateau is not None and self.evaluate == "slow" and self._trainer.is_in_train:
+                fast = f"{metric_key_prefix}_fast"
+                with self._placed("fast"):
+                    more = original(dataloader, description, True, ignore_keys, fast)
+                found.metrics.update({name: more.metrics[name] for name in (f"{fast}_loss",) if name in more.metrics})
+            return found
+
+        return evaluation_loop
+
+    def _saving(self, trainer: Any, original: Any) -> Any:
+        def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
+            """Write the user's model with the slow weights; a checkpoint gets the small state (`keep_small`)."""
+            if _internal_call:
+                original(output_dir, _internal_call=True)
+                return
+            with self._placed("slow"):
+                trainer.model = self.cascade.model
+                try:
+                    original(output_dir)
+                finally:
+                    trainer.model = self.cascade
+
+        return save_model
+
+    def _check_model(self, model: Any) -> None:
+        if model is not self.cascade:
+            raise StateError(
+                f"CascadeCallback: the Trainer's model is {type(model).__name__}, and not the cascade that the "
+                "callback was given; give both the same (and no model_init)"
+            )
+
+    def _check_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer of one learning rate where the spec asks for several: the Trainer's own is one."""
+        spec = self.cascade.plan.spec
+        if spec.lr_ratio == 1.0 and all(rule.lr is None for rule in spec.train_rules):
+            return
+        found = {
+            id(each): group.get("initial_lr", group["lr"])
+            for group in optimizer.param_groups
+            for each in group["params"]
+        }
+        first = self.cascade.param_groups(lr=1.0)[0]  # lora_A, or lora_B where that is not trained
+        asked = self.cascade.param_groups(lr=found[id(first["params"][0])] / first["lr"])
+        for group in asked:
+            for each in group["params"]:
+                if not math.isclose(found[id(each)], group["lr"], rel_tol=1e-6):
+                    raise SpecError(
+                        f"CascadeCallback: {group['name']} is to have the learning rate {group['lr']:g} (lr_ratio, "
+                        f"train_rules), and has {found[id(each)]:g} in the Trainer's optimizer; give it "
+                        "optimizers=(torch.optim.AdamW(cascade.param_groups(lr=...)), None)"
+                    )
+
+    def _check_arguments(self, args: Any) -> None:
+        if args.n_gpu > 1:
+            raise SpecError(
+                f"CascadeCallback: the Trainer would copy the cascade to {args.n_gpu} devices at each step "
+                "(DataParallel), and no copy has graphs; start one process a device by torchrun, or show one device "
+                "only"
+            )
+        for name in _BEHIND:
+            if getattr(args, name, None):
+                raise SpecError(
+                    f"CascadeCallback: {name} is {getattr(args, name)!r}; it changes the model behind the graphs that "
+                    "were captured of it. Leave it out"
+                )
+
+
+def _calling_trainer() -> Any:
+    """Return the Trainer that calls the event that calls this: no event is given it, and one Trainer is meant."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), Trainer):
+            return found
+        frame = frame.f_back
+    raise StateError("CascadeCallback: nobody that called on_init_end is a Trainer; it works in one only")

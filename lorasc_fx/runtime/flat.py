@@ -1,0 +1,167 @@
+"""A checkpoint as one flat table of tensors, for loops that keep state dicts: what `lorasc_fx.save` writes, without W0.
+
+The manifest is one of the tensors: its JSON as bytes. It is checked as one from a folder is, and a cascade that lives
+takes the state over as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.branch import fill_factor
+from lorasc_fx.errors import CheckpointError
+from lorasc_fx.runtime import checkpoint_read, checkpoint_write, half_step
+from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, _canonical
+from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
+from lorasc_fx.runtime.opening import told
+from lorasc_fx.runtime.slow import fill
+from lorasc_fx.runtime.variants import Variants
+from lorasc_fx.undo import AllOrNothing
+
+if TYPE_CHECKING:
+    from lorasc_fx.plan import Plan
+    from lorasc_fx.runtime.cascade import Cascade
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["KEY", "from_table", "take_over", "to_table"]
+
+KEY = "lorasc_fx.manifest"
+"""Name of the tensor that holds the manifest."""
+
+
+def to_table(core: Core, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return all that a resume needs, but for optimizer and scheduler, as tensors by name.
+
+    Raises:
+        NonFiniteBranch: a branch holds inf or nan. CheckpointError: extra holds what neither JSON nor safetensors can.
+    """
+    checkpoint_write.check_finite(core)
+    tensors, manifest = checkpoint_write.contents(core, None, None, extra)
+    manifest["files"] = {TENSORS: _digest(tensors)}
+    manifest["digest"] = text_digest(_canonical(manifest))
+    text = json.dumps(manifest, allow_nan=False).encode()
+    return {**tensors, KEY: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+
+def from_table(table: Mapping[str, torch.Tensor], where: str) -> checkpoint_read.Checkpoint:
+    """Return the checkpoint that a table holds.
+
+    Raises:
+        CheckpointError: it is none, or is damaged; says why.
+    """
+    packed = table.get(KEY)
+    if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
+        first = ", ".join(told(name) for name in list(table)[:2]) or "nothing"
+        raise CheckpointError(
+            f"{where}: is no state of a cascade, as it has no {KEY}; it holds {first}. Weights of the model itself are "
+            "loaded before it is adapted"
+        )
+    way = "take another checkpoint"
+    manifest, plan = checkpoint_read.manifest_of(bytes(data_of(packed.cpu().contiguous())), Path(where, MANIFEST), way)
+    tensors = {name: tensor for name, tensor in table.items() if name != KEY}
+    if _digest(tensors) != manifest["files"][TENSORS]:
+        raise CheckpointError(f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}")
+    for sentence in checkpoint_read.plan_faults(plan, tensors):
+        raise CheckpointError(f"{where}: {sentence}; {way}")
+    return checkpoint_read.Checkpoint(Path(where), manifest, tensors, plan)
+
+
+def take_over(
+    cascade: Cascade, found: checkpoint_read.Checkpoint, then: Callable[[checkpoint_read.Checkpoint], object]
+) -> None:
+    """Go on from a checkpoint in a cascade that lives, of the same base and spec; all or nothing.
+
+    Gradients that wait for a step are those of the checkpoint. What waits for an optimizer's first step of a stage
+    (restart_A="gradient") waits no longer: whoever has the optimizer arms it again (`manifest["turning"]`).
+
+    Args:
+        cascade: that goes on.
+        found: the checkpoint.
+        then: is called with it when the values are there, and before the gradients are; all is undone if it raises.
+
+    Raises:
+        CheckpointError: another base, another spec, other sites, or values that do not fit.
+    """
+    core = cascade.core
+    core.check_ready("load_state_dict")
+    if odd := checkpoint_read.base_differs(found.manifest["base"], core.fingerprints(), core.parameters_by_name()):
+        raise CheckpointError(
+            f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted"
+        )
+    _check_alike(core.plan, found)
+    placed = {site.weight: site.placement for site in core.sites}
+    gradients = [(each, each.grad) for each in core.trainable().values()]
+
+    def put_back() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+    with AllOrNothing() as undo:
+        undo(core.turning.restorer())
+        undo(core.pending.restorer(core.trainable()))
+        undo(put_back)
+        core.turning.call_off()
+        for parameter, _ in gradients:
+            parameter.grad = None
+        undo(_values(core))
+        for weight, branch in core.branches_by_weight().items():
+            branch.to_rank(found.plan.by_weight[weight])
+        cascade.load(found)
+        if placed != {site.weight: site.placement for site in core.sites}:  # chosen on another machine, as its bits are
+            cascade._variants = Variants()
+        then(found)
+        half_step.unpack(core, found.tensors, found.manifest.get("pending", ()), str(found.path))
+
+
+def _values(core: Core) -> Callable[[], None]:
+    """Return what brings back plan, slow weights, branches, buffers and what the parameters hold now."""
+    plan, slow = core.plan, core.slow
+    tensors = (*core.branches.parameters(), *core.trained_parameters().values(), *core.model.buffers())
+    held = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    scales = [(branch, branch.scale) for branch in core.by_key.values()]
+
+    def rest(name: str, out: torch.Tensor) -> None:
+        slow.write_resting(name, plan, out)
+
+    def write() -> None:
+        with torch.no_grad():
+            for tensor, value in held:
+                if isinstance(tensor, nn.Parameter):
+                    fill_factor(tensor, value)
+                else:
+                    tensor.copy_(value)
+        for branch, scale in scales:
+            branch.scale = scale
+        fill(core.weights_by_name(), slow.states, rest, rest)
+        core.advance(plan, slow)
+
+    return write
+
+
+def _check_alike(now: Plan, found: checkpoint_read.Checkpoint) -> None:
+    """Refuse a state of a cascade that was made otherwise."""
+    then = found.plan
+    ours, theirs = now.spec.to_dict(), then.spec.to_dict()
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"{found.path}: was made with {name} = {told(theirs.get(name))}, this cascade has "
+                f"{told(ours.get(name))}; adapt by the same spec"
+            )
+    odd = sorted(now.by_weight.keys() ^ then.by_weight.keys())
+    if odd:
+        here = "is a site there, and none here" if odd[0] in then.by_weight else "is a site here, and none there"
+        raise CheckpointError(
+            f"{found.path}: {told(odd[0])} {here}; adapt in the same mode and with the same example inputs, or make "
+            "the cascade by lorasc_fx.load"
+        )
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    return text_digest(json.dumps({name: fingerprint(tensors[name]) for name in sorted(tensors)}))

@@ -1,0 +1,197 @@
+"""Checks of a spec: of single values, and of pairs of fields that have no meaning together.
+
+A pair is refused when the spec is made, before there is a model to change. docs/method.md lists them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lorasc_fx.errors import SpecError, nearest
+
+__all__ = ["check_noise", "check_pairs"]
+
+
+def check_pairs(spec: Any) -> None:
+    """Refuse what single fields allow and their pair does not mean.
+
+    Args:
+        spec: a `CascadeSpec` whose fields were checked one by one.
+
+    Raises:
+        SpecError: names both fields, and what to give in their place.
+    """
+    if spec.dropout and spec.placement in ("merged", "weight"):
+        raise SpecError(
+            f"dropout is {spec.dropout} and placement is {spec.placement!r}, where a branch sees no input to drop; "
+            "give placement='beside' or 'auto', or dropout=0"
+        )
+    if spec.lr_ratio != 1 and not spec.train_A:
+        raise SpecError(
+            f"lr_ratio is {spec.lr_ratio}, a ratio to the learning rate of lora_A, and train_A is false, so that it "
+            "has none; give the learning rate of lora_B to param_groups, and lr_ratio=1"
+        )
+    if spec.nearest_full_gradient and spec.train_A:
+        raise SpecError(
+            "nearest_full_gradient is true and train_A is true: the correction is exact for a lora_A that stands "
+            "still (LoRA-FA); give train_A=False"
+        )
+    if spec.nearest_full_gradient and spec.restart_A == "gradient":
+        raise SpecError(
+            "nearest_full_gradient is true and restart_A is 'gradient', which reads in the gradient of lora_B what "
+            "clipping made of it; give restart_A='fresh'"
+        )
+    if spec.train_rules and not spec.train:
+        raise SpecError(
+            f"train_rules has {spec.train_rules[0].pattern!r}, and train is empty: the rules are for what it names; "
+            "give train"
+        )
+    if spec.average != "off" and spec.noise.keep:
+        raise SpecError(
+            f"average is {spec.average!r} and noise.keep is true: an average of weights would hold a share of each "
+            "stage's noise, which has no coefficient; give one of the two"
+        )
+    _check_start(spec)
+    if spec.use_dora:
+        _check_dora(spec)
+
+
+def _check_start(spec: Any) -> None:
+    """Refuse a rule for lora_A where both factors start from the weight."""
+    if spec.start != "lora" and spec.restart_A != "fresh":
+        raise SpecError(
+            f"start is {spec.start!r}, which takes lora_A out of the weight, and restart_A is {spec.restart_A!r}; "
+            "give restart_A='fresh', or start='lora'"
+        )
+
+
+def _check_dora(spec: Any) -> None:
+    """Refuse what a row scale does not go together with."""
+    if spec.restart != "slow":
+        raise SpecError(
+            f"use_dora is True and restart is {spec.restart!r}: the rows of slow and fast weights would be scaled "
+            "apart, and no one list of experts has both; give restart='slow', or use_dora=False"
+        )
+    if spec.restart_A == "gradient":
+        raise SpecError(
+            "use_dora is True and restart_A is 'gradient', whose first step is known for plain LoRA only; "
+            "give restart_A='fresh' or 'kept', or use_dora=False"
+        )
+    if spec.dropout:
+        raise SpecError(
+            f"use_dora is True and dropout is {spec.dropout}: the branch stands in place of its op, whose input is not "
+            "dropped; give dropout=0, or use_dora=False"
+        )
+    if spec.placement not in ("auto", "merged"):
+        raise SpecError(
+            f"use_dora is True and placement is {spec.placement!r}: magnitudes scale the op's own product, so the "
+            "branch stands in its place; give placement='auto' or 'merged', or use_dora=False"
+        )
+    if spec.noise.strength and spec.noise.keep:
+        raise SpecError(
+            "use_dora is True and noise.keep is True: noise that stays would be scaled by every later stage; "
+            "give keep=False, or use_dora=False"
+        )
+    if spec.noise.strength and spec.noise.redraw != "stage":
+        raise SpecError(
+            "use_dora is True and noise.redraw is 'step': the norms of a stage would be those of its last draw; "
+            "give redraw='stage', or use_dora=False"
+        )
+    if spec.average != "off":
+        raise SpecError(
+            f"use_dora is True and average is {spec.average!r}: an average of weights whose rows were scaled apart "
+            "has no coefficients over one list of experts; give average='off', or use_dora=False"
+        )
+    if spec.nearest_full_gradient:
+        raise SpecError(
+            "use_dora is True and nearest_full_gradient is True: the correction is that of a plain branch, whose rows "
+            "no magnitude scales; give one of the two"
+        )
+
+
+def check_noise(keep: bool, redraw: str, distribution: str) -> None:
+    """Refuse to keep noise of which there is no one draw, or no one size."""
+    if keep and redraw == "step":
+        raise SpecError(
+            "noise.keep is True and noise.redraw is 'step': a stage has many draws, and none of them is its noise; "
+            "give keep=False, or redraw='stage'"
+        )
+    if keep and distribution == "filter":
+        raise SpecError(
+            "noise.keep is True and noise.distribution is 'filter', whose size differs from row to row, and what is "
+            "kept has one size a weight; give keep=False, or distribution='normal'"
+        )
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, (tuple, list)) or any(not isinstance(p, str) for p in value):
+        raise SpecError(f"{name} is {value!r}; give a sequence of strings")
+    return tuple(value)
+
+
+def _sequence(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise SpecError(f"{name} is {value!r}; give a sequence of numbers, one for each stage")
+    return tuple(value)
+
+
+def _rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpecError(f"{name} is {value!r}; a rank is an integer of 1 or more")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise SpecError(f"{name} is {value!r}; give a finite number")
+
+
+def _positive(name: str, value: Any) -> None:
+    _number(name, value)
+    if value <= 0:
+        raise SpecError(f"{name} is {value}; it scales the branch: give a number above 0")
+
+
+def _rate(name: str, value: Any) -> None:
+    _number(name, value)
+    if value <= 0:
+        raise SpecError(f"{name} is {value}; it makes a learning rate: give a number above 0")
+
+
+def _ranks(value: Any, rank: int, usual: int) -> tuple[int, ...]:
+    """Return ranks by stage, checked against the one rank, which is the usual one or their first."""
+    ranks = _sequence("ranks", value)
+    for stage, each in enumerate(ranks, start=1):
+        _rank(f"ranks of stage {stage}", each)
+    if ranks and rank not in (usual, ranks[0]):
+        raise SpecError(f"rank is {rank} and ranks begins with {ranks[0]}; give one of the two")
+    return ranks
+
+
+def _paces(value: Any) -> Any:
+    """Return a pace, or paces by stage as a tuple."""
+    paces = _sequence("pace", value) if isinstance(value, (list, tuple)) else (value,)
+    if not paces:
+        raise SpecError("pace is empty; give a share of the fast weights in (0, 1], or one for each stage")
+    for stage, each in enumerate(paces, start=1):
+        name = "pace" if paces[0] is value else f"pace of stage {stage}"
+        _number(name, each)
+        if not 0 < each <= 1:
+            raise SpecError(f"{name} is {each}; it is a share of the fast weights: give a number in (0, 1]")
+    return value if paces[0] is value else paces
+
+
+def _decay(name: str, value: Any) -> None:
+    _number(name, value)
+    if not 0 < value < 1:
+        raise SpecError(f"{name} is {value}; it is what an average keeps: give a number in (0, 1)")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise SpecError(f"{name} is {value!r}; give true or false")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SpecError(f"{name} is {value!r}; give one of {', '.join(allowed)}{nearest(str(value), allowed)}")

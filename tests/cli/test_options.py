@@ -1,0 +1,70 @@
+"""The neighbours of the method in a run of the command line: trained, stopped, resumed, and folded either way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorasc_fx as lx
+from lorasc_fx.cli import main
+from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.training import Step
+from tests.cli.conftest import CONFIG
+
+OPTIONS = """
+[[spec.train_rules]]
+pattern = "7.bias"
+lr = 0.002
+slow = false
+
+[spec.noise]
+"""
+ASKED = ("--spec.ranks", "3", "1", "--spec.pace", "1.0", "0.5", "--spec.average", "swa", "--spec.lr-ratio", "4")
+
+
+@pytest.mark.slow
+def test_a_run_with_options_is_resumed_and_folded(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorasc_fx.cli import train as module
+
+    (place / "tiny.toml").write_text(CONFIG.replace("\nrank = 2", "").replace("[spec.noise]\n", OPTIONS.lstrip()))
+    assert main(["train", "tiny.toml", "--output", "whole", *ASKED]) == 0
+    spec = load_config(place / "whole" / "config.toml").spec
+    assert (spec.ranks, spec.pace, spec.average, spec.lr_ratio) == ((3, 1), (1.0, 0.5), "swa", 4.0)
+    assert spec.train_rules == (lx.TrainRule("7.bias", lr=0.002, slow=False),)
+    reached = module._Watch.__call__
+
+    def press_ctrl_c(self: object, step: Step) -> None:
+        reached(self, step)  # type: ignore[arg-type]  # the class is private
+        if step.done == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Watch, "__call__", press_ctrl_c)
+        assert main(["train", "tiny.toml", "--output", "parts", *ASKED]) == 130
+    assert main(["train", "parts/config.toml", "--resume"]) == 0
+    slow = load_file(place / "whole" / "folded.safetensors")
+    again = load_file(place / "parts" / "folded.safetensors")
+    assert all(torch.equal(slow[name], again[name]) for name in slow)
+    for run in ("whole", "parts"):
+        assert main(["fold", run, "--which", "averaged", "--output", f"{run}.safetensors"]) == 0
+        assert "averaged weights at step 12 of 12\n" in capsys.readouterr().out
+    mean = load_file(place / "whole.safetensors")
+    assert all(torch.equal(mean[name], load_file(place / "parts.safetensors")[name]) for name in mean)
+    assert not torch.equal(mean["0.weight"], slow["0.weight"])
+    assert main(["export", "whole", "--to", "safetensors", "--out", "a.safetensors", "--which", "averaged"]) == 0
+    assert all(torch.equal(mean[name], load_file(place / "a.safetensors")[name]) for name in mean)
+
+
+@pytest.mark.slow
+def test_a_run_without_an_average_has_none_to_fold(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml", "--train.steps", "2", "--train.stages", "1"]) == 0
+    assert main(["fold", "runs/tiny", "--which", "averaged", "--output", "a.safetensors"]) == 2
+    assert "the spec keeps no average of the slow weights; give it average='ema' or 'swa'" in capsys.readouterr().err
+    assert not (place / "a.safetensors").exists()

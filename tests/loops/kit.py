@@ -1,0 +1,109 @@
+"""Small models and data for other people's loops."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+import lorasc_fx as lx
+
+
+class Net(nn.Module):
+    """What a Trainer takes that is no model of transformers: a loss where there are labels."""
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 10)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.dropout(torch.tanh(self.first(x))))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def net(dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(5)
+    return Net(dropout).to(dtype)
+
+
+def rows(count: int = 20, dtype: torch.dtype = torch.float32, **more: Any) -> list[dict[str, Any]]:
+    """Rows of data, with columns that no model asks for."""
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(count, 6, generator=generator, dtype=dtype)
+    labels = torch.randint(4, (count,), generator=generator)
+    return [{"x": x[index], "labels": labels[index], "row": index, **more} for index in range(count)]
+
+
+def adapted(spec: lx.CascadeSpec, dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> lx.Cascade:
+    x = torch.zeros(3, 6, dtype=dtype)
+    kwargs = {"labels": torch.zeros(3, dtype=torch.long)}
+    return lx.adapt(net(dropout, dtype), args=(x,), kwargs=kwargs, spec=spec, frontend="symbolic")
+
+
+def llama(**more: Any) -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        **{
+            "vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False, **more,
+        }
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double()
+
+
+def texts(count: int = 8, length: int = 9) -> list[dict[str, Tensor]]:
+    """Token rows, some of them padded, whose labels leave the padding out."""
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for index in range(count):
+        ids = torch.randint(3, 40, (length,), generator=generator)
+        mask = torch.ones(length, dtype=torch.long)
+        mask[length - index % 3 :] = 0
+        ids = ids * mask
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask > 0, ids, -100)})
+    return found
+
+
+def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    plain = {
+        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "learning_rate": 0.02, "report_to": [],
+        "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
+        "use_cpu": True, "dataloader_pin_memory": False, "num_train_epochs": 2,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **{**plain, **more})
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def merged(cascade: lx.Cascade) -> dict[str, Tensor]:
+    """The weights of a cascade by the formula, in fp64: W0 + S, and W0 + S + s B A for the running branch."""
+    found = {}
+    for weight, branch in cascade.core.branches_by_weight().items():
+        state = cascade.core.slow.states[weight]
+        slow = state.base.double().clone()
+        if state.dense_slow is not None:  # experts that outgrew their weight
+            slow += state.dense_slow.double().view_as(slow)
+        for coefficient, expert in zip(state.slow, state.experts, strict=True):
+            slow += coefficient * expert.factors.b.double() @ expert.factors.a.double()
+        found[weight] = slow
+        found[f"fast {weight}"] = (
+            slow + branch.scale * branch.lora_B.detach().double() @ branch.lora_A.detach().double()
+        )
+    return found
+
+
+def with_weights(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    """A copy of a model that has these numbers, and nothing of ours."""
+    plain = copy.deepcopy(model)
+    plain.load_state_dict({name: value.clone() for name, value in values.items()}, strict=False)
+    return plain.eval()

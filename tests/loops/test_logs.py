@@ -1,0 +1,83 @@
+"""The logger `lorasc_fx`: quiet until it is asked, and then the time of each capture, variant and transition."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx.runtime import transition
+
+ROOT = Path(__file__).parents[2]
+
+WARNS = """
+import torch, lorasc_fx as lx
+cascade = lx.adapt(torch.nn.Linear(5, 3), args=(torch.ones(2, 5),), spec=lx.CascadeSpec(rank=9), frontend="symbolic")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "told"), [("", False), ("import logging; logging.basicConfig()", True)])
+def test_quiet_until_asked(asked: str, told: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", asked + WARNS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("rank 9 is more than weight can have" in done.stderr) == told
+    assert told or done.stderr == ""
+
+
+def test_captures_variants_and_transitions_are_timed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="lorasc_fx")
+    model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.1), nn.Linear(7, 3))
+    cascade = lx.adapt(model, args=(torch.ones(2, 5),), spec=lx.CascadeSpec(rank=2))
+    cascade.eval()(torch.ones(2, 5))
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    cascade.train()(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    began = time.monotonic()
+    original = transition.start_of
+
+    def slowly(*args: object) -> torch.Tensor:
+        time.sleep(0.06)
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(transition, "start_of", slowly)
+    cascade.transition(optimizer)
+    took = time.monotonic() - began
+    found = [record.getMessage() for record in caplog.records if record.name == "lorasc_fx"]
+    patterns = [
+        r"Sequential captured by export, in \d+\.\d\d s",
+        r"adapted: variant 1 by export, 2 sites, in \d+\.\d\d s",
+        r"Sequential captured by export, in \d+\.\d\d s",
+        r"variant 2 by export, in \d+\.\d\d s",
+        r"stage 1 folded, 2 experts, in (\d+\.\d\d) s",
+    ]
+    assert len(found) == len(patterns)
+    for pattern, message in zip(patterns, found, strict=True):
+        assert re.fullmatch(pattern, message), message
+    seconds = float(re.fullmatch(patterns[-1], found[-1])[1])  # type: ignore[index]
+    assert 0.12 <= seconds <= took + 0.01  # two sites, 0.06 s each
+
+
+def test_a_front_end_that_refuses_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) if x.sum().item() > 0 else self.inner(-x)
+
+    caplog.set_level(logging.INFO, logger="lorasc_fx")
+    lx.adapt(Branching(), args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
+    assert re.search(r"Branching not captured by export, in \d+\.\d\d s: .+", caplog.text)
+    assert re.search(r"Branching captured by pieces, in \d+\.\d\d s", caplog.text)

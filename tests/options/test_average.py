@@ -1,0 +1,198 @@
+"""Averages of the slow weights over stages: against torch's AveragedModel, which averages dense copies."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+import lorasc_fx as lx
+from tests.errors.models import exactly
+from tests.errors.state import unchanged
+from tests.unit.cases import batches, branches, randomize, train
+
+X = batches(1, 6, 20)[0]
+EXACT = {"rtol": 0, "atol": 1e-12}
+KINDS = {"swa": {"average": "swa"}, "ema": {"average": "ema", "average_decay": 0.7}}
+
+
+def wide() -> nn.Module:
+    """Weights of which `0.weight` holds five experts of rank 1, and `2.weight` becomes dense at the third."""
+    torch.manual_seed(8)
+    return nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 2, bias=False), nn.Linear(2, 3)).double()
+
+
+def cascade_of(average: str, restart: str = "slow", **options: Any) -> lx.Cascade:
+    spec = lx.CascadeSpec(
+        **{"exclude": ("3.weight",), "train": ("3.*",), "rank": 1, "lora_alpha": 1.5, "pace": 0.4, "restart": restart}
+        | KINDS[average]
+        | options
+    )
+    return lx.adapt(wide(), (X,), spec=spec, frontend="symbolic")
+
+
+def stage(cascade: lx.Cascade, seed: int) -> None:
+    """Other values in what trains; the stage is not ended."""
+    randomize(cascade, seed)
+    with torch.no_grad():
+        cascade.model[3].bias.add_(torch.randn(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+
+class Averaged:
+    """torch's average of the models that the slow weights make, stage by stage."""
+
+    def __init__(self, average: str) -> None:
+        self.model = wide()
+        rule = get_ema_avg_fn(0.7) if average == "ema" else None
+        self.mean = AveragedModel(self.model, avg_fn=rule)
+
+    def take(self, cascade: lx.Cascade) -> None:
+        with cascade.weights("slow"):
+            self.model.load_state_dict(cascade.model.state_dict())
+        self.mean.update_parameters(self.model)
+
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        return dict(self.mean.module.named_parameters())
+
+
+def assert_averaged(cascade: lx.Cascade, expected: Averaged) -> None:
+    with unchanged(cascade), cascade.weights("averaged"):
+        for name, value in cascade.model.named_parameters():
+            torch.testing.assert_close(value.detach(), expected.values[name].detach(), **EXACT, msg=name)
+        torch.testing.assert_close(cascade(X), expected.mean(X), **EXACT)
+
+
+@pytest.mark.parametrize("slow_train", [True, False])
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+@pytest.mark.parametrize("average", KINDS)
+def test_the_average_is_torchs(average: str, restart: str, slow_train: bool, tmp_path: Path) -> None:
+    cascade, expected = cascade_of(average, restart, slow_train=slow_train, noise=lx.Noise(0.1)), Averaged(average)
+    for seed in range(5):
+        stage(cascade, seed)
+        cascade.transition(None)
+        if slow_train:
+            expected.take(cascade)
+            assert_averaged(cascade, expected)
+        if seed == 2:
+            lx.save(cascade, tmp_path)
+            cascade = lx.load(tmp_path, wide(), (X,))
+    assert cascade.core.slow.states["0.weight"].experts
+    assert not cascade.core.slow.states["2.weight"].experts  # dense by now
+    with cascade.weights("slow"):
+        slow = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
+    with cascade.weights("averaged"):
+        assert all((slow[name] - dict(cascade.model.named_parameters())[name]).abs().max() > 1e-3
+                   for name in ("0.weight", "2.weight", "3.bias"))  # fmt: skip
+
+
+@pytest.mark.parametrize("average", KINDS)
+def test_no_dense_copy_is_held(average: str) -> None:
+    cascade = cascade_of(average)
+    for seed in range(3):
+        stage(cascade, seed)
+        cascade.transition(None)
+    state = cascade.core.slow.states["0.weight"]
+    assert state.dense_average is None
+    assert len(state.average) == len(state.experts) == 3
+
+
+@pytest.mark.parametrize("average", KINDS)
+def test_folds_can_choose_it(average: str, tmp_path: Path) -> None:
+    """A running stage that has trained counts as ended, as at any release."""
+    cascade, expected = cascade_of(average, exclude=("3.weight", "2.weight")), Averaged(average)
+    for seed in range(3):
+        stage(cascade, seed)
+        cascade.transition(None)
+        expected.take(cascade)
+    stage(cascade, 7)
+    lx.save(cascade, tmp_path / "run")
+    twin = copy.deepcopy(cascade)
+    twin.transition(None)
+    expected.take(twin)
+    values = expected.values
+    state = cascade.folded_state_dict(which="averaged")
+    lx.export.safetensors(cascade, tmp_path / "a.safetensors", which="averaged")
+    lx.export.pt2(cascade, tmp_path / "a.pt2", which="averaged")
+    lx.export.peft(cascade, tmp_path / "adapter", which="averaged")
+    theirs = peft.PeftModel.from_pretrained(wide(), tmp_path / "adapter")
+    out = expected.mean(X)
+    torch.testing.assert_close(theirs(X), out, **EXACT)
+    torch.testing.assert_close(cascade.folded_graph(which="averaged")(X), out, **EXACT)
+    torch.testing.assert_close(torch.export.load(tmp_path / "a.pt2").module()(X), out, **EXACT)
+    written = load_file(tmp_path / "a.safetensors")
+    loaded = lx.load(tmp_path / "run", wide(), (X,)).release(which="averaged").state_dict()
+    model = cascade.release(which="averaged")
+    for name, value in values.items():
+        for found in (state[name], written[name], loaded[name], dict(model.named_parameters())[name]):
+            torch.testing.assert_close(found.detach(), value.detach(), **EXACT, msg=name)
+
+
+def test_a_rewind_begins_the_average_anew() -> None:
+    cascade, expected = cascade_of("swa", exclude=("3.weight", "2.weight")), Averaged("swa")
+    for seed in range(3):
+        stage(cascade, seed)
+        cascade.transition(None)
+        if seed == 0:
+            expected.take(cascade)
+    cascade.rewind(1, None)
+    assert_averaged(cascade, expected)
+    for seed in (5, 6):
+        stage(cascade, seed)
+        cascade.transition(None)
+        expected.take(cascade)
+    assert_averaged(cascade, expected)
+
+
+def test_a_branch_that_is_left_out_stands_still_in_it() -> None:
+    cascade, expected = cascade_of("ema", on_nonfinite="skip"), Averaged("ema")
+    for seed in range(3):
+        stage(cascade, seed)
+        if seed == 1:
+            with torch.no_grad():
+                branches(cascade)["0.weight"].lora_B[0, 0] = float("nan")
+                cascade.model[3].bias[0] = float("nan")
+        cascade.transition(None)
+        expected.take(cascade)
+    assert_averaged(cascade, expected)
+
+
+def test_before_a_stage_has_ended_it_is_the_base() -> None:
+    cascade = cascade_of("ema")
+    stage(cascade, 1)
+    with cascade.weights("averaged"):
+        for name, value in wide().named_parameters():
+            assert torch.equal(dict(cascade.model.named_parameters())[name], value)
+
+
+def test_no_average_is_kept_unasked(tmp_path: Path) -> None:
+    spec = lx.CascadeSpec(rank=1, lora_alpha=1.5)
+    cascade = lx.adapt(wide(), (X,), spec=spec)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    train(cascade, optimizer, [X])
+    cascade.transition(optimizer)
+    assert all(state.average is None for state in cascade.core.slow.states.values())
+    sentence = "the spec keeps no average of the slow weights; give it average='ema' or 'swa'"
+    calls: dict[str, Any] = {
+        "weights('averaged')": lambda: cascade.weights("averaged").__enter__(),
+        "folded_state_dict": lambda: cascade.folded_state_dict(which="averaged"),
+        "folded_graph": lambda: cascade.folded_graph(which="averaged"),
+        "release": lambda: cascade.release(which="averaged"),
+        "export.safetensors": lambda: lx.export.safetensors(cascade, tmp_path / "a.safetensors", which="averaged"),
+        "export.peft": lambda: lx.export.peft(cascade, tmp_path / "a", which="averaged"),
+    }
+    for call, run in calls.items():
+        with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=exactly(f"{call}: {sentence}")):
+            run()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(lx.StateError, match=exactly("release: give one of slow, averaged; nearest: 'averaged'")):
+        cascade.release(which="average")  # type: ignore[arg-type]
+    with pytest.raises(lx.StateError, match=exactly("folded_state_dict: give one of slow, averaged")):
+        cascade.folded_state_dict(which="fast")  # type: ignore[arg-type]

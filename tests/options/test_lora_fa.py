@@ -1,0 +1,223 @@
+"""lora_A that stands still (LoRA-FA, 2308.03303), against peft's optimizer for it; and what is not kept then."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft.optimizers import create_lorafa_optimizer
+from torch import nn
+from torch.nn.functional import linear
+
+import lorasc_fx as lx
+from tests.errors.models import exactly
+from tests.options.test_rates import LR, X, lora_of
+from tests.unit.cases import PLAIN, batches, branches, loss_of, mlp, train
+
+
+class Hf(torch.optim.Optimizer):
+    """AdamW of transformers, which peft's optimizer is made of: eps outside of the bias correction."""
+
+    def __init__(self, groups: Any, eps: float = 1e-6) -> None:
+        super().__init__(groups, {"eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                count = state["step"] = state.get("step", 0) + 1
+                mean = state.setdefault("mean", torch.zeros_like(parameter))
+                square = state.setdefault("square", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 0.1)
+                square.lerp_(parameter.grad**2, 0.001)
+                size = group["lr"] * math.sqrt(1 - 0.999**count) / (1 - 0.9**count)
+                parameter.addcdiv_(mean, square.sqrt() + group["eps"], value=-size)
+
+
+@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_lora_fa_is_pefts(placement: str, use_rslora: bool) -> None:
+    original = copy.deepcopy(mlp())
+    spec = lx.CascadeSpec(
+        **PLAIN, use_rslora=use_rslora, train_A=False, nearest_full_gradient=True, placement=placement
+    )
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    before = {name: branch.lora_A.detach().clone() for name, branch in branches(cascade).items()}
+    theirs = lora_of(original, cascade, use_rslora=use_rslora)
+    made = create_lorafa_optimizer(theirs, r=PLAIN["rank"], lora_alpha=PLAIN["lora_alpha"], lr=LR)
+    calls = batches(20, 4, 5)
+    ours, expected = train(cascade, Hf(cascade.param_groups(lr=LR)), calls), train(theirs, made, calls)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    for name, branch in branches(cascade).items():
+        assert torch.equal(branch.lora_A, before[name])
+        assert branch.lora_A.grad is None
+
+
+def test_the_corrected_step_is_the_nearest_to_the_full_one() -> None:
+    """`min over dB of |s dB A - G|`, by least squares in fp64, for a weight used whole, in slices, and turned."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 6)).double()
+    full = copy.deepcopy(model)
+    spec = lx.CascadeSpec(rank=3, lora_alpha=4.5, train_A=False, nearest_full_gradient=True)
+    cascade = lx.adapt(model, (X,), spec=spec)
+    loss_of(full(X)).backward()
+    loss_of(cascade(X)).backward()
+    for name, branch in branches(cascade).items():
+        gradient = dict(full.named_parameters())[name].grad
+        found = torch.linalg.lstsq(branch.lora_A.detach().t() * branch.scale, gradient.t()).solution.t()
+        torch.testing.assert_close(branch.lora_B.grad, found, rtol=1e-6, atol=1e-9)
+        assert found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+@pytest.mark.parametrize("kind", ["conv", "shared", "dropout", "embedding", "experts", "slices"])
+def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str, nearest: bool) -> None:
+    torch.manual_seed(4)
+    models: dict[str, tuple[nn.Module, Any]] = {
+        "conv": (nn.Sequential(nn.Conv2d(3, 4, (3, 2), stride=2, padding=1), nn.SiLU(), nn.Conv2d(4, 6, 1)),
+                 torch.randn(2, 3, 8, 7)),
+        "shared": (Shared(), torch.randn(2, 6, 5)),
+        "dropout": (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)),
+        "embedding": (nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3)), torch.tensor([[1, 2, 2], [4, 8, 0]])),
+        "experts": (Experts(), torch.randn(4, 5)),
+        "slices": (Packed(), torch.randn(4, 5)),
+    }  # fmt: skip
+    model, x = models[kind]
+    x = x.double() if x.is_floating_point() else x
+    options = {"rank": 2, "lora_alpha": 3.0, "dropout": 0.4 if kind == "dropout" else 0.0}
+    found = []
+    for fixed in (True, False):
+        spec = lx.CascadeSpec(**options, train_A=not fixed, nearest_full_gradient=nearest and fixed)
+        cascade = lx.adapt(copy.deepcopy(model).double().train(), (x,), spec=spec)
+        for branch in branches(cascade).values():
+            with torch.no_grad():
+                branch.lora_B.copy_(torch.linspace(-1, 1, branch.lora_B.numel()).view_as(branch.lora_B))
+        torch.manual_seed(9)
+        given = x.clone().requires_grad_(x.is_floating_point())
+        loss_of(cascade(given)).backward()
+        found.append((given.grad, branches(cascade)))
+    (dx, ours), (expected_dx, theirs) = found
+    assert len(ours) >= 1
+    torch.testing.assert_close(dx, expected_dx, rtol=0, atol=1e-12)
+    for name, branch in ours.items():
+        a, slope = branch.lora_A.detach(), theirs[name].lora_B.grad
+        if nearest:
+            slopes = slope.split(branch.parts, -2) if branch.parts else [slope]
+            each = a.chunk(len(slopes), -2)
+            steady = [one @ one.transpose(-2, -1) + 1e-8 * torch.eye(2) for one in each]  # as peft does
+            inverse = [torch.linalg.inv(one) / branch.scale**2 for one in steady]
+            slope = torch.cat([one @ other for one, other in zip(slopes, inverse, strict=True)], -2)
+        torch.testing.assert_close(branch.lora_B.grad, slope, rtol=1e-9, atol=1e-11, msg=name)
+        assert branch.lora_A.grad is None
+        assert theirs[name].lora_A.grad is not None
+
+
+class Shared(nn.Module):
+    """Two products of one input, which the branches read as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).tanh() * self.other(x))
+
+
+class Packed(nn.Module):
+    """A weight of which slices are used, each with a pair of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(torch.randn(7, 5) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.packed[:3]).tanh() @ linear(x, self.packed[3:]).sum(0)[:3]
+
+
+class Experts(nn.Module):
+    """A stack of three matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(3, 6, 5) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x.expand(3, -1, -1), self.stack.transpose(1, 2)).tanh().sum(0)
+
+
+@pytest.mark.slow
+def test_it_can_be_compiled_and_transformed() -> None:
+    spec = lx.CascadeSpec(**PLAIN, train_A=False, nearest_full_gradient=True)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    loss_of(cascade(X)).backward()
+    expected = {name: value.grad for name, value in cascade.named_parameters() if value.grad is not None}
+    assert len(expected) == 3
+    cascade.zero_grad()
+    loss_of(torch.compile(cascade, backend="aot_eager", fullgraph=True)(X)).backward()
+    held = {name: value for name, value in cascade.named_parameters() if name in expected}
+    func = torch.func.grad(lambda values: loss_of(torch.func.functional_call(cascade, values, (X,))))(
+        {name: value.detach() for name, value in held.items()}
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(held[name].grad, value, rtol=0, atol=1e-12, msg=name)
+        torch.testing.assert_close(func[name], value, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(40, 50), lambda: nn.Conv2d(40, 50, 3, padding=1)])
+def test_the_input_is_not_kept(build: Any) -> None:
+    """Bytes that autograd saves between forward and backward, counted by torch: without lora_A's gradient x is not
+    among them.
+    """
+    saved = {}
+    for fixed in (False, True):
+        torch.manual_seed(0)
+        inner = build()
+        x = torch.randn(64, 40) if isinstance(inner, nn.Linear) else torch.randn(4, 40, 6, 6)
+        model = nn.Sequential(inner, nn.Tanh())
+        spec = lx.CascadeSpec(rank=2, train_A=not fixed, placement="beside")
+        cascade = lx.adapt(model, (x,), spec=spec)
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        moving = x * 1.0  # an activation of its own
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss_of(cascade(moving)).backward()
+        saved[fixed] = moving.untyped_storage().data_ptr() in kept
+    assert saved == {False: True, True: False}
+
+
+def test_a_cascade_of_stages_with_a_fixed_lora_a() -> None:
+    spec = lx.CascadeSpec(rank=2, pace=1.0, train_A=False)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    assert [group["name"] for group in optimizer.param_groups] == ["lora_B"]
+    first = None
+    for _ in cascade.stages(3, optimizer):
+        drawn = branches(cascade)["0.weight"].lora_A.detach().clone()
+        assert first is None or not torch.equal(first, drawn)
+        first = drawn
+        losses = train(cascade, optimizer, batches(5, 4, 5))
+        assert losses[-1].isfinite()
+        assert torch.equal(branches(cascade)["0.weight"].lora_A, drawn)
+    assert not torch.equal(cascade.release()[0].weight, mlp()[0].weight)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(5, 7), lambda: nn.Conv1d(5, 7, 1)])
+def test_a_gradient_of_a_gradient(build: Any) -> None:
+    model = nn.Sequential(build(), nn.Tanh()).double()
+    x = batches(1, 4, 5)[0] if isinstance(model[0], nn.Linear) else batches(1, 4, 5, 3)[0]
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, train_A=False, placement="beside"))
+    given = x.clone().requires_grad_()
+    sentence = (
+        "a gradient of a gradient needs the input of a branch, which train_A=False does not keep; "
+        "adapt with train_A=True"
+    )
+    with pytest.raises(lx.StateError, match=exactly(sentence)):
+        torch.autograd.grad(loss_of(cascade(given)), given, create_graph=True)

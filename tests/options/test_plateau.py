@@ -1,0 +1,86 @@
+"""A stage that ends early: by the rule of torch's ReduceLROnPlateau, whose first reduction is the end of a stage."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+import lorasc_fx as lx
+from tests.errors.models import exactly
+from tests.unit.cases import batches, mlp, train
+
+
+def theirs(metrics: list[float], patience: int, threshold: float, mode: str, threshold_mode: str) -> list[int]:
+    """Where stages end, a new scheduler of torch's for each."""
+    ends: list[int] = []
+    scheduler = None
+    for index, metric in enumerate(metrics):
+        if scheduler is None:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            scheduler = ReduceLROnPlateau(
+                optimizer,
+                mode,
+                0.5,
+                patience,
+                threshold,
+                threshold_mode,  # type: ignore[arg-type]
+            )
+        scheduler.step(metric)
+        if optimizer.param_groups[0]["lr"] < 1:
+            ends.append(index)
+            scheduler = None
+    return ends
+
+
+@pytest.mark.parametrize("threshold_mode", ["rel", "abs"])
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(("patience", "threshold"), [(0, 0.0), (2, 1e-4), (1, 0.2), (4, 0.05)])
+def test_stages_end_where_torch_reduces(patience: int, threshold: float, mode: str, threshold_mode: str) -> None:
+    source = random.Random(patience)
+    metrics = [math.exp(-index / 20) + source.uniform(-0.1, 0.1) for index in range(120)]
+    metrics[30] = math.nan
+    plateau = lx.Plateau(patience, threshold, mode, threshold_mode)  # type: ignore[arg-type]
+    found = [index for index, metric in enumerate(metrics) if plateau.over(torch.tensor(metric, dtype=torch.float64))]
+    assert found == theirs(metrics, patience, threshold, mode, threshold_mode)
+    assert len(found) > 3
+
+
+def test_in_a_loop_over_stages_and_resumed() -> None:
+    cascade = lx.adapt(mlp(), (batches(1, 4, 5)[0],), spec=lx.CascadeSpec(rank=2))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    plateau, lengths = lx.Plateau(patience=1), []
+    metrics = iter([3.0, 2.0, 2.0, 2.5, 9.0, 8.0, 7.0, 7.0, 7.0, 1.0, 1.0, 1.0])
+    for _ in cascade.stages(3, optimizer):
+        length = 0
+        while True:
+            length += 1
+            train(cascade, optimizer, batches(1, 4, 5))
+            state = json.loads(json.dumps(plateau.state_dict()))
+            plateau = lx.Plateau(patience=1)
+            plateau.load_state_dict(state)
+            if plateau.over(next(metrics)):
+                break
+        lengths.append(length)
+    assert lengths == [4, 5, 3]
+    assert cascade.stage == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"patience": -1}, "Plateau: patience is -1; give a number of reports, an integer of 0 or more"),
+        ({"patience": True}, "Plateau: patience is True; give a number of reports, an integer of 0 or more"),
+        ({"threshold": -0.1}, "Plateau: threshold is -0.1; give a finite number of 0 or more"),
+        ({"threshold": math.nan}, "Plateau: threshold is nan; give a finite number of 0 or more"),
+        ({"mode": "low"}, "Plateau: mode is 'low'; give 'min' or 'max'"),
+        ({"threshold_mode": "relative"}, "Plateau: threshold_mode is 'relative'; give 'rel' or 'abs'"),
+    ],
+)
+def test_what_it_refuses(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+        lx.Plateau(**options)  # type: ignore[arg-type]

@@ -1,0 +1,303 @@
+"""Ranks and paces by stage: against dense recursions in fp64, and against peft's chain of adapters of these ranks."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, StageTransition
+from tests.errors.models import exactly
+from tests.errors.test_all_or_nothing import everywhere, result
+from tests.unit.cases import batches, branches, factors, loss_of, mlp, randomize, train
+from tests.unit.test_trajectory import set_factors, trainable
+
+X = batches(1, 4, 5)[0]
+RANKS = (4, 2, 3, 1)
+
+
+def adapted(frontend: str = "symbolic", **options: Any) -> tuple[lx.Cascade, torch.optim.Optimizer]:
+    spec = lx.CascadeSpec(**{"ranks": RANKS, "lora_alpha": 4.5, "pace": 1.0} | options)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend=frontend)
+    return cascade, torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "pieces"])
+def test_stages_are_a_chain_of_pefts_adapters_of_these_ranks(frontend: str) -> None:
+    theirs: nn.Module = copy.deepcopy(mlp())
+    cascade, optimizer = adapted(frontend)
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    calls = batches(25, 4, 5)
+    for stage, rank in zip(cascade.stages(5, optimizer), (4, 2, 3, 1, 1), strict=True):
+        assert {branch.rank for branch in branches(cascade).values()} == {rank}
+        assert {site.rank for site in cascade.sites} == {rank}
+        assert cascade.sites[0].scale == 4.5 / rank
+        config = peft.LoraConfig(r=rank, lora_alpha=4.5, target_modules=["0", "2", "4"], lora_dropout=0.0)
+        adapter = peft.get_peft_model(theirs, config)
+        set_factors(adapter, factors(cascade))
+        part = calls[stage.number * 5 - 5 : stage.number * 5]
+        ours = train(cascade, optimizer, part)
+        expected = train(adapter, torch.optim.AdamW(trainable(adapter), lr=1e-2), part)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+        theirs = adapter.merge_and_unload()
+    assert {id(each) for group in optimizer.param_groups for each in group["params"]} == held
+    for name, value in cascade.release().state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-9, msg=name)
+
+
+def test_a_loss_of_an_earlier_stage_may_be_held() -> None:
+    """torch remembers the shape of what gathers a gradient for as long as a graph of before lives."""
+    cascade, optimizer = adapted()
+    losses = []
+    for _ in cascade.stages(4, optimizer):
+        loss = loss_of(cascade(X))
+        loss.backward()
+        losses.append(loss)
+        for branch in branches(cascade).values():
+            assert branch.lora_B.grad.shape == branch.lora_B.shape
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(losses) == 4
+
+
+def test_gradients_that_wait_are_seen_after_a_change_of_rank() -> None:
+    cascade, optimizer = adapted()
+    train(cascade, optimizer, [X])
+    cascade.transition(optimizer)
+    loss_of(cascade(X)).backward()
+    with pytest.raises(lx.StateError, match=r"^transition: gradients are pending on branches\.0/weight\.lora_B"):
+        cascade.transition(optimizer)
+    optimizer.zero_grad()
+    cascade.transition(optimizer)
+
+
+@pytest.mark.parametrize("state", ["reset", "kept", 0.5])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda groups: torch.optim.SGD(groups, momentum=0.9)])
+def test_state_of_the_optimizer_is_dropped_where_the_rank_changes(make: Any, state: Any) -> None:
+    cascade, _ = adapted(ranks=(3, 3, 2), optimizer_state=state)
+    optimizer = make(cascade.param_groups(lr=1e-2))
+    for number, _ in enumerate(cascade.stages(3, optimizer), start=1):
+        own = [each for branch in branches(cascade).values() for each in branch.parameters()]
+        assert all(bool(optimizer.state.get(each)) == (number == 2 and state != "reset") for each in own)
+        train(cascade, optimizer, batches(2, 4, 5))
+
+
+def test_kept_factors_are_fresh_where_the_rank_changes() -> None:
+    cascade, optimizer = adapted(ranks=(3, 3, 2), restart_A="kept")
+    plain, _ = adapted(ranks=(3, 3, 2))
+    train(cascade, optimizer, batches(2, 4, 5))
+    before = factors(cascade)
+    cascade.transition(optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in factors(cascade).items())
+    cascade.transition(optimizer)
+    for _ in range(2):
+        plain.transition(None)
+    assert all(torch.equal(value, factors(plain)[name]) for name, value in factors(cascade).items())
+
+
+def slow_by_hand(cascade: lx.Cascade, paces: tuple[float, ...]) -> dict[str, torch.Tensor]:
+    """End a stage for each pace, after other values in B; returns W0 + S by the recursion in dense fp64."""
+    weights = {
+        name: value.detach().clone() for name, value in mlp().named_parameters() if name in cascade.plan.by_weight
+    }
+    for seed, pace in enumerate(paces):
+        randomize(cascade, seed)
+        for name, branch in branches(cascade).items():
+            weights[name] += pace * (branch.scale * branch.lora_B @ branch.lora_A).detach()
+        cascade.transition(None)
+    return weights
+
+
+@pytest.mark.parametrize("pace", [(1.0, 0.5, 0.25), 0.4])
+def test_pace_by_stage(pace: Any) -> None:
+    cascade, _ = adapted(pace=pace)
+    paces = (1.0, 0.5, 0.25, 0.25, 0.25) if isinstance(pace, tuple) else (0.4,) * 5
+    for name, value in slow_by_hand(cascade, paces).items():
+        torch.testing.assert_close(dict(cascade.model.named_parameters())[name].detach(), value, rtol=0, atol=1e-12)
+    assert str(cascade).splitlines()[1].startswith(f"  stage 6, pace {paces[-1]:g}, ")
+
+
+def test_a_rule_with_a_rank_of_its_own_stays() -> None:
+    cascade, _ = adapted(rules=(lx.Rule("2.weight", rank=5), lx.Rule("4.weight", lora_alpha=9.0)))
+    seen = []
+    for _ in range(5):
+        seen.append([site.rank for site in cascade.sites])
+        assert [branches(cascade)[site.weight].rank for site in cascade.sites] == seen[-1]
+        cascade.transition(None)
+    assert seen == [[4, 5, 4], [2, 5, 2], [3, 5, 3], [1, 5, 1], [1, 5, 1]]
+
+
+def test_checkpoints_resume_with_the_rank_of_their_stage(tmp_path: Path) -> None:
+    calls = batches(12, 4, 5)
+    whole, one = adapted(noise=lx.Noise(0.2))
+    parts, other = adapted(noise=lx.Noise(0.2))
+    for each, optimizer in ((whole, one), (parts, other)):
+        train(each, optimizer, calls[:3])
+        each.transition(optimizer)
+        train(each, optimizer, calls[3:6])
+    lx.save(parts, tmp_path, optimizer=other)
+    again = lx.load(tmp_path, mlp(), (X,))
+    assert again.plan == whole.plan
+    optimizer = torch.optim.AdamW(again.param_groups(lr=1e-2))
+    again.resume(optimizer)
+    for each, held in ((whole, one), (again, optimizer)):
+        train(each, held, calls[6:9])
+        each.transition(held)
+        train(each, held, calls[9:])
+    found = again.release().state_dict()
+    for name, value in whole.release().state_dict().items():
+        assert torch.equal(value, found[name])
+
+
+def test_earlier_stages_come_back_and_the_next_has_the_rank_of_its_number() -> None:
+    model, (x,) = wide(), batches(1, 4, 40)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(ranks=RANKS, lora_alpha=4.5))
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    slow = []
+    for _ in range(3):
+        train(cascade, optimizer, [x, x])
+        cascade.transition(optimizer)
+        slow.append({name: value.detach().clone() for name, value in cascade.model.named_parameters()})
+    cascade.rewind(1, optimizer)
+    assert cascade.stage == 5
+    assert {branch.rank for branch in branches(cascade).values()} == {1}
+    for name, value in cascade.model.named_parameters():
+        torch.testing.assert_close(value.detach(), slow[0][name], rtol=0, atol=1e-12)
+    train(cascade, optimizer, [x, x])
+    cascade.transition(optimizer)
+
+
+def wide() -> nn.Module:
+    """Weights that hold more numbers than the experts of a few stages."""
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20)).double()
+
+
+def test_exports_and_sums_hold_experts_of_several_ranks(tmp_path: Path) -> None:
+    x = batches(1, 4, 40)[0]
+    spec = lx.CascadeSpec(ranks=(3, 1), lora_alpha=4.5)
+    large = lx.adapt(wide(), (x,), spec=spec)
+    optimizer = torch.optim.AdamW(large.param_groups(lr=1e-2))
+    for _ in large.stages(2, optimizer):
+        train(large, optimizer, batches(3, 4, 40))
+    written = lx.export.peft(large, tmp_path / "adapter")
+    assert set(written.ranks.values()) == {4}
+    theirs = peft.PeftModel.from_pretrained(wide(), tmp_path / "adapter")
+    with large.weights("slow"):
+        expected = large(x)
+        torch.testing.assert_close(theirs(x), expected, rtol=0, atol=1e-12)
+    folded = large.folded_graph()
+    torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-12)
+    lx.save(large, tmp_path / "run")
+    merged = lx.merge([tmp_path / "run", large], wide(), (x,))
+    assert {site.rank for site in merged.sites} == {1}
+    torch.testing.assert_close(merged.release()(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["memory", pytest.param("interrupt", marks=pytest.mark.slow)])
+def test_a_transition_to_another_rank_is_done_or_not_done(kind: str) -> None:
+    cascade, optimizer = adapted("symbolic", noise=lx.Noise(0.2))
+    twin, others = adapted("symbolic", noise=lx.Noise(0.2))
+    for each, held in ((cascade, optimizer), (twin, others)):
+        train(each, held, batches(2, 4, 5))
+    assert everywhere(kind, lambda: cascade.transition(optimizer), cascade, optimizer) > 20
+    twin.transition(others)
+    for each, held in ((cascade, optimizer), (twin, others)):
+        train(each, held, batches(2, 4, 5))
+    ours, theirs = result(cascade, optimizer), result(twin, others)
+    assert ours.keys() == theirs.keys()
+    assert branches(cascade)["0.weight"].lora_A.shape == (2, 5)
+    for name, value in factors(cascade).items():
+        assert torch.equal(value, factors(twin)[name])
+
+
+class Late(nn.Module):
+    """A head that eval mode alone uses, or with `python` inputs of a negative sum, which no whole graph can tell."""
+
+    def __init__(self, python: bool) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.body, self.head, self.python = nn.Linear(5, 7), nn.Linear(7, 6), python
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.body(x).tanh()
+        if self.python:
+            return hidden if x.sum() > 0 else self.head(hidden)
+        return hidden if self.training else self.head(hidden)
+
+
+@pytest.mark.parametrize("python", [False, True])
+def test_a_site_that_comes_in_a_later_stage_has_the_rank_of_that(python: bool) -> None:
+    spec = lx.CascadeSpec(ranks=RANKS, lora_alpha=4.5, pace=1.0)
+    x = torch.ones(4, 5).double()
+    cascade = lx.adapt(Late(python).double().train(), (x,), spec=spec)
+    assert cascade.frontend == ("pieces" if python else "export")
+    for _ in range(2):
+        cascade(x)
+        cascade.transition(None)
+    assert len(cascade.sites) == 1
+    cascade.train(python)
+    expected = Late(python).double().train(python)
+    torch.testing.assert_close(cascade(-x), expected(-x), rtol=0, atol=1e-12)
+    assert {name: branch.rank for name, branch in branches(cascade).items()} == {"body.weight": 3, "head.weight": 3}
+    assert cascade.stage == 3
+    cascade.transition(None)
+    torch.testing.assert_close(cascade(-x), expected(-x), rtol=0, atol=1e-12)
+    assert {branch.rank for branch in branches(cascade).values()} == {1}
+
+
+@pytest.mark.slow
+def test_compiled_code_is_compiled_again() -> None:
+    """The oracle is the cascade without a compiler; the same graph serves again where the rank is known already."""
+    seen: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, example: Any) -> Any:
+        seen.append(1)
+        return module.forward
+
+    cascade, optimizer = adapted("export", ranks=(4, 2, 2))
+    compiled = torch.compile(cascade, backend=backend, fullgraph=True)
+    counts = []
+    for _ in cascade.stages(3, optimizer):
+        for _ in range(2):
+            loss = loss_of(compiled(X))
+            torch.testing.assert_close(loss, loss_of(cascade(X)), rtol=0, atol=1e-12)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        counts.append(len(seen))
+    assert counts[1] > counts[0]
+    assert counts[2] == counts[1]
+
+
+def test_the_pass_in_a_graph_that_owns_its_weights() -> None:
+    spec = lx.CascadeSpec(ranks=RANKS, lora_alpha=4.5, pace=0.5)
+    graph = Pipeline([MatchSites(spec), InsertBranches()])(torch.fx.symbolic_trace(mlp())).graph_module
+    cascade, _ = adapted("symbolic", pace=0.5)
+    held = [id(each) for each in graph.branches.parameters()]
+    for seed in range(3):
+        for branch, other in zip(graph.branches.children(), branches(cascade).values(), strict=True):
+            draw = torch.randn(branch.lora_B.shape, generator=torch.Generator().manual_seed(seed)).double()
+            with torch.no_grad():
+                branch.lora_B.copy_(draw)
+                other.lora_B.copy_(draw)
+        graph = StageTransition()(graph).graph_module
+        cascade.transition(None)
+        torch.testing.assert_close(graph(X), cascade(X), rtol=0, atol=1e-12)
+        assert [branch.rank for branch in graph.branches.children()] == [RANKS[seed + 1]] * 3
+    assert [id(each) for each in graph.branches.parameters()] == held
+
+
+def test_a_plan_whose_rank_is_not_that_of_its_stage() -> None:
+    cascade, _ = adapted()
+    assert lx.Plan.from_json(cascade.plan.to_json()) == cascade.plan
+    wrong = cascade.plan.to_json().replace('"stage": 1', '"stage": 2')
+    sentence = "this is not a plan: ValueError: a site has another rank than its ranks say for stage 2"
+    with pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+        lx.Plan.from_json(wrong)

@@ -1,0 +1,124 @@
+"""Learning rates by factor and by pattern: against peft's optimizer for LoRA+, and torch's own groups."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+
+import lorasc_fx as lx
+from tests.errors.models import exactly
+from tests.unit.cases import PLAIN, batches, factors, loss_of, mlp, train
+from tests.unit.test_trajectory import set_factors
+
+X = batches(1, 4, 5)[0]
+LR = 3e-3
+
+
+def lora_of(model: nn.Module, cascade: lx.Cascade, **options: Any) -> peft.PeftModel:
+    """peft's adapter on all three linears, with the cascade's A."""
+    config = peft.LoraConfig(
+        r=PLAIN["rank"], lora_alpha=PLAIN["lora_alpha"], target_modules=["0", "2", "4"], lora_dropout=0.0, **options
+    )
+    theirs = peft.get_peft_model(model, config)
+    set_factors(theirs, factors(cascade))
+    return theirs
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_lora_plus_is_pefts(optimizer: Any) -> None:
+    original = copy.deepcopy(mlp())
+    cascade = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(**PLAIN, lr_ratio=16.0))
+    theirs = lora_of(original, cascade)
+    plain = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(**PLAIN))
+    calls = batches(20, 4, 5)
+    ours = train(cascade, optimizer(cascade.param_groups(lr=LR), weight_decay=0.0), calls)
+    made = create_loraplus_optimizer(theirs, optimizer, lr=LR, loraplus_lr_ratio=16.0)
+    expected = train(theirs, made, calls)
+    without = train(plain, optimizer(plain.param_groups(lr=LR), weight_decay=0.0), calls)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    assert (ours - without).abs().max() > 1e-4  # the ratio is felt
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_rslora_is_pefts(use_rslora: bool) -> None:
+    original = copy.deepcopy(mlp())
+    cascade = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(**PLAIN, use_rslora=use_rslora))
+    theirs = lora_of(original, cascade, use_rslora=use_rslora)
+    calls = batches(20, 4, 5)
+    ours = train(cascade, torch.optim.AdamW(cascade.param_groups(lr=1e-2)), calls)
+    held = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    expected = train(theirs, torch.optim.AdamW(held, lr=1e-2), calls)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    assert cascade.sites[0].scale == pytest.approx(4.5 / (3**0.5 if use_rslora else 3))
+
+
+def test_rates_of_groups() -> None:
+    rules = (lx.TrainRule("4.bias", lr=0.5), lx.TrainRule("4.*", slow=False), lx.TrainRule("*", lr=0.25))
+    spec = lx.CascadeSpec(targets=("0.weight",), train=("4.*", "0.bias"), lr_ratio=4.0, train_rules=rules)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    groups = cascade.param_groups(lr=0.1, betas=(0.8, 0.9))
+    assert [(group["name"], group["lr"]) for group in groups] == [
+        ("lora_A", 0.1),
+        ("lora_B", 0.4),
+        ("train", 0.1),
+        ("train:*", 0.25),
+        ("train:4.bias", 0.5),
+    ]
+    held = {group["name"]: [id(each) for each in group["params"]] for group in groups}
+    named = dict(cascade.model.named_parameters())
+    assert held["train"] == [id(named["4.weight"])]
+    assert held["train:*"] == [id(named["0.bias"])]
+    assert held["train:4.bias"] == [id(named["4.bias"])]
+    assert all(group["betas"] == (0.8, 0.9) for group in groups)
+    assert [group["name"] for group in lx.adapt(mlp(), (X,)).param_groups(lr=0.1)] == ["lora_A", "lora_B"]
+
+
+@pytest.mark.parametrize("slow_train", [True, False])
+def test_a_rule_says_who_has_a_slow_copy(slow_train: bool) -> None:
+    """By the recursion of algorithm.md: with its own copy p + pace (fast - p), without one the fast value."""
+    rules = (lx.TrainRule("4.bias", slow=True), lx.TrainRule("4.weight", slow=False))
+    spec = lx.CascadeSpec(
+        targets=("0.weight",), train=("4.*", "0.bias"), pace=0.3, slow_train=slow_train, train_rules=rules
+    )
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    named = dict(cascade.model.named_parameters())
+    slow = {name: named[name].detach().clone() for name in ("4.weight", "4.bias", "0.bias")}
+    for _ in range(3):
+        loss_of(cascade(X)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fast = {name: named[name].detach().clone() for name in slow}
+        for name, follows in (("4.weight", False), ("4.bias", True), ("0.bias", slow_train)):
+            slow[name] = slow[name] + 0.3 * (fast[name] - slow[name]) if follows else fast[name]
+            assert not torch.equal(fast[name], slow[name]) or not follows
+        cascade.transition(optimizer)
+        for name, value in slow.items():
+            torch.testing.assert_close(named[name].detach(), value, rtol=0, atol=1e-12, msg=name)
+    model = cascade.release()
+    for name, value in slow.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].detach(), value, rtol=0, atol=1e-12)
+
+
+def test_a_rule_for_nothing_that_is_trained() -> None:
+    spec = lx.CascadeSpec(train=("4.*",), train_rules=(lx.TrainRule("2.weight", lr=0.1),))
+    model = mlp()
+    with pytest.raises(
+        lx.UnknownTarget, match=exactly("train_rules: '2.weight' matches no parameter under train; nearest: '4.weight'")
+    ):
+        lx.adapt(model, (X,), spec=spec)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_rates_of_a_tied_parameter_by_any_of_its_names() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)).double()
+    model[2].bias = model[0].bias
+    spec = lx.CascadeSpec(train=("0.bias",), train_rules=(lx.TrainRule("2.bias", lr=0.5, slow=False),))
+    cascade = lx.adapt(model, (X,), spec=spec)
+    assert [(group["name"], group["lr"]) for group in cascade.param_groups(lr=0.1)][2:] == [("train:2.bias", 0.5)]

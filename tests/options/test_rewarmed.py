@@ -1,0 +1,164 @@
+"""The learning rate after a restart: by its formula, and with torch's own schedulers beneath."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+import lorasc_fx as lx
+from tests.errors.models import exactly
+from tests.unit.cases import batches, mlp, train
+
+X = batches(1, 4, 5)[0]
+WARMUP = 3
+
+
+def adapted(**options: Any) -> tuple[lx.Cascade, torch.optim.Optimizer]:
+    spec = lx.CascadeSpec(rank=2, targets=("0.weight", "2.weight"), train=("4.*",), lr_ratio=8.0, **options)
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    return cascade, torch.optim.AdamW(cascade.param_groups(lr=0.1))
+
+
+BASES: dict[str, Any] = {
+    "none": lambda optimizer: None,
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 15),
+    "step": lambda optimizer: lr_scheduler.StepLR(optimizer, 4, 0.5),
+    "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "sequence": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.ConstantLR(optimizer, 0.5, 100), lr_scheduler.ExponentialLR(optimizer, 0.9)],
+        [5],
+    ),
+}
+
+
+def rates_of(base: str, steps: int) -> list[list[float]]:
+    """What torch's scheduler alone gives each group before each step."""
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    groups = [{"params": [each], "lr": lr} for each, lr in zip(parameters, (0.1, 0.8, 0.1), strict=True)]
+    optimizer = torch.optim.SGD(groups)
+    scheduler, found = BASES[base](optimizer), []
+    for _ in range(steps):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return found
+
+
+def stepped(
+    cascade: lx.Cascade, optimizer: torch.optim.Optimizer, scheduler: Any, late: bool = False
+) -> tuple[list[list[float]], list[float]]:
+    """Three stages of five steps; returns the rates with which each step was made, and the losses."""
+    seen, losses = [], []
+
+    def look(held: torch.optim.Optimizer, *_: Any) -> None:
+        seen.append([group["lr"] for group in held.param_groups])
+
+    watch = optimizer.register_step_pre_hook(look)
+    for number, call in enumerate(batches(15, 4, 5), start=1):
+        losses += train(cascade, optimizer, [call]).tolist()
+        if late and number % 5 == 0:
+            cascade.transition(optimizer)
+        scheduler.step()
+        if late and number % 5 == 0:  # what is logged now is the rate of the step to come
+            assert scheduler.get_last_lr()[0] <= 0.1 / (WARMUP + 1)
+        if not late and number % 5 == 0:
+            cascade.transition(optimizer)
+    watch.remove()
+    return seen, losses
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["scheduler first", "transition first"])
+@pytest.mark.parametrize("base", BASES)
+def test_the_rate_rises_anew_in_each_stage(base: str, late: bool) -> None:
+    cascade, optimizer = adapted()
+    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
+    seen, _ = stepped(cascade, optimizer, scheduler, late)
+    full = rates_of(base, 15)
+    for step, rates in enumerate(seen):
+        factor = min(1.0, (step % 5 + 1) / (WARMUP + 1))
+        assert rates == pytest.approx([each * factor for each in full[step]], rel=1e-12)
+    assert seen[5][0] < seen[4][0]
+    assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
+
+
+def test_every_loop_over_stages_and_every_rewind_is_a_restart() -> None:
+    cascade, optimizer = adapted()
+    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP)
+    for _ in range(2):
+        for _ in cascade.stages(2, optimizer):
+            for step in range(5):
+                train(cascade, optimizer, [X])
+                assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * min(1, (step + 1) / 4))
+                scheduler.step()
+    cascade.rewind(0, optimizer)
+    train(cascade, optimizer, [X])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 4)
+
+
+@pytest.mark.parametrize("base", ["none", "cosine", "sequence"])
+@pytest.mark.parametrize("stop", [5, 7])
+def test_a_resumed_run_has_the_same_rates(base: str, stop: int, tmp_path: Path) -> None:
+    whole, one = adapted()
+    expected, losses = stepped(whole, one, lx.Rewarmed(one, whole, warmup=WARMUP, base=BASES[base](one)))
+
+    cascade, optimizer = adapted()
+    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
+    calls = batches(15, 4, 5)
+    found = []
+    for number, call in enumerate(calls, start=1):
+        found += train(cascade, optimizer, [call]).tolist()
+        assert [group["lr"] for group in optimizer.param_groups] == expected[number - 1]
+        scheduler.step()
+        if number % 5 == 0:
+            cascade.transition(optimizer)
+        if number == stop:
+            lx.save(cascade, tmp_path, optimizer=optimizer, scheduler=scheduler)
+            cascade = lx.load(tmp_path, mlp(), (X,))
+            optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+            scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
+            cascade.resume(optimizer, scheduler)
+    assert found == losses
+
+
+def test_its_state_is_json() -> None:
+    cascade, optimizer = adapted()
+    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP, base=lr_scheduler.StepLR(optimizer, 4))
+    state = scheduler.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    assert state["base"]["step_size"] == 4
+
+
+def test_a_group_that_comes_later_and_a_rate_that_is_a_tensor() -> None:
+    cascade, _ = adapted()
+    groups = cascade.param_groups(lr=0.1)
+    optimizer = torch.optim.AdamW([{**each, "lr": torch.tensor(each["lr"])} for each in groups[:2]], capturable=False)
+    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP)
+    rate = optimizer.param_groups[0]["lr"]
+    assert rate.item() == pytest.approx(0.1 / 4)
+    optimizer.add_param_group({"params": groups[2]["params"], "lr": 0.3})
+    train(cascade, optimizer, [X])
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] is rate  # compiled steps hold the tensor
+    assert rate.item() == pytest.approx(0.2 / 4)
+    assert optimizer.param_groups[2]["lr"] == pytest.approx(0.3 * 2 / 4)
+
+
+def test_what_it_refuses() -> None:
+    cascade, optimizer = adapted()
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    for wrong in (0, True, 1.5):
+        sentence = f"Rewarmed: warmup is {wrong!r}; give a number of steps, an integer of 1 or more"
+        with pytest.raises(lx.SpecError, match=exactly(sentence)):
+            lx.Rewarmed(optimizer, cascade, warmup=wrong)  # type: ignore[arg-type]
+    with pytest.raises(lx.SpecError, match="base schedules another optimizer; make both for the same one"):
+        lx.Rewarmed(optimizer, cascade, warmup=1, base=lr_scheduler.StepLR(other, 1))
+    with pytest.raises(lx.SpecError, match="base is a ReduceLROnPlateau, whose step needs a metric; "):
+        lx.Rewarmed(optimizer, cascade, warmup=1, base=lr_scheduler.ReduceLROnPlateau(optimizer))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.8, 0.1])

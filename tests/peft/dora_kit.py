@@ -1,0 +1,84 @@
+"""Models, specs and formulas that the tests of DoRA share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.unit.cases import SCALE, batches, branches, mlp
+
+RANK = 3
+PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0, "use_dora": True}
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, (3, 2), stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(4, 6, 1, bias=False),
+        nn.Flatten(2),
+        nn.Conv1d(6, 5, 3, padding=1),
+        nn.Unflatten(2, (2, 2, -1)),
+        nn.Conv3d(5, 2, (2, 1, 2)),
+    ).double()
+
+
+def wide() -> nn.Module:
+    """No weight that four experts of rank 1 fill."""
+    torch.manual_seed(6)
+    convs = nn.Sequential(nn.Conv2d(3, 9, (3, 2), stride=2), nn.Tanh(), nn.Conv2d(9, 12, 3, padding=1, bias=False))
+    return nn.Sequential(convs, nn.Tanh(), nn.Flatten(), nn.Linear(144, 11), nn.Tanh(), nn.Linear(11, 10)).double()
+
+
+CASES = {
+    "mlp": (mlp, lambda count: batches(count, 4, 5), ("0", "2", "4")),
+    "conv": (conv_net, lambda count: batches(count, 3, 3, 8, 6), ("0", "2", "4", "6")),
+}
+FEW = {**CASES, "wide": (wide, lambda count: batches(count, 3, 3, 9, 7), ())}
+
+
+def adapted(model: nn.Module, x: torch.Tensor, frontend: str = "auto", **options: Any) -> lx.Cascade:
+    return lx.adapt(model, (x,), spec=lx.CascadeSpec(**{**PLAIN, **options}), frontend=frontend)
+
+
+def theirs_of(model: nn.Module, targets: tuple[str, ...], start: Mapping[str, torch.Tensor]) -> peft.PeftModel:
+    """peft's DoRA, with these A."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=list(targets), use_dora=True)
+    theirs = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, a in start.items():
+            own = theirs.base_model.model.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight
+            own.copy_(a.view_as(own))
+    return theirs
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make(name: str, held: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(held, lr=1e-2, weight_decay=0.05)
+    return torch.optim.SGD(held, lr=5e-2, momentum=0.9)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.dim() > 1}
+
+
+def norms(weight: torch.Tensor) -> torch.Tensor:
+    return weight.flatten(1).norm(dim=1).view(-1, *(1 for _ in weight.shape[1:]))
+
+
+def trained(cascade: lx.Cascade, name: str, weight: torch.Tensor, noise: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """`diag(m / |W + N + s B A|) (W + s B A)` with the branch's present numbers."""
+    branch = branches(cascade)[name]
+    delta = SCALE * (branch.lora_B @ branch.lora_A).detach().view_as(weight)
+    magnitude = branch.lora_magnitude_vector.detach().view(-1, *(1 for _ in weight.shape[1:]))
+    return magnitude / norms(weight + delta + noise) * (weight + delta)

@@ -1,0 +1,242 @@
+"""DoRA (`use_dora=True`): peft's own in fp64, step by step and stage by stage; and the slow rule by its formula,
+`W <- (1 - p) W + p diag(m / |W + s B A|) (W + s B A)`, in dense tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lorasc_fx as lx
+from tests.peft.dora_kit import CASES, FEW, PLAIN, RANK, adapted, make, norms, theirs_of, trainable, trained, weights
+from tests.unit.cases import SCALE, batches, branches, factors, loss_of, mlp, optimizer_of, train
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("frontend", ["export", "symbolic"])
+@pytest.mark.parametrize("name", CASES)
+def test_one_stage_is_pefts(name: str, frontend: str, optimizer: str) -> None:
+    build, inputs, targets = CASES[name]
+    model, calls = build(), inputs(1) * 20
+    cascade = adapted(copy.deepcopy(model), calls[0], frontend)
+    theirs = theirs_of(model, targets, factors(cascade))
+    losses = [
+        train(theirs, make(optimizer, trainable(theirs)), calls),
+        train(cascade, optimizer_of(cascade, optimizer), calls),
+    ]
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
+    assert losses[0][-1] < 0.95 * losses[0][0]
+    for path in targets:
+        theirs_m = theirs.base_model.model.get_submodule(path).lora_magnitude_vector["default"].weight
+        ours_m = branches(cascade)[f"{path}.weight"].lora_magnitude_vector
+        torch.testing.assert_close(ours_m, theirs_m.flatten(), rtol=0, atol=1e-10)
+    merged, ours = theirs.merge_and_unload(), cascade.release()
+    for each, value in merged.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(each), value, rtol=0, atol=1e-10, msg=each)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stages_are_a_chain_of_pefts(name: str) -> None:
+    build, inputs, targets = CASES[name]
+    model, calls = build(), inputs(6)
+    cascade = adapted(copy.deepcopy(model), calls[0])
+    optimizer = optimizer_of(cascade, "sgd")
+    for _ in range(3):
+        theirs = theirs_of(model, targets, factors(cascade))
+        losses = [train(theirs, make("sgd", trainable(theirs)), calls), train(cascade, optimizer, calls)]
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
+        model = theirs.merge_and_unload()
+        cascade.transition(optimizer)
+    ours = cascade.release()
+    for each, value in model.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(each), value, rtol=0, atol=1e-10, msg=each)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize(("name", "rank"), [("mlp", RANK), ("conv", RANK), ("wide", 1)])
+def test_slow_and_fast_weights_are_the_formula(name: str, rank: int, noise: float) -> None:
+    """Over four stages, with experts side by side or summed into a dense delta; and at the end of each stage again."""
+    build, inputs, _ = FEW[name]
+    model, calls, pace = build(), inputs(4), 0.4
+    base = weights(model)
+    cascade = adapted(
+        model, calls[0], rank=rank, lora_alpha=SCALE * rank, pace=pace, noise=lx.Noise(noise), optimizer_state="kept"
+    )
+    optimizer = optimizer_of(cascade, "sgd")
+    slow, ends = dict(base), [dict(base)]
+    for _ in range(4):
+        held = {each: value - slow[each] for each, value in weights(cascade.model).items()}
+        assert noise or all(each.abs().max() < 1e-13 for each in held.values())
+        train(cascade, optimizer, calls)
+        fast = {each: trained(cascade, each, slow[each], held[each]) for each in base}
+        assert all((fast[each] - slow[each]).abs().max() > 1e-5 for each in base)
+        for which, expected in (("fast", fast), ("slow", slow), ("base", base)):
+            with cascade.weights(which):
+                for each, value in weights(cascade.model).items():
+                    torch.testing.assert_close(value, expected[each], rtol=0, atol=1e-12, msg=f"{which} {each}")
+        cascade.transition(optimizer)
+        slow = {each: (1 - pace) * slow[each] + pace * fast[each] for each in base}
+        if noise == 0:
+            for each, value in weights(cascade.model).items():
+                torch.testing.assert_close(value, slow[each], rtol=0, atol=1e-12)
+        ends.append(slow)
+    states = cascade.core.slow.states.values()
+    assert any(state.dense_slow is not None for state in states) == (rank == RANK)
+    for stage in range(5 if rank == 1 else 0):
+        with cascade.weights(stage=stage):
+            for each, value in weights(cascade.model).items():
+                torch.testing.assert_close(value, ends[stage][each], rtol=0, atol=1e-12)
+    if rank == 1:
+        cascade.rewind(2, optimizer)
+        train(cascade, optimizer, calls)
+        with cascade.weights("slow"):
+            for each, value in weights(cascade.model).items():
+                torch.testing.assert_close(value, ends[2][each], rtol=0, atol=1e-12)
+
+
+def test_a_magnitude_alone_that_has_trained() -> None:
+    """B = 0, m moved: a stage without an expert, whose rows are scaled all the same."""
+    model, (x,) = mlp(), batches(1, 4, 5)
+    base = weights(model)
+    cascade = adapted(model, x, pace=0.5)
+    with torch.no_grad():
+        for branch in branches(cascade).values():
+            branch.lora_magnitude_vector.mul_(torch.linspace(-1, 2, len(branch.lora_magnitude_vector)).double())
+    scales = {name: torch.linspace(-1, 2, len(value)).double()[:, None] for name, value in base.items()}
+    before = cascade(x).detach()
+    with cascade.weights("fast"):
+        torch.testing.assert_close(cascade(x), before, rtol=0, atol=1e-14)
+    cascade.transition(None)
+    for name, value in cascade.release().named_parameters():
+        if name in base:
+            torch.testing.assert_close(value, (0.5 + 0.5 * scales[name]) * base[name], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_nothing_trained_is_nothing_changed(dtype: torch.dtype, noise: float) -> None:
+    model, x = mlp().to(dtype), batches(1, 4, 5)[0].to(dtype)
+    base, before = weights(model), model(x).double()
+    cascade = adapted(model, x, noise=lx.Noise(noise), pace=0.3)
+    for branch in branches(cascade).values():
+        assert branch.lora_magnitude_vector.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if not noise:
+        assert (cascade(x).double() - before).abs().max() < 8 * torch.finfo(dtype).eps
+    cascade.transition(None)
+    with cascade.weights("fast"):
+        assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
+
+
+def test_after_the_last_stage_the_cascade_computes_its_slow_weights() -> None:
+    model, calls = mlp(), batches(4, 4, 5)
+    cascade = adapted(model, calls[0], pace=0.5, noise=lx.Noise(0.2))
+    optimizer = optimizer_of(cascade, "sgd")
+    for _ in cascade.stages(2, optimizer):
+        train(cascade, optimizer, calls)
+    own = cascade(calls[0]).detach()
+    with cascade.weights("slow"):
+        torch.testing.assert_close(cascade(calls[0]), own, rtol=0, atol=1e-14)
+    for _ in cascade.stages(1, optimizer):
+        assert (cascade(calls[0]) - own).abs().max() > 1e-3  # noise again
+    torch.testing.assert_close(cascade.release()(calls[0]), own, rtol=0, atol=1e-14)
+
+
+def test_with_a_start_from_the_weight() -> None:
+    """PiSSA and DoRA: `diag(m / |W_r + s B A|) (W_r + s B A)` of the residual W_r that the parameter holds."""
+    model, calls = mlp(), batches(5, 4, 5)
+    base, before = weights(model), model(calls[0])
+    cascade = adapted(model, calls[0], start="pissa", pace=0.5, targets=("0", "2"))
+    residual = weights(cascade.model)
+    torch.testing.assert_close(cascade(calls[0]), before, rtol=0, atol=1e-13)
+    train(cascade, optimizer_of(cascade, "sgd"), calls)
+    names = ("0.weight", "2.weight")
+    fast = {name: trained(cascade, name, residual[name]) for name in names}
+    with cascade.weights("fast"):
+        for name in names:
+            torch.testing.assert_close(weights(cascade.model)[name], fast[name], rtol=0, atol=1e-13)
+    released = cascade.release()
+    for name in names:
+        assert (fast[name] - base[name]).abs().max() > 1e-3
+        torch.testing.assert_close(weights(released)[name], (base[name] + fast[name]) / 2, rtol=0, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
+def test_groups_and_weights_stored_as_in_out() -> None:
+    """A grouped convolution by its formula, in autograd; GPT-2's Conv1D against peft."""
+    torch.manual_seed(2)
+    model, calls = nn.Conv2d(4, 6, 3, groups=2, padding="same").double(), batches(5, 2, 4, 5, 6)
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    cascade = adapted(model, calls[0])
+    branch = next(iter(branches(cascade).values()))
+    own = [each.detach().clone().requires_grad_() for each in branch.parameters()]
+    a, b, m = own
+
+    def formula(x: torch.Tensor) -> torch.Tensor:
+        moved = weight + SCALE * (b @ a).view_as(weight)
+        scaled = m.view(-1, 1, 1, 1) / norms(moved).detach() * moved
+        return nn.functional.conv2d(x, scaled, bias, padding="same", groups=2)
+
+    losses = [train(formula, make("sgd", own), calls), train(cascade, optimizer_of(cascade, "sgd"), calls)]
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-11)
+
+    size = {"n_embd": 12, "n_layer": 1, "n_head": 2, "vocab_size": 17, "n_positions": 9}
+    config = transformers.GPT2Config(**size, use_cache=False, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    torch.manual_seed(5)
+    gpt = transformers.GPT2Model(config).double().eval()
+    ids = torch.randint(0, 17, (3, 6), generator=torch.Generator().manual_seed(1))
+    targets = ("c_attn", "c_proj", "c_fc")
+    spec = lx.CascadeSpec(**PLAIN, targets=tuple(f"*.{name}" for name in targets))
+    cascade = lx.adapt(copy.deepcopy(gpt), (ids,), spec=spec)
+    assert {site.layout for site in cascade.sites} == {"in_out"}
+    lora = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=list(targets), use_dora=True, fan_in_fan_out=True)
+    theirs = peft.get_peft_model(gpt, lora)
+    with torch.no_grad():
+        for name, value in factors(cascade).items():
+            theirs.base_model.model.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight.copy_(value)
+    losses = []
+    for model, optimizer in ((theirs, make("sgd", trainable(theirs))), (cascade, optimizer_of(cascade, "sgd"))):
+        for _ in range(4):
+            loss = loss_of(model(ids).last_hidden_state)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[:4] == pytest.approx(losses[4:], abs=1e-11)
+    merged, ours = theirs.merge_and_unload(), cascade.release()
+    for name, value in merged.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), value, rtol=0, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("name", ["mlp", "wide"])
+def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
+    """Three stages with pace: one DoRA adapter of the summed rank, on the base as it was."""
+    build, inputs, _ = FEW[name]
+    model, calls = build(), inputs(4)
+    base = copy.deepcopy(model)
+    cascade = adapted(model, calls[0], rank=1, lora_alpha=SCALE, pace=0.5, noise=lx.Noise(0.1))
+    optimizer = optimizer_of(cascade, "sgd")
+    for _ in range(2):
+        train(cascade, optimizer, calls)
+        cascade.transition(optimizer)
+    train(cascade, optimizer, calls)
+    for which in ("slow", "fast"):
+        written = lx.export.peft(cascade, tmp_path / which, which=which)
+        assert set(written.ranks.values()) <= {2, 3}  # 2 is all that a dense delta of that weight has
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / which)
+        with cascade.weights("fast"):
+            expected = cascade(calls[0]).detach()
+        if which == "slow":
+            folded = copy.deepcopy(base)
+            folded.load_state_dict(cascade.folded_state_dict())
+            expected = folded(calls[0])
+        torch.testing.assert_close(theirs(calls[0]), expected, rtol=0, atol=1e-12)
+        assert (expected - base(calls[0])).abs().max() > 1e-3
+    with pytest.raises(lx.SpecError, match=r"^export\.peft: max_rank is 2, and the rows of this cascade are scaled"):
+        lx.export.peft(cascade, tmp_path / "cut", max_rank=2)

@@ -1,0 +1,165 @@
+"""DoRA where it stands: passes alone, parameter groups, casts, compilers, and all that is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.peft.dora_kit import PLAIN, adapted, norms, weights
+from tests.unit.cases import SCALE, batches, branches, mlp, optimizer_of, randomize, train
+
+
+def test_passes_alone() -> None:
+    from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
+
+    model, (x,) = mlp(), batches(1, 4, 5)
+    base, before = weights(model), model(x)
+    pipeline = Pipeline([MatchSites(lx.CascadeSpec(**{**PLAIN, "pace": 0.5})), InsertBranches()])
+    inserted = pipeline(torch.fx.symbolic_trace(model)).graph_module
+    torch.testing.assert_close(inserted(x), before, rtol=0, atol=1e-14)
+    assert torch.equal(FoldBranches()(inserted).graph_module.get_parameter("0.weight"), base["0.weight"])
+    branch = inserted.branches.get_submodule("0/weight")
+    with torch.no_grad():
+        branch.lora_B.fill_(0.3)
+        branch.lora_magnitude_vector.mul_(1.5)
+    moved = base["0.weight"] + SCALE * branch.lora_B.detach() @ branch.lora_A.detach()
+    fast = branch.lora_magnitude_vector.detach()[:, None] / norms(moved) * moved
+    slow = (base["0.weight"] + fast) / 2
+    folded = FoldBranches()(inserted).graph_module
+    torch.testing.assert_close(folded.get_parameter("0.weight"), slow, rtol=0, atol=1e-14)
+    assert [node.name for node in folded.graph.nodes] == [
+        node.name for node in torch.fx.symbolic_trace(mlp()).graph.nodes
+    ]
+    after = StageTransition()(inserted).graph_module
+    torch.testing.assert_close(after(x), folded(x), rtol=0, atol=1e-14)
+    torch.testing.assert_close(branch.lora_magnitude_vector, norms(slow).flatten(), rtol=0, atol=1e-14)
+
+
+def test_parameter_groups() -> None:
+    cascade = adapted(mlp(), batches(1, 4, 5)[0])
+    groups = {group["name"]: group["params"] for group in cascade.param_groups(lr=0.1)}
+    assert list(groups) == ["lora_A", "lora_B", "lora_magnitude_vector"]
+    assert [tuple(each.shape) for each in groups["lora_magnitude_vector"]] == [(7,), (6,), (2,)]
+    assert sum(site.parameters for site in cascade.sites) == sum(
+        each.numel() for own in groups.values() for each in own
+    )
+
+
+def test_where_no_magnitude_can_stand() -> None:
+    """Named, before anything is changed."""
+    model = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3)).double()
+    held = weights(model)
+    ids = torch.tensor([[1, 2, 3]])
+    sentence = r"^use_dora is True, and 0\.weight is of kind 'embedding', used at node .*Exclude it \(exclude=\('0\.w"
+    with pytest.raises(lx.SpecError, match=sentence):
+        lx.adapt(model, (ids,), spec=lx.CascadeSpec(use_dora=True))
+    assert all(torch.equal(value, held[name]) for name, value in weights(model).items())
+    assert all(value.requires_grad for value in model.parameters())
+    assert len(lx.adapt(model, (ids,), spec=lx.CascadeSpec(use_dora=True, exclude=("0.weight",))).sites) == 1
+
+
+def test_sums_are_refused() -> None:
+    x = batches(1, 4, 5)[0]
+    cascade = adapted(mlp(), x)
+    randomize(cascade)
+    with pytest.raises(lx.SpecError, match=r"^merge: run 1, a cascade, has magnitudes \(use_dora\)"):
+        lx.merge([cascade], mlp(), (x,))
+
+
+class TwoWays(nn.Module):
+    """In eval mode the weight is used in a way that no magnitude can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x) if self.training else x @ torch.tanh(self.lin.weight).t()
+
+
+def test_a_later_use_without_a_place_for_magnitudes() -> None:
+    x = batches(1, 4, 5)[0]
+    cascade = adapted(TwoWays().double(), x)
+    held = cascade(x).detach()
+    cascade.eval()
+    with pytest.raises(lx.PassError, match=r"^lin\.weight has magnitudes, and this graph uses it where none can stand"):
+        cascade(x)
+    cascade.train()
+    assert torch.equal(cascade(x), held)
+
+
+class Broken(nn.Module):
+    """Decides on its values in Python, so that it runs in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lin(x)
+        return y if y.sum() > 0 else y * 2
+
+
+def test_pieces_are_refused() -> None:
+    model, x = Broken().double(), batches(1, 4, 5)[0]
+    sentence = (
+        r"^use_dora is True, and Broken runs in pieces, where the branch of lin\.weight cannot stand in place of its op"
+    )
+    with pytest.raises(lx.SpecError, match=sentence):
+        adapted(model, x, "pieces")
+    assert all(value.requires_grad for value in model.parameters())
+
+
+def test_a_branch_beside_its_op_is_an_error() -> None:
+    branch = branches(adapted(mlp(), batches(1, 4, 5)[0]))["0.weight"]
+    for given in ((torch.zeros(7, 5),), (torch.zeros(4, 7), torch.zeros(4, 5))):
+        with pytest.raises(
+            lx.StateError, match=r"^the branch of 0\.weight has magnitudes and stands in place of its op only"
+        ):
+            branch(*given)
+
+
+def test_a_row_that_was_scaled_away_has_no_adapter(tmp_path: Path) -> None:
+    cascade = adapted(mlp(), batches(1, 4, 5)[0])
+    randomize(cascade)
+    with torch.no_grad():
+        branches(cascade)["2.weight"].lora_magnitude_vector[1] = 0
+    with pytest.raises(lx.ExportError, match=r"2\.weight: a row of it was scaled to 0, which no magnitude does"):
+        lx.export.peft(cascade, tmp_path / "adapter")
+
+
+def test_casts_and_copies() -> None:
+    """A cast of a running stage keeps it unmoved where it is; a copy trains by itself."""
+    x = batches(1, 4, 5)[0]
+    cascade = adapted(mlp(), x)
+    base = {name: value.float() for name, value in weights(mlp()).items()}
+    cascade.float()
+    assert all(torch.equal(value, base[name]) for name, value in weights(copy.deepcopy(cascade).release()).items())
+    twin = copy.deepcopy(cascade)
+    train(twin, torch.optim.SGD(twin.param_groups(lr=0.1)), [x.float()])
+    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
+    assert not any(torch.equal(value, base[name]) for name, value in weights(twin.release()).items())
+
+
+def test_under_autocast_and_a_compiler() -> None:
+    """bf16 products of fp32 factors, norms in fp32; one compilation gives the plain run's losses."""
+    calls = batches(4, 4, 5)
+    losses = []
+    for compiled in (False, True):
+        cascade = adapted(mlp(), calls[0])
+        model = torch.compile(cascade, backend="eager", fullgraph=True) if compiled else cascade
+        losses.append(train(model, optimizer_of(cascade, "sgd"), calls))
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-14)
+    model, x = mlp().float(), calls[0].float()
+    cascade = adapted(model, x)
+    randomize(cascade)
+    exact = cascade(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cascade(x)
+    assert found.dtype == torch.bfloat16
+    assert 0 < (found.float() - exact).abs().max() < 0.05 * exact.abs().max()

@@ -1,0 +1,340 @@
+"""Stages that start from the weight (`start="pissa"`, `"olora"`): held against peft's own, and against the formula.
+
+peft decomposes in fp32 only and refuses fp64, so trajectories in fp64 are compared with peft's adapter on factors and a
+residual made here, by torch.linalg; its own starts, and a chain of them, are compared in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lorasc_fx as lx
+from tests.unit.cases import SCALE, batches, branches, loss_of, mlp, optimizer_of, train
+from tests.unit.oracle import Cascade as Reference
+
+STARTS = pytest.mark.parametrize("start", ["pissa", "olora"])
+RANK = 3
+PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0}
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def split(matrix: torch.Tensor, start: str, rank: int = RANK, scale: float = SCALE) -> Pair:
+    """(B_0, A_0) of a matrix [out, in], by the papers' formulas."""
+    if start == "olora":
+        q, r = torch.linalg.qr(matrix)
+        return q[:, :rank], r[:rank]
+    u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = (values[:rank] / scale).sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def adapted(model: nn.Module, x: Any, start: str, **options: Any) -> lx.Cascade:
+    spec = lx.CascadeSpec(**{**PLAIN, "start": start, **options})
+    given = {"kwargs": x} if isinstance(x, dict) else {"args": (x,)}
+    return lx.adapt(model, **given, spec=spec)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.dim() > 1}
+
+
+def pairs(cascade: lx.Cascade) -> dict[str, Pair]:
+    return {
+        name: (each.lora_B.detach().clone(), each.lora_A.detach().clone()) for name, each in branches(cascade).items()
+    }
+
+
+def delta(start: Pair, end: Pair) -> torch.Tensor:
+    """`s (B A - B_0 A_0)` in fp64."""
+    (b0, a0), (b, a) = ([each.double() for each in pair] for pair in (start, end))
+    return SCALE * (b @ a - b0 @ a0)
+
+
+@STARTS
+def test_the_start_is_the_formula(start: str) -> None:
+    model, (x,) = mlp(), batches(1, 4, 5)
+    base, before = weights(model), model(x)
+    cascade = adapted(model, x, start)
+    for name, (b, a) in pairs(cascade).items():
+        b0, a0 = split(base[name], start, min(RANK, *base[name].shape))
+        count = b0.shape[1]
+        torch.testing.assert_close(b[:, :count] @ a[:count], b0 @ a0, rtol=0, atol=1e-14)
+        assert not b[:, count:].any()  # a rank that the matrix has not starts as in LoRA
+        torch.testing.assert_close(a[:count].norm(dim=1), a0.norm(dim=1), rtol=0, atol=1e-14)
+        residual = cascade.model.get_parameter(name)
+        torch.testing.assert_close(residual, base[name] - SCALE * b0 @ a0, rtol=0, atol=1e-14)
+    assert (cascade(x) - before).abs().max() < 1e-14
+
+
+@STARTS
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_one_stage_is_pefts(start: str, optimizer: str) -> None:
+    model, calls = mlp(), batches(1, 4, 5) * 20
+    base = weights(model)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=["0", "2"], lora_dropout=0.0)
+    )
+    for path in ("0", "2"):
+        layer = theirs.base_model.model.get_submodule(path)
+        b0, a0 = split(base[f"{path}.weight"], start)
+        with torch.no_grad():
+            layer.lora_B["default"].weight.copy_(b0)
+            layer.lora_A["default"].weight.copy_(a0)
+            layer.get_base_layer().weight.sub_(SCALE * b0 @ a0)
+    cascade = adapted(model, calls[0], start, targets=("0", "2"))
+    held = [value for value in theirs.parameters() if value.requires_grad]
+    kind = {"adamw": lambda each: torch.optim.AdamW(each, lr=1e-2, weight_decay=0.05)}
+    kind["sgd"] = lambda each: torch.optim.SGD(each, lr=5e-2, momentum=0.9)
+    losses = [
+        train(theirs, kind[optimizer](held), calls),
+        train(cascade, optimizer_of(cascade, optimizer), calls),
+    ]
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    merged, ours = theirs.merge_and_unload(), cascade.release()
+    for name, value in merged.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), value, rtol=0, atol=1e-10, msg=name)
+
+
+@STARTS
+def test_stages_are_a_chain_of_pefts_own(start: str) -> None:
+    """`merge_and_unload`, then a new `get_peft_model` with peft's start, per stage; in fp32."""
+    model, calls = mlp().float(), [call.float() for call in batches(6, 4, 5)]
+    cascade = adapted(copy.deepcopy(model), calls[0], start, targets=("0", "2"))
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05))
+    for stage in range(3):
+        config = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=["0", "2"], init_lora_weights=start)
+        theirs = peft.get_peft_model(model, config)
+        held = [value for value in theirs.parameters() if value.requires_grad]
+        losses = [train(each, torch.optim.SGD(own, lr=0.05), calls) for each, own in ((theirs, held),)]
+        losses.append(train(cascade, optimizer, calls))
+        torch.testing.assert_close(*losses, rtol=0, atol=2e-6, msg=f"stage {stage}")
+        model = theirs.merge_and_unload()
+        cascade.transition(optimizer)
+    ours = cascade.release()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), value, rtol=0, atol=2e-6, msg=name)
+
+
+@STARTS
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+def test_slow_and_fast_weights_are_the_formula(start: str, restart: str) -> None:
+    """`S_t = S_{t-1} + pace (F_t - S_{t-1})`, `F_t = start + s (B A - B_0 A_0)`; noise in between leaves nothing."""
+    model, calls, pace = mlp(), batches(4, 4, 5), 0.4
+    base = weights(model)
+    options = {"pace": pace, "restart": restart, "noise": lx.Noise(0.2)}
+    cascade = adapted(model, calls[0], start, **options)
+    optimizer = optimizer_of(cascade, "sgd")
+    slow = {name: torch.zeros_like(value) for name, value in base.items()}
+    begin = dict(slow)
+    for _ in range(3):
+        first = pairs(cascade)
+        for name, (b, a) in first.items():
+            count = min(RANK, *base[name].shape)
+            own = split(base[name] + begin[name], start, count)
+            torch.testing.assert_close(b[:, :count] @ a[:count], own[0] @ own[1], rtol=0, atol=1e-13)
+        train(cascade, optimizer, calls)
+        fast = {name: begin[name] + delta(first[name], pair) for name, pair in pairs(cascade).items()}
+        assert all((fast[name] - begin[name]).abs().max() > 1e-3 for name in base)
+        for which, expected in (("fast", fast), ("slow", slow), ("base", dict.fromkeys(base, 0.0))):
+            with cascade.weights(which):
+                for name, value in weights(cascade.model).items():
+                    torch.testing.assert_close(value, base[name] + expected[name], rtol=0, atol=1e-13)
+        cascade.transition(optimizer)
+        slow = {name: slow[name] + pace * (fast[name] - slow[name]) for name in base}
+        begin = slow if restart == "slow" else fast
+    with cascade.weights(stage=3):
+        for name, value in weights(cascade.model).items():
+            torch.testing.assert_close(value, base[name] + slow[name], rtol=0, atol=1e-13)
+
+
+@STARTS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_trained_is_nothing_changed(start: str, dtype: torch.dtype) -> None:
+    """Bit for bit, after two untrained stages as well; while a stage runs, outputs stay up to rounding."""
+    model, (x,) = mlp().to(dtype), batches(1, 4, 5)
+    base, before = weights(model), model(x.to(dtype)).double()
+    cascade = adapted(model, x.to(dtype), start, noise=lx.Noise(0.0))
+    assert (cascade(x.to(dtype)).double() - before).abs().max() < 20 * torch.finfo(dtype).eps
+    assert any(not torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+    with cascade.weights("fast"):
+        assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+    cascade.transition(None)
+    cascade.transition(None)
+    assert not any(state.experts for state in cascade.core.slow.states.values())
+    released = cascade.release()
+    assert all(torch.equal(value, base[name]) for name, value in weights(released).items())
+
+
+def test_a_convolution_trains_as_its_matrix() -> None:
+    """peft starts convolutions as LoRA, so the oracle is `W - s B_0 A_0 + s B A`, by autograd; a grouped one too."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(4, 6, (3, 2), padding=1), nn.Tanh(), nn.Conv2d(6, 4, 3, groups=2)).double()
+    calls = batches(8, 3, 4, 6, 5)
+    base = weights(model)
+    first = {name: split(value.flatten(1), "pissa") for name, value in base.items()}
+    reference = Reference(model, {name: a for name, (_, a) in first.items()}, SCALE)
+    for name, (b, a) in first.items():
+        reference.base[name] = base[name] - SCALE * (b @ a).view_as(base[name])
+        reference.branches[name].b = b.clone().requires_grad_()
+    cascade = adapted(model, calls[0], "pissa")
+    losses = [
+        train(reference, torch.optim.SGD(reference.parameters(), lr=5e-2, momentum=0.9), calls),
+        train(cascade, optimizer_of(cascade, "sgd"), calls),
+    ]
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
+    released = cascade.release()
+    for name, value in reference.weights("fast").items():
+        torch.testing.assert_close(released.get_parameter(name), value, rtol=0, atol=1e-10)
+
+
+class Odd(nn.Module):
+    """A packed weight, a table, a stack of experts, a transposed convolution, and an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm = nn.LSTM(8, 5, batch_first=True)
+        self.experts = nn.Parameter(torch.randn(3, 5, 6))
+        self.up = nn.ConvTranspose1d(6, 4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        x, _ = self.lstm(x + self.attention(x, x, x, need_weights=False)[0])
+        x = torch.einsum("bti,eio->bto", x, self.experts)
+        return self.up(x.transpose(1, 2))
+
+
+def gpt2() -> nn.Module:
+    size = {"n_embd": 12, "n_layer": 1, "n_head": 2, "vocab_size": 17, "n_positions": 9}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, use_cache=False)).double().eval()
+
+
+@pytest.mark.slow
+@STARTS
+@pytest.mark.parametrize("build", [lambda: Odd().double(), gpt2], ids=["odd", "gpt2"])
+def test_every_kind_of_site(start: str, build: Callable[[], nn.Module]) -> None:
+    """Slices, tables, stacks, weights stored as [in, out]: outputs stay, each matrix loses its leading part, and what
+    is trained is folded."""
+    torch.manual_seed(4)
+    model, ids = build(), torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(1))
+    base = weights(model)
+    with torch.no_grad():
+        before = model(ids)
+    before = getattr(before, "logits", before)
+    cascade = lx.adapt(model, (ids,), spec=lx.CascadeSpec(**PLAIN, start=start))
+    assert {site.kind for site in cascade.sites} >= {"embedding", "linear"}
+    with torch.no_grad():
+        after = cascade(ids)
+    after = getattr(after, "logits", after)
+    assert (after - before).abs().max() < 1e-12
+    for site in cascade.sites:
+        value, residual = base[site.weight], cascade.model.get_parameter(site.weight).detach()
+        matrices = (
+            list(zip(value, residual, strict=True)) if site.experts else [(value.flatten(1), residual.flatten(1))]
+        )
+        if site.parts:
+            matrices = list(zip(value.split(site.parts), residual.split(site.parts), strict=True))
+        for pair in matrices:
+            own, left = (each.mT if site.layout == "in_out" else each for each in pair)
+            b, a = split(own, start, min(RANK, *own.shape))
+            torch.testing.assert_close(left, own - SCALE * b @ a, rtol=0, atol=1e-12, msg=site.weight)
+    optimizer = optimizer_of(cascade, "sgd")
+    for _ in range(2):
+        output = cascade(ids)
+        loss_of(getattr(output, "logits", output)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        trained = cascade(ids)
+        released = cascade.release()(ids)
+    trained, released = (getattr(each, "logits", each) for each in (trained, released))
+    assert (trained - before).abs().max() > 1e-3
+    torch.testing.assert_close(released, trained, rtol=0, atol=1e-12)
+
+
+@STARTS
+def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
+    """Twice the rank, on the base as it was: as peft converts such a run."""
+    model, calls = mlp(), batches(5, 4, 5)
+    base = copy.deepcopy(model)
+    cascade = adapted(model, calls[0], start, targets=("0", "2"), pace=0.5, rank=1, lora_alpha=SCALE)
+    train(cascade, optimizer_of(cascade), calls)
+    for which in ("fast", "slow"):
+        written = lx.export.peft(cascade, tmp_path / which, which=which)
+        assert set(written.ranks.values()) == {2}
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / which)
+        state = cascade.folded_state_dict() if which == "slow" else None
+        with cascade.weights("fast"):
+            state = (
+                {name: value.clone() for name, value in cascade.model.state_dict().items()} if state is None else state
+            )
+        ours = copy.deepcopy(base)
+        ours.load_state_dict(state)
+        torch.testing.assert_close(theirs(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
+        assert (ours(calls[0]) - base(calls[0])).abs().max() > 1e-2
+
+
+def test_passes_alone(tmp_path: Path) -> None:
+    """In a graph that owns its weights the same: insert, fold without training, and a transition."""
+    from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
+
+    model, (x,) = mlp(), batches(1, 4, 5)
+    base, before = weights(model), model(x)
+    spec = lx.CascadeSpec(**PLAIN, start="pissa")
+    inserted = Pipeline([MatchSites(spec), InsertBranches()])(torch.fx.symbolic_trace(model)).graph_module
+    for graph in (inserted, StageTransition()(inserted).graph_module):
+        assert (graph(x) - before).abs().max() < 1e-14
+        b0, a0 = split(base["0.weight"], "pissa")
+        torch.testing.assert_close(
+            graph.get_parameter("0.weight"), base["0.weight"] - SCALE * b0 @ a0, rtol=0, atol=1e-14
+        )
+        folded = FoldBranches()(graph).graph_module
+        assert torch.equal(folded.get_parameter("0.weight"), base["0.weight"])
+    assert torch.equal(model[0].weight, base["0.weight"])
+
+
+def test_sums_of_runs_start_from_the_sum(tmp_path: Path) -> None:
+    """`merge` and an imported adapter: the next stage takes its factors out of what was summed."""
+    x = batches(1, 4, 5)[0]
+    runs = []
+    for seed in (1, 2):
+        cascade = adapted(mlp(), x, "pissa", targets=("0", "2"), seed=seed)
+        train(cascade, optimizer_of(cascade), batches(5, 4, 5, seed=seed))
+        runs.append(cascade)
+    total = mlp()
+    expected = {
+        name: value + sum(run.folded_state_dict()[name] - value for run in runs) / 2
+        for name, value in weights(total).items()
+    }
+    for merged in (lx.merge(runs, mlp(), (x,)),):
+        total = mlp()
+        total.load_state_dict({**total.state_dict(), **expected})
+        torch.testing.assert_close(merged(x), total(x), rtol=0, atol=1e-12)
+        for path in ("0", "2"):
+            b0, a0 = split(expected[f"{path}.weight"], "pissa")
+            residual = expected[f"{path}.weight"] - SCALE * b0 @ a0
+            torch.testing.assert_close(merged.model.get_submodule(path).weight, residual, rtol=0, atol=1e-12)
+
+
+def test_what_has_no_decomposition_is_refused() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[1, 2] = float("inf")
+    held = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        lx.SpecError, match=r"^start is 'pissa', and 2\.weight holds inf or nan, which has no decomposition"
+    ):
+        adapted(model, batches(1, 4, 5)[0], "pissa")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, held[name], rtol=0, atol=0)
