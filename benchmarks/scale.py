@@ -129,7 +129,7 @@ def fsdp2(weights: Iterable[Weight], ranks: int) -> Figures:
 
     A gather of n bytes sends n (N-1)/N by each rank, and so does a reduce-scatter. Layers are gathered in forward and
     in backward, one while the next one comes; the rest once. At a transition every lora_A is gathered, for B has its
-    rows in parts and A is needed whole; noise needs two sums of 8 bytes a site.
+    rows in parts and A is needed whole; and a site has a few sums of 8 bytes.
     """
     weights = list(weights)
     share = (ranks - 1) / ranks
@@ -201,8 +201,8 @@ def tensor_parallel(weights: Iterable[Weight], ranks: int, llama: Llama, tokens:
 
 
 def sums(sites: int, ranks: int) -> float:
-    """Return what the sums of a transition send: two of 8 bytes for the noise of a site, and flags of 4 bytes."""
-    return 2 * (ranks - 1) / ranks * sites * (2 * 8 + 2 * 4)
+    """Return what the sums of a transition send, six of 8 bytes a site: three for the noise, and three decisions."""
+    return 2 * (ranks - 1) / ranks * sites * 6 * 8
 
 
 def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
@@ -254,7 +254,8 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "their gradients are gathered by heads. What is sent grows with the tokens.",
         "",
         "A transition moves no weight: W0, B and S lie in the same parts, noise is drawn whole by its address and cut,",
-        "and standard deviations are sums of 8 bytes. FSDP2 gathers each lora_A once: rows of S need it whole.",
+        "and standard deviations and decisions are six sums of 8 bytes a site. FSDP2 gathers each lora_A once, as rows of",
+        "S need it whole.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -235,6 +235,7 @@ def test_names_with_a_prefix_and_other_dtypes(tmp_path: Path) -> None:
     assert torch.equal(cascade(x=X), lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)(x=X))
 
 
+@pytest.mark.slow
 def test_a_tie_that_the_files_do_not_have(tmp_path: Path) -> None:
     case = CASES["tied llama in one file"]
     folder = case.files(tmp_path)
@@ -251,6 +252,7 @@ def test_a_tie_that_the_files_do_not_have(tmp_path: Path) -> None:
         lx.materialize(cascade, folder, buffers=case.lost_buffers())
 
 
+@pytest.mark.slow
 def test_a_tie_that_the_spec_breaks(tmp_path: Path) -> None:
     case = CASES["tied llama in one file"]
     spec = lx.CascadeSpec(targets=("lm_head",), untie=("lm_head.weight",), rank=2, noise=lx.Noise(0.1))
