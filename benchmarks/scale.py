@@ -254,8 +254,8 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "their gradients are gathered by heads. What is sent grows with the tokens.",
         "",
         "A transition moves no weight: W0, B and S lie in the same parts, noise is drawn whole by its address and cut,",
-        "and standard deviations and decisions are six sums of 8 bytes a site. FSDP2 gathers each lora_A once, as rows of",
-        "S need it whole.",
+        "and standard deviations and decisions are six sums of 8 bytes a site. FSDP2 gathers each lora_A once, as",
+        "rows of S need it whole.",
     ]
     return "\n".join(lines) + "\n"
 
