@@ -4,6 +4,7 @@ import logging
 
 from lorasc_fx import export, import_, integrations
 from lorasc_fx.adapt import adapt, load
+from lorasc_fx.adapt.materialize import materialize
 from lorasc_fx.adapt.merge import merge
 from lorasc_fx.errors import (
     CaptureError,
@@ -55,6 +56,7 @@ __all__ = [
     "import_",
     "integrations",
     "load",
+    "materialize",
     "merge",
     "save",
     "shuffled_batches",

@@ -17,13 +17,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import check_untie, untie
-from lorasc_fx.capture import FRONTENDS, check_binds, open_model, signature_of
+from lorasc_fx.capture import FRONTENDS, check_binds, is_hollow, open_model, signature_of
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
 from lorasc_fx.graph import check_patterns, faults, forms_missing, matches, named_weights, rules_of, trained_by
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
+from lorasc_fx.runtime.filling import Hollow, check_attributes, groups_of
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing
 
@@ -47,7 +48,8 @@ def adapt(
     """Adapt a model by cascaded low-rank branches, without touching its source.
 
     Args:
-        model: an nn.Module, a GraphModule, an ExportedProgram, or the path of a .pt2 file.
+        model: an nn.Module, a GraphModule, an ExportedProgram, or the path of a .pt2 file. One on the meta device is
+            adapted without memory, and gets its numbers by `materialize`; until then the cascade only tells of itself.
         args, kwargs: example inputs; their sizes do not matter, their types do. The model runs a few times on them,
             leaving no trace, to see what it does and that its graph does the same.
         spec: what is asked, see `CascadeSpec`.
@@ -72,14 +74,17 @@ def adapt(
     if not isinstance(plan.spec, CascadeSpec):
         raise SpecError(f"spec is {type(plan.spec).__name__}; give a lorasc_fx.CascadeSpec")
     opened = open_model(model)
-    _check_new(opened)
+    _check_new(opened, hollow=True)
     weights = named_weights(opened)
     check_patterns(plan.spec, weights.matrices, weights.names)
     check_untie(opened, plan.spec.untie)
-    source = open_base(base, opened)
+    hollow = Hollow(base, groups_of(opened)) if is_hollow(opened) else None
+    if hollow is not None:
+        check_attributes(opened)
+    source = open_base(base, opened) if hollow is None else None
     with torch.inference_mode(False), AllOrNothing() as undo:
         untie(opened, plan.spec.untie, undo)
-        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo)
+        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, hollow=hollow)
         _tell_of_wide_branches(cascade.plan)
         return cascade
 
@@ -159,8 +164,13 @@ def _adapt(
     source: BaseFile | None,
     undo: AllOrNothing,
     empty: bool = False,
+    hollow: Hollow | None = None,
+    into: Cascade | None = None,
 ) -> Cascade:
-    """Adapt by a plan: an empty one that has only a spec, or one that was saved, whose numbers are still to come."""
+    """Adapt by a plan: an empty one that has only a spec, or one that was saved, whose numbers are still to come.
+
+    With `into` that cascade begins anew.
+    """
     weights = named_weights(opened)
     bound = check_binds(opened, tuple(args), dict(kwargs or {}))
     maker = Compiler(frontend, signature_of(opened))
@@ -174,8 +184,12 @@ def _adapt(
     sites, seconds = len(made.plan.sites), time.monotonic() - begun
     log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {}))
-    cascade = cascade_class(opened, maker.signature)(opened, maker, made, maker.key(opened, *bound), example, flags)
-    cascade.core.base_file = source
+    key = maker.key(opened, *bound)
+    if into is None:
+        cascade = cascade_class(opened, maker.signature)(opened, maker, made, key, example, flags)
+    else:
+        Cascade.__init__(cascade := into, opened, maker, made, key, example, flags)
+    cascade.core.base_file, cascade.core.hollow = source, hollow
     cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
@@ -254,9 +268,9 @@ def _trained(
     return trained
 
 
-def _check_new(model: nn.Module) -> None:
+def _check_new(model: nn.Module, hollow: bool = False) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and not hollow:
             raise CaptureError(f"{name} is on the meta device, without numbers: give the model its weights first")
         if parameter.is_inference():
             raise CaptureError(f"{name} was made in torch.inference_mode, and nothing can train it: make it outside")

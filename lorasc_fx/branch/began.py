@@ -106,10 +106,9 @@ def factors_of(branch: Branch, device: torch.device, began: Began | None = None,
     """
     with torch.no_grad():
         left, right = branch.oriented()
-        if part is not None:
-            stacked = right.dim() > 2
-            left = _rows_of(left, part)
-            right = _rows_of(right, part) if stacked else whole(right)
+        axis, stacked = part.axis if part is not None else None, right.dim() > 2
+        left = _rows_of(left, part) if part is not None and axis == 0 else whole(left)
+        right = _rows_of(right, part) if part is not None and (stacked or axis == 1) else whole(right)
         if began is None or began.factors is None:
             return Factors((left * branch.scale).to(device), right.clone().to(device))
         now, first, dtype = began_of(branch), began.factors, branch.lora_A.dtype
@@ -120,6 +119,6 @@ def factors_of(branch: Branch, device: torch.device, began: Began | None = None,
 
 def _rows_of(factor: torch.Tensor, part: Rows) -> torch.Tensor:
     """Return rows of a factor: its own shard where that is cut along them, else of all of it, which is small."""
-    if any(each.is_shard(0) for each in getattr(factor, "placements", ())):
+    if any(each.is_shard(part.axis) for each in getattr(factor, "placements", ())):
         return local(factor)
     return part.of_whole(whole(factor))

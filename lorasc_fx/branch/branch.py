@@ -112,7 +112,9 @@ class Branch(nn.Module, abc.ABC):
                 fill_factor(factor, factor.new_zeros(shape))
 
     def finite(self) -> bool:
-        """Whether no entry of the factors, as far as they are here, is inf or nan."""
+        """Whether no entry of the factors, as far as they are here, is inf or nan; without numbers none is."""
+        if self.lora_A.is_meta:
+            return True
         return all(bool(torch.isfinite(local(factor)).all()) for factor in self.parameters())
 
     def extra_repr(self) -> str:

@@ -66,8 +66,7 @@ def draw(
     shape; all of it is drawn for a moment.
     """
     if part is not None:
-        every = torch.Size((part.total, *shape[1:]))
-        return part.of_whole(draw(noise, seed, stage, name, every, step)).clone()
+        return part.of_whole(draw(noise, seed, stage, name, part.shape_of_whole(shape), step)).clone()
     source = generator(seed, stage, f"noise of step {step}" if step else "noise", name)
     if noise.distribution == "uniform":
         return torch.rand(shape, generator=source, dtype=torch.float32).sub_(0.5)

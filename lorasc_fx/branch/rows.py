@@ -1,8 +1,9 @@
 """Weights that several processes hold together, each some of the rows: what is here of a tensor, and what all say.
 
 A row shard of `S = sum c b a` is made of the same rows of `b` and of all of `a`, so that each process folds its rows by
-itself. What has to be one decision of all (a branch that is not finite) or one number of all (the standard deviation of
-a weight) is told by `Together`; every process asks for it at the same place.
+itself; and a shard of columns, of all of `b` and of the same columns of `a`. What has to be one decision of all (a
+branch that is not finite) or one number of all (the standard deviation of a weight) is told by `Together`; every
+process asks for it at the same place.
 """
 
 from __future__ import annotations
@@ -79,24 +80,34 @@ class Together:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a weight that are here, `first` to `first + count` of `total`, and who holds the others."""
+    """The rows of a weight that are here, `first` to `first + count` of `total`, and who holds the others.
+
+    With axis 1 it is the columns.
+    """
 
     first: int
     count: int
     total: int
     together: Together
+    axis: int = 0
 
     @classmethod
     def of(cls, tensor: Any) -> Rows:
-        """Return the rows of a DTensor that is sharded on its first axis over a mesh of one axis, as FSDP does it."""
-        mesh, total = tensor.device_mesh, tensor.shape[0]
+        """Return the rows of a DTensor that is sharded over a mesh of one axis, as FSDP does it on the first axis of a
+        tensor; of one that each process has a copy of all rows.
+        """
+        mesh, (place,) = tensor.device_mesh, tensor.placements
+        together = Together(mesh.get_group(), tensor.device)
+        if not place.is_shard():
+            return cls(0, tensor.shape[0], tensor.shape[0], together)
+        total = tensor.shape[place.dim]
         chunk = -(-total // mesh.size())
         first = min(mesh.get_local_rank() * chunk, total)
-        return cls(first, min(chunk, total - first), total, Together(mesh.get_group(), tensor.device))
+        return cls(first, min(chunk, total - first), total, together, place.dim)
 
     def sharded(self, part: torch.Tensor, like: Any) -> torch.Tensor:
         """Return the DTensor of which these rows are `part`, cut as the DTensor `like` is."""
-        shape = torch.Size((self.total, *part.shape[1:]))
+        shape = self.shape_of_whole(part.shape)
         stride = torch.empty(shape, device="meta").stride()
         mesh, placements = like.device_mesh, like.placements
         made: torch.Tensor = type(like.data).from_local(
@@ -106,7 +117,11 @@ class Rows:
 
     def of_whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return these rows of a whole tensor."""
-        return tensor[self.first : self.first + self.count]
+        return tensor.narrow(self.axis, self.first, self.count)
+
+    def shape_of_whole(self, part: torch.Size) -> torch.Size:
+        """Return the shape of the whole tensor of which these rows have that of a part."""
+        return torch.Size((*part[: self.axis], self.total, *part[self.axis + 1 :]))
 
     def spread(self, part: torch.Tensor) -> float:
         """Return the standard deviation of the whole weight, of which `part` is here; as `torch.std` does it."""

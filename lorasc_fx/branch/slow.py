@@ -263,8 +263,9 @@ class SlowWeight:
             return bool(self.experts)
         ranks = sum(expert.factors.a.shape[-2] for expert in self.experts)
         rows, columns = self.matrix[-2:]
-        if self.part is not None and not self.stacked:
-            rows = self.part.total  # so that all processes come to the same
+        if self.part is not None and not self.stacked:  # so that all processes come to the same
+            whole = self.part.shape_of_whole(self.base.shape)
+            rows, columns = whole[0], math.prod(whole[1:])
         return ranks * (rows + columns) > rows * columns
 
     def collapsed(self) -> SlowWeight:

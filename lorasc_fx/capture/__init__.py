@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from lorasc_fx.capture.export import capture_dynamo, capture_export
 from lorasc_fx.capture.graph import capture_graph
+from lorasc_fx.capture.hollow import device_of, faked, has_numbers, is_hollow
 from lorasc_fx.capture.live import OWNER, Captured, quiet
 from lorasc_fx.capture.pieces import Pieces, capture_pieces
 from lorasc_fx.capture.pt2 import inert
@@ -34,6 +35,8 @@ __all__ = [
     "capture",
     "check_binds",
     "copied",
+    "device_of",
+    "is_hollow",
     "key_of",
     "leaves",
     "open_model",
@@ -67,7 +70,7 @@ def capture(
     """Turn a call of the model into a graph that reads the live model.
 
     Args:
-        model: a graph module needs no front end.
+        model: a graph module needs no front end. One on the meta device, or in parts, is captured without values.
         args, kwargs: example inputs in canonical shape (`check_binds`).
         frontend: a name in FRONTENDS, or `auto`: the first that takes the model.
         wide: sizes that a first capture fixes are dynamic as well (asked for when a second size has come).
@@ -78,6 +81,14 @@ def capture(
     if frontend != "auto" and frontend not in FRONTENDS:
         known = ("auto", *FRONTENDS)
         raise CaptureError(f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}")
+    hollow = not has_numbers(model)
+    with faked(model, args, kwargs) as (inputs, named):
+        return _captured(model, inputs, named, frontend, wide, hollow)
+
+
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], frontend: str, wide: bool, hollow: bool
+) -> Captured:
     trial = try_model(model, args, kwargs)
     if isinstance(model, fx.GraphModule):
         return capture_graph(model, args, kwargs)
@@ -89,6 +100,10 @@ def capture(
         try:
             if name != "pieces":
                 trial.check()
+            elif hollow:
+                raise RuntimeError(
+                    "is tried by values, and the model is on the meta device, or in parts: give it its weights first"
+                )
             with untouched(model):  # a tracer's proxies and writes stay in none of its places
                 captured = FRONTENDS[name](model, *copied(args, kwargs), wide)
             if captured.pieces is None:

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lorasc_fx.branch import is_quantized
+from lorasc_fx.capture.hollow import computing
 from lorasc_fx.capture.live import quiet
 from lorasc_fx.capture.signature import copied
 from lorasc_fx.capture.untouched import Attributes, same_attributes, same_values, untouched, written_by
@@ -66,7 +68,7 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         CaptureError: the model itself raises.
     """
     try:
-        with quiet(), same_attributes(model) as before, _all_trained(model):
+        with quiet(), computing(model), same_attributes(model) as before, _all_trained(model):
             output, draws = _run(model, args, kwargs), False
             functions = tuple(sorted(_functions(_tensors(output))))
             drawn = _generators()
@@ -85,9 +87,11 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     except MemoryError:
         raise
     except Exception as fault:
+        hollow = any(isinstance(each, FakeTensor) for each in model.parameters())
+        advice = ", or give the model its weights before adapt: on the meta device nothing can look at values"
         raise CaptureError(
             f"{type(model).__name__} itself refuses the example inputs: {one_line(fault)}; "
-            "give args and kwargs with which the model runs"
+            f"give args and kwargs with which the model runs{advice if hollow else ''}"
         ) from fault
 
 
@@ -188,7 +192,7 @@ def _observed(
     call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> _Observed:
     inputs, named = copied(args, kwargs)
-    with quiet(), untouched(model), torch.no_grad():
+    with quiet(), computing(model), untouched(model), torch.no_grad():
         seed()
         output = call(*inputs, **named)
         written = [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
@@ -221,7 +225,7 @@ def _fault(ours: _Observed, theirs: _Observed) -> str | None:
 def _apart(one: torch.Tensor, other: torch.Tensor) -> str | None:
     if one.shape != other.shape or one.dtype != other.dtype:
         return f"{one.dtype} {tuple(one.shape)} for {other.dtype} {tuple(other.shape)}"
-    if one.is_nested or one.is_sparse or one.numel() == 0 or torch.equal(one, other):
+    if isinstance(one, FakeTensor) or one.is_nested or one.is_sparse or one.numel() == 0 or torch.equal(one, other):
         return None
     if not (one.is_floating_point() or one.is_complex()):
         return "another"

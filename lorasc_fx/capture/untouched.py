@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lorasc_fx.branch import is_quantized
 
@@ -87,7 +88,8 @@ def _same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        return alike and (isinstance(one, FakeTensor) or torch.equal(one, other))
     if isinstance(one, (bool, int, float, str, bytes)):
         return bool(one == other)
     if isinstance(one, (list, tuple, deque)):
@@ -99,18 +101,17 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextlib.contextmanager
 def substituted(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let the model hold other tensors in place of these parameters, at every place that holds one of them.
+    """Let the model hold other tensors in place of these parameters and buffers, at every place that holds one of them.
 
     (torch.func.functional_call leaves its values behind in a module that a model holds under two names, and does not
     reach lists of parameters, as recurrent layers keep.)
     """
-    parameters = dict(model.named_parameters())
-    instead = {id(parameters[name]): value for name, value in values.items()}
+    own = dict(model.named_buffers()) | dict(model.named_parameters())
+    instead = {id(own[name]): value for name, value in values.items()}
     held: list[tuple[Any, Any, Any]] = []
     for module in model.modules():
-        held += [
-            (module._parameters, leaf, value) for leaf, value in module._parameters.items() if id(value) in instead
-        ]
+        for tensors in (module._parameters, module._buffers):
+            held += [(tensors, leaf, value) for leaf, value in tensors.items() if id(value) in instead]
         for store in (each for each in vars(module).values() if type(each) is list):
             held += [(store, place, value) for place, value in enumerate(store) if id(value) in instead]
     try:
@@ -150,8 +151,9 @@ def same_values(model: nn.Module) -> Iterator[None]:
     kept = {
         name: (parameter, parameter.data, parameter.detach().to("cpu", copy=True))
         for name, parameter in _plain_parameters(model)
-        if known is None or name in known
+        if (known is None or name in known) and not isinstance(parameter, FakeTensor)
     }
+    versions = [(name, each, each._version) for name, each in model.named_parameters() if isinstance(each, FakeTensor)]
     written = set(known or ())
     try:
         yield
@@ -164,6 +166,7 @@ def same_values(model: nn.Module) -> Iterator[None]:
                 if moved or not torch.equal(parameter.cpu(), value):
                     parameter.copy_(value)
                     written.add(name)
+            written.update(name for name, parameter, version in versions if parameter._version != version)
             for module, objects, values in buffers:
                 if isinstance(module._buffers, dict):  # a script module keeps its own
                     module._buffers.clear()

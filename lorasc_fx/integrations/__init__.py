@@ -2,19 +2,21 @@
 
 `transformers` holds `CascadeCallback`, for the Trainer; `accelerate` holds `keep`, for `save_state` and `load_state`;
 `progress` holds `telling`, for a loop of your own: bars, metrics and TensorBoard. `distributed` saves and resumes what
-several processes train together (DDP); `fsdp` shards a cascade over them (FSDP2).
+several processes train together (DDP); `fsdp` shards a cascade over them (FSDP2); `tensor_parallel` puts weights on
+them by columns and rows.
 """
 
 import importlib
 from typing import Any
 
-__all__ = ["accelerate", "distributed", "fsdp", "progress", "transformers"]
+__all__ = ["accelerate", "distributed", "fsdp", "progress", "tensor_parallel", "transformers"]
 
 _MODULES = (
     "accelerate",
     "distributed",
     "fsdp",
     "progress",
+    "tensor_parallel",
     "transformers",
 )
 

@@ -139,7 +139,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         raise StateError("shard: this cascade is sharded already")
     if mesh is not None and mesh.ndim != 1:
         raise StateError(f"shard: the mesh has {mesh.ndim} axes; give one of its axes, as mesh['name']")
-    for name, value, usual in _whole_only(spec):
+    for name, value, usual in whole_only(spec):
         raise StateError(f"shard: {name} is {value!r}, which needs whole weights; give {usual!r} in the spec")
     graphs = [(each, each.module) for each in _variants(cascade) if isinstance(each.module, fx.GraphModule)]
     if len(graphs) < len(_variants(cascade)):
@@ -170,7 +170,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     return [(each, cut(graph, units)) for each, graph in graphs]
 
 
-def _whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any]]:
+def whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any]]:
     """Yield what a spec asks that nobody has said to work on shards: its name, its value, and the default."""
     held = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.strength else [])
     for prefix, asked, plain in held:

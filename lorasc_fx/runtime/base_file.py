@@ -25,7 +25,7 @@ from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
 
-__all__ = ["INDEX", "SINGLE", "BaseFile", "open_base", "renamed", "shards_of"]
+__all__ = ["INDEX", "SINGLE", "BaseFile", "open_base", "opened", "renamed", "shards_of"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
@@ -142,17 +142,17 @@ def shards_of(path: Path) -> list[Path]:
 
 
 def _keys(path: Path) -> list[str]:
-    with _opened(path) as handle:
+    with opened(path) as handle:
         return list(handle.keys())
 
 
 def _tensors(path: Path, keys: Iterable[str]) -> list[torch.Tensor]:
-    with _opened(path) as handle:
+    with opened(path) as handle:
         return [handle.get_tensor(key) for key in keys]
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """Open a safetensors file, whose header the library holds against its size; what is odd in it is one error."""
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise CheckpointError(f"base: {path} cannot be read: it is no plain file")

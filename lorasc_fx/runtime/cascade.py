@@ -71,6 +71,8 @@ class Cascade(Staged):
             CaptureError: a new signature that no front end takes.
         """
         self.core.check_alive("forward")
+        if self.core.spread is not None:
+            return self.core.spread(self, args, kwargs)
         if self.core.placed is not None and self.core.slow.together is None:
             return self.model(*args, **kwargs)
         bound, named = self._maker.bind(self.model, args, kwargs)

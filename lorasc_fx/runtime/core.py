@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
+from lorasc_fx.runtime.filling import Hollow
 from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
@@ -50,6 +52,8 @@ class Core:
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
+        self.hollow: Hollow | None = None  # until a model on the meta device has its numbers
+        self.spread: Callable[[Any, Any, Any], Any] | None = None  # computes a call, where weights lie in parts
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
         self._as_left: dict[str, tuple[int, int]] = {}
@@ -112,7 +116,8 @@ class Core:
         state and branches from elsewhere: no factors are taken out of its weights.
         """
         self.slow = self.slow.with_trained(trained, rules or {})
-        self.know_sites(undo, empty)
+        if self.hollow is None:
+            self.know_sites(undo, empty)
 
     def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
         """Note which weights the spec excludes: no noise reaches them."""
@@ -240,9 +245,14 @@ class Core:
         return dict(self._fingerprints)
 
     def check_alive(self, call: str) -> None:
-        """Raise StateError after `release`."""
+        """Raise StateError after `release`, and before the model has its numbers."""
         if self.released:
             raise StateError(f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on")
+        if self.hollow is not None and call not in ("train", "draw"):
+            raise StateError(
+                f"{call}: the model is on the meta device, without numbers; "
+                "call lorasc_fx.materialize(cascade, folder) with its safetensors first"
+            )
 
     def check_called(self, call: str) -> None:
         """Raise StateError after `release`, and where other processes that train copies do not know all branches."""
@@ -252,6 +262,11 @@ class Core:
     def check_ready(self, call: str) -> None:
         """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
         self.check_alive(call)
+        if self.spread is not None and call not in ("weights", "transition", "stages", "rewind"):
+            raise StateError(
+                f"{call}: the weights lie in parts on several processes; call "
+                "lorasc_fx.integrations.tensor_parallel.gather(cascade) first"
+            )
         if self.slow.together is not None and call not in SHARDED:
             raise StateError(
                 f"{call}: the weights are sharded over processes, where there is {', '.join(SHARDED)}; "

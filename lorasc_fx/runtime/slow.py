@@ -240,9 +240,9 @@ def _spoilt(name: str, broken: bool, plan: Plan) -> bool:
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy in host memory, off the training device, of what is here; of a quantized weight, which nothing
-    writes to, itself.
+    writes to, itself, and so of one without numbers.
     """
-    if is_quantized(tensor):
+    if is_quantized(tensor) or tensor.is_meta:
         return tensor.detach()
     return local(tensor).detach().to("cpu", copy=True)
 

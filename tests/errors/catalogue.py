@@ -90,7 +90,7 @@ def a_front_end(model: nn.Module, x: Tensor) -> None:
 
 
 def no_numbers(model: nn.Module, x: Tensor) -> None:
-    lx.adapt(model.to("meta"), args=(x,))
+    lx.adapt(model.to("meta"), args=(x,))(x)
 
 
 def no_model(model: nn.Module, x: Tensor) -> None:
@@ -208,7 +208,7 @@ ENTRIES = (
         ("adapt", "load", "a call of the cascade", "folded_graph"),
         "Give inputs with which the model runs. Where no front end takes it, each one's reason is told: change the "
         "model there, or adapt a part of it.",
-        (a_front_end, no_numbers, no_model),
+        (a_front_end, no_model),
     ),
     Entry(
         lx.PassError,
@@ -233,7 +233,7 @@ ENTRIES = (
         lx.StateError,
         ("every call of a cascade", "adapt", "save"),
         "The call is right, the moment is not: do first what the message says.",
-        (released, unused_gradients, another_optimizer, twice),
+        (released, no_numbers, unused_gradients, another_optimizer, twice),
     ),
     Entry(
         lx.NonFiniteBranch,

@@ -1,0 +1,284 @@
+"""Memory and traffic of a 70B-like llama on 8 and 64 ranks: `python -m benchmarks.scale [--write]`.
+
+The model is built on the meta device, and so are its branches: shapes are counted, nothing is run. --write writes
+docs/scale.md. The lines of a layer are those of every layer, so that two layers are adapted, and eighty are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorasc_fx as lx
+
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+RANK, TOKENS = 16, 4096
+LAYER = re.compile(r"\.layers\.\d+\.")
+STYLES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), "colwise"),
+    **dict.fromkeys(("o_proj", "down_proj"), "rowwise"),
+}
+WEIGHT, FACTOR = 2, 4
+"""Bytes of an entry: bf16 weights, activations and their gradients; fp32 factors, as narrower weights have them."""
+STATES = 2
+"""Numbers that AdamW keeps of each entry that trains."""
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Sizes of a llama, as its configuration names them."""
+
+    hidden_size: int = 8192
+    intermediate_size: int = 28672
+    num_hidden_layers: int = 80
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    vocab_size: int = 128256
+
+    def on_meta(self, layers: int) -> LlamaForCausalLM:
+        """Return it with so many layers, without memory."""
+        config = LlamaConfig(**{**vars(self), "num_hidden_layers": layers}, pad_token_id=0, tie_word_embeddings=False)
+        with torch.device("meta"):
+            return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter: its name, shape, and the rank of its branch, 0 without one."""
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+
+    @property
+    def entries(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """Entries of lora_A and lora_B."""
+        return (self.rank * self.shape[1], self.rank * self.shape[0]) if self.rank else (0, 0)
+
+    @property
+    def leaf(self) -> str:
+        """Name of the module that holds it."""
+        return self.name.split(".")[-2]
+
+    @property
+    def block(self) -> str:
+        """The layer that it belongs to, "" for those of none."""
+        found = LAYER.search(self.name)
+        return found[0] if found else ""
+
+    def style(self, llama: Llama, ranks: int) -> str:
+        """How tensor parallel splits it; few heads of keys and values stay whole."""
+        leaf = self.leaf
+        if leaf in ("k_proj", "v_proj") and llama.num_key_value_heads % ranks:
+            return ""
+        return STYLES.get(leaf, "")
+
+
+def weights_of(llama: Llama, rank: int = RANK) -> list[Weight]:
+    """Return every parameter of the model, those of the layers' linears with a branch as lorasc_fx makes it."""
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    spec = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=rank, noise=lx.Noise(0.1), placement="beside")
+    cascade = lx.adapt(llama.on_meta(2), kwargs={"input_ids": ids}, spec=spec)
+    ranks = {LAYER.sub(".layers.N.", site.weight): site.rank for site in cascade.sites}
+    return [
+        Weight(name, tuple(value.shape), ranks.get(LAYER.sub(".layers.N.", name), 0))
+        for name, value in llama.on_meta(llama.num_hidden_layers).named_parameters()
+    ]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Bytes of one rank.
+
+    Args:
+        base, factors, gradients, optimizer: that lie on the device all the time.
+        gathered: whole weights that lie there for a while.
+        host: W0 of the sites, in host memory.
+        forward, backward, transition: sent by the rank.
+    """
+
+    base: float
+    factors: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    host: float
+    forward: float
+    backward: float
+    transition: float
+
+    @property
+    def device(self) -> float:
+        return self.base + self.factors + self.gradients + self.optimizer + self.gathered
+
+
+def fsdp2(weights: Iterable[Weight], ranks: int) -> Figures:
+    """Return the figures of `fully_shard`, a unit a layer and one for the rest.
+
+    A gather of n bytes sends n (N-1)/N by each rank, and so does a reduce-scatter. Layers are gathered in forward and
+    in backward, one while the next one comes; the rest once. At a transition every lora_A is gathered, for B has its
+    rows in parts and A is needed whole; and a site has a few sums of 8 bytes.
+    """
+    weights = list(weights)
+    share = (ranks - 1) / ranks
+    base = sum(each.entries for each in weights)
+    first = sum(each.factors[0] for each in weights)
+    trained = sum(sum(each.factors) for each in weights)
+    blocks: dict[str, float] = {}
+    for each in weights:
+        blocks[each.block] = blocks.get(each.block, 0) + WEIGHT * each.entries + FACTOR * sum(each.factors)
+    layers = [size for name, size in blocks.items() if name]
+    sites = [each for each in weights if each.rank]
+    return Figures(
+        base=WEIGHT * base / ranks,
+        factors=FACTOR * trained / ranks,
+        gradients=FACTOR * trained / ranks,
+        optimizer=STATES * FACTOR * trained / ranks,
+        gathered=blocks[""] + 2 * max(layers),
+        host=WEIGHT * sum(each.entries for each in sites) / ranks,
+        forward=share * sum(blocks.values()),
+        backward=share * (sum(layers) + FACTOR * trained),
+        transition=share * FACTOR * first + sums(len(sites), ranks),
+    )
+
+
+def tensor_parallel(weights: Iterable[Weight], ranks: int, llama: Llama, tokens: int = TOKENS) -> Figures:
+    """Return the figures of `lorasc_fx.integrations.tensor_parallel`, column-wise into a layer and row-wise out of it.
+
+    A sum over the ranks of n bytes (an all-reduce) sends 2 n (N-1)/N by each rank. In forward that is the output
+    [tokens, out] of each row-wise weight and what its lora_A makes, [tokens, rank]; in backward the gradient of each
+    input that column-wise weights share, [tokens, in], and that of what their lora_A made. The logits are gathered.
+    Where keys and values are whole, their gradients are gathered by heads. A transition exchanges sums and flags.
+    """
+    weights = list(weights)
+    share, reduced = (ranks - 1) / ranks, 2 * (ranks - 1) / ranks
+    split = {each.name: each.style(llama, ranks) for each in weights}
+    base = factors = host = forward = backward = 0.0
+    first = next(each.block for each in weights if each.block)
+    inputs = {(first, "attention")}  # below which nothing trains: it wants no gradient
+    for each in weights:
+        style, (a, b) = split[each.name], each.factors
+        parts = ranks if style else 1
+        base += each.entries / parts
+        host += each.entries / parts if each.rank else 0
+        factors += a / (ranks if style == "rowwise" else 1) + b / (ranks if style == "colwise" else 1)
+        if style == "rowwise":
+            forward += reduced * WEIGHT * tokens * (each.shape[0] + each.rank)
+        if style == "colwise":
+            backward += reduced * WEIGHT * tokens * each.rank
+            read = "attention" if each.leaf in ("q_proj", "k_proj", "v_proj") else each.leaf.replace("gate", "up")
+            if (each.block, read) not in inputs:
+                inputs.add((each.block, read))
+                backward += reduced * WEIGHT * tokens * each.shape[1]
+        if style == "colwise" and not each.block:
+            forward += share * WEIGHT * tokens * each.shape[0]
+        if not style and each.leaf in ("k_proj", "v_proj"):
+            backward += share * WEIGHT * tokens * llama.hidden_size
+    sites = sum(1 for each in weights if each.rank)
+    return Figures(
+        base=WEIGHT * base,
+        factors=FACTOR * factors,
+        gradients=FACTOR * factors,
+        optimizer=STATES * FACTOR * factors,
+        gathered=0.0,
+        host=WEIGHT * host,
+        forward=forward,
+        backward=backward,
+        transition=sums(sites, ranks),
+    )
+
+
+def sums(sites: int, ranks: int) -> float:
+    """Return what the sums of a transition send, six of 8 bytes a site: three for the noise, and three decisions."""
+    return 2 * (ranks - 1) / ranks * sites * 6 * 8
+
+
+def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
+    """Return docs/scale.md."""
+    weights = weights_of(llama)
+    base, trained = sum(each.entries for each in weights), sum(sum(each.factors) for each in weights)
+    columns = [
+        (f"{how}, {count} ranks", figures)
+        for count in ranks
+        for how, figures in (
+            ("FSDP2", fsdp2(weights, count)),
+            ("tensor parallel", tensor_parallel(weights, count, llama)),
+        )
+    ]
+    rows = [
+        ("weights, bf16", "base"), ("lora_A and lora_B, fp32", "factors"), ("their gradients", "gradients"),
+        ("AdamW's states", "optimizer"), ("gathered for a while", "gathered"), ("**together on the device**", "device"),
+        ("host: W0 of the sites", "host"), ("**sent in a forward**", "forward"), ("**sent in a backward**", "backward"),
+        ("**sent at a transition**", "transition"),
+    ]  # fmt: skip
+    lines = [
+        "# Scale",
+        "",
+        "`python -m benchmarks.scale --write` writes this page from a model on the meta device: shapes are counted,",
+        f"nothing is run. A llama of {base:,} parameters ({llama.num_hidden_layers} layers, {llama.hidden_size} wide,",
+        f"{llama.intermediate_size} in between, {llama.num_attention_heads} heads, {llama.num_key_value_heads} of keys",
+        f"and values, {llama.vocab_size} tokens), rank {RANK} on every linear of the layers: {trained:,} entries train",
+        f"({100 * trained / base:.2f} %). Bytes of one rank, GB of 10^9; a step of {TOKENS} tokens.",
+        "",
+        "| | " + " | ".join(name for name, _ in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    lines += [
+        f"| {told} | " + " | ".join(_told(getattr(figures, field)) for _, figures in columns) + " |"
+        for told, field in rows
+    ]
+    lines += [
+        "",
+        "Activations are not counted: they are those of the frozen model and of the branches' inputs.",
+        'With `base="file"` W0 is mapped from the files of the model, and needs no host memory.',
+        "",
+        "FSDP2: each layer is a unit, and all else is one. A gather of n bytes sends n (N-1)/N by each rank, and so",
+        "does the reduce-scatter of gradients; frozen weights have none. Layers are gathered in forward and again in",
+        "backward, the next one while one computes; the rest once a step. What is sent does not depend on the tokens.",
+        "",
+        "Tensor parallel: a sum over all ranks of n bytes sends 2 n (N-1)/N by each rank. Every row-wise product is",
+        "one such sum, and every input that column-wise products share, [tokens, width]; branches add sums of",
+        "[tokens, rank]. Where heads of keys and values are fewer than ranks, k and v stay whole on each rank, and",
+        "their gradients are gathered by heads. What is sent grows with the tokens.",
+        "",
+        "A transition moves no weight: W0, B and S lie in the same parts, noise is drawn whole by its address and cut,",
+        "and standard deviations and decisions are six sums of 8 bytes a site. FSDP2 gathers each lora_A once, as",
+        "rows of S need it whole.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _told(size: float) -> str:
+    """Return bytes as GB, or as MB or kB where they are few."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= 0.1 * unit:
+            return f"{size / unit:.1f} {name}" if size < 100 * unit else f"{size / unit:,.0f} {name}"
+    return "0"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the page, and write it if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    options = parser.parse_args(arguments)
+    logging.getLogger("lorasc_fx").setLevel(logging.ERROR)
+    text = page(Llama())
+    print(text, end="")
+    if options.write:
+        PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Numbers for a model that was built on the meta device: out of safetensors files, one tensor in memory at a time.
+
+All names, ties and shapes are checked by the headers of the files, before the first tensor of the model is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, nearest
+from lorasc_fx.runtime.base_file import opened, renamed, shards_of
+from lorasc_fx.undo import AllOrNothing
+
+__all__ = ["Hollow", "Numbers", "check_attributes", "find_numbers", "groups_of", "put_numbers"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Hollow:
+    """What a cascade on a model without numbers remembers until it gets them.
+
+    Args:
+        base: what `adapt` was told.
+        groups: the names of each tensor of the model, before any was untied.
+    """
+
+    base: Any
+    groups: tuple[tuple[str, ...], ...]
+
+
+@dataclass
+class _Tensor:
+    """A tensor of the model: its names, and the files' keys that mean it."""
+
+    value: torch.Tensor
+    names: tuple[str, ...]
+    kept: bool
+    keys: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Where the numbers of a model's tensors are.
+
+    Args:
+        files: keys and the tensors that they mean, by file.
+        given: numbers that the call brought itself.
+        rest: tensors that have numbers, and keep them.
+    """
+
+    files: Mapping[Path, list[tuple[str, torch.Tensor]]]
+    given: list[tuple[torch.Tensor, torch.Tensor]]
+    rest: list[torch.Tensor]
+
+
+def groups_of(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Return the names of each parameter and buffer of a model, tied ones together."""
+    return tuple(each.names for each in _tensors(model))
+
+
+def check_attributes(model: nn.Module) -> None:
+    """Refuse a tensor on the meta device that no file can fill.
+
+    Raises:
+        CaptureError: it is neither parameter nor buffer.
+    """
+    for prefix, module in model.named_modules():
+        for leaf, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                raise CaptureError(
+                    f"{f'{prefix}.{leaf}'.lstrip('.')} is a tensor on the meta device, and neither parameter nor "
+                    "buffer: no file keeps it; register it as a buffer, or make it in forward"
+                )
+
+
+def _tensors(model: nn.Module) -> list[_Tensor]:
+    found: dict[int, _Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None:
+                each = found.setdefault(id(value), _Tensor(value, (), True))
+                each.names += (f"{prefix}.{leaf}".lstrip("."),)
+                each.kept = each.kept and leaf not in module._non_persistent_buffers_set
+    return list(found.values())
+
+
+def find_numbers(
+    model: nn.Module, path: Path, groups: Iterable[tuple[str, ...]], buffers: Mapping[str, torch.Tensor]
+) -> Numbers:
+    """Say where each tensor of the model gets its numbers.
+
+    Args:
+        model: some of its tensors are on the meta device.
+        path: a safetensors file, or a folder with `model.safetensors` or its shards.
+        groups: names that meant one tensor before some were untied.
+        buffers: numbers of buffers that no file holds, by name.
+
+    Raises:
+        CheckpointError: the files cannot be read, lack a tensor, hold one that the model has not, or one of another
+            shape; or two that are one in the model and differ. Nothing was changed.
+        SpecError: `buffers` has another name or shape than the model.
+    """
+    tensors = _tensors(model)
+    by_name = {name: each for each in tensors for name in each.names}
+    _check_given(by_name, buffers)
+    shapes, places = _headers(path)
+    also = {name: group for group in groups for name in group}
+    keys = renamed(by_name, places)
+    for each in tensors:
+        names = dict.fromkeys([*each.names, *(name for one in each.names for name in also.get(one, ()))])
+        found = [name if name in places else keys[name] for name in names if name in places or name in keys]
+        own = [key for key in found if by_name.get(key, each) is each]
+        each.keys = list(dict.fromkeys(own or found))
+    _check_names(path, tensors, shapes, buffers)
+    files: dict[Path, list[tuple[str, torch.Tensor]]] = {}
+    for each in tensors:
+        if each.keys and not any(name in buffers for name in each.names):
+            files.setdefault(places[each.keys[0]], []).append((each.keys[0], each.value))
+            _check_tied(each.keys, places)
+    given = [(by_name[name].value, value) for name, value in buffers.items()]
+    filled = {id(each) for pairs in files.values() for _, each in pairs} | {id(each) for each, _ in given}
+    return Numbers(files, given, [each.value for each in tensors if id(each.value) not in filled])
+
+
+def _headers(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
+    """Return shape and file of each tensor of the files."""
+    shapes, places = {}, {}
+    for shard in shards_of(path):
+        with opened(shard) as handle:
+            for key in handle.keys():  # noqa: SIM118 - no mapping
+                shapes[key], places[key] = tuple(handle.get_slice(key).get_shape()), shard
+    return shapes, places
+
+
+def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
+    for name, value in buffers.items():
+        each = by_name.get(name)
+        if each is None or isinstance(each.value, nn.Parameter):
+            known = [one for one, other in by_name.items() if not isinstance(other.value, nn.Parameter)]
+            raise SpecError(
+                f"buffers: {name!r} is no buffer of the model{nearest(name, known) or listed(known)}; "
+                "give numbers of buffers by their names"
+            )
+        if value.shape != each.value.shape or value.is_meta:
+            told = "without numbers" if value.is_meta else f"{list(value.shape)}"
+            raise SpecError(f"buffers: {name!r} is {told}, the model's is {list(each.value.shape)}; give one like it")
+
+
+def _check_names(
+    path: Path, tensors: list[_Tensor], shapes: Mapping[str, tuple[int, ...]], buffers: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise one error for all that is missing, unexpected, or of another shape."""
+    used = {key for each in tensors for key in each.keys}
+    missing = [each for each in tensors if each.value.is_meta and not each.keys]
+    missing = [each for each in missing if not any(name in buffers for name in each.names)]
+    told = {
+        "missing": [each.names[0] for each in missing if each.kept],
+        "buffers that no file keeps, give them by buffers={name: tensor}": [
+            each.names[0] for each in missing if not each.kept
+        ],
+        "unexpected": [key for key in shapes if key not in used],
+        "of another shape": [
+            f"{key} {list(shapes[key])} for {list(each.value.shape)}"
+            for each in tensors
+            for key in each.keys
+            if shapes[key] != tuple(each.value.shape)
+        ],
+    }
+    lines = [f"  {what}: {', '.join(names[:_SHOWN])}{_more(names)}" for what, names in told.items() if names]
+    if lines:
+        raise CheckpointError(
+            f"materialize: {path} does not hold this model; give its own files, nothing was changed:\n"
+            + "\n".join(lines)
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+
+
+def _check_tied(keys: list[str], places: Mapping[str, Path]) -> None:
+    """Refuse names of one tensor under which the files hold different numbers."""
+    for other in keys[1:]:
+        with opened(places[keys[0]]) as one, opened(places[other]) as two:
+            bits = [
+                handle.get_tensor(key).contiguous().flatten().view(torch.uint8)
+                for handle, key in ((one, keys[0]), (two, other))
+            ]
+        if not torch.equal(*bits):
+            raise CheckpointError(
+                f"materialize: {keys[0]} and {other} are one tensor of the model, and differ in the files; "
+                "build the model without that tie"
+            )
+
+
+def put_numbers(found: Numbers, model: nn.Module, device: torch.device, undo: AllOrNothing) -> None:
+    """Put tensors with numbers in the place of those on the meta device, and move the rest, on one device."""
+    places = _places(model)
+
+    def put(old: torch.Tensor, numbers: torch.Tensor) -> None:
+        made = torch.empty_strided(old.size(), old.stride(), dtype=old.dtype, device=device)
+        made.copy_(numbers)
+        new = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
+        vars(new).update(vars(old))
+        for store, key in places[id(old)]:
+            undo(partial(store.__setitem__, key, old))
+            store[key] = new
+
+    with torch.no_grad():
+        for path, pairs in found.files.items():
+            with opened(path) as handle:
+                for key, old in pairs:
+                    put(old, handle.get_tensor(key))
+        for old, numbers in found.given:
+            put(old, numbers)
+        for old in found.rest:
+            if old.device != device:
+                put(old, old)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
+    """Return every place that holds a parameter or buffer, lists of them included, by the tensor's id."""
+    found: dict[int, list[tuple[Any, Any]]] = {}
+    for module in model.modules():
+        for store, key, value in _held(module):
+            if isinstance(value, torch.Tensor):
+                found.setdefault(id(value), []).append((store, key))
+    return found
+
+
+def _held(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
+    for tensors in (module._parameters, module._buffers):
+        yield from ((tensors, key, value) for key, value in tensors.items())
+    for store in (each for each in vars(module).values() if type(each) is list):
+        yield from ((store, place, value) for place, value in enumerate(store))

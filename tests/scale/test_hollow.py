@@ -1,0 +1,343 @@
+"""A model on the meta device is adapted without memory, and then gets its numbers as if it had been loaded before."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorasc_fx as lx
+from lorasc_fx.cost.store import rates_of
+from tests.errors.models import exactly
+from tests.scale.models import CASES, Case, Mlp, llama
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=4, pace=0.5, noise=lx.Noise(0.2), train=("*norm*",))
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+MLP = Case(Mlp, {"x": X})
+
+
+def trained(cascade: lx.Cascade, case: Case) -> list[Tensor]:
+    """Train two stages, and return every output on the way and every weight at the end."""
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    seen = []
+    for _ in cascade.stages(2, optimizer):
+        for _ in range(2):
+            output = cascade(**case.kwargs)
+            logits = getattr(output, "logits", output)
+            seen.append(logits.detach().clone())
+            logits.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [*seen, *cascade.release().state_dict().values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_as_if_the_model_had_been_loaded_before(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    files, spec = case.files(tmp_path), replace(SPEC, train=case.train)
+    if case.shards == "20KB":
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    hollow = case.on_meta()
+    assert {each.device.type for each in hollow.parameters()} == {"meta"}
+    there = lx.adapt(hollow, kwargs=case.kwargs, spec=spec)
+    assert lx.materialize(there, files, buffers=case.lost_buffers()) is there
+    here = lx.adapt(case.loaded(), kwargs=case.kwargs, spec=spec)
+
+    assert there.plan == here.plan
+    assert there.refusals == here.refusals
+    assert str(there) == str(here)
+    own, other = dict(there.named_parameters()), dict(here.named_parameters())
+    assert list(own) == list(other)
+    assert all(torch.equal(own[each], other[each]) for each in own)
+    assert there.model is hollow
+    for one, two in zip(trained(there, case), trained(here, case), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("base", ["memory", "file"])
+def test_a_small_net(base: str, tmp_path: Path) -> None:
+    files = MLP.files(tmp_path)
+    there = lx.materialize(lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC, base=base), files)
+    here = lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)
+    assert there.plan == here.plan
+    assert there.core.base_file is not None or base == "memory"
+    for one, two in zip(trained(there, MLP), trained(here, MLP), strict=True):
+        assert torch.equal(one, two)
+    assert all(each.requires_grad for each in there.model.parameters())
+
+
+class Allocated(TorchDispatchMode):
+    """Sums the bytes of every new tensor with memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in torch.utils._pytree.tree_leaves(made):
+            if type(each) in (Tensor, nn.Parameter) and not each.is_meta and each.layout is torch.strided:
+                storage = each.untyped_storage()
+                if storage.data_ptr() not in self._known:
+                    self._known.add(storage.data_ptr())
+                    self.bytes += storage.nbytes()
+        return made
+
+
+def test_adapt_allocates_nothing_of_the_base() -> None:
+    rates_of(torch.device("cpu"), torch.float32)  # measured once a machine, with memory of its own
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3000, 5000), nn.Tanh(), nn.Linear(5000, 4000), nn.Tanh(), nn.Linear(4000, 10))
+    base = sum(each.numel() * 4 for each in model.parameters())
+    assert base > 140e6
+    with Allocated() as counted:
+        cascade = lx.adapt(model, args=(torch.randn(2, 3000),), spec=lx.CascadeSpec(rank=4, noise=lx.Noise(0.1)))
+    branches = sum(each.numel() * 4 for each in cascade.branches.parameters())
+    assert 0 < counted.bytes < branches + 2e5
+    with Allocated() as counted:
+        torch.empty(10, 10)
+    assert counted.bytes == 400
+
+
+def test_it_tells_of_itself_before(tmp_path: Path) -> None:
+    cascade = lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC)
+    here = lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)
+    assert cascade.plan == here.plan
+    assert str(cascade) == str(here)
+
+
+ASK = (
+    ": the model is on the meta device, without numbers; "
+    "call lorasc_fx.materialize(cascade, folder) with its safetensors first"
+)
+
+
+@pytest.mark.parametrize(
+    ("call", "does"),
+    [
+        ("forward", lambda cascade, folder: cascade(**MLP.kwargs)),
+        ("param_groups", lambda cascade, folder: cascade.param_groups(lr=0.1)),
+        ("transition", lambda cascade, folder: cascade.transition(None)),
+        ("release", lambda cascade, folder: (cascade.release(), folder)),
+        ("weights", lambda cascade, folder: cascade.weights("slow").__enter__()),
+        ("folded_state_dict", lambda cascade, folder: cascade.folded_state_dict()),
+        ("to", lambda cascade, folder: cascade.double()),
+        ("save", lx.save),
+    ],
+)
+def test_it_does_nothing_before(call: str, does: Any, tmp_path: Path) -> None:
+    cascade = lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC)
+    with pytest.raises(lx.StateError, match=exactly(call + ASK)):
+        does(cascade, tmp_path / "run")
+    assert cascade.eval() is cascade
+
+
+def changed(folder: Path, **tensors: Tensor | None) -> Path:
+    """Write the files of the net with some tensors changed, or left out."""
+    path = MLP.files(folder)
+    held = load_file(path) | {name.replace("__", "."): value for name, value in tensors.items()}
+    save_file({name: value for name, value in held.items() if value is not None}, path)
+    return path
+
+
+@contextlib.contextmanager
+def still_hollow(cascade: lx.Cascade) -> Iterator[None]:
+    """Whatever raises, the cascade is as it was, and gets its numbers from the right files after that."""
+    before, objects = dict(vars(cascade)), list(cascade.model.parameters())
+    yield
+    assert dict(vars(cascade)) == before
+    assert all(one is two for one, two in zip(cascade.model.parameters(), objects, strict=True))
+    assert all(each.is_meta for each in objects)
+
+
+def test_files_of_another_model(tmp_path: Path) -> None:
+    cascade = lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC)
+    path = changed(tmp_path, up__weight=torch.ones(6, 10), down__bias=None, head__weight=torch.ones(2, 2))
+    sentence = (
+        f"materialize: {path} does not hold this model; give its own files, nothing was changed:\n"
+        "  missing: down.bias\n"
+        "  unexpected: head.weight\n"
+        "  of another shape: up.weight [6, 10] for [10, 6]"
+    )
+    with still_hollow(cascade), pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+        lx.materialize(cascade, path)
+    lx.materialize(cascade, changed(tmp_path))
+    assert torch.isfinite(cascade(**MLP.kwargs)).all()
+
+
+class Rotated(Mlp):
+    """With a table that no file keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(6.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.table)
+
+
+def test_buffers_that_no_file_keeps(tmp_path: Path) -> None:
+    case = Case(Rotated, {"x": X})
+    path, cascade = case.files(tmp_path), lx.adapt(case.on_meta(), kwargs=case.kwargs, spec=SPEC)
+    sentence = (
+        f"materialize: {path} does not hold this model; give its own files, nothing was changed:\n"
+        "  buffers that no file keeps, give them by buffers={name: tensor}: table"
+    )
+    with still_hollow(cascade), pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+        lx.materialize(cascade, path)
+    for name, value, said in (
+        ("tabel", torch.ones(6), "buffers: 'tabel' is no buffer of the model; nearest: 'table'; "),
+        ("table", torch.ones(5), "buffers: 'table' is [5], the model's is [6]; give one like it"),
+        ("table", torch.ones(6, device="meta"), "buffers: 'table' is without numbers, the model's is [6]; "),
+        (
+            "up.bias",
+            torch.ones(10),
+            "buffers: 'up.bias' is no buffer of the model; known: 'table', 'norm.running_mean', ",
+        ),
+    ):
+        with still_hollow(cascade), pytest.raises(lx.SpecError, match=f"^{re.escape(said)}"):
+            lx.materialize(cascade, path, buffers={name: value})
+    lx.materialize(cascade, path, buffers={"table": torch.arange(6.0)})
+    expected = lx.adapt(case.loaded(), kwargs=case.kwargs, spec=SPEC)
+    assert torch.equal(cascade(x=X), expected(x=X))
+
+
+def test_a_buffer_that_was_built_with_numbers_stays(tmp_path: Path) -> None:
+    """As accelerate's init_empty_weights builds a model."""
+    case = Case(Rotated, {"x": X})
+    model = case.loaded()
+    for module in model.modules():
+        for leaf, value in module._parameters.items():
+            module._parameters[leaf] = nn.Parameter(value.to("meta"))
+        for leaf, value in module._buffers.items():
+            module._buffers[leaf] = torch.zeros_like(value) if leaf == "running_mean" else value
+    cascade = lx.materialize(lx.adapt(model, kwargs=case.kwargs, spec=SPEC), case.files(tmp_path))
+    assert torch.equal(cascade(x=X), lx.adapt(case.loaded(), kwargs=case.kwargs, spec=SPEC)(x=X))
+    assert not torch.equal(model.norm.running_mean, torch.zeros(10))
+
+
+def test_names_with_a_prefix_and_other_dtypes(tmp_path: Path) -> None:
+    path = MLP.files(tmp_path)
+    save_file({f"net.{name}": value.double() for name, value in load_file(path).items()}, path)
+    cascade = lx.materialize(lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC), path)
+    assert torch.equal(cascade(x=X), lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)(x=X))
+
+
+@pytest.mark.slow
+def test_a_tie_that_the_files_do_not_have(tmp_path: Path) -> None:
+    case = CASES["tied llama in one file"]
+    folder = case.files(tmp_path)
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    assert "lm_head.weight" not in held
+    cascade = lx.adapt(case.on_meta(), kwargs=case.kwargs, spec=lx.CascadeSpec(targets=("*mlp*",)))
+    save_file(held | {"lm_head.weight": held["model.embed_tokens.weight"] + 1}, path)
+    sentence = (
+        "materialize: model.embed_tokens.weight and lm_head.weight are one tensor of the model, and differ in the "
+        "files; build the model without that tie"
+    )
+    with still_hollow(cascade), pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+        lx.materialize(cascade, folder, buffers=case.lost_buffers())
+
+
+@pytest.mark.slow
+def test_a_tie_that_the_spec_breaks(tmp_path: Path) -> None:
+    case = CASES["tied llama in one file"]
+    spec = lx.CascadeSpec(targets=("lm_head",), untie=("lm_head.weight",), rank=2, noise=lx.Noise(0.1))
+    cascade = lx.adapt(case.on_meta(), kwargs=case.kwargs, spec=spec)
+    lx.materialize(cascade, case.files(tmp_path), buffers=case.lost_buffers())
+    expected = lx.adapt(case.loaded(), kwargs=case.kwargs, spec=spec)
+    assert [site.weight for site in cascade.sites] == ["lm_head.weight"]
+    for one, two in zip(cascade.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_devices(tmp_path: Path) -> None:
+    path, cascade = MLP.files(tmp_path), lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC)
+    for device, said in (
+        ("gpu9", "materialize: device is 'gpu9', which torch does not know; give 'cpu' or 'cuda:0'"),
+        ("meta", "materialize: device is meta, which holds no numbers; give 'cpu' or 'cuda:0'"),
+    ):
+        with still_hollow(cascade), pytest.raises(lx.SpecError, match=exactly(said)):
+            lx.materialize(cascade, path, device=device)
+    lx.materialize(cascade, path, device="cpu")
+    sentence = "materialize: the model has its numbers already; adapt one that was built on the meta device"
+    with pytest.raises(lx.StateError, match=exactly(sentence)):
+        lx.materialize(cascade, path)
+
+
+def test_inputs_on_the_meta_device(tmp_path: Path) -> None:
+    cascade = lx.adapt(MLP.on_meta(), kwargs={"x": X.to("meta")}, spec=SPEC)
+    lx.materialize(cascade, MLP.files(tmp_path))
+    assert torch.equal(cascade.example[1]["x"], torch.ones(3, 6))
+    assert torch.equal(cascade(x=X), lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)(x=X))
+
+
+class Looks(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.up.weight.sum().item() > 0 else x
+
+
+class Keeps(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.ones(6)
+
+
+def test_models_that_need_their_numbers() -> None:
+    with pytest.raises(lx.CaptureError) as raised:
+        lx.adapt(Case(Looks, {}).on_meta(), args=(X,))
+    assert str(raised.value).startswith("Looks itself refuses the example inputs: GuardOnDataDependentSymNode: ")
+    assert str(raised.value).endswith(
+        ", or give the model its weights before adapt: on the meta device nothing can look at values"
+    )
+    with pytest.raises(lx.CaptureError) as raised:
+        lx.adapt(Case(Keeps, {}).on_meta(), args=(X,))
+    assert str(raised.value) == (
+        "factor is a tensor on the meta device, and neither parameter nor buffer: no file keeps it; "
+        "register it as a buffer, or make it in forward"
+    )
+    with pytest.raises(lx.CaptureError) as raised:
+        lx.adapt(MLP.on_meta(), args=(X,), frontend="pieces")
+    assert str(raised.value).endswith(
+        "pieces: RuntimeError: is tried by values, and the model is on the meta device, or in parts: give it its "
+        "weights first"
+    )
+
+
+def test_a_fault_on_the_way_puts_all_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC)
+    forward = Mlp.forward
+
+    def broken(self: Mlp, x: Tensor) -> Tensor:
+        raise ValueError("no")
+
+    with still_hollow(cascade), monkeypatch.context() as patched:
+        patched.setattr(Mlp, "forward", broken)
+        with pytest.raises(lx.CaptureError, match=r"^Mlp itself refuses the example inputs: ValueError: no; give args"):
+            lx.materialize(cascade, MLP.files(tmp_path))
+    assert Mlp.forward is forward
+    lx.materialize(cascade, MLP.files(tmp_path))
+    assert torch.equal(cascade(x=X), lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)(x=X))
+
+
+def test_a_released_one_is_the_users_model(tmp_path: Path) -> None:
+    cascade = lx.adapt(MLP.on_meta().train(), kwargs=MLP.kwargs, spec=SPEC)
+    cascade.eval()
+    lx.materialize(cascade, MLP.files(tmp_path))
+    model = copy.deepcopy(cascade.release())
+    assert model.training
+    assert isinstance(llama(), nn.Module)
+    model.load_state_dict(MLP.loaded().state_dict(), strict=True)

@@ -1,0 +1,190 @@
+"""What parts cannot do is one clear error, and all is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import lorasc_fx as lx
+from lorasc_fx.integrations import tensor_parallel
+from tests.errors.models import exactly
+from tests.errors.state import unchanged
+from tests.scale.models import IDS
+from tests.scale.parallel import WORKS, Mlp, X, cascade_of, llama
+
+pytestmark = pytest.mark.slow
+
+PLAN = WORKS["mlp"].plan
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """Two processes, of which the other one does nothing."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def mlp(**asked: Any) -> lx.Cascade:
+    return cascade_of(replace(WORKS["mlp"], spec=replace(WORKS["mlp"].spec, **asked)))
+
+
+@pytest.mark.parametrize(
+    ("make", "plan", "sentence"),
+    [
+        (mlp, {"gaet": "colwise"}, "parallelize: 'gaet' means no weight matrix; nearest: 'gate'"),
+        (mlp, {"gate": "columns"}, "parallelize: 'gate' is 'columns'; give 'colwise' or 'rowwise'"),
+        (
+            mlp,
+            {"head": "colwise"},
+            "parallelize: head.weight is [3, 10], and 3 does not divide by 2 processes; leave it out, or take another "
+            "number",
+        ),
+        (
+            lambda: mlp(dropout=0.1),
+            PLAN,
+            "parallelize: the spec has dropout=0.1, which parts of a weight cannot do; adapt without it",
+        ),
+        (
+            lambda: mlp(restart_A="gradient"),
+            PLAN,
+            "parallelize: the spec has restart_A='gradient', which parts of a weight cannot do; adapt without it",
+        ),
+        (
+            lambda: mlp(optimizer_state=0.5),
+            PLAN,
+            "parallelize: the spec has optimizer_state=0.5, which parts of a weight cannot do; adapt without it",
+        ),
+        (
+            lambda: cascade_of(WORKS["gpt"]),
+            {"embed": "colwise"},
+            "parallelize: embed.weight is of kind embedding; only linear layers go by columns or rows",
+        ),
+        (
+            lambda: cascade_of(WORKS["gpt"]),
+            {"places": "colwise"},
+            "parallelize: places is no weight of a linear layer; only linear layers go by columns or rows",
+        ),
+        (
+            lambda: lx.adapt(llama(tied=True), kwargs={"input_ids": IDS}, spec=lx.CascadeSpec(targets=("linear",))),
+            {"lm_head": "colwise"},
+            "parallelize: model.embed_tokens.weight is tied to lm_head.weight; only linear layers go by columns or "
+            "rows",
+        ),
+    ],
+)
+def test_what_the_plan_or_the_spec_cannot_have(
+    make: Any, plan: dict[str, Any], sentence: str, mesh: DeviceMesh
+) -> None:
+    cascade = make()
+    with unchanged(cascade), pytest.raises(lx.SpecError, match=exactly(sentence)):
+        tensor_parallel.parallelize(cascade, mesh, plan)
+
+
+def test_a_mesh_of_one_axis(mesh: DeviceMesh) -> None:
+    for given, told in ((None, "NoneType"), (init_device_mesh("cpu", (2, 1)), "of 2 axes")):
+        sentence = (
+            f"parallelize: mesh is {told}; give a DeviceMesh of one axis "
+            "(torch.distributed.device_mesh.init_device_mesh)"
+        )
+        with pytest.raises(lx.SpecError, match=exactly(sentence)):
+            tensor_parallel.parallelize(mlp(), given, PLAN)  # type: ignore[arg-type]
+
+
+def test_other_numbers_than_before_are_put_back(mesh: DeviceMesh) -> None:
+    """The other process adds nothing to a sum: what comes out is not what the model computes."""
+    cascade = mlp()
+    kept = dict(cascade.named_parameters())
+    with (
+        unchanged(cascade),
+        pytest.raises(lx.StateError, match=r"^parallelize: in parts the model computes something else"),
+    ):
+        tensor_parallel.parallelize(cascade, mesh, PLAN)
+    assert all(value is kept[name] for name, value in cascade.named_parameters())
+    assert cascade.core.spread is None
+
+
+def test_graphs_that_do_not_run_in_parts(mesh: DeviceMesh) -> None:
+    symbolic = lx.adapt(Mlp().double().eval(), args=(X,), spec=WORKS["mlp"].spec, frontend="symbolic")
+    sentence = r"^parallelize: node \w+ of the graph is a call of a module or method, and parts need torch's own ops; "
+    with unchanged(symbolic), pytest.raises(lx.StateError, match=sentence):
+        tensor_parallel.parallelize(symbolic, mesh, PLAN)
+    pieces = lx.adapt(Mlp().double().eval(), args=(X,), spec=WORKS["mlp"].spec, frontend="pieces")
+    sentence = "parallelize: the model runs in pieces, and parts need one whole graph; adapt a part of it"
+    with unchanged(pieces), pytest.raises(lx.StateError, match=exactly(sentence)):
+        tensor_parallel.parallelize(pieces, mesh, PLAN)
+
+
+@pytest.fixture
+def parted(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> lx.Cascade:
+    monkeypatch.setattr(tensor_parallel, "_check_same", lambda before, after: None)  # the other process does nothing
+    return tensor_parallel.parallelize(mlp(), mesh, PLAN)
+
+
+def test_what_a_cascade_in_parts_does_not_do(parted: lx.Cascade, mesh: DeviceMesh, tmp_path: Any) -> None:
+    said = (
+        ": the weights lie in parts on several processes; "
+        "call lorasc_fx.integrations.tensor_parallel.gather(cascade) first"
+    )
+    for call, does in (
+        ("release", parted.release),
+        ("folded_state_dict", parted.folded_state_dict),
+        ("folded_graph", parted.folded_graph),
+        ("save", lambda: lx.save(parted, tmp_path / "run")),
+        ("to", parted.float),
+        ("export.safetensors", lambda: lx.export.safetensors(parted, tmp_path / "out.safetensors")),
+        ("parallelize", lambda: tensor_parallel.parallelize(parted, mesh, PLAN)),
+    ):
+        with pytest.raises(lx.StateError, match=exactly(call + said)):
+            does()
+    with pytest.raises(
+        lx.StateError, match=exactly("gather: the cascade lies in no parts; call tensor_parallel.parallelize first")
+    ):
+        tensor_parallel.gather(mlp())
+
+
+class Later(nn.Module):
+    """Uses a second layer only in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if self.training else x
+
+
+def test_a_branch_that_comes_later(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_parallel, "_check_same", lambda before, after: None)
+    cascade = lx.adapt(Later().double().eval(), args=(X,), spec=lx.CascadeSpec(rank=2))
+    tensor_parallel.parallelize(cascade, mesh, {"first": "colwise"})
+    cascade.train()
+    sentence = (
+        "forward: second/weight.lora_A came with a graph that was made after parallelize, and lies in no parts: call "
+        "the cascade once in each mode and with each kind of arguments before parallelize"
+    )
+    with pytest.raises(lx.StateError, match=exactly(sentence)):
+        cascade(X)
+
+
+class Drops(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+def test_dropout_of_the_model(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_parallel, "_check_same", lambda before, after: None)
+    cascade = lx.adapt(Drops().double().train(), args=(X,), spec=lx.CascadeSpec(rank=2))
+    with unchanged(cascade), pytest.raises(lx.StateError) as raised:
+        tensor_parallel.parallelize(cascade, mesh, {"gate": "colwise"})
+    assert "aten.dropout.default: each process would draw another mask for its part; set dropout to 0" in str(
+        raised.value
+    )

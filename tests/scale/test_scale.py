@@ -1,0 +1,118 @@
+"""docs/scale.md is what its command prints, and its formulas count what runs and what can be counted by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorasc_fx as lx
+from benchmarks.scale import PAGE, RANK, STYLES, Llama, fsdp2, page, tensor_parallel, weights_of
+from lorasc_fx.integrations import tensor_parallel as parts
+
+pytestmark = pytest.mark.slow
+
+SMALL = Llama(32, 48, 3, 4, 2, 64)
+
+
+def test_the_page_is_what_the_command_prints() -> None:
+    """`python -m benchmarks.scale --write` writes it anew."""
+    assert PAGE.read_text(encoding="utf-8") == page(Llama())
+
+
+def test_parameters_by_hand() -> None:
+    """Llama 3's 70B has 70,553,706,496 parameters; a branch has rank times (in + out)."""
+    weights = weights_of(Llama())
+    assert sum(each.entries for each in weights) == 70_553_706_496
+    wide, between, few, vocabulary = 8192, 28672, 8192 // 64 * 8, 128256
+    ends = (2 * wide) + 2 * (wide + few) + (2 * wide) + 3 * (wide + between)
+    assert sum(sum(each.factors) for each in weights) == 80 * RANK * (ends - 2 * wide) + 80 * RANK * 2 * wide
+    linear = 2 * wide * wide + 2 * wide * few + 3 * wide * between
+    assert sum(each.entries for each in weights if each.rank) == 80 * linear
+    figures = fsdp2(weights, 8)
+    trained = 80 * RANK * ends
+    assert figures.base == 2 * 70_553_706_496 / 8
+    assert figures.factors == figures.gradients == figures.optimizer / 2 == 4 * trained / 8
+    assert figures.host == 2 * 80 * linear / 8
+    layer = 2 * (linear + 2 * wide) + 4 * RANK * ends
+    rest = 2 * (2 * wide * vocabulary + wide)
+    assert figures.gathered == rest + 2 * layer
+    assert figures.forward == pytest.approx(7 / 8 * (80 * layer + rest))
+    assert figures.backward == pytest.approx(7 / 8 * (80 * layer + 4 * trained))
+    into = 6 * wide + between
+    assert figures.transition == pytest.approx(7 / 8 * 4 * 80 * RANK * into, rel=1e-3)
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that a rank sends, by the kind of exchange: a ring of all ranks."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.ranks, self.bytes, self.seen = ranks, 0.0, Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        name = func.__name__.partition(".")[0]
+        if "c10d" in func.namespace and name in ("all_reduce", "allreduce_", "all_gather_into_tensor"):
+            given = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            size = given.numel() * given.element_size()
+            share = (self.ranks - 1) / self.ranks
+            self.bytes += 2 * share * size if "reduce" in name else share * size * self.ranks
+            self.seen[name] += 1
+        elif "c10d" in func.namespace and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            raise AssertionError(f"{func} is an exchange that nobody expects")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield request.param
+    dist.destroy_process_group()
+
+
+def test_tensor_parallel_sends_and_holds_what_the_formulas_say(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small llama, whose other ranks do nothing; on four of them its two heads of keys and values stay whole."""
+    monkeypatch.setattr(parts, "_check_same", lambda before, after: None)
+    sizes = {**vars(SMALL), "pad_token_id": 0, "tie_word_embeddings": False, "use_cache": False}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
+    ids = torch.randint(0, 64, (2, 8))
+    spec = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=3, noise=lx.Noise(0.1), placement="beside")
+    cascade = lx.adapt(model, kwargs={"input_ids": ids}, spec=spec)
+    weights = weights_of(SMALL, rank=3)
+    plan = {f"*{each.leaf}": STYLES[each.leaf] for each in weights if each.style(SMALL, ranks)}
+    parts.parallelize(cascade, init_device_mesh("cpu", (ranks,)), plan)  # type: ignore[arg-type]
+    expected = tensor_parallel(weights, ranks, SMALL, tokens=16)
+
+    assert sum(_bytes(each) for each in cascade.model.parameters()) == expected.base
+    assert sum(_bytes(each) for each in cascade.branches.parameters()) == expected.factors
+    assert sum(state.base.nbytes for state in cascade.core.slow.states.values()) == expected.host
+    with Sent(ranks) as forward:
+        logits = cascade(input_ids=ids).logits
+    with Sent(ranks) as backward:
+        logits.float().sum().backward()
+    assert forward.bytes == pytest.approx(expected.forward)
+    assert backward.bytes == pytest.approx(expected.backward)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
+    optimizer.step()
+    optimizer.zero_grad()
+    with Sent(ranks) as transition:
+        cascade.transition(optimizer)
+    assert transition.seen.keys() == {"allreduce_"}
+    assert 0 < transition.bytes < 2 * expected.transition
+
+
+def _bytes(parameter: Any) -> int:
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return int(own.numel() * own.element_size())
