@@ -55,6 +55,7 @@ def main(folder: str, epochs: int = 4) -> tuple[float, float]:
     print(f"loss of the slow weights: {before:.3f} before, {after:.3f} after {cascade.stage - 1} stages")
 
     trainer.save_model(f"{folder}/model")  # config.json and model.safetensors of a Llama, nothing of ours
+    trainer.accelerator.wait_for_everyone()  # under torchrun it is the first process that writes
     cascade.release()
     loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
     counted = loaded.generate(test[0]["input_ids"][None, :4], max_new_tokens=6, do_sample=False)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.spec_checks import (
+    USUAL_DECAY,
     _choice,
     _decay,
     _flag,
@@ -193,7 +194,7 @@ class CascadeSpec:
     lr_ratio: float = 1.0
     train_rules: tuple[TrainRule, ...] = ()
     average: Average = "off"
-    average_decay: float = 0.9
+    average_decay: float = USUAL_DECAY
     placement: Placement = "auto"
     pace: float | tuple[float, ...] = 0.5
     restart: Restart = "slow"

@@ -10,7 +10,10 @@ from typing import Any
 
 from lorasc_fx.errors import SpecError, nearest
 
-__all__ = ["check_noise", "check_pairs"]
+__all__ = ["USUAL_DECAY", "check_noise", "check_pairs"]
+
+USUAL_DECAY = 0.9
+"""What an exponential average keeps at a stage, where nothing else is asked."""
 
 
 def check_pairs(spec: Any) -> None:
@@ -51,6 +54,11 @@ def check_pairs(spec: Any) -> None:
         raise SpecError(
             f"average is {spec.average!r} and noise.keep is true: an average of weights would hold a share of each "
             "stage's noise, which has no coefficient; give one of the two"
+        )
+    if spec.average_decay != USUAL_DECAY and spec.average != "ema":
+        raise SpecError(
+            f"average_decay is {spec.average_decay} and average is {spec.average!r}, which has none; give "
+            "average='ema', or no decay"
         )
     _check_start(spec)
     if spec.use_dora:

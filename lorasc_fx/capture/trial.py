@@ -225,7 +225,8 @@ def _fault(ours: _Observed, theirs: _Observed) -> str | None:
 def _apart(one: torch.Tensor, other: torch.Tensor) -> str | None:
     if one.shape != other.shape or one.dtype != other.dtype:
         return f"{one.dtype} {tuple(one.shape)} for {other.dtype} {tuple(other.shape)}"
-    if isinstance(one, FakeTensor) or one.is_nested or one.is_sparse or one.numel() == 0 or torch.equal(one, other):
+    hollow = isinstance(one, FakeTensor) and isinstance(other, FakeTensor)
+    if hollow or one.is_nested or one.is_sparse or one.numel() == 0 or torch.equal(one, other):
         return None
     if not (one.is_floating_point() or one.is_complex()):
         return "another"

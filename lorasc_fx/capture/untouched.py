@@ -89,7 +89,7 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, torch.Tensor):
         alike = one.shape == other.shape and one.dtype == other.dtype
-        return alike and (isinstance(one, FakeTensor) or torch.equal(one, other))
+        return alike and ((isinstance(one, FakeTensor) and isinstance(other, FakeTensor)) or torch.equal(one, other))
     if isinstance(one, (bool, int, float, str, bytes)):
         return bool(one == other)
     if isinstance(one, (list, tuple, deque)):

@@ -39,6 +39,12 @@ def compare(config: Config) -> list[Result] | None:
     """Run each cell that has not run yet and return all results, or None after Ctrl-C."""
     if "probe" in config.compare.methods and not config.spec.train:
         raise SpecError("compare.methods has 'probe', which trains what spec.train names, and spec.train is empty")
+    own = [rule.pattern for rule in config.spec.train_rules if rule.lr is not None]
+    if "probe" in config.compare.methods and own:
+        raise SpecError(
+            f"compare.methods has 'probe', which trains at one rate (compare.probe_lrs), and spec.train_rules gives "
+            f"{own[0]!r} a rate of its own: drop one of the two"
+        )
     folder = RunFolder(Path(config.output))
     started = folder.started
     setup = None if started else Setup.of(config)  # what is wrong with the data must not leave a folder behind

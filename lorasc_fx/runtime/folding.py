@@ -125,7 +125,7 @@ def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> Befor
     parameters, trained = core.parameters_by_name(), core.trained_parameters()
     factors = {name: factor.data for name, factor in core.branches.named_parameters()}
     held = [*(each.data for each in parameters.values()), *core.model.buffers(), *factors.values()]
-    if all(fn(each) is each for each in held):
+    if all(_stays(each, fn(each)) for each in held):
         return None
     core.check_ready("to")
     dtypes = {name: value.dtype for name, value in parameters.items()}
@@ -133,6 +133,14 @@ def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> Befor
         core.fingerprints()
     unmoved = tuple(name for name, value in trained.items() if not trained_moved(core.slow, {name: value}))
     return BeforeCast(dtypes, unmoved, factors)
+
+
+def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether a tensor was left as it is, or only copied to where it is: torch does so for the device `cpu:0`."""
+    if after is before or type(before) is not torch.Tensor or type(after) is not torch.Tensor:
+        return after is before
+    place = (before.device, before.dtype, before.is_pinned())
+    return place == (after.device, after.dtype, after.is_pinned()) and torch.equal(before, after)
 
 
 def recast(core: Core, before: BeforeCast) -> None:

@@ -3,7 +3,8 @@
 The gradient is that of the first optimizer step of the stage, over all batches that the step accumulates. As B = 0
 until then, the branch's own gradients under the new A are known exactly: dB = c s G A^T and dA = 0, where c is what
 clipping or loss scaling made of dB. So the first step is the one that the new A would have made. Costs one full
-gradient per site for that one step. Relative: LoRA-GA (2407.05000).
+gradient per site for that one step, kept apart from the weight: what clips by all gradients of a model, on one process
+or on several, sees those of the trained parameters alone. Relative: LoRA-GA (2407.05000).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class GradientStart:
 
     def __init__(self) -> None:
         self._weights: dict[str, nn.Parameter] = {}
+        self._gathered: dict[str, torch.Tensor] = {}
         self._handle: Any = None
         self._watches: list[Any] = []
         self._armed_by: tuple[Any, ...] = ()
@@ -41,6 +43,15 @@ class GradientStart:
     def gathering(self) -> Mapping[str, nn.Parameter]:
         """The weights whose gradients that step will look at, by name."""
         return self._weights
+
+    @property
+    def gathered(self) -> Mapping[str, torch.Tensor]:
+        """Their gradients so far, by name."""
+        return self._gathered
+
+    def put(self, name: str, gradient: torch.Tensor) -> None:
+        """Let the gradient of one of the weights be this one, as a checkpoint held it."""
+        self._gathered[name] = gradient
 
     def arm(
         self,
@@ -66,33 +77,31 @@ class GradientStart:
         self._handle = optimizer.register_step_pre_hook(before_step)
         for name, weight in self._weights.items():
             weight.requires_grad_(True)
-            forget = _forgets_what_was_zeroed(weight, branches[name])
+            forget = _forgets_what_was_zeroed(self._gathered, name, branches[name])
             self._watches += [weight.register_hook(forget), branches[name].lora_B.register_hook(forget)]
+            self._watches.append(weight.register_post_accumulate_grad_hook(_gathers(self._gathered, name)))
 
     def call_off(self) -> dict[str, torch.Tensor]:
         """Wait no longer; return the gradients gathered so far, by weight name."""
-        gathered = {}
+        gathered = self._gathered
         if self._handle is not None:
             self._handle.remove()
         for watch in self._watches:
             watch.remove()
-        for name, weight in self._weights.items():
+        for weight in self._weights.values():
             weight.requires_grad_(False)
-            if weight.grad is not None:
-                gathered[name], weight.grad = weight.grad.detach(), None
-        self._weights, self._handle, self._watches, self._armed_by = {}, None, [], ()
+        self._weights, self._gathered, self._handle, self._watches, self._armed_by = {}, {}, None, [], ()
         return gathered
 
     def restorer(self) -> Callable[[], None]:
         """Return what brings this state back, with the gradients gathered so far."""
-        armed_by, gathered = self._armed_by, {weight: weight.grad for weight in self._weights.values()}
+        armed_by, gathered = self._armed_by, dict(self._gathered)
 
         def restore() -> None:
             self.call_off()
             if armed_by:
                 self.arm(*armed_by)
-            for weight, gradient in gathered.items():
-                weight.grad = gradient
+            self._gathered |= gathered
 
         return restore
 
@@ -100,7 +109,21 @@ class GradientStart:
         return (GradientStart, ())
 
 
-def _forgets_what_was_zeroed(weight: nn.Parameter, branch: Branch) -> Callable[[torch.Tensor], None]:
+def _gathers(gathered: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], None]:
+    """Return a hook that moves a weight's gradient to those gathered."""
+
+    def take(weight: torch.Tensor) -> None:
+        if weight.grad is None:
+            return
+        new, weight.grad = weight.grad.detach(), None
+        gathered[name] = gathered[name] + new if name in gathered else new
+
+    return take
+
+
+def _forgets_what_was_zeroed(
+    gathered: dict[str, torch.Tensor], name: str, branch: Branch
+) -> Callable[[torch.Tensor], None]:
     """Return a hook for both gradients: the weight's goes where the branch's was zeroed (a batch that was discarded, a
     step that a loss scaler skipped), as no optimizer holds the weight. It acts once a backward, before the first of
     the two gathers.
@@ -111,7 +134,7 @@ def _forgets_what_was_zeroed(weight: nn.Parameter, branch: Branch) -> Callable[[
         nonlocal last
         task, last = last, torch._C._current_graph_task_id()
         if last != task and (branch.lora_B.grad is None or not branch.lora_B.grad.any()):
-            weight.grad = None
+            gathered.pop(name, None)
 
     return forget
 

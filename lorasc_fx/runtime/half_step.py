@@ -20,12 +20,14 @@ _PREFIX = "gradient/"
 
 def pack(core: Core) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the gradients that are there, by the names of their parameters, and which of them no step has used."""
+    trainable = core.trainable()
     tensors = {
         f"{_PREFIX}{name}": parameter.grad.detach().clone()
-        for name, parameter in _holders(core).items()
+        for name, parameter in trainable.items()
         if parameter.grad is not None
     }
-    return tensors, core.pending.waiting(core.trainable())
+    tensors |= {f"{_PREFIX}model.{name}": each.clone() for name, each in core.turning.gathered.items()}
+    return tensors, core.pending.waiting(trainable)
 
 
 def unpack(core: Core, tensors: Mapping[str, torch.Tensor], pending: Sequence[str], where: str) -> None:
@@ -46,8 +48,13 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], pending: Sequence[st
                     f"{holder.dtype}; it is not of this run"
                 )
             found[name.removeprefix(_PREFIX)] = tensor
+    gathering = {f"model.{name}": name for name in core.turning.gathering}
     for name, tensor in found.items():
-        holders[name].grad = tensor.to(holders[name].device, copy=True)
+        own = tensor.to(holders[name].device, copy=True)
+        if name in gathering:
+            core.turning.put(gathering[name], own)
+            continue
+        holders[name].grad = own
         if name in pending:
             core.pending.note(holders[name])
 

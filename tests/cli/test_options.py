@@ -68,3 +68,11 @@ def test_a_run_without_an_average_has_none_to_fold(place: Path, capsys: pytest.C
     assert main(["fold", "runs/tiny", "--which", "averaged", "--output", "a.safetensors"]) == 2
     assert "the spec keeps no average of the slow weights; give it average='ema' or 'swa'" in capsys.readouterr().err
     assert not (place / "a.safetensors").exists()
+
+
+def test_a_probe_has_one_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "ruled.toml").write_text(CONFIG.replace("\n[spec.noise]\n", OPTIONS))
+    assert main(["compare", "ruled.toml"]) == 2
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "compare.methods has 'probe', which trains at one rate (compare.probe_lrs), and spec.train_rules" in said
+    assert not (place / "runs").exists()

@@ -76,7 +76,7 @@ def test_a_second_run_is_the_same_and_does_not_overwrite(place: Path, capsys: py
     )
 
 
-@pytest.mark.parametrize("stop", [3, 4, 6, 12])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(each, marks=pytest.mark.slow) for each in (4, 6, 12))])
 def test_a_stopped_run_goes_on_with_the_same_numbers(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: int
 ) -> None:

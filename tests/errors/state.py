@@ -53,6 +53,7 @@ def of_slow(cascade: lx.Cascade) -> State:
     """W0, experts, coefficients, what is trained in full: no objects, so that two cascades can be compared."""
     slow = cascade.core.slow
     state: State = {"parked": slow.parked, "averaged": slow.averaged, "plan": cascade.plan.to_json()}
+    state["gathered"] = {name: raw(each) for name, each in cascade.core.turning.gathered.items()}
     for name, each in slow.states.items():
         experts = [(expert.stage, raw(expert.factors.b), raw(expert.factors.a)) for expert in each.experts]
         dense = (raw(each.dense_slow), raw(each.dense_start), raw(each.dense_average))

@@ -59,7 +59,7 @@ def transition_that_waits(_: Path) -> Call:
     for parameter in cascade.core.trainable().values():
         parameter.grad = None
     assert cascade.core.turning.armed
-    assert any(parameter.grad is not None for parameter in cascade.model.parameters())
+    assert cascade.core.turning.gathered
     return lambda: cascade.transition(optimizer), (cascade, optimizer)
 
 

@@ -27,16 +27,12 @@ def test_auto(case: Case) -> None:
 
 
 def pairs() -> list[Any]:
-    """Every row under every front end; where dynamo repeats export, in one mode, it is among the slow tests."""
-    found = []
-    for case in CASES:
-        for name in NAMED:
-            again = (
-                name == "dynamo" and len(case.modes) == 1 and name not in case.refuses and "export" not in case.refuses
-            )
-            marks = [pytest.mark.slow] if again else []
-            found.append(pytest.param(case, name, id=f"{name}-{case.name}", marks=marks))
-    return found
+    """Every row under every front end; dynamo, which mostly repeats export, is among the slow tests."""
+    return [
+        pytest.param(case, name, id=f"{name}-{case.name}", marks=[pytest.mark.slow] if name == "dynamo" else [])
+        for case in CASES
+        for name in NAMED
+    ]
 
 
 @pytest.mark.parametrize(("case", "name"), pairs())

@@ -100,6 +100,7 @@ def test_autocast(frontend: str, around: bool) -> None:
     assert all(value.grad.any() for value in cascade.branches.parameters())
 
 
+@pytest.mark.slow
 @FRONTENDS
 def test_sizes_strides_and_modes_of_autograd(frontend: str) -> None:
     """Batch 1, other lengths, inputs that are not contiguous or expanded, no_grad, inference mode."""

@@ -57,6 +57,23 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "average is 'swa' and noise.keep is true: an average of weights would hold a share of each stage's noise, "
         "which has no coefficient; give one of the two",
     ),
+    *(
+        (
+            {"average": average, "average_decay": 0.5},
+            f"average_decay is 0.5 and average is {average!r}, which has none; give average='ema', or no decay",
+        )
+        for average in ("off", "swa")
+    ),
+    (
+        {"use_dora": True, "average": "ema"},
+        "use_dora is True and average is 'ema': an average of weights whose rows were scaled apart has no coefficients "
+        "over one list of experts; give average='off', or use_dora=False",
+    ),
+    (
+        {"use_dora": True, "train_A": False, "nearest_full_gradient": True},
+        "use_dora is True and nearest_full_gradient is True: the correction is that of a plain branch, whose rows no "
+        "magnitude scales; give one of the two",
+    ),
 ]
 
 

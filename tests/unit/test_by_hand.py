@@ -159,7 +159,9 @@ GRIDS: dict[str, tuple[tuple[int, ...], Any, Any, Any, int]] = {
 }
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize(
+    "last", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["channels first", "channels last"]
+)
 @pytest.mark.parametrize("name", GRIDS)
 def test_convolutions(name: str, last: bool) -> None:
     kernel, stride, padding, dilation, groups = GRIDS[name]

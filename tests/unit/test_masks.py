@@ -172,6 +172,7 @@ def test_a_folded_graph_can_be_exported(name: str) -> None:
     assert torch.equal(run(folded, longer), run(eager, longer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "window"])
 def test_a_compiled_cascade_takes_other_sizes(name: str) -> None:
     torch._dynamo.reset()

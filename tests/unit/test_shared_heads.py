@@ -49,7 +49,7 @@ def embedded(size: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("front_end", [capture_export, capture_dynamo])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 def test_outputs_gradients_and_memory_are_those_of_eager(dtype: torch.dtype, front_end: Any) -> None:
     """Bit for bit, and byte for byte."""
     model = build("LlamaForCausalLM", LLAMA, training=True).to(dtype)
