@@ -24,6 +24,7 @@ class Replicas:
 
     def __init__(self) -> None:
         self._wrapper: Callable[[], Any] = _nobody
+        self._outdated: Callable[[], Any] = _nobody
         self._sites = 0
 
     def see(self, sites: int, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
@@ -34,9 +35,14 @@ class Replicas:
             trainable: returns what is trained, by name.
 
         Raises:
-            StateError: a parameter that is trained came after the wrapper was made.
+            StateError: a parameter that is trained came after the wrapper was made, or has another shape since.
         """
         wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is not None and self._outdated() is wrapper:
+            raise StateError(
+                "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and adds "
+                "up gradients in buffers of the old shapes: wrap it anew"
+            )
         if wrapper is None or (self._sites == sites and self._wrapper() is wrapper):
             return
         known = {id(parameter) for parameter in wrapper._module_parameters}
@@ -49,6 +55,10 @@ class Replicas:
                 "each mode and with each kind of arguments before you wrap it, or wrap it anew"
             )
         self._wrapper, self._sites = weakref.ref(wrapper), sites
+
+    def outdate(self) -> None:
+        """Note that parameters have other shapes than the wrapper of now has buffers for."""
+        self._outdated = self._wrapper
 
     def averaged(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the mean of a gradient over the processes, all of which have to ask for it; without any, itself."""

@@ -103,7 +103,7 @@ def begin(
     own = [parameter for branch in branches.values() for parameter in branch.parameters()]
     after, started = starts_of(planned, after, branches, starts)
     kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
-    scales = [(branch, branch.scale) for branch in branches.values()]
+    scales, resized = [(branch, branch.scale) for branch in branches.values()], bool(_resized(planned, branches))
     parameters = core.weights_by_name()
     with torch.no_grad(), AllOrNothing() as undo:
         undo(partial(core.advance, plan, before))
@@ -135,6 +135,8 @@ def begin(
             core.turning.arm(parameters, branches, optimizer, core.replicas)
         if then is not None:
             then()
+        if resized:
+            core.replicas.outdate()
 
 
 def _put(

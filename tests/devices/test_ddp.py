@@ -127,6 +127,28 @@ def test_a_site_that_comes_after_the_wrapper() -> None:
 
 
 @pytest.mark.usefixtures("group")
+def test_a_rank_that_changes_outdates_the_wrapper() -> None:
+    x = torch.randn(4, 5)
+    cascade = lx.adapt(Late(), args=(x,), spec=lx.CascadeSpec(ranks=(2, 2, 1)))
+    wrapper, optimizer = DistributedDataParallel(cascade), torch.optim.SGD(cascade.param_groups(lr=0.1))
+    for _ in range(2):
+        wrapper(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cascade.transition(optimizer)
+        if cascade.stage == 2:
+            wrapper(x)  # of the same rank
+    told = (
+        "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and adds up "
+        "gradients in buffers of the old shapes: wrap it anew"
+    )
+    with pytest.raises(lx.StateError, match=exactly(told)):
+        wrapper(x)
+    DistributedDataParallel(cascade)(x).sum().backward()
+    assert cascade.branches["body/weight"].lora_B.grad.shape[-1] == 1
+
+
+@pytest.mark.usefixtures("group")
 def test_the_wrapper_writes_nothing_that_a_fold_would_not_know() -> None:
     """It broadcasts parameters and buffers: the same numbers, into weights that need no gradient as well."""
     cascade = training.adapted("fresh")
