@@ -40,8 +40,8 @@ class Replicas:
         wrapper = DistributedDataParallel._active_ddp_module
         if wrapper is not None and self._outdated() is wrapper:
             raise StateError(
-                "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and adds "
-                "up gradients in buffers of the old shapes: wrap it anew"
+                "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and "
+                "adds up gradients in buffers of the old shapes: wrap it anew"
             )
         if wrapper is None or (self._sites == sites and self._wrapper() is wrapper):
             return
