@@ -18,7 +18,9 @@ def test_auto(case: Case) -> None:
 
 
 @ROWS
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "dynamo" else []) for name in NAMED]
+)
 def test_named(case: Case, name: str) -> None:
     """As for the spellings: exact, or refused; the one that auto takes is tested there."""
     if name in case.refuses:
