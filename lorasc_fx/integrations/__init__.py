@@ -9,6 +9,8 @@ them by columns and rows.
 import importlib
 from typing import Any
 
+from lorasc_fx.errors import nearest
+
 __all__ = ["accelerate", "distributed", "fsdp", "progress", "tensor_parallel", "transformers"]
 
 _MODULES = (
@@ -25,7 +27,7 @@ def __getattr__(name: str) -> Any:
     """Import a module when it is first asked for."""
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")  # noqa: TID251 - one of our own, listed above
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, _MODULES)}")
 
 
 def __dir__() -> list[str]:

@@ -122,6 +122,7 @@ class PartsInterpreter(fx.Interpreter):
         try:
             return super().call_function(target, args, kwargs)
         except (NotImplementedError, RuntimeError) as fault:
+            # DTensor says in these ways that it has no rule for an op; a fault of the op itself comes again below.
             log.debug("%s: %s", target, fault)
             return self._whole(target, args, kwargs)
 

@@ -81,3 +81,21 @@ def test_a_front_end_that_refuses_is_told(caplog: pytest.LogCaptureFixture) -> N
     lx.adapt(Branching(), args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
     assert re.search(r"Branching not captured by export, in \d+\.\d\d s: .+", caplog.text)
     assert re.search(r"Branching captured by pieces, in \d+\.\d\d s", caplog.text)
+
+
+def test_a_move_to_where_it_is_keeps_the_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    """By the name `cpu:0` as well, for which torch makes copies, and inside `weights`; a cast drops them."""
+    x = torch.ones(2, 4)
+    cascade = lx.adapt(nn.Sequential(nn.Linear(4, 3)), args=(x,), spec=lx.CascadeSpec(rank=2))
+    parameters = list(cascade.parameters())
+    caplog.set_level(logging.INFO, logger="lorasc_fx")
+    cascade.to("cpu:0")
+    with cascade.weights("slow"):
+        cascade.to("cpu:0")
+        with pytest.raises(lx.StateError, match="inside weights"):
+            cascade.double()
+    cascade(x)
+    assert "captured" not in caplog.text
+    assert all(one is other for one, other in zip(parameters, cascade.parameters(), strict=True))
+    cascade.double()(x.double())
+    assert "captured" in caplog.text

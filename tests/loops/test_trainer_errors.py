@@ -182,5 +182,8 @@ def test_a_package_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_loop_that_is_not_there() -> None:
     assert {"accelerate", "progress", "transformers"} <= set(dir(lx.integrations))
-    with pytest.raises(AttributeError, match=r"^module 'lorasc_fx\.integrations' has no attribute 'trasnformers'$"):
+    with pytest.raises(
+        AttributeError,
+        match=r"^module 'lorasc_fx\.integrations' has no attribute 'trasnformers'; nearest: 'transformers', 'progress'$",
+    ):
         _ = lx.integrations.trasnformers
