@@ -184,6 +184,6 @@ def test_a_loop_that_is_not_there() -> None:
     assert {"accelerate", "progress", "transformers"} <= set(dir(lx.integrations))
     with pytest.raises(
         AttributeError,
-        match=r"^module 'lorasc_fx\.integrations' has no attribute 'trasnformers'; nearest: 'transformers', 'progress'$",
+        match=r"^module 'lorasc_fx\.integrations' has no attribute 'trasnformers'; nearest: 'transformers', 'progress'",
     ):
         _ = lx.integrations.trasnformers

@@ -372,3 +372,24 @@ def test_what_has_no_decomposition_is_refused() -> None:
         adapted(model, batches(1, 4, 5)[0], "pissa")
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, held[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("more", [{"start": "pissa"}, {"start": "olora"}, {"use_dora": True}], ids=str)
+def test_a_second_loop_goes_on(more: dict[str, Any]) -> None:
+    """Between two loops no stage runs, and nothing counts as trained: together they are one loop."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = []
+    for loops in ((2,), (1, 1)):
+        torch.manual_seed(0)
+        cascade = lx.adapt(nn.Linear(6, 5).double(), (x,), spec=lx.CascadeSpec(rank=2, pace=0.7, **more))
+        before = cascade.model.weight.detach().clone()
+        optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05))
+        for count in loops:
+            for _ in cascade.stages(count, optimizer):
+                cascade(x).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert torch.equal(cascade.model.weight, cascade.folded_state_dict()["weight"])
+        found.append(cascade.release().weight.detach())
+        assert (found[-1] - before).abs().max() > 1e-3
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
