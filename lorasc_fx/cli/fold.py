@@ -14,7 +14,7 @@ from lorasc_fx.cli.progress import bytes_told
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.errors import StateError
 from lorasc_fx.export.original import fold_files
-from lorasc_fx.runtime import read
+from lorasc_fx.runtime import list_versions, read
 from lorasc_fx.runtime.folded import of_checkpoint
 
 __all__ = ["FoldArguments", "run_fold"]
@@ -43,7 +43,7 @@ def run_fold(arguments: FoldArguments) -> int:
         CheckpointError: the base is another one than was adapted.
     """
     folder = RunFolder(arguments.run)
-    if arguments.base is None and not folder.config.is_file() and any(arguments.run.glob("step-*")):
+    if arguments.base is None and not folder.config.is_file() and list_versions(arguments.run):
         raise StateError(f"{arguments.run} is a checkpoint, and no run; give --base, the files of its base model")
     if arguments.base is None:
         opened = open_run(arguments.run)

@@ -18,6 +18,7 @@ from lorasc_fx.cli.configure import config_to_dict, load_config, write_config
 from lorasc_fx.cli.schema import Config
 from lorasc_fx.errors import StateError
 from lorasc_fx.integrations.metrics import FILE, append
+from lorasc_fx.runtime import list_versions
 
 __all__ = ["RunFolder", "write_whole"]
 
@@ -71,7 +72,7 @@ class RunFolder:
     @property
     def saved(self) -> bool:
         """Whether there is a version to go on from: a run that was killed in its first save leaves a folder without."""
-        return any(self.checkpoint.glob("step-*"))
+        return bool(list_versions(self.checkpoint))
 
     @property
     def folded(self) -> Path:

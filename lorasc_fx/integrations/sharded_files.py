@@ -7,9 +7,8 @@ with any number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -30,9 +29,17 @@ from lorasc_fx.errors import CheckpointError, StateError
 from lorasc_fx.integrations.processes import RANKS, agreed, gathered, reseed, streams, text_of_rank_0
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade
-from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, _canonical, _versions, _way_back
+from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical, list_versions, next_name, way_back
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, restore
-from lorasc_fx.runtime.checkpoint_write import contents, sync
+from lorasc_fx.runtime.checkpoint_write import (
+    clear_interrupted,
+    contents,
+    exclusive,
+    make_folder,
+    remove,
+    sync,
+    temporary,
+)
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
@@ -80,24 +87,28 @@ def save(
     with agreed("save", group):
         tensors, manifest = contents(core, optimizer, scheduler, whole)
         tensors = _as_sharded(core, tensors)
-    beside = Path(text_of_rank_0(str(root / f".writing-{uuid.uuid4().hex}"), group, "save"))
+    beside = Path(text_of_rank_0(str(temporary(root)), group, "save"))
     path = ""
-    with agreed("save", group):
-        if first:
-            beside.mkdir(parents=True)
-    try:
-        with agreed("save", group):
-            own = {name: each for name, each in tensors.items() if first or hasattr(each, "to_local")}
-            writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
-            write_shards(own, storage_writer=writer, process_group=group)
+    with contextlib.ExitStack() as held:
         with agreed("save", group):
             if first:
-                manifest["tensors"] = {name: _described(each) for name, each in tensors.items()}
-                path = str(_named(beside, root, manifest))
-    except BaseException:
-        if first:
-            shutil.rmtree(beside, ignore_errors=True)
-        raise
+                make_folder(root)
+                if held.enter_context(exclusive(root)):
+                    clear_interrupted(root)
+                beside.mkdir()
+        try:
+            with agreed("save", group):
+                own = {name: each for name, each in tensors.items() if first or hasattr(each, "to_local")}
+                writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+                write_shards(own, storage_writer=writer, process_group=group)
+            with agreed("save", group):
+                if first:
+                    manifest["tensors"] = {name: _described(each) for name, each in tensors.items()}
+                    path = str(_named(beside, root, manifest))
+        except BaseException:
+            if first:
+                remove(beside)
+            raise
     return Path(text_of_rank_0(path, group, "save"))
 
 
@@ -107,15 +118,14 @@ def _named(beside: Path, root: Path, manifest: dict[str, Any]) -> Path:
     for each in files:
         sync(each)
     manifest |= {"kind": KIND, "format": FORMAT, "files": {each.name: file_digest(each) for each in files}}
-    manifest["digest"] = text_digest(_canonical(manifest))
+    manifest["digest"] = text_digest(canonical(manifest))
     (beside / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
     sync(beside / MANIFEST)
     sync(beside)
-    known = _versions(root)
-    whole = root / f"step-{known[-1][0] + 1 if known else 1:08d}"
-    beside.rename(whole)
+    version = root / next_name(root)
+    beside.rename(version)
     sync(root)
-    return whole
+    return version
 
 
 def load(
@@ -218,12 +228,12 @@ def _described(tensor: torch.Tensor) -> dict[str, Any]:
 
 def _read(root: Path) -> Checkpoint:
     """Read the manifest of the newest version in a folder; rank 0 holds the files against their digests."""
-    versions = _versions(root)
+    versions = list_versions(root)
     if not versions:
         raise CheckpointError(
             f"{root}: no checkpoint of sharded weights in this folder; give the one that save was given"
         )
-    path = versions[-1][1]
+    path = versions[-1]
     try:
         manifest = parsed(plain_bytes(path / MANIFEST, LONGEST))
         if not isinstance(manifest, dict) or manifest.get("kind") != KIND or manifest.get("format") != FORMAT:
@@ -231,7 +241,7 @@ def _read(root: Path) -> Checkpoint:
                 "it is none of sharded weights, or of another format; lorasc_fx.load reads what save wrote"
             )
         check_kinds(manifest)
-        if manifest.get("digest") != text_digest(_canonical(manifest)):
+        if manifest.get("digest") != text_digest(canonical(manifest)):
             raise ValueError("it differs from its own digest; the file is damaged, or was edited")
         plan = Plan.from_json(json.dumps(manifest["plan"]))
         check_fields({**manifest, "files": {TENSORS: "0" * 64}}, plan, TENSORS)
@@ -243,7 +253,7 @@ def _read(root: Path) -> Checkpoint:
                 if file_digest(path / name) != manifest["files"][name]:
                     raise ValueError(f"{name} differs from its digest; the file is damaged")
     except (OSError, ValueError) as fault:
-        raise CheckpointError(f"{path / MANIFEST}: cannot be read: {fault}; {_way_back(path)}") from fault
+        raise CheckpointError(f"{path / MANIFEST}: cannot be read: {fault}; {way_back(path)}") from fault
     return Checkpoint(path, manifest, {}, plan)
 
 
@@ -253,7 +263,7 @@ def _targets(found: Checkpoint, like: Any) -> dict[str, torch.Tensor]:
     sizes: dict[str, Any] = held.state_dict_metadata
     made: dict[str, torch.Tensor] = {}
     if not isinstance(table, dict) or set(table) != set(sizes):
-        raise CheckpointError(f"{found.path}: manifest and files name other tensors; {_way_back(found.path)}")
+        raise CheckpointError(f"{found.path}: manifest and files name other tensors; {way_back(found.path)}")
     for name, entry in table.items():
         size, dtype = sizes[name].size, sizes[name].properties.dtype
         if (
@@ -261,7 +271,7 @@ def _targets(found: Checkpoint, like: Any) -> dict[str, torch.Tensor]:
             or entry.get("shape") != list(size)
             or f"torch.{entry.get('dtype')}" != str(dtype)
         ):
-            raise CheckpointError(f"{found.path}: manifest and files disagree about {name!r}; {_way_back(found.path)}")
+            raise CheckpointError(f"{found.path}: manifest and files disagree about {name!r}; {way_back(found.path)}")
         if entry.get("rows") is True:
             made[name] = zeros(size, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
         else:

@@ -1,6 +1,7 @@
 """What runs: the cascade, its slow weights, stages and checkpoints. No graph and no passes in here."""
 
 from lorasc_fx.runtime.cascade import Cascade
+from lorasc_fx.runtime.checkpoint import list_versions
 from lorasc_fx.runtime.checkpoint_read import check_base, check_plan, read
 from lorasc_fx.runtime.data_order import shuffled_batches
 from lorasc_fx.runtime.face import cascade_class, save
@@ -21,6 +22,7 @@ __all__ = [
     "cascade_class",
     "check_base",
     "check_plan",
+    "list_versions",
     "read",
     "save",
     "shuffled_batches",

@@ -25,7 +25,7 @@ from safetensors.torch import load
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import unpacking
-from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, _canonical, _versions, _way_back
+from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, canonical, list_versions, way_back
 from lorasc_fx.runtime.fingerprint import fingerprint, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
@@ -73,17 +73,17 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     """
     root = Path(folder)
     try:
-        versions = _versions(root)
+        versions = list_versions(root)
     except OSError as fault:
         raise CheckpointError(f"{root}: cannot be read: {_why(fault)}") from fault
     if not versions:
         raise CheckpointError(f"{root}: no checkpoint in this folder; give the one that save was given")
-    path = versions[-1][1]
+    path = versions[-1]
     manifest, plan = _read_manifest(path / MANIFEST)
     tensors = _read_tensors(path / TENSORS, manifest["files"][TENSORS])
     _check_files(path)
     for sentence in plan_faults(plan, tensors):
-        raise CheckpointError(f"{path}: {sentence}; {_way_back(path)}")
+        raise CheckpointError(f"{path}: {sentence}; {way_back(path)}")
     return Checkpoint(path, manifest, tensors, plan)
 
 
@@ -91,8 +91,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
     try:
         data = plain_bytes(path, LONGEST)
     except (OSError, ValueError) as fault:
-        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {_way_back(path.parent)}") from fault
-    return manifest_of(data, path, _way_back(path.parent))
+        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}") from fault
+    return manifest_of(data, path, way_back(path.parent))
 
 
 def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan]:
@@ -118,7 +118,7 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
         )
     try:
         check_kinds(manifest)
-        if manifest.get("digest") != text_digest(_canonical(manifest)):
+        if manifest.get("digest") != text_digest(canonical(manifest)):
             raise ValueError("differs from its own digest; the file is damaged, or was edited")
         plan = Plan.from_json(json.dumps(manifest["plan"]))
         check_fields(manifest, plan, TENSORS)
@@ -136,14 +136,14 @@ def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
         data = plain_bytes(path)
         if hashlib.sha256(data).hexdigest() != digest:
             raise CheckpointError(
-                f"{path}: differs from its digest in {MANIFEST}; the file is damaged; {_way_back(path.parent)}"
+                f"{path}: differs from its digest in {MANIFEST}; the file is damaged; {way_back(path.parent)}"
             )
         return load(data)
     except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {_way_back(path.parent)}") from fault
+        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}") from fault
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # a dtype or size torch has not
         why = f"{type(fault).__name__}: {told(str(fault))}"
-        raise CheckpointError(f"{path}: cannot be read: {why}; {_way_back(path.parent)}") from fault
+        raise CheckpointError(f"{path}: cannot be read: {why}; {way_back(path.parent)}") from fault
     except MemoryError as fault:
         raise CheckpointError(
             f"{path}: cannot be read: there is no memory for its tensors; free some, or take a larger machine"
@@ -242,7 +242,7 @@ def check_plan(
     Raises:
         CheckpointError: names the weight.
     """
-    manifest, plan, way = checkpoint.path / MANIFEST, checkpoint.plan, _way_back(checkpoint.path)
+    manifest, plan, way = checkpoint.path / MANIFEST, checkpoint.plan, way_back(checkpoint.path)
     for site in plan.sites:
         names = matrices.get(site.weight)
         if names is None:
@@ -279,9 +279,9 @@ def restore(core: Core, checkpoint: Checkpoint) -> None:
     try:
         unpacking.unpack(core, checkpoint.tensors, checkpoint.manifest, str(checkpoint.path), checkpoint.plan)
     except CheckpointError as fault:
-        raise CheckpointError(f"{fault}; {_way_back(checkpoint.path)}") from fault
+        raise CheckpointError(f"{fault}; {way_back(checkpoint.path)}") from fault
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:
-        what, way = f"{type(fault).__name__}: {told(str(fault))}", _way_back(checkpoint.path)
+        what, way = f"{type(fault).__name__}: {told(str(fault))}", way_back(checkpoint.path)
         raise CheckpointError(
             f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}; {way}"
         ) from fault

@@ -1,8 +1,9 @@
-"""How a version comes to be: made beside, synced, and renamed into its place when it is whole.
+"""Writing a version: into a temporary folder, which is synced and then renamed.
 
-One writer at a time, held by a lock that the system takes back when its holder dies. So what a killed writer left in
-the folder is nobody's, and goes at the next save. A version that leaves loses its name first, so that half of one is
-never seen under a name that loads.
+One writer at a time, by a lock that the system releases when its holder dies. So temporary folders that a killed
+writer left belong to nobody, and the next save deletes them. A version is renamed before it is deleted, so that a
+partial one never has a name that loads. Only files of ours are deleted, never a folder with its content: other
+programs may write into the same folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -24,9 +26,10 @@ from lorasc_fx.branch.rows import local
 from lorasc_fx.branch.stage import all_finite
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
 from lorasc_fx.runtime import generators, half_step, outside_json, packing
-from lorasc_fx.runtime.checkpoint import _PREFIX, FORMAT, MANIFEST, TENSORS, _canonical, _versions
+from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, TENSORS, canonical, is_our_file, list_versions, next_name
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
-from lorasc_fx.runtime.manifest import LONGEST
+from lorasc_fx.runtime.manifest import LONGEST, parsed
+from lorasc_fx.runtime.opening import plain_bytes
 from lorasc_fx.runtime.provenance import versions
 
 try:
@@ -37,9 +40,22 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
-__all__ = ["check_finite", "contents", "sync", "write_version"]
+__all__ = [
+    "check_finite",
+    "clear_interrupted",
+    "contents",
+    "exclusive",
+    "make_folder",
+    "remove",
+    "sync",
+    "temporary",
+    "write_version",
+]
 
 _WRITING, _LEAVING = ".writing-", ".leaving-"
+_TEMPORARY = re.compile(r"\.(writing|leaving)-[0-9a-f]{32}")
+_PARTIAL = re.compile(r"\.tmp\w{6}")
+"""What safetensors names a file while it writes it."""
 
 
 def write_version(
@@ -57,19 +73,19 @@ def write_version(
     tensors, manifest = contents(core, optimizer, scheduler, extra)
     with contextlib.ExitStack() as held:
         try:
-            _make(root)
-            if held.enter_context(_alone_in(root)):
-                _clear(root)
-            known = _versions(root)
-            whole = root / f"{_PREFIX}{known[-1][0] + 1 if known else 1:08d}"
-            beside = root / f"{_WRITING}{uuid.uuid4().hex}"
+            make_folder(root)
+            if held.enter_context(exclusive(root)):
+                clear_interrupted(root)
+            version = root / next_name(root)
+            beside = temporary(root)
             beside.mkdir()
         except OSError as fault:
             raise CheckpointError(f"{root}: cannot be written: {fault.strerror}; what was there stays") from fault
-        _place(tensors, manifest, beside, whole)
-        for _, old in _versions(root)[:-keep]:
-            _drop(old)
-    return whole
+        _place(tensors, manifest, beside, version)
+        for old in list_versions(root)[:-keep]:
+            if _of_same_run(old, manifest):
+                _drop(old)
+    return version
 
 
 def check_finite(core: Core) -> None:
@@ -133,14 +149,14 @@ def _check_keys(value: Any) -> None:
         _check_keys(each)
 
 
-def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, whole: Path) -> None:
-    """Write both files beside, and give the folder its name: synced in this order, the name last."""
-    root, made = whole.parent, beside
+def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, version: Path) -> None:
+    """Write both files into a temporary folder, and rename it: synced in this order."""
+    root, made = version.parent, beside
     try:
         save_file(tensors, beside / TENSORS)
         sync(beside / TENSORS)
         manifest["files"] = {TENSORS: file_digest(beside / TENSORS)}
-        manifest["digest"] = text_digest(_canonical(manifest))
+        manifest["digest"] = text_digest(canonical(manifest))
         text = json.dumps(manifest, indent=1, allow_nan=False)
         if len(text) > LONGEST:  # ASCII, as json writes it
             raise OSError(f"{MANIFEST} would have {len(text)} bytes, of {LONGEST} at most; put numbers into tensors")
@@ -148,26 +164,18 @@ def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, who
         shutil.copymode(beside / MANIFEST, beside / TENSORS)  # safetensors would keep it from everybody else
         sync(beside / MANIFEST)
         sync(beside)
-        beside.rename(whole)
-        made = whole
+        beside.rename(version)
+        made = version
         sync(root)
     except (OSError, SafetensorError) as fault:
-        _undo(made)
+        _drop(made)
         raise CheckpointError(f"{root}: the checkpoint was not written: {fault}; what was there stays") from fault
     except BaseException:
-        _undo(made)
+        _drop(made)
         raise
 
 
-def _undo(made: Path) -> None:
-    """Delete what a failed write has made, under whichever of its names."""
-    if made.name.startswith(_WRITING):
-        shutil.rmtree(made, ignore_errors=True)
-    else:
-        _drop(made)
-
-
-def _make(root: Path) -> None:
+def make_folder(root: Path) -> None:
     """Make a folder, and sync those that hold the new entries: its own, and those of parents that were missing too."""
     new = [each for each in (root, *root.parents) if not each.exists()]
     root.mkdir(parents=True, exist_ok=True)
@@ -176,7 +184,7 @@ def _make(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone_in(root: Path) -> Iterator[bool]:
+def exclusive(root: Path) -> Iterator[bool]:
     """Keep other writers out of a folder, and say whether that is possible: some file systems know no locks.
 
     Without a lock two writers still do no harm: a version's name is given once, and the later one fails at it.
@@ -199,19 +207,52 @@ def _alone_in(root: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _clear(root: Path) -> None:
-    """Delete what writers that were killed left behind; nobody else writes now."""
+def temporary(root: Path) -> Path:
+    """Return the path of a new temporary folder."""
+    return root / f"{_WRITING}{uuid.uuid4().hex}"
+
+
+def clear_interrupted(root: Path) -> None:
+    """Delete the temporary folders that killed writers left. The caller holds the lock."""
     for path in root.iterdir():
-        if path.name.startswith((_WRITING, _LEAVING)) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+        if _TEMPORARY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete our files in a folder, the manifest last, and the folder if nothing else is in it.
+
+    What cannot be deleted stays.
+    """
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+            if is_our_file(path.name) or _PARTIAL.fullmatch(path.name):
+                path.unlink()
+        folder.rmdir()
 
 
 def _drop(version: Path) -> None:
-    """Delete a version, its name first; what cannot be deleted now goes at the next save."""
-    leaving = version.with_name(f"{_LEAVING}{uuid.uuid4().hex}")
+    """Delete a version, or a temporary folder that was not completed; what cannot be deleted now goes at the next save.
+
+    A version that holds files of others keeps its name, and they stay.
+    """
     with contextlib.suppress(OSError):
-        version.rename(leaving)
-        shutil.rmtree(leaving, ignore_errors=True)
+        if not _TEMPORARY.fullmatch(version.name) and all(is_our_file(path.name) for path in version.iterdir()):
+            version = version.rename(version.with_name(f"{_LEAVING}{uuid.uuid4().hex}"))
+        remove(version)
+
+
+def _of_same_run(version: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a version has an undamaged manifest of ours, for the base and the spec of this one."""
+    try:
+        other = parsed(plain_bytes(version / MANIFEST, LONGEST))
+        return bool(
+            other["digest"] == text_digest(canonical(other))
+            and other["base"] == manifest["base"]
+            and other["plan"]["spec"] == manifest["plan"]["spec"]
+        )
+    except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):
+        return False
 
 
 def sync(path: Path) -> None:

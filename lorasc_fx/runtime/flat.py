@@ -17,7 +17,7 @@ from torch import nn
 from lorasc_fx.branch import fill_factor
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, half_step
-from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, _canonical
+from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
 from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import fill
@@ -44,7 +44,7 @@ def to_table(core: Core, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     checkpoint_write.check_finite(core)
     tensors, manifest = checkpoint_write.contents(core, None, None, extra)
     manifest["files"] = {TENSORS: _digest(tensors)}
-    manifest["digest"] = text_digest(_canonical(manifest))
+    manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, allow_nan=False).encode()
     return {**tensors, KEY: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 

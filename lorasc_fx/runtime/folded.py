@@ -23,7 +23,7 @@ from lorasc_fx.branch import (
 )
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.runtime.checkpoint import _way_back
+from lorasc_fx.runtime.checkpoint import way_back
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.folding import check_which, ended, trained_value
 from lorasc_fx.runtime.opening import told
@@ -98,7 +98,7 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     except NonFiniteBranch:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
-        what, way = f"{type(fault).__name__}: {told(str(fault))}", _way_back(checkpoint.path)
+        what, way = f"{type(fault).__name__}: {told(str(fault))}", way_back(checkpoint.path)
         raise CheckpointError(
             f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}; {way}"
         ) from fault

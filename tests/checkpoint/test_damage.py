@@ -45,7 +45,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def version(written: Path, tmp_path: Path) -> Path:
     """A copy of that version, to be damaged."""
     shutil.copytree(written, tmp_path / "copy")
-    return tmp_path / "copy" / "step-00000001"
+    return tmp_path / "copy" / "version-00000001"
 
 
 def prepared() -> nn.Module:
@@ -106,8 +106,8 @@ def test_nothing_to_load(name: str, tmp_path: Path) -> None:
 def test_an_empty_folder_and_one_of_other_things(tmp_path: Path) -> None:
     refuse(tmp_path / "step", f"{tmp_path}: no checkpoint in this folder; give the one that save was given")
     (tmp_path / ".writing-abc").mkdir()
-    (tmp_path / "step-x").mkdir()
-    (tmp_path / "step-00000003").write_text("not a folder")
+    (tmp_path / "version-x").mkdir()
+    (tmp_path / "version-00000003").write_text("not a folder")
     refuse(tmp_path / "step", f"{tmp_path}: no checkpoint in this folder; give the one that save was given")
 
 
@@ -389,9 +389,9 @@ def test_an_optimizer_without_the_branches(version: Path) -> None:
 def test_saved_without(version: Path, what: str, tmp_path: Path) -> None:
     going = Run(SPEC).started()
     lx.save(going.cascade, tmp_path / "bare", optimizer=None if what == "optimizer" else going.optimizer)
-    cascade, optimizer = resumed(tmp_path / "bare" / "step-00000001")
+    cascade, optimizer = resumed(tmp_path / "bare" / "version-00000001")
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2) if what == "scheduler" else None
-    sentence = f"{tmp_path / 'bare' / 'step-00000001'}: holds no {what}; it was saved without one: resume without it"
+    sentence = f"{tmp_path / 'bare' / 'version-00000001'}: holds no {what}; it was saved without one: resume without it"
     with unchanged(cascade, optimizer), pytest.raises(lx.CheckpointError, match=exactly(sentence)):
         cascade.resume(optimizer, scheduler)
 

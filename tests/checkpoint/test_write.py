@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def version(number: int) -> list[str]:
-    own = f"step-{number:08d}"
+    own = f"version-{number:08d}"
     return [own, f"{own}/manifest.json", f"{own}/state.safetensors"]
 
 
@@ -44,7 +44,7 @@ def test_keep(keep: int, tmp_path: Path) -> None:
     slow = []
     for number in range(1, 6):
         going.step()
-        assert going.save(tmp_path / "deep" / "run") == tmp_path / "deep" / "run" / f"step-{number:08d}"
+        assert going.save(tmp_path / "deep" / "run") == tmp_path / "deep" / "run" / f"version-{number:08d}"
         slow.append(going.result())
         last = range(max(1, number - keep + 1), number + 1)
         assert names(tmp_path / "deep" / "run") == [name for each in last for name in version(each)]
@@ -62,12 +62,73 @@ def test_a_wrong_number_of_versions(keep: Any, tmp_path: Path) -> None:
 
 def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
     going = Run(SPEC).started()
-    (tmp_path / "step-notes").mkdir()
-    (tmp_path / "step-00000009").write_text("a file")
+    (tmp_path / "version-notes").mkdir()
+    (tmp_path / "version-00000009").write_text("a file")
     (tmp_path / "metrics.jsonl").write_text("{}")
     for _ in range(2):
         going.save(tmp_path)
-    assert names(tmp_path) == ["metrics.jsonl", *version(2), "step-00000009", "step-notes"]
+    assert names(tmp_path) == ["metrics.jsonl", "version-00000009", *version(11), "version-notes"]
+
+
+@pytest.mark.parametrize("name", ["step-500", "step-00000500", "version-00000500", "version-5", "step-00000000"])
+@pytest.mark.parametrize("file", ["shards/x.distcp", "manifest.json", "state.safetensors", ""])
+def test_folders_of_other_programs_stay(name: str, file: str, tmp_path: Path) -> None:
+    """Whatever their names, and their files' names: what has no manifest of ours is not ours."""
+    other = tmp_path / name / file
+    (other.parent if file else other).mkdir(parents=True)
+    if file:
+        other.write_text('{"weeks": 3}')
+    going = Run(SPEC).started()
+    written = [going.save(tmp_path).name for _ in range(3)]
+    assert [path.name for path in sorted(tmp_path.iterdir()) if path.name != name] == [written[-1]]
+    assert other.is_dir() if not file else other.read_text() == '{"weeks": 3}'
+    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
+
+
+def test_files_of_others_in_a_version_stay(tmp_path: Path) -> None:
+    """Of a version that is dropped, our files go."""
+    going = Run(SPEC).started()
+    first = going.save(tmp_path)
+    (first / "notes").mkdir()
+    (first / "notes" / "mine.txt").write_text("x")
+    going.save(tmp_path)
+    assert names(tmp_path) == [
+        first.name,
+        *(f"{first.name}/{each}" for each in ("notes", "notes/mine.txt")),
+        *version(2),
+    ]
+    going.save(tmp_path)
+    assert names(tmp_path)[3:] == version(3)
+    for temporary in (f".writing-{7:032x}", f".leaving-{8:032x}", ".writing-mine"):
+        (tmp_path / temporary).mkdir()
+        (tmp_path / temporary / "other.bin").write_text("x")
+    going.save(tmp_path)
+    assert names(tmp_path)[:6:2] == [f".leaving-{8:032x}", f".writing-{7:032x}", ".writing-mine"]
+    assert names(tmp_path)[1:6:2] == [f"{each}/other.bin" for each in names(tmp_path)[:6:2]]
+
+
+def test_versions_of_another_run_or_damaged_ones_stay(tmp_path: Path) -> None:
+    other = Run(lx.CascadeSpec(targets=("conv",), rank=2)).started().save(tmp_path)
+    going = Run(SPEC).started()
+    damaged = going.save(tmp_path)
+    text = (damaged / "manifest.json").read_text()
+    (damaged / "manifest.json").write_text(text.replace("false", "true ", 1))
+    last = [going.save(tmp_path) for _ in range(2)][-1]
+    assert sorted(tmp_path.iterdir()) == [other, damaged, last]
+
+
+def test_folders_of_earlier_releases(tmp_path: Path) -> None:
+    """They were named `step-`: loaded while newest, counted on, and dropped."""
+    going = Run(SPEC).started()
+    going.step()
+    old = going.save(tmp_path)
+    old = old.rename(tmp_path / "step-00000012")
+    slow = of_slow(going.cascade)
+    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
+    going.step()
+    assert going.save(tmp_path).name == "version-00000013"
+    assert not old.exists()
+    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
 
 
 CIRCLE: list[Any] = []
@@ -134,7 +195,7 @@ def test_a_branch_that_holds_inf_or_nan_is_not_kept(tmp_path: Path) -> None:
     assert contents(tmp_path) == saved
     assert names(tmp_path) == version(1)
     assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
-    assert going.save(tmp_path).name == "step-00000002"
+    assert going.save(tmp_path).name == "version-00000002"
 
 
 def test_a_branch_that_the_next_fold_leaves_out_is_kept(tmp_path: Path) -> None:
@@ -229,7 +290,7 @@ def test_a_write_that_fails(where: str, kind: str, monkeypatch: pytest.MonkeyPat
     assert contents(tmp_path) == saved
     assert names(tmp_path) == version(1)
     assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
-    assert going.save(tmp_path).name == "step-00000002"
+    assert going.save(tmp_path).name == "version-00000002"
     assert names(tmp_path) == version(2)
     assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
 

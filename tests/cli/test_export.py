@@ -76,7 +76,7 @@ def test_a_run_is_folded_into_its_base(run: Path, place: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["fold", "runs/tiny", "--base", "base.safetensors", "--output", "new.safetensors"]) == 0
     said = capsys.readouterr().out
-    assert "new.safetensors: slow weights of runs/tiny/checkpoint/step-0000000" in said
+    assert "new.safetensors: slow weights of runs/tiny/checkpoint/version-0000000" in said
     found, folded, base = (
         load_file(path) for path in ("new.safetensors", run / "folded.safetensors", "base.safetensors")
     )

@@ -177,7 +177,7 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
     with register_form(own_form.FORM), pytest.raises(lx.CheckpointError) as raised:
         lx.load(tmp_path, net(), args=(X,))
     assert str(raised.value) == (
-        f"{tmp_path / 'step-00000001'}: 1.kernel was adapted through the form 'my.skewed', which is not registered "
+        f"{tmp_path / 'version-00000001'}: 1.kernel was adapted through the form 'my.skewed', which is not registered "
         "here; call lorasc_fx.graph.register_form with it before load"
     )
     with register_form(own_form.FORM), register_form(SKEWED):

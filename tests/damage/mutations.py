@@ -44,7 +44,7 @@ VALUES: tuple[Any, ...] = (
 def mutated(index: int, files: dict[str, bytes], other: dict[str, bytes], folder: Path) -> str:
     """Write mutation `index` of a version's files as the only version in `folder`; returns what was done."""
     rng = random.Random(index)
-    path = folder / "step-00000001"
+    path = folder / "version-00000001"
     path.mkdir(parents=True)
     kind = rng.choice((of_bytes, of_files, of_manifest, of_manifest, of_manifest, of_tensors, of_tensors, of_header))
     return f"{kind.__name__}: {kind(rng, files, other, path)}"

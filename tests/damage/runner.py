@@ -108,7 +108,7 @@ def same(ours: State, theirs: State) -> bool:
 
 def says(folder: Path, again: Path) -> str:
     """What differs between a folder that was loaded and what its cascade is saved as: "" for nothing."""
-    there, here = ((path / "step-00000001") for path in (folder, again))
+    there, here = ((path / "version-00000001") for path in (folder, again))
     manifests = [json.loads((path / MANIFEST).read_bytes()) for path in (there, here)]
     plans = [Plan.from_json(json.dumps(manifest["plan"])) for manifest in manifests]
     if plans[0] != plans[1]:
@@ -196,7 +196,7 @@ def run(first: int, last: int) -> dict[str, Any]:
     found: Counter[str] = Counter()
     faults: list[str] = []
     try:
-        put_whole = top / "whole" / "step-00000001"
+        put_whole = top / "whole" / "version-00000001"
         put_whole.mkdir(parents=True)
         put(put_whole, files)
         model = Small()

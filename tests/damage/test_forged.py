@@ -32,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def version(files: dict[str, bytes], tmp_path: Path) -> Path:
-    path = tmp_path / "step-00000001"
+    path = tmp_path / "version-00000001"
     path.mkdir()
     put(path, files)
     return path
@@ -85,10 +85,10 @@ def test_what_can_be_done_about_damage(version: Path, files: dict[str, bytes]) -
     damage = f"/{TENSORS}: differs from its digest in {MANIFEST}; the file is damaged; "
     refuse(version, f"{damage}no version before it is here: start anew, and keep several (save(keep=N))")
     put(version, files)
-    later = version.with_name("step-00000012")
+    later = version.with_name("version-00000012")
     later.mkdir()
     put(later, {**files, TENSORS: b""})
-    refuse(later, f"{damage}take step-00000012 away, and step-00000001 is loaded")
+    refuse(later, f"{damage}take version-00000012 away, and version-00000001 is loaded")
     shutil.rmtree(later)
     assert lx.load(version.parent, Small(), args=(X,)).stage == 3
 

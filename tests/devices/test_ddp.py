@@ -219,7 +219,7 @@ def fails_on_one(rank: int, count: int, folder: str) -> None:
         (
             "here",
             "there",
-            "^load: the processes have read different versions of .*: step-00000001, step-00000002, by rank",
+            "^load: the processes have read different versions of .*: version-00000001, version-00000002, by rank",
         ),
     ):
         kind = lx.CheckpointError if rank and other == "nowhere" else lx.StateError

@@ -73,7 +73,7 @@ def test_a_checkpoint_is_cut_anew(tmp_path: Path) -> None:
     name, at = "fresh", 10
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
     on_ranks(2, sharding.saved, name, str(tmp_path), at)
-    files = sorted(each.name for each in (tmp_path / "step-00000001").iterdir())
+    files = sorted(each.name for each in (tmp_path / "version-00000001").iterdir())
     assert len(files) == 3
     assert all(each.endswith(".safetensors") or each == "manifest.json" for each in files)  # nothing to unpickle
     for count in (4, 1):

@@ -41,7 +41,7 @@ def started(folder: Path) -> tuple[lx.Cascade, torch.optim.Optimizer, Any, int]:
     torch.manual_seed(seeds)
     random.seed(seeds)
     np.random.seed(seeds)
-    on = any(folder.glob("step-*"))
+    on = any(folder.glob("version-*"))
     if on:
         cascade = lx.load(folder, Net(), args=(inputs(4, 3, 4, 4),))
     else:
@@ -105,7 +105,7 @@ def digest(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, scheduler: Any
 def check_versions(where: Path, journal: Path) -> None:
     """Every version loads by itself, and the newest one is no older than the last save that returned."""
     found = []
-    for version in sorted(where.glob("step-*")):
+    for version in sorted(where.glob("version-*")):
         with tempfile.TemporaryDirectory(dir=where.parent) as alone:
             shutil.copytree(version, Path(alone) / version.name)
             cascade = lx.load(alone, Net(), args=(inputs(4, 3, 4, 4),))
@@ -171,8 +171,8 @@ def half_a_text(real: Any, path: Path, text: str, encoding: str) -> None:
     real(path, text[: len(text) // 2], encoding=encoding)
 
 
-def half_a_folder(real: Any, path: Path, **_: Any) -> None:
-    sorted(path.iterdir())[0].unlink()
+def half_a_folder(real: Any, path: Path) -> None:
+    (path / "state.safetensors").unlink()
 
 
 def within(at: int) -> Any:
@@ -201,12 +201,12 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "before the tensors are synced": lambda n: around(checkpoint_write, "sync", n, _named("state"), before=True),
     "inside the manifest": lambda n: around(Path, "write_text", n, _named("manifest"), instead=half_a_text),
     "before the version is synced": lambda n: around(checkpoint_write, "sync", n, _named(".writing"), before=True),
-    "before the rename": lambda n: around(Path, "rename", n, _becomes("step-"), before=True),
-    "after the rename": lambda n: around(Path, "rename", n, _becomes("step-")),
+    "before the rename": lambda n: around(Path, "rename", n, _becomes("version-"), before=True),
+    "after the rename": lambda n: around(Path, "rename", n, _becomes("version-")),
     "after the folder is synced": lambda n: around(checkpoint_write, "sync", n, _named("run")),
     "before an old version loses its name": lambda n: around(Path, "rename", n, _becomes(".leaving"), before=True),
     "after an old version lost its name": lambda n: around(Path, "rename", n, _becomes(".leaving")),
-    "inside the removal": lambda n: around(shutil, "rmtree", n, _named(".leaving"), instead=half_a_folder),
+    "inside the removal": lambda n: around(checkpoint_write, "remove", n, _named(".leaving"), instead=half_a_folder),
     "early in a transition": lambda n: around(transition, "run", n, always, instead=within(20)),
     "late in a transition": lambda n: around(transition, "run", n, always, instead=within(100)),
     "inside a step": lambda n: around(torch.optim.AdamW, "step", n, always, instead=within(7)),
@@ -234,7 +234,7 @@ def a_full_disk(folder: str, saves: int) -> str:
     save, refused = lx.save, []
 
     def forgiving(*args: Any, **kwargs: Any) -> None:
-        before = sorted(Path(folder, "run").glob("step-*"))
+        before = sorted(Path(folder, "run").glob("version-*"))
         try:
             save(*args, **kwargs)
         except lx.CheckpointError as fault:

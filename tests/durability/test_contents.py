@@ -240,7 +240,7 @@ def test_extra_with_tensors_and_numbers_outside_of_json(tmp_path: Path) -> None:
     assert raw(found["empty"]) == raw(extra["empty"])
     found["average"]["a"].zero_()
     assert raw(cascade.resume()["average"]["a"]) == raw(shared)
-    manifest = json.loads(next(tmp_path.glob("step-*/manifest.json")).read_text(), parse_constant=pytest.fail)
+    manifest = json.loads(next(tmp_path.glob("version-*/manifest.json")).read_text(), parse_constant=pytest.fail)
     assert manifest["extra"]["best"] is None
 
 

@@ -52,12 +52,12 @@ def test_each_thing_is_synced_before_the_next_one_counts(monkeypatch: pytest.Mon
     version = going.save(tmp_path / "deep" / "run")
     new = "deep/run/.writing"
     written = [f"{new}/state.safetensors", f"{new}/manifest.json", new]
-    assert events == ["", "deep", *written, (new, "deep/run/step-00000001"), "deep/run"]
+    assert events == ["", "deep", *written, (new, "deep/run/version-00000001"), "deep/run"]
     assert synced == {path.name: path.read_bytes() for path in version.iterdir()}
     events.clear()
     going.save(tmp_path / "deep" / "run")
-    leaves = ("deep/run/step-00000001", "deep/run/.leaving")
-    assert events == [*written, (new, "deep/run/step-00000002"), "deep/run", leaves]
+    leaves = ("deep/run/version-00000001", "deep/run/.leaving")
+    assert events == [*written, (new, "deep/run/version-00000002"), "deep/run", leaves]
 
 
 def test_what_killed_writers_left_goes_at_the_next_save(tmp_path: Path) -> None:
@@ -65,13 +65,13 @@ def test_what_killed_writers_left_goes_at_the_next_save(tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "mine").write_text("x")
-    for name in (".writing-1", ".leaving-2", ".mine"):
+    for name in (f".writing-{1:032x}", f".leaving-{2:032x}", ".mine"):
         (run / name).mkdir(parents=True)
         (run / name / "state.safetensors").write_text("half")
     (run / ".writing-link").symlink_to(elsewhere)
     (run / ".writing-file").write_text("x")
     going.save(run)
-    assert names(run) == [".mine", ".writing-file", ".writing-link", "step-00000001"]
+    assert names(run) == [".mine", ".writing-file", ".writing-link", "version-00000001"]
     assert names(elsewhere) == ["mine"]
 
 
@@ -119,9 +119,9 @@ def test_two_writers_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert names(tmp_path) == before
     assert len(before) == 1
     assert slowly.finish() is None
-    assert names(tmp_path) == ["step-00000001"]
-    assert going.save(tmp_path).name == "step-00000002"
-    assert names(tmp_path) == ["step-00000002"]
+    assert names(tmp_path) == ["version-00000001"]
+    assert going.save(tmp_path).name == "version-00000002"
+    assert names(tmp_path) == ["version-00000002"]
 
 
 def test_two_writers_at_once_where_files_have_no_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -134,13 +134,13 @@ def test_two_writers_at_once_where_files_have_no_locks(monkeypatch: pytest.Monke
     going = Run(SPEC).started()
     going.step()
     slowly = Slowly(monkeypatch, tmp_path)
-    assert going.save(tmp_path).name == "step-00000001"
+    assert going.save(tmp_path).name == "version-00000001"
     assert len(names(tmp_path)) == 2
     fault = slowly.finish()
     assert "Directory not empty" in str(fault)
-    assert names(tmp_path) == ["step-00000001"]
+    assert names(tmp_path) == ["version-00000001"]
     assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
-    assert going.save(tmp_path).name == "step-00000002"
+    assert going.save(tmp_path).name == "version-00000002"
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
@@ -165,6 +165,6 @@ def test_a_version_that_cannot_be_dropped_stays_until_it_can(monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", stuck)
         going.save(tmp_path)
-    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert names(tmp_path) == ["version-00000001", "version-00000002"]
     going.save(tmp_path)
-    assert names(tmp_path) == ["step-00000003"]
+    assert names(tmp_path) == ["version-00000003"]

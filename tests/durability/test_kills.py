@@ -27,7 +27,7 @@ def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tup
 def only_versions(folder: Path, keep: int = 2) -> None:
     left = sorted(path.name for path in (folder / "run").iterdir())
     assert len(left) == keep
-    assert all(name.startswith("step-") for name in left)
+    assert all(name.startswith("version-") for name in left)
 
 
 def test_killed_ten_times(server: Server, undisturbed: tuple[str, float], tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_save(kind: str, tmp_path: Path) -> None:
         lx.save(cascade, tmp_path, optimizer=optimizer)
 
     assert everywhere(kind, save, cascade, optimizer) > 50
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert [path.name for path in tmp_path.iterdir()] == ["version-00000002"]
 
 
 def writes_fail(monkeypatch: pytest.MonkeyPatch, call: Callable[[], lx.Cascade], mode: FailAt) -> lx.Cascade:

@@ -83,7 +83,7 @@ def test_the_peak_is_a_few_tensors(tmp_path: Path) -> None:
     assert after - before < 0.25 * base
 
     index = json.loads((tmp_path / "folded" / "model.safetensors.index.json").read_text())["weight_map"]
-    (checkpoint,) = (tmp_path / "run").glob("step-*/*.safetensors")
+    (checkpoint,) = (tmp_path / "run").glob("version-*/*.safetensors")
     held = load_file(checkpoint)
     for name in ("0.weight", "57.weight", "99.weight"):
         with (

@@ -77,7 +77,7 @@ def test_a_fold_keeps_the_layout_of_the_base(tmp_path: Path, tied: bool, capsys:
     lx.save(cascade, tmp_path / "checkpoint")
     out, other = tmp_path / "out" / "folded", tmp_path / "other"
     assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--out", str(out)]) == 0
-    assert f"{out}: slow weights of {tmp_path}/checkpoint/step-00000001, in the layout of" in capsys.readouterr().out
+    assert f"{out}: slow weights of {tmp_path}/checkpoint/version-00000001, in the layout of" in capsys.readouterr().out
     assert lx.export.safetensors(cascade, other, base=base) == other
 
     assert {path.name for path in out.iterdir()} == {p.name for p in base.iterdir()} - {"pytorch_model.bin", ".cache"}
