@@ -1,90 +1,346 @@
-"""All of it or nothing: what was done inside a block is put back, last first, if anything raises, Ctrl-C included.
+"""Blocks that nothing leaves half done: neither an exception inside, nor Ctrl-C, nor any other signal's handler.
 
-Python raises KeyboardInterrupt between any two instructions, also while something is being put back. So SIGINT is
-watched while the block runs: the first one raises, as ever; one that comes while things are put back, or while the
-block ends, waits until that is done.
+Python runs signal handlers in the main thread, between two bytecodes, and what they raise is raised there. While one of
+these blocks is open, a recorder answers in place of every handler written in Python. Where a signal must wait, the
+recorder keeps it, and the handler is called as soon as it may be; everywhere else it is called at once.
+
+- `AllOrNothing`: a long block. Signals wait while it begins, while it ends, and while it takes back.
+- `Commit`: a short block that writes. Signals wait for all of it; if a handler then raises, it is taken back.
+- `isolated`: state that is always given back. Signals wait while it begins and while it ends.
+
+What cannot be held: exceptions that another thread injects (PyThreadState_SetAsyncExc), and foreign code that is itself
+interrupted in the middle of its `finally`.
 """
 
 from __future__ import annotations
 
+import functools
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import CodeType, FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
 
-__all__ = ["AllOrNothing"]
+import torch
+
+__all__ = [
+    "AllOrNothing",
+    "Block",
+    "Commit",
+    "Lock",
+    "Undo",
+    "isolated",
+    "no_grad",
+    "no_inference_mode",
+    "raised_by_handler",
+]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+Undo = Callable[[Callable[[], object]], None]
+"""Takes a step that undoes a write, before the write."""
 
 
-class AllOrNothing:
-    """`with AllOrNothing() as undo:` ... `undo(step)` before each write, where `step()` takes the write back.
-
-    A step has to be right also where its write has not happened. One that raises does not keep the others from running,
-    and is told in a note on the error that is raised.
-    """
+class Lock:
+    """A re-entrant lock; a copy (deepcopy, pickle) is a new one."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def acquire(self, seconds: float) -> bool:
+        """Wait so long at most; return whether the lock is this thread's."""
+        return self._lock.acquire(timeout=seconds)
+
+    def release(self) -> None:
+        """Give it back."""
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return (Lock, ())
+
+
+class Block(Generic[T]):
+    """A block with steps that undo it: `undo(step)` before each write, where `step()` takes the write back.
+
+    A step must also be right where its write has not happened. One that raises does not keep the others from running,
+    and is a note on the exception that is raised. Grad mode is afterwards as it was before.
+
+    Args:
+        lock: is held from the beginning to the end.
+    """
+
+    deferring: ClassVar[bool] = False
+    """Whether signals wait for the whole block."""
+    always: ClassVar[bool] = False
+    """Whether the steps run in any case."""
+
+    def __init__(self, lock: Lock | None = None) -> None:
         self._steps: list[Callable[[], object]] = []
-        self._handler: Any = None  # what answered SIGINT before
-        self._held, self._waiting = True, False
+        self._lock = lock
+        self._locked = False
+        self._grad: bool | None = None
+        self.place: tuple[CodeType, int] | None = None  # of the with statement, where the block also begins and ends
+        self.busy = False  # while it begins or ends
 
     def __call__(self, step: Callable[[], object]) -> None:
-        """Run this step, before those that were given earlier, if the block raises."""
+        """Run this step, before those that were given earlier, when the block is undone."""
         self._steps.append(step)
 
-    def __enter__(self) -> AllOrNothing:
-        """Watch SIGINT; other threads than the main one never see it."""
-        before = signal.getsignal(signal.SIGINT)
-        if callable(before) and threading.current_thread() is threading.main_thread():
-            self._handler = before
-            signal.signal(signal.SIGINT, self._interrupted)
-        self._held = False
-        return self
+    def enter(self, manager: AbstractContextManager[Any]) -> Any:
+        """Enter a context manager, which is left when the block is undone."""
+        value = manager.__enter__()
+        self(functools.partial(manager.__exit__, None, None, None))
+        return value
+
+    def _begin(self) -> T:
+        raise NotImplementedError
+
+    def __enter__(self) -> T:
+        """Begin; whatever raises here is undone here."""
+        self.busy = True
+        if _in_main_thread():
+            _record_signals()
+            caller = sys._getframe(1)
+            self.place = caller.f_code, caller.f_lineno
+            _OPEN.append(self)
+        try:
+            while self._lock is not None and not self._locked:
+                self._locked = self._lock.acquire(seconds=0.05)
+                if not self._locked:
+                    _answer(self)  # whoever waits for another thread can be interrupted
+            self._grad = torch.is_grad_enabled()
+            value = self._begin()
+            if not self.deferring:
+                _answer(self)
+        except BaseException as fault:
+            self._take_back(fault)
+            self._end()
+            raise
+        self.busy = False
+        return value
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None) -> None:
-        """Put back on an error; then answer an interrupt that waited."""
+        """Take back if anything raised, or in any case; then call the handlers of signals that have waited."""
+        self.busy = True
+        failed: BaseException | None = None
         try:
-            if fault is not None:
-                self._put_back(fault)
-            elif self._waiting:
-                self._waiting = False
-                try:
-                    self._handler(signal.SIGINT, None)
-                except BaseException as late:
-                    self._put_back(late)
-                    raise
+            if fault is None and not self.always:
+                _answer(self)
+        except BaseException as late:
+            failed = late
+        if fault is not None or failed is not None or self.always:
+            failed = self._take_back(fault or failed) or failed
+        try:
+            self._end()
         finally:
-            if self._handler is not None:
-                signal.signal(signal.SIGINT, self._handler)
-        if self._waiting:
-            self._handler(signal.SIGINT, None)
+            if failed is not None:
+                raise failed
 
-    def _put_back(self, fault: BaseException) -> None:
-        self._held = True
+    def _end(self) -> None:
+        """Give back grad mode, lock and handlers; then call those handlers that still wait."""
+        try:
+            if self._grad is not None and torch.is_grad_enabled() != self._grad:
+                torch._C._set_grad_enabled(self._grad)
+            if self._locked and self._lock is not None:
+                self._locked = False
+                self._lock.release()
+        finally:
+            if self in _OPEN:
+                _OPEN.remove(self)
+            if not _OPEN and _in_main_thread():
+                _give_handlers_back()
+            _answer()
+
+    def _take_back(self, fault: BaseException | None) -> BaseException | None:
+        """Run the steps, last first; return the first exception of one where there is no fault to add a note to."""
+        first: BaseException | None = None
         if isinstance(fault, (MemoryError, RuntimeError)):  # what its frames hold is memory that the steps may need
             traceback.clear_frames(fault.__traceback__)
         while self._steps:
             try:
                 self._steps.pop()()
             except BaseException as other:
-                fault.add_note(f"and what was written could not be put back: {type(other).__name__}: {other}")
-
-    def _interrupted(self, number: int, frame: FrameType | None) -> None:
-        if self._held or self._ends(frame):
-            self._waiting = True
-            return
-        self._held = True  # what the answer raises is put back in peace
-        self._handler(number, frame)
-        self._held = False
-
-    def _ends(self, frame: FrameType | None) -> bool:
-        """Whether the interrupt has come while this block begins or ends."""
-        while frame is not None:
-            if frame.f_code in _EDGES and frame.f_locals.get("self") is self:
-                return True
-            frame = frame.f_back
-        return False
+                told = fault or first
+                if told is None:
+                    first = other
+                else:
+                    told.add_note(f"and what was written could not be put back: {type(other).__name__}: {other}")
+        return first
 
 
-_EDGES: tuple[CodeType, ...] = (AllOrNothing.__enter__.__code__, AllOrNothing.__exit__.__code__)
+class AllOrNothing(Block["AllOrNothing"]):
+    """`with AllOrNothing() as undo:` a long block, which a signal may leave; all that was done is then taken back."""
+
+    def _begin(self) -> AllOrNothing:
+        return self
+
+
+class Commit(Block["Commit"]):
+    """`with Commit() as undo:` a short block. A signal waits for its end; if its handler raises, all is taken back."""
+
+    deferring = True
+
+    def _begin(self) -> Commit:
+        return self
+
+
+class _Isolated(Block[T]):
+    always = True
+
+    def __init__(self, begin: Callable[[Block[Any]], T]) -> None:
+        super().__init__()
+        self._setup = begin
+
+    def _begin(self) -> T:
+        return self._setup(self)
+
+
+def isolated(setup: Callable[Concatenate[Block[Any], P], T]) -> Callable[P, Block[T]]:
+    """Make a context manager of a function that changes state and says how to give it back.
+
+    The function gets the block first, calls `undo(step)` before each change, and returns what `with ... as` gets. The
+    steps run at the end of the `with`, whatever happens in it.
+    """
+
+    @functools.wraps(setup)
+    def block(*args: P.args, **kwargs: P.kwargs) -> Block[T]:
+        return _Isolated(lambda undo: setup(undo, *args, **kwargs))
+
+    return block
+
+
+@isolated
+def no_grad(undo: Block[Any]) -> None:
+    """Compute without gradients, as torch.no_grad, which leaves them off if it is interrupted where it ends."""
+    torch._C._set_grad_enabled(False)
+
+
+@isolated
+def no_inference_mode(undo: Block[Any]) -> None:
+    """Make tensors that can be trained, also where the caller is in inference mode."""
+    undo.enter(torch.inference_mode(False))
+
+
+def raised_by_handler(fault: BaseException) -> BaseException | None:
+    """Return the exception of a signal's handler that an exception stands for, if there is one.
+
+    A handler may raise any exception (a timeout by SIGALRM): it says nothing of the code that it has interrupted.
+    """
+    waiting: list[Any] = [fault]
+    seen: set[int] = set()
+    while waiting:
+        found = waiting.pop()
+        if not isinstance(found, BaseException) or id(found) in seen:
+            continue
+        if getattr(found, _MARK, False):
+            return found
+        seen.add(id(found))
+        waiting += [found.__context__, found.__cause__, getattr(found, "inner_exception", None)]
+    return None
+
+
+# ---- signals
+
+_MARK = "_lorasc_fx_raised_by_handler"
+_OPEN: list[Block[Any]] = []
+"""The open blocks of the main thread."""
+
+
+class _Recorder:
+    """Answers a signal in place of `before`; passes it on unless it must wait.
+
+    One that stays installed (somebody else has put a handler over it, or a handler raised while they were exchanged)
+    only passes on.
+    """
+
+    def __init__(self, number: int, before: Callable[[int, FrameType | None], object]) -> None:
+        self.number, self.before = number, before
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if _must_wait(frame):
+            _WAITING.append(self)
+        else:
+            self.answer(frame)
+
+    def answer(self, frame: FrameType | None) -> None:
+        """Call the handler, and mark what it raises."""
+        try:
+            self.before(self.number, frame)
+        except BaseException as fault:
+            setattr(fault, _MARK, True)
+            raise
+
+
+_INSTALLED: list[_Recorder] = []
+_WAITING: list[_Recorder] = []
+_SIGNALS = sorted(map(int, signal.valid_signals()))
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _record_signals() -> None:
+    """Put a recorder in the place of every handler that is not one."""
+    for number in _SIGNALS:
+        handler = signal.getsignal(number)
+        if callable(handler) and not isinstance(handler, _Recorder):
+            recorder = _Recorder(number, handler)
+            _INSTALLED.append(recorder)
+            signal.signal(number, recorder)
+
+
+def _give_handlers_back() -> None:
+    """Put the handlers back, but over no other that has come since; all of them, also where one that is back raises."""
+    raised: BaseException | None = None
+    while _INSTALLED:
+        try:
+            last = _INSTALLED[-1]
+            now: object = signal.getsignal(last.number)
+            if now is last:
+                signal.signal(last.number, last.before)
+            _INSTALLED.pop()
+        except BaseException as fault:
+            raised = raised or fault
+    if raised is not None:
+        raise raised
+
+
+def _answer(asking: Block[Any] | None = None) -> None:
+    """Call the handlers of signals that have waited, unless another block still defers them.
+
+    Raises:
+        BaseException: the first that a handler raises; the others have been called as well.
+    """
+    raised: BaseException | None = None
+    if not _in_main_thread() or any(block.deferring or block.busy for block in _OPEN if block is not asking):
+        return
+    while _WAITING:
+        try:
+            _WAITING.pop(0).answer(sys._getframe(1))
+        except BaseException as fault:
+            raised = raised or fault
+    if raised is not None:
+        raise raised
+
+
+def _must_wait(frame: FrameType | None) -> bool:
+    """Whether a signal must wait: for a commit, or for a block that begins or ends at this moment."""
+    if any(block.deferring or block.busy for block in _OPEN):
+        return True
+    nearest = (frame, frame.f_back) if frame is not None and sys.gettrace() is not None else (frame,)
+    places = {(each.f_code, each.f_lineno) for each in nearest if each is not None}
+    if any(block.place in places for block in _OPEN):
+        return True
+    while frame is not None:
+        if frame.f_code in _EDGES:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_EDGES: tuple[CodeType, ...] = (Block.__enter__.__code__, Block.__exit__.__code__)
