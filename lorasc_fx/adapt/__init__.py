@@ -26,7 +26,7 @@ from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.filling import Hollow, check_attributes, groups_of
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
 __all__ = ["adapt", "load", "restored"]
 
@@ -82,7 +82,7 @@ def adapt(
     if hollow is not None:
         check_attributes(opened)
     source = open_base(base, opened) if hollow is None else None
-    with torch.inference_mode(False), AllOrNothing() as undo:
+    with no_inference_mode(), AllOrNothing() as undo:
         untie(opened, plan.spec.untie, undo)
         cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, hollow=hollow)
         _tell_of_wide_branches(cascade.plan)
@@ -128,7 +128,7 @@ def restored(
     opened = open_model(model)
     _check_new(opened)
     source = open_base(base, opened)
-    with torch.inference_mode(False), AllOrNothing() as undo:
+    with no_inference_mode(), AllOrNothing() as undo:
         untie(opened, found.plan.spec.untie, undo)
         weights = named_weights(opened)
         check_base(found, weights.parameters)
@@ -162,7 +162,7 @@ def _adapt(
     plan: Plan,
     frontend: str,
     source: BaseFile | None,
-    undo: AllOrNothing,
+    undo: Undo,
     empty: bool = False,
     hollow: Hollow | None = None,
     into: Cascade | None = None,

@@ -18,7 +18,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import open_base
 from lorasc_fx.runtime.filling import find_numbers, put_numbers
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import AllOrNothing, no_inference_mode
 
 __all__ = ["materialize"]
 
@@ -68,7 +68,7 @@ def materialize(
         return torch.ones_like(leaf, device=place) if leaf.is_meta else leaf.to(place)
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, real, (args, kwargs))
-    with torch.inference_mode(False), AllOrNothing() as undo:
+    with no_inference_mode(), AllOrNothing() as undo:
         undo(partial(_put_back, cascade, dict(vars(cascade))))
         put_numbers(found, model, place, undo)
         flags, source = cascade._flags, open_base(path if hollow.base == "file" else hollow.base, model)

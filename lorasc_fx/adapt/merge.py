@@ -25,7 +25,7 @@ from lorasc_fx.runtime.base_file import open_base
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs, restore
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import fingerprint
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import AllOrNothing, Commit, no_inference_mode
 
 __all__ = ["merge"]
 
@@ -74,7 +74,7 @@ def merge(
     opened = open_model(model)
     _check_new(opened)
     source = open_base(base, opened)
-    with torch.inference_mode(False), AllOrNothing() as undo:
+    with no_inference_mode(), AllOrNothing() as undo:
         untie(opened, found[0].plan.spec.untie, undo)
         own = {name: fingerprint(value) for name, value in opened.named_parameters()}
         for each in found:
@@ -143,7 +143,7 @@ class _Found:
             parameter.requires_grad_(name in trained)
         branches = missing_branches(self.plan, {}, named.parameters)
         core = Core(scratch, nn.ModuleDict(dict(branches)), self.plan, self.frontend)
-        with AllOrNothing() as undo:
+        with Commit() as undo:
             core.start(trained, undo, rules_of(self.plan.spec, trained, named.names), empty=True)
         restore(core, self.run)
         return part_of(core, self.name)

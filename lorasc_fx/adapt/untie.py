@@ -10,7 +10,7 @@ from torch import nn
 
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import matches
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Undo
 
 __all__ = ["check_untie", "untie"]
 
@@ -40,7 +40,7 @@ def check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
             )
 
 
-def untie(model: nn.Module, patterns: Sequence[str], undo: AllOrNothing) -> None:
+def untie(model: nn.Module, patterns: Sequence[str], undo: Undo) -> None:
     """Give each place that a pattern means a parameter of its own, equal to the shared one.
 
     The first place keeps the shared object; places that no pattern means stay tied to each other.

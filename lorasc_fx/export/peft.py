@@ -104,9 +104,9 @@ def peft(
     """
     core, model = cascade.core, cascade.model
     _check(which, max_rank, dtype)
-    core.check_ready("export.peft")
-    check_which("export.peft", which, core.plan.spec, ("slow", "fast", "averaged"))
-    change = change_of(core, which)
+    with core.exclusive("export.peft"):
+        check_which("export.peft", which, core.plan.spec, ("slow", "fast", "averaged"))
+        change = change_of(core, which)
     if not change.pairs and not change.refused:
         if not (change.trained and core.sites):
             raise StateError("export.peft: no site has trained, and an adapter without a change is none")

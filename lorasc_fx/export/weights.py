@@ -57,34 +57,34 @@ def safetensors(
         NonFiniteBranch: the running branch of a site holds inf or nan.
     """
     out, call = Path(path), "export.safetensors"
-    cascade.core.check_ready(call)
-    if base is not None:
-        return fold_files(of_core(cascade.core, call, which), Path(base), out, progress)
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
-    check_free(out)
-    values: Values = {}
-    entries: list[Entry] = []
-    for name, now, new in folded_each(cascade.core, call, which=which):
-        if not isinstance(now, torch.Tensor):
-            raise StateError(f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor")
-        entries.append(entry_of(name, now))
-        values[name] = new
-    total, done = sum(entry.size for entry in entries), 0
+    with cascade.core.exclusive(call):
+        if base is not None:
+            return fold_files(of_core(cascade.core, call, which), Path(base), out, progress)
+        if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+            raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
+        check_free(out)
+        values: Values = {}
+        entries: list[Entry] = []
+        for name, now, new in folded_each(cascade.core, call, which=which):
+            if not isinstance(now, torch.Tensor):
+                raise StateError(f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor")
+            entries.append(entry_of(name, now))
+            values[name] = new
+        total, done = sum(entry.size for entry in entries), 0
 
-    def tell(size: int) -> None:
-        nonlocal done
-        done += size
-        if progress is not None:
-            progress(done, total)
+        def tell(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(done, total)
 
-    with beside(out) as room:
-        if out.suffix == ".safetensors":
-            _write(room, entries, values, tell)
-        else:
-            room.mkdir()
-            _write_folder(room, entries, values, max_shard_bytes, tell)
-    return out
+        with beside(out) as room:
+            if out.suffix == ".safetensors":
+                _write(room, entries, values, tell)
+            else:
+                room.mkdir()
+                _write_folder(room, entries, values, max_shard_bytes, tell)
+        return out
 
 
 def _write_folder(folder: Path, entries: list[Entry], values: Values, most: int, tell: Callable[[int], None]) -> None:

@@ -24,7 +24,7 @@ from lorasc_fx.graph.record import MADE_BY, SPELLING, USE, Record, Use, record_o
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.spelling import Spelled, Spelling, spelled
 from lorasc_fx.graph.weights import BRANCHES, held_branches, owner_of
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Commit, no_grad
 
 __all__ = ["GraphEditor", "drop_nodes", "weights_from_inputs"]
 
@@ -251,7 +251,7 @@ class GraphEditor:
             return self.module
         pairs = [(key, old, holder._modules.get(key)) for key, old in self._renewed.items()]
         moves = [(key, old, new) for key, old, new in pairs if isinstance(new, Branch) and new is not old]
-        with torch.no_grad(), AllOrNothing() as undo:
+        with no_grad(), Commit() as undo:
             for key, old, new in moves:
                 undo(partial(setattr, old, "scale", old.scale))
                 for factor, value in zip(old.parameters(), new.parameters(), strict=True):

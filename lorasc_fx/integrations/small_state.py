@@ -49,10 +49,11 @@ def keep_small(
     """
 
     def give(module: Cascade, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        module.core.check_ready("state_dict")
+        with module.core.exclusive("state_dict"):
+            table = to_table(module.core, extra())
         for name in [name for name in state if name.startswith(prefix)]:
             del state[name]
-        state.update({prefix + name: tensor for name, tensor in to_table(module.core, extra()).items()})
+        state.update({prefix + name: tensor for name, tensor in table.items()})
 
     def take(module: Cascade, state: dict[str, torch.Tensor], prefix: str, *_rest: Any) -> None:
         names = [name for name in state if name.startswith(prefix)]

@@ -31,7 +31,7 @@ from lorasc_fx.integrations._places import Style, places_of
 from lorasc_fx.integrations._states import cut, cut_state, joined, joined_state, trained_with
 from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.runtime import Cascade
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
 __all__ = ["gather", "parallelize"]
 
@@ -96,7 +96,7 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
     core.check_ready("parallelize")
     _check_spec(cascade, mesh)
     places = places_of(cascade, mesh, plan)
-    with torch.inference_mode(False), AllOrNothing() as undo:
+    with no_inference_mode(), AllOrNothing() as undo:
         before = _example(cascade)
         _spread(cascade, mesh, places, undo)
         try:
@@ -128,7 +128,7 @@ def gather(cascade: Cascade) -> Cascade:
     if core.spread is None:
         raise StateError("gather: the cascade lies in no parts; call tensor_parallel.parallelize first")
     core.check_ready("transition")
-    with torch.inference_mode(False), AllOrNothing() as undo:
+    with no_inference_mode(), AllOrNothing() as undo:
         layouts = {name: value for name, value in core.parameters_by_name().items() if isinstance(value, DTensor)}
         states = {
             name: joined_state(state, layouts[name]) if name in layouts else state
@@ -180,7 +180,7 @@ def _graph(module: Any) -> fx.GraphModule:
 # ---- exchanging whole tensors and parts
 
 
-def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement], undo: AllOrNothing) -> None:
+def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement], undo: Undo) -> None:
     core = cascade.core
     names = {id(value): name for name, value in cascade.named_parameters()}
 
@@ -220,7 +220,7 @@ def _as_it_lies(placements: tuple[Placement, ...], gradient: torch.Tensor) -> to
     return gradient.redistribute(placements=placements) if isinstance(gradient, DTensor) else gradient
 
 
-def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], undo: AllOrNothing) -> None:
+def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], undo: Undo) -> None:
     """Put another parameter in the place of each of model and branches, wherever it is held."""
     undo(cascade.core.pending.restorer(cascade.core.trainable()))
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, whose id is good while it lives
@@ -238,7 +238,7 @@ def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], un
                     _ADAPTED[new] = ref(cascade)
 
 
-def _take(cascade: Cascade, slow: Any, spread: Spread | None, undo: AllOrNothing) -> None:
+def _take(cascade: Cascade, slow: Any, spread: Spread | None, undo: Undo) -> None:
     core, before = cascade.core, (cascade.core.slow, cascade.core.spread)
 
     def back() -> None:

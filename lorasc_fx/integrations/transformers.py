@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +21,7 @@ from lorasc_fx.runtime import Cascade, transition
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.optim import check_holds
 from lorasc_fx.runtime.plateau import Plateau
+from lorasc_fx.undo import AllOrNothing
 
 require("loops", "transformers", "accelerate")
 
@@ -159,10 +159,11 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             if self.evaluate == "slow":
-                transition.restart(core, optimizer)
+                with AllOrNothing(core.lock):
+                    transition.restart(core, optimizer)
         else:
-            core.check_ready("transition")
-            transition.run(core, optimizer, park=True)
+            with core.exclusive("transition"):
+                transition.run(core, optimizer, park=True)
 
     # ---- inside
 
@@ -178,13 +179,10 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             self.plateau.load_state_dict(extra["plateau"])
             self._over = extra["over"]
 
-    @contextlib.contextmanager
-    def _placed(self, which: Evaluated) -> Iterator[None]:
+    def _placed(self, which: Evaluated) -> contextlib.AbstractContextManager[object]:
         if which == "trained" or self.cascade.core.placed is not None:  # the user's own `weights(...)` stands
-            yield
-            return
-        with self.cascade.weights(which):
-            yield
+            return contextlib.nullcontext()
+        return self.cascade.weights(which)
 
     def _evaluating(self, original: Any) -> Any:
         def evaluation_loop(

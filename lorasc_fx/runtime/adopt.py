@@ -18,7 +18,7 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.slow import SlowWeights, Trained, fill
 from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.transition import resting_value
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Commit, no_grad
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -46,27 +46,27 @@ def adopt(
     Raises:
         StateError: a name that the cascade does not know as such, or factors of another shape.
     """
-    core.check_ready("adopt")
-    before = core.slow
-    values, tensors = dict(trained or {}), dict(core.model.named_buffers())
-    for what, given, known in (
-        ("a site", experts, before.states),
-        ("trained in full", values, before.trained),
-        ("a buffer", buffers or {}, tensors),
-    ):
-        foreign = [name for name in given if name not in known]
-        if foreign:
-            raise StateError(f"adopt: {', '.join(sorted(foreign))} is not {what} here")
-    states = {name: _with(state, experts.get(name, ()), stage) for name, state in before.states.items()}
-    kept = dict(before.trained)
-    for name, value in values.items():
-        base = kept[name].base
-        if value.shape != base.shape:
-            raise StateError(f"adopt: {name} is {list(base.shape)}, not {list(value.shape)}")
-        slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
-        kept[name] = Trained(base, slow, slow.to(base.dtype), rule=kept[name].rule)
-    touched = [*(name for name in experts if experts[name]), *values]
-    install(core, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
+    with core.exclusive("adopt"):
+        before = core.slow
+        values, tensors = dict(trained or {}), dict(core.model.named_buffers())
+        for what, given, known in (
+            ("a site", experts, before.states),
+            ("trained in full", values, before.trained),
+            ("a buffer", buffers or {}, tensors),
+        ):
+            foreign = [name for name in given if name not in known]
+            if foreign:
+                raise StateError(f"adopt: {', '.join(sorted(foreign))} is not {what} here")
+        states = {name: _with(state, experts.get(name, ()), stage) for name, state in before.states.items()}
+        kept = dict(before.trained)
+        for name, value in values.items():
+            base = kept[name].base
+            if value.shape != base.shape:
+                raise StateError(f"adopt: {name} is {list(base.shape)}, not {list(value.shape)}")
+            slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
+            kept[name] = Trained(base, slow, slow.to(base.dtype), rule=kept[name].rule)
+        touched = [*(name for name in experts if experts[name]), *values]
+        install(core, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
 
 
 def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> None:
@@ -91,7 +91,7 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
         else:
             slow.write_resting(name, plan, out)
 
-    with torch.no_grad(), AllOrNothing() as undo:
+    with no_grad(), Commit(core.lock) as undo:
         undo(partial(core.advance, plan, before))
         for name, value in buffers.items():
             undo(partial(_set, held[name], held[name].clone()))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
@@ -24,13 +23,13 @@ from lorasc_fx.runtime.recalibrating import recalibrate
 from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.staged import Staged
 from lorasc_fx.runtime.variants import Made, Variant, VariantMaker, Variants
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, isolated, no_inference_mode
 
 __all__ = ["Cascade"]
 
 log = logging.getLogger("lorasc_fx")
 
-_CAPTURING = threading.RLock()
+_CAPTURING = Lock()
 
 WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
 
@@ -89,25 +88,29 @@ class Cascade(Staged):
         key, leaves = self._maker.key(self.model, args, kwargs), self._maker.leaves(args, kwargs)
         if (found := self._variants.find(key, leaves)) is not None:
             return found
-        with _CAPTURING, torch.inference_mode(False):  # tracers work on the whole process
-            return self._variants.find(key, leaves) or self._make_variant(args, kwargs, key, leaves)
+        with AllOrNothing(_CAPTURING), no_inference_mode():  # tracers work on the whole process
+            while (found := self._variants.find(key, leaves)) is None:
+                self._make_variant(args, kwargs, key, leaves)
+            return found
 
-    def _make_variant(self, args: Any, kwargs: Any, key: Any, leaves: list[Any]) -> Variant:
-        wide, begun = self._variants.known(key), time.monotonic()
-        made = self._maker.make(self.model, self.core.plan, self.core.by_key, self._refusals, args, kwargs, wide)
+    def _make_variant(self, args: Any, kwargs: Any, key: Any, leaves: list[Any]) -> None:
+        """Capture, then take over what came of it, unless another thread has started another stage meanwhile."""
+        plan, wide, begun = self.core.plan, self._variants.known(key), time.monotonic()
+        made = self._maker.make(self.model, plan, self.core.by_key, self._refusals, args, kwargs, wide)
         number, sizes, seconds = len(self._variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
         log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
-        with AllOrNothing() as undo:
+        with Commit(self.core.lock) as undo:
+            if self.core.plan is not plan:
+                return
             self._grow(made, undo)
             self._variants.add(key, made.variant, self.training, leaves)
             if made.variant.attach is not None:
                 made.variant.attach(self._grow, self._running)
-            return made.variant
 
-    def _grow(self, made: Made, undo: AllOrNothing | None = None) -> None:
+    def _grow(self, made: Made, undo: Undo | None = None) -> None:
         """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
         if undo is None:
-            with AllOrNothing() as own:
+            with Commit(self.core.lock) as own:
                 self._grow(made, own)
             return
         undo(self._held())
@@ -128,8 +131,7 @@ class Cascade(Staged):
 
     # ---- weights
 
-    @contextlib.contextmanager
-    def weights(self, which: Which | None = None, *, stage: int | None = None) -> Iterator[Cascade]:
+    def weights(self, which: Which | None = None, *, stage: int | None = None) -> AbstractContextManager[Cascade]:
         """Put slow, fast, base, averaged or an earlier stage's weights in place, exactly, for the time of a `with`.
 
         Inside, the branches rest, cascade and model compute the same, and the model's own methods (`generate`) work.
@@ -144,20 +146,7 @@ class Cascade(Staged):
             StateError: another name, a stage that has not ended or whose experts are gone into a dense delta, averaged
                 weights where none are kept, inside another `weights`, inside a backward, or after `release`.
         """
-        if stage is not None and which is not None:
-            raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two")
-        if stage is None:
-            folding.check_which(f"weights({which!r})", str(which), self.core.plan.spec, WHICH)
-        self.core.check_ready("weights")
-        parameters = self.core.parameters_by_name()
-        live = folding.trained_now(self.core, parameters)
-        earlier = past.at_stage(self.core.slow, stage, "weights") if stage is not None else None
-        try:
-            folding.place(self.core, which or ("slow" if stage else "base"), parameters, live, earlier)
-            self.core.placed = which if stage is None else stage
-            yield self
-        finally:
-            folding.rest(self.core, parameters, live)
+        return _weights(self, which, stage)
 
     def recalibrate(self, batches: Iterable[Any], call: Callable[[Cascade, Any], Any] | None = None) -> None:
         """Estimate the running statistics of batch norms anew, for the weights that are in place.
@@ -187,8 +176,8 @@ class Cascade(Staged):
             quantized: `dequantize` to get dense tensors for quantized weights that have trained; else they are refused.
             which: `slow`, or their average over stages.
         """
-        self.core.check_ready("folded_state_dict")
-        return folding.folded_state(self.core, "folded_state_dict", quantized, which)
+        with self.core.exclusive("folded_state_dict"):
+            return folding.folded_state(self.core, "folded_state_dict", quantized, which)
 
     def folded_graph(
         self,
@@ -207,7 +196,9 @@ class Cascade(Staged):
         self.core.check_ready("folded_graph")
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
         bound, named = self._maker.bind(self.model, *example)
-        variant, state = self.variant(bound, named), folding.folded_state(self.core, "folded_graph", quantized, which)
+        variant = self.variant(bound, named)
+        with self.core.exclusive("folded_graph"):
+            state = folding.folded_state(self.core, "folded_graph", quantized, which)
         return self._maker.fold(variant, self.model, self.stage, state, bound, named)
 
     def release(self, quantized: Requantize = None, *, which: Literal["slow", "averaged"] = "slow") -> nn.Module:
@@ -226,8 +217,7 @@ class Cascade(Staged):
                 does not say what to do.
             NonFiniteBranch: a branch holds inf or nan; nothing was changed.
         """
-        self.core.check_ready("release")
-        with AllOrNothing() as undo:
+        with self.core.exclusive("release"), Commit() as undo:
             undo(self._held())
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(self.core.turning.restorer())
@@ -257,13 +247,16 @@ class Cascade(Staged):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
         """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
-        if (before := folding.before_cast(self.core, fn)) is None:
+        with AllOrNothing(self.core.lock) as undo:
+            if (before := folding.before_cast(self.core, fn)) is None:
+                return self
+            undo(partial(self.__dict__.update, _variants=self._variants, _example=self._example))
+            undo(folding.tensors_writer(self.core, self))
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._variants = Variants()
+            self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)
+            folding.recast(self.core, before)
             return self
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._variants = Variants()
-        self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)
-        folding.recast(self.core, before)
-        return self
 
     def train(self, mode: bool = True) -> Cascade:
         """Set the mode of model and cascade; an exported program's graph has one mode and keeps it."""
@@ -277,3 +270,21 @@ class Cascade(Staged):
         """Take over a checkpoint that was read; the cascade was made by its plan."""
         checkpoint_read.restore(self.core, found)
         self._loaded = found
+
+
+@isolated
+def _weights(undo: Block[Any], cascade: Cascade, which: Which | None, stage: int | None) -> Cascade:
+    """Put other weights in place; see `Cascade.weights`."""
+    core = cascade.core
+    if stage is not None and which is not None:
+        raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two")
+    if stage is None:
+        folding.check_which(f"weights({which!r})", str(which), core.plan.spec, WHICH)
+    with core.exclusive("weights"):
+        parameters = core.parameters_by_name()
+        live = folding.trained_now(core, parameters)
+        earlier = past.at_stage(core.slow, stage, "weights") if stage is not None else None
+        undo(partial(folding.rest, core, parameters, live))
+        folding.place(core, which or ("slow" if stage else "base"), parameters, live, earlier)
+        core.placed = which if stage is None else stage
+    return cascade

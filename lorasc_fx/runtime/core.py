@@ -22,7 +22,7 @@ from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.steps import StepWatch
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Block, Lock, Undo
 
 __all__ = ["Core"]
 
@@ -42,6 +42,7 @@ class Core:
 
     def __init__(self, model: nn.Module, branches: nn.ModuleDict, plan: Plan, frontend: str) -> None:
         self.model, self.branches, self.plan, self.frontend = model, branches, plan, frontend
+        self.lock = Lock()  # held by whoever reads or writes the weights; never while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()
         self.turning = GradientStart()
@@ -106,7 +107,7 @@ class Core:
     def start(
         self,
         trained: Mapping[str, nn.Parameter],
-        undo: AllOrNothing,
+        undo: Undo,
         rules: Mapping[str, TrainRule] | None = None,
         empty: bool = False,
     ) -> None:
@@ -123,7 +124,7 @@ class Core:
         """Note which weights the spec excludes: no noise reaches them."""
         self.untouched = frozenset(each.weight for each in refusals if each.reason is Reason.EXCLUDED)
 
-    def know_sites(self, undo: AllOrNothing, empty: bool = False) -> None:
+    def know_sites(self, undo: Undo, empty: bool = False) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
         before, watched = self.slow, {name: each for name, each in self.trainable().items() if self.pending.knows(each)}
         undo(lambda: setattr(self, "slow", before))
@@ -259,6 +260,10 @@ class Core:
         self.check_alive(call)
         self.replicas.see(len(self.branches), self.trainable)
 
+    def exclusive(self, call: str) -> Block[None]:
+        """Hold the lock for the time of a `with`, in which weights may change; raises as `check_ready`."""
+        return _Exclusive(self, call)
+
     def check_ready(self, call: str) -> None:
         """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
         self.check_alive(call)
@@ -288,6 +293,15 @@ class Core:
                 f"{call}: gradients are pending on {waiting[0]}{more}: they belong to the stage that ends. "
                 "Call optimizer.step() or optimizer.zero_grad() first"
             )
+
+
+class _Exclusive(Block[None]):
+    def __init__(self, core: Core, call: str) -> None:
+        super().__init__(core.lock)
+        self._core, self._call = core, call
+
+    def _begin(self) -> None:
+        self._core.check_ready(self._call)
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:

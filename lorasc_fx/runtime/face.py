@@ -62,5 +62,5 @@ def save(
         SpecError: keep is less than 1.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
-    cascade.core.check_ready("save")
-    return checkpoint_write.write_version(cascade.core, Path(folder), optimizer, scheduler, dict(extra or {}), keep)
+    with cascade.core.exclusive("save"):
+        return checkpoint_write.write_version(cascade.core, Path(folder), optimizer, scheduler, dict(extra or {}), keep)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, nearest
 from lorasc_fx.runtime.base_file import opened, renamed, shards_of
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Undo
 
 __all__ = ["Hollow", "Numbers", "check_attributes", "find_numbers", "groups_of", "put_numbers"]
 
@@ -201,7 +201,7 @@ def _check_tied(keys: list[str], places: Mapping[str, Path]) -> None:
             )
 
 
-def put_numbers(found: Numbers, model: nn.Module, device: torch.device, undo: AllOrNothing) -> None:
+def put_numbers(found: Numbers, model: nn.Module, device: torch.device, undo: Undo) -> None:
     """Put tensors with numbers in the place of those on the meta device, and move the rest, on one device."""
     places = _places(model)
 

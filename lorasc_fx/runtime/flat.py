@@ -22,7 +22,7 @@ from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import fill
 from lorasc_fx.runtime.variants import Variants
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Commit
 
 if TYPE_CHECKING:
     from lorasc_fx.plan import Plan
@@ -89,34 +89,36 @@ def take_over(
         CheckpointError: another base, another spec, other sites, or values that do not fit.
     """
     core = cascade.core
-    core.check_ready("load_state_dict")
-    if odd := checkpoint_read.base_differs(found.manifest["base"], core.fingerprints(), core.parameters_by_name()):
-        raise CheckpointError(
-            f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted"
-        )
-    _check_alike(core.plan, found)
-    placed = {site.weight: site.placement for site in core.sites}
-    gradients = [(each, each.grad) for each in core.trainable().values()]
+    with core.exclusive("load_state_dict"):
+        if odd := checkpoint_read.base_differs(found.manifest["base"], core.fingerprints(), core.parameters_by_name()):
+            raise CheckpointError(
+                f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted"
+            )
+        _check_alike(core.plan, found)
+        placed = {site.weight: site.placement for site in core.sites}
+        gradients = [(each, each.grad) for each in core.trainable().values()]
 
-    def put_back() -> None:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+        def put_back() -> None:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
-    with AllOrNothing() as undo:
-        undo(core.turning.restorer())
-        undo(core.pending.restorer(core.trainable()))
-        undo(put_back)
-        core.turning.call_off()
-        for parameter, _ in gradients:
-            parameter.grad = None
-        undo(_values(core))
-        for weight, branch in core.branches_by_weight().items():
-            branch.to_rank(found.plan.by_weight[weight])
-        cascade.load(found)
-        if placed != {site.weight: site.placement for site in core.sites}:  # chosen on another machine, as its bits are
-            cascade._variants = Variants()
-        then(found)
-        half_step.unpack(core, found.tensors, found.manifest.get("pending", ()), str(found.path))
+        with Commit() as undo:
+            undo(core.turning.restorer())
+            undo(core.pending.restorer(core.trainable()))
+            undo(put_back)
+            core.turning.call_off()
+            for parameter, _ in gradients:
+                parameter.grad = None
+            undo(_values(core))
+            for weight, branch in core.branches_by_weight().items():
+                branch.to_rank(found.plan.by_weight[weight])
+            cascade.load(found)
+            if placed != {
+                site.weight: site.placement for site in core.sites
+            }:  # chosen on another machine, as its bits are
+                cascade._variants = Variants()
+            then(found)
+            half_step.unpack(core, found.tensors, found.manifest.get("pending", ()), str(found.path))
 
 
 def _values(core: Core) -> Callable[[], None]:

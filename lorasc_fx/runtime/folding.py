@@ -17,7 +17,7 @@ from lorasc_fx.runtime.rigid import Requantize, check_asked, places, put, put_ba
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.transition import has_begun, resting_value, trained_moved
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Commit, Undo
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -33,6 +33,7 @@ __all__ = [
     "recast",
     "release",
     "rest",
+    "tensors_writer",
     "trained_now",
 ]
 
@@ -97,7 +98,7 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
         core.dense, core.placed, core.statistics = [], None, []
         core.note_weights()
 
-    with AllOrNothing() as undo:
+    with Commit(core.lock) as undo:
         undo(write)
         write()
 
@@ -133,6 +134,35 @@ def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> Befor
         core.fingerprints()
     unmoved = tuple(name for name, value in trained.items() if not trained_moved(core.slow, {name: value}))
     return BeforeCast(dtypes, unmoved, factors)
+
+
+def tensors_writer(core: Core, cascade: nn.Module) -> Callable[[], None]:
+    """Return what gives every module its own parameters and buffers back, with the memory that they have now."""
+    held = [(module, dict(module._parameters), dict(module._buffers)) for module in cascade.modules()]
+    lists = [
+        (store, list(store)) for module in cascade.modules() for store in vars(module).values() if type(store) is list
+    ]
+    data = [
+        (value, value.data, value.grad, None if value.grad is None else value.grad.data, value.requires_grad)
+        for value in cascade.parameters()
+    ]
+
+    def write() -> None:
+        for module, parameters, buffers in held:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for store, values in lists:
+            store[:] = values
+        for value, memory, gradient, its_memory, trained in data:
+            value.grad = None
+            value.data = memory
+            value.requires_grad_(trained)
+            if gradient is not None and its_memory is not None:
+                gradient.data = its_memory
+            value.grad = gradient
+        core.note_weights()
+
+    return write
 
 
 def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
@@ -218,7 +248,7 @@ def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def release(core: Core, quantized: Requantize, which: Which, undo: AllOrNothing) -> None:
+def release(core: Core, quantized: Requantize, which: Which, undo: Undo) -> None:
     """Write slow or averaged weights into the user's parameters, for good, and let go of W0."""
     check_which("release", which, core.plan.spec)
     slow, parameters = ended(core), core.parameters_by_name()

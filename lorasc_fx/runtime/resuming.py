@@ -19,6 +19,7 @@ from lorasc_fx.runtime.manifest import finite, optimizer_index
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.optim import check_holds
 from lorasc_fx.runtime.provenance import differences
+from lorasc_fx.undo import Commit
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.checkpoint_read import Checkpoint
@@ -113,16 +114,8 @@ def _give(
     schedule = deepcopy(scheduler.state_dict()) if scheduler is not None else None
     gradients = [(parameter, parameter.grad) for parameter in core.parameters_by_name().values()]
     gradients += [(parameter, parameter.grad) for parameter in core.branches.parameters()]
-    try:
-        if optimizer is not None and state is not None:
-            optimizer.load_state_dict(state)
-            if manifest["turning"]:
-                core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
-            half_step.unpack(core, tensors, manifest.get("pending", ()), str(checkpoint.path))
-        if scheduler is not None:
-            scheduler.load_state_dict(then)
-        generators.unpack(tensors, manifest["rng"])
-    except BaseException:
+
+    def put_back() -> None:
         if optimizer is not None and groups is not None:
             core.turning.call_off()
             optimizer.state, optimizer.param_groups = groups
@@ -131,7 +124,17 @@ def _give(
         for parameter, gradient in gradients:
             parameter.grad = gradient
         generators.unpack(*before)
-        raise
+
+    with Commit() as undo:
+        undo(put_back)
+        if optimizer is not None and state is not None:
+            optimizer.load_state_dict(state)
+            if manifest["turning"]:
+                core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
+            half_step.unpack(core, tensors, manifest.get("pending", ()), str(checkpoint.path))
+        if scheduler is not None:
+            scheduler.load_state_dict(then)
+        generators.unpack(tensors, manifest["rng"])
 
 
 def _of_optimizer(

@@ -31,7 +31,7 @@ from lorasc_fx.branch.stage import all_finite, write_start
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec, TrainRule
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Commit, Undo
 
 __all__ = ["AFFORDABLE", "SlowWeights", "Trained", "fill", "write"]
 
@@ -272,7 +272,7 @@ def fill(
     names: Iterable[str],
     new: Callable[[str, torch.Tensor], object],
     old: Callable[[str, torch.Tensor], object],
-    undo: AllOrNothing | None = None,
+    undo: Undo | None = None,
 ) -> None:
     """Let `new(name, parameter)` write into each parameter in turn; if anything raises, let `old` do so again.
 
@@ -280,7 +280,7 @@ def fill(
     stages added (`Core.advance`).
     """
     if undo is None:
-        with AllOrNothing() as own:
+        with Commit() as own:
             fill(parameters, names, new, old, own)
         return
     spare = [torch.empty(SPARE, dtype=torch.uint8)]  # room for putting back, where memory stays short

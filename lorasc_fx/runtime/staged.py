@@ -53,7 +53,11 @@ class Staged(Described):
     def transition(self, optimizer: torch.optim.Optimizer | None) -> None:
         """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
 
-        All or nothing. Parameter objects stay the same, so that optimizers, compiled code and wrappers stay valid;
+        All or nothing, also where a signal's handler raises (Ctrl-C). Of several threads that call this, or another
+        method that reads or writes weights, one waits for the other. Calls of the cascade do not wait: one that runs in
+        another thread meanwhile may see weights of both stages.
+
+        Parameter objects stay the same, so that optimizers, compiled code and wrappers stay valid;
         where the spec's `ranks` change their shape, compiled code is compiled again, and the optimizer's state starts
         anew.
 
@@ -64,8 +68,8 @@ class Staged(Described):
             StateError: inside a backward, with gradients pending, inside `weights`, or an optimizer without the
             branches. NonFiniteBranch: a branch holds inf or nan.
         """
-        self.core.check_ready("transition")
-        transition.run(self.core, optimizer, park=False)
+        with self.core.exclusive("transition"):
+            transition.run(self.core, optimizer, park=False)
 
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Go back to the slow weights of an earlier stage, and start a stage from them; what came after is dropped.
@@ -81,8 +85,8 @@ class Staged(Described):
         Raises:
             StateError: as `weights(stage=...)`, or as `transition`; nothing was changed.
         """
-        self.core.check_ready("rewind")
-        past.rewind(self.core, stage, optimizer)
+        with self.core.exclusive("rewind"):
+            past.rewind(self.core, stage, optimizer)
 
     def resume(self, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
         """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
@@ -91,7 +95,9 @@ class Staged(Described):
             StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches.
             CheckpointError: the checkpoint holds no such state, or that of another optimizer.
         """
-        self.core.check_ready("resume")
-        if self._loaded is None:
-            raise StateError("resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)")
-        return resuming.resume(self.core, self._loaded, optimizer, scheduler)
+        with self.core.exclusive("resume"):
+            if self._loaded is None:
+                raise StateError(
+                    "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)"
+                )
+            return resuming.resume(self.core, self._loaded, optimizer, scheduler)

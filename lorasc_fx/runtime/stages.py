@@ -37,9 +37,9 @@ def run_stages(core: Core, count: int, optimizer: torch.optim.Optimizer, schedul
 
 
 def _stages(core: Core, count: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[Stage]:
-    core.check_ready("stages")
-    transition.unpark(core)
+    with core.exclusive("stages"):
+        transition.unpark(core)
     for index in range(1, count + 1):
         yield Stage(core.stage, index, count)
-        core.check_ready("transition")
-        transition.run(core, optimizer, park=index == count, then=scheduler.step if scheduler is not None else None)
+        with core.exclusive("transition"):
+            transition.run(core, optimizer, park=index == count, then=scheduler.step if scheduler is not None else None)

@@ -12,7 +12,7 @@ from torch import nn
 from lorasc_fx.branch import Branch, begin_stage
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.slow import SlowWeights
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Undo
 
 __all__ = ["put_starts", "starts_of"]
 
@@ -44,7 +44,7 @@ def starts_of(
     return replace(slow, states=states), started
 
 
-def put_starts(branches: Mapping[str, Branch], started: Mapping[str, Branch], undo: AllOrNothing) -> None:
+def put_starts(branches: Mapping[str, Branch], started: Mapping[str, Branch], undo: Undo) -> None:
     """Let the branches start as their copies do; taken back with the block."""
     with torch.no_grad():
         for name, start in started.items():

@@ -15,7 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorasc_fx.runtime.slow import fill
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Commit
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -68,8 +68,8 @@ def _redraw(core: Core) -> None:
     if core.placed is not None:  # inside weights(): the new noise comes with the way back
         core.plan = after
         return
-    core.check_weights("noise.redraw")
-    with AllOrNothing() as undo:
+    with Commit(core.lock) as undo:
+        core.check_weights("noise.redraw")
         undo(core.note_weights)
         fill(
             core.weights_by_name(),

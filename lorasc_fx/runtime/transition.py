@@ -23,7 +23,7 @@ from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.starts import put_starts, starts_of
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import Commit, no_grad
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -105,7 +105,7 @@ def begin(
     kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
     scales, resized = [(branch, branch.scale) for branch in branches.values()], bool(_resized(planned, branches))
     parameters = core.weights_by_name()
-    with torch.no_grad(), AllOrNothing() as undo:
+    with no_grad(), Commit() as undo:
         undo(partial(core.advance, plan, before))
         undo(core.turning.restorer())
         if optimizer is not None:
@@ -193,7 +193,7 @@ def unpark(core: Core) -> None:
 
         return put
 
-    with AllOrNothing() as undo:
+    with Commit() as undo:
         undo(partial(core.advance, plan, before))
         put_starts(branches, started, undo)
         fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before), undo)

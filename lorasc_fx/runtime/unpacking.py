@@ -15,6 +15,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
 from lorasc_fx.spec import CascadeSpec, Noise
+from lorasc_fx.undo import Commit, no_grad
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -107,24 +108,24 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     def before(name: str, like: torch.Tensor) -> torch.Tensor:
         return held_before[name] if name in values else slow.resting(name, planned, like)
 
-    with torch.no_grad():
-        try:
-            for tensor, value in moves:
-                tensor.copy_(value)
-            write(
-                parameters,
-                [*states, *trained],
-                lambda name, like: values[name] if name in values else after.resting(name, plan, like),
-                before,
-            )
-            core.advance(plan, after)
-        except BaseException:
-            for (tensor, _), value in zip(moves, old, strict=True):
-                tensor.copy_(value)
-            if core.slow is after:
-                write(parameters, [*states, *trained], before, before)
-                core.advance(planned, slow)
-            raise
+    def put_back() -> None:
+        for (tensor, _), value in zip(moves, old, strict=True):
+            tensor.copy_(value)
+        if core.slow is after:
+            write(parameters, [*states, *trained], before, before)
+            core.advance(planned, slow)
+
+    with no_grad(), Commit() as undo:
+        undo(put_back)
+        for tensor, value in moves:
+            tensor.copy_(value)
+        write(
+            parameters,
+            [*states, *trained],
+            lambda name, like: values[name] if name in values else after.resting(name, plan, like),
+            before,
+        )
+        core.advance(plan, after)
 
 
 def began(branch: Branch, spec: CascadeSpec, parked: bool, held: Taken) -> Began | None:
