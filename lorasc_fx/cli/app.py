@@ -17,7 +17,7 @@ from lorasc_fx.extras import require
 __all__ = ["main"]
 
 COMMANDS = {
-    "train": "train CONFIG.toml [--spec.rank 16 ...] [--resume]   adapt a model and write a run folder",
+    "train": "train CONFIG.toml [--spec.rank 16 ...] [--resume]      adapt a model and write a run folder",
     "sites": "sites MODEL [--targets ...]                         show what would be adapted, and why not",
     "fold": "fold RUN [--base FOLDER] [--output PATH]            slow weights as safetensors, laid out as the base",
     "export": "export RUN --to FORMAT --output PATH                the folded model as pt2, onnx, safetensors or peft",
@@ -41,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lorasc-fx sites ... | head`: the reader has left, and nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as fault:  # a full disk, a missing permission
+        if fault.errno is None:  # not from the operating system
+            raise
+        where = f"{fault.filename}: " if fault.filename is not None else ""
+        print(f"lorasc-fx: {where}{fault.strerror}", file=sys.stderr)
+        return 2
     except SystemExit as ended:  # tyro's help (0) and its complaints (2)
         return ended.code if isinstance(ended.code, int) else 2
 
@@ -63,12 +69,13 @@ def _command(arguments: list[str]) -> int:
     if name == "train":
         from lorasc_fx.cli.train import run_train
 
-        config, resume = parse.train(rest)
-        return run_train(config, resume=resume)
+        config, resume, overwrite = parse.train(rest)
+        return run_train(config, resume=resume, overwrite=overwrite)
     if name == "compare":
         from lorasc_fx.cli.compare import run_compare
 
-        return run_compare(parse.compare(rest))
+        config, overwrite = parse.compare(rest)
+        return run_compare(config, overwrite=overwrite)
     if name == "sites":
         from lorasc_fx.cli.sites import run_sites
 

@@ -25,6 +25,17 @@ class _Train:
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False
     """Go on with the run that stands in the output folder."""
+    overwrite: bool = False
+    """Delete the run that stands in the output folder, and start again."""
+
+
+@dataclass(frozen=True)
+class _Compare:
+    """Train several methods as a configuration file says; each of its keys can be given here as well."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    overwrite: bool = False
+    """Delete the results that stand in the output folder, and start again."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +48,19 @@ class _Report:
     """File to write; RUN/report.html if not given."""
 
 
-def train(arguments: list[str]) -> tuple[Config, bool]:
-    """Return the configuration, overrides in place, and whether to resume."""
+def train(arguments: list[str]) -> tuple[Config, bool, bool]:
+    """Return the configuration, overrides in place, whether to resume, and whether to overwrite."""
     path, rest = _config_path("train", arguments)
     parsed = tyro.cli(_Train, prog=f"lorasc-fx train {path or 'CONFIG.toml'}", args=rest, default=_Train(_loaded(path)))
-    return parsed.config, parsed.resume
+    return parsed.config, parsed.resume, parsed.overwrite
 
 
-def compare(arguments: list[str]) -> Config:
-    """Return the configuration, overrides in place."""
+def compare(arguments: list[str]) -> tuple[Config, bool]:
+    """Return the configuration, overrides in place, and whether to overwrite."""
     path, rest = _config_path("compare", arguments)
-    return tyro.cli(Config, prog=f"lorasc-fx compare {path or 'CONFIG.toml'}", args=rest, default=_loaded(path))
+    prog = f"lorasc-fx compare {path or 'CONFIG.toml'}"
+    parsed = tyro.cli(_Compare, prog=prog, args=rest, default=_Compare(_loaded(path)))
+    return parsed.config, parsed.overwrite
 
 
 def sites(arguments: list[str]) -> SitesArguments:

@@ -13,7 +13,7 @@ from lorasc_fx.cli.compare_table import print_tables
 from lorasc_fx.cli.interrupt import Interrupt, on_ctrl_c
 from lorasc_fx.cli.learners import PlainLearner
 from lorasc_fx.cli.methods import TABLE
-from lorasc_fx.cli.models import set_mode
+from lorasc_fx.cli.models import set_mode, warn_of_random_weights
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.schema import METHODS, Config
 from lorasc_fx.cli.setup import Setup
@@ -26,16 +26,16 @@ __all__ = ["compare", "run_compare"]
 _SECTIONS = ("model", "data", "train", "spec")
 
 
-def run_compare(config: Config) -> int:
+def run_compare(config: Config, *, overwrite: bool = False) -> int:
     """Compare, print the tables, and return the exit code (130 after Ctrl-C)."""
-    results = compare(config)
+    results = compare(config, overwrite=overwrite)
     if results is None:
         return 130
     print_tables(config, results)
     return 0
 
 
-def compare(config: Config) -> list[Result] | None:
+def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     """Run each cell that has not run yet and return all results, or None after Ctrl-C."""
     if "probe" in config.compare.methods and not config.spec.train:
         raise SpecError("compare.methods has 'probe', which trains what spec.train names, and spec.train is empty")
@@ -46,9 +46,10 @@ def compare(config: Config) -> list[Result] | None:
             f"{own[0]!r} a rate of its own: drop one of the two"
         )
     folder = RunFolder(Path(config.output))
-    started = folder.started
+    started = folder.started and not overwrite
+    folder.check(config, _SECTIONS, resume=started, overwrite=overwrite)
     setup = None if started else Setup.of(config)  # what is wrong with the data must not leave a folder behind
-    folder.begin(config, _SECTIONS, resume=started)
+    folder.begin(config, _SECTIONS, resume=started, overwrite=overwrite)
     cells = [
         Cell(method, seed, lr)
         for seed in config.compare.seeds
@@ -60,6 +61,7 @@ def compare(config: Config) -> list[Result] | None:
     if all(found.values()):
         return [result for result in found.values() if result is not None]
     setup = setup or Setup.of(config)
+    warn_of_random_weights(config.model)
     with reporting() as reporter, on_ctrl_c() as interrupt:
         for number, cell in enumerate(cells, start=1):
             if found[cell] is None and not interrupt.asked:

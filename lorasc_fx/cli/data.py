@@ -46,11 +46,10 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None) -> Splits:
     """Load, split and shift.
 
     Raises:
-        SpecError: an unknown name, data that cannot be read, too few examples, or a shift of another kind.
+        SpecError: an unknown name, data that cannot be read, too few examples, one class alone, or a shift of another
+            kind.
     """
     sizes = (config.train, config.validation, config.test)
-    if min(sizes) < 1:
-        raise SpecError(f"data.train, data.validation and data.test are {sizes}; give 1 or more each")
     whole = _load(config.name, config, tokenizer)
     if sum(sizes) > len(whole):
         raise SpecError(
@@ -58,6 +57,12 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None) -> Splits:
             "ask for fewer"
         )
     parts = [whole.take(index) for index in split_sizes(len(whole), sizes, config.seed)]
+    for name, examples in ((config.name, whole), (f"the {config.train} training examples", parts[0])):
+        (first, *others) = sorted({int(label) for label in examples.labels})
+        if not others:
+            raise SpecError(
+                f"{name}: every label is {whole.classes[first]!r}; a classifier needs examples of two classes or more"
+            )
     shifts = {name: _shift(name, config, whole, parts[2], tokenizer) for name in config.shifts}
     train, validation, test = (_ready(part, tokenizer) for part in parts)
     ready = {name: _in_turn(_ready(part, tokenizer)) for name, part in shifts.items()}

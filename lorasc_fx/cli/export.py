@@ -12,6 +12,7 @@ import tyro
 import lorasc_fx as lx
 from lorasc_fx.cli.opened import open_run
 from lorasc_fx.cli.progress import bytes_told
+from lorasc_fx.cli.run_folder import RunFolder, check_output
 from lorasc_fx.errors import SpecError, nearest
 
 __all__ = ["FORMATS", "ExportArguments", "run_export"]
@@ -84,6 +85,9 @@ def run_export(arguments: ExportArguments) -> int:
         raise SpecError(
             f"--max-rank and --uniform-rank are of an adapter, {arguments.to} has none: drop them, or --to peft"
         )
+    folder = arguments.to == "peft" or (arguments.to == "safetensors" and arguments.output.suffix != ".safetensors")
+    RunFolder(arguments.run).check_run()
+    check_output(arguments.output, folder=folder)
     opened = open_run(arguments.run)
     FORMATS[arguments.to](opened.cascade, arguments.output, arguments.which, **ranks)
     print(f"{arguments.output}: {arguments.which} {opened.said}")

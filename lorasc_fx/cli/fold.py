@@ -11,7 +11,7 @@ import tyro
 import lorasc_fx as lx
 from lorasc_fx.cli.opened import open_run
 from lorasc_fx.cli.progress import bytes_told
-from lorasc_fx.cli.run_folder import RunFolder
+from lorasc_fx.cli.run_folder import RunFolder, check_output
 from lorasc_fx.errors import StateError
 from lorasc_fx.export.original import fold_files
 from lorasc_fx.runtime import list_versions, read
@@ -46,8 +46,10 @@ def run_fold(arguments: FoldArguments) -> int:
     if arguments.base is None and not folder.config.is_file() and list_versions(arguments.run):
         raise StateError(f"{arguments.run} is a checkpoint, and no run; give --base, the files of its base model")
     if arguments.base is None:
-        opened = open_run(arguments.run)
         where = arguments.output or folder.folded
+        folder.check_run()
+        check_output(where, folder=where.suffix != ".safetensors")
+        opened = open_run(arguments.run)
         with bytes_told(f"fold {arguments.run}") as told:
             lx.export.safetensors(opened.cascade, where, which=arguments.which, progress=told)
         print(f"{where}: {arguments.which} {opened.said}")
@@ -57,6 +59,7 @@ def run_fold(arguments: FoldArguments) -> int:
     where = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
     if arguments.output is None and not folder.config.is_file():
         raise StateError(f"{arguments.run} is no run folder; give --output, the place to write to")
+    check_output(where, folder=not single)
     found = read(checkpoint)
     with bytes_told(f"fold {checkpoint}") as told:
         fold_files(of_checkpoint(found, arguments.which), arguments.base, where, told)

@@ -15,12 +15,21 @@ from torch import Tensor, nn
 
 from lorasc_fx.capture import open_model
 from lorasc_fx.cli.schema import ModelConfig
-from lorasc_fx.cli.texts import Tokenizer, hf_tokenizer
+from lorasc_fx.cli.texts import Tokenizer, hf_tokenizer, reading
 from lorasc_fx.cli.weights import load_weights
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 
-__all__ = ["MODELS", "MeanPooled", "build_model", "example_inputs", "logits_of", "set_mode", "tokenizer_of"]
+__all__ = [
+    "MODELS",
+    "MeanPooled",
+    "build_model",
+    "example_inputs",
+    "logits_of",
+    "set_mode",
+    "tokenizer_of",
+    "warn_of_random_weights",
+]
 
 MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:minilm", "python:package.module:function", "FILE.pt2")
 
@@ -66,6 +75,16 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
     if config.name.endswith(".pt2"):
         return open_model(config.name)
     raise SpecError(f"no model is called {config.name!r}{nearest(kind, builders)}; give {', '.join(MODELS)}")
+
+
+def warn_of_random_weights(config: ModelConfig) -> None:
+    """Say on standard error that a model is about to be trained that nothing was pretrained in."""
+    if config.name.startswith("timm:") and not config.weights:
+        print(
+            f"lorasc-fx: WARNING: {config.name} starts from RANDOM weights, because nothing is downloaded and "
+            "model.weights is empty; give --model.weights FILE.safetensors",
+            file=sys.stderr,
+        )
 
 
 def tokenizer_of(config: ModelConfig, max_length: int) -> Tokenizer | None:
@@ -123,7 +142,7 @@ def _hf(name: str, config: ModelConfig, classes: int | None) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     safe = {"local_files_only": True, "trust_remote_code": False}
     options = {**safe, "use_safetensors": True, "dtype": torch.float32}
-    try:
+    with reading(f"hf:{name}"):
         about = transformers.AutoConfig.from_pretrained(folder, **safe)
         if any(each.endswith("ForSequenceClassification") for each in about.architectures or ()):
             counted = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
@@ -131,8 +150,6 @@ def _hf(name: str, config: ModelConfig, classes: int | None) -> nn.Module:
         else:
             encoder = transformers.AutoModel.from_pretrained(folder, **options)
             model = MeanPooled(encoder, about.hidden_size, classes or 2)
-    except (OSError, ValueError) as fault:
-        raise SpecError(f"hf:{name}: transformers cannot read this model: {str(fault).splitlines()[0]}") from fault
     if config.weights:
         load_weights(model, config.weights)
     built: nn.Module = model
@@ -151,6 +168,8 @@ def _python(name: str, config: ModelConfig, classes: int | None) -> nn.Module:
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:  # as `python -m` does: the user's module stands where the command is run
         sys.path.insert(0, os.getcwd())
+    if not module_name or not function_name:
+        raise SpecError(f"python:{name}: give python:package.module:function")
     try:
         module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
     except ModuleNotFoundError as fault:
@@ -161,8 +180,10 @@ def _python(name: str, config: ModelConfig, classes: int | None) -> nn.Module:
         raise SpecError(
             f"python:{name}: {module_name} has no function {function_name!r}{nearest(function_name, known)}"
         )
-    takes_classes = bool(inspect.signature(function).parameters) and classes is not None
-    model = function(classes) if takes_classes else function()
+    parameters = inspect.signature(function).parameters.values()
+    if classes is None and any(each.default is each.empty for each in parameters):
+        raise SpecError(f"python:{name}: this command calls the function without arguments; give each a default")
+    model = function(classes) if parameters and classes is not None else function()
     if not isinstance(model, nn.Module):
         raise SpecError(f"python:{name}: the function returned {type(model).__name__}; it has to return an nn.Module")
     if config.weights:

@@ -10,7 +10,6 @@ from lorasc_fx.cli.configure import load_config
 from lorasc_fx.cli.models import set_mode
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.setup import Setup
-from lorasc_fx.errors import StateError
 
 __all__ = ["OpenedRun", "open_run"]
 
@@ -31,10 +30,7 @@ def open_run(run: Path) -> OpenedRun:
         StateError: the folder holds no run, or no checkpoint yet.
     """
     folder = RunFolder(run)
-    if not folder.config.is_file():
-        raise StateError(f"{run} holds no run: there is no {folder.config.name} in it")
-    if not folder.saved:
-        raise StateError(f"{run} holds no checkpoint yet; a run writes its first one at the end of its first stage")
+    folder.check_run()
     setup = Setup.of(load_config(folder.config))
     seed = setup.config.train.seed
     model, sample = setup.model(seed), setup.sample(seed)

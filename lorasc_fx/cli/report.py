@@ -10,8 +10,7 @@ from typing import Any
 
 from lorasc_fx.cli.report_data import RunRecord
 from lorasc_fx.cli.report_page import PAGE, STYLE
-from lorasc_fx.cli.run_folder import RunFolder, write_whole
-from lorasc_fx.errors import SpecError
+from lorasc_fx.cli.run_folder import RunFolder, check_output, write_whole
 from lorasc_fx.extras import module_of, require
 from lorasc_fx.pictures import Picture
 from lorasc_fx.pictures.charts import by_site, loss_over_steps, slow_and_fast, spectra
@@ -68,8 +67,8 @@ def run_report(run: Path, output: Path | None) -> int:
     require("report", "jinja2", "matplotlib")
     record = RunRecord.read(run)
     where = output or RunFolder(run).report
-    if not where.parent.is_dir():
-        raise SpecError(f"report: there is no folder {where.parent}")
+    check_output(where, folder=False)
+    where.parent.mkdir(parents=True, exist_ok=True)
     write_whole(where, page(record))
     print(f"{where}: the report of {record.name}")
     return 0

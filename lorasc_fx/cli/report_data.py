@@ -48,8 +48,7 @@ class RunRecord:
             StateError: the folder holds no run of `train`, or nothing that could be shown yet; or a file is damaged.
         """
         folder = RunFolder(run)
-        if not folder.config.is_file():
-            raise StateError(f"{run} holds no run: there is no {folder.config.name} in it")
+        folder.check_run(checkpoint=False)
         if folder.cells.exists():
             raise StateError(f"{run} holds a comparison; a report shows one run, of lorasc-fx train")
         if not folder.cascade.is_file() or not folder.metrics.is_file():
@@ -62,9 +61,9 @@ class RunRecord:
             run.resolve().name,
             load_config(folder.config),
             _lines(folder.metrics),
-            _whole(folder.cascade),
-            _lines(folder.experts) if folder.experts.is_file() else [],
-            _whole(folder.spectrum) if folder.spectrum.is_file() else {},
+            _cascade(folder.cascade),
+            _lines(folder.experts, _EXPERT) if folder.experts.is_file() else [],
+            _spectrum(folder.spectrum) if folder.spectrum.is_file() else {},
             _whole(environment) if environment.is_file() else {},
         )
 
@@ -135,22 +134,55 @@ class RunRecord:
         return sorted({line["stage"] for line in self.experts})
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    return [_parsed(path, line, number) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+_CASCADE = ("model", "frontend", "parameters", "trainable", "expected_step_ratio", "sites", "refusals", "unreached",
+            "refused_frontends")  # fmt: skip
+_SITE = ("weight", "kind", "shape", "rank", "scale", "placement", "parameters")
+_REFUSAL = ("weight", "reason", "sentence")
+_EXPERT = ("stage", "site", "norm", "effective_rank")
+_DELTA = ("values", "norm", "base_norm", "effective_rank")
 
 
-def _whole(path: Path) -> dict[str, Any]:
-    return _parsed(path, path.read_text(encoding="utf-8"), 1)
+def _lines(path: Path, keys: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    return [_parsed(path, line, number, keys) for number, line in lines if line.strip()]
 
 
-def _parsed(path: Path, text: str, number: int) -> dict[str, Any]:
+def _whole(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    return _parsed(path, path.read_bytes(), 1, keys)
+
+
+def _cascade(path: Path) -> dict[str, Any]:
+    found = _whole(path, _CASCADE)
+    for entries, keys in ((found["sites"], _SITE), (found["refusals"], _REFUSAL)):
+        for entry in entries:
+            _check(path, 1, entry, keys)
+    return found
+
+
+def _spectrum(path: Path) -> dict[str, Any]:
+    found = _whole(path)
+    for entry in found.values():
+        _check(path, 1, entry, _DELTA)
+    return found
+
+
+def _parsed(path: Path, text: bytes, number: int, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as fault:
         raise StateError(
             f"{path}: line {number} is no JSON ({fault}); the file is damaged: restore it, or train anew"
         ) from fault
+    _check(path, number, found, keys)
+    return dict(found)
+
+
+def _check(path: Path, number: int, found: Any, keys: tuple[str, ...]) -> None:
+    """Check that a value is a JSON object with these keys."""
     if not isinstance(found, dict):
         raise StateError(f"{path}: line {number} is no JSON object; the file is damaged: restore it, or train anew")
-    return found
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise StateError(
+            f"{path}: line {number} has no key {missing[0]!r}; the file is damaged: restore it, or train anew"
+        )

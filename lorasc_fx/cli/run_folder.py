@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,11 @@ from torch import Tensor
 
 from lorasc_fx.cli.configure import config_to_dict, load_config, write_config
 from lorasc_fx.cli.schema import Config
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.integrations.metrics import FILE, append
 from lorasc_fx.runtime import list_versions
 
-__all__ = ["RunFolder", "write_whole"]
+__all__ = ["RunFolder", "check_output", "write_whole"]
 
 _PACKAGES = (
     "lorasc-fx", "torch", "networkx", "safetensors", "tyro", "rich", "timm", "torchvision", "transformers", "numpy",
@@ -89,25 +91,54 @@ class RunFolder:
         """Whether a run has left something here that is worth keeping."""
         return self.metrics.exists() or self.saved or any(self.cells.glob("*.json"))
 
-    def begin(self, config: Config, sections: tuple[str, ...], *, resume: bool) -> None:
-        """Make the folder, or check that it is this configuration's.
+    def check_run(self, *, checkpoint: bool = True) -> None:
+        """Check that the folder holds a run, by default with a checkpoint.
+
+        Raises:
+            StateError: it does not.
+        """
+        if not self.config.is_file():
+            raise StateError(f"{self.path} holds no run: there is no {self.config.name} in it")
+        if checkpoint and not self.saved:
+            raise StateError(
+                f"{self.path} holds no checkpoint yet; a run writes its first one at the end of its first stage"
+            )
+
+    def check(self, config: Config, sections: tuple[str, ...], *, resume: bool, overwrite: bool = False) -> None:
+        """Check, before any work is done, that this run may write here.
 
         Args:
             config: what is about to run.
             sections: the tables that have to be the same for a run to go on.
             resume: whether a run that stands in the folder is to go on.
+            overwrite: whether `begin` deletes such a run.
 
         Raises:
-            StateError: the folder holds a run and `resume` is off, or it is on and the run had another configuration.
+            SpecError: the folder cannot be written, or both `resume` and `overwrite` are asked for.
+            StateError: the folder holds a run and neither is, or `resume` is and the run had another configuration.
         """
+        if resume and overwrite:
+            raise SpecError("--resume goes on with a run and --overwrite deletes it; give one of the two")
+        check_output(self.path, folder=True)
+        if overwrite:
+            return
         if self.started and not resume:
             raise StateError(
-                f"{self.path} already holds a run: --resume goes on with it, --output FOLDER starts another"
+                f"{self.path} already holds a run: --resume goes on with it, --overwrite deletes it and starts again, "
+                "--output FOLDER starts another"
             )
         if self.started:
             self._same(config, sections)
         elif resume and not self.config.exists():
             raise StateError(f"{self.path} holds no run to resume; leave --resume out to start one")
+
+    def begin(
+        self, config: Config, sections: tuple[str, ...], *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        """Check the folder (see `check`), and write the configuration and the environment into it."""
+        self.check(config, sections, resume=resume, overwrite=overwrite)
+        if overwrite:
+            self._delete_run()
         self.path.mkdir(parents=True, exist_ok=True)
         write_config(config, self.config)
         write_whole(self.path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
@@ -125,6 +156,15 @@ class RunFolder:
         save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, where)
         return where
 
+    def _delete_run(self) -> None:
+        """Delete what a run wrote, and nothing else that is in the folder."""
+        files = (self.metrics, self.cascade, self.experts, self.spectrum, self.report, self.folded)
+        for path in files:
+            path.unlink(missing_ok=True)
+        for path in (self.checkpoint, self.cells, self.path / "tensorboard"):
+            if path.exists():
+                shutil.rmtree(path)
+
     def _same(self, config: Config, sections: tuple[str, ...]) -> None:
         before, now = config_to_dict(load_config(self.config)), config_to_dict(config)
         for section in sections:
@@ -133,8 +173,29 @@ class RunFolder:
                 if _comparable(was) != _comparable(value):
                     raise StateError(
                         f"{self.path} holds a run with {section}.{key} = {was!r}, and this one has {value!r}; "
-                        "resume with the same, or give --output FOLDER to start another"
+                        "resume with the same, --overwrite it, or give --output FOLDER to start another"
                     )
+
+
+def check_output(path: Path, *, folder: bool) -> None:
+    """Check, before the work whose result goes there, that a file or folder can be written.
+
+    Raises:
+        SpecError: it is of the other kind, has a file among its parents, or cannot be written.
+    """
+    if path.exists() and path.is_dir() != folder:
+        found, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise SpecError(f"{path} is {found}, and the output is {wanted}; give another path")
+    present = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not folder and present == path.absolute():
+        present = present.parent
+    if not present.is_dir():
+        raise SpecError(f"{path} cannot be made, because {present} is a file; give another path")
+    try:
+        with tempfile.TemporaryFile(dir=present):
+            pass
+    except OSError as fault:
+        raise SpecError(f"{path} cannot be written: {present}: {fault.strerror}; give another path") from fault
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from lorasc_fx.errors import SpecError, nearest
@@ -23,6 +24,9 @@ class ModelConfig:
     """Pretrained weights: `package:efficientnet-lite0`, a `.safetensors` file, or empty (as the model comes)."""
     seed: int = 0
     """Seed of what is not pretrained (a new head); a run adds its own seed."""
+
+    def __post_init__(self) -> None:
+        _check_seeds("model.seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,12 @@ class DataConfig:
     """Column of a CSV file that holds the text."""
     label_column: str = "label"
     """Column of a CSV file that holds the class."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test", "shift_test", "image_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"data.{name} is {getattr(self, name)}; give 1 or more")
+        _check_seeds("data.seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -91,12 +101,15 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise SpecError(f"train.{name} is {getattr(self, name)}; give 1 or more")
         for name in ("steps", "warmup", "threads", "checkpoint_every", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise SpecError(f"train.{name} is {getattr(self, name)}; give 0 or more")
-        if self.steps == 0 and self.epochs <= 0:
+        if self.threads > 1024:
+            raise SpecError(f"train.threads is {self.threads}; give 1024 or fewer")
+        if self.steps == 0 and not 0 < self.epochs < math.inf:
             raise SpecError(f"train.epochs is {self.epochs}; give a number above 0, or train.steps")
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise SpecError(f"train.lr is {self.lr}; give a number above 0")
+        _check_seeds("train.seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -131,8 +144,10 @@ class CompareConfig:
                 raise SpecError(f"compare.{key} is {list(value)}; give each entry once")
         if not self.methods or not self.seeds or not self.lrs:
             raise SpecError("compare.methods, compare.seeds and compare.lrs each need one entry or more")
-        if any(rate <= 0 for rate in (*self.lrs, *self.probe_lrs, *self.full_lrs)):
-            raise SpecError(f"compare.lrs is {list(self.lrs)}; learning rates are above 0")
+        for key in ("lrs", "probe_lrs", "full_lrs"):
+            if not all(0 < rate < math.inf for rate in getattr(self, key)):
+                raise SpecError(f"compare.{key} is {list(getattr(self, key))}; learning rates are above 0")
+        _check_seeds("compare.seeds", *self.seeds)
 
     def rates(self, method: str) -> tuple[float, ...]:
         """Return the learning rates to try for this method."""
@@ -151,3 +166,13 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     spec: CascadeSpec = field(default_factory=CascadeSpec)
     compare: CompareConfig = field(default_factory=CompareConfig)
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise SpecError("output is empty; give the folder that the run writes to")
+
+
+def _check_seeds(name: str, *seeds: int) -> None:
+    for seed in seeds:
+        if not 0 <= seed < 2**31:
+            raise SpecError(f"{name} is {seed}; a seed is 0 or more, and less than 2147483648")

@@ -32,12 +32,7 @@ class Setup:
         train = config.train
         if train.threads:
             torch.set_num_threads(train.threads)
-        try:
-            torch.empty(0, device=train.device)
-        except (RuntimeError, AssertionError) as fault:
-            raise SpecError(
-                f"train.device is {train.device!r}: {str(fault).splitlines()[0]}; give cpu, or cuda"
-            ) from fault
+        _check_device(train.device)
         return cls(config, load_data(config.data, tokenizer_of(config.model, config.data.max_length)))
 
     def model(self, seed: int) -> nn.Module:
@@ -62,6 +57,20 @@ class Setup:
     def sample(self, seed: int) -> Batch:
         """Return the batch that a model is captured with: the first one that it will see."""
         return self.splits.train.batch(self.order(seed).index(0)).to(self.config.train.device)
+
+
+def _check_device(device: str) -> None:
+    known = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        known += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+    try:
+        given = torch.empty(0, device=device).device
+        reason = "this device holds no numbers" if given.type == "meta" else ""
+    except (RuntimeError, AssertionError) as fault:
+        reason = str(fault).partition(". ")[0].splitlines()[0]
+    if reason:
+        raise SpecError(f"train.device is {device!r}: {reason}; this machine has {', '.join(known)}")
 
 
 def channels_last(model: nn.Module) -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,13 +105,14 @@ def csv_file(path: Path, text_column: str, label_column: str, source: str = "") 
     texts: list[str] = []
     names: list[str] = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             columns = list(reader.fieldnames or ())
+            known = ", ".join(columns) or "no columns"
             for column in (text_column, label_column):
                 if column not in columns:
                     raise SpecError(
-                        f"{path}:1: no column {column!r}{nearest(column, columns)}; it has {', '.join(columns)}; "
+                        f"{path}:1: no column {column!r}{nearest(column, columns)}; it has {known}; "
                         "data.text_column and data.label_column choose others"
                     )
             for row in reader:
@@ -136,10 +138,25 @@ def csv_file(path: Path, text_column: str, label_column: str, source: str = "") 
     return Texts(tuple(texts), tuple(classes.index(name) for name in names), tuple(classes))
 
 
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn whatever transformers raises for a damaged folder into one error.
+
+    Raises:
+        SpecError: something was raised inside the block.
+    """
+    try:
+        yield
+    except Exception as fault:
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        raise SpecError(f"{name}: transformers cannot read this model: {reason}") from fault
+
+
 def hf_tokenizer(folder: Path, max_length: int) -> Tokenizer:
     """Return the tokenizer that stands beside a transformers model in its folder."""
     transformers = module_of("text", "transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with reading(f"hf:{folder}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         encoded: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]

@@ -11,12 +11,13 @@ import lorasc_fx as lx
 from lorasc_fx.cli.batches import Batch
 from lorasc_fx.cli.interrupt import on_ctrl_c
 from lorasc_fx.cli.learners import CascadeLearner, PlainLearner
-from lorasc_fx.cli.models import set_mode
+from lorasc_fx.cli.models import set_mode, warn_of_random_weights
 from lorasc_fx.cli.recorder import record_cascade, record_experts, record_spectrum
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.schema import Config
 from lorasc_fx.cli.setup import Setup
-from lorasc_fx.cli.training import Step, accuracy, evaluate, make_optimizer, predict, train_steps
+from lorasc_fx.cli.training import Diverged, Step, accuracy, evaluate, make_optimizer, predict, train_steps
+from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.integrations.metrics import Metrics
 from lorasc_fx.integrations.reporter import Reporter, reporting
 
@@ -25,28 +26,33 @@ __all__ = ["run_train"]
 _SECTIONS = ("model", "data", "train", "spec")
 
 
-def run_train(config: Config, *, resume: bool) -> int:
+def run_train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     """Train, or go on with training, and return the exit code (130 after Ctrl-C, with a checkpoint written)."""
-    setup = Setup.of(config)
     folder = RunFolder(Path(config.output))
-    learner, optimizer, start = _begin(setup, folder, resume=resume)
+    folder.check(config, _SECTIONS, resume=resume, overwrite=overwrite)
+    setup = Setup.of(config)
+    warn_of_random_weights(config.model)
+    learner, optimizer, start = _begin(setup, folder, resume=resume, overwrite=overwrite)
     schedule = setup.schedule(config.train.stages)
     device = config.train.device
     with reporting() as reporter, Metrics(folder.path) as metrics, on_ctrl_c() as interrupt:
         reporter.begin("train", schedule.steps, start)
         watch = _Watch(setup, folder, metrics, learner, optimizer, reporter, schedule.stages, start)
-        whole = train_steps(
-            learner,
-            optimizer,
-            setup.splits.train,
-            schedule,
-            setup.order(config.train.seed),
-            watch,
-            interrupt=interrupt,
-            start=start,
-            device=device,
-            before_fold=watch.before_fold,
-        )
+        try:
+            whole = train_steps(
+                learner,
+                optimizer,
+                setup.splits.train,
+                schedule,
+                setup.order(config.train.seed),
+                watch,
+                interrupt=interrupt,
+                start=start,
+                device=device,
+                before_fold=watch.before_fold,
+            )
+        except (Diverged, NonFiniteBranch) as fault:
+            raise Diverged(f"{fault}; --overwrite starts this run again") from fault
         if not whole:
             watch.save()
             reporter.say(f"Stopped after step {watch.done}; go on with: lorasc-fx train {folder.config} --resume")
@@ -57,7 +63,9 @@ def run_train(config: Config, *, resume: bool) -> int:
     return 0
 
 
-def _begin(setup: Setup, folder: RunFolder, *, resume: bool) -> tuple[CascadeLearner, torch.optim.Optimizer, int]:
+def _begin(
+    setup: Setup, folder: RunFolder, *, resume: bool, overwrite: bool
+) -> tuple[CascadeLearner, torch.optim.Optimizer, int]:
     """Return the cascade, its optimizer, and the steps that are done."""
     config = setup.config
     seed = config.train.seed
@@ -66,7 +74,7 @@ def _begin(setup: Setup, folder: RunFolder, *, resume: bool) -> tuple[CascadeLea
     if not resume or not folder.saved:
         # The cascade first: what it refuses must not leave a run folder behind.
         learner = CascadeLearner.adapt(model, sample, config.spec, train=mode)
-        folder.begin(config, _SECTIONS, resume=resume)
+        folder.begin(config, _SECTIONS, resume=resume, overwrite=overwrite)
         record_cascade(folder, learner.cascade)
         return learner, make_optimizer(learner, config.train.lr, config.train.weight_decay), 0
     folder.begin(config, _SECTIONS, resume=True)

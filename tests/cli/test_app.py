@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.errors import MissingExtra
 from lorasc_fx.extras import module_of
+from tests.cli.long_run import write_long_run
 
 
 @pytest.mark.parametrize(
@@ -27,9 +32,22 @@ from lorasc_fx.extras import module_of
         (["train", "tiny.toml", "--data.name", "csv:a.csv"], "the model takes images, and csv:a.csv holds texts"),
         (["train", "tiny.toml", "--model.name", "timm:resnet81"], "timm has no model 'resnet81'; nearest: 'resnet18'"),
         (["train", "tiny.toml", "--train.device", "warp"], "train.device is 'warp': "),
+        (["train", "tiny.toml", "--train.device", "meta"], "train.device is 'meta': this device holds no numbers"),
+        (["train", "tiny.toml", "--output", ""], "output is empty; give the folder that the run writes to"),
+        (["train", "tiny.toml", "--train.lr", "nan"], "train.lr is nan; give a number above 0"),
+        (["train", "tiny.toml", "--train.epochs", "inf", "--train.steps", "0"], "train.epochs is inf; give a number"),
+        (["train", "tiny.toml", "--train.threads", "100000"], "train.threads is 100000; give 1024 or fewer"),
+        (["train", "tiny.toml", "--data.shift-test", "0"], "data.shift_test is 0; give 1 or more"),
+        (["train", "tiny.toml", "--model.seed", "-1"], "model.seed is -1; a seed is 0 or more, and less than 21474"),
+        (
+            ["compare", "tiny.toml", "--compare.probe-lrs", "nan"],
+            "compare.probe_lrs is [nan]; learning rates are",
+        ),
+        (["train", "tiny.toml", "--resume", "--overwrite"], "--resume goes on with a run and --overwrite deletes it"),
+        (["sites", "python::"], "python::: give python:package.module:function"),
         (["train", "tiny.toml", "--spec.targets", "0.wieght"], "matches no weight; nearest: '0.weight'"),
         (["compare", "tiny.toml", "--spec.train"], "compare.methods has 'probe', which trains what spec.train names"),
-        (["compare", "tiny.toml", "--compare.methods", "lorac"], "Error parsing compare: compare.methods has 'lorac'"),
+        (["compare", "tiny.toml", "--compare.methods", "lorac"], "parsing config.compare: compare.methods has 'lorac'"),
         (["compare", "tiny.toml", "--data.shifts", "nose"], "no shift is called 'nose'; nearest: 'noise'"),
         (["sites", "python:tiny_model:build"], "give the shape of its input, as --input 2 3 64 64"),
         (["sites", "python:tiny_model:build", "--input", "2", "5"], "refuses the example inputs"),
@@ -46,6 +64,66 @@ def test_what_the_user_got_wrong_is_a_sentence_and_2(
     assert message in " ".join((said.err + said.out).replace("│", " ").split())
     assert "Traceback" not in said.err + said.out
     assert not (place / "runs").exists()  # nothing was begun
+
+
+def test_a_device_that_is_not_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without CUDA the sentence does not say `give cuda`."""
+    assert main(["train", "tiny.toml", "--train.device", "cuda:99"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lorasc-fx: train.device is 'cuda:99': ")
+    known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    assert said.endswith(f"; this machine has {', '.join(known)}\n")
+
+
+OUTPUTS = ("train tiny.toml", "compare tiny.toml", "export run --to pt2", "export run --to onnx",
+           "export run --to safetensors", "export run --to peft", "fold run", "report run")  # fmt: skip
+FOLDERS = ("train tiny.toml", "compare tiny.toml", "export run --to peft")
+
+
+@pytest.mark.parametrize("asked", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    place: Path, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    """Root ignores the modes of folders, so /proc stands for one that cannot be written."""
+    write_long_run(place / "run", sites=4)
+    lx.save(lx.adapt(torch.nn.Linear(3, 2), args=(torch.rand(2, 3),)), place / "run" / "checkpoint")
+    (place / "a.safetensors").write_text("a file")
+    (place / "b.safetensors").mkdir()
+    cases = {
+        "a.safetensors/x.safetensors": f"cannot be made, because {place / 'a.safetensors'} is a file; give another",
+        "/proc/x.safetensors": "x.safetensors cannot be written: /proc: No such file or directory; give another path",
+    }
+    if asked in FOLDERS:
+        cases["a.safetensors"] = "a.safetensors is a file, and the output is a folder; give another path"
+    else:
+        cases["b.safetensors"] = "b.safetensors is a folder, and the output is a file; give another path"
+    for output, message in cases.items():
+        assert main([*asked.split(), "--output", output]) == 2
+        assert message in capsys.readouterr().err
+    assert (place / "a.safetensors").read_text() == "a file"
+    assert not list((place / "b.safetensors").iterdir())
+
+
+def test_an_error_of_the_operating_system_is_a_sentence(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/tiny/metrics.jsonl")
+
+    monkeypatch.setattr("lorasc_fx.cli.sites.run_sites", full)
+    assert main(["sites", "timm:resnet18"]) == 2
+    assert capsys.readouterr().err == "lorasc-fx: runs/tiny/metrics.jsonl: No space left on device\n"
+
+
+def test_random_weights_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--train.steps", "2", "--train.stages", "1", "--data.shifts", "--data.test", "10"]
+    model = ["--model.name", "timm:test_resnet", "--spec.train", "--data.image-size", "32"]
+    for command in (["train", "tiny.toml", *short], ["compare", "tiny.toml", *short, "--compare.methods", "lora"]):
+        assert main([*command, *model, "--output", f"{command[0]}-timm"]) == 0
+        assert capsys.readouterr().err.count("WARNING: timm:test_resnet starts from RANDOM weights") == 1
+        assert main(command) == 0
+        assert "WARNING" not in capsys.readouterr().err
+        shutil.rmtree("runs")
 
 
 def test_a_fault_of_ours_keeps_its_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

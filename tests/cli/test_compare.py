@@ -82,6 +82,10 @@ def test_another_configuration_is_not_mixed_in(place: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert main(["compare", "tiny.toml", *quick, "--spec.rank", "4"]) == 2
     assert "runs/tiny holds a run with spec.rank = 2, and this one has 4" in capsys.readouterr().err
+    assert main(["compare", "tiny.toml", *quick, "--spec.rank", "4", "--overwrite"]) == 0
+    assert load_config(place / "runs" / "tiny" / "config.toml").spec.rank == 4
+    assert main(["compare", "tiny.toml", *quick, "--spec.rank", "4", "--compare.seeds", "1"]) == 0
+    assert len(list((place / "runs" / "tiny" / "cells").iterdir())) == 2
 
 
 def test_a_mistake_that_ran_nothing_can_be_mended(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

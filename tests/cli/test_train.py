@@ -141,6 +141,24 @@ def test_a_loss_that_is_not_finite_is_a_sentence(place: Path, capsys: pytest.Cap
     assert "a lower learning rate or a longer warm-up may help" in capsys.readouterr().err
 
 
+def test_after_a_loss_that_is_not_finite_a_run_is_made_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["train", "tiny.toml", "--train.log-every", "1", "--train.checkpoint-every", "1"]
+    assert main([*quick, "--output", "other"]) == 0
+    assert main([*quick, "--train.lr", "1e30"]) == 2
+    assert "; --overwrite starts this run again" in capsys.readouterr().err
+    (place / "runs" / "tiny" / "notes.txt").write_text("of the user")
+    assert main(quick) == 2
+    assert "--overwrite deletes it and starts again" in capsys.readouterr().err
+    assert main([*quick, "--overwrite", "--spec.targets", "0.wieght"]) == 2
+    assert (place / "runs" / "tiny" / "checkpoint").exists()  # what is refused deletes nothing
+    assert main([*quick, "--overwrite"]) == 0
+    run = place / "runs" / "tiny"
+    assert lines(run)[-1] == lines(place / "other")[-1]
+    assert [line["step"] for line in lines(run) if "loss" in line] == list(range(1, 13))
+    assert_same(weights(run / "folded.safetensors"), weights(place / "other" / "folded.safetensors"))
+    assert (run / "notes.txt").read_text() == "of the user"
+
+
 def test_a_model_with_too_few_classes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "few.py").write_text("import tiny_model\n\ndef build():\n    return tiny_model.build(4)\n")
     assert main(["train", "tiny.toml", "--model.name", "python:few:build"]) == 2

@@ -69,7 +69,7 @@ def test_a_shift_of_other_classes(tmp_path: Path) -> None:
         rows = "".join(f"text {index},{label if index % 2 else 'none'}\n" for index in range(9))
         (tmp_path / f"{name}.csv").write_text("text,label\n" + rows, encoding="utf-8")
     one, two = f"csv:{tmp_path}/one.csv", f"csv:{tmp_path}/two.csv"
-    config = replace(DataConfig(), name=one, shifts=(two,), train=3, validation=2, test=2, shift_test=2)
+    config = replace(DataConfig(), name=one, shifts=(two,), train=6, validation=1, test=2, shift_test=2)
     sentence = f"data.shifts: {two} has other classes than {one}; give a data set with the same ones"
     with pytest.raises(lx.SpecError, match=exactly(sentence)):
         load_data(config, lambda texts: [[1] for _ in texts])  # type: ignore[arg-type]
