@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx, nn
+from torch.fx import _symbolic_trace
+from torch.overrides import TorchFunctionMode
 
 from lorasc_fx.capture.live import Captured, read_live, traced
 from lorasc_fx.capture.signature import signature_of
@@ -17,6 +19,9 @@ from lorasc_fx.graph import drop_nodes, rename_inputs
 
 __all__ = ["capture_symbolic"]
 
+_CALL = "_compiled_call_impl"
+_EXCHANGING = threading.RLock()
+_SWITCHES = "the model switches gradients or autocast on or off inside, which no symbolic graph holds"
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -32,7 +37,7 @@ def capture_symbolic(
     given.apply_defaults()
     constants = {name: value for name, value in given.arguments.items() if not _has_tensor(value)}
     tracer = _Tracer()
-    with traced(), _no_modes():
+    with traced():
         graph = tracer.trace(model, concrete_args=constants)
     drop_nodes(graph, _checks_a_constant)
     rename_inputs(graph, [each.name for each in signature_of(model).parameters.values() if each.kind not in _VARIADIC])
@@ -41,25 +46,100 @@ def capture_symbolic(
 
 
 class _Tracer(fx.Tracer):
-    """A norm with running statistics is a leaf under whatever class name: it updates them as no symbol shows."""
+    """fx's tracer without its patches of nn.Module and math, which other threads would meet as well.
+
+    Calls of modules are intercepted on the model's own modules, in the tracing thread only. Functions that were
+    registered by `torch.fx.wrap` are exchanged as fx does; for arguments that are no proxies they are as before.
+
+    A norm with running statistics is a leaf under whatever class name: it updates them as no symbol shows.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether the module is called whole."""
         return isinstance(m, nn.modules.batchnorm._NormBase) or super().is_leaf_module(m, module_qualified_name)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record an op; refuse one under another autocast or inference mode than the call's."""
+        if _modes() != self._modes:
+            raise RuntimeError(_SWITCHES)
+        return super().create_node(*args, **kwargs)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of a module's forward."""
+        assert isinstance(root, nn.Module)
+        self.root, self.root_module_name = root, type(root).__name__
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.tensor_attrs = {
+            value: f"{name}.{key}".lstrip(".")
+            for name, module in root.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, (torch.Tensor, torch.ScriptObject))
+        }
+        self._modes = _modes()
+        forward, args = self.create_args_for_root(type(root).forward, True, concrete_args)
+        with self._intercepted(root), _exchanged_functions(), _Modes():
+            self.create_node("output", "output", (self.create_arg(forward(*args)),), {})
+        return self.graph
+
+    @contextlib.contextmanager
+    def _intercepted(self, root: nn.Module) -> Iterator[None]:
+        """Route calls of the model's modules to `call_module`, by the attribute that nn.Module.__call__ tries first,
+        and reads of its parameters to proxies.
+        """
+        tracing, proxies = threading.get_ident(), dict[str, fx.Proxy]()
+        tracer = self
+
+        class Parameters(dict[str, Any]):
+            def __getitem__(self, name: str) -> Any:
+                value = super().__getitem__(name)
+                return tracer.getattr(name, value, proxies) if threading.get_ident() == tracing else value
+
+        def interceptor(module: nn.Module) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != tracing:
+                    return module._call_impl(*args, **kwargs)
+                return self.call_module(module, module._call_impl, args, kwargs)
+
+            return call
+
+        held = [(vars(module), vars(module).get(_CALL, tracer), module._parameters) for module in root.modules()]
+        try:
+            for module in root.modules():
+                vars(module)[_CALL] = interceptor(module)
+                if isinstance(module._parameters, dict):  # a script module has its own kind
+                    vars(module)["_parameters"] = Parameters(module._parameters)
+            yield
+        finally:
+            for attributes, call, parameters in held:
+                attributes[_CALL] = call
+                if call is tracer:
+                    del attributes[_CALL]
+                if isinstance(parameters, dict):
+                    attributes["_parameters"] = parameters
+
+
+class _Modes(TorchFunctionMode):
+    """Refuse a model that switches gradients on or off, in this thread: no symbolic graph holds that."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            raise RuntimeError(_SWITCHES)
+        return func(*args, **(kwargs or {}))
+
+
+def _modes() -> tuple[Any, ...]:
+    """Return the calling thread's inference mode, and its autocast."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    return (torch.is_inference_mode_enabled(), *autocast)
+
 
 @contextlib.contextmanager
-def _no_modes() -> Iterator[None]:
-    """Refuse a model that switches gradients, autocast or inference mode: no symbolic graph holds that."""
-
-    def refuse(*_args: Any, **_kwargs: Any) -> Any:
-        raise RuntimeError("the model switches gradients or autocast on or off inside, which no symbolic graph holds")
-
-    modes: list[tuple[Any, str]] = [(torch.no_grad, "__enter__"), (torch.enable_grad, "__enter__")]
-    modes += [(torch.set_grad_enabled, "__init__"), (torch.autocast, "__enter__"), (torch.inference_mode, "__enter__")]
-    with contextlib.ExitStack() as stack:
-        for owner, name in modes:
-            stack.enter_context(mock.patch.object(owner, name, refuse))
+def _exchanged_functions() -> Iterator[None]:
+    """Record functions registered by `torch.fx.wrap` as one call each; one trace at a time."""
+    with _EXCHANGING, _symbolic_trace._new_patcher() as patcher:
+        _symbolic_trace._patch_wrapped_functions(patcher)
         yield
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -155,6 +158,42 @@ def test_gradient_checkpointing_by_torch(name: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+class Meanwhile(Net):
+    """While forward runs, so does another thread."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__()
+        self.work = work
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self.work).result()
+        return self.head(self.body(x))
+
+
+def test_a_symbolic_trace_leaves_other_threads_alone() -> None:
+    def process_wide() -> list[Any]:
+        modes = (torch.no_grad, torch.enable_grad, torch.autocast, torch.inference_mode)
+        patchable: list[Any] = [mode.__enter__ for mode in modes]
+        return [*patchable, torch.set_grad_enabled.__init__, nn.Module.__call__, nn.Module.__getattr__, math.sqrt]
+
+    unpatched, other = process_wide(), nn.Linear(3, 3)
+
+    def work() -> None:
+        assert process_wide() == unpatched
+        assert not torch.fx._symbolic_trace.is_fx_tracing()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert other(torch.ones(1, 3)).dtype == torch.bfloat16
+        assert model.body(torch.ones(1, 5).double()).shape == (1, 7)
+
+    torch.manual_seed(3)
+    model = Meanwhile(work).double()
+    cascade = lx.adapt(model, batches(1, 4, 5), frontend="symbolic")
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
+    assert process_wide() == unpatched
+    assert all("_compiled_call_impl" not in vars(module) for module in model.modules())
 
 
 class Attends(nn.Module):
