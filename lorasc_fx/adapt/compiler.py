@@ -48,7 +48,8 @@ def _in_pieces(
     args: Any,
     kwargs: Any,
 ) -> Made:
-    made = make_pieces(captured.pieces, plan, branches, refusals, args, kwargs, swap_all=bool(captured.functions))
+    functions, whole = bool(captured.functions), captured.whole_elsewhere
+    made = make_pieces(captured.pieces, plan, branches, refusals, args, kwargs, functions, universal=not whole)
     return replace(made, refused_frontends=captured.refused)
 
 
@@ -118,8 +119,8 @@ class Compiler:
         """
         if isinstance(variant.module, Pieces):
             raise CaptureError(
-                f"{type(model).__name__} runs in pieces, and a folded graph needs one whole graph; the first break is "
-                f"{variant.module.first_break(args, kwargs)}. release() and folded_state_dict() need no graph"
+                f"{type(model).__name__} runs in pieces, and a folded graph needs one whole graph; "
+                f"{variant.module.why_not_whole(args, kwargs)}. release() and folded_state_dict() need no graph"
             )
         assert isinstance(variant.module, fx.GraphModule)
         at_stage(variant.module, stage)  # the plan of the stage that it was made in may have other ranks

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakMethod
@@ -12,7 +14,18 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, is_quantized
-from lorasc_fx.capture import OWNER, Pieces, copied, quiet, seed, substituted, try_model, untouched, watch, whole
+from lorasc_fx.capture import (
+    OWNER,
+    Pieces,
+    copied,
+    one_line,
+    quiet,
+    seed,
+    try_model,
+    untouched,
+    watch,
+    whole,
+)
 from lorasc_fx.cost import Cheapest, Expectation, expect
 from lorasc_fx.errors import CaptureError, NoSites, SpecError
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
@@ -22,6 +35,8 @@ from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.runtime import Made, Variant
 
 __all__ = ["insert", "make_pieces"]
+
+log = logging.getLogger("lorasc_fx")
 
 PROBE = 0.1
 """Size of the deltas with which the pieces are tried, over the size of their weights."""
@@ -43,10 +58,9 @@ class Growing:
     plan: Plan
     branches: dict[str, Branch]
     refusals: tuple[Refusal, ...]
-    swap_all: bool
     grow: WeakMethod[Callable[[Made], None]] | None = None
     running: WeakMethod[Callable[[], Plan]] | None = None
-    tried: set[tuple[bool, ...]] = field(default_factory=set)
+    tried: set[Hashable] = field(default_factory=set)
     expected: Expectation = field(default_factory=Expectation)
 
     def go_on(self) -> None:
@@ -71,17 +85,17 @@ class Growing:
     def look(self, pieces: Pieces, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Find weights that this call is the first to use, and swap them: it may use them in plain Python.
 
-        While there are weights that no call has used, this costs a forward of the eager model; so does each new mode,
-        which may bring a custom autograd.Function.
+        While there are weights that no call has used, this costs a forward of the eager model. Each new mode or setting
+        of the modules, which may bring code that runs again in backward, is held against the eager model.
         """
         modes = _modes(pieces)
-        if not self.swap_all and modes not in self.tried and try_model(pieces.model, args, kwargs).functions:
-            self.swap_all = True
-            _check_swappable(pieces, self.branches.values())
-            pieces.swap({branch.weight_name: branch for branch in self.branches.values()})
-        self.tried.add(modes)
+        if modes not in self.tried:
+            with torch.inference_mode(False):
+                functions = not pieces.eager and bool(try_model(pieces.model, args, kwargs).functions)
+                settle(pieces, list(self.branches.values()), args, kwargs, eager=functions)
+            self.tried.add(modes)
         weights = named_weights(pieces.model)
-        found_by = pieces.swapped.keys() if self.swap_all else pieces.located
+        found_by = pieces.swapped.keys() if pieces.eager else pieces.located
         lost = weights.matrices.keys() - found_by - {each.weight for each in self.refusals}
         if not lost:
             return
@@ -125,17 +139,18 @@ def make_pieces(
     args: Any,
     kwargs: Mapping[str, Any],
     swap_all: bool = False,
+    universal: bool = True,
 ) -> Made:
     """Decide over all pieces at once, and insert; a weight that the Python in between uses is swapped while the model
     runs.
 
-    With `swap_all` every site is: a custom autograd.Function keeps its own backward where dynamo sees that its input
-    needs a gradient, which a branch inside a graph does not show.
+    With `swap_all` every site is, and the model runs as it is: a custom autograd.Function has a backward of its own,
+    which may run code of the model again. Such a variant serves all calls, as one that is `universal` does.
 
     Raises:
         NoSites: nothing is left to adapt.
+        CaptureError: a branch does not compute what the eager model computes, forward or backward.
     """
-    swap_all = swap_all or pieces.eager
     parameters = named_weights(pieces.model).parameters
     record = Record(owner=OWNER, plan=plan, refusals=refusals)
     found = survey(pieces.graphs, record, plan.spec, watch(pieces.model, args, kwargs), Cheapest(plan.spec))
@@ -148,17 +163,16 @@ def make_pieces(
             "stand in place of its op; give use_dora=False, or a front end that takes the whole model"
         )
     held = missing_branches(found.plan, branches, parameters)
-    if swap_all:
-        _check_swappable(pieces, held.values())
-    growing = Growing(found.plan, held, found.refusals, swap_all, tried={_modes(pieces)})
-    located = frozenset() if swap_all else pieces.located
+    growing = Growing(found.plan, held, found.refusals, tried={_modes(pieces)})
+    located = pieces.located
     pieces.rewrite_by(growing.rewrite)
     plain = [each for each in held.values() if not is_quantized(parameters[each.weight_name])]  # others are beside
     pieces.swap({branch.weight_name: branch for branch in plain if branch.weight_name not in located})
-    eager = _used_outside(pieces, plain, args, kwargs, SUSPECT)
-    if eager:
-        more = {branch.weight_name: branch for branch in plain if branch.weight_name in eager}
-        pieces.swap({**pieces.swapped, **more})
+    if not (swap_all or pieces.eager):
+        wrong = _used_outside(pieces, plain, args, kwargs, SUSPECT)
+        pieces.swap({**pieces.swapped, **{each.weight_name: each for each in plain if each.weight_name in wrong}})
+    settle(pieces, list(held.values()), args, kwargs, eager=swap_all)
+    if pieces.swapped:
         left = _used_outside(pieces, plain, args, kwargs, dict.fromkeys(SUSPECT, CERTAIN))
         if left:
             raise CaptureError(
@@ -174,8 +188,9 @@ def make_pieces(
     variant = Variant(
         pieces,
         "pieces",
-        universal=True,
+        universal=universal or pieces.eager,
         attach=attach,
+        detach=pieces.detach,
         placements={**expected.placements, **swapped},
         expected=expected.ratio if not swapped else None,
     )
@@ -184,8 +199,40 @@ def make_pieces(
     return Made(variant, growing.plan, growing.branches, growing.refusals, unreached)
 
 
-def _modes(pieces: Pieces) -> tuple[bool, ...]:
-    return tuple(module.training for module in pieces.model.modules())
+def _modes(pieces: Pieces) -> Hashable:
+    """Return what modules are switched by: train and eval, gradient checkpointing."""
+    return tuple(
+        tuple(value for value in vars(module).values() if value is True or value is False)
+        for module in pieces.model.modules()
+    )
+
+
+def settle(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any], eager: bool) -> None:
+    """Run as graphs where these give the branches the gradients of the eager model; else the model as it is.
+
+    There every site is swapped, in forward and in what backward runs again. `eager` goes there at once.
+
+    Raises:
+        CaptureError: nor does that.
+    """
+    if pieces.eager:
+        eager = True
+    elif not eager:
+        eager = _wrong_gradient(pieces, branches, args, kwargs, SUSPECT) is not None
+    if not eager:
+        return
+    _check_swappable(pieces, branches)
+    pieces.swap({branch.weight_name: branch for branch in branches})
+    wrong: str | None = None
+    for once in (True,) if pieces.once else (False, True):
+        pieces.run_eager(once)
+        wrong = _wrong_gradient(pieces, branches, args, kwargs, SUSPECT)
+        if wrong is None:
+            return
+    raise CaptureError(
+        f"{type(pieces.model).__name__}: {wrong} does not get the gradient that the eager model gives its weight; "
+        "its Python computes with weights where no module shows it. Exclude them, or adapt a part of the model"
+    )
 
 
 def _check_swappable(pieces: Pieces, branches: Iterable[Branch]) -> None:
@@ -193,9 +240,141 @@ def _check_swappable(pieces: Pieces, branches: Iterable[Branch]) -> None:
     for branch in branches:
         if is_quantized(pieces.model.get_parameter(branch.weight_name)):
             raise CaptureError(
-                f"{branch.weight_name} is quantized, and {type(pieces.model).__name__} uses an Function of its own, "
-                f"whose backward a branch beside it would not see; exclude it (exclude=({branch.weight_name!r},))"
+                f"{branch.weight_name} is quantized, and {type(pieces.model).__name__} has code of its own for "
+                "backward, which a branch beside the weight does not reach; exclude it "
+                f"(exclude=({branch.weight_name!r},))"
             )
+
+
+def _wrong_gradient(
+    pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any], share: Mapping[torch.dtype, float]
+) -> str | None:
+    """Return a weight whose branch gets another gradient than the eager model with merged weights gives it, or None.
+
+    Weights that get none in the eager model are left out. `share` of a gradient is what it may be off by.
+    """
+    model = pieces.model
+    plain = [each for each in branches if not is_quantized(model.get_parameter(each.weight_name))]
+    weights = {each.weight_name: model.get_parameter(each.weight_name) for each in plain}
+    with torch.enable_grad(), _stand_ins(plain, model):
+        with _trained(weights):
+            theirs = _backward(model, _merged(model, plain), args, kwargs)
+            given = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
+        expected = {
+            each.weight_name: torch.autograd.grad(_scaled(each, model), _factors(each), given[each.weight_name])
+            for each in plain
+            if theirs and each.weight_name in given
+        }
+        if not expected:
+            return None
+        try:
+            _backward(pieces, {}, args, kwargs)
+        except MemoryError:
+            raise
+        except Exception as fault:  # torch.utils.checkpoint raises where forward and backward compute differently
+            log.info("%s in pieces: backward raises %s", type(model).__name__, one_line(fault))
+            return next(iter(expected))
+        narrow = max(CERTAIN if _casts(each) else share.get(each.dtype, CERTAIN) for each in weights.values())
+        most = max(float(each.double().norm()) for pair in expected.values() for each in pair)
+        for branch in plain:
+            for factor, right in zip(_factors(branch), expected.get(branch.weight_name, ()), strict=False):
+                found = torch.zeros_like(right) if factor.grad is None else factor.grad
+                if float((found - right).double().norm()) > narrow * (float(right.double().norm()) + 1e-3 * most):
+                    return branch.weight_name
+    return None
+
+
+def _casts(weight: torch.Tensor) -> bool:
+    """Whether autocast computes with fewer bits than a weight has."""
+    kind = weight.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _factors(branch: Branch) -> list[nn.Parameter]:
+    return [each for each in (branch.lora_A, branch.lora_B) if each.requires_grad]
+
+
+def _scaled(branch: Branch, model: nn.Module) -> torch.Tensor:
+    return (branch.delta() * branch.scale).to(branch_dtype(model, branch))
+
+
+def _merged(model: nn.Module, branches: Sequence[Branch]) -> dict[str, torch.Tensor]:
+    """Return the weights with the deltas of these branches in them."""
+    return {
+        each.weight_name: (model.get_parameter(each.weight_name) + _scaled(each, model)).detach() for each in branches
+    }
+
+
+@contextlib.contextmanager
+def _holding(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let parameters hold other numbers, for whoever holds the parameters."""
+    kept = {name: model.get_parameter(name).data for name in values}
+    try:
+        for name, value in values.items():
+            model.get_parameter(name).data = value
+        yield
+    finally:
+        for name, value in kept.items():
+            model.get_parameter(name).data = value
+
+
+@contextlib.contextmanager
+def _trained(weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Let weights get gradients, which are gone afterwards."""
+    kept = {name: (weight.requires_grad, weight.grad) for name, weight in weights.items()}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True).grad = None
+        yield
+    finally:
+        for name, (needed, gradient) in kept.items():
+            weights[name].requires_grad_(needed).grad = gradient
+
+
+@contextlib.contextmanager
+def _stand_ins(branches: Sequence[Branch], model: nn.Module) -> Iterator[None]:
+    """Give branches factors to try with, which nobody watches, and let no parameter of the model get a gradient."""
+    trained = [each for each in model.parameters() if each.requires_grad]
+    kept = [(branch, branch.training, dict(branch._parameters)) for branch in branches]
+    try:
+        for each in trained:
+            each.requires_grad_(False)
+        for branch in branches:
+            branch.training = False  # the eager model has no dropout of branches
+            for name in ("lora_A", "lora_B"):
+                factor = branch._parameters[name]
+                assert factor is not None
+                branch._parameters[name] = nn.Parameter(factor.detach().clone(), factor.requires_grad)
+            _probe(branch, model)
+        yield
+    finally:
+        for branch, training, parameters in kept:
+            branch.training = training
+            branch._parameters.update(parameters)
+        for each in trained:
+            each.requires_grad_(True)
+
+
+def _backward(call: Any, values: Mapping[str, torch.Tensor], args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Run a model, or its pieces, forward with one seed and back from a projection of its outputs; whether it could."""
+    model = call.model if isinstance(call, Pieces) else call
+    inputs, named = copied(args, kwargs)
+    with quiet(), untouched(model), _holding(model, values):
+        seed()
+        output = call.compute(inputs, named) if isinstance(call, Pieces) else call(*inputs, **named)
+        found = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
+        losses = [
+            (each * _weights_like(each)).sum() for each in found if each.is_floating_point() and each.requires_grad
+        ]
+        if losses:
+            torch.autograd.backward(losses)
+    return bool(losses)
+
+
+def _weights_like(value: torch.Tensor) -> torch.Tensor:
+    """Return numbers without a pattern, the same for the same shape."""
+    places = torch.arange(value.numel(), device=value.device, dtype=torch.float64)
+    return torch.cos(1.7 * places + 0.3).to(value.dtype).view(value.shape)
 
 
 @torch.no_grad()
@@ -244,12 +423,7 @@ def _differs(
 ) -> bool:
     """Whether the pieces with branches compute something else than the eager model with merged weights."""
     model = pieces.model
-    merged = {
-        branch.weight_name: (
-            model.get_parameter(branch.weight_name) + (branch.delta() * branch.scale).to(branch_dtype(model, branch))
-        )
-        for branch in branches
-    }
+    merged = _merged(model, branches)
     ours, theirs, again, base = (_outputs(model, call, args, kwargs) for call in (pieces, merged, merged, {}))
     far, effect, own = (_distance(theirs, other) for other in (ours, base, again))
     if own:
@@ -276,7 +450,7 @@ def branch_dtype(model: nn.Module, branch: Branch) -> torch.dtype:
 def _outputs(model: nn.Module, call: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Run once with one seed, leave buffers as they were, and return the floating outputs."""
     inputs, named = copied(args, kwargs)
-    with quiet(), untouched(model), substituted(model, {} if callable(call) else call):
+    with quiet(), untouched(model), _holding(model, {} if callable(call) else call):
         seed()
         output = (call if callable(call) else model)(*inputs, **named)
     found = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]

@@ -39,6 +39,7 @@ __all__ = [
     "is_hollow",
     "key_of",
     "leaves",
+    "one_line",
     "open_model",
     "quiet",
     "seed",
@@ -109,7 +110,7 @@ def _captured(
             if captured.pieces is None:
                 check_agrees(captured.module, model, args, kwargs)
             log.info("%s captured by %s, in %.2f s", type(model).__name__, name, time.monotonic() - begun)
-            return captured.after(tuple(refused), trial.functions)
+            return captured.after(tuple(refused), trial.functions, trial.only_recomputes)
         except MemoryError:  # says nothing of the front end
             raise
         except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model

@@ -35,6 +35,7 @@ class Captured:
         sizes: of each placeholder that is a tensor, the sizes that are constants of the graph; None for the others.
         pieces: a `Pieces`, from the front end that finds several graphs.
         functions: names of the custom autograd Functions that the model uses.
+        whole_elsewhere: whether a whole graph was refused for gradient checkpointing alone, which other modes may lack.
     """
 
     module: fx.GraphModule
@@ -44,10 +45,13 @@ class Captured:
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     pieces: Any = None
     functions: tuple[str, ...] = ()
+    whole_elsewhere: bool = False
 
-    def after(self, refused: tuple[tuple[str, str], ...], functions: tuple[str, ...]) -> Captured:
-        """Return the same capture, with what was tried before it, and the Functions that a run of the model showed."""
-        return replace(self, refused=refused, functions=functions)
+    def after(
+        self, refused: tuple[tuple[str, str], ...], functions: tuple[str, ...], whole_elsewhere: bool
+    ) -> Captured:
+        """Return the same capture, with what was tried before it, and what a run of the model showed."""
+        return replace(self, refused=refused, functions=functions, whole_elsewhere=whole_elsewhere)
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:

@@ -20,10 +20,12 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorasc_fx.capture.effective import EffectiveWeights
 from lorasc_fx.capture.live import Captured, quiet, read_live
 from lorasc_fx.capture.untouched import substituted, untouched
 from lorasc_fx.errors import CaptureError
-from lorasc_fx.graph import call_instead, copy_graph, weights_from_inputs
+from lorasc_fx.graph import copy_graph, regions_as_modules, weights_from_inputs
+from lorasc_fx.graph.copies import shallow
 
 __all__ = ["Pieces", "capture_pieces"]
 
@@ -55,7 +57,7 @@ class Pieces:
         self._pieces: list[_Piece] = []
         self._own = {id(value): name for name, value in [*model.named_parameters(), *model.named_buffers()]}
         self._swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-        self.eager = False  # dynamo cannot run the model at all: it runs as it is, with every site swapped
+        self._effective: EffectiveWeights | None = None
         self._look: Callable[[Any, Mapping[str, Any]], None] | None = None
         compiler = inspect.unwrap(torch.compile)  # Lightning Fabric's copies the backend, onto the user's model
         self._compiled: Any = compiler(model, backend=self._take)
@@ -70,13 +72,11 @@ class Pieces:
                 self(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException:  # a fault of dynamo's own, in a model that runs
             self._pieces.clear()
-            self._compiled, self.eager = self.model, True
+            self.run_eager()
 
     def rewrite_by(self, rewrite: Rewrite) -> None:
         """Run every piece as `rewrite` returns it, from now on."""
-        rewritten = [
-            {names: _recomputing(rewrite(graph)) for names, graph in piece.graphs.items()} for piece in self._pieces
-        ]
+        rewritten = [{names: rewrite(graph) for names, graph in piece.graphs.items()} for piece in self._pieces]
         self._rewrite = rewrite
         for piece, running in zip(self._pieces, rewritten, strict=True):
             piece.running = running
@@ -89,6 +89,10 @@ class Pieces:
         """
         if self._look is not None:
             self._look(args, kwargs)
+        return self.compute(args, kwargs)
+
+    def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Compute a call without a look before it; raises as a call does."""
         try:
             with _dynamo_settings():
                 return self._call(args, kwargs)
@@ -104,6 +108,32 @@ class Pieces:
     def swap(self, swapped: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
         """Let the model see `f(weight)` in place of these weights while it runs, in graphs and in between."""
         self._swapped = dict(swapped)
+        if self._effective is not None:
+            self._effective.read_as(swapped)
+
+    @property
+    def eager(self) -> bool:
+        """Whether the model runs as it is, without graphs."""
+        return self._effective is not None
+
+    def run_eager(self, once: bool = False) -> None:
+        """Run the model as it is from now on; what is swapped is swapped in the backward of a call as well.
+
+        With `once`, one value of each weight is kept for a call and its backward.
+        """
+        if self._effective is None:
+            self._effective = EffectiveWeights(self.model, self._swapped)
+        self._effective.once = once
+
+    @property
+    def once(self) -> bool:
+        """Whether one value of each weight is kept for a call."""
+        return self._effective is not None and self._effective.once
+
+    def detach(self) -> None:
+        """Let the modules of the model hold their parameters as they did; a later call takes hold of them again."""
+        if self._effective is not None:
+            self._effective.close()
 
     def look_before_calls(self, look: Callable[[Any, Mapping[str, Any]], None]) -> None:
         """Call this with the arguments of each call before it runs."""
@@ -121,23 +151,25 @@ class Pieces:
         return read | self._swapped.keys()
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self._effective is not None:
+            return self._effective(*args, **kwargs)
         if not self._swapped:
             return self._compiled(*args, **kwargs)
         values = {name: f(self.model.get_parameter(name)) for name, f in self._swapped.items()}
         with substituted(self.model, values):
             return self._compiled(*args, **kwargs)
 
-    def first_break(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-        """Return file, line and reason of the first graph break, or None where one graph holds the whole model."""
+    def why_not_whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Return why no one graph holds the whole model: file, line and reason of the first graph break, or another."""
         if self.eager:
-            return "in dynamo itself, which cannot run the model"
+            return "the model runs as it is, by its own Python"
         with quiet(), _dynamo_settings():
             told = torch._dynamo.explain(self.model)(*args, **kwargs)
         for reason in told.break_reasons:
             if reason.user_stack:
                 frame = reason.user_stack[-1]
-                return f"{frame.filename}:{frame.lineno}: {reason.reason.splitlines()[0]}"
-        return None
+                return f"the first break is {frame.filename}:{frame.lineno}: {reason.reason.splitlines()[0]}"
+        return "what it recomputes in backward (gradient checkpointing) are graphs of their own; turn that off first"
 
     @property
     def graphs(self) -> list[fx.GraphModule]:
@@ -179,8 +211,18 @@ class Pieces:
         found = {node: name for node, name in zip(inputs, names, strict=True) if name is not None}
         if found:
             weights_from_inputs(graph, found)
-        live = read_live(piece.source, graph, self.model)
-        running = live if self._rewrite is None else _recomputing(self._rewrite(live))
+        holder = shallow(piece.source)
+
+        def region(body: str, given: Names, options: Mapping[str, Any]) -> str:
+            inner, name = _Piece(getattr(piece.source, body)), f"{body}_region"
+            self._pieces.append(inner)
+            self._bring(inner, tuple(each if each in found.values() else None for each in given))
+            holder._modules[name] = _Region(inner, next(iter(inner.graphs)), options)
+            return name
+
+        regions_as_modules(graph, torch.ops.higher_order.tag_activation_checkpoint, found.values(), region)
+        live = read_live(holder, graph, self.model)
+        running = live if self._rewrite is None else self._rewrite(live)
         piece.graphs[names], piece.running[names] = live, running
         return running
 
@@ -203,20 +245,24 @@ def _last_guard() -> str:
     return guard.partition(": ")[2] or guard
 
 
-def _recomputing(running: Callable[..., Any]) -> Callable[..., Any]:
-    """Let what torch.utils.checkpoint recomputes draw the same numbers; dynamo leaves that to a compiler behind it."""
-    tag = torch.ops.higher_order.tag_activation_checkpoint
-    if isinstance(running, fx.GraphModule) and call_instead(running.graph, tag, _checkpointed):
-        running.recompile()
-    return running
+class _Region(nn.Module):
+    """Runs a region of a piece as torch.utils.checkpoint runs a function; what it runs is a piece of its own."""
 
+    def __init__(self, piece: _Piece, names: Names, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.piece, self.names = piece, names
+        self.options = {
+            key: value for key, value in options.items() if key not in ("use_reentrant", "preserve_rng_state")
+        }
+        if "_checkpoint_context_fn" in piece.source.meta:
+            self.options["context_fn"] = piece.source.meta["_checkpoint_context_fn"]
 
-def _checkpointed(region: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-    """Run a region as torch.utils.checkpoint does in an eager model."""
-    options = {key: value for key, value in kwargs.items() if key not in ("use_reentrant", "preserve_rng_state")}
-    if "_checkpoint_context_fn" in region.meta:
-        options["context_fn"] = region.meta["_checkpoint_context_fn"]
-    return checkpoint(region, *args, use_reentrant=False, preserve_rng_state=True, **options)
+    def forward(self, *values: Any) -> Any:
+        given = iter(values)
+        inputs = [next(given) if name is None else None for name in self.names]  # it reads its weights itself
+        return checkpoint(
+            self.piece.running[self.names], *inputs, use_reentrant=False, preserve_rng_state=True, **self.options
+        )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.capture.hollow import computing
@@ -41,11 +43,18 @@ class Trial:
         restless: attributes that Python sets anew at each call.
         functions: names of the custom autograd Functions through which gradients go.
         draws: whether its Python draws from the generators of Python or numpy, unless it seeds them itself.
+        recomputes: whether it saves tensors by hooks of its own, as the regions of torch.utils.checkpoint do.
     """
 
     restless: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     draws: bool = False
+    recomputes: bool = False
+
+    @property
+    def only_recomputes(self) -> bool:
+        """Whether nothing but that speaks against a whole graph."""
+        return self.recomputes and not (self.restless or self.functions or self.draws)
 
     def check(self) -> None:
         """Refuse the model for a whole graph.
@@ -59,6 +68,11 @@ class Trial:
             raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
         if self.functions:
             raise RuntimeError(f"the model uses {self.functions[0]}, whose backward a traced graph does not keep")
+        if self.recomputes:
+            raise RuntimeError(
+                "the model recomputes in backward what it does not keep (gradient checkpointing), and a traced graph "
+                "would keep it all"
+            )
 
 
 def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trial:
@@ -69,8 +83,10 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """
     try:
         with quiet(), computing(model), same_attributes(model) as before, _all_trained(model):
-            output, draws = _run(model, args, kwargs), False
-            functions = tuple(sorted(_functions(_tensors(output))))
+            hooks = _SavedTensorHooks()
+            with hooks:
+                output, draws = _run(model, args, kwargs), False
+            functions, reentrant = _functions(_tensors(output))
             drawn = _generators()
             restless: tuple[str, ...] = ()
             if before.moved(model):
@@ -83,7 +99,7 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
                 _run(model, args, kwargs, start=1)
                 again = _generators()  # a model that seeds them itself draws the same each time
                 draws = any(drawn[index] != again[index] for index in moved)
-            return Trial(restless, functions, draws)
+            return Trial(restless, functions, draws, recomputes=hooks.seen or reentrant)
     except MemoryError:
         raise
     except Exception as fault:
@@ -162,21 +178,41 @@ def _all_trained(model: nn.Module) -> Iterator[None]:
             each.requires_grad_(False)
 
 
-def _functions(outputs: list[torch.Tensor]) -> set[str]:
+class _SavedTensorHooks(TorchFunctionMode):
+    """Sees whether a model computes under hooks on saved tensors that it has set itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+        self._before = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._before
+        return func(*args, **(kwargs or {}))
+
+
+def _functions(outputs: list[torch.Tensor]) -> tuple[tuple[str, ...], bool]:
+    """Return the names of the custom Functions behind outputs, and whether torch's reentrant checkpoint is among them.
+
+    What that one recomputes is looked into by its backward alone, and a front end may keep it.
+    """
     found: set[str] = set()
+    reentrant = False
     waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         name = type(node).__name__.removesuffix("Backward")
         own = isinstance(node, torch.autograd.function.BackwardCFunction)
-        if own and not name.startswith("GeneratedBackwardFor_"):  # of a custom op, which a graph keeps
+        if own and getattr(node, "_forward_cls", None) is CheckpointFunction:
+            reentrant = True
+        elif own and not name.startswith("GeneratedBackwardFor_"):  # of a custom op, which a graph keeps
             found.add(f"the autograd.Function {name}")
         for after, _ in node.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)
                 waiting.append(after)
-    return found
+    return tuple(sorted(found)), reentrant
 
 
 @dataclass(frozen=True)

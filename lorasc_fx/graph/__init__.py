@@ -3,7 +3,7 @@
 from lorasc_fx.graph.captured import call_instead, give_arguments, rename_inputs, retarget
 from lorasc_fx.graph.chosen import chosen_by
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, own_copy
-from lorasc_fx.graph.edit import GraphEditor, drop_nodes, weights_from_inputs
+from lorasc_fx.graph.edit import GraphEditor, drop_nodes, regions_as_modules, weights_from_inputs
 from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading, WeightForm
 from lorasc_fx.graph.forms import (
     ADDED_FIRST,
@@ -73,6 +73,7 @@ __all__ = [
     "own_copy",
     "owner_of",
     "record_of",
+    "regions_as_modules",
     "register_form",
     "rename_inputs",
     "retarget",

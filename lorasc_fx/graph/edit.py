@@ -8,7 +8,7 @@ made a node, keeps names stable, and lints.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from lorasc_fx.graph.spelling import Spelled, Spelling, spelled
 from lorasc_fx.graph.weights import BRANCHES, held_branches, owner_of
 from lorasc_fx.undo import Commit, no_grad
 
-__all__ = ["GraphEditor", "drop_nodes", "weights_from_inputs"]
+__all__ = ["GraphEditor", "drop_nodes", "regions_as_modules", "weights_from_inputs"]
 
 
 class GraphEditor:
@@ -290,3 +290,35 @@ def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
             node = graph.create_node("get_attr", name)
         node.meta = {"val": value} if (value := placeholder.meta.get("example_value")) is not None else {}
         placeholder.replace_all_uses_with(node)
+
+
+def regions_as_modules(
+    graph: fx.Graph,
+    op: Any,
+    weights: Collection[str],
+    module_for: Callable[[str, tuple[str | None, ...], Mapping[str, Any]], str],
+) -> None:
+    """Let each node that runs a region by a higher-order op call a module instead, which reads its weights itself.
+
+    Args:
+        op: called with the region's body and its inputs.
+        weights: names that the graph reads as weights; these are no inputs any more.
+        module_for: is given the name of the body, for each input the weight's name or None, and the options of the op;
+            returns the name of the module.
+    """
+    for node in [each for each in graph.nodes if each.op == "call_function" and each.target is op]:
+        body, *inputs = node.args
+        named = [str(each.target) if isinstance(each, fx.Node) and each.op == "get_attr" else None for each in inputs]
+        names = tuple(name if name in weights else None for name in named)
+        target = module_for(str(body.target), names, node.kwargs)
+        with graph.inserting_before(node):
+            call = graph.create_node(
+                "call_module", target, tuple(each for each, name in zip(inputs, names, strict=True) if name is None)
+            )
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        read = [each for each in node.all_input_nodes if each.op == "get_attr"]
+        graph.erase_node(node)
+        for each in read:
+            if not each.users and not each._erased:
+                graph.erase_node(each)

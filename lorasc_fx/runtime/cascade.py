@@ -225,6 +225,7 @@ class Cascade(Staged):
             folding.release(self.core, quantized, which, undo)
             self.core.turning.call_off()
             self._flags.restore(self.model)
+            self._variants.detach()
             self._variants = Variants()
             self.core.let_go()
             return self.model
@@ -253,6 +254,7 @@ class Cascade(Staged):
             undo(partial(self.__dict__.update, _variants=self._variants, _example=self._example))
             undo(folding.tensors_writer(self.core, self))
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._variants.detach()
             self._variants = Variants()
             self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)
             folding.recast(self.core, before)

@@ -116,6 +116,7 @@ def take_over(
             if placed != {
                 site.weight: site.placement for site in core.sites
             }:  # chosen on another machine, as its bits are
+                cascade._variants.detach()
                 cascade._variants = Variants()
             then(found)
             half_step.unpack(core, found.tensors, found.manifest.get("pending", ()), str(found.path))

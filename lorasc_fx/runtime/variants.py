@@ -28,7 +28,8 @@ class Variant:
     """One adapted graph; `module` is called with a call's own arguments.
 
     A `universal` one serves every signature (pieces choose their graphs themselves); `attach` tells it whom to tell
-    of sites that come with later calls, and whom to ask for the plan. `guards`, if any, raises AssertionError for
+    of sites that come with later calls, and whom to ask for the plan, and `detach` takes back what it has put into the
+    model. `guards`, if any, raises AssertionError for
     inputs (given as their leaves) that the graph is not for. `sizes` holds, of each leaf that is a tensor, the sizes
     that are constants of the graph. `placements` tells of each weight where its branch computes in this graph
     (`beside`, `merged`, `weight`), and `expected` how long a training step takes over that of the frozen model, None
@@ -41,6 +42,7 @@ class Variant:
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     universal: bool = False
     attach: Callable[[Callable[[Made], None], Callable[[], Plan]], None] | None = None
+    detach: Callable[[], None] | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
     expected: float | None = None
 
@@ -178,6 +180,12 @@ class Variants:
             if not self.held[oldest]:
                 del self.held[oldest]
             log.warning("more than %d variants: the oldest one is dropped; calls vary in mode, sizes or dtype", LIMIT)
+
+    def detach(self) -> None:
+        """Let the model be as it was; a variant that is called again takes hold of it again."""
+        for variant in (each for variants in self.held.values() for each in variants):
+            if variant.detach is not None:
+                variant.detach()
 
     def copy(self) -> Variants:
         """Return a store of the same variants, in tables of its own."""

@@ -249,7 +249,7 @@ def test_gradient_checkpointing(frontend: str, reentrant: bool) -> None:
 
     seed(1)
     x = torch.randn(4, 5, dtype=torch.float64)
-    if frontend == "dynamo" or (frontend == "export" and reentrant):
+    if frontend in ("dynamo", "export"):
         with pytest.raises(
             lx.CaptureError,
             match=rf"^no front end takes Recomputed. Change what is told here, or adapt a part of it:"

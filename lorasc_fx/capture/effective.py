@@ -1,0 +1,267 @@
+"""Let a model read effective weights, `f(weight)`, in a call and wherever its backward runs code of the model again.
+
+Code that runs again in backward (torch.utils.checkpoint, reversible blocks, adjoint methods, hooks) reads the weights
+of the model then, long after the call. So the value is computed where a module reads its parameter, each time anew: a
+region that is checkpointed keeps no copy of it, and every inner backward has a graph of its own. A read counts if it
+comes from a running call, or from a backward at a node that a call has made. All other reads get the parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+from weakref import ReferenceType, WeakSet, ref
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lorasc_fx.capture.trees import whole
+from lorasc_fx.errors import StateError
+
+__all__ = ["EffectiveWeights"]
+
+Effective = Callable[[torch.Tensor], torch.Tensor]
+
+SPANS = 1 << 17
+"""How many calls are remembered; the graphs of as many fit no memory."""
+
+_MARK = "_lorasc_effective"
+
+
+class _Parameters(dict[str, Any]):
+    """The parameters of one module, some of which are read as effective weights; pickled and copied as a plain dict."""
+
+    def __init__(self, held: Mapping[str, Any], sites: Mapping[str, str], reader: EffectiveWeights) -> None:
+        super().__init__(held)
+        self.sites = dict(sites)
+        self.reader: ReferenceType[EffectiveWeights] = ref(reader)
+
+    def _read(self, leaf: str, value: Any) -> Any:
+        reader = self.reader() if leaf in self.sites else None
+        return value if reader is None else reader.read(self.sites[leaf], value)
+
+    def __getitem__(self, leaf: str) -> Any:
+        return self._read(leaf, super().__getitem__(leaf))
+
+    def __setitem__(self, leaf: str, value: Any) -> None:
+        """Put a parameter; an effective weight that is put back (as functional_call does) stands for its parameter."""
+        reader = self.reader()
+        if reader is not None and getattr(value, _MARK, False) and leaf in self.sites:
+            value = reader.parameters[self.sites[leaf]]
+        super().__setitem__(leaf, value)
+
+    def get(self, leaf: str, default: Any = None) -> Any:
+        """Return the value to be read now."""
+        return self._read(leaf, super().get(leaf, default))
+
+    def items(self) -> Any:
+        """Return names and the values to be read now, each computed as it is reached."""
+        reader = self.reader()
+        if reader is None or not reader.reading:
+            return super().items()
+        return ((leaf, self._read(leaf, value)) for leaf, value in super().items())
+
+    def values(self) -> Any:
+        """Return the values to be read now, each computed as it is reached."""
+        return (value for _, value in self.items())
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return (dict, (dict(self),))
+
+
+class _Call:
+    """A call of the model: its thread's numbers of autograd nodes, and the values that it reads, if they are kept."""
+
+    def __init__(self) -> None:
+        self.begin: int = torch._C._autograd._get_sequence_nr()
+        self.end: int | None = None
+        self.values: dict[str, torch.Tensor] = {}
+
+    def holds(self, number: int) -> bool:
+        """Whether a node of this number was made in the call."""
+        return self.begin <= number and (self.end is None or number < self.end)
+
+
+class EffectiveWeights:
+    """Reads of some weights of a model, during its calls and in their backward.
+
+    Args:
+        model: whose modules read.
+        effective: what is read in place of each weight, as a function of it.
+        once: keep one value of each weight for a call and its backward, for code that asks for gradients by the tensors
+            of `model.parameters()`; it takes the memory of these weights.
+    """
+
+    def __init__(self, model: nn.Module, effective: Mapping[str, Effective], once: bool = False) -> None:
+        self.model = model
+        self.once = once
+        self._local = threading.local()
+        self._spans: list[tuple[list[int], list[int]]] = []
+        self._calls: WeakSet[_Call] = WeakSet()
+        self._recurrent = [
+            (module, {name: vars(module)[name] for name in ("_flat_weights", "_flat_weight_refs")})
+            for module in model.modules()
+            if isinstance(module, nn.RNNBase)
+        ]
+        self.read_as(effective)
+
+    def read_as(self, effective: Mapping[str, Effective]) -> None:
+        """Read these weights so from now on, those of earlier calls that are still to go backward among them."""
+        self.effective = dict(effective)
+        self.parameters = {name: self.model.get_parameter(name) for name in self.effective}
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._lists = [  # recurrent layers gather theirs anew in each forward
+            (store, index, names[id(value)])
+            for module in self.model.modules()
+            if not isinstance(module, nn.RNNBase)
+            for store in vars(module).values()
+            if type(store) is list
+            for index, value in enumerate(store)
+            if id(value) in names
+        ]
+        self._open = False
+
+    def open(self) -> None:
+        """Let every module that holds one of the weights read it from here."""
+        if self._open:
+            return
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for module in self.model.modules():
+            held: Any = vars(module).get("_parameters")
+            if type(held) in (dict, _Parameters):
+                sites = {leaf: names[id(value)] for leaf, value in held.items() if id(value) in names}
+                if sites:
+                    vars(module)["_parameters"] = _Parameters(held, sites, self)
+        self._open = True
+
+    def close(self) -> None:
+        """Let every module hold its parameters as it did, until the next call."""
+        self._open = False
+        for module in self.model.modules():
+            held = vars(module).get("_parameters")
+            if isinstance(held, _Parameters) and held.reader() is self:
+                vars(module)["_parameters"] = dict(held)
+
+    @property
+    def reading(self) -> bool:
+        """Whether a read on this thread gets effective weights now."""
+        return self._place() is not None
+
+    def read(self, name: str, value: Any) -> Any:
+        """Return what a module reads now, of a weight or of what stands in its place.
+
+        Raises:
+            StateError: one value a call is kept, and that of the call whose backward this is has gone with its output.
+        """
+        place = self._place() if value is self.parameters[name] else None
+        if place is None:
+            return value
+        if not self.once:
+            return self._computed(name)
+        call = next((each for each in self._calls if each.holds(place)), None)
+        if call is None:
+            raise StateError(
+                f"{type(self.model).__name__} computes with {name} in backward, where the output of the call that this "
+                "backward belongs to is gone; keep a tensor of that output until the backward is over"
+            )
+        with torch.enable_grad():
+            if name not in call.values:
+                call.values[name] = self._computed(name)
+            return call.values[name]
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[_Call]:
+        """Read effective weights on this thread inside the block, and later in the backward of what it computes."""
+        running, call = self._running, _Call()
+        if self.once:
+            self._calls.add(call)
+        try:
+            self._local.running = (*running, call)
+            for store, index, name in self._lists:
+                store[index] = self._computed(name)
+            yield call
+        finally:
+            self._local.running = running
+            call.end = torch._C._autograd._get_sequence_nr()
+            self._remember(call.begin, call.end)
+            self._restore()
+            if not running:
+                self._local.backward = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        self.open()
+        with self.call() as call:
+            output = self.model(*args, **kwargs)
+        if self.once:  # the values live as long as the graph does
+            for leaf in pytree.tree_leaves(output, is_leaf=whole):
+                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                    cast("dict[str, Any]", leaf.grad_fn.metadata).setdefault(_MARK, []).append(call)
+        return output
+
+    @property
+    def _running(self) -> tuple[_Call, ...]:
+        return getattr(self._local, "running", ())
+
+    def _place(self) -> int | None:
+        """Return the number of a node of the call that reads now on this thread, or None."""
+        if self._running:
+            return self._running[-1].begin
+        task: int = torch._C._current_graph_task_id()
+        if task < 0:
+            return None
+        backward: tuple[int, int] | None = getattr(self._local, "backward", None)
+        if backward is not None and task > backward[0]:  # a backward inside the backward of a node
+            return backward[1]
+        node = torch._C._current_autograd_node()
+        number = node._sequence_nr() if node is not None else -1
+        if not self._is_of_a_call(number):
+            return None
+        if backward is None or backward[0] != task:
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
+        self._local.backward = (task, number)
+        return number
+
+    def _computed(self, name: str) -> torch.Tensor:
+        parameter = self.parameters[name]
+        value = self.effective[name](parameter)
+        if value is not parameter:
+            setattr(value, _MARK, True)
+        return value
+
+    def _is_of_a_call(self, number: int) -> bool:
+        """Whether a node was made in a call. Numbers are those of the thread that made it, which no node tells."""
+        for begins, ends in self._spans:
+            place = bisect_right(begins, number) - 1
+            if place >= 0 and number < ends[place]:
+                return True
+        return False
+
+    def _remember(self, begin: int, end: int) -> None:
+        if begin == end:
+            return
+        if not hasattr(self._local, "spans"):
+            self._local.spans = ([], [])
+            self._spans.append(self._local.spans)
+        begins, ends = self._local.spans
+        if begins and begin <= ends[-1]:  # a call inside a call
+            begins[-1], ends[-1] = min(begin, begins[-1]), end
+            return
+        begins.append(begin)
+        ends.append(end)
+        if len(begins) > SPANS:
+            del begins[: SPANS // 2], ends[: SPANS // 2]
+
+    def _backward_ends(self) -> None:
+        self._local.backward = None
+        self._restore()
+
+    def _restore(self) -> None:
+        for store, index, name in self._lists:
+            store[index] = self.parameters[name]
+        for module, held in self._recurrent:
+            vars(module).update(held)

@@ -1,0 +1,404 @@
+"""Code that backward runs again computes with the branches, and what it does not keep in memory is not kept here."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import lorasc_fx as lx
+from tests.unit.cases import batches, branches, loss_of, randomize
+
+SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
+X = batches(1, 4, 5)[0]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Dynamo keeps what it compiled by code object; each test starts without."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    """A residual block; with `breaks` no graph holds it."""
+
+    def __init__(self, breaks: bool = False) -> None:
+        super().__init__()
+        self.breaks = breaks
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.breaks and x.sum().item() > 1e9:
+            x = -x
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Checkpointed(nn.Module):
+    """Blocks under torch.utils.checkpoint: one after the other with one twice, one inside the other, or in segments."""
+
+    def __init__(self, how: str, breaks: bool, reentrant: bool) -> None:
+        super().__init__()
+        self.how, self.reentrant = how, reentrant
+        self.stem, self.blocks, self.head = (
+            nn.Linear(5, 6),
+            nn.ModuleList(Block(breaks) for _ in range(2)),
+            nn.Linear(6, 3),
+        )
+
+    def kept(self, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(call, x, use_reentrant=self.reentrant)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, (first, second) = self.stem(x), self.blocks
+        if self.how == "nested":
+            x = self.kept(lambda inner: second(self.kept(first, inner)), x)
+        elif self.how == "segments":
+            x = checkpoint_sequential(nn.Sequential(first, second), 2, x, use_reentrant=self.reentrant)
+        else:
+            for block in (first, second, first):
+                x = self.kept(block, x)
+        return self.head(x)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, which gathers its weights in a list, checkpointed twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Linear(5, 6), nn.LSTM(6, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(x)[None]
+        for _ in range(2):
+            hidden = checkpoint(lambda each: self.layer(each)[0], hidden, use_reentrant=True)
+        return self.head(hidden[0])
+
+
+class Reverse(torch.autograd.Function):
+    """A reversible block: backward makes its inputs of its outputs, and runs both functions again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, z: torch.Tensor, f: nn.Module, g: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.functions = f, g
+        with torch.no_grad():
+            y = x + f(z)
+            z = z + g(y)
+        ctx.save_for_backward(y, z)
+        return y, z
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, dz: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (f, g), (y, z) = ctx.functions, ctx.saved_tensors
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            change = g(y)
+            torch.autograd.backward(change, dz)
+            z = (z - change).detach().requires_grad_()
+            torch.autograd.backward(f(z), dy + y.grad)
+        return dy + y.grad, dz + z.grad, None, None
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = self.stem(x).chunk(2, -1)
+        for f, g in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+            halves = Reverse.apply(*halves, f, g)
+        return self.head(torch.cat(halves, -1))
+
+
+class Adjoint(torch.autograd.Function):
+    """Euler steps of an equation; backward goes the way back, with gradients by the tensors of `parameters()`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, f: nn.Module, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.f = f
+        with torch.no_grad():
+            for _ in range(3):
+                y = y + f(y) / 3
+        ctx.save_for_backward(y, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, *parameters = ctx.saved_tensors
+        sums = [torch.zeros_like(each) for each in parameters]
+        for _ in range(3):
+            with torch.enable_grad():
+                y = y.detach().requires_grad_()
+                change = ctx.f(y)
+                own, *more = torch.autograd.grad(change, (y, *parameters), slope, allow_unused=True)
+            sums = [total if each is None else total + each / 3 for total, each in zip(sums, more, strict=True)]
+            slope, y = slope + own / 3, y - change.detach() / 3
+        return (slope, None, *sums)
+
+
+class Equation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Linear(5, 6), Block(), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        trained = [each for each in self.block.parameters() if each.requires_grad]
+        return self.head(Adjoint.apply(self.stem(x), self.block, *trained))
+
+
+class Hooked(nn.Module):
+    """A hook on a tensor computes with a weight in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.stem(x))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda slope: slope + 0.1 * slope @ self.body.weight)
+        return self.head(self.body(hidden))
+
+
+HOW = [("twice", True), ("nested", True), ("nested", False), ("segments", False), ("twice", False)]
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    f"{how}{'-breaks' if breaks else ''}-{'reentrant' if reentrant else 'hooks'}": partial(
+        Checkpointed, how, breaks, reentrant
+    )
+    for how, breaks in HOW
+    for reentrant in (True, False)
+} | {each.__name__: each for each in (Recurrent, Reversible, Equation, Hooked)}
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(3)
+    return MODELS[name]().double().train()
+
+
+def gradients(model: nn.Module, x: torch.Tensor = X) -> None:
+    loss_of(model(x)).backward()
+
+
+def assert_gradients(cascade: lx.Cascade, merged: nn.Module) -> None:
+    """The factors have the gradients that the eager model with W + s B A gives them, through its weights."""
+    for name, branch in branches(cascade).items():
+        right = torch.autograd.grad(
+            branch.scale * branch.delta(), (branch.lora_A, branch.lora_B), merged.get_parameter(name).grad
+        )
+        assert right[0].any()
+        for factor, expected in zip((branch.lora_A, branch.lora_B), right, strict=True):
+            torch.testing.assert_close(factor.grad, expected, rtol=0, atol=1e-12)
+
+
+def merged_twin(model: nn.Module, cascade: lx.Cascade) -> nn.Module:
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, branch in branches(cascade).items():
+            twin.get_parameter(name).add_(branch.scale * branch.delta())
+    return twin.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_backward_runs_again_computes_with_the_branches(name: str) -> None:
+    """In two steps and in a call of the cascade inside another's backward; a call of the model itself stays without."""
+    model = model_of(name)
+    original = copy.deepcopy(model)
+    cascade = lx.adapt(model, (X,), spec=SPEC, frontend="pieces" if name == "Hooked" else "auto")
+    assert len(cascade.sites) == sum(each.dim() > 1 for each in model.parameters())
+    randomize(cascade)
+    twin = merged_twin(original, cascade)
+    for _ in range(2):
+        for each in (cascade, twin):
+            each.zero_grad()
+            gradients(each)
+        assert_gradients(cascade, twin)
+    x, z = (X.clone().requires_grad_() for _ in range(2))
+    later = cascade(X)
+    for each, given in ((model, x), (original, z)):
+        loss_of(each(given)).backward()
+    torch.testing.assert_close(x.grad, z.grad, rtol=0, atol=1e-12)
+    cascade.zero_grad()
+    loss_of(later).backward()
+    assert_gradients(cascade, twin)
+    cascade.zero_grad()
+    torch.save(model, io.BytesIO())
+    torch.testing.assert_close(copy.deepcopy(cascade)(X), twin(X), rtol=0, atol=1e-12)
+    released = cascade.release()
+    assert all(type(module._parameters) is dict for module in released.modules())
+
+
+def test_a_raw_and_an_adapted_call_in_one_backward() -> None:
+    """Each computes again what it has computed."""
+    model = model_of("twice-breaks-hooks")
+    original = copy.deepcopy(model)
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    randomize(cascade)
+    twin = merged_twin(original, cascade)
+    x, z = (X.clone().requires_grad_() for _ in range(2))
+    (loss_of(model(x)) + loss_of(cascade(x)) + loss_of(model(x))).backward()
+    (loss_of(original(z)) + loss_of(twin(z)) + loss_of(original(z))).backward()
+    torch.testing.assert_close(x.grad, z.grad, rtol=0, atol=1e-12)
+    assert_gradients(cascade, twin)
+
+
+def test_parameters_are_pickled_as_ever() -> None:
+    model = model_of("Reversible")
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    gradients(cascade)
+    held = model.blocks[0].up._parameters
+    assert type(held) is not dict
+    assert type(copy.deepcopy(held)) is dict
+    stored = io.BytesIO()
+    torch.save(model.blocks[0].up, stored)
+    assert b"lorasc" not in stored.getvalue()
+    with cascade.weights("base"):
+        assert torch.equal(cascade(X), model(X))
+
+
+def test_an_output_that_is_gone_before_its_backward_is_an_error() -> None:
+    """A value of each weight is kept for a call where gradients are asked for by `parameters()`."""
+
+    class Kept(Equation):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output = super().forward(x)
+            self.__dict__["loss"] = [output.square().sum()]
+            return output.detach() if self.__dict__.get("alone") else output
+
+    torch.manual_seed(3)
+    model = Kept().double().train()
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    cascade(X)
+    model.__dict__["loss"][0].backward()
+    vars(model)["alone"] = True
+    cascade(X)
+    with pytest.raises(
+        lx.StateError,
+        match=r"^Kept computes with block\.up\.weight in backward, where the output of the call that this backward "
+        "belongs to is gone; keep a tensor of that output until the backward is over$",
+    ):
+        model.__dict__["loss"][0].backward()
+
+
+def test_a_weight_that_only_a_closure_holds_in_backward_is_refused() -> None:
+    class Holds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, held: tuple[torch.Tensor]) -> torch.Tensor:
+            ctx.held = held
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return slope @ ctx.held[0], None
+
+    class Closure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body = nn.Linear(5, 6), nn.Linear(6, 6)
+            self.held = (self.body.weight,)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(Holds.apply(self.stem(x), self.held))
+
+    with pytest.raises(
+        lx.CaptureError,
+        match=r"^Closure: stem\.weight does not get the gradient that the eager model gives its weight; its Python "
+        r"computes with weights where no module shows it\. Exclude them, or adapt a part of the model$",
+    ):
+        lx.adapt(Closure(), (X.float(),), spec=SPEC)
+
+
+# ---- memory
+
+
+class Stack(nn.Module):
+    """Blocks that are checkpointed on demand, as those of transformers and timm are."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.gradient_checkpointing, self.reentrant = False, reentrant
+        self.stem, self.head = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 16)) for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            kept = self.gradient_checkpointing and self.training
+            x = x + (checkpoint(block, x, use_reentrant=self.reentrant) if kept else block(x))
+        return self.head(x)
+
+
+def bytes_kept(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of what autograd saves in a forward, each storage once."""
+    found: dict[int, int] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        model(x)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_gradient_checkpointing_keeps_its_memory(reentrant: bool, before: bool) -> None:
+    """Turned on before `adapt` or after it, and off again."""
+    torch.manual_seed(4)
+    model, x = Stack(reentrant), torch.randn(256, 5)
+    model.gradient_checkpointing = True
+    eager = bytes_kept(model, x)
+    model.gradient_checkpointing = before
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert len(cascade.sites) == 10
+    for on in (before, True, False, True):
+        model.gradient_checkpointing = on
+        cascade(x)
+        factors = sum(4 * each.numel() for each in cascade.branches.parameters())
+        low = 10 * 4 * 2 * 256  # A x of each site outside
+        assert (bytes_kept(cascade, x) <= eager + factors + low) == on
+    randomize(cascade)
+    model.eval()
+    expected = cascade(x)
+    cascade.train()
+    torch.manual_seed(0)
+    gradients(cascade, x)
+    with_regions = [each.grad.clone() for each in cascade.branches.parameters()]
+    cascade.zero_grad()
+    model.gradient_checkpointing = False
+    torch.manual_seed(0)
+    gradients(cascade, x)
+    for one, other in zip(with_regions, cascade.branches.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(cascade.eval()(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
+def test_a_whole_graph_is_refused(frontend: str) -> None:
+    model = Stack()
+    model.gradient_checkpointing = True
+    with pytest.raises(
+        lx.CaptureError, match=r"recomputes in backward what it does not keep \(gradient checkpointing\)"
+    ):
+        lx.adapt(model, (X.float(),), spec=SPEC, frontend=frontend)
+    cascade = lx.adapt(model, (X.float(),), spec=SPEC)
+    with pytest.raises(
+        lx.CaptureError, match=r"\(gradient checkpointing\) are graphs of their own; turn that off first\. r"
+    ):
+        cascade.folded_graph()
+    cascade.eval()
+    cascade.folded_graph()
