@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakMethod
 
@@ -33,6 +33,7 @@ from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.runtime import Made, Variant
+from lorasc_fx.undo import Undo, isolated
 
 __all__ = ["insert", "make_pieces"]
 
@@ -256,7 +257,7 @@ def _wrong_gradient(
     model = pieces.model
     plain = [each for each in branches if not is_quantized(model.get_parameter(each.weight_name))]
     weights = {each.weight_name: model.get_parameter(each.weight_name) for each in plain}
-    with torch.enable_grad(), _stand_ins(plain, model):
+    with quiet(), _stand_ins(plain, model):  # with gradients
         with _trained(weights):
             theirs = _backward(model, _merged(model, plain), args, kwargs)
             given = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
@@ -305,54 +306,40 @@ def _merged(model: nn.Module, branches: Sequence[Branch]) -> dict[str, torch.Ten
     }
 
 
-@contextlib.contextmanager
-def _holding(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+@isolated
+def _holding(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Let parameters hold other numbers, for whoever holds the parameters."""
-    kept = {name: model.get_parameter(name).data for name in values}
-    try:
-        for name, value in values.items():
-            model.get_parameter(name).data = value
-        yield
-    finally:
-        for name, value in kept.items():
-            model.get_parameter(name).data = value
+    for name, value in values.items():
+        parameter = model.get_parameter(name)
+        undo(partial(setattr, parameter, "data", parameter.data))
+        parameter.data = value
 
 
-@contextlib.contextmanager
-def _trained(weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+@isolated
+def _trained(undo: Undo, weights: Mapping[str, nn.Parameter]) -> None:
     """Let weights get gradients, which are gone afterwards."""
-    kept = {name: (weight.requires_grad, weight.grad) for name, weight in weights.items()}
-    try:
-        for weight in weights.values():
-            weight.requires_grad_(True).grad = None
-        yield
-    finally:
-        for name, (needed, gradient) in kept.items():
-            weights[name].requires_grad_(needed).grad = gradient
+    for weight in weights.values():
+        undo(partial(setattr, weight, "grad", weight.grad))
+        undo(partial(weight.requires_grad_, weight.requires_grad))
+        weight.requires_grad_(True).grad = None
 
 
-@contextlib.contextmanager
-def _stand_ins(branches: Sequence[Branch], model: nn.Module) -> Iterator[None]:
+@isolated
+def _stand_ins(undo: Undo, branches: Sequence[Branch], model: nn.Module) -> None:
     """Give branches factors to try with, which nobody watches, and let no parameter of the model get a gradient."""
-    trained = [each for each in model.parameters() if each.requires_grad]
-    kept = [(branch, branch.training, dict(branch._parameters)) for branch in branches]
-    try:
-        for each in trained:
-            each.requires_grad_(False)
-        for branch in branches:
-            branch.training = False  # the eager model has no dropout of branches
-            for name in ("lora_A", "lora_B"):
-                factor = branch._parameters[name]
-                assert factor is not None
-                branch._parameters[name] = nn.Parameter(factor.detach().clone(), factor.requires_grad)
-            _probe(branch, model)
-        yield
-    finally:
-        for branch, training, parameters in kept:
-            branch.training = training
-            branch._parameters.update(parameters)
-        for each in trained:
-            each.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            undo(partial(parameter.requires_grad_, True))
+            parameter.requires_grad_(False)
+    for branch in branches:
+        undo(partial(branch._parameters.update, dict(branch._parameters)))
+        undo(partial(setattr, branch, "training", branch.training))
+        branch.training = False  # the eager model has no dropout of branches
+        for name in ("lora_A", "lora_B"):
+            factor = branch._parameters[name]
+            assert factor is not None
+            branch._parameters[name] = nn.Parameter(factor.detach().clone(), factor.requires_grad)
+        _probe(branch, model)
 
 
 def _backward(call: Any, values: Mapping[str, torch.Tensor], args: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -8,10 +8,10 @@ comes from a running call, or from a backward at a node that a call has made. Al
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 from weakref import ReferenceType, WeakSet, ref
 
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.trees import whole
 from lorasc_fx.errors import StateError
+from lorasc_fx.undo import Undo, isolated
 
 __all__ = ["EffectiveWeights"]
 
@@ -173,29 +174,10 @@ class EffectiveWeights:
                 call.values[name] = self._computed(name)
             return call.values[name]
 
-    @contextlib.contextmanager
-    def call(self) -> Iterator[_Call]:
-        """Read effective weights on this thread inside the block, and later in the backward of what it computes."""
-        running, call = self._running, _Call()
-        if self.once:
-            self._calls.add(call)
-        try:
-            self._local.running = (*running, call)
-            for store, index, name in self._lists:
-                store[index] = self._computed(name)
-            yield call
-        finally:
-            self._local.running = running
-            call.end = torch._C._autograd._get_sequence_nr()
-            self._remember(call.begin, call.end)
-            self._restore()
-            if not running:
-                self._local.backward = None
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         self.open()
-        with self.call() as call:
+        with _running(self) as call:
             output = self.model(*args, **kwargs)
         if self.once:  # the values live as long as the graph does
             for leaf in pytree.tree_leaves(output, is_leaf=whole):
@@ -204,13 +186,14 @@ class EffectiveWeights:
         return output
 
     @property
-    def _running(self) -> tuple[_Call, ...]:
+    def running(self) -> tuple[_Call, ...]:
+        """The calls that this thread is in."""
         return getattr(self._local, "running", ())
 
     def _place(self) -> int | None:
         """Return the number of a node of the call that reads now on this thread, or None."""
-        if self._running:
-            return self._running[-1].begin
+        if self.running:
+            return self.running[-1].begin
         task: int = torch._C._current_graph_task_id()
         if task < 0:
             return None
@@ -220,6 +203,7 @@ class EffectiveWeights:
         node = torch._C._current_autograd_node()
         number = node._sequence_nr() if node is not None else -1
         if not self._is_of_a_call(number):
+            self._local.backward = None
             return None
         if backward is None or backward[0] != task:
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
@@ -248,9 +232,9 @@ class EffectiveWeights:
             self._local.spans = ([], [])
             self._spans.append(self._local.spans)
         begins, ends = self._local.spans
-        if begins and begin <= ends[-1]:  # a call inside a call
-            begins[-1], ends[-1] = min(begin, begins[-1]), end
-            return
+        while begins and begin <= ends[-1]:  # it follows at once, or was inside
+            begin = min(begin, begins.pop())
+            ends.pop()
         begins.append(begin)
         ends.append(end)
         if len(begins) > SPANS:
@@ -258,10 +242,38 @@ class EffectiveWeights:
 
     def _backward_ends(self) -> None:
         self._local.backward = None
-        self._restore()
+        self.put_back_lists()
 
-    def _restore(self) -> None:
+    def begin(self) -> _Call:
+        """Read effective weights on this thread from now on."""
+        call = _Call()
+        if self.once:
+            self._calls.add(call)
+        self._local.running = (*self.running, call)
+        for store, index, name in self._lists:
+            store[index] = self._computed(name)
+        return call
+
+    def end(self, running: tuple[_Call, ...]) -> None:
+        """Read them as before, and in the backward of what was computed meanwhile."""
+        for call in self.running[len(running) :]:
+            call.end = torch._C._autograd._get_sequence_nr()
+            self._remember(call.begin, call.end)
+        self._local.running = running
+        if not running:
+            self._local.backward = None
+        self.put_back_lists()
+
+    def put_back_lists(self) -> None:
+        """Let lists hold the parameters."""
         for store, index, name in self._lists:
             store[index] = self.parameters[name]
         for module, held in self._recurrent:
             vars(module).update(held)
+
+
+@isolated
+def _running(undo: Undo, weights: EffectiveWeights) -> _Call:
+    """Read effective weights on this thread inside the block."""
+    undo(partial(weights.end, weights.running))
+    return weights.begin()
