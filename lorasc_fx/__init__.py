@@ -1,7 +1,5 @@
 """LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
 
-import logging
-
 from lorasc_fx import export, import_, integrations
 from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.materialize import materialize
@@ -11,6 +9,7 @@ from lorasc_fx.errors import (
     CheckpointError,
     ExportError,
     LorascError,
+    LorascWarning,
     MissingExtra,
     NonFiniteBranch,
     NoSites,
@@ -32,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "ExportError",
     "LorascError",
+    "LorascWarning",
     "MissingExtra",
     "NoSites",
     "Noise",
@@ -61,5 +61,3 @@ __all__ = [
     "save",
     "shuffled_batches",
 ]
-
-logging.getLogger("lorasc_fx").addHandler(logging.NullHandler())  # quiet, until a program asks for logs

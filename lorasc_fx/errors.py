@@ -6,7 +6,11 @@ suggests names, so that every unknown name is answered in the same way.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -14,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "ExportError",
     "LorascError",
+    "LorascWarning",
     "MissingExtra",
     "NoSites",
     "NonFiniteBranch",
@@ -24,12 +29,20 @@ __all__ = [
     "UnknownTarget",
     "VerifyError",
     "listed",
+    "named",
     "nearest",
+    "warn",
 ]
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 class LorascError(Exception):
     """Root of every error that this package raises on purpose."""
+
+
+class LorascWarning(UserWarning):
+    """What the user has to act on although nothing failed; the category of every warning of this package."""
 
 
 class SpecError(LorascError, ValueError):
@@ -91,3 +104,19 @@ def listed(known: Iterable[str], count: int = 5) -> str:
     names = list(known)
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return "; known: " + ", ".join(map(repr, names[:count])) + more if names else ""
+
+
+def named(names: Iterable[str], count: int = 3) -> str:
+    """Return "a, b, c and 4 more" with the first names."""
+    names = list(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{', '.join(names[:count])}{more}"
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's program: the first frame that is neither of this package nor of torch."""
+    skipped = (_PACKAGE, os.path.dirname(sys.modules["torch"].__file__ or "") + os.sep, contextlib.__file__)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(skipped):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, LorascWarning, stacklevel=level)

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 # Before torch is imported anywhere. Two workers with two threads each would be slower on two cores, and one thread sums
 # in one order. The workers of xdist inherit this.
@@ -11,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # What a machine was measured to do belongs to its user, not to a test.
 os.environ["LORASC_FX_CACHE"] = os.path.join(tempfile.mkdtemp(prefix="lorasc-fx-"), "rates.json")
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The first example pays for torch's imports and kernels; pytest-timeout watches the whole.
@@ -18,3 +20,22 @@ settings.register_profile(
     "lorasc", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lorasc")
+
+USAGE = (
+    "the model of a cascade was called inside",
+    "the state dict of a cascade's model was read inside",
+    "the cascade was called in eval mode inside",
+    r"stage \d+ ended, and no branch has moved",
+    r"\S+ stage 1 has trained and is folded now",
+)
+"""Warnings about the use of a cascade. Tests of numerics look inside a stage, and end it, at moments at which a program
+has no reason to; what stands for programs (`AS_PROGRAMS`) has to be free of these warnings."""
+AS_PROGRAMS = ("loops", "cli", "contract")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] not in AS_PROGRAMS:
+            for message in USAGE:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}:lorasc_fx.LorascWarning"), append=False)

@@ -231,7 +231,7 @@ def _check_loaded(cascade: Cascade, path: Path) -> None:
 
 
 def _tell_of_wide_branches(plan: Plan) -> None:
-    """Warn, once a cascade, of ranks that no product of such a shape can have."""
+    """Log ranks that no matrix of such a shape can have."""
     wide = [
         (site, most)
         for site in plan.sites
@@ -239,7 +239,7 @@ def _tell_of_wide_branches(plan: Plan) -> None:
     ]
     if wide:
         (site, most), more = wide[0], f" and {len(wide) - 1} more" if len(wide) > 1 else ""
-        log.warning(
+        log.info(
             "rank %d is more than %s%s can have: a matrix of %s has a rank of %d at most. The branch computes what a "
             "smaller one would, at more cost; give such weights a rank of their own (rules=...)",
             max((site.rank, *site.ranks)),

@@ -6,7 +6,6 @@ Source: algorithm.md, "One site".
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,7 +21,7 @@ from lorasc_fx.branch.quantized import is_quantized
 from lorasc_fx.branch.rows import local
 from lorasc_fx.branch.slow import SlowWeight, Which
 from lorasc_fx.branch.sums import arithmetic
-from lorasc_fx.errors import NonFiniteBranch, SpecError
+from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.plan import Site
 from lorasc_fx.spec import CascadeSpec
 
@@ -38,9 +37,8 @@ __all__ = [
     "write_start",
 ]
 
-log = logging.getLogger("lorasc_fx")
-
-_ADVICE = "Lower the learning rate or clip gradients, or set on_nonfinite='skip' to leave such branches out"
+_LOWER = "Lower the learning rate or clip gradients"
+_ADVICE = f"{_LOWER}, or set on_nonfinite='skip' to leave such branches out"
 
 
 def start_weight(
@@ -216,7 +214,7 @@ def end_stage(
                 f"the branch of {branch.weight_name} {fault} at the end of stage {stage}; nothing was folded. {_ADVICE}"
             )
         if fault:
-            log.warning("the branch of %s %s at the end of stage %d: it was left out", state.name, fault, stage)
+            warn(f"the branch of {state.name} {fault} at the end of stage {stage}: it was left out. {_LOWER}")
             if left_out is not None:
                 left_out.add(state.name)
     if after is None:

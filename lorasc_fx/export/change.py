@@ -78,7 +78,7 @@ def change_of(core: Core, which: Which) -> Change:
     What a dense collapse has left is factored at its numerical rank: the delta is there, and its pair is never larger
     than twice that. Kept noise has full rank, and is refused.
     """
-    slow = core.slow if which == "fast" else ended(core)
+    slow = core.slow if which == "fast" else ended(core, "export.peft")
     branches, change = core.branches_by_weight(), Change()
     at = "slow" if which == "fast" and slow.parked else which
     for name, state in slow.states.items():

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorasc_fx.branch import arithmetic
-from lorasc_fx.errors import ExportError, SpecError, StateError
+from lorasc_fx.errors import ExportError, SpecError, StateError, warn
 from lorasc_fx.export.change import Change, change_of, nothing
 from lorasc_fx.export.folder import write_folder
 from lorasc_fx.export.low_rank import CutOff
@@ -149,13 +149,12 @@ def peft(
     write_folder(Path(folder), CONFIG, (CONFIG, TENSORS, "adapter_model.bin"), fill)
     written = PeftAdapter(Path(folder), ranks, change.cut, saved.modules)
     for line in str(written).splitlines()[1:]:
-        log.warning("export.peft: %s", line.strip())
+        log.info("export.peft: %s", line.strip())
     for name, each in places.items():
         if len(each) > 1:
-            log.warning(
-                "%s is tied, and peft keeps a pair for each of %s: right as an adapter, but its merge adds them all",
-                name,
-                " and ".join(place.path for place in each),
+            warn(
+                f"{name} is tied, and peft keeps a pair for each of {' and '.join(place.path for place in each)}: "
+                "right as an adapter, but its merge adds them all. Merge by cascade.release() instead"
             )
     return written
 

@@ -89,6 +89,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._trainer: Any = None
         self._over = self._turning = False
+        if evaluate == "trained":
+            cascade.core.usage.accept("eval")  # noise is asked for
         for name in _READ:
             if hasattr(cascade.model, name):
                 setattr(cascade, name, getattr(cascade.model, name))

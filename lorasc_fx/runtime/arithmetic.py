@@ -7,7 +7,6 @@ rounded weight of any run is read. Relatives: model soups (2203.05482), task ari
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasc_fx.branch import Expert, Past, SlowWeight, arithmetic, dense, summing
-from lorasc_fx.errors import SpecError
+from lorasc_fx.errors import SpecError, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.adopt import install
 from lorasc_fx.runtime.folding import ended
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
 __all__ = ["Part", "join", "part_of", "weighted_sum"]
-
-log = logging.getLogger("lorasc_fx")
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def part_of(core: Core, name: str) -> Part:
         NonFiniteBranch: a running branch holds inf or nan.
     """
     buffers = {key: buffer.detach().clone() for key, buffer in core.model.named_buffers()}
-    slow = ended(core)
+    slow = ended(core, "merge")
     bare = {key: replace(state, base=state.base.to("meta")) for key, state in slow.states.items()}
     return Part(name, core.plan, replace(slow, states=bare), buffers)
 
@@ -151,11 +148,9 @@ def join(core: Core, after: SlowWeights, parts: Sequence[Part]) -> None:
     told = [name for name, buffer in buffers.items() if name not in taken and buffer.is_floating_point()]
     install(core, after, [*after.states, *after.trained], taken)
     if told:
-        log.warning(
-            "merge: %d buffers differ between the runs and stay as the base has them: %s; "
-            "torch.optim.swa_utils.update_bn makes running statistics anew",
-            len(told),
-            ", ".join(told[:3]),
+        warn(
+            f"merge: {len(told)} buffers differ between the runs and stay as the base has them: {', '.join(told[:3])}; "
+            "torch.optim.swa_utils.update_bn makes running statistics anew"
         )
 
 

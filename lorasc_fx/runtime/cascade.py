@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Which
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import checkpoint_read, folding, past
 from lorasc_fx.runtime.core import Core
@@ -80,6 +80,7 @@ class Cascade(Staged):
         if any(isinstance(leaf, torch.fx.Proxy) for leaf in self._maker.leaves(bound, named)):
             variant, count = self._variants.symbolic(self.training)
             return variant.module.forward(*bound[:count], **named)  # type: ignore[attr-defined]
+        self.core.usage.check_mode(self.core, self.training)
         return self.variant(bound, named).module(*bound, **named)
 
     def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
@@ -123,7 +124,14 @@ class Cascade(Staged):
         self.core.know_sites(undo)
         if new:
             weights = [branch.weight_name for branch in new.values()]
-            log.warning("%d sites came with a new variant: %s; add their branches to the optimizer", len(new), weights)
+            if not self.core.grouped and not self.core.pending.accumulated:
+                log.info("%d sites came with a new variant: %s", len(new), weights)
+                return
+            warn(
+                f"{len(new)} sites came with a call that no earlier one was like: {named(weights)}. The optimizer does "
+                "not hold their branches: add_param_group them, or call the cascade once in each mode and with each "
+                "kind of arguments before you make the optimizer"
+            )
 
     def _running(self) -> Plan:
         """Return the plan of the running stage, as variants ask for it."""
@@ -222,6 +230,7 @@ class Cascade(Staged):
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(self.core.turning.restorer())
             undo(self.core.pending.restorer(self.core.trainable()))
+            undo(partial(self.core.usage.arm, self.core))
             folding.release(self.core, quantized, which, undo)
             self.core.turning.call_off()
             self._flags.restore(self.model)
@@ -267,6 +276,12 @@ class Cascade(Staged):
         if "train" not in vars(self.model):
             self.model.train(mode)
         return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the entries of model and branches, as torch does; `lorasc_fx.save` writes what a resume needs."""
+        if not self._state_dict_hooks:  # an integration's checkpoints keep the small state
+            self.core.usage.check_saved(self.core)
+        return super().state_dict(*args, **kwargs)
 
     def load(self, found: checkpoint_read.Checkpoint) -> None:
         """Take over a checkpoint that was read; the cascade was made by its plan."""

@@ -21,6 +21,7 @@ from lorasc_fx.runtime.replicas import Replicas
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.steps import StepWatch
+from lorasc_fx.runtime.usage import UsageWatch
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.undo import Block, Lock, Undo
 
@@ -48,6 +49,7 @@ class Core:
         self.turning = GradientStart()
         self.steps = StepWatch()
         self.replicas = Replicas()
+        self.usage = UsageWatch()
         self.placed: Which | int | None = None  # a number is that of a stage
         self.released = False
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
@@ -55,6 +57,8 @@ class Core:
         self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
         self.hollow: Hollow | None = None  # until a model on the meta device has its numbers
         self.spread: Callable[[Any, Any, Any], Any] | None = None  # computes a call, where weights lie in parts
+        self.grouped = False  # param_groups was called: an optimizer holds the branches of now
+        self.looped = False  # stages was called
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
         self._as_left: dict[str, tuple[int, int]] = {}
@@ -117,6 +121,8 @@ class Core:
         state and branches from elsewhere: no factors are taken out of its weights.
         """
         self.slow = self.slow.with_trained(trained, rules or {})
+        undo(self.usage.disarm)
+        self.usage.arm(self)
         if self.hollow is None:
             self.know_sites(undo, empty)
 
@@ -185,6 +191,7 @@ class Core:
         self.released = True
         self.pending.disarm()
         self.steps.disarm()
+        self.usage.disarm()
 
     def base_writer(self) -> Callable[[], None]:
         """Return what writes W0 back into the user's parameters, as it is kept now."""
@@ -215,6 +222,10 @@ class Core:
     def note_weights(self) -> None:
         """Remember which objects the weights are, and that nobody has written to them since."""
         self._as_left = {name: _mark(parameter) for name, parameter in self.weights_by_name().items()}
+
+    def exchanged(self) -> bool:
+        """Whether other objects are in the places of the weights, as inside torch.func.functional_call."""
+        return any(id(parameter) != self._as_left[name][0] for name, parameter in self.weights_by_name().items())
 
     def check_weights(self, call: str) -> None:
         """Raise StateError where somebody else has written other numbers into a weight, or replaced it."""

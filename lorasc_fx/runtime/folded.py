@@ -67,7 +67,7 @@ def of_core(core: Core, call: str, which: Which = "slow") -> FoldedWeights:
         StateError: a quantized weight has trained, and no file of the base's layout can hold it.
     """
     check_which(call, which, core.plan.spec)
-    slow, parameters = ended(core), core.parameters_by_name()
+    slow, parameters = ended(core, call), core.parameters_by_name()
     check_asked(call, slow, None)
     names: dict[int, tuple[str, ...]] = {}
     for name, parameter in core.model.named_parameters(remove_duplicate=False):

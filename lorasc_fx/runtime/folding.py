@@ -207,10 +207,23 @@ def trained_value(slow: SlowWeights, name: str, which: Which, live: torch.Tensor
     return kept.slow.to(live.dtype) if which != "fast" and follows else live
 
 
-def ended(core: Core) -> SlowWeights:
-    """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written."""
+def ended(core: Core, call: str) -> SlowWeights:
+    """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written.
+
+    Warns where a first stage that no loop over stages began loses a part of what it has trained.
+    """
     slow, branches, trained = core.slow, core.branches_by_weight(), core.trained_parameters()
-    return slow.after_stage(core.plan, branches, trained) if has_begun(core) else slow
+    if not has_begun(core):
+        return slow
+    after, pace = slow.after_stage(core.plan, branches, trained), core.plan.spec.pace_at(core.plan.stage)
+    if pace < 1 and core.plan.stage == 1 and not core.looped:
+        core.usage.once(
+            "pace",
+            f"{call}: stage 1 has trained and is folded now, and only {pace:g} of what it has trained is kept: the "
+            "pace of the spec. Train in `for stage in cascade.stages(...)`; to keep all of it without stages give "
+            'pace=1.0, or save inside `with cascade.weights("fast"):`',
+        )
+    return after
 
 
 def folded_state(core: Core, call: str, quantized: Requantize = None, which: Which = "slow") -> dict[str, torch.Tensor]:
@@ -232,7 +245,7 @@ def folded_each(
 ) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
     """Yield each entry of the model's state dict: its name, what it holds now, and what makes its folded value."""
     check_which(call, which, core.plan.spec)
-    slow, parameters = ended(core), core.parameters_by_name()
+    slow, parameters = ended(core, call), core.parameters_by_name()
     check_asked(call, slow, quantized)
     first = {id(parameter): name for name, parameter in parameters.items()}
     for name, value in core.model.state_dict(keep_vars=True).items():
@@ -251,7 +264,7 @@ def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
 def release(core: Core, quantized: Requantize, which: Which, undo: Undo) -> None:
     """Write slow or averaged weights into the user's parameters, for good, and let go of W0."""
     check_which("release", which, core.plan.spec)
-    slow, parameters = ended(core), core.parameters_by_name()
+    slow, parameters = ended(core, "release"), core.parameters_by_name()
     rigid = check_asked("release", slow, quantized)
     live = trained_now(core, parameters)
 

@@ -31,6 +31,11 @@ class PendingWatch:
                 self._armed.add(id(parameter))
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self.note))
 
+    @property
+    def accumulated(self) -> bool:
+        """Whether some watched parameter has had a gradient."""
+        return bool(self._seen)
+
     def disarm(self) -> None:
         """Watch nothing any more."""
         for handle in self._handles:

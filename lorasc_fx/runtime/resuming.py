@@ -6,14 +6,13 @@ would stand before the method. So a saved value is taken only where a value of i
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasc_fx.errors import CheckpointError
+from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.runtime import generators, half_step, outside_json
 from lorasc_fx.runtime.manifest import finite, optimizer_index
 from lorasc_fx.runtime.opening import told
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
 __all__ = ["resume"]
-
-log = logging.getLogger("lorasc_fx")
 
 _ODD = ("Adafactor", "LBFGS", "SparseAdam")
 """Optimizers of torch whose state has other shapes than the parameter's."""
@@ -77,7 +74,7 @@ def resume(
         ) from fault
     if changed := differences(manifest.get("versions")):
         names = told(", ".join(changed), 300)
-        log.warning("%s: written under %s; the run goes on, but perhaps not bit for bit", where, names)
+        warn(f"{where}: written under {names}; the run goes on, but perhaps not bit for bit")
     extra: dict[str, Any] = manifest["extra"]
     return extra
 

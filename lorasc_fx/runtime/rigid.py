@@ -79,7 +79,7 @@ def requantized(held: Places, how: Requantize) -> None:
             exact = kept[id(old)]
             assert exact is not None
             if not callable(how):
-                log.warning("%s of %s was dequantized: it is %s now", leaf, type(module).__name__, exact.dtype)
+                log.info("%s of %s was dequantized: it is %s now", leaf, type(module).__name__, exact.dtype)
                 continue
             how(module)
             now = module._parameters[leaf]
@@ -91,7 +91,7 @@ def requantized(held: Places, how: Requantize) -> None:
             size = dense(old).float().norm().clamp_min(1e-30)
             trained = float((exact.float() - dense(old).float()).norm() / size)
             rounded = float((dense(now).float() - exact.float()).norm() / size)
-            log.warning(
+            log.info(
                 "%s of %s was quantized again as %s: training moved it by %.3g %% of its norm, rounding by %.3g %%",
                 leaf,
                 type(module).__name__,

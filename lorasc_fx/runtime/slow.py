@@ -6,7 +6,6 @@ writes it, and only then is it the cascade's. A write that raises puts back what
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +27,7 @@ from lorasc_fx.branch import (
 )
 from lorasc_fx.branch.rows import Together, local
 from lorasc_fx.branch.stage import all_finite, write_start
-from lorasc_fx.errors import NonFiniteBranch
+from lorasc_fx.errors import NonFiniteBranch, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.undo import Commit, Undo
@@ -39,8 +38,6 @@ AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
 MOST = 100
 """Stages of which such copies are kept, the latest."""
-
-log = logging.getLogger("lorasc_fx")
 
 
 @dataclass(frozen=True)
@@ -234,7 +231,7 @@ def _spoilt(name: str, broken: bool, plan: Plan) -> bool:
             f"{told}; nothing was folded. Lower the learning rate or clip gradients, or set on_nonfinite='skip' to go "
             "on from what the stage started from"
         )
-    log.warning("%s: it goes on from what the stage started from", told)
+    warn(f"{told}: it goes on from what the stage started from")
     return True
 
 

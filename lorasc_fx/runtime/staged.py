@@ -33,6 +33,7 @@ class Staged(Described):
             options: anything else that the optimizer's groups take.
         """
         self.core.check_alive("param_groups")
+        self.core.grouped = True
         known = self.core.slow.trained
         trained = [(parameter, known[name].rule) for name, parameter in self.core.trained_parameters().items()]
         return groups(self.core.plan.spec, self.core.by_key.values(), trained, lr, options)

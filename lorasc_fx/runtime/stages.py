@@ -33,6 +33,7 @@ def run_stages(core: Core, count: int, optimizer: torch.optim.Optimizer, schedul
         raise SpecError(f"stages({count!r}): give the number of stages, an integer of 1 or more")
     core.check_ready("stages")
     check_holds(optimizer, core.trainable())
+    core.looped = True
     return _stages(core, count, optimizer, scheduler)
 
 

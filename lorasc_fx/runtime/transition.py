@@ -46,6 +46,7 @@ def run(
     after = replace(before.after_stage(plan, branches, trained), parked=park)
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: start_of(branches[site.weight], site, planned) for site in planned.sites}
+    moved = before.moved(branches)
     own = [parameter for branch in branches.values() for parameter in branch.parameters()]
     anew = _left_out(after, branches, trained) + _resized(planned, branches)
     state = _after_fold(optimizer, plan, own, anew) if optimizer is not None else {}
@@ -56,7 +57,15 @@ def run(
         if then is not None:
             then()
 
+    idle = not moved and (optimizer is not None or trained_moved(before, trained))
     begin(core, optimizer, planned, after, starts, state, end)
+    if idle:
+        core.usage.once(
+            "idle",
+            f"stage {plan.stage} ended, and no branch has moved: their weights are as they were. In the loop call the "
+            "cascade, and not the model that it was made of; and check that optimizer.step() runs with learning rates "
+            "above 0",
+        )
 
 
 def restart(core: Core, optimizer: torch.optim.Optimizer | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -13,14 +12,12 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import StateError, warn
 from lorasc_fx.plan import Plan, Refusal
 
 __all__ = ["Made", "Variant", "VariantMaker", "Variants"]
 
 LIMIT = 32
-
-log = logging.getLogger("lorasc_fx")
 
 
 @dataclass(frozen=True)
@@ -179,7 +176,10 @@ class Variants:
             self.plain = [each for each in self.plain if each[2] is not dropped]
             if not self.held[oldest]:
                 del self.held[oldest]
-            log.warning("more than %d variants: the oldest one is dropped; calls vary in mode, sizes or dtype", LIMIT)
+            warn(
+                f"more than {LIMIT} variants: the oldest one is dropped, and captured again when it is called; calls "
+                "vary in mode, sizes or dtype. Pad or group the inputs to fewer sizes"
+            )
 
     def detach(self) -> None:
         """Let the model be as it was; a variant that is called again takes hold of it again."""

@@ -198,6 +198,7 @@ def test_a_branch_that_holds_inf_or_nan_is_not_kept(tmp_path: Path) -> None:
     assert going.save(tmp_path).name == "version-00000002"
 
 
+@pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.LorascWarning")
 def test_a_branch_that_the_next_fold_leaves_out_is_kept(tmp_path: Path) -> None:
     going = Run(replace(SPEC, on_nonfinite="skip")).started()
     going.step()

@@ -21,6 +21,28 @@ page.
 """
 
 
+TAIL = """
+## LorascWarning
+
+What you have to act on although nothing failed is a `LorascWarning` (a `UserWarning`), given at the line of your
+program, once a cascade: `warnings.filterwarnings("error", category=lorasc_fx.LorascWarning)` makes it an error. The
+logger `lorasc_fx` holds at INFO what was done and how long it took.
+
+- A stage ended and no branch has moved: the loop calls the model and not the cascade, or no step was made.
+- A first stage that has trained is folded (`release`, `folded_state_dict`, `folded_graph`, an export, `merge`) under a
+  `pace` below 1, and neither `stages` nor `transition` was called: that share of what it has trained is kept.
+- The cascade is called in eval mode inside a stage with noise; `weights("slow")` and `weights("fast")` hold none.
+- The user's model is called, or its `state_dict()` is read, inside a stage: it lacks the running branches, and may hold
+  noise. Calls of its submodules are not seen.
+- A Trainer of transformers or trl, or accelerate's `save_model`, writes the state dict of a cascade as if it were that
+  of a model.
+- A site came with a call after the optimizer was made.
+- A branch, or a parameter trained in full, was left out of a fold because it is not finite (`on_nonfinite="skip"`).
+- More than 32 variants were captured; `merge` found buffers that differ; a checkpoint was written by other versions;
+  `export.peft` wrote a tied weight twice.
+"""
+
+
 def message_of(entry: Entry, example: Example) -> str:
     """Run an example in an empty folder; return what it raised, as Python prints it."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -47,7 +69,7 @@ def section(entry: Entry) -> str:
 
 def page() -> str:
     """The whole text."""
-    return "\n\n".join([HEAD.rstrip(), *map(section, ENTRIES)]) + "\n"
+    return "\n\n".join([HEAD.rstrip(), *map(section, ENTRIES), TAIL.strip()]) + "\n"
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_every_public_call_is_tried_after_release() -> None:
     ours = [each for each in lx.Cascade.__mro__ if each.__module__.startswith("lorasc_fx")]
     calls = [name for each in ours for name, value in vars(each).items() if callable(value)]
     own = {name for name in calls if not name.startswith("_")}
-    assert own - set(RELEASED) == {"load"}  # ours: `lorasc_fx.load` calls it on a cascade that it has just made
+    assert own - set(RELEASED) == {"load", "state_dict"}  # `lorasc_fx.load` calls the one, and torch has the other
 
 
 def test_stages_that_were_asked_for_before_the_release() -> None:
@@ -376,6 +376,7 @@ def test_a_branch_that_is_not_finite(factor: str, value: float, tmp_path: Path) 
 @pytest.mark.parametrize("restart_A", ["fresh", "kept", "gradient"])
 @pytest.mark.parametrize("how", ["reset", "kept", 0.5])
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.LorascWarning")
 def test_a_branch_that_is_skipped(restart_A: Any, how: Any, factor: str) -> None:
     spec = lx.CascadeSpec(rank=2, on_nonfinite="skip", restart_A=restart_A, optimizer_state=how)
     cascade, optimizer = adapted(spec)

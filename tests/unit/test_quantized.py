@@ -151,7 +151,7 @@ def test_quantized_again_where_asked(width: str, caplog: pytest.LogCaptureFixtur
     with pytest.raises(lx.StateError, match="did not quantize the weight of Linear"):
         cascade.release(quantized=lambda module: None)
     assert type(model.up.weight) is kind
-    with caplog.at_level(logging.WARNING, logger="lorasc_fx"):
+    with caplog.at_level(logging.INFO, logger="lorasc_fx"):
         cascade.release(quantized=lambda module: quantize(module, width))
     assert caplog.text.count("was quantized again as") == 2
     assert type(model.up.weight) is type(model.down.weight) is kind

@@ -1,0 +1,176 @@
+"""Warnings about a cascade that is used wrongly although no call fails; each is given once a cascade.
+
+Inside a stage the user's model computes without the running branches, and its parameters may hold noise. Whoever calls
+or saves it there should call the cascade, or use `weights(...)`.
+
+A call is seen through `_compiled_call_impl`, the attribute of an nn.Module that `Module.compile` sets. Copies, pickles,
+tracers and torch.jit leave it out, and it is no hook: hooks change which kernels some modules take, and are part of
+what captured graphs are guarded by.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.errors import warn
+
+if TYPE_CHECKING:
+    from lorasc_fx.runtime.core import Core
+
+__all__ = ["UsageWatch"]
+
+_HERE = __file__
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+_UNFOLDED_SAVES = {("transformers.trainer", "_save"), ("accelerate.accelerator", "save_model")}
+"""Functions, by module and name, that write the state dict of the model that they were given as its weights."""
+
+
+class UsageWatch:
+    """Watches a cascade and its model; a copy (deepcopy, pickle) watches nothing.
+
+    It is itself the state dict pre-hook of the user's model.
+    """
+
+    def __init__(self) -> None:
+        self._core: weakref.ref[Core] | None = None
+        self._remove: weakref.finalize[Any, Core] | None = None
+        self._done: set[str] = set()
+
+    def once(self, subject: str, message: str) -> None:
+        """Warn, unless this subject had its warning."""
+        if subject not in self._done:
+            self._done.add(subject)
+            warn(message)
+
+    def accept(self, subject: str) -> None:
+        """Give no warning about a subject: the user asked for it."""
+        self._done.add(subject)
+
+    # ---- calls and saves of the user's model
+
+    def arm(self, core: Core) -> None:
+        """Watch the model of this core until `disarm`, or until the core is gone."""
+        if self._remove is not None:
+            return
+        self._core = weakref.ref(core)
+        model = weakref.ref(core.model)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            own = model()
+            if not torch.compiler.is_dynamo_compiling():  # which cannot trace a look at frames
+                own = sys._getframe(1).f_locals.get("self", own)  # a shallow copy (DataParallel) has this function too
+            assert own is not None
+            if not torch.compiler.is_compiling():
+                self._check("called", own)
+            return own._call_impl(*args, **kwargs)
+
+        handle = core.model.register_state_dict_pre_hook(self)
+        if core.model._compiled_call_impl is None:
+            core.model._compiled_call_impl = call
+        self._remove = weakref.finalize(core, _let_go, model, call, handle)
+        self._remove.atexit = False
+
+    def disarm(self) -> None:
+        """Remove what `arm` has put onto the model."""
+        if self._remove is not None:
+            self._remove()
+        self._core = self._remove = None
+
+    def __call__(self, module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
+        """Check a call of the model's `state_dict`."""
+        self._check("saved", module)
+
+    def _check(self, what: str, model: nn.Module) -> None:
+        core = self._core() if self._core is not None else None
+        if core is None or core.model is not model or what in self._done:
+            return
+        if _inside_package() or not _differs(core):
+            return
+        stage, noise = core.plan.stage, bool(core.plan.spec.noise.strength)
+        if what == "called":
+            self.once(
+                what,
+                f"the model of a cascade was called inside stage {stage}, where it computes without the branches"
+                f"{' and with noise' if noise else ''}. Call the cascade; for the model's own methods (generate), call "
+                'them inside `with cascade.weights("slow"):` or "fast"',
+            )
+        else:
+            self.once(
+                what,
+                f"the state dict of a cascade's model was read inside stage {stage}: it holds the weights that the "
+                f"stage started from{', with noise' if noise else ''}, and not what the stage has trained. Read "
+                "cascade.folded_state_dict(), save after cascade.release(), or save inside "
+                '`with cascade.weights("slow"):` or "fast"',
+            )
+
+    # ---- calls and saves of the cascade
+
+    def check_mode(self, core: Core, training: bool) -> None:
+        """Warn of a call in eval mode that sees noise."""
+        if training or not core.plan.spec.noise.strength or core.slow.parked or "eval" in self._done:
+            return
+        self.once(
+            "eval",
+            f"the cascade was called in eval mode inside stage {core.plan.stage}, and its weights hold noise. "
+            'Evaluate inside `with cascade.weights("slow"):`, or "fast"; or after `release`',
+        )
+
+    def check_saved(self, core: Core) -> None:
+        """Warn of a trainer that writes the state dict of the cascade as if it were that of a model."""
+        if "trainer" in self._done or core.released:
+            return
+        frame = sys._getframe(1)
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _UNFOLDED_SAVES:
+                self.once(
+                    "trainer",
+                    "a trainer saves an unfolded cascade: the file holds branches beside the weights of the running "
+                    "stage, noise included, and neither the user's model nor lorasc_fx.load can read it. In a Trainer "
+                    "of transformers or trl use lorasc_fx.integrations.transformers.CascadeCallback; elsewhere save "
+                    "cascade.release(), or a checkpoint by lorasc_fx.save",
+                )
+
+    def __reduce__(self) -> tuple[type[UsageWatch], tuple[()]]:
+        return (UsageWatch, ())
+
+
+def _differs(core: Core) -> bool:
+    """Whether the user's model computes something else than the cascade: it lacks branches, or holds noise.
+
+    On shards it is not known without the other processes, and not asked.
+    """
+    if core.released or core.placed is not None or core.hollow is not None:
+        return False
+    if core.slow.together is not None or core.spread is not None:
+        return False
+    if core.exchanged():
+        return False  # torch.func.functional_call puts others in their places
+    spec = core.plan.spec
+    running = not core.slow.parked and (spec.noise.strength > 0 or spec.start != "lora")
+    carried = any(core.slow.states[name].experts for name in core.quantized)
+    return running or carried or core.slow.moved(core.branches_by_weight())
+
+
+def _inside_package() -> bool:
+    """Whether the call comes from this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_code.co_filename != _HERE:
+            return True
+    return False
+
+
+def _let_go(model: weakref.ref[nn.Module], call: Any, handle: Any) -> None:
+    handle.remove()
+    own = model()
+    if own is not None and own.__dict__.get("_compiled_call_impl") is call:
+        del own._compiled_call_impl

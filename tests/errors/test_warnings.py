@@ -1,0 +1,288 @@
+"""Each warning is given at the user's line, once a cascade, and never where the cascade is used as it should be."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle  # noqa: TID251  # that a watched model pickles is what is tested
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+
+X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+NOISY = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1))
+QUIET = lx.CascadeSpec(rank=2)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def adapted(spec: lx.CascadeSpec = QUIET, model: nn.Module | None = None) -> tuple[lx.Cascade, torch.optim.Optimizer]:
+    cascade = lx.adapt(model if model is not None else net(), (X,), spec=spec, frontend="symbolic")
+    return cascade, torch.optim.SGD(cascade.param_groups(lr=0.1))
+
+
+def step(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
+    cascade(X).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@contextmanager
+def warns(sentence: str) -> Iterator[None]:
+    """One warning of our category, that starts so, at a line of this file."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert [each.category for each in caught] == [lx.LorascWarning]
+    assert str(caught[0].message).startswith(sentence)
+    assert caught[0].filename == __file__
+
+
+# ---- right use
+
+
+@pytest.mark.parametrize("spec", [QUIET, NOISY])
+def test_a_program_as_the_documentation_has_it(spec: lx.CascadeSpec, tmp_path: Path) -> None:
+    with silent():
+        cascade, optimizer = adapted(spec)
+        for stage in cascade.stages(2, optimizer):
+            step(cascade, optimizer)
+            lx.save(cascade, tmp_path, optimizer=optimizer, extra={"stage": stage.index})
+            for which in ("slow", "fast"):
+                with cascade.weights(which):  # type: ignore[arg-type]
+                    cascade.eval()(X)
+                    cascade.model(X)
+                    cascade.model.state_dict()
+                    cascade.train()
+            cascade.state_dict()
+            cascade.folded_state_dict()
+        cascade.model.eval()(X)
+        cascade.eval()(X)
+        resumed = lx.load(tmp_path, net(), (X,))
+        optimizer = torch.optim.SGD(resumed.param_groups(lr=0.1))
+        resumed.resume(optimizer)
+        for _ in resumed.stages(1, optimizer):
+            step(resumed, optimizer)
+        model = cascade.release()
+        model(X)
+        model.state_dict()
+
+
+# ---- a stage in which no branch moved
+
+
+def test_a_stage_whose_loop_called_the_model() -> None:
+    model = net()
+    cascade, optimizer = adapted(lx.CascadeSpec(rank=2, targets=("0",), train=("2.*",)), model)
+    with warns("stage 1 ended, and no branch has moved: "):
+        for _ in cascade.stages(2, optimizer):
+            model(X).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_transition_without_a_step(given: bool) -> None:
+    """Without an optimizer the stage is one that was meant to train nothing."""
+    cascade, optimizer = adapted()
+    with warns("stage 1 ended, and no branch") if given else silent():
+        cascade.transition(optimizer if given else None)
+
+
+# ---- a first stage that is folded though no loop over stages ran
+
+OUT: dict[str, Callable[[lx.Cascade, Path], Any]] = {
+    "release": lambda cascade, _: cascade.release(),
+    "folded_state_dict": lambda cascade, _: cascade.folded_state_dict(),
+    "folded_graph": lambda cascade, _: cascade.folded_graph(),
+    "export.safetensors": lambda cascade, folder: lx.export.safetensors(cascade, folder / "out"),
+    "export.peft": lambda cascade, folder: lx.export.peft(cascade, folder / "out"),
+}
+
+
+@pytest.mark.parametrize("call", OUT)
+@pytest.mark.parametrize("spec", [QUIET, lx.CascadeSpec(rank=2, pace=1.0)])
+def test_training_without_stages(call: str, spec: lx.CascadeSpec, tmp_path: Path) -> None:
+    cascade, optimizer = adapted(spec)
+    step(cascade, optimizer)
+    told = f"{call}: stage 1 has trained and is folded now, and only 0.5 of what it has trained is kept"
+    with warns(told) if spec.pace == 0.5 else silent():
+        OUT[call](cascade, tmp_path)
+
+
+def test_what_the_warning_says_is_so() -> None:
+    model = net()
+    before = model[0].weight.detach().clone()
+    cascade, optimizer = adapted(model=model)
+    for _ in range(3):
+        step(cascade, optimizer)
+    branch = cascade.core.branches_by_weight()["0.weight"]
+    delta = (branch.lora_B @ branch.lora_A).detach() * branch.scale
+    with warns("release: "):
+        cascade.release()
+    torch.testing.assert_close(model[0].weight.detach(), before + 0.5 * delta)
+
+
+def test_a_loop_that_is_left_early_folds_what_it_was_told_to() -> None:
+    with silent():
+        cascade, optimizer = adapted()
+        for _ in cascade.stages(3, optimizer):
+            step(cascade, optimizer)
+            break
+        cascade.release()
+
+
+# ---- eval mode inside a noisy stage
+
+
+def test_evaluation_with_noise() -> None:
+    cascade, optimizer = adapted(NOISY)
+    for _ in cascade.stages(1, optimizer):
+        step(cascade, optimizer)
+        with warns("the cascade was called in eval mode inside stage 1, and its weights hold noise"):
+            cascade.eval()(X)
+        with silent():
+            cascade(X)
+            cascade.train()
+    with silent():
+        cascade.eval()(X)
+
+
+# ---- calls and saves of the model inside a stage
+
+
+@pytest.mark.parametrize("spec", [QUIET, NOISY])
+@pytest.mark.parametrize("what", ["called", "saved"])
+def test_the_model_of_a_running_stage(spec: lx.CascadeSpec, what: str) -> None:
+    model = net()
+    outer = nn.ModuleDict({"body": model})
+    cascade, optimizer = adapted(spec, model)
+    told = "the model of a cascade was called" if what == "called" else "the state dict of a cascade's model was read"
+    act = (lambda: outer["body"](X)) if what == "called" else outer.state_dict
+    if spec is QUIET:
+        with silent():  # before the first step cascade and model are the same
+            act()
+    for _ in cascade.stages(1, optimizer):
+        step(cascade, optimizer)
+        with silent():
+            cascade.state_dict()
+            torch.func.functional_call(model, {name: torch.zeros_like(p) for name, p in model.named_parameters()}, (X,))
+        with warns(f"{told} inside stage 1"):
+            act()
+        with silent():
+            act()
+
+
+def test_a_cascade_in_pieces_calls_its_model_itself() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) if x.sum().item() > 0 else self.inner(-x)
+
+    with silent():
+        cascade = lx.adapt(Branching(), (X,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), frontend="pieces")
+        optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+        for _ in cascade.stages(2, optimizer):
+            step(cascade, optimizer)
+            cascade(-X)
+
+
+def test_a_wrapped_or_a_generating_model_is_seen_too() -> None:
+    class Generates(nn.Sequential):
+        def generate(self, x: torch.Tensor) -> torch.Tensor:
+            return self(x)  # type: ignore[no-any-return]
+
+    model = Generates(nn.Linear(5, 5), nn.Tanh())
+    cascade, optimizer = adapted(model=model)
+    for _ in cascade.stages(1, optimizer):
+        step(cascade, optimizer)
+        with warns("the model of a cascade was called"):
+            model.generate(X)
+
+
+def test_nothing_stays_on_the_model() -> None:
+    model = net()
+    before = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    cascade, _ = adapted(model=model)
+    cascade.release()
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == before
+    assert not model._state_dict_pre_hooks
+    cascade, _ = adapted(model=model)
+    del cascade
+    gc.collect()
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == before
+    assert not model._state_dict_pre_hooks
+    with pytest.raises(lx.LorascError):
+        adapted(lx.CascadeSpec(targets=("none",)), model)
+    assert not model._state_dict_pre_hooks
+
+
+def test_copies_pickles_and_tracers_of_the_model() -> None:
+    """Each computes what the model computes, without a word; so does `torch.compile`."""
+    model = net()
+    cascade, optimizer = adapted(NOISY, model)
+    step(cascade, optimizer)
+    with warns("the model of a cascade was called"):
+        expected = model(X)
+    cascade.core.usage._done.clear()
+    with silent():
+        twin = copy.deepcopy(model)
+        twin.state_dict()
+        assert torch.equal(twin(X), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(X), expected)  # noqa: S301
+        assert torch.equal(copy.deepcopy(cascade).model(X), expected)
+        assert torch.equal(torch.fx.symbolic_trace(model)(X), expected)
+        replica = model._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._modules = {}
+        assert replica(X) is X
+        assert torch.equal(torch.export.export(model, (X,)).module()(X), expected)
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
+
+
+# ---- sites that come late
+
+
+class Chosen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 4), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, second: bool = False) -> torch.Tensor:
+        return self.two(x) if second else self.one(x)
+
+
+def test_a_site_that_comes_after_the_optimizer() -> None:
+    cascade = lx.adapt(Chosen(), (X,), spec=QUIET)
+    with silent():
+        optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+        step(cascade, optimizer)
+    with warns("1 sites came with a call that no earlier one was like: two.weight. The optimizer does not hold"):
+        cascade(X, second=True)
+
+
+def test_a_site_that_comes_before_the_optimizer() -> None:
+    with silent():
+        cascade = lx.adapt(Chosen(), (X,), spec=QUIET)
+        cascade(X, second=True)
+        assert {site.weight for site in cascade.sites} == {"one.weight", "two.weight"}
