@@ -239,13 +239,9 @@ def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], un
 
 
 def _take(cascade: Cascade, slow: Any, spread: Spread | None, undo: Undo) -> None:
-    core, before = cascade.core, (cascade.core.slow, cascade.core.spread)
-
-    def back() -> None:
-        core.slow, core.spread = before
-        core.note_weights()
-
-    undo(back)
+    core = cascade.core
+    undo(core.restorer())
+    undo(partial(setattr, core, "spread", core.spread))
     core.slow, core.spread = slow, spread
     core.pending.disarm()
     core.pending.arm(core.trainable())

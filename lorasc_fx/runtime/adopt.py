@@ -92,7 +92,7 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
             slow.write_resting(name, plan, out)
 
     with no_grad(), Commit(core.lock) as undo:
-        undo(partial(core.advance, plan, before))
+        undo(core.restorer())
         for name, value in buffers.items():
             undo(partial(_set, held[name], held[name].clone()))
             held[name].copy_(value)
@@ -104,7 +104,7 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
             lambda name, out: rest(before, name, out),
             undo,
         )
-        core.advance(plan, after)
+        core.advance(plan, after, names)
 
 
 def _set(buffer: torch.Tensor, value: torch.Tensor) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, Which, is_quantized
-from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.filling import Hollow
-from lorasc_fx.runtime.fingerprint import fingerprint
+from lorasc_fx.runtime.fingerprint import checksum, fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.pending import PendingWatch
 from lorasc_fx.runtime.replicas import Replicas
@@ -61,7 +60,7 @@ class Core:
         self.looped = False  # stages was called
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
-        self._as_left: dict[str, tuple[int, int]] = {}
+        self._checksums: dict[str, int] = {}  # of the weights, as they were last written here or first seen
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -132,8 +131,8 @@ class Core:
 
     def know_sites(self, undo: Undo, empty: bool = False) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
-        before, watched = self.slow, {name: each for name, each in self.trainable().items() if self.pending.knows(each)}
-        undo(lambda: setattr(self, "slow", before))
+        watched = {name: each for name, each in self.trainable().items() if self.pending.knows(each)}
+        undo(self.restorer())
         undo(self.pending.restorer(watched))
         parameters = self.parameters_by_name()
         noise, start = self.plan.spec.noise, self.plan.spec.start
@@ -170,16 +169,31 @@ class Core:
                 undo,
             )
         self.slow = slow
-        self.note_weights()
+        self.note_weights(new)
         self.pending.arm(self.trainable())
         if noise.strength and noise.redraw == "step":
             self.steps.arm(self)
         self.replicas.see(len(self.branches), self.trainable)
 
-    def advance(self, plan: Plan, slow: SlowWeights) -> None:
-        """Take over the plan and slow weights of the next stage: the commit of a transition."""
+    def advance(self, plan: Plan, slow: SlowWeights, written: Iterable[str] | None = None) -> None:
+        """Take over a plan and slow weights, for which these weights were written (by default all of them)."""
         self.plan, self.slow = plan, slow
-        self.note_weights()
+        self.note_weights(written)
+        self._carry()
+
+    def restorer(self) -> Callable[[], None]:
+        """Return what brings back the plan, the slow weights, and the checksums of the weights."""
+        plan, slow, checksums = self.plan, self.slow, self._checksums
+
+        def restore() -> None:
+            self.plan, self.slow, self._checksums = plan, slow, checksums
+            self._carry()
+
+        return restore
+
+    def _carry(self) -> None:
+        """Let the branches of quantized weights carry what the stages added."""
+        slow = self.slow
         for name, branch in self.branches_by_weight().items():
             state = slow.states.get(name)
             if state is not None and is_quantized(state.base):
@@ -219,33 +233,37 @@ class Core:
         """Names of the sites whose weights are quantized."""
         return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base))
 
-    def note_weights(self) -> None:
-        """Remember which objects the weights are, and that nobody has written to them since."""
-        self._as_left = {name: _mark(parameter) for name, parameter in self.weights_by_name().items()}
+    def note_weights(self, written: Iterable[str] | None = None) -> None:
+        """Take the checksums of weights that were written here, by default of all; those of others stay."""
+        parameters = self.weights_by_name()
+        names = parameters if written is None else [name for name in written if name in parameters]
+        self._checksums = {**self._checksums, **{name: checksum(parameters[name]) for name in names}}
 
     def exchanged(self) -> bool:
         """Whether other objects are in the places of the weights, as inside torch.func.functional_call."""
         return any(id(parameter) != self._as_left[name][0] for name, parameter in self.weights_by_name().items())
 
     def check_weights(self, call: str) -> None:
-        """Raise StateError where somebody else has written other numbers into a weight, or replaced it."""
-        changed, parameters = False, self.weights_by_name()
-        for name, mark in self._as_left.items():
-            now = parameters.get(name)
-            if now is not None and _mark(now) == mark:
-                continue
-            changed = True
-            if now is None or not self._rests(name, local(now).detach()):
-                raise StateError(
-                    f"{call}: {name} was changed by somebody else while the cascade lives (by load_state_dict?), and a "
-                    "fold would overwrite that. Put it back, or load weights before you adapt"
-                )
-        if changed:
-            self.note_weights()
+        """Raise StateError where a weight holds other numbers than were written here, or is gone.
 
-    def _rests(self, name: str, now: torch.Tensor) -> bool:
-        """Whether a weight holds what it does between two steps, on all processes that hold shards of it."""
-        return self.slow.states[name].every(torch.equal(now, self.slow.resting(name, self.plan, now)))
+        By value, as a write through `.data`, numpy or another Parameter leaves no trace. All-reduced where weights are
+        sharded. Every rank must call this at the same point.
+        """
+        parameters = self.weights_by_name()
+        changed = next(
+            (
+                name
+                for name, known in self._checksums.items()
+                if name not in parameters or checksum(parameters[name]) != known
+            ),
+            None,
+        )
+        if self.slow.some(changed is not None):
+            raise StateError(
+                f"{call}: {changed or 'a weight on another process'} was changed from outside while the cascade lives "
+                "(load_state_dict, an optimizer, an average of weights, .data), and a fold would overwrite that. Put "
+                "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load"
+            )
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of every base parameter; those of frozen ones are computed once."""
@@ -321,7 +339,3 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     for part in path:
         module = module._modules.get(part) if module is not None else None
     return module._parameters.get(leaf) if module is not None else None
-
-
-def _mark(parameter: nn.Parameter) -> tuple[int, int]:
-    return id(parameter), parameter._version

@@ -1,21 +1,96 @@
-"""Digests of tensors and files."""
+"""Digests of tensors and files, and checksums of weights."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.branch import is_quantized
+from lorasc_fx.branch.rows import local
 
-__all__ = ["Buffer", "data_of", "file_digest", "fingerprint", "fingerprint_of", "text_digest"]
+__all__ = ["Buffer", "checksum", "data_of", "file_digest", "fingerprint", "fingerprint_of", "text_digest"]
 
 Buffer = Any
 """Of the buffer protocol, which has a name in Python 3.12 only."""
+
+MULTIPLIER = 0x9E3779B97F4A7C15
+BLOCK = 1 << 22
+"""Bytes that `checksum` reads at a time, on devices other than the host; on the host where they are not contiguous."""
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Return a checksum of a tensor's dtype, shape and bits, in logical order: strides do not count.
+
+    The bits are read once, without a large copy: CRC-32 on the host, `device_sum` elsewhere. Of a tensor subclass
+    (DTensor, a quantized weight) it is that of the tensors held here; a tensor on the meta device has no bits.
+    """
+    total = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    bare = local(tensor.detach())
+    if is_traceable_wrapper_subclass(bare):
+        for name in bare.__tensor_flatten__()[0]:
+            total = total * MULTIPLIER + checksum(getattr(bare, name))
+        return total % (1 << 64)
+    if bare.is_meta or not bare.numel():
+        return total
+    bare = bare.reshape(1) if bare.dim() == 0 else bare
+    if bare.device.type != "cpu":
+        return (total * MULTIPLIER + device_sum(bare)) % (1 << 64)
+    for block in [bare] if bare.is_contiguous() else _blocks(bare, BLOCK // 16 // bare.element_size()):
+        plain = block.contiguous()  # held while it is read
+        total = zlib.crc32(data_of(plain), total)
+    return total
+
+
+def device_sum(tensor: torch.Tensor) -> int:
+    """Return the checksum of the entries of a tensor, computed where it lies.
+
+    A block of 32-bit words x_i has the sum of k_i x_i mod 2^64 with fixed odd k_i, so that each word counts by its
+    position; the sums of the blocks are the coefficients of a polynomial.
+    """
+    keys, sums = _keys(BLOCK // 4, tensor.device), []
+    for block in _blocks(tensor, BLOCK // tensor.element_size()):
+        for words in _words(block).split(len(keys)):
+            sums.append(words.to(torch.int64).mul_(keys[: len(words)]).sum())
+    total = 0
+    for each in torch.stack(sums).tolist():
+        total = (total * MULTIPLIER + each) % (1 << 64)
+    return total
+
+
+def _blocks(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+    """Yield the entries in logical order, in vectors of at most `most` entries that depend on the shape only."""
+    row = tensor.numel() // len(tensor)
+    if row > most:
+        for index in range(len(tensor)):
+            yield from _blocks(tensor[index], most)
+        return
+    count = most // row
+    for rows in tensor.split(count - count % 4 or count):  # by 4, so that most blocks are whole words
+        yield rows.reshape(-1)
+
+
+def _words(block: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a vector as integers of 32 bits, or of its entries' size where they do not fill these."""
+    if block.stride(0) != 1 or block.storage_offset() * block.element_size() % 4:
+        block = block.clone(memory_format=torch.contiguous_format)
+    narrow = {1: torch.uint8, 2: torch.int16}.get(block.element_size(), torch.int32)
+    return block.view(torch.int32 if block.nbytes % 4 == 0 else narrow)
+
+
+@lru_cache(maxsize=8)
+def _keys(count: int, device: torch.device) -> torch.Tensor:
+    """Return fixed odd integers of 64 bits."""
+    source = torch.Generator("cpu").manual_seed(0)
+    keys = torch.randint(-(1 << 63), (1 << 63) - 1, (count,), generator=source, dtype=torch.int64, device="cpu")
+    return (keys | 1).to(device)
 
 
 def fingerprint(tensor: torch.Tensor) -> str:

@@ -280,7 +280,6 @@ def release(core: Core, quantized: Requantize, which: Which, undo: Undo) -> None
     def hold() -> None:
         core.slow, core.base_file = before
 
-    undo(core.note_weights)
     undo(partial(put_back, held))
     put(held, core.model, values)
     requantized(held, quantized)

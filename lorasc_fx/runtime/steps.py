@@ -70,7 +70,7 @@ def _redraw(core: Core) -> None:
         return
     with Commit(core.lock) as undo:
         core.check_weights("noise.redraw")
-        undo(core.note_weights)
+        undo(core.restorer())
         fill(
             core.weights_by_name(),
             slow.states,

@@ -115,7 +115,7 @@ def begin(
     scales, resized = [(branch, branch.scale) for branch in branches.values()], bool(_resized(planned, branches))
     parameters = core.weights_by_name()
     with no_grad(), Commit() as undo:
-        undo(partial(core.advance, plan, before))
+        undo(core.restorer())
         undo(core.turning.restorer())
         if optimizer is not None:
             undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in state}))
@@ -203,7 +203,7 @@ def unpark(core: Core) -> None:
         return put
 
     with Commit() as undo:
-        undo(partial(core.advance, plan, before))
+        undo(core.restorer())
         put_starts(branches, started, undo)
         fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before), undo)
         core.advance(plan, after)

@@ -203,7 +203,7 @@ def test_weights_that_somebody_changed_are_not_written_over() -> None:
     with torch.no_grad():
         cascade.model[2].weight.mul_(2)
     held = cascade.model[2].weight.detach().clone()
-    with pytest.raises(lx.StateError, match=r"^noise\.redraw: 2\.weight was changed by somebody else"):
+    with pytest.raises(lx.StateError, match=r"^noise\.redraw: 2\.weight was changed from outside"):
         optimizer.step()
     assert torch.equal(cascade.model[2].weight, held)
 

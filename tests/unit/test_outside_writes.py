@@ -1,0 +1,263 @@
+"""Weights written from outside while a cascade lives are an error at the next fold, however and whenever it was done.
+
+The writes are those of other code: through `.data`, numpy, a state dict, an optimizer, an average of weights. torch's
+version counter sees half of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import lorasc_fx as lx
+from lorasc_fx.runtime.fingerprint import checksum, device_sum
+from tests.unit.cases import batches, mlp, optimizer_of, randomize, train
+
+X = batches(1, 4, 5)[0]
+REFUSED = r"2\.weight was changed from outside"
+
+
+def adapted(**options: object) -> lx.Cascade:
+    spec = lx.CascadeSpec(**{"rank": 2, "pace": 1.0, "targets": ("linear",), **options})
+    return lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+
+
+def ended(seed: int = 1) -> lx.Cascade:
+    """A cascade with one ended stage and a trained branch."""
+    cascade = adapted()
+    randomize(cascade, seed)
+    cascade.transition(None)
+    randomize(cascade, seed + 1)
+    return cascade
+
+
+def with_weight_decay(model: nn.Module) -> None:
+    weight = model.get_parameter("2.weight").requires_grad_(True)
+    weight.grad = torch.zeros_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, weight_decay=0.1).step()
+    weight.requires_grad_(False).grad = None
+
+
+def through_numpy(model: nn.Module) -> None:
+    model.get_parameter("2.weight").detach().numpy()[0, 0] += 1
+
+
+def by_vector(model: nn.Module) -> None:
+    parameters = [model.get_parameter("2.weight")]
+    vector_to_parameters(parameters_to_vector(parameters).detach() * 2, parameters)
+
+
+def replaced(model: nn.Module) -> None:
+    model[2] = nn.Linear(7, 6, bias=False).double()
+
+
+def data(write: Callable[[torch.Tensor], object], model: nn.Module) -> None:
+    write(model.get_parameter("2.weight").data)
+
+
+def assigned(model: nn.Module) -> None:
+    weight = model.get_parameter("2.weight")
+    weight.data = weight.data + 1
+
+
+WRITES: dict[str, Callable[[nn.Module], object]] = {
+    "clamp": partial(data, lambda weight: weight.clamp_(-0.05, 0.05)),
+    "sign": partial(data, lambda weight: weight[0].neg_()),
+    "permuted": partial(data, lambda weight: weight.copy_(weight[torch.arange(6).flip(0)])),
+    "one bit": partial(data, lambda weight: weight.view(torch.int64)[1, 2].bitwise_xor_(1)),
+    "assigned": assigned,
+    "numpy": through_numpy,
+    "in place": lambda model: torch._foreach_add_([model.get_parameter("2.weight").detach()], 1.0),
+    "vector": by_vector,
+    "state dict": lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()} | {
+        "0.weight": model.state_dict()["0.weight"], "4.weight": model.state_dict()["4.weight"]}),
+    "weight decay": with_weight_decay,
+    "replaced": replaced,
+}  # fmt: skip
+
+CALLS: dict[str, Callable[[lx.Cascade, Path], object]] = {
+    "transition": lambda cascade, _: cascade.transition(None),
+    "stages": lambda cascade, _: next(iter(cascade.stages(1, optimizer_of(cascade)))),
+    "release": lambda cascade, _: cascade.release(),
+    "folded_state_dict": lambda cascade, _: cascade.folded_state_dict(),
+    "weights": lambda cascade, _: cascade.weights("slow").__enter__(),
+    "rewind": lambda cascade, _: cascade.rewind(0, None),
+    "to": lambda cascade, _: cascade.float(),
+    "save": lx.save,
+}
+
+
+def call_of_a_new_kind(cascade: lx.Cascade) -> None:
+    """What makes another graph: it must not make what was written before right."""
+    cascade.train(not cascade.training)
+    cascade(X)
+
+
+@pytest.mark.parametrize(
+    ("write", "call"), [*((write, "release") for write in WRITES), *(("clamp", call) for call in CALLS)]
+)
+def test_a_write_from_outside_is_refused(write: str, call: str, tmp_path: Path) -> None:
+    cascade = ended()
+    WRITES[write](cascade.model)
+    if call == "release":
+        call_of_a_new_kind(cascade)
+    before = {name: value.clone() for name, value in cascade.model.state_dict().items()}
+    with pytest.raises(lx.StateError, match=REFUSED):
+        CALLS[call](cascade, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(value, before[name]) for name, value in cascade.model.state_dict().items())
+
+
+def test_the_same_numbers_written_again_are_no_change() -> None:
+    cascade = ended()
+    model = cascade.model
+    wanted = cascade(X)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    weight = model.get_parameter("2.weight")
+    weight.data = weight.data.t().contiguous().t()  # another layout of the same numbers
+    model[4].weight = nn.Parameter(model[4].weight.detach().clone(), requires_grad=False)
+    weight.data.add_(1).sub_(1).copy_(cascade.core.slow.resting("2.weight", cascade.core.plan, weight))
+    call_of_a_new_kind(cascade)
+    torch.testing.assert_close(cascade.release()(X), wanted)
+
+
+def test_a_late_site_is_watched_and_leaves_the_others_watched() -> None:
+    """A graph of another mode brings a site: W0 of that one is taken, and the marks of the others stay."""
+
+    class Modes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(5, 4), nn.Linear(5, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.one(x) if self.training else self.one(x) + self.two(x)
+
+    def late() -> lx.Cascade:
+        cascade = lx.adapt(Modes().double(), (X,), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+        assert [site.weight for site in cascade.sites] == ["one.weight"]
+        return cascade
+
+    first, second = late(), late()
+    first.model.one.weight.data.neg_()
+    for cascade in (first, second):
+        cascade.eval()(X)
+        assert len(cascade.sites) == 2
+    second.model.two.weight.data.neg_()
+    for cascade, name in ((first, "one"), (second, "two")):
+        with pytest.raises(lx.StateError, match=rf"{name}\.weight was changed from outside"):
+            cascade.release()
+
+
+def test_noise_weights_are_watched() -> None:
+    """A matrix that carries noise and is no site is written by each transition too."""
+    cascade = adapted(targets=("0.*",), noise=lx.Noise(0.1, where="all"))
+    assert [site.weight for site in cascade.sites] == ["0.weight"]
+    cascade.transition(None)
+    cascade.model[2].weight.data.neg_()
+    with pytest.raises(lx.StateError, match=REFUSED):
+        cascade.transition(None)
+
+
+def test_parameters_trained_in_full_change_by_right() -> None:
+    cascade = adapted(targets=("0.*",), train=("2.weight",))
+    train(cascade, optimizer_of(cascade), batches(3, 4, 5))
+    cascade.model[2].weight.data.clamp_(-0.05, 0.05)
+    wanted = cascade(X)
+    call_of_a_new_kind(cascade)
+    torch.testing.assert_close(cascade.release()(X), wanted)
+
+
+def test_a_copy_is_watched_as_the_original_is() -> None:
+    cascade = ended()
+    wanted, twin, written = cascade(X), copy.deepcopy(cascade), copy.deepcopy(cascade)
+    written.model[2].weight.data.neg_()
+    again = copy.deepcopy(written)
+    for each in (written, again):
+        with pytest.raises(lx.StateError, match=REFUSED):
+            each.release()
+    torch.testing.assert_close(twin.release()(X), wanted)
+    torch.testing.assert_close(cascade.release()(X), wanted)
+
+
+def test_an_average_over_the_steps_of_one_stage_releases() -> None:
+    """timm's average of all state: within a stage it moves the branches only, so that the copy's weights are right."""
+    cascade = ended()
+    ema = ModelEmaV3(cascade, decay=0.5)
+    branches = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
+    randomize(cascade, 5)
+    ema.update(cascade)
+    ema.module.eval()(X)
+    with torch.no_grad():
+        for name, value in cascade.branches.named_parameters():
+            value.copy_(torch.lerp(branches[name], value, 0.5))
+    wanted = cascade(X)
+    torch.testing.assert_close(ema.module.release()(X), wanted)
+
+
+def test_an_average_over_a_transition_is_refused() -> None:
+    """Its weights are no fold of its branches any more: which of the two was folded cannot be told."""
+    cascade = ended()
+    ema = ModelEmaV3(cascade, decay=0.5)
+    cascade.transition(None)
+    ema.update(cascade)
+    ema.module.eval()(X)
+    with pytest.raises(lx.StateError, match=r"was changed from outside .* use lorasc_fx\.save"):
+        ema.module.release()
+
+
+def test_a_resume_by_state_dict_is_refused() -> None:
+    """As a trainer does it: load_state_dict into a new cascade, a validation loop, the release at the end."""
+    trained, fresh = ended(), adapted()
+    fresh.load_state_dict(trained.state_dict())
+    call_of_a_new_kind(fresh)
+    with pytest.raises(lx.StateError, match=r"0\.weight was changed from outside .* use lorasc_fx\.save"):
+        fresh.release()
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in another layout, which begins at an odd entry."""
+    return torch.cat([tensor.flatten()[:1], tensor.t().flatten()])[1:].view(tensor.t().shape).t()
+
+
+@pytest.mark.parametrize("sum_of", [checksum, device_sum])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (300, 257), (2, 2_100_001)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.complex64], ids=str
+)
+def test_checksums_are_of_the_bits_in_order(
+    dtype: torch.dtype, shape: tuple[int, int], sum_of: Callable[[torch.Tensor], int]
+) -> None:
+    """One bit, the signs of two entries, a swap: each is seen; the layout is none of it. Both on the host and as on a
+    device, which this machine need not have.
+    """
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(9).to(dtype)
+    known = sum_of(tensor)
+    assert sum_of(tensor.clone()) == known
+    if dtype.itemsize <= 4:
+        assert sum_of(strided(tensor)) == known
+    entries = tensor.view(torch.uint8).flatten()
+    edits = [(0, 1), (0, 128), (len(entries) - 1, 128)]
+    for first, mask in edits:
+        changed = tensor.clone()
+        changed.view(torch.uint8).flatten()[first] ^= mask
+        assert sum_of(changed) != known
+    if tensor.numel() > 1:
+        top = dtype.itemsize - 1
+        changed = tensor.clone()
+        changed.view(torch.uint8).flatten()[[top, top + 2 * dtype.itemsize]] ^= 128
+        assert sum_of(changed) != known
+        swapped = tensor.flatten()[torch.arange(tensor.numel()).roll(1)].view(shape)
+        assert sum_of(swapped) != known
+
+
+def test_tensors_without_numbers_have_checksums() -> None:
+    assert checksum(torch.empty(2, 3, device="meta")) != checksum(torch.empty(3, 2, device="meta"))
+    assert checksum(torch.empty(0, 3)) != checksum(torch.empty(3, 0))
