@@ -61,6 +61,7 @@ class Core:
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
         self._checksums: dict[str, int] = {}  # of the weights, as they were last written here or first seen
+        self._objects: dict[str, int] = {}  # ids of their parameters, as they were last seen
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -238,10 +239,11 @@ class Core:
         parameters = self.weights_by_name()
         names = parameters if written is None else [name for name in written if name in parameters]
         self._checksums = {**self._checksums, **{name: checksum(parameters[name]) for name in names}}
+        self._objects = {**self._objects, **{name: id(parameters[name]) for name in names}}
 
     def exchanged(self) -> bool:
         """Whether other objects are in the places of the weights, as inside torch.func.functional_call."""
-        return any(id(parameter) != self._as_left[name][0] for name, parameter in self.weights_by_name().items())
+        return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
 
     def check_weights(self, call: str) -> None:
         """Raise StateError where a weight holds other numbers than were written here, or is gone.
@@ -264,6 +266,7 @@ class Core:
                 "(load_state_dict, an optimizer, an average of weights, .data), and a fold would overwrite that. Put "
                 "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load"
             )
+        self._objects = {name: id(parameter) for name, parameter in parameters.items()}
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of every base parameter; those of frozen ones are computed once."""
