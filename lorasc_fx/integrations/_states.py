@@ -12,9 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lorasc_fx.branch import Expert, Factors, SlowWeight
 from lorasc_fx.branch.rows import Rows
 from lorasc_fx.integrations._parts import whole
-from lorasc_fx.runtime.slow import Trained
 
-__all__ = ["cut", "cut_state", "joined", "joined_state", "trained_with"]
+__all__ = ["cut", "cut_state", "joined", "joined_state"]
 
 
 def cut(value: torch.Tensor, rows: Rows | None) -> torch.Tensor:
@@ -65,9 +64,3 @@ def _state(
     start = slow if same or state.dense_start is None else dense(state.dense_start)
     experts = tuple(Expert(each.stage, factors(each.factors)) for each in state.experts)
     return replace(state, base=dense(state.base), experts=experts, dense_slow=slow, dense_start=start, part=rows)
-
-
-def trained_with(kept: Trained, change: Callable[[torch.Tensor], torch.Tensor]) -> Trained:
-    """Return what is kept of a parameter trained in full, each tensor changed so."""
-    past = tuple((stage, change(value)) for stage, value in kept.past)
-    return replace(kept, base=change(kept.base), slow=change(kept.slow), start=change(kept.start), past=past)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch.distributed.fsdp import fully_shard
 from lorasc_fx.branch import Expert, Factors, SlowWeight
 from lorasc_fx.branch.rows import Rows, whole
 from lorasc_fx.errors import StateError
+from lorasc_fx.integrations._states import cut as cut_rows
 from lorasc_fx.integrations.segments import ROOT, Cut, cut, together, unit_of
 from lorasc_fx.integrations.sharded_files import load, resume, save
 from lorasc_fx.integrations.units import Shards, SplitGraph, Unit
 from lorasc_fx.runtime import Cascade, Made, Variant, folding
-from lorasc_fx.runtime.slow import SlowWeights, Trained
+from lorasc_fx.runtime.slow import SlowWeights
 from lorasc_fx.spec import CascadeSpec, Noise
 
 __all__ = ["folded_state_dict", "load", "resume", "save", "shard"]
@@ -211,11 +213,7 @@ def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh)
 def _rows_of_all(slow: SlowWeights, rows: Mapping[str, Rows], mapped: bool) -> SlowWeights:
     """Return the slow weights of the rows that are here; W0 stays in its file if it is `mapped`."""
     states = {name: _rows_of(state, rows[name], mapped) for name, state in slow.states.items()}
-    trained = {}
-    for name, kept in slow.trained.items():
-        own = rows[name].of_whole
-        past = tuple((stage, own(value).clone()) for stage, value in kept.past)
-        trained[name] = Trained(own(kept.base).clone(), own(kept.slow).clone(), own(kept.start).clone(), past)
+    trained = {name: kept.map(partial(cut_rows, rows=rows[name])) for name, kept in slow.trained.items()}
     every = next(iter(rows.values())).together
     return replace(slow, states=states, trained=trained, together=every)
 

@@ -28,7 +28,7 @@ from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.graph import BRANCHES
 from lorasc_fx.integrations._parts import PartsInterpreter, whole
 from lorasc_fx.integrations._places import Style, places_of
-from lorasc_fx.integrations._states import cut, cut_state, joined, joined_state, trained_with
+from lorasc_fx.integrations._states import cut, cut_state, joined, joined_state
 from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
@@ -134,9 +134,7 @@ def gather(cascade: Cascade) -> Cascade:
             name: joined_state(state, layouts[name]) if name in layouts else state
             for name, state in core.slow.states.items()
         }
-        trained = {
-            name: trained_with(kept, partial(joined, like=layouts[name])) for name, kept in core.slow.trained.items()
-        }
+        trained = {name: kept.map(partial(joined, like=layouts[name])) for name, kept in core.slow.trained.items()}
         _exchange(cascade, lambda value: _again(value, whole(value)), undo)
         _take(cascade, replace(core.slow, states=states, trained=trained, together=None), None, undo)
     return cascade
@@ -194,7 +192,7 @@ def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement],
         for name, value in core.parameters_by_name().items()
     }
     states = {name: cut_state(state, rows[name]) for name, state in core.slow.states.items()}
-    trained = {name: trained_with(kept, partial(cut, rows=rows[name])) for name, kept in core.slow.trained.items()}
+    trained = {name: kept.map(partial(cut, rows=rows[name])) for name, kept in core.slow.trained.items()}
     together = Together(mesh.get_group(), next(iter(core.by_key.values())).lora_A.device)
     after = replace(core.slow, states=states, trained=trained, together=together)
     _take(cascade, after, Spread(mesh, set()), undo)

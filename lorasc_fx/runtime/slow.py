@@ -60,6 +60,17 @@ class Trained:
         """Whether the parameter follows the slow rule."""
         return spec.slow_train if self.rule is None or self.rule.slow is None else self.rule.slow
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Trained:
+        """Return it with each tensor changed so."""
+        return replace(
+            self,
+            base=change(self.base),
+            slow=change(self.slow),
+            start=change(self.start),
+            past=tuple((stage, change(value)) for stage, value in self.past),
+            average=None if self.average is None else change(self.average),
+        )
+
     def averaged(self, before: Trained, share: float | None) -> Trained:
         """Return it with `average + share * (slow - average)`, from the average before; without a share with none."""
         if share is None or share == 1:

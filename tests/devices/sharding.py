@@ -16,7 +16,10 @@ from lorasc_fx.integrations import fsdp
 from tests.devices.training import ROWS, STAGES, STEPS, data
 
 SPECS: dict[str, dict[str, Any]] = {
-    "fresh": {"noise": {"strength": 0.1, "keep": True}},  # its experts outgrow their weights, and are summed
+    "fresh": {
+        "noise": {"strength": 0.1, "keep": True},
+        "train_rules": ({"pattern": "layers.1.norm.*", "slow": True},),
+    },  # its experts outgrow their weights, and are summed
     "fast": {
         "rank": 1,
         "exclude": ("head.*", "table.*"),

@@ -299,6 +299,21 @@ def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("group")
+def test_shards_of_what_is_trained_in_full_keep_their_rule() -> None:
+    """Two biases follow the slow rule by a rule of their own, or against it: W0 + pace (W - W0) for the first only."""
+    rules = [{"pattern": "0.bias", "slow": True, "lr": 0.5}, {"pattern": "1.bias", "slow": False}]
+    cascade = small({"train": ["*.bias"], "train_rules": rules, "pace": 0.25})
+    start = {name: cascade.model.get_parameter(name).detach().clone() for name in ("0.bias", "1.bias")}
+    fsdp.shard(cascade)
+    with torch.no_grad():
+        for name in start:
+            cascade.model.get_parameter(name).add_(1)
+    cascade.transition(None)
+    for name, pace in (("0.bias", 0.25), ("1.bias", 1.0)):
+        torch.testing.assert_close(sharding.whole(cascade.model.get_parameter(name).detach()), start[name] + pace)
+
+
+@pytest.mark.usefixtures("group")
 def test_gradients_of_two_dtypes_in_one_block() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).bfloat16()
     cascade = lx.adapt(model, args=(torch.randn(2, 5).bfloat16(),), spec=lx.CascadeSpec(rank=2, train=("0.bias",)))
