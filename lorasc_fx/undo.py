@@ -35,7 +35,7 @@ __all__ = [
     "isolated",
     "no_grad",
     "no_inference_mode",
-    "raised_by_handler",
+    "raise_of_handler",
 ]
 
 T = TypeVar("T")
@@ -151,9 +151,11 @@ class Block(Generic[T]):
         finally:
             if self in _OPEN:
                 _OPEN.remove(self)
-            if not _OPEN and _in_main_thread():
-                _give_handlers_back()
-            _answer()
+            try:
+                if not _OPEN and _in_main_thread():
+                    _give_handlers_back()
+            finally:
+                _answer()
 
     def _take_back(self, fault: BaseException | None) -> BaseException | None:
         """Run the steps, last first; return the first exception of one where there is no fault to add a note to."""
@@ -225,10 +227,10 @@ def no_inference_mode(undo: Block[Any]) -> None:
     undo.enter(torch.inference_mode(False))
 
 
-def raised_by_handler(fault: BaseException) -> BaseException | None:
-    """Return the exception of a signal's handler that an exception stands for, if there is one.
+def raise_of_handler(fault: BaseException) -> None:
+    """Raise the exception of a signal's handler, if it is what this exception stands for.
 
-    A handler may raise any exception (a timeout by SIGALRM): it says nothing of the code that it has interrupted.
+    A handler may raise any exception (a timeout by SIGALRM); it says nothing of the code that it has interrupted.
     """
     waiting: list[Any] = [fault]
     seen: set[int] = set()
@@ -237,10 +239,9 @@ def raised_by_handler(fault: BaseException) -> BaseException | None:
         if not isinstance(found, BaseException) or id(found) in seen:
             continue
         if getattr(found, _MARK, False):
-            return found
+            raise found
         seen.add(id(found))
         waiting += [found.__context__, found.__cause__, getattr(found, "inner_exception", None)]
-    return None
 
 
 # ---- signals
@@ -286,28 +287,31 @@ def _in_main_thread() -> bool:
 
 def _record_signals() -> None:
     """Put a recorder in the place of every handler that is not one."""
-    for number in _SIGNALS:
-        handler = signal.getsignal(number)
-        if callable(handler) and not isinstance(handler, _Recorder):
-            recorder = _Recorder(number, handler)
-            _INSTALLED.append(recorder)
-            signal.signal(number, recorder)
+    try:
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler) and not isinstance(handler, _Recorder):
+                recorder = _Recorder(number, handler)
+                _INSTALLED.append(recorder)
+                signal.signal(number, recorder)
+    except BaseException:  # of a handler that has no recorder yet
+        if not _OPEN:
+            _give_handlers_back()
+        raise
 
 
 def _give_handlers_back() -> None:
     """Put the handlers back, but over no other that has come since; all of them, also where one that is back raises."""
-    raised: BaseException | None = None
-    while _INSTALLED:
-        try:
+    try:
+        while _INSTALLED:
             last = _INSTALLED[-1]
             now: object = signal.getsignal(last.number)
             if now is last:
                 signal.signal(last.number, last.before)
             _INSTALLED.pop()
-        except BaseException as fault:
-            raised = raised or fault
-    if raised is not None:
-        raise raised
+    finally:
+        if _INSTALLED:
+            _give_handlers_back()
 
 
 def _answer(asking: Block[Any] | None = None) -> None:

@@ -7,11 +7,14 @@ place, which autocast leaves alone.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
+
+from lorasc_fx.undo import Block, isolated
 
 __all__ = ["accumulate", "exact_products"]
 
@@ -87,15 +90,13 @@ def _block(
         target.copy_(held)
 
 
-@contextlib.contextmanager
-def exact_products(like: torch.Tensor) -> Iterator[None]:
+def exact_products(like: torch.Tensor) -> AbstractContextManager[None]:
     """Let fp32 products on an accelerator be fp32, whatever the process has chosen for its training (TF32, say)."""
-    if not like.is_cuda:
-        yield
-        return
-    chosen = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = chosen
+    return _ieee() if like.is_cuda else nullcontext()
+
+
+@isolated
+def _ieee(undo: Block[Any]) -> None:
+    matmul = torch.backends.cuda.matmul
+    undo(partial(setattr, matmul, "fp32_precision", matmul.fp32_precision))
+    matmul.fp32_precision = "ieee"

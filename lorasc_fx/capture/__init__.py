@@ -25,6 +25,7 @@ from lorasc_fx.capture.trial import check_agrees, one_line, seed, try_model
 from lorasc_fx.capture.untouched import substituted, untouched, written_by
 from lorasc_fx.capture.watch import watch
 from lorasc_fx.errors import CaptureError, nearest
+from lorasc_fx.undo import raise_of_handler
 
 __all__ = [
     "FRONTENDS",
@@ -114,6 +115,7 @@ def _captured(
         except MemoryError:  # says nothing of the front end
             raise
         except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model
+            raise_of_handler(fault)
             refused.append((name, one_line(fault)))
             log.info(
                 "%s not captured by %s, in %.2f s: %s",
@@ -148,6 +150,7 @@ def open_model(model: Any) -> nn.Module:
         except CaptureError:
             raise
         except Exception as fault:
+            raise_of_handler(fault)
             raise CaptureError(
                 f"{path} cannot be read as a .pt2, write it anew by torch.export.save: {one_line(fault)}"
             ) from fault

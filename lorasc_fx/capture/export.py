@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import is_quantized
-from lorasc_fx.capture.live import OWNER, Captured, read_live, traced
+from lorasc_fx.capture.live import OWNER, Captured, check_drew_nothing, quiet, read_live
 from lorasc_fx.capture.masks import without_masks
 from lorasc_fx.capture.signature import signature_of
 from lorasc_fx.capture.untouched import substituted
@@ -39,10 +39,12 @@ def capture_export(
 ) -> Captured:
     """Return the model's ATen graph; raises what torch.export raises."""
     root = _in_room(model)
-    with traced():
+    with quiet():
+        drawn = torch.get_rng_state()
         shapes = _dynamic(signature_of(model), args, kwargs, wide)
         with substituted(model, _stand_ins(model)):
             program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
+        check_drew_nothing(drawn)
         exported: Any = program.module()
     guards = exported._modules.get(_GUARDS)
     graph = exported.graph

@@ -6,8 +6,7 @@ traced as it will be with its numbers; what looks at a value (`.item()`, a branc
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.trees import whole
 from lorasc_fx.capture.untouched import substituted
+from lorasc_fx.undo import Block, isolated
 
 __all__ = ["computing", "device_of", "faked", "has_numbers", "is_hollow"]
 
@@ -38,16 +38,15 @@ def has_numbers(model: nn.Module) -> bool:
     return not is_hollow(model) and not any(hasattr(each, "to_local") for each in model.parameters())
 
 
-@contextlib.contextmanager
+@isolated
 def faked(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Let a model without numbers here hold fake tensors, of whole shapes, and yield fake inputs; any other model and
+    undo: Block[Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let a model without numbers here hold fake tensors, of whole shapes, and return fake inputs; any other model and
     its inputs stay as they are.
     """
     if has_numbers(model):
-        yield args, dict(kwargs)
-        return
+        return args, dict(kwargs)
     mode, device = (
         FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[])),
         device_of(args, kwargs),
@@ -60,13 +59,13 @@ def faked(
 
     held = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
     inputs, named = pytree.tree_map_only(torch.Tensor, fake, (args, dict(kwargs)))
-    with substituted(model, held):
-        yield inputs, named
+    undo.enter(substituted(model, held))
+    return inputs, named
 
 
-@contextlib.contextmanager
-def computing(model: nn.Module) -> Iterator[None]:
+@isolated
+def computing(undo: Block[Any], model: nn.Module) -> None:
     """Run what follows among fake tensors if the model holds such: what it makes itself is fake as well."""
     first = next((each for each in model.parameters() if isinstance(each, FakeTensor)), None)
-    with first.fake_mode if first is not None else contextlib.nullcontext():
-        yield
+    if first is not None:
+        undo.enter(first.fake_mode)

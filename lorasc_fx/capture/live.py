@@ -9,16 +9,18 @@ import operator
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lorasc_fx.graph import Record, graph_module_like, retarget, set_record
+from lorasc_fx.undo import Block, isolated
 
-__all__ = ["OWNER", "Captured", "quiet", "read_live", "traced"]
+__all__ = ["OWNER", "Captured", "check_drew_nothing", "quiet", "read_live"]
 
 OWNER = "model"
 
@@ -99,45 +101,34 @@ def _put(module: nn.Module, name: str, value: Any) -> None:
     store[name] = value
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+@isolated
+def quiet(undo: Block[Any]) -> None:
     """Run without a trace: random generators stay as they were, and what tracers say of themselves is not heard."""
-    state = random.getstate()
     numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
-    drawn = numpy.random.get_state() if numpy is not None else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    heard = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    undo(partial(random.setstate, random.getstate()))
+    if numpy is not None:
+        undo(partial(numpy.random.set_state, numpy.random.get_state()))
+    undo(partial(logging.disable, logging.root.manager.disable))
+    undo(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
+    undo.enter(torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()))
+    undo.enter(warnings.catch_warnings())
     said = io.StringIO()  # an export that fails prints its graph; the reason is in the error
-    with (
-        torch.random.fork_rng(devices),
-        warnings.catch_warnings(),
-        torch.enable_grad(),
-        contextlib.redirect_stdout(said),
-        contextlib.redirect_stderr(said),
-    ):
-        warnings.simplefilter("ignore")
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused path has no gradient
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            random.setstate(state)
-            if numpy is not None:
-                numpy.random.set_state(drawn)
-            logging.disable(heard)
+    undo.enter(contextlib.redirect_stdout(said))
+    undo.enter(contextlib.redirect_stderr(said))
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused path has no gradient
+    torch._C._set_grad_enabled(True)  # the block gives it back
 
 
-@contextlib.contextmanager
-def traced() -> Iterator[None]:
-    """Be quiet, and refuse a trace that has drawn random numbers of torch: no call of its graph would draw others.
+def check_drew_nothing(before: torch.Tensor) -> None:
+    """Refuse a trace that has drawn random numbers of torch: no call of its graph would draw others.
+
+    Args:
+        before: state of the generator before the trace.
 
     Raises:
         RuntimeError: it has.
     """
-    with quiet():
-        before = torch.get_rng_state()
-        yield
-        if not torch.equal(torch.get_rng_state(), before):
-            raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
+    if not torch.equal(torch.get_rng_state(), before):
+        raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")

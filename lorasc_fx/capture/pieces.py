@@ -8,12 +8,12 @@ and runs. A first run finds the graphs, before it is decided what to do with the
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from lorasc_fx.capture.untouched import substituted, untouched
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import copy_graph, regions_as_modules, weights_from_inputs
 from lorasc_fx.graph.copies import shallow
+from lorasc_fx.undo import Block, isolated, raise_of_handler
 
 __all__ = ["Pieces", "capture_pieces"]
 
@@ -70,7 +71,8 @@ class Pieces:
         try:
             with quiet(), untouched(self.model):
                 self(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException:  # a fault of dynamo's own, in a model that runs
+        except torch._dynamo.exc.TorchDynamoException as fault:  # a fault of dynamo's own, in a model that runs
+            raise_of_handler(fault)
             self._pieces.clear()
             self.run_eager()
 
@@ -265,32 +267,25 @@ class _Region(nn.Module):
         )
 
 
-@contextlib.contextmanager
-def _dynamo_settings() -> Iterator[None]:
+@isolated
+def _dynamo_settings(undo: Block[Any]) -> None:
     """Fail where dynamo would go on without graphs, and keep its remarks on graph breaks, which are expected here."""
-    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")]
-    levels = [each.level for each in loggers]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    for each in loggers:
+    for each in (logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")):
+        undo(partial(each.setLevel, each.level))
         each.setLevel(logging.ERROR)
+    undo(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
     torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            warnings.catch_warnings(),
-            torch._dynamo.config.patch(
-                fail_on_recompile_limit_hit=True,
-                recompile_limit=LIMIT,
-                accumulated_recompile_limit=4 * LIMIT,
-                use_numpy_random_stream=True,  # numpy's own, not draws of torch in its place
-                allow_unspec_int_on_nn_module=True,  # a counter is no reason for a graph of each of its values
-            ),
-        ):
-            # dynamo reads .grad of what a piece gets from another, and makes tensors of arrays that are tensors by then
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            warnings.filterwarnings("ignore", message="To copy construct from a tensor")
-            warnings.filterwarnings("ignore", message=".*should not be instantiated. Methods on autograd functions")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+    undo.enter(warnings.catch_warnings())
+    # dynamo reads .grad of what a piece gets from another, and makes tensors of arrays that are tensors by then
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+    warnings.filterwarnings("ignore", message=".*should not be instantiated. Methods on autograd functions")
+    undo.enter(
+        torch._dynamo.config.patch(
+            fail_on_recompile_limit_hit=True,
+            recompile_limit=LIMIT,
+            accumulated_recompile_limit=4 * LIMIT,
+            use_numpy_random_stream=True,  # numpy's own, not draws of torch in its place
+            allow_unspec_int_on_nn_module=True,  # a counter is no reason for a graph of each of its values
+        )
+    )

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 
-from lorasc_fx.capture.live import Captured, read_live, traced
+from lorasc_fx.capture.live import Captured, check_drew_nothing, quiet, read_live
 from lorasc_fx.capture.signature import signature_of
 from lorasc_fx.graph import drop_nodes, rename_inputs
 
@@ -37,8 +37,10 @@ def capture_symbolic(
     given.apply_defaults()
     constants = {name: value for name, value in given.arguments.items() if not _has_tensor(value)}
     tracer = _Tracer()
-    with traced():
+    with quiet():
+        drawn = torch.get_rng_state()
         graph = tracer.trace(model, concrete_args=constants)
+        check_drew_nothing(drawn)
     drop_nodes(graph, _checks_a_constant)
     rename_inputs(graph, [each.name for each in signature_of(model).parameters.values() if each.kind not in _VARIADIC])
     holder = tracer.root

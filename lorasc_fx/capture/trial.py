@@ -7,11 +7,11 @@ type of an output. So the model runs first, and each whole graph is held against
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from lorasc_fx.capture.live import quiet
 from lorasc_fx.capture.signature import copied
 from lorasc_fx.capture.untouched import Attributes, same_attributes, same_values, untouched, written_by
 from lorasc_fx.errors import CaptureError
+from lorasc_fx.undo import Block, isolated, raise_of_handler
 
 __all__ = ["Trial", "check_agrees", "one_line", "seed", "try_model"]
 
@@ -103,6 +104,7 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     except MemoryError:
         raise
     except Exception as fault:
+        raise_of_handler(fault)
         hollow = any(isinstance(each, FakeTensor) for each in model.parameters())
         advice = ", or give the model its weights before adapt: on the meta device nothing can look at values"
         raise CaptureError(
@@ -124,6 +126,7 @@ def check_agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, .
     except MemoryError:
         raise
     except Exception as fault:
+        raise_of_handler(fault)
         raise RuntimeError(f"its graph does something else than the model: it raises {one_line(fault)}") from fault
     difference = _fault(ours, theirs)
     if difference is not None and _fault(_observed(model, model, args, kwargs), theirs) is None:
@@ -161,21 +164,17 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sta
         return model(*inputs, **named)
 
 
-@contextlib.contextmanager
-def _all_trained(model: nn.Module) -> Iterator[None]:
+@isolated
+def _all_trained(undo: Block[Any], model: nn.Module) -> None:
     """Let every weight need a gradient, so that the run shows what gradients go through."""
     frozen = [
         each
         for each in model.parameters()
         if not each.requires_grad and each.is_floating_point() and not is_quantized(each)
     ]
-    try:
-        for each in frozen:
-            each.requires_grad_(True)
-        yield
-    finally:
-        for each in frozen:
-            each.requires_grad_(False)
+    for each in frozen:
+        undo(partial(each.requires_grad_, False))
+        each.requires_grad_(True)
 
 
 class _SavedTensorHooks(TorchFunctionMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lorasc_fx.branch import is_quantized
+from lorasc_fx.undo import Block, isolated
 
 __all__ = ["Attributes", "same_attributes", "same_values", "substituted", "untouched", "written_by"]
 
@@ -99,8 +99,8 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, (set, torch.Size, torch.dtype, torch.device)) and bool(one == other)
 
 
-@contextlib.contextmanager
-def substituted(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+@isolated
+def substituted(undo: Block[Any], model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Let the model hold other tensors in place of these parameters and buffers, at every place that holds one of them.
 
     (torch.func.functional_call leaves its values behind in a module that a model holds under two names, and does not
@@ -114,27 +114,26 @@ def substituted(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterato
             held += [(tensors, leaf, value) for leaf, value in tensors.items() if id(value) in instead]
         for store in (each for each in vars(module).values() if type(each) is list):
             held += [(store, place, value) for place, value in enumerate(store) if id(value) in instead]
-    try:
-        for store, key, value in held:
-            store[key] = instead[id(value)]
-        yield
-    finally:
+
+    def put_back() -> None:
         for store, key, value in held:
             store[key] = value
 
+    undo(put_back)
+    for store, key, value in held:
+        store[key] = instead[id(value)]
 
-@contextlib.contextmanager
-def same_attributes(model: nn.Module) -> Iterator[Attributes]:
+
+@isolated
+def same_attributes(undo: Block[Any], model: nn.Module) -> Attributes:
     """Give attributes back at the end; yields them as they were."""
     attributes = Attributes.of(model)
-    try:
-        yield attributes
-    finally:
-        attributes.restore()
+    undo(attributes.restore)
+    return attributes
 
 
-@contextlib.contextmanager
-def same_values(model: nn.Module) -> Iterator[None]:
+@isolated
+def same_values(undo: Block[Any], model: nn.Module) -> None:
     """Give buffers back at the end, and parameters that forward writes into.
 
     Which ones these are is known after a first run, for which all are kept, in host memory.
@@ -155,9 +154,8 @@ def same_values(model: nn.Module) -> Iterator[None]:
     }
     versions = [(name, each, each._version) for name, each in model.named_parameters() if isinstance(each, FakeTensor)]
     written = set(known or ())
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         with torch.no_grad():
             for name, (parameter, memory, value) in kept.items():
                 moved = parameter.data_ptr() != memory.data_ptr()
@@ -175,11 +173,13 @@ def same_values(model: nn.Module) -> Iterator[None]:
                     buffer = module._buffers[name]
                     if buffer is not None and buffer.shape == value.shape:
                         buffer.copy_(value)
-    _WRITTEN[model] = frozenset(written)
+        _WRITTEN[model] = frozenset(written)
+
+    undo(put_back)
 
 
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+@isolated
+def untouched(undo: Block[Any], model: nn.Module) -> None:
     """Leave the model as it was."""
-    with same_attributes(model), same_values(model):
-        yield
+    undo.enter(same_attributes(model))
+    undo.enter(same_values(model))

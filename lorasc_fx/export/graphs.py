@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from lorasc_fx.capture import bind, leaves, quiet, signature_of, whole
 from lorasc_fx.errors import CaptureError, SpecError
 from lorasc_fx.export.original import beside
 from lorasc_fx.runtime import Cascade, Variant
+from lorasc_fx.undo import Block, isolated, raise_of_handler
 
 __all__ = ["program", "pt2"]
 
@@ -87,6 +88,7 @@ def program(
             with quiet():
                 made = torch.export.export(module, bound, named, dynamic_shapes=shapes, strict=False)
         except Exception as fault:  # a tracer may raise anything
+            raise_of_handler(fault)
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
             raise CaptureError(
                 f"{call}: torch.export does not take this graph: {reason[0]}; change the model there"
@@ -136,13 +138,9 @@ def _as_given(
     return (tuple(arguments.values()), named) if plain and list(arguments) == first else (args, kwargs)
 
 
-@contextlib.contextmanager
-def _evaluating(cascade: Cascade) -> Iterator[None]:
+@isolated
+def _evaluating(undo: Block[Any], cascade: Cascade) -> None:
     """Put the model in eval mode for a while; each module gets its own mode back."""
-    modes = {module: module.training for module in cascade.modules()}
+    for module in cascade.modules():
+        undo(partial(setattr, module, "training", module.training))
     cascade.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -16,6 +16,7 @@ from lorasc_fx.errors import CaptureError, CheckpointError, SpecError
 from lorasc_fx.export.graphs import program
 from lorasc_fx.extras import require
 from lorasc_fx.runtime import Cascade
+from lorasc_fx.undo import raise_of_handler
 
 __all__ = ["onnx"]
 
@@ -59,6 +60,7 @@ def onnx(
         with quiet():
             found = torch.onnx.export(made, dynamo=True, opset_version=opset, verbose=False)
     except Exception as fault:  # torch.onnx raises what its parts raise
+        raise_of_handler(fault)
         first: BaseException = fault
         while first.__cause__ is not None:  # the outer ones say that something failed, not what
             first = first.__cause__

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorasc_fx.capture import copied, quiet, untouched
+from lorasc_fx.undo import Block, isolated, raise_of_handler
 
 __all__ = ["read_through"]
 
@@ -25,23 +27,24 @@ def read_through(
     """
     read: dict[str, str] = {}
     paths = sorted(set(paths), key=lambda path: path.count("."), reverse=True)  # inner ones first
-    held = []
     inputs, named = copied(args, kwargs)
     try:
-        with quiet(), torch.no_grad(), untouched(model):
-            for path in paths:
-                holder, _, name = path.rpartition(".")
-                parent = model.get_submodule(holder)
-                held.append((parent, name, parent._modules[name]))
-                parent._modules[name] = _Stand(parent._modules[name], path, read)
+        with quiet(), torch.no_grad(), untouched(model), _stood_in(model, paths, read):
             model(*inputs, **named)
     except Exception as fault:  # the model's own code may do anything with a module that is not what it expects
+        raise_of_handler(fault)
         told = f"the model does not run with a wrapper in place of its module ({type(fault).__name__}: {fault})"
         return {path: read.get(path, told) for path in paths}
-    finally:
-        for parent, name, module in reversed(held):
-            parent._modules[name] = module
     return read
+
+
+@isolated
+def _stood_in(undo: Block[Any], model: nn.Module, paths: list[str], read: dict[str, str]) -> None:
+    for path in paths:
+        holder, _, name = path.rpartition(".")
+        parent = model.get_submodule(holder)
+        undo(partial(parent._modules.__setitem__, name, parent._modules[name]))
+        parent._modules[name] = _Stand(parent._modules[name], path, read)
 
 
 class _Stand(nn.Module):

@@ -18,6 +18,7 @@ from lorasc_fx.branch import Factors, dense
 from lorasc_fx.capture import copied, quiet, substituted
 from lorasc_fx.export.callers import Call
 from lorasc_fx.export.peft_layout import Place, as_theirs
+from lorasc_fx.undo import raise_of_handler
 
 __all__ = ["fault_of"]
 
@@ -44,6 +45,7 @@ def fault_of(place: Place, module: nn.Module, call: Call) -> str | None:
             adapted = base + _term(place, module, pair, weight, _wide(call).args[0])
             moved, gap = (float((full - each).abs().max()) for each in (base, adapted))
     except Exception as fault:  # whatever the module's own code raises, peft's adapter of it would be no better off
+        raise_of_handler(fault)
         return f"peft's adapter of {type(module).__name__} cannot be tried: {type(fault).__name__}: {fault}"
     if gap <= 1e-6 * moved + 1e-12 * float(full.abs().max()):
         return None

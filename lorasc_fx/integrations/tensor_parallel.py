@@ -31,7 +31,7 @@ from lorasc_fx.integrations._places import Style, places_of
 from lorasc_fx.integrations._states import cut, cut_state, joined, joined_state
 from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.runtime import Cascade
-from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
+from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode, raise_of_handler
 
 __all__ = ["gather", "parallelize"]
 
@@ -102,6 +102,7 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
         try:
             after = _example(cascade)
         except Exception as fault:
+            raise_of_handler(fault)
             raise StateError(
                 f"parallelize: the model does not run in parts: {type(fault).__name__}: "
                 f"{(str(fault).splitlines() or [''])[0]}; leave out the weights that this is about"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.branch.skinny import apply
 from lorasc_fx.errors import StateError
 from lorasc_fx.integrations.segments import ROOT, Cut, Segment
+from lorasc_fx.undo import Block, isolated
 
 __all__ = ["Shards", "SplitGraph", "Unit"]
 
@@ -91,17 +93,12 @@ class SplitGraph:
         return self.graph.module.graph.process_outputs(flat)
 
 
-@contextlib.contextmanager
-def resting(branches: list[Branch]) -> Iterator[None]:
+@isolated
+def resting(undo: Block[Any], branches: list[Branch]) -> None:
     """Let branches add nothing: `base + 0 * term` is base."""
-    scales = [branch.scale for branch in branches]
-    try:
-        for branch in branches:
-            branch.scale = 0.0
-        yield
-    finally:
-        for branch, scale in zip(branches, scales, strict=True):
-            branch.scale = scale
+    for branch in branches:
+        undo(partial(setattr, branch, "scale", branch.scale))
+        branch.scale = 0.0
 
 
 def _own(value: Any, held: set[int]) -> Any:

@@ -7,6 +7,7 @@ in which the momentum of a batch norm is a constant.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasc_fx.errors import StateError
-from lorasc_fx.undo import AllOrNothing
+from lorasc_fx.undo import AllOrNothing, Block, isolated, no_grad
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.cascade import Cascade
@@ -42,31 +43,32 @@ def _estimate(
     cascade: Cascade, norms: list[_BatchNorm], batches: Iterable[Any], call: Callable[[Cascade, Any], Any]
 ) -> None:
     held = [(buffer, buffer.detach().clone()) for buffer in _buffers(norms)]
-    momenta = {norm: norm.momentum for norm in norms}
-    modes = {module: module.training for module in cascade.modules()}
 
     def put_back() -> None:
         for buffer, value in held:
             buffer.copy_(value)
 
     count = 0
-    try:
-        with torch.no_grad(), AllOrNothing() as undo:
-            undo(put_back)
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the mean over all batches
-            cascade.train()
-            for batch in batches:
-                call(cascade, batch)
-                count += 1
-            if not count:
-                raise StateError("recalibrate: there is no batch to estimate statistics from; give one or more")
-    finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    with no_grad(), _averaging(cascade, norms), AllOrNothing() as undo:
+        undo(put_back)
+        for norm in norms:
+            norm.reset_running_stats()
+        for batch in batches:
+            call(cascade, batch)
+            count += 1
+        if not count:
+            raise StateError("recalibrate: there is no batch to estimate statistics from; give one or more")
+
+
+@isolated
+def _averaging(undo: Block[Any], cascade: Cascade, norms: list[_BatchNorm]) -> None:
+    """Let the norms take the mean over all batches, in train mode."""
+    for module in cascade.modules():
+        undo(partial(setattr, module, "training", module.training))
+    for norm in norms:
+        undo(partial(setattr, norm, "momentum", norm.momentum))
+        norm.momentum = None
+    cascade.train()
 
 
 def _buffers(norms: Iterable[nn.Module]) -> list[torch.Tensor]:
