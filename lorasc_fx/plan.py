@@ -40,6 +40,7 @@ class Reason(enum.Enum):
     OPAQUE = "opaque-module"
     NOT_FLOATING = "not-floating"
     QUANTIZED = "quantized"
+    SHARED_MEMORY = "shared-memory"
 
     @property
     def asked(self) -> bool:

@@ -16,15 +16,25 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.compiler import Compiler
-from lorasc_fx.adapt.untie import check_untie, untie
+from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import FRONTENDS, check_binds, is_hollow, open_model, signature_of
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
-from lorasc_fx.graph import check_patterns, faults, forms_missing, matches, named_weights, rules_of, trained_by
+from lorasc_fx.graph import (
+    check_patterns,
+    faults,
+    forms_missing,
+    matches,
+    named_weights,
+    rules_of,
+    shared_memory,
+    trained_by,
+)
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.filling import Hollow, check_attributes, groups_of
+from lorasc_fx.runtime.flags import Joined
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
@@ -77,14 +87,13 @@ def adapt(
     _check_new(opened, hollow=True)
     weights = named_weights(opened)
     check_patterns(plan.spec, weights.matrices, weights.names)
-    check_untie(opened, plan.spec.untie)
     hollow = Hollow(base, groups_of(opened)) if is_hollow(opened) else None
     if hollow is not None:
         check_attributes(opened)
     source = open_base(base, opened) if hollow is None else None
     with no_inference_mode(), AllOrNothing() as undo:
-        untie(opened, plan.spec.untie, undo)
-        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, hollow=hollow)
+        joined = settle_ties(opened, plan.spec.untie, undo, strict=True)
+        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, hollow=hollow, joined=joined)
         _tell_of_wide_branches(cascade.plan)
         return cascade
 
@@ -129,13 +138,13 @@ def restored(
     _check_new(opened)
     source = open_base(base, opened)
     with no_inference_mode(), AllOrNothing() as undo:
-        untie(opened, found.plan.spec.untie, undo)
+        joined = settle_ties(opened, found.plan.spec.untie, undo)
         weights = named_weights(opened)
         check_base(found, weights.parameters)
         check_plan(found, weights.matrices, weights.parameters)
         _check_forms(found)
         try:
-            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, empty=True)
+            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, empty=True, joined=joined)
         except (PassError, SpecError) as fault:
             raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
         undo(cascade.core.base_writer())
@@ -166,6 +175,7 @@ def _adapt(
     empty: bool = False,
     hollow: Hollow | None = None,
     into: Cascade | None = None,
+    joined: Joined = (),
 ) -> Cascade:
     """Adapt by a plan: an empty one that has only a spec, or one that was saved, whose numbers are still to come.
 
@@ -176,6 +186,7 @@ def _adapt(
     maker = Compiler(frontend, signature_of(opened))
     flags = Flags.of(opened)
     trained = _trained(plan.spec, weights.parameters, weights.names)
+    _check_memory(opened, plan, trained, weights.names)
     undo(partial(flags.restore, opened))
     for name, parameter in weights.parameters.items():
         parameter.requires_grad_(name in trained)
@@ -189,7 +200,7 @@ def _adapt(
         cascade = cascade_class(opened, maker.signature)(opened, maker, made, key, example, flags)
     else:
         Cascade.__init__(cascade := into, opened, maker, made, key, example, flags)
-    cascade.core.base_file, cascade.core.hollow = source, hollow
+    cascade.core.base_file, cascade.core.hollow, cascade._joined = source, hollow, joined
     cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
@@ -266,6 +277,23 @@ def _trained(
                 f"train: {pattern!r} means {name}, which holds {parameter.dtype} and has no gradient; exclude it"
             )
     return trained
+
+
+def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], names: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse to write to a parameter whose memory is that of others too, as a part or in another order.
+
+    Raises:
+        SpecError: the spec trains it in full. PassError: the plan, which was saved, has it as a site.
+    """
+    shared = shared_memory(model)
+    for name in (each for each in trained if each in shared):
+        pattern = next(each for each in plan.spec.train if matches(each, names[name]))
+        raise SpecError(
+            f"train: {pattern!r} means {name}, which {shared[name]}; exclude it, or give it memory of its own "
+            "(parameter.data = parameter.data.clone())"
+        )
+    for name in (each for each in plan.by_weight if each in shared):
+        raise PassError(f"{name} is a site of the plan, and {shared[name]}; give it memory of its own")
 
 
 def _check_new(model: nn.Module, hollow: bool = False) -> None:

@@ -15,7 +15,7 @@ from lorasc_fx.adapt.pieces import insert, make_pieces
 from lorasc_fx.branch import Branch
 from lorasc_fx.capture import OWNER, Captured, Pieces, bind, capture, key_of, leaves, written_by
 from lorasc_fx.errors import CaptureError, NoSites
-from lorasc_fx.graph import at_stage, matches, named_weights, own_copy
+from lorasc_fx.graph import at_stage, matches, named_weights, own_copy, shared_memory
 from lorasc_fx.passes import FoldBranches
 from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
@@ -37,6 +37,18 @@ def _written(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> lis
         for name in sorted(written_by(model))
         if name in weights.matrices and name not in known
         if not any(matches(pattern, weights.names[name]) for pattern in asked)
+    ]
+
+
+def _shared(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> list[Refusal]:
+    """Return refusals of the matrices whose memory is that of other parameters or buffers too, but for ties."""
+    weights, spec = named_weights(model), plan.spec
+    known = {each.weight for each in refusals} | plan.by_weight.keys()
+    return [
+        Refusal(name, "", Reason.SHARED_MEMORY, sentence)
+        for name, sentence in shared_memory(model).items()
+        if name in weights.matrices and name not in known
+        if not any(matches(pattern, weights.names[name]) for pattern in (*spec.exclude, *spec.train))
     ]
 
 
@@ -89,6 +101,7 @@ class Compiler:
     ) -> Made:
         """Capture the call and insert the branches, into graphs that nobody else holds yet."""
         captured = capture(model, args, kwargs, self.frontend, wide)
+        refusals = (*refusals, *_shared(model, plan, refusals))
         refusals = (*refusals, *_written(model, plan, refusals))
         if captured.pieces is not None:
             return _in_pieces(captured, plan, branches, refusals, args, kwargs)

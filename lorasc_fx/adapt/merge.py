@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.adapt import _adapt, _buffer_writer, _check_new, _trained
-from lorasc_fx.adapt.untie import untie
+from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import open_model
 from lorasc_fx.errors import CheckpointError, PassError, SpecError
 from lorasc_fx.graph import matches, named_weights, rules_of
@@ -75,14 +75,14 @@ def merge(
     _check_new(opened)
     source = open_base(base, opened)
     with no_inference_mode(), AllOrNothing() as undo:
-        untie(opened, found[0].plan.spec.untie, undo)
+        joined = settle_ties(opened, found[0].plan.spec.untie, undo)
         own = {name: fingerprint(value) for name, value in opened.named_parameters()}
         for each in found:
             each.check_base(own)
         parts = [each.part(opened) for each in found]
         plan = _plan(parts, named_weights(opened).names)
         try:
-            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo, empty=True)
+            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo, empty=True, joined=joined)
         except PassError as fault:
             raise SpecError(f"merge: the sites of these runs do not fit together: {fault}") from fault
         undo(cascade.core.base_writer())

@@ -1,4 +1,4 @@
-"""`CascadeSpec.untie`: a tied parameter gets a copy of its own under some of its names, which is then a site."""
+"""Ties: equal views of one memory become one parameter; `CascadeSpec.untie` gives some places a copy of their own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from functools import partial
 from torch import nn
 
 from lorasc_fx.errors import SpecError
-from lorasc_fx.graph import matches
+from lorasc_fx.graph import Memory, matches
+from lorasc_fx.runtime.flags import Joined
 from lorasc_fx.undo import Undo
 
-__all__ = ["check_untie", "untie"]
+__all__ = ["settle_ties"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,36 @@ class _Holder:
     names: tuple[str, ...]
 
 
-def check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
+def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: bool = False) -> Joined:
+    """Make a tie of parameters that are equal views of one memory, and untie what the patterns mean.
+
+    Two parameters on one memory (`b.weight.data = a.weight.data`) are one weight: it gets one branch, and is written
+    once. The first place keeps its object.
+
+    Returns:
+        What `lorasc_fx.runtime.flags.give_back` needs at the end.
+
+    Raises:
+        SpecError: `strict`, and a pattern means no tied parameter.
+    """
+    first: dict[Memory, nn.Parameter] = {}
+    joined = []
+    for module in model.modules():
+        for leaf, value in list(module._parameters.items()):
+            if value is None or (place := Memory.of(value)) is None:
+                continue
+            shared = first.setdefault(place, value)
+            if shared is not value:
+                undo(partial(setattr, module, leaf, value))
+                setattr(module, leaf, shared)
+                joined.append((module, leaf, value, shared))
+    if strict:
+        _check_untie(model, patterns)
+    _untie(model, patterns, undo)
+    return tuple((module, leaf, value) for module, leaf, value, own in joined if module._parameters[leaf] is own)
+
+
+def _check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
     """Refuse a pattern that means no tied parameter.
 
     Raises:
@@ -40,7 +70,7 @@ def check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
             )
 
 
-def untie(model: nn.Module, patterns: Sequence[str], undo: Undo) -> None:
+def _untie(model: nn.Module, patterns: Sequence[str], undo: Undo) -> None:
     """Give each place that a pattern means a parameter of its own, equal to the shared one.
 
     The first place keeps the shared object; places that no pattern means stay tied to each other.

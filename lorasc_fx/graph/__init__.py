@@ -20,6 +20,7 @@ from lorasc_fx.graph.forms import (
 )
 from lorasc_fx.graph.marks import branch_nodes, calls_branches, made_by, use_of
 from lorasc_fx.graph.matching import Matching, Placer, match, survey
+from lorasc_fx.graph.memory import Memory, shared_memory
 from lorasc_fx.graph.record import Record, Use, at_stage, record_of, set_record, strip
 from lorasc_fx.graph.register import forms_missing, register_form
 from lorasc_fx.graph.shared import shared_input
@@ -44,6 +45,7 @@ __all__ = [
     "FunctionForm",
     "GraphEditor",
     "Matching",
+    "Memory",
     "ModuleForm",
     "Placer",
     "Reading",
@@ -80,6 +82,7 @@ __all__ = [
     "rules_of",
     "set_record",
     "shared_input",
+    "shared_memory",
     "spelling_of",
     "strip",
     "survey",

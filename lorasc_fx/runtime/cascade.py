@@ -18,7 +18,7 @@ from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import checkpoint_read, folding, past
 from lorasc_fx.runtime.core import Core
-from lorasc_fx.runtime.flags import Flags
+from lorasc_fx.runtime.flags import Flags, Joined, give_back
 from lorasc_fx.runtime.recalibrating import recalibrate
 from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.staged import Staged
@@ -53,6 +53,7 @@ class Cascade(Staged):
         self._refusals, self._unreached = made.refusals, made.unreached
         self._maker, self._example, self._flags = maker, example, flags
         self._refused_frontends = made.refused_frontends
+        self._joined: Joined = ()
         self._variants = Variants()
         self._variants.add(key, made.variant, model.training, maker.leaves(*maker.bind(model, *example)))
         if made.variant.attach is not None:
@@ -234,6 +235,7 @@ class Cascade(Staged):
             folding.release(self.core, quantized, which, undo)
             self.core.turning.call_off()
             self._flags.restore(self.model)
+            give_back(self._joined, undo)
             self._variants.detach()
             self._variants = Variants()
             self.core.let_go()

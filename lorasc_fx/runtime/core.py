@@ -127,8 +127,9 @@ class Core:
             self.know_sites(undo, empty)
 
     def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
-        """Note which weights the spec excludes: no noise reaches them."""
-        self.untouched = frozenset(each.weight for each in refusals if each.reason is Reason.EXCLUDED)
+        """Note the weights that get no noise: those that the spec excludes, and those in memory of others."""
+        untouched = (Reason.EXCLUDED, Reason.SHARED_MEMORY)
+        self.untouched = frozenset(each.weight for each in refusals if each.reason in untouched)
 
     def know_sites(self, undo: Undo, empty: bool = False) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""

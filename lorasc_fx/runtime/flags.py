@@ -1,13 +1,19 @@
-"""The flags of the user's model, as `adapt` found them."""
+"""What `release` gives back: the flags of the user's model, and the parameters that became ties."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
-__all__ = ["Flags"]
+from lorasc_fx.undo import Undo
+
+__all__ = ["Flags", "Joined", "give_back"]
+
+Joined = tuple[tuple[nn.Module, str, nn.Parameter], ...]
+"""Places, each with the parameter that stood there before it became a tie."""
 
 
 @dataclass(frozen=True)
@@ -31,3 +37,14 @@ class Flags:
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for name, module in model.named_modules():
             module.training = self.training.get(name, module.training)
+
+
+def give_back(joined: Joined, undo: Undo) -> None:
+    """Put the parameters that became ties back, on the memory that their tie has now."""
+    for module, leaf, value in joined:
+        shared = module._parameters[leaf]
+        if shared is not None:
+            undo(partial(setattr, value, "data", value.data))
+            undo(partial(setattr, module, leaf, shared))
+            value.data = shared.data
+            setattr(module, leaf, value)
