@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,55 @@ def test_three_stages(spec: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", range(len(THREE_STAGES)))
 def test_stopped_anywhere(stop: int, tmp_path: Path) -> None:
     assert_equal_to_whole(Run(SPECS["train"]), THREE_STAGES, (stop,), tmp_path)
+
+
+class Product(nn.Module):
+    """One weight, of any shape and layout."""
+
+    def __init__(self, kind: str, *shape: int) -> None:
+        super().__init__()
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.3
+        if kind == "channels_last":
+            weight = weight.to(memory_format=torch.channels_last)
+        self.kind, self.weight = kind, nn.Parameter(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "linear":
+            return nn.functional.linear(x, self.weight)
+        return x @ self.weight if self.kind == "in_out" else nn.functional.conv2d(x, self.weight)
+
+
+def product_input(kind: str, *shape: int) -> torch.Tensor:
+    if kind == "linear":
+        return inputs(4, shape[1])
+    return inputs(*shape[:-2], 4, shape[-2]) if kind == "in_out" else inputs(2, shape[1], 5, 5)
+
+
+@pytest.mark.parametrize("setting", ["float32", "bfloat16", "dora"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("in_out", 8, 8), ("in_out", 16, 8), ("in_out", 5, 7), ("in_out", 64, 32), ("in_out", 3, 8, 8),
+        ("linear", 8, 8), ("linear", 7, 5), ("conv", 8, 4, 3, 3), ("channels_last", 8, 4, 3, 3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bits_for_every_layout(kind: tuple[Any, ...], setting: str, tmp_path: Path) -> None:
+    """A checkpoint keeps no strides, and BLAS rounds the product of a transposed factor differently."""
+    dtype = getattr(torch, setting, torch.float32)
+    base, x = Product(*kind).to(dtype), product_input(*kind).to(dtype)
+    for rank in (1, 2, 3):
+        model, spec = deepcopy(base), lx.CascadeSpec(rank=rank, pace=0.4, use_dora=setting == "dora" and len(kind) == 3)
+        cascade = lx.adapt(model, args=(x,), spec=spec, frontend="symbolic")
+        for stage in range(2):
+            generator = torch.Generator().manual_seed(stage)
+            for factor in cascade.branches.parameters():
+                factor.data += torch.randn(factor.shape, generator=generator) * 0.3
+            cascade.transition(None)
+            lx.save(cascade, tmp_path / str(rank))
+            again = deepcopy(base)
+            lx.load(tmp_path / str(rank), again, args=(x,))
+            assert torch.equal(again.weight, model.weight)
 
 
 def test_under_export(tmp_path: Path) -> None:
