@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorasc_fx.errors import CaptureError
 
 __all__ = ["inert"]
@@ -40,12 +42,33 @@ _PATH = re.compile(r"(?!__)\w*(\.(?!__)\w+)*")
 _KEY = re.compile(r"\w[\w.\-]*")
 _NAMESPACES = "aten|prims|torchvision|quantized_decomposed|torchao"
 _TARGET = re.compile(
-    rf"torch\.ops\.({_NAMESPACES})\.(?!from_file)([a-zA-Z]\w*|_[a-zA-Z]\w*|__(and|or|xor|lshift|rshift)__)\.[a-zA-Z]\w*"
+    rf"torch\.ops\.({_NAMESPACES})\.([a-zA-Z]\w*|_[a-zA-Z]\w*|__(and|or|xor|lshift|rshift)__)\.[a-zA-Z]\w*"
     r"|torch\.ops\.higher_order\.(cond|while_loop|scan|associative_scan|map_impl|invoke_subgraph|flex_attention"
     r"|wrap_with_set_grad_enabled|wrap_with_autocast|tag_activation_checkpoint)"
     r"|_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|pos|abs|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem|lshift|rshift)"
     r"|math\.(ceil|floor|trunc|sqrt|pow)|torch\.(sym_\w+|_sym_sqrt)"
 )
+_TEXT_ARGUMENTS = {
+    "UPLO", "activation", "algorithm", "api_name", "approximate", "assert_msg", "driver", "equation", "indexing",
+    "interpolation", "mapping_type", "mode", "norm", "ord", "p", "pad_mode", "padding", "padding_side", "reduce",
+    "rounding_mode", "side",
+}  # fmt: skip
+"""Arguments of ops that are texts and choose among ways to compute; others name files."""
+_CHECKS = re.compile(
+    r"aten::(_assert_(async|scalar|tensor_metadata)|sym_constrain_range(_for_size)?|_linalg_check_errors)"
+)
+"""Ops that return nothing, and compute nothing: exports hold them as checks."""
+_FOREIGN = ("Any", "Stream", "Future", "Storage", "Capsule", "__torch__")
+"""Kinds of arguments that are no tensors and no numbers."""
+_SIZES = ("size", "sizes", "shape", "target_shape", "repeats", "dims", "output_size", "n", "m", "end", "steps")
+"""Arguments of ops that say how large the result is."""
+_VIEWS = re.compile(
+    r"torch\.ops\.\w+\.(view\w*|\w*reshape\w*|_unsafe_view|unflatten|slice\w*|permute\w*|flip|roll|as_strided)\..*"
+)
+_ROOM = 1 << 22
+"""Entries of tensors that an archive may claim beyond its bytes."""
+_WIDEST = 1 << 26
+"""Entries that a constant in the graph may have beyond those bytes: an attention mask over 8,192 positions."""
 _TREES = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None)
 _SIZE = re.compile(
     r"FloorDiv|ModularIndexing|Where|PythonMod|Mod|CleanDiv|CeilToInt|FloorToInt|CeilDiv|LShift|RShift|PowByNatural"
@@ -79,7 +102,7 @@ def inert(path: Path) -> io.BytesIO:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return _copied(archive)
+            return _copied(archive, path.stat().st_size)
     except _Refused as fault:
         raise CaptureError(
             f"{path}: {fault}, which can do more than describe a model, and is not opened. If you trust the file, give "
@@ -87,18 +110,24 @@ def inert(path: Path) -> io.BytesIO:
         ) from None
 
 
-def _copied(archive: zipfile.ZipFile) -> io.BytesIO:
+def _copied(archive: zipfile.ZipFile, size: int) -> io.BytesIO:
     parts = _parts(archive)
+    if sum(info.file_size for info in parts.values()) > size:
+        raise _Refused("its parts are larger than the file")
     if _MODEL not in parts or any(name not in parts for name in _CONFIGS):
         raise _Refused("it has not the parts of an archive that this torch writes (an older format is pickled)")
     program = _json(archive, parts[_MODEL])
     _check(program, "", "the program")
+    _check_constants(program, size)
     _without(program)
     texts = {_MODEL: json.dumps(program).encode(), _SAMPLES: b""}
+    claimed: set[tuple[Any, ...]] = set()
     for name in _CONFIGS:
         config = _json(archive, parts[name])
-        _check_payloads(config, name.rpartition("/")[0], parts)
+        claimed |= _claimed(config, name.rpartition("/")[0], parts)
         texts[name] = json.dumps(config).encode()
+    if sum(map(math.prod, (sizes for _, sizes, *_ in claimed))) > size + _ROOM:
+        raise _Refused(f"its tensors have more entries than the {size} bytes of the file can hold")
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as copy:
         for name, info in parts.items():
@@ -162,7 +191,7 @@ def _check(value: Any, key: str, place: str) -> None:
 
 def _fits(text: str, key: str) -> bool:
     if key in ("target", "as_operator"):
-        return _TARGET.fullmatch(text) is not None
+        return _TARGET.fullmatch(text) is not None and _is_pure(text)
     if key == "expr_str":
         return _computes(text)
     if key == "guards_code":
@@ -173,6 +202,47 @@ def _fits(text: str, key: str) -> bool:
         return _TEXT.fullmatch(text) is not None
     dotted = key in ("parameter_name", "buffer_name", "tensor_constant_name", "fqn")
     return (_PATH if dotted else _NAME).fullmatch(text) is not None
+
+
+def _is_pure(target: str) -> bool:
+    """Whether an op, if it is one of torch.ops, computes tensors of tensors and touches nothing else: no file, process,
+    stream or setting.
+    """
+    if not target.startswith("torch.ops.") or target.startswith("torch.ops.higher_order."):
+        return True
+    namespace, name, overload = target.split(".")[2:]
+    qualified = f"{namespace}::{name}" + ("" if overload == "default" else f".{overload}")
+    if not torch._C._dispatch_has_kernel(qualified):  # unknown here, or of TorchScript alone, as aten::save is
+        return False
+    schema = torch._C._get_schema(f"{namespace}::{name}", "" if overload == "default" else overload)
+    if _CHECKS.fullmatch(schema.name) is None and not schema.returns:
+        return False
+    kinds = [(argument.name, str(argument.type)) for argument in schema.arguments]
+    return all("str" not in kind or name in _TEXT_ARGUMENTS for name, kind in kinds) and not any(
+        foreign in kind for _, kind in kinds for foreign in _FOREIGN
+    )
+
+
+def _check_constants(program: Any, size: int) -> None:
+    """Refuse ops that make a tensor of any size of literals."""
+    for node in _tables(program["graph_module"]["graph"]):
+        if not isinstance(node.get("target"), str) or _VIEWS.fullmatch(node["target"]):
+            continue
+        entries = 1
+        for argument in node.get("inputs", ()):
+            if argument.get("name") in _SIZES and isinstance(argument.get("arg"), dict):
+                entries *= math.prod(max(1, abs(number)) for number in _integers(argument["arg"]))
+        if entries > size + _WIDEST:
+            raise _Refused(f"{node['target']} makes a tensor of {entries} entries")
+
+
+def _integers(argument: Mapping[str, Any]) -> Iterator[int]:
+    """Yield the literal integers of an argument."""
+    for value in argument.values():
+        for each in value if isinstance(value, list) else (value,):
+            number = each.get("as_int") if isinstance(each, dict) else each
+            if type(number) is int:
+                yield number
 
 
 def _is_tree(spec: Any) -> bool:
@@ -237,8 +307,12 @@ def _small(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and abs(node.value) <= _MOST_POWER
 
 
-def _check_payloads(config: Any, folder: str, parts: Mapping[str, zipfile.ZipInfo]) -> None:
-    """Refuse numbers that are pickled, or that would take more memory than the file has."""
+def _claimed(config: Any, folder: str, parts: Mapping[str, zipfile.ZipInfo]) -> set[tuple[Any, ...]]:
+    """Return part, sizes, strides and offset of each tensor; tied ones have the same.
+
+    A tensor may be a view of its part, of strides of 0, that takes any memory once it is copied.
+    """
+    found = set()
     if set(config) != {"config"}:
         raise _Refused(f"{folder} has a table of an unknown kind")
     for name, payload in config["config"].items():
@@ -252,5 +326,8 @@ def _check_payloads(config: Any, folder: str, parts: Mapping[str, zipfile.ZipInf
         sizes = [size.get("as_int") for size in payload["tensor_meta"]["sizes"]]
         if any(type(size) is not int or size < 0 for size in sizes):
             raise _Refused(f"{where} has no plain sizes")
-        if math.prod(sizes) > max(1 << 24, 64 * info.file_size) or (math.prod(sizes) and not info.file_size):
+        if math.prod(sizes) and not info.file_size:
             raise _Refused(f"{where} has {math.prod(sizes)} entries in {info.file_size} bytes")
+        strides, offset = (json.dumps(payload["tensor_meta"].get(key)) for key in ("strides", "storage_offset"))
+        found.add((info.filename, tuple(sizes), strides, offset))
+    return found

@@ -117,6 +117,20 @@ def emptied(parts: Parts, canary: Path) -> None:
     parts["data/weights/weight_0"] = b""
 
 
+def strides_of_0(config: Any, size: int = 4096) -> None:
+    for entry in config["config"].values():
+        sizes = [{"as_int": size}] * len(entry["tensor_meta"]["sizes"])
+        entry["tensor_meta"].update(sizes=sizes, strides=[{"as_int": 0}] * len(sizes))
+
+
+def calls(program: Any, target: str, **arguments: Any) -> None:
+    """The first node is a call of this op, on the input."""
+    given = graph(program)["inputs"][-1]
+    inputs = [{"name": "self", "arg": given, "kind": 1}]
+    inputs += [{"name": name, "arg": value, "kind": 1} for name, value in arguments.items()]
+    graph(program)["nodes"][0].update(target=target, inputs=inputs)
+
+
 CODE = "__import__('pathlib').Path({!r}).touch()"
 """Python that writes a file; the name is put in by `hostile`."""
 LEAF = {"type": None, "context": None, "children_spec": []}
@@ -145,6 +159,20 @@ def hostile(code: str) -> dict[str, Callable[[Parts, Path], None]]:
         "a target that reads a file": lambda program: graph(program)["nodes"][0].update(
             target="torch.ops.aten.from_file.default"
         ),
+        "a target that writes a file": lambda program: calls(
+            program, "torch.ops.aten.save.default", filename={"as_string": "ran"}
+        ),
+        "a target that prints": lambda program: calls(program, "torch.ops.aten._print.default", s={"as_string": "x"}),
+        "a target that sets the generator": lambda program: calls(
+            program, "torch.ops.aten.manual_seed.default", seed={"as_int": 1}
+        ),
+        "a target that exchanges memory": lambda program: calls(program, "torch.ops.aten.set_.source_Storage"),
+        "a constant of 2**40 entries": lambda program: calls(
+            program, "torch.ops.aten.new_zeros.default", size={"as_ints": [2**20, 2**20]}
+        ),
+        "an expansion to 2**40 entries": lambda program: calls(
+            program, "torch.ops.aten.repeat.default", repeats={"as_sym_ints": [{"as_int": 2**20}, {"as_int": 2**20}]}
+        ),
         "a node named as code": lambda program: renamed(program, f"x = {code}; y"),
         "a node named as torch's": lambda program: renamed(program, "torch.load"),
         "an argument named as code": lambda program: signature(program).update(forward_arg_names=[f"x={code}"]),
@@ -170,6 +198,7 @@ def hostile(code: str) -> dict[str, Callable[[Parts, Path], None]]:
         "the old format": of_the_old_format,
         "compiled code": compiled,
         "an empty weight of 2**60 entries": emptied,
+        "weights by strides of 0": edited(WEIGHTS, strides_of_0),
     } | {name: edited(MODEL, change) for name, change in on_model.items()}
 
 

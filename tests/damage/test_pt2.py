@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,16 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.capture import open_model
-from tests.damage.pt2_runner import hostile
+from lorasc_fx.capture.pt2 import inert
+from tests.damage.pt2_runner import WEIGHTS, edited, hostile, packed, parts_of, strides_of_0
 from tests.errors.models import exactly, inputs, mlp
 
 ROOT = Path(__file__).parents[2]
 X = inputs(2, 5)
+TRUST = (
+    ", which can do more than describe a model, and is not opened. If you trust the file, give the program itself: "
+    "adapt(torch.export.load(path), ...)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +94,44 @@ def test_a_pt2_is_adapted(tmp_path: Path) -> None:
     assert torch.equal(cascade(X), mlp()(X))
 
 
-def test_a_compressed_archive(tmp_path: Path) -> None:
-    import zipfile
+def test_parts_that_share_their_bytes(tmp_path: Path) -> None:
+    """Such a file has any size once it is read."""
+    path = tmp_path / "shared.pt2"
+    torch.export.save(torch.export.export(mlp(), (X,)), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        large = next(info for info in archive.infolist() if info.filename.endswith("/weight_0"))
+        for number in range(100, 400):
+            archive.filelist.append(again := copy.copy(large))
+            again.filename = again.orig_filename = large.filename.replace("weight_0", f"weight_{number}")
+        archive._didModify = True  # type: ignore[attr-defined]
+    with pytest.raises(lx.CaptureError, match=exactly(f"{path}: its parts are larger than the file{TRUST}")):
+        lx.adapt(path, args=(X,))
 
+
+@pytest.mark.parametrize(("width", "opens"), [(1024, True), (2048, False)])
+def test_views_of_strides_of_0(width: int, opens: bool, tmp_path: Path) -> None:
+    """Expanded buffers are usual; 2**22 entries may be claimed beyond the bytes of the file."""
+    path = tmp_path / "views.pt2"
+    torch.export.save(torch.export.export(mlp(), (X,)), path)
+    parts = parts_of(path)
+    edited(WEIGHTS, partial(strides_of_0, size=width))(parts, path)
+    size = packed(path, parts).stat().st_size
+    if opens:
+        assert inert(path).getbuffer().nbytes < 2 * size
+        return
+    sentence = f"{path}: its tensors have more entries than the {size} bytes of the file can hold{TRUST}"
+    with pytest.raises(lx.CaptureError, match=exactly(sentence)):
+        lx.adapt(path, args=(X,))
+
+
+def test_tied_weights_count_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*[nn.Linear(512, 512)] * 30), inputs(2, 512)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "tied.pt2")
+    assert torch.equal(open_model(tmp_path / "tied.pt2")(x), model(x))
+
+
+def test_a_compressed_archive(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(mlp(), (X,)), tmp_path / "whole.pt2")
     path = tmp_path / "small.pt2"
     with zipfile.ZipFile(tmp_path / "whole.pt2") as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as small:
