@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import settle_ties
-from lorasc_fx.capture import FRONTENDS, check_binds, is_hollow, open_model, signature_of
+from lorasc_fx.capture import FRONTENDS, check_binds, is_hollow, open_model, signature_of, written_by
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
 from lorasc_fx.graph import (
     check_patterns,
@@ -35,6 +35,7 @@ from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.filling import Hollow, check_attributes, groups_of
 from lorasc_fx.runtime.flags import Joined
+from lorasc_fx.runtime.model_state import restorer
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
@@ -148,7 +149,7 @@ def restored(
         except (PassError, SpecError) as fault:
             raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
         undo(cascade.core.base_writer())
-        undo(_buffer_writer(opened))
+        undo(restorer(opened, (each for name, each in weights.parameters.items() if name in found.moved)))
         restore(cascade)
         _check_loaded(cascade, found.path)
         return cascade
@@ -201,23 +202,12 @@ def _adapt(
     else:
         Cascade.__init__(cascade := into, opened, maker, made, key, example, flags)
     cascade.core.base_file, cascade.core.hollow, cascade._joined = source, hollow, joined
+    cascade.core.written = partial(written_by, opened)
     cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
         _ADAPTED[parameter] = ref(cascade)
     return cascade
-
-
-def _buffer_writer(model: nn.Module) -> Callable[[], None]:
-    """Return what writes the present values back into the model's buffers."""
-    held = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-
-    def write() -> None:
-        with torch.no_grad():
-            for buffer, value in held:
-                buffer.copy_(value)
-
-    return write
 
 
 def _forget(parameters: Iterable[nn.Parameter]) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.adapt import _adapt, _buffer_writer, _check_new, _trained
+from lorasc_fx.adapt import _adapt, _check_new, _trained
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import open_model
 from lorasc_fx.errors import CheckpointError, PassError, SpecError
@@ -25,6 +26,7 @@ from lorasc_fx.runtime.base_file import open_base
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs, restore
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import fingerprint
+from lorasc_fx.runtime.model_state import restorer
 from lorasc_fx.undo import AllOrNothing, Commit, no_inference_mode
 
 __all__ = ["merge"]
@@ -86,7 +88,7 @@ def merge(
         except PassError as fault:
             raise SpecError(f"merge: the sites of these runs do not fit together: {fault}") from fault
         undo(cascade.core.base_writer())
-        undo(_buffer_writer(opened))
+        undo(restorer(opened))
         join(cascade.core, weighted_sum(cascade.core.slow, parts, shares, plan.stage - 1), parts)
         return cascade
 
@@ -105,11 +107,14 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
 
 @dataclass(frozen=True)
 class _Found:
-    """A run as given: what it is called in messages, its plan, and the fingerprints of its base."""
+    """A run as given: what it is called in messages, its plan, the fingerprints of its base, and the names of what is
+    no part of the base: buffers, and parameters that forward writes.
+    """
 
     name: str
     plan: Plan
     base: Mapping[str, str]
+    moved: Collection[str]
     frontend: str
     run: Cascade | Checkpoint
 
@@ -118,15 +123,22 @@ class _Found:
         """Read a folder, or look at a cascade."""
         if isinstance(run, Cascade):
             run.core.check_ready("merge")
-            return cls(f"{name}, a cascade", run.plan, run.core.fingerprints(), run.core.frontend, run)
+            return cls(
+                f"{name}, a cascade",
+                run.plan,
+                run.core.fingerprints(),
+                run.core.moved_parameters(),
+                run.core.frontend,
+                run,
+            )
         if not isinstance(run, (str, PathLike)):
             raise SpecError(f"merge: {name} is {type(run).__name__}; give a checkpoint folder or a cascade")
         found = read(run)
-        return cls(f"{name}, {found.path}", found.plan, found.manifest["base"], found.frontend, found)
+        return cls(f"{name}, {found.path}", found.plan, found.manifest["base"], found.moved, found.frontend, found)
 
     def check_base(self, own: Mapping[str, str]) -> None:
         """Raise CheckpointError where the model is not what this run adapted."""
-        if odd := base_differs(self.base, own, own):
+        if odd := base_differs(self.base, own, [name for name in own if name not in self.moved]):
             raise CheckpointError(
                 f"merge: {self.name}, is of another base: the model {odd}; "
                 "runs can be summed on the one base that all of them adapted"
@@ -143,6 +155,7 @@ class _Found:
             parameter.requires_grad_(name in trained)
         branches = missing_branches(self.plan, {}, named.parameters)
         core = Core(scratch, nn.ModuleDict(dict(branches)), self.plan, self.frontend)
+        core.written = partial(frozenset, self.moved)  # this copy runs no forward that would tell
         with Commit() as undo:
             core.start(trained, undo, rules_of(self.plan.spec, trained, named.names), empty=True)
         restore(core, self.run)

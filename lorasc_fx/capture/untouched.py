@@ -23,7 +23,8 @@ _OWN = frozenset(("_parameters", "_buffers", "_modules", "training"))
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
 
 _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
-"""Names of the parameters that each model's forward writes into, of models that have run on trial."""
+"""Names of the parameters that each model's forward writes into, and of the buffers that it registers, of models that
+have run on trial."""
 
 
 def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -32,7 +33,9 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def written_by(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that forward writes into, of a model that has run on trial."""
+    """Return the names of the parameters that forward writes and of the buffers that it registers, of a model that has
+    run on trial.
+    """
     return _WRITTEN.get(model, frozenset())
 
 
@@ -138,6 +141,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
 
     Which ones these are is known after a first run, for which all are kept, in host memory.
     """
+    paths = {module: path for path, module in model.named_modules()}
     buffers = [
         (
             module,
@@ -167,6 +171,8 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
             written.update(name for name, parameter, version in versions if parameter._version != version)
             for module, objects, values in buffers:
                 if isinstance(module._buffers, dict):  # a script module keeps its own
+                    added = module._buffers.keys() - objects.keys()
+                    written.update(f"{paths[module]}.{leaf}".lstrip(".") for leaf in added)
                     module._buffers.clear()
                     module._buffers.update(objects)
                 for name, value in values.items():

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorasc_fx.branch import Expert, Factors, SlowWeight
 from lorasc_fx.errors import StateError
+from lorasc_fx.runtime.model_state import restorer, slots
 from lorasc_fx.runtime.slow import SlowWeights, Trained, fill
 from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.transition import resting_value
@@ -81,7 +81,7 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
         buffers: values of the model's buffers, by name.
     """
     before, plan = core.slow, core.plan
-    held, branches = dict(core.model.named_buffers()), core.branches_by_weight()
+    branches = core.branches_by_weight()
     unmoved = {name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})}
     after, started = starts_of(plan, after, unmoved)
 
@@ -93,9 +93,14 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
 
     with no_grad(), Commit(core.lock) as undo:
         undo(core.restorer())
+        undo(restorer(core.model))
+        places = slots(core.model)
         for name, value in buffers.items():
-            undo(partial(_set, held[name], held[name].clone()))
-            held[name].copy_(value)
+            buffer = places[name].held
+            if buffer is not None and value.shape == buffer.shape:
+                buffer.copy_(value)
+            else:
+                places[name].put(value.to(places[name].device, copy=True))
         put_starts(branches, started, undo)
         fill(
             core.parameters_by_name(),
@@ -105,11 +110,6 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
             undo,
         )
         core.advance(plan, after, names)
-
-
-def _set(buffer: torch.Tensor, value: torch.Tensor) -> None:
-    with torch.no_grad():
-        buffer.copy_(value)
 
 
 def _with(state: SlowWeight, experts: Sequence[tuple[float, Factors]], stage: int) -> SlowWeight:

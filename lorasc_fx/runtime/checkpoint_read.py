@@ -64,6 +64,11 @@ class Checkpoint:
         """The front end that was asked for."""
         return str(self.manifest["frontend"])
 
+    @property
+    def moved(self) -> set[str]:
+        """Names of the model's buffers, and of the parameters that forward writes."""
+        return {name.removeprefix("buffer/") for name in self.tensors if name.startswith("buffer/")}
+
 
 def read(folder: str | PathLike[str]) -> Checkpoint:
     """Read the newest version of a checkpoint folder.
@@ -204,7 +209,7 @@ def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
     own = {name: fingerprint(value) for name, value in parameters.items() if name in base}
-    if odd := base_differs(base, own, parameters):
+    if odd := base_differs(base, own, [name for name in parameters if name not in checkpoint.moved]):
         raise CheckpointError(
             f"{checkpoint.path}: this is another base: the model {odd}; load onto the weights that were adapted"
         )

@@ -52,6 +52,7 @@ class Core:
         self.placed: Which | int | None = None  # a number is that of a stage
         self.released = False
         self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
+        self.written: Callable[[], frozenset[str]] = frozenset  # names of parameters that forward writes
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
         self.hollow: Hollow | None = None  # until a model on the meta device has its numbers
@@ -270,13 +271,23 @@ class Core:
         self._objects = {name: id(parameter) for name, parameter in parameters.items()}
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of every base parameter; those of frozen ones are computed once."""
-        slow = self.slow
+        """Return the fingerprint of every base parameter that only training moves; each is computed once."""
+        slow, moved = self.slow, self.moved_parameters()
         for name, parameter in self.parameters_by_name().items():
-            if name not in self._fingerprints:
+            if name not in self._fingerprints and name not in moved:
                 kept = slow.states.get(name) or slow.trained.get(name)
                 self._fingerprints[name] = fingerprint(kept.base if kept is not None else parameter)
-        return dict(self._fingerprints)
+        return {name: digest for name, digest in self._fingerprints.items() if name not in moved}
+
+    def moved_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that forward itself writes (a momentum teacher); they are state, as buffers are."""
+        names = self.written() - self.slow.states.keys() - self.slow.trained.keys()
+        parameters = self.parameters_by_name() if names else {}
+        return {name: parameters[name] for name in sorted(names) if name in parameters}
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """Return the model's buffers, and the parameters that forward writes."""
+        return {**dict(self.model.named_buffers()), **self.moved_parameters()}
 
     def check_alive(self, call: str) -> None:
         """Raise StateError after `release`, and before the model has its numbers."""

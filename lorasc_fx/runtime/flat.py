@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lorasc_fx.branch import fill_factor
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, half_step
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
 from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
+from lorasc_fx.runtime.model_state import restorer
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import fill
 from lorasc_fx.runtime.variants import Variants
@@ -90,7 +90,7 @@ def take_over(
     """
     core = cascade.core
     with core.exclusive("load_state_dict"):
-        if odd := checkpoint_read.base_differs(found.manifest["base"], core.fingerprints(), core.parameters_by_name()):
+        if odd := _base_differs(found, core):
             raise CheckpointError(
                 f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted"
             )
@@ -125,7 +125,8 @@ def take_over(
 def _values(core: Core) -> Callable[[], None]:
     """Return what brings back plan, slow weights, branches, buffers and what the parameters hold now."""
     plan, slow = core.plan, core.slow
-    tensors = (*core.branches.parameters(), *core.trained_parameters().values(), *core.model.buffers())
+    put_state_back = restorer(core.model, core.moved_parameters().values())
+    tensors = (*core.branches.parameters(), *core.trained_parameters().values())
     held = [(tensor, tensor.detach().clone()) for tensor in tensors]
     scales = [(branch, branch.scale) for branch in core.by_key.values()]
 
@@ -135,16 +136,21 @@ def _values(core: Core) -> Callable[[], None]:
     def write() -> None:
         with torch.no_grad():
             for tensor, value in held:
-                if isinstance(tensor, nn.Parameter):
-                    fill_factor(tensor, value)
-                else:
-                    tensor.copy_(value)
+                fill_factor(tensor, value)
+        put_state_back()
         for branch, scale in scales:
             branch.scale = scale
         fill(core.weights_by_name(), slow.states, rest, rest)
         core.advance(plan, slow)
 
     return write
+
+
+def _base_differs(found: checkpoint_read.Checkpoint, core: Core) -> str:
+    moved = {*found.moved, *core.moved_parameters()}
+    base = {name: digest for name, digest in found.manifest["base"].items() if name not in moved}
+    names = [name for name in core.parameters_by_name() if name not in moved]
+    return checkpoint_read.base_differs(base, core.fingerprints(), names)
 
 
 def _check_alike(now: Plan, found: checkpoint_read.Checkpoint) -> None:

@@ -80,7 +80,7 @@ def of_core(core: Core, call: str, which: Which = "slow") -> FoldedWeights:
     for name in slow.trained:
         changes[name] = partial(_cast, trained_value(slow, name, which, parameters[name].detach()))
     aliases = {name: group for group in names.values() for name in group}
-    buffers = {name: buffer.detach().cpu() for name, buffer in core.model.named_buffers()}
+    buffers = {name: buffer.detach().cpu() for name, buffer in core.model_state().items()}
     return FoldedWeights(call, core.fingerprints(), changes, buffers, aliases)
 
 

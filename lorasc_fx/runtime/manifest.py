@@ -40,6 +40,8 @@ _OPTIONAL: Mapping[str, tuple[type, str]] = {
     "versions": (dict, "a table of versions"),
     "rules": (dict, "a table of rules"),
     "averaged": (int, "a number of stages"),
+    "empty_buffers": (list, "a list of names"),
+    "shared_buffers": (dict, "a table of names"),
 }
 _SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -136,9 +138,11 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
     if manifest["turning"] and plan.spec.restart_A != "gradient":
         raise ValueError(f"'turning' is true, and restart_A is {plan.spec.restart_A!r}")
     _check_random(manifest["rng"])
-    for name in (*manifest.get("pending", ()), *manifest.get("versions", {}).values()):
-        if not isinstance(name, str):
-            raise ValueError(f"'pending' and 'versions' hold names, not {told(repr(name))}")
+    for key in ("pending", "empty_buffers", "versions", "shared_buffers"):
+        held = manifest.get(key, ())
+        for name in held.values() if isinstance(held, dict) else held:
+            if not isinstance(name, str):
+                raise ValueError(f"{key!r} holds names, not {told(repr(name))}")
     for note in manifest.get("outside", ()):
         if not _is_note(note):
             raise ValueError(f"'outside': {told(repr(note))} is no note of what stands outside of JSON")

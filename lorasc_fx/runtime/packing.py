@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorasc_fx.runtime.model_state import layout
+
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
 
@@ -64,8 +66,8 @@ def pack(core: Core) -> tuple[Tensors, dict[str, Any]]:
         meta["rules"] = ruled
     if core.plan.spec.average != "off":
         meta["averaged"] = slow.averaged
-    for name, buffer in core.model.named_buffers():
-        tensors[f"buffer/{name}"] = buffer.detach()
+    tensors |= {f"buffer/{name}": value.detach() for name, value in core.model_state().items()}
+    meta |= layout(core.model)
     return {name: tensor.clone() for name, tensor in tensors.items()}, meta
 
 

@@ -12,6 +12,7 @@ from lorasc_fx.branch import Began, Branch, DoraBranch, Expert, Factors, KeptNoi
 from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
+from lorasc_fx.runtime.model_state import Slot, restorer, slots
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
 from lorasc_fx.spec import CascadeSpec, Noise
@@ -97,11 +98,11 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
         average = f"trained/{name}/average"
         mean = held.take(average, tuple(kept.slow.shape), kept.slow.dtype) if average in held else None
         values[name], trained[name] = value, Trained(kept.base, end, start, past, mean, kept.rule)
-    for name, buffer in core.model.named_buffers():
-        moves.append((buffer, held.take(f"buffer/{name}", tuple(buffer.shape), buffer.dtype)))
+    new_buffers = _model_state(core, held, meta, moves)
     if held.left:
         raise CheckpointError(f"{where}: holds {told(repr(next(iter(held.left))))}, which this plan has no place for")
     after = SlowWeights(states, trained, meta["parked"], averaged=meta.get("averaged", 0), together=slow.together)
+    put_state_back = restorer(core.model)
     old = [tensor.detach().clone() for tensor, _ in moves]
     held_before = {name: parameters[name].detach().clone() for name in values}
 
@@ -111,6 +112,7 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
     def put_back() -> None:
         for (tensor, _), value in zip(moves, old, strict=True):
             tensor.copy_(value)
+        put_state_back()
         if core.slow is after:
             write(parameters, [*states, *trained], before, before)
             core.advance(planned, slow)
@@ -119,6 +121,8 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
         undo(put_back)
         for tensor, value in moves:
             tensor.copy_(value)
+        for slot, buffer in new_buffers:
+            slot.put(buffer)
         write(
             parameters,
             [*states, *trained],
@@ -126,6 +130,46 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
             before,
         )
         core.advance(plan, after)
+
+
+def _model_state(
+    core: Core, held: Taken, meta: Mapping[str, Any], moves: list[tuple[torch.Tensor, torch.Tensor]]
+) -> list[tuple[Slot, torch.Tensor | None]]:
+    """Add to `moves` the buffers that keep their tensors, and parameters that forward writes; return the other buffers,
+    each with the tensor that it gets.
+
+    A tensor of the file takes no more memory than its bytes there, so that a buffer may have any shape.
+    """
+    where, empty, shared = held.where, meta.get("empty_buffers", ()), meta.get("shared_buffers", {})
+    buffers = slots(core.model, core.written())
+    foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
+    if foreign is not None:
+        raise CheckpointError(f"{where}: has a buffer {told(repr(foreign))}, and the model has none of this name")
+    first: dict[int, str] = {}
+    groups: dict[str, list[str]] = {}  # names of the buffers that hold one tensor, by its name in the file
+    for name, slot in buffers.items():
+        same = first.setdefault(id(slot.held), name) if slot.held is not None else name
+        source = shared.get(name, name if f"buffer/{name}" in held else same)
+        if f"buffer/{source}" in held:
+            groups.setdefault(source, []).append(name)
+        elif slot.held is not None and name not in empty:
+            held.take(f"buffer/{source}", tuple(slot.held.shape), slot.held.dtype)  # raises
+    replaced: list[tuple[Slot, torch.Tensor | None]] = [(buffers[name], None) for name in empty]
+    for source, names in groups.items():
+        value, before = held.tensors[f"buffer/{source}"], buffers[names[0]].held
+        holders = [name for name, slot in buffers.items() if slot.held is before]
+        if before is not None and value.shape == before.shape and holders == names:
+            moves.append((before, held.take(f"buffer/{source}", tuple(before.shape), before.dtype)))
+        else:
+            held.take(f"buffer/{source}", tuple(value.shape), value.dtype)
+            new = value.to(buffers[names[0]].device, copy=True)
+            replaced += [(buffers[name], new) for name in names]
+    known = core.slow.states.keys() | core.slow.trained.keys()
+    for name, parameter in core.parameters_by_name().items():
+        if f"buffer/{name}" in held and name not in known and name not in buffers:  # forward writes it
+            own = local(parameter)
+            moves.append((own, held.take(f"buffer/{name}", tuple(own.shape), own.dtype)))
+    return replaced
 
 
 def began(branch: Branch, spec: CascadeSpec, parked: bool, held: Taken) -> Began | None:

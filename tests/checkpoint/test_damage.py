@@ -288,6 +288,11 @@ def test_a_tensor_that_is_missing_or_of_another_shape(version: Path, what: str) 
         refuse(version, f"{version}: 'rng/torch' is no state of torch's random generator{ALONE}")
         return
     forge_tensors(version, lambda tensors: tensors.update({name: torch.zeros(2, 9)}))
+    if what.startswith("buffer/"):  # forward may have assigned one of any shape
+        model = prepared()
+        lx.load(version.parent, model, args=(X,))
+        assert torch.equal(model.get_buffer(name.removeprefix("buffer/")), torch.zeros(2, 9))
+        return
     refuse(version, f"{version}: {name!r} is (2, 9), the plan says (", whole=False)
     forge_tensors(version, lambda tensors: tensors.update({name: torch.zeros(())}))
     refuse(version, f"{version}", whole=False)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.runtime.core import Core
 from tests.checkpoint.runs import THREE_STAGES, Run, interrupted, whole
 from tests.errors.models import Net, inputs
 from tests.errors.state import assert_same, raw
@@ -110,6 +111,91 @@ def test_bits_for_every_layout(kind: tuple[Any, ...], setting: str, tmp_path: Pa
             again = deepcopy(base)
             lx.load(tmp_path / str(rank), again, args=(x,))
             assert torch.equal(again.weight, model.weight)
+
+
+class Teacher(nn.Module):
+    """A momentum teacher, as of BYOL: forward writes its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.teacher.weight.mul_(0.9).add_(self.student.weight, alpha=0.1)
+        return self.student(x) - self.teacher(x)
+
+
+class Moving(nn.Module):
+    """Forward assigns its buffers anew: of the input's shape, of another dtype, where there was none, and shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.inner, self.other = nn.Linear(5, 5), nn.Module(), nn.Module()
+        self.register_buffer("memory", torch.zeros(0))
+        self.register_buffer("cache", None, persistent=False)
+        self.register_buffer("first", torch.ones(3))
+        self.inner.register_buffer("mask", torch.zeros(2))
+        self.other.register_buffer("mask", self.inner.mask)
+        self.inner.register_buffer("steps", torch.zeros(1))
+        self.other.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.memory.shape != x.shape:
+            self.memory = torch.zeros_like(x)
+        self.memory = (self.memory * 0.9 + self.body(x)).detach()
+        if self.cache is None:
+            self.cache = torch.arange(5)
+        if self.first is not None:
+            self.first = None
+        if not hasattr(self, "seen"):
+            self.register_buffer("seen", x.detach().clone())
+        self.inner.mask = self.inner.mask + 1
+        self.inner.steps = self.other.steps = self.other.steps + 1
+        return self.body(x) * self.cache + self.memory + self.seen + self.inner.mask[0] - self.other.mask[0]
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Every parameter and every buffer under each of its names, with shape and dtype; and which are the same."""
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    values = {name: raw(value) for name, value in held}
+    return values | {f"same {name}": [other for other, each in held if each is value] for name, value in held}
+
+
+@pytest.mark.parametrize("build", [Teacher, Moving])
+def test_what_forward_moves_is_state(build: type[nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    x = inputs(4, 5)
+    torch.manual_seed(1)
+    base = build()
+    model = deepcopy(base)
+    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=1), frontend="pieces")
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    for _ in range(2):
+        cascade(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cascade.transition(optimizer)
+    lx.save(cascade, tmp_path)
+    again = deepcopy(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(Core, "advance", lambda *_: 1 / 0)
+        with pytest.raises(lx.CheckpointError, match="ZeroDivisionError"):
+            lx.load(tmp_path, again, args=(x,))
+    assert state_of(again) == state_of(base)
+    loaded = lx.load(tmp_path, again, args=(x,))
+    assert state_of(again) == state_of(model)
+    for _ in range(2):
+        assert torch.equal(loaded(x), cascade(x))
+    assert state_of(again) == state_of(model)
+    lx.save(loaded, tmp_path)
+    lx.load(tmp_path, again := deepcopy(base), args=(x,))
+    assert state_of(again) == state_of(model)
+    summed = lx.merge([tmp_path], deepcopy(base), args=(x,))
+    assert summed(x).shape == (4, 5)
+    with torch.no_grad():
+        next(iter(base.parameters())).add_(1)
+    with pytest.raises(lx.CheckpointError, match=r"this is another base: the model differs in (student|body)\.weight;"):
+        lx.load(tmp_path, base, args=(x,))
 
 
 def test_under_export(tmp_path: Path) -> None:
