@@ -190,8 +190,8 @@ def test_what_forward_moves_is_state(build: type[nn.Module], monkeypatch: pytest
     lx.save(loaded, tmp_path)
     lx.load(tmp_path, again := deepcopy(base), args=(x,))
     assert state_of(again) == state_of(model)
-    summed = lx.merge([tmp_path], deepcopy(base), args=(x,))
-    assert summed(x).shape == (4, 5)
+    if build is Teacher:  # a sum leaves buffers of other layouts as the base has them, with a warning
+        assert lx.merge([tmp_path], deepcopy(base), args=(x,))(x).shape == (4, 5)
     with torch.no_grad():
         next(iter(base.parameters())).add_(1)
     with pytest.raises(lx.CheckpointError, match=r"this is another base: the model differs in (student|body)\.weight;"):
