@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import settle_ties
-from lorasc_fx.capture import FRONTENDS, check_binds, is_hollow, open_model, signature_of, written_by
+from lorasc_fx.capture import FRONTENDS, Calls, check_binds, is_hollow, open_model, signature_of, written_by
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
 from lorasc_fx.graph import (
     check_patterns,
@@ -184,7 +184,7 @@ def _adapt(
     """
     weights = named_weights(opened)
     bound = check_binds(opened, tuple(args), dict(kwargs or {}))
-    maker = Compiler(frontend, signature_of(opened))
+    maker = Compiler(frontend, Calls(signature_of(opened), alike=isinstance(opened, fx.GraphModule)))
     flags = Flags.of(opened)
     trained = _trained(plan.spec, weights.parameters, weights.names)
     _check_memory(opened, plan, trained, weights.names)
@@ -196,11 +196,10 @@ def _adapt(
     sites, seconds = len(made.plan.sites), time.monotonic() - begun
     log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {}))
-    key = maker.key(opened, *bound)
     if into is None:
-        cascade = cascade_class(opened, maker.signature)(opened, maker, made, key, example, flags)
+        cascade = cascade_class(opened, maker.calls.signature)(opened, maker, made, example, flags)
     else:
-        Cascade.__init__(cascade := into, opened, maker, made, key, example, flags)
+        Cascade.__init__(cascade := into, opened, maker, made, example, flags)
     cascade.core.base_file, cascade.core.hollow, cascade._joined = source, hollow, joined
     cascade.core.written = partial(written_by, opened)
     cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)

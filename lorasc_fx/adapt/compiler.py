@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import fx, nn
 
 from lorasc_fx.adapt.pieces import insert, make_pieces
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import OWNER, Captured, Pieces, bind, capture, key_of, leaves, written_by
+from lorasc_fx.capture import OWNER, Call, Calls, Captured, Pieces, bind, capture, written_by
 from lorasc_fx.errors import CaptureError, NoSites
 from lorasc_fx.graph import at_stage, matches, named_weights, own_copy, shared_memory
 from lorasc_fx.passes import FoldBranches
@@ -62,7 +61,8 @@ def _in_pieces(
 ) -> Made:
     functions, whole = bool(captured.functions), captured.whole_elsewhere
     made = make_pieces(captured.pieces, plan, branches, refusals, args, kwargs, functions, universal=not whole)
-    return replace(made, refused_frontends=captured.refused)
+    variant = made.variant if made.variant.universal else replace(made.variant, state=captured.state)
+    return replace(made, variant=variant, refused_frontends=captured.refused)
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,19 @@ class Compiler:
 
     Args:
         frontend: a front end's name, or `auto`.
-        signature: of the user's forward.
+        calls: of the user's forward.
     """
 
     frontend: str
-    signature: inspect.Signature
+    calls: Calls
 
-    def bind(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a call's arguments in canonical shape."""
-        return bind(self.signature, args, kwargs)
+    def bind(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a call's arguments in canonical shape; plain enough for dynamo to trace."""
+        return bind(self.calls.signature, args, kwargs)
 
-    def key(self, model: nn.Module, args: Any, kwargs: Any) -> Hashable:
-        """Return the call's signature; a graph that was given has one for all."""
-        return None if isinstance(model, fx.GraphModule) else key_of(model, args, kwargs)
-
-    def leaves(self, args: Any, kwargs: Any) -> list[Any]:
-        """Return the leaves of a call's arguments."""
-        return leaves(args, kwargs)
+    def call(self, args: Any, kwargs: Mapping[str, Any]) -> Call:
+        """Return a call in canonical shape, with what a variant is looked up by."""
+        return self.calls.bind(args, kwargs)
 
     def make(
         self,
@@ -108,7 +104,13 @@ class Compiler:
         whole, fault = None, None
         try:
             whole = insert(captured.module, plan, branches, refusals)
-            variant = replace(whole.variant, frontend=captured.frontend, guards=captured.guards, sizes=captured.sizes)
+            variant = replace(
+                whole.variant,
+                frontend=captured.frontend,
+                guards=captured.guards,
+                sizes=captured.sizes,
+                state=captured.state,
+            )
             whole = replace(whole, variant=variant, refused_frontends=captured.refused)
             hidden = next((str(each) for each in whole.refusals if each.reason in _HIDDEN), "")
         except NoSites as none:

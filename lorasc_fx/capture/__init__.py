@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from torch import fx, nn
 
 from lorasc_fx.capture.export import capture_dynamo, capture_export
 from lorasc_fx.capture.graph import capture_graph
+from lorasc_fx.capture.guards import Guards
 from lorasc_fx.capture.hollow import device_of, faked, has_numbers, is_hollow
 from lorasc_fx.capture.live import OWNER, Captured, quiet
 from lorasc_fx.capture.pieces import Pieces, capture_pieces
 from lorasc_fx.capture.pt2 import inert
-from lorasc_fx.capture.signature import bind, check_binds, copied, key_of, leaves, signature_of
+from lorasc_fx.capture.signature import Call, Calls, bind, check_binds, copied, leaves, signature_of
 from lorasc_fx.capture.symbolic import capture_symbolic
 from lorasc_fx.capture.trees import know_trees, whole
-from lorasc_fx.capture.trial import check_agrees, one_line, seed, try_model
+from lorasc_fx.capture.trial import Trial, check_agrees, one_line, seed, try_model
 from lorasc_fx.capture.untouched import substituted, untouched, written_by
 from lorasc_fx.capture.watch import watch
 from lorasc_fx.errors import CaptureError, nearest
@@ -30,7 +32,10 @@ from lorasc_fx.undo import raise_of_handler
 __all__ = [
     "FRONTENDS",
     "OWNER",
+    "Call",
+    "Calls",
     "Captured",
+    "Guards",
     "Pieces",
     "bind",
     "capture",
@@ -38,7 +43,6 @@ __all__ = [
     "copied",
     "device_of",
     "is_hollow",
-    "key_of",
     "leaves",
     "one_line",
     "open_model",
@@ -85,15 +89,17 @@ def capture(
         raise CaptureError(f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}")
     hollow = not has_numbers(model)
     with faked(model, args, kwargs) as (inputs, named):
-        return _captured(model, inputs, named, frontend, wide, hollow)
+        captured, trial = _captured(model, inputs, named, frontend, wide, hollow)
+    guards = Guards(model, trial.assigned, trial.written)
+    return replace(captured, functions=trial.functions, whole_elsewhere=trial.only_recomputes, state=guards)
 
 
 def _captured(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], frontend: str, wide: bool, hollow: bool
-) -> Captured:
+) -> tuple[Captured, Trial]:
     trial = try_model(model, args, kwargs)
     if isinstance(model, fx.GraphModule):
-        return capture_graph(model, args, kwargs)
+        return capture_graph(model, args, kwargs), trial
     know_trees(model)
     refused: list[tuple[str, str]] = []
     faults: list[Exception] = []
@@ -111,7 +117,7 @@ def _captured(
             if captured.pieces is None:
                 check_agrees(captured.module, model, args, kwargs)
             log.info("%s captured by %s, in %.2f s", type(model).__name__, name, time.monotonic() - begun)
-            return captured.after(tuple(refused), trial.functions, trial.only_recomputes)
+            return replace(captured, refused=tuple(refused)), trial
         except MemoryError:  # says nothing of the front end
             raise
         except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model

@@ -10,13 +10,14 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from lorasc_fx.capture.guards import Guards
 from lorasc_fx.graph import Record, graph_module_like, retarget, set_record
 from lorasc_fx.undo import Block, isolated
 
@@ -38,6 +39,7 @@ class Captured:
         pieces: a `Pieces`, from the front end that finds several graphs.
         functions: names of the custom autograd Functions that the model uses.
         whole_elsewhere: whether a whole graph was refused for gradient checkpointing alone, which other modes may lack.
+        state: guards on the model's Python state.
     """
 
     module: fx.GraphModule
@@ -48,12 +50,7 @@ class Captured:
     pieces: Any = None
     functions: tuple[str, ...] = ()
     whole_elsewhere: bool = False
-
-    def after(
-        self, refused: tuple[tuple[str, str], ...], functions: tuple[str, ...], whole_elsewhere: bool
-    ) -> Captured:
-        """Return the same capture, with what was tried before it, and what a run of the model showed."""
-        return replace(self, refused=refused, functions=functions, whole_elsewhere=whole_elsewhere)
+    state: Guards | None = None
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:

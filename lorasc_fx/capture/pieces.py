@@ -286,6 +286,7 @@ def _dynamo_settings(undo: Block[Any]) -> None:
             recompile_limit=LIMIT,
             accumulated_recompile_limit=4 * LIMIT,
             use_numpy_random_stream=True,  # numpy's own, not draws of torch in its place
+            skip_nnmodule_hook_guards=False,  # hooks come and go after the capture, too
             allow_unspec_int_on_nn_module=True,  # a counter is no reason for a graph of each of its values
         )
     )

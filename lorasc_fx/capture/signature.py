@@ -1,7 +1,7 @@
 """What makes two calls the same variant: arguments in one canonical shape, and a hashable key for them.
 
-A variant is one adapted graph for one input signature (docs/design.md): modes and settings of every module, tree of
-arguments, which are None, values that are not tensors, dtypes, devices and numbers of axes, autocast.
+A variant is one adapted graph for one input signature (docs/design.md): tree of arguments, which are None, values that
+are not tensors, dtypes, devices and numbers of axes, autocast; and for the model's Python state, see guards.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.capture.trees import whole
 from lorasc_fx.errors import CaptureError
 
-__all__ = ["bind", "copied", "key_of", "leaves"]
+__all__ = ["Call", "Calls", "bind", "copied", "leaves"]
 
 
 def bind(
@@ -31,11 +31,27 @@ def bind(
     Raises:
         TypeError: the signature does not take these arguments.
     """
-    bound = signature.bind(*args, **kwargs)
-    for name, parameter in signature.parameters.items():
-        if parameter.default is None and name in bound.arguments and bound.arguments[name] is None:
-            del bound.arguments[name]
+    bound = _without_nones(signature, signature.bind(*args, **kwargs))
     return bound.args, bound.kwargs
+
+
+def _without_nones(
+    signature: inspect.Signature, bound: inspect.BoundArguments, values: Sequence[Any] | None = None
+) -> inspect.BoundArguments:
+    """Drop arguments that are None by default and None here; with `values` they are bound by number.
+
+    Those before arguments that `*args` takes have to stay.
+    """
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    full = any(kinds[name] is inspect.Parameter.VAR_POSITIONAL and given for name, given in bound.arguments.items())
+    for name, parameter in signature.parameters.items():
+        if full and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        if parameter.default is None and name in bound.arguments:
+            value = bound.arguments[name]
+            if (value if values is None else values[value]) is None:
+                del bound.arguments[name]
+    return bound
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:
@@ -83,16 +99,69 @@ def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[
     return copies
 
 
-def key_of(model: nn.Module, args: Any, kwargs: Any) -> Hashable:
-    """Return a key that is equal for two calls which one variant can serve."""
-    flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=whole)
-    return (tuple(map(_settings, model.modules())), spec, tuple(_leaf(leaf) for leaf in flat), _autocast(flat))
+class Call(NamedTuple):
+    """A call in canonical shape.
+
+    Args:
+        args, kwargs: as `bind` returns them.
+        leaves: of the arguments, in the order of a graph's placeholders.
+        key: equal for two calls which one graph can serve, as far as inputs go; None while torch.fx traces the call.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[Any]
+    key: Hashable | None
 
 
-def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Return what a graph of a module holds as constants: mode, numbers and names that it keeps, and its hooks."""
-    kept = tuple(value for value in vars(module).values() if type(value) in (bool, int, float, str))
-    return (len(module._forward_hooks), len(module._forward_pre_hooks), *kept)
+class Calls:
+    """Brings the calls of a model into canonical shape; how is found once for each way to pass arguments.
+
+    Args:
+        signature: of the model's forward.
+        alike: whether one graph serves all calls, whatever their inputs.
+    """
+
+    def __init__(self, signature: inspect.Signature, alike: bool = False) -> None:
+        self.signature, self._alike = signature, alike
+        self._orders: dict[Hashable, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {}
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Return a call in canonical shape, with its leaves and its key.
+
+        Raises:
+            TypeError: the signature does not take these arguments.
+        """
+        given = (*args, *kwargs.values()) if kwargs else args
+        way = (len(args), *kwargs, *[value is None for value in given])
+        order = self._orders.get(way)
+        if order is None:
+            order = self._orders[way] = self._order(args, kwargs, given)
+        positions, names = order
+        bound = tuple([given[index] for index in positions])
+        named = {name: given[index] for name, index in names}
+        leaves: list[Any] = [*bound, *named.values()] if names else list(bound)
+        spec: Hashable = (len(bound), *named)
+        for leaf in leaves:
+            if type(leaf) not in _LEAVES:
+                leaves, spec = pytree.tree_flatten((bound, named), is_leaf=whole)
+                if any(isinstance(each, torch.fx.Proxy) for each in leaves):
+                    return Call(bound, named, leaves, None)
+                break
+        key = () if self._alike else (spec, *[_leaf(leaf) for leaf in leaves], _autocast(leaves))
+        return Call(bound, named, leaves, key)
+
+    def _order(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], given: Sequence[Any]
+    ) -> tuple[tuple[int, ...], tuple[tuple[str, int], ...]]:
+        """Return which argument comes where, by numbers in the order in which they were given."""
+        names = dict(zip(kwargs, range(len(args), len(given)), strict=True))
+        bound = _without_nones(self.signature, self.signature.bind(*range(len(args)), **names), given)
+        return bound.args, tuple(bound.kwargs.items())
+
+
+_LEAVES = {torch.Tensor, nn.Parameter, bool, int, float, str, type(None)}
+"""Types that are leaves wherever they stand."""
 
 
 def _leaf(leaf: Any) -> Hashable:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from lorasc_fx.branch import is_quantized
+from lorasc_fx.capture.guards import Guards, attribute_tensors
 from lorasc_fx.capture.hollow import computing
 from lorasc_fx.capture.live import quiet
 from lorasc_fx.capture.signature import copied
@@ -45,12 +46,16 @@ class Trial:
         functions: names of the custom autograd Functions through which gradients go.
         draws: whether its Python draws from the generators of Python or numpy, unless it seeds them itself.
         recomputes: whether it saves tensors by hooks of its own, as the regions of torch.utils.checkpoint do.
+        assigned: place and key of the Python state that forward sets at each call, to whatever value.
+        written: tensors of that state into which forward writes at each call.
     """
 
     restless: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     draws: bool = False
     recomputes: bool = False
+    assigned: frozenset[tuple[str, Any]] = frozenset()
+    written: tuple[torch.Tensor, ...] = ()
 
     @property
     def only_recomputes(self) -> bool:
@@ -83,24 +88,25 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         CaptureError: the model itself raises.
     """
     try:
-        with quiet(), computing(model), same_attributes(model) as before, _all_trained(model):
-            hooks = _SavedTensorHooks()
+        with quiet(), computing(model), same_attributes(model), _all_trained(model):
+            hooks, before = _SavedTensorHooks(), Guards(model)
             with hooks:
                 output, draws = _run(model, args, kwargs), False
             functions, reentrant = _functions(_tensors(output))
             drawn = _generators()
-            restless: tuple[str, ...] = ()
-            if before.moved(model):
-                once = Attributes.of(model)  # what only a first call sets, a cache, is not meant
+            restless, assigned, written = tuple[str, ...](), frozenset[tuple[str, Any]](), tuple[torch.Tensor, ...]()
+            if before.changes():
+                once, held = Attributes.of(model), Guards(model)  # what only a first call sets, a cache, is not meant
                 _run(model, args, kwargs)
-                restless = tuple(once.moved(model))
+                restless, written = tuple(once.moved()), tuple(held.written())
+                assigned = frozenset((change.place, change.key) for change in held.changes())
             seed()
             moved = [index for index, state in enumerate(_generators()) if state != drawn[index]]
             if moved:
                 _run(model, args, kwargs, start=1)
                 again = _generators()  # a model that seeds them itself draws the same each time
                 draws = any(drawn[index] != again[index] for index in moved)
-            return Trial(restless, functions, draws, recomputes=hooks.seen or reentrant)
+            return Trial(restless, functions, draws, hooks.seen or reentrant, assigned, written)
     except MemoryError:
         raise
     except Exception as fault:
@@ -229,9 +235,10 @@ def _observed(
     inputs, named = copied(args, kwargs)
     with quiet(), computing(model), untouched(model), torch.no_grad():
         seed()
+        held = attribute_tensors(model)
         output = call(*inputs, **named)
-        written = [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
-        buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *written]]
+        held += [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
+        buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *held]]
     seen = [(_types(value), [each.detach() for each in _tensors(value)]) for value in (output, (inputs, named))]
     return _Observed(seen[0], seen[1], buffers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lorasc_fx.branch import is_quantized
+from lorasc_fx.capture.guards import Held, attribute_tensors, walk
 from lorasc_fx.undo import Block, isolated
 
 __all__ = ["Attributes", "same_attributes", "same_values", "substituted", "untouched", "written_by"]
 
-_OWN = frozenset(("_parameters", "_buffers", "_modules", "training"))
-"""What is looked at elsewhere. Hooks are attributes as well: transformers installs some at a first call."""
-
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
+_MISSING = object()
 
 _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 """Names of the parameters that each model's forward writes into, and of the buffers that it registers, of models that
@@ -41,48 +39,55 @@ def written_by(model: nn.Module) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Attributes:
-    """The plain attributes of every module, and what the containers among them hold."""
+    """What the places hold in which a model keeps Python state, and the values of the tensors among it."""
 
-    values: dict[nn.Module, dict[str, Any]]
-    contents: dict[nn.Module, dict[str, Any]]
+    places: list[tuple[Held, Any]]
+    tensors: list[tuple[torch.Tensor, int, torch.Tensor]]
 
     @classmethod
     def of(cls, model: nn.Module) -> Attributes:
         """Return those of a model as they are."""
-        values = {
-            module: {name: value for name, value in vars(module).items() if name not in _OWN}
-            for module in model.modules()
-        }
-        contents = {
-            module: {name: value.copy() for name, value in held.items() if type(value) in _CONTAINERS}
-            for module, held in values.items()
-        }
-        return cls(values, contents)
+        places = [(held, held.contents()) for held in walk(model) if held.restored]
+        tensors = [
+            (tensor, tensor._version, tensor.detach().clone())
+            for _, tensor in attribute_tensors(model)
+            if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+            if not (tensor.is_inference() or tensor.is_meta or tensor.is_nested)
+        ]
+        return cls(places, tensors)
 
-    def moved(self, model: nn.Module) -> list[str]:
-        """Return the dotted names of those that are others by now."""
-        now = Attributes.of(model)
-        names = {module: name for name, module in model.named_modules()}
+    def moved(self) -> list[str]:
+        """Return the names of the attributes that are others by now, by value."""
         found = []
-        for module, held in now.values.items():
-            before, contents = self.values.get(module, {}), self.contents.get(module, {})
-            for name in held.keys() | before.keys():
-                same = name in held and name in before and _same(held[name], before[name])
-                if not same or (name in contents and not _same(now.contents[module][name], contents[name])):
-                    found.append(f"{names[module]}.{name}".lstrip("."))
+        for held, before in self.places:
+            now = held.contents()
+            if held.own and held.attributes:
+                keys = dict.fromkeys((*before, *now))
+                moved = [key for key in keys if not _same(now.get(key, _MISSING), before.get(key, _MISSING))]
+                found += [held.entry(key) for key in moved]
+            elif held.own and not _same(now, before):
+                found.append(held.name)
         return sorted(found)
 
     def restore(self) -> None:
-        """Give every module its attributes back."""
-        for module, held in self.values.items():
-            own = vars(module)
-            for name in [name for name in own if name not in _OWN and name not in held]:
-                del own[name]
-            own.update(held)
-            for name, content in self.contents[module].items():
-                if not _same(held[name], content):
-                    held[name].clear()
-                    held[name].extend(content) if isinstance(content, (list, deque)) else held[name].update(content)
+        """Give every place its contents back, and every tensor its values."""
+        for held, before in self.places:
+            where = held.where
+            if isinstance(where, dict):
+                for key in [key for key in held.contents() if key not in before]:
+                    del where[key]
+                if not held.attributes and list(where) != list(before):
+                    where.clear()
+                for key, value in before.items():
+                    if where.get(key, _MISSING) is not value:
+                        where[key] = value
+            elif len(where) != len(before) or not _same(held.contents(), before):
+                where.clear()
+                where.extend(before) if isinstance(where, (list, deque)) else where.update(before)
+        for tensor, version, value in self.tensors:
+            if tensor._version != version and not torch.equal(tensor, value):
+                with torch.no_grad():
+                    tensor.copy_(value)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lorasc_fx.branch import Expert, Factors, SlowWeight
 from lorasc_fx.branch.rows import Rows, whole
+from lorasc_fx.capture import leaves
 from lorasc_fx.errors import StateError
 from lorasc_fx.integrations._states import cut as cut_rows
 from lorasc_fx.integrations.segments import ROOT, Cut, cut, together, unit_of
@@ -82,7 +83,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
                 core.pending.note(parameter)
         return core.placed is not None
 
-    leaves, variants = cascade._maker.leaves, cascade._variants
+    variants = cascade._variants
     new = {id(each): replace(each, module=SplitGraph(shards, graph, leaves, called)) for each, graph in graphs}
     variants.held = {key: [new[id(each)] for each in held] for key, held in variants.held.items()}
     variants.plain = [(mode, kinds, new[id(each)]) for mode, kinds, each in variants.plain]

@@ -57,8 +57,7 @@ class Spread:
 
     def __call__(self, cascade: Cascade, args: Any, kwargs: Any) -> Any:
         """Return what the cascade computes, whole, on every process."""
-        bound, named = cascade._maker.bind(cascade.model, args, kwargs)
-        variant = cascade.variant(bound, named)
+        variant, call = cascade.variant(args, kwargs), cascade._maker.call(args, kwargs)
         late = [name for name, factor in cascade.branches.named_parameters() if not isinstance(factor, DTensor)]
         if late:
             raise StateError(
@@ -66,7 +65,7 @@ class Spread:
                 "cascade once in each mode and with each kind of arguments before parallelize"
             )
         runner = PartsInterpreter(_graph(variant.module), self.mesh, cascade.core.placed is not None, self.told)
-        return runner.call(cascade._maker.leaves(bound, named))
+        return runner.call(call.leaves)
 
 
 def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> Cascade:

@@ -22,7 +22,7 @@ from lorasc_fx.runtime.flags import Flags, Joined, give_back
 from lorasc_fx.runtime.recalibrating import recalibrate
 from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.staged import Staged
-from lorasc_fx.runtime.variants import Made, Variant, VariantMaker, Variants
+from lorasc_fx.runtime.variants import Call, Made, Variant, VariantMaker, Variants
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, isolated, no_inference_mode
 
 __all__ = ["Cascade"]
@@ -42,7 +42,7 @@ class Cascade(Staged):
     """
 
     def __init__(
-        self, model: nn.Module, maker: VariantMaker, made: Made, key: Any, example: tuple[Any, Any], flags: Flags
+        self, model: nn.Module, maker: VariantMaker, made: Made, example: tuple[Any, Any], flags: Flags
     ) -> None:
         super().__init__()
         self.model = model
@@ -55,7 +55,7 @@ class Cascade(Staged):
         self._refused_frontends = made.refused_frontends
         self._joined: Joined = ()
         self._variants = Variants()
-        self._variants.add(key, made.variant, model.training, maker.leaves(*maker.bind(model, *example)))
+        self._variants.add(maker.call(*example), made.variant, model.training)
         if made.variant.attach is not None:
             made.variant.attach(self._grow, self._running)
         self._frontend = made.variant.frontend
@@ -75,39 +75,44 @@ class Cascade(Staged):
             return self.core.spread(self, args, kwargs)
         if self.core.placed is not None and self.core.slow.together is None:
             return self.model(*args, **kwargs)
-        bound, named = self._maker.bind(self.model, args, kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
+            bound, named = self._maker.bind(args, kwargs)
             return self._variants.compiled(self.training, pytree.tree_leaves((bound, named))).module(*bound, **named)
-        if any(isinstance(leaf, torch.fx.Proxy) for leaf in self._maker.leaves(bound, named)):
+        call = self._maker.call(args, kwargs)
+        if call.key is None:
             variant, count = self._variants.symbolic(self.training)
-            return variant.module.forward(*bound[:count], **named)  # type: ignore[attr-defined]
+            return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
         self.core.usage.check_mode(self.core, self.training)
-        return self.variant(bound, named).module(*bound, **named)
+        return self._variant(call).module(*call.args, **call.kwargs)
 
     def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
-        """Return the variant for a call in canonical shape; capture it if there is none yet."""
+        """Return the variant for a call; capture it if there is none yet."""
+        return self._variant(self._maker.call(args, kwargs))
+
+    def _variant(self, call: Call) -> Variant:
         self.core.check_called("variant")
-        key, leaves = self._maker.key(self.model, args, kwargs), self._maker.leaves(args, kwargs)
-        if (found := self._variants.find(key, leaves)) is not None:
+        if (found := self._variants.find(call)) is not None:
             return found
         with AllOrNothing(_CAPTURING), no_inference_mode():  # tracers work on the whole process
-            while (found := self._variants.find(key, leaves)) is None:
-                self._make_variant(args, kwargs, key, leaves)
+            while (found := self._variants.find(call) or self._make_variant(call)) is None:
+                pass
             return found
 
-    def _make_variant(self, args: Any, kwargs: Any, key: Any, leaves: list[Any]) -> None:
-        """Capture, then take over what came of it, unless another thread has started another stage meanwhile."""
-        plan, wide, begun = self.core.plan, self._variants.known(key), time.monotonic()
-        made = self._maker.make(self.model, plan, self.core.by_key, self._refusals, args, kwargs, wide)
+    def _make_variant(self, call: Call) -> Variant | None:
+        """Capture, then take over what came of it; None where another thread has started another stage meanwhile."""
+        plan, wide, begun = self.core.plan, self._variants.known(call), time.monotonic()
+        given = (plan, self.core.by_key, self._refusals)
+        made = self._maker.make(self.model, *given, call.args, call.kwargs, wide)
         number, sizes, seconds = len(self._variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
         log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
         with Commit(self.core.lock) as undo:
             if self.core.plan is not plan:
-                return
+                return None
             self._grow(made, undo)
-            self._variants.add(key, made.variant, self.training, leaves)
+            self._variants.add(call, made.variant, self.training)
             if made.variant.attach is not None:
                 made.variant.attach(self._grow, self._running)
+            return made.variant
 
     def _grow(self, made: Made, undo: Undo | None = None) -> None:
         """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
@@ -204,11 +209,11 @@ class Cascade(Staged):
         """
         self.core.check_ready("folded_graph")
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
-        bound, named = self._maker.bind(self.model, *example)
-        variant = self.variant(bound, named)
+        call = self._maker.call(*example)
+        variant = self._variant(call)
         with self.core.exclusive("folded_graph"):
             state = folding.folded_state(self.core, "folded_graph", quantized, which)
-        return self._maker.fold(variant, self.model, self.stage, state, bound, named)
+        return self._maker.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
 
     def release(self, quantized: Requantize = None, *, which: Literal["slow", "averaged"] = "slow") -> nn.Module:
         """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.

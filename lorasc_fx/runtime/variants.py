@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -15,9 +16,46 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.errors import StateError, warn
 from lorasc_fx.plan import Plan, Refusal
 
-__all__ = ["Made", "Variant", "VariantMaker", "Variants"]
+__all__ = ["Call", "Made", "State", "Variant", "VariantMaker", "Variants"]
 
 LIMIT = 32
+OFTEN = 8
+"""Changes of one setting after which a warning says what each of them costs."""
+
+
+class Call(Protocol):
+    """A call in canonical shape: `key` is equal for two calls that one variant can serve, as far as inputs go, and None
+    while torch.fx traces.
+    """
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments."""
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments by name."""
+
+    @property
+    def leaves(self) -> list[Any]:
+        """What the arguments hold, in the order of a graph's placeholders."""
+
+    @property
+    def key(self) -> Hashable | None:
+        """What the call is looked up by."""
+
+
+class State(Protocol):
+    """Guards on what a graph holds as constants of the model's Python state."""
+
+    def hold(self) -> bool:
+        """Whether the state is what it was."""
+
+    def hold_traced(self) -> bool:
+        """The same while dynamo traces, which guards what is read."""
+
+    def changes(self) -> Sequence[Any]:
+        """Return what has changed; each has a name, `entry`."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +64,9 @@ class Variant:
 
     A `universal` one serves every signature (pieces choose their graphs themselves); `attach` tells it whom to tell
     of sites that come with later calls, and whom to ask for the plan, and `detach` takes back what it has put into the
-    model. `guards`, if any, raises AssertionError for
-    inputs (given as their leaves) that the graph is not for. `sizes` holds, of each leaf that is a tensor, the sizes
+    model. `guards`, if any, raises AssertionError for inputs (given as their leaves) that the graph is not for, and
+    `state` tells whether the model's Python state is what the graph holds of it. `sizes` holds, of each leaf that is a
+    tensor, the sizes
     that are constants of the graph. `placements` tells of each weight where its branch computes in this graph
     (`beside`, `merged`, `weight`), and `expected` how long a training step takes over that of the frozen model, None
     where that is not known.
@@ -36,6 +75,7 @@ class Variant:
     module: Callable[..., Any]
     frontend: str
     guards: Callable[..., Any] | None = None
+    state: State | None = None
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     universal: bool = False
     attach: Callable[[Callable[[Made], None], Callable[[], Plan]], None] | None = None
@@ -62,6 +102,10 @@ class Variant:
             return False
         return True
 
+    def stands(self, traced: bool = False) -> bool:
+        """Whether the model's Python state is that of the graph; `traced` by dynamo."""
+        return self.state is None or (self.state.hold_traced() if traced else self.state.hold())
+
 
 @dataclass(frozen=True)
 class Made:
@@ -82,14 +126,11 @@ class VariantMaker(Protocol):
     def frontend(self) -> str:
         """The front end that was asked for."""
 
-    def bind(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a call's arguments in canonical shape."""
+    def bind(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a call's arguments in canonical shape; plain enough for dynamo to trace."""
 
-    def key(self, model: nn.Module, args: Any, kwargs: Any) -> Hashable:
-        """Return the call's signature."""
-
-    def leaves(self, args: Any, kwargs: Any) -> list[Any]:
-        """Return the leaves of a call's arguments."""
+    def call(self, args: Any, kwargs: Mapping[str, Any]) -> Call:
+        """Return a call in canonical shape, with what a variant is looked up by."""
 
     def make(
         self,
@@ -120,34 +161,50 @@ class Variants:
 
     held: dict[Hashable, list[Variant]] = field(default_factory=dict)
     plain: list[tuple[bool, list[Any], Variant]] = field(default_factory=list)
+    changed: Counter[str] = field(default_factory=Counter)
 
-    def find(self, key: Hashable, leaves: list[Any]) -> Variant | None:
-        """Return a variant for this signature and these sizes."""
-        own = next((variant for variant in self.held.get(key, ()) if variant.accepts(leaves)), None)
-        return own or next((each for variants in self.held.values() for each in variants if each.universal), None)
+    def find(self, call: Call) -> Variant | None:
+        """Return a variant for this call, and for the model's Python state as it is."""
+        for variant in self.held.get(call.key, ()):
+            if variant.accepts(call.leaves) and variant.stands():
+                return variant
+        return next((each for variants in self.held.values() for each in variants if each.universal), None)
 
     @property
     def oldest(self) -> Variant | None:
         """The variant that was made first, of those held."""
         return next((each for variants in self.held.values() for each in variants), None)
 
-    def known(self, key: Hashable) -> bool:
-        """Whether the signature has a variant, of whatever sizes."""
-        return key in self.held
+    def known(self, call: Call) -> bool:
+        """Whether there is a variant for such calls and this state, of other sizes; if not, count what changed."""
+        held = self.held.get(call.key, ())
+        if any(variant.stands() for variant in held):
+            return True
+        for change in [change.entry for variant in held[-1:] if variant.state for change in variant.state.changes()][
+            :1
+        ]:
+            self.changed[change] += 1
+            if self.changed[change] == OFTEN:
+                warn(
+                    f"{change} has changed {OFTEN} times between calls, and each new value costs a capture, since a "
+                    "graph holds it as a constant: make it a buffer, or a tensor that forward takes as an argument"
+                )
+        return False
 
     def compiled(self, training: bool, leaves: list[Any]) -> Variant:
-        """Return a variant while torch.compile traces, by what dynamo can compare: mode, dtypes, numbers of axes.
+        """Return a variant while torch.compile traces, by what dynamo can compare: state, dtypes, numbers of axes.
 
         Raises:
             StateError: there is none, and none can be made inside torch.compile.
         """
         kinds = [_kind(leaf) for leaf in leaves]
         for mode, known, variant in self.plain:
-            if mode == training and known == kinds and variant.fits(leaves):
+            if mode == training and known == kinds and variant.fits(leaves) and variant.stands(traced=True):
                 return variant
         raise StateError(
             "inside torch.compile there is no graph for this call yet, and none can be captured there: "
-            "call the cascade once without torch.compile, in the same mode, with the same arguments of the same sizes"
+            "call the cascade once without torch.compile, in the same mode, with the model's settings as they are and "
+            "arguments of the same sizes"
         )
 
     def symbolic(self, training: bool) -> tuple[Variant, int]:
@@ -159,17 +216,17 @@ class Variants:
             StateError: there is none.
         """
         for mode, known, variant in self.plain:
-            if mode == training and not variant.universal:
+            if mode == training and not variant.universal and variant.stands():
                 return variant, len(known)
         raise StateError(
-            "torch.fx traces a whole graph, and there is none for this mode yet: "
+            "torch.fx traces a whole graph, and there is none for this mode and these settings yet: "
             "call the cascade once in this mode (a model that runs in pieces has none)"
         )
 
-    def add(self, key: Hashable, variant: Variant, training: bool, leaves: list[Any]) -> None:
-        """Keep a variant, with the mode and the leaves of the arguments that it was made for."""
-        self.held.setdefault(key, []).append(variant)
-        self.plain.insert(0, (training, [_kind(leaf) for leaf in leaves], variant))
+    def add(self, call: Call, variant: Variant, training: bool) -> None:
+        """Keep a variant, with the call and the mode that it was made for."""
+        self.held.setdefault(call.key, []).append(variant)
+        self.plain.insert(0, (training, [_kind(leaf) for leaf in call.leaves], variant))
         if sum(map(len, self.held.values())) > LIMIT:
             oldest = next(iter(self.held))
             dropped = self.held[oldest].pop(0)
@@ -178,7 +235,7 @@ class Variants:
                 del self.held[oldest]
             warn(
                 f"more than {LIMIT} variants: the oldest one is dropped, and captured again when it is called; calls "
-                "vary in mode, sizes or dtype. Pad or group the inputs to fewer sizes"
+                "vary in mode, settings, sizes or dtype. Pad or group the inputs to fewer sizes"
             )
 
     def detach(self) -> None:
@@ -189,7 +246,7 @@ class Variants:
 
     def copy(self) -> Variants:
         """Return a store of the same variants, in tables of its own."""
-        return Variants({key: list(each) for key, each in self.held.items()}, list(self.plain))
+        return Variants({key: list(each) for key, each in self.held.items()}, list(self.plain), self.changed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variants:
         """Return an empty store: a graph reads the model and the branches that it was made with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
+from lorasc_fx.capture import Calls, bind
 from tests.unit.cases import batches, branches, by_hand, loss_of, optimizer_of, randomize, train
 
 BOTH = pytest.mark.parametrize("frontend", ["export", "symbolic"])
@@ -383,3 +386,40 @@ def test_shared_and_tied_weights_are_one_site(frontend: str) -> None:
     released = cascade.release()
     assert released.again.weight is released.up.weight
     torch.testing.assert_close(released.up.weight.detach(), reference.weights("slow")["up.weight"], rtol=0, atol=1e-10)
+
+
+def _takes(a: Any, b: Any = None, *rest: Any, c: Any = 1, d: Any = None, **more: Any) -> None: ...
+
+
+def _named(x: Any, mask: Any = None, scale: float = 1.0, shift: Any = None) -> None: ...
+
+
+@pytest.mark.parametrize("function", [_takes, _named])
+def test_calls_are_bound_once_for_each_way(function: Any) -> None:
+    """The order that is found at a first call of a kind is that of inspect.signature, with None where it is default."""
+    signature, x, y = inspect.signature(function), torch.ones(2), torch.ones(3, 1)
+    calls = Calls(signature)
+    ways: list[Any] = [((x,), {}), ((x, None), {}), ((x, y), {}), ((None, y), {}), ((x,), {"mask": y}), ((), {"x": x})]
+    ways += [((x, y, 1, 2), {"c": None}), ((x,), {"d": y, "z": x, "b": None}), ((x,), {"shift": y, "scale": 2.0})]
+    ways += [
+        ((x, None, 3.0, y), {"d": None}),
+        ((x, None, 3.0, None), {}),
+        (([x, {"k": y}],), {}),
+        ((x, (y, None)), {}),
+        ((), {"mask": None, "x": y}),
+    ]
+    for args, kwargs in ways:
+        for _ in range(2):
+            try:
+                expected = bind(signature, args, kwargs)
+            except TypeError:
+                with pytest.raises(TypeError):
+                    calls.bind(args, kwargs)
+                continue
+            assert inspect.signature(function).bind(*expected[0], **expected[1])
+            call = calls.bind(args, kwargs)
+            assert list(map(id, pytree.tree_leaves(expected))) == list(map(id, call.leaves))
+            assert pytree.tree_structure(expected) == pytree.tree_structure((call.args, call.kwargs))
+    keys = {calls.bind(args, {}).key for args in ((x,), (x.double(),), (y,), ([x],), (x, y), (x, [y]), (1,), (True,))}
+    assert len(keys) == 8
+    assert calls.bind((x,), {}).key == calls.bind((x + 1, None), {}).key

@@ -97,3 +97,42 @@ def test_a_compiled_cascade_trains_as_the_eager_one(placement: str) -> None:
 @pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
 def test_inductor_trains_as_eager_does(placement: str) -> None:
     holds(placement, "inductor")
+
+
+class Tempered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.settings = nn.Linear(5, 3), {"tau": 1.0}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) / self.settings["tau"]
+
+
+def test_a_compiled_cascade_sees_changed_state() -> None:
+    """dynamo guards what a graph holds of the model's Python state, and the call says that there is no graph for it."""
+    model, x = Tempered(), torch.randn(4, 5)
+    cascade = lx.adapt(model, (x,))
+    compiled = torch.compile(cascade, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), model(x))
+    changes: list[Any] = [
+        lambda: model.settings.update(tau=0.5),
+        lambda: model.layer.register_forward_hook(lambda module, args, output: output + 1),
+    ]
+    for change in changes:
+        change()
+        with pytest.raises(Exception, match="with the model's settings as they are"):
+            compiled(x)
+        assert torch.allclose(cascade(x), model(x))
+        assert torch.allclose(compiled(x), model(x))
+
+
+def test_a_symbolic_trace_sees_changed_state() -> None:
+    model, x = Tempered(), torch.randn(4, 5)
+    cascade = lx.adapt(model, (x,))
+    first = fx.symbolic_trace(cascade)(x)
+    assert torch.allclose(first, model(x))
+    model.settings["tau"] = 0.5
+    with pytest.raises(lx.StateError, match="there is none for this mode and these settings yet"):
+        fx.symbolic_trace(cascade)
+    cascade(x)
+    assert torch.allclose(fx.symbolic_trace(cascade)(x), model(x))

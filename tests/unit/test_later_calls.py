@@ -1,12 +1,18 @@
-"""State that calls leave behind, and what a later call changes: arguments, settings, modes, containers."""
+"""State that calls leave behind, and what later calls find changed: arguments, modes, Python state of every kind."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import gc
+import weakref
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,6 +68,202 @@ def test_a_setting_that_the_user_changes_is_another_graph() -> None:
     assert torch.equal(cascade(x), model(x))
     handle.remove()
     assert torch.equal(cascade(x), model(x))
+
+
+@dataclasses.dataclass
+class Options:
+    gain: float = 1.0
+    nested: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {"bias": [0.0]})
+
+
+class Slotted:
+    __slots__ = ("power",)
+
+    def __init__(self) -> None:
+        self.power = 1
+
+
+class Offset(nn.Module):
+    amount = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.amount
+
+
+class Larger(Offset):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Stateful(nn.Module):
+    """Reads Python state of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.offset = nn.Linear(5, 3), Offset()
+        self.mask, self.table = torch.ones(3), [1.0]
+        self.settings, self.steps, self.flags = {"tau": 1.0}, deque([1.0]), {"plain"}
+        self.options, self.space, self.slotted = Options(), SimpleNamespace(k=(1.0, "x")), Slotted()
+        self.act, self.kind, self.also = torch.tanh, torch.float64, defaultdict(lambda: 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.offset(self.act(self.layer(x))) * self.mask / self.settings["tau"] * self.steps[0]
+        y = y * (2 if "twice" in self.flags else 1) * self.options.gain + self.options.nested["bias"][0]
+        y = y * self.space.k[0] ** self.slotted.power * float(self.table[0]) * self.also.get("more", 1.0)
+        return y.to(self.kind)
+
+
+def _tensor_attribute(model: Stateful) -> None:
+    model.mask = torch.tensor([1.0, 0.0, 2.0])
+
+
+def _exchanged_module(model: Stateful) -> None:
+    model.offset = Larger()
+
+
+def _class_of_a_module(model: Stateful) -> None:
+    model.offset.__class__ = Larger
+
+
+def _patched_forward(model: Stateful) -> None:
+    model.offset.forward = lambda x: x - 3
+
+
+CHANGES: dict[str, Callable[[Stateful], object]] = {
+    "dict": lambda model: model.settings.update(tau=0.5),
+    "deque": lambda model: model.steps.appendleft(3.0),
+    "set": lambda model: model.flags.add("twice"),
+    "dataclass": lambda model: setattr(model.options, "gain", 1.5),
+    "nested": lambda model: model.options.nested["bias"].__setitem__(0, 0.25),
+    "namespace": lambda model: setattr(model.space, "k", (2.0, "x")),
+    "slots": lambda model: setattr(model.slotted, "power", 2),
+    "defaultdict": lambda model: model.also.update(more=4.0),
+    "function": lambda model: setattr(model, "act", torch.relu),
+    "dtype": lambda model: setattr(model, "kind", torch.float32),
+    "list": lambda model: model.table.__setitem__(0, 7.0),
+    "tensor": _tensor_attribute,
+    "tensor_in_place": lambda model: model.mask.mul_(3.0),
+    "module": _exchanged_module,
+    "class": _class_of_a_module,
+    "forward": _patched_forward,
+    "hook": lambda model: model.offset.register_forward_hook(lambda *given: 2 * given[-1]),
+    "pre_hook": lambda model: model.offset.register_forward_pre_hook(lambda _, args: (args[0] + 1,)),
+    "class_attribute": lambda model: setattr(Offset, "amount", 2.5),
+    "class_method": lambda model: setattr(Offset, "forward", lambda self, x: x * 5),
+}
+
+
+USUAL = ("dict", "dataclass", "tensor", "hook")
+
+
+@pytest.mark.parametrize(
+    ("frontend", "names"),
+    [
+        ("export", USUAL),
+        ("pieces", USUAL),
+        ("symbolic", tuple(CHANGES)),
+        *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "dynamo", "pieces")),
+    ],
+)
+def test_state_that_the_user_changes_counts(
+    frontend: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever Python state forward reads: the next call is the eager model's, and a change back finds its graph."""
+    monkeypatch.setattr(Offset, "amount", 0.0)
+    monkeypatch.setattr(Offset, "forward", Offset.forward)
+    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
+    for name in names:
+        CHANGES[name](model)
+        expected = model(x)
+        assert torch.allclose(cascade(x), expected, atol=1e-12), name
+        assert cascade(x).dtype == expected.dtype, name
+    if frontend != "pieces":
+        count = len(cascade._variants)
+        model.settings, model.steps, model.options = copy.deepcopy((model.settings, model.steps, model.options))
+        assert torch.allclose(cascade(x), model(x), atol=1e-12)
+        assert len(cascade._variants) == count  # equal, though other objects
+        model.options.gain = 8.0
+        assert torch.allclose(cascade(x), model(x), atol=1e-12)
+        count = len(cascade._variants)
+        model.settings["tau"] = 0.25
+        assert torch.allclose(cascade(x), model(x), atol=1e-12)
+        model.settings["tau"] = 1.0 / 2
+        assert torch.allclose(cascade(x), model(x), atol=1e-12)
+        assert len(cascade._variants) == count + 1
+
+
+def test_a_small_array_counts() -> None:
+    """numpy writes without a version to look at: values are compared."""
+    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
+    model.table = np.ones(2)
+    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    model.table[0] = 7.0
+    assert torch.allclose(cascade(x), model(x), atol=1e-12)
+
+
+def test_a_hook_with_state_and_hooks_of_all_modules() -> None:
+    model, x, steering = nn.Sequential(nn.Linear(5, 4), nn.Tanh()), torch.randn(6, 5), {"by": 1.0}
+    model[1].register_forward_hook(lambda module, args, output: output * steering["by"])
+    cascade = lx.adapt(model, (x,), frontend="export")
+    steering["by"] = 3.0
+    assert torch.equal(cascade(x), model(x))
+    graph = cascade.variant((x,), {})
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output + 1 if isinstance(module, nn.Tanh) else None
+    )
+    with handle:
+        assert torch.equal(cascade(x), model(x))
+        assert cascade.variant((x,), {}) is not graph
+    assert cascade.variant((x,), {}) is graph
+
+
+class Shows(nn.Module):
+    """Keeps what it computed last for others to look at, in an attribute and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.seen, self.last = nn.Linear(5, 3), [None], None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        self.last = y.detach()
+        self.seen[0] = self.last
+        return y
+
+
+def test_what_forward_sets_before_it_reads_it_costs_no_graph() -> None:
+    model, x = Shows(), torch.randn(4, 5)
+    cascade = lx.adapt(model, (x,), frontend="export")
+    for _ in range(3):
+        with cascade.weights("slow"):
+            cascade(torch.randn(4, 5))
+        cascade(x)
+    assert len(cascade._variants) == 1
+
+
+def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lx.runtime.variants, "OFTEN", 2)
+    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
+    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    model.options.gain = 0.9
+    cascade(x)
+    model.options.gain = 0.8
+    with pytest.warns(lx.LorascWarning, match=r"options\.gain has changed 2 times .* each new value costs a capture"):
+        cascade(x)
+
+
+def test_replaced_state_is_not_kept_alive_for_ever() -> None:
+    """What variants hold goes with them."""
+    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
+    cascade = lx.adapt(model, (x,), frontend="symbolic")
+    gone = weakref.ref(model.options)
+    model.options = Options(2.0)
+    cascade(x)
+    assert gone() is not None  # the earlier state may come back
+    cascade.release()
+    gc.collect()
+    assert gone() is None
 
 
 def test_weights_that_nothing_can_train_are_told(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,3 +112,57 @@ def test_nothing_is_left_behind(make: type[Busy], frontend: str) -> None:
         torch.testing.assert_close(seeded(cascade, ids), seeded(twin, ids), rtol=0, atol=1e-12)
     torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=0, atol=1e-12)
     assert (model.calls, model.seen, model.last) == (twin.calls, twin.seen, twin.last)
+
+
+class Counts(nn.Module):
+    """Writes into a tensor attribute in place, into an object, and into a list that a hook knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls, self.space = nn.Linear(5, 3), torch.zeros(1), SimpleNamespace(values=[1.0])
+        self.heard = heard = list[int]()
+        self.layer.register_forward_hook(lambda module, args, output: heard.append(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return self.layer(x) * self.calls
+
+
+@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic", "pieces"])
+def test_tensors_and_objects_among_attributes(frontend: str) -> None:
+    """They are what they were, and a graph is taken only where it writes what the model writes, at each call."""
+    model, twin, x = build(Counts), build(Counts), torch.randn(4, 5).double()
+    heard, model.heard, calls = model.heard, [], model.calls
+    try:
+        cascade = lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
+    except lx.CaptureError:
+        assert frontend == "symbolic"
+        assert (heard, calls.tolist()) == ([], [0.0])
+        return
+    assert (heard, model.calls.tolist()) == ([], [0.0])
+    assert model.calls is calls
+    for _ in range(3):
+        torch.testing.assert_close(cascade(x), twin(x), rtol=0, atol=1e-12)
+    assert torch.equal(model.calls, twin.calls)
+    assert len(cascade._variants) == 1
+
+
+class Meters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.space = nn.Linear(5, 3), SimpleNamespace(calls=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.space.calls += 1
+        return self.layer(x)
+
+
+def test_a_counter_in_an_object_counts_on() -> None:
+    model, x = build(Meters), torch.randn(4, 5).double()
+    with pytest.raises(lx.CaptureError, match=r"sets its attribute space\.calls at each call"):
+        lx.adapt(model, (x,), frontend="export")
+    cascade = lx.adapt(model, (x,))
+    assert model.space.calls == 0
+    for _ in range(3):
+        cascade(x)
+    assert model.space.calls == 3

@@ -1,0 +1,433 @@
+"""The Python state that a model's forward can read, and guards on it: does a graph still stand for this model?
+
+A graph holds as constants what forward read from Python while it was traced: numbers, names, modes, what containers and
+objects hold, tensors that are neither parameters nor buffers, hooks, submodules, a `forward` set on an instance.
+`walk` finds the places where a model keeps such state, and `Guards` remembers what stood there. docs/capture.md lists
+what is guarded and what is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import functools
+import math
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import ReferenceType
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
+
+__all__ = ["Change", "Guards", "Held", "attribute_tensors", "walk"]
+
+LARGE = 256
+"""A container with more entries is guarded by its length alone: a vocabulary, a list of samples."""
+DEPTH = 8
+"""Levels of containers and objects that are compared where another object has come."""
+MOST = 4096
+"""Containers and objects beside the modules that are followed; what lies behind the rest is guarded by identity."""
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_STORES = {"_parameters", "_buffers", "_modules", *_HOOKS}
+"""Dictionaries of a module that are never exchanged; each has a rule of its own for what it holds."""
+_UNREAD = {
+    "_non_persistent_buffers_set",
+    "_is_full_backward_hook",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_flat_weight_refs",
+    "_compiled_call_impl",
+}
+"""Attributes of modules that no forward reads; the flags of hooks come and go with the hooks."""
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, frozenset, slice, range, enum.Enum, types.MethodType),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+)
+"""Types whose values are compared by `==` where they are not the same object."""
+_VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
+_OBJECTS = (nn.Module, torch.Tensor, dict, list, set, type, types.FunctionType, types.BuiltinFunctionType)
+"""Types that dynamo can compare while it traces: by value, and by identity."""
+_OPAQUE = {"lorasc_fx", "torch", "numpy", "sympy", "lightning", "pytorch_lightning", *sys.stdlib_module_names}
+"""Packages whose objects are guarded by identity alone: they count, log and lock, and hold no settings of a model."""
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Held:
+    """One place that holds Python state.
+
+    Args:
+        name: of the place, as the model's Python would write it.
+        where: a dict (that of an object's attributes as well), list, deque, set, the names of a class, or an object.
+        keys: entries that forward may read.
+        attributes: whether entries are attributes rather than items.
+        restored: whether a run on trial gives it back.
+        own: whether it is state of the model, and not of a function that the model calls.
+    """
+
+    name: str
+    where: Any
+    keys: tuple[Any, ...] = ()
+    attributes: bool = False
+    restored: bool = True
+    own: bool = True
+
+    def entry(self, key: Any) -> str:
+        """Return the name of an entry."""
+        return f"{self.name}.{key}".lstrip(".") if self.attributes else f"{self.name}[{key!r}]"
+
+    def read(self, key: Any) -> Any:
+        """Return an entry as it is now, _MISSING where there is none; a defaultdict is not asked to make one."""
+        if isinstance(self.where, dict):
+            return dict.get(self.where, key, _MISSING)
+        if isinstance(self.where, types.MappingProxyType):
+            return self.where.get(key, _MISSING)
+        if isinstance(self.where, (list, deque)):
+            return self.where[key] if key < len(self.where) else _MISSING
+        return getattr(self.where, key, _MISSING)
+
+    def contents(self) -> Any:
+        """Return a copy of a container; of a module's attributes without parameters, buffers and modules."""
+        if isinstance(self.where, dict):
+            return {key: value for key, value in self.where.items() if not self.attributes or key not in _STORES}
+        return self.where.copy()
+
+
+class Change(NamedTuple):
+    """An entry that is another by now; `key` is None where a whole container has other entries."""
+
+    place: str
+    key: Any
+    entry: str
+
+
+def walk(model: nn.Module) -> Iterator[Held]:
+    """Yield the places in which the model keeps Python state, each once, and each before those behind it."""
+    return _Walk(model).places()
+
+
+def attribute_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the tensors that Python state holds, by name, without parameters and buffers."""
+    own = {id(value) for value in (*model.parameters(), *model.buffers())}
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for held in walk(model):
+        for key in held.keys:
+            for part in _parts(held.read(key)):
+                if isinstance(part, torch.Tensor) and id(part) not in own:
+                    found.setdefault(id(part), (held.entry(key), part))
+    return list(found.values())
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    """Return a value, or what a tuple holds."""
+    return tuple(part for each in value for part in _parts(each)) if type(value) is tuple else (value,)
+
+
+class _Walk:
+    """Follows what a model holds, in the order of its modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: set[int] = set()
+        self._alive: list[Any] = []  # an id is only good while its object lives
+        self._waiting: list[tuple[str, Any, bool]] = [("", model, True)]
+        self._left = MOST
+        self._keeps_mode = isinstance(model, fx.GraphModule)  # its modules are called whole
+
+    def places(self) -> Iterator[Held]:
+        while self._waiting:
+            name, value, own = self._waiting.pop()
+            if id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._alive.append(value)
+                yield from (self._module if isinstance(value, nn.Module) else self._other)(name, value, own)
+        for name in _GLOBAL_HOOKS:
+            hooks = vars(torch_module)[name]
+            yield Held(f"torch.nn.modules.module.{name}", hooks, tuple(hooks), restored=False, own=False)
+        for kind in dict.fromkeys(kind for module in self._model.modules() for kind in type(module).__mro__):
+            if _package(kind) not in _OPAQUE:
+                keys = dict.fromkeys(("forward", *(key for key in vars(kind) if not key.startswith("__"))))
+                yield Held(kind.__qualname__, vars(kind), tuple(keys), attributes=True, restored=False, own=False)
+
+    def _module(self, name: str, module: nn.Module, own: bool) -> Iterator[Held]:
+        if _package(type(module)) == "lorasc_fx":  # a cascade that a hook knows
+            return
+        held, dot = vars(module), f"{name}." if name else ""
+        skipped = _UNREAD | _STORES | ({"training"} if self._keeps_mode else set())
+        plain = "forward" not in held and not any(held.get(store) for store in _HOOKS)
+        kind: Any = type(module)
+        read = _read_by(kind) if plain and module is not self._model else None
+        keys = tuple(key for key in held if key not in skipped and (read is None or key in read))
+        yield Held(name, held, keys, attributes=True, own=own)
+        behind = [(f"{dot}{key}", held[key], own) for key in keys]
+        for store in ("_parameters", "_buffers"):  # tensors there are read at each call
+            if isinstance(values := held.get(store), dict):
+                none = tuple(key for key, value in values.items() if value is None)
+                yield Held(name, values, none, attributes=True, restored=False, own=own)
+        for store in _HOOKS:
+            if isinstance(hooks := held.get(store), dict):
+                yield Held(f"{dot}{store}", hooks, tuple(hooks), own=own)
+                behind += [(f"{dot}{store}", hook, own) for hook in hooks.values()]
+        if isinstance(children := held.get("_modules"), dict):
+            yield Held(name, children, tuple(children), attributes=True, own=own)
+            behind += [(f"{dot}{key}", child, own) for key, child in children.items()]
+        self._waiting += reversed(behind)
+
+    def _other(self, name: str, value: Any, own: bool) -> Iterator[Held]:
+        if isinstance(value, tuple):
+            self._waiting += reversed([(f"{name}[{index}]", part, own) for index, part in enumerate(value)])
+        elif isinstance(value, functools.partial):
+            self._waiting += [(name, part, own) for part in (value.keywords, value.args, value.func)]
+        elif isinstance(value, types.MethodType):
+            self._waiting += [(name, value.__self__, own), (name, value.__func__, own)]
+        elif isinstance(value, types.FunctionType):
+            for variable, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+                yield from self._behind(Held(f"{name}.{variable}", cell, ("cell_contents",), True, False, False))
+        elif isinstance(value, (list, deque)):
+            yield from self._behind(Held(name, value, tuple(range(len(value) if len(value) <= LARGE else 0)), own=own))
+        elif isinstance(value, dict):
+            yield from self._behind(Held(name, value, tuple(value) if len(value) <= LARGE else (), own=own))
+            if hasattr(value, "__dict__"):
+                yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, own=own))
+        elif isinstance(value, set):
+            yield from self._behind(Held(name, value, own=own))
+        elif _is_followed(value):
+            if hasattr(value, "__dict__"):
+                yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, own=own))
+            if slots := tuple(each for kind in type(value).__mro__ for each in _slots(kind)):
+                yield from self._behind(Held(name, value, slots, True, False, own))
+
+    def _behind(self, held: Held) -> Iterator[Held]:
+        self._left -= 1
+        if self._left >= 0:
+            yield held
+            self._waiting += reversed([(held.entry(key), held.read(key), held.own) for key in held.keys])
+
+
+@functools.cache
+def _read_by(kind: type[nn.Module]) -> frozenset[str] | None:
+    """Return the names that forward of a module of torch.nn reads, by its code; None for all other classes.
+
+    A linear layer does not read its numbers of features, nor its mode.
+    """
+    if not kind.__module__.startswith("torch.nn.modules."):
+        return None
+    found, waiting = set[str](), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        codes = [_code(vars(each)[name]) for each in kind.__mro__ if each is not nn.Module and name in vars(each)]
+        for code in (code for code in codes if code is not None):
+            nested = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+            codes += nested
+            waiting += [each for each in code.co_names if each not in found]
+            found.update(code.co_names)
+    return frozenset(found)
+
+
+def _code(member: Any) -> types.CodeType | None:
+    function = getattr(member, "fget", getattr(member, "__func__", member))
+    return getattr(function, "__code__", None)
+
+
+def _package(kind: type) -> str:
+    return str(kind.__module__).partition(".")[0]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return tuple(each for each in ((slots,) if isinstance(slots, str) else slots) if not each.startswith("__"))
+
+
+def _is_followed(value: Any) -> bool:
+    """Whether an object's attributes are state of the model: one of its author's classes, or a namespace."""
+    if isinstance(value, (torch.Tensor, type, enum.Enum, types.ModuleType)):
+        return False
+    return isinstance(value, _NAMESPACES) or _package(type(value)) not in _OPAQUE
+
+
+def _alike(now: Any, before: Any, depth: int = DEPTH) -> bool:
+    """Whether a value that is another object may stand where the earlier one stood, by what it holds.
+
+    What the earlier one holds has guards of its own, so that it is as it was.
+    """
+    if now is before:
+        return True
+    if type(now) is not type(before) or not depth:
+        return False
+    if isinstance(before, (tuple, list, deque)):
+        return len(now) == len(before) and all(_alike(*pair, depth - 1) for pair in zip(now, before, strict=True))
+    if isinstance(before, dict):
+        return now.keys() == before.keys() and all(_alike(now[key], before[key], depth - 1) for key in before)
+    if isinstance(before, (*_PLAIN, set)):
+        return bool(now == before) or (isinstance(before, float) and math.isnan(now) and math.isnan(before))
+    if isinstance(before, functools.partial):
+        return _alike((now.func, now.args, now.keywords), (before.func, before.args, before.keywords), depth - 1)
+    if isinstance(before, types.FunctionType):
+        return now.__code__ is before.__code__ and _alike(_bound(now), _bound(before), depth - 1)
+    return _is_followed(before) and hasattr(before, "__dict__") and _alike(vars(now), vars(before), depth - 1)
+
+
+def _bound(function: types.FunctionType) -> tuple[Any, ...]:
+    """Return what a function has beside its code: defaults, and the variables around it."""
+    cells = [getattr(cell, "cell_contents", _MISSING) for cell in function.__closure__ or ()]
+    return (function.__defaults__, function.__kwdefaults__, *cells)
+
+
+def _by_value(value: Any) -> bool:
+    """Whether dynamo can compare a value by `==`."""
+    if type(value) is dict:
+        return all(map(_by_value, value.values())) and all(type(key) is str for key in value)
+    return all(map(_by_value, value)) if type(value) in (list, tuple) else isinstance(value, _VALUES)
+
+
+def _contents(where: Any, without: frozenset[Any]) -> Any:
+    """Return what a container holds beside the values of its entries: its keys, its elements, or how many there are."""
+    if isinstance(where, dict):
+        return tuple(key for key in where if key not in without) if without else tuple(where)
+    return frozenset(where) if isinstance(where, set) else len(where) if isinstance(where, (list, deque)) else None
+
+
+class Guards:
+    """What a model's Python state was when a graph was made of it.
+
+    `hold` is asked before each call of the graph. It compares identities in flat lists that were made once, and values
+    only of plain ones that are other objects.
+
+    Args:
+        model: whose state is guarded.
+        without: place and key of the entries that forward itself sets at each call.
+        written: tensors that forward, and so the graph, writes into: they are read at each call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        without: Collection[tuple[str, Any]] = (),
+        written: Collection[torch.Tensor] = (),
+    ) -> None:
+        own = {id(value) for value in (*model.parameters(), *model.buffers(), *written)}
+        self._held: list[tuple[Held, frozenset[Any], Any, dict[Any, Any]]] = []
+        self._empty: list[Any] = []
+        self._filled: list[Any] = []
+        self._sizes: list[int] = []
+        self._entries: list[tuple[dict[Any, Any], Any, Any]] = []  # alone in their loop: Python is quicker so
+        self._items: list[tuple[Any, Any, Any]] = []
+        self._traced: list[tuple[Any, Any, Any, bool]] = []
+        self._others: list[tuple[Callable[[], Any], Any]] = []
+        self._versions: list[tuple[torch.Tensor, int, str]] = []
+        self._modules = list(model.modules())
+        self._kinds = [type(module) for module in self._modules]
+        unstable: dict[str, set[Any]] = {}  # by place
+        for place, key in without:
+            unstable.setdefault(place, set()).add(key)
+        for held in walk(model):
+            skipped = unstable.get(held.name, set()) | ({"_compiled_call_impl"} if held.where is vars(model) else set())
+            if None not in skipped:
+                self._guard(held, frozenset(skipped), own)
+
+    def _guard(self, held: Held, skipped: frozenset[Any], own: set[int]) -> None:
+        where = held.where
+        values = {
+            key: value
+            for key, value in ((key, held.read(key)) for key in held.keys if key not in skipped)
+            if id(value) not in own and not isinstance(value, ReferenceType)
+        }
+        self._held.append((held, skipped, _contents(where, skipped), values))
+        if isinstance(where, set) or (skipped and isinstance(where, dict)):
+            self._others.append((functools.partial(_contents, where, skipped), _contents(where, skipped)))
+        elif isinstance(where, (dict, list, deque)) and where:
+            self._filled.append(where)
+            self._sizes.append(len(where))
+        elif isinstance(where, (dict, list, deque)):
+            self._empty.append(where)
+        for key, value in values.items():
+            if isinstance(where, (dict, list)) and (_by_value(value) or isinstance(value, _OBJECTS)):
+                self._traced.append((where, key, value, _by_value(value)))
+            if type(where) is dict:
+                self._entries.append((where, key, value))
+            elif isinstance(where, (list, types.MappingProxyType)) and value is not _MISSING:
+                self._items.append((where, key, value))
+            else:
+                self._others.append((functools.partial(held.read, key), value))
+            for part in _parts(value):
+                if isinstance(part, torch.Tensor) and id(part) not in own:
+                    if not isinstance(part, FakeTensor) and not part.is_inference():
+                        self._versions.append((part, part._version, held.entry(key)))
+                elif type(part).__module__ == "numpy" and type(part).__name__ == "ndarray" and part.size <= LARGE:
+                    self._others.append((part.tobytes, part.tobytes()))
+
+    def hold(self) -> bool:
+        """Whether the state is what it was."""
+        if any(self._empty) or list(map(len, self._filled)) != self._sizes:
+            return False
+        try:
+            for where, key, expected in self._entries:
+                if where[key] is not expected and not _alike(where[key], expected):
+                    return False
+            for where, key, expected in self._items:
+                if where[key] is not expected and not _alike(where[key], expected):
+                    return False
+        except KeyError:
+            return False
+        for read, expected in self._others:
+            if not _alike(read(), expected):
+                return False
+        for tensor, version, _ in self._versions:
+            if tensor._version != version:
+                return False
+        return list(map(type, self._modules)) == self._kinds
+
+    def hold_traced(self) -> bool:
+        """As `hold`, plain enough for dynamo to trace, which then guards what is read here.
+
+        What it cannot compare is left out: in-place writes, entries of sets, classes and slots, rare types.
+        """
+        for where in self._empty:
+            if len(where) != 0:
+                return False
+        for where, size in zip(self._filled, self._sizes, strict=True):
+            if len(where) != size:
+                return False
+        for where, key, expected, by_value in self._traced:
+            if isinstance(where, dict) and key not in where:
+                return False
+            now = where[key]
+            if now is not expected and not (by_value and type(now) is type(expected) and now == expected):
+                return False
+        return True
+
+    def changes(self) -> list[Change]:
+        """Return what differs from what it was; for messages and runs on trial, not for each call."""
+        found = []
+        for held, skipped, contents, values in self._held:
+            if (now := _contents(held.where, skipped)) != contents:
+                added = [key for key in now if key not in contents] if isinstance(held.where, dict) else [None]
+                found += [Change(held.name, key, held.name if key is None else held.entry(key)) for key in added]
+            for key, value in values.items():
+                if not _alike(held.read(key), value):
+                    found.append(Change(held.name, key, held.entry(key)))
+        found += [Change(name, None, name) for tensor, version, name in self._versions if tensor._version != version]
+        for module, kind in zip(self._modules, self._kinds, strict=True):
+            if type(module) is not kind:
+                found.append(Change(kind.__qualname__, "__class__", f"{kind.__qualname__}.__class__"))
+        return found
+
+    def written(self) -> list[torch.Tensor]:
+        """Return the tensors that were written in place since."""
+        return [tensor for tensor, version, _ in self._versions if tensor._version != version]
