@@ -268,6 +268,14 @@ class Core:
                 "(load_state_dict, an optimizer, an average of weights, .data), and a fold would overwrite that. Put "
                 "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load"
             )
+        for site in self.sites if self.slow.together is None else ():
+            for alias in site.aliases:
+                other = _parameter(self.model, alias)
+                if other is not None and other is not parameters.get(site.weight):
+                    raise StateError(
+                        f"{call}: {alias} was tied to {site.weight} when the model was adapted, and is another "
+                        "parameter now, which a fold would not reach. Tie them again, or adapt with untie"
+                    )
         self._objects = {name: id(parameter) for name, parameter in parameters.items()}
 
     def fingerprints(self) -> dict[str, str]:

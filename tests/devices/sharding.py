@@ -267,8 +267,9 @@ def refused(rank: int, count: int, folder: str) -> None:
     ):
         with pytest.raises(lx.StateError, match=told):
             call()
-    with pytest.raises(
-        lx.StateError, match=r"^there is no graph for this call, and none can be made of sharded weights: "
+    with (
+        pytest.warns(lx.LorascWarning, match="called in eval mode inside stage 1"),
+        pytest.raises(lx.StateError, match=r"^there is no graph for this call, and none can be made of sharded weight"),
     ):
         cascade.eval()(tokens)
     cascade.train()
@@ -287,6 +288,14 @@ def refused(rank: int, count: int, folder: str) -> None:
     with torch.no_grad():
         if rank == count - 1:  # one process alone has met it
             cascade.branches["head/weight"].lora_B.to_local().fill_(float("nan"))
+    weight = cascade.model.get_parameter("layers.1.up.weight").to_local().data  # type: ignore[operator]
+    if rank == 0:  # likewise
+        weight.neg_()
+    told = "layers.1.up.weight" if rank == 0 else "a weight on another process"
+    with pytest.raises(lx.StateError, match=rf"^transition: {told} was changed from outside"):
+        cascade.transition(optimizer)
+    if rank == 0:
+        weight.neg_()
     before = {name: each.detach().clone() for name, each in cascade.named_parameters()}
     with pytest.raises(
         lx.NonFiniteBranch, match=r"^the branch of head.weight holds inf or nan at the end of stage 1; "

@@ -156,6 +156,25 @@ def test_a_late_site_is_watched_and_leaves_the_others_watched() -> None:
             cascade.release()
 
 
+def test_a_tie_that_was_cut_is_refused() -> None:
+    """A fold writes the parameter of the first place; the other would keep what it has."""
+    model = mlp()
+    model.append(nn.Linear(2, 6, bias=False).double())
+    model.append(nn.Linear(6, 2, bias=False).double())
+    model[6].weight = model[4].weight
+    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, pace=1.0), frontend="symbolic")
+    randomize(cascade)
+    wanted, shared = cascade(X), model[4].weight
+    model[6].weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    cut = (
+        r"6\.weight was tied to 4\.weight when the model was adapted, and is another parameter now, which a fold would"
+    )
+    with pytest.raises(lx.StateError, match=cut):
+        cascade.release()
+    model[6].weight = shared
+    torch.testing.assert_close(cascade.release()(X), wanted)
+
+
 def test_noise_weights_are_watched() -> None:
     """A matrix that carries noise and is no site is written by each transition too."""
     cascade = adapted(targets=("0.*",), noise=lx.Noise(0.1, where="all"))
