@@ -47,6 +47,8 @@ WORTH_SHARING = 1 << 17
 """Entries of an input from which on one stacked product is cheaper than one for each branch that reads it."""
 CERTAIN = 0.05
 """Share that is no rounding whatever the dtype."""
+COARSE_PROBE, COARSE = 0.5, 0.25
+"""The size of the deltas, and the share of a gradient that may be missing, where numbers have few bits."""
 
 
 @dataclass
@@ -219,7 +221,7 @@ def settle(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mappin
     if pieces.eager:
         eager = True
     elif not eager:
-        eager = _wrong_gradient(pieces, branches, args, kwargs, SUSPECT) is not None
+        eager = _wrong_gradient(pieces, branches, args, kwargs) is not None
     if not eager:
         return
     _check_swappable(pieces, branches)
@@ -227,7 +229,7 @@ def settle(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mappin
     wrong: str | None = None
     for once in (True,) if pieces.once else (False, True):
         pieces.run_eager(once)
-        wrong = _wrong_gradient(pieces, branches, args, kwargs, SUSPECT)
+        wrong = _wrong_gradient(pieces, branches, args, kwargs)
         if wrong is None:
             return
     raise CaptureError(
@@ -247,17 +249,18 @@ def _check_swappable(pieces: Pieces, branches: Iterable[Branch]) -> None:
             )
 
 
-def _wrong_gradient(
-    pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any], share: Mapping[torch.dtype, float]
-) -> str | None:
+def _wrong_gradient(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any]) -> str | None:
     """Return a weight whose branch gets another gradient than the eager model with merged weights gives it, or None.
 
-    Weights that get none in the eager model are left out. `share` of a gradient is what it may be off by.
+    Weights that get none in the eager model are left out.
     """
     model = pieces.model
     plain = [each for each in branches if not is_quantized(model.get_parameter(each.weight_name))]
     weights = {each.weight_name: model.get_parameter(each.weight_name) for each in plain}
-    with quiet(), _stand_ins(plain, model):  # with gradients
+    with quiet(), _frozen(model), _stand_ins(plain):  # with gradients
+        coarse = _coarse(plain, model)
+        for each in plain:
+            _probe(each, model, coarse)
         with _trained(weights):
             theirs = _backward(model, _merged(model, plain), args, kwargs)
             given = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
@@ -275,7 +278,7 @@ def _wrong_gradient(
         except Exception as fault:  # torch.utils.checkpoint raises where forward and backward compute differently
             log.info("%s in pieces: backward raises %s", type(model).__name__, one_line(fault))
             return next(iter(expected))
-        narrow = max(CERTAIN if _casts(each) else share.get(each.dtype, CERTAIN) for each in weights.values())
+        narrow = COARSE if coarse else max(SUSPECT[each.dtype] for each in weights.values())
         most = max(float(each.double().norm()) for pair in expected.values() for each in pair)
         for branch in plain:
             for factor, right in zip(_factors(branch), expected.get(branch.weight_name, ()), strict=False):
@@ -285,10 +288,12 @@ def _wrong_gradient(
     return None
 
 
-def _casts(weight: torch.Tensor) -> bool:
-    """Whether autocast computes with fewer bits than a weight has."""
-    kind = weight.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+def _coarse(branches: Sequence[Branch], model: nn.Module) -> bool:
+    """Whether one of the weights has few bits, or autocast computes with few."""
+    weights = [model.get_parameter(branch.weight_name) for branch in branches]
+    kinds = {each.device.type for each in weights}
+    casts = any(torch.amp.is_autocast_available(each) and torch.is_autocast_enabled(each) for each in kinds)
+    return casts or any(each.dtype not in SUSPECT for each in weights)
 
 
 def _factors(branch: Branch) -> list[nn.Parameter]:
@@ -308,11 +313,13 @@ def _merged(model: nn.Module, branches: Sequence[Branch]) -> dict[str, torch.Ten
 
 @isolated
 def _holding(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Let parameters hold other numbers, for whoever holds the parameters."""
+    """Let parameters hold other numbers, for whoever holds the parameters; autocast keeps casts of what they held."""
+    undo(torch.clear_autocast_cache)
     for name, value in values.items():
         parameter = model.get_parameter(name)
         undo(partial(setattr, parameter, "data", parameter.data))
         parameter.data = value
+    torch.clear_autocast_cache()
 
 
 @isolated
@@ -325,21 +332,25 @@ def _trained(undo: Undo, weights: Mapping[str, nn.Parameter]) -> None:
 
 
 @isolated
-def _stand_ins(undo: Undo, branches: Sequence[Branch], model: nn.Module) -> None:
-    """Give branches factors to try with, which nobody watches, and let no parameter of the model get a gradient."""
+def _frozen(undo: Undo, model: nn.Module) -> None:
+    """Let no parameter of the model get a gradient."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             undo(partial(parameter.requires_grad_, True))
             parameter.requires_grad_(False)
+
+
+@isolated
+def _stand_ins(undo: Undo, branches: Sequence[Branch]) -> None:
+    """Give branches factors to try with, which no optimizer and no hook knows, and no dropout: the model has none."""
     for branch in branches:
         undo(partial(branch._parameters.update, dict(branch._parameters)))
         undo(partial(setattr, branch, "training", branch.training))
-        branch.training = False  # the eager model has no dropout of branches
+        branch.training = False
         for name in ("lora_A", "lora_B"):
             factor = branch._parameters[name]
             assert factor is not None
             branch._parameters[name] = nn.Parameter(factor.detach().clone(), factor.requires_grad)
-        _probe(branch, model)
 
 
 def _backward(call: Any, values: Mapping[str, torch.Tensor], args: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -372,16 +383,16 @@ def _used_outside(
 
     Groups that agree are not looked into; `share` of the merged effect is what a group may be off by.
     """
-    kept = [branch.lora_B.data for branch in branches]
-    guilty = []
-    try:
+    guilty, coarse = [], _coarse(branches, pieces.model)
+    with _stand_ins(branches):
         groups = [list(branches)]
         while groups:
             group = groups.pop()
             for branch in branches:
                 branch.lora_B.data = torch.zeros_like(branch.lora_B)
+            torch.clear_autocast_cache()
             for branch in group:
-                _probe(branch, pieces.model)
+                _probe(branch, pieces.model, coarse)
             if not _differs(pieces, group, args, kwargs, share):
                 continue
             half = len(group) // 2
@@ -389,20 +400,17 @@ def _used_outside(
                 groups += [group[half:], group[:half]]
             else:
                 guilty.append(group[0].weight_name)
-    finally:
-        for branch, value in zip(branches, kept, strict=True):
-            branch.lora_B.data = value
     return guilty
 
 
-def _probe(branch: Branch, model: nn.Module) -> None:
+def _probe(branch: Branch, model: nn.Module, coarse: bool) -> None:
     weight = model.get_parameter(branch.weight_name)
-    # as data: an optimizer and a backward see no write
     values = torch.linspace(-1, 1, branch.lora_B.numel(), device=weight.device, dtype=branch.lora_B.dtype)
     branch.lora_B.data = values.view_as(branch.lora_B).clone()
-    size = (branch.delta() * branch.scale).norm()
+    size, share = (branch.delta() * branch.scale).norm(), COARSE_PROBE if coarse else PROBE
     if size > 0:
-        branch.lora_B.data = branch.lora_B.data * (PROBE * weight.norm().to(size.dtype).clamp_min(1e-3) / size)
+        branch.lora_B.data = branch.lora_B.data * (share * weight.norm().to(size.dtype).clamp_min(1e-3) / size)
+    torch.clear_autocast_cache()  # it has casts of what the factor held
 
 
 def _differs(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._compile import _disable_dynamo
 from torch.utils.checkpoint import checkpoint
 
 from lorasc_fx.capture.effective import EffectiveWeights
@@ -93,6 +94,7 @@ class Pieces:
             self._look(args, kwargs)
         return self.compute(args, kwargs)
 
+    @_disable_dynamo  # torch.compile around a cascade would trace the model itself, without branches
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Compute a call without a look before it; raises as a call does."""
         try:

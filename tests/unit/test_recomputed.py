@@ -402,3 +402,44 @@ def test_a_whole_graph_is_refused(frontend: str) -> None:
         cascade.folded_graph()
     cascade.eval()
     cascade.folded_graph()
+
+
+@pytest.mark.parametrize("bits", ["bf16", "autocast"])
+def test_few_bits_are_no_reason_to_leave_the_graphs(bits: str) -> None:
+    """A rounded gradient is not taken for a wrong one: branches stand beside their ops, inside the regions too."""
+    torch.manual_seed(4)
+    model, x = Stack(), torch.randn(64, 5)
+    model.gradient_checkpointing = True
+    if bits == "bf16":
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bits == "autocast"):
+        cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert set(cascade._variants.oldest.placements.values()) == {"beside"}
+
+
+def test_dropout_of_branches_acts_in_pieces() -> None:
+    model = Stack()
+    model.gradient_checkpointing = True
+    cascade = lx.adapt(model, (X.float(),), spec=lx.CascadeSpec(rank=2, dropout=0.5))
+    assert set(cascade._variants.oldest.placements.values()) == {"beside"}
+    for module in model.modules():
+        module.training &= not isinstance(module, nn.Dropout)
+    randomize(cascade)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(cascade(X.float()))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
+
+
+def test_torch_compile_around_it_keeps_the_branches() -> None:
+    model = Checkpointed("twice", breaks=False, reentrant=False).double()
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    randomize(cascade)
+    gradients(cascade)
+    expected = [each.grad.clone() for each in cascade.branches.parameters()]
+    cascade.zero_grad()
+    gradients(torch.compile(cascade, backend="eager"))
+    for one, other in zip(expected, cascade.branches.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one, rtol=0, atol=1e-12)
