@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lorasc_fx.capture.live import Captured, check_drew_nothing, quiet, read_live
 from lorasc_fx.capture.signature import signature_of
 from lorasc_fx.graph import drop_nodes, rename_inputs
+from lorasc_fx.undo import Block, isolated
 
 __all__ = ["capture_symbolic"]
 
@@ -80,45 +80,46 @@ class _Tracer(fx.Tracer):
         }
         self._modes = _modes()
         forward, args = self.create_args_for_root(type(root).forward, True, concrete_args)
-        with self._intercepted(root), _exchanged_functions(), _Modes():
+        with _intercepted(self, root), _exchanged_functions(), _Modes():
             self.create_node("output", "output", (self.create_arg(forward(*args)),), {})
         return self.graph
 
-    @contextlib.contextmanager
-    def _intercepted(self, root: nn.Module) -> Iterator[None]:
-        """Route calls of the model's modules to `call_module`, by the attribute that nn.Module.__call__ tries first,
-        and reads of its parameters to proxies.
-        """
-        tracing, proxies = threading.get_ident(), dict[str, fx.Proxy]()
-        tracer = self
 
-        class Parameters(dict[str, Any]):
-            def __getitem__(self, name: str) -> Any:
-                value = super().__getitem__(name)
-                return tracer.getattr(name, value, proxies) if threading.get_ident() == tracing else value
+@isolated
+def _intercepted(undo: Block[Any], tracer: _Tracer, root: nn.Module) -> None:
+    """Route calls of the model's modules to `call_module`, by the attribute that nn.Module.__call__ tries first, and
+    reads of its parameters to proxies.
+    """
+    tracing, proxies = threading.get_ident(), dict[str, fx.Proxy]()
 
-        def interceptor(module: nn.Module) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                if threading.get_ident() != tracing:
-                    return module._call_impl(*args, **kwargs)
-                return self.call_module(module, module._call_impl, args, kwargs)
+    class Parameters(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            value = super().__getitem__(name)
+            return tracer.getattr(name, value, proxies) if threading.get_ident() == tracing else value
 
-            return call
+    def interceptor(module: nn.Module) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != tracing:
+                return module._call_impl(*args, **kwargs)
+            return tracer.call_module(module, module._call_impl, args, kwargs)
 
-        held = [(vars(module), vars(module).get(_CALL, tracer), module._parameters) for module in root.modules()]
-        try:
-            for module in root.modules():
-                vars(module)[_CALL] = interceptor(module)
-                if isinstance(module._parameters, dict):  # a script module has its own kind
-                    vars(module)["_parameters"] = Parameters(module._parameters)
-            yield
-        finally:
-            for attributes, call, parameters in held:
-                attributes[_CALL] = call
-                if call is tracer:
-                    del attributes[_CALL]
-                if isinstance(parameters, dict):
-                    attributes["_parameters"] = parameters
+        return call
+
+    held = [(vars(module), vars(module).get(_CALL, tracer), module._parameters) for module in root.modules()]
+
+    def put_back() -> None:
+        for attributes, call, parameters in held:
+            attributes[_CALL] = call
+            if call is tracer:
+                del attributes[_CALL]
+            if isinstance(parameters, dict):
+                attributes["_parameters"] = parameters
+
+    undo(put_back)
+    for module in root.modules():
+        vars(module)[_CALL] = interceptor(module)
+        if isinstance(module._parameters, dict):  # a script module has its own kind
+            vars(module)["_parameters"] = Parameters(module._parameters)
 
 
 class _Modes(TorchFunctionMode):
@@ -137,12 +138,11 @@ def _modes() -> tuple[Any, ...]:
     return (torch.is_inference_mode_enabled(), *autocast)
 
 
-@contextlib.contextmanager
-def _exchanged_functions() -> Iterator[None]:
+@isolated
+def _exchanged_functions(undo: Block[Any]) -> None:
     """Record functions registered by `torch.fx.wrap` as one call each; one trace at a time."""
-    with _EXCHANGING, _symbolic_trace._new_patcher() as patcher:
-        _symbolic_trace._patch_wrapped_functions(patcher)
-        yield
+    undo.enter(_EXCHANGING)
+    _symbolic_trace._patch_wrapped_functions(undo.enter(_symbolic_trace._new_patcher()))
 
 
 def _has_tensor(value: Any) -> bool:

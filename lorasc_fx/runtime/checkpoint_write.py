@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.opening import plain_bytes
 from lorasc_fx.runtime.provenance import versions
+from lorasc_fx.undo import Block, isolated
 
 try:
     import fcntl
@@ -183,28 +185,26 @@ def make_folder(root: Path) -> None:
         sync(each.parent)
 
 
-@contextlib.contextmanager
-def exclusive(root: Path) -> Iterator[bool]:
+@isolated
+def exclusive(undo: Block[Any], root: Path) -> bool:
     """Keep other writers out of a folder, and say whether that is possible: some file systems know no locks.
 
     Without a lock two writers still do no harm: a version's name is given once, and the later one fails at it.
     """
     handle = os.open(root, os.O_RDONLY)
+    undo(partial(os.close, handle))
     try:
-        try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = fcntl is not None
-        except BlockingIOError as fault:
-            raise CheckpointError(
-                f"{root}: another save is writing into this folder at this moment; give each run a folder of its own, "
-                "and save from one process of a run"
-            ) from fault
-        except OSError:
-            locked = False
-        yield locked
-    finally:
-        os.close(handle)
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = fcntl is not None
+    except BlockingIOError as fault:
+        raise CheckpointError(
+            f"{root}: another save is writing into this folder at this moment; give each run a folder of its own, "
+            "and save from one process of a run"
+        ) from fault
+    except OSError:
+        locked = False
+    return locked
 
 
 def temporary(root: Path) -> Path:

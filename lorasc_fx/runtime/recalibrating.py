@@ -34,9 +34,8 @@ def recalibrate(cascade: Cascade, batches: Iterable[Any], call: Callable[[Cascad
         with cascade.weights("fast"):
             _estimate(cascade, norms, batches, call or _first)
         return
-    before = [(buffer, buffer.detach().clone()) for buffer in _buffers(norms)]
+    core.statistics = core.statistics or [(buffer, buffer.detach().clone()) for buffer in _buffers(norms)]
     _estimate(cascade, norms, batches, call or _first)
-    core.statistics = core.statistics or before
 
 
 def _estimate(

@@ -51,14 +51,21 @@ class FailAt(TorchDispatchMode):
 
 
 class LineAt:
-    """Acts before the k-th line of ours that runs (of these files), once.
+    """Acts before the k-th line of ours that runs, or before so many lines from then on.
 
-    A `with` that ends counts as a line as well, but nothing can happen there: neither does Python look for signals, nor
-    is memory taken. So lines that begin with `with` are passed over, and so is the file that puts things back.
+    A line that begins with `with` is another line where the `with` ends: a call that commits is done by then, so such
+    lines, and those of the file that commits, are only for calls that leave everything as it was (`all_lines`).
     """
 
-    def __init__(self, at: int, act: Callable[[], None], files: tuple[str, ...]) -> None:
-        self.at, self.act, self.count = at, act, 0
+    def __init__(
+        self,
+        at: int,
+        act: Callable[[], None],
+        files: tuple[str, ...] = ("lorasc_fx", "passes"),
+        all_lines: bool = False,
+        times: int = 1,
+    ) -> None:
+        self.at, self.act, self.count, self.all_lines, self.last = at, act, 0, all_lines, at + times - 1
         self.files = tuple(str(ROOT / each) for each in files)
 
     def __enter__(self) -> LineAt:
@@ -71,13 +78,14 @@ class LineAt:
 
     def called(self, frame: FrameType, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
-        return self.line if name.startswith(self.files) and not name.endswith("undo.py") else None
+        return self.line if name.startswith(self.files) and (self.all_lines or not name.endswith("undo.py")) else None
 
     def line(self, frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line" and self.count < self.at:
+        if event == "line" and self.count < self.last:
             text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-            self.count += not text.startswith("with ")
-            if self.count == self.at:
+            counts = self.all_lines or not text.startswith("with ")
+            self.count += counts
+            if counts and self.count >= self.at:
                 self.act()
         return self.line
 
@@ -143,19 +151,41 @@ def raises(fault: BaseException) -> Callable[[], None]:
     return act
 
 
+class Timeout(Exception):
+    """What the handler of SIGALRM raises here."""
+
+
+SIGNALS: dict[str, tuple[signal.Signals, type[BaseException]]] = {
+    "ctrl-c": (signal.SIGINT, KeyboardInterrupt),
+    "alarm": (signal.SIGALRM, Timeout),
+}
+
+
 def sigint() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def _too_late(number: int, frame: FrameType | None) -> None:
+    raise Timeout
+
+
 @contextlib.contextmanager
 def python_answers() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, whatever the test runner does with it; and that is so again afterwards."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGINT raises KeyboardInterrupt and SIGALRM Timeout, whatever the test runner does with them; and do so again
+    afterwards.
+    """
+    answers: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGALRM: _too_late}
+    before = {number: signal.signal(number, answer) for number, answer in answers.items()}
     try:
         yield
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler was not given back"
+        for number, answer in answers.items():
+            assert signal.getsignal(number) is answer, "the handler was not given back"
+        for number, fault in SIGNALS.values():
+            with pytest.raises(fault):
+                signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, answer in before.items():
+            signal.signal(number, answer)
 
 
 def in_turn(

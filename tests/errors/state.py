@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
+import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import torch
+import torch._dynamo
 from torch import fx, nn
 
 import lorasc_fx as lx
@@ -81,9 +87,30 @@ def of_cascade(cascade: lx.Cascade) -> State:
     return state
 
 
+def of_process() -> State:
+    """What a call may change for the whole process: random generators, modes, filters, and torch itself."""
+    attributes = {
+        f"torch.{owner.__name__}.{name}": vars(owner).get(name)
+        for owner in (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.autocast, torch.inference_mode)
+        for name in ("__init__", "__enter__", "__exit__")
+    }
+    return attributes | {
+        "rng torch": raw(torch.get_rng_state()),
+        "rng python": random.getstate(),
+        "rng numpy": str(numpy.random.get_state()),
+        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "logging": (logging.root.manager.disable, logging.getLogger("torch._dynamo").level),
+        "warnings": list(warnings.filters),
+        "streams": (id(sys.stdout), id(sys.stderr)),
+        "recompile limit": torch._dynamo.config.recompile_limit,
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)],
+    }
+
+
 def of(*things: Any) -> State:
-    """The state of models, cascades and optimizers, and of the random generators."""
-    state: State = {"rng torch": raw(torch.get_rng_state()), "rng python": random.getstate()}
+    """The state of models, cascades and optimizers, and of the process."""
+    state = of_process()
     for place, thing in enumerate(things):
         kinds = ((lx.Cascade, of_cascade), (torch.optim.Optimizer, of_optimizer), (nn.Module, of_model))
         read = next(read for kind, read in kinds if isinstance(thing, kind))
@@ -95,6 +122,21 @@ def assert_same(after: State, before: State) -> None:
     """No entry differs; the names of those that do are told."""
     differ = sorted(key for key in after.keys() | before.keys() if after.get(key) != before.get(key))
     assert not differ, f"changed: {', '.join(differ)}"
+
+
+def numbers(*things: Any) -> State:
+    """Values to compare with a twin's: no objects, and no state of the process."""
+    state: State = {}
+    for place, thing in enumerate(things):
+        if isinstance(thing, torch.optim.Optimizer):
+            held = of_optimizer(thing)
+        else:
+            held = {name: raw(value) for name, value in thing.state_dict().items()}
+            held |= {f"flag {name}": value.requires_grad for name, value in thing.named_parameters()}
+        if isinstance(thing, lx.Cascade):
+            held |= of_slow(thing) | {"armed": thing.core.turning.armed}
+        state |= {f"{place} {key}": value for key, value in held.items()}
+    return state
 
 
 @contextlib.contextmanager

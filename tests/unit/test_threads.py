@@ -1,0 +1,101 @@
+"""Several threads and one cascade: whoever reads or writes its weights waits for the others, or is refused."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+
+
+def made(seed: int) -> tuple[lx.Cascade, torch.Tensor, torch.Tensor]:
+    """A cascade of pace 1 whose branches have moved, its first weight, and what the branch adds to that."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 5))
+    base = model[0].weight.detach().clone()
+    spec = lx.CascadeSpec(rank=2, pace=1.0)
+    cascade = lx.adapt(model, args=(torch.randn(2, 9),), spec=spec, frontend="symbolic")
+    with torch.no_grad():
+        for branch in cascade.branches.values():
+            branch.lora_B.normal_()
+    branch = cascade.core.branches_by_weight()["0.weight"]
+    return cascade, base, (branch.scale * branch.lora_B @ branch.lora_A).detach()
+
+
+def together(*calls: Callable[[], object]) -> list[BaseException]:
+    """Run the calls at once, each in a thread; return what they raise."""
+    raised: list[BaseException] = []
+    start = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], object]) -> None:
+        start.wait()
+        try:
+            call()
+        except lx.LorascError as fault:
+            raised.append(fault)
+
+    threads = [threading.Thread(target=run, args=(call,), daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "a deadlock"
+    return raised
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_transitions(seed: int) -> None:
+    cascade, base, delta = made(seed)
+    assert not together(lambda: cascade.transition(None), lambda: cascade.transition(None))
+    assert cascade.stage == 3
+    torch.testing.assert_close(cascade.release()[0].weight, base + delta)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_transition_and_readers(seed: int) -> None:
+    """A folded state is that of before or after the transition, which are the same numbers; never a mixture."""
+    cascade, base, delta = made(seed)
+    found: list[torch.Tensor] = []
+
+    def read() -> None:
+        found.append(cascade.folded_state_dict()["0.weight"])
+
+    assert not together(lambda: cascade.transition(None), read, read)
+    assert len(found) == 2
+    for each in found:
+        torch.testing.assert_close(each, base + delta)
+
+
+def test_a_transition_inside_weights_of_another_thread_is_refused() -> None:
+    cascade, base, delta = made(0)
+    with cascade.weights("base"):
+        (refused,) = together(lambda: cascade.transition(None))
+        assert isinstance(refused, lx.StateError)
+        with pytest.raises(lx.StateError, match="inside weights"):
+            raise refused
+    cascade.transition(None)
+    torch.testing.assert_close(cascade.release()[0].weight, base + delta)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_new_variant_and_a_transition(seed: int) -> None:
+    """No deadlock, and the graph belongs to the stage that runs then."""
+    cascade, base, delta = made(seed)
+    x = torch.randn(3, 2, 9)
+    together(lambda: cascade.eval()(x), lambda: cascade.transition(None), lambda: cascade.folded_graph((x,)))
+    assert cascade.stage == 2
+    cascade.transition(None)
+    torch.testing.assert_close(cascade.release()[0].weight, base + delta)
+
+
+def test_a_copy_has_a_lock_of_its_own() -> None:
+    cascade, _, _ = made(0)
+    assert cascade.core.lock.acquire(0.0)
+    twin = copy.deepcopy(cascade)
+    assert not together(lambda: twin.transition(None))
+    cascade.core.lock.release()
