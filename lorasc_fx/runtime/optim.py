@@ -9,10 +9,54 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch
+from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import StateError
 from lorasc_fx.spec import CascadeSpec, TrainRule
 
-__all__ = ["check_holds", "treated_state"]
+__all__ = ["check_holds", "check_numbers", "treated_state"]
+
+_SECOND_MOMENTS = {
+    "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "row_var", "col_var", "variance",
+}  # fmt: skip
+_FINITE = {"exp_avg", "momentum_buffer", "grad_avg", "ax", "prev", "gamma", "factor"}
+_POSITIVE = {
+    "lr", "initial_lr", "max_lr", "min_lr", "base_lr", "base_lrs", "max_lrs", "min_lrs", "_last_lr", "eta_min",
+    "weight_decay", "lr_decay", "momentum", "base_momentum", "max_momentum", "momentum_decay", "eps", "step",
+    "step_size", "_step_count",
+}  # fmt: skip
+_SHARES = {"betas", "rho"}
+
+
+def check_numbers(held: Any, place: str, key: str = "", finite: bool = True) -> None:
+    """Refuse NaN, and numbers below 0, in moments, rates and counts of an optimizer or a scheduler. A second moment may
+    have overflowed to infinity, which stops its parameter and no more.
+
+    Args:
+        held: a state dict, or a part of one.
+        place: what it is, for messages.
+        key: its name in the table that holds it.
+        finite: whether moments have to be numbers; they need not be where branches that are not finite are left out.
+
+    Raises:
+        ValueError: names the place.
+    """
+    if isinstance(held, Mapping):
+        for name, value in held.items():
+            check_numbers(value, f"{place}.{name}", str(name), finite)
+    elif isinstance(held, (list, tuple)):
+        for index, value in enumerate(held):
+            check_numbers(value, f"{place}[{index}]", key, finite)
+    elif isinstance(held, (int, float, torch.Tensor)) and key in _SECOND_MOMENTS | _FINITE | _POSITIVE | _SHARES:
+        numbers = local(held) if isinstance(held, torch.Tensor) else torch.tensor(held, dtype=torch.float64)
+        moment = key in _SECOND_MOMENTS | _FINITE
+        if (finite or not moment) and bool(numbers.isnan().any()):
+            raise ValueError(f"{place} holds NaN")
+        if key not in _SECOND_MOMENTS and (finite or not moment) and bool(numbers.isinf().any()):
+            raise ValueError(f"{place} is infinite")
+        if key not in _FINITE and bool((numbers < 0).any()):
+            raise ValueError(f"{place} is below 0")
+        if key in _SHARES and bool((numbers > 1).any()):
+            raise ValueError(f"{place} is above 1")
 
 
 def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -16,7 +16,7 @@ from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.runtime import generators, half_step, outside_json
 from lorasc_fx.runtime.manifest import finite, optimizer_index
 from lorasc_fx.runtime.opening import told
-from lorasc_fx.runtime.optim import check_holds
+from lorasc_fx.runtime.optim import check_holds, check_numbers
 from lorasc_fx.runtime.provenance import differences
 from lorasc_fx.undo import Commit
 
@@ -59,8 +59,10 @@ def resume(
         state, then = None, None
         if optimizer is not None:
             state = _of_optimizer(optimizer, manifest["optimizer"], checkpoint.tensors, where)
+            check_numbers(state, "optimizer", finite=core.plan.spec.on_nonfinite == "raise")
         if scheduler is not None:
             then = like(scheduler.state_dict(), manifest["scheduler"]["state"], "scheduler")
+            check_numbers(then, "scheduler")
     except (ValueError, RecursionError) as fault:
         raise CheckpointError(
             f"{where}: {told(str(fault), 300)}; build optimizer and scheduler the same way"

@@ -198,6 +198,44 @@ def test_a_branch_that_holds_inf_or_nan_is_not_kept(tmp_path: Path) -> None:
     assert going.save(tmp_path).name == "version-00000002"
 
 
+def test_moments_that_no_resume_takes_are_not_kept(tmp_path: Path) -> None:
+    going = Run(SPEC).started()
+    going.step()
+    going.save(tmp_path)
+    saved = contents(tmp_path)
+    state = going.optimizer.state[going.cascade.branches["body/weight"].lora_A]
+    advice = (
+        "; nothing was written, and the last version stays. Load that one, and go on with a lower learning rate or "
+        "with clipped gradients"
+    )
+    for name, value, what in (
+        ("exp_avg", float("nan"), "holds NaN"),
+        ("exp_avg", float("inf"), "is infinite"),
+        ("exp_avg_sq", float("nan"), "holds NaN"),
+        ("exp_avg_sq", -1.0, "is below 0"),
+    ):
+        kept = state[name].clone()
+        state[name][0, 0] = value
+        sentence = rf"^save: optimizer\.state\.\d\.{name} {what}{re.escape(advice)}$"
+        with unchanged(going.cascade, going.optimizer), pytest.raises(lx.CheckpointError, match=sentence):
+            going.save(tmp_path)
+        state[name].copy_(kept)
+    going.optimizer.param_groups[0]["lr"] = -0.1
+    with pytest.raises(lx.CheckpointError, match=exactly(f"save: optimizer.param_groups[0].lr is below 0{advice}")):
+        going.save(tmp_path)
+    going.optimizer.param_groups[0]["lr"] = 0.1
+    assert contents(tmp_path) == saved
+    state["exp_avg_sq"][0, 0] = float("inf")  # overflowed: the parameter stands still
+    going.save(tmp_path)
+    Run(SPEC).resumed(tmp_path)
+    skip = replace(SPEC, on_nonfinite="skip")
+    going = Run(skip).started()
+    going.step()
+    going.optimizer.state[going.cascade.branches["body/weight"].lora_A]["exp_avg"][0, 0] = float("nan")
+    going.save(tmp_path / "skip")
+    Run(skip).resumed(tmp_path / "skip")
+
+
 @pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.LorascWarning")
 def test_a_branch_that_the_next_fold_leaves_out_is_kept(tmp_path: Path) -> None:
     going = Run(replace(SPEC, on_nonfinite="skip")).started()

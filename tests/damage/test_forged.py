@@ -291,6 +291,37 @@ RESUMES: dict[str, tuple[Change, str]] = {
         lambda each: each["optimizer"]["groups"][0].update(lr=None),
         f": optimizer: lr is None, where float is expected{SAME}",
     ),
+    "a rate that is no number": (
+        lambda each: (
+            each["optimizer"]["groups"][0].update(lr=None),
+            each["outside"].append({"place": ["optimizer", "groups", 0, "lr"], "number": "nan"}),
+        ),
+        f": optimizer.param_groups[0].lr holds NaN{SAME}",
+    ),
+    "a rate below 0": (
+        lambda each: each["optimizer"]["groups"][1].update(lr=-0.1),
+        f": optimizer.param_groups[1].lr is below 0{SAME}",
+    ),
+    "a decay below 0": (
+        lambda each: each["optimizer"]["groups"][0].update(weight_decay=-1),
+        f": optimizer.param_groups[0].weight_decay is below 0{SAME}",
+    ),
+    "an infinite eps": (
+        lambda each: (
+            each["optimizer"]["groups"][0].update(eps=None),
+            each["outside"].append({"place": ["optimizer", "groups", 0, "eps"], "number": "inf"}),
+        ),
+        f": optimizer.param_groups[0].eps is infinite{SAME}",
+    ),
+    "a share above 1": (
+        lambda each: each["optimizer"]["groups"][0].update(betas=[0.9, 1.5]),
+        f": optimizer.param_groups[0].betas[1] is above 1{SAME}",
+    ),
+    "a scheduler's rate below 0": (
+        scheduler_has(base_lrs=[0.1, 0.1, -0.1]),
+        f": scheduler.base_lrs[2] is below 0{SAME}",
+    ),
+    "a scheduler's count below 0": (scheduler_has(_step_count=-4), f": scheduler._step_count is below 0{SAME}"),
     "no rate": (lambda each: each["optimizer"]["groups"][0].pop("lr"), ": optimizer: a group has no 'lr'"),
     "other parameters": (
         lambda each: each["optimizer"]["groups"][0].update(params=[1, 0]),
@@ -302,6 +333,22 @@ RESUMES: dict[str, tuple[Change, str]] = {
     ),
 }
 STATES: dict[str, tuple[Change, str]] = {
+    "a moment that is no number": (
+        lambda each: each["optimizer/0/exp_avg"].fill_(float("nan")),
+        f": optimizer.state.0.exp_avg holds NaN{SAME}",
+    ),
+    "an infinite first moment": (
+        lambda each: each["optimizer/0/exp_avg"].fill_(float("inf")),
+        f": optimizer.state.0.exp_avg is infinite{SAME}",
+    ),
+    "a second moment below 0": (
+        lambda each: each["optimizer/0/exp_avg_sq"].view(-1)[1:2].fill_(-1e-9),
+        f": optimizer.state.0.exp_avg_sq is below 0{SAME}",
+    ),
+    "a count below 0": (
+        lambda each: each["optimizer/0/step"].fill_(-1),
+        f": optimizer.state.0.step is below 0{SAME}",
+    ),
     "half a state": (lambda each: each.pop("optimizer/0/step"), ": optimizer: step is there for some parameters"),
     "another shape": (
         lambda each: each.update({"optimizer/0/exp_avg": torch.ones(3)}),
