@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as read_shards
@@ -30,7 +32,7 @@ from lorasc_fx.integrations.processes import RANKS, agreed, gathered, reseed, st
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical, list_versions, next_name, way_back
-from lorasc_fx.runtime.checkpoint_read import Checkpoint, restore
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, branch_faults, restore
 from lorasc_fx.runtime.checkpoint_write import (
     clear_interrupted,
     contents,
@@ -43,7 +45,7 @@ from lorasc_fx.runtime.checkpoint_write import (
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
-from lorasc_fx.runtime.opening import plain_bytes
+from lorasc_fx.runtime.opening import plain_bytes, told
 
 __all__ = ["load", "resume", "save"]
 
@@ -254,16 +256,35 @@ def _read(root: Path) -> Checkpoint:
                     raise ValueError(f"{name} differs from its digest; the file is damaged")
     except (OSError, ValueError) as fault:
         raise CheckpointError(f"{path / MANIFEST}: cannot be read: {fault}; {way_back(path)}") from fault
-    return Checkpoint(path, manifest, {}, plan)
+    return Checkpoint(path, manifest, described(path, manifest.get("tensors"), plan), plan)
 
 
-def _targets(found: Checkpoint, like: Any) -> dict[str, torch.Tensor]:
-    """Return tensors to read into, as large as manifest and files say alike; sharded as `like` is."""
-    table, held = found.manifest.get("tensors"), HuggingFaceStorageReader(str(found.path)).read_metadata()
-    sizes: dict[str, Any] = held.state_dict_metadata
-    made: dict[str, torch.Tensor] = {}
+def described(path: Path, table: Any, plan: Plan) -> dict[str, torch.Tensor]:
+    """Return the tensors of a version without their numbers, on the meta device.
+
+    What they claim is held against the bytes of the files: offsets in the headers may say any shape.
+
+    Raises:
+        CheckpointError: manifest and files disagree, or claim more than the files hold.
+    """
+    files = [each for each in path.iterdir() if each.name != MANIFEST]
+    try:
+        sizes: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as fault:
+        raise CheckpointError(f"{path}: its files cannot be read: {told(str(fault), 300)}; {way_back(path)}") from fault
     if not isinstance(table, dict) or set(table) != set(sizes):
-        raise CheckpointError(f"{found.path}: manifest and files name other tensors; {way_back(found.path)}")
+        raise CheckpointError(f"{path}: manifest and files name other tensors; {way_back(path)}")
+    claimed, room = 0, sum(each.stat().st_size for each in files)
+    made = {}
     for name, entry in table.items():
         size, dtype = sizes[name].size, sizes[name].properties.dtype
         if (
@@ -271,9 +292,25 @@ def _targets(found: Checkpoint, like: Any) -> dict[str, torch.Tensor]:
             or entry.get("shape") != list(size)
             or f"torch.{entry.get('dtype')}" != str(dtype)
         ):
-            raise CheckpointError(f"{found.path}: manifest and files disagree about {name!r}; {way_back(found.path)}")
-        if entry.get("rows") is True:
-            made[name] = zeros(size, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
+            raise CheckpointError(f"{path}: manifest and files disagree about {told(name)!r}; {way_back(path)}")
+        claimed += math.prod(size) * dtype.itemsize
+        if min(size, default=0) < 0 or claimed > room:
+            raise CheckpointError(
+                f"{path}: {told(name)!r} is {tuple(size)}, more than the {room} bytes of the files can hold; "
+                f"{way_back(path)}"
+            )
+        made[name] = torch.empty(size, dtype=dtype, device="meta")
+    for sentence in branch_faults(plan, made):
+        raise CheckpointError(f"{path}: {sentence}; {way_back(path)}")
+    return made
+
+
+def _targets(found: Checkpoint, like: Any) -> dict[str, torch.Tensor]:
+    """Return tensors to read into; sharded as `like` is."""
+    made: dict[str, torch.Tensor] = {}
+    for name, each in found.tensors.items():
+        if found.manifest["tensors"][name].get("rows") is True:
+            made[name] = zeros(each.shape, dtype=each.dtype, device_mesh=like.device_mesh, placements=like.placements)
         else:
-            made[name] = torch.zeros(size, dtype=dtype)
+            made[name] = torch.zeros(each.shape, dtype=each.dtype)
     return made

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "base_differs",
+    "branch_faults",
     "check_base",
     "check_plan",
     "manifest_of",
@@ -175,6 +176,11 @@ def plan_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str
     odd = next((name for name in tensors if name.startswith("rng/") and not _GENERATOR.fullmatch(name)), None)
     if odd is not None:
         yield f"holds {told(repr(odd))}, which is no random generator"
+    yield from branch_faults(plan, tensors)
+
+
+def branch_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Yield what is wrong with the names and shapes of a plan's branches; of the tensors no number is read."""
     planned = {f"branch/{site.weight}/{name}" for site in plan.sites for name in site.parameter_shapes}
     odd = next((name for name in tensors if name.startswith("branch/") and name not in planned), None)
     if odd is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import lorasc_fx as lx
 from lorasc_fx.integrations import fsdp, segments, sharded_files
-from lorasc_fx.runtime.checkpoint_read import Checkpoint
+from lorasc_fx.runtime.checkpoint import canonical
+from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from tests.devices import sharding
 from tests.devices.ranks import on_ranks
 from tests.devices.test_ddp import close, group
@@ -256,6 +258,8 @@ def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
     optimizer.step()
     optimizer.zero_grad()
     path = fsdp.save(cascade, tmp_path, optimizer=optimizer)
+    umask = path.stat().st_mode & 0o777 ^ 0o777
+    assert all(each.stat().st_mode & 0o777 == 0o666 & ~umask for each in path.iterdir())
     base = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     manifest = path / "manifest.json"
     whole = json.loads(manifest.read_text())
@@ -289,13 +293,29 @@ def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
         lx.CheckpointError, match="no checkpoint of sharded weights in this folder; give the one that save"
     ):
         fsdp.load(tmp_path / "empty", base, args=(x,))
-    found = Checkpoint(path, {"tensors": whole["tensors"] | {"foreign": {}}}, {}, cascade.core.plan)
-    like = next(iter(cascade.parameters()))
+    plan, told = cascade.core.plan, whole["tensors"]
     with pytest.raises(lx.CheckpointError, match="manifest and files name other tensors"):
-        sharded_files._targets(found, like)
-    found = Checkpoint(path, {"tensors": whole["tensors"] | {name: {"shape": [1 << 40]}}}, {}, cascade.core.plan)
-    with pytest.raises(lx.CheckpointError, match="manifest and files disagree about "):
-        sharded_files._targets(found, like)
+        sharded_files.described(path, told | {"foreign": {}}, plan)
+    with pytest.raises(lx.CheckpointError, match=f"manifest and files disagree about '{name}'"):
+        sharded_files.described(path, told | {name: {"shape": [1 << 40]}}, plan)
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    for other, row, sentence in (
+        ("branch/0.weight/lora_B", 1 << 40, " is .*, more than the [0-9]+ bytes of the files can hold"),
+        ("optimizer/0/exp_avg", 1 << 16, " is .*, more than the [0-9]+ bytes of the files can hold"),
+        ("branch/0.weight/lora_B", 1, " is .*, the plan says "),
+    ):
+        info = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+        info[other]["saved_offsets"][0] = row
+        forged = header | {"__metadata__": header["__metadata__"] | {"DCP_SHARDING_INFO": json.dumps(info)}}
+        text = json.dumps(forged).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        shape = [told[other]["shape"][0] + row, *told[other]["shape"][1:]]
+        claims = whole | {"files": {file.name: file_digest(file)}}
+        claims["tensors"] = told | {other: told[other] | {"shape": shape}}
+        claims["digest"] = text_digest(canonical(claims))
+        manifest.write_text(json.dumps(claims))
+        refuse(f"'{other}'{sentence}")
 
 
 @pytest.mark.usefixtures("group")
