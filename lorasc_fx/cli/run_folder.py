@@ -21,6 +21,7 @@ from lorasc_fx.cli.schema import Config
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.integrations.metrics import FILE, append
 from lorasc_fx.runtime import list_versions
+from lorasc_fx.runtime.checkpoint_write import write_tensors
 
 __all__ = ["RunFolder", "check_output", "write_whole"]
 
@@ -149,11 +150,9 @@ class RunFolder:
 
     def write_weights(self, tensors: Mapping[str, Tensor], path: Path | None = None) -> Path:
         """Write a state dict as safetensors; weights that share memory are written once each by name."""
-        from safetensors.torch import save_file
-
         where = path or self.folded
         where.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, where)
+        write_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, where)
         return where
 
     def _delete_run(self) -> None:

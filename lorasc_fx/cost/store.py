@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,12 @@ def _keep(path: Path, key: str, rates: Rates) -> None:
     text = json.dumps({"format": FORMAT, "rates": {**_read(path), key: rates.to_json()}}, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as new:
-            try:
-                new.write(text)
-                new.close()
-                os.replace(new.name, path)
-            except BaseException:
-                os.unlink(new.name)
-                raise
+        new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
     except OSError as fault:
         log.warning("%s cannot be written (%s): the rates are kept for this process only", path, fault)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -145,6 +146,7 @@ def peft(
     def fill(new: Path) -> None:
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors lets its owner alone read it
 
     write_folder(Path(folder), CONFIG, (CONFIG, TENSORS, "adapter_model.bin"), fill)
     written = PeftAdapter(Path(folder), ranks, change.cut, saved.modules)

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import re
-import shutil
+import stat
 import uuid
 from collections.abc import Mapping
 from functools import partial
@@ -31,6 +31,7 @@ from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, TENSORS, canonical, i
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.opening import plain_bytes
+from lorasc_fx.runtime.optim import check_numbers
 from lorasc_fx.runtime.provenance import versions
 from lorasc_fx.undo import Block, isolated
 
@@ -51,6 +52,7 @@ __all__ = [
     "remove",
     "sync",
     "temporary",
+    "write_tensors",
     "write_version",
 ]
 
@@ -108,6 +110,16 @@ def contents(
     gradients, meta["pending"] = half_step.pack(core)
     streams, meta["rng"] = generators.pack()
     parts: dict[str, Any] = {"extra": extra}
+    try:
+        if optimizer is not None:
+            check_numbers(optimizer.state_dict(), "optimizer", finite=core.plan.spec.on_nonfinite == "raise")
+        if scheduler is not None:
+            check_numbers(scheduler.state_dict(), "scheduler")
+    except ValueError as fault:
+        raise CheckpointError(
+            f"save: {fault}; nothing was written, and the last version stays. Load that one, and go on with a lower "
+            "learning rate or with clipped gradients"
+        ) from fault
     if optimizer is not None:
         more, parts["optimizer"] = packing.pack_optimizer(optimizer)
         tensors |= more
@@ -155,7 +167,7 @@ def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, ver
     """Write both files into a temporary folder, and rename it: synced in this order."""
     root, made = version.parent, beside
     try:
-        save_file(tensors, beside / TENSORS)
+        write_tensors(tensors, beside / TENSORS)
         sync(beside / TENSORS)
         manifest["files"] = {TENSORS: file_digest(beside / TENSORS)}
         manifest["digest"] = text_digest(canonical(manifest))
@@ -163,7 +175,6 @@ def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, ver
         if len(text) > LONGEST:  # ASCII, as json writes it
             raise OSError(f"{MANIFEST} would have {len(text)} bytes, of {LONGEST} at most; put numbers into tensors")
         (beside / MANIFEST).write_text(text, encoding="utf-8")
-        shutil.copymode(beside / MANIFEST, beside / TENSORS)  # safetensors would keep it from everybody else
         sync(beside / MANIFEST)
         sync(beside)
         beside.rename(version)
@@ -175,6 +186,14 @@ def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, ver
     except BaseException:
         _drop(made)
         raise
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file with the mode that the umask gives; safetensors lets its owner alone read it."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path)
+    path.chmod(mode)
 
 
 def make_folder(root: Path) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 import lorasc_fx as lx
+from lorasc_fx.cli.run_folder import RunFolder
+from lorasc_fx.cost import Rates, store
 from lorasc_fx.runtime import checkpoint_write
 from tests.checkpoint.runs import Run, X
-from tests.errors.models import Net, exactly
+from tests.errors.models import Net, exactly, inputs, mlp
 from tests.errors.state import assert_same, of_slow
 
 SPEC = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, noise=lx.Noise(0.2))
@@ -143,14 +145,25 @@ def test_two_writers_at_once_where_files_have_no_locks(monkeypatch: pytest.Monke
     assert going.save(tmp_path).name == "version-00000002"
 
 
-def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
-    old = os.umask(0o027)
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_modes_that_the_umask_gives(umask: int, tmp_path: Path) -> None:
+    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+    cascade.branches["0/weight"].lora_B.data.fill_(0.1)
+    run, rates = RunFolder(tmp_path / "run"), Rates({})
+    before = os.umask(umask)
     try:
-        version = Run(SPEC).started().save(tmp_path)
+        lx.save(cascade, tmp_path / "deep" / "checkpoint")
+        lx.export.peft(cascade, tmp_path / "adapter")
+        lx.export.safetensors(cascade, tmp_path / "weights" / "folded.safetensors")
+        lx.export.safetensors(cascade, tmp_path / "folder")
+        run.write_weights(cascade.folded_state_dict())
+        run.log(step=1)
+        store._keep(tmp_path / "cache" / "rates.json", "here", rates)
     finally:
-        os.umask(old)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (version, *version.iterdir())}
-    assert modes == {version.name: 0o750, "manifest.json": 0o640, "state.safetensors": 0o640}
+        os.umask(before)
+    found = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert len(found) >= 12
+    assert found == {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in found}
 
 
 def test_a_version_that_cannot_be_dropped_stays_until_it_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
