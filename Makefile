@@ -7,8 +7,8 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
-EXTRAS := cli,vision,text,onnx,report,loops,tensorboard,test,bench
-CODE := lorasc_fx passes tests $(wildcard examples benchmarks)
+EXTRAS := cli,vision,text,demo,onnx,report,loops,tensorboard,test,bench
+CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
 
 .PHONY: help venv demo demo-text test test-fast ci-slow lint format types bench coverage docs clean
@@ -24,11 +24,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
 	@touch $@
 
-demo: $(STAMP) ## methods side by side on an image model and a small data set (examples/demo.toml)
-	$(BIN)/python -m examples.demo
+demo: $(STAMP) ## methods side by side on an image model and a small data set (experiments/demo.toml)
+	$(BIN)/python -m experiments.demo
 
 demo-text: $(STAMP) ## the same for a text model
-	$(BIN)/python -m examples.demo --text
+	$(BIN)/python -m experiments.demo --text
 
 test: $(STAMP) ## everything that is not slow
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)

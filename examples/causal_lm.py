@@ -1,6 +1,6 @@
 """A causal language model: a small Llama that reads letters, trained on short reviews and adapted to long ones.
 
-About 20 seconds. Needs the extra `text`: pip install 'lorasc-fx[cli,text]'.
+About 20 seconds. Run from a clone, with the extras `text` and `demo`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorasc_fx as lx
-from lorasc_fx.cli.texts import movie_reviews
+from experiments.data import imdb, rotten_tomatoes
 
 LENGTH = 96
 
 
-def letters(source: str, count: int) -> Tensor:
-    """Return the reviews of a source as bytes, [windows, LENGTH]."""
-    text = "\n".join(movie_reviews(source).texts[:count]).encode()
+def letters(reviews: list[str]) -> Tensor:
+    """Return reviews as bytes, [windows, LENGTH]."""
+    text = "\n".join(reviews).encode()
     whole = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     return whole[: len(whole) // LENGTH * LENGTH].view(-1, LENGTH)
 
@@ -47,7 +47,7 @@ def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, 
         eos_token_id=10,
     )
     model = LlamaForCausalLM(config)
-    short, long = letters("rotten_tomatoes", 4000), letters("imdb", 400)
+    short, long = letters(rotten_tomatoes()[0][:4000]), letters(imdb()[0][:400])
     long, held = long[:-64], long[-64:]
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for ids in batches(short, pretrain, seed=0):  # stands for the checkpoint that you start from

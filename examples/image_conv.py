@@ -1,7 +1,7 @@
 """Image classification with a conv net: trained on MNIST, then adapted to digits of other writers; 20 seconds.
 
-Every convolution and the head get a branch; the batch norms are trained in full. Needs the extra `vision`:
-pip install 'lorasc-fx[cli,vision]'.
+Every convolution and the head get a branch; the batch norms are trained in full. Run from a
+clone, with the extras `cli` and `demo`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from lorasc_fx.cli.images import ImageExamples, digits, mnist5k
+from experiments.data import digits, mnist5k
+from lorasc_fx.cli.data import Examples, image_examples
 
 SIZE = 28
 
@@ -45,7 +46,7 @@ class ConvNet(nn.Module):
         return self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
 
 
-def step(model: nn.Module, examples: ImageExamples, optimizer: torch.optim.Optimizer, seed: int, rows: int) -> float:
+def step(model: nn.Module, examples: Examples, optimizer: torch.optim.Optimizer, seed: int, rows: int) -> float:
     """Take one training step on 32 of the first `rows` examples, and return the loss."""
     batch = examples.batch(torch.randint(rows, (32,), generator=torch.Generator().manual_seed(seed)))
     loss = F.cross_entropy(model(*batch.args), batch.labels)
@@ -56,14 +57,15 @@ def step(model: nn.Module, examples: ImageExamples, optimizer: torch.optim.Optim
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, examples: ImageExamples, index: Tensor) -> float:
+def accuracy(model: nn.Module, examples: Examples, index: Tensor) -> float:
     batch = examples.batch(index)
     return (model(*batch.args).argmax(-1) == batch.labels).float().mean().item()
 
 
 def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, float]:
     torch.manual_seed(0)
-    model, first, other = ConvNet(), mnist5k(SIZE), digits(SIZE)
+    model = ConvNet()
+    first, other = image_examples(*mnist5k(), size=SIZE), image_examples(*digits(), size=SIZE)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for index in range(pretrain):  # stands for the checkpoint that you start from
         step(model, first, optimizer, index, len(first))

@@ -1,22 +1,25 @@
 """Adapt EfficientNet-Lite0 to handwritten digits in a plain training loop; under a minute on two cores.
 
-Needs the extra `vision`: pip install 'lorasc-fx[cli,vision]'.
+Run from a clone, with the extras `cli`, `vision` and `demo`.
 """
 
 from __future__ import annotations
 
+import timm
 import torch
 import torch.nn.functional as F
 
 import lorasc_fx as lx
-from lorasc_fx.cli.images import digits
-from lorasc_fx.cli.models import build_model
-from lorasc_fx.cli.schema import ModelConfig
+from experiments.data import digits
+from experiments.models import efficientnet_lite0
+from lorasc_fx.cli.data import image_examples
 
 
 def main(steps: int = 40, stages: int = 3) -> float:
-    examples = digits(size=64)
-    model = build_model(ModelConfig("timm:tf_efficientnet_lite0", "package:efficientnet-lite0"), classes=10)
+    examples = image_examples(*digits(), size=64)
+    model = timm.create_model("tf_efficientnet_lite0")
+    model.load_state_dict(efficientnet_lite0(model))
+    model.reset_classifier(10)
     model.eval()  # batch norm keeps its pretrained statistics
 
     spec = lx.CascadeSpec(

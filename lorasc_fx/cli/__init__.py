@@ -1,4 +1,4 @@
-"""The command `lorasc-fx`: train, sites, fold, compare."""
+"""The command `lorasc-fx`: train, sites, fold, export, compare, report."""
 
 from __future__ import annotations
 

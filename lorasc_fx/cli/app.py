@@ -1,15 +1,19 @@
-"""The door of the command line: which command, and what becomes of errors.
+"""The command line: which command, its arguments (parsed by tyro), and what becomes of errors.
 
-What the user got wrong is one sentence on standard error and exit code 2. Ctrl-C is 130. Anything else is a fault of
-ours and keeps its traceback.
+What the user got wrong, or the operating system refused, is one sentence on standard error and exit code 2. Ctrl-C is
+130. Anything else is a fault of ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from lorasc_fx.errors import LorascError, SpecError, nearest
 from lorasc_fx.extras import require
@@ -57,40 +61,55 @@ def _command(arguments: list[str]) -> int:
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
     if name == "--version":
-        import importlib.metadata
-
         print(importlib.metadata.version("lorasc-fx"))
         return 0
     if name not in COMMANDS:
         raise SpecError(f"no command is called {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
     require("cli", "tyro", "rich")
-    from lorasc_fx.cli import arguments as parse
+    import tyro
 
+    kind, run = _entry(name)
+    if name not in ("train", "compare"):
+        return run(tyro.cli(kind, prog=f"lorasc-fx {name}", args=rest))
+    path = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+    if path is None and "-h" not in rest and "--help" not in rest:
+        raise SpecError(f"{name} needs a configuration file first: lorasc-fx {name} CONFIG.toml")
+    return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=rest, default=kind(_loaded(path))))
+
+
+def _entry(name: str) -> tuple[type[Any], Callable[[Any], int]]:
+    """Return the class of a command's arguments, and the function that runs it."""
     if name == "train":
-        from lorasc_fx.cli.train import run_train
+        from lorasc_fx.cli import train
 
-        config, resume, overwrite = parse.train(rest)
-        return run_train(config, resume=resume, overwrite=overwrite)
+        return train.TrainArguments, train.run_train
     if name == "compare":
-        from lorasc_fx.cli.compare import run_compare
+        from lorasc_fx.cli import compare
 
-        config, overwrite = parse.compare(rest)
-        return run_compare(config, overwrite=overwrite)
+        return compare.CompareArguments, compare.run_compare
     if name == "sites":
-        from lorasc_fx.cli.sites import run_sites
+        from lorasc_fx.cli import sites
 
-        return run_sites(parse.sites(rest))
-    if name == "export":
-        from lorasc_fx.cli.export import run_export
-
-        return run_export(parse.export(rest))
+        return sites.SitesArguments, sites.run_sites
     if name == "report":
-        from lorasc_fx.cli.report import run_report
+        from lorasc_fx.cli import report
 
-        return run_report(*parse.report(rest))
-    from lorasc_fx.cli.fold import run_fold
+        return report.ReportArguments, report.run_report
+    from lorasc_fx.cli import export
 
-    return run_fold(parse.fold(rest))
+    if name == "fold":
+        return export.FoldArguments, export.run_fold
+    return export.ExportArguments, export.run_export
+
+
+def _loaded(path: Path | None) -> Any:
+    """Return the configuration; a run without an `output` goes to runs/ under the file's name."""
+    from lorasc_fx.cli.config import Config, load_config
+
+    if path is None:
+        return Config()
+    config = load_config(path)
+    return config if config.output != Config.output else replace(config, output=f"runs/{path.stem}")
 
 
 def _usage() -> str:

@@ -1,42 +1,157 @@
-"""`lorasc-fx compare`: methods side by side, on the same steps, seeds and examples."""
+"""`lorasc-fx compare`: methods side by side, on the same steps, seeds and examples, with paired differences.
+
+Each run (a method, a seed, a learning rate) writes one small file, so that a stopped comparison goes on. Differences
+have two intervals. Over seeds (Student's t): would other training runs show the difference, on these test examples?
+Over examples (bootstrap): would other test examples show it, with these runs? A result that holds under only one of
+them is not settled.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import statistics
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
 
-from lorasc_fx.cli.cells import Cell, Result
-from lorasc_fx.cli.compare_table import print_tables
-from lorasc_fx.cli.interrupt import Interrupt, on_ctrl_c
-from lorasc_fx.cli.learners import PlainLearner
-from lorasc_fx.cli.methods import TABLE
+import lorasc_fx as lx
+from lorasc_fx.cli.config import Config
+from lorasc_fx.cli.data import short_name
+from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.cli.models import set_mode, warn_of_random_weights
-from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cli.schema import METHODS, Config
-from lorasc_fx.cli.setup import Setup
-from lorasc_fx.cli.training import Diverged, Step, accuracy, make_optimizer, predict, train_steps
-from lorasc_fx.errors import NonFiniteBranch, SpecError
-from lorasc_fx.integrations.reporter import Reporter, reporting
+from lorasc_fx.cli.run_folder import RunFolder, write_whole
+from lorasc_fx.cli.training import (
+    Diverged,
+    Interrupt,
+    Setup,
+    Step,
+    accuracy,
+    make_optimizer,
+    on_ctrl_c,
+    predict,
+    train_parameters,
+    train_steps,
+    trained_entries,
+)
+from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
+from lorasc_fx.extras import module_of
+from lorasc_fx.integrations.reporter import Reporter, console, reporting
 
-__all__ = ["compare", "run_compare"]
+__all__ = [
+    "CompareArguments",
+    "Interval",
+    "Result",
+    "Run",
+    "best_rates",
+    "bootstrap_interval",
+    "compare",
+    "print_tables",
+    "run_compare",
+    "t_interval",
+]
 
-_SECTIONS = ("model", "data", "train", "spec")
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the comparison."""
+
+    method: str
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return f"{self.method}-seed{self.seed}-lr{self.lr:g}"
 
 
-def run_compare(config: Config, *, overwrite: bool = False) -> int:
+@dataclass(frozen=True)
+class Result:
+    """What one run gave.
+
+    Args:
+        method, seed, lr: its run.
+        steps: optimizer steps taken.
+        seconds: of capture and training, without evaluation.
+        parameters: trained entries.
+        validation: accuracy that chooses the learning rate (0 where the run diverged).
+        losses: mean loss on `validation`, `test` and each shift.
+        predicted: for `test` and each shift, the class predicted for each example.
+        labels: the classes that they have.
+        diverged: the loss became inf or nan; nothing else of the run counts.
+    """
+
+    method: str
+    seed: int
+    lr: float
+    steps: int
+    seconds: float
+    parameters: int
+    validation: float
+    losses: dict[str, float]
+    predicted: dict[str, list[int]]
+    labels: dict[str, list[int]]
+    diverged: bool = False
+
+    def right(self, part: str) -> Tensor:
+        """Return whether each prediction of a part was right, [examples] of bool."""
+        return torch.tensor(self.predicted[part]) == torch.tensor(self.labels[part])
+
+    def accuracy(self, part: str) -> float:
+        """Return the share of right predictions of a part."""
+        return self.right(part).double().mean().item()
+
+    def write(self, folder: Path) -> None:
+        """Write the file of this run."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{Run(self.method, self.seed, self.lr).name}.json"
+        write_whole(path, json.dumps(dataclasses.asdict(self)) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path, run: Run) -> Result | None:
+        """Return the result of a run, or None if it was not made.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        path = folder / f"{run.name}.json"
+        if not path.exists():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as fault:
+            raise CheckpointError(f"{path} is damaged ({fault}); delete it, and this run is made again") from fault
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Train several methods as a configuration file says; each of its keys can be given here as well."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    overwrite: bool = False
+    """Delete the results that stand in the output folder, and start again."""
+
+
+def run_compare(arguments: CompareArguments) -> int:
     """Compare, print the tables, and return the exit code (130 after Ctrl-C)."""
-    results = compare(config, overwrite=overwrite)
+    results = compare(arguments.config, overwrite=arguments.overwrite)
     if results is None:
         return 130
-    print_tables(config, results)
+    print_tables(arguments.config, results)
     return 0
 
 
 def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
-    """Run each cell that has not run yet and return all results, or None after Ctrl-C."""
+    """Make each run that was not made yet and return all results, or None after Ctrl-C."""
     if "probe" in config.compare.methods and not config.spec.train:
         raise SpecError("compare.methods has 'probe', which trains what spec.train names, and spec.train is empty")
     own = [rule.pattern for rule in config.spec.train_rules if rule.lr is not None]
@@ -47,90 +162,227 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
         )
     folder = RunFolder(Path(config.output))
     started = folder.started and not overwrite
-    folder.check(config, _SECTIONS, resume=started, overwrite=overwrite)
+    folder.check(config, resume=started, overwrite=overwrite)
     setup = None if started else Setup.of(config)  # what is wrong with the data must not leave a folder behind
-    folder.begin(config, _SECTIONS, resume=started, overwrite=overwrite)
-    cells = [
-        Cell(method, seed, lr)
+    folder.begin(config, resume=started, overwrite=overwrite)
+    runs = [
+        Run(method, seed, lr)
         for seed in config.compare.seeds
         for method in METHODS
         if method in config.compare.methods
         for lr in config.compare.rates(method)
     ]
-    found = {cell: Result.read(folder.cells, cell) for cell in cells}
-    if all(found.values()):
-        return [result for result in found.values() if result is not None]
-    setup = setup or Setup.of(config)
-    warn_of_random_weights(config.model)
-    with reporting() as reporter, on_ctrl_c() as interrupt:
-        for number, cell in enumerate(cells, start=1):
-            if found[cell] is None and not interrupt.asked:
-                found[cell] = _run(cell, f"{number}/{len(cells)} {cell.name}", setup, folder, reporter, interrupt)
-            if found[cell] is None:
-                finished = sum(result is not None for result in found.values())
-                reporter.say(
-                    f"Stopped; {finished} of {len(cells)} runs are done, and the same command does the others."
-                )
-                return None
-    return [result for result in found.values() if result is not None]
+    results = {run: Result.read(folder.results, run) for run in runs}
+    if None in results.values():
+        setup = setup or Setup.of(config)
+        warn_of_random_weights(config.model)
+        with reporting() as reporter, on_ctrl_c() as interrupt:
+            for number, run in enumerate(runs, start=1):
+                if results[run] is None and not interrupt.asked:
+                    title = f"{number}/{len(runs)} {run.name}"
+                    results[run] = _make(run, title, setup, folder, reporter, interrupt)
+                if results[run] is None:
+                    done = sum(result is not None for result in results.values())
+                    reporter.say(f"Stopped; {done} of {len(runs)} runs are done, and the same command does the others.")
+                    return None
+    return [result for result in results.values() if result is not None]
 
 
-def _run(
-    cell: Cell, title: str, setup: Setup, folder: RunFolder, reporter: Reporter, interrupt: Interrupt
+def _make(
+    run: Run, title: str, setup: Setup, folder: RunFolder, reporter: Reporter, interrupt: Interrupt
 ) -> Result | None:
-    """Train and evaluate one cell; None if Ctrl-C ended it."""
-    config, method = setup.config, TABLE[cell.method]
+    """Train and evaluate; None if Ctrl-C ended it."""
+    config, method = setup.config, METHODS[run.method]
     began = time.monotonic()
-    model = setup.model(cell.seed)
-    spec = replace(config.spec, seed=config.spec.seed + cell.seed)
-    stages = method.stages(config.train.stages)
-    learner = method.learner(model, setup.sample(cell.seed), spec, config.train.stages, train=setup.trains(model))
-    optimizer = make_optimizer(learner, cell.lr, config.train.weight_decay)
-    schedule = setup.schedule(stages)
+    stages = config.train.stages if method.staged else 1
+    spec = replace(config.spec, seed=config.spec.seed + run.seed)
+    model: nn.Module
+    if method.spec is None:
+        model = train_parameters(setup.model(run.seed), method.parameters(spec), spec.exclude)
+    else:
+        model = setup.adapt(run.seed, method.spec(spec, config.train.stages))
+    optimizer = make_optimizer(model, run.lr, config.train.weight_decay)
+    schedule, entries = setup.schedule(stages), trained_entries(optimizer)
     reporter.begin(title, schedule.steps)
 
     def observe(step: Step) -> None:
         reporter.step(step.done, f"stage {step.stage}/{stages}" if stages > 1 else "", step.loss)
         if step.done % config.train.log_every == 0 or step.ends_stage:
-            folder.log(run=cell.name, step=step.done, stage=step.stage, loss=step.loss, lr=step.lr)
+            folder.log(run=run.name, step=step.done, stage=step.stage, loss=step.loss, lr=step.lr)
 
-    parameters = learner.parameters
     try:
-        whole = train_steps(
-            learner,
-            optimizer,
-            setup.splits.train,
-            schedule,
-            setup.order(cell.seed),
-            observe,
-            interrupt=interrupt,
-            device=config.train.device,
-        )
-        trained = learner.finish() if whole else None
+        whole = train_steps(model, optimizer, setup, schedule, setup.order(run.seed), observe, interrupt=interrupt)
+        if not whole:
+            return None
+        trained = model.release() if isinstance(model, lx.Cascade) else model
     except (Diverged, NonFiniteBranch) as fault:
         reporter.say(f"{title}: diverged ({fault})")
         seconds = time.monotonic() - began
-        result = Result(cell.method, cell.seed, cell.lr, 0, seconds, parameters, 0.0, {}, {}, diverged=True)
-        result.write(folder.cells)
+        result = Result(run.method, run.seed, run.lr, 0, seconds, entries, 0.0, {}, {}, {}, diverged=True)
+        result.write(folder.results)
         return result
-    if trained is None:
-        return None
     seconds = time.monotonic() - began
-    result = _evaluated(cell, trained, setup, schedule.steps, seconds, parameters)
-    if cell.method in config.compare.keep_weights:
-        folder.write_weights(trained.state_dict(), folder.cells / f"{cell.name}.safetensors")
-    result.write(folder.cells)
+    sets = {"validation": setup.splits.validation, **setup.splits.test_sets}
+    set_mode(trained, False)
+    logits = {part: predict(trained, examples, config.train.device) for part, examples in sets.items()}
+    result = Result(
+        run.method,
+        run.seed,
+        run.lr,
+        schedule.steps,
+        seconds,
+        entries,
+        accuracy(logits["validation"], setup.splits.validation),
+        {part: F.cross_entropy(logits[part], examples.labels).item() for part, examples in sets.items()},
+        {part: logits[part].argmax(-1).tolist() for part in setup.splits.test_sets},
+        {part: examples.labels.tolist() for part, examples in setup.splits.test_sets.items()},
+    )
+    if run.method in config.compare.keep_weights:
+        folder.write_weights(trained.state_dict(), folder.results / f"{run.name}.safetensors")
+    result.write(folder.results)
     shown = " ".join(f"{part} {result.accuracy(part):.3f}" for part in result.predicted)
     reporter.say(f"{title}: validation {result.validation:.3f} {shown}, {seconds:.0f} s")
     return result
 
 
-def _evaluated(cell: Cell, model: torch.nn.Module, setup: Setup, steps: int, seconds: float, parameters: int) -> Result:
-    set_mode(model, False)
-    device = setup.config.train.device
-    learner = PlainLearner(model, ())
-    parts = {"test": setup.splits.test, **setup.splits.shifts}
-    predicted = {part: predict(learner.logits, examples, device).tolist() for part, examples in parts.items()}
-    labels = {part: examples.labels.tolist() for part, examples in parts.items()}
-    validation = accuracy(predict(learner.logits, setup.splits.validation, device), setup.splits.validation)
-    return Result(cell.method, cell.seed, cell.lr, steps, seconds, parameters, validation, predicted, labels)
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def settled(self) -> bool:
+        """Whether zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def t_interval(differences: Sequence[float]) -> Interval:
+    """Return the t interval of paired differences, one a seed; with one seed it is unbounded."""
+    mean, count = statistics.fmean(differences), len(differences)
+    if count < 2:
+        return Interval(mean, -math.inf, math.inf)
+    quantile = float(module_of("cli", "scipy.stats").t.ppf(0.975, count - 1))
+    half = quantile * statistics.stdev(differences) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def bootstrap_interval(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Return the percentile bootstrap interval of a difference in accuracy.
+
+    Args:
+        ours, theirs: whether each prediction was right, [seeds, examples]; both on the same examples. The seeds of an
+            example stay together: examples are resampled.
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
+    """
+    differences = (ours.double() - theirs.double()).mean(0).numpy()
+    found = module_of("cli", "scipy.stats").bootstrap(
+        (differences,), lambda sample, axis: sample.mean(axis), n_resamples=resamples, batch=100, method="percentile",
+        rng=seed,
+    )  # fmt: skip
+    low, high = found.confidence_interval
+    return Interval(float(differences.mean()), float(low), float(high))
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def best_rates(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return, for each method, its runs (one a seed) at the learning rate of the best mean validation accuracy.
+
+    Of equal ones the smaller rate is taken. A rate at which any seed diverged counts as 0 for that seed.
+    """
+    best: dict[str, list[Result]] = {}
+    for method in METHODS:
+        rates = sorted({result.lr for result in results if result.method == method})
+        by_rate = [
+            sorted((run for run in results if (run.method, run.lr) == (method, rate)), key=lambda run: run.seed)
+            for rate in rates
+        ]
+        if by_rate:
+            best[method] = max(by_rate, key=lambda runs: statistics.fmean(run.validation for run in runs))
+    return best
+
+
+def print_tables(config: Config, results: Sequence[Result]) -> None:
+    """Print both tables on standard output."""
+    from rich.table import Table
+
+    best = best_rates(results)
+    parts = ["test", *map(short_name, config.data.shifts)]
+    screen = console()
+    runs_each = f"mean of {len(config.compare.seeds)} seeds" if len(config.compare.seeds) > 1 else "one seed"
+    screen.print(f"{config.model.name} on {short_name(config.data.name)}: accuracy in %, {runs_each}", soft_wrap=True)
+    accuracies = Table()
+    for column in ("method", "lr", "trained", "train s", "validation", *parts):
+        accuracies.add_column(column, justify="left" if column == "method" else "right")
+    for method, runs in best.items():
+        accuracies.add_row(method, *_row(runs, parts))
+    screen.print(accuracies)
+    for method in best:
+        screen.print(f"{method}: {METHODS[method].about}", soft_wrap=True)
+    screen.print(_caption(config, results), soft_wrap=True)
+    reference = config.compare.reference
+    if reference not in best or len(best) < 2:
+        return
+    differences = Table(title=f"Difference to {reference} in points, with 95 % intervals")
+    for column in ("method", "on", "difference", "over seeds (t)", "over examples (bootstrap)"):
+        differences.add_column(column, justify="left" if column in ("method", "on") else "right")
+    for method, runs in best.items():
+        for part in parts if method != reference else ():
+            differences.add_row(method, part, *_differences(runs, best[reference], part))
+    screen.print(differences)
+    screen.print(
+        "* marks an interval that leaves out 0. Over seeds: other runs on these examples; over examples: other\n"
+        "examples with these runs. They say nothing of other models or data, and are not corrected for their number.",
+        soft_wrap=True,
+    )
+
+
+def _row(runs: Sequence[Result], parts: Sequence[str]) -> list[str]:
+    seconds = statistics.fmean(run.seconds for run in runs)
+    row = [f"{runs[0].lr:g}", f"{runs[0].parameters:,}", f"{seconds:.1f}"]
+    if any(run.diverged for run in runs):
+        return [*row, *["diverged"] * (1 + len(parts))]
+    values = [[run.validation for run in runs], *([run.accuracy(part) for run in runs] for part in parts)]
+    return row + [_percent(each) for each in values]
+
+
+def _percent(values: Sequence[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def _differences(runs: Sequence[Result], reference: Sequence[Result], part: str) -> tuple[str, str, str]:
+    if any(run.diverged for run in (*runs, *reference)):
+        return ("-", "-", "-")
+    pairs = list(zip(runs, reference, strict=True))
+    over_seeds = t_interval([ours.accuracy(part) - theirs.accuracy(part) for ours, theirs in pairs])
+    over_examples = bootstrap_interval(
+        torch.stack([ours.right(part) for ours, _ in pairs]), torch.stack([theirs.right(part) for _, theirs in pairs])
+    )
+    return f"{100 * over_seeds.mean:+.1f}", _interval(over_seeds), _interval(over_examples)
+
+
+def _interval(interval: Interval) -> str:
+    if math.isinf(interval.high):
+        return "one seed"
+    return f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}{'*' if interval.settled else ' '}"
+
+
+def _caption(config: Config, results: Sequence[Result]) -> str:
+    steps = max((result.steps for result in results), default=0)
+    rates = max(len(config.compare.rates(method)) for method in config.compare.methods)
+    chosen_by = "chosen on the validation examples from" if rates > 1 else "not tuned here:"
+    return (
+        f"Every run: {steps} steps of {config.train.batch_size} in the same order, AdamW, learning rate {chosen_by} "
+        f"{rates} a method.\n"
+        "lora is this package's own branch without cascade, whose steps the tests hold equal to the package peft's.\n"
+        "lorasc and cascade are evaluated with their slow weights folded into the model; ± is the deviation over seeds."
+    )

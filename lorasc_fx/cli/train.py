@@ -2,157 +2,130 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
+import tyro
 
 import lorasc_fx as lx
-from lorasc_fx.cli.batches import Batch
-from lorasc_fx.cli.interrupt import on_ctrl_c
-from lorasc_fx.cli.learners import CascadeLearner, PlainLearner
+from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.models import set_mode, warn_of_random_weights
-from lorasc_fx.cli.recorder import record_cascade, record_experts, record_spectrum
 from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cli.schema import Config
-from lorasc_fx.cli.setup import Setup
-from lorasc_fx.cli.training import Diverged, Step, accuracy, evaluate, make_optimizer, predict, train_steps
+from lorasc_fx.cli.training import (
+    Diverged,
+    Setup,
+    Step,
+    accuracy,
+    make_optimizer,
+    on_ctrl_c,
+    predict,
+    train_steps,
+)
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.integrations.metrics import Metrics
-from lorasc_fx.integrations.reporter import Reporter, reporting
+from lorasc_fx.integrations.reporter import reporting
 
-__all__ = ["run_train"]
-
-_SECTIONS = ("model", "data", "train", "spec")
+__all__ = ["TrainArguments", "run_train"]
 
 
-def run_train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
+@dataclass(frozen=True)
+class TrainArguments:
+    """Adapt a model as a configuration file says; each of its keys can be given here as well."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    resume: bool = False
+    """Go on with the run that stands in the output folder."""
+    overwrite: bool = False
+    """Delete the run that stands in the output folder, and start again."""
+
+
+def run_train(arguments: TrainArguments) -> int:
     """Train, or go on with training, and return the exit code (130 after Ctrl-C, with a checkpoint written)."""
+    config, resume, overwrite = arguments.config, arguments.resume, arguments.overwrite
     folder = RunFolder(Path(config.output))
-    folder.check(config, _SECTIONS, resume=resume, overwrite=overwrite)
+    folder.check(config, resume=resume, overwrite=overwrite)
     setup = Setup.of(config)
     warn_of_random_weights(config.model)
-    learner, optimizer, start = _begin(setup, folder, resume=resume, overwrite=overwrite)
-    schedule = setup.schedule(config.train.stages)
-    device = config.train.device
+    cascade, optimizer, start = _begin(setup, folder, resume=resume, overwrite=overwrite)
+    schedule, order = setup.schedule(config.train.stages), setup.order(config.train.seed)
     with reporting() as reporter, Metrics(folder.path) as metrics, on_ctrl_c() as interrupt:
         reporter.begin("train", schedule.steps, start)
-        watch = _Watch(setup, folder, metrics, learner, optimizer, reporter, schedule.stages, start)
+        done = start
+
+        def save() -> None:
+            lx.save(cascade, folder.checkpoint, optimizer=optimizer, extra={"step": done})
+
+        def validate(step: Step, which: Literal["slow", "fast"]) -> float:
+            mode, examples = cascade.training, setup.splits.validation
+            cascade.eval()
+            with cascade.weights(which) as model:
+                logits = predict(model, examples, config.train.device)
+            cascade.train(mode)
+            share, loss = accuracy(logits, examples), F.cross_entropy(logits, examples.labels).item()
+            suffix = "" if which == "slow" else "_fast"
+            entry = {f"validation{suffix}": share, f"validation_loss{suffix}": loss}
+            metrics.log(step=step.done, stage=step.stage, **entry)
+            return share
+
+        def before_fold(step: Step) -> None:
+            validate(step, "fast")
+            folder.write_experts(cascade, step.stage)
+
+        def observe(step: Step) -> None:
+            nonlocal done
+            done = step.done
+            reporter.step(done, f"stage {step.stage}/{schedule.stages}", step.loss)
+            if done % config.train.log_every == 0 or step.ends_stage:
+                metrics.log(step=done, stage=step.stage, loss=step.loss, lr=step.lr, seconds=step.seconds)
+            if step.ends_stage:
+                share = validate(step, "slow")
+                reporter.say(f"stage {step.stage}/{schedule.stages} ends at step {done}: validation {share:.3f}")
+            if step.ends_stage or (config.train.checkpoint_every and done % config.train.checkpoint_every == 0):
+                save()
+
         try:
             whole = train_steps(
-                learner,
-                optimizer,
-                setup.splits.train,
-                schedule,
-                setup.order(config.train.seed),
-                watch,
-                interrupt=interrupt,
-                start=start,
-                device=device,
-                before_fold=watch.before_fold,
-            )
+                cascade, optimizer, setup, schedule, order, observe,
+                interrupt=interrupt, start=start, before_fold=before_fold,
+            )  # fmt: skip
         except (Diverged, NonFiniteBranch) as fault:
             raise Diverged(f"{fault}; --overwrite starts this run again") from fault
         if not whole:
-            watch.save()
-            reporter.say(f"Stopped after step {watch.done}; go on with: lorasc-fx train {folder.config} --resume")
+            save()
+            reporter.say(f"Stopped after step {done}; go on with: lorasc-fx train {folder.config} --resume")
             return 130
         if start == schedule.steps:
             reporter.say("This run was at its end already.")
-        _end(setup, folder, metrics, learner, reporter)
+        folder.write_spectrum(cascade)
+        folder.write_weights(cascade.folded_state_dict())
+        model = set_mode(cascade.release(), False)
+        parts = setup.splits.test_sets.items()
+        shares = {part: accuracy(predict(model, examples, config.train.device), examples) for part, examples in parts}
+        metrics.log(event="result", **shares)
+        reporter.say(" ".join(f"{part} {share:.3f}" for part, share in shares.items()))
+        reporter.say(f"folded weights: {folder.folded}")
     return 0
 
 
 def _begin(
     setup: Setup, folder: RunFolder, *, resume: bool, overwrite: bool
-) -> tuple[CascadeLearner, torch.optim.Optimizer, int]:
-    """Return the cascade, its optimizer, and the steps that are done."""
+) -> tuple[lx.Cascade, torch.optim.Optimizer, int]:
+    """Return the cascade, its optimizer, and the number of steps that are done."""
     config = setup.config
-    seed = config.train.seed
-    model = setup.model(seed)
-    mode, sample = setup.trains(model), setup.sample(seed)
+    seed, lr, decay = config.train.seed, config.train.lr, config.train.weight_decay
     if not resume or not folder.saved:
-        # The cascade first: what it refuses must not leave a run folder behind.
-        learner = CascadeLearner.adapt(model, sample, config.spec, train=mode)
-        folder.begin(config, _SECTIONS, resume=resume, overwrite=overwrite)
-        record_cascade(folder, learner.cascade)
-        return learner, make_optimizer(learner, config.train.lr, config.train.weight_decay), 0
-    folder.begin(config, _SECTIONS, resume=True)
-    set_mode(model, mode)
+        cascade = setup.adapt(seed, config.spec)  # first: what it refuses must not leave a run folder behind
+        folder.begin(config, resume=resume, overwrite=overwrite)
+        folder.write_cascade(cascade)
+        return cascade, make_optimizer(cascade, lr, decay), 0
+    folder.begin(config, resume=True)
+    model, sample = setup.model(seed), setup.sample(seed)
+    mode = model.training
     cascade = lx.load(folder.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
     cascade.train(mode)
-    learner = CascadeLearner(cascade)
-    optimizer = make_optimizer(learner, config.train.lr, config.train.weight_decay)
+    optimizer = make_optimizer(cascade, lr, decay)
     extra = cascade.resume(optimizer)
-    return learner, optimizer, int(extra["step"])
-
-
-class _Watch:
-    """What happens after each step: metrics, bar, checkpoints, and a validation at each end of a stage."""
-
-    def __init__(
-        self,
-        setup: Setup,
-        folder: RunFolder,
-        metrics: Metrics,
-        learner: CascadeLearner,
-        optimizer: torch.optim.Optimizer,
-        reporter: Reporter,
-        stages: int,
-        start: int,
-    ) -> None:
-        self._setup, self._folder, self._learner, self._optimizer = setup, folder, learner, optimizer
-        self._reporter, self._metrics, self._stages = reporter, metrics, stages
-        self.done = start
-
-    def __call__(self, step: Step) -> None:
-        train = self._setup.config.train
-        self.done = step.done
-        self._reporter.step(step.done, f"stage {step.stage}/{self._stages}", step.loss)
-        if step.done % train.log_every == 0 or step.ends_stage:
-            self._metrics.log(step=step.done, stage=step.stage, loss=step.loss, lr=step.lr, seconds=step.seconds)
-        if step.ends_stage:
-            share = self._validate(step, "slow")
-            self._reporter.say(f"stage {step.stage}/{self._stages} ends at step {step.done}: validation {share:.3f}")
-        if step.ends_stage or (train.checkpoint_every and step.done % train.checkpoint_every == 0):
-            self.save()
-
-    def before_fold(self, step: Step) -> None:
-        """Measure the fast weights and the experts of the stage that ends, while they are there."""
-        self._validate(step, "fast")
-        record_experts(self._folder, self._learner.cascade, step.stage)
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        lx.save(self._learner.cascade, self._folder.checkpoint, optimizer=self._optimizer, extra={"step": self.done})
-
-    def _validate(self, step: Step, which: Literal["slow", "fast"]) -> float:
-        splits, device = self._setup.splits, self._setup.config.train.device
-        cascade, mode = self._learner.cascade, self._learner.cascade.training
-        cascade.eval()
-        with cascade.weights(which):
-            share, loss = evaluate(self._learner.logits, splits.validation, device)
-        cascade.train(mode)
-        suffix = "" if which == "slow" else "_fast"
-        entry = {f"validation{suffix}": share, f"validation_loss{suffix}": loss}
-        self._metrics.log(step=step.done, stage=step.stage, **entry)
-        return share
-
-
-def _end(setup: Setup, folder: RunFolder, metrics: Metrics, learner: CascadeLearner, reporter: Reporter) -> None:
-    """Write the folded weights, then report on the released model."""
-    record_spectrum(folder, learner.cascade)
-    folder.write_weights(learner.cascade.folded_state_dict())
-    model = set_mode(learner.finish(), False)
-    device = setup.config.train.device
-
-    def call(batch: Batch) -> torch.Tensor:
-        return PlainLearner(model, ()).logits(batch)
-
-    parts = {"test": setup.splits.test, **setup.splits.shifts}
-    shares: dict[str, Any] = {
-        part: accuracy(predict(call, examples, device), examples) for part, examples in parts.items()
-    }
-    metrics.log(event="result", **shares)
-    reporter.say(" ".join(f"{part} {share:.3f}" for part, share in shares.items()))
-    reporter.say(f"folded weights: {folder.folded}")
+    return cascade, optimizer, int(extra["step"])

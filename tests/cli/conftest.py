@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+from lorasc_fx.cli import training
 
 MODEL = '''
 """A model of one's own, for `python:tiny_model:build`."""
@@ -29,12 +34,12 @@ CONFIG = """
 name = "python:tiny_model:build"
 
 [data]
-name = "digits"
+name = "python:experiments.data:digits"
 train = 64
 validation = 32
 test = 100
 image_size = 12
-shifts = ["blur", "mnist5k"]
+shifts = ["python:experiments.data:blur", "python:experiments.data:mnist5k"]
 shift_test = 50
 
 [train]
@@ -84,6 +89,30 @@ def tiny_model(place: Path) -> Callable[[], nn.Module]:
         return model.eval()
 
     return build
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], object]:
+    """Return what lets `train` get a Ctrl-C after so many steps, while the block lasts."""
+    plain = training.train_steps
+
+    @contextmanager
+    def stopping(stop: int) -> Iterator[None]:
+        def train_steps(*arguments: Any, **options: Any) -> bool:
+            *others, observe = arguments
+
+            def press(step: training.Step) -> None:
+                observe(step)
+                if step.done == stop:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+            return plain(*others, press, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("lorasc_fx.cli.train.train_steps", train_steps)
+            yield
+
+    return stopping
 
 
 @pytest.fixture

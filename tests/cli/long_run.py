@@ -6,8 +6,8 @@ import json
 import math
 from pathlib import Path
 
+from lorasc_fx.cli.config import Config, DataConfig, ModelConfig, TrainConfig
 from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cli.schema import Config, DataConfig, ModelConfig, TrainConfig
 
 STAGES, STEPS = 5, 100
 
@@ -18,7 +18,7 @@ def write_long_run(path: Path, sites: int = 60) -> Path:
     config = Config(
         model=ModelConfig("timm:vit_small"), data=DataConfig("rotten-tomatoes"), train=TrainConfig(stages=5)
     )
-    folder.begin(config, ("model",), resume=False)
+    folder.begin(config)
     kinds = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     names = [f"encoder.blocks.{number // 4}.{kinds[number % 4]}.weight" for number in range(sites - 1)]
     names.append("odd.<b>&.weight")

@@ -14,14 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lorasc_fx.cli import main
-from lorasc_fx.cli.cells import Cell, Result
-from lorasc_fx.cli.compare_table import chosen
-from lorasc_fx.cli.configure import load_config
-from lorasc_fx.cli.schema import Config
+from lorasc_fx.cli.compare import Result, Run, best_rates
+from lorasc_fx.cli.config import load_config
 
 
 def cell(folder: Path, name: str) -> Result:
-    return Result(**json.loads((folder / "cells" / f"{name}.json").read_text()))
+    return Result(**json.loads((folder / "results" / f"{name}.json").read_text()))
 
 
 def without_time(result: Result) -> Result:
@@ -48,7 +46,7 @@ def test_all_methods_side_by_side(
     assert "Difference to lora in points, with 95 % intervals" in said
 
     model = tiny_model()
-    model.load_state_dict(load_file(run / "cells" / "lorasc-seed1-lr0.01.safetensors"), strict=True)
+    model.load_state_dict(load_file(run / "results" / "lorasc-seed1-lr0.01.safetensors"), strict=True)
 
 
 def test_the_paired_methods_differ_by_what_they_are(place: Path) -> None:
@@ -64,14 +62,14 @@ def test_the_paired_methods_differ_by_what_they_are(place: Path) -> None:
 def test_it_goes_on_where_it_stopped(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "tiny.toml", "--compare.methods", "lora", "lorasc", "--output", "whole"]) == 0
     assert main(["compare", "tiny.toml", "--compare.methods", "lora", "--output", "parts"]) == 0
-    before = (place / "parts" / "cells" / "lora-seed1-lr0.01.json").stat().st_mtime_ns
+    before = (place / "parts" / "results" / "lora-seed1-lr0.01.json").stat().st_mtime_ns
     time.sleep(0.01)
     capsys.readouterr()
     assert main(["compare", "tiny.toml", "--compare.methods", "lora", "lorasc", "--output", "parts"]) == 0
     said = capsys.readouterr().out
     assert "lorasc-seed1-lr0.01: validation" in said
     assert "lora-seed1-lr0.01: validation" not in said  # it was there
-    assert (place / "parts" / "cells" / "lora-seed1-lr0.01.json").stat().st_mtime_ns == before
+    assert (place / "parts" / "results" / "lora-seed1-lr0.01.json").stat().st_mtime_ns == before
     for name in ("lora-seed0-lr0.01", "lorasc-seed0-lr0.01", "lorasc-seed1-lr0.01"):
         assert without_time(cell(place / "whole", name)) == without_time(cell(place / "parts", name))
 
@@ -85,7 +83,7 @@ def test_another_configuration_is_not_mixed_in(place: Path, capsys: pytest.Captu
     assert main(["compare", "tiny.toml", *quick, "--spec.rank", "4", "--overwrite"]) == 0
     assert load_config(place / "runs" / "tiny" / "config.toml").spec.rank == 4
     assert main(["compare", "tiny.toml", *quick, "--spec.rank", "4", "--compare.seeds", "1"]) == 0
-    assert len(list((place / "runs" / "tiny" / "cells").iterdir())) == 2
+    assert len(list((place / "runs" / "tiny" / "results").iterdir())) == 2
 
 
 def test_a_mistake_that_ran_nothing_can_be_mended(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +96,7 @@ def test_a_mistake_that_ran_nothing_can_be_mended(place: Path, capsys: pytest.Ca
 def test_a_damaged_result_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--compare.methods", "probe", "--compare.seeds", "0"]
     assert main(["compare", "tiny.toml", *quick]) == 0
-    (place / "runs" / "tiny" / "cells" / "probe-seed0-lr0.01.json").write_text("{")
+    (place / "runs" / "tiny" / "results" / "probe-seed0-lr0.01.json").write_text("{")
     assert main(["compare", "tiny.toml", *quick]) == 2
     assert "probe-seed0-lr0.01.json is damaged" in capsys.readouterr().err
 
@@ -116,16 +114,16 @@ def test_a_run_that_diverges_is_shown_and_not_chosen(place: Path, capsys: pytest
 
 def test_the_rate_is_chosen_on_validation_not_on_test() -> None:
     def result(lr: float, seed: int, validation: float, test: int) -> Result:
-        return Result("lora", seed, lr, 1, 1.0, 1, validation, {"test": [test]}, {"test": [1]})
+        return Result("lora", seed, lr, 1, 1.0, 1, validation, {}, {"test": [test]}, {"test": [1]})
 
     results = [result(0.1, 0, 0.9, 1), result(0.1, 1, 0.5, 1), result(0.01, 0, 0.8, 0), result(0.01, 1, 0.8, 0)]
-    best = chosen(Config(), results)["lora"]
+    best = best_rates(results)["lora"]
     assert [run.lr for run in best] == [0.01, 0.01]
     assert [run.accuracy("test") for run in best] == [0.0, 0.0]
 
 
 def test_names_of_cells() -> None:
-    assert Cell("lora", 3, 0.0005).name == "lora-seed3-lr0.0005"
+    assert Run("lora", 3, 0.0005).name == "lora-seed3-lr0.0005"
 
 
 def test_the_runs_configuration_is_written(place: Path) -> None:

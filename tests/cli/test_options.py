@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
-from lorasc_fx.cli.configure import load_config
-from lorasc_fx.cli.training import Step
+from lorasc_fx.cli.config import load_config
 from tests.cli.conftest import CONFIG
+
+StopAfter = Callable[[int], AbstractContextManager[None]]
 
 OPTIONS = """
 [[spec.train_rules]]
@@ -29,24 +30,14 @@ ASKED = ("--spec.ranks", "3", "1", "--spec.pace", "1.0", "0.5", "--spec.average"
 
 @pytest.mark.slow
 def test_a_run_with_options_is_resumed_and_folded(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, stop_after: StopAfter, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorasc_fx.cli import train as module
-
     (place / "tiny.toml").write_text(CONFIG.replace("\nrank = 2", "").replace("[spec.noise]\n", OPTIONS.lstrip()))
     assert main(["train", "tiny.toml", "--output", "whole", *ASKED]) == 0
     spec = load_config(place / "whole" / "config.toml").spec
     assert (spec.ranks, spec.pace, spec.average, spec.lr_ratio) == ((3, 1), (1.0, 0.5), "swa", 4.0)
     assert spec.train_rules == (lx.TrainRule("7.bias", lr=0.002, slow=False),)
-    reached = module._Watch.__call__
-
-    def press_ctrl_c(self: object, step: Step) -> None:
-        reached(self, step)  # type: ignore[arg-type]  # the class is private
-        if step.done == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module._Watch, "__call__", press_ctrl_c)
+    with stop_after(6):
         assert main(["train", "tiny.toml", "--output", "parts", *ASKED]) == 130
     assert main(["train", "parts/config.toml", "--resume"]) == 0
     slow = load_file(place / "whole" / "folded.safetensors")

@@ -18,12 +18,11 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
-from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.config import Config, load_config
+from lorasc_fx.cli.report import RunRecord
 from lorasc_fx.cli.report import page as render
-from lorasc_fx.cli.report_data import RunRecord
 from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cli.schema import Config
-from lorasc_fx.cli.setup import Setup
+from lorasc_fx.cli.training import Setup
 from tests.cli.conftest import CONFIG
 from tests.cli.long_run import write_long_run
 
@@ -274,7 +273,7 @@ def test_long_tables_fold_and_names_are_shown_as_they_are(tmp_path: Path) -> Non
 
 
 def begin(run: Path) -> None:
-    RunFolder(run).begin(Config(), ("model",), resume=False)
+    RunFolder(run).begin(Config(), resume=False)
 
 
 def damaged(run: Path) -> None:
@@ -288,7 +287,7 @@ def damaged(run: Path) -> None:
     [
         (lambda run: None, "absent holds no run: there is no config.toml in it"),
         (begin, "absent has nothing to show yet: cascade.json or metrics.jsonl is not there"),
-        (lambda run: (begin(run), (run / "cells").mkdir()), "absent holds a comparison; a report shows one run"),
+        (lambda run: (begin(run), (run / "results").mkdir()), "absent holds a comparison; a report shows one run"),
         (damaged, "absent/metrics.jsonl: line 2 is no JSON (Expecting value: "),
         (
             lambda run: (damaged(run), (run / "metrics.jsonl").write_text("[]")),

@@ -10,19 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorasc_fx.cli.configure import load_config
+from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cli.schema import Config
 from lorasc_fx.errors import StateError
 from lorasc_fx.spec import CascadeSpec
-
-SECTIONS = ("model", "data", "train", "spec")
 
 
 def test_begin_writes_config_and_environment(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     config = Config(output=str(folder.path))
-    folder.begin(config, SECTIONS, resume=False)
+    folder.begin(config, resume=False)
     assert load_config(folder.config) == config
     environment = json.loads((folder.path / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
@@ -31,29 +28,29 @@ def test_begin_writes_config_and_environment(tmp_path: Path) -> None:
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.begin(Config(), SECTIONS, resume=False)
-    folder.begin(Config(output="other"), SECTIONS, resume=False)  # nothing was done yet
+    folder.begin(Config(), resume=False)
+    folder.begin(Config(output="other"), resume=False)  # nothing was done yet
     folder.log(step=1)
     with pytest.raises(
         StateError, match="already holds a run: --resume goes on with it, --overwrite deletes it and starts"
     ):
-        folder.begin(Config(), SECTIONS, resume=False)
-    folder.begin(Config(output="elsewhere"), SECTIONS, resume=True)
+        folder.begin(Config(), resume=False)
+    folder.begin(Config(output="elsewhere"), resume=True)
 
 
 def test_a_run_is_not_resumed_with_another_configuration(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     config = Config(spec=CascadeSpec(targets=("linear",), rank=4))
-    folder.begin(config, SECTIONS, resume=False)
+    folder.begin(config, resume=False)
     folder.log(step=1)
     other = replace(config, spec=replace(config.spec, rank=5))
     with pytest.raises(StateError, match=r"holds a run with spec\.rank = 4, and this one has 5; resume with the same"):
-        folder.begin(other, SECTIONS, resume=True)
+        folder.begin(other, resume=True)
 
 
 def test_there_is_something_to_resume(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="holds no run to resume; leave --resume out to start one"):
-        RunFolder(tmp_path / "absent").begin(Config(), SECTIONS, resume=True)
+        RunFolder(tmp_path / "absent").begin(Config(), resume=True)
     assert not (tmp_path / "absent").exists()
 
 

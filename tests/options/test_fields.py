@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import lorasc_fx as lx
-from lorasc_fx.cli.configure import load_config, write_config
-from lorasc_fx.cli.schema import Config
+from lorasc_fx.cli.config import Config, load_config, write_config
 from tests.errors.models import exactly
 
 WRONG: list[tuple[dict[str, Any], str]] = [

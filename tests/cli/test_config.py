@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from lorasc_fx.cli.configure import load_config, write_config
-from lorasc_fx.cli.schema import CompareConfig, Config, DataConfig, TrainConfig
-from lorasc_fx.cli.toml_text import key_lines, line_of, to_toml
+from lorasc_fx.cli.config import (
+    CompareConfig,
+    Config,
+    DataConfig,
+    TrainConfig,
+    key_lines,
+    line_of,
+    load_config,
+    to_toml,
+    write_config,
+)
 from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import CascadeSpec, Noise, Rule
 
