@@ -1,4 +1,4 @@
-"""Which way imports run, what `import lorasc_fx` brings along, who makes nodes, how large a file may be."""
+"""Which way imports run, what `import lorasc_fx` brings along, who makes nodes."""
 
 import ast
 import importlib.metadata
@@ -14,7 +14,6 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 CORE = ("torch", "networkx", "safetensors")
-LONGEST = 320
 
 
 def sources() -> list[Path]:
@@ -225,12 +224,3 @@ def test_the_search_for_surgery_finds(source: str, name: str) -> None:
 )
 def test_the_search_for_surgery_lets_through(source: str) -> None:
     assert list(surgery(source)) == []
-
-
-def test_rooms_are_small() -> None:
-    long = {
-        where(path): lines
-        for path in sources()
-        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST
-    }
-    assert not long, f"past {LONGEST} lines a file is two ideas: {long}"
