@@ -42,6 +42,9 @@ class UsageWatch:
         self._core: weakref.ref[Core] | None = None
         self._remove: weakref.finalize[Any, Core] | None = None
         self._done: set[str] = set()
+        self._train_mode = (
+            False  # whether the model came in train mode; with frozen batch norms it is trained in eval mode
+        )
 
     def once(self, subject: str, message: str) -> None:
         """Warn, unless this subject had its warning."""
@@ -60,6 +63,7 @@ class UsageWatch:
         if self._remove is not None:
             return
         self._core = weakref.ref(core)
+        self._train_mode |= core.model.training
         model = weakref.ref(core.model)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -113,8 +117,10 @@ class UsageWatch:
     # ---- calls and saves of the cascade
 
     def check_mode(self, core: Core, training: bool) -> None:
-        """Warn of a call in eval mode that sees noise."""
-        if training or not core.plan.spec.noise.strength or core.slow.parked or "eval" in self._done:
+        """Warn of a call in eval mode that sees noise, unless it is a training step of a model trained in eval mode."""
+        if training or (torch.is_grad_enabled() and not self._train_mode):
+            return
+        if not core.plan.spec.noise.strength or core.slow.parked or "eval" in self._done:
             return
         self.once(
             "eval",

@@ -102,7 +102,7 @@ def test_a_fold_inside_a_stage_counts_it_as_ended_and_has_no_noise(
     folded = weights(place / "runs" / "tiny" / "folded.safetensors")
     setup = Setup.of(load_config(place / "runs" / "tiny" / "config.toml"))
     cascade = lx.load(place / "runs" / "tiny" / "checkpoint", setup.model(0).eval(), args=setup.sample(0).args)
-    noisy = cascade.model.state_dict()["0.weight"].clone()
+    noisy = cascade.model.get_parameter("0.weight").detach().clone()
     released = cascade.release().state_dict()
     assert_same(folded, dict(released))
     assert not torch.equal(noisy, released["0.weight"])

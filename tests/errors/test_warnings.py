@@ -166,6 +166,15 @@ def test_evaluation_with_noise() -> None:
         cascade.eval()(X)
 
 
+def test_training_in_eval_mode_is_no_evaluation() -> None:
+    """As with frozen batch norms: the model is in eval mode from the start, and an evaluation asks for no gradients."""
+    cascade, _ = adapted(NOISY, net().eval())
+    with silent():
+        cascade(X).sum().backward()
+    with torch.no_grad(), warns("the cascade was called in eval mode inside stage 1, and its weights hold noise"):
+        cascade(X)
+
+
 # ---- calls and saves of the model inside a stage
 
 
