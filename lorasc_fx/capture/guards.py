@@ -79,6 +79,7 @@ class Held:
         attributes: whether entries are attributes rather than items.
         restored: whether a run on trial gives it back.
         own: whether it is state of the model, and not of a function that the model calls.
+        sized: whether it matters how many entries there are.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Held:
     attributes: bool = False
     restored: bool = True
     own: bool = True
+    sized: bool = True
 
     def entry(self, key: Any) -> str:
         """Return the name of an entry."""
@@ -179,7 +181,7 @@ class _Walk:
         for store in ("_parameters", "_buffers"):  # tensors there are read at each call
             if isinstance(values := held.get(store), dict):
                 none = tuple(key for key, value in values.items() if value is None)
-                yield Held(name, values, none, attributes=True, restored=False, own=own)
+                yield Held(name, values, none, attributes=True, restored=False, own=own, sized=False)
         for store in _HOOKS:
             if isinstance(hooks := held.get(store), dict):
                 yield Held(f"{dot}{store}", hooks, tuple(hooks), own=own)
@@ -348,9 +350,11 @@ class Guards:
             for key, value in ((key, held.read(key)) for key in held.keys if key not in skipped)
             if id(value) not in own and not isinstance(value, ReferenceType)
         }
-        self._held.append((held, skipped, _contents(where, skipped), values))
+        self._held.append((held, skipped, _contents(where, skipped) if held.sized else None, values))
         if isinstance(where, set) or (skipped and isinstance(where, dict)):
             self._others.append((functools.partial(_contents, where, skipped), _contents(where, skipped)))
+        elif not held.sized:
+            pass
         elif isinstance(where, (dict, list, deque)) and where:
             self._filled.append(where)
             self._sizes.append(len(where))
@@ -374,14 +378,14 @@ class Guards:
 
     def hold(self) -> bool:
         """Whether the state is what it was."""
-        if any(self._empty) or list(map(len, self._filled)) != self._sizes:
-            return False
         try:
-            for where, key, expected in self._entries:
+            for where, key, expected in self._entries:  # first, since modes are among them
                 if where[key] is not expected and not _alike(where[key], expected):
                     return False
-            for where, key, expected in self._items:
-                if where[key] is not expected and not _alike(where[key], expected):
+            if any(self._empty) or list(map(len, self._filled)) != self._sizes:
+                return False
+            for items, key, expected in self._items:
+                if items[key] is not expected and not _alike(items[key], expected):
                     return False
         except KeyError:
             return False
@@ -416,7 +420,7 @@ class Guards:
         """Return what differs from what it was; for messages and runs on trial, not for each call."""
         found = []
         for held, skipped, contents, values in self._held:
-            if (now := _contents(held.where, skipped)) != contents:
+            if contents is not None and (now := _contents(held.where, skipped)) != contents:
                 added = [key for key in now if key not in contents] if isinstance(held.where, dict) else [None]
                 found += [Change(held.name, key, held.name if key is None else held.entry(key)) for key in added]
             for key, value in values.items():
