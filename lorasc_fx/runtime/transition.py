@@ -54,18 +54,18 @@ def run(
     def end() -> None:
         experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
         log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
+        if idle:
+            core.usage.once(
+                "idle",
+                f"stage {plan.stage} ended, and no branch has moved: their weights are as they were. In the loop call "
+                "the cascade, and not the model that it was made of; and check that optimizer.step() runs with "
+                "learning rates above 0",
+            )
         if then is not None:
             then()
 
     idle = not moved and (optimizer is not None or trained_moved(before, trained))
     begin(core, optimizer, planned, after, starts, state, end)
-    if idle:
-        core.usage.once(
-            "idle",
-            f"stage {plan.stage} ended, and no branch has moved: their weights are as they were. In the loop call the "
-            "cascade, and not the model that it was made of; and check that optimizer.step() runs with learning rates "
-            "above 0",
-        )
 
 
 def restart(core: Core, optimizer: torch.optim.Optimizer | None) -> None:
