@@ -22,7 +22,7 @@ from lorasc_fx.runtime.flags import Flags, Joined, give_back
 from lorasc_fx.runtime.recalibrating import recalibrate
 from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.staged import Staged
-from lorasc_fx.runtime.variants import Call, Made, Variant, VariantMaker, Variants
+from lorasc_fx.runtime.variants import NOT_COMPILED, Call, Made, Variant, VariantMaker, Variants
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, isolated, no_inference_mode
 
 __all__ = ["Cascade"]
@@ -77,7 +77,8 @@ class Cascade(Staged):
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
             bound, named = self._maker.bind(args, kwargs)
-            return self._variants.compiled(self.training, pytree.tree_leaves((bound, named))).module(*bound, **named)
+            compiled = self._variants.compiled(self.training, pytree.tree_leaves((bound, named)))
+            return compiled.module(*bound, **named) if compiled is not None else NOT_COMPILED[0](self, args, kwargs)
         call = self._maker.call(args, kwargs)
         if call.key is None:
             variant, count = self._variants.symbolic(self.training)

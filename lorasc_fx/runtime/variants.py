@@ -57,6 +57,16 @@ class State(Protocol):
     def changes(self) -> Sequence[Any]:
         """Return what has changed; each has a name, `entry`."""
 
+_NOT_CAPTURED = (
+    "inside torch.compile there is no graph for this call yet, and none can be captured there: "
+    "call the cascade once without torch.compile, in the same mode, with the model's settings as they are and "
+    "arguments of the same sizes"
+)
+
+NOT_COMPILED: list[Callable[..., Any]] = []
+"""`_not_compiled`, at which dynamo breaks the graph, or under fullgraph=True raises with the reason. It is made with
+the first Variants: the import of dynamo takes most of a second."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -163,6 +173,10 @@ class Variants:
     plain: list[tuple[bool, list[Any], Variant]] = field(default_factory=list)
     changed: Counter[str] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        if not NOT_COMPILED:
+            NOT_COMPILED.append(torch.compiler.disable(_not_compiled, reason=_NOT_CAPTURED))
+
     def find(self, call: Call) -> Variant | None:
         """Return a variant for this call, and for the model's Python state as it is."""
         for variant in self.held.get(call.key, ()):
@@ -191,21 +205,13 @@ class Variants:
                 )
         return False
 
-    def compiled(self, training: bool, leaves: list[Any]) -> Variant:
-        """Return a variant while torch.compile traces, by what dynamo can compare: state, dtypes, numbers of axes.
-
-        Raises:
-            StateError: there is none, and none can be made inside torch.compile.
-        """
+    def compiled(self, training: bool, leaves: list[Any]) -> Variant | None:
+        """Return a variant while torch.compile traces, by what dynamo can compare: state, dtypes, numbers of axes."""
         kinds = [_kind(leaf) for leaf in leaves]
         for mode, known, variant in self.plain:
             if mode == training and known == kinds and variant.fits(leaves) and variant.stands(traced=True):
                 return variant
-        raise StateError(
-            "inside torch.compile there is no graph for this call yet, and none can be captured there: "
-            "call the cascade once without torch.compile, in the same mode, with the model's settings as they are and "
-            "arguments of the same sizes"
-        )
+        return None
 
     def symbolic(self, training: bool) -> tuple[Variant, int]:
         """Return the newest whole graph of this mode, and how many arguments it takes, for a trace by torch.fx.
@@ -258,6 +264,17 @@ class Variants:
 
     def __len__(self) -> int:
         return sum(map(len, self.held.values()))
+
+
+def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Compute a call that torch.compile has no graph for, in eager mode.
+
+    Raises:
+        StateError: a tracer that is not dynamo makes the call.
+    """
+    if torch.compiler.is_compiling():
+        raise StateError(_NOT_CAPTURED)
+    return cascade.forward(*args, **kwargs)
 
 
 def _kind(leaf: Any) -> Any:

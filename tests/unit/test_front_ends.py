@@ -409,10 +409,26 @@ def test_a_compiled_cascade_never_runs_a_graph_of_another_size() -> None:
     compiled = torch.compile(cascade, backend="eager", fullgraph=True)
     assert torch.equal(compiled(known), model(known))
     assert torch.equal(compiled(known[:1].expand(5, -1, -1, -1)), model(known[:1].expand(5, -1, -1, -1)))
-    with pytest.raises(Exception, match="there is no graph for this call yet"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="there is no graph for this call yet") as caught:
         compiled(other)
+    told, debug, _ = str(caught.value).partition("Developer debug context")
+    assert debug
+    assert "call the cascade once without torch.compile, in the same mode" in told
     assert torch.equal(cascade(other), model(other))  # captured here, with sizes that may vary
     torch._dynamo.reset()
     again = torch.compile(cascade, backend="eager", fullgraph=True)
     for x in (other, known):
         assert torch.equal(again(x), model(x))
+
+
+def test_a_compiled_cascade_goes_on_in_another_mode() -> None:
+    """Without fullgraph the first call in eval mode is captured beside the compiled code, and dynamo has no word."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3)).double(), torch.randn(4, 5).double()
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    compiled = torch.compile(cascade, backend="eager")
+    compiled(x)
+    cascade.eval()
+    assert torch.equal(compiled(x), cascade(x))
+    assert torch.equal(compiled(x), model(x))
