@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.errors import SpecError
 from lorasc_fx.spec_checks import (
     USUAL_DECAY,
     _choice,
@@ -24,8 +24,10 @@ from lorasc_fx.spec_checks import (
     _rank,
     _ranks,
     _rate,
+    check_fields,
     check_noise,
     check_pairs,
+    known_fields,
 )
 
 __all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling", "Start", "TrainRule"]
@@ -47,6 +49,7 @@ Average = Literal["off", "ema", "swa"]
 Placement = Literal["auto", "beside", "merged", "weight"]
 
 
+@known_fields
 @dataclass(frozen=True)
 class Noise:
     """Noise on the frozen weights while a stage trains: `strength * std(W) * U(-1/2, 1/2)`.
@@ -80,6 +83,7 @@ class Noise:
         check_noise(self.keep, self.redraw, self.distribution)
 
 
+@known_fields
 @dataclass(frozen=True)
 class Rule:
     """Another rank or lora_alpha for the weights that a pattern (a kind or a glob) matches; the first match counts."""
@@ -97,6 +101,7 @@ class Rule:
             _positive(f"rules[{self.pattern!r}].lora_alpha", self.lora_alpha)
 
 
+@known_fields
 @dataclass(frozen=True)
 class TrainRule:
     """How the parameters that a glob matches are trained in full; the first match counts.
@@ -134,6 +139,7 @@ class Scaling:
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
+@known_fields
 @dataclass(frozen=True)
 class CascadeSpec:
     """All that a user asks of an adaptation.
@@ -281,16 +287,16 @@ class CascadeSpec:
             SpecError: an unknown key (with the nearest known one), or a value that the field refuses.
         """
         values = dict(data)
-        _known_keys("spec", values, cls)
+        check_fields("spec", values, cls)
         if isinstance(values.get("noise"), Mapping):
-            _known_keys("noise", values["noise"], Noise)
+            check_fields("noise", values["noise"], Noise)
             values["noise"] = Noise(**values["noise"])
         for name, kind in (("rules", Rule), ("train_rules", TrainRule)):
             rules = values.get(name, ())
             if isinstance(rules, (list, tuple)):
                 for rule in rules:
                     if isinstance(rule, Mapping):
-                        _known_keys(name, rule, kind)
+                        check_fields(name, rule, kind)
                 values[name] = tuple(
                     kind(**{"pattern": "", **rule}) if isinstance(rule, Mapping) else rule for rule in rules
                 )
@@ -302,10 +308,3 @@ def _plain(value: Any) -> Any:
         items = {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
         return {name: item for name, item in items.items() if item is not None}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _known_keys(where: str, data: Mapping[str, Any], cls: type[Any]) -> None:
-    known = [each.name for each in fields(cls)]
-    for key in data:
-        if key not in known:
-            raise SpecError(f"{where} has no field {key!r}{nearest(str(key), known)}; known: {', '.join(known)}")

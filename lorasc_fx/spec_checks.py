@@ -5,15 +5,69 @@ A pair is refused when the spec is made, before there is a model to change. docs
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any
 
 from lorasc_fx.errors import SpecError, nearest
 
-__all__ = ["USUAL_DECAY", "check_noise", "check_pairs"]
+__all__ = ["USUAL_DECAY", "check_fields", "check_noise", "check_pairs", "known_fields"]
 
 USUAL_DECAY = 0.9
 """What an exponential average keeps at a stage, where nothing else is asked."""
+
+
+_OF_PEFT = {
+    "r": "rank",
+    "alpha": "lora_alpha",
+    "target_modules": "targets, globs on weight names: '*.query' for peft's 'query'",
+    "target_parameters": "targets",
+    "layers_to_transform": "targets, as 'layers.3.*'",
+    "layers_pattern": "targets, as 'layers.3.*'",
+    "exclude_modules": "exclude, globs on weight names",
+    "modules_to_save": "train, globs on parameter names",
+    "trainable_token_indices": "train",
+    "bias": "train, as ('*.bias',)",
+    "lora_bias": "train, as ('*.bias',)",
+    "lora_dropout": "dropout",
+    "rank_pattern": "rules, of lorasc_fx.Rule",
+    "alpha_pattern": "rules, of lorasc_fx.Rule",
+    "init_lora_weights": "start: 'lora', 'pissa' or 'olora'",
+    "loraplus_lr_ratio": "lr_ratio",
+    "ensure_weight_tying": "nothing: tied weights stay tied",
+    "fan_in_fan_out": "nothing: the layout is read off the graph",
+    "task_type": "nothing: it is given to export.peft",
+    "inference_mode": "nothing: call release() for inference",
+}
+"""What a name of peft's LoraConfig is here."""
+
+
+def check_fields(where: str, given: Iterable[Any], cls: type[Any]) -> None:
+    """Refuse fields that a dataclass does not have, all in one error; those of peft are answered with ours."""
+    known = [each.name for each in fields(cls)]
+    of_peft = _OF_PEFT if "targets" in known else {}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        told = [
+            f"{name!r} (here {of_peft[name]})" if name in of_peft else f"{name!r}{nearest(str(name), known)}"
+            for name in unknown
+        ]
+        raise SpecError(f"{where} has no field {', '.join(told)}; known: {', '.join(known)}")
+
+
+def known_fields(cls: type[Any]) -> type[Any]:
+    """Let the class, a dataclass, answer an unknown argument by `check_fields` and not by a TypeError."""
+    init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        check_fields(cls.__name__, given, cls)
+        init(self, *args, **given)
+
+    cls.__init__ = checked
+    return cls
 
 
 def check_pairs(spec: Any) -> None:

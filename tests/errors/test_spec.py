@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from typing import Any
 
+import peft
 import pytest
 
 import lorasc_fx as lx
@@ -170,6 +172,33 @@ def test_wrong_rule(fields: dict[str, Any], sentence: str) -> None:
 def test_wrong_data(data: dict[Any, Any], sentence: str) -> None:
     with pytest.raises(lx.SpecError, match=exactly(sentence).removesuffix("$")):
         lx.CascadeSpec.from_dict(data)
+
+
+def test_names_of_peft() -> None:
+    """All unknown arguments in one error, each with the field that it is here."""
+    with pytest.raises(lx.SpecError, match=r"^CascadeSpec has no field ") as caught:
+        lx.CascadeSpec(r=8, target_modules=["query"], lora_dropout=0.1, rnak=3)  # type: ignore[call-arg]
+    told = str(caught.value)
+    assert "'r' (here rank), 'target_modules' (here targets, globs on weight names: '*.query'" in told
+    assert "'lora_dropout' (here dropout), 'rnak'; nearest: 'rank'" in told
+    assert told.endswith(f"; known: {FIELDS}")
+    with pytest.raises(lx.SpecError, match=r"^Noise has no field 'r'; known: strength"):
+        lx.Noise(r=1)  # type: ignore[call-arg]
+    config = peft_names()
+    for name in config - {each.name for each in fields(lx.CascadeSpec)}:
+        with pytest.raises(lx.SpecError, match=f"'{name}' "):
+            lx.CascadeSpec(**{name: None})
+
+
+def peft_names() -> set[str]:
+    """The arguments of peft's LoraConfig that people write."""
+    found = {
+        "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora",
+        "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
+        "alpha_pattern", "task_type", "inference_mode", "fan_in_fan_out", "target_parameters",
+    }  # fmt: skip
+    assert found <= {each.name for each in fields(peft.LoraConfig)}
+    return found
 
 
 PLAN = json.loads(lx.Plan(lx.CascadeSpec(), (lx.Site("a.weight", "linear", (3, 2), 1, 2.0),)).to_json())
