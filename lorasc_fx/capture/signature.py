@@ -65,8 +65,14 @@ def check_binds(
     """Bind, with our error.
 
     Raises:
-        CaptureError: the model's forward does not take these arguments.
+        CaptureError: the model's forward does not take these arguments; or args is no sequence, or kwargs no mapping.
     """
+    if not isinstance(args, Sequence) or isinstance(args, (str, bytes)):
+        give = "kwargs=..." if isinstance(args, Mapping) else "args=(x,) for a single input x"
+        raise CaptureError(f"args is a {type(args).__name__}, and not the sequence of positional inputs: give {give}")
+    if not isinstance(kwargs, Mapping):
+        raise CaptureError(f"kwargs is a {type(kwargs).__name__}; give a dict of the inputs that go by name")
+    args = tuple(args)
     try:
         return bind(signature_of(model), args, kwargs)
     except TypeError as fault:

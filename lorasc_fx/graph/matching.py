@@ -200,6 +200,9 @@ def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan)
     return dict(sorted(marks.items(), key=lambda item: order[item[0]]))
 
 
+_UNUSED = "uses it neither in a matrix product or convolution nor as a table"
+
+
 def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: Found) -> Refusal | None:
     """Return why a weight gets no branch, or None where it can have one (or is not reached)."""
     names, parameter = weights.names[weight], weights.parameters[weight]
@@ -216,7 +219,8 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: Found) -> Re
     if not parameter.numel():
         return Refusal(weight, "", Reason.EMPTY, f"of shape {tuple(parameter.shape)}, holds no numbers")
     if not parameter.is_floating_point():
-        return Refusal(weight, "", Reason.NOT_FLOATING, f"holds {parameter.dtype}, which has no gradient")
+        why = "and branches are real" if parameter.is_complex() else "which has no gradient"
+        return Refusal(weight, "", Reason.NOT_FLOATING, f"holds {parameter.dtype}, {why}")
     if seen.written:
         sentence = f"node {_told(seen.written[0])} writes into it while the model runs"
         return Refusal(weight, seen.written[0].name, Reason.MUTATED, sentence)
@@ -224,12 +228,12 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: Found) -> Re
         sentence = f"module {seen.opaque[0].target} is called whole; capture with another front end sees inside it"
         return Refusal(weight, seen.opaque[0].name, Reason.OPAQUE, sentence)
     if not seen.reached and seen.touched:
-        sentence = "Python between the graphs neither multiplies by it nor looks it up"
+        sentence = f"Python between the graphs {_UNUSED}"
         return Refusal(weight, "", Reason.NO_FORM, sentence)
     if not seen.reached:
         return None
     if not seen.kinds:
-        sentence = f"node {_told(seen.others[0])} neither multiplies by it nor looks it up"
+        sentence = f"node {_told(seen.others[0])} {_UNUSED}"
         return Refusal(weight, seen.others[0].name, Reason.NO_FORM, sentence)
     if is_quantized(parameter) and not (seen.all_beside and set(seen.kinds) == {"linear"}):
         told = next(

@@ -51,6 +51,11 @@ def check_patterns(
         if not matches(pattern, names):
             modules = {name.rpartition(".")[0] for name in names} - {""}
             what = "weight" if known is weights else "parameter" if known is parameters else "parameter under train"
+            if matches(f"*.{pattern}", names):  # as peft's target_modules means it
+                raise UnknownTarget(
+                    f"{field}: {pattern!r} matches no {what}: a pattern means a whole name, from its start; "
+                    f"give {f'*.{pattern}'!r}"
+                )
             hint = nearest(pattern.removesuffix(".*"), [*names, *sorted(modules), *(KINDS if known is weights else ())])
             raise UnknownTarget(f"{field}: {pattern!r} matches no {what}{hint or listed(names)}")
 

@@ -111,8 +111,8 @@ def test_every_target_of_a_row_has_a_case() -> None:
         (
             "aten_positions",
             "rows",
-            "rows: no-form (node add_1 (call_function torch.ops.aten.add.Tensor) neither multiplies by it nor looks it "
-            "up)",
+            "rows: no-form (node add_1 (call_function torch.ops.aten.add.Tensor) uses it neither in a matrix product "
+            "or convolution nor as a table)",
         ),
         (
             "aten_max_norm",
