@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 __all__ = [
     "CaptureError",
@@ -31,6 +32,7 @@ __all__ = [
     "listed",
     "named",
     "nearest",
+    "path_of",
     "warn",
 ]
 
@@ -111,6 +113,17 @@ def named(names: Iterable[str], count: int = 3) -> str:
     names = list(names)
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return f"{', '.join(names[:count])}{more}"
+
+
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """Return a path that a user gave.
+
+    Raises:
+        SpecError: it holds a NUL byte, for which some calls of Python raise a bare ValueError and others find no file.
+    """
+    if "\0" in os.fspath(path):
+        raise SpecError(f"the path {os.fspath(path)!r} holds a NUL byte, which no file system takes; give another")
+    return Path(path)
 
 
 def warn(message: str) -> None:

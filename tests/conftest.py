@@ -27,6 +27,7 @@ USAGE = (
     "the cascade was called in eval mode inside",
     r"stage \d+ ended, and no branch has moved",
     r"\S+ stage 1 has trained and is folded now",
+    ".* requires_grad was False while that of most weights",
 )
 """Warnings about the use of a cascade. Tests of numerics look inside a stage, and end it, at moments at which a program
 has no reason to; what stands for programs (`AS_PROGRAMS`) has to be free of these warnings."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import FRONTENDS, Calls, check_binds, is_hollow, open_model, signature_of, written_by
-from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
+from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, warn
 from lorasc_fx.graph import (
     check_patterns,
     faults,
@@ -96,6 +97,7 @@ def adapt(
         joined = settle_ties(opened, plan.spec.untie, undo, strict=True)
         cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, hollow=hollow, joined=joined)
         _tell_of_wide_branches(cascade.plan)
+        _warn_of_frozen_sites(cascade)
         return cascade
 
 
@@ -183,7 +185,7 @@ def _adapt(
     With `into` that cascade begins anew.
     """
     weights = named_weights(opened)
-    bound = check_binds(opened, tuple(args), dict(kwargs or {}))
+    bound = check_binds(opened, args, kwargs if kwargs is not None else {})
     maker = Compiler(frontend, Calls(signature_of(opened), alike=isinstance(opened, fx.GraphModule)))
     flags = Flags.of(opened)
     trained = _trained(plan.spec, weights.parameters, weights.names)
@@ -250,6 +252,26 @@ def _tell_of_wide_branches(plan: Plan) -> None:
         )
 
 
+def _warn_of_frozen_sites(cascade: Cascade) -> None:
+    """Warn of sites that the model's author had frozen, where they are fewer than half of all sites, in number and in
+    entries; a weight that a target names in full is meant.
+
+    Where most sites were frozen, the user froze a backbone to adapt it.
+    """
+    trainable, sites = cascade._flags.requires_grad, cascade.sites
+    frozen = [site for site in sites if not trainable.get(site.weight, True)]
+    few = 2 * len(frozen) < len(sites)
+    few = few and 2 * sum(math.prod(site.shape) for site in frozen) < sum(math.prod(site.shape) for site in sites)
+    names = [site.weight for site in frozen if site.weight not in cascade.plan.spec.targets]
+    if few and names:
+        warn(
+            f"{named(names)}: requires_grad was False while that of most weights was True, and now a branch trains "
+            "what may be a constant. To leave it as it is give "
+            f"exclude=({', '.join(map(repr, names[:3]))},{' ...' if len(names) > 3 else ''}); to adapt it, name it in "
+            "targets"
+        )
+
+
 def _trained(
     spec: CascadeSpec, parameters: Mapping[str, nn.Parameter], names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, nn.Parameter]:
@@ -286,6 +308,11 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], names: M
 
 
 def _check_new(model: nn.Module, hollow: bool = False) -> None:
+    for name, held in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(held):
+            raise CaptureError(
+                f"{name} has no shape yet (a lazy module): call the model once on the inputs, and adapt it then"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not hollow:
             raise CaptureError(f"{name} is on the meta device, without numbers: give the model its weights first")

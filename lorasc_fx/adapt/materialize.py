@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.adapt import _adapt
 from lorasc_fx.capture import device_of
-from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import open_base
@@ -59,7 +58,7 @@ def materialize(
     hollow = core.hollow
     if hollow is None:
         raise StateError("materialize: the model has its numbers already; adapt one that was built on the meta device")
-    path, model = Path(files), cascade.model
+    path, model = path_of(files), cascade.model
     args, kwargs = cascade.example
     place = _device(device) if device is not None else device_of(args, kwargs)
     found = find_numbers(model, path, hollow.groups, buffers or {})

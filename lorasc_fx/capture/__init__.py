@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from lorasc_fx.capture.trees import know_trees, whole
 from lorasc_fx.capture.trial import Trial, check_agrees, one_line, seed, try_model
 from lorasc_fx.capture.untouched import substituted, untouched, written_by
 from lorasc_fx.capture.watch import watch
-from lorasc_fx.errors import CaptureError, nearest
+from lorasc_fx.errors import CaptureError, nearest, path_of
 from lorasc_fx.undo import raise_of_handler
 
 __all__ = [
@@ -148,7 +147,7 @@ def open_model(model: Any) -> nn.Module:
     if isinstance(model, torch.export.ExportedProgram):
         return model.module()
     if isinstance(model, (str, PathLike)):
-        path = Path(model)
+        path = path_of(model)
         if not path.is_file():
             raise CaptureError(f"{path} is not a file; give a .pt2 that torch.export.save wrote")
         try:
@@ -160,6 +159,11 @@ def open_model(model: Any) -> nn.Module:
             raise CaptureError(
                 f"{path} cannot be read as a .pt2, write it anew by torch.export.save: {one_line(fault)}"
             ) from fault
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise CaptureError(
+            f"model is a {type(model).__name__} of TorchScript, whose code neither torch.export nor torch.fx reads; "
+            "give the nn.Module that it was made of"
+        )
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"model is {type(model).__name__}; give an nn.Module, a GraphModule, an ExportedProgram, or a .pt2 path"

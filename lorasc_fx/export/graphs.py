@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture import bind, leaves, quiet, signature_of, whole
-from lorasc_fx.errors import CaptureError, SpecError
+from lorasc_fx.errors import CaptureError, SpecError, path_of
 from lorasc_fx.export.original import beside
 from lorasc_fx.runtime import Cascade, Variant
 from lorasc_fx.undo import Block, isolated, raise_of_handler
@@ -52,7 +52,7 @@ def pt2(
         CheckpointError: the path cannot be written.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
-    out = Path(path)
+    out = path_of(path)
     if out.suffix != ".pt2":
         raise SpecError(f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it")
     made = program(cascade, args, kwargs, folded=folded, which=which, call="export.pt2")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from lorasc_fx.capture import quiet
-from lorasc_fx.errors import CaptureError, CheckpointError, SpecError
+from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, path_of
 from lorasc_fx.export.graphs import program
 from lorasc_fx.extras import require
 from lorasc_fx.runtime import Cascade
@@ -51,7 +51,7 @@ def onnx(
         CheckpointError: the path cannot be written.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
-    out = Path(path)
+    out = path_of(path)
     if out.suffix != ".onnx":
         raise SpecError(f"export.onnx: {out} does not end with .onnx")
     require("onnx", "onnx", "onnxscript")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorasc_fx.branch import arithmetic
-from lorasc_fx.errors import ExportError, SpecError, StateError, warn
+from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.export.change import Change, change_of, nothing
 from lorasc_fx.export.folder import write_folder
 from lorasc_fx.export.low_rank import CutOff
@@ -148,8 +148,8 @@ def peft(
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors lets its owner alone read it
 
-    write_folder(Path(folder), CONFIG, (CONFIG, TENSORS, "adapter_model.bin"), fill)
-    written = PeftAdapter(Path(folder), ranks, change.cut, saved.modules)
+    write_folder(path_of(folder), CONFIG, (CONFIG, TENSORS, "adapter_model.bin"), fill)
+    written = PeftAdapter(path_of(folder), ranks, change.cut, saved.modules)
     for line in str(written).splitlines()[1:]:
         log.info("export.peft: %s", line.strip())
     for name, each in places.items():

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.export.original import Progress, beside, check_free, fold_files
 from lorasc_fx.export.shards import Entry, entry_of, head_of, write_tensor
 from lorasc_fx.runtime import Cascade
@@ -56,10 +56,10 @@ def safetensors(
         CheckpointError: base is not what was adapted, or the path cannot be written. Nothing is left there.
         NonFiniteBranch: the running branch of a site holds inf or nan.
     """
-    out, call = Path(path), "export.safetensors"
+    out, call = path_of(path), "export.safetensors"
     with cascade.core.exclusive(call):
         if base is not None:
-            return fold_files(of_core(cascade.core, call, which), Path(base), out, progress)
+            return fold_files(of_core(cascade.core, call, which), path_of(base), out, progress)
         if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
             raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
         check_free(out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from lorasc_fx.adapt import adapt
 from lorasc_fx.branch import Factors
 from lorasc_fx.capture import open_model
-from lorasc_fx.errors import CheckpointError
+from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.import_.adapter import Adapter, Pair, read_adapter
 from lorasc_fx.runtime import Cascade
@@ -53,7 +52,7 @@ def peft(
         holds. And what `adapt` raises. The model is as it was.
     """
     opened = open_model(model)
-    adapter = read_adapter(Path(folder), opened)
+    adapter = read_adapter(path_of(folder), opened)
     asked = spec if spec is not None else _spec_of(adapter, opened)
     changes = _changes(adapter, opened, asked)
     cascade = adapt(opened, args, kwargs, spec=asked, frontend=frontend, base=base)
@@ -73,7 +72,7 @@ def peft_spec(folder: str | PathLike[str], model: nn.Module) -> CascadeSpec:
     Raises:
         CheckpointError: as `peft` does.
     """
-    return _spec_of(read_adapter(Path(folder), model), model)
+    return _spec_of(read_adapter(path_of(folder), model), model)
 
 
 def _spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-from lorasc_fx.errors import SpecError
+from lorasc_fx.errors import SpecError, path_of
 from lorasc_fx.extras import require
 from lorasc_fx.integrations.metrics import Metrics
 from lorasc_fx.integrations.reporter import Reporter, reporting
@@ -76,6 +75,6 @@ def telling(
             raise SpecError(f"telling: {name} is {count!r}; give an integer of 1 or more")
     with contextlib.ExitStack() as held:
         reporter = held.enter_context(reporting())
-        metrics = held.enter_context(Metrics(Path(folder))) if folder is not None else None
+        metrics = held.enter_context(Metrics(path_of(folder))) if folder is not None else None
         reporter.begin(title, steps, done)
         yield Told(reporter, metrics, every, done)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import zeros
 
 from lorasc_fx.adapt import restored
 from lorasc_fx.branch.rows import Rows, local
-from lorasc_fx.errors import CheckpointError, StateError
+from lorasc_fx.errors import CheckpointError, StateError, path_of
 from lorasc_fx.integrations.processes import RANKS, agreed, gathered, reseed, streams, text_of_rank_0
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade
@@ -83,7 +83,7 @@ def save(
     core.check_ready("resume")
     if any(each.grad is not None for each in core.trainable().values()):
         raise StateError("save: there are gradients; call it after optimizer.step() and optimizer.zero_grad()")
-    group, root = core.slow.together.group, Path(folder)
+    group, root = core.slow.together.group, path_of(folder)
     first = dist.get_rank(group) == 0
     whole = {**(extra or {}), RANKS: gathered(streams(), group, "save")}
     with agreed("save", group):
@@ -163,7 +163,7 @@ def load(
         )
     group = mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
     with agreed("load", group):
-        found = _read(Path(folder))
+        found = _read(path_of(folder))
     with agreed("load", group):
         cascade = restored(found, model, args, kwargs, "memory", lambda cascade: None)
         for mode, more, named in calls:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from lorasc_fx.errors import SpecError
+from lorasc_fx.errors import SpecError, path_of
 from lorasc_fx.pictures.layout import Placed, placed
 from lorasc_fx.pictures.library import library
 from lorasc_fx.pictures.neighbourhood import Box, Scene, chosen_sites, scene
@@ -53,7 +53,7 @@ def draw_graphs(
         StateError: no graph has a branch of these sites.
         MissingExtra: matplotlib or igraph is not installed.
     """
-    path = Path(file)
+    path = path_of(file)
     if path.suffix != ".svg":
         raise SpecError(f"draw: {path} is no .svg file; SVG is what is drawn")
     if not path.parent.is_dir():

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lorasc_fx.branch import is_quantized
-from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest
+from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, path_of
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
 
@@ -99,7 +99,7 @@ def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
         raise SpecError(f"base is {base!r}; give 'memory', 'file', or the path of a safetensors file or folder")
     if base == "memory":
         return None
-    path = Path(_named_by(model) if base == "file" else base)
+    path = path_of(_named_by(model) if base == "file" else base)
     shards = shards_of(path)
     files = {key: shard for shard in shards for key in _keys(shard)}
     names: dict[int, tuple[str, ...]] = {}

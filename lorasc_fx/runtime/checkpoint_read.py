@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from lorasc_fx.errors import CheckpointError
+from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import unpacking
 from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, canonical, list_versions, way_back
@@ -77,7 +77,7 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or it is damaged; names the file and the reason.
     """
-    root = Path(folder)
+    root = path_of(folder)
     try:
         versions = list_versions(root)
     except OSError as fault:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorasc_fx.errors import path_of
 from lorasc_fx.runtime import checkpoint_write
 from lorasc_fx.runtime.cascade import Cascade
 
@@ -63,4 +64,6 @@ def save(
         StateError: after `release`, inside `weights`, or inside a backward.
     """
     with cascade.core.exclusive("save"):
-        return checkpoint_write.write_version(cascade.core, Path(folder), optimizer, scheduler, dict(extra or {}), keep)
+        return checkpoint_write.write_version(
+            cascade.core, path_of(folder), optimizer, scheduler, dict(extra or {}), keep
+        )

@@ -36,6 +36,8 @@ logger `lorasc_fx` holds at INFO what was done and how long it took.
   noise. Calls of its submodules are not seen.
 - A Trainer of transformers or trl, or accelerate's `save_model`, writes the state dict of a cascade as if it were that
   of a model.
+- `adapt` made a site of a weight that had `requires_grad=False`, where such sites are fewer than half of all, in number
+  and in entries, and no target names the weight in full: a constant written as a layer. A frozen backbone is silent.
 - A site came with a call after the optimizer was made.
 - A branch, or a parameter trained in full, was left out of a fold because it is not finite (`on_nonfinite="skip"`).
 - More than 32 variants were captured; `merge` found buffers that differ; a checkpoint was written by other versions;

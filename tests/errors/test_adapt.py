@@ -54,6 +54,10 @@ def refuse(
             {"train": ("head",)},
             "train: 'head' matches no parameter; known: '0.weight', '0.bias', '2.weight', '3.weight', '3.bias'",
         ),
+        (
+            {"targets": ("weight",)},
+            "targets: 'weight' matches no weight: a pattern means a whole name, from its start; give '*.weight'",
+        ),
         ({"rules": (lx.Rule("9", rank=2),)}, "rules: '9' matches no weight; known: '0.weight', '2.weight', '3.weight'"),
     ],
 )
@@ -106,7 +110,8 @@ class Odd(nn.Module):
     ],
 )
 def test_no_sites_by_the_model(frontend: str, node: str) -> None:
-    sentence = f"table: no-form (node add (call_function {node}) neither multiplies by it nor looks it up)"
+    used = "uses it neither in a matrix product or convolution nor as a table"
+    sentence = f"table: no-form (node add (call_function {node}) {used})"
     refuse(lx.NoSites, f"{NOTHING}{sentence}\n  spare", Odd(), whole=False, frontend=frontend)
 
 
@@ -115,6 +120,62 @@ def test_no_sites_tells_what_is_unreached() -> None:
         lx.adapt(Odd(), args=(X,), frontend="symbolic")
     assert str(caught.value).endswith("\n  spare.weight: unreached (no node of this graph uses it)")
     assert isinstance(caught.value, lx.SpecError)
+
+
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "pieces"])
+def test_weights_that_are_multiplied_entry_by_entry_or_complex(frontend: str) -> None:
+    """What is told of them is so: both multiply, and both have gradients."""
+
+    class Multiplies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.ones(2, 5))
+            self.mix = nn.Parameter(torch.ones(5, 3, dtype=torch.complex64))
+            self.last = nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(((x * self.gate).to(torch.complex64) @ self.mix).real)
+
+    cascade = lx.adapt(Multiplies(), (X,), spec=lx.CascadeSpec(rank=2), frontend=frontend)
+    told = {each.weight: each.sentence for each in cascade.refusals}
+    assert told.keys() == {"gate", "mix"}
+    assert told["gate"].endswith(") uses it neither in a matrix product or convolution nor as a table")
+    assert told["mix"] == "holds torch.complex64, and branches are real"
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "sentence"),
+    [
+        (X, None, "args is a Tensor, and not the sequence of positional inputs: give args=(x,) for a single input x"),
+        ({"input": X}, None, "args is a dict, and not the sequence of positional inputs: give kwargs=..."),
+        ((), (X,), "kwargs is a tuple; give a dict of the inputs that go by name"),
+    ],
+)
+def test_inputs_that_are_no_sequence(args: Any, kwargs: Any, sentence: str) -> None:
+    with unchanged(model := mlp()), pytest.raises(lx.CaptureError, match=exactly(sentence)):
+        lx.adapt(model, args, kwargs)
+
+
+def test_a_lazy_module() -> None:
+    model = nn.Sequential(nn.LazyLinear(7), nn.Linear(7, 3))
+    sentence = "0.weight has no shape yet (a lazy module): call the model once on the inputs, and adapt it then"
+    with pytest.raises(lx.CaptureError, match=exactly(sentence)):
+        lx.adapt(model, (X,))
+    model(X)
+    assert len(lx.adapt(model, (X,)).sites) == 2
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torchscript() -> None:
+    model = mlp()
+    for given in (torch.jit.script(model), torch.jit.trace(model, (X,)), torch.jit.script(halved)):
+        told = "TorchScript, whose code neither torch.export nor torch.fx reads; give the nn.Module that it was made of"
+        with pytest.raises(lx.CaptureError, match=f"^model is a [A-Za-z]+ of {re.escape(told)}$"):
+            lx.adapt(given, (X,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("frontend", ["auto", "export", "symbolic"])

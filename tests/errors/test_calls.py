@@ -545,3 +545,30 @@ def test_a_new_signature_that_no_front_end_takes() -> None:
 
 def test_the_mlp_is_the_one_of_the_sentences() -> None:
     assert [name for name, value in mlp().named_parameters() if value.dim() > 1] == ["0.weight", "2.weight", "3.weight"]
+
+
+# ---- paths
+
+NUL = "run\0s/here"
+PATHS: dict[str, Callable[[lx.Cascade], Any]] = {
+    "save": lambda cascade: lx.save(cascade, NUL),
+    "load": lambda _: lx.load(NUL, mlp(), (X,)),
+    "merge": lambda _: lx.merge([NUL], mlp(), (X,)),
+    "adapt": lambda _: lx.adapt(NUL, (X,)),
+    "base": lambda _: lx.adapt(mlp(), (X,), base=NUL),
+    "materialize": lambda _: lx.materialize(lx.adapt(mlp().to("meta"), (X.to("meta"),)), NUL),
+    "import_.peft": lambda _: lx.import_.peft(NUL, mlp(), (X,)),
+    "export.peft": lambda cascade: lx.export.peft(cascade, NUL),
+    "export.safetensors": lambda cascade: lx.export.safetensors(cascade, NUL),
+    "export.pt2": lambda cascade: lx.export.pt2(cascade, f"{NUL}.pt2"),
+    "draw": lambda cascade: cascade.draw(f"{NUL}.svg"),
+}
+
+
+@pytest.mark.parametrize("call", PATHS)
+def test_a_path_with_a_nul_byte(call: str) -> None:
+    cascade, optimizer = adapted()
+    step(cascade, optimizer)
+    sentence = r"^the path 'run\\x00s/here[.a-z0-9]*' holds a NUL byte, which no file system takes; give another$"
+    with unchanged(cascade, optimizer), pytest.raises(lx.SpecError, match=sentence):
+        PATHS[call](cascade)

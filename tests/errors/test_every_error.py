@@ -37,7 +37,7 @@ def raised_in(source: str) -> Iterator[str]:
 
 
 def test_every_error_is_exported() -> None:
-    assert set(errors.__all__) == {*PUBLIC, "listed", "named", "nearest", "warn"}
+    assert set(errors.__all__) == {*PUBLIC, "listed", "named", "nearest", "path_of", "warn"}
     for name in PUBLIC:
         assert getattr(lx, name) is getattr(errors, name)
         assert name in lx.__all__

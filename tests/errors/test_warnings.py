@@ -295,3 +295,33 @@ def test_a_site_that_comes_before_the_optimizer() -> None:
         cascade = lx.adapt(Chosen(), (X,), spec=QUIET)
         cascade(X, second=True)
         assert {site.weight for site in cascade.sites} == {"one.weight", "two.weight"}
+
+
+# ---- weights that the author had frozen
+
+
+class Detector(nn.Module):
+    """As YOLO's head: a convolution whose weight is 0, 1, 2, ..., and is no parameter to be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Linear(5, 6), nn.Linear(6, 24)
+        self.bins = nn.Conv2d(8, 1, 1, bias=False).requires_grad_(False)
+        self.bins.weight.data = torch.arange(8.0).view(1, 8, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bins(self.body(self.stem(x)).view(-1, 8, 3, 1).softmax(1)).flatten(1)
+
+
+def test_a_frozen_site_among_trainable_ones() -> None:
+    told = "bins.weight: requires_grad was False while that of most weights was True, and now a branch trains "
+    with warns(told):
+        cascade = lx.adapt(Detector(), (X,), spec=QUIET)
+    assert len(cascade.sites) == 3
+    with silent():
+        lx.adapt(Detector(), (X,), spec=lx.CascadeSpec(rank=2, exclude=("bins.weight",)))
+        lx.adapt(Detector(), (X,), spec=lx.CascadeSpec(rank=2, targets=("linear", "bins.weight")))
+        lx.adapt(Detector().requires_grad_(False), (X,), spec=QUIET)
+        backbone = net()
+        backbone[0].requires_grad_(False)
+        lx.adapt(backbone, (X,), spec=QUIET)

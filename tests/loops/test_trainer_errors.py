@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch.utils.data import IterableDataset
@@ -187,3 +188,22 @@ def test_a_loop_that_is_not_there() -> None:
         match=r"^module 'lorasc_fx\.integrations' has no attribute 'trasnformers'; nearest: 'transformers', 'progress'",
     ):
         _ = lx.integrations.trasnformers
+
+
+def test_a_trainer_that_saves_an_unfolded_cascade(tmp_path: Path) -> None:
+    """Without the callback, by `save_model` and in a checkpoint; with it neither, as the other tests show."""
+    told = "^a trainer saves an unfolded cascade: .*CascadeCallback"
+    trainer = Trainer(model=adapted(SPEC), args=arguments(tmp_path / "a", max_steps=1), train_dataset=rows())
+    trainer.train()
+    with pytest.warns(lx.LorascWarning, match=told):
+        trainer.save_model(str(tmp_path / "saved"))
+    more = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = Trainer(model=adapted(SPEC), args=arguments(tmp_path / "b", **more), train_dataset=rows())
+    with pytest.warns(lx.LorascWarning, match=told):
+        trainer.train()
+
+
+def test_accelerate_that_saves_an_unfolded_cascade(tmp_path: Path) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    with pytest.warns(lx.LorascWarning, match="^a trainer saves an unfolded cascade: "):
+        accelerator.save_model(accelerator.prepare(adapted(SPEC)), str(tmp_path))
