@@ -57,6 +57,7 @@ class State(Protocol):
     def changes(self) -> Sequence[Any]:
         """Return what has changed; each has a name, `entry`."""
 
+
 _NOT_CAPTURED = (
     "inside torch.compile there is no graph for this call yet, and none can be captured there: "
     "call the cascade once without torch.compile, in the same mode, with the model's settings as they are and "
