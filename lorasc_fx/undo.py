@@ -32,6 +32,7 @@ __all__ = [
     "Commit",
     "Lock",
     "Undo",
+    "grad_mode",
     "isolated",
     "no_grad",
     "no_inference_mode",
@@ -213,6 +214,12 @@ def isolated(setup: Callable[Concatenate[Block[Any], P], T]) -> Callable[P, Bloc
         return _Isolated(lambda undo: setup(undo, *args, **kwargs))
 
     return block
+
+
+@isolated
+def grad_mode(undo: Block[Any], enabled: bool) -> None:
+    """Compute with gradients or without, as torch.set_grad_enabled; for interrupts see `no_grad`."""
+    torch._C._set_grad_enabled(enabled)
 
 
 @isolated

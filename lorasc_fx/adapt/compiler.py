@@ -14,7 +14,7 @@ from lorasc_fx.adapt.pieces import insert, make_pieces
 from lorasc_fx.branch import Branch
 from lorasc_fx.capture import OWNER, Call, Calls, Captured, Pieces, bind, capture, written_by
 from lorasc_fx.errors import CaptureError, NoSites
-from lorasc_fx.graph import at_stage, matches, named_weights, own_copy, shared_memory
+from lorasc_fx.graph import at_stage, candidates, matches, named_weights, own_copy, shared_memory
 from lorasc_fx.passes import FoldBranches
 from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
@@ -49,6 +49,12 @@ def _shared(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> list
         if name in weights.matrices and name not in known
         if not any(matches(pattern, weights.names[name]) for pattern in (*spec.exclude, *spec.train))
     ]
+
+
+def _trained(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> set[str]:
+    """Return the parameters that training moves, by themselves or by a branch, as far as is known before a capture."""
+    moved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return moved | (candidates(model, plan.spec) - {each.weight for each in refusals})
 
 
 def _in_pieces(
@@ -96,8 +102,9 @@ class Compiler:
         wide: bool,
     ) -> Made:
         """Capture the call and insert the branches, into graphs that nobody else holds yet."""
-        captured = capture(model, args, kwargs, self.frontend, wide)
         refusals = (*refusals, *_shared(model, plan, refusals))
+        trained = _trained(model, plan, refusals)
+        captured = capture(model, args, kwargs, self.frontend, wide, trained)
         refusals = (*refusals, *_written(model, plan, refusals))
         if captured.pieces is not None:
             return _in_pieces(captured, plan, branches, refusals, args, kwargs)
@@ -110,6 +117,7 @@ class Compiler:
                 guards=captured.guards,
                 sizes=captured.sizes,
                 state=captured.state,
+                grad=captured.grad,
             )
             whole = replace(whole, variant=variant, refused_frontends=captured.refused)
             hidden = next((str(each) for each in whole.refusals if each.reason in _HIDDEN), "")
@@ -117,7 +125,8 @@ class Compiler:
             hidden, fault = str(none).splitlines()[-1].strip(), none
         if hidden and self.frontend == "auto" and captured.frontend == "symbolic":
             try:
-                made = _in_pieces(capture(model, args, kwargs, "pieces", wide), plan, branches, refusals, args, kwargs)
+                pieces = capture(model, args, kwargs, "pieces", wide, trained)
+                made = _in_pieces(pieces, plan, branches, refusals, args, kwargs)
                 return replace(made, refused_frontends=(*captured.refused, ("symbolic", hidden)))
             except (CaptureError, NoSites):  # what the symbolic graph said stands
                 pass

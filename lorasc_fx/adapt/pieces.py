@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from lorasc_fx.capture import (
     copied,
     one_line,
     quiet,
+    requiring_grad,
     seed,
     try_model,
     untouched,
@@ -94,7 +95,8 @@ class Growing:
         modes = _modes(pieces)
         if modes not in self.tried:
             with torch.inference_mode(False):
-                functions = not pieces.eager and bool(try_model(pieces.model, args, kwargs).functions)
+                with requiring_grad(pieces.model, {branch.weight_name for branch in self.branches.values()}):
+                    functions = not pieces.eager and bool(try_model(pieces.model, args, kwargs).functions)
                 settle(pieces, list(self.branches.values()), args, kwargs, eager=functions)
             self.tried.add(modes)
         weights = named_weights(pieces.model)
@@ -383,6 +385,8 @@ def _used_outside(
 
     Groups that agree are not looked into; `share` of the merged effect is what a group may be off by.
     """
+    trained = {name for name, parameter in pieces.model.named_parameters() if parameter.requires_grad}
+    trained |= {branch.weight_name for branch in branches}
     guilty, coarse = [], _coarse(branches, pieces.model)
     with _stand_ins(branches):
         groups = [list(branches)]
@@ -393,7 +397,7 @@ def _used_outside(
             torch.clear_autocast_cache()
             for branch in group:
                 _probe(branch, pieces.model, coarse)
-            if not _differs(pieces, group, args, kwargs, share):
+            if not _differs(pieces, group, trained, args, kwargs, share):
                 continue
             half = len(group) // 2
             if half:
@@ -414,12 +418,19 @@ def _probe(branch: Branch, model: nn.Module, coarse: bool) -> None:
 
 
 def _differs(
-    pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any], share: Mapping[torch.dtype, float]
+    pieces: Pieces,
+    branches: Sequence[Branch],
+    trained: Collection[str],
+    args: Any,
+    kwargs: Mapping[str, Any],
+    share: Mapping[torch.dtype, float],
 ) -> bool:
     """Whether the pieces with branches compute something else than the eager model with merged weights."""
     model = pieces.model
     merged = _merged(model, branches)
-    ours, theirs, again, base = (_outputs(model, call, args, kwargs) for call in (pieces, merged, merged, {}))
+    ours = _outputs(model, pieces, args, kwargs)
+    with requiring_grad(model, trained):  # as in training, which forward may ask for
+        theirs, again, base = (_outputs(model, call, args, kwargs) for call in (merged, merged, {}))
     far, effect, own = (_distance(theirs, other) for other in (ours, base, again))
     if own:
         raise CaptureError(

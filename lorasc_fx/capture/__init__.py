@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.capture.export import capture_dynamo, capture_export
+from lorasc_fx.capture.gradients import requiring_grad
 from lorasc_fx.capture.graph import capture_graph
 from lorasc_fx.capture.guards import Guards
 from lorasc_fx.capture.hollow import device_of, faked, has_numbers, is_hollow
@@ -22,11 +23,11 @@ from lorasc_fx.capture.pt2 import inert
 from lorasc_fx.capture.signature import Call, Calls, bind, check_binds, copied, leaves, signature_of
 from lorasc_fx.capture.symbolic import capture_symbolic
 from lorasc_fx.capture.trees import know_trees, whole
-from lorasc_fx.capture.trial import Trial, check_agrees, one_line, seed, try_model
+from lorasc_fx.capture.trial import Disagreement, Trial, check_agrees, first_difference, one_line, seed, try_model
 from lorasc_fx.capture.untouched import substituted, untouched, written_by
 from lorasc_fx.capture.watch import watch
 from lorasc_fx.errors import CaptureError, nearest, path_of
-from lorasc_fx.undo import raise_of_handler
+from lorasc_fx.undo import grad_mode, raise_of_handler
 
 __all__ = [
     "FRONTENDS",
@@ -46,6 +47,7 @@ __all__ = [
     "one_line",
     "open_model",
     "quiet",
+    "requiring_grad",
     "seed",
     "signature_of",
     "substituted",
@@ -70,15 +72,24 @@ FRONTENDS: dict[str, FrontEnd] = {
 
 
 def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], frontend: str = "auto", wide: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    frontend: str = "auto",
+    wide: bool = False,
+    trained: Collection[str] | None = None,
 ) -> Captured:
-    """Turn a call of the model into a graph that reads the live model.
+    """Turn a call of the model into a graph that reads the live model; a graph is taken if its values and gradients are
+    those of the eager model.
+
+    Where the model computes something else without gradients, the graph is for the gradient mode that is on.
 
     Args:
         model: a graph module needs no front end. One on the meta device, or in parts, is captured without values.
         args, kwargs: example inputs in canonical shape (`check_binds`).
         frontend: a name in FRONTENDS, or `auto`: the first that takes the model.
         wide: sizes that a first capture fixes are dynamic as well (asked for when a second size has come).
+        trained: names of the parameters that require gradients in training, by themselves or by a branch; all, if None.
 
     Raises:
         CaptureError: the model refuses the inputs, or no front end takes the model; each one's reason is told.
@@ -88,15 +99,27 @@ def capture(
         raise CaptureError(f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}")
     hollow = not has_numbers(model)
     with faked(model, args, kwargs) as (inputs, named):
-        captured, trial = _captured(model, inputs, named, frontend, wide, hollow)
-    guards = Guards(model, trial.assigned, trial.written)
-    return replace(captured, functions=trial.functions, whole_elsewhere=trial.only_recomputes, state=guards)
+        captured, trial = _captured(model, inputs, named, frontend, wide, hollow, trained)
+    return replace(
+        captured,
+        functions=trial.functions,
+        whole_elsewhere=trial.only_recomputes,
+        state=Guards(model, trial.assigned, trial.written),
+        grad=trial.grad,
+    )
 
 
 def _captured(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], frontend: str, wide: bool, hollow: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    frontend: str,
+    wide: bool,
+    hollow: bool,
+    trained: Collection[str] | None,
 ) -> tuple[Captured, Trial]:
-    trial = try_model(model, args, kwargs)
+    with requiring_grad(model, trained):
+        trial = try_model(model, args, kwargs, torch.is_grad_enabled())
     if isinstance(model, fx.GraphModule):
         return capture_graph(model, args, kwargs), trial
     know_trees(model)
@@ -105,16 +128,17 @@ def _captured(
     for name in FRONTENDS if frontend == "auto" else (frontend,):
         begun = time.monotonic()
         try:
-            if name != "pieces":
+            if name == "pieces":
+                if hollow:
+                    raise RuntimeError(
+                        "is tried by values, and the model is on the meta device, or in parts: "
+                        "give it its weights first"
+                    )
+                with untouched(model):  # its parameters as they are in every call, which dynamo guards
+                    captured = capture_pieces(model, *copied(args, kwargs), wide)
+            else:
                 trial.check()
-            elif hollow:
-                raise RuntimeError(
-                    "is tried by values, and the model is on the meta device, or in parts: give it its weights first"
-                )
-            with untouched(model):  # a tracer's proxies and writes stay in none of its places
-                captured = FRONTENDS[name](model, *copied(args, kwargs), wide)
-            if captured.pieces is None:
-                check_agrees(captured.module, model, args, kwargs)
+                captured = _checked(FRONTENDS[name], trial, model, args, kwargs, wide, trained)
             log.info("%s captured by %s, in %.2f s", type(model).__name__, name, time.monotonic() - begun)
             return replace(captured, refused=tuple(refused)), trial
         except MemoryError:  # says nothing of the front end
@@ -130,10 +154,32 @@ def _captured(
                 refused[-1][1],
             )
             faults.append(fault)
-    reasons = "\n  ".join(f"{name}: {reason}" for name, reason in refused)
+    reasons = ""
+    for (name, reason), told in zip(refused, faults, strict=True):
+        reasons += f"\n  {name}: {reason}"
+        if isinstance(told, Disagreement) and not hollow:
+            with requiring_grad(model, trained):
+                reasons += f"; the first module that differs is {first_difference(told, model, args, kwargs)}"
     raise CaptureError(
-        f"no front end takes {type(model).__name__}. Change what is told here, or adapt a part of it:\n  {reasons}"
+        f"no front end takes {type(model).__name__}. Change what is told here, or adapt a part of it:{reasons}"
     ) from faults[0]
+
+
+def _checked(
+    front_end: FrontEnd,
+    trial: Trial,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    wide: bool,
+    trained: Collection[str] | None,
+) -> Captured:
+    """Return a whole graph that does what the model does, captured in the gradient state of its calls."""
+    with untouched(model), requiring_grad(model, trained), grad_mode(trial.grad is not False):
+        captured = front_end(model, *copied(args, kwargs), wide)
+    with requiring_grad(model, trained):
+        check_agrees(captured.module, trial, model, args, kwargs)
+    return captured
 
 
 def open_model(model: Any) -> nn.Module:

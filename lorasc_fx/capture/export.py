@@ -39,7 +39,7 @@ def capture_export(
 ) -> Captured:
     """Return the model's ATen graph; raises what torch.export raises."""
     root = _in_room(model)
-    with quiet():
+    with quiet(grad=torch.is_grad_enabled()):
         drawn = torch.get_rng_state()
         shapes = _dynamic(signature_of(model), args, kwargs, wide)
         with substituted(model, _stand_ins(model)):

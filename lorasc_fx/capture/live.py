@@ -40,6 +40,7 @@ class Captured:
         functions: names of the custom autograd Functions that the model uses.
         whole_elsewhere: whether a whole graph was refused for gradient checkpointing alone, which other modes may lack.
         state: guards on the model's Python state.
+        grad: gradient mode of the calls that it is for; None where the model computes the same in both.
     """
 
     module: fx.GraphModule
@@ -51,6 +52,7 @@ class Captured:
     functions: tuple[str, ...] = ()
     whole_elsewhere: bool = False
     state: Guards | None = None
+    grad: bool | None = None
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:
@@ -99,8 +101,11 @@ def _put(module: nn.Module, name: str, value: Any) -> None:
 
 
 @isolated
-def quiet(undo: Block[Any]) -> None:
-    """Run without a trace: random generators stay as they were, and what tracers say of themselves is not heard."""
+def quiet(undo: Block[Any], grad: bool = True) -> None:
+    """Run without a trace: random generators stay as they were, and what tracers say of themselves is not heard.
+
+    Gradients are on, or off, as `grad` says, whatever the caller has.
+    """
     numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
     undo(partial(random.setstate, random.getstate()))
     if numpy is not None:
@@ -115,7 +120,7 @@ def quiet(undo: Block[Any]) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     torch.backends.mha.set_fastpath_enabled(False)  # the fused path has no gradient
-    torch._C._set_grad_enabled(True)  # the block gives it back
+    torch._C._set_grad_enabled(grad)  # the block gives it back
 
 
 def check_drew_nothing(before: torch.Tensor) -> None:

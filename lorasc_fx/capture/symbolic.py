@@ -37,7 +37,7 @@ def capture_symbolic(
     given.apply_defaults()
     constants = {name: value for name, value in given.arguments.items() if not _has_tensor(value)}
     tracer = _Tracer()
-    with quiet():
+    with quiet(grad=torch.is_grad_enabled()):
         drawn = torch.get_rng_state()
         graph = tracer.trace(model, concrete_args=constants)
         check_drew_nothing(drawn)

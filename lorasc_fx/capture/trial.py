@@ -11,51 +11,96 @@ import random
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from lorasc_fx.branch import is_quantized
+from lorasc_fx.capture.gradients import PROJECTIONS, backward_nodes, projected, projected_gradients
 from lorasc_fx.capture.guards import Guards, attribute_tensors
 from lorasc_fx.capture.hollow import computing
 from lorasc_fx.capture.live import quiet
 from lorasc_fx.capture.signature import copied
 from lorasc_fx.capture.untouched import Attributes, same_attributes, same_values, untouched, written_by
 from lorasc_fx.errors import CaptureError
-from lorasc_fx.undo import Block, isolated, raise_of_handler
+from lorasc_fx.undo import grad_mode, raise_of_handler
 
-__all__ = ["Trial", "check_agrees", "one_line", "seed", "try_model"]
+__all__ = ["Disagreement", "Trial", "check_agrees", "first_difference", "one_line", "seed", "try_model"]
 
 ROUNDING = 1e4
 """Units in the last place, of the output's scale, by which a graph may differ: torch may take other kernels for it."""
+CLOSE = 1e-3
+"""Share of its size by which the output of a module may differ from what an op of the graph makes."""
+CANCELLED = 1e-3
+"""Share of the largest gradient below which a gradient is taken as what rounding leaves of terms that cancel."""
 COARSE = 0.1
 """Share of the scale that is no rounding in any dtype, however few bits it has."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a run showed.
+class Difference:
+    """How two runs differ, and the weights whose gradients do."""
 
-    Args:
-        restless: attributes that Python sets anew at each call.
-        functions: names of the custom autograd Functions through which gradients go.
-        draws: whether its Python draws from the generators of Python or numpy, unless it seeds them itself.
-        recomputes: whether it saves tensors by hooks of its own, as the regions of torch.utils.checkpoint do.
-        assigned: place and key of the Python state that forward sets at each call, to whatever value.
-        written: tensors of that state into which forward writes at each call.
+    sentence: str
+    weights: tuple[str, ...] = ()
+
+
+class Disagreement(RuntimeError):
+    """A graph that does something else than its model."""
+
+    def __init__(self, graph: Callable[..., Any], difference: Difference, grad: bool) -> None:
+        super().__init__(f"its graph does something else than the model: {difference.sentence}")
+        self.graph, self.weights, self.grad = graph, difference.weights, grad
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a run showed: types and tensors of the output, and of the arguments after the call; the buffers then; and
+    projections of the gradients of weights, None where the backward pass raised (`broken`) or none was run.
     """
 
+    output: tuple[Any, list[torch.Tensor]]
+    arguments: tuple[Any, list[torch.Tensor]]
+    buffers: list[tuple[str, torch.Tensor]]
+    functions: tuple[str, ...]
+    recomputes: bool
+    gradients: Mapping[str, torch.Tensor] | None
+    broken: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What runs of the eager model showed.
+
+    Args:
+        seen: the run against which graphs are held.
+        restless: attributes that Python sets anew at each call.
+        draws: whether its Python draws from the generators of Python or numpy, unless it seeds them itself.
+        assigned: place and key of the Python state that forward sets at each call, to whatever value.
+        written: tensors of that state into which forward writes at each call.
+        grad: whether gradients are on in the calls that the graph is for; None where the model computes the same.
+    """
+
+    seen: Observed
     restless: tuple[str, ...] = ()
-    functions: tuple[str, ...] = ()
     draws: bool = False
-    recomputes: bool = False
     assigned: frozenset[tuple[str, Any]] = frozenset()
     written: tuple[torch.Tensor, ...] = ()
+    grad: bool | None = None
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Names of the custom autograd Functions through which gradients go."""
+        return self.seen.functions
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether it saves tensors by hooks of its own, as the regions of torch.utils.checkpoint do."""
+        return self.seen.recomputes
 
     @property
     def only_recomputes(self) -> bool:
@@ -81,18 +126,24 @@ class Trial:
             )
 
 
-def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trial:
-    """Run the model as it is, with gradients, and leave it as it was.
+def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool = True) -> Trial:
+    """Run the model as it is, with gradients and without, and leave it as it was.
+
+    Args:
+        model: its parameters require gradients as in training.
+        args, kwargs: of the call.
+        grad: whether gradients are on in the call, which counts where the model computes something else without them.
 
     Raises:
         CaptureError: the model itself raises.
     """
     try:
-        with quiet(), computing(model), same_attributes(model), _all_trained(model):
-            hooks, before = _SavedTensorHooks(), Guards(model)
-            with hooks:
-                output, draws = _run(model, args, kwargs), False
-            functions, reentrant = _functions(_tensors(output))
+        with quiet(), computing(model), same_attributes(model) as attributes, grad_mode(grad):
+            before = Guards(model)
+            seen, draws = _observed(model, model, args, kwargs), False
+            if written_by(model):  # known after a first run, and looked at from then on
+                attributes.restore()
+                seen = _observed(model, model, args, kwargs)
             drawn = _generators()
             restless, assigned, written = tuple[str, ...](), frozenset[tuple[str, Any]](), tuple[torch.Tensor, ...]()
             if before.changes():
@@ -106,7 +157,13 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
                 _run(model, args, kwargs, start=1)
                 again = _generators()  # a model that seeds them itself draws the same each time
                 draws = any(drawn[index] != again[index] for index in moved)
-            return Trial(restless, functions, draws, hooks.seen or reentrant, assigned, written)
+            attributes.restore()
+            with grad_mode(not grad):
+                other = _observed_or_none(model, args, kwargs)
+            by_mode = other is None or _difference(other, seen, gradients=False) is not None
+            if not by_mode and other is not None and not grad:
+                seen = other
+            return Trial(seen, restless, draws, assigned, written, grad if by_mode else None)
     except MemoryError:
         raise
     except Exception as fault:
@@ -119,24 +176,73 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         ) from fault
 
 
-def check_agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Hold a graph against its model on one call: types, values, and buffers and arguments afterwards (a cache that
-    forward writes into).
+def check_agrees(
+    graph: Callable[..., Any], trial: Trial, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Hold a graph against its model on one call: types, values, buffers and arguments afterwards (a cache that forward
+    writes into), and gradients.
 
     Raises:
-        RuntimeError: they differ by more than rounding, though the model repeats itself under one seed.
+        Disagreement: they differ by more than rounding, though the model repeats itself under one seed.
     """
-    theirs = _observed(model, model, args, kwargs)
+    grad = trial.grad is not False
     try:
-        ours = _observed(graph, model, args, kwargs)
+        with quiet(), computing(model), same_attributes(model), grad_mode(grad):
+            ours = _observed(graph, model, args, kwargs)
     except MemoryError:
         raise
     except Exception as fault:
         raise_of_handler(fault)
-        raise RuntimeError(f"its graph does something else than the model: it raises {one_line(fault)}") from fault
-    difference = _fault(ours, theirs)
-    if difference is not None and _fault(_observed(model, model, args, kwargs), theirs) is None:
-        raise RuntimeError(f"its graph does something else than the model: {difference}")
+        raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault
+    difference = _difference(ours, trial.seen)
+    if difference is None:
+        return
+    with quiet(), computing(model), same_attributes(model), grad_mode(grad):
+        again = _observed(model, model, args, kwargs)
+    if _difference(again, trial.seen) is None:
+        raise Disagreement(graph, difference, grad)
+
+
+def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Return the first module, in the order of calls, whose output a graph does not compute, or whose weights have
+    other gradients in it.
+    """
+    names = {module: name for name, module in model.named_modules() if name}
+    begun: list[str] = []
+    ended: list[tuple[str, list[torch.Tensor]]] = []
+
+    def enters(module: nn.Module, _: Any) -> None:
+        begun.append(names[module])
+
+    def leaves(module: nn.Module, _: Any, output: Any) -> None:
+        floating = [each for each in _tensors(output) if each.is_floating_point() or each.is_complex()]
+        ended.append((names[module], [projected(each) for each in floating]))
+
+    handles = [module.register_forward_pre_hook(enters) for module in names]
+    handles += [module.register_forward_hook(leaves) for module in names]
+    try:
+        with quiet(), untouched(model), grad_mode(fault.grad):
+            inputs, named = copied(args, kwargs)
+            seed()
+            model(*inputs, **named)
+            calls, made_by = tuple(begun), tuple(ended)  # the lists, which hooks hold, are given back as well
+    finally:
+        for handle in handles:
+            handle.remove()
+    if fault.weights:
+        owners = {name.rpartition(".")[0] for name in fault.weights}
+        first = next((name for name in calls if name in owners), "")
+    else:
+        made = _Made()
+        with quiet(), untouched(model), grad_mode(fault.grad), made:
+            inputs, named = copied(args, kwargs)
+            seed()
+            try:
+                fault.graph(*inputs, **named)
+            except Exception as raised:  # what it makes before it raises is looked at
+                raise_of_handler(raised)
+        first = next((name for name, parts in made_by if not all(map(made.has, parts))), "")
+    return f"{first} ({type(model.get_submodule(first)).__name__})" if first else type(model).__name__
 
 
 def seed(value: int = 0) -> None:
@@ -170,17 +276,17 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sta
         return model(*inputs, **named)
 
 
-@isolated
-def _all_trained(undo: Block[Any], model: nn.Module) -> None:
-    """Let every weight need a gradient, so that the run shows what gradients go through."""
-    frozen = [
-        each
-        for each in model.parameters()
-        if not each.requires_grad and each.is_floating_point() and not is_quantized(each)
-    ]
-    for each in frozen:
-        undo(partial(each.requires_grad_, False))
-        each.requires_grad_(True)
+def _observed_or_none(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observed | None:
+    """Return what a run in the other gradient mode shows; None where the model refuses to run in it, as some do that
+    differentiate in forward.
+    """
+    try:
+        return _observed(model, model, args, kwargs)
+    except MemoryError:
+        raise
+    except Exception as fault:
+        raise_of_handler(fault)
+        return None
 
 
 class _SavedTensorHooks(TorchFunctionMode):
@@ -196,72 +302,88 @@ class _SavedTensorHooks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _functions(outputs: list[torch.Tensor]) -> tuple[tuple[str, ...], bool]:
-    """Return the names of the custom Functions behind outputs, and whether torch's reentrant checkpoint is among them.
-
-    What that one recomputes is looked into by its backward alone, and a front end may keep it.
-    """
-    found: set[str] = set()
-    reentrant = False
-    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        name = type(node).__name__.removesuffix("Backward")
-        own = isinstance(node, torch.autograd.function.BackwardCFunction)
-        if own and getattr(node, "_forward_cls", None) is CheckpointFunction:
-            reentrant = True
-        elif own and not name.startswith("GeneratedBackwardFor_"):  # of a custom op, which a graph keeps
-            found.add(f"the autograd.Function {name}")
-        for after, _ in node.next_functions:
-            if after is not None and after not in seen:
-                seen.add(after)
-                waiting.append(after)
-    return tuple(sorted(found)), reentrant
-
-
-@dataclass(frozen=True)
-class _Observed:
-    """Types and tensors of an output, and of the arguments after the call; and the buffers then."""
-
-    output: tuple[Any, list[torch.Tensor]]
-    arguments: tuple[Any, list[torch.Tensor]]
-    buffers: list[tuple[str, torch.Tensor]]
-
-
-def _observed(
-    call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> _Observed:
+def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observed:
+    """Run once, in the gradient mode that is on, and where gradients are on backward as well."""
     inputs, named = copied(args, kwargs)
-    with quiet(), computing(model), untouched(model), torch.no_grad():
+    with same_values(model):
         seed()
         held = attribute_tensors(model)
-        output = call(*inputs, **named)
+        with _SavedTensorHooks() as hooks:
+            output = call(*inputs, **named)
+        tensors = _tensors(output)
         held += [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
         buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *held]]
-    seen = [(_types(value), [each.detach() for each in _tensors(value)]) for value in (output, (inputs, named))]
-    return _Observed(seen[0], seen[1], buffers)
+        custom = torch.autograd.function.BackwardCFunction
+        nodes = [node for node in backward_nodes(tensors) if isinstance(node, custom)]
+        reentrant = [node for node in nodes if getattr(node, "_forward_cls", None) is CheckpointFunction]
+        names = {type(node).__name__.removesuffix("Backward") for node in nodes if node not in reentrant}
+        own = {f"the autograd.Function {name}" for name in names if not name.startswith("GeneratedBackwardFor_")}
+        hollow = any(isinstance(each, FakeTensor) for each in model.parameters())
+        gradients, broken = _gradients(tensors, model) if torch.is_grad_enabled() and not hollow else (None, "")
+    output_seen, arguments = (
+        (_types(value), [each.detach() for each in _tensors(value)]) for value in (output, (inputs, named))
+    )
+    recomputes = hooks.seen or bool(reentrant)
+    return Observed(output_seen, arguments, buffers, tuple(sorted(own)), recomputes, gradients, broken)
 
 
-def _fault(ours: _Observed, theirs: _Observed) -> str | None:
+def _gradients(outputs: list[torch.Tensor], model: nn.Module) -> tuple[Mapping[str, torch.Tensor] | None, str]:
+    """Return projections of the gradients, or why the backward pass raises: an eager model may have none."""
+    floating = [each for each in outputs if each.is_floating_point() or each.is_complex()]
+    try:
+        return projected_gradients(floating, dict(model.named_parameters())), ""
+    except MemoryError:
+        raise
+    except Exception as fault:
+        raise_of_handler(fault)
+        return None, one_line(fault)
+
+
+def _difference(ours: Observed, theirs: Observed, gradients: bool = True) -> Difference | None:
     """Return how two observations differ, or None."""
     for what, found, expected in (
         ("an output", ours.output, theirs.output),
         ("an argument after the call", ours.arguments, theirs.arguments),
     ):
         if found[0] != expected[0]:
-            return f"{what} has other types, {found[0]} for {expected[0]}"
+            return Difference(f"{what} has other types, {found[0]} for {expected[0]}")
         if len(found[1]) != len(expected[1]):
-            return f"{what} holds {len(found[1])} tensors for {len(expected[1])}"
+            return Difference(f"{what} holds {len(found[1])} tensors for {len(expected[1])}")
         for one, other in zip(found[1], expected[1], strict=True):
             if (difference := _apart(one, other)) is not None:
-                return f"{what} is {difference}"
+                return Difference(f"{what} is {difference}")
     if [name for name, _ in ours.buffers] != [name for name, _ in theirs.buffers]:
-        return "other buffers"
+        return Difference("other buffers")
     for (name, one), (_, other) in zip(ours.buffers, theirs.buffers, strict=True):
         if (difference := _apart(one, other)) is not None:
-            return f"buffer {name} is {difference} after the call"
+            return Difference(f"buffer {name} is {difference} after the call")
+    if gradients and theirs.gradients is not None:
+        if ours.gradients is None:
+            return Difference(f"its backward pass raises {ours.broken}")
+        dtypes = {each.dtype for each in theirs.output[1] if each.is_floating_point()}
+        return _other_gradients(ours.gradients, theirs.gradients, dtypes)
     return None
+
+
+def _other_gradients(
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], dtypes: set[torch.dtype]
+) -> Difference | None:
+    """Return which gradients differ by more than rounding, which is of the scale of the largest where terms cancel."""
+    none = torch.zeros(PROJECTIONS, dtype=torch.float64)
+    allowed = min(ROUNDING * max((torch.finfo(each).eps for each in dtypes), default=0.0), COARSE)
+    finite = [float(each.norm()) for each in theirs.values() if bool(each.isfinite().all())]
+    least = CANCELLED * max(finite, default=0.0)
+    wrong: dict[str, float] = {}
+    for name in sorted(ours.keys() | theirs.keys()):
+        one, other = ours.get(name, none), theirs.get(name, none)
+        gap, scale = float((one - other).norm()), max(float(other.norm()), least)
+        if not gap <= allowed * scale and not (one.isfinite().logical_not() & other.isfinite().logical_not()).any():
+            wrong[name] = gap / scale if scale else float("inf")
+    if not wrong:
+        return None
+    worst = max(wrong, key=lambda name: wrong[name])
+    more = f", and those of {len(wrong) - 1} more weights" if len(wrong) > 1 else ""
+    return Difference(f"the gradient of {worst} is off by {wrong[worst]:.1e} of its scale{more}", tuple(wrong))
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> str | None:
@@ -309,3 +431,23 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         elif hasattr(each, "__dict__") and not isinstance(each, (type, nn.Module)) and not callable(each):
             waiting.extend(reversed(list(vars(each).values())))
     return found
+
+
+class _Made(TorchDispatchMode):
+    """Notes what the ops of a run have made."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        floating = [each for each in _tensors(output) if each.is_floating_point() or each.is_complex()]
+        self._made += [projected(each) for each in floating]
+        return output
+
+    def has(self, value: torch.Tensor) -> bool:
+        """Whether an op has made a tensor with these projections."""
+        return any(bool((each - value).norm() <= CLOSE * value.norm()) for each in self._made)

@@ -33,7 +33,7 @@ def watch(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, s
     """
     inputs, named = copied(args, kwargs)
     watcher = _Watcher(model, list(model.buffers()))
-    with quiet(), torch.no_grad(), untouched(model), watcher:
+    with quiet(), untouched(model), watcher:
         model(*inputs, **named)
     return dict.fromkeys(sorted(watcher.seen), "") | watcher.kinds
 

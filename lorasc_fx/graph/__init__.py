@@ -19,7 +19,7 @@ from lorasc_fx.graph.forms import (
     weighs,
 )
 from lorasc_fx.graph.marks import branch_nodes, calls_branches, made_by, use_of
-from lorasc_fx.graph.matching import Matching, Placer, match, survey
+from lorasc_fx.graph.matching import Matching, Placer, candidates, match, survey
 from lorasc_fx.graph.memory import Memory, shared_memory
 from lorasc_fx.graph.record import Record, Use, at_stage, record_of, set_record, strip
 from lorasc_fx.graph.register import forms_missing, register_form
@@ -57,6 +57,7 @@ __all__ = [
     "branch_nodes",
     "call_instead",
     "calls_branches",
+    "candidates",
     "check_patterns",
     "chosen_by",
     "copy_graph",

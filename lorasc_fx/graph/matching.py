@@ -25,7 +25,7 @@ from lorasc_fx.graph.weights import Weights, named_weights, owner_of
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.spec import KINDS, CascadeSpec
 
-__all__ = ["Matching", "Placer", "match", "survey"]
+__all__ = ["Matching", "Placer", "candidates", "match", "survey"]
 
 Placer = Callable[[Site, Sequence[fx.Node]], str]
 """Tells, of a site and the nodes beside which its branch could stand, which placement is cheapest."""
@@ -44,6 +44,12 @@ class Matching:
     uses: dict[fx.Node, Use]
     refusals: tuple[Refusal, ...]
     unreached: tuple[str, ...]
+
+
+def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
+    """Return the weights to which the spec may give a branch, before a graph shows how they are used."""
+    weights = named_weights(owner)
+    return frozenset(name for name in weights.matrices if _refuse(spec, weights, name, Found()) is None)
 
 
 def survey(

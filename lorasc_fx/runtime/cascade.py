@@ -23,7 +23,7 @@ from lorasc_fx.runtime.recalibrating import recalibrate
 from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.staged import Staged
 from lorasc_fx.runtime.variants import NOT_COMPILED, Call, Made, Variant, VariantMaker, Variants
-from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, isolated, no_inference_mode
+from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_inference_mode
 
 __all__ = ["Cascade"]
 
@@ -94,7 +94,8 @@ class Cascade(Staged):
         self.core.check_called("variant")
         if (found := self._variants.find(call)) is not None:
             return found
-        with AllOrNothing(_CAPTURING), no_inference_mode():  # tracers work on the whole process
+        grad = torch.is_grad_enabled()  # which leaving the inference mode would set
+        with AllOrNothing(_CAPTURING), no_inference_mode(), grad_mode(grad):  # tracers work on the whole process
             while (found := self._variants.find(call) or self._make_variant(call)) is None:
                 pass
             return found

@@ -80,7 +80,7 @@ class Variant:
     tensor, the sizes
     that are constants of the graph. `placements` tells of each weight where its branch computes in this graph
     (`beside`, `merged`, `weight`), and `expected` how long a training step takes over that of the frozen model, None
-    where that is not known.
+    where that is not known. `grad` is the gradient mode of the calls that the graph is for, None for both.
     """
 
     module: Callable[..., Any]
@@ -93,6 +93,7 @@ class Variant:
     detach: Callable[[], None] | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
     expected: float | None = None
+    grad: bool | None = None
 
     def fits(self, leaves: list[Any]) -> bool:
         """Whether inputs have the sizes that are constants of the graph; plain enough for dynamo to trace."""
@@ -114,7 +115,9 @@ class Variant:
         return True
 
     def stands(self, traced: bool = False) -> bool:
-        """Whether the model's Python state is that of the graph; `traced` by dynamo."""
+        """Whether gradient mode and the model's Python state are those of the graph; `traced` by dynamo."""
+        if self.grad is not None and self.grad != torch.is_grad_enabled():
+            return False
         return self.state is None or (self.state.hold_traced() if traced else self.state.hold())
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.capture.trial import Disagreement, check_agrees, first_difference, try_model
 from tests.unit.cases import batches, branches, loss_of, randomize
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
@@ -206,7 +207,7 @@ class Grows(Net):
 
 
 def test_a_buffer_of_another_shape() -> None:
-    sentence = "RuntimeError: its graph does something else than the model: it raises RuntimeError: output with shape"
+    sentence = "Disagreement: its graph does something else than the model: it raises RuntimeError: output with shape"
     refuse(Grows, "export", sentence)
     model = build(Grows)
     buffer, value = model.seen, model.seen.clone()
@@ -232,7 +233,7 @@ def patched() -> nn.Module:
 
 @pytest.mark.parametrize("make", [hooked, patched])
 def test_a_hook_and_a_patched_forward(make: Callable[[], nn.Module]) -> None:
-    refuse(make, "symbolic", "RuntimeError: its graph does something else than the model: an output is off by 5.0e-01")
+    refuse(make, "symbolic", "Disagreement: its graph does something else than the model: an output is off by 5.0e-01")
     assert_goes_as_eager(make, lx.adapt(build(make), (X[0],), spec=SPEC))
 
 
@@ -242,7 +243,7 @@ class Ordered(Net):
 
 
 def test_the_type_of_an_output() -> None:
-    sentence = "RuntimeError: its graph does something else than the model: an output has other types, ('dict'"
+    sentence = "Disagreement: its graph does something else than the model: an output has other types, ('dict'"
     refuse(Ordered, "symbolic", sentence)
     for frontend in ("auto", "export", "pieces"):
         assert_goes_as_eager(Ordered, lx.adapt(build(Ordered), (X[0],), spec=SPEC, frontend=frontend))
@@ -317,3 +318,142 @@ def test_old_norms_of_weights_are_one_graph(norm: Callable[[nn.Module], nn.Modul
     assert cascade.frontend == "export"
     assert {site.weight for site in cascade.sites} == {f"0.{own}", "2.weight"}
     assert_goes_as_eager(make, cascade)
+
+
+class Reverses(Net):
+    """A tensor hook turns gradients around; in train mode only, if asked for."""
+
+    def __init__(self, always: bool = True, breaks: bool = False) -> None:
+        super().__init__()
+        self.always, self.breaks = always, breaks
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        if self.breaks and float(x.detach().abs().sum()) < 0:
+            return x
+        if x.requires_grad and (self.always or self.training):
+            x.register_hook(lambda gradient: -gradient)
+        return x
+
+
+def test_a_tensor_hook_is_kept() -> None:
+    for frontend in ("export", "symbolic"):
+        model = build(Reverses)
+        with pytest.raises(lx.CaptureError, match=f"{frontend}: ") as caught:
+            lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
+        if frontend == "export":
+            assert "the gradient of body.weight is off by 2.0e+00 of its scale" in str(caught.value)
+            assert str(caught.value).endswith("the first module that differs is body (Linear)")
+    cascade = lx.adapt(build(Reverses), (X[0],), spec=SPEC)
+    assert cascade.frontend == "pieces"
+    assert_goes_as_eager(Reverses, cascade)
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "pieces"])
+def test_a_tensor_hook_of_a_later_mode_is_kept(breaks: bool) -> None:
+    def make() -> nn.Module:
+        return Reverses(always=False, breaks=breaks)
+
+    cascade = lx.adapt(build(make).eval(), (X[0],), spec=SPEC)
+    assert cascade.frontend == ("pieces" if breaks else "export")
+    assert_goes_as_eager(make, cascade)
+    assert_goes_as_eager(make, cascade.train())
+
+
+class Asks(Net):
+    """Does something else where no gradient is asked for."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.requires_grad else x
+
+
+@pytest.mark.parametrize("frontend", ["export", "pieces"])
+def test_requires_grad_is_that_of_training(frontend: str) -> None:
+    cascade = lx.adapt(build(Asks), (X[0],), spec=SPEC, frontend=frontend)
+    assert_goes_as_eager(Asks, cascade)
+    twin, held = build(Asks), branches(cascade)
+    values = {name: twin.get_parameter(name) + 1.5 * (each.lora_B @ each.lora_A) for name, each in held.items()}
+    with torch.no_grad():
+        expected = torch.func.functional_call(twin, values, (X[0],))
+        torch.testing.assert_close(cascade(X[0]), expected, rtol=0, atol=1e-12)
+    assert_goes_as_eager(Asks, cascade)
+    assert len(cascade._variants) == (2 if frontend == "export" else 1)
+
+
+def test_a_model_that_does_not_ask_has_one_graph_for_both() -> None:
+    cascade = lx.adapt(build(Net), (X[0],), spec=SPEC)
+    with torch.no_grad():
+        cascade(X[0])
+    assert len(cascade._variants) == 1
+
+
+class Forces(Net):
+    """The gradient of an energy, inside forward."""
+
+    def __init__(self, switches: bool = False) -> None:
+        super().__init__()
+        self.switches = switches
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.set_grad_enabled(self.switches or torch.is_grad_enabled()):
+            x = x.detach().requires_grad_()
+            energy = super().forward(x).sum()
+            return -torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("switches", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_differentiates_in_forward(switches: bool, training: bool) -> None:
+    def make() -> nn.Module:
+        return Forces(switches)
+
+    cascade = lx.adapt(build(make).train(training), (X[0],), spec=SPEC)
+    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
+    assert_goes_as_eager(make, cascade)
+    with torch.no_grad():
+        if switches:
+            torch.testing.assert_close(cascade(X[0]), cascade(X[0]).detach(), rtol=0, atol=1e-12)
+            return
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            cascade(X[0])
+
+
+def test_a_trial_leaves_gradients_flags_and_hooks() -> None:
+    model = build(Net)
+    model.body.bias.requires_grad_(False)
+    gradients = {name: torch.randn_like(value) for name, value in model.named_parameters() if value.requires_grad}
+    called = []
+    for name, gradient in gradients.items():
+        parameter = model.get_parameter(name)
+        parameter.grad = gradient
+        if name == "head.bias":
+            continue
+        parameter.register_post_accumulate_grad_hook(called.append)
+    kept = {name: value.clone() for name, value in gradients.items()}
+    lx.adapt(model, (X[0],), spec=SPEC).release()
+    assert not called
+    assert not model.body.bias.requires_grad
+    for name, gradient in gradients.items():
+        assert model.get_parameter(name).grad is gradient
+        assert torch.equal(gradient, kept[name])
+        assert model.get_parameter(name).requires_grad
+    model(X[0]).sum().backward()
+    assert len(called) == len(gradients) - 1
+    assert all(not torch.equal(model.get_parameter(name).grad, value) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("wrong", ["values", "gradients"])
+def test_the_first_module_that_differs(wrong: str) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(4)])
+
+    def graph(x: torch.Tensor) -> torch.Tensor:
+        x = model[1](model[0](x))
+        x = x.detach() * 0.5 + 0.5 * x if wrong == "gradients" else x * 1.1
+        return model[3](model[2](x))
+
+    call = (X[0].float(),), {}
+    trial = try_model(model, *call)
+    with pytest.raises(Disagreement, match="the gradient of" if wrong == "gradients" else "an output is off") as caught:
+        check_agrees(graph, trial, model, *call)
+    assert first_difference(caught.value, model, *call) == ("0" if wrong == "gradients" else "2") + " (Linear)"
+    check_agrees(model, trial, model, *call)
