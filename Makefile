@@ -10,8 +10,9 @@ CONSTRAINTS := requirements/constraints.txt
 EXTRAS := cli,vision,text,demo,onnx,report,loops,tensorboard,test,bench
 CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
+OTHER := .venv-torch-$(VERSION)
 
-.PHONY: help venv demo demo-text test test-fast ci-slow lint format types bench coverage docs clean
+.PHONY: help venv demo demo-text test test-fast test-torch ci-slow lint format types bench coverage docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -35,6 +36,12 @@ test: $(STAMP) ## everything that is not slow
 
 test-fast: $(STAMP) ## stops at the first failure; last failures first
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) -x --ff -q
+
+test-torch: ## the fast tests of graphs and numerics under another torch: make test-torch VERSION=2.15.0
+	@test -n "$(VERSION)" || { echo "test-torch: give the version, as in: make test-torch VERSION=2.15.0" >&2; exit 2; }
+	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	PIP_CONSTRAINT=/dev/null $(OTHER)/bin/python -m pip install --quiet 'torch==$(VERSION)' -e '.[$(EXTRAS)]'
+	$(OTHER)/bin/python -m pytest -m "not slow" -n $(JOBS) tests/passes tests/unit tests/forms
 
 ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler
 	@$(BIN)/python -m pytest -m slow -n $(JOBS) --timeout 900 || { status=$$?; \
@@ -63,4 +70,4 @@ docs: $(STAMP) ## run every code block of README.md, CONTRIBUTING.md and docs/
 	$(BIN)/python -m pytest tests/contract/test_docs.py -n $(JOBS) --timeout 900
 
 clean: ## remove .venv and what builds and tools left
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -202,6 +202,16 @@ class Grouped(nn.Module):
         return self.product(x.to(self.dtype), self.experts.to(self.dtype), offs=self.ends).double()
 
 
+def traces_fp32() -> bool:
+    """Whether torch's own shape function of the grouped product takes fp32, as its kernel does (torch 2.15)."""
+    x, weights, ends = (torch.empty(size, device="meta") for size in ((8, 16), (3, 16, 24), 3))
+    try:
+        torch._grouped_mm(x, weights, offs=ends.to(torch.int32))
+    except RuntimeError:
+        return False
+    return True
+
+
 class Sorted(nn.Module):
     """Rows that a router sorts by expert, as transformers does it; `turned` is how the up projection is stored."""
 
@@ -289,7 +299,7 @@ EXPERTS += [
         rand((8, 16)),
         {"experts": "experts"},
         tolerance=1e-6,
-        refuses=("export", "dynamo"),
+        refuses=() if traces_fp32() else ("export", "dynamo"),
     ),
     Case("experts_sorted", lambda: Sorted(turned=False), rand((9, 5)), _ROUTED),
     Case("experts_sorted_turned", lambda: Sorted(turned=True), rand((9, 5)), _ROUTED, shapes={"up": (3, 2, 5)}),

@@ -303,7 +303,7 @@ def test_what_a_backward_keeps(placement: str, dropout: float) -> None:
 # --- other people's machinery ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, for forward gradients
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, for forward gradients
 @pytest.mark.parametrize("placement", ["auto", "beside", "merged", "weight"])
 def test_transforms_and_compilers_get_plain_operations(placement: str) -> None:
     x = numbers(4, 3, 6, 6)
