@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorasc_fx.branch import is_quantized
 from lorasc_fx.branch.rows import local
 
 __all__ = ["Buffer", "checksum", "data_of", "file_digest", "fingerprint", "fingerprint_of", "text_digest"]
@@ -95,7 +94,7 @@ def _keys(count: int, device: torch.device) -> torch.Tensor:
 
 def fingerprint(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's dtype, shape and bytes."""
-    if is_quantized(tensor):
+    if is_traceable_wrapper_subclass(tensor):  # a quantized weight, or a tensor in one
         names, how = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         return text_digest(f"{type(tensor).__name__}{how}{[fingerprint(getattr(tensor, name)) for name in names]}")
     plain = tensor.detach().to("cpu").contiguous()
