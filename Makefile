@@ -37,10 +37,10 @@ test: $(STAMP) ## everything that is not slow
 test-fast: $(STAMP) ## stops at the first failure; last failures first
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) -x --ff -q
 
-test-torch: ## the fast tests of graphs and numerics under another torch: make test-torch VERSION=2.15.0
+test-torch: ## the fast tests of graphs and numerics under another torch: make test-torch VERSION=2.15.0, or VERSION=2.9.1 WITH=torchao==0.14.1
 	@test -n "$(VERSION)" || { echo "test-torch: give the version, as in: make test-torch VERSION=2.15.0" >&2; exit 2; }
 	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
-	PIP_CONSTRAINT=/dev/null $(OTHER)/bin/python -m pip install --quiet 'torch==$(VERSION)' -e '.[$(EXTRAS)]'
+	PIP_CONSTRAINT=/dev/null $(OTHER)/bin/python -m pip install --quiet 'torch==$(VERSION)' $(WITH) -e '.[$(EXTRAS)]'
 	$(OTHER)/bin/python -m pytest -m "not slow" -n $(JOBS) tests/passes tests/unit tests/forms
 
 ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler

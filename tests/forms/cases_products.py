@@ -202,6 +202,9 @@ class Grouped(nn.Module):
         return self.product(x.to(self.dtype), self.experts.to(self.dtype), offs=self.ends).double()
 
 
+GROUPED = getattr(F, "grouped_mm", torch._grouped_mm)  # public since torch 2.10
+
+
 def traces_fp32() -> bool:
     """Whether torch's own shape function of the grouped product takes fp32, as its kernel does (torch 2.15)."""
     x, weights, ends = (torch.empty(size, device="meta") for size in ((8, 16), (3, 16, 24), 3))
@@ -282,7 +285,7 @@ _ROUTED: dict[str, Any] = {"router.weight": "linear", "up": "experts", "down": "
 EXPERTS += [
     Case(
         "experts_grouped",
-        lambda: Grouped(F.grouped_mm, torch.bfloat16),
+        lambda: Grouped(GROUPED, torch.bfloat16),
         rand((8, 16)),
         {"experts": "experts"},
         shapes={"experts": (3, 2, 24)},
@@ -295,7 +298,7 @@ EXPERTS += [
     ),
     Case(
         "experts_grouped_fp32",
-        lambda: Grouped(F.grouped_mm, torch.float32),
+        lambda: Grouped(GROUPED, torch.float32),
         rand((8, 16)),
         {"experts": "experts"},
         tolerance=1e-6,

@@ -43,7 +43,7 @@ def test_fold(case: Case) -> None:
     assert result.modified  # 1 truthful
     photograph.assert_unchanged()
 
-    assert text(folded) == before == golden_section(case.name, "captured")  # 2 the graph is the captured one
+    assert text(folded) == before == golden_section(case.name, "captured", before)  # 2 the graph is the captured one
     assert branch_nodes(folded) == {}
     assert "branches" not in folded._modules
     assert not [name for name, _ in folded.named_parameters() if "lora" in name]
@@ -66,7 +66,7 @@ def test_fold(case: Case) -> None:
     assert again.graph_module is folded
     back = InsertBranches()(folded)  # 5 the inverse
     assert back.modified
-    assert text(back.graph_module) == inserted_text == golden_section(case.name, "inserted")
+    assert text(back.graph_module) == inserted_text == golden_section(case.name, "inserted", inserted_text)
     assert same_bits(run_in_training(back.graph_module, case), run_in_training(folded, case))
 
 

@@ -21,6 +21,7 @@ from tests.passes.kit import branches_of, fill, insert, same_bits, sites_of, use
 
 SPEC = lx.CascadeSpec(rank=3, lora_alpha=5.0, pace=0.5, seed=11, targets=("experts",))
 ENDS = (2, 2, 7)
+GROUPED = getattr(F, "grouped_mm", torch._grouped_mm)  # public since torch 2.10
 FALLBACK = torch.ops.transformers.grouped_mm_fallback.default
 assert moe.torch is torch  # the module that makes the op
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -54,9 +55,9 @@ def by_hand(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 ROWS = {
-    ("torch._grouped_mm", torch.float32): (F.grouped_mm, "symbolic"),  # which no tracer keeps
+    ("torch._grouped_mm", torch.float32): (GROUPED, "symbolic"),  # which no tracer keeps
     ("torch._grouped_mm", torch.bfloat16): (torch._grouped_mm, "symbolic"),
-    ("aten._grouped_mm", torch.bfloat16): (F.grouped_mm, "export"),
+    ("aten._grouped_mm", torch.bfloat16): (GROUPED, "export"),
     ("transformers::grouped_mm_fallback", torch.float32): (FALLBACK, "export"),
     ("transformers::grouped_mm_fallback", torch.float64): (FALLBACK, "symbolic"),
 }

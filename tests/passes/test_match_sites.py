@@ -64,7 +64,7 @@ def test_match(case: Case, mode: str) -> None:
         assert site.parts == case.parts.get(site.weight, ())
     assert text(matched) == before  # and no node is made
     if mode == "own":
-        assert text(matched) == golden_section(case.name, "captured")
+        assert text(matched) == golden_section(case.name, "captured", text(matched))
 
     assert same_bits(run(matched, case), run(graph_module, case))  # 3 numerics
     assert same_bits(run(matched, case), run(case.model, case)) == case.exact

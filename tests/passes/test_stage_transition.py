@@ -47,7 +47,7 @@ def test_transition(case: Case) -> None:
     photograph.assert_unchanged(
         but=("branches.",)
     )  # the one pass that writes into branches, which stay the same objects
-    assert text(after) == before == golden_section(case.name, "inserted")  # 2 the graph is the one we meant
+    assert text(after) == before == golden_section(case.name, "inserted", before)  # 2 the graph is the one we meant
 
     slow = {name: case.spec.pace * value for name, value in added.items()}  # 3 numerics
     for name, value in weights_of(after).items():
