@@ -95,7 +95,7 @@ def _keys(count: int, device: torch.device) -> torch.Tensor:
 def fingerprint(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's dtype, shape and bytes."""
     if is_traceable_wrapper_subclass(tensor):  # a quantized weight, or a tensor in one
-        names, how = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, how = tensor.__tensor_flatten__()
         return text_digest(f"{type(tensor).__name__}{how}{[fingerprint(getattr(tensor, name)) for name in names]}")
     plain = tensor.detach().to("cpu").contiguous()
     return fingerprint_of(plain.dtype, tuple(plain.shape), [data_of(plain)])
