@@ -198,13 +198,14 @@ class Variants:
         held = self.held.get(call.key, ())
         if any(variant.stands() for variant in held):
             return True
-        for change in [change.entry for variant in held[-1:] if variant.state for change in variant.state.changes()][
-            :1
-        ]:
-            self.changed[change] += 1
-            if self.changed[change] == OFTEN:
+        state = held[-1].state if held else None
+        changes = state.changes() if state is not None else ()
+        if changes:
+            name = changes[0].entry
+            self.changed[name] += 1
+            if self.changed[name] == OFTEN:
                 warn(
-                    f"{change} has changed {OFTEN} times between calls, and each new value costs a capture, since a "
+                    f"{name} has changed {OFTEN} times between calls, and each new value costs a capture, since a "
                     "graph holds it as a constant: make it a buffer, or a tensor that forward takes as an argument"
                 )
         return False

@@ -120,7 +120,8 @@ def test_a_site_that_comes_after_the_wrapper() -> None:
     assert set(cascade.branches) == {"body/weight"}
     wrapper(x).sum().backward()
 
-    cascade(x, more=True)  # past the wrapper: told at its next call
+    with pytest.warns(lx.LorascWarning, match="sites came with a call that no earlier one was like: more.weight"):
+        cascade(x, more=True)  # past the wrapper: told at its next call
     with pytest.raises(lx.StateError, match=exactly(LATE)):
         wrapper(x)
     DistributedDataParallel(cascade)(x, more=True).sum().backward()
