@@ -444,8 +444,8 @@ class _Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        floating = [each for each in _tensors(output) if each.is_floating_point() or each.is_complex()]
-        self._made += [projected(each) for each in floating]
+        real = [each for each in _tensors(output) if not isinstance(each, FakeTensor)]  # a graph may hold fakes
+        self._made += [projected(each) for each in real if each.is_floating_point() or each.is_complex()]
         return output
 
     def has(self, value: torch.Tensor) -> bool:
