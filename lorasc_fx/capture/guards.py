@@ -301,7 +301,7 @@ def _by_value(value: Any) -> bool:
 def _contents(where: Any, without: frozenset[Any]) -> Any:
     """Return what a container holds beside the values of its entries: its keys, its elements, or how many there are."""
     if isinstance(where, dict):
-        return tuple(key for key in where if key not in without) if without else tuple(where)
+        return where.keys() - without if without else tuple(where)
     return frozenset(where) if isinstance(where, set) else len(where) if isinstance(where, (list, deque)) else None
 
 
@@ -331,6 +331,7 @@ class Guards:
         self._entries: list[tuple[dict[Any, Any], Any, Any]] = []  # alone in their loop: Python is quicker so
         self._items: list[tuple[Any, Any, Any]] = []
         self._traced: list[tuple[Any, Any, Any, bool]] = []
+        self._keys: list[tuple[Callable[[], Any], Any]] = []
         self._others: list[tuple[Callable[[], Any], Any]] = []
         self._versions: list[tuple[torch.Tensor, int, str]] = []
         self._modules = list(model.modules())
@@ -352,7 +353,7 @@ class Guards:
         }
         self._held.append((held, skipped, _contents(where, skipped) if held.sized else None, values))
         if isinstance(where, set) or (skipped and isinstance(where, dict)):
-            self._others.append((functools.partial(_contents, where, skipped), _contents(where, skipped)))
+            self._keys.append((functools.partial(_contents, where, skipped), _contents(where, skipped)))
         elif not held.sized:
             pass
         elif isinstance(where, (dict, list, deque)) and where:
@@ -389,8 +390,11 @@ class Guards:
                     return False
         except KeyError:
             return False
+        for read, expected in self._keys:
+            if read() != expected:
+                return False
         for read, expected in self._others:
-            if not _alike(read(), expected):
+            if (value := read()) is not expected and not _alike(value, expected):
                 return False
         for tensor, version, _ in self._versions:
             if tensor._version != version:
