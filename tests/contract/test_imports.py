@@ -130,6 +130,7 @@ SURGEONS: dict[str, set[str]] = {
     "lorasc_fx/graph/edit.py": SURGERY | ON_A_GRAPH | FIELDS,
     "lorasc_fx/graph/copies.py": {"graph_copy", "target"},
     "lorasc_fx/graph/captured.py": FIELDS,
+    "lorasc_fx/capture/symbolic.py": {"create_node"},  # a tracer of fx, whose nodes these are
 }
 
 
