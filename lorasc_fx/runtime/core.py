@@ -319,6 +319,7 @@ class Core:
     def check_ready(self, call: str) -> None:
         """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
         self.check_alive(call)
+        self.usage.accept("end")  # the user folds, saves or looks at the weights
         if self.spread is not None and call not in ("weights", "transition", "stages", "rewind"):
             raise StateError(
                 f"{call}: the weights lie in parts on several processes; call "

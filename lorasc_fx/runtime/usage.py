@@ -10,6 +10,7 @@ what captured graphs are guarded by.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import weakref
@@ -30,6 +31,9 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 _UNFOLDED_SAVES = {("transformers.trainer", "_save"), ("accelerate.accelerator", "save_model")}
 """Functions, by module and name, that write the state dict of the model that they were given as its weights."""
+
+
+_ARMED: weakref.WeakSet[UsageWatch] = weakref.WeakSet()
 
 
 class UsageWatch:
@@ -80,12 +84,14 @@ class UsageWatch:
             core.model._compiled_call_impl = call
         self._remove = weakref.finalize(core, _let_go, model, call, handle)
         self._remove.atexit = False
+        _ARMED.add(self)
 
     def disarm(self) -> None:
         """Remove what `arm` has put onto the model."""
         if self._remove is not None:
             self._remove()
         self._core = self._remove = None
+        _ARMED.discard(self)
 
     def __call__(self, module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
         """Check a call of the model's `state_dict`."""
@@ -144,6 +150,23 @@ class UsageWatch:
                     "cascade.release(), or a checkpoint by lorasc_fx.save",
                 )
 
+    def check_end(self) -> None:
+        """Warn, where the program ends, of a first stage that has trained and was neither ended, saved nor released."""
+        core = self._core() if self._core is not None else None
+        if core is None or "end" in self._done or core.looped or core.hollow is not None:
+            return
+        if core.slow.together is not None or core.spread is not None or core.plan.stage > 1:
+            return
+        if core.slow.moved(core.branches_by_weight()):
+            pace = core.plan.spec.pace_at(1)
+            kept = f", and would keep {pace:g} of it, the pace of the spec: give pace=1.0 to keep all" if pace < 1 else ""
+            self.once(
+                "end",
+                "the program ends, and what stage 1 of a cascade has trained was neither folded nor saved. Train in "
+                f"`for stage in cascade.stages(...)`; `cascade.release()` folds it into the model{kept}; lorasc_fx.save "
+                "keeps it for a later run",
+            )
+
     def __reduce__(self) -> tuple[type[UsageWatch], tuple[()]]:
         return (UsageWatch, ())
 
@@ -180,3 +203,9 @@ def _let_go(model: weakref.ref[nn.Module], call: Any, handle: Any) -> None:
     own = model()
     if own is not None and own.__dict__.get("_compiled_call_impl") is call:
         del own._compiled_call_impl
+
+
+@atexit.register
+def _at_exit() -> None:
+    for watch in list(_ARMED):
+        watch.check_end()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle  # noqa: TID251  # that a watched model pickles is what is tested
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -325,3 +327,33 @@ def test_a_frozen_site_among_trainable_ones() -> None:
         backbone = net()
         backbone[0].requires_grad_(False)
         lx.adapt(backbone, (X,), spec=QUIET)
+
+
+END = """
+import torch, lorasc_fx as lx
+
+def new():
+    spec = lx.CascadeSpec(rank=2)
+    cascade = lx.adapt(torch.nn.Linear(4, 3), (torch.ones(2, 4),), spec=spec, frontend="symbolic")
+    return cascade, torch.optim.SGD(cascade.param_groups(lr=0.1))
+
+def step(cascade, optimizer):
+    cascade(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+lost, untrained, saved, gone, staged = (new() for _ in range(5))
+for each in (lost, saved, gone):
+    step(*each)
+lx.save(saved[0], FOLDER)
+del gone, each
+for stage in staged[0].stages(1, staged[1]):
+    step(*staged)
+"""
+
+
+def test_a_program_that_ends_with_a_trained_first_stage(tmp_path: Path) -> None:
+    program = END.replace("FOLDER", repr(str(tmp_path / "run")))
+    command = [sys.executable, "-W", "always", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.count("LorascWarning: the program ends, and what stage 1") == 1, done.stderr
