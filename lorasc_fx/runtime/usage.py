@@ -159,12 +159,12 @@ class UsageWatch:
             return
         if core.slow.moved(core.branches_by_weight()):
             pace = core.plan.spec.pace_at(1)
-            kept = f", and would keep {pace:g} of it, the pace of the spec: give pace=1.0 to keep all" if pace < 1 else ""
+            kept = f", and keeps {pace:g} of it, the pace of the spec: give pace=1.0 to keep all" if pace < 1 else ""
             self.once(
                 "end",
                 "the program ends, and what stage 1 of a cascade has trained was neither folded nor saved. Train in "
-                f"`for stage in cascade.stages(...)`; `cascade.release()` folds it into the model{kept}; lorasc_fx.save "
-                "keeps it for a later run",
+                f"`for stage in cascade.stages(...)`; `cascade.release()` folds it into the model{kept}; "
+                "lorasc_fx.save keeps it for a later run",
             )
 
     def __reduce__(self) -> tuple[type[UsageWatch], tuple[()]]:
