@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import PassError, SpecError
@@ -71,9 +71,13 @@ def survey(
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
     """
-    weights = named_weights(owner_of(graph_modules[0], record))
+    owner = owner_of(graph_modules[0], record)
+    weights = named_weights(owner)
     check_patterns(spec, weights.matrices, weights.names)
     found: dict[str, Found] = defaultdict(Found)
+    for path, module in owner.named_modules():
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)):
+            found[weights.canonical.get(f"{path}.weight".lstrip("."), "")].layer = True
     for graph_module in graph_modules:
         for weight, seen in read(graph_module, record, weights).items():
             found[weight].join(seen)
@@ -252,7 +256,8 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: Found) -> Re
         other = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
         sentence = f"module {seen.called[0].target} is called whole, and node {_told(other)} uses its weight as well"
         return Refusal(weight, other.name, Reason.MIXED_USES, sentence)
-    if not seen.all_beside and parameter.numel() == max(parameter.shape, default=0):
+    single = parameter.numel() == max(parameter.shape, default=0)
+    if single and not seen.all_beside and not (seen.layer and not seen.contracted and not seen.others):
         return Refusal(weight, "", Reason.VECTOR, f"of shape {tuple(parameter.shape)}, has one axis longer than 1")
     return None
 

@@ -35,7 +35,10 @@ class Beside:
 
 @dataclass
 class Found:
-    """All that the graph says of one weight: its get_attr nodes, and what uses it."""
+    """All that the graph says of one weight: its get_attr nodes, and what uses it.
+
+    `layer`: it is the weight of a linear, conv or embedding module of torch.nn.
+    """
 
     sources: list[fx.Node] = field(default_factory=list)
     beside: list[Beside] = field(default_factory=list)
@@ -46,6 +49,7 @@ class Found:
     outside: list[str] = field(default_factory=list)
     rows: list[Rows | None] = field(default_factory=list)
     touched: bool = False
+    layer: bool = False
 
     @property
     def reached(self) -> bool:

@@ -389,6 +389,27 @@ def test_a_folded_graph_names_the_first_break() -> None:
     cascade(inputs())
 
 
+class Disabled(nn.Module):
+    """Python that dynamo leaves alone, with a head of one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 1)
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+
+def test_a_layer_of_one_output_between_graphs_is_a_site() -> None:
+    torch.manual_seed(0)
+    model, x = Disabled(), torch.randn(4, 5)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2), frontend="pieces")
+    assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
+    randomize(cascade)
+    torch.testing.assert_close(cascade(x), merged(model, cascade)(x))
+
+
 def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Never eager code without branches."""
 
