@@ -319,7 +319,6 @@ class Core:
     def check_ready(self, call: str) -> None:
         """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
         self.check_alive(call)
-        self.usage.accept("end")  # the user folds, saves or looks at the weights
         if self.spread is not None and call not in ("weights", "transition", "stages", "rewind"):
             raise StateError(
                 f"{call}: the weights lie in parts on several processes; call "
@@ -346,6 +345,7 @@ class Core:
                 f"{call}: gradients are pending on {waiting[0]}{more}: they belong to the stage that ends. "
                 "Call optimizer.step() or optimizer.zero_grad() first"
             )
+        self.usage.accept("end")  # the user folds, saves or looks at the weights
 
 
 class _Exclusive(Block[None]):
