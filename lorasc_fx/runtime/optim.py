@@ -22,9 +22,9 @@ _FINITE = {"exp_avg", "momentum_buffer", "grad_avg", "ax", "prev", "gamma", "fac
 _POSITIVE = {
     "lr", "initial_lr", "max_lr", "min_lr", "base_lr", "base_lrs", "max_lrs", "min_lrs", "_last_lr", "eta_min",
     "weight_decay", "lr_decay", "momentum", "base_momentum", "max_momentum", "momentum_decay", "eps", "step",
-    "step_size", "_step_count",
+    "step_size", "_step_count", "eta", "mu",
 }  # fmt: skip
-_SHARES = {"betas", "rho"}
+_SHARES = {"betas", "rho", "mu_product"}
 
 
 def check_numbers(held: Any, place: str, key: str = "", finite: bool = True) -> None:

@@ -236,6 +236,21 @@ def test_moments_that_no_resume_takes_are_not_kept(tmp_path: Path) -> None:
     Run(skip).resumed(tmp_path / "skip")
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"), [(torch.optim.NAdam, "mu_product"), (torch.optim.ASGD, "eta"), (torch.optim.ASGD, "mu")]
+)
+def test_the_scalars_of_other_optimizers_are_checked(
+    kind: type[torch.optim.Optimizer], key: str, tmp_path: Path
+) -> None:
+    going = Run(SPEC, optimizer=lambda cascade: kind(cascade.param_groups(lr=0.1))).started()
+    going.step()
+    state = going.optimizer.state[going.cascade.branches["body/weight"].lora_A]
+    for value, what in ((float("nan"), "holds NaN"), (-1.0, "is below 0")):
+        state[key].fill_(value)
+        with pytest.raises(lx.CheckpointError, match=rf"^save: optimizer\.state\.\d\.{key} {what};"):
+            going.save(tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.LorascWarning")
 def test_a_branch_that_the_next_fold_leaves_out_is_kept(tmp_path: Path) -> None:
     going = Run(replace(SPEC, on_nonfinite="skip")).started()
