@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,12 +85,13 @@ class Memory:
 
 
 def shared_memory(model: nn.Module) -> dict[str, str]:
-    """Return the parameters that share memory with another parameter or buffer, or with themselves, with a sentence.
+    """Return the parameters that share memory with another tensor of the model, or with themselves, with a sentence.
 
     A write to one of them changes what the other holds. A tie, one Parameter in two places, is none of these.
     """
-    parameters, tensors = dict(model.named_parameters()), dict(model.named_buffers())
-    places = [(place, name) for name, value in (parameters | tensors).items() if (place := Memory.of(value))]
+    parameters = dict(model.named_parameters())
+    tensors = [*parameters.items(), *model.named_buffers(), *_plain_attributes(model)]
+    places = [(place, name) for name, value in tensors if (place := Memory.of(value))]
     places.sort(key=lambda item: (str(item[0].device), item[0].start))
     found: dict[str, str] = {}
     before: list[tuple[Memory, str]] = []
@@ -104,3 +106,17 @@ def shared_memory(model: nn.Module) -> dict[str, str]:
                         found.setdefault(one, f"shares memory with {two}: a fold of it would change both")
         before.append((place, name))
     return found
+
+
+def _plain_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that modules hold as plain attributes, or in a list, tuple or dict that is one."""
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            items = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            )
+            for each in items:
+                if isinstance(each, torch.Tensor) and not isinstance(each, nn.Parameter):
+                    yield f"{prefix}.{name}".removeprefix("."), each

@@ -145,6 +145,11 @@ def with_buffer(net: Net) -> Net:
     return net
 
 
+def with_attribute(net: Net, value: Callable[[torch.Tensor], object]) -> Net:
+    net.last.seen = value(net.last.weight)
+    return net
+
+
 OVERLAPS: dict[str, tuple[Callable[[], Net], dict[str, str]]] = {
     "shifted": (
         lambda: flat(Net(), {"one.weight": (0, (5, 5), (5, 1)), "two.weight": (20, (5, 5), (5, 1))}),
@@ -167,6 +172,14 @@ OVERLAPS: dict[str, tuple[Callable[[], Net], dict[str, str]]] = {
         {"one.weight": "is expanded"},
     ),
     "a buffer": (lambda: with_buffer(Net()), {"last.weight": "shares memory with last.seen"}),
+    "an attribute": (
+        lambda: with_attribute(Net(), lambda weight: weight.data.t()),
+        {"last.weight": "shares memory with last.seen"},
+    ),
+    "in a list": (
+        lambda: with_attribute(Net(), lambda weight: [weight.data[1], torch.zeros(2)]),
+        {"last.weight": "shares memory with last.seen"},
+    ),
 }  # fmt: skip
 
 NEIGHBOURS: dict[str, Callable[[], Net]] = {
@@ -177,6 +190,7 @@ NEIGHBOURS: dict[str, Callable[[], Net]] = {
     "columns of one matrix": lambda: flat(
         Net(), {"one.weight": (0, (5, 5), (10, 1)), "two.weight": (5, (5, 5), (10, 1))}
     ),
+    "the parameter itself in a list": lambda: with_attribute(Net(), lambda weight: [weight]),
     "every second": lambda: flat(
         Net(), {"one.weight": (0, (5, 5), (10, 2)), "two.weight": (1, (5, 5), (10, 2))}
     ),
