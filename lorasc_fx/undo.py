@@ -171,7 +171,7 @@ class Block(Generic[T]):
                 if told is None:
                     first = other
                 else:
-                    told.add_note(f"and what was written could not be put back: {type(other).__name__}: {other}")
+                    told.add_note(f"and taking back raised {type(other).__name__}: {other}")
         return first
 
 

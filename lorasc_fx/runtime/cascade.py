@@ -160,7 +160,8 @@ class Cascade(Staged):
 
         Raises:
             StateError: another name, a stage that has not ended or whose experts are gone into a dense delta, averaged
-                weights where none are kept, inside another `weights`, inside a backward, or after `release`.
+                weights where none are kept, inside another `weights`, inside a backward, or after `release`. At the
+                end of the `with`: a weight was written inside; that write is dropped, and the weights are back.
         """
         return _weights(self, which, stage)
 
@@ -310,7 +311,7 @@ def _weights(undo: Block[Any], cascade: Cascade, which: Which | None, stage: int
         parameters = core.parameters_by_name()
         live = folding.trained_now(core, parameters)
         earlier = past.at_stage(core.slow, stage, "weights") if stage is not None else None
-        undo(partial(folding.rest, core, parameters, live))
+        undo(partial(folding.rest, core, parameters, live, folding.Held.of(core, parameters)))
         folding.place(core, which or ("slow" if stage else "base"), parameters, live, earlier)
         core.placed = which if stage is None else stage
     return cascade

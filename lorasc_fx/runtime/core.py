@@ -51,7 +51,7 @@ class Core:
         self.usage = UsageWatch()
         self.placed: Which | int | None = None  # a number is that of a stage
         self.released = False
-        self.dense: list[tuple[nn.Module, str, nn.Parameter]] = []  # what dense weights stand in for, inside weights()
+        self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
         self.written: Callable[[], frozenset[str]] = frozenset  # names of parameters that forward writes
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
@@ -61,6 +61,7 @@ class Core:
         self.looped = False  # stages was called
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
+        self._frozen: dict[str, int] = {}  # checksums of the parameters that no training moves, as they had theirs
         self._checksums: dict[str, int] = {}  # of the weights, as they were last written here or first seen
         self._objects: dict[str, int] = {}  # ids of their parameters, as they were last seen
 
@@ -243,9 +244,22 @@ class Core:
         self._checksums = {**self._checksums, **{name: checksum(parameters[name]) for name in names}}
         self._objects = {**self._objects, **{name: id(parameters[name]) for name in names}}
 
+    def note_placed(self, names: Iterable[str]) -> None:
+        """Take the checksums of weights that were put in place for a while."""
+        now = {name: _parameter(self.model, name) for name in names}
+        self.placed_checksums = {name: checksum(each) for name, each in now.items() if each is not None}
+
     def exchanged(self) -> bool:
         """Whether other objects are in the places of the weights, as inside torch.func.functional_call."""
         return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
+
+    def changed(self, checksums: Mapping[str, int]) -> str | None:
+        """Return the first parameter that is gone, or no longer has the checksum that it has here."""
+        for name, known in checksums.items():
+            parameter = _parameter(self.model, name)
+            if parameter is None or checksum(parameter) != known:
+                return name
+        return None
 
     def check_weights(self, call: str) -> None:
         """Raise StateError where a weight holds other numbers than were written here, or is gone.
@@ -254,14 +268,7 @@ class Core:
         sharded. Every rank must call this at the same point.
         """
         parameters = self.weights_by_name()
-        changed = next(
-            (
-                name
-                for name, known in self._checksums.items()
-                if name not in parameters or checksum(parameters[name]) != known
-            ),
-            None,
-        )
+        changed = self.changed(self._checksums)
         if self.slow.some(changed is not None):
             raise StateError(
                 f"{call}: {changed or 'a weight on another process'} was changed from outside while the cascade lives "
@@ -279,13 +286,39 @@ class Core:
         self._objects = {name: id(parameter) for name, parameter in parameters.items()}
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprint of every base parameter that only training moves; each is computed once."""
-        slow, moved = self.slow, self.moved_parameters()
+        """Return the fingerprint of every base parameter that only training moves.
+
+        Each is computed once, and anew where a parameter that no training moves was written since: a checkpoint does
+        not hold it, and has to say onto which numbers it loads.
+        """
+        slow, moved, whole = self.slow, self.moved_parameters(), self.slow.together is None and self.spread is None
         for name, parameter in self.parameters_by_name().items():
-            if name not in self._fingerprints and name not in moved:
-                kept = slow.states.get(name) or slow.trained.get(name)
+            if name in moved:
+                continue
+            kept = slow.states.get(name) or slow.trained.get(name)
+            if kept is None and whole:
+                if name in self._fingerprints and self.changed({name: self._frozen[name]}):
+                    del self._fingerprints[name]
+                    self.usage.once(
+                        "frozen",
+                        f"{name} was changed after an earlier save. It is neither adapted nor trained, and checkpoints "
+                        "do not hold it: from now on they load onto a model that has its new numbers only. To have it "
+                        "in them, give train=(...) to the spec",
+                    )
+                self._frozen[name] = checksum(parameter)
+            if name not in self._fingerprints:
                 self._fingerprints[name] = fingerprint(kept.base if kept is not None else parameter)
         return {name: digest for name, digest in self._fingerprints.items() if name not in moved}
+
+    @property
+    def fingerprinted(self) -> bool:
+        """Whether fingerprints were taken."""
+        return bool(self._fingerprints)
+
+    def note_frozen(self) -> None:
+        """Take the checksums of what no training moves again: it was moved or cast here, and its fingerprint stays."""
+        parameters = self.parameters_by_name()
+        self._frozen = {name: checksum(parameters[name]) for name in self._frozen}
 
     def moved_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that forward itself writes (a momentum teacher); they are state, as buffers are."""

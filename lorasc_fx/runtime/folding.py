@@ -13,7 +13,7 @@ from torch import nn
 from lorasc_fx.branch import Which, is_quantized
 from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import StateError, nearest
-from lorasc_fx.runtime.rigid import Requantize, check_asked, places, put, put_back, requantized
+from lorasc_fx.runtime.rigid import Places, Requantize, check_asked, places, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.transition import has_begun, resting_value, trained_moved
 from lorasc_fx.spec import CascadeSpec
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BeforeCast",
+    "Held",
     "before_cast",
     "check_which",
     "ended",
@@ -79,28 +80,68 @@ def place(
     values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}
     names = [*slow.states, *slow.trained]
     fill(parameters, names, new, lambda name, out: _put_resting(core, name, out, live))
-    core.dense = places(core.model, values)
-    put(core.dense, core.model, values)
+    put(places(core.model, values), core.model, values)
+    core.note_placed(names)
     core.placed = which
 
 
-def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor]) -> None:
-    """Write back what the parameters hold while the stage trains; where that raises, once more."""
+@dataclass(frozen=True)
+class Held:
+    """The parameters that `place` writes: where modules hold them, and their memory."""
+
+    places: Places
+    memory: tuple[tuple[nn.Parameter, torch.Tensor], ...]
+
+    @staticmethod
+    def of(core: Core, parameters: Mapping[str, nn.Parameter]) -> Held:
+        """Return those of a core. Of sharded weights there are none: FSDP itself exchanges them."""
+        names = [*core.slow.states, *core.slow.trained]
+        if core.slow.together is not None or core.spread is not None:
+            return Held([], ())
+        dense = [parameters[name] for name in names if not is_quantized(parameters[name])]
+        return Held(places(core.model, names), tuple((each, each.data) for each in dense))
+
+    def in_place(self, core: Core) -> list[str] | None:
+        """Return the names whose parameters the model still has; None (all) for sharded weights."""
+        held = {id(parameter) for _, _, parameter in self.places}
+        return [name for name, each in core.weights_by_name().items() if id(each) in held] if held else None
+
+    def put_back(self) -> None:
+        """Undo what was assigned, and casts; a place that is gone stays so."""
+        put_back([(module, leaf, value) for module, leaf, value in self.places if leaf in module._parameters])
+        for parameter, memory in self.memory:
+            if parameter.dtype != memory.dtype or parameter.data_ptr() != memory.data_ptr():
+                parameter.data = memory
+
+
+def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor], held: Held) -> None:
+    """Write back what the parameters hold while the stage trains; where that raises, once more.
+
+    Raises:
+        StateError: a weight was written inside `weights`; all of them are back.
+    """
 
     def write() -> None:
-        put_back(core.dense)
+        held.put_back()
         with torch.no_grad():
             for name in [*core.slow.states, *core.slow.trained]:
                 if not is_quantized(parameters[name]):
                     _put_resting(core, name, local(parameters[name]), live)
             for buffer, value in core.statistics:
                 buffer.copy_(value)
-        core.dense, core.placed, core.statistics = [], None, []
-        core.note_weights()
+        core.placed, core.placed_checksums, core.statistics = None, {}, []
+        core.note_weights(held.in_place(core))
 
     with Commit(core.lock) as undo:
         undo(write)
+        written = core.changed(core.placed_checksums)
         write()
+    if written is not None:
+        raise StateError(
+            f"weights: {written} was written inside the with block (a training step, load_state_dict, half, .data). "
+            "The weights of before are back, and what was written is dropped. Train the cascade outside of the block; "
+            "cast or change a copy (copy.deepcopy(model) inside the block), or the model after release"
+        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +171,7 @@ def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> Befor
         return None
     core.check_ready("to")
     dtypes = {name: value.dtype for name, value in parameters.items()}
-    if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
+    if core.fingerprinted or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
         core.fingerprints()
     unmoved = tuple(name for name, value in trained.items() if not trained_moved(core.slow, {name: value}))
     return BeforeCast(dtypes, unmoved, factors)
@@ -161,6 +202,7 @@ def tensors_writer(core: Core, cascade: nn.Module) -> Callable[[], None]:
                 gradient.data = its_memory
             value.grad = gradient
         core.note_weights()
+        core.note_frozen()
 
     return write
 
@@ -188,6 +230,7 @@ def recast(core: Core, before: BeforeCast) -> None:
                 factor.data = before.factors[name].to(factor.device, torch.float32)
                 factor.grad = None if grad is None else grad.float()
     core.note_weights()
+    core.note_frozen()
 
 
 def _put_resting(core: Core, name: str, out: torch.Tensor, live: Mapping[str, torch.Tensor]) -> None:

@@ -420,7 +420,7 @@ def test_steps_run_backwards_and_none_is_left_out() -> None:
     with pytest.raises(ZeroDivisionError) as raised:
         block()
     assert done == [3, 2, 1]
-    assert raised.value.__notes__ == ["and what was written could not be put back: ValueError: two"]
+    assert raised.value.__notes__ == ["and taking back raised ValueError: two"]
 
 
 @pytest.mark.parametrize("block", [AllOrNothing, Commit])

@@ -116,6 +116,76 @@ def test_a_write_from_outside_is_refused(write: str, call: str, tmp_path: Path) 
     assert all(torch.equal(value, before[name]) for name, value in cascade.model.state_dict().items())
 
 
+def cast(model: nn.Module) -> None:
+    model.half()
+
+
+def assigned_by_state_dict(model: nn.Module) -> None:
+    model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()}, assign=True)
+
+
+INSIDE = WRITES | {"cast": cast, "assigned by state dict": assigned_by_state_dict}
+
+
+@pytest.mark.parametrize("write", INSIDE)
+def test_a_write_inside_weights_is_told_and_dropped(write: str) -> None:
+    """The oracle is a cascade that nobody has written into."""
+    cascade, twin = ended(), ended()
+    held = cascade.model.get_parameter("2.weight")
+    memory = held.data_ptr()
+    block = cascade.weights("fast")
+    block.__enter__()
+    INSIDE[write](cascade.model)
+    with pytest.raises(lx.StateError, match=r"^weights: \d\.weight was written inside the with block .* is dropped"):
+        block.__exit__(None, None, None)
+    if write == "replaced":  # the module is the user's: it stays, and the next fold says so
+        with pytest.raises(lx.StateError, match=REFUSED):
+            cascade.transition(None)
+        return
+    weight = cascade.model.get_parameter("2.weight")
+    assert weight is held
+    assert weight.data_ptr() == memory
+    assert torch.equal(weight, twin.model.get_parameter("2.weight"))
+    cascade.transition(None)
+    twin.transition(None)
+    assert torch.equal(cascade.release().get_parameter("2.weight"), twin.release().get_parameter("2.weight"))
+
+
+def test_parameters_trained_in_full_are_watched_inside_weights_too() -> None:
+    cascade = adapted(train=("0.bias",))
+    bias = cascade.model.get_parameter("0.bias")
+    with pytest.raises(lx.StateError, match=r"^weights: 0\.bias was written inside"), cascade.weights("slow"):
+        bias.data.add_(1)
+
+    def fails() -> None:
+        with cascade.weights("slow"):
+            bias.data.add_(1)
+            raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first") as raised:
+        fails()
+    assert "0.bias was written inside" in raised.value.__notes__[0]
+    with cascade.weights("slow"):
+        cascade.model(X)
+
+
+def test_a_frozen_parameter_that_changes_between_saves_is_part_of_the_base(tmp_path: Path) -> None:
+    """It is in no checkpoint: what is saved later loads onto its new numbers only, in any dtype."""
+    cascade, original = ended(), mlp()
+    lx.save(cascade, tmp_path)
+    lx.load(tmp_path, mlp(), (X,))
+    cascade.model.get_parameter("0.bias").data.add_(1.0)
+    with pytest.warns(lx.LorascWarning, match=r"0\.bias was changed after an earlier save"):
+        lx.save(cascade, tmp_path)
+    with pytest.raises(lx.CheckpointError, match=r"the model differs in 0\.bias"):
+        lx.load(tmp_path, mlp(), (X,))
+    original.get_parameter("0.bias").data.add_(1.0)
+    assert torch.equal(lx.load(tmp_path, copy.deepcopy(original), (X,))(X), cascade(X))
+    cascade.float()
+    lx.save(cascade, tmp_path)  # a cast is none of the user's changes
+    lx.load(tmp_path, original, (X,))
+
+
 def test_the_same_numbers_written_again_are_no_change() -> None:
     cascade = ended()
     model = cascade.model
