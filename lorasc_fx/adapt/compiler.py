@@ -118,6 +118,7 @@ class Compiler:
                 sizes=captured.sizes,
                 state=captured.state,
                 grad=captured.grad,
+                requires_grad=captured.requires_grad,
             )
             whole = replace(whole, variant=variant, refused_frontends=captured.refused)
             hidden = next((str(each) for each in whole.refusals if each.reason in _HIDDEN), "")

@@ -34,7 +34,7 @@ from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.runtime import Made, Variant
-from lorasc_fx.undo import Undo, isolated
+from lorasc_fx.undo import Undo, isolated, raise_of_handler
 
 __all__ = ["insert", "make_pieces"]
 
@@ -264,7 +264,14 @@ def _wrong_gradient(pieces: Pieces, branches: Sequence[Branch], args: Any, kwarg
         for each in plain:
             _probe(each, model, coarse)
         with _trained(weights):
-            theirs = _backward(model, _merged(model, plain), args, kwargs)
+            try:
+                theirs = _backward(model, _merged(model, plain), args, kwargs)
+            except MemoryError:
+                raise
+            except Exception as fault:  # as of a model that differentiates inside, and frees its graph in eval mode
+                raise_of_handler(fault)
+                log.info("%s itself has no gradients: %s", type(model).__name__, one_line(fault))
+                return None
             given = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
         expected = {
             each.weight_name: torch.autograd.grad(_scaled(each, model), _factors(each), given[each.weight_name])

@@ -20,7 +20,7 @@ from lorasc_fx.capture.hollow import device_of, faked, has_numbers, is_hollow
 from lorasc_fx.capture.live import OWNER, Captured, quiet
 from lorasc_fx.capture.pieces import Pieces, capture_pieces
 from lorasc_fx.capture.pt2 import inert
-from lorasc_fx.capture.signature import Call, Calls, bind, check_binds, copied, leaves, signature_of
+from lorasc_fx.capture.signature import Call, Calls, bind, check_binds, copied, leaves, requires_grad, signature_of
 from lorasc_fx.capture.symbolic import capture_symbolic
 from lorasc_fx.capture.trees import know_trees, whole
 from lorasc_fx.capture.trial import Disagreement, Trial, check_agrees, first_difference, one_line, seed, try_model
@@ -106,6 +106,7 @@ def capture(
         whole_elsewhere=trial.only_recomputes,
         state=Guards(model, trial.assigned, trial.written),
         grad=trial.grad,
+        requires_grad=requires_grad(leaves(args, kwargs)) if trial.asks else None,
     )
 
 

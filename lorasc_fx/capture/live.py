@@ -41,6 +41,7 @@ class Captured:
         whole_elsewhere: whether a whole graph was refused for gradient checkpointing alone, which other modes may lack.
         state: guards on the model's Python state.
         grad: gradient mode of the calls that it is for; None where the model computes the same in both.
+        requires_grad: of the leaves of the inputs, where the model asks tensors for it; None where it does not.
     """
 
     module: fx.GraphModule
@@ -53,6 +54,7 @@ class Captured:
     whole_elsewhere: bool = False
     state: Guards | None = None
     grad: bool | None = None
+    requires_grad: tuple[bool, ...] | None = None
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.capture.trees import whole
 from lorasc_fx.errors import CaptureError
 
-__all__ = ["Call", "Calls", "bind", "copied", "leaves"]
+__all__ = ["Call", "Calls", "bind", "copied", "leaves", "requires_grad"]
 
 
 def bind(
@@ -85,6 +85,11 @@ def check_binds(
 def leaves(args: Any, kwargs: Any) -> list[Any]:
     """Return the leaves of the arguments in the order of a graph's placeholders."""
     return pytree.tree_leaves((args, kwargs), is_leaf=whole)
+
+
+def requires_grad(flat: Sequence[Any]) -> tuple[bool, ...]:
+    """Return of each leaf whether it is a tensor that requires gradients."""
+    return tuple([isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in flat])
 
 
 def copied(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

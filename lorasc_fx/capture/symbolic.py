@@ -42,6 +42,7 @@ def capture_symbolic(
         graph = tracer.trace(model, concrete_args=constants)
         check_drew_nothing(drawn)
     drop_nodes(graph, _checks_a_constant)
+    _check_differentiates_activations(graph)
     rename_inputs(graph, [each.name for each in signature_of(model).parameters.values() if each.kind not in _VARIADIC])
     holder = tracer.root
     return Captured(read_live(holder, graph, model), "symbolic")
@@ -143,6 +144,21 @@ def _exchanged_functions(undo: Block[Any]) -> None:
     """Record functions registered by `torch.fx.wrap` as one call each; one trace at a time."""
     undo.enter(_EXCHANGING)
     _symbolic_trace._patch_wrapped_functions(undo.enter(_symbolic_trace._new_patcher()))
+
+
+def _check_differentiates_activations(graph: fx.Graph) -> None:
+    """Raise RuntimeError for a graph that asks for gradients of weights, which are frozen beside their branches."""
+    weights: set[fx.Node] = set()  # and what is made of them alone
+    for node in graph.nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function" and node.all_input_nodes and weights.issuperset(node.all_input_nodes)
+        ):
+            weights.add(node)
+        if node.op == "call_function" and node.target is torch.autograd.grad:
+            differentiated = node.args[1] if len(node.args) > 1 else node.kwargs["inputs"]
+            inputs = differentiated if isinstance(differentiated, (tuple, list)) else (differentiated,)
+            if not weights.isdisjoint(inputs):
+                raise RuntimeError("the model differentiates by a weight, which is frozen where its branch trains")
 
 
 def _has_tensor(value: Any) -> bool:

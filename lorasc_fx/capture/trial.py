@@ -43,7 +43,7 @@ COARSE = 0.1
 
 @dataclass(frozen=True)
 class Difference:
-    """How two runs differ, and the weights whose gradients do."""
+    """How two runs differ, and the weights (and inputs) whose gradients do."""
 
     sentence: str
     weights: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Disagreement(RuntimeError):
 @dataclass(frozen=True)
 class Observed:
     """What a run showed: types and tensors of the output, and of the arguments after the call; the buffers then; and
-    projections of the gradients of weights, None where the backward pass raised (`broken`) or none was run.
+    projections of the gradients of weights and inputs, None where the backward pass raised (`broken`) or none was run.
     """
 
     output: tuple[Any, list[torch.Tensor]]
@@ -68,6 +68,7 @@ class Observed:
     buffers: list[tuple[str, torch.Tensor]]
     functions: tuple[str, ...]
     recomputes: bool
+    asks: bool
     gradients: Mapping[str, torch.Tensor] | None
     broken: str = ""
 
@@ -101,6 +102,11 @@ class Trial:
     def recomputes(self) -> bool:
         """Whether it saves tensors by hooks of its own, as the regions of torch.utils.checkpoint do."""
         return self.seen.recomputes
+
+    @property
+    def asks(self) -> bool:
+        """Whether its Python asks tensors whether they require gradients."""
+        return self.seen.asks
 
     @property
     def only_recomputes(self) -> bool:
@@ -289,16 +295,22 @@ def _observed_or_none(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         return None
 
 
-class _SavedTensorHooks(TorchFunctionMode):
-    """Sees whether a model computes under hooks on saved tensors that it has set itself."""
+_ASKS = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
+
+
+class _AutogradUse(TorchFunctionMode):
+    """Sees whether a model computes under hooks on saved tensors that it has set itself (`recomputes`), and whether it
+    asks tensors for their gradient state (`asks`).
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = False
+        self.recomputes = self.asks = False
         self._before = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._before
+        self.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._before
+        self.asks |= any(getattr(func, "__self__", None) is each for each in _ASKS)
         return func(*args, **(kwargs or {}))
 
 
@@ -308,7 +320,7 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
     with same_values(model):
         seed()
         held = attribute_tensors(model)
-        with _SavedTensorHooks() as hooks:
+        with _AutogradUse() as use:
             output = call(*inputs, **named)
         tensors = _tensors(output)
         held += [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
@@ -319,19 +331,26 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
         names = {type(node).__name__.removesuffix("Backward") for node in nodes if node not in reentrant}
         own = {f"the autograd.Function {name}" for name in names if not name.startswith("GeneratedBackwardFor_")}
         hollow = any(isinstance(each, FakeTensor) for each in model.parameters())
-        gradients, broken = _gradients(tensors, model) if torch.is_grad_enabled() and not hollow else (None, "")
+        gradients, broken = (
+            _gradients(tensors, model, (inputs, named)) if torch.is_grad_enabled() and not hollow else (None, "")
+        )
     output_seen, arguments = (
         (_types(value), [each.detach() for each in _tensors(value)]) for value in (output, (inputs, named))
     )
-    recomputes = hooks.seen or bool(reentrant)
-    return Observed(output_seen, arguments, buffers, tuple(sorted(own)), recomputes, gradients, broken)
+    recomputes = use.recomputes or bool(reentrant)
+    return Observed(output_seen, arguments, buffers, tuple(sorted(own)), recomputes, use.asks, gradients, broken)
 
 
-def _gradients(outputs: list[torch.Tensor], model: nn.Module) -> tuple[Mapping[str, torch.Tensor] | None, str]:
-    """Return projections of the gradients, or why the backward pass raises: an eager model may have none."""
+def _gradients(
+    outputs: list[torch.Tensor], model: nn.Module, given: Any
+) -> tuple[Mapping[str, torch.Tensor] | None, str]:
+    """Return projections of the gradients of weights and inputs, or why the backward pass raises: an eager model may
+    have none.
+    """
     floating = [each for each in outputs if each.is_floating_point() or each.is_complex()]
     try:
-        return projected_gradients(floating, dict(model.named_parameters())), ""
+        inputs = {f"input {index}": each for index, each in enumerate(_tensors(given))}
+        return projected_gradients(floating, inputs | dict(model.named_parameters())), ""
     except MemoryError:
         raise
     except Exception as fault:
@@ -382,7 +401,7 @@ def _other_gradients(
     if not wrong:
         return None
     worst = max(wrong, key=lambda name: wrong[name])
-    more = f", and those of {len(wrong) - 1} more weights" if len(wrong) > 1 else ""
+    more = f", and those of {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return Difference(f"the gradient of {worst} is off by {wrong[worst]:.1e} of its scale{more}", tuple(wrong))
 
 

@@ -80,7 +80,8 @@ class Variant:
     tensor, the sizes
     that are constants of the graph. `placements` tells of each weight where its branch computes in this graph
     (`beside`, `merged`, `weight`), and `expected` how long a training step takes over that of the frozen model, None
-    where that is not known. `grad` is the gradient mode of the calls that the graph is for, None for both.
+    where that is not known. `grad` is the gradient mode of the calls that the graph is for, None for both;
+    `requires_grad` tells of each leaf of the inputs whether it requires gradients, None where the model does not ask.
     """
 
     module: Callable[..., Any]
@@ -94,9 +95,22 @@ class Variant:
     placements: Mapping[str, str] = field(default_factory=dict)
     expected: float | None = None
     grad: bool | None = None
+    requires_grad: tuple[bool, ...] | None = None
+
+    def flows(self, leaves: list[Any]) -> bool:
+        """Whether inputs require gradients as those of the graph did; plain enough for dynamo to trace."""
+        if self.requires_grad is not None:
+            for leaf, expected in zip(leaves, self.requires_grad, strict=True):
+                if expected != (isinstance(leaf, torch.Tensor) and leaf.requires_grad):
+                    return False
+        return True
 
     def fits(self, leaves: list[Any]) -> bool:
-        """Whether inputs have the sizes that are constants of the graph; plain enough for dynamo to trace."""
+        """Whether inputs have the sizes and gradient flags that are constants of the graph; plain enough for dynamo to
+        trace.
+        """
+        if not self.flows(leaves):
+            return False
         for leaf, sizes in zip(leaves, self.sizes, strict=False):
             if isinstance(leaf, torch.Tensor) and sizes is not None:
                 for own, fixed in zip(leaf.shape, sizes, strict=True):
@@ -105,7 +119,9 @@ class Variant:
         return True
 
     def accepts(self, leaves: list[Any]) -> bool:
-        """Whether the graph is for inputs of these sizes."""
+        """Whether the graph is for inputs of these sizes and gradient flags."""
+        if not self.flows(leaves):
+            return False
         if self.guards is None:
             return True
         try:
@@ -196,7 +212,7 @@ class Variants:
     def known(self, call: Call) -> bool:
         """Whether there is a variant for such calls and this state, of other sizes; if not, count what changed."""
         held = self.held.get(call.key, ())
-        if any(variant.stands() for variant in held):
+        if any(variant.stands() and variant.flows(call.leaves) for variant in held):
             return True
         state = held[-1].state if held else None
         changes = state.changes() if state is not None else ()
@@ -235,19 +251,27 @@ class Variants:
         )
 
     def add(self, call: Call, variant: Variant, training: bool) -> None:
-        """Keep a variant, with the call and the mode that it was made for."""
+        """Keep a variant, with the call and the mode that it was made for.
+
+        A universal one serves the calls of all pieces, and takes their place: it may change how modules hold their
+        parameters, which dynamo would not trace.
+        """
+        if variant.universal:
+            self._drop([each for held in self.held.values() for each in held if each.detach is not None])
         self.held.setdefault(call.key, []).append(variant)
         self.plain.insert(0, (training, [_kind(leaf) for leaf in call.leaves], variant))
         if sum(map(len, self.held.values())) > LIMIT:
-            oldest = next(iter(self.held))
-            dropped = self.held[oldest].pop(0)
-            self.plain = [each for each in self.plain if each[2] is not dropped]
-            if not self.held[oldest]:
-                del self.held[oldest]
+            self._drop([next(iter(self.held.values()))[0]])
             warn(
                 f"more than {LIMIT} variants: the oldest one is dropped, and captured again when it is called; calls "
                 "vary in mode, settings, sizes or dtype. Pad or group the inputs to fewer sizes"
             )
+
+    def _drop(self, variants: list[Variant]) -> None:
+        dropped = set(map(id, variants))
+        held = {key: [each for each in variants if id(each) not in dropped] for key, variants in self.held.items()}
+        self.held = {key: variants for key, variants in held.items() if variants}
+        self.plain = [each for each in self.plain if id(each[2]) not in dropped]
 
     def detach(self) -> None:
         """Let the model be as it was; a variant that is called again takes hold of it again."""

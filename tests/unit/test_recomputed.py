@@ -239,6 +239,30 @@ def test_what_backward_runs_again_computes_with_the_branches(name: str) -> None:
     assert all(type(module._parameters) is dict for module in released.modules())
 
 
+OUTPUTS: list[torch.Tensor] = []
+
+
+def keep_output(module: nn.Module, given: Any, output: torch.Tensor) -> None:
+    OUTPUTS.append(output.detach())
+
+
+def test_a_hook_that_comes_and_goes() -> None:
+    """While it is there the model runs as it is, and its modules read their weights in a way of their own."""
+    model = Checkpointed("in a row", breaks=False, reentrant=False).double()
+    original = copy.deepcopy(model)
+    cascade = lx.adapt(model, (X,), spec=SPEC)
+    randomize(cascade)
+    twin = merged_twin(original, cascade)
+    for hooked in (False, True, False):
+        handle = model.blocks[0].up.register_forward_hook(keep_output) if hooked else None
+        for each in (cascade, twin):
+            each.zero_grad()
+            gradients(each)
+        assert_gradients(cascade, twin)
+        if handle is not None:
+            handle.remove()
+
+
 def test_a_raw_and_an_adapted_call_in_one_backward() -> None:
     """Each computes again what it has computed."""
     model = model_of("twice-breaks-hooks")
@@ -433,6 +457,7 @@ def test_dropout_of_branches_acts_in_pieces() -> None:
     assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
 def test_torch_compile_around_it_keeps_the_branches() -> None:
     model = Checkpointed("twice", breaks=False, reentrant=False).double()
     cascade = lx.adapt(model, (X,), spec=SPEC)

@@ -417,6 +417,65 @@ def test_differentiates_in_forward(switches: bool, training: bool) -> None:
             cascade(X[0])
 
 
+class AsksInput(Net):
+    """Does something else for inputs that require gradients, as in a step of an attack on the inputs."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x * 2 if x.requires_grad else x)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_inputs_that_require_gradients_have_a_graph_of_their_own_where_the_model_asks(first: bool) -> None:
+    plain, tracked = X[0], X[0].clone().requires_grad_()
+    cascade = lx.adapt(build(AsksInput), (tracked if first else plain,), spec=SPEC, frontend="export")
+    randomize(cascade)
+    twin, held = build(AsksInput), branches(cascade)
+    values = {name: twin.get_parameter(name) + 1.5 * (each.lora_B @ each.lora_A) for name, each in held.items()}
+    compiled = torch.compile(cascade, backend="eager")
+    for x in (plain, tracked, plain, tracked):
+        expected = torch.func.functional_call(twin, values, (x,))
+        torch.testing.assert_close(cascade(x), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-12)
+    assert len(cascade._variants) == 2
+    never = lx.adapt(build(Net), (plain,), spec=SPEC)
+    never(tracked)
+    assert len(never._variants) == 1
+
+
+class FreesItsGraph(Net):
+    """Forces that are no part of a graph in eval mode, and have freed that of the energy by then."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = super().forward(x).sum()
+            return energy, -torch.autograd.grad(energy, x, create_graph=self.training)[0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_has_no_backward_in_eval_mode_is_called_there(training: bool) -> None:
+    cascade = lx.adapt(build(FreesItsGraph).train(training), (X[0],), spec=SPEC)
+    randomize(cascade)
+    twin, held = build(FreesItsGraph), branches(cascade)
+    values = {name: twin.get_parameter(name) + 1.5 * (each.lora_B @ each.lora_A) for name, each in held.items()}
+    for mode in (False, True, False):
+        expected = torch.func.functional_call(twin.train(mode), values, (X[0],))
+        torch.testing.assert_close(cascade.train(mode)(X[0]), expected, rtol=0, atol=1e-12)
+
+
+class StepsInside(Net):
+    """Takes a step of gradient descent inside forward, as in meta learning."""
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.head.weight
+        (step,) = torch.autograd.grad(self.head(x).square().mean(), weight, create_graph=True)
+        return x + F.linear(F.linear(x, weight - step), weight.t())
+
+
+def test_symbolic_refuses_gradients_of_weights() -> None:
+    refuse(StepsInside, "symbolic", "RuntimeError: the model differentiates by a weight")
+
+
 def test_a_trial_leaves_gradients_flags_and_hooks() -> None:
     model = build(Net)
     model.body.bias.requires_grad_(False)
