@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from lorasc_fx.capture.live import quiet
 from lorasc_fx.capture.signature import copied
 from lorasc_fx.capture.untouched import Attributes, same_attributes, same_values, untouched, written_by
 from lorasc_fx.errors import CaptureError
-from lorasc_fx.undo import grad_mode, raise_of_handler
+from lorasc_fx.undo import Block, grad_mode, isolated, raise_of_handler
 
 __all__ = ["Disagreement", "Trial", "check_agrees", "first_difference", "one_line", "seed", "try_model"]
 
@@ -59,8 +60,9 @@ class Disagreement(RuntimeError):
 
 @dataclass(frozen=True)
 class Observed:
-    """What a run showed: types and tensors of the output, and of the arguments after the call; the buffers then; and
-    projections of the gradients of weights and inputs, None where the backward pass raised (`broken`) or none was run.
+    """What a run showed: types and tensors of the output, and of the arguments after the call; the buffers then; which
+    modules have hooks that return nothing (`observers`); and projections of the gradients of weights and inputs, None
+    where the backward pass raised (`broken`) or none was run.
     """
 
     output: tuple[Any, list[torch.Tensor]]
@@ -69,6 +71,7 @@ class Observed:
     functions: tuple[str, ...]
     recomputes: bool
     asks: bool
+    observers: tuple[str, ...]
     gradients: Mapping[str, torch.Tensor] | None
     broken: str = ""
 
@@ -111,7 +114,7 @@ class Trial:
     @property
     def only_recomputes(self) -> bool:
         """Whether nothing but that speaks against a whole graph."""
-        return self.recomputes and not (self.restless or self.functions or self.draws)
+        return self.recomputes and not (self.restless or self.functions or self.draws or self.seen.observers)
 
     def check(self) -> None:
         """Refuse the model for a whole graph.
@@ -119,6 +122,11 @@ class Trial:
         Raises:
             RuntimeError: no graph of it would do what it does.
         """
+        if self.seen.observers:
+            raise RuntimeError(
+                f"{self.seen.observers[0]} has a forward hook that returns nothing, and what it does besides, such as "
+                "keeping outputs, no graph repeats"
+            )
         if self.restless:
             raise RuntimeError(f"the model sets its attribute {self.restless[0]} at each call, which no graph repeats")
         if self.draws:
@@ -320,7 +328,7 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
     with same_values(model):
         seed()
         held = attribute_tensors(model)
-        with _AutogradUse() as use:
+        with _AutogradUse() as use, _watched_hooks(model) as observers:
             output = call(*inputs, **named)
         tensors = _tensors(output)
         held += [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
@@ -338,7 +346,45 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
         (_types(value), [each.detach() for each in _tensors(value)]) for value in (output, (inputs, named))
     )
     recomputes = use.recomputes or bool(reentrant)
-    return Observed(output_seen, arguments, buffers, tuple(sorted(own)), recomputes, use.asks, gradients, broken)
+    return Observed(
+        output_seen,
+        arguments,
+        buffers,
+        tuple(sorted(own)),
+        recomputes,
+        use.asks,
+        tuple(sorted(observers)),
+        gradients,
+        broken,
+    )
+
+
+_HOOKS_OF = {"torch", "lorasc_fx", "transformers", "timm", "peft", "accelerate", "lightning", "pytorch_lightning"}
+"""Packages whose hooks set what the same forward reads (norms of weights, features), or nothing that counts."""
+
+
+@isolated
+def _watched_hooks(undo: Block[Any], model: nn.Module) -> set[str]:
+    """Give the names of modules with forward hooks of the user that return nothing; complete after the block."""
+    observers: set[str] = set()
+
+    def watched(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = hook(*args, **kwargs)
+            if output is None:
+                observers.add(name)
+            return output
+
+        return call
+
+    for name, module in model.named_modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                source = getattr(hook, "__module__", None) or type(hook).__module__
+                if source.partition(".")[0] not in _HOOKS_OF:
+                    undo(partial(hooks.__setitem__, key, hook))
+                    hooks[key] = watched(name or type(model).__name__, hook)
+    return observers
 
 
 def _gradients(

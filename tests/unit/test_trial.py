@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections import OrderedDict
@@ -318,6 +319,32 @@ def test_old_norms_of_weights_are_one_graph(norm: Callable[[nn.Module], nn.Modul
     assert cascade.frontend == "export"
     assert {site.weight for site in cascade.sites} == {f"0.{own}", "2.weight"}
     assert_goes_as_eager(make, cascade)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_hook_that_keeps_outputs_runs_at_each_call(before: bool) -> None:
+    model, kept = build(Net), dict[str, torch.Tensor]()
+
+    def keep(module: nn.Module, given: Any, output: torch.Tensor) -> None:
+        kept["body"] = output
+
+    if before:
+        model.get_submodule("body").register_forward_hook(keep)
+    cascade = lx.adapt(model, (X[0],), spec=SPEC)
+    assert not kept
+    randomize(cascade)
+    if not before:
+        model.get_submodule("body").register_forward_hook(keep)
+    (branch,) = [each for name, each in branches(cascade).items() if name == "body.weight"]
+    body = build(Net).get_submodule("body")
+    for x in X[1:]:
+        cascade(x)
+        torch.testing.assert_close(
+            kept["body"], body(x) + 1.5 * x @ branch.lora_A.T @ branch.lora_B.T, rtol=0, atol=1e-12
+        )
+        kept["body"].square().sum().backward()
+        assert branch.lora_B.grad is not None
+    refuse(lambda: copy.deepcopy(model), "export", "RuntimeError: body has a forward hook that returns nothing")
 
 
 class Reverses(Net):
