@@ -60,7 +60,10 @@ _CHECKS = re.compile(
 """Ops that return nothing, and compute nothing: exports hold them as checks."""
 _FOREIGN = ("Any", "Stream", "Future", "Storage", "Capsule", "__torch__")
 """Kinds of arguments that are no tensors and no numbers."""
-_SIZES = ("size", "sizes", "shape", "target_shape", "repeats", "dims", "output_size", "n", "m", "end", "steps")
+_SIZES = (
+    "size", "sizes", "shape", "target_shape", "repeats", "dims", "output_size", "n", "m", "row",
+    "col", "steps", "window_length", "num_classes", "minlength",
+)  # fmt: skip
 """Arguments of ops that say how large the result is."""
 _VIEWS = re.compile(
     r"torch\.ops\.\w+\.(view\w*|\w*reshape\w*|_unsafe_view|unflatten|slice\w*|permute\w*|flip|roll|as_strided)\..*"
@@ -228,20 +231,33 @@ def _check_constants(program: Any, size: int) -> None:
     for node in _tables(program["graph_module"]["graph"]):
         if not isinstance(node.get("target"), str) or _VIEWS.fullmatch(node["target"]):
             continue
-        entries = 1
-        for argument in node.get("inputs", ()):
-            if argument.get("name") in _SIZES and isinstance(argument.get("arg"), dict):
-                entries *= math.prod(max(1, abs(number)) for number in _integers(argument["arg"]))
-        if entries > size + _WIDEST:
-            raise _Refused(f"{node['target']} makes a tensor of {entries} entries")
+        if (entries := _made(node)) > size + _WIDEST:
+            raise _Refused(f"{node['target']} makes a tensor of {entries:.0f} entries")
 
 
-def _integers(argument: Mapping[str, Any]) -> Iterator[int]:
-    """Yield the literal integers of an argument."""
+def _made(node: Mapping[str, Any]) -> float:
+    """Return how many entries the result of an op has at least, by its literals."""
+    literals = {
+        argument["name"]: list(_numbers(argument["arg"]))
+        for argument in node.get("inputs", ())
+        if isinstance(argument.get("name"), str) and isinstance(argument.get("arg"), dict)
+    }
+    name = node["target"].removeprefix("torch.ops.aten.").partition(".")[0]
+    if name == "arange":
+        start, end, step = ((literals.get(key) or [usual])[0] for key, usual in (("start", 0), ("end", 0), ("step", 1)))
+        return abs(end - start) / abs(step) if step else math.inf
+    entries = float(math.prod(max(1, abs(number)) for key in _SIZES for number in literals.get(key, ())))
+    if name == "eye" and "m" not in literals:
+        entries **= 2
+    return max(entries, *(literals.get("pad") or [0]), 0)
+
+
+def _numbers(argument: Mapping[str, Any]) -> Iterator[float]:
+    """Yield the literal numbers of an argument."""
     for value in argument.values():
         for each in value if isinstance(value, list) else (value,):
-            number = each.get("as_int") if isinstance(each, dict) else each
-            if type(number) is int:
+            number = each.get("as_int", each.get("as_float")) if isinstance(each, dict) else each
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
                 yield number
 
 

@@ -11,6 +11,7 @@ import pickle  # noqa: TID251 - the attacker's tool
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,18 @@ def called(key: str) -> Any:
     return {"type": "builtins.tuple", "context": "null", "children_spec": [args, kwargs]}
 
 
+LARGE: dict[str, dict[str, Any]] = {
+    "arange.default": {"end": {"as_float": 2.0**40}},
+    "arange.start_step": {"start": {"as_int": 0}, "end": {"as_int": 1}, "step": {"as_float": 2.0**-40}},
+    "eye.default": {"n": {"as_int": 2**20}},
+    "tril_indices.default": {"row": {"as_int": 2**20}, "col": {"as_int": 2**20}},
+    "hann_window.default": {"window_length": {"as_int": 2**40}},
+    "one_hot.default": {"num_classes": {"as_int": 2**40}},
+    "constant_pad_nd.default": {"pad": {"as_ints": [0, 2**40]}},
+}
+"""Ops that make tensors of 2**40 entries and more of small numbers."""
+
+
 def hostile(code: str) -> dict[str, Callable[[Parts, Path], None]]:
     """Archives that run `code`, or would do other harm, by name."""
     factory = {"default_factory_module": "this", "default_factory_name": "c", "dict_context": []}
@@ -173,6 +186,10 @@ def hostile(code: str) -> dict[str, Callable[[Parts, Path], None]]:
         "an expansion to 2**40 entries": lambda program: calls(
             program, "torch.ops.aten.repeat.default", repeats={"as_sym_ints": [{"as_int": 2**20}, {"as_int": 2**20}]}
         ),
+        **{
+            f"{op} of 2**40 entries": partial(calls, target=f"torch.ops.aten.{op}", **arguments)
+            for op, arguments in LARGE.items()
+        },
         "a node named as code": lambda program: renamed(program, f"x = {code}; y"),
         "a node named as torch's": lambda program: renamed(program, "torch.load"),
         "an argument named as code": lambda program: signature(program).update(forward_arg_names=[f"x={code}"]),
