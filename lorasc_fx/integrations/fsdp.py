@@ -76,6 +76,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     core.slow = _rows_of_all(core.slow, rows, mapped=core.base_file is not None)
     core.pending.disarm()
     core.note_weights()
+    core.note_frozen()
 
     def called() -> bool:
         if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere

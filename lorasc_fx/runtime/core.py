@@ -290,8 +290,16 @@ class Core:
 
         Each is computed once, and anew where a parameter that no training moves was written since: a checkpoint does
         not hold it, and has to say onto which numbers it loads.
+
+        Raises:
+            StateError: such a one was written since the weights were sharded: no process has the whole of it.
         """
         slow, moved, whole = self.slow, self.moved_parameters(), self.slow.together is None and self.spread is None
+        if slow.together is not None and (name := self.changed(self._frozen)) is not None:
+            raise StateError(
+                f"save: {name} was changed since the weights were sharded. It is neither adapted nor trained, and no "
+                "checkpoint holds it: put it back, or change it before shard"
+            )
         for name, parameter in self.parameters_by_name().items():
             if name in moved:
                 continue

@@ -334,6 +334,22 @@ def test_shards_of_what_is_trained_in_full_keep_their_rule() -> None:
 
 
 @pytest.mark.usefixtures("group")
+def test_a_frozen_parameter_that_changes_after_shard(tmp_path: Path) -> None:
+    """No checkpoint holds it, and its fingerprint is that of the whole parameter before."""
+    cascade = small({})
+    fsdp.shard(cascade)
+    cascade(torch.randn(2, 5)).sum().backward()
+    for parameter in cascade.branches.parameters():
+        parameter.grad = None
+    fsdp.save(cascade, tmp_path / "run")
+    with torch.no_grad():
+        cascade.model.get_parameter("0.bias").add_(1)
+    with pytest.raises(lx.StateError, match=r"^save: 0\.bias was changed since the weights were sharded"):
+        fsdp.save(cascade, tmp_path / "run")
+    assert [each.name for each in (tmp_path / "run").iterdir()] == ["version-00000001"]
+
+
+@pytest.mark.usefixtures("group")
 def test_gradients_of_two_dtypes_in_one_block() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).bfloat16()
     cascade = lx.adapt(model, args=(torch.randn(2, 5).bfloat16(),), spec=lx.CascadeSpec(rank=2, train=("0.bias",)))
