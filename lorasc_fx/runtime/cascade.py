@@ -61,6 +61,20 @@ class Cascade(Staged):
         self._frontend = made.variant.frontend
         self._loaded = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the model and the branches stay those of `adapt`, of which graphs and folds are.
+
+        Raises:
+            StateError: another model, or other branches.
+        """
+        held = self.__dict__.get("_modules", {}).get(name) if name in ("model", "branches") else None
+        if held is not None and value is not held:
+            raise StateError(
+                f"cascade.{name} cannot be exchanged: the cascade computes with, and folds into, the one of adapt. "
+                "Call release and adapt the other model; to compile, compile the cascade"
+            )
+        super().__setattr__(name, value)
+
     # ---- computing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

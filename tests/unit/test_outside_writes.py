@@ -245,6 +245,18 @@ def test_a_tie_that_was_cut_is_refused() -> None:
     torch.testing.assert_close(cascade.release()(X), wanted)
 
 
+@pytest.mark.parametrize("name", ["model", "branches"])
+def test_another_model_in_a_cascade_is_refused(name: str) -> None:
+    """`release` would give one back that nothing has trained."""
+    cascade = ended()
+    held = getattr(cascade, name)
+    with pytest.raises(lx.StateError, match=rf"^cascade\.{name} cannot be exchanged"):
+        setattr(cascade, name, copy.deepcopy(held))
+    setattr(cascade, name, held)
+    assert getattr(cascade, name) is held
+    copy.deepcopy(cascade).release()
+
+
 def test_noise_weights_are_watched() -> None:
     """A matrix that carries noise and is no site is written by each transition too."""
     cascade = adapted(targets=("0.*",), noise=lx.Noise(0.1, where="all"))
