@@ -72,12 +72,18 @@ def test_stages_that_were_asked_for_before_the_release() -> None:
 # ---- inside a backward
 
 
+def slow_weights(cascade: lx.Cascade) -> None:
+    """Enter and leave: a block that stays open keeps its signal handlers for the tests that follow."""
+    with cascade.weights("slow"):
+        pass
+
+
 @pytest.mark.parametrize(
     ("call", "act"),
     [
         ("transition", lambda cascade, optimizer, _: cascade.transition(optimizer)),
         ("release", lambda cascade, _, __: cascade.release()),
-        ("weights", lambda cascade, _, __: cascade.weights("slow").__enter__()),
+        ("weights", lambda cascade, _, __: slow_weights(cascade)),
         ("rewind", lambda cascade, optimizer, _: cascade.rewind(0, optimizer)),
         ("save", lambda cascade, optimizer, path: lx.save(cascade, path / "run")),
         ("folded_state_dict", lambda cascade, _, __: cascade.folded_state_dict()),
