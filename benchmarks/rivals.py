@@ -86,7 +86,7 @@ def wrapped(work: Work, model: nn.Module, dropout: float = 0.0, **options: Any) 
 
 
 def _folded(work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> nn.Module:
-    cascade = adapted(work, model, batch)
+    cascade = adapted(work, model, batch, pace=1.0)
     train(cascade, torch.optim.AdamW(cascade.param_groups(lr=1e-3)))
     return cascade.release().requires_grad_(False)
 
