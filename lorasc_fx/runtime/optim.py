@@ -48,6 +48,10 @@ def check_numbers(held: Any, place: str, key: str = "", finite: bool = True) -> 
             check_numbers(value, f"{place}[{index}]", key, finite)
     elif isinstance(held, (int, float, torch.Tensor)) and key in _SECOND_MOMENTS | _FINITE | _POSITIVE | _SHARES:
         numbers = local(held) if isinstance(held, torch.Tensor) else torch.tensor(held, dtype=torch.float64)
+        if numbers.is_floating_point() and numbers.element_size() == 1:
+            numbers = numbers.float()  # torch compares no numbers of 8 bits
+        if numbers.is_complex() and key not in _FINITE:
+            raise ValueError(f"{place} holds complex numbers")
         moment = key in _SECOND_MOMENTS | _FINITE
         if (finite or not moment) and bool(numbers.isnan().any()):
             raise ValueError(f"{place} holds NaN")

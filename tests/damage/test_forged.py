@@ -349,6 +349,14 @@ STATES: dict[str, tuple[Change, str]] = {
         lambda each: each["optimizer/0/step"].fill_(-1),
         f": optimizer.state.0.step is below 0{SAME}",
     ),
+    "a count of 8 bits below 0": (
+        lambda each: each.update({"optimizer/0/step": torch.tensor(-1.0).to(torch.float8_e4m3fn)}),
+        f": optimizer.state.0.step is below 0{SAME}",
+    ),
+    "a complex second moment": (
+        lambda each: each.update({"optimizer/0/exp_avg_sq": each["optimizer/0/exp_avg_sq"].to(torch.complex64)}),
+        f": optimizer.state.0.exp_avg_sq holds complex numbers{SAME}",
+    ),
     "half a state": (lambda each: each.pop("optimizer/0/step"), ": optimizer: step is there for some parameters"),
     "another shape": (
         lambda each: each.update({"optimizer/0/exp_avg": torch.ones(3)}),
