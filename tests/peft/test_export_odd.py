@@ -234,6 +234,7 @@ MIXTURES: dict[str, Build] = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:.* is tied, and peft keeps a pair for each:lorasc_fx.LorascWarning")
 @pytest.mark.parametrize("name", MIXTURES)
 def test_models_of_experts(name: str, tmp_path: Path) -> None:
     def base() -> nn.Module:
