@@ -256,6 +256,7 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: Found) -> Re
         other = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
         sentence = f"module {seen.called[0].target} is called whole, and node {_told(other)} uses its weight as well"
         return Refusal(weight, other.name, Reason.MIXED_USES, sentence)
+    # a layer of one output that only Python between the graphs calls is no vector: its branch stands on the weight
     single = parameter.numel() == max(parameter.shape, default=0)
     if single and not seen.all_beside and not (seen.layer and not seen.contracted and not seen.others):
         return Refusal(weight, "", Reason.VECTOR, f"of shape {tuple(parameter.shape)}, has one axis longer than 1")
