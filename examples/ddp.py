@@ -32,7 +32,7 @@ def main(steps: int = 20, stages: int = 3, batch: int = 32) -> float:
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=5e-3))
 
     # Each process gets its share of one global batch, so that the numbers do not depend on how many there are.
-    batches = iter(lx.shuffled_batches(data, batch, share=(rank, count)))
+    batches = iter(lx.schedules.shuffled_batches(data, batch, share=(rank, count)))
     loss = torch.zeros((), device=device)
     for stage in cascade.stages(stages, optimizer):  # every process makes the same transition by itself
         for _ in range(steps):

@@ -50,7 +50,7 @@ def main(steps: int = 15, stages: int = 3, batch: int = 32) -> float:
         print(f"{here} of {whole} numbers are on this process")
 
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=5e-3))
-    batches = iter(lx.shuffled_batches(data, batch, share=(rank, count)))
+    batches = iter(lx.schedules.shuffled_batches(data, batch, share=(rank, count)))
     loss = torch.zeros((), device=device)
     for stage in cascade.stages(stages, optimizer):  # each process folds its own rows
         for _ in range(steps):

@@ -1,27 +1,30 @@
-"""LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs."""
+"""LoRASC as a torch.fx compiler: cascaded, slow-fast, noisy low-rank adaptation by rewriting graphs.
 
-from lorasc_fx import export, import_, integrations
+Rarer names are where they belong: errors of passes in `passes`, `ExportError` in `export`, the warning category and
+`MissingExtra` in `errors`, reasons of refusals in `plan`, and helpers of a training loop in `schedules`.
+"""
+
+from lorasc_fx import errors as errors
+from lorasc_fx import export, integrations, passes
+from lorasc_fx import plan as plan
+from lorasc_fx import schedules as schedules
 from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.materialize import materialize
 from lorasc_fx.adapt.merge import merge
 from lorasc_fx.errors import (
     CaptureError,
     CheckpointError,
-    ExportError,
     LorascError,
-    LorascWarning,
-    MissingExtra,
     NonFiniteBranch,
-    NoSites,
     PassError,
-    PassOrderError,
     SpecError,
     StateError,
     UnknownTarget,
-    VerifyError,
 )
-from lorasc_fx.plan import Plan, Reason, Refusal, Site
-from lorasc_fx.runtime import Cascade, Plateau, Rewarmed, Stage, save, shuffled_batches
+from lorasc_fx.export.peft_import import from_peft
+from lorasc_fx.graph import register_form
+from lorasc_fx.plan import Plan, Refusal, Site
+from lorasc_fx.runtime import Cascade, save
 from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
 
 __all__ = [
@@ -29,35 +32,26 @@ __all__ = [
     "Cascade",
     "CascadeSpec",
     "CheckpointError",
-    "ExportError",
     "LorascError",
-    "LorascWarning",
-    "MissingExtra",
-    "NoSites",
     "Noise",
     "NonFiniteBranch",
     "PassError",
-    "PassOrderError",
     "Plan",
-    "Plateau",
-    "Reason",
     "Refusal",
-    "Rewarmed",
     "Rule",
     "Site",
     "SpecError",
-    "Stage",
     "StateError",
     "TrainRule",
     "UnknownTarget",
-    "VerifyError",
     "adapt",
     "export",
-    "import_",
+    "from_peft",
     "integrations",
     "load",
     "materialize",
     "merge",
+    "passes",
+    "register_form",
     "save",
-    "shuffled_batches",
 ]

@@ -8,6 +8,8 @@ if __name__ != "lorasc_fx.passes":
         "this folder is imported as lorasc_fx.passes, not as 'passes': write 'from lorasc_fx.passes import Pipeline'"
     )
 
+from lorasc_fx.errors import NoSites, PassOrderError, VerifyError
+
 from .base import CascadePass
 from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
@@ -23,8 +25,11 @@ __all__ = [
     "FoldBranches",
     "InsertBranches",
     "MatchSites",
+    "NoSites",
+    "PassOrderError",
     "Pipeline",
     "ShareInputs",
     "SplitInputs",
     "StageTransition",
+    "VerifyError",
 ]

@@ -40,4 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] not in AS_PROGRAMS:
             for message in USAGE:
-                item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}:lorasc_fx.LorascWarning"), append=False)
+                item.add_marker(
+                    pytest.mark.filterwarnings(f"ignore:{message}:lorasc_fx.errors.LorascWarning"), append=False
+                )

@@ -20,7 +20,7 @@ from lorasc_fx.integrations.small_state import keep_small
 from lorasc_fx.runtime import Cascade, transition
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.optim import check_holds
-from lorasc_fx.runtime.plateau import Plateau
+from lorasc_fx.schedules import Plateau
 from lorasc_fx.undo import AllOrNothing
 
 require("loops", "transformers", "accelerate")
@@ -54,7 +54,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         cascade: the Trainer's model.
         epochs: a stage ends with every so many epochs; 1 if nothing else is given, as in the paper.
         steps: a stage ends with every so many optimizer steps.
-        plateau: a stage ends when evaluations find no lower loss any more: a `lorasc_fx.Plateau`, or its patience. Slow
+        plateau: a stage ends when evaluations find no lower loss any more: a `schedules.Plateau`, or its patience. Slow
             weights stand still within a stage, so that the loss is that of the fast ones: each evaluation has a second
             pass for it, and reports it as `eval_fast_loss`.
         evaluate: what evaluations and predictions see: the `slow` weights, the `fast` ones, or the cascade as it is

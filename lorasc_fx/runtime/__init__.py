@@ -3,11 +3,8 @@
 from lorasc_fx.runtime.cascade import Cascade
 from lorasc_fx.runtime.checkpoint import list_versions
 from lorasc_fx.runtime.checkpoint_read import check_base, check_plan, read
-from lorasc_fx.runtime.data_order import shuffled_batches
 from lorasc_fx.runtime.face import cascade_class, save
 from lorasc_fx.runtime.flags import Flags
-from lorasc_fx.runtime.plateau import Plateau
-from lorasc_fx.runtime.rewarmed import Rewarmed
 from lorasc_fx.runtime.stages import Stage
 from lorasc_fx.runtime.variants import Made, Variant
 
@@ -15,8 +12,6 @@ __all__ = [
     "Cascade",
     "Flags",
     "Made",
-    "Plateau",
-    "Rewarmed",
     "Stage",
     "Variant",
     "cascade_class",
@@ -25,5 +20,4 @@ __all__ = [
     "list_versions",
     "read",
     "save",
-    "shuffled_batches",
 ]

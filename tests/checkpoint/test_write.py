@@ -251,7 +251,7 @@ def test_the_scalars_of_other_optimizers_are_checked(
             going.save(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.LorascWarning")
+@pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.errors.LorascWarning")
 def test_a_branch_that_the_next_fold_leaves_out_is_kept(tmp_path: Path) -> None:
     going = Run(replace(SPEC, on_nonfinite="skip")).started()
     going.step()

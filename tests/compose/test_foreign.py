@@ -420,7 +420,7 @@ def test_followed_or_refused(case: Case) -> None:
                     by_hand.get_parameter(weight), record_of(result).slow[weight].base, rtol=0, atol=1e-14
                 )
             return
-        with pytest.raises(lx.VerifyError) as raised:
+        with pytest.raises(lx.passes.VerifyError) as raised:
             Pipeline([case.harm, FoldBranches()])(copy.deepcopy(inserted))
         message = str(raised.value)
         assert [each for each in case.told if each not in message] == [], message

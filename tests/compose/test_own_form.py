@@ -156,7 +156,7 @@ def test_a_graph_whose_form_is_gone_is_refused() -> None:
     with register_form(SKEWED):
         inserted = Pipeline([MatchSites(SPEC), InsertBranches()])(graph).graph_module
         node = next(each.name for each in inserted.graph.nodes if "skewed" in each.name)
-    with pytest.raises(lx.VerifyError) as raised:
+    with pytest.raises(lx.passes.VerifyError) as raised:
         FoldBranches()(inserted)
     assert f"node {node} is marked as my.skewed, but is in no form" in str(raised.value)
 
@@ -274,7 +274,7 @@ def test_a_module_of_ones_own() -> None:
     root, x = nn.Sequential(Same(4, 3)).double(), torch.randn(2, 4, dtype=torch.float64)
     traced = fx.GraphModule(root, Whole().trace(root))
     ours = Pipeline([MatchSites(SPEC), InsertBranches()])
-    with pytest.raises(lx.NoSites):
+    with pytest.raises(lx.passes.NoSites):
         ours(traced)
     with register_form(ModuleForm("my.Same", "linear", Same)), torch.no_grad():
         inserted = fill(ours(traced).graph_module)

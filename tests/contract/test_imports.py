@@ -225,3 +225,17 @@ def test_the_search_for_surgery_finds(source: str, name: str) -> None:
 )
 def test_the_search_for_surgery_lets_through(source: str) -> None:
     assert list(surgery(source)) == []
+
+
+def test_the_public_face_is_small() -> None:
+    """Everything else is an attribute of the module where it belongs, and stands under one name only."""
+    import lorasc_fx
+
+    assert lorasc_fx.__all__ == [
+        "CaptureError", "Cascade", "CascadeSpec", "CheckpointError", "LorascError", "Noise", "NonFiniteBranch",
+        "PassError", "Plan", "Refusal", "Rule", "Site", "SpecError", "StateError", "TrainRule", "UnknownTarget",
+        "adapt", "export", "from_peft", "integrations", "load", "materialize", "merge", "passes", "register_form",
+        "save",
+    ]  # fmt: skip
+    public = {name for name, value in vars(lorasc_fx).items() if not name.startswith("_") and callable(value)}
+    assert public <= set(lorasc_fx.__all__)

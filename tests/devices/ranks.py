@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from lorasc_fx import LorascWarning
+from lorasc_fx.errors import LorascWarning
 from tests.conftest import USAGE
 
 Work = Callable[..., dict[str, torch.Tensor] | None]

@@ -111,7 +111,7 @@ def values(cascade: lx.Cascade) -> dict[str, Tensor]:
 
 def run(cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> None:
     """Go on from `done` steps, of two backwards each; a transition after every STEPS of them."""
-    source = iter(lx.shuffled_batches(data(), ROWS, seed=3, start=2 * done, share=share))
+    source = iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, start=2 * done, share=share))
     while done < until:
         for _ in range(2):
             tokens, labels = next(source)
@@ -268,7 +268,7 @@ def refused(rank: int, count: int, folder: str) -> None:
         with pytest.raises(lx.StateError, match=told):
             call()
     with (
-        pytest.warns(lx.LorascWarning, match="called in eval mode inside stage 1"),
+        pytest.warns(lx.errors.LorascWarning, match="called in eval mode inside stage 1"),
         pytest.raises(lx.StateError, match=r"^there is no graph for this call, and none can be made of sharded weight"),
     ):
         cascade.eval()(tokens)

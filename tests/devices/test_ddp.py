@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lorasc_fx as lx
+from lorasc_fx.errors import LorascWarning
 from lorasc_fx.integrations import distributed
 from tests.devices import training
 from tests.devices.ranks import RankFailed, on_ranks
@@ -120,7 +121,7 @@ def test_a_site_that_comes_after_the_wrapper() -> None:
     assert set(cascade.branches) == {"body/weight"}
     wrapper(x).sum().backward()
 
-    with pytest.warns(lx.LorascWarning, match="sites came with a call that no earlier one was like: more.weight"):
+    with pytest.warns(LorascWarning, match="sites came with a call that no earlier one was like: more.weight"):
         cascade(x, more=True)  # past the wrapper: told at its next call
     with pytest.raises(lx.StateError, match=exactly(LATE)):
         wrapper(x)

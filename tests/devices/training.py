@@ -65,7 +65,7 @@ def optimizer_of(cascade: lx.Cascade) -> torch.optim.Optimizer:
 
 
 def batches(start: int, rank: int, count: int) -> Iterator[Any]:
-    return iter(lx.shuffled_batches(data(), ROWS, seed=3, start=start, share=(rank, count)))
+    return iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, start=start, share=(rank, count)))
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, halves: list[Any]) -> None:

@@ -77,7 +77,7 @@ def train(folder: str, die: str = "", after: int = 0, keep: int = 2, saves: bool
             with journal.open("a") as file:
                 file.write(f"{cascade.stage} {done}\n")
 
-    batches = iter(lx.shuffled_batches(data(), 4, seed=5, start=done))
+    batches = iter(lx.schedules.shuffled_batches(data(), 4, seed=5, start=done))
     left = STAGES + 1 - cascade.stage
     for stage in cascade.stages(left, optimizer, scheduler) if left else ():
         save()

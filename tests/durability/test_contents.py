@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import lorasc_fx as lx
+from lorasc_fx.schedules import shuffled_batches
 from tests.checkpoint.runs import THREE_STAGES, Going, Run, X, interrupted, whole
 from tests.errors.models import Net, exactly, loss_of
 from tests.errors.state import assert_same, raw, unchanged
@@ -255,7 +256,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run.resumed(tmp_path)
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
     monkeypatch.setattr(torch, "__version__", "9.9.0")
-    with pytest.warns(lx.LorascWarning) as caught:
+    with pytest.warns(lx.errors.LorascWarning) as caught:
         run.resumed(tmp_path)
     said = f"torch {manifest['versions']['torch']}, here 9.9.0, python {manifest['versions']['python']}, here 3.99.0"
     assert [str(each.message) for each in caught] == [
@@ -269,7 +270,7 @@ DATA = TensorDataset(torch.arange(11))
 
 
 def batches(count: int, **options: Any) -> list[list[int]]:
-    loader = iter(lx.shuffled_batches(DATA, 3, **options))
+    loader = iter(shuffled_batches(DATA, 3, **options))
     return [next(loader)[0].tolist() for _ in range(count)]
 
 
@@ -294,24 +295,30 @@ def test_from_any_step_on(workers: int) -> None:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (partial(lx.shuffled_batches, DATA, 0), "shuffled_batches: batch_size is 0; give an integer of 1 or more"),
         (
-            partial(lx.shuffled_batches, DATA, True),
+            partial(shuffled_batches, DATA, 0),
+            "shuffled_batches: batch_size is 0; give an integer of 1 or more",
+        ),
+        (
+            partial(shuffled_batches, DATA, True),
             "shuffled_batches: batch_size is True; give an integer of 1 or more",
         ),
-        (partial(lx.shuffled_batches, DATA, 3, seed=-1), "shuffled_batches: seed is -1; give an integer of 0 or more"),
         (
-            partial(lx.shuffled_batches, DATA, 3, start=1.0),
+            partial(shuffled_batches, DATA, 3, seed=-1),
+            "shuffled_batches: seed is -1; give an integer of 0 or more",
+        ),
+        (
+            partial(shuffled_batches, DATA, 3, start=1.0),
             "shuffled_batches: start is 1.0; give an integer of 0 or more",
         ),
         (
-            partial(lx.shuffled_batches, DATA, 3, share=(0, 2)),
+            partial(shuffled_batches, DATA, 3, share=(0, 2)),
             "shuffled_batches: share is (0, 2) of a batch of 3; give (rank, count of processes), where the count "
             "divides the batch",
         ),
-        (partial(lx.shuffled_batches, DATA, 12), "shuffled_batches: 11 examples are less than a batch of 12"),
+        (partial(shuffled_batches, DATA, 12), "shuffled_batches: 11 examples are less than a batch of 12"),
         (
-            partial(lx.shuffled_batches, DATA, 3, shuffle=True),
+            partial(shuffled_batches, DATA, 3, shuffle=True),
             "shuffled_batches: shuffle is not yours to give here; the order comes from seed and start",
         ),
     ],

@@ -198,7 +198,7 @@ ENTRIES = (
         (a_target, a_head),
     ),
     Entry(
-        lx.NoSites,
+        lx.passes.NoSites,
         ("adapt", "InsertBranches"),
         "Widen `targets`, or take away what `exclude` and `train` name; the reason of each weight is told.",
         (no_convs, all_excluded),
@@ -217,13 +217,13 @@ ENTRIES = (
         (before_its_time, no_such_pass),
     ),
     Entry(
-        lx.PassOrderError,
+        lx.passes.PassOrderError,
         ("Pipeline",),
         'Leave `order="given"` out: a pipeline solves the order of its passes by what they require.',
         (a_wrong_order,),
     ),
     Entry(
-        lx.VerifyError,
+        lx.passes.VerifyError,
         ("passes", "load"),
         "Somebody edited the graph, or the plan is another model's: fold the branches before you edit a graph, and "
         "adapt it anew.",
@@ -248,14 +248,14 @@ ENTRIES = (
         (nothing_saved, another_base),
     ),
     Entry(
-        lx.ExportError,
+        lx.export.ExportError,
         ("export.peft",),
         "Exclude the weights that the message names from the run, or export the folded weights "
         "(`export.safetensors`), which hold everything. Nothing was written.",
         (no_adapter, another_folder),
     ),
     Entry(
-        lx.MissingExtra,
+        lx.errors.MissingExtra,
         ("lorasc-fx",),
         "Run the pip command of the message.",
         (not_installed,),

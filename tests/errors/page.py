@@ -25,8 +25,8 @@ TAIL = """
 ## LorascWarning
 
 What you have to act on although nothing failed is a `LorascWarning` (a `UserWarning`), given at the line of your
-program, once a cascade: `warnings.filterwarnings("error", category=lorasc_fx.LorascWarning)` makes it an error. The
-logger `lorasc_fx` holds at INFO what was done and how long it took.
+program, once a cascade: `warnings.filterwarnings("error", category=lorasc_fx.errors.LorascWarning)` makes it an error.
+The logger `lorasc_fx` holds at INFO what was done and how long it took.
 
 - A stage ended and no branch has moved: the loop calls the model and not the cascade, or no step was made.
 - A first stage that has trained is folded (`release`, `folded_state_dict`, `folded_graph`, an export, `merge`) under a

@@ -85,7 +85,7 @@ NOTHING = "the spec leaves no site to adapt:\n  "
     ],
 )
 def test_no_sites_by_the_spec(spec: dict[str, Any], reason: str) -> None:
-    refuse(lx.NoSites, NOTHING + reason, mlp(), spec=lx.CascadeSpec(**spec), frontend="symbolic")
+    refuse(lx.passes.NoSites, NOTHING + reason, mlp(), spec=lx.CascadeSpec(**spec), frontend="symbolic")
 
 
 class Odd(nn.Module):
@@ -112,11 +112,11 @@ class Odd(nn.Module):
 def test_no_sites_by_the_model(frontend: str, node: str) -> None:
     used = "uses it neither in a matrix product or convolution nor as a table"
     sentence = f"table: no-form (node add (call_function {node}) {used})"
-    refuse(lx.NoSites, f"{NOTHING}{sentence}\n  spare", Odd(), whole=False, frontend=frontend)
+    refuse(lx.passes.NoSites, f"{NOTHING}{sentence}\n  spare", Odd(), whole=False, frontend=frontend)
 
 
 def test_no_sites_tells_what_is_unreached() -> None:
-    with pytest.raises(lx.NoSites) as caught:
+    with pytest.raises(lx.passes.NoSites) as caught:
         lx.adapt(Odd(), args=(X,), frontend="symbolic")
     assert str(caught.value).endswith("\n  spare.weight: unreached (no node of this graph uses it)")
     assert isinstance(caught.value, lx.SpecError)
@@ -481,7 +481,7 @@ def test_after_the_cascade_is_gone_it_is_fine_again() -> None:
 
 def test_a_failed_adapt_leaves_nothing_behind() -> None:
     model = mlp()
-    refuse(lx.NoSites, NOTHING, model, spec=lx.CascadeSpec(targets=("conv",)), whole=False, frontend="symbolic")
+    refuse(lx.passes.NoSites, NOTHING, model, spec=lx.CascadeSpec(targets=("conv",)), whole=False, frontend="symbolic")
     assert len(adapted(model=model)[0].sites) == 3
 
 

@@ -382,7 +382,7 @@ def test_a_branch_that_is_not_finite(factor: str, value: float, tmp_path: Path) 
 @pytest.mark.parametrize("restart_A", ["fresh", "kept", "gradient"])
 @pytest.mark.parametrize("how", ["reset", "kept", 0.5])
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-@pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.LorascWarning")
+@pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.errors.LorascWarning")
 def test_a_branch_that_is_skipped(restart_A: Any, how: Any, factor: str) -> None:
     spec = lx.CascadeSpec(rank=2, on_nonfinite="skip", restart_A=restart_A, optimizer_state=how)
     cascade, optimizer = adapted(spec)
@@ -563,7 +563,7 @@ PATHS: dict[str, Callable[[lx.Cascade], Any]] = {
     "adapt": lambda _: lx.adapt(NUL, (X,)),
     "base": lambda _: lx.adapt(mlp(), (X,), base=NUL),
     "materialize": lambda _: lx.materialize(lx.adapt(mlp().to("meta"), (X.to("meta"),)), NUL),
-    "import_.peft": lambda _: lx.import_.peft(NUL, mlp(), (X,)),
+    "from_peft": lambda _: lx.from_peft(NUL, mlp(), (X,)),
     "export.peft": lambda cascade: lx.export.peft(cascade, NUL),
     "export.safetensors": lambda cascade: lx.export.safetensors(cascade, NUL),
     "export.pt2": lambda cascade: lx.export.pt2(cascade, f"{NUL}.pt2"),

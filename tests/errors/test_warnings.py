@@ -53,7 +53,7 @@ def warns(sentence: str) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    assert [each.category for each in caught] == [lx.LorascWarning]
+    assert [each.category for each in caught] == [lx.errors.LorascWarning]
     assert str(caught[0].message).startswith(sentence)
     assert caught[0].filename == __file__
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasc_fx import Reason
+from lorasc_fx.plan import Reason
 from tests.forms.kit import Case, linear, of, rand
 
 SIGNAL, IMAGE, VIDEO = rand((2, 4, 11)), rand((2, 4, 9, 11)), rand((2, 4, 6, 7, 5))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import rnn
 
-from lorasc_fx import Reason
+from lorasc_fx.plan import Reason
 from tests.forms.kit import Case, linear, of, rand
 
 SEQUENCE = rand((3, 4, 6))

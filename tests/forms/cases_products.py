@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasc_fx import Reason
+from lorasc_fx.plan import Reason
 from tests.forms.kit import Case, linear, of, rand
 
 X = rand((4, 5))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lorasc_fx import Reason
+from lorasc_fx.plan import Reason
 from tests.forms.kit import Case, linear, rand
 
 X, SIGNAL = rand((4, 5)), rand((2, 4, 11))

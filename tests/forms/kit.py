@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx import Reason
+from lorasc_fx.plan import Reason
 from tests.forms.compare import assert_buffers, assert_same, loss_of, quietly, seed
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, seed=3)

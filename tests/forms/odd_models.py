@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lorasc_fx import Reason
+from lorasc_fx.plan import Reason
 from tests.forms.kit import Case, linear, rand
 from tests.forms.odd_mechanisms import (
     Adversarial,

@@ -48,7 +48,7 @@ def test_named(case: Case, name: str) -> None:
         ):
             check(case, name)
     elif name == "symbolic" and case.invisible:
-        with pytest.raises(lx.NoSites, match=r"opaque-module|mixed-uses"):
+        with pytest.raises(lx.passes.NoSites, match=r"opaque-module|mixed-uses"):
             check(case, name)
     elif name != case.taken_by:
         check(case, name, case.modes[:1] if name == "dynamo" else None)

@@ -17,6 +17,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.integrations import metrics, reporter
 from lorasc_fx.integrations.progress import telling
+from lorasc_fx.runtime import Stage
 from tests.errors.models import exactly
 
 
@@ -87,7 +88,7 @@ def test_a_run_that_goes_on_and_numbers_that_json_has_not(tmp_path: Path) -> Non
     for done in (0, 2):
         with telling(steps=4, folder=tmp_path, done=done) as told:
             for loss in (math.inf, 0.5):
-                told.step(lx.Stage(1, 1, 1), loss)
+                told.step(Stage(1, 1, 1), loss)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, None), (2, 0.5), (3, None), (4, 0.5)]
 

@@ -177,7 +177,7 @@ def test_a_package_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(sys.modules, f"lorasc_fx.integrations.{name}")
     monkeypatch.delattr(lx.integrations, name)
     sentence = f"this needs the package {name!r}, which is not installed: pip install 'lorasc-fx[loops]'"
-    with pytest.raises(lx.MissingExtra, match=exactly(sentence)):
+    with pytest.raises(lx.errors.MissingExtra, match=exactly(sentence)):
         getattr(lx.integrations, name)
 
 
@@ -195,15 +195,15 @@ def test_a_trainer_that_saves_an_unfolded_cascade(tmp_path: Path) -> None:
     told = "^a trainer saves an unfolded cascade: .*CascadeCallback"
     trainer = Trainer(model=adapted(SPEC), args=arguments(tmp_path / "a", max_steps=1), train_dataset=rows())
     trainer.train()
-    with pytest.warns(lx.LorascWarning, match=told):
+    with pytest.warns(lx.errors.LorascWarning, match=told):
         trainer.save_model(str(tmp_path / "saved"))
     more = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = Trainer(model=adapted(SPEC), args=arguments(tmp_path / "b", **more), train_dataset=rows())
-    with pytest.warns(lx.LorascWarning, match=told):
+    with pytest.warns(lx.errors.LorascWarning, match=told):
         trainer.train()
 
 
 def test_accelerate_that_saves_an_unfolded_cascade(tmp_path: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
-    with pytest.warns(lx.LorascWarning, match="^a trainer saves an unfolded cascade: "):
+    with pytest.warns(lx.errors.LorascWarning, match="^a trainer saves an unfolded cascade: "):
         accelerator.save_model(accelerator.prepare(adapted(SPEC)), str(tmp_path))

@@ -131,7 +131,7 @@ def test_the_best_model_is_the_one_that_was_measured(tmp_path: Path) -> None:
         assert model(x, labels)["loss"].item() == pytest.approx(best, abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:the state dict of a cascade:lorasc_fx.LorascWarning")  # a spy reads it
+@pytest.mark.filterwarnings("ignore:the state dict of a cascade:lorasc_fx.errors.LorascWarning")  # a spy reads it
 def test_evaluation_and_the_saved_model_are_the_slow_weights(tmp_path: Path) -> None:
     """In the middle of a stage, beside a copy of the plain model with W0 + S by the formula."""
     x, labels = (torch.stack([each[name] for each in rows(7)]) for name in ("x", "labels"))
@@ -183,7 +183,7 @@ class Spy(TrainerCallback):  # type: ignore[misc]
         self.trainer.spied += 1
 
 
-@pytest.mark.filterwarnings("ignore:stage . ended, and no branch has moved:lorasc_fx.LorascWarning")
+@pytest.mark.filterwarnings("ignore:stage . ended, and no branch has moved:lorasc_fx.errors.LorascWarning")
 def test_a_plateau_ends_a_stage(tmp_path: Path) -> None:
     """A learning rate of 0 is one: the fast weights stand still, and no evaluation after the first finds less."""
     cascade, stages = adapted(lx.CascadeSpec(rank=2)), []

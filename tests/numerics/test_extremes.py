@@ -355,7 +355,7 @@ def test_such_a_branch_can_be_skipped(dtype: torch.dtype) -> None:
     optimizer.zero_grad()
     push(cascade, float(torch.finfo(dtype).max) * 0.01)
     told = f"^the branch of 0.weight takes it beyond {dtype} at the end of stage 1: it was left out. Lower the learning"
-    with pytest.warns(lx.LorascWarning, match=told) as caught:
+    with pytest.warns(lx.errors.LorascWarning, match=told) as caught:
         cascade.transition(optimizer)
     assert [each.filename for each in caught] == [__file__]
     assert torch.equal(model[0].weight, before)
@@ -469,7 +469,7 @@ def test_a_branch_that_is_skipped_is_named(call: str, factor: str) -> None:
     with torch.no_grad():
         getattr(cascade.core.branches_by_weight()["0.weight"], factor)[0, 0] = float("nan")
     told = "^the branch of 0.weight holds inf or nan at the end of stage 1: it was left out"
-    with pytest.warns(lx.LorascWarning, match=told):
+    with pytest.warns(lx.errors.LorascWarning, match=told):
         getattr(cascade, call)(*([None] if call == "transition" else []))
     assert torch.equal(model[0].weight, before)
 
@@ -497,7 +497,7 @@ def test_a_head_that_is_not_finite(slow_train: bool) -> None:
                 cascade.release()
             continue
         assert optimizer.state[model[1].weight]
-        with pytest.warns(lx.LorascWarning, match=f"^{told}: it goes on from what the stage started from$"):
+        with pytest.warns(lx.errors.LorascWarning, match=f"^{told}: it goes on from what the stage started from$"):
             cascade.transition(optimizer)
         assert torch.equal(model[1].weight, good)
         assert not optimizer.state.get(model[1].weight)

@@ -151,7 +151,7 @@ def test_a_rewind_begins_the_average_anew() -> None:
     assert_averaged(cascade, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.LorascWarning")
+@pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.errors.LorascWarning")
 def test_a_branch_that_is_left_out_stands_still_in_it() -> None:
     cascade, expected = cascade_of("ema", on_nonfinite="skip"), Averaged("ema")
     for seed in range(3):

@@ -44,7 +44,7 @@ def test_stages_end_where_torch_reduces(patience: int, threshold: float, mode: s
     source = random.Random(patience)
     metrics = [math.exp(-index / 20) + source.uniform(-0.1, 0.1) for index in range(120)]
     metrics[30] = math.nan
-    plateau = lx.Plateau(patience, threshold, mode, threshold_mode)  # type: ignore[arg-type]
+    plateau = lx.schedules.Plateau(patience, threshold, mode, threshold_mode)  # type: ignore[arg-type]
     found = [index for index, metric in enumerate(metrics) if plateau.over(torch.tensor(metric, dtype=torch.float64))]
     assert found == theirs(metrics, patience, threshold, mode, threshold_mode)
     assert len(found) > 3
@@ -53,7 +53,7 @@ def test_stages_end_where_torch_reduces(patience: int, threshold: float, mode: s
 def test_in_a_loop_over_stages_and_resumed() -> None:
     cascade = lx.adapt(mlp(), (batches(1, 4, 5)[0],), spec=lx.CascadeSpec(rank=2))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
-    plateau, lengths = lx.Plateau(patience=1), []
+    plateau, lengths = lx.schedules.Plateau(patience=1), []
     metrics = iter([3.0, 2.0, 2.0, 2.5, 9.0, 8.0, 7.0, 7.0, 7.0, 1.0, 1.0, 1.0])
     for _ in cascade.stages(3, optimizer):
         length = 0
@@ -61,7 +61,7 @@ def test_in_a_loop_over_stages_and_resumed() -> None:
             length += 1
             train(cascade, optimizer, batches(1, 4, 5))
             state = json.loads(json.dumps(plateau.state_dict()))
-            plateau = lx.Plateau(patience=1)
+            plateau = lx.schedules.Plateau(patience=1)
             plateau.load_state_dict(state)
             if plateau.over(next(metrics)):
                 break
@@ -83,4 +83,4 @@ def test_in_a_loop_over_stages_and_resumed() -> None:
 )
 def test_what_it_refuses(options: dict[str, object], sentence: str) -> None:
     with pytest.raises(lx.SpecError, match=exactly(sentence)):
-        lx.Plateau(**options)  # type: ignore[arg-type]
+        lx.schedules.Plateau(**options)  # type: ignore[arg-type]

@@ -264,7 +264,7 @@ def test_a_site_that_comes_between_two_steps_leaves_their_count() -> None:
     train(cascade, optimizer, [x, x])
     before = cascade.plan
     assert (before.stage, before.step) == (3, 2)
-    with pytest.warns(lx.LorascWarning, match="^1 sites came with a call"):
+    with pytest.warns(lx.errors.LorascWarning, match="^1 sites came with a call"):
         cascade(-x)
     assert len(cascade.sites) == 2
     assert (cascade.plan.stage, cascade.plan.step) == (3, 2)

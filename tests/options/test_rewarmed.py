@@ -78,7 +78,7 @@ def stepped(
 @pytest.mark.parametrize("base", BASES)
 def test_the_rate_rises_anew_in_each_stage(base: str, late: bool) -> None:
     cascade, optimizer = adapted()
-    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
+    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
     seen, _ = stepped(cascade, optimizer, scheduler, late)
     full = rates_of(base, 15)
     for step, rates in enumerate(seen):
@@ -90,7 +90,7 @@ def test_the_rate_rises_anew_in_each_stage(base: str, late: bool) -> None:
 
 def test_every_loop_over_stages_and_every_rewind_is_a_restart() -> None:
     cascade, optimizer = adapted()
-    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP)
+    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP)
     for _ in range(2):
         for _ in cascade.stages(2, optimizer):
             for step in range(5):
@@ -106,10 +106,10 @@ def test_every_loop_over_stages_and_every_rewind_is_a_restart() -> None:
 @pytest.mark.parametrize("stop", [5, 7])
 def test_a_resumed_run_has_the_same_rates(base: str, stop: int, tmp_path: Path) -> None:
     whole, one = adapted()
-    expected, losses = stepped(whole, one, lx.Rewarmed(one, whole, warmup=WARMUP, base=BASES[base](one)))
+    expected, losses = stepped(whole, one, lx.schedules.Rewarmed(one, whole, warmup=WARMUP, base=BASES[base](one)))
 
     cascade, optimizer = adapted()
-    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
+    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
     calls = batches(15, 4, 5)
     found = []
     for number, call in enumerate(calls, start=1):
@@ -122,14 +122,14 @@ def test_a_resumed_run_has_the_same_rates(base: str, stop: int, tmp_path: Path) 
             lx.save(cascade, tmp_path, optimizer=optimizer, scheduler=scheduler)
             cascade = lx.load(tmp_path, mlp(), (X,))
             optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-            scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
+            scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
             cascade.resume(optimizer, scheduler)
     assert found == losses
 
 
 def test_its_state_is_json() -> None:
     cascade, optimizer = adapted()
-    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP, base=lr_scheduler.StepLR(optimizer, 4))
+    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP, base=lr_scheduler.StepLR(optimizer, 4))
     state = scheduler.state_dict()
     assert json.loads(json.dumps(state)) == state
     assert state["base"]["step_size"] == 4
@@ -139,7 +139,7 @@ def test_a_group_that_comes_later_and_a_rate_that_is_a_tensor() -> None:
     cascade, _ = adapted()
     groups = cascade.param_groups(lr=0.1)
     optimizer = torch.optim.AdamW([{**each, "lr": torch.tensor(each["lr"])} for each in groups[:2]], capturable=False)
-    scheduler = lx.Rewarmed(optimizer, cascade, warmup=WARMUP)
+    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP)
     rate = optimizer.param_groups[0]["lr"]
     assert rate.item() == pytest.approx(0.1 / 4)
     optimizer.add_param_group({"params": groups[2]["params"], "lr": 0.3})
@@ -156,9 +156,9 @@ def test_what_it_refuses() -> None:
     for wrong in (0, True, 1.5):
         sentence = f"Rewarmed: warmup is {wrong!r}; give a number of steps, an integer of 1 or more"
         with pytest.raises(lx.SpecError, match=exactly(sentence)):
-            lx.Rewarmed(optimizer, cascade, warmup=wrong)  # type: ignore[arg-type]
+            lx.schedules.Rewarmed(optimizer, cascade, warmup=wrong)  # type: ignore[arg-type]
     with pytest.raises(lx.SpecError, match="base schedules another optimizer; make both for the same one"):
-        lx.Rewarmed(optimizer, cascade, warmup=1, base=lr_scheduler.StepLR(other, 1))
+        lx.schedules.Rewarmed(optimizer, cascade, warmup=1, base=lr_scheduler.StepLR(other, 1))
     with pytest.raises(lx.SpecError, match="base is a ReduceLROnPlateau, whose step needs a metric; "):
-        lx.Rewarmed(optimizer, cascade, warmup=1, base=lr_scheduler.ReduceLROnPlateau(optimizer))
+        lx.schedules.Rewarmed(optimizer, cascade, warmup=1, base=lr_scheduler.ReduceLROnPlateau(optimizer))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.8, 0.1])

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lorasc_fx import CascadeSpec, Reason
+from lorasc_fx import CascadeSpec
 from lorasc_fx.capture import OWNER, capture
 from lorasc_fx.graph import copy_graph, graph_module_like, retarget
+from lorasc_fx.plan import Reason
 
 Uses = dict[str, tuple[tuple[str, str], ...]]
 Trace = Callable[[nn.Module, tuple[Any, ...]], fx.Graph]

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasc_fx import CascadeSpec, Reason, Rule
+from lorasc_fx import CascadeSpec, Rule
+from lorasc_fx.plan import Reason
 from tests.passes.case import SPEC, Case, aten, functional, functions, leaves, modules, one, randn, seq
 from tests.passes.cases_weights import WEIGHT_CASES
 

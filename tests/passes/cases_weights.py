@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lorasc_fx import Reason
+from lorasc_fx.plan import Reason
 from tests.passes.case import Case, Uses, aten, functional, functions, leaves, modules, one, randn, seq
 
 __all__ = ["WEIGHT_CASES"]

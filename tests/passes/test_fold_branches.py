@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lorasc_fx import CascadeSpec, LorascWarning, Noise, NonFiniteBranch, PassError
+from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError
 from lorasc_fx.branch import draw
+from lorasc_fx.errors import LorascWarning
 from lorasc_fx.graph import branch_nodes, record_of, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline
 from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
-from lorasc_fx import CascadeSpec, Noise, PassError, Reason
+from lorasc_fx import CascadeSpec, Noise, PassError
 from lorasc_fx.branch import amplitude, draw
 from lorasc_fx.capture import capture
 from lorasc_fx.graph import branch_nodes, made_by, record_of, text, use_of
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from lorasc_fx.plan import Reason
 from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
 from tests.passes.kit import (
     CLOSE,

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
-from lorasc_fx import CascadeSpec, PassError, Reason, SpecError
+from lorasc_fx import CascadeSpec, PassError, SpecError
 from lorasc_fx.graph import FORMS, ON_CHOSEN, ON_WEIGHT, FunctionForm, record_of, strip, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from lorasc_fx.plan import Reason
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
 from tests.passes.kit import (
     Photograph,

@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
 
-from lorasc_fx import CascadeSpec, Noise, PassError, PassOrderError, Rule, SpecError, VerifyError
+from lorasc_fx import CascadeSpec, Noise, PassError, Rule, SpecError
 from lorasc_fx.graph import GraphEditor, branch_nodes, record_of, text
 from lorasc_fx.passes import (
     PASSES,
@@ -22,8 +22,10 @@ from lorasc_fx.passes import (
     FoldBranches,
     InsertBranches,
     MatchSites,
+    PassOrderError,
     Pipeline,
     StageTransition,
+    VerifyError,
 )
 from tests.passes.cases import BY_NAME, SPEC
 from tests.passes.kit import Photograph, assert_close, deltas, fill, insert, run, same_bits, uses_of, weights_of

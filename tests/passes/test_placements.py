@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasc_fx import CascadeSpec, VerifyError
+from lorasc_fx import CascadeSpec
 from lorasc_fx.graph import BRANCHES, branch_nodes, faults, shared_input, spelling_of, text, verify
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, SplitInputs
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, SplitInputs, VerifyError
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import (
     assert_close,

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasc_fx import CascadeSpec, LorascWarning, Noise, NonFiniteBranch, PassError
+from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError
+from lorasc_fx.errors import LorascWarning
 from lorasc_fx.graph import record_of, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case

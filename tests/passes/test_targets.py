@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lorasc_fx import CascadeSpec, NoSites, Reason, Rule, SpecError, UnknownTarget
+from lorasc_fx import CascadeSpec, Rule, SpecError, UnknownTarget
 from lorasc_fx.graph import record_of
-from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
+from lorasc_fx.passes import InsertBranches, MatchSites, NoSites, Pipeline
+from lorasc_fx.plan import Reason
 from lorasc_fx.spec import KINDS
 from tests.passes.cases import BY_NAME, CASES, Case, Encoder
 from tests.passes.kit import Photograph, branches_of, insert, sites_of, weights_of

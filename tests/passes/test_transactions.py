@@ -11,10 +11,18 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lorasc_fx import CascadeSpec, Noise, UnknownTarget, VerifyError
+from lorasc_fx import CascadeSpec, Noise, UnknownTarget
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights, use_of
-from lorasc_fx.passes import CascadePass, FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
+from lorasc_fx.passes import (
+    CascadePass,
+    FoldBranches,
+    InsertBranches,
+    MatchSites,
+    Pipeline,
+    StageTransition,
+    VerifyError,
+)
 from tests.passes.cases import BY_NAME, Case
 from tests.passes.kit import Photograph, fill, insert, run, same_bits
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lorasc_fx import VerifyError
 from lorasc_fx.branch import Branch, MatrixBranch
 from lorasc_fx.graph import branch_nodes, faults, record_of, set_record, use_of, verify
-from lorasc_fx.passes import FoldBranches, InsertBranches
+from lorasc_fx.passes import FoldBranches, InsertBranches, VerifyError
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
 from tests.passes.kit import branches_of, fill, insert
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorasc_fx as lx
+from lorasc_fx.errors import LorascWarning
 from lorasc_fx.runtime.adopt import adopt
 from tests.peft.adapters import cascade_of, close, folded, loaded
 from tests.peft.kit import gap, seeded
@@ -203,7 +204,7 @@ def test_a_tied_weight_goes_to_both_places(tmp_path: Path) -> None:
     ids = (torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(2)),)
     cascade = lx.adapt(copy.deepcopy(model), ids, spec=lx.CascadeSpec(rank=2, pace=1.0))
     randomize(cascade)
-    with pytest.warns(lx.LorascWarning, match="^emb.weight is tied, and peft keeps a pair for each of emb and head"):
+    with pytest.warns(LorascWarning, match="^emb.weight is tied, and peft keeps a pair for each of emb and head"):
         lx.export.peft(cascade, tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
     with torch.no_grad():
@@ -242,7 +243,7 @@ def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["lorasc_fx.export.peft"], "save_file", full)
-        with pytest.raises(lx.ExportError, match=r"adapter was not written: .*; what was there stays$"):
+        with pytest.raises(lx.export.ExportError, match=r"adapter was not written: .*; what was there stays$"):
             lx.export.peft(cascade, folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == first
     lx.export.peft(cascade, folder)

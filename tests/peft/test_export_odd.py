@@ -187,7 +187,7 @@ def test_what_peft_could_not_load(case: str, tmp_path: Path) -> None:
     cascade = lx.adapt(built(build), images(), spec=lx.CascadeSpec(rank=2), frontend=frontend)
     modules = dict(cascade.model.named_modules())
     randomize(cascade)
-    with pytest.raises(lx.ExportError, match=f"written:\n  {re.escape(name)}: {re.escape(reason)}$"):
+    with pytest.raises(lx.export.ExportError, match=f"written:\n  {re.escape(name)}: {re.escape(reason)}$"):
         lx.export.peft(cascade, tmp_path)
     assert dict(cascade.model.named_modules()) == modules
 
@@ -209,7 +209,7 @@ def test_a_quantized_base(tmp_path: Path) -> None:
         cascade.transition(None)
     lx.export.peft(cascade, tmp_path)
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
-    again = lx.import_.peft(tmp_path, base(), (x,))
+    again = lx.from_peft(tmp_path, base(), (x,))
     with torch.no_grad():
         assert gap(theirs(x), cascade(x)) < 1e-5
         assert gap(again(x), theirs(x)) < 1e-5
@@ -234,7 +234,7 @@ MIXTURES: dict[str, Build] = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.filterwarnings("ignore:.* is tied, and peft keeps a pair for each:lorasc_fx.LorascWarning")
+@pytest.mark.filterwarnings("ignore:.* is tied, and peft keeps a pair for each:lorasc_fx.errors.LorascWarning")
 @pytest.mark.parametrize("name", MIXTURES)
 def test_models_of_experts(name: str, tmp_path: Path) -> None:
     def base() -> nn.Module:
@@ -247,7 +247,7 @@ def test_models_of_experts(name: str, tmp_path: Path) -> None:
     randomize(cascade)
     lx.export.peft(cascade, tmp_path / "one")
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "one").eval()
-    again = lx.import_.peft(tmp_path / "one", base(), args)
+    again = lx.from_peft(tmp_path / "one", base(), args)
     with torch.no_grad():
         assert gap(seeded(theirs, args), seeded(copy.deepcopy(again.release()), args)) < 1e-10
         assert gap(seeded(theirs, args), seeded(cascade.release(), args)) < 1e-10

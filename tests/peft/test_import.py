@@ -68,7 +68,7 @@ def test_an_adapter_comes_in_and_goes_out_equal(case: str, tmp_path: Path) -> No
     args = INPUTS[name]()
     model = made(BUILD[name])
     base = seeded(model, args)
-    cascade = lx.import_.peft(tmp_path / "in", model, args, frontend=frontend_of(name))
+    cascade = lx.from_peft(tmp_path / "in", model, args, frontend=frontend_of(name))
 
     right = merged(theirs).state_dict()
     with torch.no_grad(), cascade.weights("slow"):
@@ -89,7 +89,7 @@ def test_an_adapter_comes_in_and_goes_out_equal(case: str, tmp_path: Path) -> No
     changed = {key for key in first if "lora_A" in key or "lora_B" in key or "lora_embedding" in key}
     assert changed == {key for key in second if "lora_A" in key or "lora_B" in key or "lora_embedding" in key}
     assert all(first[key].shape == second[key].shape for key in changed)
-    again = lx.import_.peft(tmp_path / "out", made(BUILD[name]), args, frontend=frontend_of(name))
+    again = lx.from_peft(tmp_path / "out", made(BUILD[name]), args, frontend=frontend_of(name))
     for key, value in again.folded_state_dict().items():
         torch.testing.assert_close(value, ours[key], rtol=0, atol=1e-10, msg=key)
 
@@ -100,7 +100,7 @@ def test_a_cascade_goes_out_and_comes_in_equal(name: str, tmp_path: Path) -> Non
     left_out = ("head",) if name == "convs" else ()  # it would collapse
     cascade = cascade_of(name, train=train_in_full, exclude=left_out, rank=1)
     lx.export.peft(cascade, tmp_path / "one")
-    again = lx.import_.peft(tmp_path / "one", made(BUILD[name]), INPUTS[name]())
+    again = lx.from_peft(tmp_path / "one", made(BUILD[name]), INPUTS[name]())
     assert {site.weight: site.rank for site in again.sites} == {site.weight: 2 for site in cascade.sites}
     with torch.no_grad():
         close(seeded(folded(again, name), INPUTS[name]()), seeded(folded(cascade, name), INPUTS[name]()))
@@ -113,9 +113,9 @@ def test_a_cascade_goes_out_and_comes_in_equal(name: str, tmp_path: Path) -> Non
 def test_the_spec_of_an_adapter(tmp_path: Path) -> None:
     trained_by_peft("suffixes", tmp_path, **ADAPTERS["patterns"][1], lora_dropout=0.25)
     model = made(BUILD["suffixes"])
-    spec = lx.import_.peft_spec(tmp_path, model)
+    spec = lx.export.peft_spec(tmp_path, model)
     assert (spec.rank, spec.lora_alpha, spec.dropout, spec.use_rslora) == (3, 5.0, 0.25, False)
-    cascade = lx.import_.peft(tmp_path, model, INPUTS["suffixes"](), spec=replace(spec, pace=0.25), frontend="symbolic")
+    cascade = lx.from_peft(tmp_path, model, INPUTS["suffixes"](), spec=replace(spec, pace=0.25), frontend="symbolic")
     assert cascade.plan.spec.pace == 0.25
     assert {site.weight: (site.rank, site.lora_alpha) for site in cascade.sites} == {
         "1.lin.weight": (2, 5.0),
@@ -136,7 +136,7 @@ def test_training_goes_on(tmp_path: Path) -> None:
     """The first expert keeps its coefficient, and the next stages add theirs."""
     trained_by_peft("words", tmp_path / "in", r=1, target_modules=["up"], modules_to_save=["head"])
     model, args = made(BUILD["words"]), INPUTS["words"]()
-    cascade = lx.import_.peft(tmp_path / "in", model, args, frontend="symbolic")
+    cascade = lx.from_peft(tmp_path / "in", model, args, frontend="symbolic")
     before = cascade.folded_state_dict()
     optimizer = optimizer_of(cascade)
     for _ in cascade.stages(2, optimizer):
@@ -153,7 +153,7 @@ def test_training_goes_on(tmp_path: Path) -> None:
 def test_an_imported_expert_survives_a_checkpoint(tmp_path: Path) -> None:
     trained_by_peft("suffixes", tmp_path / "in", target_modules=["lin"])
     args = INPUTS["suffixes"]()
-    cascade = lx.import_.peft(tmp_path / "in", made(BUILD["suffixes"]), args, frontend="symbolic")
+    cascade = lx.from_peft(tmp_path / "in", made(BUILD["suffixes"]), args, frontend="symbolic")
     lx.save(cascade, tmp_path / "run")
     again = lx.load(tmp_path / "run", made(BUILD["suffixes"]), args)
     for key, value in again.folded_state_dict().items():
@@ -176,9 +176,9 @@ def test_a_tied_head_that_was_adapted_alone(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     sentence = r"head\.weight are one weight, and the adapter changes head\.weight, each by itself; untie them"
     with pytest.raises(lx.CheckpointError, match=sentence):
-        lx.import_.peft(tmp_path, model, (ids,), frontend="symbolic")
-    spec = replace(lx.import_.peft_spec(tmp_path, model), untie=("head.weight",))
-    cascade = lx.import_.peft(tmp_path, model, (ids,), spec=spec, frontend="symbolic")
+        lx.from_peft(tmp_path, model, (ids,), frontend="symbolic")
+    spec = replace(lx.export.peft_spec(tmp_path, model), untie=("head.weight",))
+    cascade = lx.from_peft(tmp_path, model, (ids,), spec=spec, frontend="symbolic")
     with torch.no_grad(), cascade.weights("slow"):
         close(cascade.model(ids), theirs.eval()(ids))
 
@@ -187,14 +187,14 @@ def test_a_cascade_of_a_spec_of_ones_own(tmp_path: Path) -> None:
     trained_by_peft("words", tmp_path, target_modules=["up"], modules_to_save=["head"])
     model, args = made(BUILD["words"]), INPUTS["words"]()
     spec = lx.CascadeSpec(rank=5, train=("head", "norm"), noise=lx.Noise(0.1))
-    cascade = lx.import_.peft(tmp_path, model, args, spec=spec, frontend="symbolic")
+    cascade = lx.from_peft(tmp_path, model, args, spec=spec, frontend="symbolic")
     assert {site.rank for site in cascade.sites} == {5}
     with torch.no_grad(), cascade.weights("slow"):
         close(cascade.model(*args), loaded("words", tmp_path)(*args))
     before = made(BUILD["words"]).state_dict()
     model = made(BUILD["words"])
     with pytest.raises(lx.CheckpointError) as caught:
-        lx.import_.peft(tmp_path, model, args, spec=lx.CascadeSpec(targets=("emb",)), frontend="symbolic")
+        lx.from_peft(tmp_path, model, args, spec=lx.CascadeSpec(targets=("emb",)), frontend="symbolic")
     assert "the spec leaves out what the adapter holds: up.weight is not adapted here: not-targeted" in str(
         caught.value
     )

@@ -40,7 +40,7 @@ def refused(folder: Path, sentence: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(lx.CheckpointError) as caught:
-        lx.import_.peft(folder, model, INPUTS["words"]())
+        lx.from_peft(folder, model, INPUTS["words"]())
     message = str(caught.value)
     assert "\n" not in message
     assert re.search(sentence, message), message
@@ -179,7 +179,7 @@ def test_a_grouped_convolution(tmp_path: Path) -> None:
     with pytest.raises(
         lx.CheckpointError, match=r"0 is a Conv2d, whose change mixes the groups; nothing of it can hold"
     ):
-        lx.import_.peft(tmp_path, nn.Sequential(nn.Conv2d(4, 6, 2, groups=2)), (torch.zeros(1, 4, 3, 3),))
+        lx.from_peft(tmp_path, nn.Sequential(nn.Conv2d(4, 6, 2, groups=2)), (torch.zeros(1, 4, 3, 3),))
 
 
 def test_a_whole_attention(tmp_path: Path) -> None:
@@ -193,4 +193,4 @@ def test_a_whole_attention(tmp_path: Path) -> None:
     with pytest.raises(
         lx.CheckpointError, match=r"self_attn is an adapter of a whole nn.MultiheadAttention, of which peft"
     ):
-        lx.import_.peft(tmp_path, build(), (torch.zeros(1, 3, 4),))
+        lx.from_peft(tmp_path, build(), (torch.zeros(1, 3, 4),))

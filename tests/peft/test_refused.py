@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.export import ExportError
 from tests.peft.adapters import cascade_of
 from tests.peft.kit import normal
 from tests.peft.models import Suffixes, made
@@ -139,7 +140,7 @@ def test_what_no_adapter_expresses(case: str, tmp_path: Path) -> None:
     frontend = "auto" if case in TRACED else "symbolic"
     cascade = lx.adapt(made(build), args, spec=lx.CascadeSpec(rank=2), frontend=frontend)
     randomize(cascade)
-    with pytest.raises(lx.ExportError) as caught:
+    with pytest.raises(ExportError) as caught:
         lx.export.peft(cascade, tmp_path / "adapter")
     first, *lines = str(caught.value).splitlines()
     assert first == "export.peft: no adapter of peft expresses this cascade; nothing was written:"
@@ -153,7 +154,7 @@ def test_what_no_adapter_expresses(case: str, tmp_path: Path) -> None:
 def test_kept_noise(tmp_path: Path) -> None:
     cascade = cascade_of("suffixes", noise=lx.Noise(0.1, keep=True), targets=("lin",))
     with pytest.raises(
-        lx.ExportError, match=r"\n  lin\.weight: it keeps the noise of a stage \(noise\.keep\), which has no"
+        ExportError, match=r"\n  lin\.weight: it keeps the noise of a stage \(noise\.keep\), which has no"
     ):
         lx.export.peft(cascade, tmp_path)
 
@@ -162,7 +163,7 @@ def test_full_training_that_is_no_module(tmp_path: Path) -> None:
     cascade = lx.adapt(made(Own), (normal(2, 4, 6),), spec=lx.CascadeSpec(targets=("lin",), train=("rows",)))
     randomize(cascade)
     with pytest.raises(
-        lx.ExportError, match="\n  rows: it is a parameter of the top module, and peft saves modules whole"
+        ExportError, match="\n  rows: it is a parameter of the top module, and peft saves modules whole"
     ):
         lx.export.peft(cascade, tmp_path)
 
@@ -182,7 +183,7 @@ def test_a_module_that_holds_an_adapted_one(tmp_path: Path) -> None:
     cascade = lx.adapt(made(lambda: Net(Block())), (normal(2, 4, 6),), spec=spec)
     randomize(cascade)
     reason = "\n  other.scale: its module holds other.lin, which is adapted, and peft saves modules whole"
-    with pytest.raises(lx.ExportError, match=re.escape(reason)):
+    with pytest.raises(ExportError, match=re.escape(reason)):
         lx.export.peft(cascade, tmp_path)
 
 
@@ -193,7 +194,7 @@ def test_a_module_whose_name_means_an_adapted_one(tmp_path: Path) -> None:
     )
     randomize(cascade)
     with pytest.raises(
-        lx.ExportError, match=r"1\.lin\.bias: to save 1.lin means 11\.lin to peft as well, which is adapted"
+        ExportError, match=r"1\.lin\.bias: to save 1.lin means 11\.lin to peft as well, which is adapted"
     ):
         lx.export.peft(cascade, tmp_path)
 
@@ -203,7 +204,7 @@ def test_a_rank_above_all(tmp_path: Path) -> None:
         made(lambda: nn.Sequential(nn.Linear(1100, 1100))), (normal(2, 1100),), spec=lx.CascadeSpec(rank=520)
     )
     randomize(cascade)
-    with pytest.raises(lx.ExportError, match=r"\n  0\.weight: its rank is 520, over 512; give max_rank"):
+    with pytest.raises(ExportError, match=r"\n  0\.weight: its rank is 520, over 512; give max_rank"):
         lx.export.peft(cascade, tmp_path, uniform_rank=True)
 
 
@@ -238,8 +239,8 @@ def test_moments_that_are_not_right(tmp_path: Path) -> None:
 def test_folders_that_are_something_else(tmp_path: Path) -> None:
     cascade = cascade_of("suffixes", stages=1)
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    with pytest.raises(lx.ExportError, match="file is a file; give the name of a folder"):
+    with pytest.raises(ExportError, match="file is a file; give the name of a folder"):
         lx.export.peft(cascade, tmp_path / "file")
-    with pytest.raises(lx.ExportError, match=r"holds other files and no adapter_config\.json; give an empty folder"):
+    with pytest.raises(ExportError, match=r"holds other files and no adapter_config\.json; give an empty folder"):
         lx.export.peft(cascade, tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -311,7 +311,7 @@ def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
         torch.testing.assert_close(theirs(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
         assert (ours(calls[0]) - base(calls[0])).abs().max() > 1e-2
     spec = lx.CascadeSpec(targets=("0", "2"), rank=1, lora_alpha=SCALE, start=start)
-    again = lx.import_.peft(tmp_path / "slow", copy.deepcopy(base), args=(calls[0],), spec=spec)
+    again = lx.from_peft(tmp_path / "slow", copy.deepcopy(base), args=(calls[0],), spec=spec)
     torch.testing.assert_close(again(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
     for path in ("0", "2"):
         whole = ours.get_submodule(path).weight.detach()

@@ -153,5 +153,5 @@ def test_a_missing_library_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     message = f"this needs the package {package!r}, which is not installed: pip install 'lorasc-fx[report]'"
-    with unchanged(cascade), pytest.raises(lx.MissingExtra, match=f"^{re.escape(message)}$"):
+    with unchanged(cascade), pytest.raises(lx.errors.MissingExtra, match=f"^{re.escape(message)}$"):
         cascade.draw(tmp_path / "graph.svg")

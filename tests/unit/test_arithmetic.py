@@ -196,7 +196,7 @@ def test_a_name_that_the_first_run_excludes_and_another_trains() -> None:
     merged = lx.merge([first.cascade, second.cascade], base(), call())
     assert merged.plan.spec.exclude == ("3.weight",)
     assert merged.plan.spec.train == ("3.bias",)
-    assert {each.weight: each.reason for each in merged.refusals} == {"3.weight": lx.Reason.EXCLUDED}
+    assert {each.weight: each.reason for each in merged.refusals} == {"3.weight": lx.plan.Reason.EXCLUDED}
 
 
 def test_collapsed_deltas_are_summed_exactly() -> None:
@@ -307,7 +307,7 @@ def test_buffers_that_differ_stay_the_bases_and_are_told_of() -> None:
         runs.append(cascade)
     assert not torch.equal(runs[0].model.norm.running_mean, runs[1].model.norm.running_mean)
     told = "^merge: 2 buffers differ between the runs and stay as the base has them: norm.running_mean"
-    with pytest.warns(lx.LorascWarning, match=told):
+    with pytest.warns(lx.errors.LorascWarning, match=told):
         merged = lx.merge(runs, Net(), x)
     assert torch.equal(merged.model.norm.running_mean, Net().norm.running_mean)
     same = lx.merge([runs[0], runs[0]], Net(), x)

@@ -91,16 +91,16 @@ def build(kind: Callable[[], nn.Module]) -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "hidden", "reason"),
     [
-        (Recurrent, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.Reason.OPAQUE),
-        (Alone, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.Reason.OPAQUE),
-        (Mixed, ("mid.weight",), lx.Reason.MIXED_USES),
+        (Recurrent, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.plan.Reason.OPAQUE),
+        (Alone, ("mid.weight_ih_l0", "mid.weight_hh_l0"), lx.plan.Reason.OPAQUE),
+        (Mixed, ("mid.weight",), lx.plan.Reason.MIXED_USES),
     ],
 )
 def test_pieces_before_a_graph_that_hides_weights(
-    kind: type[nn.Module], hidden: tuple[str, ...], reason: lx.Reason
+    kind: type[nn.Module], hidden: tuple[str, ...], reason: lx.plan.Reason
 ) -> None:
     if kind is Alone:
-        with pytest.raises(lx.NoSites, match=f"{reason.value}"):
+        with pytest.raises(lx.passes.NoSites, match=f"{reason.value}"):
             lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
     else:
         named = lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
 from lorasc_fx.capture import Calls, bind
+from lorasc_fx.errors import LorascWarning
 from tests.unit.cases import batches, branches, by_hand, loss_of, optimizer_of, randomize, train
 
 BOTH = pytest.mark.parametrize("frontend", ["export", "symbolic"])
@@ -153,7 +154,7 @@ def test_a_layer_of_another_mode_becomes_a_site(frontend: str) -> None:
     cascade.transition(optimizer)
 
     cascade.train()
-    with pytest.warns(lx.LorascWarning, match="^1 sites came with a call that no earlier one was like: aux.weight"):
+    with pytest.warns(LorascWarning, match="^1 sites came with a call that no earlier one was like: aux.weight"):
         cascade(x)
     assert cascade.unreached == ()
     assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight", "aux.weight"}
@@ -252,9 +253,9 @@ def test_no_more_graphs_than_the_limit() -> None:
     for index in range(1, 32):
         cascade(x, scale=1.0 + index)
     for index in range(32, 41):
-        with pytest.warns(lx.LorascWarning, match="^more than 32 variants: the oldest one is dropped"):
+        with pytest.warns(LorascWarning, match="^more than 32 variants: the oldest one is dropped"):
             cascade(x, scale=1.0 + index)
-    with pytest.warns(lx.LorascWarning, match="^more than 32 variants: the oldest one is dropped"):
+    with pytest.warns(LorascWarning, match="^more than 32 variants: the oldest one is dropped"):
         assert torch.equal(cascade(x)["logits"], expected)
 
 

@@ -213,7 +213,7 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(lx.CheckpointError, match=r"in/model\.pt2: was not written: "):
         lx.export.pt2(cascade, tmp_path / "in" / "model.pt2")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(lx.MissingExtra, match=r"pip install 'lorasc-fx\[onnx\]'"):
+    with pytest.raises(lx.errors.MissingExtra, match=r"pip install 'lorasc-fx\[onnx\]'"):
         lx.export.onnx(cascade, tmp_path / "model.onnx")
     x = torch.randn(2, 3)
     pieces = lx.adapt(Branching(), (x,), spec=lx.CascadeSpec(rank=1), frontend="pieces")

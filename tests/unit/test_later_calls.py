@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.errors import LorascWarning
 from tests.unit.cases import branches, loss_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
@@ -249,7 +250,7 @@ def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.Monkey
     model.options.gain = 0.9
     cascade(x)
     model.options.gain = 0.8
-    with pytest.warns(lx.LorascWarning, match=r"options\.gain has changed 2 times .* each new value costs a capture"):
+    with pytest.warns(LorascWarning, match=r"options\.gain has changed 2 times .* each new value costs a capture"):
         cascade(x)
 
 

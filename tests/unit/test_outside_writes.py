@@ -175,7 +175,7 @@ def test_a_frozen_parameter_that_changes_between_saves_is_part_of_the_base(tmp_p
     lx.save(cascade, tmp_path)
     lx.load(tmp_path, mlp(), (X,))
     cascade.model.get_parameter("0.bias").data.add_(1.0)
-    with pytest.warns(lx.LorascWarning, match=r"0\.bias was changed after an earlier save"):
+    with pytest.warns(lx.errors.LorascWarning, match=r"0\.bias was changed after an earlier save"):
         lx.save(cascade, tmp_path)
     with pytest.raises(lx.CheckpointError, match=r"the model differs in 0\.bias"):
         lx.load(tmp_path, mlp(), (X,))

@@ -335,7 +335,7 @@ def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
     assert missing
     assert all(torch.equal(model.get_parameter(key), original.get_parameter(key)) for key in missing)
     optimizer = optimizer_of(cascade)
-    with pytest.warns(lx.LorascWarning, match="sites came with a call that no earlier one was like"):
+    with pytest.warns(lx.errors.LorascWarning, match="sites came with a call that no earlier one was like"):
         reach_all(cascade)
     assert cascade.unreached == ()
     for key in missing:

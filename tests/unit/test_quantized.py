@@ -201,7 +201,7 @@ def test_numbers_that_are_read_in_another_way_are_refused() -> None:
     quantize(model, "int8")
     cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend="pieces")
     refused = {each.weight: each.reason for each in cascade.refusals}
-    assert refused == {"up.weight": lx.Reason.QUANTIZED}
+    assert refused == {"up.weight": lx.plan.Reason.QUANTIZED}
     assert {site.weight for site in cascade.sites} == {"down.weight", "head.weight"}
 
 

@@ -211,7 +211,7 @@ def test_a_model_without_ties() -> None:
     [
         ((torch.ones(2, 4),), {}, lx.CaptureError),  # the model refuses
         ((IDS, IDS), {}, lx.CaptureError),  # no such signature
-        ((IDS,), {"exclude": ("*",)}, lx.NoSites),
+        ((IDS,), {"exclude": ("*",)}, lx.passes.NoSites),
     ],
 )
 def test_an_adapt_that_fails_leaves_the_tie(args: tuple[Any, ...], more: Any, error: type[Exception]) -> None:

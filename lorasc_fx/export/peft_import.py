@@ -14,16 +14,16 @@ from lorasc_fx.adapt import adapt
 from lorasc_fx.branch import Factors
 from lorasc_fx.capture import open_model
 from lorasc_fx.errors import CheckpointError, path_of
+from lorasc_fx.export.peft_adapter import Adapter, Pair, read_adapter
 from lorasc_fx.graph import matches, named_weights
-from lorasc_fx.import_.adapter import Adapter, Pair, read_adapter
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.adopt import adopt
 from lorasc_fx.spec import CascadeSpec, Rule
 
-__all__ = ["peft", "peft_spec"]
+__all__ = ["from_peft", "peft_spec"]
 
 
-def peft(
+def from_peft(
     folder: str | PathLike[str],
     model: nn.Module | torch.export.ExportedProgram | str | PathLike[str],
     args: Sequence[Any] = (),
@@ -41,7 +41,7 @@ def peft(
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         model, args, kwargs, frontend, base: as for `adapt`; the model is the adapter's base.
-        spec: what is asked of the training that follows; by default `peft_spec(folder, model)`. It has to adapt
+        spec: what is asked of the training that follows; by default `export.peft_spec(folder, model)`. It has to adapt
             every weight that the adapter does, and to train in full what the adapter did.
 
     Returns:
@@ -70,7 +70,7 @@ def peft_spec(folder: str | PathLike[str], model: nn.Module) -> CascadeSpec:
     `dataclasses.replace` gives it another pace or noise.
 
     Raises:
-        CheckpointError: as `peft` does.
+        CheckpointError: as `from_peft` does.
     """
     return _spec_of(read_adapter(path_of(folder), model), model)
 
