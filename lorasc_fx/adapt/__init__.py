@@ -33,9 +33,9 @@ from lorasc_fx.graph import (
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
+from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.filling import Hollow, check_attributes, groups_of
-from lorasc_fx.runtime.flags import Joined
 from lorasc_fx.runtime.model_state import restorer
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode

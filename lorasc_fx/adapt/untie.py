@@ -10,7 +10,7 @@ from torch import nn
 
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import Memory, matches
-from lorasc_fx.runtime.flags import Joined
+from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.undo import Undo
 
 __all__ = ["settle_ties"]
@@ -32,7 +32,7 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
     once. The first place keeps its object.
 
     Returns:
-        What `lorasc_fx.runtime.flags.give_back` needs at the end.
+        What `lorasc_fx.runtime.cascade.give_back` needs at the end.
 
     Raises:
         SpecError: `strict`, and a pattern means no tied parameter.

@@ -1,11 +1,8 @@
 """What runs: the cascade, its slow weights, stages and checkpoints. No graph and no passes in here."""
 
-from lorasc_fx.runtime.cascade import Cascade
+from lorasc_fx.runtime.cascade import Cascade, Flags, Stage, cascade_class, save
 from lorasc_fx.runtime.checkpoint import list_versions
 from lorasc_fx.runtime.checkpoint_read import check_base, check_plan, read
-from lorasc_fx.runtime.face import cascade_class, save
-from lorasc_fx.runtime.flags import Flags
-from lorasc_fx.runtime.stages import Stage
 from lorasc_fx.runtime.variants import Made, Variant
 
 __all__ = [

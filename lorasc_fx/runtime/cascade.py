@@ -2,39 +2,80 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Which
-from lorasc_fx.errors import StateError, named, warn
-from lorasc_fx.plan import Plan
-from lorasc_fx.runtime import checkpoint_read, folding, past
+from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
+from lorasc_fx.plan import Plan, Refusal, Site
+from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, past, resuming, transition
 from lorasc_fx.runtime.core import Core
-from lorasc_fx.runtime.flags import Flags, Joined, give_back
-from lorasc_fx.runtime.recalibrating import recalibrate
+from lorasc_fx.runtime.optim import check_holds, groups
 from lorasc_fx.runtime.rigid import Requantize
-from lorasc_fx.runtime.staged import Staged
 from lorasc_fx.runtime.variants import NOT_COMPILED, Call, Made, Variant, VariantMaker, Variants
-from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_inference_mode
+from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
 
-__all__ = ["Cascade"]
+__all__ = ["Cascade", "Flags", "Joined", "Stage", "cascade_class", "give_back", "save"]
 
 log = logging.getLogger("lorasc_fx")
 
 _CAPTURING = Lock()
 
 WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
+_SHOWN = 8
+"""Refusals and unreached weights that `print(cascade)` names."""
+
+Joined = tuple[tuple[nn.Module, str, nn.Parameter], ...]
+"""Places in modules, each with the parameter that was there before it became a tie."""
 
 
-class Cascade(Staged):
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a loop: its `number` in the cascade (the address of its noise), and its place, `index` of `count`."""
+
+    number: int
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What `release` gives back: requires_grad of every parameter, training of every module."""
+
+    requires_grad: Mapping[str, bool]
+    training: Mapping[str, bool]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Flags:
+        """Read the flags of a model."""
+        return cls(
+            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+            {name: module.training for name, module in model.named_modules()},
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        """Give the flags back; what has come since keeps its own."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+        for name, module in model.named_modules():
+            module.training = self.training.get(name, module.training)
+
+
+class Cascade(nn.Module):
     """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
 
     Children: `model`, the user's own, which stays the only owner of its weights; `branches`, one per site. Graphs are
@@ -59,7 +100,7 @@ class Cascade(Staged):
         if made.variant.attach is not None:
             made.variant.attach(self._grow, self._running)
         self._frontend = made.variant.frontend
-        self._loaded = None
+        self._loaded: checkpoint_read.Checkpoint | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; the model and the branches stay those of `adapt`, of which graphs and folds are.
@@ -159,6 +200,218 @@ class Cascade(Staged):
         """Return the plan of the running stage, as variants ask for it."""
         return self.core.plan
 
+    # ---- what was decided
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided."""
+        return self.core.plan
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The adapted weights, in the model's order."""
+        return self.core.plan.sites
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """The weight matrices that are not adapted, each with its reason."""
+        return self._refusals
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """The weight matrices that no captured graph has used yet."""
+        return self._unreached
+
+    @property
+    def stage(self) -> int:
+        """Number of the running stage, 1 is the first; after the last fold, of the one that would start next."""
+        return self.core.plan.stage
+
+    @property
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example inputs of `adapt`: positional, and by name."""
+        return self._example
+
+    @property
+    def frontend(self) -> str:
+        """Name of the front end that took the model."""
+        return self._frontend
+
+    @property
+    def refused_frontends(self) -> tuple[tuple[str, str], ...]:
+        """Names and reasons of the front ends that `auto` tried before."""
+        return self._refused_frontends
+
+    @property
+    def placements(self) -> dict[str, str]:
+        """Where the branch of each weight computes in the first graph: `beside`, `merged` or `weight`."""
+        return dict(first.placements) if (first := self._variants.oldest) is not None else {}
+
+    @property
+    def expected_step_ratio(self) -> float | None:
+        """A training step over the frozen model's, by the cost model; None where it has no sizes, or small ones."""
+        return first.expected if (first := self._variants.oldest) is not None else None
+
+    def draw(self, file: str | PathLike[str], sites: Sequence[str] = (), radius: int = 2) -> Path:
+        """Draw the rewritten graph around some sites: branches marked by placement, names, dtypes and shapes.
+
+        Args:
+            file: the .svg to write.
+            sites: kinds or globs on weight names, as in a spec; the first three sites if not given.
+            radius: arrows to follow from each branch, in both directions.
+
+        Returns:
+            The file.
+
+        Raises:
+            UnknownTarget: a pattern means no site.
+            SpecError: the file is no .svg, its folder is not there, or radius is no count.
+            StateError: after `release`, or none of these branches stands in a graph.
+            MissingExtra: the extra `report` is not installed.
+        """
+        self.core.check_alive("draw")
+        first = self._variants.oldest
+        if first is None:
+            raise StateError("draw: there is no graph since the cascade was moved or copied; call it once")
+        return self._maker.draw(first, self.core.plan, file, sites, radius)
+
+    def __str__(self) -> str:
+        """Return sites, refusals, parameters and front end, for people."""
+        plan, spec = self.plan, self.plan.spec
+        pace = spec.pace_at(plan.stage)
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        trainable = sum(parameter.numel() for parameter in self.core.trainable().values())
+        kinds = Counter(site.kind for site in self.sites)
+        lines = [
+            f"Cascade of {type(self.model).__name__}, captured by {self.frontend}",
+            f"  stage {plan.stage}, pace {pace:g}, noise {spec.noise.strength:g}, restart {spec.restart}",
+            f"  {len(self.sites)} sites: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+            f"  {trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)",
+        ]
+        lines += self._placement_lines()
+        lines += [f"  before: {name} refused: {reason}" for name, reason in self.refused_frontends]
+        asked = Counter(refusal.reason.value for refusal in self.refusals if refusal.reason.asked)
+        if asked:
+            lines.append("  left as asked: " + ", ".join(f"{count} {reason}" for reason, count in asked.items()))
+        ours = [refusal for refusal in self.refusals if not refusal.reason.asked]
+        if ours:
+            lines.append(f"  {len(ours)} refusals:")
+            lines += [f"    {refusal}" for refusal in ours[:_SHOWN]]
+            if len(ours) > _SHOWN:
+                lines.append(f"    and {len(ours) - _SHOWN} more, see cascade.refusals")
+        if self.unreached:
+            shown = ", ".join(self.unreached[:_SHOWN])
+            lines.append(f"  {len(self.unreached)} unreached (in no graph yet): {shown}")
+        return "\n".join(lines)
+
+    def _placement_lines(self) -> list[str]:
+        """Return the line on where branches compute and what a step is expected to cost."""
+        counted = Counter(self.placements.values())
+        if not counted:
+            return []
+        ratio = self.expected_step_ratio
+        told = f"; expected step {ratio:.2f} of the frozen model's" if ratio is not None else ""
+        return ["  placements: " + ", ".join(f"{count} {where}" for where, count in counted.most_common()) + told]
+
+    # ---- stages
+
+    def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
+        """Return groups for a torch optimizer: `lora_A`, `lora_B`, and `train` (what the spec trains in full).
+
+        Each rule of the spec's train_rules with a learning rate has a group of its own, `train:PATTERN`; without
+        train_A there is no `lora_A`.
+
+        Args:
+            lr: learning rate of every group without its own; of `lora_B` it is `lr * lr_ratio` (LoRA+, 2402.12354).
+            options: anything else that the optimizer's groups take.
+        """
+        self.core.check_alive("param_groups")
+        self.core.grouped = True
+        known = self.core.slow.trained
+        trained = [(parameter, known[name].rule) for name, parameter in self.core.trained_parameters().items()]
+        return groups(self.core.plan.spec, self.core.by_key.values(), trained, lr, options)
+
+    def stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Iterator[Stage]:
+        """Yield `count` stages; between them fold, renew the branches and redraw the noise, and fold after the last.
+
+        The arguments are checked at the call. A loop that is left early leaves its stage running.
+
+        Args:
+            count: number of stages.
+            optimizer: holds the branches; its state for them is treated as the spec says.
+            scheduler: a torch learning rate scheduler whose unit is the stage: stepped once at each transition.
+
+        Raises:
+            StateError: the optimizer does not hold the branches. SpecError: count is no count.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise SpecError(f"stages({count!r}): give the number of stages, an integer of 1 or more")
+        self.core.check_ready("stages")
+        check_holds(optimizer, self.core.trainable())
+        self.core.looped = True
+        return self._stages(count, optimizer, scheduler)
+
+    def _stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[Stage]:
+        with self.core.exclusive("stages"):
+            transition.unpark(self.core)
+        then = scheduler.step if scheduler is not None else None
+        for index in range(1, count + 1):
+            yield Stage(self.core.stage, index, count)
+            with self.core.exclusive("transition"):
+                transition.run(self.core, optimizer, park=index == count, then=then)
+
+    def transition(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
+
+        All or nothing, also where a signal's handler raises (Ctrl-C). Of several threads that call this, or another
+        method that reads or writes weights, one waits for the other. Calls of the cascade do not wait: one that runs in
+        another thread meanwhile may see weights of both stages.
+
+        Parameter objects stay the same, so that optimizers, compiled code and wrappers stay valid;
+        where the spec's `ranks` change their shape, compiled code is compiled again, and the optimizer's state starts
+        anew.
+
+        Args:
+            optimizer: holds the branches; None if there is none to be treated.
+
+        Raises:
+            StateError: inside a backward, with gradients pending, inside `weights`, or an optimizer without the
+            branches. NonFiniteBranch: a branch holds inf or nan.
+        """
+        with self.core.exclusive("transition"):
+            transition.run(self.core, optimizer, park=False)
+
+    def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Go back to the slow weights of an earlier stage, and start a stage from them; what came after is dropped.
+
+        All or nothing. The new stage has a number that no stage had, so that its noise and its lora_A are new. Under
+        either restart it starts from the slow weights. The optimizer's state of all that trains is reset; buffers of
+        the model (running statistics) stay as they are. Without `stages` it runs until `transition`.
+
+        Args:
+            stage: number of a stage that has ended; 0 is the base.
+            optimizer: holds the branches; None if there is none to be treated.
+
+        Raises:
+            StateError: as `weights(stage=...)`, or as `transition`; nothing was changed.
+        """
+        with self.core.exclusive("rewind"):
+            past.rewind(self.core, stage, optimizer)
+
+    def resume(self, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
+        """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
+
+        Raises:
+            StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches.
+            CheckpointError: the checkpoint holds no such state, or that of another optimizer.
+        """
+        with self.core.exclusive("resume"):
+            if self._loaded is None:
+                raise StateError(
+                    "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)"
+                )
+            return resuming.resume(self.core, self._loaded, optimizer, scheduler)
+
     # ---- weights
 
     def weights(self, which: Which | None = None, *, stage: int | None = None) -> AbstractContextManager[Cascade]:
@@ -182,9 +435,10 @@ class Cascade(Staged):
     def recalibrate(self, batches: Iterable[Any], call: Callable[[Cascade, Any], Any] | None = None) -> None:
         """Estimate the running statistics of batch norms anew, for the weights that are in place.
 
-        As torch.optim.swa_utils.update_bn: the statistics are reset, and are then the mean over the batches, without
-        gradients, in train mode. Inside `weights(...)` those weights count, and the statistics of before are put back
-        at its end; elsewhere the fast weights count, and the new statistics stay.
+        As torch.optim.swa_utils.update_bn (SWA, 1803.05407, section 3.2): the statistics are reset, and are then the
+        mean over the batches, without gradients, in train mode. The model itself runs, not a captured graph, in which
+        the momentum of a batch norm is a constant. Inside `weights(...)` those weights count, and the statistics of
+        before are put back at its end; elsewhere the fast weights count, and the new statistics stay.
 
         Args:
             batches: of inputs; a mapping is given by name, of a tuple or list the first entry.
@@ -194,7 +448,42 @@ class Cascade(Staged):
             StateError: the model has no such batch norm, there is no batch, inside a backward, or after `release`.
                 Whatever raises, the statistics are as they were.
         """
-        recalibrate(self, batches, call)
+        self.core.check_alive("recalibrate")
+        norms = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        ]
+        if not norms:
+            raise StateError(
+                "recalibrate: the model has no batch norm with running statistics, so there is nothing to do"
+            )
+        if self.core.placed is None:
+            with self.weights("fast"):
+                self._estimate_statistics(norms, batches, call or _call_on_first)
+            return
+        self.core.statistics = self.core.statistics or _statistics(norms)
+        self._estimate_statistics(norms, batches, call or _call_on_first)
+
+    def _estimate_statistics(
+        self, norms: list[_BatchNorm], batches: Iterable[Any], call: Callable[[Cascade, Any], Any]
+    ) -> None:
+        before = _statistics(norms)
+
+        def put_back() -> None:
+            for buffer, value in before:
+                buffer.copy_(value)
+
+        count = 0
+        with no_grad(), _averaging(self, norms), AllOrNothing() as undo:
+            undo(put_back)
+            for norm in norms:
+                norm.reset_running_stats()
+            for batch in batches:
+                call(self, batch)
+                count += 1
+            if not count:
+                raise StateError("recalibrate: there is no batch to estimate statistics from; give one or more")
 
     def folded_state_dict(
         self, quantized: Literal["dequantize"] | None = None, *, which: Literal["slow", "averaged"] = "slow"
@@ -329,3 +618,88 @@ def _weights(undo: Block[Any], cascade: Cascade, which: Which | None, stage: int
         folding.place(core, which or ("slow" if stage else "base"), parameters, live, earlier)
         core.placed = which if stage is None else stage
     return cascade
+
+
+def give_back(joined: Joined, undo: Undo) -> None:
+    """Put the parameters that became ties back, on the memory that their tie has now."""
+    for module, leaf, value in joined:
+        shared = module._parameters[leaf]
+        if shared is not None:
+            undo(partial(setattr, value, "data", value.data))
+            undo(partial(setattr, module, leaf, shared))
+            value.data = shared.data
+            setattr(module, leaf, value)
+
+
+@isolated
+def _averaging(undo: Block[Any], cascade: Cascade, norms: list[_BatchNorm]) -> None:
+    """Let the norms take the mean over all batches, in train mode."""
+    for module in cascade.modules():
+        undo(partial(setattr, module, "training", module.training))
+    for norm in norms:
+        undo(partial(setattr, norm, "momentum", norm.momentum))
+        norm.momentum = None
+    cascade.train()
+
+
+def _statistics(norms: Iterable[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the buffers of these modules, each with a copy of its value."""
+    return [(buffer, buffer.detach().clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+
+
+def _call_on_first(cascade: Cascade, batch: Any) -> Any:
+    """Run the cascade on a batch as torch's update_bn does: of a tuple or list on its first entry."""
+    if isinstance(batch, Mapping):
+        return cascade(**batch)
+    return cascade(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+
+def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascade]:
+    """Return Cascade with a forward that shows the model's signature, which trainers and tracers read."""
+
+    def forward(self: Cascade, *args: Any, **kwargs: Any) -> Any:
+        return Cascade.forward(self, *args, **kwargs)
+
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    shown = signature.replace(parameters=[first, *signature.parameters.values()])
+    vars(forward)["__signature__"] = shown
+    vars(forward)["__wrapped__"] = inspect.unwrap(type(model).forward)  # whose names of arguments torch.fx reads
+    forward.__doc__ = Cascade.forward.__doc__
+    return type("Cascade", (Cascade,), {"forward": forward, "__module__": __name__, "__doc__": Cascade.__doc__})
+
+
+def save(
+    cascade: Cascade,
+    folder: str | PathLike[str],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 1,
+) -> Path:
+    """Write what a resume needs as a new version in `folder`, and drop versions older than the last `keep`.
+
+    A process that is killed at any moment leaves versions that are whole: the new one counts from the moment at which
+    it is on disk, and the old one goes after that. Gradients that wait for a step, and the states of the random
+    generators of torch, python, numpy and CUDA, are written too; `Cascade.resume` gives them back.
+
+    Args:
+        cascade: whose branches, experts, coefficients, trained parameters and buffers are written.
+        optimizer, scheduler: whose state is written.
+        extra: anything of yours that JSON holds, and tensors in it: the number of steps done (the position in the
+            stage, and in the data of `shuffled_batches`), the state of a loader or a GradScaler, an average of weights.
+        keep: number of versions that stay.
+
+    Returns:
+        The folder of the new version.
+
+    Raises:
+        CheckpointError: the folder cannot be written, another save writes into it, or extra or scheduler hold what
+            neither JSON nor safetensors can. What was there stays.
+        SpecError: keep is less than 1.
+        StateError: after `release`, inside `weights`, or inside a backward.
+    """
+    with cascade.core.exclusive("save"):
+        return checkpoint_write.write_version(
+            cascade.core, path_of(folder), optimizer, scheduler, dict(extra or {}), keep
+        )
