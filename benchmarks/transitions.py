@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import SlowWeight
+from lorasc_fx.state import SlowWeight
 
 __all__ = ["Seconds", "product_seconds", "streaming_seconds", "transition_seconds"]
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from lorasc_fx.branch import SlowWeight, arithmetic, check_finite, end_stage
 from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights, record_of
 from lorasc_fx.plan import Plan
+from lorasc_fx.state import SlowWeight, arithmetic, check_finite, end_stage
 
 from .base import CascadePass
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, SlowWeight, begin_stage, start_differs, start_weight
+from lorasc_fx.branch import Branch
 from lorasc_fx.errors import NoSites, PassError
 from lorasc_fx.graph import (
     ON_CHOSEN,
@@ -26,6 +26,7 @@ from lorasc_fx.graph import (
 )
 from lorasc_fx.graph.weights import module_at
 from lorasc_fx.plan import Plan, Reason
+from lorasc_fx.state import SlowWeight, begin_stage, start_differs, start_weight
 
 from .base import CascadePass
 

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from lorasc_fx.branch import Branch, start_weight
+from lorasc_fx.branch import Branch
 from lorasc_fx.branch.init import fresh_a
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph import GraphEditor, named_weights
 from lorasc_fx.plan import Plan, Site
+from lorasc_fx.state import start_weight
 
 from .base import CascadePass
 from .fold_branches import absorb_branches, check_branches

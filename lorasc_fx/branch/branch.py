@@ -16,8 +16,8 @@ from torch import nn
 from lorasc_fx.branch.dropout import draw_seed
 from lorasc_fx.branch.init import fresh_a
 from lorasc_fx.branch.nearest import nearest_full
-from lorasc_fx.branch.rows import local, whole
 from lorasc_fx.plan import Site
+from lorasc_fx.shards import local, whole
 
 __all__ = ["Branch", "fill_factor"]
 

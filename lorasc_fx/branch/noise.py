@@ -11,7 +11,7 @@ import math
 import torch
 
 from lorasc_fx.branch.address import generator
-from lorasc_fx.branch.rows import Rows
+from lorasc_fx.shards import Rows
 from lorasc_fx.spec import Noise
 
 __all__ = ["amplitude", "draw", "row_sizes"]

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorasc_fx.branch import Factors, SlowWeight, Which, dense, factors_of, gain_of, has_trained, scaled
+from lorasc_fx.branch import dense
 from lorasc_fx.export.low_rank import CutOff, compressed, factored, padded, stacked
 from lorasc_fx.export.peft_config import RANKS
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.folding import ended, trained_value
+from lorasc_fx.state import Factors, SlowWeight, Which, factors_of, gain_of, has_trained, scaled
 
 __all__ = ["Change", "change_of", "nothing"]
 

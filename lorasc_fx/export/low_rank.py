@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorasc_fx.branch import Factors
+from lorasc_fx.state import Factors
 
 __all__ = ["CutOff", "compressed", "factored", "padded", "stacked"]
 

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorasc_fx.branch import arithmetic
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.export.change import Change, change_of, nothing
 from lorasc_fx.export.folder import write_folder
@@ -32,6 +31,7 @@ from lorasc_fx.export.saved import Saved, key_path, save_whole
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.folding import check_which
+from lorasc_fx.state import arithmetic
 
 __all__ = ["PeftAdapter", "peft"]
 

@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lorasc_fx.branch import Factors, dense
+from lorasc_fx.branch import dense
 from lorasc_fx.errors import CheckpointError, nearest
 from lorasc_fx.export.peft_config import RANKS, TENSORS
 from lorasc_fx.export.peft_layout import PREFIX, Place, as_ours, form_of, names_of, shapes_of
 from lorasc_fx.export.peft_read import AdapterConfig, read_config
+from lorasc_fx.state import Factors
 
 __all__ = ["Adapter", "Pair", "read_adapter"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lorasc_fx.adapt import adapt
-from lorasc_fx.branch import Factors
 from lorasc_fx.capture import open_model
 from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.export.peft_adapter import Adapter, Pair, read_adapter
@@ -19,6 +18,7 @@ from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.adopt import adopt
 from lorasc_fx.spec import CascadeSpec, Rule
+from lorasc_fx.state import Factors
 
 __all__ = ["from_peft", "peft_spec"]
 

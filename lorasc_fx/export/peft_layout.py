@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Factors
+from lorasc_fx.state import Factors
 
 __all__ = [
     "PREFIX",

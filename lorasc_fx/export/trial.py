@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import Factors, dense
+from lorasc_fx.branch import dense
 from lorasc_fx.capture import copied, quiet, substituted
 from lorasc_fx.export.callers import Call
 from lorasc_fx.export.peft_layout import Place, as_theirs
+from lorasc_fx.state import Factors
 from lorasc_fx.undo import raise_of_handler
 
 __all__ = ["fault_of"]

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorasc_fx.branch.rows import local
+from lorasc_fx.shards import local
 
 __all__ = ["Memory", "shared_memory"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from lorasc_fx.branch import SlowWeight
 from lorasc_fx.plan import Plan, Refusal
+from lorasc_fx.state import SlowWeight
 
 __all__ = ["Record", "Use", "at_stage", "record_of", "set_record", "strip"]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import fx
 
-from lorasc_fx.branch import slow_faults
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.chosen import choices, chosen_by
 from lorasc_fx.graph.flow import constants
@@ -36,6 +35,7 @@ from lorasc_fx.graph.verify_foreign import (
 from lorasc_fx.graph.view import Rule, View
 from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of
 from lorasc_fx.plan import Site
+from lorasc_fx.state import slow_faults
 
 __all__ = ["RULES", "faults", "verify"]
 

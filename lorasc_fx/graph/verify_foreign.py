@@ -11,16 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import (
-    Branch,
-    SlowWeight,
-    dense,
-    is_quantized,
-    shared_down,
-    slow_faults,
-    start_differs,
-    start_weight,
-)
+from lorasc_fx.branch import Branch, dense, is_quantized, shared_down
 from lorasc_fx.graph.marks import use_of
 from lorasc_fx.graph.shared import shared_input
 from lorasc_fx.graph.spelling import spelling_of
@@ -28,6 +19,7 @@ from lorasc_fx.graph.view import View
 from lorasc_fx.graph.weights import BRANCHES, module_at, named_weights, owner_of
 from lorasc_fx.graph.writes import written_between
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.state import SlowWeight, slow_faults, start_differs, start_weight
 
 __all__ = [
     "branches_stand_in_this_graph",

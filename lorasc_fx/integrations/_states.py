@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lorasc_fx.branch import Expert, Factors, SlowWeight
-from lorasc_fx.branch.rows import Rows
 from lorasc_fx.integrations._parts import whole
+from lorasc_fx.shards import Rows
+from lorasc_fx.state import Expert, Factors, SlowWeight
 
 __all__ = ["cut", "cut_state", "joined", "joined_state"]
 

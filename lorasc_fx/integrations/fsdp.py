@@ -19,8 +19,6 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lorasc_fx.branch import Expert, Factors, SlowWeight
-from lorasc_fx.branch.rows import Rows, whole
 from lorasc_fx.capture import leaves
 from lorasc_fx.errors import StateError
 from lorasc_fx.integrations._states import cut as cut_rows
@@ -29,7 +27,9 @@ from lorasc_fx.integrations.sharded_files import load, resume, save
 from lorasc_fx.integrations.units import Shards, SplitGraph, Unit
 from lorasc_fx.runtime import Cascade, Made, Variant, folding
 from lorasc_fx.runtime.slow import SlowWeights
+from lorasc_fx.shards import Rows, whole
 from lorasc_fx.spec import CascadeSpec, Noise
+from lorasc_fx.state import Expert, Factors, SlowWeight
 
 __all__ = ["folded_state_dict", "load", "resume", "save", "shard"]
 

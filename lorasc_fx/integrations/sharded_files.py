@@ -26,7 +26,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import zeros
 
 from lorasc_fx.adapt import restored
-from lorasc_fx.branch.rows import Rows, local
 from lorasc_fx.errors import CheckpointError, StateError, path_of
 from lorasc_fx.integrations.processes import RANKS, agreed, gathered, reseed, streams, text_of_rank_0
 from lorasc_fx.plan import Plan
@@ -46,6 +45,7 @@ from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
+from lorasc_fx.shards import Rows, local
 
 __all__ = ["load", "resume", "save"]
 

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from lorasc_fx.adapt import _ADAPTED
-from lorasc_fx.branch.rows import Rows, Together
 from lorasc_fx.capture import quiet, seed, untouched
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.graph import BRANCHES
@@ -31,6 +30,7 @@ from lorasc_fx.integrations._places import Style, places_of
 from lorasc_fx.integrations._states import cut, cut_state, joined, joined_state
 from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.runtime import Cascade
+from lorasc_fx.shards import Rows, Together
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode, raise_of_handler
 
 __all__ = ["gather", "parallelize"]

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasc_fx.branch import Expert, Factors, SlowWeight
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.model_state import restorer, slots
 from lorasc_fx.runtime.slow import SlowWeights, Trained, fill
 from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.transition import resting_value
+from lorasc_fx.state import Expert, Factors, SlowWeight
 from lorasc_fx.undo import Commit, no_grad
 
 if TYPE_CHECKING:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasc_fx.branch import Expert, Past, SlowWeight, arithmetic, dense, summing
+from lorasc_fx.branch import dense
 from lorasc_fx.errors import SpecError, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.adopt import install
 from lorasc_fx.runtime.folding import ended
 from lorasc_fx.runtime.slow import SlowWeights, Trained
+from lorasc_fx.state import Expert, Past, SlowWeight, arithmetic, summing
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core

@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import Which
 from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, past, resuming, transition
@@ -27,6 +26,7 @@ from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.optim import check_holds, groups
 from lorasc_fx.runtime.rigid import Requantize
 from lorasc_fx.runtime.variants import NOT_COMPILED, Call, Made, Variant, VariantMaker, Variants
+from lorasc_fx.state import Which
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
 
 __all__ = ["Cascade", "Flags", "Joined", "Stage", "cascade_class", "give_back", "save"]

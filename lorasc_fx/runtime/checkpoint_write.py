@@ -23,8 +23,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lorasc_fx.branch.rows import local
-from lorasc_fx.branch.stage import all_finite
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
 from lorasc_fx.runtime import generators, half_step, outside_json, packing
 from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, TENSORS, canonical, is_our_file, list_versions, next_name
@@ -33,6 +31,8 @@ from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.opening import plain_bytes
 from lorasc_fx.runtime.optim import check_numbers
 from lorasc_fx.runtime.provenance import versions
+from lorasc_fx.shards import local
+from lorasc_fx.state.engine import all_finite
 from lorasc_fx.undo import Block, isolated
 
 try:

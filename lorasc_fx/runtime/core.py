@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, Which, is_quantized
+from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
@@ -22,6 +22,7 @@ from lorasc_fx.runtime.starts import put_starts, starts_of
 from lorasc_fx.runtime.steps import StepWatch
 from lorasc_fx.runtime.usage import UsageWatch
 from lorasc_fx.spec import TrainRule
+from lorasc_fx.state import Which
 from lorasc_fx.undo import Block, Lock, Undo
 
 __all__ = ["Core"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorasc_fx.branch.rows import local
+from lorasc_fx.shards import local
 
 __all__ = ["Buffer", "checksum", "data_of", "file_digest", "fingerprint", "fingerprint_of", "text_digest"]
 

@@ -10,17 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import (
-    Began,
-    Branch,
-    DoraBranch,
-    MatrixBranch,
-    SlowWeight,
-    Which,
-    check_finite,
-    has_trained,
-    is_quantized,
-)
+from lorasc_fx.branch import Branch, DoraBranch, MatrixBranch, is_quantized
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.checkpoint import way_back
@@ -31,6 +21,7 @@ from lorasc_fx.runtime.rigid import check_asked
 from lorasc_fx.runtime.slow import SlowWeights, Trained
 from lorasc_fx.runtime.transition import trained_moved
 from lorasc_fx.runtime.unpacking import Taken, began, slow_state
+from lorasc_fx.state import Began, SlowWeight, Which, check_finite, has_trained
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core

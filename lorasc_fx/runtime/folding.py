@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Which, is_quantized
-from lorasc_fx.branch.rows import local
+from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import StateError, nearest
 from lorasc_fx.runtime.rigid import Places, Requantize, check_asked, places, put, put_back, requantized
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.transition import has_begun, resting_value, trained_moved
+from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.state import Which
 from lorasc_fx.undo import Commit, Undo
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch.rows import local
+from lorasc_fx.shards import local
 from lorasc_fx.undo import no_grad
 
 __all__ = ["Slot", "layout", "restorer", "slots"]

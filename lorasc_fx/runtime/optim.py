@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.branch.rows import local
 from lorasc_fx.errors import StateError
+from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 
 __all__ = ["check_holds", "check_numbers", "treated_state"]

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasc_fx.branch import SlowWeight, arithmetic
 from lorasc_fx.branch.init import fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime import transition
 from lorasc_fx.runtime.optim import treated_state
 from lorasc_fx.runtime.slow import SlowWeights, Trained
+from lorasc_fx.state import SlowWeight, arithmetic
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core

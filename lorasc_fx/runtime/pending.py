@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lorasc_fx.branch.rows import local
+from lorasc_fx.shards import local
 
 __all__ = ["PendingWatch"]
 

@@ -13,23 +13,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from lorasc_fx.branch import (
-    Branch,
-    SlowWeight,
-    Which,
-    arithmetic,
-    end_stage,
-    factors_of,
-    gain_of,
-    has_trained,
-    is_quantized,
-    slow_faults,
-)
-from lorasc_fx.branch.rows import Together, local
-from lorasc_fx.branch.stage import all_finite, write_start
+from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.errors import NonFiniteBranch, warn
 from lorasc_fx.plan import Plan
+from lorasc_fx.shards import Together, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
+from lorasc_fx.state import SlowWeight, Which, arithmetic, end_stage, factors_of, gain_of, has_trained, slow_faults
+from lorasc_fx.state.engine import all_finite, write_start
 from lorasc_fx.undo import Commit, Undo
 
 __all__ = ["AFFORDABLE", "SlowWeights", "Trained", "fill", "write"]

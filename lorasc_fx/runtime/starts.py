@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, begin_stage
+from lorasc_fx.branch import Branch
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.slow import SlowWeights
+from lorasc_fx.state import begin_stage
 from lorasc_fx.undo import Undo
 
 __all__ = ["put_starts", "starts_of"]

@@ -17,12 +17,12 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, fill_factor
 from lorasc_fx.branch.init import fresh_a
-from lorasc_fx.branch.rows import local, part_of
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
 from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.starts import put_starts, starts_of
+from lorasc_fx.shards import local, part_of
 from lorasc_fx.undo import Commit, no_grad
 
 if TYPE_CHECKING:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasc_fx.branch import Began, Branch, DoraBranch, Expert, Factors, KeptNoise, Past, SlowWeight, Turn, began_shapes
-from lorasc_fx.branch.rows import local
+from lorasc_fx.branch import Branch, DoraBranch
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.model_state import Slot, restorer, slots
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import SlowWeights, Trained, write
+from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec, Noise
+from lorasc_fx.state import Began, Expert, Factors, KeptNoise, Past, SlowWeight, Turn, began_shapes
 from lorasc_fx.undo import Commit, no_grad
 
 if TYPE_CHECKING:

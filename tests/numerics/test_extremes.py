@@ -16,7 +16,8 @@ from torch import nn
 from torch.func import functional_call
 
 import lorasc_fx as lx
-from lorasc_fx.branch import SlowWeight, amplitude
+from lorasc_fx.branch import amplitude
+from lorasc_fx.state import SlowWeight
 from tests.errors.models import exactly, loss_of
 from tests.errors.state import unchanged
 

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from lorasc_fx import Plan
-from lorasc_fx.branch import Factors
 from lorasc_fx.graph import branch_nodes, faults, record_of, set_record, use_of, verify
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs, StageTransition, VerifyError
+from lorasc_fx.state import Factors
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import branches_of, fill, insert
 from tests.passes.test_placements import SHARED, attention, merged_graph

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import Factors
 from lorasc_fx.runtime.adopt import adopt
+from lorasc_fx.state import Factors
 from tests.unit.cases import batches, mlp, randomize
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorasc_fx.branch import Expert, Factors, SlowWeight, effective_rank, norm_of, singular_values, slow_spectrum
+from lorasc_fx.state import Expert, Factors, SlowWeight, effective_rank, norm_of, singular_values, slow_spectrum
 
 
 def factors(rows: int, columns: int, rank: int, *stack: int, seed: int = 1) -> Factors:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.adapt import compiler
-from lorasc_fx.branch.accumulate import accumulate
+from lorasc_fx.state.products import accumulate
 from tests.unit.cases import branches, loss_of, randomize
 
 STAGES = 5
@@ -217,7 +217,7 @@ def test_accumulate_is_the_sum_rounded_once(
     """Whatever the blocks, the memory format and the stack: rank 1 has no order of summation, and factors of few bits
     have products that no kernel rounds, fused or not, so every bit is right.
     """
-    monkeypatch.setattr("lorasc_fx.branch.accumulate.BLOCK", block)
+    monkeypatch.setattr("lorasc_fx.state.products.BLOCK", block)
     source = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> torch.Tensor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from lorasc_fx.branch.kept import Factors
 from lorasc_fx.branch.quantized import dense
-from lorasc_fx.branch.slow import SlowWeight
+from lorasc_fx.state.kept import Factors
+from lorasc_fx.state.slow import SlowWeight
 
 __all__ = ["effective_rank", "norm_of", "singular_values", "slow_spectrum"]
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lorasc_fx.branch.slow import SlowWeight
+from lorasc_fx.state.slow import SlowWeight
 
 __all__ = ["slow_faults"]
 

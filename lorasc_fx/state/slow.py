@@ -15,14 +15,13 @@ from typing import Any, Literal
 
 import torch
 
-from lorasc_fx.branch.accumulate import accumulate, exact_products
-from lorasc_fx.branch.kept import Began, Expert, Factors, KeptNoise, Past, pruned
 from lorasc_fx.branch.noise import draw
 from lorasc_fx.branch.quantized import dense, is_quantized
-from lorasc_fx.branch.rows import Rows
-from lorasc_fx.branch.sums import joined, summing
-from lorasc_fx.branch.turns import Turn, along, grown, scaled, times
+from lorasc_fx.shards import Rows
 from lorasc_fx.spec import Restart
+from lorasc_fx.state.kept import Began, Expert, Factors, KeptNoise, Past, pruned
+from lorasc_fx.state.products import accumulate, exact_products, joined, summing
+from lorasc_fx.state.turns import Turn, along, grown, scaled, times
 
 __all__ = ["SlowWeight", "Which"]
 
@@ -164,7 +163,7 @@ class SlowWeight:
 
         `live` is None for a weight whose branch is left out, or that has none. One that is zero, as it started, is not
         kept: a longer product sums in another order, and a stage that trains nothing moves no weight. With a `share`
-        the average takes so much of S_t. `gain` [out] is the row scale of a branch with magnitudes (`branch.turns`).
+        the average takes so much of S_t. `gain` [out] is the row scale of a branch with magnitudes (`state.turns`).
         """
         if live is not None and gain is not None:
             turn, pair = Turn(stage, len(self.experts), 1 - pace + pace * gain), scaled(live, gain, self.turned)

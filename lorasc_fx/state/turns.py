@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorasc_fx.branch.kept import Factors
+from lorasc_fx.state.kept import Factors
 
 __all__ = ["Turn", "along", "grown", "scaled", "times"]
 
