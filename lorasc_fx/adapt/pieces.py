@@ -97,7 +97,7 @@ class Growing:
             with torch.inference_mode(False):
                 with requiring_grad(pieces.model, {branch.weight_name for branch in self.branches.values()}):
                     functions = not pieces.eager and bool(try_model(pieces.model, args, kwargs).functions)
-                settle(pieces, list(self.branches.values()), args, kwargs, eager=functions)
+                settle(pieces, self, args, kwargs, eager=functions)
             self.tried.add(modes)
         weights = named_weights(pieces.model)
         found_by = pieces.swapped.keys() if pieces.eager else pieces.located
@@ -176,7 +176,7 @@ def make_pieces(
     if not (swap_all or pieces.eager):
         wrong = _used_outside(pieces, plain, args, kwargs, SUSPECT)
         pieces.swap({**pieces.swapped, **{each.weight_name: each for each in plain if each.weight_name in wrong}})
-    settle(pieces, list(held.values()), args, kwargs, eager=swap_all)
+    settle(pieces, growing, args, kwargs, eager=swap_all)
     if pieces.swapped:
         left = _used_outside(pieces, plain, args, kwargs, dict.fromkeys(SUSPECT, CERTAIN))
         if left:
@@ -212,7 +212,7 @@ def _modes(pieces: Pieces) -> Hashable:
     )
 
 
-def settle(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any], eager: bool) -> None:
+def settle(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping[str, Any], eager: bool) -> None:
     """Run as graphs where these give the branches the gradients of the eager model; else the model as it is.
 
     There every site is swapped, in forward and in what backward runs again. `eager` goes there at once.
@@ -223,15 +223,15 @@ def settle(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mappin
     if pieces.eager:
         eager = True
     elif not eager:
-        eager = _wrong_gradient(pieces, branches, args, kwargs) is not None
+        eager = _wrong_gradient(pieces, growing, args, kwargs) is not None
     if not eager:
         return
-    _check_swappable(pieces, branches)
-    pieces.swap({branch.weight_name: branch for branch in branches})
+    _check_swappable(pieces, growing.branches.values())
+    pieces.swap({branch.weight_name: branch for branch in growing.branches.values()})
     wrong: str | None = None
     for once in (True,) if pieces.once else (False, True):
         pieces.run_eager(once)
-        wrong = _wrong_gradient(pieces, branches, args, kwargs)
+        wrong = _wrong_gradient(pieces, growing, args, kwargs)
         if wrong is None:
             return
     raise CaptureError(
@@ -251,15 +251,16 @@ def _check_swappable(pieces: Pieces, branches: Iterable[Branch]) -> None:
             )
 
 
-def _wrong_gradient(pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any]) -> str | None:
+def _wrong_gradient(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping[str, Any]) -> str | None:
     """Return a weight whose branch gets another gradient than the eager model with merged weights gives it, or None.
 
     Weights that get none in the eager model are left out.
     """
     model = pieces.model
+    branches = growing.branches.values()
     plain = [each for each in branches if not is_quantized(model.get_parameter(each.weight_name))]
     weights = {each.weight_name: model.get_parameter(each.weight_name) for each in plain}
-    with quiet(), _frozen(model), _stand_ins(plain):  # with gradients
+    with quiet(), _frozen(model), _stand_ins(plain), _late_branches_untrained(growing):  # with gradients
         coarse = _coarse(plain, model)
         for each in plain:
             _probe(each, model, coarse)
@@ -360,6 +361,18 @@ def _stand_ins(undo: Undo, branches: Sequence[Branch]) -> None:
             factor = branch._parameters[name]
             assert factor is not None
             branch._parameters[name] = nn.Parameter(factor.detach().clone(), factor.requires_grad)
+
+
+@isolated
+def _late_branches_untrained(undo: Undo, growing: Growing) -> None:
+    """Clear the gradients of branches that come inside the block, as where a layer is skipped at random."""
+    known = set(growing.branches)
+
+    def clear() -> None:
+        for key in growing.branches.keys() - known:
+            growing.branches[key].zero_grad(set_to_none=True)
+
+    undo(clear)
 
 
 def _backward(call: Any, values: Mapping[str, torch.Tensor], args: Any, kwargs: Mapping[str, Any]) -> bool:
