@@ -60,7 +60,7 @@ format: $(STAMP) ## what ruff can mend by itself
 types: $(STAMP) ## mypy --strict on lorasc_fx and passes
 	$(BIN)/mypy
 
-bench: $(STAMP) ## costs beside peft, written to README.md and benchmarks/
+bench: $(STAMP) ## costs beside peft, written to docs/costs.md and benchmarks/
 	$(BIN)/python -m benchmarks
 
 coverage: $(STAMP) ## the whole zoo beside peft, written to docs/coverage.md (half an hour on two cores)

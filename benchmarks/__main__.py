@@ -1,6 +1,6 @@
 """The benchmark: `python -m benchmarks [names] [--only table|costs|curves] [--rounds N] [--quick] [--write]`.
 
-A run of everything writes results.json, curves.json and curves.svg in this folder, and the section of the README. A
+A run of everything writes results.json, curves.json and curves.svg in this folder, and the section of docs/costs.md. A
 part of it prints what it found, and writes it only with --write, in place of what the files hold of it.
 """
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "curves" in parts:
         measured_now["curves"] = _curves(options.rounds, options.quick)
     if whole or options.write:
-        write(measured_now, HERE, HERE.parent / "README.md", whole)
+        write(measured_now, HERE, HERE.parent / "docs" / "costs.md", whole)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

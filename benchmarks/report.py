@@ -1,4 +1,4 @@
-"""The section of the README, made from the results; and what stands around them."""
+"""The section of docs/costs.md, made from the results; and what the numbers depend on."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ One command makes all of this, `make bench`: the text, `benchmarks/results.json`
 {made["rounds"]} rounds in which the rivals take turns.
 
 CPU seconds of a training step over those of the same model frozen (forward, and the gradient down to the input):
-ratio of the minima (median of the ratios within a round). *Folded* is the model that `release()` gives back; by what it
-differs from 1.00 is noise. *Floor*: the flops of the low-rank products added to those of the frozen step. *Expected*:
-what the cost model said before.
+ratio of the minima (median of the ratios within a round). *Folded* is the model that `release()` gives back; its
+deviation from 1.00 is measurement noise. *Floor*: the flops of the low-rank products added to those of the frozen step.
+*Expected*: the cost model's prediction.
 
 {step_table(results["steps"])}
 
@@ -62,7 +62,7 @@ has to read and write.
 
 {cost_table(results["costs"])}
 
-The curves are in [benchmarks/curves.svg](benchmarks/curves.svg), their numbers in `benchmarks/curves.json`: a step
+The curves are in [benchmarks/curves.svg](../benchmarks/curves.svg), their numbers in `benchmarks/curves.json`: a step
 against the rank, against the number of sites, and after some transitions; and the size of the slow state."""
 
 

@@ -1,7 +1,7 @@
 """What is asked: frozen dataclasses that check themselves and go to plain dictionaries and back.
 
 The paper (arXiv 2407.01491) leaves the noise formula, alpha (here `pace`), the fate of the noise at a fold and the
-learning rate after a restart open. The defaults are our reading of it (README, "What the paper leaves open").
+learning rate after a restart open. The defaults are our reading of it (docs/method.md).
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ from benchmarks.steps import PAIRS, measured
 pytestmark = pytest.mark.slow
 
 TINY = WORKS["tiny"]
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "costs.md"
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,8 @@ def test_a_part_takes_the_place_of_what_was_there(row: dict[str, Any], paid: dic
     assert page.read_text(encoding="utf-8") == before
 
 
-def test_the_readme_has_a_place_for_the_section() -> None:
-    assert "new" in report.put(README.read_text(encoding="utf-8"), "new")
+def test_the_page_has_a_place_for_the_section() -> None:
+    assert "new" in report.put(PAGE.read_text(encoding="utf-8"), "new")
 
 
 def test_rivals_start_from_the_same_function_and_train_as_much() -> None:
@@ -283,11 +284,11 @@ def test_the_topmost_blocks_are_the_same_to_both() -> None:
         assert asked == [f"blocks.{block}.{leaf}" for block in range(12 - count, 12) for leaf in leaves[:4]]
 
 
-def test_the_readme_holds_what_was_measured() -> None:
-    found = json.loads((README.parent / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+def test_the_page_holds_what_was_measured() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
     named = {name for name in WORKS if name != "tiny"}
     assert set(found["steps"]) == set(found["costs"]) == named
-    page = README.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     assert report.put(page, report.section(found)) == page
 
 

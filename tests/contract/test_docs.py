@@ -42,3 +42,18 @@ def test_lines_of_a_program_are_those_of_its_page() -> None:
     page = "# title\n\n```python\na = 1\n```\ntext\n```python\nb = 2\n```\n"
     assert program(page).splitlines()[3] == "a = 1"
     assert program(page).splitlines()[7] == "b = 2"
+
+
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_index_names_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / link).resolve() for link in LINK.findall(index.read_text(encoding="utf-8"))}
+    assert {page for page in PAGES if page.parent == index.parent} - linked == {index}
