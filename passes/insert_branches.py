@@ -12,16 +12,16 @@ from torch import nn
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import NoSites, PassError
 from lorasc_fx.graph import (
-    ON_CHOSEN,
+    ON_INDEXED_EXPERT,
     ON_WEIGHT,
     GraphEditor,
     Record,
     branch_class,
     branch_nodes,
-    chosen_by,
+    call_template,
+    expert_index,
     form_named,
     named_weights,
-    spelling_of,
     use_of,
 )
 from lorasc_fx.graph.weights import module_at
@@ -52,15 +52,15 @@ class InsertBranches(CascadePass):
         plan = graph.record.plan
         if plan is None or not plan.sites:
             raise NoSites(nothing_to_do(graph.record))
-        have = {node if spelling_of(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
+        have = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
         added = make_branches(graph, plan)
         for base in graph.nodes:
             use = use_of(base)
             if use is None or base in have or not base.users:  # dead code stays as it is
                 continue
             site = plan.by_weight[use.weight]
-            if use.form in (ON_WEIGHT, ON_CHOSEN):
-                graph.put_on(base, site.key, {} if use.form == ON_WEIGHT else {"expert": chosen_by(base)})
+            if use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
+                graph.put_on(base, site.key, {} if use.form == ON_WEIGHT else {"expert": expert_index(base)})
                 continue
             module = module_at(graph.module, str(base.target)) if base.op == "call_module" else None
             form = form_named(use.form)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import fx
 
 from lorasc_fx.branch import Branch, MatrixBranch
-from lorasc_fx.graph import GraphEditor, branch_nodes, entries, spelling_of, written_between
+from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, entries, written_between
 
 from .base import CascadePass
 
@@ -49,5 +49,7 @@ class ShareInputs(CascadePass):
 def shares(node: fx.Node, branch: Branch) -> bool:
     """Whether a branch node multiplies its input by lora_A, and does nothing to it before."""
     plain = type(branch) is MatrixBranch and not branch.dropout and branch.carried_A is None
-    beside = len(node.args) == 2 and not node.kwargs and spelling_of(node) is None and isinstance(node.args[1], fx.Node)
+    beside = (
+        len(node.args) == 2 and not node.kwargs and call_template(node) is None and isinstance(node.args[1], fx.Node)
+    )
     return plain and beside

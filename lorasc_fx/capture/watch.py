@@ -17,7 +17,7 @@ from lorasc_fx.capture.live import quiet
 from lorasc_fx.capture.signature import copied
 from lorasc_fx.capture.untouched import untouched
 from lorasc_fx.graph import ADDED_FIRST, CONTRACTIONS, LIKE_ANOTHER, SCALES, weighs
-from lorasc_fx.graph.own_forms import own_form
+from lorasc_fx.graph.forms import own_form
 
 __all__ = ["watch"]
 

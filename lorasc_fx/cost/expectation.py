@@ -15,9 +15,9 @@ from lorasc_fx.cost.placer import WORTH
 from lorasc_fx.cost.rates import Rates
 from lorasc_fx.cost.reading import CONVOLUTIONS, TURNED, device_of, dtype_of, use_at, work_of
 from lorasc_fx.cost.store import rates_of
-from lorasc_fx.graph import branch_nodes, entries, shared_input, spelling_of
+from lorasc_fx.graph import branch_nodes, call_template, entries, shared_input
+from lorasc_fx.graph.flow import shape_of
 from lorasc_fx.graph.forms import name_of
-from lorasc_fx.graph.sizes import shape_of
 
 __all__ = ["Expectation", "expect"]
 
@@ -85,7 +85,7 @@ def expect(
 
 
 def _placement(node: fx.Node) -> str:
-    if spelling_of(node) is not None:
+    if call_template(node) is not None:
         return "merged"
     return "weight" if len(node.args) == 1 else "beside"
 
@@ -118,7 +118,7 @@ def _branch(rates: Rates, node: fx.Node, branch: Branch) -> float:
         return 3 * rates.seconds("merge", weight, rank) + rates.seconds("dense", works)
     if node.kwargs.get("lookup"):
         return sum(rates.seconds(op, entries(node), rank) for op in ("raise", "add", "down", "gradient"))
-    in_place = spelling_of(node) is not None
+    in_place = call_template(node) is not None
     shared = shared_input(node)
     x = shared.x if shared is not None else node.args[0 if in_place else 1]
     stacked = "offs" in node.kwargs  # each row meets one matrix of the stack

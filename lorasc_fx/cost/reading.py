@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from lorasc_fx.cost.model import ConvUse, LinearUse, Use
-from lorasc_fx.graph.sizes import shape_of
+from lorasc_fx.graph.flow import shape_of
 
 __all__ = ["device_of", "dtype_of", "use_at", "work_of"]
 

@@ -1,36 +1,44 @@
 """Graphs: the table of forms, matching, the one surgeon, the verifier, canonical text."""
 
-from lorasc_fx.graph.captured import call_instead, give_arguments, rename_inputs, retarget
-from lorasc_fx.graph.chosen import chosen_by
+from lorasc_fx.graph.branch_calls import branch_nodes, call_template, calls_branches, made_by, shared_input, use_of
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, own_copy
-from lorasc_fx.graph.edit import GraphEditor, drop_nodes, regions_as_modules, weights_from_inputs
-from lorasc_fx.graph.form import Form, FunctionForm, ModuleForm, Reading, WeightForm
+from lorasc_fx.graph.editor import (
+    GraphEditor,
+    call_instead,
+    drop_nodes,
+    give_arguments,
+    regions_as_modules,
+    rename_inputs,
+    retarget,
+    weights_from_inputs,
+)
+from lorasc_fx.graph.flow import entries, expert_index, written_between
 from lorasc_fx.graph.forms import (
     ADDED_FIRST,
     CONTRACTIONS,
     FORMS,
     LIKE_ANOTHER,
-    ON_CHOSEN,
+    ON_INDEXED_EXPERT,
     ON_WEIGHT,
     SCALES,
+    Form,
+    FunctionForm,
+    ModuleForm,
+    Reading,
+    WeightForm,
     branch_class,
     form_named,
     form_of,
+    forms_missing,
+    register_form,
     weighs,
 )
-from lorasc_fx.graph.marks import branch_nodes, calls_branches, made_by, use_of
 from lorasc_fx.graph.matching import Matching, Placer, candidates, match, survey
-from lorasc_fx.graph.memory import Memory, shared_memory
+from lorasc_fx.graph.printer import text
 from lorasc_fx.graph.record import Record, Use, at_stage, record_of, set_record, strip
-from lorasc_fx.graph.register import forms_missing, register_form
-from lorasc_fx.graph.shared import shared_input
-from lorasc_fx.graph.sizes import entries
-from lorasc_fx.graph.spelling import spelling_of
 from lorasc_fx.graph.targets import check_patterns, matches, rules_of, trained_by
-from lorasc_fx.graph.text import text
-from lorasc_fx.graph.verify import faults, verify
-from lorasc_fx.graph.weights import BRANCHES, named_weights, owner_of
-from lorasc_fx.graph.writes import written_between
+from lorasc_fx.graph.verifier import faults, verify
+from lorasc_fx.graph.weights import BRANCHES, Memory, named_weights, owner_of, shared_memory
 
 __all__ = [
     "ADDED_FIRST",
@@ -38,7 +46,7 @@ __all__ = [
     "CONTRACTIONS",
     "FORMS",
     "LIKE_ANOTHER",
-    "ON_CHOSEN",
+    "ON_INDEXED_EXPERT",
     "ON_WEIGHT",
     "SCALES",
     "Form",
@@ -56,13 +64,14 @@ __all__ = [
     "branch_class",
     "branch_nodes",
     "call_instead",
+    "call_template",
     "calls_branches",
     "candidates",
     "check_patterns",
-    "chosen_by",
     "copy_graph",
     "drop_nodes",
     "entries",
+    "expert_index",
     "faults",
     "form_named",
     "form_of",
@@ -84,7 +93,6 @@ __all__ = [
     "set_record",
     "shared_input",
     "shared_memory",
-    "spelling_of",
     "strip",
     "survey",
     "text",

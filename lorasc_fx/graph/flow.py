@@ -1,25 +1,79 @@
-"""Where a weight goes: through nodes that compute with weights only, to the nodes at which it meets an input.
+"""Data flow of weights: where a weight goes, at which nodes it meets an input, and which memory nodes may share.
 
 A weight may be transposed, sliced, cast, normalized or standardized before anything is multiplied by it. Nodes that
-depend on weights, buffers and literals alone are `constant`; the nodes that read a constant and are none are where it
-is used.
+depend on weights, buffers and literals alone are `constant`; the nodes that read a constant and are not constant
+themselves consume the weight.
+
+A weight may reach an input in several ways. `uses_of` tries them in this order, and the first that makes a site counts:
+
+1. what is computed of the weight alone is multiplied with an input, or looked up, or it is the weight of a product
+   beside which a branch can stand, whatever is multiplied with it;
+2. it is multiplied with a constant in some other form;
+3. scaled by an input, it is the weight of a linear or a convolution (a modulated convolution);
+4. an input chooses rows of it.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.graph.forms import LIKE_ANOTHER, name_of
+from lorasc_fx.branch import Branch
+from lorasc_fx.graph.forms import LIKE_ANOTHER, SCALES, FunctionForm, contraction, form_of, name_of, weighs
 from lorasc_fx.graph.weights import module_at
 
-__all__ = ["Meeting", "constants", "inside", "looks_up", "may_alias", "meetings", "mutates", "reads_shape_only"]
+__all__ = [
+    "Consumer",
+    "constants",
+    "consumers",
+    "entries",
+    "expert_index",
+    "indexed_experts",
+    "inside",
+    "kind_of",
+    "looks_up",
+    "may_alias",
+    "mutates",
+    "parts_of",
+    "reads_shape_only",
+    "rows_read",
+    "shape_of",
+    "uses_of",
+    "written_between",
+]
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Return the sizes of a node's tensor in the call that was captured; None where nothing is known of it."""
+    for name in ("val", "example_value", "tensor_meta"):
+        found = node.meta.get(name)
+        shape = getattr(found, "shape", None)
+        if isinstance(shape, (tuple, list, torch.Size)):
+            sizes = [_number(size) for size in shape]
+            return None if None in sizes else tuple(size for size in sizes if size is not None)
+    return None
+
+
+def entries(node: fx.Node) -> int:
+    """Return how many entries a node's tensor has; 0 where nothing is known of it."""
+    shape = shape_of(node)
+    return math.prod(shape) if shape is not None else 0
+
+
+def _number(size: int | torch.SymInt) -> int | None:
+    """Return a size as it was in that call; None for one that follows from values, or differs within a tensor."""
+    hint = size if isinstance(size, int) else getattr(size.node, "hint", None)
+    return hint if isinstance(hint, int) else None
+
 
 _SHAPE_ONLY = {torch.ops.aten.sym_size.int, torch.ops.aten._assert_tensor_metadata.default}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad"}
@@ -38,11 +92,11 @@ _SELECTIONS = {
 }
 _SHAPE_METHODS = {"size", "dim", "numel", "is_floating_point", "stride"}
 _FACTORIES = {"eye", "ones", "zeros", "full", "arange", "linspace", "tensor", "scalar_tensor", "tril_indices"}
-_INTO = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__imatmul__", "__setitem__")
+_WRITING_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__imatmul__", "__setitem__")
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Consumer:
     """A node at which a weight meets an input, and the constants made of the weight that it reads there; `aliases` are
     those that may share the weight's memory.
     """
@@ -87,12 +141,12 @@ def _arithmetic(node: fx.Node) -> bool:
 Stands = Callable[[fx.Node, Collection[fx.Node]], bool]
 
 
-def meetings(
+def consumers(
     weight: fx.Node,
     constant: set[fx.Node],
     stands: Stands = lambda node, reads: False,
     passes: Stands = lambda node, reads: False,
-) -> Iterator[Meeting]:
+) -> Iterator[Consumer]:
     """Yield where a weight's get_attr node, or what is computed of it, meets an input; each node once.
 
     Args:
@@ -120,7 +174,7 @@ def meetings(
                 met[user] = None
     for node in met:
         reads = tuple(source for source in node.all_input_nodes if source in derived)
-        yield Meeting(node, reads, tuple(source for source in reads if derived[source]))
+        yield Consumer(node, reads, tuple(source for source in reads if derived[source]))
 
 
 def may_alias(node: fx.Node) -> bool:
@@ -171,7 +225,7 @@ def mutates(node: fx.Node, source: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         name = str(node.target)
-        writes = name in _INTO or (name.endswith("_") and not name.endswith("__"))
+        writes = name in _WRITING_METHODS or (name.endswith("_") and not name.endswith("__"))
         return node.op == "call_method" and writes and node.args[:1] == (source,)
     for position, argument in enumerate(schema.arguments):
         value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
@@ -198,3 +252,210 @@ def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
 def _impure(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
+
+
+_SELECTS = (torch.ops.aten.select.int, torch.select, "select")
+_INDEXES = (torch.ops.aten.index.Tensor, operator.getitem)
+
+
+def expert_index(node: fx.Node) -> fx.Node | None:
+    """Return the index by which a node takes one matrix out of a stack, where it is computed; else None.
+
+    An index that is written into the graph chooses nothing: all such indexed_experts together read the stack once.
+    """
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    rest = node.args[1:]
+    if node.target in _SELECTS:
+        index = rest[1] if len(rest) == 2 and rest[0] == 0 else None
+    else:
+        index = rest[0] if node.target in _INDEXES and len(rest) == 1 else None
+    if isinstance(index, (tuple, list)) and len(index) == 1:
+        index = index[0]
+    stack, taken = shape_of(node.args[0]), shape_of(node)
+    one = stack is not None and taken is not None and len(stack) == 3 and len(taken) == 2
+    return index if one and isinstance(index, fx.Node) else None
+
+
+def indexed_experts(stack: fx.Node) -> list[fx.Node]:
+    """Return the nodes that take one matrix each out of a stack; none if anything else reads it."""
+    users = [user for user in stack.users if not reads_shape_only(user)]
+    return users if users and all(expert_index(user) is not None and user.args[0] is stack for user in users) else []
+
+
+def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
+    """Return where a weight is used, in the first way of the module's list that makes a site of it.
+
+    Args:
+        weight: a get_attr node, or the node of a branch that stands on one.
+        constant: nodes that depend on no input.
+    """
+    found = list(consumers(weight, constant, stands=_fits))
+    if any(kind_of(each) for each in found):
+        return found
+    with_constants = list(consumers(weight, constant, stands=_contracts))
+    if any(kind_of(each) for each in with_constants):
+        return with_constants
+    scaled = list(consumers(weight, constant, passes=_scales))
+    if any(_as_weight(each) for each in scaled):
+        return scaled
+    looked_up = list(consumers(weight, constant, stands=partial(_is_looked_up, constant)))
+    return looked_up if any(kind_of(each) for each in looked_up) else found
+
+
+def kind_of(consumer: Consumer) -> str | None:
+    """Return the kind of site that a consumer makes of its weight, itself or in a region that it runs, or None."""
+    kind = contraction(consumer.node, consumer.reads)
+    if kind is not None:
+        return kind
+    if (
+        looks_up(consumer.node, ()) and consumer.node.args[0] in consumer.reads
+    ):  # flow stops at none that it was not told
+        return "embedding"
+    for inner in (each for source in consumer.reads for each in inside(consumer.node, source)):
+        found = consumers(inner, constants(inner.graph) | {inner})
+        kind = next((each for each in map(kind_of, found) if each is not None), None)
+        if kind is not None:
+            return kind
+    return None
+
+
+def _fits(node: fx.Node, reads: Collection[fx.Node]) -> bool:
+    form = form_of(node, None)
+    return isinstance(form, FunctionForm) and any(form.fits(node, source) for source in reads)
+
+
+def _contracts(node: fx.Node, reads: Collection[fx.Node]) -> bool:
+    return contraction(node, reads) is not None
+
+
+def _scales(node: fx.Node, reads: Collection[fx.Node]) -> bool:
+    return name_of(node) in SCALES
+
+
+def _is_looked_up(constant: Collection[fx.Node], node: fx.Node, reads: Collection[fx.Node]) -> bool:
+    return looks_up(node, constant) and node.args[0] in reads
+
+
+def _as_weight(consumer: Consumer) -> bool:
+    """Whether the node takes what is made of the weight as its weight, and something else as its input."""
+    args = consumer.node.args
+    return (
+        weighs(name_of(consumer.node)) and len(args) > 1 and args[1] in consumer.reads and args[0] not in consumer.reads
+    )
+
+
+_WRITING_FUNCTIONS = {
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.imatmul,
+    operator.setitem,
+}
+
+
+def written_between(first: fx.Node, last: fx.Node, values: Collection[fx.Node]) -> fx.Node | None:
+    """Return a node after `first` and before `last` that may write into the memory of one of `values`, or None.
+
+    What a node without a schema returns may share memory with its arguments, but for the ops that have a form.
+    """
+    roots: set[fx.Node] | None = None
+    node = first.next
+    while node is not last and node.op != "root":
+        written = [each for each in node.all_input_nodes if _writes(node, each)]
+        if written:
+            roots = _roots(values) if roots is None else roots
+            if roots & _roots(written):
+                return node
+        node = node.next
+    return None
+
+
+def _writes(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node may write into this argument."""
+    if node.op == "call_module":
+        return bool(getattr(_called(node), "inplace", False))
+    name = name_of(node)
+    into = node.target in _WRITING_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
+    told = node.kwargs.get("inplace") is True or node.kwargs.get("out") is source
+    return told or mutates(node, source) or (into and node.args[:1] == (source,))
+
+
+def _roots(values: Collection[fx.Node]) -> set[fx.Node]:
+    """Return the nodes whose memory these values may share, themselves among them."""
+    found, waiting = set[fx.Node](), list(values)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes if _shares(node) else ()
+    return found
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether a node's value may share memory with an argument."""
+    if node.op == "call_module":
+        module = _called(node)
+        return not isinstance(module, Branch) and form_of(node, module) is None
+    return node.op in ("call_function", "call_method") and form_of(node, None) is None and may_alias(node)
+
+
+def _called(node: fx.Node) -> nn.Module | None:
+    owner = node.graph.owning_module
+    return module_at(owner, str(node.target)) if owner is not None else None
+
+
+_CUTS = {"slice", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "tensor_split"}
+_CUTS |= {"select", "unbind", "getitem"}
+_TURNS = {"view", "reshape", "t", "transpose", "permute", "contiguous", "clone", "detach", "squeeze", "unsqueeze"}
+_TURNS |= {"flatten", "unflatten", "_unsafe_view", "alias", "swapaxes", "movedim", "expand"}
+
+Rows = tuple[int, int]
+
+
+def rows_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Rows | None:
+    """Return the first row that a node holds of a weight, and the one after the last; None for other ways to it.
+
+    Args:
+        node: made of the weight by cuts and turns alone, or None is returned.
+        weight: where the way starts.
+        shape: of the weight.
+    """
+    way: list[fx.Node] = []
+    here = node
+    while here is not weight:
+        if name_of(here) not in _CUTS | _TURNS or len(here.all_input_nodes) != 1:
+            return None
+        way.append(here)
+        here = here.all_input_nodes[0]
+    if not any(name_of(each) in _CUTS for each in way):
+        return (0, shape[0])
+    value: Any = torch.arange(shape[0], dtype=torch.int32).view(-1, *(1 for _ in shape[1:])).expand(shape)
+    for each in reversed(way):
+        args, kwargs = _filled((each.args, each.kwargs), value)
+        call: Any = getattr(args[0], str(each.target)) if each.op == "call_method" else each.target
+        value = call(*args[each.op == "call_method" :], **kwargs)
+    if not isinstance(value, torch.Tensor) or value.numel() == 0:
+        return None
+    first, last = int(value.min()), int(value.max())
+    whole = value.numel() * shape[0] == (last + 1 - first) * torch.Size(shape).numel()
+    return (first, last + 1) if whole and value.unique().numel() == last + 1 - first else None
+
+
+def _filled(arguments: Any, value: Any) -> Any:
+    """Return arguments with a value in place of the one node among them."""
+    return fx.node.map_arg(arguments, lambda _: value)
+
+
+def parts_of(reads: Iterable[Rows | None], rows: int) -> tuple[int, ...]:
+    """Return the numbers of rows of the slices that divide a weight among its uses; () where they do not."""
+    ranges: set[Rows] = set()
+    for each in reads:
+        if each is None:
+            return ()
+        ranges.add(each)
+    ordered = sorted(ranges)
+    ends = [0, *(end for _, end in ordered)]
+    divides = all(start == end for (start, _), end in zip(ordered, ends, strict=False)) and ends[-1] == rows
+    return tuple(end - start for start, end in ordered) if divides and len(ordered) > 1 else ()

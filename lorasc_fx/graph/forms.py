@@ -1,29 +1,34 @@
-"""The table of forms: the spellings of a node beside which a branch can stand, one row each, and the ops that contract.
+"""Forms: the kinds of calls beside which a branch can stand, one row each, and the ops that contract.
 
 A row says which node it is, where its input and weight stand, how the op reads the weight, and which of its arguments
-the branch must repeat. Adding an operator is adding a row here and a case in tests/passes; no pass changes. Three
+the branch must repeat. Adding an operator is adding a row to FORMS and a case in tests/passes; no pass changes. Three
 dialects: ATen (torch.export), functional (the builtins that F.linear and F.conv* trace to, and methods) and modules
 (`call_module`).
 
 An op that multiplies by a weight, or looks rows of it up, and stands in no row is in CONTRACTIONS: its branch stands
-on the weight.
+on the weight. `register_form` adds a user's own rows.
 """
 
 from __future__ import annotations
 
+import abc
 import operator
-from collections.abc import Collection
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils.hooks import RemovableHandle
 
 from lorasc_fx.branch import Branch, ConvBranch, DoraBranch, MatrixBranch
-from lorasc_fx.errors import PassError
-from lorasc_fx.graph.form import AnyNode, FunctionForm, ModuleForm, WeightForm
-from lorasc_fx.graph.own_forms import OWN, own_form, own_named
+from lorasc_fx.errors import PassError, SpecError, nearest
 from lorasc_fx.plan import Site
+from lorasc_fx.spec import KINDS
 
 __all__ = [
     "ADDED_FIRST",
@@ -31,26 +36,227 @@ __all__ = [
     "CONTRACTIONS",
     "FORMS",
     "LIKE_ANOTHER",
-    "ON_CHOSEN",
+    "ON_INDEXED_EXPERT",
     "ON_WEIGHT",
+    "OWN",
     "SCALES",
+    "AnyNode",
+    "Form",
+    "FunctionForm",
+    "ModuleForm",
+    "OwnForm",
+    "Reading",
+    "WeightForm",
     "branch_class",
     "built_in",
     "contraction",
     "form_named",
     "form_of",
+    "forms_missing",
     "is_form",
     "name_of",
+    "own_form",
+    "own_named",
+    "register_form",
+    "targets_of",
     "transposes",
     "weighs",
 ]
+
+
+class AnyNode(Protocol):
+    """A node, or a call that a branch node has replaced."""
+
+    @property
+    def op(self) -> str:
+        """Kind of node."""
+
+    @property
+    def target(self) -> Any:
+        """What it calls."""
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Its positional arguments."""
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """Its keyword arguments."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a form reads off its node: the input, and the arguments that the branch repeats; with the weight and bias,
+    nodes or, of a module's, their names.
+    """
+
+    x: fx.node.Argument
+    options: Mapping[str, Any]
+    weight: fx.Node | str | None = None
+    bias: fx.Node | str | None = None
+
+
+@dataclass(frozen=True)
+class Form(abc.ABC):
+    """A row: `name` for people, the `kind` of its sites, and the layout in which the op reads the weight."""
+
+    name: str
+    kind: str
+
+    @abc.abstractmethod
+    def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
+        """Return the node's input and options."""
+
+    @property
+    def product(self) -> str:
+        """The op that a branch may be merged into, as `lorasc_fx.branch` names it; "" where it may not."""
+        return {"linear": self.name.rpartition(".")[2].lower(), "conv": "conv"}.get(self.kind, "")
+
+
+@dataclass(frozen=True)
+class FunctionForm(Form):
+    """A call of one of these targets with these parameters: functions, names of methods, or `space::name` of ops that
+    another library defines.
+    """
+
+    targets: tuple[Callable[..., Any] | str, ...]
+    parameters: tuple[str, ...]
+    dims: int
+    weight: str = "weight"
+    x: str = "input"
+    repeats: tuple[str, ...] = ()
+    plain: tuple[tuple[str, Any], ...] = ()
+    counted: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    needs: tuple[str, ...] = ()
+    layout: str = "out_in"
+
+    def argument(self, node: AnyNode, name: str) -> Any:
+        """Return the node's argument of this name, wherever it stands, or None."""
+        return _argument(self.parameters, node, name)
+
+    def fits(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether the node reads `source` as its weight and nowhere else, has no argument that the row cannot repeat,
+        and those that it needs.
+        """
+        found: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), found.append)
+        plain = all(self.argument(node, name) in (None, value) for name, value in self.plain)
+        plain = plain and all((self.argument(node, name) or 0) >= 0 for name in self.counted)
+        plain = plain and all(self.argument(node, name) is not None for name in self.needs)
+        return plain and self.argument(node, self.weight) is source and found.count(source) == 1
+
+    def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
+        """Return the input and those of the arguments to repeat that the node gives."""
+        given = {name: self.argument(node, name) for name in self.repeats}
+        options = {name: value for name, value in given.items() if value is not None}
+        bias = self.argument(node, "bias") if "bias" in self.parameters else None
+        return Reading(
+            self.argument(node, self.x), {**dict(self.options), **options}, self.argument(node, self.weight), bias
+        )
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """A call of one of these targets that computes with its weight in any way: the branch stands on the weight, before
+    it. The op may do what it likes with `W + s B A`; the weight's whole gradient is made.
+
+    Args:
+        name: for people, in plans and in messages.
+        kind: of the sites, one of `lorasc_fx.spec.KINDS`; a spec's targets may name it.
+        targets: functions, torch ops, or names of methods.
+        parameters: names of the target's arguments, in order.
+        weight: which of them is the weight.
+    """
+
+    name: str
+    kind: str
+    targets: tuple[Callable[..., Any] | str, ...]
+    parameters: tuple[str, ...]
+    weight: str = "weight"
+
+    def argument(self, node: AnyNode, name: str) -> Any:
+        """Return the node's argument of this name, wherever it stands, or None."""
+        return _argument(self.parameters, node, name)
+
+
+def _argument(parameters: tuple[str, ...], node: AnyNode, name: str) -> Any:
+    position = parameters.index(name) if name in parameters else len(node.args)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
+@dataclass(frozen=True)
+class ModuleForm(Form):
+    """A `call_module` of a module whose forward is that of `module`, under whatever class name."""
+
+    module: type[nn.Module]
+    layout: str = "out_in"
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether the module computes as the row's class does; with its own forward, or with hooks, it does not."""
+        own = type(module)
+        if module._forward_pre_hooks or module._forward_hooks:
+            return False
+        if not isinstance(module, self.module) or own.forward is not self.module.forward or "forward" in vars(module):
+            return False
+        convolves = getattr(self.module, "_conv_forward", None)
+        same = convolves is None or getattr(own, "_conv_forward", None) is convolves
+        plain = not any(getattr(module, option, None) for option in ("max_norm", "scale_grad_by_freq"))
+        return same and plain
+
+    def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
+        """Return the input and the module's own stride, padding, dilation and groups, or padding_idx."""
+        x = node.args[0] if node.args else node.kwargs["input"]
+        bias = f"{node.target}.bias" if getattr(module, "bias", None) is not None else None
+        weights = (f"{node.target}.weight", bias)
+        if isinstance(module, nn.Embedding):
+            return Reading(x, {"lookup": True, "padding_idx": -1 if module.padding_idx is None else module.padding_idx})
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            return Reading(x, {}, *weights)
+        options: dict[str, Any] = {"stride": module.stride, "padding": module.padding}
+        options |= {"dilation": module.dilation, "groups": module.groups}
+        if module.padding_mode != "zeros":
+            pad = tuple(module._reversed_padding_repeated_twice)
+            options |= {"padding": (0,) * len(module.stride), "pad": pad, "pad_mode": module.padding_mode}
+        return Reading(x, options, *weights)
+
+
+OwnForm = FunctionForm | ModuleForm | WeightForm
+
+OWN: OrderedDict[int, OwnForm] = OrderedDict()
+"""The registered rows by the number of their handle; torch's handles want a dictionary of this type."""
+
+
+def own_form(target: Any) -> FunctionForm | WeightForm | None:
+    """Return the registered row that names this target, or None."""
+    for form in OWN.values() if OWN else ():
+        if not isinstance(form, ModuleForm) and target in targets_of(form):
+            return form
+    return None
+
+
+def own_named(name: str) -> OwnForm | None:
+    """Return the registered row of this name, or None."""
+    return next((form for form in OWN.values() if form.name == name), None)
+
+
+def targets_of(form: FunctionForm | WeightForm) -> tuple[Any, ...]:
+    """Return what a row's nodes may call: its targets, and the packet of an op whose default overload is one."""
+    return (*form.targets, *_packets(form.targets))
+
+
+def _packets(targets: tuple[Any, ...]) -> Iterator[Any]:
+    for target in targets:
+        if isinstance(target, OpOverload) and target._overloadname == "default":
+            yield target.overloadpacket
+
 
 aten = torch.ops.aten
 
 ON_WEIGHT = "on-weight"
 """Name of the form in which a branch stands on the weight, before whatever computes with it."""
 
-ON_CHOSEN = "on-chosen"
+ON_INDEXED_EXPERT = "on-indexed-expert"
 """Name of the form in which a branch stands on the matrix that an input chose out of a stack (`chosen`)."""
 
 
@@ -204,7 +410,7 @@ def built_in(target: Any) -> FunctionForm | None:
 
 def is_form(name: str) -> bool:
     """Whether a row has this name now."""
-    return name in (ON_WEIGHT, ON_CHOSEN) or name in _BY_NAME or own_named(name) is not None
+    return name in (ON_WEIGHT, ON_INDEXED_EXPERT) or name in _BY_NAME or own_named(name) is not None
 
 
 def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
@@ -265,3 +471,113 @@ def transposes(node: fx.Node, dims: int = 2) -> bool:
         axes = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
         return [axis % dims for axis in axes] == [*range(dims - 2), dims - 1, dims - 2]
     return False
+
+
+BESIDE = ("linear", "conv", "embedding")
+
+
+def register_form(form: OwnForm) -> RemovableHandle:
+    """Let an operator be known, until `remove()` is called on the handle, or the end of its `with` block.
+
+    `WeightForm` is always right: the branch stands on the weight, before the op. `FunctionForm` and `ModuleForm` say
+    that a branch may stand beside the op, `op(x, W + D) = op(x, W) + D x`, which needs less memory; nothing checks that
+    but your own tests. What was captured before keeps its graph.
+
+    Args:
+        form: the row; its name shows in plans and messages, its `kind` is one of `lorasc_fx.spec.KINDS`.
+
+    Returns:
+        torch's own kind of handle, as for hooks.
+
+    Raises:
+        SpecError: the row is not whole, its name is taken, or it would stand before one that is built in.
+    """
+    form = _with_overloads(form)
+    _check(form)
+    handle = RemovableHandle(OWN)
+    OWN[handle.id] = form
+    return handle
+
+
+def forms_missing(names: Iterable[str]) -> dict[str, str]:
+    """Return of these names of registered forms those that are not registered now, each with a hint."""
+    known = [form.name for form in OWN.values()]
+    return {name: nearest(name, known) for name in names if name and own_named(name) is None}
+
+
+def _with_overloads(form: OwnForm) -> OwnForm:
+    """Return the row with the op of each `torch.library.custom_op` in its place, as graphs name it."""
+    if not isinstance(form, (FunctionForm, WeightForm)):
+        return form
+    if not isinstance(form.targets, tuple) or not form.targets:
+        raise SpecError(f"{form.name}: targets is {form.targets!r}; give a tuple of functions, ops or names of methods")
+    targets = tuple(each._opoverload if isinstance(each, CustomOpDef) else each for each in form.targets)
+    return replace(form, targets=targets)
+
+
+def _check(form: OwnForm) -> None:
+    if not isinstance(form, (FunctionForm, ModuleForm, WeightForm)):
+        raise SpecError(f"form is {type(form).__name__}; give a FunctionForm, a ModuleForm or a WeightForm")
+    if not isinstance(form.name, str) or not form.name:
+        raise SpecError(f"the form's name is {form.name!r}; give one that people can read, such as 'my.linear'")
+    if any(form.name == each.name for each in FORMS):
+        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another")
+    if own_named(form.name) is not None:
+        raise SpecError(f"{form.name} is registered already; call remove() on its handle before")
+    kinds = KINDS if isinstance(form, WeightForm) else BESIDE
+    if form.kind not in kinds:
+        raise SpecError(
+            f"{form.name}: kind is {form.kind!r}{nearest(str(form.kind), kinds)}; known: {', '.join(kinds)}"
+        )
+    if isinstance(form, ModuleForm):
+        _check_module(form)
+    else:
+        _check_targets(form)
+
+
+def _check_module(form: ModuleForm) -> None:
+    for each in FORMS:
+        if isinstance(each, ModuleForm) and form.module.forward is each.module.forward:
+            raise SpecError(f"{form.name}: {form.module.__name__} computes as {each.name} does, which is built in")
+
+
+def _check_targets(form: FunctionForm | WeightForm) -> None:
+    named = [form.weight] + ([form.x] if isinstance(form, FunctionForm) else [])
+    for name in named:
+        if name not in form.parameters:
+            hint = nearest(name, form.parameters)
+            raise SpecError(f"{form.name}: {name!r} is none of its parameters{hint}; they are {form.parameters}")
+    for target in targets_of(form):
+        taken = built_in(target)
+        other = next(
+            (row for row in OWN.values() if not isinstance(row, ModuleForm) and target in targets_of(row)), None
+        )
+        if taken is not None or other is not None:
+            rows = ((taken, "built in"), (other, "registered"))
+            row = next(f"{each.name}, which is {how}" for each, how in rows if each is not None)
+            raise SpecError(f"{form.name}: {_told(target)} is a form already: {row}")
+        if _is_torchs(target) and _name(target) in CONTRACTIONS:
+            raise SpecError(f"{form.name}: {_told(target)} is known already: its branch stands on the weight")
+        schema = getattr(target, "_schema", None)
+        arguments = tuple(each.name for each in schema.arguments) if schema is not None else form.parameters
+        if arguments[: len(form.parameters)] != form.parameters:
+            raise SpecError(f"{form.name}: parameters is {form.parameters}, but {_told(target)} takes {arguments}")
+
+
+def _is_torchs(target: Any) -> bool:
+    """Whether a target is torch's own, or a method's name."""
+    if isinstance(target, OpOverload):
+        return target.namespace in ("aten", "prims")
+    if isinstance(target, OpOverloadPacket):
+        return target._qualified_op_name.startswith(("aten::", "prims::"))
+    module = getattr(target, "__module__", None) or ""
+    return isinstance(target, str) or module.split(".")[0] in ("torch", "_operator", "builtins", "")
+
+
+def _name(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", target)
+    return packet if isinstance(packet, str) else getattr(packet, "__name__", "")
+
+
+def _told(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

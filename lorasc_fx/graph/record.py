@@ -19,7 +19,7 @@ __all__ = ["Record", "Use", "at_stage", "record_of", "set_record", "strip"]
 _RECORD = "lorasc_fx"
 USE = "lorasc_fx.use"
 MADE_BY = "lorasc_fx.made_by"
-SPELLING = "lorasc_fx.spelling"
+REPLACED_CALL = "lorasc_fx.replaced_call"
 
 
 @dataclass(frozen=True)
@@ -85,4 +85,4 @@ def strip(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         node.meta.pop(USE, None)
         node.meta.pop(MADE_BY, None)
-        node.meta.pop(SPELLING, None)
+        node.meta.pop(REPLACED_CALL, None)

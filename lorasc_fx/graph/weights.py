@@ -1,16 +1,25 @@
-"""The weights of a graph module by their own names: the live model's if a child owns them, else the module's own."""
+"""The weights of a graph module: their names, their ties, and the memory that they share.
+
+A child owns them (the live model), or the graph module itself.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph.record import Record
+from lorasc_fx.shards import local
 
-__all__ = ["BRANCHES", "Weights", "held_branches", "named_weights"]
+__all__ = ["BRANCHES", "Memory", "Weights", "held_branches", "named_weights", "shared_memory"]
+
 
 BRANCHES = "branches"
 """Name of the child that holds the branches; it is not the model's."""
@@ -84,3 +93,109 @@ def tensor_at(root: nn.Module, target: str) -> torch.Tensor | None:
     module = module_at(root, holder) if holder else root
     value = getattr(module, leaf, None) if module is not None else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where the entries of a strided tensor lie: equal for equal views.
+
+    Args:
+        device, dtype, shape, stride: of the tensor.
+        start: address of the first entry.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Memory | None:
+        """Return where a tensor lies; None for one without memory of its own (meta, quantized, sparse, empty)."""
+        bare = local(tensor.detach())
+        if is_traceable_wrapper_subclass(bare) or isinstance(bare, FakeTensor):
+            return None
+        if bare.layout is not torch.strided or bare.is_meta or not bare.numel():
+            return None
+        return cls(bare.device, bare.dtype, tuple(bare.shape), bare.stride(), bare.data_ptr())
+
+    @property
+    def end(self) -> int:
+        """Address after the last entry."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return self.start + (last + 1) * self.dtype.itemsize
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the entries fill the memory from start to end."""
+        return self.end - self.start == math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def overlaps_itself(self) -> bool:
+        """Whether two entries are one place in memory, as in an expanded tensor."""
+        axes = sorted((stride, size) for size, stride in zip(self.shape, self.stride, strict=True) if size > 1)
+        reach = 0
+        for stride, size in axes:
+            if stride == 0:
+                return True
+            if stride <= reach:
+                return int(self._mark(self.start, self.end).sum()) < math.prod(self.shape) * self.dtype.itemsize
+            reach += (size - 1) * stride
+        return False
+
+    def overlaps(self, other: Memory) -> bool:
+        """Whether an entry of one is, in memory, a part of an entry of the other."""
+        first, last = max(self.start, other.start), min(self.end, other.end)
+        if self.device != other.device or first >= last:
+            return False
+        if self.is_dense and other.is_dense and not (self.overlaps_itself or other.overlaps_itself):
+            return True
+        low, high = min(self.start, other.start), max(self.end, other.end)
+        return bool((self._mark(low, high) & other._mark(low, high)).any())
+
+    def _mark(self, low: int, high: int) -> torch.Tensor:
+        """Return, of each byte from `low` to `high`, whether an entry lies there."""
+        size = self.dtype.itemsize
+        marks = torch.zeros(high - low, dtype=torch.bool, device="cpu")
+        strides = (*(stride * size for stride in self.stride), 1)
+        marks.as_strided((*self.shape, size), strides, self.start - low).fill_(True)
+        return marks
+
+
+def shared_memory(model: nn.Module) -> dict[str, str]:
+    """Return the parameters that share memory with another tensor of the model, or with themselves, with a sentence.
+
+    A write to one of them changes what the other holds. A tie, one Parameter in two places, is none of these.
+    """
+    parameters = dict(model.named_parameters())
+    tensors = [*parameters.items(), *model.named_buffers(), *_plain_attributes(model)]
+    places = [(place, name) for name, value in tensors if (place := Memory.of(value))]
+    places.sort(key=lambda item: (str(item[0].device), item[0].start))
+    found: dict[str, str] = {}
+    before: list[tuple[Memory, str]] = []
+    for place, name in places:
+        if name in parameters and place.overlaps_itself:
+            found.setdefault(name, "is expanded: several of its entries are one place in memory")
+        before = [(other, its) for other, its in before if other.device == place.device and other.end > place.start]
+        for other, its in before:
+            if place.overlaps(other):
+                for one, two in ((name, its), (its, name)):
+                    if one in parameters:
+                        found.setdefault(one, f"shares memory with {two}: a fold of it would change both")
+        before.append((place, name))
+    return found
+
+
+def _plain_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that modules hold as plain attributes, or in a list, tuple or dict that is one."""
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            items = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            )
+            for each in items:
+                if isinstance(each, torch.Tensor) and not isinstance(each, nn.Parameter):
+                    yield f"{prefix}.{name}".removeprefix("."), each

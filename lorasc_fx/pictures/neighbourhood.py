@@ -13,9 +13,9 @@ from torch import fx
 
 from lorasc_fx.branch import shared_down
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest
-from lorasc_fx.graph import branch_nodes, spelling_of, text
+from lorasc_fx.graph import branch_nodes, call_template, text
+from lorasc_fx.graph.printer import SYMBOL
 from lorasc_fx.graph.targets import targeted
-from lorasc_fx.graph.text import SYMBOL
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS
 
@@ -128,7 +128,7 @@ def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
 
 def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
     if node in branches:
-        if spelling_of(node) is not None:
+        if call_template(node) is not None:
             return "merged"
         return "beside" if len(node.args) > 1 else "weight"
     if node.target is shared_down:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import lorasc_fx as lx
 from examples import own_form
 from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, faults, form_named, register_form
-from lorasc_fx.graph.own_forms import OWN
+from lorasc_fx.graph.forms import OWN
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.passes.kit import deltas, fill
 

@@ -124,12 +124,11 @@ ON_A_GRAPH = {"call_function", "call_module", "call_method", "placeholder", "get
 # Fields of a node: assigning them rewires it.
 FIELDS = {"args", "kwargs", "target"}
 # Where surgery is done. A front end that has to retarget what a tracer made (placeholder -> get_attr under `model.`)
-# first asks graph/edit.py; if that cannot be, its file gets a row of its own here, with the few names it needs.
+# first asks graph/editor.py; if that cannot be, its file gets a row of its own here, with the few names it needs.
 # A copy of a whole graph is no surgery, but its names are those of the copy.
 SURGEONS: dict[str, set[str]] = {
-    "lorasc_fx/graph/edit.py": SURGERY | ON_A_GRAPH | FIELDS,
+    "lorasc_fx/graph/editor.py": SURGERY | ON_A_GRAPH | FIELDS,
     "lorasc_fx/graph/copies.py": {"graph_copy", "target"},
-    "lorasc_fx/graph/captured.py": FIELDS,
     "lorasc_fx/capture/symbolic.py": {"create_node"},  # a tracer of fx, whose nodes these are
 }
 
@@ -179,7 +178,7 @@ def assigned(target: ast.expr) -> Iterator[str]:
 
 
 def test_only_the_surgeon_makes_or_erases_nodes() -> None:
-    assert (ROOT / "lorasc_fx" / "graph" / "edit.py").exists(), "the surgeon, lorasc_fx/graph/edit.py, is not there"
+    assert (ROOT / "lorasc_fx" / "graph" / "editor.py").exists(), "the surgeon, lorasc_fx/graph/editor.py, is not there"
     found = [
         f"{where(path)}:{line}: {name}"
         for path in sources()
@@ -187,7 +186,7 @@ def test_only_the_surgeon_makes_or_erases_nodes() -> None:
         if name not in SURGEONS.get(where(path), set())
     ]
     assert not found, (
-        "only lorasc_fx/graph/edit.py creates, erases or rewires nodes; ask its GraphEditor (a name annotated so, or "
+        "only lorasc_fx/graph/editor.py creates, erases or rewires nodes; ask its GraphEditor (a name annotated so, or "
         "called `editor`, is let through). Where capture/ must retarget what a tracer made, give the file a row in "
         f"SURGEONS ({where(Path(__file__))}) with the names that it needs:\n  " + "\n  ".join(found)
     )

@@ -495,9 +495,9 @@ WEIGHT_CASES: tuple[Case, ...] = (
         randn(4, 5),
         aten,
         {
-            "w0": (("select_2", "on-chosen"), ("select_5", "on-chosen")),
+            "w0": (("select_2", "on-indexed-expert"), ("select_5", "on-indexed-expert")),
             **on_weight("w1"),  # one of its choices is written into the graph
-            "w2": one("select_4", "on-chosen"),
+            "w2": one("select_4", "on-indexed-expert"),
         },
         kinds=dict.fromkeys(("w0", "w1", "w2"), "experts"),
     ),

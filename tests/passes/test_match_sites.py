@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from lorasc_fx import CascadeSpec, PassError, SpecError
-from lorasc_fx.graph import FORMS, ON_CHOSEN, ON_WEIGHT, FunctionForm, record_of, strip, text
+from lorasc_fx.graph import FORMS, ON_INDEXED_EXPERT, ON_WEIGHT, FunctionForm, record_of, strip, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from lorasc_fx.plan import Reason
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
@@ -90,7 +90,7 @@ def test_sites_refusals_and_unreached_are_all_matrices(case: Case, mode: str) ->
 
 def test_every_row_of_the_table_has_a_case() -> None:
     seen = {form for case in CASES for uses in case.sites.values() for _, form in uses}
-    assert seen == {form.name for form in FORMS if form not in NARROW} | {ON_WEIGHT, ON_CHOSEN}
+    assert seen == {form.name for form in FORMS if form not in NARROW} | {ON_WEIGHT, ON_INDEXED_EXPERT}
 
 
 def test_every_target_of_a_row_has_a_case() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorasc_fx import CascadeSpec
-from lorasc_fx.graph import BRANCHES, branch_nodes, faults, shared_input, spelling_of, text, verify
+from lorasc_fx.graph import BRANCHES, branch_nodes, call_template, faults, shared_input, text, verify
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, SplitInputs, VerifyError
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import (
@@ -84,12 +84,12 @@ def test_gradients_are_those_of_the_formula(case: Case, placement: str) -> None:
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
 def test_forced_placements_are_taken_where_a_node_allows_it(case: Case) -> None:
     merged = insert(case.own(), placed(case, "merged"))
-    stands = {spelling_of(node).name for node in branch_nodes(merged) if spelling_of(node) is not None}
+    stands = {call_template(node).name for node in branch_nodes(merged) if call_template(node) is not None}
     assert stands <= {name for uses in case.sites.values() for name, _ in uses}
     beside = {str(node.args[0]) for node in branch_nodes(insert(case.own(), case.spec))}
     on_weight = {form for uses in uses_of(insert(case.own(), placed(case, "weight"))).values() for _, form in uses}
     called = any(node.op == "call_module" for node in case.own().graph.nodes if node.name in beside)
-    assert on_weight <= {"on-weight", "on-chosen"} or called
+    assert on_weight <= {"on-weight", "on-indexed-expert"} or called
 
 
 def test_a_merged_branch_stands_in_place_of_its_op() -> None:
@@ -97,7 +97,7 @@ def test_a_merged_branch_stands_in_place_of_its_op() -> None:
     assert sum(map(len, names.values())) > 20
     for case in ADAPTABLE:
         graph_module = insert(case.own(), placed(case, "merged"))
-        spelled = {spelling_of(node).name for node in branch_nodes(graph_module) if spelling_of(node) is not None}
+        spelled = {call_template(node).name for node in branch_nodes(graph_module) if call_template(node) is not None}
         left = {node.name for node in graph_module.graph.nodes}
         assert not spelled & left, case.name  # the op itself is gone
         missed = set(names[case.name]) - spelled
@@ -225,7 +225,7 @@ def test_the_verifier_holds_merged_branches() -> None:
     first.target, target = second.target, first.target
     assert any("calls branches.k/weight" in each for each in faults(graph_module))
     first.target = target
-    del first.meta["lorasc_fx.spelling"]
+    del first.meta["lorasc_fx.replaced_call"]
     with pytest.raises(VerifyError, match="does not agree with its plan"):
         verify(graph_module, "after a foreign pass")
 

@@ -100,7 +100,7 @@ def merged_branch_of_another_site(graph_module: fx.GraphModule) -> None:
 
 @damage(merged, "branch node linear_lora does not stand beside the use of a site")
 def merged_without_its_spelling(graph_module: fx.GraphModule) -> None:
-    at(graph_module, "linear_lora").meta.pop("lorasc_fx.spelling")
+    at(graph_module, "linear_lora").meta.pop("lorasc_fx.replaced_call")
 
 
 @damage(merged, "branch node linear_lora stands in place of an op that is no use of a site")

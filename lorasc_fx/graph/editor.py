@@ -2,7 +2,8 @@
 
 A `GraphEditor` works on a copy of a graph module that shares every module and tensor with the original; what it changes
 it copies first, so that the original stays as it was, whatever happens. It copies `node.meta`, stamps the pass that
-made a node, keeps names stable, and lints.
+made a node, keeps names stable, and lints. The functions below it edit a graph that a front end has just made, and that
+nobody else holds.
 """
 
 from __future__ import annotations
@@ -17,16 +18,23 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch, fill_factor, shared_down
 from lorasc_fx.errors import PassError
+from lorasc_fx.graph.branch_calls import CallTemplate, ReplacedCall, made_by, replaced_call, shared_input, use_of
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, shallow, unshared
-from lorasc_fx.graph.form import Reading
-from lorasc_fx.graph.marks import made_by, use_of
-from lorasc_fx.graph.record import MADE_BY, SPELLING, USE, Record, Use, record_of, set_record
-from lorasc_fx.graph.shared import shared_input
-from lorasc_fx.graph.spelling import Spelled, Spelling, spelled
+from lorasc_fx.graph.forms import Reading
+from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
 from lorasc_fx.graph.weights import BRANCHES, held_branches, owner_of
 from lorasc_fx.undo import Commit, no_grad
 
-__all__ = ["GraphEditor", "drop_nodes", "regions_as_modules", "weights_from_inputs"]
+__all__ = [
+    "GraphEditor",
+    "call_instead",
+    "drop_nodes",
+    "give_arguments",
+    "regions_as_modules",
+    "rename_inputs",
+    "retarget",
+    "weights_from_inputs",
+]
 
 
 class GraphEditor:
@@ -132,9 +140,9 @@ class GraphEditor:
                     inputs.append(self._made("get_attr", each, (), f"{base.name}_{what}"))
             elif each is not None:
                 inputs.append(each)
-        spelling = Spelling.of(base, inputs)
+        replaced = CallTemplate.of(base, inputs)
         node = self._insert(base, key, tuple(inputs), {**reading.options, "op": product})
-        node.meta = {**base.meta, MADE_BY: self.name, SPELLING: spelling}
+        node.meta = {**base.meta, MADE_BY: self.name, REPLACED_CALL: replaced}
         graph.erase_node(base)
         self._names.discard(base.name)
         return node
@@ -175,7 +183,7 @@ class GraphEditor:
 
     def take_out(self, node: fx.Node) -> None:
         """Erase a branch node; its users get the base op's value again."""
-        op = spelled(node)
+        op = replaced_call(node)
         if op is not None:
             self._write_again(node, op)
             return
@@ -184,12 +192,12 @@ class GraphEditor:
         node.replace_all_uses_with(base)
         self._erase(node)
 
-    def _write_again(self, node: fx.Node, op: Spelled) -> None:
+    def _write_again(self, node: fx.Node, op: ReplacedCall) -> None:
         """Put the op back in whose place a branch node stands."""
         graph = self.module.graph
         with graph.inserting_before(node):
             base = graph.create_node(op.op, op.target, op.args, dict(op.kwargs), name=op.name)
-        base.meta = {name: value for name, value in node.meta.items() if name not in (MADE_BY, SPELLING)}
+        base.meta = {name: value for name, value in node.meta.items() if name not in (MADE_BY, REPLACED_CALL)}
         if op.name not in self._names:
             base.name = op.name
         self._names.add(base.name)
@@ -322,3 +330,36 @@ def regions_as_modules(
         for each in read:
             if not each.users and not each._erased:
                 graph.erase_node(each)
+
+
+def call_instead(
+    graph: fx.Graph,
+    old: Callable[..., Any],
+    new: Callable[..., Any],
+    where: Callable[[fx.Node], bool] = lambda node: True,
+) -> bool:
+    """Let every node that calls one function (and that `where` means) call another one; whether there was any."""
+    found = [node for node in graph.nodes if node.op == "call_function" and node.target is old and where(node)]
+    for node in found:
+        node.target = new
+    return bool(found)
+
+
+def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:
+    """Give each node that names an attribute or module the target that `rename` returns."""
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            node.target = rename(node)
+
+
+def rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Give the inputs these names, in order, by which a call may pass them; as they are if there are not as many."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) == len(names):
+        for node, name in zip(inputs, names, strict=True):
+            node.target = name
+
+
+def give_arguments(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Let a node be called with other arguments."""
+    node.args, node.kwargs = args, dict(kwargs)

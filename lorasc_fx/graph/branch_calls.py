@@ -1,0 +1,184 @@
+"""Nodes that call a branch: which they are, what they stand in place of, and where their input comes from.
+
+- beside an op: `%out = branches.KEY(%base, %x)`;
+- with a shared product: `%low = shared_down(%x, (lora_A, ...))`, `branches.KEY(%base, %low[i], shared=True)`;
+- in place of an op: `%out = branches.KEY(%x, %weight, %bias, op=...)`. The replaced call is kept in the metadata of
+  the node, so that a fold can write it again.
+
+Everything here only reads; `GraphEditor` makes and erases the nodes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from lorasc_fx.branch import Branch, shared_down
+from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, form_of, own_named
+from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Use
+from lorasc_fx.graph.weights import BRANCHES, module_at
+
+__all__ = [
+    "CallTemplate",
+    "ReplacedCall",
+    "SharedInput",
+    "branch_nodes",
+    "call_template",
+    "calls_branches",
+    "made_by",
+    "mergeable",
+    "replaced_call",
+    "shared_input",
+    "use_of",
+]
+
+
+def use_of(node: fx.Node) -> Use | None:
+    """Return the use that a match marked on the node."""
+    found = node.meta.get(USE)
+    return found if isinstance(found, Use) else None
+
+
+def made_by(node: fx.Node) -> str:
+    """Return the name of the pass of ours that made the node, or ""."""
+    found = node.meta.get(MADE_BY, "")
+    return found if isinstance(found, str) else ""
+
+
+def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
+    """Return the nodes that call a branch, with their branches."""
+    found: dict[fx.Node, Branch] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            module = module_at(graph_module, node.target)
+            if isinstance(module, Branch):
+                found[node] = module
+    return found
+
+
+def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
+    """Return the first node that calls a branch, or a module inside which one stands."""
+    for node in graph_module.graph.nodes:
+        module = module_at(graph_module, str(node.target)) if node.op == "call_module" else None
+        if module is not None and any(isinstance(each, Branch) for each in module.modules()):
+            found: fx.Node = node
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands in a `CallTemplate` for the branch node's argument of this number."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class CallTemplate:
+    """A node's name, op, target and arguments, with a `Slot` for each node among them; and the number of the branch's
+    own inputs.
+    """
+
+    name: str
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: int
+
+    @classmethod
+    def of(cls, node: fx.Node, inputs: Sequence[Any]) -> CallTemplate:
+        """Read a node that a branch with these arguments shall stand in place of."""
+
+        def slot(each: fx.Node) -> Any:
+            return Slot(inputs.index(each))
+
+        args, kwargs = fx.node.map_arg(node.args, slot), fx.node.map_arg(node.kwargs, slot)
+        return cls(node.name, node.op, node.target, args, kwargs, len(inputs))
+
+
+@dataclass(frozen=True)
+class ReplacedCall:
+    """A replaced call as it would be written now, and what its form reads off it."""
+
+    name: str
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    form: FunctionForm | ModuleForm | None
+    reading: Reading | None
+
+
+def call_template(node: fx.Node) -> CallTemplate | None:
+    """Return the call that this branch node replaced, without its inputs; None for any other node."""
+    found = node.meta.get(REPLACED_CALL)
+    return found if isinstance(found, CallTemplate) else None
+
+
+def replaced_call(node: fx.Node) -> ReplacedCall | None:
+    """Return the call that this branch node replaced, with the inputs of the node; None for any other node."""
+    found = call_template(node)
+    if found is None:
+        return None
+    args, kwargs = _filled(found.args, node.args), _filled(found.kwargs, node.args)
+    op = ReplacedCall(found.name, found.op, found.target, args, kwargs, None, None)
+    owner = node.graph.owning_module
+    module = module_at(owner, found.target) if owner is not None and found.op == "call_module" else None
+    form = form_of(op, module)
+    if form is None or len(node.args) != found.inputs:
+        return op
+    return ReplacedCall(found.name, found.op, found.target, args, kwargs, form, form.reads(op, module))
+
+
+def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
+    """Whether a branch can stand in place of this node: it reads the weight as the model stores it."""
+    if not form.product or own_named(form.name) is not None:  # what a user's op is merged into, nobody said
+        return False
+    if isinstance(form, ModuleForm):
+        return True
+    reading = form.reads(node, None)
+    weight = reading.weight
+    known = {reading.x, weight, reading.bias}
+    return isinstance(weight, fx.Node) and weight.op == "get_attr" and set(node.all_input_nodes) <= known
+
+
+def _filled(value: Any, inputs: Sequence[Any]) -> Any:
+    if isinstance(value, Slot):
+        return inputs[value.index] if value.index < len(inputs) else None
+    if isinstance(value, (tuple, list)):
+        return type(value)(_filled(each, inputs) for each in value)
+    if isinstance(value, Mapping):
+        return {key: _filled(each, inputs) for key, each in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Where a branch's input comes from: the group's node, its x, and the key of the branch whose lora_A it met."""
+
+    group: fx.Node
+    x: fx.node.Argument
+    factor: str
+
+
+def shared_input(node: fx.Node) -> SharedInput | None:
+    """Return the shared input of a branch node; None for one that has its own, or whose input is no group's."""
+    if not node.kwargs.get("shared") or len(node.args) < 2:
+        return None
+    chosen = node.args[1]
+    if not isinstance(chosen, fx.Node) or chosen.target is not operator.getitem:
+        return None
+    group, index = chosen.args
+    if not isinstance(group, fx.Node) or group.target is not shared_down or not isinstance(index, int):
+        return None
+    x, factors = group.args
+    if not isinstance(factors, (tuple, list)) or not 0 <= index < len(factors):
+        return None
+    factor = factors[index]
+    name = str(factor.target) if isinstance(factor, fx.Node) else ""
+    return SharedInput(group, x, name.removeprefix(f"{BRANCHES}.").removesuffix(".lora_A"))
