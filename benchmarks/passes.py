@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 import lorasc_fx as lx
-from lorasc_fx.adapt import compiler
+from lorasc_fx.compile import compiler
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.models.entry import built, seed
 from tests.models.formula import SPEC

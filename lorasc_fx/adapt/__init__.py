@@ -1,4 +1,4 @@
-"""Wires capture, passes and runtime: the only importer of passes."""
+"""Adapt a model, or load a run: wires models, compiler and cascade together."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lorasc_fx.adapt.compiler import Compiler
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import FRONTENDS, Calls, check_binds, is_hollow, open_model, signature_of, written_by
+from lorasc_fx.compile import Compiler
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, warn
 from lorasc_fx.graph import (
     check_patterns,
@@ -186,7 +186,7 @@ def _adapt(
     """
     weights = named_weights(opened)
     bound = check_binds(opened, args, kwargs if kwargs is not None else {})
-    maker = Compiler(frontend, Calls(signature_of(opened), alike=isinstance(opened, fx.GraphModule)))
+    compiler = Compiler(frontend, Calls(signature_of(opened), alike=isinstance(opened, fx.GraphModule)))
     flags = Flags.of(opened)
     trained = _trained(plan.spec, weights.parameters, weights.names)
     _check_memory(opened, plan, trained, weights.names)
@@ -194,14 +194,14 @@ def _adapt(
     for name, parameter in weights.parameters.items():
         parameter.requires_grad_(name in trained)
     begun = time.monotonic()
-    made = maker.make(opened, plan, {}, (), *bound, wide=False)
+    made = compiler.make(opened, plan, {}, (), *bound, wide=False)
     sites, seconds = len(made.plan.sites), time.monotonic() - begun
     log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {}))
     if into is None:
-        cascade = cascade_class(opened, maker.calls.signature)(opened, maker, made, example, flags)
+        cascade = cascade_class(opened, compiler.calls.signature)(opened, compiler, made, example, flags)
     else:
-        Cascade.__init__(cascade := into, opened, maker, made, example, flags)
+        Cascade.__init__(cascade := into, opened, compiler, made, example, flags)
     cascade.core.base_file, cascade.core.hollow, cascade._joined = source, hollow, joined
     cascade.core.written = partial(written_by, opened)
     cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)

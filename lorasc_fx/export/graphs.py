@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture import bind, leaves, quiet, signature_of, whole
+from lorasc_fx.compile import Variant
 from lorasc_fx.errors import CaptureError, SpecError, path_of
 from lorasc_fx.export.original import beside
-from lorasc_fx.runtime import Cascade, Variant
+from lorasc_fx.runtime import Cascade
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
 __all__ = ["program", "pt2"]

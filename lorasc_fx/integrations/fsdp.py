@@ -9,7 +9,7 @@ made of its own rows of B and of all of A, so that no weight is gathered (algori
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lorasc_fx.capture import leaves
+from lorasc_fx.compile import Variant
 from lorasc_fx.errors import StateError
 from lorasc_fx.integrations._states import cut as cut_rows
 from lorasc_fx.integrations.segments import ROOT, Cut, cut, together, unit_of
 from lorasc_fx.integrations.sharded_files import load, resume, save
 from lorasc_fx.integrations.units import Shards, SplitGraph, Unit
-from lorasc_fx.runtime import Cascade, Made, Variant, folding
+from lorasc_fx.runtime import Cascade, folding
 from lorasc_fx.runtime.slow import SlowWeights
 from lorasc_fx.shards import Rows, whole
 from lorasc_fx.spec import CascadeSpec, Noise
@@ -44,6 +45,10 @@ ALSO: Mapping[str, tuple[Any, ...]] = {
     "distribution": ("normal",),
 }
 """What other fields may hold besides their default."""
+NO_MORE_GRAPHS = (
+    "there is no graph for this call, and none can be made of sharded weights: call the cascade once in each mode and "
+    "with each kind of arguments before shard"
+)
 
 
 def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
@@ -88,7 +93,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     new = {id(each): replace(each, module=SplitGraph(shards, graph, leaves, called)) for each, graph in graphs}
     variants.held = {key: [new[id(each)] for each in held] for key, held in variants.held.items()}
     variants.plain = [(mode, kinds, new[id(each)]) for mode, kinds, each in variants.plain]
-    cascade._maker = _NoMore(cascade._maker)
+    cascade._compiler = replace(cascade._compiler, closed=NO_MORE_GRAPHS)
     return cascade
 
 
@@ -232,20 +237,3 @@ def _rows_of(state: SlowWeight, rows: Rows, mapped: bool) -> SlowWeight:
     start = slow if state.dense_start is state.dense_slow or state.dense_start is None else own(state.dense_start)
     base = rows.of_whole(state.base) if mapped else own(state.base)
     return replace(state, base=base, experts=experts, dense_slow=slow, dense_start=start, part=rows)
-
-
-@dataclass(frozen=True)
-class _NoMore:
-    """The maker of variants, which makes no more of them."""
-
-    maker: Any
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.maker, name)
-
-    def make(self, *_: Any) -> Made:
-        """Refuse."""
-        raise StateError(
-            "there is no graph for this call, and none can be made of sharded weights: call the cascade once in each "
-            "mode and with each kind of arguments before shard"
-        )

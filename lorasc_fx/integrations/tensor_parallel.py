@@ -57,7 +57,7 @@ class Spread:
 
     def __call__(self, cascade: Cascade, args: Any, kwargs: Any) -> Any:
         """Return what the cascade computes, whole, on every process."""
-        variant, call = cascade.variant(args, kwargs), cascade._maker.call(args, kwargs)
+        variant, call = cascade.variant(args, kwargs), cascade._compiler.calls.bind(args, kwargs)
         late = [name for name, factor in cascade.branches.named_parameters() if not isinstance(factor, DTensor)]
         if late:
             raise StateError(

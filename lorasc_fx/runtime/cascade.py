@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Variants
 from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, past, resuming, transition
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.optim import check_holds, groups
 from lorasc_fx.runtime.rigid import Requantize
-from lorasc_fx.runtime.variants import NOT_COMPILED, Call, Made, Variant, VariantMaker, Variants
 from lorasc_fx.state import Which
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
 
@@ -83,20 +83,20 @@ class Cascade(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, maker: VariantMaker, made: Made, example: tuple[Any, Any], flags: Flags
+        self, model: nn.Module, compiler: Compiler, made: Made, example: tuple[Any, Any], flags: Flags
     ) -> None:
         super().__init__()
         self.model = model
         self.branches = nn.ModuleDict(dict(made.branches))
         self.training = model.training
-        self.core = Core(model, self.branches, made.plan, maker.frontend)
+        self.core = Core(model, self.branches, made.plan, compiler.frontend)
         self.core.leave_alone(made.refusals)
         self._refusals, self._unreached = made.refusals, made.unreached
-        self._maker, self._example, self._flags = maker, example, flags
+        self._compiler, self._example, self._flags = compiler, example, flags
         self._refused_frontends = made.refused_frontends
         self._joined: Joined = ()
         self._variants = Variants()
-        self._variants.add(maker.call(*example), made.variant, model.training)
+        self._variants.add(compiler.calls.bind(*example), made.variant, model.training)
         if made.variant.attach is not None:
             made.variant.attach(self._grow, self._running)
         self._frontend = made.variant.frontend
@@ -131,10 +131,10 @@ class Cascade(nn.Module):
         if self.core.placed is not None and self.core.slow.together is None:
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
-            bound, named = self._maker.bind(args, kwargs)
+            bound, named = self._compiler.bind(args, kwargs)
             compiled = self._variants.compiled(self.training, pytree.tree_leaves((bound, named)))
             return compiled.module(*bound, **named) if compiled is not None else NOT_COMPILED[0](self, args, kwargs)
-        call = self._maker.call(args, kwargs)
+        call = self._compiler.calls.bind(args, kwargs)
         if call.key is None:
             variant, count = self._variants.symbolic(self.training)
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
@@ -143,7 +143,7 @@ class Cascade(nn.Module):
 
     def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """Return the variant for a call; capture it if there is none yet."""
-        return self._variant(self._maker.call(args, kwargs))
+        return self._variant(self._compiler.calls.bind(args, kwargs))
 
     def _variant(self, call: Call) -> Variant:
         self.core.check_called("variant")
@@ -159,7 +159,7 @@ class Cascade(nn.Module):
         """Capture, then take over what came of it; None where another thread has started another stage meanwhile."""
         plan, wide, begun = self.core.plan, self._variants.known(call), time.monotonic()
         given = (plan, self.core.by_key, self._refusals)
-        made = self._maker.make(self.model, *given, call.args, call.kwargs, wide)
+        made = self._compiler.make(self.model, *given, call.args, call.kwargs, wide)
         number, sizes, seconds = len(self._variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
         log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
         with Commit(self.core.lock) as undo:
@@ -273,7 +273,7 @@ class Cascade(nn.Module):
         first = self._variants.oldest
         if first is None:
             raise StateError("draw: there is no graph since the cascade was moved or copied; call it once")
-        return self._maker.draw(first, self.core.plan, file, sites, radius)
+        return self._compiler.draw(first, self.core.plan, file, sites, radius)
 
     def __str__(self) -> str:
         """Return sites, refusals, parameters and front end, for people."""
@@ -515,11 +515,11 @@ class Cascade(nn.Module):
         """
         self.core.check_ready("folded_graph")
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
-        call = self._maker.call(*example)
+        call = self._compiler.calls.bind(*example)
         variant = self._variant(call)
         with self.core.exclusive("folded_graph"):
             state = folding.folded_state(self.core, "folded_graph", quantized, which)
-        return self._maker.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
+        return self._compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
 
     def release(self, quantized: Requantize = None, *, which: Literal["slow", "averaged"] = "slow") -> nn.Module:
         """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.
@@ -547,10 +547,14 @@ class Cascade(nn.Module):
             self.core.turning.call_off()
             self._flags.restore(self.model)
             give_back(self._joined, undo)
-            self._variants.detach()
-            self._variants = Variants()
+            self._drop_graphs()
             self.core.let_go()
             return self.model
+
+    def _drop_graphs(self) -> None:
+        """Let the model be as it was before it had graphs; the next call makes new ones."""
+        self._variants.detach()
+        self._variants = Variants()
 
     def _held(self) -> Callable[[], None]:
         """Return what brings back the decisions, branches and graphs of this moment."""
@@ -576,8 +580,7 @@ class Cascade(nn.Module):
             undo(partial(self.__dict__.update, _variants=self._variants, _example=self._example))
             undo(folding.tensors_writer(self.core, self))
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            self._variants.detach()
-            self._variants = Variants()
+            self._drop_graphs()
             self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)
             folding.recast(self.core, before)
             return self

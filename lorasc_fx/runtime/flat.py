@@ -21,7 +21,6 @@ from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
 from lorasc_fx.runtime.model_state import restorer
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.slow import fill
-from lorasc_fx.runtime.variants import Variants
 from lorasc_fx.undo import Commit
 
 if TYPE_CHECKING:
@@ -116,8 +115,7 @@ def take_over(
             if placed != {
                 site.weight: site.placement for site in core.sites
             }:  # chosen on another machine, as its bits are
-                cascade._variants.detach()
-                cascade._variants = Variants()
+                cascade._drop_graphs()
             then(found)
             half_step.unpack(core, found.tensors, found.manifest.get("pending", ()), str(found.path))
 

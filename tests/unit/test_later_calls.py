@@ -244,7 +244,7 @@ def test_what_forward_sets_before_it_reads_it_costs_no_graph() -> None:
 
 
 def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lx.runtime.variants, "OFTEN", 2)
+    monkeypatch.setattr(lx.compile.variants, "OFTEN", 2)
     model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
     cascade = lx.adapt(model, (x,), frontend="symbolic")
     model.options.gain = 0.9

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.adapt import compiler
+from lorasc_fx.compile import compiler
 from lorasc_fx.state.products import accumulate
 from tests.unit.cases import branches, loss_of, randomize
 

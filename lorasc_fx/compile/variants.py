@@ -1,61 +1,24 @@
-"""The adapted graphs that a cascade has made, by signature; and the contract of whoever makes them."""
+"""The adapted graphs that a cascade has made, by signature."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from os import PathLike
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from lorasc_fx.branch import Branch
+from lorasc_fx.capture import Call, Guards
 from lorasc_fx.errors import StateError, warn
 from lorasc_fx.plan import Plan, Refusal
 
-__all__ = ["Call", "Made", "State", "Variant", "VariantMaker", "Variants"]
+__all__ = ["NOT_COMPILED", "Made", "Variant", "Variants"]
 
 LIMIT = 32
 OFTEN = 8
 """Changes of one setting after which a warning says what each of them costs."""
-
-
-class Call(Protocol):
-    """A call in canonical shape: `key` is equal for two calls that one variant can serve, as far as inputs go, and None
-    while torch.fx traces.
-    """
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """Positional arguments."""
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """Arguments by name."""
-
-    @property
-    def leaves(self) -> list[Any]:
-        """What the arguments hold, in the order of a graph's placeholders."""
-
-    @property
-    def key(self) -> Hashable | None:
-        """What the call is looked up by."""
-
-
-class State(Protocol):
-    """Guards on what a graph holds as constants of the model's Python state."""
-
-    def hold(self) -> bool:
-        """Whether the state is what it was."""
-
-    def hold_traced(self) -> bool:
-        """The same while dynamo traces, which guards what is read."""
-
-    def changes(self) -> Sequence[Any]:
-        """Return what has changed; each has a name, `entry`."""
 
 
 _NOT_CAPTURED = (
@@ -87,7 +50,7 @@ class Variant:
     module: Callable[..., Any]
     frontend: str
     guards: Callable[..., Any] | None = None
-    state: State | None = None
+    state: Guards | None = None
     sizes: tuple[tuple[int | None, ...] | None, ...] = ()
     universal: bool = False
     attach: Callable[[Callable[[Made], None], Callable[[], Plan]], None] | None = None
@@ -147,42 +110,6 @@ class Made:
     refusals: tuple[Refusal, ...]
     unreached: tuple[str, ...]
     refused_frontends: tuple[tuple[str, str], ...] = ()
-
-
-class VariantMaker(Protocol):
-    """What the runtime asks of capture and passes; it knows nothing else of them."""
-
-    @property
-    def frontend(self) -> str:
-        """The front end that was asked for."""
-
-    def bind(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a call's arguments in canonical shape; plain enough for dynamo to trace."""
-
-    def call(self, args: Any, kwargs: Mapping[str, Any]) -> Call:
-        """Return a call in canonical shape, with what a variant is looked up by."""
-
-    def make(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        branches: Mapping[str, Branch],
-        refusals: tuple[Refusal, ...],
-        args: Any,
-        kwargs: Any,
-        wide: bool,
-    ) -> Made:
-        """Capture the call and insert the branches."""
-
-    def fold(
-        self, variant: Variant, model: nn.Module, stage: int, values: Mapping[str, Any], args: Any, kwargs: Any
-    ) -> nn.Module:
-        """Return the variant's captured graph, whose branches are those of a stage, with these values as constants of
-        its own.
-        """
-
-    def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
-        """Draw the variant around some sites into an SVG file."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Makes variants for the runtime: capture, match, insert; and folds them."""
+"""Makes variants for a cascade: capture, match, insert; and folds them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from lorasc_fx.adapt.pieces import insert, make_pieces
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import OWNER, Call, Calls, Captured, Pieces, bind, capture, written_by
-from lorasc_fx.errors import CaptureError, NoSites
+from lorasc_fx.capture import OWNER, Calls, Captured, Pieces, bind, capture, written_by
+from lorasc_fx.compile.pieces import insert, make_pieces
+from lorasc_fx.compile.variants import Made, Variant
+from lorasc_fx.errors import CaptureError, NoSites, StateError
 from lorasc_fx.graph import at_stage, candidates, matches, named_weights, own_copy, shared_memory
 from lorasc_fx.passes import FoldBranches
 from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
-from lorasc_fx.runtime import Made, Variant
 
 __all__ = ["Compiler"]
 
@@ -73,23 +73,21 @@ def _in_pieces(
 
 @dataclass(frozen=True)
 class Compiler:
-    """Makes variants: capture, match, insert. The runtime holds one, and knows nothing of graphs.
+    """Makes variants: capture, match, insert. A cascade holds one, and knows nothing of graphs.
 
     Args:
         frontend: a front end's name, or `auto`.
         calls: of the user's forward.
+        closed: why no more variants can be made; empty as long as they can.
     """
 
     frontend: str
     calls: Calls
+    closed: str = ""
 
     def bind(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a call's arguments in canonical shape; plain enough for dynamo to trace."""
         return bind(self.calls.signature, args, kwargs)
-
-    def call(self, args: Any, kwargs: Mapping[str, Any]) -> Call:
-        """Return a call in canonical shape, with what a variant is looked up by."""
-        return self.calls.bind(args, kwargs)
 
     def make(
         self,
@@ -101,7 +99,13 @@ class Compiler:
         kwargs: Any,
         wide: bool,
     ) -> Made:
-        """Capture the call and insert the branches, into graphs that nobody else holds yet."""
+        """Capture the call and insert the branches, into graphs that nobody else holds yet.
+
+        Raises:
+            StateError: no more can be made.
+        """
+        if self.closed:
+            raise StateError(self.closed)
         refusals = (*refusals, *_shared(model, plan, refusals))
         trained = _trained(model, plan, refusals)
         captured = capture(model, args, kwargs, self.frontend, wide, trained)

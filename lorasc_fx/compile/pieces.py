@@ -27,13 +27,13 @@ from lorasc_fx.capture import (
     watch,
     whole,
 )
+from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.cost import Cheapest, Expectation, expect
 from lorasc_fx.errors import CaptureError, NoSites, SpecError
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan, Refusal
-from lorasc_fx.runtime import Made, Variant
 from lorasc_fx.undo import Undo, isolated, raise_of_handler
 
 __all__ = ["insert", "make_pieces"]
