@@ -1,10 +1,8 @@
 """What branches cost: rates of this machine, seconds by shapes, the cheapest placement, the expected step ratio."""
 
-from lorasc_fx.cost.expectation import Expectation, expect
-from lorasc_fx.cost.model import ConvUse, LinearUse, beside, merged, shared_gain
-from lorasc_fx.cost.placer import Cheapest
-from lorasc_fx.cost.rates import Line, Rates
-from lorasc_fx.cost.store import rates_of
+from lorasc_fx.cost.measure import rates_of
+from lorasc_fx.cost.model import ConvUse, Line, LinearUse, Rates, beside, merged, shared_gain
+from lorasc_fx.cost.placement import Cheapest, Expectation, expect
 
 __all__ = [
     "Cheapest",

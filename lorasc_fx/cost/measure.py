@@ -1,15 +1,24 @@
-"""The calibration: run the very operations of `lorasc_fx.branch` on a few sizes, and fit a line to each.
+"""The rates of a machine: measured when first needed, and cached in a file for the next process.
 
-The operations take turns, so that what the machine does meanwhile meets all of them, and the minimum of an operation's
-seconds counts.
+The calibration runs the very operations of `lorasc_fx.branch` on a few sizes and fits a line to each. The operations
+run in turn, so that other load on the machine meets all of them, and the minimum of an operation's seconds counts. The
+cache file is a convenience: one that is damaged or cannot be written is reported, and the rates are measured again.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import platform
 import statistics
+import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +26,10 @@ import torch.nn.functional as F
 from lorasc_fx.branch import grid, skinny
 from lorasc_fx.branch.beside import Beside
 from lorasc_fx.branch.merged import merge
-from lorasc_fx.cost.rates import OPS, Line, Rates
+from lorasc_fx.cost.model import OPS, Line, Rates, usual
 
-__all__ = ["Point", "disturbed", "fitted", "measured"]
+__all__ = ["Point", "cache_file", "disturbed", "fitted", "key_of", "measured", "rates_of"]
+
 
 BUDGET = 0.8
 """Seconds after which no other round is begun; at twice as many the machine is too busy."""
@@ -82,11 +92,11 @@ def measured(device: torch.device, dtype: torch.dtype) -> Rates | None:
 
 
 def disturbed(points: Mapping[str, Sequence[Point]]) -> bool:
-    """Whether the seconds say more of other work on the machine than of the operations."""
-    every = [point for found in points.values() for point in found]
+    """Whether other load on the machine dominates what was measured."""
+    every = [point for sizes in points.values() for point in sizes]
     restless = sum(statistics.median(point.seconds) > 2 * point.best for point in every)
-    reverse = sum(found[0].best >= found[1].best for found in points.values())
-    slow = any(found[0].best > SLOW_START and 0 < found[0].entries < 1e5 for found in points.values())
+    reverse = sum(sizes[0].best >= sizes[1].best for sizes in points.values())
+    slow = any(sizes[0].best > SLOW_START and 0 < sizes[0].entries < 1e5 for sizes in points.values())
     return restless * 3 > len(every) or reverse * 4 > len(points) or slow
 
 
@@ -103,15 +113,15 @@ def fitted(points: Sequence[Point]) -> Line:
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Return what tells the seconds: of a single thread its own, which other work on the machine leaves alone."""
+    """Return the clock: CPU time of the thread where there is one thread, which other load does not count into."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
 
-        def waiting() -> float:
+        def synchronized() -> float:
             module.synchronize(device)
             return time.perf_counter()
 
-        return waiting
+        return synchronized
     fine = time.get_clock_info("thread_time").resolution < 1e-6
     return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
 
@@ -122,10 +132,10 @@ def _runs(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[floa
     def ones(*shape: int) -> torch.Tensor:
         return torch.ones(shape, device=device, dtype=dtype)
 
-    found: dict[str, list[tuple[float, int, Run]]] = {op: [] for op in OPS}
+    runs: dict[str, list[tuple[float, int, Run]]] = {op: [] for op in OPS}
 
     def put(op: str, entries: float, rank: int, run: Run) -> None:
-        found[op].append((entries, rank, run))
+        runs[op].append((entries, rank, run))
 
     for tokens, features, rank in ((256, 256, LOW), (1024, 768, LOW), (1024, 768, HIGH)):
         _rows(put, ones(tokens, features), ones(rank, features), ones(features, rank))
@@ -142,7 +152,7 @@ def _runs(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[floa
     few = ones(2, 8)
     for count in (0, 1):
         put("call", count, 0, _step(few))
-    return found
+    return runs
 
 
 Put = Callable[[str, float, int, Run], None]
@@ -192,12 +202,107 @@ def _both(x: torch.Tensor, weight: torch.Tensor, groups: int) -> Run:
 
 def _step(few: torch.Tensor) -> Run:
     """Return forward and backward of a branch so small that nothing but the calls takes time."""
-    x, a, b = (each.requires_grad_() for each in (few.clone(), few.clone(), few.t().contiguous()))
+    x, a, b = (tensor.requires_grad_() for tensor in (few.clone(), few.clone(), few.t().contiguous()))
     base = few.clone()
 
     def run() -> object:
         with torch.enable_grad():
-            made = skinny.apply(Beside, base, x, a, b, 2.0, 0.0, None)
-            return torch.autograd.grad(made, (x, a, b), base)
+            output = skinny.apply(Beside, base, x, a, b, 2.0, 0.0, None)
+            return torch.autograd.grad(output, (x, a, b), base)
 
     return run
+
+
+FORMAT = 1
+
+log = logging.getLogger("lorasc_fx")
+
+_KNOWN: dict[str, Rates] = {}
+_LOCK = threading.Lock()
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Return the rates of a device for a dtype: those known, those of the cache file, or measured now."""
+    key = key_of(device, dtype)
+    with _LOCK:
+        if key not in _KNOWN:
+            path = cache_file()
+            rates = Rates.from_json(_read(path).get(key))
+            if rates is None:
+                log.info("measuring the operations of branches on %s", key)
+                rates = _measured(device, dtype)
+                if rates is not None:
+                    _write(path, key, rates)
+            if rates is None:
+                log.info("placements are chosen by the rates of a usual machine")
+                rates = usual(torch.get_num_threads())
+            _KNOWN[key] = rates
+        return _KNOWN[key]
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    try:
+        rates = measured(device, dtype)
+    except RuntimeError as fault:  # torch has not every operation for every device and dtype, or no memory is left
+        log.warning("the operations of branches cannot be measured on %s in %s: %s", device, dtype, fault)
+        return None
+    if rates is None:
+        log.info("the machine is too busy to be measured")
+    return rates
+
+
+def cache_file() -> Path:
+    """Return the path of the cache file: `LORASC_FX_CACHE`, or lorasc_fx/rates.json in the user's cache folder."""
+    if path := os.environ.get("LORASC_FX_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorasc_fx" / "rates.json"
+
+
+def key_of(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what rates depend on: version of torch, device, number of threads, dtype."""
+    on_cpu = device.type == "cpu"
+    device_name = None if on_cpu else getattr(torch.get_device_module(device), "get_device_name", None)
+    name = _cpu() if on_cpu else f"{device.type} {device_name(device) if device_name is not None else ''}"
+    threads = f"{torch.get_num_threads()} threads" if on_cpu else "-"
+    return " | ".join((f"torch {torch.__version__}", name, threads, str(dtype).removeprefix("torch.")))
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no such file on this system
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what the file holds by key; nothing where there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as fault:
+        log.warning("%s cannot be read (%s): the rates are measured again", path, fault)
+        return {}
+    rates = content.get("rates") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    if not isinstance(rates, dict):
+        log.warning("%s holds no rates of this format: they are measured again", path)
+        return {}
+    return rates
+
+
+def _write(path: Path, key: str, rates: Rates) -> None:
+    """Add rates to the file, which is replaced whole."""
+    text = json.dumps({"format": FORMAT, "rates": {**_read(path), key: rates.to_json()}}, indent=1) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+    except OSError as fault:
+        log.warning("%s cannot be written (%s): the rates are kept for this process only", path, fault)

@@ -13,7 +13,7 @@ import pytest
 
 import lorasc_fx as lx
 from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cost import Rates, store
+from lorasc_fx.cost import Rates, measure
 from lorasc_fx.runtime import checkpoint_write
 from tests.checkpoint.runs import Run, X
 from tests.errors.models import Net, exactly, inputs, mlp
@@ -158,7 +158,7 @@ def test_files_have_the_modes_that_the_umask_gives(umask: int, tmp_path: Path) -
         lx.export.safetensors(cascade, tmp_path / "folder")
         run.write_weights(cascade.folded_state_dict())
         run.log(step=1)
-        store._keep(tmp_path / "cache" / "rates.json", "here", rates)
+        measure._write(tmp_path / "cache" / "rates.json", "here", rates)
     finally:
         os.umask(before)
     found = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}

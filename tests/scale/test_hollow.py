@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.cost.store import rates_of
+from lorasc_fx.cost.measure import rates_of
 from tests.errors.models import exactly
 from tests.scale.models import CASES, Case, Mlp, llama
 

@@ -25,10 +25,8 @@ from lorasc_fx.cost import (
     measure,
     merged,
     shared_gain,
-    store,
 )
-from lorasc_fx.cost.rates import OPS, usual
-from lorasc_fx.cost.reading import use_at, work_of
+from lorasc_fx.cost.model import OPS, use_at, usual, work_of
 from lorasc_fx.graph import Record, match
 from lorasc_fx.graph.forms import name_of
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
@@ -72,7 +70,7 @@ def unasked(device: torch.device, dtype: torch.dtype) -> Rates:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache file of the test's own, and a process that knows no rates yet."""
     monkeypatch.setenv("LORASC_FX_CACHE", str(tmp_path / "cache" / "rates.json"))
-    monkeypatch.setattr(store, "_KNOWN", {})
+    monkeypatch.setattr(measure, "_KNOWN", {})
     return tmp_path / "cache" / "rates.json"
 
 
@@ -85,13 +83,13 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(str(dtype))
         return RATES
 
-    monkeypatch.setattr(store, "measured", measured)
+    monkeypatch.setattr(measure, "measured", measured)
     return found
 
 
 def forget() -> None:
     """Be a new process."""
-    store._KNOWN.clear()
+    measure._KNOWN.clear()
 
 
 # --- seconds ---------------------------------------------------------------------------------------------------------
@@ -206,10 +204,10 @@ def test_every_operation_is_run(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 
 
 def test_rates_are_measured_once_and_kept(cache: Path, measurements: list[str]) -> None:
-    first = store.rates_of(CPU, torch.float32)
-    assert store.rates_of(CPU, torch.float32) is first
+    first = measure.rates_of(CPU, torch.float32)
+    assert measure.rates_of(CPU, torch.float32) is first
     forget()
-    assert store.rates_of(CPU, torch.float32) == RATES
+    assert measure.rates_of(CPU, torch.float32) == RATES
     assert measurements == ["torch.float32"]
     assert [each.name for each in cache.parent.iterdir()] == ["rates.json"]
 
@@ -217,12 +215,12 @@ def test_rates_are_measured_once_and_kept(cache: Path, measurements: list[str]) 
 def test_rates_are_by_dtype_threads_and_version(
     cache: Path, measurements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.rates_of(CPU, torch.float32)
-    store.rates_of(CPU, torch.float64)
+    measure.rates_of(CPU, torch.float32)
+    measure.rates_of(CPU, torch.float64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    store.rates_of(CPU, torch.float32)
+    measure.rates_of(CPU, torch.float32)
     monkeypatch.setattr(torch, "__version__", "99.0")
-    store.rates_of(CPU, torch.float32)
+    measure.rates_of(CPU, torch.float32)
     assert len(measurements) == 4
     held = json.loads(cache.read_text(encoding="utf-8"))["rates"]
     assert len(held) == 4
@@ -240,10 +238,10 @@ def test_a_damaged_file_is_written_anew(
     cache.parent.mkdir()
     cache.write_text(damage, encoding="utf-8")
     with caplog.at_level(logging.WARNING, "lorasc_fx"):
-        assert store.rates_of(CPU, torch.float32) == RATES
+        assert measure.rates_of(CPU, torch.float32) == RATES
     assert str(cache) in caplog.text
     forget()
-    store.rates_of(CPU, torch.float32)
+    measure.rates_of(CPU, torch.float32)
     assert len(measurements) == 1
 
 
@@ -251,9 +249,9 @@ def test_a_damaged_file_is_written_anew(
 def test_rates_that_are_none_are_measured_again(cache: Path, measurements: list[str], number: object) -> None:
     cache.parent.mkdir()
     held = {**RATES.to_json(), "add": [0.0, number, 0.0]}
-    key = store.key_of(CPU, torch.float32)
+    key = measure.key_of(CPU, torch.float32)
     cache.write_text(json.dumps({"format": 1, "rates": {key: held, "other": RATES.to_json()}}), encoding="utf-8")
-    assert store.rates_of(CPU, torch.float32) == RATES
+    assert measure.rates_of(CPU, torch.float32) == RATES
     assert len(measurements) == 1
     after = json.loads(cache.read_text(encoding="utf-8"))["rates"]
     assert after == {key: RATES.to_json(), "other": RATES.to_json()}
@@ -264,30 +262,30 @@ def test_a_folder_that_cannot_be_written_is_told_of(
 ) -> None:
     cache.parent.write_text("a file where the folder would be", encoding="utf-8")
     with caplog.at_level(logging.WARNING, "lorasc_fx"):
-        assert store.rates_of(CPU, torch.float32) == RATES
+        assert measure.rates_of(CPU, torch.float32) == RATES
     assert "cannot be written" in caplog.text
-    assert store.rates_of(CPU, torch.float32) == RATES
+    assert measure.rates_of(CPU, torch.float32) == RATES
     assert len(measurements) == 1
 
 
 def test_a_write_that_fails_leaves_the_old_file(
     cache: Path, measurements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.rates_of(CPU, torch.float32)
+    measure.rates_of(CPU, torch.float32)
     before = cache.read_bytes()
 
     def full(source: str, target: Path) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", full)
-    store.rates_of(CPU, torch.float64)
+    measure.rates_of(CPU, torch.float64)
     assert cache.read_bytes() == before
     assert [each.name for each in cache.parent.iterdir()] == ["rates.json"]
 
 
 def test_a_busy_machine_is_taken_for_a_usual_one(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "measured", lambda device, dtype: None)
-    assert store.rates_of(CPU, torch.float32) == usual(torch.get_num_threads())
+    monkeypatch.setattr(measure, "measured", lambda device, dtype: None)
+    assert measure.rates_of(CPU, torch.float32) == usual(torch.get_num_threads())
     assert not cache.exists()
 
 
@@ -297,9 +295,9 @@ def test_what_torch_cannot_run_is_told_of(
     def lacking(device: torch.device, dtype: torch.dtype) -> Rates:
         raise NotImplementedError("not implemented for 'Half'")
 
-    monkeypatch.setattr(store, "measured", lacking)
+    monkeypatch.setattr(measure, "measured", lacking)
     with caplog.at_level(logging.WARNING, "lorasc_fx"):
-        assert store.rates_of(CPU, torch.float16) == usual(torch.get_num_threads())
+        assert measure.rates_of(CPU, torch.float16) == usual(torch.get_num_threads())
     assert "cannot be measured on cpu in torch.float16: not implemented for 'Half'" in caplog.text
     assert not cache.exists()
 
@@ -307,10 +305,10 @@ def test_what_torch_cannot_run_is_told_of(
 def test_the_file_stands_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LORASC_FX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert store.cache_file() == tmp_path / "lorasc_fx" / "rates.json"
+    assert measure.cache_file() == tmp_path / "lorasc_fx" / "rates.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "me")
-    assert store.cache_file() == tmp_path / "me" / ".cache" / "lorasc_fx" / "rates.json"
+    assert measure.cache_file() == tmp_path / "me" / ".cache" / "lorasc_fx" / "rates.json"
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -453,7 +451,7 @@ def test_multiply_adds_are_those_that_torch_counts() -> None:
 
 def test_the_frozen_step_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and the input's gradient: twice the work with a weight, three times between two inputs."""
-    monkeypatch.setattr("lorasc_fx.cost.expectation.WORTH", 1)
+    monkeypatch.setattr("lorasc_fx.cost.placement.WORTH", 1)
     lines = dict.fromkeys(OPS, Line(0, 0)) | {"dense": Line(0, 1), "convolve": Line(0, 100), "depthwise": Line(0, 1e4)}
     graph = exported(Mixed(), torch.randn(MIXED))
     found = expect(graph, graph, lambda device, dtype: Rates(lines)).frozen
@@ -463,7 +461,7 @@ def test_the_frozen_step_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_branch_beside_a_grouped_product_costs_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows [40, 5] meet one matrix [5, 7] each, however many experts there are."""
-    monkeypatch.setattr("lorasc_fx.cost.expectation.WORTH", 1)
+    monkeypatch.setattr("lorasc_fx.cost.placement.WORTH", 1)
     graph = fx.Graph()
     x, stack = graph.placeholder("x"), graph.get_attr("stack")
     ends = graph.placeholder("ends")
@@ -488,7 +486,7 @@ def test_a_branch_beside_a_grouped_product_costs_its_rows(monkeypatch: pytest.Mo
 def test_the_summary_tells_placements_and_the_expected_step(cache: Path) -> None:
     """Two products with 2^28 multiply-adds forward and backward, one of them adapted and merged."""
     cache.parent.mkdir()
-    held = {store.key_of(CPU, torch.float32): EVEN.to_json()}
+    held = {measure.key_of(CPU, torch.float32): EVEN.to_json()}
     cache.write_text(json.dumps({"format": 1, "rates": held}), encoding="utf-8")
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
     cascade = lx.adapt(model, (torch.zeros(1024, 512),), spec=lx.CascadeSpec(targets=("0",)))
@@ -501,7 +499,7 @@ def test_the_summary_tells_placements_and_the_expected_step(cache: Path) -> None
 
 def test_a_guess_is_not_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine too busy to be measured: placements are chosen by the rates of a usual one, no ratio is claimed."""
-    monkeypatch.setattr(store, "measured", lambda device, dtype: None)
+    monkeypatch.setattr(measure, "measured", lambda device, dtype: None)
     cascade = lx.adapt(nn.Sequential(nn.Linear(256, 256)), (torch.zeros(4096, 256),), spec=lx.CascadeSpec())
     assert cascade.expected_step_ratio is None
     assert "  placements: 1 merged" in str(cascade).splitlines()
@@ -509,7 +507,7 @@ def test_a_guess_is_not_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_forced_placement_is_told_as_it_is(cache: Path) -> None:
     cache.parent.mkdir()
-    held = {store.key_of(CPU, torch.float32): EVEN.to_json()}
+    held = {measure.key_of(CPU, torch.float32): EVEN.to_json()}
     cache.write_text(json.dumps({"format": 1, "rates": held}), encoding="utf-8")
     x = torch.zeros(1024, 512)
     ratios = {}
@@ -538,7 +536,7 @@ def test_a_small_model_is_adapted_without_a_measurement(cache: Path, measurement
 
 def test_pieces_are_expected_together(cache: Path) -> None:
     cache.parent.mkdir()
-    held = {store.key_of(CPU, torch.float32): EVEN.to_json()}
+    held = {measure.key_of(CPU, torch.float32): EVEN.to_json()}
     cache.write_text(json.dumps({"format": 1, "rates": held}), encoding="utf-8")
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
     args = (torch.zeros(1024, 512),)
