@@ -220,7 +220,8 @@ class Plan:
             if type(data["format"]) is not int or data["format"] != FORMAT:
                 raise CheckpointError(
                     f"plan has format {data['format']!r:.40}, this version reads {FORMAT}; "
-                    "read it by the lorasc-fx that wrote it"
+                    "read it by the lorasc-fx that wrote it",
+                    code="format-not-supported",
                 )
             sites = tuple(
                 _checked(
@@ -240,7 +241,9 @@ class Plan:
                 raise ValueError(f"a site has another rank than its ranks say for stage {plan.stage}")
             return plan
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as fault:
-            raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}") from fault
+            raise CheckpointError(
+                f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}", code="invalid-plan"
+            ) from fault
 
 
 def _checked(site: Site) -> Site:

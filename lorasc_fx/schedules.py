@@ -113,10 +113,13 @@ class Rewarmed(LRScheduler):
         if isinstance(base, ReduceLROnPlateau):
             raise SpecError(
                 "Rewarmed: base is a ReduceLROnPlateau, whose step needs a metric; end stages by Plateau, or give a "
-                "scheduler that steps without one"
+                "scheduler that steps without one",
+                code="conflicting-options",
             )
         if base is not None and base.optimizer is not optimizer:
-            raise SpecError("Rewarmed: base schedules another optimizer; make both for the same one")
+            raise SpecError(
+                "Rewarmed: base schedules another optimizer; make both for the same one", code="optimizer-differs"
+            )
         self.warmup, self.since, self.stage = warmup, 0, cascade.stage
         self.full_lrs = _rates(optimizer)
         self._cascade, self._base = cascade, base
@@ -208,7 +211,10 @@ def shuffled_batches(
             raise SpecError(f"shuffled_batches: {name} is {value!r}; give an integer of {least} or more")
     taken = [name for name in ("batch_sampler", "sampler", "shuffle", "drop_last", "generator") if name in options]
     if taken:
-        raise SpecError(f"shuffled_batches: {taken[0]} is not yours to give here; the order comes from seed and start")
+        raise SpecError(
+            f"shuffled_batches: {taken[0]} is not yours to give here; the order comes from seed and start",
+            code="conflicting-options",
+        )
     rank, count = share
     if not 0 <= rank < count or batch_size % count:
         raise SpecError(
@@ -216,7 +222,9 @@ def shuffled_batches(
             "the count divides the batch"
         )
     if len(data) < batch_size:
-        raise SpecError(f"shuffled_batches: {len(data)} examples are less than a batch of {batch_size}")
+        raise SpecError(
+            f"shuffled_batches: {len(data)} examples are less than a batch of {batch_size}", code="too-few-examples"
+        )
     own = generator(seed, start, "workers", "")  # or the loader would draw from torch's, once an iteration
     return DataLoader(data, batch_sampler=_Batches(len(data), batch_size, seed, start, share), generator=own, **options)
 

@@ -54,7 +54,7 @@ def check_fields(where: str, given: Iterable[Any], cls: type[Any]) -> None:
             f"{name!r} (here {of_peft[name]})" if name in of_peft else f"{name!r}{nearest(str(name), known)}"
             for name in unknown
         ]
-        raise SpecError(f"{where} has no field {', '.join(told)}; known: {', '.join(known)}")
+        raise SpecError(f"{where} has no field {', '.join(told)}; known: {', '.join(known)}", code="unknown-name")
 
 
 def known_fields(cls: type[Any]) -> type[Any]:
@@ -82,37 +82,44 @@ def check_pairs(spec: Any) -> None:
     if spec.dropout and spec.placement in ("merged", "weight"):
         raise SpecError(
             f"dropout is {spec.dropout} and placement is {spec.placement!r}, where a branch sees no input to drop; "
-            "give placement='beside' or 'auto', or dropout=0"
+            "give placement='beside' or 'auto', or dropout=0",
+            code="conflicting-options",
         )
     if spec.lr_ratio != 1 and not spec.train_A:
         raise SpecError(
             f"lr_ratio is {spec.lr_ratio}, a ratio to the learning rate of lora_A, and train_A is false, so that it "
-            "has none; give the learning rate of lora_B to param_groups, and lr_ratio=1"
+            "has none; give the learning rate of lora_B to param_groups, and lr_ratio=1",
+            code="conflicting-options",
         )
     if spec.nearest_full_gradient and spec.train_A:
         raise SpecError(
             "nearest_full_gradient is true and train_A is true: the correction is exact for a lora_A that stands "
-            "still (LoRA-FA); give train_A=False"
+            "still (LoRA-FA); give train_A=False",
+            code="conflicting-options",
         )
     if spec.nearest_full_gradient and spec.restart_A == "gradient":
         raise SpecError(
             "nearest_full_gradient is true and restart_A is 'gradient', which reads in the gradient of lora_B what "
-            "clipping made of it; give restart_A='fresh'"
+            "clipping made of it; give restart_A='fresh'",
+            code="conflicting-options",
         )
     if spec.train_rules and not spec.train:
         raise SpecError(
             f"train_rules has {spec.train_rules[0].pattern!r}, and train is empty: the rules are for what it names; "
-            "give train"
+            "give train",
+            code="conflicting-options",
         )
     if spec.average != "off" and spec.noise.keep:
         raise SpecError(
             f"average is {spec.average!r} and noise.keep is true: an average of weights would hold a share of each "
-            "stage's noise, which has no coefficient; give one of the two"
+            "stage's noise, which has no coefficient; give one of the two",
+            code="conflicting-options",
         )
     if spec.average_decay != USUAL_DECAY and spec.average != "ema":
         raise SpecError(
             f"average_decay is {spec.average_decay} and average is {spec.average!r}, which has none; give "
-            "average='ema', or no decay"
+            "average='ema', or no decay",
+            code="conflicting-options",
         )
     _check_start(spec)
     if spec.use_dora:
@@ -124,7 +131,8 @@ def _check_start(spec: Any) -> None:
     if spec.start != "lora" and spec.restart_A != "fresh":
         raise SpecError(
             f"start is {spec.start!r}, which takes lora_A out of the weight, and restart_A is {spec.restart_A!r}; "
-            "give restart_A='fresh', or start='lora'"
+            "give restart_A='fresh', or start='lora'",
+            code="conflicting-options",
         )
 
 
@@ -133,42 +141,50 @@ def _check_dora(spec: Any) -> None:
     if spec.restart != "slow":
         raise SpecError(
             f"use_dora is True and restart is {spec.restart!r}: the rows of slow and fast weights would be scaled "
-            "apart, and no one list of experts has both; give restart='slow', or use_dora=False"
+            "apart, and no one list of experts has both; give restart='slow', or use_dora=False",
+            code="conflicting-options",
         )
     if spec.restart_A == "gradient":
         raise SpecError(
             "use_dora is True and restart_A is 'gradient', whose first step is known for plain LoRA only; "
-            "give restart_A='fresh' or 'kept', or use_dora=False"
+            "give restart_A='fresh' or 'kept', or use_dora=False",
+            code="conflicting-options",
         )
     if spec.dropout:
         raise SpecError(
             f"use_dora is True and dropout is {spec.dropout}: the branch stands in place of its op, whose input is not "
-            "dropped; give dropout=0, or use_dora=False"
+            "dropped; give dropout=0, or use_dora=False",
+            code="conflicting-options",
         )
     if spec.placement not in ("auto", "merged"):
         raise SpecError(
             f"use_dora is True and placement is {spec.placement!r}: magnitudes scale the op's own product, so the "
-            "branch stands in its place; give placement='auto' or 'merged', or use_dora=False"
+            "branch stands in its place; give placement='auto' or 'merged', or use_dora=False",
+            code="conflicting-options",
         )
     if spec.noise.strength and spec.noise.keep:
         raise SpecError(
             "use_dora is True and noise.keep is True: noise that stays would be scaled by every later stage; "
-            "give keep=False, or use_dora=False"
+            "give keep=False, or use_dora=False",
+            code="conflicting-options",
         )
     if spec.noise.strength and spec.noise.redraw != "stage":
         raise SpecError(
             "use_dora is True and noise.redraw is 'step': the norms of a stage would be those of its last draw; "
-            "give redraw='stage', or use_dora=False"
+            "give redraw='stage', or use_dora=False",
+            code="conflicting-options",
         )
     if spec.average != "off":
         raise SpecError(
             f"use_dora is True and average is {spec.average!r}: an average of weights whose rows were scaled apart "
-            "has no coefficients over one list of experts; give average='off', or use_dora=False"
+            "has no coefficients over one list of experts; give average='off', or use_dora=False",
+            code="conflicting-options",
         )
     if spec.nearest_full_gradient:
         raise SpecError(
             "use_dora is True and nearest_full_gradient is True: the correction is that of a plain branch, whose rows "
-            "no magnitude scales; give one of the two"
+            "no magnitude scales; give one of the two",
+            code="conflicting-options",
         )
 
 
@@ -177,12 +193,14 @@ def check_noise(keep: bool, redraw: str, distribution: str) -> None:
     if keep and redraw == "step":
         raise SpecError(
             "noise.keep is True and noise.redraw is 'step': a stage has many draws, and none of them is its noise; "
-            "give keep=False, or redraw='stage'"
+            "give keep=False, or redraw='stage'",
+            code="conflicting-options",
         )
     if keep and distribution == "filter":
         raise SpecError(
             "noise.keep is True and noise.distribution is 'filter', whose size differs from row to row, and what is "
-            "kept has one size a weight; give keep=False, or distribution='normal'"
+            "kept has one size a weight; give keep=False, or distribution='normal'",
+            code="conflicting-options",
         )
 
 
@@ -226,7 +244,9 @@ def _ranks(value: Any, rank: int, usual: int) -> tuple[int, ...]:
     for stage, each in enumerate(ranks, start=1):
         _rank(f"ranks of stage {stage}", each)
     if ranks and rank not in (usual, ranks[0]):
-        raise SpecError(f"rank is {rank} and ranks begins with {ranks[0]}; give one of the two")
+        raise SpecError(
+            f"rank is {rank} and ranks begins with {ranks[0]}; give one of the two", code="conflicting-options"
+        )
     return ranks
 
 

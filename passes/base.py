@@ -67,7 +67,10 @@ class CascadePass(abc.ABC):
         """Raise PassError unless the graph carries every required fact."""
         missing = sorted(self.requires - record_of(graph_module).facts)
         if missing:
-            raise PassError(f"{self.name} requires {', '.join(missing)}, which this graph {_why_not(graph_module)}")
+            raise PassError(
+                f"{self.name} requires {', '.join(missing)}, which this graph {_why_not(graph_module)}",
+                code="requirement-not-met",
+            )
 
     def apply(self, editor: GraphEditor) -> None:
         """Rewrite, note the new facts, and verify."""

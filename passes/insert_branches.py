@@ -128,7 +128,9 @@ def begun(state: SlowWeight, branch: Branch, plan: Plan) -> SlowWeight:
 def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> None:
     """Compute with the start of the stage, `W_t = W0 + S_{t-1} + N_t`; the clean weights stay in the record."""
     if plan.spec.noise.strength and plan.spec.noise.redraw == "step":
-        raise PassError("insert-branches: noise.redraw='step' needs a training step; use a Cascade")
+        raise PassError(
+            "insert-branches: noise.redraw='step' needs a training step; use a Cascade", code="needs-training-step"
+        )
     named = named_weights(graph.owner)
     slow, added = dict(graph.record.slow), weights
     branches = {branch.weight_name: branch for branch in graph.branches.values()}

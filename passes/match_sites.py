@@ -40,7 +40,10 @@ class MatchSites(CascadePass):
         plan, slow = record.plan, record.slow
         if plan is not None and plan.spec != self.spec:
             if "branches-inserted" in record.facts:
-                raise SpecError("match-sites: this graph was planned under another spec; fold its branches first")
+                raise SpecError(
+                    "match-sites: this graph was planned under another spec; fold its branches first",
+                    code="planned-otherwise",
+                )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
         found = match(graph.module, record, self.spec, Cheapest(self.spec))
         if record.plan is not plan:

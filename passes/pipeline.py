@@ -59,7 +59,7 @@ class Pipeline:
     def __init__(self, passes: Sequence[AnyPass], order: Literal["solved", "given"] = "solved") -> None:
         self.passes: tuple[AnyPass, ...] = tuple(passes)
         if not self.passes:
-            raise PassOrderError("the pipeline is empty; give at least one pass")
+            raise PassOrderError("the pipeline is empty; give at least one pass", code="empty-pipeline")
         names = [name_of(each) for each in self.passes]
         foreign = any(not isinstance(each, CascadePass) for each in self.passes)
         self._fixed = order == "given" or foreign or len(set(names)) < len(names)
@@ -134,7 +134,8 @@ def _run_foreign(each: Callable[[fx.GraphModule], Any], editor: GraphEditor) -> 
     result = before if result is None else result
     if not isinstance(result, fx.GraphModule):
         raise PassError(
-            f"pass {name_of(each)} returned {type(result).__name__}; a pass returns a GraphModule or PassResult"
+            f"pass {name_of(each)} returned {type(result).__name__}; a pass returns a GraphModule or PassResult",
+            code="wrong-pass-result",
         )
     if not record_of(result).facts and "branches-folded" not in record.facts:
         set_record(result, record)  # made anew; of a folded graph nothing has to be known any more
@@ -181,7 +182,9 @@ def _solve(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
     except nx.NetworkXUnfeasible:
         circle = [earlier for earlier, _ in nx.find_cycle(graph)]
         chain = " -> ".join(name_of(passes[index]) for index in [*circle, circle[0]])
-        raise PassOrderError(f"these passes need each other in a circle: {chain}; run one of them by itself") from None
+        raise PassOrderError(
+            f"these passes need each other in a circle: {chain}; run one of them by itself", code="circular-passes"
+        ) from None
 
 
 def _check_given(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:
@@ -227,27 +230,35 @@ def _parse(text: str, passes: Sequence[type[CascadePass]]) -> Iterator[CascadePa
         length = next((at for at, letter in enumerate(rest) if letter in "{,"), len(rest))
         name, rest = rest[:length].strip(), rest[length:]
         if name not in known:
-            raise PassError(f"no pass is named {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+            raise PassError(
+                f"no pass is named {name!r}{nearest(name, known)}; known: {', '.join(known)}", code="unknown-name"
+            )
         options: dict[str, Any] = {}
         if rest.startswith("{"):
             try:
                 options, end = json.JSONDecoder().raw_decode(rest)
             except json.JSONDecodeError as fault:
                 raise PassError(
-                    f'the options of {name} are not JSON: {fault}; write {name}{{"option": value}}'
+                    f'the options of {name} are not JSON: {fault}; write {name}{{"option": value}}',
+                    code="invalid-syntax",
                 ) from fault
             rest = rest[end:].lstrip()
         if rest and not rest.startswith(","):
-            raise PassError(f"after {name} there is {rest[:20]!r}; passes are separated by a comma")
+            raise PassError(
+                f"after {name} there is {rest[:20]!r}; passes are separated by a comma", code="invalid-syntax"
+            )
         rest = rest[1:].lstrip()
         names = [field.name for field in fields(known[name])]
         for option in options:
             if option not in names:
                 raise PassError(
-                    f"{name} has no option {option!r}{nearest(option, names) or listed(names) or '; it takes none'}"
+                    f"{name} has no option {option!r}{nearest(option, names) or listed(names) or '; it takes none'}",
+                    code="unknown-name",
                 )
         if "spec" in options:
             if not isinstance(options["spec"], dict):
-                raise PassError(f"{name}: spec is {options['spec']!r}; give its fields as an object")
+                raise PassError(
+                    f"{name}: spec is {options['spec']!r}; give its fields as an object", code="invalid-value"
+                )
             options["spec"] = CascadeSpec.from_dict(options["spec"])
         yield known[name](**options)

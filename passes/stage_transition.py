@@ -48,9 +48,14 @@ class StageTransition(CascadePass):
         """Change values only: W_{t+1}, lora_A by the spec's restart_A, lora_B = 0."""
         plan = graph.record.plan
         if graph.record.owner or plan is None:
-            raise PassError(f"{self.name}: this graph reads a live model; call cascade.transition(optimizer) instead")
+            raise PassError(
+                f"{self.name}: this graph reads a live model; call cascade.transition(optimizer) instead",
+                code="live-model",
+            )
         if plan.spec.restart_A == "gradient":
-            raise PassError(f"{self.name}: restart_A='gradient' needs a training step; use a Cascade")
+            raise PassError(
+                f"{self.name}: restart_A='gradient' needs a training step; use a Cascade", code="needs-training-step"
+            )
         named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
         after = plan.at_stage(plan.stage + 1)
         branches = graph.branches

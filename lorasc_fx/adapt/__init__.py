@@ -136,7 +136,9 @@ def restored(
     """Adapt a base model by the plan of a checkpoint, and let `restore` put its values into the cascade; as `load`."""
     if found.frontend not in ("auto", *FRONTENDS):
         known = ", ".join(("auto", *FRONTENDS))
-        raise CheckpointError(f"{found.path}: was made by the front end {found.frontend!r:.40}; known: {known}")
+        raise CheckpointError(
+            f"{found.path}: was made by the front end {found.frontend!r:.40}; known: {known}", code="unknown-front-end"
+        )
     opened = open_model(model)
     _check_new(opened)
     source = open_base(base, opened)
@@ -149,7 +151,9 @@ def restored(
         try:
             cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, empty=True, joined=joined)
         except (PassError, SpecError) as fault:
-            raise CheckpointError(f"{found.path}: its plan does not fit this model: {fault}") from fault
+            raise CheckpointError(
+                f"{found.path}: its plan does not fit this model: {fault}", code="plan-mismatch"
+            ) from fault
         undo(cascade.core.base_writer())
         undo(restorer(opened, (each for name, each in weights.parameters.items() if name in found.moved)))
         restore(cascade)
@@ -163,7 +167,8 @@ def _check_forms(found: Checkpoint) -> None:
     for form, hint in forms_missing(sites).items():
         raise CheckpointError(
             f"{found.path}: {sites[form]} was adapted through the form {form!r}, which is not registered here{hint}; "
-            "call lorasc_fx.graph.register_form with it before load"
+            "call lorasc_fx.graph.register_form with it before load",
+            code="form-not-registered",
         )
 
 
@@ -228,7 +233,8 @@ def _check_loaded(cascade: Cascade, path: Path) -> None:
         told += faults(variant.module)
     if told:
         raise CheckpointError(
-            f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(told))
+            f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(told)),
+            code="plan-mismatch",
         )
 
 
@@ -268,7 +274,8 @@ def _warn_of_frozen_sites(cascade: Cascade) -> None:
             f"{named(names)}: requires_grad was False while that of most weights was True, and now a branch trains "
             "what may be a constant. To leave it as it is give "
             f"exclude=({', '.join(map(repr, names[:3]))},{' ...' if len(names) > 3 else ''}); to adapt it, name it in "
-            "targets"
+            "targets",
+            "constant-adapted",
         )
 
 
@@ -285,7 +292,8 @@ def _trained(
         if not parameter.is_floating_point() and not parameter.is_complex():
             pattern = next(each for each in spec.train if matches(each, names[name]))
             raise SpecError(
-                f"train: {pattern!r} means {name}, which holds {parameter.dtype} and has no gradient; exclude it"
+                f"train: {pattern!r} means {name}, which holds {parameter.dtype} and has no gradient; exclude it",
+                code="not-trainable",
             )
     return trained
 
@@ -301,26 +309,36 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], names: M
         pattern = next(each for each in plan.spec.train if matches(each, names[name]))
         raise SpecError(
             f"train: {pattern!r} means {name}, which {shared[name]}; exclude it, or give it memory of its own "
-            "(parameter.data = parameter.data.clone())"
+            "(parameter.data = parameter.data.clone())",
+            code="shared-memory",
         )
     for name in (each for each in plan.by_weight if each in shared):
-        raise PassError(f"{name} is a site of the plan, and {shared[name]}; give it memory of its own")
+        raise PassError(
+            f"{name} is a site of the plan, and {shared[name]}; give it memory of its own", code="shared-memory"
+        )
 
 
 def _check_new(model: nn.Module, hollow: bool = False) -> None:
     for name, held in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(held):
             raise CaptureError(
-                f"{name} has no shape yet (a lazy module): call the model once on the inputs, and adapt it then"
+                f"{name} has no shape yet (a lazy module): call the model once on the inputs, and adapt it then",
+                code="lazy-module",
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not hollow:
-            raise CaptureError(f"{name} is on the meta device, without numbers: give the model its weights first")
+            raise CaptureError(
+                f"{name} is on the meta device, without numbers: give the model its weights first", code="meta-model"
+            )
         if parameter.is_inference():
-            raise CaptureError(f"{name} was made in torch.inference_mode, and nothing can train it: make it outside")
+            raise CaptureError(
+                f"{name} was made in torch.inference_mode, and nothing can train it: make it outside",
+                code="inference-tensor",
+            )
     if any(isinstance(module, Cascade) for module in model.modules()):
         raise StateError(
-            "this model is a cascade, or holds one: call release() on it, and adapt the model that it returns"
+            "this model is a cascade, or holds one: call release() on it, and adapt the model that it returns",
+            code="already-adapted",
         )
     for name, parameter in model.named_parameters():
         found = _ADAPTED.get(parameter)
@@ -328,5 +346,6 @@ def _check_new(model: nn.Module, hollow: bool = False) -> None:
         if cascade is not None and not cascade.core.released:
             raise StateError(
                 f"this model is adapted already (its {name} belongs to a living cascade): "
-                "call release() on that one first"
+                "call release() on that one first",
+                code="already-adapted",
             )

@@ -57,7 +57,10 @@ def materialize(
     core = cascade.core
     hollow = core.hollow
     if hollow is None:
-        raise StateError("materialize: the model has its numbers already; adapt one that was built on the meta device")
+        raise StateError(
+            "materialize: the model has its numbers already; adapt one that was built on the meta device",
+            code="already-materialized",
+        )
     path, model = path_of(files), cascade.model
     args, kwargs = cascade.example
     place = _device(device) if device is not None else device_of(args, kwargs)

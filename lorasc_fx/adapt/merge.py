@@ -71,7 +71,8 @@ def merge(
     if scaled is not None:
         raise SpecError(
             f"merge: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "
-            "Release the runs and sum their weights"
+            "Release the runs and sum their weights",
+            code="dora-not-supported",
         )
     opened = open_model(model)
     _check_new(opened)
@@ -86,7 +87,9 @@ def merge(
         try:
             cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo, empty=True, joined=joined)
         except PassError as fault:
-            raise SpecError(f"merge: the sites of these runs do not fit together: {fault}") from fault
+            raise SpecError(
+                f"merge: the sites of these runs do not fit together: {fault}", code="sites-differ"
+            ) from fault
         undo(cascade.core.base_writer())
         undo(restorer(opened))
         join(cascade.core, weighted_sum(cascade.core.slow, parts, shares, plan.stage - 1), parts)
@@ -141,7 +144,8 @@ class _Found:
         if odd := base_differs(self.base, own, [name for name in own if name not in self.moved]):
             raise CheckpointError(
                 f"merge: {self.name}, is of another base: the model {odd}; "
-                "runs can be summed on the one base that all of them adapted"
+                "runs can be summed on the one base that all of them adapted",
+                code="checkpoint-other-base",
             )
 
     def part(self, model: nn.Module) -> Part:

@@ -66,7 +66,8 @@ def _check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
             told = "; tied here: " + ", ".join("=".join(holder.names[0] for holder in tie) for tie in ties[:5])
             raise SpecError(
                 f"untie: {pattern!r} means no parameter that is held in two places"
-                f"{told if ties else ', and none here is: leave untie out'}"
+                f"{told if ties else ', and none here is: leave untie out'}",
+                code="not-tied",
             )
 
 

@@ -70,7 +70,8 @@ class DoraBranch(Branch):
         if not op or x is None:
             raise StateError(
                 f"the branch of {self.weight_name} has magnitudes and stands in place of its op only; exclude the "
-                f"weight (exclude=({self.weight_name!r},)), or give use_dora=False"
+                f"weight (exclude=({self.weight_name!r},)), or give use_dora=False",
+                code="dora-not-supported",
             )
         spread = (-1, *(1 for _ in self.weight_shape[2:])) if op == "conv" else (-1,)
         if op == "conv":

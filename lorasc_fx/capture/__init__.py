@@ -96,7 +96,9 @@ def capture(
     """
     if frontend != "auto" and frontend not in FRONTENDS:
         known = ("auto", *FRONTENDS)
-        raise CaptureError(f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}")
+        raise CaptureError(
+            f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}", code="unknown-name"
+        )
     hollow = not has_numbers(model)
     with faked(model, args, kwargs) as (inputs, named):
         captured, trial = _captured(model, inputs, named, frontend, wide, hollow, trained)
@@ -196,7 +198,7 @@ def open_model(model: Any) -> nn.Module:
     if isinstance(model, (str, PathLike)):
         path = path_of(model)
         if not path.is_file():
-            raise CaptureError(f"{path} is not a file; give a .pt2 that torch.export.save wrote")
+            raise CaptureError(f"{path} is not a file; give a .pt2 that torch.export.save wrote", code="file-not-found")
         try:
             return torch.export.load(inert(path)).module()
         except CaptureError:
@@ -204,15 +206,18 @@ def open_model(model: Any) -> nn.Module:
         except Exception as fault:
             raise_of_handler(fault)
             raise CaptureError(
-                f"{path} cannot be read as a .pt2, write it anew by torch.export.save: {one_line(fault)}"
+                f"{path} cannot be read as a .pt2, write it anew by torch.export.save: {one_line(fault)}",
+                code="unreadable-file",
             ) from fault
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise CaptureError(
             f"model is a {type(model).__name__} of TorchScript, whose code neither torch.export nor torch.fx reads; "
-            "give the nn.Module that it was made of"
+            "give the nn.Module that it was made of",
+            code="torchscript-model",
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(
-            f"model is {type(model).__name__}; give an nn.Module, a GraphModule, an ExportedProgram, or a .pt2 path"
+            f"model is {type(model).__name__}; give an nn.Module, a GraphModule, an ExportedProgram, or a .pt2 path",
+            code="not-a-model",
         )
     return model

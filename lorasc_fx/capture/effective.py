@@ -167,7 +167,8 @@ class EffectiveWeights:
         if call is None:
             raise StateError(
                 f"{type(self.model).__name__} computes with {name} in backward, where the output of the call that this "
-                "backward belongs to is gone; keep a tensor of that output until the backward is over"
+                "backward belongs to is gone; keep a tensor of that output until the backward is over",
+                code="output-gone",
             )
         with torch.enable_grad():
             if name not in call.values:

@@ -104,7 +104,8 @@ class Pieces:
             raise CaptureError(
                 f"{type(self.model).__name__} was captured anew {LIMIT} times, and dynamo would run it without "
                 f"branches. The last graph did not fit because of {_last_guard()}. Pad inputs to fewer sizes, keep no "
-                "growing state in Python, or adapt a part of the model"
+                "growing state in Python, or adapt a part of the model",
+                code="too-many-captures",
             ) from fault
         except torch._dynamo.exc.BackendCompilerFailed as fault:
             raise fault.inner_exception from fault

@@ -109,7 +109,8 @@ def inert(path: Path) -> io.BytesIO:
     except _Refused as fault:
         raise CaptureError(
             f"{path}: {fault}, which can do more than describe a model, and is not opened. If you trust the file, give "
-            "the program itself: adapt(torch.export.load(path), ...)"
+            "the program itself: adapt(torch.export.load(path), ...)",
+            code="unsafe-pt2",
         ) from None
 
 

@@ -69,16 +69,22 @@ def check_binds(
     """
     if not isinstance(args, Sequence) or isinstance(args, (str, bytes)):
         give = "kwargs=..." if isinstance(args, Mapping) else "args=(x,) for a single input x"
-        raise CaptureError(f"args is a {type(args).__name__}, and not the sequence of positional inputs: give {give}")
+        raise CaptureError(
+            f"args is a {type(args).__name__}, and not the sequence of positional inputs: give {give}",
+            code="invalid-inputs",
+        )
     if not isinstance(kwargs, Mapping):
-        raise CaptureError(f"kwargs is a {type(kwargs).__name__}; give a dict of the inputs that go by name")
+        raise CaptureError(
+            f"kwargs is a {type(kwargs).__name__}; give a dict of the inputs that go by name", code="invalid-inputs"
+        )
     args = tuple(args)
     try:
         return bind(signature_of(model), args, kwargs)
     except TypeError as fault:
         raise CaptureError(
             f"{type(model).__name__}.forward does not take these example inputs: {fault}; "
-            f"its signature is {signature_of(model)}"
+            f"its signature is {signature_of(model)}",
+            code="invalid-inputs",
         ) from fault
 
 

@@ -186,7 +186,8 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         advice = ", or give the model its weights before adapt: on the meta device nothing can look at values"
         raise CaptureError(
             f"{type(model).__name__} itself refuses the example inputs: {one_line(fault)}; "
-            f"give args and kwargs with which the model runs{advice if hollow else ''}"
+            f"give args and kwargs with which the model runs{advice if hollow else ''}",
+            code="model-refuses-inputs",
         ) from fault
 
 

@@ -64,7 +64,9 @@ def _command(arguments: list[str]) -> int:
         print(importlib.metadata.version("lorasc-fx"))
         return 0
     if name not in COMMANDS:
-        raise SpecError(f"no command is called {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
+        raise SpecError(
+            f"no command is called {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}", code="unknown-name"
+        )
     require("cli", "tyro", "rich")
     import tyro
 
@@ -73,7 +75,9 @@ def _command(arguments: list[str]) -> int:
         return run(tyro.cli(kind, prog=f"lorasc-fx {name}", args=rest))
     path = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     if path is None and "-h" not in rest and "--help" not in rest:
-        raise SpecError(f"{name} needs a configuration file first: lorasc-fx {name} CONFIG.toml")
+        raise SpecError(
+            f"{name} needs a configuration file first: lorasc-fx {name} CONFIG.toml", code="missing-argument"
+        )
     return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=rest, default=kind(_loaded(path))))
 
 

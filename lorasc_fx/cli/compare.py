@@ -129,7 +129,9 @@ class Result:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as fault:
-            raise CheckpointError(f"{path} is damaged ({fault}); delete it, and this run is made again") from fault
+            raise CheckpointError(
+                f"{path} is damaged ({fault}); delete it, and this run is made again", code="damaged-file"
+            ) from fault
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,16 @@ def run_compare(arguments: CompareArguments) -> int:
 def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     """Make each run that was not made yet and return all results, or None after Ctrl-C."""
     if "probe" in config.compare.methods and not config.spec.train:
-        raise SpecError("compare.methods has 'probe', which trains what spec.train names, and spec.train is empty")
+        raise SpecError(
+            "compare.methods has 'probe', which trains what spec.train names, and spec.train is empty",
+            code="conflicting-options",
+        )
     own = [rule.pattern for rule in config.spec.train_rules if rule.lr is not None]
     if "probe" in config.compare.methods and own:
         raise SpecError(
             f"compare.methods has 'probe', which trains at one rate (compare.probe_lrs), and spec.train_rules gives "
-            f"{own[0]!r} a rate of its own: drop one of the two"
+            f"{own[0]!r} a rate of its own: drop one of the two",
+            code="conflicting-options",
         )
     folder = RunFolder(Path(config.output))
     started = folder.started and not overwrite

@@ -163,7 +163,9 @@ class CompareConfig:
             for name in (value,) if isinstance(value, str) else value:
                 if name not in METHODS:
                     known = ", ".join(METHODS)
-                    raise SpecError(f"compare.{key} has {name!r}; give some of {known}{nearest(name, METHODS)}")
+                    raise SpecError(
+                        f"compare.{key} has {name!r}; give some of {known}{nearest(name, METHODS)}", code="unknown-name"
+                    )
         for key in ("methods", "seeds", "lrs", "probe_lrs", "full_lrs"):
             value = getattr(self, key)
             if len(set(value)) < len(value):
@@ -217,11 +219,11 @@ def load_config(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
-        raise SpecError(f"{path}: the configuration cannot be read: {reason}") from fault
+        raise SpecError(f"{path}: the configuration cannot be read: {reason}", code="unreadable-file") from fault
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:
-        raise SpecError(f"{path}: this is not TOML: {fault}") from fault
+        raise SpecError(f"{path}: this is not TOML: {fault}", code="invalid-toml") from fault
     reader = _Reader(path, key_lines(text))
     config = reader.table(Config, data, ())
     assert isinstance(config, Config)
@@ -245,8 +247,8 @@ class _Reader:
     path: Path
     lines: Mapping[KeyPath, int]
 
-    def fail(self, at: KeyPath, message: str) -> SpecError:
-        return SpecError(f"{self.path}:{line_of(self.lines, at)}: {message}")
+    def fail(self, at: KeyPath, message: str, code: str | None = None) -> SpecError:
+        return SpecError(f"{self.path}:{line_of(self.lines, at)}: {message}", code=code)
 
     def known(self, cls: type[Any], data: Mapping[str, Any], at: KeyPath) -> None:
         names = [each.name for each in dataclasses.fields(cls)]
@@ -254,7 +256,7 @@ class _Reader:
             if key not in names:
                 where = ".".join((*at, key))
                 known = [".".join((*at, name)) for name in names]
-                raise self.fail((*at, key), f"unknown key {where!r}{nearest(where, known, 1)}")
+                raise self.fail((*at, key), f"unknown key {where!r}{nearest(where, known, 1)}", "unknown-name")
 
     def table(self, cls: type[Any], data: Any, at: KeyPath) -> Any:
         if not isinstance(data, Mapping):
@@ -267,7 +269,7 @@ class _Reader:
         try:
             return cls(**values)
         except SpecError as fault:
-            raise self.fail(self.blame(data, at, str(fault)), str(fault)) from fault
+            raise self.fail(self.blame(data, at, str(fault)), str(fault), fault.code) from fault
 
     def spec(self, data: Mapping[str, Any], at: KeyPath) -> CascadeSpec:
         for name, cls in _SPEC_TABLES.items():
@@ -278,7 +280,8 @@ class _Reader:
         try:
             return CascadeSpec.from_dict(data)
         except (SpecError, TypeError) as fault:
-            raise self.fail(self.blame(data, at, str(fault)), str(fault)) from fault
+            code = fault.code if isinstance(fault, SpecError) else None
+            raise self.fail(self.blame(data, at, str(fault)), str(fault), code) from fault
 
     def blame(self, data: Mapping[str, Any], at: KeyPath, message: str) -> KeyPath:
         """Find the key that a message of `__post_init__` speaks of: its first word, `rank` or `noise.strength`."""

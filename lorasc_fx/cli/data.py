@@ -135,14 +135,16 @@ def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
     if sum(sizes) > len(whole):
         raise SpecError(
             f"{config.name} has {len(whole)} examples; data.train + data.validation + data.test ask for {sum(sizes)}; "
-            "ask for fewer"
+            "ask for fewer",
+            code="too-few-examples",
         )
     train, validation, test = (whole.take(index) for index in _shuffled(len(whole), config.seed, *sizes))
     for name, examples in ((config.name, whole), (f"the {config.train} training examples", train)):
         (first, *others) = examples.labels.unique().tolist()
         if not others:
             raise SpecError(
-                f"{name}: every label is {whole.classes[first]!r}; a classifier needs examples of two classes or more"
+                f"{name}: every label is {whole.classes[first]!r}; a classifier needs examples of two classes or more",
+                code="too-few-classes",
             )
     shifts = {short_name(name): _shift(name, config, whole, test, tokenizer).by_length() for name in config.shifts}
     return Splits(train, validation.by_length(), test.by_length(), shifts)
@@ -165,22 +167,28 @@ def read_csv(path: Path, text_column: str, label_column: str) -> tuple[list[str]
                     known = ", ".join(columns) or "no columns"
                     raise SpecError(
                         f"{path}:1: no column {column!r}{nearest(column, columns)}; it has {known}; "
-                        "data.text_column and data.label_column choose others"
+                        "data.text_column and data.label_column choose others",
+                        code="unknown-name",
                     )
             for row in reader:
                 for column, cells in ((text_column, texts), (label_column, labels)):
                     if not row[column]:
                         raise SpecError(
-                            f"{path}:{reader.line_num}: the cell {column!r} is empty; fill it, or take the row out"
+                            f"{path}:{reader.line_num}: the cell {column!r} is empty; fill it, or take the row out",
+                            code="empty-cell",
                         )
                     cells.append(row[column])
     except OSError as fault:
-        raise SpecError(f"{path}: this file cannot be read: {fault.strerror}") from fault
+        raise SpecError(f"{path}: this file cannot be read: {fault.strerror}", code="unreadable-file") from fault
     except UnicodeDecodeError as fault:
-        raise SpecError(f"{path}:{_undecodable_line(path)}: this is not UTF-8 text; save it as UTF-8") from fault
+        raise SpecError(
+            f"{path}:{_undecodable_line(path)}: this is not UTF-8 text; save it as UTF-8", code="not-utf8"
+        ) from fault
     except csv.Error as fault:
         at_end = "end of data" in str(fault)  # else the line that is being read is not counted yet
-        raise SpecError(f"{path}:{reader.line_num + (not at_end)}: this is not CSV: {fault}") from fault
+        raise SpecError(
+            f"{path}:{reader.line_num + (not at_end)}: this is not CSV: {fault}", code="invalid-csv"
+        ) from fault
     return texts, labels
 
 
@@ -204,13 +212,16 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
     try:
         found = datasets.ImageFolder(folder, transform=transform)
     except OSError as fault:
-        raise SpecError(f"imagefolder:{folder}: expected one folder a class, with images in it: {fault}") from fault
+        raise SpecError(
+            f"imagefolder:{folder}: expected one folder a class, with images in it: {fault}",
+            code="invalid-image-folder",
+        ) from fault
     pixels = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
     for position, (path, _) in enumerate(found.samples):
         try:
             pixels[position] = found[position][0]
         except (OSError, SyntaxError, ValueError) as fault:  # what PIL raises for damaged files
-            raise SpecError(f"{path}: this image cannot be read: {fault}") from fault
+            raise SpecError(f"{path}: this image cannot be read: {fault}", code="unreadable-file") from fault
     return pixels, [found.classes[label] for label in found.targets]
 
 
@@ -255,7 +266,9 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
     kind, _, rest = name.partition(":")
     kinds = [known.partition(":")[0] for known in DATA]
     if kind not in kinds or not rest:
-        raise SpecError(f"no data set is called {name!r}{nearest(kind, kinds)}; known: {', '.join(DATA)}")
+        raise SpecError(
+            f"no data set is called {name!r}{nearest(kind, kinds)}; known: {', '.join(DATA)}", code="unknown-name"
+        )
     if kind == "csv":
         inputs, labels = read_csv(Path(rest), config.text_column, config.label_column)
     elif kind == "imagefolder":
@@ -263,13 +276,16 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
     else:
         inputs, labels = _returned(name, user_function(name)())
     if not len(labels):
-        raise SpecError(f"{name}: it holds no examples; give at least one of each class")
+        raise SpecError(f"{name}: it holds no examples; give at least one of each class", code="too-few-examples")
     if isinstance(inputs, Tensor) and tokenizer is not None:
         raise SpecError(
-            f"the model takes texts, and {name} holds images; give a data set of texts (csv:FILE), or another model"
+            f"the model takes texts, and {name} holds images; give a data set of texts (csv:FILE), or another model",
+            code="wrong-modality",
         )
     if not isinstance(inputs, Tensor) and tokenizer is None:
-        raise SpecError(f"the model takes images, and {name} holds texts; texts need a model `hf:FOLDER`")
+        raise SpecError(
+            f"the model takes images, and {name} holds texts; texts need a model `hf:FOLDER`", code="wrong-modality"
+        )
     encode = _encode_texts(tokenizer, config.max_length) if tokenizer is not None else _encode_images(config.image_size)
     return _labelled(inputs, list(labels), encode)
 
@@ -284,7 +300,8 @@ def _returned(name: str, found: Any) -> tuple[Inputs, list[Any]]:
     except (TypeError, ValueError) as fault:
         raise SpecError(
             f"{name}: the function has to return inputs and labels: a list of texts, or bytes [examples, 1 or 3, "
-            f"height, width], and a class each ({fault})"
+            f"height, width], and a class each ({fault})",
+            code="invalid-data-function",
         ) from fault
     return inputs, list(labels)
 
@@ -314,5 +331,8 @@ def _shift(name: str, config: DataConfig, whole: Examples, test: Examples, token
         raise SpecError(f"data.shifts has {name}, which is the data set itself; give others, or none")
     other = _load(name, config, tokenizer)
     if other.classes != whole.classes:
-        raise SpecError(f"data.shifts: {name} has other classes than {config.name}; give a data set with the same ones")
+        raise SpecError(
+            f"data.shifts: {name} has other classes than {config.name}; give a data set with the same ones",
+            code="classes-differ",
+        )
     return other.take(_shuffled(len(other), config.seed, min(len(other), config.shift_test))[0])

@@ -69,7 +69,10 @@ def run_fold(arguments: FoldArguments) -> int:
     """
     folder = RunFolder(arguments.run)
     if arguments.base is None and not folder.config.is_file() and list_versions(arguments.run):
-        raise StateError(f"{arguments.run} is a checkpoint, and no run; give --base, the files of its base model")
+        raise StateError(
+            f"{arguments.run} is a checkpoint, and no run; give --base, the files of its base model",
+            code="missing-argument",
+        )
     if arguments.base is None:
         where = arguments.output or folder.folded
         folder.check_run()
@@ -83,7 +86,9 @@ def run_fold(arguments: FoldArguments) -> int:
     single = arguments.base.is_file() and arguments.base.suffix != ".json"
     where = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
     if arguments.output is None and not folder.config.is_file():
-        raise StateError(f"{arguments.run} is no run folder; give --output, the place to write to")
+        raise StateError(
+            f"{arguments.run} is no run folder; give --output, the place to write to", code="missing-argument"
+        )
     check_output(where, folder=not single)
     found = read(checkpoint)
     with _bytes_written(f"fold {checkpoint}") as tell:
@@ -149,12 +154,14 @@ def run_export(arguments: ExportArguments) -> int:
     """
     if arguments.to not in FORMATS:
         raise SpecError(
-            f"no format is called {arguments.to!r}{nearest(arguments.to, FORMATS)}; known: {', '.join(FORMATS)}"
+            f"no format is called {arguments.to!r}{nearest(arguments.to, FORMATS)}; known: {', '.join(FORMATS)}",
+            code="unknown-name",
         )
     ranks = {"max_rank": arguments.max_rank, "uniform_rank": arguments.uniform_rank} if arguments.to == "peft" else {}
     if not ranks and (arguments.max_rank is not None or arguments.uniform_rank):
         raise SpecError(
-            f"--max-rank and --uniform-rank are of an adapter, {arguments.to} has none: drop them, or --to peft"
+            f"--max-rank and --uniform-rank are of an adapter, {arguments.to} has none: drop them, or --to peft",
+            code="conflicting-options",
         )
     folder = arguments.to == "peft" or (arguments.to == "safetensors" and arguments.output.suffix != ".safetensors")
     RunFolder(arguments.run).check_run()

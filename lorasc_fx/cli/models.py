@@ -77,7 +77,9 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
             return builders[kind](config, name, classes)
     if config.name.endswith(".pt2"):
         return open_model(config.name)
-    raise SpecError(f"no model is called {config.name!r}{nearest(kind, builders)}; give {', '.join(MODELS)}")
+    raise SpecError(
+        f"no model is called {config.name!r}{nearest(kind, builders)}; give {', '.join(MODELS)}", code="unknown-name"
+    )
 
 
 def warn_of_random_weights(config: ModelConfig) -> None:
@@ -112,7 +114,8 @@ def logits_of(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise SpecError(
-            f"the model returns {type(output).__name__}; a tensor [batch, classes], or `.logits`, is needed"
+            f"the model returns {type(output).__name__}; a tensor [batch, classes], or `.logits`, is needed",
+            code="wrong-model-output",
         )
     return logits
 
@@ -130,7 +133,10 @@ def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...]
         return ExampleInputs((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     known = getattr(model, "pretrained_cfg", {}).get("input_size")
     if known is None:
-        raise SpecError(f"{config.name} does not say what it takes; give the shape of its input, as --input 2 3 64 64")
+        raise SpecError(
+            f"{config.name} does not say what it takes; give the shape of its input, as --input 2 3 64 64",
+            code="missing-argument",
+        )
     return ExampleInputs((torch.rand(2, *known),), {})
 
 
@@ -148,18 +154,21 @@ def user_function(name: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
     except ModuleNotFoundError as fault:
-        raise SpecError(f"{name}: {fault}") from fault
+        raise SpecError(f"{name}: {fault}", code="import-failed") from fault
     function: Any = getattr(module, function_name, None)
     if not callable(function):
         known = [each for each in vars(module) if not each.startswith("_")]
-        raise SpecError(f"{name}: {module_name} has no function {function_name!r}{nearest(function_name, known)}")
+        raise SpecError(
+            f"{name}: {module_name} has no function {function_name!r}{nearest(function_name, known)}",
+            code="unknown-name",
+        )
     return function  # type: ignore[no-any-return]  # callable
 
 
 def _timm(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     timm = module_of("vision", "timm")
     if not timm.is_model(name):
-        raise SpecError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+        raise SpecError(f"timm has no model {name!r}{nearest(name, timm.list_models())}", code="unknown-name")
     model: nn.Module = timm.create_model(name, **({} if classes is None else {"num_classes": classes}))
     head = getattr(model, "pretrained_cfg", {}).get("classifier", "")
     _load_weights(model, config.weights, head if isinstance(head, str) else "")
@@ -192,7 +201,7 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except Exception as fault:
         reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-        raise SpecError(f"{name}: transformers cannot read this model: {reason}") from fault
+        raise SpecError(f"{name}: transformers cannot read this model: {reason}", code="unreadable-model") from fault
 
 
 def _hf_folder(name: str) -> Path:
@@ -201,13 +210,17 @@ def _hf_folder(name: str) -> Path:
     if kind == "package" and package:
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         if found is None or found.origin is None:
-            raise SpecError(f"hf:{name}: no package {package!r} is installed; nothing is downloaded")
+            raise SpecError(
+                f"hf:{name}: no package {package!r} is installed; nothing is downloaded", code="package-not-installed"
+            )
         configs = sorted(Path(found.origin).parent.rglob("config.json"), key=lambda path: len(path.parts))
         if not configs:
-            raise SpecError(f"hf:{name}: no folder of this package has a config.json")
+            raise SpecError(f"hf:{name}: no folder of this package has a config.json", code="no-model-config")
         return configs[0].parent
     if not (Path(name) / "config.json").is_file():
-        raise SpecError(f"hf:{name}: this is no folder with a config.json in it; nothing is downloaded")
+        raise SpecError(
+            f"hf:{name}: this is no folder with a config.json in it; nothing is downloaded", code="no-model-config"
+        )
     return Path(name)
 
 
@@ -215,10 +228,16 @@ def _python(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     function = user_function(config.name)
     parameters = inspect.signature(function).parameters.values()
     if classes is None and any(each.default is each.empty for each in parameters):
-        raise SpecError(f"python:{name}: this command calls the function without arguments; give each a default")
+        raise SpecError(
+            f"python:{name}: this command calls the function without arguments; give each a default",
+            code="function-needs-arguments",
+        )
     model = function(classes) if parameters and classes is not None else function()
     if not isinstance(model, nn.Module):
-        raise SpecError(f"python:{name}: the function returned {type(model).__name__}; it has to return an nn.Module")
+        raise SpecError(
+            f"python:{name}: the function returned {type(model).__name__}; it has to return an nn.Module",
+            code="wrong-function-result",
+        )
     _load_weights(model, config.weights)
     return model
 
@@ -243,14 +262,16 @@ def _load_weights(model: nn.Module, source: str, head: str = "") -> None:
         what = "lacks" if missing else "has, and the model has not,"
         raise SpecError(
             f"{source} does not fit the model: it {what} {name!r} (and {len(missing) + len(extra) - 1} more); "
-            "give weights of this very model, or leave model.weights out"
+            "give weights of this very model, or leave model.weights out",
+            code="weights-do-not-fit",
         )
     kept = {name for name in own if head and name.startswith(f"{head}.") and own[name].shape != found[name].shape}
     for name in own:
         if name not in kept and own[name].shape != found[name].shape:
             raise SpecError(
                 f"{source} does not fit the model: {name!r} is {list(found[name].shape)} there and "
-                f"{list(own[name].shape)} here; give weights of this very model"
+                f"{list(own[name].shape)} here; give weights of this very model",
+                code="weights-do-not-fit",
             )
     model.load_state_dict({name: own[name] if name in kept else found[name] for name in own}, strict=True)
 
@@ -268,4 +289,4 @@ def _weights(model: nn.Module, source: str) -> Mapping[str, Tensor]:
         return load_file(source)
     except (OSError, SafetensorError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
-        raise SpecError(f"{source}: these weights cannot be read: {reason}") from fault
+        raise SpecError(f"{source}: these weights cannot be read: {reason}", code="unreadable-file") from fault

@@ -57,11 +57,12 @@ class RunRecord:
         folder = RunFolder(run)
         folder.check_run(checkpoint=False)
         if folder.results.exists():
-            raise StateError(f"{run} holds a comparison; a report shows one run, of lorasc-fx train")
+            raise StateError(f"{run} holds a comparison; a report shows one run, of lorasc-fx train", code="not-a-run")
         if not folder.cascade.is_file() or not folder.metrics.is_file():
             raise StateError(
                 f"{run} has nothing to show yet: {folder.cascade.name} or {folder.metrics.name} is not there. A run "
-                "writes them in its first steps; one by an older version has to be made again"
+                "writes them in its first steps; one by an older version has to be made again",
+                code="run-has-no-data",
             )
         environment = folder.path / "environment.json"
         return cls(
@@ -178,7 +179,8 @@ def _parsed(path: Path, text: bytes, number: int, keys: tuple[str, ...]) -> dict
         found = json.loads(text)
     except ValueError as fault:
         raise StateError(
-            f"{path}: line {number} is no JSON ({fault}); the file is damaged: restore it, or train anew"
+            f"{path}: line {number} is no JSON ({fault}); the file is damaged: restore it, or train anew",
+            code="damaged-file",
         ) from fault
     _check(path, number, found, keys)
     return dict(found)
@@ -187,11 +189,15 @@ def _parsed(path: Path, text: bytes, number: int, keys: tuple[str, ...]) -> dict
 def _check(path: Path, number: int, found: Any, keys: tuple[str, ...]) -> None:
     """Check that a value is a JSON object with these keys."""
     if not isinstance(found, dict):
-        raise StateError(f"{path}: line {number} is no JSON object; the file is damaged: restore it, or train anew")
+        raise StateError(
+            f"{path}: line {number} is no JSON object; the file is damaged: restore it, or train anew",
+            code="damaged-file",
+        )
     missing = [key for key in keys if key not in found]
     if missing:
         raise StateError(
-            f"{path}: line {number} has no key {missing[0]!r}; the file is damaged: restore it, or train anew"
+            f"{path}: line {number} has no key {missing[0]!r}; the file is damaged: restore it, or train anew",
+            code="damaged-file",
         )
 
 

@@ -113,10 +113,11 @@ class RunFolder:
             StateError: it does not.
         """
         if not self.config.is_file():
-            raise StateError(f"{self.path} holds no run: there is no {self.config.name} in it")
+            raise StateError(f"{self.path} holds no run: there is no {self.config.name} in it", code="not-a-run")
         if checkpoint and not self.saved:
             raise StateError(
-                f"{self.path} holds no checkpoint yet; a run writes its first one at the end of its first stage"
+                f"{self.path} holds no checkpoint yet; a run writes its first one at the end of its first stage",
+                code="no-checkpoint",
             )
 
     def check(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -132,19 +133,23 @@ class RunFolder:
             StateError: the folder holds a run and neither is, or `resume` is and the run had another configuration.
         """
         if resume and overwrite:
-            raise SpecError("--resume goes on with a run and --overwrite deletes it; give one of the two")
+            raise SpecError(
+                "--resume goes on with a run and --overwrite deletes it; give one of the two",
+                code="conflicting-options",
+            )
         check_output(self.path, folder=True)
         if overwrite:
             return
         if self.started and not resume:
             raise StateError(
                 f"{self.path} already holds a run: --resume goes on with it, --overwrite deletes it and starts again, "
-                "--output FOLDER starts another"
+                "--output FOLDER starts another",
+                code="run-exists",
             )
         if self.started:
             self._check_same(config)
         elif resume and not self.config.exists():
-            raise StateError(f"{self.path} holds no run to resume; leave --resume out to start one")
+            raise StateError(f"{self.path} holds no run to resume; leave --resume out to start one", code="not-a-run")
 
     def begin(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         """Check the folder (see `check`), and write the configuration and the environment into it."""
@@ -242,7 +247,8 @@ class RunFolder:
                 if _comparable(was) != _comparable(value):
                     raise StateError(
                         f"{self.path} holds a run with {section}.{key} = {was!r}, and this one has {value!r}; "
-                        "resume with the same, --overwrite it, or give --output FOLDER to start another"
+                        "resume with the same, --overwrite it, or give --output FOLDER to start another",
+                        code="run-differs",
                     )
 
 
@@ -254,17 +260,21 @@ def check_output(path: Path, *, folder: bool) -> None:
     """
     if path.exists() and path.is_dir() != folder:
         found, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
-        raise SpecError(f"{path} is {found}, and the output is {wanted}; give another path")
+        raise SpecError(f"{path} is {found}, and the output is {wanted}; give another path", code="path-in-the-way")
     present = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not folder and present == path.absolute():
         present = present.parent
     if not present.is_dir():
-        raise SpecError(f"{path} cannot be made, because {present} is a file; give another path")
+        raise SpecError(
+            f"{path} cannot be made, because {present} is a file; give another path", code="path-in-the-way"
+        )
     try:
         with tempfile.TemporaryFile(dir=present):
             pass
     except OSError as fault:
-        raise SpecError(f"{path} cannot be written: {present}: {fault.strerror}; give another path") from fault
+        raise SpecError(
+            f"{path} cannot be written: {present}: {fault.strerror}; give another path", code="not-writable"
+        ) from fault
 
 
 def write_whole(path: Path, text: str) -> None:

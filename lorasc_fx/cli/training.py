@@ -49,6 +49,8 @@ EVAL_BATCH = 64
 class Diverged(StateError):
     """The loss is not finite."""
 
+    code = "loss-not-finite"
+
 
 @dataclass(frozen=True)
 class Order:
@@ -173,7 +175,9 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as fault:
         reason = str(fault).partition(". ")[0].splitlines()[0]
     if reason:
-        raise SpecError(f"train.device is {device!r}: {reason}; this machine has {', '.join(known)}")
+        raise SpecError(
+            f"train.device is {device!r}: {reason}; this machine has {', '.join(known)}", code="unknown-device"
+        )
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -310,7 +314,8 @@ def _check_logits(logits: Tensor, examples: Examples) -> None:
     needed = int(examples.labels.max()) + 1
     if logits.dim() != 2 or logits.shape[1] < needed:
         raise SpecError(
-            f"the model returns logits {list(logits.shape)}; [batch, classes] is needed, with {needed} classes"
+            f"the model returns logits {list(logits.shape)}; [batch, classes] is needed, with {needed} classes",
+            code="wrong-model-output",
         )
 
 

@@ -149,7 +149,8 @@ class Compiler:
         if isinstance(variant.module, Pieces):
             raise CaptureError(
                 f"{type(model).__name__} runs in pieces, and a folded graph needs one whole graph; "
-                f"{variant.module.why_not_whole(args, kwargs)}. release() and folded_state_dict() need no graph"
+                f"{variant.module.why_not_whole(args, kwargs)}. release() and folded_state_dict() need no graph",
+                code="no-whole-graph",
             )
         assert isinstance(variant.module, fx.GraphModule)
         at_stage(variant.module, stage)  # the plan of the stage that it was made in may have other ranks

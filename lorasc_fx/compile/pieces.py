@@ -165,7 +165,8 @@ def make_pieces(
     if scaled is not None:
         raise SpecError(
             f"use_dora is True, and {type(pieces.model).__name__} runs in pieces, where the branch of {scaled} cannot "
-            "stand in place of its op; give use_dora=False, or a front end that takes the whole model"
+            "stand in place of its op; give use_dora=False, or a front end that takes the whole model",
+            code="dora-not-supported",
         )
     held = missing_branches(found.plan, branches, parameters)
     growing = Growing(found.plan, held, found.refusals, tried={_modes(pieces)})
@@ -182,7 +183,8 @@ def make_pieces(
         if left:
             raise CaptureError(
                 f"{type(pieces.model).__name__}: {left[0]} is used where neither a graph nor the module shows it, "
-                f"and its branch would not be seen; exclude it (exclude=({left[0]!r},))"
+                f"and its branch would not be seen; exclude it (exclude=({left[0]!r},))",
+                code="hidden-weight-use",
             )
 
     def attach(grow: Callable[[Made], None], running: Callable[[], Plan]) -> None:
@@ -236,7 +238,8 @@ def settle(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping[str, Any
             return
     raise CaptureError(
         f"{type(pieces.model).__name__}: {wrong} does not get the gradient that the eager model gives its weight; "
-        "its Python computes with weights where no module shows it. Exclude them, or adapt a part of the model"
+        "its Python computes with weights where no module shows it. Exclude them, or adapt a part of the model",
+        code="wrong-gradient",
     )
 
 
@@ -247,7 +250,8 @@ def _check_swappable(pieces: Pieces, branches: Iterable[Branch]) -> None:
             raise CaptureError(
                 f"{branch.weight_name} is quantized, and {type(pieces.model).__name__} has code of its own for "
                 "backward, which a branch beside the weight does not reach; exclude it "
-                f"(exclude=({branch.weight_name!r},))"
+                f"(exclude=({branch.weight_name!r},))",
+                code="quantized-not-supported",
             )
 
 
@@ -455,7 +459,8 @@ def _differs(
     if own:
         raise CaptureError(
             f"{type(model).__name__} does not repeat its output under one seed (does it seed by the clock?), so what "
-            "its Python does with its weights cannot be checked; make it repeat itself, say by dropouts of 0"
+            "its Python does with its weights cannot be checked; make it repeat itself, say by dropouts of 0",
+            code="model-not-repeatable",
         )
     narrow = max((share.get(output.dtype, CERTAIN) for output in theirs), default=CERTAIN)
     return far > narrow**2 * effect + 1e-30

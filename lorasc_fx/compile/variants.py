@@ -149,7 +149,8 @@ class Variants:
             if self.changed[name] == OFTEN:
                 warn(
                     f"{name} has changed {OFTEN} times between calls, and each new value costs a capture, since a "
-                    "graph holds it as a constant: make it a buffer, or a tensor that forward takes as an argument"
+                    "graph holds it as a constant: make it a buffer, or a tensor that forward takes as an argument",
+                    "changing-constant",
                 )
         return False
 
@@ -174,7 +175,8 @@ class Variants:
                 return variant, len(known)
         raise StateError(
             "torch.fx traces a whole graph, and there is none for this mode and these settings yet: "
-            "call the cascade once in this mode (a model that runs in pieces has none)"
+            "call the cascade once in this mode (a model that runs in pieces has none)",
+            code="no-graph",
         )
 
     def add(self, call: Call, variant: Variant, training: bool) -> None:
@@ -191,7 +193,8 @@ class Variants:
             self._drop([next(iter(self.held.values()))[0]])
             warn(
                 f"more than {LIMIT} variants: the oldest one is dropped, and captured again when it is called; calls "
-                "vary in mode, settings, sizes or dtype. Pad or group the inputs to fewer sizes"
+                "vary in mode, settings, sizes or dtype. Pad or group the inputs to fewer sizes",
+                "too-many-variants",
             )
 
     def _drop(self, variants: list[Variant]) -> None:
@@ -229,7 +232,7 @@ def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         StateError: a tracer that is not dynamo makes the call.
     """
     if torch.compiler.is_compiling():
-        raise StateError(_NOT_CAPTURED)
+        raise StateError(_NOT_CAPTURED, code="no-graph")
     return cascade.forward(*args, **kwargs)
 
 

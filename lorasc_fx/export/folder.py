@@ -30,14 +30,18 @@ def write_folder(folder: Path, marker: str, ours: Collection[str], write: Callab
     """
     given, folder = folder, Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{given} is a file; give the name of a folder")
+        raise ExportError(f"{given} is a file; give the name of a folder", code="path-in-the-way")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise ExportError(f"{given} holds other files and no {marker}; give an empty folder, or a new one")
+        raise ExportError(
+            f"{given} holds other files and no {marker}; give an empty folder, or a new one", code="path-in-the-way"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as fault:
-        raise ExportError(f"{given} cannot be written: {fault.strerror}; what was there stays") from fault
+        raise ExportError(
+            f"{given} cannot be written: {fault.strerror}; what was there stays", code="not-writable"
+        ) from fault
     new, old = beside / "new", beside / "old"
     try:
         new.mkdir()
@@ -57,7 +61,7 @@ def write_folder(folder: Path, marker: str, ours: Collection[str], write: Callab
             raise
         sync(folder.parent)
     except (OSError, SafetensorError) as fault:
-        raise ExportError(f"{given} was not written: {fault}; what was there stays") from fault
+        raise ExportError(f"{given} was not written: {fault}; what was there stays", code="write-failed") from fault
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

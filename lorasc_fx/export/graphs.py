@@ -55,7 +55,9 @@ def pt2(
     """
     out = path_of(path)
     if out.suffix != ".pt2":
-        raise SpecError(f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it")
+        raise SpecError(
+            f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it", code="wrong-file-ending"
+        )
     made = program(cascade, args, kwargs, folded=folded, which=which, call="export.pt2")
     with beside(out) as room:
         torch.export.save(made, room)
@@ -92,7 +94,8 @@ def program(
             raise_of_handler(fault)
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
             raise CaptureError(
-                f"{call}: torch.export does not take this graph: {reason[0]}; change the model there"
+                f"{call}: torch.export does not take this graph: {reason[0]}; change the model there",
+                code="export-refused",
             ) from fault
     made.example_inputs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (bound, named))
     return made

@@ -99,7 +99,8 @@ def _look(weights: FoldedWeights, entry: Entry, file: BinaryIO, path: Path, name
     elif entry.name in weights.base or entry.name in weights.aliases:
         raise CheckpointError(
             f"base: {entry.name} of {path} holds other numbers than the {name} that was adapted "
-            f"({weights.where}); give the files of the model that was adapted"
+            f"({weights.where}); give the files of the model that was adapted",
+            code="base-differs",
         )
     else:  # a prefix that fits by chance
         found.foreign.append((path, entry, digest))
@@ -136,13 +137,15 @@ def _unnamed(weights: FoldedWeights, base: Path, keys: Mapping[str, Path], found
             raise CheckpointError(
                 f"base: {base} holds no tensor with the numbers that {name} had before ({weights.where})"
                 f"{nearest(name, keys)}. Give the files of the model that was adapted; what they do not hold, or hold "
-                "in another layout, lorasc_fx.export.safetensors(cascade, folder) writes without a base"
+                "in another layout, lorasc_fx.export.safetensors(cascade, folder) writes without a base",
+                code="base-tensor-missing",
             )
         elif len(rivals) > 1 or not (distinct or len(places) == 1):
             others = ", ".join(entry.name for _, entry in places)
             raise CheckpointError(
                 f"base: {name} goes by another name in {base}, and cannot be told by its numbers: {others} all hold "
-                "the same; rename the tensors there as the model names them"
+                "the same; rename the tensors there as the model names them",
+                code="base-ambiguous",
             )
         found.names |= dict.fromkeys((entry.name for _, entry in places), name)
 

@@ -53,7 +53,7 @@ def onnx(
     """
     out = path_of(path)
     if out.suffix != ".onnx":
-        raise SpecError(f"export.onnx: {out} does not end with .onnx")
+        raise SpecError(f"export.onnx: {out} does not end with .onnx", code="wrong-file-ending")
     require("onnx", "onnx", "onnxscript")
     made = program(cascade, args, kwargs, folded=folded, which=which, call="export.onnx")
     try:
@@ -66,7 +66,8 @@ def onnx(
             first = first.__cause__
         reason = str(first).strip().splitlines() or [type(first).__name__]
         raise CaptureError(
-            f"export.onnx: torch.onnx does not take this graph: {reason[0]}; change the model there"
+            f"export.onnx: torch.onnx does not take this graph: {reason[0]}; change the model there",
+            code="export-refused",
         ) from fault
     assert found is not None
     try:
@@ -76,5 +77,7 @@ def onnx(
             for written in sorted(Path(room).iterdir(), reverse=True):  # the numbers first, then the graph
                 os.replace(written, out.parent / written.name)
     except OSError as fault:
-        raise CheckpointError(f"{out}: was not written: {fault.strerror or fault}; what was there stays") from fault
+        raise CheckpointError(
+            f"{out}: was not written: {fault.strerror or fault}; what was there stays", code="write-failed"
+        ) from fault
     return out

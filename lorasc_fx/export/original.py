@@ -73,9 +73,12 @@ def check_free(out: Path, base: Path | None = None) -> None:
     is whole.
     """
     if out.is_dir() and any(out.iterdir()):
-        raise StateError(f"{out} is there already, and is not written into; give another place, or remove it first")
+        raise StateError(
+            f"{out} is there already, and is not written into; give another place, or remove it first",
+            code="path-in-the-way",
+        )
     if base is not None and out.exists() and out.samefile(base):
-        raise StateError(f"{out} is the base, and is not overwritten; give another place")
+        raise StateError(f"{out} is the base, and is not overwritten; give another place", code="path-in-the-way")
 
 
 @contextlib.contextmanager
@@ -93,7 +96,7 @@ def beside(out: Path) -> Iterator[Path]:
     except OSError as fault:
         _remove(room)
         reason = fault.strerror or str(fault)
-        raise CheckpointError(f"{out}: was not written: {reason}; what was there stays") from fault
+        raise CheckpointError(f"{out}: was not written: {reason}; what was there stays", code="write-failed") from fault
     except BaseException:
         _remove(room)
         raise

@@ -110,13 +110,16 @@ def peft(
         change = change_of(core, which)
     if not change.pairs and not change.refused:
         if not (change.trained and core.sites):
-            raise StateError("export.peft: no site has trained, and an adapter without a change is none")
+            raise StateError(
+                "export.peft: no site has trained, and an adapter without a change is none", code="nothing-trained"
+            )
         first = core.sites[0].weight  # peft knows no adapter that only saves modules whole
         change.pairs[first] = nothing(core.slow.states[first])
     if max_rank is not None and change.magnitudes:
         raise SpecError(
             f"export.peft: max_rank is {max_rank}, and the rows of this cascade are scaled (use_dora): a nearest pair "
-            "of a smaller rank has other norms; give max_rank=None"
+            "of a smaller rank has other norms; give max_rank=None",
+            code="dora-not-supported",
         )
     if max_rank is not None:
         change.at_most(max_rank)
@@ -156,7 +159,8 @@ def peft(
         if len(each) > 1:
             warn(
                 f"{name} is tied, and peft keeps a pair for each of {' and '.join(place.path for place in each)}: "
-                "right as an adapter, but its merge adds them all. Merge by cascade.release() instead"
+                "right as an adapter, but its merge adds them all. Merge by cascade.release() instead",
+                "tied-weight-exported-twice",
             )
     return written
 

@@ -71,7 +71,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         other = sorted(each.name for each in folder.glob("adapter_model.*"))
         told = f"; {other[0]} is a pickle, which can run code: save it anew as safetensors" if other else ""
         told = told or "; give the folder of an adapter that peft has saved"
-        raise CheckpointError(f"{path}: is not there{told}")
+        raise CheckpointError(f"{path}: is not there{told}", code="file-not-found")
     try:
         with safe_open(path, framework="pt") as handle:
             reader = _Reader(
@@ -86,7 +86,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
             for key, name in copies.items():
                 reader.check_copy(key, name, handle.get_tensor(key))
     except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"{path}: cannot be read: {fault}") from fault
+        raise CheckpointError(f"{path}: cannot be read: {fault}", code="unreadable-file") from fault
     return Adapter(folder, config, found, values)
 
 
@@ -111,22 +111,30 @@ class _Reader:
         copies: dict[str, str] = {}
         for key, shape in self.shapes.items():
             if not key.startswith(PREFIX):
-                raise CheckpointError(f"{self.path}: {key!r} does not start with {PREFIX!r}, as keys of peft do")
+                raise CheckpointError(
+                    f"{self.path}: {key!r} does not start with {PREFIX!r}, as keys of peft do", code="invalid-adapter"
+                )
             name = key.removeprefix(PREFIX)
             end = next((each for each in _ENDS if name.endswith(f".{each}")), None)
             if end is not None:
                 place = self._place(key, name.removesuffix(f".{end}"))
                 if end not in names_of(place):
-                    raise CheckpointError(f"{self.path}: {key!r} is not how peft keeps a pair of {place.path}")
+                    raise CheckpointError(
+                        f"{self.path}: {key!r} is not how peft keeps a pair of {place.path}", code="invalid-adapter"
+                    )
                 factors.setdefault(place, {})[_ENDS[end]] = key
                 continue
             plain = self._plain(name)
             if plain is None:
                 told = "DoRA's magnitudes" if "lora_magnitude_vector" in name else "nothing of the model, nor factors"
-                raise CheckpointError(f"{self.path}: {key!r} is {told}{nearest(name, self.held)}")
+                raise CheckpointError(
+                    f"{self.path}: {key!r} is {told}{nearest(name, self.held)}", code="adapter-does-not-fit"
+                )
             if shape != tuple(self.held[plain].shape):
                 raise CheckpointError(
-                    f"{self.path}: {key!r} is {list(shape)}, and {plain} of the model is {list(self.held[plain].shape)}"
+                    f"{self.path}: {key!r} is {list(shape)}, "
+                    f"and {plain} of the model is {list(self.held[plain].shape)}",
+                    code="adapter-does-not-fit",
                 )
             is_bias = self.config.bias != "none" and plain.endswith("bias")
             in_saved = any(plain.startswith(f"{module}.") for module in self.saved)
@@ -135,12 +143,13 @@ class _Reader:
         for place, keys in factors.items():
             if len(keys) != 2:
                 raise CheckpointError(
-                    f"{self.path}: {place.path} has one factor, {next(iter(keys.values()))!r}, not two"
+                    f"{self.path}: {place.path} has one factor, {next(iter(keys.values()))!r}, not two",
+                    code="invalid-adapter",
                 )
             self._check(place, keys[0], keys[1])
             pairs[place] = (keys[0], keys[1])
         if not pairs:
-            raise CheckpointError(f"{self.path}: holds no factors")
+            raise CheckpointError(f"{self.path}: holds no factors", code="invalid-adapter")
         self._check_saved(set(whole.values()))
         return pairs, whole, copies
 
@@ -150,18 +159,24 @@ class _Reader:
         scale = alpha / (rank**0.5 if self.config.use_rslora else rank)
         weight = self.parameters[place.name]
         if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
-            raise CheckpointError(f"{self.path}: the factors of {place.path} are {lora_a.dtype}, not floating numbers")
+            raise CheckpointError(
+                f"{self.path}: the factors of {place.path} are {lora_a.dtype}, not floating numbers",
+                code="invalid-adapter",
+            )
         width = torch.float64 if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) else torch.float32
         factors = as_ours(place, lora_a.to(width), lora_b.to(width), weight.shape)
         if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
-            raise CheckpointError(f"{self.path}: the factors of {place.path} hold inf or nan")
+            raise CheckpointError(f"{self.path}: the factors of {place.path} hold inf or nan", code="non-finite-tensor")
         return Pair(place, rank, alpha, scale, factors)
 
     def check_copy(self, key: str, name: str, value: torch.Tensor) -> None:
         """Refuse a copy of a base weight that is another: peft writes embeddings along with their adapters."""
         held = dense(self.held[name].detach())
         if not torch.equal(value.to(held.device, held.dtype), held):
-            raise CheckpointError(f"{self.path}: {key!r} is not what the model holds; the adapter is of another base")
+            raise CheckpointError(
+                f"{self.path}: {key!r} is not what the model holds; the adapter is of another base",
+                code="checkpoint-other-base",
+            )
 
     def _place(self, key: str, wrapped: str) -> Place:
         """Return the place of a pair, whose path may say how often peft has wrapped its modules."""
@@ -174,19 +189,25 @@ class _Reader:
             depth = 0
         module = self.modules.get(path)
         if module is None:
-            raise CheckpointError(f"{self.path}: {key!r}: the model has no module {path}{nearest(path, self.modules)}")
+            raise CheckpointError(
+                f"{self.path}: {key!r}: the model has no module {path}{nearest(path, self.modules)}",
+                code="adapter-does-not-fit",
+            )
         own = [name for name, _ in module.named_parameters(recurse=False)]
         ends = tuple(f".{each}" for each in self.config.parameters)
         asked = [leaf for leaf in own if f".{path}.{leaf}".endswith(ends)] if ends else []
         if asked:
             if depth >= len(asked):
-                raise CheckpointError(f"{self.path}: {key!r}: peft does not wrap {path} so often")
+                raise CheckpointError(
+                    f"{self.path}: {key!r}: peft does not wrap {path} so often", code="invalid-adapter"
+                )
             leaf = asked[len(asked) - 1 - depth]
             return Place(path, leaf, "parameter", bool(getattr(module, "is_transposed", False)))
         if isinstance(module, nn.MultiheadAttention):
             raise CheckpointError(
                 f"{self.path}: {path} is an adapter of a whole nn.MultiheadAttention, of which peft itself merges the "
-                "change of out_proj twice; train its parameters by target_parameters"
+                "change of out_proj twice; train its parameters by target_parameters",
+                code="adapter-not-supported",
             )
         weight = self.parameters.get(f"{path}.weight")
         form = form_of(module, "weight", weight.dim()) if weight is not None else None
@@ -194,7 +215,8 @@ class _Reader:
             grouped = ", whose change mixes the groups" if getattr(module, "groups", 1) != 1 else ""
             raise CheckpointError(
                 f"{self.path}: {key!r}: {path} is a {type(module).__name__}{grouped}; nothing of it can "
-                "hold this adapter"
+                "hold this adapter",
+                code="adapter-does-not-fit",
             )
         return Place(path, "weight", form)
 
@@ -202,16 +224,21 @@ class _Reader:
         shape = tuple(self.parameters[place.name].shape)
         rank = self.config.rank_of(place.pattern)
         if len(shape) != 2 and place.form == "parameter" and len(shape) != 3:
-            raise CheckpointError(f"{self.path}: {key_a!r}: {place.name} has {len(shape)} axes; peft adapts 2 or 3")
+            raise CheckpointError(
+                f"{self.path}: {key_a!r}: {place.name} has {len(shape)} axes; peft adapts 2 or 3",
+                code="adapter-not-supported",
+            )
         if rank > max(shape[0], math.prod(shape[1:]), RANKS[-1]):
             raise CheckpointError(
-                f"{self.path}: {place.name} is {list(shape)}, and rank {rank} is more than it can use"
+                f"{self.path}: {place.name} is {list(shape)}, and rank {rank} is more than it can use",
+                code="adapter-does-not-fit",
             )
         for key, wanted in zip((key_a, key_b), shapes_of(place, shape, rank), strict=True):
             if self.shapes[key] != wanted:
                 raise CheckpointError(
                     f"{self.path}: {key!r} is {list(self.shapes[key])}; for {place.name} {list(shape)} at rank {rank} "
-                    f"of the configuration it is {list(wanted)}"
+                    f"of the configuration it is {list(wanted)}",
+                    code="adapter-does-not-fit",
                 )
 
     def _plain(self, name: str) -> str | None:
@@ -225,10 +252,14 @@ class _Reader:
             meant = [path for path in self.saved if path.endswith(end)]
             if not meant and end not in _HEADS:
                 raise CheckpointError(
-                    f"{self.config.path}: modules_to_save: the model has no module {end}{nearest(end, self.modules)}"
+                    f"{self.config.path}: modules_to_save: the model has no module {end}{nearest(end, self.modules)}",
+                    code="adapter-does-not-fit",
                 )
             for path in meant:
                 wanted = [name for name in self.parameters if name.startswith(f"{path}.")]
                 lacking = next((name for name in wanted if name not in found), None)
                 if lacking is not None:
-                    raise CheckpointError(f"{self.path}: has no {lacking}, which modules_to_save says was trained")
+                    raise CheckpointError(
+                        f"{self.path}: has no {lacking}, which modules_to_save says was trained",
+                        code="adapter-incomplete",
+                    )

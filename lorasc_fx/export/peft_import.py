@@ -114,7 +114,8 @@ def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str,
             raise CheckpointError(
                 f"{adapter.folder}: {' and '.join(group)} are one weight, and the adapter changes "
                 f"{' and '.join(each.place.name for each in held)}, each by itself; untie them: spec with "
-                f"untie=({group[-1]!r},)"
+                f"untie=({group[-1]!r},)",
+                code="tied-weights-differ",
             )
         changes[group[0]] = held[0]
     return changes
@@ -145,5 +146,8 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
         else:
             left_out.append(f"{name} was trained in full; add it to spec.train")
     if left_out:
-        raise CheckpointError(f"{adapter.folder}: the spec leaves out what the adapter holds: {'; '.join(left_out)}")
+        raise CheckpointError(
+            f"{adapter.folder}: the spec leaves out what the adapter holds: {'; '.join(left_out)}",
+            code="spec-omits-adapter",
+        )
     adopt(core, experts, trained, buffers)

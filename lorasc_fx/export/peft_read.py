@@ -103,29 +103,39 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG
     try:
         if path.stat().st_size > LONGEST:
-            raise CheckpointError(f"{path}: is larger than {LONGEST >> 20} MiB, which no adapter's configuration is")
+            raise CheckpointError(
+                f"{path}: is larger than {LONGEST >> 20} MiB, which no adapter's configuration is",
+                code="file-too-large",
+            )
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as fault:
-        raise CheckpointError(f"{path}: cannot be read: {fault.strerror}; give the folder of a peft adapter") from fault
+        raise CheckpointError(
+            f"{path}: cannot be read: {fault.strerror}; give the folder of a peft adapter", code="unreadable-file"
+        ) from fault
     except (ValueError, RecursionError) as fault:
-        raise CheckpointError(f"{path}: is no JSON: {fault}") from fault
+        raise CheckpointError(f"{path}: is no JSON: {fault}", code="invalid-adapter") from fault
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: is a {type(data).__name__}, not a table")
+        raise CheckpointError(f"{path}: is a {type(data).__name__}, not a table", code="invalid-adapter")
     if data.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {data.get('peft_type')!r}; only LORA is a change by factors")
+        raise CheckpointError(
+            f"{path}: peft_type is {data.get('peft_type')!r}; only LORA is a change by factors",
+            code="adapter-not-supported",
+        )
     for key, value in data.items():
         if key in _FOREIGN and value:
-            raise CheckpointError(f"{path}: {key} is {_short(value)}: {_FOREIGN[key]}")
+            raise CheckpointError(f"{path}: {key} is {_short(value)}: {_FOREIGN[key]}", code="adapter-not-supported")
         if value and key not in {*_IDLE, *_READ, *_FOREIGN}:
             hint = nearest(key, {*_IDLE, *_READ, *_FOREIGN})
             raise CheckpointError(
                 f"{path}: {key!r} is {_short(value)}, a key that this version does not know{hint}; "
-                "it may change what the adapter computes"
+                "it may change what the adapter computes",
+                code="adapter-not-supported",
             )
     start = data.get("init_lora_weights", True)
     if start not in _STARTS:
         raise CheckpointError(
-            f"{path}: init_lora_weights is {_short(start)}, which changes the base weights themselves"
+            f"{path}: init_lora_weights is {_short(start)}, which changes the base weights themselves",
+            code="adapter-not-supported",
         )
     return AdapterConfig(
         path,
@@ -148,32 +158,38 @@ def _short(value: Any) -> str:
 
 def _count(path: Path, name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{path}: {name} is {_short(value)}; a rank is an integer of 1 or more")
+        raise CheckpointError(
+            f"{path}: {name} is {_short(value)}; a rank is an integer of 1 or more", code="invalid-adapter"
+        )
     return value
 
 
 def _positive(path: Path, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-        raise CheckpointError(f"{path}: {name} is {_short(value)}; it scales the factors: a number above 0")
+        raise CheckpointError(
+            f"{path}: {name} is {_short(value)}; it scales the factors: a number above 0", code="invalid-adapter"
+        )
     return float(value)
 
 
 def _share(path: Path, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise CheckpointError(f"{path}: lora_dropout is {_short(value)}, not a share in [0, 1)")
+        raise CheckpointError(f"{path}: lora_dropout is {_short(value)}, not a share in [0, 1)", code="invalid-adapter")
     return float(value)
 
 
 def _one_of(path: Path, name: str, value: Any, known: tuple[Any, ...]) -> Any:
     if not any(value is each or (isinstance(value, str) and value == each) for each in known):
-        raise CheckpointError(f"{path}: {name} is {_short(value)}, not one of {', '.join(map(str, known))}")
+        raise CheckpointError(
+            f"{path}: {name} is {_short(value)}, not one of {', '.join(map(str, known))}", code="invalid-adapter"
+        )
     return value
 
 
 def _strings(path: Path, name: str, data: Mapping[str, Any]) -> tuple[str, ...]:
     value = data.get(name) or []
     if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
-        raise CheckpointError(f"{path}: {name} is {_short(value)}, not a list of names")
+        raise CheckpointError(f"{path}: {name} is {_short(value)}, not a list of names", code="invalid-adapter")
     return tuple(value)
 
 
@@ -181,13 +197,17 @@ def _patterns(path: Path, name: str, data: Mapping[str, Any]) -> list[tuple[str,
     """Return the patterns and their values; one that could keep a search busy for long is refused."""
     value = data.get(name) or {}
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: {name} is {_short(value)}, not a table")
+        raise CheckpointError(f"{path}: {name} is {_short(value)}, not a table", code="invalid-adapter")
     for key in value:
         repeats = re.findall(r"(?<!\\)[*+{]", key)
         try:
             re.compile(key)
         except (re.error, OverflowError, RecursionError) as fault:
-            raise CheckpointError(f"{path}: {name}: {_short(key)} is no regular expression: {fault}") from fault
+            raise CheckpointError(
+                f"{path}: {name}: {_short(key)} is no regular expression: {fault}", code="invalid-adapter"
+            ) from fault
         if len(repeats) > 3 or re.search(r"\)[*+{]", key):
-            raise CheckpointError(f"{path}: {name}: {_short(key)} repeats too much to be searched for safely")
+            raise CheckpointError(
+                f"{path}: {name}: {_short(key)} repeats too much to be searched for safely", code="invalid-adapter"
+            )
     return list(value.items())

@@ -102,7 +102,7 @@ def read_shard(path: Path) -> Shard:
             length = file.read(8)
             header = file.read(int.from_bytes(length, "little"))
     except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"base: {path} cannot be read: {fault}") from fault
+        raise CheckpointError(f"base: {path} cannot be read: {fault}", code="unreadable-file") from fault
     start = 8 + len(header)
     entries = [
         Entry(name, each["dtype"], tuple(each["shape"]), *(start + offset for offset in each["data_offsets"]))
@@ -120,7 +120,10 @@ def entry_of(name: str, tensor: torch.Tensor) -> Entry:
     """
     if (wrapped := is_traceable_wrapper_subclass(tensor)) or tensor.dtype not in _NAMES:
         what = type(tensor).__name__ if wrapped else tensor.dtype
-        raise StateError(f"safetensors: {name} is {what}, which a safetensors file cannot hold; dequantize or cast it")
+        raise StateError(
+            f"safetensors: {name} is {what}, which a safetensors file cannot hold; dequantize or cast it",
+            code="not-serializable",
+        )
     return Entry(name, _NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())
 
 

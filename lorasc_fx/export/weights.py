@@ -67,7 +67,9 @@ def safetensors(
         entries: list[Entry] = []
         for name, now, new in folded_each(cascade.core, call, which=which):
             if not isinstance(now, torch.Tensor):
-                raise StateError(f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor")
+                raise StateError(
+                    f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor", code="not-serializable"
+                )
             entries.append(entry_of(name, now))
             values[name] = new
         total, done = sum(entry.size for entry in entries), 0

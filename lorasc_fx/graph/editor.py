@@ -91,7 +91,10 @@ class GraphEditor:
             return {}
         found = held_branches(self.module)
         if found is None:
-            raise PassError(f"the graph module has a child {BRANCHES!r} of its own; rename it, branches are kept there")
+            raise PassError(
+                f"the graph module has a child {BRANCHES!r} of its own; rename it, branches are kept there",
+                code="name-taken",
+            )
         return found
 
     def set_branches(self, branches: Mapping[str, Branch]) -> None:

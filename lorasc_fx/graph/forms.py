@@ -398,7 +398,10 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
     """
     form = _BY_NAME.get(name) or own_named(name)
     if form is None or isinstance(form, WeightForm):  # the latter are no node's
-        raise PassError(f"no form is named {name!r} here; register it again (lorasc_fx.graph.register_form)")
+        raise PassError(
+            f"no form is named {name!r} here; register it again (lorasc_fx.graph.register_form)",
+            code="form-not-registered",
+        )
     return form
 
 
@@ -521,13 +524,14 @@ def _check(form: OwnForm) -> None:
     if not isinstance(form.name, str) or not form.name:
         raise SpecError(f"the form's name is {form.name!r}; give one that people can read, such as 'my.linear'")
     if any(form.name == each.name for each in FORMS):
-        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another")
+        raise SpecError(f"{form.name} is the name of a form that is built in; give yours another", code="form-exists")
     if own_named(form.name) is not None:
-        raise SpecError(f"{form.name} is registered already; call remove() on its handle before")
+        raise SpecError(f"{form.name} is registered already; call remove() on its handle before", code="form-exists")
     kinds = KINDS if isinstance(form, WeightForm) else BESIDE
     if form.kind not in kinds:
         raise SpecError(
-            f"{form.name}: kind is {form.kind!r}{nearest(str(form.kind), kinds)}; known: {', '.join(kinds)}"
+            f"{form.name}: kind is {form.kind!r}{nearest(str(form.kind), kinds)}; known: {', '.join(kinds)}",
+            code="unknown-name",
         )
     if isinstance(form, ModuleForm):
         _check_module(form)
@@ -538,7 +542,10 @@ def _check(form: OwnForm) -> None:
 def _check_module(form: ModuleForm) -> None:
     for each in FORMS:
         if isinstance(each, ModuleForm) and form.module.forward is each.module.forward:
-            raise SpecError(f"{form.name}: {form.module.__name__} computes as {each.name} does, which is built in")
+            raise SpecError(
+                f"{form.name}: {form.module.__name__} computes as {each.name} does, which is built in",
+                code="form-exists",
+            )
 
 
 def _check_targets(form: FunctionForm | WeightForm) -> None:
@@ -546,7 +553,10 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
     for name in named:
         if name not in form.parameters:
             hint = nearest(name, form.parameters)
-            raise SpecError(f"{form.name}: {name!r} is none of its parameters{hint}; they are {form.parameters}")
+            raise SpecError(
+                f"{form.name}: {name!r} is none of its parameters{hint}; they are {form.parameters}",
+                code="unknown-name",
+            )
     for target in targets_of(form):
         taken = built_in(target)
         other = next(
@@ -555,13 +565,18 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
         if taken is not None or other is not None:
             rows = ((taken, "built in"), (other, "registered"))
             row = next(f"{each.name}, which is {how}" for each, how in rows if each is not None)
-            raise SpecError(f"{form.name}: {_told(target)} is a form already: {row}")
+            raise SpecError(f"{form.name}: {_told(target)} is a form already: {row}", code="form-exists")
         if _is_torchs(target) and _name(target) in CONTRACTIONS:
-            raise SpecError(f"{form.name}: {_told(target)} is known already: its branch stands on the weight")
+            raise SpecError(
+                f"{form.name}: {_told(target)} is known already: its branch stands on the weight", code="form-exists"
+            )
         schema = getattr(target, "_schema", None)
         arguments = tuple(each.name for each in schema.arguments) if schema is not None else form.parameters
         if arguments[: len(form.parameters)] != form.parameters:
-            raise SpecError(f"{form.name}: parameters is {form.parameters}, but {_told(target)} takes {arguments}")
+            raise SpecError(
+                f"{form.name}: parameters is {form.parameters}, but {_told(target)} takes {arguments}",
+                code="signature-differs",
+            )
 
 
 def _is_torchs(target: Any) -> bool:

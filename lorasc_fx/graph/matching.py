@@ -288,7 +288,8 @@ def _classify(
             if refusal is not None and not seen.can_follow:
                 raise PassError(
                     f"{weight} has a branch, but this graph uses it where none can stand: {refusal.sentence}. "
-                    f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode"
+                    f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
+                    code="branch-not-placeable",
                 )
         elif refusal is not None:
             refusals.append(refusal)
@@ -314,7 +315,8 @@ def _placed(site: Site, seen: Found, weight: torch.Tensor, spec: CascadeSpec, pl
             raise SpecError(
                 f"use_dora is True, and {site.weight} is {_seen_as(site, seen, weight)}, where no magnitude can stand: "
                 "only products and convolutions that read the weight as it is stored. "
-                f"Exclude it (exclude=({site.weight!r},)), or give use_dora=False"
+                f"Exclude it (exclude=({site.weight!r},)), or give use_dora=False",
+                code="dora-not-supported",
             )
         return replace(site, placement="merged")
     if not _beside(site, seen):
@@ -358,7 +360,8 @@ def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan)
         if site.use_dora and seen.reached and not _in_place(site, seen):
             raise PassError(
                 f"{weight} has magnitudes, and this graph uses it where none can stand. "
-                f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode"
+                f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
+                code="dora-not-supported",
             )
         if _beside(site, seen) and seen.beside[0].layout == site.layout and (site.placement != "weight" or seen.called):
             merged = site.placement == "merged"
@@ -370,7 +373,8 @@ def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan)
         elif seen.reached:
             raise PassError(
                 f"{weight}: node {seen.called[0].name} reads it in another layout than its branch has. "
-                f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode"
+                f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
+                code="layout-differs",
             )
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     return dict(sorted(marks.items(), key=lambda item: order[item[0]]))

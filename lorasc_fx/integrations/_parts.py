@@ -166,7 +166,8 @@ class PartsInterpreter(fx.Interpreter):
         share = given.get("p", 0.0) if "dropout" in target.__name__ and given.get("train", True) else 0.0
         if share or given.get("dropout_p", 0.0):
             raise StateError(
-                f"{target}: each process would draw another mask for its part; set dropout to 0, or call eval()"
+                f"{target}: each process would draw another mask for its part; set dropout to 0, or call eval()",
+                code="dropout-not-supported",
             )
 
     def _by_heads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -44,7 +44,8 @@ def places_of(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> 
         if parameter.shape[axis] % count:
             raise SpecError(
                 f"parallelize: {name} is {list(parameter.shape)}, and {parameter.shape[axis]} does not divide by "
-                f"{count} processes; leave it out, or take another number"
+                f"{count} processes; leave it out, or take another number",
+                code="not-divisible",
             )
         found[f"model.{name}"] = Shard(axis)
         bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
@@ -56,7 +57,9 @@ def places_of(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> 
     unused = [each for each in plan if each not in used]
     if unused:
         known = [*weights.matrices, *(name.rpartition(".")[0] for name in weights.matrices)]
-        raise SpecError(f"parallelize: {unused[0]!r} means no weight matrix{nearest(unused[0], known)}")
+        raise SpecError(
+            f"parallelize: {unused[0]!r} means no weight matrix{nearest(unused[0], known)}", code="unknown-target"
+        )
     return found
 
 
@@ -76,4 +79,6 @@ def _check_weight(model: nn.Module, names: tuple[str, ...], parameter: torch.Ten
     elif parameter.dim() != 2 or (site is None and not isinstance(holder, nn.Linear)):
         fault = "is no weight of a linear layer"
     if fault:
-        raise SpecError(f"parallelize: {name} {fault}; only linear layers go by columns or rows")
+        raise SpecError(
+            f"parallelize: {name} {fault}; only linear layers go by columns or rows", code="not-a-linear-layer"
+        )

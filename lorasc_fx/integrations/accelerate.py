@@ -40,7 +40,8 @@ def keep(accelerator: Accelerator, cascade: Cascade) -> None:
     if kind in _OTHERWISE:
         raise StateError(
             f"keep: accelerate under {kind} writes models shard by shard, and not by their state dicts; "
-            "use lorasc_fx.save and lorasc_fx.load for the cascade"
+            "use lorasc_fx.save and lorasc_fx.load for the cascade",
+            code="sharded",
         )
 
     def arm(found: Checkpoint) -> None:

@@ -58,7 +58,8 @@ def save(
     if waiting:
         raise StateError(
             f"save: gradients wait for a step on {waiting[0]}, and each process may hold others; call it between "
-            "optimizer.step() and the next backward"
+            "optimizer.step() and the next backward",
+            code="gradients-pending",
         )
     whole = {**(extra or {}), RANKS: gathered(streams(), group, "save")}
     path = ""
@@ -100,7 +101,8 @@ def load(
     if len(set(names)) > 1:
         raise StateError(
             f"load: the processes have read different versions of {folder}: {', '.join(names)}, by rank; give a folder "
-            "that all of them see, and let nobody write into it meanwhile"
+            "that all of them see, and let nobody write into it meanwhile",
+            code="versions-differ",
         )
     return cascade
 
@@ -131,7 +133,8 @@ def resume(
     if not isinstance(wrapper, DistributedDataParallel):
         raise StateError(
             f"resume: this is {type(wrapper).__name__}; wrap what load returned in DistributedDataParallel first, and "
-            "give the wrapper"
+            "give the wrapper",
+            code="wrong-wrapper",
         )
     own = _cascade_of(wrapper, "resume")
     with agreed("resume", group):
@@ -140,7 +143,8 @@ def resume(
         if not isinstance(held, list):
             raise CheckpointError(
                 "resume: this checkpoint was not written by lorasc_fx.integrations.distributed.save; call "
-                "cascade.resume(optimizer), and seed each process yourself"
+                "cascade.resume(optimizer), and seed each process yourself",
+                code="saved-otherwise",
             )
         reseed(held, rank, dist.get_world_size(group), own.core.stage)
     return extra
@@ -151,7 +155,8 @@ def _cascade_of(model: nn.Module, call: str) -> Cascade:
     inside = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(inside, Cascade):
         raise StateError(
-            f"{call}: this is {type(inside).__name__}; give a cascade, or DistributedDataParallel(cascade)"
+            f"{call}: this is {type(inside).__name__}; give a cascade, or DistributedDataParallel(cascade)",
+            code="wrong-wrapper",
         )
     return inside
 
@@ -160,6 +165,7 @@ def _rank(call: str, group: dist.ProcessGroup | None) -> int:
     if not dist.is_available() or not dist.is_initialized():
         raise StateError(
             f"{call}: no process group is there; start the processes by torchrun and call "
-            f"torch.distributed.init_process_group, or use lorasc_fx.{call} in a single one"
+            f"torch.distributed.init_process_group, or use lorasc_fx.{call} in a single one",
+            code="no-process-group",
         )
     return dist.get_rank(group)

@@ -108,7 +108,9 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
     """
     core = cascade.core
     if core.slow.together is None:
-        raise StateError("folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()")
+        raise StateError(
+            "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
+        )
     core.check_ready("weights")
     first, found = dist.get_rank(core.slow.together.group) == 0, {}
     for name, value, new in folding.folded_each(core, "folded_state_dict"):
@@ -142,31 +144,45 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     if not dist.is_initialized():
         raise StateError(
             "shard: no process group is there; start the processes by torchrun and call "
-            "torch.distributed.init_process_group first"
+            "torch.distributed.init_process_group first",
+            code="no-process-group",
         )
     if core.slow.together is not None:
-        raise StateError("shard: this cascade is sharded already")
+        raise StateError("shard: this cascade is sharded already", code="already-sharded")
     if mesh is not None and mesh.ndim != 1:
-        raise StateError(f"shard: the mesh has {mesh.ndim} axes; give one of its axes, as mesh['name']")
+        raise StateError(
+            f"shard: the mesh has {mesh.ndim} axes; give one of its axes, as mesh['name']", code="invalid-mesh"
+        )
     for name, value, usual in whole_only(spec):
-        raise StateError(f"shard: {name} is {value!r}, which needs whole weights; give {usual!r} in the spec")
+        raise StateError(
+            f"shard: {name} is {value!r}, which needs whole weights; give {usual!r} in the spec", code="not-shardable"
+        )
     graphs = [(each, each.module) for each in _variants(cascade) if isinstance(each.module, fx.GraphModule)]
     if len(graphs) < len(_variants(cascade)):
         raise StateError(
             "shard: the model runs in pieces, with Python in between, and only a whole graph can be cut into blocks; "
-            "adapt it by another front end"
+            "adapt it by another front end",
+            code="no-whole-graph",
         )
     if core.quantized:
-        raise StateError(f"shard: {core.quantized[0]} is quantized, which FSDP does not cut; exclude it")
+        raise StateError(
+            f"shard: {core.quantized[0]} is quantized, which FSDP does not cut; exclude it",
+            code="quantized-not-supported",
+        )
     own = {f"model.{name}": each for name, each in core.parameters_by_name().items()}
     own |= {f"branches.{name}": each for name, each in core.branches.named_parameters()}
     for name, parameter in own.items():
         if not parameter.dim() or not parameter.is_contiguous() or hasattr(parameter, "to_local"):
             what = "has no axis" if not parameter.dim() else "is not contiguous"
             what = "is a DTensor already" if hasattr(parameter, "to_local") else what
-            raise StateError(f"shard: {name} {what}, and FSDP cuts the first axis of plain tensors")
+            raise StateError(
+                f"shard: {name} {what}, and FSDP cuts the first axis of plain tensors", code="not-shardable"
+            )
         if parameter.grad is not None:
-            raise StateError(f"shard: {name} has a gradient; call optimizer.zero_grad() first, and build it anew after")
+            raise StateError(
+                f"shard: {name} has a gradient; call optimizer.zero_grad() first, and build it anew after",
+                code="gradients-pending",
+            )
     kinds: dict[str, dict[torch.dtype, str]] = {}
     for name, parameter in core.trainable().items():
         seen = kinds.setdefault(units[id(parameter)], {})
@@ -174,7 +190,8 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         if len(seen) > 1:
             odd = " and ".join(f"{each} {dtype}" for dtype, each in seen.items())
             raise StateError(
-                f"shard: {odd} are trained in one block, where FSDP adds up gradients of one dtype; cast them"
+                f"shard: {odd} are trained in one block, where FSDP adds up gradients of one dtype; cast them",
+                code="not-shardable",
             )
     return [(each, cut(graph, units)) for each, graph in graphs]
 

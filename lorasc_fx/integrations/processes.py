@@ -49,7 +49,7 @@ def agreed(call: str, group: dist.ProcessGroup | None) -> Iterator[None]:
         raise fault
     for rank, each in enumerate(told):
         if each:
-            raise StateError(f"{call}: rank {rank} has failed, and with it the others: {each}")
+            raise StateError(f"{call}: rank {rank} has failed, and with it the others: {each}", code="rank-failed")
 
 
 def gathered(own: torch.Tensor, group: dist.ProcessGroup | None, call: str) -> list[torch.Tensor]:
@@ -72,7 +72,8 @@ def gathered(own: torch.Tensor, group: dist.ProcessGroup | None, call: str) -> l
     except RuntimeError as fault:
         raise StateError(
             f"{call}: another process is gone, or has not come within the timeout of the process group: {fault}; start "
-            "the run anew from its last checkpoint, on any number of processes"
+            "the run anew from its last checkpoint, on any number of processes",
+            code="process-lost",
         ) from fault
     return [each[: int(size)].cpu() for each, size in zip(found, sizes, strict=True)]
 

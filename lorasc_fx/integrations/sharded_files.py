@@ -79,10 +79,13 @@ def save(
     """
     core = cascade.core
     if core.slow.together is None:
-        raise StateError("save: this cascade is not sharded; use lorasc_fx.save")
+        raise StateError("save: this cascade is not sharded; use lorasc_fx.save", code="not-sharded")
     core.check_ready("resume")
     if any(each.grad is not None for each in core.trainable().values()):
-        raise StateError("save: there are gradients; call it after optimizer.step() and optimizer.zero_grad()")
+        raise StateError(
+            "save: there are gradients; call it after optimizer.step() and optimizer.zero_grad()",
+            code="gradients-pending",
+        )
     group, root = core.slow.together.group, path_of(folder)
     first = dist.get_rank(group) == 0
     whole = {**(extra or {}), RANKS: gathered(streams(), group, "save")}
@@ -159,7 +162,8 @@ def load(
     if not dist.is_initialized():
         raise StateError(
             "load: no process group is there; start the processes by torchrun and call "
-            "torch.distributed.init_process_group first"
+            "torch.distributed.init_process_group first",
+            code="no-process-group",
         )
     group = mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
     with agreed("load", group):
@@ -195,7 +199,7 @@ def resume(cascade: Cascade, optimizer: torch.optim.Optimizer | None = None, sch
     """
     core = cascade.core
     if core.slow.together is None:
-        raise StateError("resume: this cascade is not sharded; use cascade.resume")
+        raise StateError("resume: this cascade is not sharded; use cascade.resume", code="not-sharded")
     group = core.slow.together.group
     with agreed("resume", group):
         extra = cascade.resume(optimizer, scheduler)
@@ -233,7 +237,8 @@ def _read(root: Path) -> Checkpoint:
     versions = list_versions(root)
     if not versions:
         raise CheckpointError(
-            f"{root}: no checkpoint of sharded weights in this folder; give the one that save was given"
+            f"{root}: no checkpoint of sharded weights in this folder; give the one that save was given",
+            code="no-checkpoint",
         )
     path = versions[-1]
     try:
@@ -280,7 +285,9 @@ def described(path: Path, table: Any, plan: Plan) -> dict[str, torch.Tensor]:
         TypeError,
         ValueError,
     ) as fault:
-        raise CheckpointError(f"{path}: its files cannot be read: {told(str(fault), 300)}; {way_back(path)}") from fault
+        raise CheckpointError(
+            f"{path}: its files cannot be read: {told(str(fault), 300)}; {way_back(path)}", code="unreadable-file"
+        ) from fault
     if not isinstance(table, dict) or set(table) != set(sizes):
         raise CheckpointError(f"{path}: manifest and files name other tensors; {way_back(path)}")
     claimed, room = 0, sum(each.stat().st_size for each in files)

@@ -62,7 +62,8 @@ class Spread:
         if late:
             raise StateError(
                 f"forward: {late[0]} came with a graph that was made after parallelize, and lies in no parts: call the "
-                "cascade once in each mode and with each kind of arguments before parallelize"
+                "cascade once in each mode and with each kind of arguments before parallelize",
+                code="variant-after-sharding",
             )
         runner = PartsInterpreter(_graph(variant.module), self.mesh, cascade.core.placed is not None, self.told)
         return runner.call(call.leaves)
@@ -104,7 +105,8 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
             raise_of_handler(fault)
             raise StateError(
                 f"parallelize: the model does not run in parts: {type(fault).__name__}: "
-                f"{(str(fault).splitlines() or [''])[0]}; leave out the weights that this is about"
+                f"{(str(fault).splitlines() or [''])[0]}; leave out the weights that this is about",
+                code="parallel-run-failed",
             ) from fault
         _check_same(before, after)
     return cascade
@@ -126,7 +128,9 @@ def gather(cascade: Cascade) -> Cascade:
     """
     core = cascade.core
     if core.spread is None:
-        raise StateError("gather: the cascade lies in no parts; call tensor_parallel.parallelize first")
+        raise StateError(
+            "gather: the cascade lies in no parts; call tensor_parallel.parallelize first", code="not-sharded"
+        )
     core.check_ready("transition")
     with no_inference_mode(), AllOrNothing() as undo:
         layouts = {name: value for name, value in core.parameters_by_name().items() if isinstance(value, DTensor)}
@@ -146,12 +150,14 @@ def _check_spec(cascade: Cascade, mesh: DeviceMesh) -> None:
         told = f"of {mesh.ndim} axes" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
         raise SpecError(
             f"parallelize: mesh is {told}; "
-            "give a DeviceMesh of one axis (torch.distributed.device_mesh.init_device_mesh)"
+            "give a DeviceMesh of one axis (torch.distributed.device_mesh.init_device_mesh)",
+            code="invalid-mesh",
         )
     asked = [(name, value) for name, value, _ in whole_only(spec)] + [("dropout", spec.dropout)] * (spec.dropout > 0)
     for name, value in asked:
         raise SpecError(
-            f"parallelize: the spec has {name}={value!r}, which parts of a weight cannot do; adapt without it"
+            f"parallelize: the spec has {name}={value!r}, which parts of a weight cannot do; adapt without it",
+            code="not-shardable",
         )
     for variants in cascade._variants.held.values():
         for variant in variants:
@@ -165,12 +171,16 @@ def _graph(module: Any) -> fx.GraphModule:
         StateError: it is none, or calls modules of the model whole.
     """
     if not isinstance(module, fx.GraphModule):
-        raise StateError("parallelize: the model runs in pieces, and parts need one whole graph; adapt a part of it")
+        raise StateError(
+            "parallelize: the model runs in pieces, and parts need one whole graph; adapt a part of it",
+            code="no-whole-graph",
+        )
     for node in module.graph.nodes:
         if node.op == "call_method" or (node.op == "call_module" and not str(node.target).startswith(f"{BRANCHES}.")):
             raise StateError(
                 f"parallelize: node {node.name} of the graph is a call of a module or method, and parts need torch's "
-                "own ops; adapt with frontend='export'"
+                "own ops; adapt with frontend='export'",
+                code="graph-has-modules",
             )
     return module
 
@@ -264,5 +274,6 @@ def _check_same(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
         if not gap <= _ROUNDING.get(one.dtype, _COARSE) * scale and bool(torch.isfinite(one).all()):
             raise StateError(
                 f"parallelize: in parts the model computes something else, off by {gap / scale:.1e} of the output; do "
-                "all processes hold the same weights, and is it in eval mode or without dropout? Nothing was changed"
+                "all processes hold the same weights, and is it in eval mode or without dropout? Nothing was changed",
+                code="outputs-differ",
             )

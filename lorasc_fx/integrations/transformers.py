@@ -77,7 +77,10 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         given = {"epochs": epochs, "steps": steps, "plateau": plateau}
         asked = [name for name, value in given.items() if value is not None]
         if len(asked) > 1:
-            raise SpecError(f"CascadeCallback: {' and '.join(asked)} both say when a stage ends; give one of them")
+            raise SpecError(
+                f"CascadeCallback: {' and '.join(asked)} both say when a stage ends; give one of them",
+                code="conflicting-options",
+            )
         for name, count in (("epochs", epochs), ("steps", steps)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
@@ -90,7 +93,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer: Any = None
         self._over = self._turning = False
         if evaluate == "trained":
-            cascade.core.usage.accept("eval")  # noise is asked for
+            cascade.core.usage.accept("evaluated-with-noise")  # noise is asked for
         for name in _READ:
             if hasattr(cascade.model, name):
                 setattr(cascade, name, getattr(cascade.model, name))
@@ -114,12 +117,19 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         if self._trainer is None:
             raise StateError(
                 "CascadeCallback: the Trainer was made without it, and has read off the cascade what it needs; "
-                "give it as Trainer(callbacks=[...])"
+                "give it as Trainer(callbacks=[...])",
+                code="callback-added-late",
             )
         if self.epochs is not None and not has_length(about["train_dataloader"]):
-            raise SpecError(f"CascadeCallback: epochs is {self.epochs}, and the data have no length; give steps=...")
+            raise SpecError(
+                f"CascadeCallback: epochs is {self.epochs}, and the data have no length; give steps=...",
+                code="no-length",
+            )
         if self.plateau is not None and args.eval_strategy == "no":
-            raise SpecError("CascadeCallback: plateau looks at evaluations, and eval_strategy is 'no'; give another")
+            raise SpecError(
+                "CascadeCallback: plateau looks at evaluations, and eval_strategy is 'no'; give another",
+                code="conflicting-options",
+            )
         core, optimizer = self.cascade.core, about["optimizer"]
         check_holds(optimizer, core.trainable())
         self._check_rates(optimizer)
@@ -150,7 +160,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         if name not in metrics:
             raise SpecError(
                 f"CascadeCallback: plateau looks at {name}, and the evaluation gives {', '.join(sorted(metrics))}; "
-                "give the Trainer one eval_dataset, with labels"
+                "give the Trainer one eval_dataset, with labels",
+                code="metric-missing",
             )
         self._over = self.plateau.over(metrics[name]) or self._over
 
@@ -226,7 +237,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         if model is not self.cascade:
             raise StateError(
                 f"CascadeCallback: the Trainer's model is {type(model).__name__}, and not the cascade that the "
-                "callback was given; give both the same (and no model_init)"
+                "callback was given; give both the same (and no model_init)",
+                code="other-model",
             )
 
     def _check_rates(self, optimizer: torch.optim.Optimizer) -> None:
@@ -247,7 +259,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                     raise SpecError(
                         f"CascadeCallback: {group['name']} is to have the learning rate {group['lr']:g} (lr_ratio, "
                         f"train_rules), and has {found[id(each)]:g} in the Trainer's optimizer; give it "
-                        "optimizers=(torch.optim.AdamW(cascade.param_groups(lr=...)), None)"
+                        "optimizers=(torch.optim.AdamW(cascade.param_groups(lr=...)), None)",
+                        code="learning-rate-ignored",
                     )
 
     def _check_arguments(self, args: Any) -> None:
@@ -255,13 +268,15 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             raise SpecError(
                 f"CascadeCallback: the Trainer would copy the cascade to {args.n_gpu} devices at each step "
                 "(DataParallel), and no copy has graphs; start one process a device by torchrun, or show one device "
-                "only"
+                "only",
+                code="data-parallel",
             )
         for name in _BEHIND:
             if getattr(args, name, None):
                 raise SpecError(
                     f"CascadeCallback: {name} is {getattr(args, name)!r}; it changes the model behind the graphs that "
-                    "were captured of it. Leave it out"
+                    "were captured of it. Leave it out",
+                    code="trainer-option-not-supported",
                 )
 
 
@@ -272,4 +287,6 @@ def _calling_trainer() -> Any:
         if isinstance(found := frame.f_locals.get("self"), Trainer):
             return found
         frame = frame.f_back
-    raise StateError("CascadeCallback: nobody that called on_init_end is a Trainer; it works in one only")
+    raise StateError(
+        "CascadeCallback: nobody that called on_init_end is a Trainer; it works in one only", code="no-trainer"
+    )

@@ -83,7 +83,9 @@ class SplitGraph:
             StateError: inside torch.compile.
         """
         if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback():
-            raise StateError("torch.compile: a cascade whose weights are sharded runs as it is; call it uncompiled")
+            raise StateError(
+                "torch.compile: a cascade whose weights are sharded runs as it is; call it uncompiled", code="sharded"
+            )
         with resting(self.branches) if self.called() else contextlib.nullcontext():
             try:
                 flat = self.shards(self.graph, *self.leaves(args, kwargs))

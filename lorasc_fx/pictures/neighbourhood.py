@@ -102,7 +102,8 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
     if not boxes:
         raise StateError(
             f"draw: the branches of {', '.join(sorted(weights)[:3])} stand in no graph: Python between the graphs uses "
-            "these weights, and sees them swapped"
+            "these weights, and sees them swapped",
+            code="no-whole-graph",
         )
     return Scene(boxes, tuple(arrows))
 

@@ -56,13 +56,13 @@ def adopt(
         ):
             foreign = [name for name in given if name not in known]
             if foreign:
-                raise StateError(f"adopt: {', '.join(sorted(foreign))} is not {what} here")
+                raise StateError(f"adopt: {', '.join(sorted(foreign))} is not {what} here", code="sites-differ")
         states = {name: _with(state, experts.get(name, ()), stage) for name, state in before.states.items()}
         kept = dict(before.trained)
         for name, value in values.items():
             base = kept[name].base
             if value.shape != base.shape:
-                raise StateError(f"adopt: {name} is {list(base.shape)}, not {list(value.shape)}")
+                raise StateError(f"adopt: {name} is {list(base.shape)}, not {list(value.shape)}", code="wrong-shape")
             slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
             kept[name] = Trained(base, slow, slow.to(base.dtype), rule=kept[name].rule)
         touched = [*(name for name in experts if experts[name]), *values]
@@ -119,7 +119,9 @@ def _with(state: SlowWeight, experts: Sequence[tuple[float, Factors]], stage: in
         rank = pair.a.shape[-2] if pair.a.dim() > 1 else 0
         if tuple(pair.b.shape) != (*stack, rows, rank) or tuple(pair.a.shape) != (*stack, rank, columns):
             shapes = f"b {list(pair.b.shape)} and a {list(pair.a.shape)}"
-            raise StateError(f"adopt: {state.name} is {list(state.base.shape)}, and its factors are {shapes}")
+            raise StateError(
+                f"adopt: {state.name} is {list(state.base.shape)}, and its factors are {shapes}", code="wrong-shape"
+            )
     if not experts:
         return state
     more = tuple(Expert(stage, _own(pair, state.base.device)) for _, pair in experts)

@@ -74,7 +74,8 @@ def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[floa
         if odd:
             raise SpecError(
                 f"merge: {part.name}, keeps noise in {odd[0]}, which is no site of the first run; "
-                "give a run with noise.where='all' first"
+                "give a run with noise.where='all' first",
+                code="sites-differ",
             )
     states = {name: _state(state, terms, stage) for name, state in own.states.items()}
     trained = {}
@@ -96,7 +97,8 @@ def _state(own: SlowWeight, terms: Sequence[tuple[float, Part]], stage: int) -> 
         if state.stacked != own.stacked:
             raise SpecError(
                 f"merge: {part.name}, adapted {own.name} as another kind of matrix than the first run; "
-                "sum runs of one model"
+                "sum runs of one model",
+                code="sites-differ",
             )
         for coefficient, expert in zip(state.slow, state.experts, strict=True):
             if coefficient != 0:
@@ -151,7 +153,8 @@ def join(core: Core, after: SlowWeights, parts: Sequence[Part]) -> None:
     if told:
         warn(
             f"merge: {len(told)} buffers differ between the runs and stay as the base has them: {', '.join(told[:3])}; "
-            "torch.optim.swa_utils.update_bn makes running statistics anew"
+            "torch.optim.swa_utils.update_bn makes running statistics anew",
+            "buffers-differ",
         )
 
 

@@ -74,7 +74,8 @@ class BaseFile:
             if now is not None and now[:2] == (device, inode) and [*now[2:]] != rest:
                 raise StateError(
                     f"{call}: {path} was written to while the cascade lives, and W0 is read from it (base=...). "
-                    "Load the model and the newest checkpoint anew, and write to other files"
+                    "Load the model and the newest checkpoint anew, and write to other files",
+                    code="base-file-changed",
                 )
 
     def _key(self, name: str) -> str:
@@ -84,7 +85,8 @@ class BaseFile:
                 return key
         raise CheckpointError(
             f"base: {self.path} holds no {name}{nearest(name, self.files)}. "
-            f"{_ADVICE}; a weight that is new can be excluded, or trained in full"
+            f"{_ADVICE}; a weight that is new can be excluded, or trained in full",
+            code="base-tensor-missing",
         )
 
 
@@ -116,7 +118,8 @@ def _named_by(model: nn.Module) -> str:
     if not isinstance(named, str) or not Path(named).is_dir():
         said = f"says {named!r}, which is no local folder" if named else "does not say where it came from"
         raise SpecError(
-            f"base='file': {type(model).__name__} {said}; give the path of its safetensors file or folder as base"
+            f"base='file': {type(model).__name__} {said}; give the path of its safetensors file or folder as base",
+            code="no-base-file",
         )
     return named
 
@@ -129,7 +132,9 @@ def shards_of(path: Path) -> list[Path]:
     if not index.is_file():
         single = path / SINGLE
         if not single.is_file():
-            raise CheckpointError(f"base: {path} is no safetensors file, nor a folder with {SINGLE} or {INDEX}")
+            raise CheckpointError(
+                f"base: {path} is no safetensors file, nor a folder with {SINGLE} or {INDEX}", code="no-base-file"
+            )
         return [single]
     try:
         table = parsed(plain_bytes(index, LONGEST, links=True))["weight_map"]
@@ -137,7 +142,9 @@ def shards_of(path: Path) -> list[Path]:
         if any(Path(name).name != name or name in ("", "..") for name in names):
             raise ValueError("it names files outside its folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise CheckpointError(f"base: {index} cannot be read as an index of safetensors: {fault}") from fault
+        raise CheckpointError(
+            f"base: {index} cannot be read as an index of safetensors: {fault}", code="unreadable-file"
+        ) from fault
     return [index.parent / name for name in names]
 
 
@@ -155,12 +162,14 @@ def _tensors(path: Path, keys: Iterable[str]) -> list[torch.Tensor]:
 def opened(path: Path) -> Iterator[Any]:
     """Open a safetensors file, whose header the library holds against its size; what is odd in it is one error."""
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise CheckpointError(f"base: {path} cannot be read: it is no plain file")
+        raise CheckpointError(f"base: {path} cannot be read: it is no plain file", code="unreadable-file")
     try:
         with safe_open(path, framework="pt") as handle:
             yield handle
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # no dtype of torch's
-        raise CheckpointError(f"base: {path} cannot be read: {told(str(fault), 300)}") from fault
+        raise CheckpointError(
+            f"base: {path} cannot be read: {told(str(fault), 300)}", code="unreadable-file"
+        ) from fault
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -194,7 +203,7 @@ def _check_same(place: str, tensor: torch.Tensor, name: str, held: torch.Tensor)
     """Raise CheckpointError where a tensor of a file is not, bit for bit, what the model holds."""
     if tensor.shape != held.shape or tensor.dtype != held.dtype:
         there, here = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (tensor, held))
-        raise CheckpointError(f"{place} is {there}, the model's {name} is {here}. {_ADVICE}")
+        raise CheckpointError(f"{place} is {there}, the model's {name} is {here}. {_ADVICE}", code="base-differs")
     bits = [each.to("cpu").contiguous().flatten().view(torch.uint8) for each in (tensor, held)]
     if not torch.equal(*bits):
-        raise CheckpointError(f"{place} holds other numbers than the model's {name}. {_ADVICE}")
+        raise CheckpointError(f"{place} holds other numbers than the model's {name}. {_ADVICE}", code="base-differs")

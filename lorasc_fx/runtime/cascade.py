@@ -112,7 +112,8 @@ class Cascade(nn.Module):
         if held is not None and value is not held:
             raise StateError(
                 f"cascade.{name} cannot be exchanged: the cascade computes with, and folds into, the one of adapt. "
-                "Call release and adapt the other model; to compile, compile the cascade"
+                "Call release and adapt the other model; to compile, compile the cascade",
+                code="child-replaced",
             )
         super().__setattr__(name, value)
 
@@ -193,7 +194,8 @@ class Cascade(nn.Module):
             warn(
                 f"{len(new)} sites came with a call that no earlier one was like: {named(weights)}. The optimizer does "
                 "not hold their branches: add_param_group them, or call the cascade once in each mode and with each "
-                "kind of arguments before you make the optimizer"
+                "kind of arguments before you make the optimizer",
+                "late-sites",
             )
 
     def _running(self) -> Plan:
@@ -272,7 +274,9 @@ class Cascade(nn.Module):
         self.core.check_alive("draw")
         first = self._variants.oldest
         if first is None:
-            raise StateError("draw: there is no graph since the cascade was moved or copied; call it once")
+            raise StateError(
+                "draw: there is no graph since the cascade was moved or copied; call it once", code="no-graph"
+            )
         return self._compiler.draw(first, self.core.plan, file, sites, radius)
 
     def __str__(self) -> str:
@@ -408,7 +412,8 @@ class Cascade(nn.Module):
         with self.core.exclusive("resume"):
             if self._loaded is None:
                 raise StateError(
-                    "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)"
+                    "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)",
+                    code="not-loaded",
                 )
             return resuming.resume(self.core, self._loaded, optimizer, scheduler)
 
@@ -456,7 +461,8 @@ class Cascade(nn.Module):
         ]
         if not norms:
             raise StateError(
-                "recalibrate: the model has no batch norm with running statistics, so there is nothing to do"
+                "recalibrate: the model has no batch norm with running statistics, so there is nothing to do",
+                code="no-batch-norm",
             )
         if self.core.placed is None:
             with self.weights("fast"):
@@ -483,7 +489,9 @@ class Cascade(nn.Module):
                 call(self, batch)
                 count += 1
             if not count:
-                raise StateError("recalibrate: there is no batch to estimate statistics from; give one or more")
+                raise StateError(
+                    "recalibrate: there is no batch to estimate statistics from; give one or more", code="no-batches"
+                )
 
     def folded_state_dict(
         self, quantized: Literal["dequantize"] | None = None, *, which: Literal["slow", "averaged"] = "slow"
@@ -610,7 +618,7 @@ def _weights(undo: Block[Any], cascade: Cascade, which: Which | None, stage: int
     """Put other weights in place; see `Cascade.weights`."""
     core = cascade.core
     if stage is not None and which is not None:
-        raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two")
+        raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two", code="conflicting-options")
     if stage is None:
         folding.check_which(f"weights({which!r})", str(which), core.plan.spec, WHICH)
     with core.exclusive("weights"):

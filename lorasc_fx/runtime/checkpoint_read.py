@@ -81,9 +81,11 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     try:
         versions = list_versions(root)
     except OSError as fault:
-        raise CheckpointError(f"{root}: cannot be read: {_why(fault)}") from fault
+        raise CheckpointError(f"{root}: cannot be read: {_why(fault)}", code="unreadable-file") from fault
     if not versions:
-        raise CheckpointError(f"{root}: no checkpoint in this folder; give the one that save was given")
+        raise CheckpointError(
+            f"{root}: no checkpoint in this folder; give the one that save was given", code="no-checkpoint"
+        )
     path = versions[-1]
     manifest, plan = _read_manifest(path / MANIFEST)
     tensors = _read_tensors(path / TENSORS, manifest["files"][TENSORS])
@@ -97,7 +99,9 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
     try:
         data = plain_bytes(path, LONGEST)
     except (OSError, ValueError) as fault:
-        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}") from fault
+        raise CheckpointError(
+            f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}", code="unreadable-file"
+        ) from fault
     return manifest_of(data, path, way_back(path.parent))
 
 
@@ -115,12 +119,13 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
     try:
         manifest = parsed(data)
     except ValueError as fault:
-        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way}") from fault
+        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way}", code="unreadable-file") from fault
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if not isinstance(manifest, dict) or type(found) is not int or found != FORMAT:
         raise CheckpointError(
             f"{path}: format {told(repr(found))}; this version reads format {FORMAT}; "
-            "load it by the lorasc-fx that wrote it"
+            "load it by the lorasc-fx that wrote it",
+            code="format-not-supported",
         )
     try:
         check_kinds(manifest)
@@ -129,11 +134,13 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
         plan = Plan.from_json(json.dumps(manifest["plan"]))
         check_fields(manifest, plan, TENSORS)
     except CheckpointError as fault:
-        raise CheckpointError(f"{path}: {fault}") from fault
+        raise CheckpointError(f"{path}: {fault}", code=fault.code) from fault
     except ValueError as fault:
         raise CheckpointError(f"{path}: {fault}; {way}") from fault
     except RecursionError as fault:
-        raise CheckpointError(f"{path}: cannot be read: it is nested too deeply; {way}") from fault
+        raise CheckpointError(
+            f"{path}: cannot be read: it is nested too deeply; {way}", code="unreadable-file"
+        ) from fault
     return manifest, plan
 
 
@@ -142,17 +149,23 @@ def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
         data = plain_bytes(path)
         if hashlib.sha256(data).hexdigest() != digest:
             raise CheckpointError(
-                f"{path}: differs from its digest in {MANIFEST}; the file is damaged; {way_back(path.parent)}"
+                f"{path}: differs from its digest in {MANIFEST}; the file is damaged; {way_back(path.parent)}",
+                code="digest-mismatch",
             )
         return load(data)
     except (OSError, SafetensorError) as fault:
-        raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}") from fault
+        raise CheckpointError(
+            f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}", code="unreadable-file"
+        ) from fault
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # a dtype or size torch has not
         why = f"{type(fault).__name__}: {told(str(fault))}"
-        raise CheckpointError(f"{path}: cannot be read: {why}; {way_back(path.parent)}") from fault
+        raise CheckpointError(
+            f"{path}: cannot be read: {why}; {way_back(path.parent)}", code="unreadable-file"
+        ) from fault
     except MemoryError as fault:
         raise CheckpointError(
-            f"{path}: cannot be read: there is no memory for its tensors; free some, or take a larger machine"
+            f"{path}: cannot be read: there is no memory for its tensors; free some, or take a larger machine",
+            code="out-of-memory",
         ) from fault
 
 
@@ -161,7 +174,9 @@ def _check_files(path: Path) -> None:
     with os.scandir(path) as entries:
         odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, TENSORS)), None)
     if odd is not None:
-        raise CheckpointError(f"{path}: holds {told(odd)}, which is no part of a checkpoint; take it away")
+        raise CheckpointError(
+            f"{path}: holds {told(odd)}, which is no part of a checkpoint; take it away", code="foreign-tensor"
+        )
 
 
 def plan_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
@@ -217,7 +232,8 @@ def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -
     own = {name: fingerprint(value) for name, value in parameters.items() if name in base}
     if odd := base_differs(base, own, [name for name in parameters if name not in checkpoint.moved]):
         raise CheckpointError(
-            f"{checkpoint.path}: this is another base: the model {odd}; load onto the weights that were adapted"
+            f"{checkpoint.path}: this is another base: the model {odd}; load onto the weights that were adapted",
+            code="checkpoint-other-base",
         )
 
 
@@ -258,17 +274,20 @@ def check_plan(
         names = matrices.get(site.weight)
         if names is None:
             raise CheckpointError(
-                f"{manifest}: its plan has a site {told(site.weight)}, which the model has not; {_AS_IT_WAS}"
+                f"{manifest}: its plan has a site {told(site.weight)}, which the model has not; {_AS_IT_WAS}",
+                code="plan-mismatch",
             )
         if (site.weight, *site.aliases) != names:
             raise CheckpointError(
                 f"{manifest}: its plan has {told(site.weight)} tied to {told(', '.join(site.aliases) or 'nothing')}, "
-                f"the model to {', '.join(names[1:]) or 'nothing'}; {_AS_IT_WAS}"
+                f"the model to {', '.join(names[1:]) or 'nothing'}; {_AS_IT_WAS}",
+                code="plan-mismatch",
             )
         shape = tuple(parameters[site.weight].shape)
         if site.shape != shape:
             raise CheckpointError(
-                f"{manifest}: its plan has {site.weight} of shape {site.shape}, the model {shape}; {way}"
+                f"{manifest}: its plan has {site.weight} of shape {site.shape}, the model {shape}; {way}",
+                code="plan-mismatch",
             )
     spec, planned = plan.spec, plan.by_weight
     rank = max(spec.rank, *spec.ranks, *(rule.rank or 0 for rule in spec.rules), 0)
@@ -277,7 +296,8 @@ def check_plan(
         if rank * (size[0] + math.prod(size[1:])) > max(_ROOM, 64 * parameters[name].numel()):
             raise CheckpointError(
                 f"{manifest}: its spec asks for rank {rank}, which makes a branch of {name} larger than anything here; "
-                f"{way}"
+                f"{way}",
+                code="plan-mismatch",
             )
 
 
@@ -290,7 +310,7 @@ def restore(core: Core, checkpoint: Checkpoint) -> None:
     try:
         unpacking.unpack(core, checkpoint.tensors, checkpoint.manifest, str(checkpoint.path), checkpoint.plan)
     except CheckpointError as fault:
-        raise CheckpointError(f"{fault}; {way_back(checkpoint.path)}") from fault
+        raise CheckpointError(f"{fault}; {way_back(checkpoint.path)}", code=fault.code) from fault
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:
         what, way = f"{type(fault).__name__}: {told(str(fault))}", way_back(checkpoint.path)
         raise CheckpointError(

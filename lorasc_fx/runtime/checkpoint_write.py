@@ -84,7 +84,9 @@ def write_version(
             beside = temporary(root)
             beside.mkdir()
         except OSError as fault:
-            raise CheckpointError(f"{root}: cannot be written: {fault.strerror}; what was there stays") from fault
+            raise CheckpointError(
+                f"{root}: cannot be written: {fault.strerror}; what was there stays", code="not-writable"
+            ) from fault
         _place(tensors, manifest, beside, version)
         for old in list_versions(root)[:-keep]:
             if _of_same_run(old, manifest):
@@ -118,7 +120,8 @@ def contents(
     except ValueError as fault:
         raise CheckpointError(
             f"save: {fault}; nothing was written, and the last version stays. Load that one, and go on with a lower "
-            "learning rate or with clipped gradients"
+            "learning rate or with clipped gradients",
+            code="non-finite-state",
         ) from fault
     if optimizer is not None:
         more, parts["optimizer"] = packing.pack_optimizer(optimizer)
@@ -141,14 +144,17 @@ def contents(
     except (TypeError, ValueError) as fault:
         raise CheckpointError(
             f"extra, or the state of optimizer or scheduler, holds what neither JSON nor safetensors can: {fault}; "
-            "give numbers, strings, lists, tables with strings as keys, and dense tensors"
+            "give numbers, strings, lists, tables with strings as keys, and dense tensors",
+            code="not-serializable",
         ) from fault
     _check_keys(extra)
     tensors |= gradients | streams | taken.tensors
     for name, tensor in tensors.items():
         if not outside_json.fits(local(tensor)):
             raise CheckpointError(
-                f"{name} is {outside_json.kind(tensor)}, which safetensors cannot hold; make it dense or cast it before"
+                f"{name} is {outside_json.kind(tensor)}, which safetensors cannot hold; "
+                "make it dense or cast it before",
+                code="not-serializable",
             )
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest
 
@@ -158,7 +164,10 @@ def _check_keys(value: Any) -> None:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise CheckpointError(f"extra has the key {key!r}; JSON keeps strings as keys only; give str(key)")
+                raise CheckpointError(
+                    f"extra has the key {key!r}; JSON keeps strings as keys only; give str(key)",
+                    code="not-serializable",
+                )
     for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
         _check_keys(each)
 
@@ -182,7 +191,9 @@ def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, ver
         sync(root)
     except (OSError, SafetensorError) as fault:
         _drop(made)
-        raise CheckpointError(f"{root}: the checkpoint was not written: {fault}; what was there stays") from fault
+        raise CheckpointError(
+            f"{root}: the checkpoint was not written: {fault}; what was there stays", code="write-failed"
+        ) from fault
     except BaseException:
         _drop(made)
         raise
@@ -219,7 +230,8 @@ def exclusive(undo: Block[Any], root: Path) -> bool:
     except BlockingIOError as fault:
         raise CheckpointError(
             f"{root}: another save is writing into this folder at this moment; give each run a folder of its own, "
-            "and save from one process of a run"
+            "and save from one process of a run",
+            code="concurrent-save",
         ) from fault
     except OSError:
         locked = False

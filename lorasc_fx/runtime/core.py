@@ -152,12 +152,14 @@ class Core:
         if noise.strength and rigid is not None:
             raise SpecError(
                 f"noise.strength is {noise.strength}, and {rigid} is quantized: noise cannot be written into it. "
-                f"Give 0, or exclude it (exclude=({rigid!r},))"
+                f"Give 0, or exclude it (exclude=({rigid!r},))",
+                code="quantized-not-supported",
             )
         if start != "lora" and rigid is not None:
             raise SpecError(
                 f"start is {start!r}, and {rigid} is quantized: the residual cannot be written into it. "
-                f"Give start='lora', or exclude it (exclude=({rigid!r},))"
+                f"Give start='lora', or exclude it (exclude=({rigid!r},))",
+                code="quantized-not-supported",
             )
         known = {name: parameters[name] for name in new}
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
@@ -274,7 +276,8 @@ class Core:
             raise StateError(
                 f"{call}: {changed or 'a weight on another process'} was changed from outside while the cascade lives "
                 "(load_state_dict, an optimizer, an average of weights, .data), and a fold would overwrite that. Put "
-                "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load"
+                "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load",
+                code="weights-changed-outside",
             )
         for site in self.sites if self.slow.together is None else ():
             for alias in site.aliases:
@@ -282,7 +285,8 @@ class Core:
                 if other is not None and other is not parameters.get(site.weight):
                     raise StateError(
                         f"{call}: {alias} was tied to {site.weight} when the model was adapted, and is another "
-                        "parameter now, which a fold would not reach. Tie them again, or adapt with untie"
+                        "parameter now, which a fold would not reach. Tie them again, or adapt with untie",
+                        code="tie-broken",
                     )
         self._objects = {name: id(parameter) for name, parameter in parameters.items()}
 
@@ -299,7 +303,8 @@ class Core:
         if slow.together is not None and (name := self.changed(self._frozen)) is not None:
             raise StateError(
                 f"save: {name} was changed since the weights were sharded. It is neither adapted nor trained, and no "
-                "checkpoint holds it: put it back, or change it before shard"
+                "checkpoint holds it: put it back, or change it before shard",
+                code="weights-changed-outside",
             )
         for name, parameter in self.parameters_by_name().items():
             if name in moved:
@@ -309,7 +314,7 @@ class Core:
                 if name in self._fingerprints and self.changed({name: self._frozen[name]}):
                     del self._fingerprints[name]
                     self.usage.once(
-                        "frozen",
+                        "frozen-parameter-changed",
                         f"{name} was changed after an earlier save. It is neither adapted nor trained, and checkpoints "
                         "do not hold it: from now on they load onto a model that has its new numbers only. To have it "
                         "in them, give train=(...) to the spec",
@@ -342,11 +347,14 @@ class Core:
     def check_alive(self, call: str) -> None:
         """Raise StateError after `release`, and before the model has its numbers."""
         if self.released:
-            raise StateError(f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on")
+            raise StateError(
+                f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on", code="released"
+            )
         if self.hollow is not None and call not in ("train", "draw"):
             raise StateError(
                 f"{call}: the model is on the meta device, without numbers; "
-                "call lorasc_fx.materialize(cascade, folder) with its safetensors first"
+                "call lorasc_fx.materialize(cascade, folder) with its safetensors first",
+                code="meta-model",
             )
 
     def check_called(self, call: str) -> None:
@@ -364,18 +372,23 @@ class Core:
         if self.spread is not None and call not in ("weights", "transition", "stages", "rewind"):
             raise StateError(
                 f"{call}: the weights lie in parts on several processes; call "
-                "lorasc_fx.integrations.tensor_parallel.gather(cascade) first"
+                "lorasc_fx.integrations.tensor_parallel.gather(cascade) first",
+                code="sharded",
             )
         if self.slow.together is not None and call not in SHARDED:
             raise StateError(
                 f"{call}: the weights are sharded over processes, where there is {', '.join(SHARDED)}; "
-                "lorasc_fx.integrations.fsdp has save, load and folded_state_dict for them"
+                "lorasc_fx.integrations.fsdp has save, load and folded_state_dict for them",
+                code="sharded",
             )
         if self.placed is not None:
             what = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
-            raise StateError(f"{call}: inside weights({what}); leave the with block first")
+            raise StateError(f"{call}: inside weights({what}); leave the with block first", code="inside-weights")
         if torch._C._current_graph_task_id() != -1:
-            raise StateError(f"{call}: inside a backward, which still needs the weights; call it after the backward")
+            raise StateError(
+                f"{call}: inside a backward, which still needs the weights; call it after the backward",
+                code="inside-backward",
+            )
         if self.base_file is not None:
             self.base_file.check(call)
         self.check_weights(call)
@@ -385,9 +398,10 @@ class Core:
             more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
             raise StateError(
                 f"{call}: gradients are pending on {waiting[0]}{more}: they belong to the stage that ends. "
-                "Call optimizer.step() or optimizer.zero_grad() first"
+                "Call optimizer.step() or optimizer.zero_grad() first",
+                code="gradients-pending",
             )
-        self.usage.accept("end")  # the user folds, saves or looks at the weights
+        self.usage.accept("training-not-kept")  # the user folds, saves or looks at the weights
 
 
 class _Exclusive(Block[None]):

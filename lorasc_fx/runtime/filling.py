@@ -77,7 +77,8 @@ def check_attributes(model: nn.Module) -> None:
             if isinstance(value, torch.Tensor) and value.is_meta:
                 raise CaptureError(
                     f"{f'{prefix}.{leaf}'.lstrip('.')} is a tensor on the meta device, and neither parameter nor "
-                    "buffer: no file keeps it; register it as a buffer, or make it in forward"
+                    "buffer: no file keeps it; register it as a buffer, or make it in forward",
+                    code="meta-constant",
                 )
 
 
@@ -147,7 +148,8 @@ def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Ten
             known = [one for one, other in by_name.items() if not isinstance(other.value, nn.Parameter)]
             raise SpecError(
                 f"buffers: {name!r} is no buffer of the model{nearest(name, known) or listed(known)}; "
-                "give numbers of buffers by their names"
+                "give numbers of buffers by their names",
+                code="unknown-name",
             )
         if value.shape != each.value.shape or value.is_meta:
             told = "without numbers" if value.is_meta else f"{list(value.shape)}"
@@ -178,7 +180,8 @@ def _check_names(
     if lines:
         raise CheckpointError(
             f"materialize: {path} does not hold this model; give its own files, nothing was changed:\n"
-            + "\n".join(lines)
+            + "\n".join(lines),
+            code="weights-do-not-fit",
         )
 
 
@@ -197,7 +200,8 @@ def _check_tied(keys: list[str], places: Mapping[str, Path]) -> None:
         if not torch.equal(*bits):
             raise CheckpointError(
                 f"materialize: {keys[0]} and {other} are one tensor of the model, and differ in the files; "
-                "build the model without that tie"
+                "build the model without that tie",
+                code="tied-weights-differ",
             )
 
 

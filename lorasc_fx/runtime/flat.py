@@ -59,13 +59,16 @@ def from_table(table: Mapping[str, torch.Tensor], where: str) -> checkpoint_read
         first = ", ".join(told(name) for name in list(table)[:2]) or "nothing"
         raise CheckpointError(
             f"{where}: is no state of a cascade, as it has no {KEY}; it holds {first}. Weights of the model itself are "
-            "loaded before it is adapted"
+            "loaded before it is adapted",
+            code="not-a-state-dict",
         )
     way = "take another checkpoint"
     manifest, plan = checkpoint_read.manifest_of(bytes(data_of(packed.cpu().contiguous())), Path(where, MANIFEST), way)
     tensors = {name: tensor for name, tensor in table.items() if name != KEY}
     if _digest(tensors) != manifest["files"][TENSORS]:
-        raise CheckpointError(f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}")
+        raise CheckpointError(
+            f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}", code="digest-mismatch"
+        )
     for sentence in checkpoint_read.plan_faults(plan, tensors):
         raise CheckpointError(f"{where}: {sentence}; {way}")
     return checkpoint_read.Checkpoint(Path(where), manifest, tensors, plan)
@@ -91,7 +94,8 @@ def take_over(
     with core.exclusive("load_state_dict"):
         if odd := _base_differs(found, core):
             raise CheckpointError(
-                f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted"
+                f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted",
+                code="checkpoint-other-base",
             )
         _check_alike(core.plan, found)
         placed = {site.weight: site.placement for site in core.sites}
@@ -159,14 +163,16 @@ def _check_alike(now: Plan, found: checkpoint_read.Checkpoint) -> None:
         if ours.get(name) != theirs.get(name):
             raise CheckpointError(
                 f"{found.path}: was made with {name} = {told(theirs.get(name))}, this cascade has "
-                f"{told(ours.get(name))}; adapt by the same spec"
+                f"{told(ours.get(name))}; adapt by the same spec",
+                code="spec-differs",
             )
     odd = sorted(now.by_weight.keys() ^ then.by_weight.keys())
     if odd:
         here = "is a site there, and none here" if odd[0] in then.by_weight else "is a site here, and none there"
         raise CheckpointError(
             f"{found.path}: {told(odd[0])} {here}; adapt in the same mode and with the same example inputs, or make "
-            "the cascade by lorasc_fx.load"
+            "the cascade by lorasc_fx.load",
+            code="sites-differ",
         )
 
 

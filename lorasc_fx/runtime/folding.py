@@ -47,9 +47,11 @@ FOLDED: tuple[Which, ...] = ("slow", "averaged")
 def check_which(call: str, which: str, spec: CascadeSpec, known: tuple[Which, ...] = FOLDED) -> None:
     """Raise StateError for weights of no such name, and for averaged ones where the spec keeps no average."""
     if which not in known:
-        raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}")
+        raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}", code="unknown-name")
     if which == "averaged" and spec.average == "off":
-        raise StateError(f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'")
+        raise StateError(
+            f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'", code="no-average"
+        )
 
 
 def trained_now(core: Core, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -141,7 +143,8 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
         raise StateError(
             f"weights: {written} was written inside the with block (a training step, load_state_dict, half, .data). "
             "The weights of before are back, and what was written is dropped. Train the cascade outside of the block; "
-            "cast or change a copy (copy.deepcopy(model) inside the block), or the model after release"
+            "cast or change a copy (copy.deepcopy(model) inside the block), or the model after release",
+            code="written-inside-weights",
         )
 
 
@@ -262,7 +265,7 @@ def ended(core: Core, call: str) -> SlowWeights:
     after, pace = slow.after_stage(core.plan, branches, trained), core.plan.spec.pace_at(core.plan.stage)
     if pace < 1 and core.plan.stage == 1 and not core.looped:
         core.usage.once(
-            "pace",
+            "pace-below-one",
             f"{call}: stage 1 has trained and is folded now, and only {pace:g} of what it has trained is kept: the "
             "pace of the spec. Train in `for stage in cascade.stages(...)`; to keep all of it without stages give "
             'pace=1.0, or save inside `with cascade.weights("fast"):`',

@@ -30,23 +30,28 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
         OSError: it cannot be read.
     """
     if not links and path.is_symlink():
-        raise CheckpointError(f"{path}: is a link; a checkpoint holds its files itself: copy the file there")
+        raise CheckpointError(
+            f"{path}: is a link; a checkpoint holds its files itself: copy the file there", code="not-a-file"
+        )
     flags = sum(getattr(os, name, 0) for name in (*_FLAGS, *(() if links else ("O_NOFOLLOW",))))
     handle = os.open(path, os.O_RDONLY | flags)  # not blocking: a pipe is refused, not waited for
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(f"{path}: is no plain file; a folder, a pipe or a device is not read")
+            raise CheckpointError(
+                f"{path}: is no plain file; a folder, a pipe or a device is not read", code="not-a-file"
+            )
         limit = most if most is not None else _memory()
         if limit is not None and found.st_size > limit:
             why = "such a file has" if most is not None else "this machine has memory for"
-            raise CheckpointError(f"{path}: has {found.st_size} bytes, {why} {limit} at most")
+            raise CheckpointError(f"{path}: has {found.st_size} bytes, {why} {limit} at most", code="file-too-large")
         try:
             with os.fdopen(handle, "rb", closefd=False) as file:
                 return file.read(found.st_size)
         except MemoryError as fault:
             raise CheckpointError(
-                f"{path}: has {found.st_size} bytes, for which there is no memory; free some, or take a larger machine"
+                f"{path}: has {found.st_size} bytes, for which there is no memory; free some, or take a larger machine",
+                code="out-of-memory",
             ) from fault
     finally:
         os.close(handle)

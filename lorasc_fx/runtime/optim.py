@@ -75,7 +75,8 @@ def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise StateError(
             f"the optimizer does not hold {', '.join(missing[:3])}{more}: build it from cascade.param_groups(lr=...), "
-            "or add_param_group what a new variant brought"
+            "or add_param_group what a new variant brought",
+            code="optimizer-lacks-parameters",
         )
 
 

@@ -41,7 +41,8 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
     if isinstance(stage, bool) or not isinstance(stage, int) or stage not in (0, *ended):
         raise StateError(
             f"{call}: stage {stage!r} has not ended in this cascade; there are "
-            f"{', '.join(map(str, (0, *ended)))} (0 is the base). Of the running stage give weights('fast')"
+            f"{', '.join(map(str, (0, *ended)))} (0 is the base). Of the running stage give weights('fast')",
+            code="unknown-stage",
         )
     states, trained, gone = _looked_up(slow, stage)
     if gone:
@@ -50,7 +51,8 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
         raise StateError(
             f"{call}: stage {stage} is gone for {', '.join(gone[:3])}{more}: experts that outgrow their weight are "
             "summed into one dense delta, and what is trained in full is kept a stage at a time only while it is "
-            f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all"
+            f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all",
+            code="stage-not-kept",
         )
     # An average begins anew, with the slow weights of then.
     return SlowWeights(states, trained, averaged=min(stage, 1), together=slow.together)

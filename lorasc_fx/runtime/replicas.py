@@ -41,7 +41,8 @@ class Replicas:
         if wrapper is not None and self._outdated() is wrapper:
             raise StateError(
                 "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and "
-                "adds up gradients in buffers of the old shapes: wrap it anew"
+                "adds up gradients in buffers of the old shapes: wrap it anew",
+                code="wrapped-too-early",
             )
         if wrapper is None or (self._sites == sites and self._wrapper() is wrapper):
             return
@@ -52,7 +53,8 @@ class Replicas:
             raise StateError(
                 f"{', '.join(late[:3])}{more} came with a graph that was made after DistributedDataParallel wrapped "
                 "the cascade, which would not average their gradients over the processes: call the cascade once in "
-                "each mode and with each kind of arguments before you wrap it, or wrap it anew"
+                "each mode and with each kind of arguments before you wrap it, or wrap it anew",
+                code="wrapped-too-early",
             )
         self._wrapper, self._sites = weakref.ref(wrapper), sites
 

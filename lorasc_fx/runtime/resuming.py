@@ -46,12 +46,15 @@ def resume(
         if given is None:
             continue
         if what not in manifest:
-            raise CheckpointError(f"{where}: holds no {what}; it was saved without one: resume without it")
+            raise CheckpointError(
+                f"{where}: holds no {what}; it was saved without one: resume without it", code="state-not-saved"
+            )
         saved = manifest[what]["class"]
         if type(given).__name__ != saved:
             raise CheckpointError(
                 f"{where}: holds the state of {told(saved)}, the {what} is {type(given).__name__}; give one of the "
-                "kind that was saved"
+                "kind that was saved",
+                code="optimizer-differs",
             )
     if optimizer is not None:
         check_holds(optimizer, core.trainable())
@@ -65,18 +68,19 @@ def resume(
             check_numbers(then, "scheduler")
     except (ValueError, RecursionError) as fault:
         raise CheckpointError(
-            f"{where}: {told(str(fault), 300)}; build optimizer and scheduler the same way"
+            f"{where}: {told(str(fault), 300)}; build optimizer and scheduler the same way", code="optimizer-differs"
         ) from fault
     try:
         _give(core, checkpoint, optimizer, state, scheduler, then)
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
         raise CheckpointError(
             f"{where}: its state was not taken: {told(str(fault), 300)}; build optimizer and scheduler the same way, "
-            "or go on without them"
+            "or go on without them",
+            code="optimizer-differs",
         ) from fault
     if changed := differences(manifest.get("versions")):
         names = told(", ".join(changed), 300)
-        warn(f"{where}: written under {names}; the run goes on, but perhaps not bit for bit")
+        warn(f"{where}: written under {names}; the run goes on, but perhaps not bit for bit", "other-versions")
     extra: dict[str, Any] = manifest["extra"]
     return extra
 
@@ -147,7 +151,10 @@ def _of_optimizer(
     """
     now, then = optimizer.state_dict()["param_groups"], meta["groups"]
     if [group["params"] for group in now] != [group["params"] for group in then]:
-        raise CheckpointError(f"{where}: the optimizer has other groups than the saved one; build it the same way")
+        raise CheckpointError(
+            f"{where}: the optimizer has other groups than the saved one; build it the same way",
+            code="optimizer-differs",
+        )
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in meta["numbers"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):

@@ -40,7 +40,8 @@ def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise StateError(
             f"{call}: {names[0]}{more} is quantized, and its numbers cannot hold what was trained; nothing was "
-            "changed. Give quantized='dequantize' for dense weights, or quantized=f, which quantizes a module again"
+            "changed. Give quantized='dequantize' for dense weights, or quantized=f, which quantizes a module again",
+            code="quantized-not-supported",
         )
     return names
 
@@ -86,7 +87,8 @@ def requantized(held: Places, how: Requantize) -> None:
             if now is None or not is_quantized(now):
                 raise StateError(
                     f"release: quantized={how!r} did not quantize the {leaf} of {type(module).__name__}; "
-                    "nothing was changed. Give a callable that quantizes the module that it is given, in place"
+                    "nothing was changed. Give a callable that quantizes the module that it is given, in place",
+                    code="requantization-failed",
                 )
             size = dense(old).float().norm().clamp_min(1e-30)
             trained = float((exact.float() - dense(old).float()).norm() / size)

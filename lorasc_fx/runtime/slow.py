@@ -232,7 +232,7 @@ def _spoilt(name: str, broken: bool, plan: Plan) -> bool:
             f"{told}; nothing was folded. Lower the learning rate or clip gradients, or set on_nonfinite='skip' to go "
             "on from what the stage started from"
         )
-    warn(f"{told}: it goes on from what the stage started from")
+    warn(f"{told}: it goes on from what the stage started from", "parameter-left-out")
     return True
 
 

@@ -56,7 +56,7 @@ def run(
         log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
         if idle:
             core.usage.once(
-                "idle",
+                "no-branch-moved",
                 f"stage {plan.stage} ended, and no branch has moved: their weights are as they were. In the loop call "
                 "the cascade, and not the model that it was made of; and check that optimizer.step() runs with "
                 "learning rates above 0",
@@ -85,7 +85,10 @@ def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: s
     if optimizer is not None:
         check_holds(optimizer, core.trainable())
     elif core.plan.spec.restart_A == "gradient" and not park:
-        raise StateError(f"{call}(None): restart_A='gradient' looks at the first optimizer step; give the optimizer")
+        raise StateError(
+            f"{call}(None): restart_A='gradient' looks at the first optimizer step; give the optimizer",
+            code="optimizer-needed",
+        )
 
 
 def begin(
@@ -190,7 +193,10 @@ def unpark(core: Core) -> None:
         return
     branches, trained = core.branches_by_weight(), core.trained_parameters()
     if has_begun(core):
-        raise StateError("stages: the branches trained after the last stage ended; call transition(optimizer) first")
+        raise StateError(
+            "stages: the branches trained after the last stage ended; call transition(optimizer) first",
+            code="stage-not-ended",
+        )
     after, started = starts_of(plan, replace(before, parked=False), branches)
 
     def rest(slow: SlowWeights) -> Callable[[str, torch.Tensor], None]:

@@ -48,16 +48,21 @@ class Taken:
         """
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{self.where}: has no tensor {told(repr(name))}")
+            raise CheckpointError(f"{self.where}: has no tensor {told(repr(name))}", code="missing-tensor")
         if tuple(tensor.shape) != tuple(shape):
             raise CheckpointError(
-                f"{self.where}: {told(repr(name))} is {tuple(tensor.shape)}, the plan says {tuple(shape)}"
+                f"{self.where}: {told(repr(name))} is {tuple(tensor.shape)}, the plan says {tuple(shape)}",
+                code="wrong-shape",
             )
         like = torch.float32 if like is None else like
         if tensor.dtype != like and not any(tensor.dtype in kind and like in kind for kind in (FLOATS, COMPLEX)):
-            raise CheckpointError(f"{self.where}: {told(repr(name))} holds {tensor.dtype}, not {like}")
+            raise CheckpointError(
+                f"{self.where}: {told(repr(name))} holds {tensor.dtype}, not {like}", code="wrong-dtype"
+            )
         if whole and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{self.where}: {told(repr(name))} holds inf or nan, which no fold takes")
+            raise CheckpointError(
+                f"{self.where}: {told(repr(name))} holds inf or nan, which no fold takes", code="non-finite-tensor"
+            )
         self.left.pop(name, None)
         return tensor
 
@@ -101,7 +106,10 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
         values[name], trained[name] = value, Trained(kept.base, end, start, past, mean, kept.rule)
     new_buffers = _model_state(core, held, meta, moves)
     if held.left:
-        raise CheckpointError(f"{where}: holds {told(repr(next(iter(held.left))))}, which this plan has no place for")
+        raise CheckpointError(
+            f"{where}: holds {told(repr(next(iter(held.left))))}, which this plan has no place for",
+            code="foreign-tensor",
+        )
     after = SlowWeights(states, trained, meta["parked"], averaged=meta.get("averaged", 0), together=slow.together)
     put_state_back = restorer(core.model)
     old = [tensor.detach().clone() for tensor, _ in moves]
@@ -145,7 +153,9 @@ def _model_state(
     buffers = slots(core.model, core.written())
     foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
     if foreign is not None:
-        raise CheckpointError(f"{where}: has a buffer {told(repr(foreign))}, and the model has none of this name")
+        raise CheckpointError(
+            f"{where}: has a buffer {told(repr(foreign))}, and the model has none of this name", code="foreign-tensor"
+        )
     first: dict[int, str] = {}
     groups: dict[str, list[str]] = {}  # names of the buffers that hold one tensor, by its name in the file
     for name, slot in buffers.items():
@@ -204,7 +214,9 @@ def slow_state(state: SlowWeight, meta: Mapping[str, Any], held: Taken) -> SlowW
     }
     if dense and "slow" not in dense:
         raise CheckpointError(
-            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, which what is dense beside it needs"
+            f"{held.where}: has no tensor {told(repr(f'dense/{state.name}/slow'))}, "
+            "which what is dense beside it needs",
+            code="missing-tensor",
         )
     size = (columns if state.turned else rows,)
     turns = tuple(

@@ -50,15 +50,15 @@ class UsageWatch:
             False  # whether the model came in train mode; with frozen batch norms it is trained in eval mode
         )
 
-    def once(self, subject: str, message: str) -> None:
-        """Warn, unless this subject had its warning."""
-        if subject not in self._done:
-            self._done.add(subject)
-            warn(message)
+    def once(self, code: str, message: str) -> None:
+        """Warn, unless the warning of this code was given."""
+        if code not in self._done:
+            self._done.add(code)
+            warn(message, code)
 
-    def accept(self, subject: str) -> None:
-        """Give no warning about a subject: the user asked for it."""
-        self._done.add(subject)
+    def accept(self, code: str) -> None:
+        """Never give the warning of this code: the user asked for what it warns of."""
+        self._done.add(code)
 
     # ---- calls and saves of the user's model
 
@@ -76,7 +76,7 @@ class UsageWatch:
                 own = sys._getframe(1).f_locals.get("self", own)  # a shallow copy (DataParallel) has this function too
             assert own is not None
             if not torch.compiler.is_compiling():
-                self._check("called", own)
+                self._check("model-called-inside-stage", own)
             return own._call_impl(*args, **kwargs)
 
         handle = core.model.register_state_dict_pre_hook(self)
@@ -95,25 +95,25 @@ class UsageWatch:
 
     def __call__(self, module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
         """Check a call of the model's `state_dict`."""
-        self._check("saved", module)
+        self._check("model-saved-inside-stage", module)
 
-    def _check(self, what: str, model: nn.Module) -> None:
+    def _check(self, code: str, model: nn.Module) -> None:
         core = self._core() if self._core is not None else None
-        if core is None or core.model is not model or what in self._done:
+        if core is None or core.model is not model or code in self._done:
             return
         if _inside_package() or not _differs(core):
             return
         stage, noise = core.plan.stage, bool(core.plan.spec.noise.strength)
-        if what == "called":
+        if code == "model-called-inside-stage":
             self.once(
-                what,
+                code,
                 f"the model of a cascade was called inside stage {stage}, where it computes without the branches"
                 f"{' and with noise' if noise else ''}. Call the cascade; for the model's own methods (generate), call "
                 'them inside `with cascade.weights("slow"):` or "fast"',
             )
         else:
             self.once(
-                what,
+                code,
                 f"the state dict of a cascade's model was read inside stage {stage}: it holds the weights that the "
                 f"stage started from{', with noise' if noise else ''}, and not what the stage has trained. Read "
                 "cascade.folded_state_dict(), save after cascade.release(), or save inside "
@@ -126,24 +126,24 @@ class UsageWatch:
         """Warn of a call in eval mode that sees noise, unless it is a training step of a model trained in eval mode."""
         if training or (torch.is_grad_enabled() and not self._train_mode):
             return
-        if not core.plan.spec.noise.strength or core.slow.parked or "eval" in self._done:
+        if not core.plan.spec.noise.strength or core.slow.parked or "evaluated-with-noise" in self._done:
             return
         self.once(
-            "eval",
+            "evaluated-with-noise",
             f"the cascade was called in eval mode inside stage {core.plan.stage}, and its weights hold noise. "
             'Evaluate inside `with cascade.weights("slow"):`, or "fast"; or after `release`',
         )
 
     def check_saved(self, core: Core) -> None:
         """Warn of a trainer that writes the state dict of the cascade as if it were that of a model."""
-        if "trainer" in self._done or core.released:
+        if "unfolded-save" in self._done or core.released:
             return
         frame = sys._getframe(1)
         while frame.f_back is not None:
             frame = frame.f_back
             if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _UNFOLDED_SAVES:
                 self.once(
-                    "trainer",
+                    "unfolded-save",
                     "a trainer saves an unfolded cascade: the file holds branches beside the weights of the running "
                     "stage, noise included, and neither the user's model nor lorasc_fx.load can read it. In a Trainer "
                     "of transformers or trl use lorasc_fx.integrations.transformers.CascadeCallback; elsewhere save "
@@ -153,7 +153,7 @@ class UsageWatch:
     def check_end(self) -> None:
         """Warn, where the program ends, of a first stage that has trained and was neither ended, saved nor released."""
         core = self._core() if self._core is not None else None
-        if core is None or "end" in self._done or core.looped or core.hollow is not None:
+        if core is None or "training-not-kept" in self._done or core.looped or core.hollow is not None:
             return
         if core.slow.together is not None or core.spread is not None or core.plan.stage > 1:
             return
@@ -161,7 +161,7 @@ class UsageWatch:
             pace = core.plan.spec.pace_at(1)
             kept = f", and keeps {pace:g} of it, the pace of the spec: give pace=1.0 to keep all" if pace < 1 else ""
             self.once(
-                "end",
+                "training-not-kept",
                 "the program ends, and what stage 1 of a cascade has trained was neither folded nor saved. Train in "
                 f"`for stage in cascade.stages(...)`; `cascade.release()` folds it into the model{kept}; "
                 "lorasc_fx.save keeps it for a later run",

@@ -88,7 +88,8 @@ def write_start(
         if not math.isfinite(size):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
-                f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0"
+                f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0",
+                code="noise-out-of-range",
             )
         if state.began is not None:
             state.write(exact, "fast", dtype, state.taken_out)
@@ -101,7 +102,8 @@ def write_start(
         if size > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
-                f"Give less, or exclude it (exclude=({state.name!r},))"
+                f"Give less, or exclude it (exclude=({state.name!r},))",
+                code="noise-out-of-range",
             )
 
 
@@ -220,7 +222,10 @@ def end_stage(
                 f"the branch of {branch.weight_name} {fault} at the end of stage {stage}; nothing was folded. {_ADVICE}"
             )
         if fault:
-            warn(f"the branch of {state.name} {fault} at the end of stage {stage}: it was left out. {_LOWER}")
+            warn(
+                f"the branch of {state.name} {fault} at the end of stage {stage}: it was left out. {_LOWER}",
+                "branch-left-out",
+            )
             if left_out is not None:
                 left_out.add(state.name)
     if after is None:
@@ -271,7 +276,8 @@ def leading(how: Start, branch: Branch, weight: torch.Tensor, a: torch.Tensor) -
     if not bool(torch.isfinite(weight).all()):
         raise SpecError(
             f"start is {how!r}, and {branch.weight_name} holds inf or nan, which has no decomposition. "
-            f"Exclude it (exclude=({branch.weight_name!r},)), or give start='lora'"
+            f"Exclude it (exclude=({branch.weight_name!r},)), or give start='lora'",
+            code="non-finite-weight",
         )
     out, columns = branch.lora_B.shape[-2], branch.lora_A.shape[-1]
     stack = tuple(branch.lora_B.shape[:-2])

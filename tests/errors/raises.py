@@ -74,6 +74,7 @@ def places() -> tuple[Place, ...]:
         for node in ast.walk(tree):
             if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
                 continue
+            node.exc.keywords = [keyword for keyword in node.exc.keywords if keyword.arg != "code"]
             name, words = called(node.exc), strings(node.exc)
             maker = known.get(name)
             if name not in CLASSES:
