@@ -31,6 +31,7 @@ from lorasc_fx.runtime.slow import SlowWeights
 from lorasc_fx.shards import Rows, whole
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.state import Expert, Factors, SlowWeight
+from lorasc_fx.undo import AllOrNothing, Undo
 
 __all__ = ["folded_state_dict", "load", "resume", "save", "shard"]
 
@@ -67,33 +68,38 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         The cascade. Each parameter is now a DTensor of which a process holds some rows.
 
     Raises:
-        StateError: what cannot be sharded, with names; nothing was changed.
+        StateError: what cannot be sharded, with names; nothing was changed. Whatever else raises here, Ctrl-C included,
+            the cascade of this process is as it was; another process may have gone on.
     """
     core = cascade.core
-    core.check_ready("stages")
-    units = _units(cascade)
-    graphs = _check(cascade, mesh, units)
-    core.fingerprints()  # of the whole weights, while they are here
-    kind = next(iter(core.model.parameters())).device.type
-    mesh = mesh if mesh is not None else init_device_mesh(kind, (dist.get_world_size(),))
-    shards = _fully_sharded(cascade, units, mesh)
-    rows = {name: Rows.of(each) for name, each in core.parameters_by_name().items()}
-    core.slow = _rows_of_all(core.slow, rows, mapped=core.base_file is not None)
-    core.pending.disarm()
-    core.note_weights()
-    core.note_frozen()
+    with core.exclusive("stages"), AllOrNothing() as undo:
+        units = _units(cascade)
+        graphs = _check(cascade, mesh, units)
+        core.fingerprints()  # of the whole weights, while they are here
+        kind = next(iter(core.model.parameters())).device.type
+        mesh = mesh if mesh is not None else init_device_mesh(kind, (dist.get_world_size(),))
+        undo(core.restorer())
+        undo(core.pending.restorer(core.trainable()))
+        shards = _fully_sharded(cascade, units, mesh, undo)
+        rows = {name: Rows.of(each) for name, each in core.parameters_by_name().items()}
+        core.slow = _rows_of_all(core.slow, rows, mapped=core.base_file is not None)
+        core.pending.disarm()
+        core.note_weights()
+        core.note_frozen()
 
-    def called() -> bool:
-        if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
-            for parameter in core.trainable().values():
-                core.pending.note(parameter)
-        return core.placed is not None
+        def called() -> bool:
+            if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
+                for parameter in core.trainable().values():
+                    core.pending.note(parameter)
+            return core.placed is not None
 
-    variants = cascade._variants
-    new = {id(each): replace(each, module=SplitGraph(shards, graph, leaves, called)) for each, graph in graphs}
-    variants.held = {key: [new[id(each)] for each in held] for key, held in variants.held.items()}
-    variants.plain = [(mode, kinds, new[id(each)]) for mode, kinds, each in variants.plain]
-    cascade._compiler = replace(cascade._compiler, closed=NO_MORE_GRAPHS)
+        variants, compiler = cascade._variants, cascade._compiler
+        undo(partial(vars(variants).update, held=variants.held, plain=variants.plain))
+        undo(partial(setattr, cascade, "_compiler", compiler))
+        new = {id(each): replace(each, module=SplitGraph(shards, graph, leaves, called)) for each, graph in graphs}
+        variants.held = {key: [new[id(each)] for each in held] for key, held in variants.held.items()}
+        variants.plain = [(mode, kinds, new[id(each)]) for mode, kinds, each in variants.plain]
+        cascade._compiler = replace(compiler, closed=NO_MORE_GRAPHS)
     return cascade
 
 
@@ -210,8 +216,11 @@ def _variants(cascade: Cascade) -> list[Variant]:
     return [each for held in cascade._variants.held.values() for each in held]
 
 
-def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh) -> Shards:
+def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh, undo: Undo) -> Shards:
     """Let FSDP take the parameters of each unit, and those of none as the root."""
+    for module in cascade.modules():
+        undo(partial(module._parameters.update, dict(module._parameters)))
+        undo(partial(_unmark, module))
     holders: dict[str, list[nn.Module]] = {}
     originals = list(cascade.parameters())  # held, so that no other object gets the id of one
     for root in (cascade.model, cascade.branches):
@@ -228,10 +237,15 @@ def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh)
         if dist.get_backend(mesh.get_group()) == "gloo":  # which has no mean
             cut_up.set_force_sum_reduction_for_comms(True)
     del originals
-    for module in cascade.modules():  # marks for dynamo, which would be settings of another signature
-        for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
-            vars(module).pop(mark, None)
+    for module in cascade.modules():
+        _unmark(module)
     return shards
+
+
+def _unmark(module: nn.Module) -> None:
+    """Remove the marks that FSDP sets for dynamo, which would be settings of another signature."""
+    for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+        vars(module).pop(mark, None)
 
 
 def _rows_of_all(slow: SlowWeights, rows: Mapping[str, Rows], mapped: bool) -> SlowWeights:

@@ -190,10 +190,11 @@ class Core:
 
     def restorer(self) -> Callable[[], None]:
         """Return what brings back the plan, the slow weights, and the checksums of the weights."""
-        plan, slow, checksums = self.plan, self.slow, self._checksums
+        plan, slow, noted = self.plan, self.slow, (self._checksums, self._objects, self._frozen)
 
         def restore() -> None:
-            self.plan, self.slow, self._checksums = plan, slow, checksums
+            self.plan, self.slow = plan, slow
+            self._checksums, self._objects, self._frozen = noted
             self._carry()
 
         return restore

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import lorasc_fx as lx
 from lorasc_fx.integrations import fsdp, segments, sharded_files
@@ -23,6 +26,7 @@ from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from tests.devices import sharding
 from tests.devices.ranks import on_ranks
 from tests.devices.test_ddp import close, group
+from tests.errors.inject import SIGNALS, LineAt, in_turn
 from tests.errors.models import exactly
 
 ROOT = Path(__file__).parents[2]
@@ -347,6 +351,46 @@ def test_a_frozen_parameter_that_changes_after_shard(tmp_path: Path) -> None:
     with pytest.raises(lx.StateError, match=r"^save: 0\.bias was changed since the weights were sharded"):
         fsdp.save(cascade, tmp_path / "run")
     assert [each.name for each in (tmp_path / "run").iterdir()] == ["version-00000001"]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.usefixtures("group")
+def test_an_interrupted_shard_changes_nothing(name: str) -> None:
+    """By Ctrl-C or a timeout at lines of ours; then it goes through."""
+    number, kind = SIGNALS[name]
+    cascade, x = small({"train": ["1.bias"], "noise": {"strength": 0.1}}), torch.randn(2, 5)
+    wanted = cascade(x)
+    act = partial(signal.raise_signal, number)
+    failures = in_turn(lambda at: LineAt(at, act), partial(fsdp.shard, cascade), (cascade,), (kind,), step=41)
+    assert failures > 20
+    assert all(isinstance(each, DTensor) for each in cascade.parameters())
+    torch.testing.assert_close(cascade(x), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("group")
+def test_shard_waits_for_whoever_works_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade, begun, go_on = small({}), threading.Event(), threading.Event()
+    real = fsdp._units
+
+    def units(held: lx.Cascade) -> dict[int, str]:
+        begun.set()
+        assert go_on.wait(60)
+        return real(held)
+
+    monkeypatch.setattr(fsdp, "_units", units)
+    other = threading.Thread(target=cascade.transition, args=(None,))
+    sharding_thread = threading.Thread(target=fsdp.shard, args=(cascade,))
+    sharding_thread.start()
+    assert begun.wait(60)
+    other.start()
+    other.join(0.5)
+    assert other.is_alive()
+    assert cascade.stage == 1
+    go_on.set()
+    sharding_thread.join(60)
+    other.join(60)
+    assert cascade.stage == 2
+    assert all(isinstance(each, DTensor) for each in cascade.parameters())
 
 
 @pytest.mark.usefixtures("group")
