@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.capture.live import OWNER, Captured, check_drew_nothing, quiet, read_live
 from lorasc_fx.capture.masks import without_masks
-from lorasc_fx.capture.signature import signature_of
+from lorasc_fx.capture.signature import leaves, signature_of
 from lorasc_fx.capture.untouched import substituted
 from lorasc_fx.graph import call_instead, drop_nodes
 
@@ -47,6 +47,7 @@ def capture_export(
         check_drew_nothing(drawn)
         exported: Any = program.module()
     guards = exported._modules.get(_GUARDS)
+    _check_guards(guards, leaves(args, kwargs))
     graph = exported.graph
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
     sizes = tuple(_fixed(node.meta.get("val")) for node in graph.nodes if node.op == "placeholder")
@@ -56,6 +57,17 @@ def capture_export(
     if rigid and call_instead(live.graph, torch.ops.aten.linear.default, F.linear, lambda node: _weight(node) in rigid):
         live.recompile()  # a quantized weight knows torch's function, and not always the op
     return Captured(live, "dynamo" if strict else "export", guards, sizes=sizes)
+
+
+def _check_guards(guards: nn.Module | None, flat: list[Any]) -> None:
+    """Raise RuntimeError for guards that do not take the call that they were made of: those that torch 2.9 writes for a
+    forward of `*args` name arguments that they are not given.
+    """
+    try:
+        if guards is not None:
+            guards(*flat)
+    except (AssertionError, NameError) as fault:
+        raise RuntimeError(f"the guards of torch.export refuse its own example: {fault}") from fault
 
 
 def _stand_ins(model: nn.Module) -> dict[str, nn.Parameter]:
