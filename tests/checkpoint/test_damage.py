@@ -20,6 +20,7 @@ import lorasc_fx as lx
 from tests.checkpoint.runs import Run
 from tests.errors.models import Net, exactly, inputs
 from tests.errors.state import unchanged
+from tests.kit.state import read, weight_states
 
 X = inputs(5, 3, 4, 4)
 SPEC = lx.CascadeSpec(
@@ -89,8 +90,8 @@ def test_the_copy_is_whole(version: Path) -> None:
     forge_tensors(version, lambda tensors: None)
     cascade = lx.load(version.parent, prepared(), args=(X,))
     assert cascade.stage == 3
-    assert any(state.dense_slow is not None for state in cascade.core.slow.states.values())
-    assert any(state.experts for state in cascade.core.slow.states.values())
+    assert any(state.is_dense for state in weight_states(cascade).values())
+    assert any(state.experts for state in weight_states(cascade).values())
 
 
 # ---- files
@@ -426,7 +427,6 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_reading_runs_nothing(version: Path, audited: list[str]) -> None:
-    from lorasc_fx.runtime import read
 
     read(version.parent)
     assert not audited

@@ -10,12 +10,10 @@ import torch
 from safetensors.torch import load_file, save
 
 import lorasc_fx as lx
-from lorasc_fx.runtime import read
-from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS
-from lorasc_fx.runtime.folded import of_checkpoint
 from tests.checkpoint.runs import THREE_STAGES, Run
 from tests.damage.mutations import put, signed
 from tests.errors.models import Net
+from tests.kit.state import MANIFEST, TENSORS, branches_of, folded_changes, read
 
 SPECS = {
     "pissa": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", noise=lx.Noise(0.2)),
@@ -36,7 +34,7 @@ def test_the_fold_of_a_checkpoint(spec: str, events: str, tmp_path: Path) -> Non
     for event in EVENTS[events]:
         getattr(going, event)()
     going.save(tmp_path)
-    changes, base = of_checkpoint(read(tmp_path)).changes, dict(Net().named_parameters())
+    changes, base = folded_changes(tmp_path), dict(Net().named_parameters())
     expected = going.cascade.release()
     assert {site.weight for site in going.cascade.sites} <= changes.keys()
     for name, value in expected.named_parameters():
@@ -95,13 +93,13 @@ def test_magnitudes_that_moved_without_an_expert(tmp_path: Path) -> None:
 
     going = Run(lx.CascadeSpec(targets=("body", "head"), pace=0.5, rank=1, use_dora=True)).started()
     with torch.no_grad():
-        for branch in going.cascade.core.by_key.values():
+        for branch in branches_of(going.cascade).values():
             branch.lora_magnitude_vector.mul_(3)
     going.fold()
     going.save(tmp_path / "run")
     lx.export.safetensors(going.cascade, tmp_path / "folded.safetensors")
     found, base = load(tmp_path / "folded.safetensors"), dict(Net().named_parameters())
-    changes = of_checkpoint(read(tmp_path / "run")).changes
+    changes = folded_changes(tmp_path / "run")
     for name in ("body.weight", "head.weight"):
         torch.testing.assert_close(found[name], 2 * base[name].detach(), rtol=1e-6, atol=0)
         assert torch.equal(changes[name](base[name].detach()), found[name])

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import lorasc_fx as lx
-from lorasc_fx.runtime import checkpoint_read, checkpoint_write
 from tests.checkpoint.runs import Run, X
 from tests.errors.models import Net, exactly
 from tests.errors.state import assert_same, of_slow, unchanged
+from tests.kit.seams import SEAMS, lower
 
 SPEC = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, noise=lx.Noise(0.2))
 
@@ -270,8 +270,7 @@ def test_a_manifest_longer_than_a_load_reads(monkeypatch: pytest.MonkeyPatch, tm
     going.step()
     whole = going.save(tmp_path)
     saved, size = contents(tmp_path), (whole / "manifest.json").stat().st_size
-    for module in (checkpoint_write, checkpoint_read):
-        monkeypatch.setattr(module, "LONGEST", size)
+    lower(monkeypatch, "manifest bytes", size)
     going.losses = [0.5] * 100
     sentence = (
         rf"^{re.escape(str(tmp_path))}: the checkpoint was not written: manifest\.json would have \d+ bytes, "
@@ -304,9 +303,9 @@ def fail(
 
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch, BaseException | None], None]] = {
     "making the folder": lambda patch, fault: fail(patch, os, "mkdir", 2, fault),
-    "the tensors": lambda patch, fault: fail(patch, checkpoint_write, "save_file", 1, fault),
+    "the tensors": lambda patch, fault: fail(patch, *SEAMS["write tensors"], 1, fault),
     "syncing the tensors": lambda patch, fault: fail(patch, os, "fsync", 1, fault),
-    "the digest": lambda patch, fault: fail(patch, checkpoint_write, "file_digest", 1, fault),
+    "the digest": lambda patch, fault: fail(patch, *SEAMS["digest"], 1, fault),
     "the manifest": lambda patch, fault: fail(patch, Path, "write_text", 1, fault),
     "syncing the manifest": lambda patch, fault: fail(patch, os, "fsync", 2, fault),
     "syncing the version": lambda patch, fault: fail(patch, os, "fsync", 3, fault),

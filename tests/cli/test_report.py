@@ -26,6 +26,7 @@ from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import Setup
 from tests.cli.conftest import CONFIG
 from tests.cli.long_run import write_long_run
+from tests.kit.state import trained_states, weight_states
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -185,11 +186,11 @@ def test_experts_and_delta_are_those_of_the_checkpoint(trained: Trained) -> None
     page = check_page(render(RunRecord.read(trained.run)))
     experts = {row[1]: row[2:] for row in page.tables["Experts by site"][1:]}
     delta = {row[0]: row[1:] for row in page.tables["Final delta by site"][1:]}
-    for weight, state in trained.cascade(3).core.slow.states.items():
+    for weight, state in weight_states(trained.cascade(3)).items():
         total = torch.zeros(state.matrix, dtype=torch.float64)
         assert len(state.experts) == 3
         for place, (coefficient, expert) in enumerate(zip(state.slow, state.experts, strict=True)):
-            dense = expert.factors.b.double() @ expert.factors.a.double()
+            dense = expert.b.double() @ expert.a.double()
             values = torch.linalg.svdvals(dense)
             share = values[:2] / values[:2].sum()
             assert number(experts[weight][2 * place]) == pytest.approx(dense.norm().item(), rel=1e-3)
@@ -221,14 +222,14 @@ def test_slow_stands_beside_fast_as_measured(trained: Trained) -> None:
             assert row["validation_loss"] == pytest.approx(loss, rel=1e-5)
             assert row["validation"] == (logits.argmax(-1) == batch.labels).double().mean().item()
             by_hand = copy.deepcopy(cascade.model)
-            for name, state in cascade.core.slow.states.items():
+            for name, state in weight_states(cascade).items():
                 fast = state.base.clone()
                 for place, expert in enumerate(state.experts):
                     part = 1.0 if place == len(state.experts) - 1 else 0.3
-                    fast += part * (expert.factors.b @ expert.factors.a).view(fast.shape)
+                    fast += part * (expert.b @ expert.a).view(fast.shape)
                 by_hand.get_parameter(name).copy_(fast)
-            for name, kept in cascade.core.slow.trained.items():  # slow = start + pace (fast - start)
-                start = dict(kept.past).get(row["stage"] - 1, kept.base)
+            for name, kept in trained_states(cascade).items():  # slow = start + pace (fast - start)
+                start = kept.past.get(row["stage"] - 1, kept.base)
                 by_hand.get_parameter(name).copy_(start + (kept.slow - start) / 0.3)
             loss = nn.functional.cross_entropy(by_hand(*batch.args), batch.labels).item()
             assert row["validation_loss_fast"] == pytest.approx(loss, rel=1e-5)

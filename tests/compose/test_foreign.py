@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import lorasc_fx as lx
-from lorasc_fx.graph import branch_nodes, faults, record_of, text
+from lorasc_fx.graph import branch_nodes, faults, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, ShareInputs, StageTransition
 from tests.compose.models import SPEC, calls, plainly
+from tests.kit.state import weight_state
 from tests.passes.kit import deltas, fill, insert
 
 aten = torch.ops.aten
@@ -417,7 +418,7 @@ def test_followed_or_refused(case: Case) -> None:
             for weight, delta in deltas(inserted).items():
                 by_hand.get_parameter(weight).sub_(delta)
                 torch.testing.assert_close(
-                    by_hand.get_parameter(weight), record_of(result).slow[weight].base, rtol=0, atol=1e-14
+                    by_hand.get_parameter(weight), weight_state(result, weight).base, rtol=0, atol=1e-14
                 )
             return
         with pytest.raises(lx.passes.VerifyError) as raised:

@@ -11,8 +11,9 @@ import torch
 
 import lorasc_fx as lx
 from examples import own_form, own_pass
-from lorasc_fx.graph import branch_nodes, record_of
+from lorasc_fx.graph import branch_nodes
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from tests.kit.state import weight_state
 from tests.passes.kit import branches_of, deltas, weights_of
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def test_own_pass_limits_every_branch_and_is_folded() -> None:
     with torch.no_grad():
         free = FoldBranches()(inserted).graph_module
         for weight, delta in deltas(inserted).items():
-            before = record_of(inserted).slow[weight].base
+            before = weight_state(inserted, weight).base
             share = min(1.0, float(0.2 * before.norm() / delta.norm()))
             assert share < 0.9  # the limit is felt
             torch.testing.assert_close(weights_of(folded)[weight].detach(), before + 0.5 * share * delta)  # pace

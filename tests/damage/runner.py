@@ -23,11 +23,11 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime import read
 from lorasc_fx.spec import Noise
 from tests.damage.mutations import MANIFEST, TENSORS, mutated, put
 from tests.errors.models import inputs, loss_of
 from tests.errors.state import State, of, raw
+from tests.kit.state import read
 
 X = inputs(3, 5)
 SPEC = lx.CascadeSpec(train=("head.*",), rank=1, restart="fast", noise=lx.Noise(0.2, keep=True))

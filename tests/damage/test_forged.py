@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load, save
 
 import lorasc_fx as lx
-from lorasc_fx.runtime import checkpoint_read
-from lorasc_fx.runtime.manifest import LONGEST
 from tests.damage.mutations import DEEP, MANIFEST, TENSORS, put, signed
 from tests.damage.runner import Small, X, optimizers, written
 from tests.errors.state import unchanged
+from tests.kit.seams import SEAMS
+from tests.kit.state import LONGEST
 
 Change = Callable[[Any], Any]
 
@@ -120,7 +120,7 @@ def test_a_file_that_is_written_to_while_it_is_read(version: Path, monkeypatch: 
         (version / TENSORS).write_bytes(b"something else")
         return load(data)
 
-    monkeypatch.setattr(checkpoint_read, "load", late)
+    monkeypatch.setattr(*SEAMS["read tensors"], late)
     assert lx.load(version.parent, Small(), args=(X,)).stage == 3
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorasc_fx as lx
 from lorasc_fx.integrations import fsdp
 from tests.devices.training import ROWS, STAGES, STEPS, data
+from tests.kit.state import trained_states, weight_states
 
 SPECS: dict[str, dict[str, Any]] = {
     "fresh": {
@@ -241,12 +242,8 @@ def measured(rank: int, count: int) -> dict[str, Tensor]:
     with Peak(cascade) as peak:
         cascade(example()).sum().backward()
     held = sum(storages(each.to_local() for each in cascade.parameters()).values())  # type: ignore[operator]
-    slow = cascade.core.slow
-    base = sum(
-        storages(
-            [*(each.base for each in slow.states.values()), *(each.base for each in slow.trained.values())]
-        ).values()
-    )
+    states = [*weight_states(cascade).values(), *trained_states(cascade).values()]
+    base = sum(storages(state.base for state in states).values())
     return {"bytes": torch.tensor([parameters, held, base, peak.most])}
 
 

@@ -159,7 +159,7 @@ def test_the_wrapper_writes_nothing_that_a_fold_would_not_know() -> None:
     assert all(torch.equal(value, before[name]) for name, value in cascade.named_parameters())
     assert not any(value.requires_grad for name, value in cascade.model.named_parameters() if "norm" not in name)
     training.run(wrapper, cascade, optimizer, 0, training.STEPS, (0, 1))
-    assert cascade.core.stage == 2
+    assert cascade.stage == 2
 
 
 def test_what_the_checkpoints_refuse_without_a_group(tmp_path: Path) -> None:

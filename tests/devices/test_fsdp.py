@@ -21,13 +21,12 @@ from torch.distributed.tensor import DTensor
 
 import lorasc_fx as lx
 from lorasc_fx.integrations import fsdp, segments, sharded_files
-from lorasc_fx.runtime.checkpoint import canonical
-from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from tests.devices import sharding
 from tests.devices.ranks import on_ranks
 from tests.devices.test_ddp import close, group
 from tests.errors.inject import SIGNALS, LineAt, in_turn
 from tests.errors.models import exactly
+from tests.kit.state import canonical, file_digest, text_digest
 
 ROOT = Path(__file__).parents[2]
 __all__ = ["group"]
@@ -297,7 +296,7 @@ def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
         lx.CheckpointError, match="no checkpoint of sharded weights in this folder; give the one that save"
     ):
         fsdp.load(tmp_path / "empty", base, args=(x,))
-    plan, told = cascade.core.plan, whole["tensors"]
+    plan, told = cascade.plan, whole["tensors"]
     with pytest.raises(lx.CheckpointError, match="manifest and files name other tensors"):
         sharded_files.described(path, told | {"foreign": {}}, plan)
     with pytest.raises(lx.CheckpointError, match=f"manifest and files disagree about '{name}'"):

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 import lorasc_fx as lx
-from lorasc_fx.runtime import checkpoint_write, transition, unpacking
 from tests.errors.models import Net, inputs, loss_of
 from tests.errors.state import assert_same, of, of_optimizer, of_slow, raw
+from tests.kit.seams import SEAMS, seam
 
 SPEC = lx.CascadeSpec(
     targets=("conv", "body"), train=("head.*", "norm.*"), rank=1, pace=0.4, noise=lx.Noise(0.2), restart="fast"
@@ -197,20 +197,20 @@ def _becomes(start: str) -> Callable[..., bool]:
 
 
 MOMENTS: dict[str, Callable[[int], None]] = {
-    "inside the tensors": lambda n: around(checkpoint_write, "save_file", n, always, instead=half_a_file),
-    "before the tensors are synced": lambda n: around(checkpoint_write, "sync", n, _named("state"), before=True),
+    "inside the tensors": lambda n: around(*SEAMS["write tensors"], n, always, instead=half_a_file),
+    "before the tensors are synced": lambda n: around(*SEAMS["sync"], n, _named("state"), before=True),
     "inside the manifest": lambda n: around(Path, "write_text", n, _named("manifest"), instead=half_a_text),
-    "before the version is synced": lambda n: around(checkpoint_write, "sync", n, _named(".writing"), before=True),
+    "before the version is synced": lambda n: around(*SEAMS["sync"], n, _named(".writing"), before=True),
     "before the rename": lambda n: around(Path, "rename", n, _becomes("version-"), before=True),
     "after the rename": lambda n: around(Path, "rename", n, _becomes("version-")),
-    "after the folder is synced": lambda n: around(checkpoint_write, "sync", n, _named("run")),
+    "after the folder is synced": lambda n: around(*SEAMS["sync"], n, _named("run")),
     "before an old version loses its name": lambda n: around(Path, "rename", n, _becomes(".leaving"), before=True),
     "after an old version lost its name": lambda n: around(Path, "rename", n, _becomes(".leaving")),
-    "inside the removal": lambda n: around(checkpoint_write, "remove", n, _named(".leaving"), instead=half_a_folder),
-    "early in a transition": lambda n: around(transition, "run", n, always, instead=within(20)),
-    "late in a transition": lambda n: around(transition, "run", n, always, instead=within(100)),
+    "inside the removal": lambda n: around(*SEAMS["remove a folder"], n, _named(".leaving"), instead=half_a_folder),
+    "early in a transition": lambda n: around(*SEAMS["transition"], n, always, instead=within(20)),
+    "late in a transition": lambda n: around(*SEAMS["transition"], n, always, instead=within(100)),
     "inside a step": lambda n: around(torch.optim.AdamW, "step", n, always, instead=within(7)),
-    "inside a load": lambda n: around(unpacking, "unpack", n, always, instead=within(9)),
+    "inside a load": lambda n: around(*SEAMS["unpack"], n, always, instead=within(9)),
 }
 
 
@@ -219,7 +219,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
 
 def a_full_disk(folder: str, saves: int) -> str:
     """Train to the end on a disk that is full during some saves, each of which says so; return the digest."""
-    real, count = checkpoint_write.save_file, 0
+    real, count = seam("write tensors"), 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*args: Any) -> None:
@@ -241,7 +241,8 @@ def a_full_disk(folder: str, saves: int) -> str:
             refused.append(str(fault))
             assert sorted(Path(folder, "run").iterdir()) == before
 
-    checkpoint_write.save_file, lx.save = limited, forgiving
+    setattr(*SEAMS["write tensors"], limited)
+    lx.save = forgiving
     result = train(folder)
     assert len(refused) == saves
     assert all("File too large" in each and each.endswith("what was there stays") for each in refused)

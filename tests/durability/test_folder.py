@@ -14,10 +14,10 @@ import pytest
 import lorasc_fx as lx
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cost import Rates, measure
-from lorasc_fx.runtime import checkpoint_write
 from tests.checkpoint.runs import Run, X
 from tests.errors.models import Net, exactly, inputs, mlp
 from tests.errors.state import assert_same, of_slow
+from tests.kit.seams import SEAMS, seam
 
 SPEC = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, noise=lx.Noise(0.2))
 
@@ -83,7 +83,7 @@ class Slowly:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.going, self.inside, self.go_on = Run(SPEC).started(), threading.Event(), threading.Event()
         self.fault: lx.CheckpointError | None = None
-        real = checkpoint_write.save_file
+        real = seam("write tensors")
 
         def waits(*args: Any) -> None:
             real(*args)
@@ -97,7 +97,7 @@ class Slowly:
             except lx.CheckpointError as fault:
                 self.fault = fault
 
-        monkeypatch.setattr(checkpoint_write, "save_file", waits)
+        monkeypatch.setattr(*SEAMS["write tensors"], waits)
         self.thread = threading.Thread(target=write)
         self.thread.start()
         assert self.inside.wait(60)

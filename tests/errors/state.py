@@ -17,6 +17,7 @@ import torch._dynamo
 from torch import fx, nn
 
 import lorasc_fx as lx
+from tests.kit.state import graphs_of, is_gathering, is_released, placed_weights, slow_values
 
 State = dict[str, Any]
 
@@ -56,24 +57,8 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> State:
 
 
 def of_slow(cascade: lx.Cascade) -> State:
-    """W0, experts, coefficients, what is trained in full: no objects, so that two cascades can be compared."""
-    slow = cascade.core.slow
-    state: State = {"parked": slow.parked, "averaged": slow.averaged, "plan": cascade.plan.to_json()}
-    state["gathered"] = {name: raw(each) for name, each in cascade.core.turning.gathered.items()}
-    for name, each in slow.states.items():
-        experts = [(expert.stage, raw(expert.factors.b), raw(expert.factors.a)) for expert in each.experts]
-        dense = (raw(each.dense_slow), raw(each.dense_start), raw(each.dense_average))
-        vectors = (each.slow, each.start, each.average)
-        state[f"slow {name}"] = (raw(each.base), experts, *vectors, *dense, each.kept, each.past)
-        state[f"rows {name}"] = [raw(each.rows), *((turn.stage, turn.before, raw(turn.rows)) for turn in each.turns)]
-        began = each.began
-        if began is not None:
-            pair = () if began.factors is None else (raw(began.factors.b), raw(began.factors.a))
-            state[f"began {name}"] = (*pair, raw(began.magnitude))
-    for name, kept in slow.trained.items():
-        past = [(stage, raw(value)) for stage, value in kept.past]
-        state[f"trained {name}"] = (raw(kept.base), raw(kept.slow), raw(kept.start), raw(kept.average), past)
-    return state
+    """The plan and the slow state: no objects, so that two cascades can be compared."""
+    return {"plan": cascade.plan.to_json()} | {name: raw(value) for name, value in slow_values(cascade).items()}
 
 
 def of_cascade(cascade: lx.Cascade) -> State:
@@ -81,9 +66,8 @@ def of_cascade(cascade: lx.Cascade) -> State:
     state = {f"model {key}": value for key, value in of_model(cascade.model).items()}
     state |= {f"branches {key}": value for key, value in of_model(cascade.branches).items()} | of_slow(cascade)
     state["decided"] = (cascade.sites, cascade.refusals, cascade.unreached, cascade.frontend)
-    state["placed"] = (cascade.core.placed, cascade.core.released, cascade.training)
-    graphs = [variant.module for held in cascade._variants.held.values() for variant in held]
-    state["graphs"] = [(id(module), str(getattr(module, "graph", ""))) for module in graphs]
+    state["placed"] = (placed_weights(cascade), is_released(cascade), cascade.training)
+    state["graphs"] = [(id(module), str(getattr(module, "graph", ""))) for module in graphs_of(cascade)]
     return state
 
 
@@ -134,7 +118,7 @@ def numbers(*things: Any) -> State:
             held = {name: raw(value) for name, value in thing.state_dict().items()}
             held |= {f"flag {name}": value.requires_grad for name, value in thing.named_parameters()}
         if isinstance(thing, lx.Cascade):
-            held |= of_slow(thing) | {"armed": thing.core.turning.armed}
+            held |= of_slow(thing) | {"armed": is_gathering(thing)}
         state |= {f"{place} {key}": value for key, value in held.items()}
     return state
 

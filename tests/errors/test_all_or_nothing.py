@@ -19,11 +19,20 @@ from torch.utils._pytree import tree_leaves as leaves
 
 import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches
-from lorasc_fx.runtime import Flags
-from lorasc_fx.runtime.slow import SPARE
 from tests.errors.inject import FailAt, Interrupted, raises
 from tests.errors.models import Net, inputs, step
 from tests.errors.state import assert_same, of, of_model, of_optimizer, of_slow, unchanged
+from tests.kit.seams import SEAMS, seam
+from tests.kit.state import (
+    SPARE,
+    Flags,
+    branches_of,
+    is_gathering,
+    is_parked,
+    is_released,
+    placed_weights,
+    weight_state,
+)
 
 X = inputs(5, 3, 4, 4)
 EVERY = 4000
@@ -115,7 +124,7 @@ def result(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> dict[str, A
     """Values to compare with a twin's: no objects."""
     values = {name: value for name, value in of_model(cascade).items() if name.startswith(("parameter", "buffer"))}
     plain = {name: value[1:] for name, value in values.items()}
-    return plain | of_slow(cascade) | of_optimizer(optimizer) | {"armed": cascade.core.turning.armed}
+    return plain | of_slow(cascade) | of_optimizer(optimizer) | {"armed": is_gathering(cascade)}
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -173,7 +182,7 @@ def test_the_first_stage_of_a_new_loop(spec: str, kind: str) -> None:
 
     failures = everywhere(kind, start, cascade, optimizer)
     assert failures > 5
-    assert not cascade.core.slow.parked
+    assert not is_parked(cascade)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -190,7 +199,7 @@ def test_entering_weights(spec: str, which: Any, kind: str) -> None:
 
     before = of(cascade, optimizer)
     assert everywhere(kind, enter, cascade, optimizer) >= 2  # a copy for each weight
-    assert cascade.core.placed == which
+    assert placed_weights(cascade) == which
     held.__exit__(None, None, None)
     assert_same(of(cascade, optimizer), before)
 
@@ -204,7 +213,7 @@ def test_release(spec: str, kind: str) -> None:
     assert everywhere(kind, cascade.release, cascade, optimizer) > 20
     state = cascade.model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
-    assert cascade.core.released
+    assert is_released(cascade)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -354,16 +363,16 @@ def test_load_holds_the_graph_against_its_plan(what: str, tmp_path: Path, monkey
     """The verifier runs on what was loaded: numbers that are not finite are told by name, and nothing is changed."""
     saved, _ = made(SPECS["gradient"])
     lx.save(saved, tmp_path)
-    model, load = prepared(), lx.Cascade.load
+    model, load = prepared(), seam("load into a cascade")
 
     def spoiled(cascade: lx.Cascade, found: Any) -> None:  # after the reader, which tells it of its file, has looked
         load(cascade, found)
-        branch, state = cascade.core.branches_by_weight()["body.weight"], cascade.core.slow.states["body.weight"]
+        branch, state = branches_of(cascade)["body.weight"], weight_state(cascade, "body.weight")
         with torch.no_grad():
-            (state.experts[0].factors.b if what == "expert" else getattr(branch, what))[0, 0] = float("nan")
+            (state.experts[0].b if what == "expert" else getattr(branch, what))[0, 0] = float("nan")
 
     told = r"slow state of body\.weight" if what == "expert" else r"branch of body\.weight"
-    monkeypatch.setattr(lx.Cascade, "load", spoiled)
+    monkeypatch.setattr(*SEAMS["load into a cascade"], spoiled)
     with unchanged(model), pytest.raises(lx.CheckpointError, match=told):
         lx.load(tmp_path, model, args=(X,))
     assert lx.adapt(model, args=(X,), frontend="symbolic").sites

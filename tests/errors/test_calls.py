@@ -15,6 +15,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.errors.models import SPEC, adapted, exactly, inputs, loss_of, mlp, step
 from tests.errors.state import of, unchanged
+from tests.kit.state import trainable, trained_in_full, weight_states
 
 TRAINED = lx.CascadeSpec(rank=2, train=("3.*",), noise=lx.Noise(0.1))
 X = inputs(4, 5, seed=3)
@@ -178,7 +179,7 @@ def test_gradients_that_were_used_or_dropped(to_none: bool, stepped: bool) -> No
     optimizer.zero_grad(set_to_none=to_none)
     cascade.transition(optimizer)
     assert cascade.stage == 2
-    for parameter in cascade.core.trainable().values():
+    for parameter in trainable(cascade).values():
         assert parameter.grad is None
 
 
@@ -265,7 +266,7 @@ LACKS = (
 
 def test_an_optimizer_without_the_branches() -> None:
     cascade, _ = adapted(TRAINED)
-    branches, trained = list(cascade.branches.parameters()), list(cascade.core.trained_parameters().values())
+    branches, trained = list(cascade.branches.parameters()), list(trained_in_full(cascade).values())
     names = "branches.0/weight.lora_A, branches.0/weight.lora_B, branches.2/weight.lora_A"
     for held, missing in (
         ([nn.Parameter(torch.zeros(1))], f"{names} and 3 more"),
@@ -392,17 +393,17 @@ def test_a_branch_that_is_skipped(restart_A: Any, how: Any, factor: str) -> None
     spoil(cascade, factor, float("nan"))
     for entry in optimizer.state[getattr(cascade.branches["2/weight"], factor)].values():
         entry.fill_(float("nan"))  # as the step would have left it
-    stages = {name: [each.stage for each in state.experts] for name, state in cascade.core.slow.states.items()}
+    stages = {name: [each.stage for each in state.experts] for name, state in weight_states(cascade).items()}
     folded = cascade.folded_graph()
     assert bool(folded(X).isfinite().all())
     cascade.transition(optimizer)
-    for name, state in cascade.core.slow.states.items():
+    for name, state in weight_states(cascade).items():
         after = [each.stage for each in state.experts]
-        dense = state.dense_slow is not None
+        dense = state.is_dense
         assert dense or after == stages[name] + ([] if name == "2.weight" else [2])
     for _ in range(3):
         assert bool(step(cascade, optimizer).isfinite())
-    assert all(bool(value.isfinite().all()) for value in cascade.core.trainable().values())
+    assert all(bool(value.isfinite().all()) for value in trainable(cascade).values())
     assert all(bool(value.isfinite().all()) for value in cascade.folded_state_dict().values())
     released = cascade.release()
     assert bool(released(X).isfinite().all())

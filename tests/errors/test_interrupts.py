@@ -23,7 +23,6 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.capture import capture
-from lorasc_fx.runtime.transition import unpark
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, isolated, no_grad
 from tests.errors.inject import (
     EVERY,
@@ -40,6 +39,7 @@ from tests.errors.inject import (
 from tests.errors.models import inputs, mlp, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.errors.test_all_or_nothing import SPECS, X, made, prepared, result
+from tests.kit.state import gathered_gradients, is_gathering, trainable, unpark
 
 Call = tuple[Callable[[], Any], tuple[Any, ...]]
 """What is called, and what it may not change unless it goes through."""
@@ -68,10 +68,10 @@ def transition_that_waits(_: Path) -> Call:
     cascade, optimizer = trained()
     output = cascade(inputs(4, 5, seed=3))
     output.sum().backward()
-    for parameter in cascade.core.trainable().values():
+    for parameter in trainable(cascade).values():
         parameter.grad = None
-    assert cascade.core.turning.armed
-    assert cascade.core.turning.gathered
+    assert is_gathering(cascade)
+    assert gathered_gradients(cascade)
     return lambda: cascade.transition(optimizer), (cascade, optimizer)
 
 
@@ -79,7 +79,7 @@ def stage_of_a_loop(_: Path) -> Call:
     """What the first stage of a loop does before it is handed out."""
     cascade, optimizer = trained()
     list(cascade.stages(1, optimizer))
-    return lambda: unpark(cascade.core), (cascade, optimizer)
+    return lambda: unpark(cascade), (cascade, optimizer)
 
 
 def release(_: Path) -> Call:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from lorasc_fx.cli.config import CompareConfig, DataConfig, TrainConfig
 from lorasc_fx.cli.data import load_data
 from tests.errors.models import exactly, inputs, mlp
 from tests.errors.state import unchanged
+from tests.kit.seams import SEAMS
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_manifest_that_was_forged(tmp_path: Path, edit: Callable[[Any], Any], 
 
 def test_a_weight_that_nothing_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is known that hides a weight so well: the check is told that it saw one."""
-    monkeypatch.setattr(sys.modules["lorasc_fx.compile.pieces"], "_used_outside", lambda *_: ["0.weight"])
+    monkeypatch.setattr(*SEAMS["outside use"], lambda *_: ["0.weight"])
     sentence = (
         "Sequential: 0.weight is used where neither a graph nor the module shows it, "
         "and its branch would not be seen; exclude it (exclude=('0.weight',))"

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.state import branches_of, forget_warnings
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 NOISY = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1))
@@ -136,7 +137,7 @@ def test_what_the_warning_says_is_so() -> None:
     cascade, optimizer = adapted(model=model)
     for _ in range(3):
         step(cascade, optimizer)
-    branch = cascade.core.branches_by_weight()["0.weight"]
+    branch = branches_of(cascade)["0.weight"]
     delta = (branch.lora_B @ branch.lora_A).detach() * branch.scale
     with warns("release: "):
         cascade.release()
@@ -256,7 +257,7 @@ def test_copies_pickles_and_tracers_of_the_model() -> None:
     step(cascade, optimizer)
     with warns("the model of a cascade was called"):
         expected = model(X)
-    cascade.core.usage._done.clear()
+    forget_warnings(cascade)
     with silent():
         twin = copy.deepcopy(model)
         twin.state_dict()

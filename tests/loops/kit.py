@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import lorasc_fx as lx
+from tests.kit.state import branches_of, weight_state
 
 
 class Net(nn.Module):
@@ -88,13 +89,13 @@ def losses(trainer: Any) -> list[float]:
 def merged(cascade: lx.Cascade) -> dict[str, Tensor]:
     """The weights of a cascade by the formula, in fp64: W0 + S, and W0 + S + s B A for the running branch."""
     found = {}
-    for weight, branch in cascade.core.branches_by_weight().items():
-        state = cascade.core.slow.states[weight]
+    for weight, branch in branches_of(cascade).items():
+        state = weight_state(cascade, weight)
         slow = state.base.double().clone()
-        if state.dense_slow is not None:  # experts that outgrew their weight
+        if state.is_dense:  # experts that outgrew their weight
             slow += state.dense_slow.double().view_as(slow)
         for coefficient, expert in zip(state.slow, state.experts, strict=True):
-            slow += coefficient * expert.factors.b.double() @ expert.factors.a.double()
+            slow += coefficient * expert.b.double() @ expert.a.double()
         found[weight] = slow
         found[f"fast {weight}"] = (
             slow + branch.scale * branch.lora_B.detach().double() @ branch.lora_A.detach().double()

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import lorasc_fx as lx
 from tests.errors.models import exactly
+from tests.kit.state import branches_of
 from tests.loops.kit import adapted, net, rows
 
 
@@ -103,7 +104,7 @@ def test_the_losses_are_those_of_peft(precision: str) -> None:
     """The same loop, without accelerate, clipping by torch, with peft's LoRA: one stage at pace 1."""
     cascade = adapted(lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0), 0.0)
     lora = get_peft_model(net(0.0), LoraConfig(r=2, lora_alpha=6, target_modules=["first", "head"]))
-    for name, branch in cascade.core.branches_by_weight().items():
+    for name, branch in branches_of(cascade).items():
         layer = lora.base_model.model.get_submodule(name.removesuffix(".weight"))
         layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)

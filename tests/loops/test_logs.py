@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.runtime import transition
+from tests.kit.seams import SEAMS, seam
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,13 +52,13 @@ def test_captures_variants_and_transitions_are_timed(
     optimizer.step()
     optimizer.zero_grad()
     began = time.monotonic()
-    original = transition.start_of
+    original = seam("start of a weight")
 
     def slowly(*args: object) -> torch.Tensor:
         time.sleep(0.06)
         return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(transition, "start_of", slowly)
+    monkeypatch.setattr(*SEAMS["start of a weight"], slowly)
     cascade.transition(optimizer)
     took = time.monotonic() - began
     found = [record.getMessage() for record in caplog.records if record.name == "lorasc_fx"]

@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import metrics, reporter
 from lorasc_fx.integrations.progress import telling
-from lorasc_fx.runtime import Stage
 from tests.errors.models import exactly
+from tests.kit.seams import SEAMS
+from tests.kit.state import Stage
 
 
 def train(**how: Any) -> list[float]:
@@ -61,7 +61,7 @@ def test_a_folder_keeps_every_number(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_without_tensorboard_and_every_second_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(*SEAMS["find a package"], lambda name: None)
     train(folder=tmp_path, every=2, title="mine")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
@@ -77,7 +77,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_terminal_shows_stage_step_loss_and_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, markup=False, emoji=False, highlight=False)
-    monkeypatch.setattr(reporter, "console", lambda: console)
+    monkeypatch.setattr(*SEAMS["console"], lambda: console)
     losses = train(title="mine", done=0)
     said = screen.getvalue()
     for part in ("mine", "6/6", "stage 2/2", f"loss {losses[-1]:.3f}", "/s", "stage 1 has ended"):

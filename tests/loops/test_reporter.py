@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from lorasc_fx.integrations import reporter
+from tests.kit.seams import SEAMS
 
 
 def tell(to: reporter.Reporter) -> None:
@@ -21,7 +22,7 @@ def tell(to: reporter.Reporter) -> None:
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, markup=False, emoji=False, highlight=False)
-    monkeypatch.setattr(reporter, "console", lambda: console)
+    monkeypatch.setattr(*SEAMS["console"], lambda: console)
     with reporter.reporting() as shown:
         tell(shown)
     said = screen.getvalue()

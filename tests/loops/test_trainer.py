@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 import lorasc_fx as lx
+from tests.kit.state import branches_of
 from tests.loops.kit import Net, adapted, arguments, losses, net, rows
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0)
@@ -31,7 +32,7 @@ def with_same_start(model: Net, cascade: lx.Cascade) -> Any:
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.0, target_modules=["first", "head"])
     lora = get_peft_model(model, config)
-    for name, branch in cascade.core.branches_by_weight().items():
+    for name, branch in branches_of(cascade).items():
         layer = lora.base_model.model.get_submodule(name.removesuffix(".weight"))
         layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
     return lora
@@ -95,7 +96,7 @@ def test_stages_are_a_chain_of_peft_runs(tmp_path: Path, how: dict[str, int], ac
         def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
             super().on_step_begin(args, state, control, **about)
             if state.global_step % stage == 0:
-                branches = cascade.core.branches_by_weight()
+                branches = branches_of(cascade)
                 starts.append({name: branch.lora_A.detach().clone() for name, branch in branches.items()})
 
     ours = Trainer(

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import lorasc_fx as lx
+from tests.kit.state import branches_of
 from tests.loops.kit import arguments, llama, losses, merged, texts, with_weights
 
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
@@ -37,7 +38,7 @@ def adapted(spec: lx.CascadeSpec = SPEC) -> lx.Cascade:
 
 def of_peft(cascade: lx.Cascade) -> Any:
     lora = get_peft_model(llama(), LoraConfig(r=2, lora_alpha=6, target_modules=list(TARGETS)))
-    for name, branch in cascade.core.branches_by_weight().items():
+    for name, branch in branches_of(cascade).items():
         layer = lora.base_model.model.get_submodule(name.removesuffix(".weight"))
         layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
     return lora
@@ -112,7 +113,7 @@ def test_generate_and_pipeline_inside_weights_and_after_release() -> None:
     cascade = adapted(lx.CascadeSpec(targets=SPEC.targets, rank=2, pace=0.5, noise=lx.Noise(0.1)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for branch in cascade.core.branches_by_weight().values():
+        for branch in branches_of(cascade).values():
             branch.lora_B.copy_(torch.randn(branch.lora_B.shape, generator=generator, dtype=torch.float64))
     cascade.transition(None)
     slow = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}

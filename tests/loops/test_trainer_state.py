@@ -15,6 +15,7 @@ import lorasc_fx as lx
 from lorasc_fx.integrations.small_state import keep_small
 from tests.errors.models import exactly
 from tests.errors.state import unchanged
+from tests.kit.state import replace_plan
 from tests.loops.kit import adapted, arguments, losses, merged, rows, with_weights
 
 SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), train=("head.bias",))
@@ -235,7 +236,7 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
         moved.load_state_dict(state)
     fewer = adapted(SPEC)
     CallbackOf(fewer)
-    fewer.core.plan = fewer.plan.__class__(fewer.plan.spec, fewer.plan.sites[:1], 1)
+    replace_plan(fewer, fewer.plan.__class__(fewer.plan.spec, fewer.plan.sites[:1], 1))
     with pytest.raises(lx.CheckpointError, match=exactly(
         "load_state_dict: head.weight is a site there, and none here; adapt in the same mode and with the same example "
         "inputs, or make the cascade by lorasc_fx.load"

@@ -17,9 +17,10 @@ from torch.func import functional_call
 
 import lorasc_fx as lx
 from lorasc_fx.branch import amplitude
-from lorasc_fx.state import SlowWeight
 from tests.errors.models import exactly, loss_of
 from tests.errors.state import unchanged
+from tests.kit.seams import SEAMS
+from tests.kit.state import branches_of, trainable, weight_state
 
 RANK, ALPHA, PACE = 2, 3.0, 0.5
 PLACEMENTS = ("beside", "merged", "weight")
@@ -36,7 +37,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
 def put_factors(cascade: lx.Cascade, size: Mapping[str, float] | float = 1.0) -> dict[str, torch.Tensor]:
     """Give the branches factors whose deltas are of this size; return the deltas in fp64, by weight name."""
     deltas = {}
-    for place, (name, branch) in enumerate(sorted(cascade.core.branches_by_weight().items())):
+    for place, (name, branch) in enumerate(sorted(branches_of(cascade).items())):
         root = math.sqrt(size if isinstance(size, float) else size[name])
         with torch.no_grad():
             branch.lora_A.copy_(randn(*branch.lora_A.shape, seed=place, dtype=torch.float64) * root)
@@ -113,7 +114,7 @@ def test_branches_beside_and_in_tiny_and_huge_weights(size: float, placement: An
     deltas = put_factors(cascade, {"0.weight": size, "1.weight": 1 / size})
     output = cascade(x)
     loss_of(output).backward()
-    assert all(bool(value.grad.isfinite().all() and value.grad.any()) for value in cascade.core.trainable().values())
+    assert all(bool(value.grad.isfinite().all() and value.grad.any()) for value in trainable(cascade).values())
     torch.testing.assert_close(output.double(), eager(model, x, deltas), rtol=1e-4, atol=1e-4)
 
 
@@ -188,7 +189,7 @@ def test_a_batch_of_none(placement: Any, frontend: str) -> None:
         output = cascade(empty)
         assert output.shape == (0, empty.shape[1], 3)
         output.sum().backward()
-        assert not any(bool(each.grad.any()) for each in cascade.core.trainable().values() if each.grad is not None)
+        assert not any(bool(each.grad.any()) for each in trainable(cascade).values() if each.grad is not None)
         optimizer.step()
         optimizer.zero_grad()
     cascade.transition(optimizer)
@@ -221,7 +222,7 @@ def test_weights_without_entries_are_refused_by_name(placement: Any, frontend: s
         "none_out: empty (of shape (0, 5), holds no numbers)",
     ]
     loss_of(cascade(x)).backward()
-    for parameter in cascade.core.trainable().values():
+    for parameter in trainable(cascade).values():
         parameter.grad = None
     cascade.transition(None)
     assert torch.equal(cascade.release()(x), expected)
@@ -256,12 +257,12 @@ def test_convolutions_of_one_channel(name: str, placement: Any) -> None:
     torch.testing.assert_close(output, eager(model, x, deltas), rtol=1e-12, atol=1e-12)
     loss_of(output).backward()
     factors, added = {}, {}
-    for key, branch in cascade.core.branches_by_weight().items():
+    for key, branch in branches_of(cascade).items():
         a, b = (each.detach().clone().requires_grad_() for each in (branch.lora_A, branch.lora_B))
         factors[key], added[key] = (a, b), (ALPHA / RANK * b @ a).view(held[key].shape)
     loss_of(functional_call(model, {**base, **{k: base[k] + v for k, v in added.items()}}, (x,))).backward()
     for key, (a, b) in factors.items():
-        branch = cascade.core.branches_by_weight()[key]
+        branch = branches_of(cascade)[key]
         torch.testing.assert_close(branch.lora_A.grad, a.grad, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(branch.lora_B.grad, b.grad, rtol=1e-10, atol=1e-12)
         branch.lora_A.grad = branch.lora_B.grad = None
@@ -317,7 +318,7 @@ def near_the_end(dtype: torch.dtype, share: float = 1.0) -> tuple[nn.Sequential,
 
 def push(cascade: lx.Cascade, by: float) -> None:
     """Let the branch of the first weight add this to its first entry, and to no other, at pace 1."""
-    branch = cascade.core.branches_by_weight()["0.weight"]
+    branch = branches_of(cascade)["0.weight"]
     with torch.no_grad():
         branch.lora_A.zero_()
         branch.lora_A[0, 0] = math.sqrt(by / branch.scale)
@@ -360,11 +361,11 @@ def test_such_a_branch_can_be_skipped(dtype: torch.dtype) -> None:
         cascade.transition(optimizer)
     assert [each.filename for each in caught] == [__file__]
     assert torch.equal(model[0].weight, before)
-    left_out, taken = (cascade.core.branches_by_weight()[name] for name in ("0.weight", "1.weight"))
+    left_out, taken = (branches_of(cascade)[name] for name in ("0.weight", "1.weight"))
     assert not optimizer.state.get(left_out.lora_B)
     assert not optimizer.state.get(taken.lora_B)
-    assert cascade.core.slow.states["1.weight"].experts
-    assert not cascade.core.slow.states["0.weight"].experts
+    assert weight_state(cascade, "1.weight").experts
+    assert not weight_state(cascade, "0.weight").experts
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -386,7 +387,7 @@ def test_what_stays_inside_the_dtype_is_folded(dtype: torch.dtype) -> None:
 def test_a_product_that_overflows_is_refused_though_its_factors_are_finite() -> None:
     model, x = near_the_end(torch.float32, 1e-38)
     cascade = lx.adapt(model, (x,), spec=spec(), frontend="symbolic")
-    branch = cascade.core.branches_by_weight()["0.weight"]
+    branch = branches_of(cascade)["0.weight"]
     with torch.no_grad():
         branch.lora_A.fill_(1e30)
         branch.lora_B.fill_(1e30)
@@ -422,7 +423,7 @@ def test_the_usual_fold_is_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -
     def made(*_: Any, **__: Any) -> None:
         raise AssertionError("a whole weight was computed")
 
-    monkeypatch.setattr(SlowWeight, "exact", made)
+    monkeypatch.setattr(*SEAMS["whole weight"], made)
     cascade.transition(None)
 
 
@@ -468,7 +469,7 @@ def test_a_branch_that_is_skipped_is_named(call: str, factor: str) -> None:
     cascade = lx.adapt(model, (x,), spec=spec(on_nonfinite="skip"), frontend="symbolic")
     put_factors(cascade)
     with torch.no_grad():
-        getattr(cascade.core.branches_by_weight()["0.weight"], factor)[0, 0] = float("nan")
+        getattr(branches_of(cascade)["0.weight"], factor)[0, 0] = float("nan")
     told = "^the branch of 0.weight holds inf or nan at the end of stage 1: it was left out"
     with pytest.warns(lx.errors.LorascWarning, match=told):
         getattr(cascade, call)(*([None] if call == "transition" else []))

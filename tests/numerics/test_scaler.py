@@ -16,6 +16,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.errors.models import inputs, loss_of
+from tests.kit.state import branches_of, is_gathering
 
 BAD = ({0, 3}, {1}, {0, 1, 2, 3}, {2})
 """By stage, the steps whose loss overflows; in the third stage none is made."""
@@ -83,7 +84,7 @@ def test_skipped_steps_are_those_of_a_loop_by_hand(placement: Any, how: dict[str
     cascade = lx.adapt(mlp(), (inputs(6, 5),), spec=spec, frontend="symbolic")
 
     def starts() -> dict[str, torch.Tensor]:
-        return {n: b.lora_A.detach().clone() for n, b in cascade.core.branches_by_weight().items()}
+        return {n: b.lora_A.detach().clone() for n, b in branches_of(cascade).items()}
 
     hand = ByHand(starts())
     ours = torch.optim.AdamW(cascade.param_groups(lr=0.05))
@@ -93,7 +94,7 @@ def test_skipped_steps_are_those_of_a_loop_by_hand(placement: Any, how: dict[str
     for stage, bad in enumerate(BAD):
         assert train(cascade, ours, mine, stage, how) == train(hand, theirs, other, stage, how) == len(bad)
         assert mine.get_scale() == other.get_scale()
-        moved = all(bool(branch.lora_B.any()) for branch in cascade.core.branches_by_weight().values())
+        moved = all(bool(branch.lora_B.any()) for branch in branches_of(cascade).values())
         assert moved == (len(bad) < STEPS)
         cascade.transition(ours)
         hand.restart(starts())
@@ -125,7 +126,7 @@ def test_infinite_gradients_are_pending_until_they_are_zeroed() -> None:
             cascade.transition(optimizer)
         optimizer.zero_grad()
         cascade.transition(optimizer)
-        assert all(branch.finite() for branch in cascade.core.branches_by_weight().values())
+        assert all(branch.finite() for branch in branches_of(cascade).values())
 
 
 @pytest.mark.parametrize("to_none", [False, True])
@@ -135,17 +136,17 @@ def test_a_start_by_the_gradient_waits_for_a_step_that_is_made(to_none: bool) ->
     cascade = lx.adapt(mlp(), (inputs(6, 5),), spec=spec, frontend="symbolic")
     optimizer, scaler = torch.optim.SGD(cascade.param_groups(lr=0.05)), next(scalers())
     cascade.transition(optimizer)
-    branches = cascade.core.branches_by_weight()
+    branches = branches_of(cascade)
     fresh = {name: branch.lora_A.detach().clone() for name, branch in branches.items()}
     for place, bad in enumerate((True, True, False)):
-        assert cascade.core.turning.armed
+        assert is_gathering(cascade)
         assert all(torch.equal(branch.lora_A, fresh[name]) for name, branch in branches.items())
         loss = loss_of(cascade(inputs(6, 5, seed=place)))
         scaler.scale(loss * float("inf") if bad else loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=to_none)
-    assert not cascade.core.turning.armed
+    assert not is_gathering(cascade)
     plain = mlp()
     loss_of(plain(inputs(6, 5, seed=2))).backward()
     for name, branch in branches.items():

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 import lorasc_fx as lx
 from tests.errors.models import exactly
 from tests.errors.state import unchanged
+from tests.kit.state import weight_state, weight_states
 from tests.unit.cases import batches, branches, randomize, train
 
 X = batches(1, 6, 20)[0]
@@ -84,8 +85,8 @@ def test_the_average_is_torchs(average: str, restart: str, slow_train: bool, tmp
         if seed == 2:
             lx.save(cascade, tmp_path)
             cascade = lx.load(tmp_path, wide(), (X,))
-    assert cascade.core.slow.states["0.weight"].experts
-    assert not cascade.core.slow.states["2.weight"].experts  # dense by now
+    assert weight_state(cascade, "0.weight").experts
+    assert not weight_state(cascade, "2.weight").experts  # dense by now
     with cascade.weights("slow"):
         slow = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
     with cascade.weights("averaged"):
@@ -99,7 +100,7 @@ def test_no_dense_copy_is_held(average: str) -> None:
     for seed in range(3):
         stage(cascade, seed)
         cascade.transition(None)
-    state = cascade.core.slow.states["0.weight"]
+    state = weight_state(cascade, "0.weight")
     assert state.dense_average is None
     assert len(state.average) == len(state.experts) == 3
 
@@ -179,7 +180,7 @@ def test_no_average_is_kept_unasked(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
     train(cascade, optimizer, [X])
     cascade.transition(optimizer)
-    assert all(state.average is None for state in cascade.core.slow.states.values())
+    assert all(state.average is None for state in weight_states(cascade).values())
     sentence = "the spec keeps no average of the slow weights; give it average='ema' or 'swa'"
     calls: dict[str, Any] = {
         "weights('averaged')": lambda: cascade.weights("averaged").__enter__(),

@@ -17,6 +17,7 @@ from lorasc_fx.capture import capture
 from lorasc_fx.graph import branch_nodes, made_by, record_of, text, use_of
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from lorasc_fx.plan import Reason
+from tests.kit.state import weight_state
 from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
 from tests.passes.kit import (
     CLOSE,
@@ -178,7 +179,7 @@ def test_noise_is_in_the_weights_of_an_own_graph(case: Case, distribution: str) 
         added[name] = 0.4 * before[name].detach().std() * u
         assert_close(value.detach(), (before[name] + added[name]).detach(), rtol=1e-14, atol=1e-15)
         assert value.requires_grad == before[name].requires_grad
-        assert same_bits(record_of(inserted).slow[name].base, before[name])
+        assert same_bits(weight_state(inserted, name).base, before[name])
         if distribution == "uniform":
             assert u.abs().max() <= 0.5
     assert_close(run(inserted, case), by_hand(case, added))

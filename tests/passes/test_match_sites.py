@@ -12,6 +12,7 @@ from lorasc_fx import CascadeSpec, PassError, SpecError
 from lorasc_fx.graph import FORMS, ON_INDEXED_EXPERT, ON_WEIGHT, FunctionForm, record_of, strip, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from lorasc_fx.plan import Reason
+from tests.kit.state import exact_slow, weight_states
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
 from tests.passes.kit import (
     Photograph,
@@ -349,11 +350,11 @@ def test_after_a_fold_another_spec_plans_anew_and_keeps_experts() -> None:
     assert plan is not None
     assert [(site.weight, site.rank) for site in plan.sites] == [("0.weight", 2), ("3.weight", 2)]
     assert plan.stage == 2
-    slow = record_of(inserted).slow
+    slow = weight_states(inserted)
     assert set(slow) == {"0.weight", "3.weight"}
     for weight, state in slow.items():
         assert same_bits(state.base, weights_of(original)[weight])
-        assert same_bits(state.exact("slow", torch.float64), weights_of(folded)[weight])
+        assert same_bits(exact_slow(inserted, weight), weights_of(folded)[weight])
         assert not same_bits(state.base, weights_of(folded)[weight])
     with torch.no_grad():
         weights_of(inserted)["2.weight"].mul_(2)  # trained in full: a fold must not bring an old value back

@@ -13,6 +13,7 @@ from torch import fx, nn
 from lorasc_fx.branch import Branch, MatrixBranch
 from lorasc_fx.graph import branch_nodes, faults, record_of, set_record, use_of, verify
 from lorasc_fx.passes import FoldBranches, InsertBranches, VerifyError
+from tests.kit.state import drop_state
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
 from tests.passes.kit import branches_of, fill, insert
 
@@ -352,8 +353,7 @@ def lost_fact(graph_module: fx.GraphModule) -> None:
 
 @damage("4.weight has a branch, but the record holds no slow state of it")
 def lost_slow_state(graph_module: fx.GraphModule) -> None:
-    record = record_of(graph_module)
-    set_record(graph_module, replace(record, slow={k: v for k, v in record.slow.items() if k != "4.weight"}))
+    drop_state(graph_module, "4.weight")
 
 
 @damage(

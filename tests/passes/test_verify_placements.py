@@ -18,7 +18,7 @@ from torch import fx
 from lorasc_fx import Plan
 from lorasc_fx.graph import branch_nodes, faults, record_of, set_record, use_of, verify
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs, StageTransition, VerifyError
-from lorasc_fx.state import Factors
+from tests.kit.state import change_state, weight_state, weight_states
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import branches_of, fill, insert
 from tests.passes.test_placements import SHARED, attention, merged_graph
@@ -308,29 +308,20 @@ def branch_with_dropout(graph_module: fx.GraphModule) -> None:
     branches_of(graph_module)["0.weight"].dropout = 0.5
 
 
-def slow(graph_module: fx.GraphModule, weight: str, **changes: Any) -> None:
-    record = record_of(graph_module)
-    set_record(graph_module, replace(record, slow={**record.slow, weight: replace(record.slow[weight], **changes)}))
-
-
-def expert(graph_module: fx.GraphModule, weight: str, factors: Callable[[Factors], Factors]) -> None:
-    (only,) = record_of(graph_module).slow[weight].experts
-    slow(graph_module, weight, experts=(replace(only, factors=factors(only.factors)),))
-
-
 @damage(in_stage_two, "the slow state of 0.weight holds inf or nan")
 def expert_that_is_not_finite(graph_module: fx.GraphModule) -> None:
-    expert(graph_module, "0.weight", lambda held: Factors(held.b / 0, held.a))
+    (expert,) = weight_state(graph_module, "0.weight").experts
+    change_state(graph_module, "0.weight", experts=(expert._replace(b=expert.b / 0),))
 
 
 @damage(in_stage_two, "the slow state of 0.weight holds inf or nan")
 def coefficient_that_is_not_finite(graph_module: fx.GraphModule) -> None:
-    slow(graph_module, "0.weight", slow=(float("nan"),))
+    change_state(graph_module, "0.weight", slow=(float("nan"),))
 
 
 @damage(in_stage_two, "the slow state of 0.weight has 1 experts, but 2 slow and 1 start coefficients")
 def coefficient_too_many(graph_module: fx.GraphModule) -> None:
-    slow(graph_module, "0.weight", slow=(0.5, 0.5))
+    change_state(graph_module, "0.weight", slow=(0.5, 0.5))
 
 
 @damage(
@@ -338,12 +329,13 @@ def coefficient_too_many(graph_module: fx.GraphModule) -> None:
     "the slow state of 0.weight has an expert of stage 1 of (1, 6) and (24, 1), which is no delta of (6, 24)",
 )
 def expert_turned_around(graph_module: fx.GraphModule) -> None:
-    expert(graph_module, "0.weight", lambda held: Factors(held.b.t(), held.a.t()))
+    (expert,) = weight_state(graph_module, "0.weight").experts
+    change_state(graph_module, "0.weight", experts=(expert._replace(b=expert.b.t(), a=expert.a.t()),))
 
 
 @damage(in_stage_two, "the slow state of 0.weight has a dense delta of (24, 6), which is none of (6, 24)")
 def dense_delta_turned_around(graph_module: fx.GraphModule) -> None:
-    slow(graph_module, "0.weight", dense_slow=torch.zeros(24, 6))
+    change_state(graph_module, "0.weight", dense_slow=torch.zeros(24, 6))
 
 
 def damaged(name: str) -> tuple[fx.GraphModule, list[str]]:
@@ -371,7 +363,7 @@ def test_many_kinds() -> None:
 
 
 def test_slow_states_of_a_second_stage_are_sound() -> None:
-    experts = {name: state.experts for name, state in record_of(in_stage_two()).slow.items()}
+    experts = {name: state.experts for name, state in weight_states(in_stage_two()).items()}
     assert any(experts.values())
 
 

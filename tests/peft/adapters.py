@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.state import trained_in_full
 from tests.peft.kit import seeded
 from tests.peft.models import BUILD, INPUTS, made
 from tests.unit.cases import loss_of, randomize
@@ -31,7 +32,7 @@ def cascade_of(name: str, stages: int = 2, running: bool = True, **spec: Any) ->
     for stage in range(stages):
         randomize(cascade, seed=10 + stage)
         with torch.no_grad():
-            for index, parameter in enumerate(cascade.core.trained_parameters().values()):
+            for index, parameter in enumerate(trained_in_full(cascade).values()):
                 parameter.add_(torch.linspace(-0.3, 0.4, parameter.numel()).view(parameter.shape) * (1 + index % 3))
         if stage < stages - 1 or not running:
             cascade.transition(None)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 import lorasc_fx as lx
+from tests.kit.state import weight_states
 from tests.peft.dora_kit import CASES, FEW, PLAIN, RANK, adapted, make, norms, theirs_of, trainable, trained, weights
 from tests.unit.cases import SCALE, batches, branches, factors, loss_of, mlp, optimizer_of, train
 
@@ -88,8 +89,8 @@ def test_slow_and_fast_weights_are_the_formula(name: str, rank: int, noise: floa
             for each, value in weights(cascade.model).items():
                 torch.testing.assert_close(value, slow[each], rtol=0, atol=1e-12)
         ends.append(slow)
-    states = cascade.core.slow.states.values()
-    assert any(state.dense_slow is not None for state in states) == (rank == RANK)
+    states = weight_states(cascade).values()
+    assert any(state.is_dense for state in states) == (rank == RANK)
     for stage in range(5 if rank == 1 else 0):
         with cascade.weights(stage=stage):
             for each, value in weights(cascade.model).items():
@@ -127,7 +128,7 @@ def test_a_magnitude_alone_over_a_dense_delta() -> None:
     optimizer = optimizer_of(cascade, "sgd")
     train(cascade, optimizer, calls)
     cascade.transition(optimizer)
-    assert all(state.dense_slow is not None for state in cascade.core.slow.states.values())
+    assert all(state.is_dense for state in weight_states(cascade).values())
     slow = weights(cascade.model)
     with torch.no_grad():
         for branch in branches(cascade).values():

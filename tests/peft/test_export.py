@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from safetensors.torch import load_file
 
 import lorasc_fx as lx
 from lorasc_fx.errors import LorascWarning
-from lorasc_fx.runtime.adopt import adopt
+from tests.kit.seams import SEAMS
+from tests.kit.state import adopt, weight_state, weight_states
 from tests.peft.adapters import cascade_of, close, folded, loaded
 from tests.peft.kit import gap, seeded
 from tests.peft.models import BUILD, INPUTS, made
@@ -117,9 +117,9 @@ def test_an_expert_of_coefficient_zero_is_left_out(tmp_path: Path) -> None:
     cascade = cascade_of("suffixes", stages=1, running=False, rank=1)
     assert set(lx.export.peft(cascade, tmp_path / "one").ranks.values()) == {1}
     weight = cascade.sites[0].weight
-    pair = cascade.core.slow.states[weight].experts[0].factors
-    adopt(cascade.core, {weight: [(0.0, pair), (0.5, pair)]})
-    assert len(cascade.core.slow.states[weight].experts) == 3
+    pair = weight_state(cascade, weight).experts[0].pair
+    adopt(cascade, {weight: [(0.0, pair), (0.5, pair)]})
+    assert len(weight_state(cascade, weight).experts) == 3
     assert lx.export.peft(cascade, tmp_path / "two").ranks[weight] == 2
     assert_loads(cascade, "suffixes", tmp_path / "two")
 
@@ -172,7 +172,7 @@ def test_a_smaller_rank_and_its_exact_error(tmp_path: Path, caplog: pytest.LogCa
 def test_a_dense_delta_goes_out_at_its_rank(tmp_path: Path) -> None:
     """After the dense collapse the experts are gone; what they added is factored again."""
     cascade = cascade_of("suffixes", stages=4, running=False)
-    assert all(state.dense_slow is not None for state in cascade.core.slow.states.values())
+    assert all(state.is_dense for state in weight_states(cascade).values())
     written = lx.export.peft(cascade, tmp_path)
     assert written.ranks["deep.lin.weight"] == 4
     assert written.ranks["1.lin.weight"] == 6
@@ -242,7 +242,7 @@ def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["lorasc_fx.export.peft"], "save_file", full)
+        patch.setattr(*SEAMS["write an adapter"], full)
         with pytest.raises(lx.export.ExportError, match=r"adapter was not written: .*; what was there stays$"):
             lx.export.peft(cascade, folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == first

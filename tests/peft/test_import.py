@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorasc_fx as lx
+from tests.kit.state import weight_state
 from tests.peft.adapters import cascade_of, close, folded, frontend_of, loaded, merged, trained_by_peft
 from tests.peft.kit import gap, seeded
 from tests.peft.models import BUILD, INPUTS, made
@@ -141,7 +142,7 @@ def test_training_goes_on(tmp_path: Path) -> None:
     optimizer = optimizer_of(cascade)
     for _ in cascade.stages(2, optimizer):
         train(cascade, optimizer, [args[0]] * 3)
-    state = cascade.core.slow.states["up.weight"]
+    state = weight_state(cascade, "up.weight")
     assert (state.experts[0].stage, state.slow[0]) == (0, 1.0)
     assert len(state.experts) == 3
     lx.export.peft(cascade, tmp_path / "out")

@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.state import weight_states
 from tests.unit.cases import SCALE, batches, branches, loss_of, mlp, optimizer_of, train
 from tests.unit.oracle import Cascade as Reference
 
@@ -170,7 +171,7 @@ def test_nothing_trained_is_nothing_changed(start: str, dtype: torch.dtype) -> N
         assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
     cascade.transition(None)
     cascade.transition(None)
-    assert not any(state.experts for state in cascade.core.slow.states.values())
+    assert not any(state.experts for state in weight_states(cascade).values())
     released = cascade.release()
     assert all(torch.equal(value, base[name]) for name, value in weights(released).items())
 

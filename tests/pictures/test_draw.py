@@ -15,6 +15,7 @@ from torch import fx, nn
 
 import lorasc_fx as lx
 from tests.errors.state import unchanged
+from tests.kit.state import oldest_variant
 
 SVG = "{http://www.w3.org/2000/svg}"
 X = (torch.randn(3, 8, generator=torch.Generator().manual_seed(1)),)
@@ -63,7 +64,7 @@ def test_it_shows_the_branch_and_what_is_around_it(tmp_path: Path, placement: An
     where = {"beside": "beside the op", "merged": "merged into the op", "weight": "on the weight"}[placement]
     assert shown.count(f"branch, rank 2, {where}") == len([each for each in shown if each.startswith("branch, rank")])
     assert "q.weight" in shown
-    module = cascade._variants.oldest.module
+    module = oldest_variant(cascade).module
     expected = near(module, {"q/weight"}, radius)
     told = {
         node.name: str(node.target).removeprefix("model.").removeprefix("branches.").replace("/", ".")

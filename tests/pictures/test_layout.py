@@ -11,6 +11,7 @@ import pytest
 
 from lorasc_fx.pictures.layout import placed
 from lorasc_fx.pictures.neighbourhood import scene
+from tests.kit.state import oldest_variant
 from tests.pictures.test_draw import adapted
 
 ACROSS, DOWN = 100.0, 50.0
@@ -38,7 +39,7 @@ def test_boxes_stand_apart_and_arrows_go_down(seed: int) -> None:
 def test_a_real_graph(placement: Any) -> None:
     """Of branches beside their op, which igraph alone lets overlap."""
     cascade = adapted(placement=placement)
-    shown = scene([cascade._variants.oldest.module], cascade.plan, cascade.sites[:3], 2)
+    shown = scene([oldest_variant(cascade).module], cascade.plan, cascade.sites[:3], 2)
     check(list(shown.boxes), shown.arrows)
 
 

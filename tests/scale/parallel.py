@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import lorasc_fx as lx
+from tests.kit.state import weight_states
 from tests.scale.models import IDS, llama
 
 
@@ -171,7 +172,7 @@ def in_parts(rank: int, mesh: DeviceMesh, names: tuple[str, ...], folder: str) -
             )
             for name, ps in (("model", cascade.model.parameters()), ("branches", cascade.branches.parameters()))
         }
-        held["local slow"] = torch.tensor([sum(state.base.numel() for state in cascade.core.slow.states.values())])
+        held["local slow"] = torch.tensor([sum(state.base.numel() for state in weight_states(cascade).values())])
         seen = train(cascade, work)
         again = {f"gathered {key}": value for key, value in end(tensor_parallel.gather(cascade)).items()}
         save_file({**held, **seen, **again}, Path(folder) / f"{name} {rank}.safetensors")

@@ -16,6 +16,8 @@ import lorasc_fx as lx
 from lorasc_fx.integrations import tensor_parallel
 from tests.errors.models import exactly
 from tests.errors.state import unchanged
+from tests.kit.seams import SEAMS
+from tests.kit.state import is_parallel
 from tests.scale.models import IDS
 from tests.scale.parallel import WORKS, Mlp, X, cascade_of, llama
 
@@ -108,7 +110,7 @@ def test_other_numbers_than_before_are_put_back(mesh: DeviceMesh) -> None:
     ):
         tensor_parallel.parallelize(cascade, mesh, PLAN)
     assert all(value is kept[name] for name, value in cascade.named_parameters())
-    assert cascade.core.spread is None
+    assert not is_parallel(cascade)
 
 
 def test_graphs_that_do_not_run_in_parts(mesh: DeviceMesh) -> None:
@@ -124,7 +126,7 @@ def test_graphs_that_do_not_run_in_parts(mesh: DeviceMesh) -> None:
 
 @pytest.fixture
 def parted(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> lx.Cascade:
-    monkeypatch.setattr(tensor_parallel, "_check_same", lambda before, after: None)  # the other process does nothing
+    monkeypatch.setattr(*SEAMS["compare processes"], lambda before, after: None)  # the other process does nothing
     return tensor_parallel.parallelize(mlp(), mesh, PLAN)
 
 
@@ -163,7 +165,7 @@ class Later(nn.Module):
 
 
 def test_a_branch_that_comes_later(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_parallel, "_check_same", lambda before, after: None)
+    monkeypatch.setattr(*SEAMS["compare processes"], lambda before, after: None)
     cascade = lx.adapt(Later().double().eval(), args=(X,), spec=lx.CascadeSpec(rank=2))
     tensor_parallel.parallelize(cascade, mesh, {"first": "colwise"})
     cascade.train()
@@ -181,7 +183,7 @@ class Drops(Mlp):
 
 
 def test_dropout_of_the_model(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_parallel, "_check_same", lambda before, after: None)
+    monkeypatch.setattr(*SEAMS["compare processes"], lambda before, after: None)
     cascade = lx.adapt(Drops().double().train(), args=(X,), spec=lx.CascadeSpec(rank=2))
     with unchanged(cascade), pytest.raises(lx.StateError) as raised:
         tensor_parallel.parallelize(cascade, mesh, {"gate": "colwise"})

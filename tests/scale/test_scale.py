@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorasc_fx as lx
 from benchmarks.scale import PAGE, RANK, STYLES, Llama, fsdp2, page, tensor_parallel, weights_of
 from lorasc_fx.integrations import tensor_parallel as parts
+from tests.kit.seams import SEAMS
+from tests.kit.state import weight_states
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +86,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_tensor_parallel_sends_and_holds_what_the_formulas_say(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small llama, whose other ranks do nothing; on four of them its two heads of keys and values stay whole."""
-    monkeypatch.setattr(parts, "_check_same", lambda before, after: None)
+    monkeypatch.setattr(*SEAMS["compare processes"], lambda before, after: None)
     sizes = {**vars(SMALL), "pad_token_id": 0, "tie_word_embeddings": False, "use_cache": False}
     model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
     ids = torch.randint(0, 64, (2, 8))
@@ -97,7 +99,7 @@ def test_tensor_parallel_sends_and_holds_what_the_formulas_say(ranks: int, monke
 
     assert sum(_bytes(each) for each in cascade.model.parameters()) == expected.base
     assert sum(_bytes(each) for each in cascade.branches.parameters()) == expected.factors
-    assert sum(state.base.nbytes for state in cascade.core.slow.states.values()) == expected.host
+    assert sum(state.base.nbytes for state in weight_states(cascade).values()) == expected.host
     with Sent(ranks) as forward:
         logits = cascade(input_ids=ids).logits
     with Sent(ranks) as backward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.runtime.adopt import adopt
-from lorasc_fx.state import Factors
+from tests.errors.state import unchanged
+from tests.kit.seams import SEAMS, seam
+from tests.kit.state import Factors, adopt, weight_states
 from tests.unit.cases import batches, mlp, randomize
 
 
@@ -41,7 +41,7 @@ def test_slow_weights_are_the_sum(noise: float, begun: bool) -> None:
         cascade.transition(None)
     before = cascade.folded_state_dict()
     start = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
-    adopt(cascade.core, {name: [(0.5, one[name]), (2.0, two[name])] for name in one})
+    adopt(cascade, {name: [(0.5, one[name]), (2.0, two[name])] for name in one})
     after = cascade.folded_state_dict()
     for name in one:
         change = 0.5 * one[name].b @ one[name].a + 2 * two[name].b @ two[name].a
@@ -59,7 +59,7 @@ def test_values_trained_in_full_and_buffers() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     cascade = cascade_of(model, train=("1",))
     new = {"1.weight": torch.arange(4.0).double()}
-    adopt(cascade.core, {}, new, {"1.running_mean": torch.ones(4)})
+    adopt(cascade, {}, new, {"1.running_mean": torch.ones(4)})
     assert torch.equal(cascade.model[1].weight.detach(), new["1.weight"])
     assert torch.equal(cascade.model[1].running_mean, torch.ones(4).double())
     folded = cascade.folded_state_dict()
@@ -71,17 +71,12 @@ def test_values_trained_in_full_and_buffers() -> None:
 def test_many_experts_collapse() -> None:
     cascade, given = cascade_of(mlp()), pairs(4)
     before = cascade.folded_state_dict()
-    adopt(cascade.core, {name: [(1.0, pair)] for name, pair in given.items()})
-    assert all(state.dense_slow is not None for state in cascade.core.slow.states.values())
+    adopt(cascade, {name: [(1.0, pair)] for name, pair in given.items()})
+    assert all(state.is_dense for state in weight_states(cascade).values())
     for name, pair in given.items():
         torch.testing.assert_close(
             cascade.folded_state_dict()[name], before[name] + pair.b @ pair.a, rtol=0, atol=1e-12
         )
-
-
-def assert_same(cascade: lx.Cascade, before: dict[str, torch.Tensor], slow: Any) -> None:
-    assert cascade.core.slow is slow
-    assert all(torch.equal(value, before[name]) for name, value in cascade.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -104,27 +99,20 @@ def assert_same(cascade: lx.Cascade, before: dict[str, torch.Tensor], slow: Any)
 )
 def test_what_does_not_fit(experts: Any, trained: Any, sentence: str) -> None:
     cascade = cascade_of(mlp(), train=("4.bias",))
-    before, slow = copy.deepcopy(cascade.state_dict()), cascade.core.slow
-    with pytest.raises(lx.StateError, match=f"^{re.escape(sentence)}$"):
-        adopt(cascade.core, experts, trained)
-    assert_same(cascade, before, slow)
+    with unchanged(cascade), pytest.raises(lx.StateError, match=f"^{re.escape(sentence)}$"):
+        adopt(cascade, experts, trained)
 
 
 def test_a_write_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    cascade = cascade_of(mlp(), train=("4.bias",))
-    before, slow = copy.deepcopy(cascade.state_dict()), cascade.core.slow
-    from lorasc_fx.runtime.slow import SlowWeights
+    cascade, plain, failed = cascade_of(mlp(), train=("4.bias",)), seam("rest a weight"), []
 
-    plain = SlowWeights.write_resting
-
-    def fails(self: SlowWeights, name: str, plan: Any, out: torch.Tensor) -> None:
-        if name == "4.weight" and self is not slow:
+    def fails(slow: Any, name: str, plan: Any, out: torch.Tensor) -> None:
+        if name == "4.weight" and not failed:
+            failed.append(name)
             raise RuntimeError("no more")
-        plain(self, name, plan, out)
+        plain(slow, name, plan, out)
 
-    monkeypatch.setattr(SlowWeights, "write_resting", fails)
-    with pytest.raises(RuntimeError, match="no more"):
-        adopt(cascade.core, {name: [(1.0, pair)] for name, pair in pairs().items()}, {"4.bias": torch.zeros(2)})
-    monkeypatch.undo()
-    assert_same(cascade, before, slow)
+    monkeypatch.setattr(*SEAMS["rest a weight"], fails)
+    with unchanged(cascade), pytest.raises(RuntimeError, match="no more"):
+        adopt(cascade, {name: [(1.0, pair)] for name, pair in pairs().items()}, {"4.bias": torch.zeros(2)})
     cascade.transition(None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch import nn
 import lorasc_fx as lx
 from tests.errors.models import Net
 from tests.errors.state import of, unchanged
+from tests.kit.seams import SEAMS
+from tests.kit.state import weight_state
 from tests.unit.cases import branches, mlp, optimizer_of, randomize, train
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -210,7 +211,7 @@ def test_collapsed_deltas_are_summed_exactly() -> None:
             made.train(seed)
             made.cascade.transition(None)
         runs.append(made)
-    dense = [each.cascade.core.slow.states["0.weight"].dense_slow is not None for each in runs]
+    dense = [weight_state(each.cascade, "0.weight").is_dense for each in runs]
     assert dense == [True, False]
     merged = lx.merge([each.cascade for each in runs], mlp(), x, weights=[0.3, 0.7])
     assert_holds(merged.release(), expected(runs, [0.3, 0.7], mlp()))
@@ -413,8 +414,7 @@ def test_a_sum_that_fails_late_gives_the_model_back(monkeypatch: pytest.MonkeyPa
     def broken(*_: object) -> None:
         raise MemoryError("no more")
 
-    module = sys.modules["lorasc_fx.adapt.merge"]  # `lorasc_fx.adapt` is the function, to a path by attributes
-    monkeypatch.setattr(module, "weighted_sum", broken)
+    monkeypatch.setattr(*SEAMS["sum of runs"], broken)
     with pytest.raises(MemoryError):
         lx.merge(runs, model, call())
     after = of(model)

@@ -18,6 +18,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.errors.models import exactly, inputs, mlp, step
 from tests.errors.state import of_slow, unchanged
+from tests.kit.state import is_released, weight_states
 
 X = inputs(2, 5)
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, noise=lx.Noise(0.1))
@@ -42,9 +43,9 @@ def mappings(path: Path) -> list[tuple[int, int, int]]:
 def assert_mapped(cascade: lx.Cascade, path: Path) -> None:
     """Every W0 lies within a mapping of the files, none of whose pages is ours."""
     spans = mappings(path)
-    for state in cascade.core.slow.states.values():
+    for name, state in weight_states(cascade).items():
         address = state.base.data_ptr()
-        assert [own for start, end, own in spans if start <= address < end] == [0], state.name
+        assert [own for start, end, own in spans if start <= address < end] == [0], name
 
 
 def written(path: Path, model: nn.Module, **other: torch.Tensor | None) -> Path:
@@ -81,7 +82,7 @@ def test_w0_is_the_files_pages_until_the_release(tmp_path: Path) -> None:
     path = written(tmp_path / "base.safetensors", mlp())
     cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=str(path))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
-    assert set(cascade.core.slow.states) == set(SITES)
+    assert set(weight_states(cascade)) == set(SITES)
     assert_mapped(cascade, path)
     for _ in cascade.stages(2, optimizer):
         step(cascade, optimizer)
@@ -91,7 +92,7 @@ def test_w0_is_the_files_pages_until_the_release(tmp_path: Path) -> None:
     cascade.release()
     gc.collect()
     assert not mappings(path)
-    assert cascade.core.released
+    assert is_released(cascade)
 
 
 def test_nothing_is_copied(tmp_path: Path) -> None:
@@ -137,9 +138,9 @@ def test_shards_and_prefixes_of_transformers(tmp_path: Path) -> None:
             model = loaded.from_pretrained(folder).eval()
             before = {name: value.detach().clone() for name, value in model.named_parameters()}
             cascade = lx.adapt(model, kwargs=ids, spec=spec, base="file")
-            assert sum("query" in name or "embeddings" in name for name in cascade.core.slow.states) == 2
+            assert sum("query" in name or "embeddings" in name for name in weight_states(cascade)) == 2
             assert_mapped(cascade, folder)
-            for name, state in cascade.core.slow.states.items():
+            for name, state in weight_states(cascade).items():
                 assert torch.equal(state.base, before[name])
             cascade.release()
 

@@ -19,6 +19,7 @@ from lorasc_fx.branch.conv_functions import BesideConv, MergedConv
 from lorasc_fx.branch.grid import Grid
 from lorasc_fx.branch.merged import MergedProduct
 from lorasc_fx.branch.shared import SharedUp, shared_down
+from tests.kit.state import branches_of
 
 SCALE = 0.7
 D = torch.float64
@@ -236,7 +237,7 @@ def net() -> nn.Module:
 
 def filled(model: nn.Module, x: Tensor, **options: Any) -> lx.Cascade:
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, **options))
-    for index, branch in enumerate(cascade.core.by_key.values()):
+    for index, branch in enumerate(branches_of(cascade).values()):
         branch.lora_B.data = (numbers(*branch.lora_B.shape, seed=index) * 0.1).to(branch.lora_B.dtype)
     return cascade
 
@@ -406,7 +407,7 @@ def test_the_gradient_start_sees_a_merged_weight(placement: str) -> None:
         cascade.transition(optimizer)
         cascade(x).square().mean().backward()
         optimizer.step()
-        factors_of.append([branch.delta().detach() for branch in cascade.core.by_key.values()])
+        factors_of.append([branch.delta().detach() for branch in branches_of(cascade).values()])
     for one, other in zip(*factors_of, strict=True):
         assert one.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)

@@ -22,6 +22,7 @@ import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.export import original
 from tests.damage.mutations import signed
+from tests.kit.state import trained_in_full
 from tests.unit.cases import batches, mlp, randomize
 from tests.unit.export_cases import llama
 
@@ -60,7 +61,7 @@ def trained(model: nn.Module, *, train: tuple[str, ...] = (), **kwargs: Any) -> 
     for seed in (1, 2):
         randomize(cascade, seed, size=0.2)
         with torch.no_grad():
-            for name, parameter in cascade.core.trained_parameters().items():
+            for name, parameter in trained_in_full(cascade).items():
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
         if seed == 1:
             cascade.transition(None)
@@ -145,7 +146,7 @@ def stepped(cascade: lx.Cascade, stages: int, running: bool) -> lx.Cascade:
     if running:
         randomize(cascade, 3)
         with torch.no_grad():
-            for parameter in cascade.core.trained_parameters().values():
+            for parameter in trained_in_full(cascade).values():
                 parameter.mul_(1.5)
     return cascade
 

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasc_fx.export.low_rank import compressed, factored, padded, stacked
-from lorasc_fx.state import Factors
+from tests.kit.state import Factors
 
 
 def pair(*shape: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Factors:

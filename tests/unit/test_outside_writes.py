@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import lorasc_fx as lx
-from lorasc_fx.runtime.fingerprint import checksum, device_sum
+from tests.kit.state import checksum, device_sum, resting_value
 from tests.unit.cases import batches, mlp, optimizer_of, randomize, train
 
 X = batches(1, 4, 5)[0]
@@ -194,7 +194,7 @@ def test_the_same_numbers_written_again_are_no_change() -> None:
     weight = model.get_parameter("2.weight")
     weight.data = weight.data.t().contiguous().t()  # another layout of the same numbers
     model[4].weight = nn.Parameter(model[4].weight.detach().clone(), requires_grad=False)
-    weight.data.add_(1).sub_(1).copy_(cascade.core.slow.resting("2.weight", cascade.core.plan, weight))
+    weight.data.add_(1).sub_(1).copy_(resting_value(cascade, "2.weight"))
     call_of_a_new_kind(cascade)
     torch.testing.assert_close(cascade.release()(X), wanted)
 

@@ -12,6 +12,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.errors.state import of_slow, unchanged
 from tests.errors.test_all_or_nothing import FAULTS, SPECS, everywhere, made, result
+from tests.kit.seams import lower
 from tests.unit.cases import batches, branches, mlp, optimizer_of, randomize, train
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -175,7 +176,7 @@ def test_stages_before_a_dense_collapse_are_gone_and_said_to_be(tmp_path: Path) 
 
 
 def test_large_parameters_trained_in_full_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasc_fx.runtime.slow.AFFORDABLE", 2)
+    lower(monkeypatch, "entries kept of each stage", 2)
     cascade = lx.adapt(wide(), (X,), spec=lx.CascadeSpec(targets=("2.weight",), train=("0.*",), rank=1))
     randomize(cascade)
     cascade.transition(None)

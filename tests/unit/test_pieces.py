@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.capture import pieces as front_end
+from tests.kit.seams import lower
 from tests.unit.cases import batches, branches, loss_of, optimizer_of, randomize
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
@@ -423,7 +423,7 @@ def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
                 return x
             return self.body(x) * len(text)
 
-    monkeypatch.setattr(front_end, "LIMIT", 4)
+    lower(monkeypatch, "captures of pieces", 4)
     cascade = lx.adapt(Numbers().double(), (inputs(),), spec=SPEC, frontend="pieces")
     randomize(cascade)
     x, right = inputs(), 0

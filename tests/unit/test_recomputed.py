@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import lorasc_fx as lx
+from tests.kit.state import oldest_variant
 from tests.unit.cases import batches, branches, loss_of, randomize
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
@@ -438,14 +439,14 @@ def test_few_bits_are_no_reason_to_leave_the_graphs(bits: str) -> None:
         model, x = model.bfloat16(), x.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=bits == "autocast"):
         cascade = lx.adapt(model, (x,), spec=SPEC)
-    assert set(cascade._variants.oldest.placements.values()) == {"beside"}
+    assert set(oldest_variant(cascade).placements.values()) == {"beside"}
 
 
 def test_dropout_of_branches_acts_in_pieces() -> None:
     model = Stack()
     model.gradient_checkpointing = True
     cascade = lx.adapt(model, (X.float(),), spec=lx.CascadeSpec(rank=2, dropout=0.5))
-    assert set(cascade._variants.oldest.placements.values()) == {"beside"}
+    assert set(oldest_variant(cascade).placements.values()) == {"beside"}
     for module in model.modules():
         module.training &= not isinstance(module, nn.Dropout)
     randomize(cascade)

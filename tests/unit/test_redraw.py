@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import lorasc_fx as lx
+from tests.kit.seams import SEAMS, seam
 from tests.unit.cases import batches, branches, by_hand, loss_of, mlp, optimizer_of, train
 
 BY_STEP = lx.Noise(0.2, redraw="step")
@@ -209,14 +210,12 @@ def test_weights_that_somebody_changed_are_not_written_over() -> None:
 
 
 def test_a_redraw_that_raises_leaves_the_noise_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasc_fx.runtime import slow
-
     x = batches(1, 4, 5)[0]
     cascade, twin = adapted(mlp(), x), adapted(mlp(), x)
     optimizers = [torch.optim.SGD(each.param_groups(lr=0.0)) for each in (cascade, twin)]
     for optimizer in optimizers:
         optimizer.step()
-    held, write, count = weights(cascade.model), slow.write_start, iter(range(99))
+    held, write, count = weights(cascade.model), seam("redraw"), iter(range(99))
 
     def failing(*args: object, **options: object) -> None:
         if next(count) == 1:
@@ -224,7 +223,7 @@ def test_a_redraw_that_raises_leaves_the_noise_of_before(monkeypatch: pytest.Mon
         write(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(slow, "write_start", failing)
+        patch.setattr(*SEAMS["redraw"], failing)
         with pytest.raises(RuntimeError, match="no memory"):
             optimizers[0].step()
     assert all(torch.equal(value, held[name]) for name, value in weights(cascade.model).items())

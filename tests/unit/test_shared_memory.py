@@ -16,6 +16,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.graph import shared_memory
+from tests.kit.state import trained_in_full, weight_states
 from tests.unit.cases import batches, randomize
 
 X = batches(1, 4, 5)[0]
@@ -104,7 +105,7 @@ def test_equal_views_are_trained_in_full_as_one() -> None:
     net = on_one_storage()
     spec = lx.CascadeSpec(rank=2, targets=("last.*",), train=("two.weight",))
     cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
-    assert list(cascade.core.trained_parameters()) == ["one.weight"]
+    assert list(trained_in_full(cascade)) == ["one.weight"]
     cascade(X).sum().backward()
     plain = on_one_storage()
     plain.two.weight = plain.one.weight
@@ -208,7 +209,7 @@ def test_other_overlaps_are_refused(case: str) -> None:
     refusals = {each.weight: each for each in cascade.refusals if each.reason is lx.plan.Reason.SHARED_MEMORY}
     assert refusals.keys() == told.keys()
     assert all(refusals[name].sentence.startswith(sentence) for name, sentence in told.items())
-    assert all(name not in told for name in cascade.core.slow.states)
+    assert all(name not in told for name in weight_states(cascade))
     randomize(cascade)
     cascade.transition(None)
     with cascade.weights("slow"):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorasc_fx.state import Expert, Factors, SlowWeight, effective_rank, norm_of, singular_values, slow_spectrum
+from lorasc_fx.state import effective_rank, norm_of, singular_values, slow_spectrum
+from tests.kit.state import Expert, Factors, made_weight
 
 
 def factors(rows: int, columns: int, rank: int, *stack: int, seed: int = 1) -> Factors:
@@ -42,10 +43,10 @@ def test_effective_rank_is_the_exponential_of_the_entropy() -> None:
 
 def test_the_slow_delta_with_its_coefficients_and_after_a_collapse() -> None:
     first, second = factors(12, 9, 2), factors(12, 9, 1, seed=2)
-    experts = (Expert(1, first), Expert(2, second))
-    state = SlowWeight("w", torch.zeros(12, 9), experts=experts, slow=(0.5, 0.25), start=(0.5, 0.25))
+    experts = (Expert(1, first.b, first.a), Expert(2, second.b, second.a))
+    state = made_weight(torch.zeros(12, 9), experts, (0.5, 0.25))
     dense = 0.5 * first.b.double() @ first.a.double() + 0.25 * second.b.double() @ second.a.double()
     expected = np.linalg.svd(dense.numpy(), compute_uv=False)
     np.testing.assert_allclose(slow_spectrum(state).numpy(), expected[:3], rtol=1e-6)
     np.testing.assert_allclose(slow_spectrum(state.collapsed()).numpy(), expected, rtol=1e-5, atol=1e-5)
-    assert slow_spectrum(SlowWeight("w", torch.zeros(12, 9))).shape == (0,)
+    assert slow_spectrum(made_weight(torch.zeros(12, 9))).shape == (0,)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.state import branches_of, lock_of
 
 
 def made(seed: int) -> tuple[lx.Cascade, torch.Tensor, torch.Tensor]:
@@ -23,7 +24,7 @@ def made(seed: int) -> tuple[lx.Cascade, torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         for branch in cascade.branches.values():
             branch.lora_B.normal_()
-    branch = cascade.core.branches_by_weight()["0.weight"]
+    branch = branches_of(cascade)["0.weight"]
     return cascade, base, (branch.scale * branch.lora_B @ branch.lora_A).detach()
 
 
@@ -95,7 +96,7 @@ def test_a_new_variant_and_a_transition(seed: int) -> None:
 
 def test_a_copy_has_a_lock_of_its_own() -> None:
     cascade, _, _ = made(0)
-    assert cascade.core.lock.acquire(0.0)
+    assert lock_of(cascade).acquire(0.0)
     twin = copy.deepcopy(cascade)
     assert not together(lambda: twin.transition(None))
-    cascade.core.lock.release()
+    lock_of(cascade).release()

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.compile import compiler
 from lorasc_fx.state.products import accumulate
+from tests.kit.seams import SEAMS, lower, seam
+from tests.kit.state import variant_count
 from tests.unit.cases import branches, loss_of, randomize
 
 STAGES = 5
@@ -118,14 +119,14 @@ def test_memory_beside_the_weights(dtype: torch.dtype, strength: float, options:
 def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same Parameter objects, at the same addresses; no capture, no variant, no new place in the optimizer."""
     captures = 0
-    real = compiler.capture
+    real = seam("capture")
 
     def counted(*args: Any) -> Any:
         nonlocal captures
         captures += 1
         return real(*args)
 
-    monkeypatch.setattr(compiler, "capture", counted)
+    monkeypatch.setattr(*SEAMS["capture"], counted)
     spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1), train=("conv.bias",))
     cascade = lx.adapt(Wide().eval(), (X,), spec=spec, frontend=frontend)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
@@ -134,7 +135,7 @@ def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPa
     def places() -> list[tuple[str, int, int]]:
         return [(name, id(value), value.data_ptr()) for name, value in cascade.named_parameters()]
 
-    before, variants = places(), len(cascade._variants)
+    before, variants = places(), variant_count(cascade)
     held = [id(each) for group in optimizer.param_groups for each in group["params"]]
     seen = []
     for _ in cascade.stages(STAGES, optimizer):
@@ -145,7 +146,7 @@ def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPa
         assert places() == before
     assert places() == before
     assert [id(each) for group in optimizer.param_groups for each in group["params"]] == held
-    assert (captures, len(cascade._variants)) == (1, variants)
+    assert (captures, variant_count(cascade)) == (1, variants)
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(seen))
 
 
@@ -176,7 +177,7 @@ def compiled_stages(backend: str, **close: float) -> None:
     assert compiled == (stats["unique_graphs"], stats["calls_captured"])
     assert compiled[0] == 1
     assert not torch._dynamo.utils.counters["recompiles"]
-    assert len(cascade._variants) == 1
+    assert variant_count(cascade) == 1
     assert all((one - other).abs().max() > 0.01 for one, other in itertools.pairwise(seen))
 
 
@@ -217,7 +218,7 @@ def test_accumulate_is_the_sum_rounded_once(
     """Whatever the blocks, the memory format and the stack: rank 1 has no order of summation, and factors of few bits
     have products that no kernel rounds, fused or not, so every bit is right.
     """
-    monkeypatch.setattr("lorasc_fx.state.products.BLOCK", block)
+    lower(monkeypatch, "block of a sum", block)
     source = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> torch.Tensor:

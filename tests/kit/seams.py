@@ -1,0 +1,67 @@
+"""The functions of the package that tests replace, to let them fail, wait or count, and the limits that they lower.
+
+Used as `monkeypatch.setattr(*SEAMS["capture"], counted)`. A function that moves changes this file, and no test.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lorasc_fx as lx
+from lorasc_fx.capture import pieces
+from lorasc_fx.compile import compiler, variants
+from lorasc_fx.integrations import metrics, reporter, tensor_parallel
+from lorasc_fx.runtime import checkpoint_read, checkpoint_write, slow, transition, unpacking
+from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.slow import SlowWeights
+from lorasc_fx.state import SlowWeight, products
+
+__all__ = ["LIMITS", "SEAMS", "lower", "seam"]
+
+_MODULES = sys.modules  # `lorasc_fx.adapt` is the function, to a path by attributes
+
+SEAMS: dict[str, tuple[Any, str]] = {
+    "capture": (compiler, "capture"),
+    "outside use": (_MODULES["lorasc_fx.compile.pieces"], "_used_outside"),
+    "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
+    # checkpoints
+    "write tensors": (checkpoint_write, "save_file"),
+    "digest": (checkpoint_write, "file_digest"),
+    "sync": (checkpoint_write, "sync"),
+    "remove a folder": (checkpoint_write, "remove"),
+    "read tensors": (checkpoint_read, "load"),
+    "unpack": (unpacking, "unpack"),
+    "load into a cascade": (lx.Cascade, "load"),
+    "write an adapter": (_MODULES["lorasc_fx.export.peft"], "save_file"),
+    # stages
+    "transition": (transition, "run"),
+    "start of a weight": (transition, "start_of"),
+    "advance": (Core, "advance"),
+    "redraw": (slow, "write_start"),
+    "rest a weight": (SlowWeights, "write_resting"),
+    "whole weight": (SlowWeight, "exact"),
+    # integrations
+    "console": (reporter, "console"),
+    "find a package": (metrics.importlib.util, "find_spec"),  # type: ignore[attr-defined]
+    "compare processes": (tensor_parallel, "_check_same"),
+}
+
+LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
+    "manifest bytes": ((checkpoint_write, "LONGEST"), (checkpoint_read, "LONGEST")),
+    "block of a sum": ((products, "BLOCK"),),
+    "entries kept of each stage": ((slow, "AFFORDABLE"),),
+    "changes of a setting": ((variants, "OFTEN"),),
+    "captures of pieces": ((pieces, "LIMIT"),),
+}
+
+
+def seam(name: str) -> Any:
+    """The function itself, as it is now."""
+    return getattr(*SEAMS[name])
+
+
+def lower(monkeypatch: Any, name: str, limit: int) -> None:
+    """Let a limit of the package be this one."""
+    for owner, attribute in LIMITS[name]:
+        monkeypatch.setattr(owner, attribute, limit)

@@ -1,0 +1,314 @@
+"""How tests look inside a cascade: a redesign of what is inside changes this file, and no test.
+
+The slow state is given as this file's own classes, of plain tensors and tuples; branches are the modules themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+import lorasc_fx as lx
+from lorasc_fx.graph import record_of, set_record
+from lorasc_fx.runtime import Flags, Stage, read, transition
+from lorasc_fx.runtime import adopt as adopting
+from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
+from lorasc_fx.runtime.fingerprint import checksum, device_sum, file_digest, text_digest
+from lorasc_fx.runtime.folded import of_checkpoint
+from lorasc_fx.runtime.manifest import LONGEST
+from lorasc_fx.runtime.slow import SPARE
+from lorasc_fx.state import Expert as SlowExpert
+from lorasc_fx.state import Factors, SlowWeight
+
+__all__ = [
+    "LONGEST",
+    "MANIFEST",
+    "SPARE",
+    "TENSORS",
+    "Expert",
+    "Factors",
+    "Flags",
+    "Stage",
+    "TrainedState",
+    "WeightState",
+    "adopt",
+    "branches_of",
+    "canonical",
+    "change_state",
+    "checksum",
+    "device_sum",
+    "drop_state",
+    "exact_slow",
+    "file_digest",
+    "folded_changes",
+    "forget_warnings",
+    "gathered_gradients",
+    "graphs_of",
+    "is_gathering",
+    "is_parallel",
+    "is_parked",
+    "is_released",
+    "lock_of",
+    "made_weight",
+    "maps_a_file",
+    "oldest_variant",
+    "placed_weights",
+    "read",
+    "replace_plan",
+    "resting_value",
+    "slow_values",
+    "text_digest",
+    "trainable",
+    "trained_in_full",
+    "trained_states",
+    "unpark",
+    "variant_count",
+    "weight_state",
+    "weight_states",
+]
+
+
+# ---- the slow state
+
+
+class Expert(NamedTuple):
+    """What one stage added to a weight: b @ a, the scale folded into b."""
+
+    stage: int
+    b: Tensor
+    a: Tensor
+
+    @property
+    def pair(self) -> Factors:
+        return Factors(self.b, self.a)
+
+
+class WeightState(NamedTuple):
+    """The slow state of one weight: W0, experts, and of each view its coefficients and, after a collapse, its delta."""
+
+    base: Tensor
+    experts: tuple[Expert, ...]
+    slow: tuple[float, ...]
+    start: tuple[float, ...]
+    average: tuple[float, ...] | None
+    dense_slow: Tensor | None
+    dense_average: Tensor | None
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """Rows and columns of the delta."""
+        return tuple(self.base.flatten(1).shape)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether experts were collapsed into a dense delta."""
+        return self.dense_slow is not None
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages that trained the experts."""
+        return [expert.stage for expert in self.experts]
+
+
+class TrainedState(NamedTuple):
+    """A parameter trained in full: before adaptation, its slow value, and the slow values at the ends of stages."""
+
+    base: Tensor
+    slow: Tensor
+    past: dict[int, Tensor]
+
+
+def weight_states(holder: lx.Cascade | fx.GraphModule) -> dict[str, WeightState]:
+    """The slow state of every weight that has one, by name; of a cascade, or of a graph that owns its weights."""
+    states = holder.core.slow.states if isinstance(holder, lx.Cascade) else record_of(holder).slow
+    return {
+        name: WeightState(
+            state.base,
+            tuple(Expert(each.stage, each.factors.b, each.factors.a) for each in state.experts),
+            state.slow,
+            state.start,
+            state.average,
+            state.dense_slow,
+            state.dense_average,
+        )
+        for name, state in states.items()
+    }
+
+
+def weight_state(holder: lx.Cascade | fx.GraphModule, name: str) -> WeightState:
+    return weight_states(holder)[name]
+
+
+def exact_slow(holder: lx.Cascade | fx.GraphModule, name: str) -> Tensor:
+    """The slow weight in fp64, before it is rounded."""
+    states = holder.core.slow.states if isinstance(holder, lx.Cascade) else record_of(holder).slow
+    return states[name].exact("slow", torch.float64)
+
+
+def change_state(graph_module: fx.GraphModule, name: str, **changes: Any) -> None:
+    """Change fields of a weight's slow state in the record of a graph, named as in `WeightState`."""
+    record = record_of(graph_module)
+    if "experts" in changes:
+        changes["experts"] = tuple(SlowExpert(each.stage, each.pair) for each in changes["experts"])
+    states = {**record.slow, name: dataclasses.replace(record.slow[name], **changes)}
+    set_record(graph_module, dataclasses.replace(record, slow=states))
+
+
+def drop_state(graph_module: fx.GraphModule, name: str) -> None:
+    """Take a weight's slow state out of the record of a graph."""
+    record = record_of(graph_module)
+    states = {key: state for key, state in record.slow.items() if key != name}
+    set_record(graph_module, dataclasses.replace(record, slow=states))
+
+
+def trained_states(cascade: lx.Cascade) -> dict[str, TrainedState]:
+    """The state of every parameter trained in full, by name."""
+    trained = cascade.core.slow.trained
+    return {name: TrainedState(state.base, state.slow, dict(state.past)) for name, state in trained.items()}
+
+
+def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
+    """Everything in the slow state, gathered gradients included, as nested lists of tensors and plain values."""
+    slow = cascade.core.slow
+    return {
+        **{f"slow {name}": _values(state) for name, state in slow.states.items()},
+        **{f"trained {name}": _values(state) for name, state in slow.trained.items()},
+        "parked": slow.parked,
+        "averaged": slow.averaged,
+        "gathered": _values(gathered_gradients(cascade)),
+    }
+
+
+def _values(thing: Any) -> Any:
+    if dataclasses.is_dataclass(thing):
+        return [(field.name, _values(getattr(thing, field.name))) for field in dataclasses.fields(thing)]
+    if isinstance(thing, Mapping):
+        return [(name, _values(value)) for name, value in thing.items()]
+    return [_values(each) for each in thing] if isinstance(thing, (list, tuple)) else thing
+
+
+def made_weight(base: Tensor, experts: Sequence[Expert] = (), slow: Sequence[float] = ()) -> SlowWeight:
+    """A slow state of the package's own, for functions that take one; slow and start are the same."""
+    kept = tuple(SlowExpert(each.stage, each.pair) for each in experts)
+    return SlowWeight("w", base, experts=kept, slow=tuple(slow), start=tuple(slow))
+
+
+# ---- parameters
+
+
+def branches_of(cascade: lx.Cascade) -> dict[str, Any]:
+    """The branches by the names of their weights."""
+    return {branch.weight_name: branch for branch in cascade.branches.values()}  # type: ignore[misc]
+
+
+def trainable(cascade: lx.Cascade) -> dict[str, nn.Parameter]:
+    """Every parameter that an optimizer should hold, by its name in the cascade."""
+    return cascade.core.trainable()
+
+
+def trained_in_full(cascade: lx.Cascade) -> dict[str, nn.Parameter]:
+    """The parameters trained in full, by name."""
+    return cascade.core.trained_parameters()
+
+
+def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
+    """What the cascade holds a parameter to be between two steps."""
+    core = cascade.core
+    return core.slow.resting(name, core.plan, cascade.model.get_parameter(name))
+
+
+# ---- what the cascade is doing
+
+
+def gathered_gradients(cascade: lx.Cascade) -> Mapping[str, Tensor]:
+    """Weights' gradients that a start by the gradient has gathered so far."""
+    return cascade.core.turning.gathered
+
+
+def is_gathering(cascade: lx.Cascade) -> bool:
+    """Whether a start by the gradient waits for an optimizer's step."""
+    return cascade.core.turning.armed
+
+
+def is_parked(cascade: lx.Cascade) -> bool:
+    """Whether no stage runs: the last one has ended."""
+    return cascade.core.slow.parked
+
+
+def is_released(cascade: lx.Cascade) -> bool:
+    return cascade.core.released
+
+
+def is_parallel(cascade: lx.Cascade) -> bool:
+    """Whether the weights lie in parts on several processes."""
+    return cascade.core.spread is not None
+
+
+def maps_a_file(cascade: lx.Cascade) -> bool:
+    """Whether W0 lies in a mapped file."""
+    return cascade.core.base_file is not None
+
+
+def placed_weights(cascade: lx.Cascade) -> str | int | None:
+    """Which weights `weights()` has put in place; a number is that of a stage."""
+    return cascade.core.placed
+
+
+def lock_of(cascade: lx.Cascade) -> Any:
+    return cascade.core.lock
+
+
+# ---- graphs
+
+
+def variant_count(cascade: lx.Cascade) -> int:
+    return len(cascade._variants)
+
+
+def oldest_variant(cascade: lx.Cascade) -> Any:
+    return cascade._variants.oldest
+
+
+def graphs_of(cascade: lx.Cascade) -> list[Any]:
+    """The adapted graph of each variant."""
+    return [variant.module for variants in cascade._variants.held.values() for variant in variants]
+
+
+# ---- checkpoint files
+
+
+def folded_changes(folder: str | PathLike[str]) -> Any:
+    """What the newest checkpoint of a folder makes of the weights, by name, read without a model."""
+    return of_checkpoint(read(folder)).changes
+
+
+# ---- steps that the public face does not offer by themselves
+
+
+def adopt(
+    cascade: lx.Cascade,
+    experts: Mapping[str, Sequence[tuple[float, Factors]]],
+    trained: Mapping[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Add experts from elsewhere to the slow state, and set parameters trained in full, and buffers."""
+    adopting.adopt(cascade.core, experts, trained, buffers)
+
+
+def unpark(cascade: lx.Cascade) -> None:
+    """What the first stage of a loop does before it is handed out."""
+    transition.unpark(cascade.core)
+
+
+def replace_plan(cascade: lx.Cascade, plan: lx.Plan) -> None:
+    cascade.core.plan = plan
+
+
+def forget_warnings(cascade: lx.Cascade) -> None:
+    """Let warnings that come once come again."""
+    cascade.core.usage._done.clear()
