@@ -59,9 +59,9 @@ def optimizers(cascade: lx.Cascade) -> tuple[torch.optim.Optimizer, Any]:
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2)
 
 
-def written(folder: Path, stages: int) -> dict[str, bytes]:
+def written(folder: Path, stages: int, spec: lx.CascadeSpec = SPEC) -> dict[str, bytes]:
     """The files of a version after some stages, one under way."""
-    cascade = lx.adapt(Small(), args=(X,), spec=SPEC, frontend="symbolic")
+    cascade = lx.adapt(Small(), args=(X,), spec=spec, frontend="symbolic")
     optimizer, scheduler = optimizers(cascade)
     for stage in range(stages + 1):
         loss_of(cascade(X)).backward()
