@@ -1,19 +1,30 @@
-"""A LoRA adapter of peft as the first expert of a cascade, whose slow weights are then what peft merges."""
+"""A LoRA adapter of peft as the first expert of a cascade, whose slow weights are then what peft merges.
+
+The header of the safetensors file is compared with the model before a tensor is read, so that no file makes us allocate
+more than the model's own shapes allow.
+"""
 
 from __future__ import annotations
 
 import glob
+import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lorasc_fx.adapt import adapt
+from lorasc_fx.branch import dense
 from lorasc_fx.capture import open_model
-from lorasc_fx.errors import CheckpointError, path_of
-from lorasc_fx.export.peft_adapter import Adapter, Pair, read_adapter
+from lorasc_fx.errors import CheckpointError, nearest, path_of
+from lorasc_fx.export.peft_config import RANKS, TENSORS, AdapterConfig, read_config
+from lorasc_fx.export.peft_layout import LAYOUTS, PREFIX, Parameter, Place, layout_of
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.adopt import adopt
@@ -151,3 +162,244 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
             code="spec-omits-adapter",
         )
     adopt(core, experts, trained, buffers)
+
+
+_HEADS = ("classifier", "score", "qa_outputs")
+"""What peft adds to modules_to_save for a task, whether the model has it or not."""
+
+_ENDS = {key: index for layout in LAYOUTS for index, key in enumerate(layout.keys)}
+"""Whether the last part of a key is that of an A (0) or of a B (1)."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Of one place: the factors as peft has them, in our layout without the scale, and what scales them."""
+
+    place: Place
+    rank: int
+    lora_alpha: float
+    scale: float
+    factors: Factors
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that fits a model.
+
+    Args:
+        folder: where it lies.
+        config: of it.
+        pairs: by the name of the weight.
+        whole: values of parameters and buffers that were trained in full, by name.
+    """
+
+    folder: Path
+    config: AdapterConfig
+    pairs: Mapping[str, Pair]
+    whole: Mapping[str, torch.Tensor]
+
+
+def read_adapter(folder: Path, model: nn.Module) -> Adapter:
+    """Read an adapter folder and hold it against a model.
+
+    Raises:
+        CheckpointError: it is damaged, no plain LoRA, or of another model; names file and tensor.
+    """
+    config = read_config(folder)
+    path = folder / TENSORS
+    if not path.is_file():
+        other = sorted(each.name for each in folder.glob("adapter_model.*"))
+        told = f"; {other[0]} is a pickle, which can run code: save it anew as safetensors" if other else ""
+        told = told or "; give the folder of an adapter that peft has saved"
+        raise CheckpointError(f"{path}: is not there{told}", code="file-not-found")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            reader = _Reader(
+                path, config, model, {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
+            )
+            pairs, whole, copies = reader.sorted()
+            found = {
+                place.name: reader.pair(place, *(handle.get_tensor(key) for key in keys))
+                for place, keys in pairs.items()
+            }
+            values = {name: handle.get_tensor(key) for key, name in whole.items()}
+            for key, name in copies.items():
+                reader.check_copy(key, name, handle.get_tensor(key))
+    except (OSError, SafetensorError) as fault:
+        raise CheckpointError(f"{path}: cannot be read: {fault}", code="unreadable-file") from fault
+    return Adapter(folder, config, found, values)
+
+
+class _Reader:
+    """Says of each key of the file what it is for."""
+
+    def __init__(
+        self, path: Path, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self.path, self.config, self.shapes = path, config, shapes
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.held = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
+        self.saved = [each for each in self.modules if any(each.endswith(end) for end in config.saved)]
+
+    def sorted(self) -> tuple[dict[Place, tuple[str, str]], dict[str, str], dict[str, str]]:
+        """Return the keys of the factors by place, those of what was trained in full, and those of copies of the base,
+        both with names.
+        """
+        factors: dict[Place, dict[int, str]] = {}
+        whole: dict[str, str] = {}
+        copies: dict[str, str] = {}
+        for key, shape in self.shapes.items():
+            if not key.startswith(PREFIX):
+                raise CheckpointError(
+                    f"{self.path}: {key!r} does not start with {PREFIX!r}, as keys of peft do", code="invalid-adapter"
+                )
+            name = key.removeprefix(PREFIX)
+            end = next((each for each in _ENDS if name.endswith(f".{each}")), None)
+            if end is not None:
+                place = self._place(key, name.removesuffix(f".{end}"))
+                if end not in place.layout.keys:
+                    raise CheckpointError(
+                        f"{self.path}: {key!r} is not how peft keeps a pair of {place.path}", code="invalid-adapter"
+                    )
+                factors.setdefault(place, {})[_ENDS[end]] = key
+                continue
+            plain = self._plain(name)
+            if plain is None:
+                told = "DoRA's magnitudes" if "lora_magnitude_vector" in name else "nothing of the model, nor factors"
+                raise CheckpointError(
+                    f"{self.path}: {key!r} is {told}{nearest(name, self.held)}", code="adapter-does-not-fit"
+                )
+            if shape != tuple(self.held[plain].shape):
+                raise CheckpointError(
+                    f"{self.path}: {key!r} is {list(shape)}, "
+                    f"and {plain} of the model is {list(self.held[plain].shape)}",
+                    code="adapter-does-not-fit",
+                )
+            is_bias = self.config.bias != "none" and plain.endswith("bias")
+            in_saved = any(plain.startswith(f"{module}.") for module in self.saved)
+            (whole if is_bias or in_saved else copies)[key] = plain
+        pairs = {}
+        for place, keys in factors.items():
+            if len(keys) != 2:
+                raise CheckpointError(
+                    f"{self.path}: {place.path} has one factor, {next(iter(keys.values()))!r}, not two",
+                    code="invalid-adapter",
+                )
+            self._check(place, keys[0], keys[1])
+            pairs[place] = (keys[0], keys[1])
+        if not pairs:
+            raise CheckpointError(f"{self.path}: holds no factors", code="invalid-adapter")
+        self._check_saved(set(whole.values()))
+        return pairs, whole, copies
+
+    def pair(self, place: Place, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Pair:
+        """Return a place's factors in our layout."""
+        rank, alpha = self.config.rank_of(place.pattern), self.config.alpha_of(place.pattern)
+        scale = alpha / (rank**0.5 if self.config.use_rslora else rank)
+        weight = self.parameters[place.name]
+        if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
+            raise CheckpointError(
+                f"{self.path}: the factors of {place.path} are {lora_a.dtype}, not floating numbers",
+                code="invalid-adapter",
+            )
+        width = torch.float64 if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) else torch.float32
+        factors = place.layout.from_peft(lora_a.to(width), lora_b.to(width), weight.shape)
+        if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
+            raise CheckpointError(f"{self.path}: the factors of {place.path} hold inf or nan", code="non-finite-tensor")
+        return Pair(place, rank, alpha, scale, factors)
+
+    def check_copy(self, key: str, name: str, value: torch.Tensor) -> None:
+        """Refuse a copy of a base weight that is another: peft writes embeddings along with their adapters."""
+        held = dense(self.held[name].detach())
+        if not torch.equal(value.to(held.device, held.dtype), held):
+            raise CheckpointError(
+                f"{self.path}: {key!r} is not what the model holds; the adapter is of another base",
+                code="checkpoint-other-base",
+            )
+
+    def _place(self, key: str, wrapped: str) -> Place:
+        """Return the place of a pair, whose path may say how often peft has wrapped its modules."""
+        depth = len(re.search(r"(\.base_layer)*$", wrapped)[0]) // len(".base_layer")  # type: ignore[index]
+        path = wrapped
+        if path not in self.modules:
+            path = ".".join(part for part in wrapped.split(".") if part != "base_layer")
+            depth = depth if path in self.modules else 0
+        else:
+            depth = 0
+        module = self.modules.get(path)
+        if module is None:
+            raise CheckpointError(
+                f"{self.path}: {key!r}: the model has no module {path}{nearest(path, self.modules)}",
+                code="adapter-does-not-fit",
+            )
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        ends = tuple(f".{each}" for each in self.config.parameters)
+        asked = [leaf for leaf in own if f".{path}.{leaf}".endswith(ends)] if ends else []
+        if asked:
+            if depth >= len(asked):
+                raise CheckpointError(
+                    f"{self.path}: {key!r}: peft does not wrap {path} so often", code="invalid-adapter"
+                )
+            leaf = asked[len(asked) - 1 - depth]
+            return Place(path, leaf, Parameter.of(module))
+        if isinstance(module, nn.MultiheadAttention):
+            raise CheckpointError(
+                f"{self.path}: {path} is an adapter of a whole nn.MultiheadAttention, of which peft itself merges the "
+                "change of out_proj twice; train its parameters by target_parameters",
+                code="adapter-not-supported",
+            )
+        weight = self.parameters.get(f"{path}.weight")
+        layout = layout_of(module, "weight", weight.dim()) if weight is not None else None
+        if layout is None:
+            grouped = ", whose change mixes the groups" if getattr(module, "groups", 1) != 1 else ""
+            raise CheckpointError(
+                f"{self.path}: {key!r}: {path} is a {type(module).__name__}{grouped}; nothing of it can "
+                "hold this adapter",
+                code="adapter-does-not-fit",
+            )
+        return Place(path, "weight", layout)
+
+    def _check(self, place: Place, key_a: str, key_b: str) -> None:
+        shape = tuple(self.parameters[place.name].shape)
+        rank = self.config.rank_of(place.pattern)
+        if len(shape) != 2 and place.is_parameter and len(shape) != 3:
+            raise CheckpointError(
+                f"{self.path}: {key_a!r}: {place.name} has {len(shape)} axes; peft adapts 2 or 3",
+                code="adapter-not-supported",
+            )
+        if rank > max(shape[0], math.prod(shape[1:]), RANKS[-1]):
+            raise CheckpointError(
+                f"{self.path}: {place.name} is {list(shape)}, and rank {rank} is more than it can use",
+                code="adapter-does-not-fit",
+            )
+        for key, wanted in zip((key_a, key_b), place.layout.shapes(shape, rank), strict=True):
+            if self.shapes[key] != wanted:
+                raise CheckpointError(
+                    f"{self.path}: {key!r} is {list(self.shapes[key])}; for {place.name} {list(shape)} at rank {rank} "
+                    f"of the configuration it is {list(wanted)}",
+                    code="adapter-does-not-fit",
+                )
+
+    def _plain(self, name: str) -> str | None:
+        """Return the model's own name of a tensor that is no factor, or None."""
+        without = ".".join(part for part in name.split(".") if part != "base_layer")
+        return next((each for each in (name, without) if each in self.held), None)
+
+    def _check_saved(self, found: set[str]) -> None:
+        """Refuse an adapter that lacks what its configuration says it trained in full."""
+        for end in self.config.saved:
+            meant = [path for path in self.saved if path.endswith(end)]
+            if not meant and end not in _HEADS:
+                raise CheckpointError(
+                    f"{self.config.path}: modules_to_save: the model has no module {end}{nearest(end, self.modules)}",
+                    code="adapter-does-not-fit",
+                )
+            for path in meant:
+                wanted = [name for name in self.parameters if name.startswith(f"{path}.")]
+                lacking = next((name for name in wanted if name not in found), None)
+                if lacking is not None:
+                    raise CheckpointError(
+                        f"{self.path}: has no {lacking}, which modules_to_save says was trained",
+                        code="adapter-incomplete",
+                    )

@@ -1,13 +1,13 @@
-"""How peft keeps a pair of factors: the forms of its layers, and which of our tensors stands in which of its own.
+"""How peft stores the factors of a layer: one table of layouts, read by the export and by the import.
 
 Source: peft 0.21, `tuners/lora/layer.py`. Ours are `b` [rows, r] and `a` [r, columns] with `b @ a` the delta of the
-weight as it is stored (`branch.Factors`); peft's are (A, B) with `B @ A` the delta of a weight [out, in].
+weight as it is stored (`Factors`); peft's are (A, B) with `B @ A` the delta of a weight [out, in].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,40 +16,190 @@ from torch import nn
 from lorasc_fx.state import Factors
 
 __all__ = [
+    "LAYOUTS",
     "PREFIX",
+    "Conv",
+    "Conv1d",
+    "Layout",
+    "Parameter",
     "Place",
-    "as_ours",
-    "as_theirs",
-    "form_of",
-    "is_conv1d",
-    "magnitude_as_theirs",
-    "names_of",
-    "shapes_of",
-    "wrapped",
+    "key_path",
+    "layout_of",
+    "wrap_counts",
 ]
 
 PREFIX = "base_model.model."
 """Of every key of an adapter file."""
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of layer stores A and B; this one, of `nn.Linear`, stores them as we do."""
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Last parts of the keys of A and B in an adapter file."""
+        return "lora_A.weight", "lora_B.weight"
+
+    def fits(self, module: nn.Module, axes: int) -> bool:
+        """Whether peft adapts the `weight` of this module, which has so many axes, in this layout."""
+        return isinstance(module, nn.Linear)
+
+    def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (A, B) of a weight of this shape."""
+        return pair.a, pair.b
+
+    def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
+        """Return our factors of a weight of this shape: the inverse of `to_peft`."""
+        return Factors(lora_b, lora_a)
+
+    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B at this rank."""
+        return (rank, math.prod(shape[1:])), (shape[0], rank)
+
+    def magnitude(self, magnitude: torch.Tensor, axes: int) -> torch.Tensor:
+        """Return DoRA's magnitudes [out] as peft stores them for a weight of so many axes."""
+        return magnitude
+
+
+@dataclass(frozen=True)
+class Transposed(Layout):
+    """Layers whose weight is [in, out]."""
+
+    def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Layout`."""
+        return pair.b.t(), pair.a.t()
+
+    def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
+        """See `Layout`."""
+        return Factors(lora_a.t().contiguous(), lora_b.t().contiguous())
+
+    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """See `Layout`."""
+        return (rank, shape[0]), (shape[1], rank)
+
+
+@dataclass(frozen=True)
+class Conv1d(Transposed):
+    """transformers' Conv1D, which is a linear layer."""
+
+    def fits(self, module: nn.Module, axes: int) -> bool:
+        """See `Layout`."""
+        classes = type(module).__mro__
+        return axes == 2 and any(
+            each.__name__ == "Conv1D" and each.__module__.startswith("transformers.") for each in classes
+        )
+
+
+@dataclass(frozen=True)
+class Embedding(Transposed):
+    """`nn.Embedding`, whose factors are parameters and no layers."""
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """See `Layout`."""
+        return "lora_embedding_A", "lora_embedding_B"
+
+    def fits(self, module: nn.Module, axes: int) -> bool:
+        """See `Layout`."""
+        return isinstance(module, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Conv(Layout):
+    """Convolutions without groups: A is a convolution of the same kernel, B one of kernel 1."""
+
+    def fits(self, module: nn.Module, axes: int) -> bool:
+        """See `Layout`; peft's delta of a grouped convolution mixes the groups."""
+        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1
+
+    def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Layout`."""
+        shape_a, shape_b = self.shapes(shape, pair.a.shape[-2])
+        return pair.a.reshape(shape_a), pair.b.reshape(shape_b)
+
+    def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
+        """See `Layout`."""
+        return Factors(lora_b.flatten(1), lora_a.flatten(1))
+
+    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """See `Layout`."""
+        return (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
+
+    def magnitude(self, magnitude: torch.Tensor, axes: int) -> torch.Tensor:
+        """See `Layout`."""
+        return magnitude.view(1, -1, *(1 for _ in range(axes - 2)))
+
+
+@dataclass(frozen=True)
+class Parameter(Layout):
+    """peft's `target_parameters`: any parameter, replaced while its module runs; a stack of experts in one pair.
+
+    The ranks of A are ordered by expert, those of B by rank.
+
+    Args:
+        transposed: experts are stored as [experts, in, out], as the module's `is_transposed` says.
+    """
+
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Parameter:
+        """Return the layout of a module's own parameters."""
+        return cls(bool(getattr(module, "is_transposed", False)))
+
+    def fits(self, module: nn.Module, axes: int) -> bool:
+        """See `Layout`; it is asked for by name only."""
+        return False
+
+    def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Layout`."""
+        if len(shape) != 3:
+            return super().to_peft(pair, shape)
+        inner, outer = (pair.b.mT, pair.a.mT) if self.transposed else (pair.a, pair.b)
+        return inner.flatten(0, 1), outer.permute(1, 2, 0).flatten(1)
+
+    def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
+        """See `Layout`."""
+        if len(shape) != 3:
+            return super().from_peft(lora_a, lora_b, shape)
+        inner = lora_a.reshape(shape[0], -1, lora_a.shape[-1])
+        outer = lora_b.reshape(lora_b.shape[0], -1, shape[0]).permute(2, 0, 1)
+        b, a = (inner.mT, outer.mT) if self.transposed else (outer, inner)
+        return Factors(b.contiguous(), a.contiguous())
+
+    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """See `Layout`."""
+        if len(shape) != 3:
+            return super().shapes(shape, rank)
+        experts, out, inner = (shape[0], shape[2], shape[1]) if self.transposed else shape
+        return (experts * rank, inner), (out, rank * experts)
+
+
+LAYOUTS = (Embedding(), Conv(), Layout(), Conv1d())
+"""Of the layers that peft adapts by the module's name."""
+
+
+def layout_of(module: nn.Module, leaf: str, axes: int) -> Layout | None:
+    """Return the layout in which peft adapts a weight of so many axes by its module's name; None where it does not."""
+    if leaf != "weight":
+        return None
+    return next((layout for layout in LAYOUTS if layout.fits(module, axes)), None)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter where peft adapts it.
+    """A parameter that peft adapts.
 
     Args:
         path: of the module that holds it.
         leaf: its name there.
-        form: `linear`, `conv1d` (transformers' Conv1D, [in, out]), `embedding`, `conv`; or `parameter`, peft's
-            `target_parameters`, which replaces the parameter while its module runs.
-        transposed: stacked experts are kept as [experts, in, out], by the module's own word.
+        layout: of its factors.
     """
 
     path: str
     leaf: str
-    form: str
-    transposed: bool = False
+    layout: Layout
 
     @property
     def name(self) -> str:
@@ -57,90 +207,46 @@ class Place:
         return f"{self.path}.{self.leaf}"
 
     @property
+    def is_parameter(self) -> bool:
+        """Whether it is one of peft's `target_parameters`, and not the weight of a module that peft replaces."""
+        return isinstance(self.layout, Parameter)
+
+    @property
     def pattern(self) -> str:
         """What peft matches rank_pattern and alpha_pattern against."""
-        return self.name if self.form == "parameter" else self.path
+        return self.name if self.is_parameter else self.path
+
+    def keys(self, model: nn.Module, places: Sequence[Place]) -> tuple[str, str, str]:
+        """Return the keys of A, B and DoRA's magnitudes in an adapter of all these places.
+
+        peft wraps a module once for each of its `target_parameters`, the first one innermost.
+        """
+        depth = 0
+        if self.is_parameter:
+            leaves = {place.leaf for place in places if place.path == self.path and place.is_parameter}
+            module = model.get_submodule(self.path)
+            order = [name for name, _ in module.named_parameters(recurse=False) if name in leaves]
+            depth = len(order) - 1 - order.index(self.leaf)
+        stem = f"{PREFIX}{key_path(self.path, wrap_counts(places))}.{'base_layer.' * depth}"
+        a, b = self.layout.keys
+        return f"{stem}{a}", f"{stem}{b}", f"{stem}lora_magnitude_vector"
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, which is a linear of weight [in, out]."""
-    return any(
-        each.__name__ == "Conv1D" and each.__module__.startswith("transformers.") for each in type(module).__mro__
-    )
+def wrap_counts(places: Iterable[Place]) -> dict[str, int]:
+    """Return how often peft wraps each module for parameters of its own, by path."""
+    counts: dict[str, int] = {}
+    for place in places:
+        if place.is_parameter:
+            counts[place.path] = counts.get(place.path, 0) + 1
+    return counts
 
 
-def form_of(module: nn.Module, leaf: str, axes: int) -> str | None:
-    """Return the form in which peft adapts a weight of so many axes by its module's name; None where it has none.
-
-    A grouped convolution has none: peft's delta of it mixes the groups.
-    """
-    if leaf != "weight":
-        return None
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, _CONVS):
-        return "conv" if module.groups == 1 else None
-    if isinstance(module, nn.Linear):
-        return "linear"
-    return "conv1d" if is_conv1d(module) and axes == 2 else None
-
-
-def names_of(place: Place) -> tuple[str, str]:
-    """Return the last parts of the keys of A and B."""
-    if place.form == "embedding":
-        return "lora_embedding_A", "lora_embedding_B"
-    return "lora_A.weight", "lora_B.weight"
-
-
-def wrapped(module: nn.Module, leaf: str, leaves: Sequence[str]) -> str:
-    """Return the part of a key that says which of a module's own parameters it is about.
-
-    peft wraps a module once for each of its `target_parameters`, the first one innermost.
-    """
-    order = [name for name, _ in module.named_parameters(recurse=False) if name in leaves]
-    return "base_layer." * (len(order) - 1 - order.index(leaf))
-
-
-def as_theirs(place: Place, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (A, B) as peft keeps them for a weight of this shape."""
-    b, a = pair.b, pair.a
-    rank = a.shape[-2]
-    if place.form in ("conv1d", "embedding"):
-        return b.t(), a.t()
-    if place.form == "conv":
-        return a.reshape(rank, *shape[1:]), b.reshape(shape[0], rank, *(1 for _ in shape[2:]))
-    if len(shape) == 3:  # of all experts in one matrix: the ranks of A expert by expert, those of B rank by rank
-        inner, outer = (b.mT, a.mT) if place.transposed else (a, b)
-        return inner.flatten(0, 1), outer.permute(1, 2, 0).flatten(1)
-    return a, b
-
-
-def magnitude_as_theirs(place: Place, magnitude: torch.Tensor, axes: int) -> torch.Tensor:
-    """Return magnitudes [out] as peft keeps them for a weight of so many axes: of a convolution [1, out, 1, ...]."""
-    return magnitude.view(1, -1, *(1 for _ in range(axes - 2))) if place.form == "conv" else magnitude
-
-
-def shapes_of(place: Place, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes that A and B have at this rank."""
-    if place.form in ("conv1d", "embedding"):
-        return (rank, shape[0]), (shape[1], rank)
-    if place.form == "conv":
-        return (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
-    if len(shape) == 3:
-        experts, out, inner = (shape[0], shape[2], shape[1]) if place.transposed else shape
-        return (experts * rank, inner), (out, rank * experts)
-    return (rank, math.prod(shape[1:])), (shape[0], rank)
-
-
-def as_ours(place: Place, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
-    """Return the pair of factors of a weight of this shape: the inverse of `as_theirs`."""
-    if place.form in ("conv1d", "embedding"):
-        return Factors(lora_a.t().contiguous(), lora_b.t().contiguous())
-    if place.form == "conv":
-        return Factors(lora_b.flatten(1), lora_a.flatten(1))
-    if len(shape) == 3:
-        inner = lora_a.reshape(shape[0], -1, lora_a.shape[-1])
-        outer = lora_b.reshape(lora_b.shape[0], -1, shape[0]).permute(2, 0, 1)
-        b, a = (inner.mT, outer.mT) if place.transposed else (outer, inner)
-        return Factors(b.contiguous(), a.contiguous())
-    return Factors(lora_b, lora_a)
+def key_path(path: str, wraps: Mapping[str, int]) -> str:
+    """Return a module's path once peft has wrapped modules above it: `wraps` says which, and how often each."""
+    parts: list[str] = []
+    names = path.split(".")
+    for count, name in enumerate(names, start=1):
+        parts.append(name)
+        if count < len(names):
+            parts += ["base_layer"] * wraps.get(".".join(names[:count]), 0)
+    return ".".join(parts)

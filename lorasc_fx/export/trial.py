@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.branch import dense
 from lorasc_fx.capture import copied, quiet, substituted
 from lorasc_fx.export.callers import Call
-from lorasc_fx.export.peft_layout import Place, as_theirs
+from lorasc_fx.export.peft_layout import Conv, Place
 from lorasc_fx.state import Factors
 from lorasc_fx.undo import raise_of_handler
 
@@ -28,7 +28,7 @@ def fault_of(place: Place, module: nn.Module, call: Call) -> str | None:
     """Return what is wrong with peft's adapter at this place, as words for people, or None.
 
     Args:
-        place: whose form is peft's for a module by its name, not `parameter`.
+        place: whose layout is peft's for a module by its name.
         module: at that place.
         call: arguments that the module was called with.
     """
@@ -76,9 +76,8 @@ def _wide(call: Call) -> Call:
 
 def _term(place: Place, module: nn.Module, pair: Factors, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return what peft's layer adds to the module's output, built as peft builds it."""
-    lora_a, lora_b = as_theirs(place, pair, weight.shape)
-    if place.form == "embedding":
-        assert isinstance(module, nn.Embedding)
+    lora_a, lora_b = place.layout.to_peft(pair, weight.shape)
+    if isinstance(module, nn.Embedding):
         looked_up = F.embedding(
             x,
             lora_a.t(),
@@ -90,7 +89,7 @@ def _term(place: Place, module: nn.Module, pair: Factors, weight: torch.Tensor, 
         )
         scale = getattr(module, "embed_scale", None)
         return looked_up @ lora_b.t() * (1.0 if scale is None else scale)
-    if place.form == "conv":
+    if isinstance(place.layout, Conv):
         kind: Any = type(module)
         out, rank, *ones = lora_b.shape
         down = kind(weight.shape[1], rank, module.kernel_size, module.stride, module.padding, bias=False)

@@ -11,6 +11,7 @@ from typing import Any
 import lorasc_fx as lx
 from lorasc_fx.capture import pieces
 from lorasc_fx.compile import compiler, variants
+from lorasc_fx.export import peft_export, safetensors_files
 from lorasc_fx.integrations import metrics, reporter, tensor_parallel
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, slow, transition, unpacking
 from lorasc_fx.runtime.core import Core
@@ -33,7 +34,8 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "read tensors": (checkpoint_read, "load"),
     "unpack": (unpacking, "unpack"),
     "load into a cascade": (lx.Cascade, "load"),
-    "write an adapter": (_MODULES["lorasc_fx.export.peft"], "save_file"),
+    "write an adapter": (peft_export, "save_file"),
+    "write a tensor": (safetensors_files, "write_tensor"),
     # stages
     "transition": (transition, "run"),
     "start of a weight": (transition, "start_of"),

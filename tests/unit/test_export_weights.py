@@ -20,8 +20,8 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
-from lorasc_fx.export import original
 from tests.damage.mutations import signed
+from tests.kit.seams import SEAMS
 from tests.kit.state import trained_in_full
 from tests.unit.cases import batches, mlp, randomize
 from tests.unit.export_cases import llama
@@ -362,7 +362,7 @@ def test_a_fold_that_fails_on_its_way_leaves_nothing(tmp_path: Path, monkeypatch
     cascade = stepped(small(), 1, running=False)
     for fault, raised in ((OSError(28, "No space left on device"), lx.CheckpointError), (MemoryError(), MemoryError)):
         with monkeypatch.context() as patched:
-            patched.setattr(original, "write_tensor", lambda *_, fault=fault: (_ for _ in ()).throw(fault))
+            patched.setattr(*SEAMS["write a tensor"], lambda *_, fault=fault: (_ for _ in ()).throw(fault))
             with pytest.raises(raised):
                 lx.export.safetensors(cascade, tmp_path / "out.safetensors", base=tmp_path / "base.safetensors")
         assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]

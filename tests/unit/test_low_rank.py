@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasc_fx.export.low_rank import compressed, factored, padded, stacked
+from lorasc_fx.export.peft_factors import compressed, factored, padded, stacked
 from tests.kit.state import Factors
 
 

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
-from lorasc_fx.export.change import Change, change_of, nothing
-from lorasc_fx.export.folder import write_folder
-from lorasc_fx.export.low_rank import CutOff
 from lorasc_fx.export.peft_config import CONFIG, TENSORS, config_of, leaking
-from lorasc_fx.export.peft_layout import PREFIX, Place, as_theirs, magnitude_as_theirs, names_of, wrapped
-from lorasc_fx.export.places import places_of
-from lorasc_fx.export.saved import Saved, key_path, save_whole
+from lorasc_fx.export.peft_factors import Change, CutOff, change_of, nothing
+from lorasc_fx.export.peft_layout import Place, wrap_counts
+from lorasc_fx.export.peft_places import Saved, places_of, save_whole
 from lorasc_fx.runtime import Cascade
+from lorasc_fx.runtime.checkpoint_write import sync
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.folding import check_which
 from lorasc_fx.state import arithmetic
@@ -127,10 +128,9 @@ def peft(
         change.at_one_rank()
     sites = [site for site in core.sites if site.weight in change.pairs]
     places, unreached = places_of(model, sites, *cascade.example)
-    flat = [place for each in places.values() for place in each]
-    wraps = _wraps(flat)
-    saved, unsaved = save_whole(model, change.trained, flat, wraps)
-    refused = change.refused | unreached | leaking(model, flat) | _nested(flat, wraps) | unsaved
+    every = [place for group in places.values() for place in group]
+    saved, unsaved = save_whole(model, change.trained, every)
+    refused = change.refused | unreached | leaking(model, every) | _nested(every) | unsaved
     if refused:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
         raise ExportError(f"export.peft: no adapter of peft expresses this cascade; nothing was written:{reasons}")
@@ -151,7 +151,7 @@ def peft(
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors lets its owner alone read it
 
-    write_folder(path_of(folder), CONFIG, (CONFIG, TENSORS, "adapter_model.bin"), fill)
+    _replace_folder(path_of(folder), fill)
     written = PeftAdapter(path_of(folder), ranks, change.cut, saved.modules)
     for line in str(written).splitlines()[1:]:
         log.info("export.peft: %s", line.strip())
@@ -178,20 +178,19 @@ def _factors(
     core: Core, places: Mapping[str, Sequence[Place]], change: Change, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of all pairs by their keys."""
-    flat = [place for each in places.values() for place in each]
-    wraps, found = _wraps(flat), {}
-    for name, each in places.items():
+    every = [place for group in places.values() for place in group]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, group in places.items():
         base = core.slow.states[name].base
-        for place in each:
-            path = f"{PREFIX}{key_path(place.path, wraps)}.{_inside(core.model, place, flat)}"
-            own = dict(zip(names_of(place), as_theirs(place, change.pairs[name], base.shape), strict=True))
+        for place in group:
+            key_a, key_b, key_magnitude = place.keys(core.model, every)
+            lora_a, lora_b = place.layout.to_peft(change.pairs[name], base.shape)
+            found = {key_a: lora_a, key_b: lora_b}
             if name in change.magnitudes:
-                own["lora_magnitude_vector"] = magnitude_as_theirs(place, change.magnitudes[name], base.dim())
-            for end, tensor in own.items():
-                found[path + end] = tensor.to(dtype or arithmetic(base.dtype)).clone(
-                    memory_format=torch.contiguous_format
-                )
-    return found
+                found[key_magnitude] = place.layout.magnitude(change.magnitudes[name], base.dim())
+            for key, tensor in found.items():
+                tensors[key] = tensor.to(dtype or arithmetic(base.dtype)).clone(memory_format=torch.contiguous_format)
+    return tensors
 
 
 def _whole(core: Core, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
@@ -209,29 +208,13 @@ def _whole(core: Core, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
     return found
 
 
-def _wraps(places: Iterable[Place]) -> dict[str, int]:
-    """Return how often peft wraps each module for parameters of its own."""
-    counts: dict[str, int] = {}
-    for place in places:
-        if place.form == "parameter":
-            counts[place.path] = counts.get(place.path, 0) + 1
-    return counts
-
-
-def _inside(model: nn.Module, place: Place, places: Iterable[Place]) -> str:
-    if place.form != "parameter":
-        return ""
-    leaves = [each.leaf for each in places if each.path == place.path and each.form == "parameter"]
-    return wrapped(model.get_submodule(place.path), place.leaf, leaves)
-
-
-def _nested(places: Iterable[Place], wraps: Mapping[str, int]) -> dict[str, str]:
-    """Return the parameters that stand in a module which peft wraps, inside another such module, and cannot find."""
+def _nested(places: Sequence[Place]) -> dict[str, str]:
+    """Return the parameters of a module that peft wraps inside another such module, where it does not find them."""
     return {
         place.name: f"peft wraps {outer} for its parameters, and does not find those of {place.path} inside it"
         for place in places
-        for outer in wraps
-        if place.form == "parameter" and place.path.startswith(f"{outer}.")
+        for outer in wrap_counts(places)
+        if place.is_parameter and place.path.startswith(f"{outer}.")
     }
 
 
@@ -244,3 +227,54 @@ def _name_of(model: nn.Module) -> str | None:
 def _span(ranks: Iterable[int]) -> str:
     low, *_, high = sorted([*ranks, *ranks])
     return str(low) if low == high else f"{low} to {high}"
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, and put it in the place of `folder` when it is whole, with the user's files there.
+
+    Raises:
+        ExportError: the folder is no adapter's and not empty, or cannot be written; what was there stays.
+    """
+    given, folder = folder, Path(os.path.realpath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{given} is a file; give the name of a folder", code="path-in-the-way")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        raise ExportError(
+            f"{given} holds other files and no {CONFIG}; give an empty folder, or a new one", code="path-in-the-way"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as fault:
+        raise ExportError(
+            f"{given} cannot be written: {fault.strerror}; what was there stays", code="not-writable"
+        ) from fault
+    new, old = beside / "new", beside / "old"
+    try:
+        new.mkdir()
+        write(new)
+        for path in new.iterdir():
+            sync(path)
+        if folder.is_dir():
+            for path in folder.iterdir():
+                if path.name not in (CONFIG, TENSORS, "adapter_model.bin"):
+                    _copy(path, new / path.name)
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+        sync(folder.parent)
+    except (OSError, SafetensorError) as fault:
+        raise ExportError(f"{given} was not written: {fault}; what was there stays", code="write-failed") from fault
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, target, symlinks=True)
+    else:
+        shutil.copy2(path, target, follow_symlinks=False)

@@ -1,8 +1,12 @@
-"""Where peft can adapt each weight of a cascade, or the reason why it cannot."""
+"""Where peft can adapt each weight of a cascade, or the reason why it cannot; and what it saves of full training.
+
+Parameters trained in full go with their modules (`modules_to_save`), or are biases of adapted modules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +14,13 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lorasc_fx.export.callers import Calls, calls_of
-from lorasc_fx.export.peft_layout import Place, form_of
+from lorasc_fx.export.peft_layout import PREFIX, Conv1d, Parameter, Place, key_path, layout_of, wrap_counts
 from lorasc_fx.export.stands import read_through
 from lorasc_fx.export.trial import fault_of
 from lorasc_fx.graph import named_weights
 from lorasc_fx.plan import Site
 
-__all__ = ["places_of"]
+__all__ = ["Saved", "places_of", "save_whole"]
 
 
 def places_of(
@@ -43,9 +47,11 @@ def places_of(
             refused[name] = fault
             del found[name]
     every = [place for places in found.values() for place in places]
-    if any(place.form == "parameter" for place in every):  # peft takes none of them beside fan_in_fan_out
+    if any(place.is_parameter for place in every):  # peft takes none of them beside fan_in_fan_out
         for name, places in found.items():
-            found[name] = tuple(replace(each, form="parameter") if each.form == "conv1d" else each for each in places)
+            found[name] = tuple(
+                replace(place, layout=Parameter()) if isinstance(place.layout, Conv1d) else place for place in places
+            )
     return found, refused
 
 
@@ -105,9 +111,9 @@ class _Finder:
             return "in eval mode torch's fused TransformerEncoderLayer does not call what peft adapts"
         if not path:
             return "it is a parameter of the top module, which peft cannot wrap"
-        form = form_of(module, leaf, len(site.shape))
-        if form is not None:
-            place = Place(path, leaf, form)
+        layout = layout_of(module, leaf, len(site.shape))
+        if layout is not None:
+            place = Place(path, leaf, layout)
             fault = fault_of(place, module, self.calls.first[path])
             if fault is None:
                 return place
@@ -119,11 +125,80 @@ class _Finder:
             return fault
         if isinstance(module, (nn.RNNBase, ParametrizationList)):
             return f"{type(module).__name__} keeps it where peft's adapter of a parameter does not reach"
-        return Place(path, leaf, "parameter", bool(getattr(module, "is_transposed", False)))
+        return Place(path, leaf, Parameter.of(module))
 
     def _read_by(self, weight: str) -> str:
         reader = self.calls.reader.get(weight, "another module")
         return f"{reader} reads it from outside its own module, where no adapter of peft computes"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Modules that are saved whole, and the keys of all that goes to the file.
+
+    Args:
+        modules: paths, none inside another.
+        keys: of the file, with the name of the parameter or buffer that stands there.
+        biases: whether biases of adapted modules are among them.
+    """
+
+    modules: tuple[str, ...]
+    keys: Mapping[str, str]
+    biases: bool
+
+
+def save_whole(model: nn.Module, trained: Iterable[str], places: Sequence[Place]) -> tuple[Saved, dict[str, str]]:
+    """Return what peft saves for the parameters trained in full, and the reasons of those that it cannot.
+
+    Args:
+        model: the user's own.
+        trained: names of the parameters.
+        places: that are adapted.
+    """
+    weights, wraps = named_weights(model), wrap_counts(places)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapted = {place.path: place for place in places}
+    refused: dict[str, str] = {}
+    whole: dict[str, str] = {}
+    biases: dict[str, str] = {}
+    for own in trained:
+        for name in weights.names[own]:
+            path, _, leaf = name.rpartition(".")
+            if path in adapted and leaf == "bias":
+                depth = "base_layer." * wraps.get(path, 1)
+                biases[f"{PREFIX}{key_path(path, wraps)}.{depth}bias"] = own
+            elif not path:
+                refused[own] = "it is a parameter of the top module, and peft saves modules whole"
+            elif inside := next((each for each in adapted if _within(each, path)), None):
+                refused[own] = f"its module holds {inside}, which is adapted, and peft saves modules whole"
+            elif any(_within(path, each) for each in wraps):
+                refused[own] = "peft wraps a module above it, and finds it no more"
+            else:
+                whole.setdefault(path, own)
+    for path in modules:  # peft takes every module whose path ends so
+        meant = next((each for each in whole if path.endswith(each) and path != each), None)
+        if meant is None or path in whole:
+            continue
+        if any(_within(each, path) or _within(path, each) for each in adapted):
+            refused[whole[meant]] = f"to save {meant} means {path} to peft as well, which is adapted"
+        else:
+            whole[path] = whole[meant]
+    outer = tuple(path for path in whole if not any(_within(path, each) for each in whole if each != path))
+    for path in outer:
+        hidden = next((each for each in adapted if re.match(rf"(^|.*\.){path}($|\..*)", each)), None)
+        if hidden is not None:
+            refused[whole[path]] = f"to save {path} excludes {hidden} from what peft adapts"
+    keys = {
+        f"{PREFIX}{path}.{name}": f"{path}.{name}"
+        for path in outer
+        for name in modules[path].state_dict(keep_vars=True)
+    }
+    named = {key: weights.canonical.get(name, name) for key, name in keys.items()}
+    return Saved(outer, {**named, **biases}, bool(biases)), refused
+
+
+def _within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
 
 
 def _passes_over(module: nn.Module) -> bool:

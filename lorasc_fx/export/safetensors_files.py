@@ -1,0 +1,237 @@
+"""Folded weights as safetensors, under the model's names or in the files of the base, one tensor in memory at a time.
+
+In the files of the base, names, dtypes and metadata are those of the original, and what the fold does not change is
+copied byte for byte; no model is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
+from lorasc_fx.export.base_files import Entry, Shard, entry_of, head_of, matched, read_shard, write_tensor
+from lorasc_fx.runtime import Cascade
+from lorasc_fx.runtime.base_file import INDEX, SINGLE, shards_of
+from lorasc_fx.runtime.folded import Change, FoldedWeights, of_core
+from lorasc_fx.runtime.folding import folded_each
+
+__all__ = ["Progress", "beside", "fold_files", "safetensors"]
+
+Values = dict[str, Callable[[], torch.Tensor]]
+
+Progress = Callable[[int, int], object]
+"""Told how many bytes are done, of how many."""
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
+)  # fmt: skip
+"""Ends of the names of files that hold the base's weights in other formats, and are not taken along."""
+
+
+def safetensors(
+    cascade: Cascade,
+    path: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None = None,
+    which: Literal["slow", "averaged"] = "slow",
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the folded weights as safetensors; the cascade goes on. One tensor is computed and written at a time.
+
+    A stage that has trained is counted as `release` would: it is folded.
+
+    Args:
+        cascade: whose weights are written.
+        path: a file that ends with `.safetensors`, or a folder, which gets `model.safetensors`, or shards with an index
+            as transformers reads them.
+        base: the safetensors file or folder that the model came from: what is written has its files, names, dtypes and
+            metadata, and every tensor that the fold does not change is copied as it is.
+        which: `slow`, or their average over stages.
+        max_shard_bytes: size above which a folder's weights are split, without `base`.
+        progress: told how many bytes are done, of how many.
+
+    Returns:
+        The path.
+
+    Raises:
+        StateError: the path is the base, or a folder that is there already; after `release`, inside `weights`, or
+            inside a backward; or a quantized weight is to be written.
+        CheckpointError: base is not what was adapted, or the path cannot be written. Nothing is left there.
+        NonFiniteBranch: the running branch of a site holds inf or nan.
+    """
+    out, call = path_of(path), "export.safetensors"
+    with cascade.core.exclusive(call):
+        if base is not None:
+            return fold_files(of_core(cascade.core, call, which), path_of(base), out, progress)
+        if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+            raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
+        check_free(out)
+        values: Values = {}
+        entries: list[Entry] = []
+        for name, now, new in folded_each(cascade.core, call, which=which):
+            if not isinstance(now, torch.Tensor):
+                raise StateError(
+                    f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor", code="not-serializable"
+                )
+            entries.append(entry_of(name, now))
+            values[name] = new
+        total, done = sum(entry.size for entry in entries), 0
+
+        def tell(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(done, total)
+
+        with beside(out) as room:
+            if out.suffix == ".safetensors":
+                _write(room, entries, values, tell)
+            else:
+                room.mkdir()
+                _write_folder(room, entries, values, max_shard_bytes, tell)
+        return out
+
+
+def _write_folder(folder: Path, entries: list[Entry], values: Values, most: int, tell: Callable[[int], None]) -> None:
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(each.size for each in shards[-1]) + entry.size > most:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        _write(folder / SINGLE, entries, values, tell)
+        return
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _write(folder / name, shard, values, tell)
+    index = {
+        "metadata": {"total_size": sum(entry.size for entry in entries)},
+        "weight_map": {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(path: Path, entries: list[Entry], values: Values, tell: Callable[[int], None]) -> None:
+    head, order = head_of(entries, {"format": "pt"})
+    sizes = {entry.name: entry.size for entry in entries}
+    with path.open("wb") as file:
+        file.write(head)
+        for name in order:
+            write_tensor(file, values[name]())
+            tell(sizes[name])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress | None = None) -> Path:
+    """Write a base's files with folded weights in them.
+
+    Args:
+        weights: of the fold.
+        base: a safetensors file, or a folder with `model.safetensors` or its shards.
+        out: the file or folder to write; a folder gets the base's other files as well (configuration, tokenizer).
+        progress: told of the bytes that were compared and written.
+
+    Raises:
+        CheckpointError: the base cannot be read, is another one than was adapted, or `out` cannot be written.
+        StateError: `out` is the base, or a folder that is there already. Nothing was written.
+    """
+    shards = [read_shard(path) for path in shards_of(base)]
+    single = base.is_file() and base.suffix != ".json"
+    check_free(out, base)
+    total, done = 2 * sum(entry.size for shard in shards for entry in shard.entries), 0
+
+    def tell(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    changes = matched(weights, base, shards, tell)
+    with beside(out) as room:
+        if single:
+            _write_like(shards[0], changes, room, tell)
+            return out
+        room.mkdir()
+        folder = base if base.is_dir() else base.parent
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
+                shutil.copyfile(path, room / path.name)
+        for shard in shards:
+            _write_like(shard, changes, room / shard.path.name, tell)
+    return out
+
+
+def check_free(out: Path, base: Path | None = None) -> None:
+    """Raise StateError for a folder that is there already, or for the base itself; a file is replaced when the new one
+    is whole.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise StateError(
+            f"{out} is there already, and is not written into; give another place, or remove it first",
+            code="path-in-the-way",
+        )
+    if base is not None and out.exists() and out.samefile(base):
+        raise StateError(f"{out} is the base, and is not overwritten; give another place", code="path-in-the-way")
+
+
+@contextlib.contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """Yield the path of a file or folder that takes the place of `out` when it is whole, and is removed otherwise.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    room = out.with_name(f".{out.name}.partial-{os.getpid()}{out.suffix}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield room
+        os.replace(room, out)
+    except OSError as fault:
+        _remove(room)
+        reason = fault.strerror or str(fault)
+        raise CheckpointError(f"{out}: was not written: {reason}; what was there stays", code="write-failed") from fault
+    except BaseException:
+        _remove(room)
+        raise
+
+
+def _remove(room: Path) -> None:
+    if room.is_dir():
+        shutil.rmtree(room, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            room.unlink()
+
+
+def _write_like(shard: Shard, changes: Mapping[str, Change], path: Path, tell: Callable[[int], None]) -> None:
+    """Write one file: its own header, and one tensor after the other, computed or copied."""
+    with shard.path.open("rb") as source, path.open("wb") as target:
+        target.write(shard.head)
+        for entry in shard.entries:
+            change = changes.get(entry.name)
+            if change is None:
+                for block in entry.blocks(source):
+                    target.write(block)
+            else:
+                base = entry.read(source)
+                value = change(base)
+                if value.shape != base.shape or value.dtype != base.dtype:
+                    raise CheckpointError(
+                        f"{entry.name} is {list(base.shape)} {base.dtype}, and became {list(value.shape)} "
+                        f"{value.dtype} in the fold; the checkpoint was edited, take one that save wrote"
+                    )
+                write_tensor(target, value)
+            tell(entry.size)
+        target.flush()
+        os.fsync(target.fileno())
