@@ -36,7 +36,6 @@ from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.filling import Hollow, check_attributes, groups_of
-from lorasc_fx.runtime.model_state import restorer
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
@@ -122,7 +121,7 @@ def load(
         SpecError: base is `file`, and the model names no folder.
     """
     found = read(folder)
-    return restored(found, model, args, kwargs, base, lambda cascade: cascade.load(found))
+    return restored(found, model, args, kwargs, base, lambda cascade, undo: cascade.load(found, undo))
 
 
 def restored(
@@ -131,7 +130,7 @@ def restored(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     base: str | PathLike[str],
-    restore: Callable[[Cascade], object],
+    restore: Callable[[Cascade, Undo], object],
 ) -> Cascade:
     """Adapt a base model by the plan of a checkpoint, and let `restore` put its values into the cascade; as `load`."""
     if found.frontend not in ("auto", *FRONTENDS):
@@ -154,9 +153,7 @@ def restored(
             raise CheckpointError(
                 f"{found.path}: its plan does not fit this model: {fault}", code="plan-mismatch"
             ) from fault
-        undo(cascade.core.base_writer())
-        undo(restorer(opened, (each for name, each in weights.parameters.items() if name in found.moved)))
-        restore(cascade)
+        restore(cascade, undo)
         _check_loaded(cascade, found.path)
         return cascade
 

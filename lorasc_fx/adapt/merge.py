@@ -26,7 +26,6 @@ from lorasc_fx.runtime.base_file import open_base
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs, restore
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import fingerprint
-from lorasc_fx.runtime.model_state import restorer
 from lorasc_fx.undo import AllOrNothing, Commit, no_inference_mode
 
 __all__ = ["merge"]
@@ -90,9 +89,7 @@ def merge(
             raise SpecError(
                 f"merge: the sites of these runs do not fit together: {fault}", code="sites-differ"
             ) from fault
-        undo(cascade.core.base_writer())
-        undo(restorer(opened))
-        join(cascade.core, weighted_sum(cascade.core.slow, parts, shares, plan.stage - 1), parts)
+        join(cascade.core, weighted_sum(cascade.core.slow, parts, shares, plan.stage - 1), parts, undo)
         return cascade
 
 

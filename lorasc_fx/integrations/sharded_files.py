@@ -169,7 +169,7 @@ def load(
     with agreed("load", group):
         found = _read(path_of(folder))
     with agreed("load", group):
-        cascade = restored(found, model, args, kwargs, "memory", lambda cascade: None)
+        cascade = restored(found, model, args, kwargs, "memory", lambda *_: None)
         for mode, more, named in calls:
             before = cascade.training
             with torch.no_grad():

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from lorasc_fx.errors import StateError
-from lorasc_fx.runtime.model_state import restorer, slots
-from lorasc_fx.runtime.slow import SlowWeights, Trained, fill
-from lorasc_fx.runtime.starts import put_starts, starts_of
-from lorasc_fx.runtime.transition import resting_value
+from lorasc_fx.runtime.core import Core, Planned
+from lorasc_fx.runtime.model_state import Slot, slots
+from lorasc_fx.runtime.slow import SlowWeights, Trained
 from lorasc_fx.state import Expert, Factors, SlowWeight
-from lorasc_fx.undo import Commit, no_grad
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
+from lorasc_fx.undo import Undo
 
 __all__ = ["adopt", "install"]
 
@@ -69,7 +64,13 @@ def adopt(
         install(core, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
 
 
-def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> None:
+def install(
+    core: Core,
+    after: SlowWeights,
+    names: Sequence[str],
+    buffers: Mapping[str, torch.Tensor],
+    undo: Undo | None = None,
+) -> None:
     """Go on from other slow weights in the running stage, B and noise as they are; all or nothing.
 
     Branches that start from the weights and have not trained yet start from the new ones.
@@ -79,37 +80,22 @@ def install(core: Core, after: SlowWeights, names: Sequence[str], buffers: Mappi
         after: the slow weights.
         names: of the weights that they change, trained in full or not.
         buffers: values of the model's buffers, by name.
+        undo: of a block that this is a part of.
     """
     before, plan = core.slow, core.plan
     branches = core.branches_by_weight()
     unmoved = {name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})}
-    after, started = starts_of(plan, after, unmoved)
-
-    def rest(slow: SlowWeights, name: str, out: torch.Tensor) -> None:
-        if name in slow.trained:
-            out.copy_(resting_value(slow, name))
+    after, factors = after.begin_stage(plan, unmoved)
+    tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    replaced: list[tuple[Slot, torch.Tensor | None]] = []
+    places = slots(core.model)
+    for name, value in buffers.items():
+        buffer = places[name].held
+        if buffer is not None and value.shape == buffer.shape:
+            tensors.append((buffer, value))
         else:
-            slow.write_resting(name, plan, out)
-
-    with no_grad(), Commit(core.lock) as undo:
-        undo(core.restorer())
-        undo(restorer(core.model))
-        places = slots(core.model)
-        for name, value in buffers.items():
-            buffer = places[name].held
-            if buffer is not None and value.shape == buffer.shape:
-                buffer.copy_(value)
-            else:
-                places[name].put(value.to(places[name].device, copy=True))
-        put_starts(branches, started, undo)
-        fill(
-            core.parameters_by_name(),
-            names,
-            lambda name, out: rest(after, name, out),
-            lambda name, out: rest(before, name, out),
-            undo,
-        )
-        core.advance(plan, after, names)
+            replaced.append((places[name], value.to(places[name].device, copy=True)))
+    core.commit(Planned(plan, after, names, factors=factors, tensors=tensors, slots=replaced), undo)
 
 
 def _with(state: SlowWeight, experts: Sequence[tuple[float, Factors]], stage: int) -> SlowWeight:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,12 +16,11 @@ from lorasc_fx.branch import dense
 from lorasc_fx.errors import SpecError, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.adopt import install
+from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.folding import ended
 from lorasc_fx.runtime.slow import SlowWeights, Trained
 from lorasc_fx.state import Expert, Past, SlowWeight, arithmetic, summing
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
+from lorasc_fx.undo import Undo
 
 __all__ = ["Part", "join", "part_of", "weighted_sum"]
 
@@ -140,8 +138,8 @@ def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], f
     return total
 
 
-def join(core: Core, after: SlowWeights, parts: Sequence[Part]) -> None:
-    """Let the first stage of a fresh cascade start from these slow weights; all or nothing.
+def join(core: Core, after: SlowWeights, parts: Sequence[Part], undo: Undo) -> None:
+    """Let the first stage of a fresh cascade start from these slow weights; a part of a larger block.
 
     Buffers (running statistics) have no sum: those that are the same in all runs are taken over, others stay the base's
     and are told of.
@@ -149,7 +147,7 @@ def join(core: Core, after: SlowWeights, parts: Sequence[Part]) -> None:
     buffers = dict(core.model.named_buffers())
     taken = {name: parts[0].buffers[name] for name in buffers if _agree(name, parts)}
     told = [name for name, buffer in buffers.items() if name not in taken and buffer.is_floating_point()]
-    install(core, after, [*after.states, *after.trained], taken)
+    install(core, after, [*after.states, *after.trained], taken, undo)
     if told:
         warn(
             f"merge: {len(told)} buffers differ between the runs and stay as the base has them: {', '.join(told[:3])}; "

@@ -607,9 +607,9 @@ class Cascade(nn.Module):
             self.core.usage.check_saved(self.core)
         return super().state_dict(*args, **kwargs)
 
-    def load(self, found: checkpoint_read.Checkpoint) -> None:
-        """Take over a checkpoint that was read; the cascade was made by its plan."""
-        checkpoint_read.restore(self.core, found)
+    def load(self, found: checkpoint_read.Checkpoint, undo: Undo | None = None) -> None:
+        """Take over a checkpoint that was read, by itself or as a part of a larger block."""
+        checkpoint_read.restore(self.core, found, undo)
         self._loaded = found
 
 
@@ -626,8 +626,7 @@ def _weights(undo: Block[Any], cascade: Cascade, which: Which | None, stage: int
         live = folding.trained_now(core, parameters)
         earlier = past.at_stage(core.slow, stage, "weights") if stage is not None else None
         undo(partial(folding.rest, core, parameters, live, folding.Held.of(core, parameters)))
-        folding.place(core, which or ("slow" if stage else "base"), parameters, live, earlier)
-        core.placed = which if stage is None else stage
+        folding.place(core, which or ("slow" if stage else "base"), parameters, live, stage, earlier)
     return cascade
 
 

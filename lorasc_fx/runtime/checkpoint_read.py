@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,12 +26,11 @@ from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import unpacking
 from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, canonical, list_versions, way_back
+from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import fingerprint, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
+from lorasc_fx.undo import Undo
 
 __all__ = [
     "Checkpoint",
@@ -301,14 +300,16 @@ def check_plan(
             )
 
 
-def restore(core: Core, checkpoint: Checkpoint) -> None:
+def restore(core: Core, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
     """Put the checkpoint's values into a cascade that has its sites; the cascade's plan is then the checkpoint's.
+
+    With `undo` this is a part of a larger block.
 
     Raises:
         CheckpointError: they do not fit; the cascade is as it was.
     """
     try:
-        unpacking.unpack(core, checkpoint.tensors, checkpoint.manifest, str(checkpoint.path), checkpoint.plan)
+        unpacking.unpack(core, checkpoint.tensors, checkpoint.manifest, str(checkpoint.path), checkpoint.plan, undo)
     except CheckpointError as fault:
         raise CheckpointError(f"{fault}; {way_back(checkpoint.path)}", code=fault.code) from fault
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:

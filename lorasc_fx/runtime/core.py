@@ -2,33 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, is_quantized
+from lorasc_fx.branch import Branch, fill_factor, is_quantized
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.filling import Hollow
 from lorasc_fx.runtime.fingerprint import checksum, fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
-from lorasc_fx.runtime.pending import PendingWatch
-from lorasc_fx.runtime.replicas import Replicas
+from lorasc_fx.runtime.model_state import Slot, restorer
+from lorasc_fx.runtime.optim import put_state
 from lorasc_fx.runtime.slow import SlowWeights, fill
-from lorasc_fx.runtime.starts import put_starts, starts_of
-from lorasc_fx.runtime.steps import StepWatch
 from lorasc_fx.runtime.usage import UsageWatch
+from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch
+from lorasc_fx.shards import local
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import Which
-from lorasc_fx.undo import Block, Lock, Undo
+from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
-__all__ = ["Core"]
+__all__ = ["Core", "Planned"]
 
 SHARDED = ("transition", "stages", "rewind", "weights", "resume")
 """Calls that work on shards of the weights."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Values that a cascade is to hold next; all of them are known before the first is written.
+
+    Args:
+        plan: of the stage that runs then.
+        slow: the slow weights then.
+        names: of the model's parameters that get other numbers.
+        write: writes the numbers of one of them, by name; by default those that it holds between two steps.
+        factors: values of branches' parameters, by weight and by name, as far as they are here.
+        tensors: other tensors, each with its value.
+        slots: of buffers, each with the tensor that it holds then.
+        begins: a stage begins, and gradients of the one before are dropped.
+        optimizer, states: that gets these states.
+        placed: the weights are in place for a while, and plan and slow weights stay.
+    """
+
+    plan: Plan
+    slow: SlowWeights
+    names: Collection[str] = ()
+    write: Callable[[str, torch.Tensor], object] | None = None
+    factors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    tensors: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    slots: Sequence[tuple[Slot, torch.Tensor | None]] = ()
+    begins: bool = False
+    optimizer: torch.optim.Optimizer | None = None
+    states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
+    placed: Which | int | None = None
 
 
 class Core:
@@ -137,7 +169,6 @@ class Core:
     def know_sites(self, undo: Undo, empty: bool = False) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
         watched = {name: each for name, each in self.trainable().items() if self.pending.knows(each)}
-        undo(self.restorer())
         undo(self.pending.restorer(watched))
         parameters = self.parameters_by_name()
         noise, start = self.plan.spec.noise, self.plan.spec.start
@@ -164,38 +195,118 @@ class Core:
         known = {name: parameters[name] for name in new}
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
-        own = {name: branches[name] for name in new if name in branches and not empty}
-        slow, started = starts_of(self.plan, slow, own)
-        put_starts(branches, started, undo)
-        if (noise.strength or started) and not slow.parked:
-            fill(
-                parameters,
-                new,
-                lambda name, out: slow.write_resting(name, self.plan, out),
-                lambda name, out: slow.write_value(name, "base", out),
-                undo,
-            )
-        self.slow = slow
-        self.note_weights(new)
+        starting = {name: branches[name] for name in new if name in branches and not empty}
+        slow, factors = slow.begin_stage(self.plan, starting)
+        written = new if (noise.strength or factors) and not slow.parked else ()
+        self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         self.pending.arm(self.trainable())
         if noise.strength and noise.redraw == "step":
-            self.steps.arm(self)
+            self.steps.arm(self, self._redraw)
         self.replicas.see(len(self.branches), self.trainable)
 
-    def advance(self, plan: Plan, slow: SlowWeights, written: Iterable[str] | None = None) -> None:
-        """Take over a plan and slow weights, for which these weights were written (by default all of them)."""
-        self.plan, self.slow = plan, slow
-        self.note_weights(written)
+    def commit(self, planned: Planned, undo: Undo | None = None) -> None:
+        """Write planned values and take them over, all or nothing: the one place that writes to model and branches.
+
+        With `undo` the writes are steps of a larger block.
+        """
+        if undo is None:
+            with Commit(self.lock) as block:
+                self.commit(planned, block)
+            return
+        plan, slow, branches = self.plan, self.slow, self.branches_by_weight()
+        parameters = {
+            name: parameter for name in planned.names if (parameter := _parameter(self.model, name)) is not None
+        }
+        trained = [parameters[name] for name in parameters if name in slow.trained]
+        undo(self.restorer())
+        if planned.slots or planned.tensors:
+            undo(restorer(self.model))
+        undo(self.values_restorer(planned.factors, trained, [tensor for tensor, _ in planned.tensors]))
+
+        def put_back(name: str, out: torch.Tensor) -> None:
+            if name in slow.states:
+                slow.write_resting(name, plan, out)
+            elif name not in slow.trained:  # whose value is put back from a copy
+                planned.slow.write_value(name, "base", out)
+
+        write = planned.write or partial(_write_resting, planned.slow, planned.plan)
+        with no_grad():
+            for weight, values in planned.factors.items():
+                branches[weight].to_rank(planned.plan.by_weight[weight])
+                for name, factor in branches[weight].named_parameters():
+                    if name in values:
+                        local(factor).copy_(values[name])
+                    if planned.begins:
+                        factor.grad = None
+            for tensor, value in planned.tensors:
+                tensor.copy_(value)
+            for slot, buffer in planned.slots:
+                slot.put(buffer)
+            for parameter in trained if planned.begins else ():
+                parameter.grad = None
+            if (optimizer := planned.optimizer) is not None:
+                undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in planned.states}))
+                put_state(optimizer, planned.states)
+            fill(parameters, parameters, write, put_back, undo)
+        if planned.placed is not None:
+            self.placed = planned.placed
+            now = {name: _parameter(self.model, name) for name in planned.names}
+            self.placed_checksums = {name: checksum(each) for name, each in now.items() if each is not None}
+            return
+        self.plan, self.slow = planned.plan, planned.slow
+        self.note_weights([*planned.names, *(name for name in planned.slow.states if name not in slow.states)])
         self._carry()
 
+    def _redraw(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write the next noise after a step of the optimizer that trains the branches (`noise.redraw = "step"`).
+
+        W_t is written anew from W0, S and the noise of (seed, stage, step, weight), rounded once: nothing accumulates,
+        and nothing is kept on the training device.
+        """
+        first = next((branch.lora_B for branch in self.by_key.values()), None)
+        trains = any(parameter is first for group in optimizer.param_groups for parameter in group["params"])
+        if self.slow.parked or not trains:
+            return
+        after = replace(self.plan, step=self.plan.step + 1)
+        if self.placed is not None:  # inside weights(): the new noise comes with the way back
+            self.plan = after
+            return
+        with Commit(self.lock) as undo:
+            self.check_weights("noise.redraw")
+            self.commit(Planned(after, self.slow, self.slow.states), undo)
+
     def restorer(self) -> Callable[[], None]:
-        """Return what brings back the plan, the slow weights, and the checksums of the weights."""
+        """Return what brings back the plan, the slow weights, which weights are in place, and their checksums."""
         plan, slow, noted = self.plan, self.slow, (self._checksums, self._objects, self._frozen)
+        placed, placed_checksums = self.placed, self.placed_checksums
 
         def restore() -> None:
-            self.plan, self.slow = plan, slow
+            self.plan, self.slow, self.placed, self.placed_checksums = plan, slow, placed, placed_checksums
             self._checksums, self._objects, self._frozen = noted
             self._carry()
+
+        return restore
+
+    def values_restorer(
+        self, weights: Iterable[str], parameters: Iterable[nn.Parameter] = (), tensors: Iterable[torch.Tensor] = ()
+    ) -> Callable[[], None]:
+        """Return what brings back the branches of these weights, these parameters with their gradients, and tensors."""
+        branches = self.branches_by_weight()
+        chosen = [branches[weight] for weight in weights]
+        scales = [(branch, branch.scale) for branch in chosen]
+        trained = [*(factor for branch in chosen for factor in branch.parameters()), *parameters]
+        held = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in trained]
+        values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+        def restore() -> None:
+            for parameter, value, gradient in held:
+                fill_factor(parameter, value)
+                parameter.grad = gradient
+            for branch, scale in scales:
+                branch.scale = scale
+            with no_grad():
+                for tensor, value in values:
+                    tensor.copy_(value)
 
         return restore
 
@@ -215,20 +326,6 @@ class Core:
         self.steps.disarm()
         self.usage.disarm()
 
-    def base_writer(self) -> Callable[[], None]:
-        """Return what writes W0 back into the user's parameters, as it is kept now."""
-        slow, parameters = self.slow, self.parameters_by_name()
-
-        def write() -> None:
-            with torch.no_grad():
-                for name in slow.states:
-                    if not is_quantized(parameters[name]):
-                        slow.write_value(name, "base", parameters[name])
-                for name, kept in slow.trained.items():
-                    parameters[name].copy_(kept.base)
-
-        return write
-
     def faults(self) -> list[str]:
         """Return a sentence for each slow state with inf or nan, and each branch unless such ones are left out."""
         if self.plan.spec.on_nonfinite == "skip":
@@ -247,11 +344,6 @@ class Core:
         names = parameters if written is None else [name for name in written if name in parameters]
         self._checksums = {**self._checksums, **{name: checksum(parameters[name]) for name in names}}
         self._objects = {**self._objects, **{name: id(parameters[name]) for name in names}}
-
-    def note_placed(self, names: Iterable[str]) -> None:
-        """Take the checksums of weights that were put in place for a while."""
-        now = {name: _parameter(self.model, name) for name in names}
-        self.placed_checksums = {name: checksum(each) for name, each in now.items() if each is not None}
 
     def exchanged(self) -> bool:
         """Whether other objects are in the places of the weights, as inside torch.func.functional_call."""
@@ -412,6 +504,10 @@ class _Exclusive(Block[None]):
 
     def _begin(self) -> None:
         self._core.check_ready(self._call)
+
+
+def _write_resting(slow: SlowWeights, plan: Plan, name: str, out: torch.Tensor) -> None:
+    slow.write_resting(name, plan, out)
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:

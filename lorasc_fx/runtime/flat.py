@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasc_fx.branch import fill_factor
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, half_step
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
 from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
-from lorasc_fx.runtime.model_state import restorer
 from lorasc_fx.runtime.opening import told
-from lorasc_fx.runtime.slow import fill
 from lorasc_fx.undo import Commit
 
 if TYPE_CHECKING:
@@ -112,40 +109,16 @@ def take_over(
             core.turning.call_off()
             for parameter, _ in gradients:
                 parameter.grad = None
-            undo(_values(core))
+            undo(core.values_restorer(core.branches_by_weight()))
             for weight, branch in core.branches_by_weight().items():
                 branch.to_rank(found.plan.by_weight[weight])
-            cascade.load(found)
+            cascade.load(found, undo)
             if placed != {
                 site.weight: site.placement for site in core.sites
             }:  # chosen on another machine, as its bits are
                 cascade._drop_graphs()
             then(found)
             half_step.unpack(core, found.tensors, found.manifest.get("pending", ()), str(found.path))
-
-
-def _values(core: Core) -> Callable[[], None]:
-    """Return what brings back plan, slow weights, branches, buffers and what the parameters hold now."""
-    plan, slow = core.plan, core.slow
-    put_state_back = restorer(core.model, core.moved_parameters().values())
-    tensors = (*core.branches.parameters(), *core.trained_parameters().values())
-    held = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    scales = [(branch, branch.scale) for branch in core.by_key.values()]
-
-    def rest(name: str, out: torch.Tensor) -> None:
-        slow.write_resting(name, plan, out)
-
-    def write() -> None:
-        with torch.no_grad():
-            for tensor, value in held:
-                fill_factor(tensor, value)
-        put_state_back()
-        for branch, scale in scales:
-            branch.scale = scale
-        fill(core.weights_by_name(), slow.states, rest, rest)
-        core.advance(plan, slow)
-
-    return write
 
 
 def _base_differs(found: checkpoint_read.Checkpoint, core: Core) -> str:

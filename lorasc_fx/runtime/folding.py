@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import StateError, nearest
+from lorasc_fx.runtime.core import Core, Planned
 from lorasc_fx.runtime.rigid import Places, Requantize, check_asked, places, put, put_back, requantized
-from lorasc_fx.runtime.slow import SlowWeights, fill
-from lorasc_fx.runtime.transition import has_begun, resting_value, trained_moved
+from lorasc_fx.runtime.slow import SlowWeights
+from lorasc_fx.runtime.transition import has_begun, trained_moved
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Which
 from lorasc_fx.undo import Commit, Undo
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
 
 __all__ = [
     "BeforeCast",
@@ -64,15 +62,18 @@ def place(
     which: Which,
     parameters: Mapping[str, nn.Parameter],
     live: Mapping[str, torch.Tensor],
+    stage: int | None = None,
     past: SlowWeights | None = None,
 ) -> None:
     """Write slow, fast or base weights into the user's parameters; `live` are the trained ones as they are.
 
-    `past` are slow weights of an earlier stage, to be written in place of the present ones.
+    With `stage` they are those at its end, `past`.
     """
     slow, branches, plan = past or core.slow, core.branches_by_weight(), core.plan
 
-    def new(name: str, out: torch.Tensor) -> None:
+    def write(name: str, out: torch.Tensor) -> None:
+        if name in rigid:
+            return
         if name in slow.trained:
             follows = past is not None or slow.trained[name].follows(plan.spec)
             out.copy_(trained_value(slow, name, which, live[name], follows))
@@ -81,11 +82,12 @@ def place(
 
     rigid = core.quantized if which != "base" else ()
     values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}
-    names = [*slow.states, *slow.trained]
-    fill(parameters, names, new, lambda name, out: _put_resting(core, name, out, live))
-    put(places(core.model, values), core.model, values)
-    core.note_placed(names)
-    core.placed = which
+    with Commit(core.lock) as undo:
+        held = places(core.model, values)
+        undo(partial(put_back, held))
+        put(held, core.model, values)
+        names = [*slow.states, *slow.trained]
+        core.commit(Planned(plan, core.slow, names, write, placed=which if stage is None else stage), undo)
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def recast(core: Core, before: BeforeCast) -> None:
             if name not in rigid and parameters[name].dtype != before.dtypes[name]:
                 core.slow.write_resting(name, core.plan, parameters[name])
         for name in before.unmoved:
-            parameters[name].copy_(resting_value(core.slow, name))
+            core.slow.write_resting(name, core.plan, parameters[name])
         for name, factor in core.branches.named_parameters():
             if factor.dtype.itemsize < 4:
                 grad, factor.grad = factor.grad, None
@@ -315,21 +317,17 @@ def release(core: Core, quantized: Requantize, which: Which, undo: Undo) -> None
     rigid = check_asked("release", slow, quantized)
     live = trained_now(core, parameters)
 
-    def new(name: str, out: torch.Tensor) -> None:
+    def write(name: str, out: torch.Tensor) -> None:
         if name in live:
             out.copy_(trained_value(slow, name, which, live[name]))
         else:
             slow.write_value(name, which, out)
 
     values = {name: slow.value(name, which, parameters[name]) for name in rigid}
-    held, before = places(core.model, values), (core.slow, core.base_file)
-
-    def hold() -> None:
-        core.slow, core.base_file = before
-
+    held, names = places(core.model, values), [name for name in [*slow.states, *live] if name not in values]
     undo(partial(put_back, held))
     put(held, core.model, values)
     requantized(held, quantized)
-    fill(parameters, [*slow.states, *live], new, lambda name, out: _put_resting(core, name, out, live), undo)
-    undo(hold)
-    core.slow, core.base_file = SlowWeights(), None
+    core.commit(Planned(core.plan, SlowWeights(), names, write), undo)
+    undo(partial(setattr, core, "base_file", core.base_file))
+    core.base_file = None

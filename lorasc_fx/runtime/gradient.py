@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.runtime.replicas import Replicas
+from lorasc_fx.runtime.watches import Replicas
 
 __all__ = ["GradientStart"]
 

@@ -18,11 +18,21 @@ from lorasc_fx.errors import NonFiniteBranch, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import Together, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
-from lorasc_fx.state import SlowWeight, Which, arithmetic, end_stage, factors_of, gain_of, has_trained, slow_faults
+from lorasc_fx.state import (
+    SlowWeight,
+    Which,
+    arithmetic,
+    begin_stage,
+    end_stage,
+    factors_of,
+    gain_of,
+    has_trained,
+    slow_faults,
+)
 from lorasc_fx.state.engine import all_finite, write_start
-from lorasc_fx.undo import Commit, Undo
+from lorasc_fx.undo import Undo
 
-__all__ = ["AFFORDABLE", "SlowWeights", "Trained", "fill", "write"]
+__all__ = ["AFFORDABLE", "SPARE", "SlowWeights", "Trained", "fill"]
 
 AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
@@ -45,6 +55,10 @@ class Trained:
     past: tuple[tuple[int, torch.Tensor], ...] = ()
     average: torch.Tensor | None = None
     rule: TrainRule | None = None
+
+    def resting(self, parked: bool) -> torch.Tensor:
+        """Return what the parameter holds at the start of a stage, or when parked."""
+        return self.slow.to(self.base.dtype) if parked else self.start
 
     def follows(self, spec: CascadeSpec) -> bool:
         """Whether the parameter follows the slow rule."""
@@ -129,8 +143,10 @@ class SlowWeights:
         return value
 
     def write_resting(self, name: str, plan: Plan, out: torch.Tensor) -> None:
-        """Write what `resting` returns into `out`."""
-        if self.parked:
+        """Write what `resting` returns into `out`; of a parameter trained in full, what its stage started from."""
+        if name in self.trained:
+            out.copy_(self.trained[name].resting(self.parked))
+        elif self.parked:
             self.write_value(name, "slow", out)
         else:
             write_start(out, self.states[name], plan.spec, plan.stage, step=plan.step)
@@ -197,6 +213,29 @@ class SlowWeights:
         after = replace(self, states=states, trained=trained, parked=False, left_out=frozenset(left_out))
         return after if share is None else replace(after, averaged=self.averaged + 1)
 
+    def begin_stage(
+        self, plan: Plan, branches: Mapping[str, Branch], starts: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[SlowWeights, dict[str, dict[str, torch.Tensor]]]:
+        """Return the state with what these branches take out of it, and the values of their parameters as they start.
+
+        There are none where the factors start as in LoRA, or no stage runs; magnitudes always start from the weight.
+
+        Args:
+            plan: of the stage that starts.
+            branches: by weight name.
+            starts: lora_A by weight name, as LoRA starts it; by default as it is.
+        """
+        spec = plan.spec
+        if not spec.use_dora and (spec.start == "lora" or self.parked):
+            return self, {}
+        states, factors = dict(self.states), {}
+        for name, branch in branches.items():
+            a = starts[name] if starts is not None else branch.lora_A.detach()
+            site = plan.by_weight[name]
+            states[name], started = begin_stage(states[name], branch, site, spec, plan.stage, a, not self.parked)
+            factors[name] = {key: value.detach() for key, value in started.named_parameters()}
+        return replace(self, states=states), factors
+
     def faults(self) -> list[str]:
         """Return a sentence for each weight whose slow state holds inf or nan, or what does not belong together."""
         found = [
@@ -245,21 +284,6 @@ def host(tensor: torch.Tensor) -> torch.Tensor:
     return local(tensor).detach().to("cpu", copy=True)
 
 
-def write(
-    parameters: Mapping[str, nn.Parameter],
-    names: Iterable[str],
-    new: Callable[[str, torch.Tensor], torch.Tensor],
-    old: Callable[[str, torch.Tensor], torch.Tensor],
-) -> None:
-    """Write `new(name, parameter)` into each parameter, one at a time; if anything raises, write `old` back."""
-    fill(
-        parameters,
-        names,
-        lambda name, out: out.copy_(new(name, out)),
-        lambda name, out: out.copy_(old(name, out)),
-    )
-
-
 SPARE = 1 << 12
 """Bytes that are kept free for putting weights back where memory is short: for what is small. What is large, the noise
 of a weight, is made before anything is written to it."""
@@ -270,17 +294,12 @@ def fill(
     names: Iterable[str],
     new: Callable[[str, torch.Tensor], object],
     old: Callable[[str, torch.Tensor], object],
-    undo: Undo | None = None,
+    undo: Undo,
 ) -> None:
-    """Let `new(name, parameter)` write into each parameter in turn; if anything raises, let `old` do so again.
+    """Let `new(name, parameter)` write into each parameter in turn; `old` does so again when the block is undone.
 
-    With `undo` these are steps of a larger block. A quantized weight is not written to: its branch carries what the
-    stages added (`Core.advance`).
+    A quantized weight is not written to: its branch carries what the stages added (`Core.commit`).
     """
-    if undo is None:
-        with Commit() as own:
-            fill(parameters, names, new, old, own)
-        return
     spare = [torch.empty(SPARE, dtype=torch.uint8)]  # room for putting back, where memory stays short
     with torch.no_grad():
         for name in names:

@@ -9,24 +9,20 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, fill_factor
+from lorasc_fx.branch import Branch
 from lorasc_fx.branch.init import fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.runtime.optim import check_holds, put_state, treated_state
-from lorasc_fx.runtime.slow import SlowWeights, fill
-from lorasc_fx.runtime.starts import put_starts, starts_of
+from lorasc_fx.runtime.core import Core, Planned
+from lorasc_fx.runtime.optim import check_holds, treated_state
+from lorasc_fx.runtime.slow import SlowWeights
 from lorasc_fx.shards import local, part_of
-from lorasc_fx.undo import Commit, no_grad
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
+from lorasc_fx.undo import Commit
 
 __all__ = ["begin", "check_optimizer", "has_begun", "restart", "run", "unpark"]
 
@@ -110,55 +106,29 @@ def begin(
         state: of the optimizer, for the parameters whose state changes.
         then: is called at the end; all is taken back if it raises.
     """
-    plan, before, trained = core.plan, core.slow, core.trained_parameters()
     branches = core.branches_by_weight()
-    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
-    after, started = starts_of(planned, after, branches, starts)
-    kept = [(each, each.detach().clone(), each.grad) for each in [*own, *trained.values()]]
-    scales, resized = [(branch, branch.scale) for branch in branches.values()], bool(_resized(planned, branches))
-    parameters = core.weights_by_name()
-    with no_grad(), Commit() as undo:
-        undo(core.restorer())
+    resized = bool(_resized(planned, branches))
+    after, started = after.begin_stage(planned, branches, starts)
+    factors = {
+        weight: {
+            "lora_A": part_of(starts[weight], branch.lora_A),
+            "lora_B": torch.zeros((), dtype=branch.lora_B.dtype, device=branch.lora_B.device),
+            **started.get(weight, {}),
+        }
+        for weight, branch in branches.items()
+    }
+    names = [*after.states, *after.trained]
+    values = Planned(planned, after, names, factors=factors, begins=True, optimizer=optimizer, states=state)
+    with Commit() as undo:
         undo(core.turning.restorer())
-        if optimizer is not None:
-            undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in state}))
-        undo(partial(_put, kept, scales))
-        for weight, branch in branches.items():
-            branch.to_rank(planned.by_weight[weight])
-            local(branch.lora_A).copy_(part_of(starts[weight], branch.lora_A))
-            local(branch.lora_B).zero_()
-        put_starts(branches, started, undo)
-        for name, parameter in trained.items():
-            local(parameter).copy_(resting_value(after, name))
-        for parameter, _, _ in kept:
-            parameter.grad = None
-        if optimizer is not None:
-            put_state(optimizer, state)
-        fill(
-            parameters,
-            after.states,
-            lambda name, out: after.write_resting(name, planned, out),
-            lambda name, out: before.write_resting(name, plan, out),
-            undo,
-        )
-        core.advance(planned, after)
+        core.commit(values, undo)
         core.turning.call_off()
         if planned.spec.restart_A == "gradient" and not after.parked and optimizer is not None:
-            core.turning.arm(parameters, branches, optimizer, core.replicas)
+            core.turning.arm(core.weights_by_name(), branches, optimizer, core.replicas)
         if then is not None:
             then()
         if resized:
             core.replicas.outdate()
-
-
-def _put(
-    kept: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]], scales: list[tuple[Branch, float]]
-) -> None:
-    for parameter, value, grad in kept:
-        fill_factor(parameter, value)
-        parameter.grad = grad
-    for branch, scale in scales:
-        branch.scale = scale
 
 
 def _resized(planned: Plan, branches: Mapping[str, Branch]) -> list[nn.Parameter]:
@@ -188,42 +158,20 @@ def _after_fold(
 
 def unpark(core: Core) -> None:
     """Start a stage after the last fold of a loop: write its start weights, noise included."""
-    before, plan = core.slow, core.plan
-    if not before.parked:
+    if not core.slow.parked:
         return
-    branches, trained = core.branches_by_weight(), core.trained_parameters()
     if has_begun(core):
         raise StateError(
             "stages: the branches trained after the last stage ended; call transition(optimizer) first",
             code="stage-not-ended",
         )
-    after, started = starts_of(plan, replace(before, parked=False), branches)
-
-    def rest(slow: SlowWeights) -> Callable[[str, torch.Tensor], None]:
-        def put(name: str, out: torch.Tensor) -> None:
-            if name in trained:
-                out.copy_(resting_value(slow, name))
-            else:
-                slow.write_resting(name, plan, out)
-
-        return put
-
-    with Commit() as undo:
-        undo(core.restorer())
-        put_starts(branches, started, undo)
-        fill(core.weights_by_name() | trained, [*after.states, *trained], rest(after), rest(before), undo)
-        core.advance(plan, after)
+    after, factors = replace(core.slow, parked=False).begin_stage(core.plan, core.branches_by_weight())
+    core.commit(Planned(core.plan, after, [*after.states, *after.trained], factors=factors))
 
 
 def has_begun(core: Core) -> bool:
     """Whether the running stage has trained: a branch, or what is trained in full, has left where it started."""
     return core.slow.moved(core.branches_by_weight()) or trained_moved(core.slow, core.trained_parameters())
-
-
-def resting_value(slow: SlowWeights, name: str) -> torch.Tensor:
-    """Return what a parameter trained in full holds at the start of a stage, or when parked."""
-    kept = slow.trained[name]
-    return kept.slow.to(kept.base.dtype) if slow.parked else kept.start
 
 
 def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
@@ -240,7 +188,9 @@ def trained_moved(slow: SlowWeights, trained: Mapping[str, nn.Parameter]) -> boo
     """Whether a parameter trained in full has left the value that its stage started from."""
     return slow.some(
         any(
-            not torch.equal(local(parameter).detach().cpu(), resting_value(slow, name).to(parameter.dtype))
+            not torch.equal(
+                local(parameter).detach().cpu(), slow.trained[name].resting(slow.parked).to(parameter.dtype)
+            )
             for name, parameter in trained.items()
         )
     )

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lorasc_fx.branch import Branch, DoraBranch
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime.model_state import Slot, restorer, slots
+from lorasc_fx.runtime.core import Core, Planned
+from lorasc_fx.runtime.model_state import Slot, slots
 from lorasc_fx.runtime.opening import told
-from lorasc_fx.runtime.slow import SlowWeights, Trained, write
+from lorasc_fx.runtime.slow import SlowWeights, Trained
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.state import Began, Expert, Factors, KeptNoise, Past, SlowWeight, Turn, began_shapes
-from lorasc_fx.undo import Commit, no_grad
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
+from lorasc_fx.undo import Undo
 
 __all__ = ["Taken", "began", "slow_state", "unpack"]
 
@@ -67,22 +65,33 @@ class Taken:
         return tensor
 
 
-def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], where: str, plan: Plan) -> None:
+def unpack(
+    core: Core,
+    tensors: Mapping[str, torch.Tensor],
+    meta: Mapping[str, Any],
+    where: str,
+    plan: Plan,
+    undo: Undo | None = None,
+) -> None:
     """Put what `pack` returned into a cascade that has the sites of this plan, which is its plan then.
+
+    With `undo` this is a part of a larger block.
 
     Raises:
         CheckpointError: a tensor is missing, foreign, not finite, or has another shape or kind than the plan says. The
             cascade is as it was.
     """
-    slow, parameters, planned = core.slow, core.parameters_by_name(), core.plan
-    branches = core.branches_by_weight()
+    slow, branches = core.slow, core.branches_by_weight()
     held = Taken(tensors, where)
     whole = plan.spec.on_nonfinite == "raise"  # else such a branch is left out at the fold, and may be here
+    factors = {
+        weight: {
+            name: held.take(f"branch/{weight}/{name}", tuple(local(factor).shape), factor.dtype, whole)
+            for name, factor in branch.named_parameters()
+        }
+        for weight, branch in branches.items()
+    }
     moves: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for weight, branch in branches.items():
-        for name, factor in branch.named_parameters():
-            own = local(factor)
-            moves.append((own, held.take(f"branch/{weight}/{name}", tuple(own.shape), own.dtype, whole)))
     if set(meta["slow"]) != set(slow.states):
         odd = sorted(set(meta["slow"]) ^ set(slow.states))
         raise CheckpointError(f"{where}: the slow state and the plan disagree about {told(odd[0])}")
@@ -111,34 +120,15 @@ def unpack(core: Core, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, A
             code="foreign-tensor",
         )
     after = SlowWeights(states, trained, meta["parked"], averaged=meta.get("averaged", 0), together=slow.together)
-    put_state_back = restorer(core.model)
-    old = [tensor.detach().clone() for tensor, _ in moves]
-    held_before = {name: parameters[name].detach().clone() for name in values}
 
-    def before(name: str, like: torch.Tensor) -> torch.Tensor:
-        return held_before[name] if name in values else slow.resting(name, planned, like)
+    def write(name: str, out: torch.Tensor) -> None:
+        if name in values:
+            out.copy_(values[name])
+        else:
+            after.write_resting(name, plan, out)
 
-    def put_back() -> None:
-        for (tensor, _), value in zip(moves, old, strict=True):
-            tensor.copy_(value)
-        put_state_back()
-        if core.slow is after:
-            write(parameters, [*states, *trained], before, before)
-            core.advance(planned, slow)
-
-    with no_grad(), Commit() as undo:
-        undo(put_back)
-        for tensor, value in moves:
-            tensor.copy_(value)
-        for slot, buffer in new_buffers:
-            slot.put(buffer)
-        write(
-            parameters,
-            [*states, *trained],
-            lambda name, like: values[name] if name in values else after.resting(name, plan, like),
-            before,
-        )
-        core.advance(plan, after)
+    names = [*states, *trained]
+    core.commit(Planned(plan, after, names, write, factors=factors, tensors=moves, slots=new_buffers), undo)
 
 
 def _model_state(

@@ -15,7 +15,7 @@ import lorasc_fx as lx
 from tests.checkpoint.runs import THREE_STAGES, Run, interrupted, whole
 from tests.errors.models import Net, inputs
 from tests.errors.state import assert_same, raw
-from tests.kit.seams import SEAMS
+from tests.kit.seams import SEAMS, seam
 
 PLAIN = lx.CascadeSpec(targets=("conv", "body", "head"), rank=1, pace=0.4)
 SPECS: dict[str, lx.CascadeSpec] = {
@@ -178,7 +178,13 @@ def test_what_forward_moves_is_state(build: type[nn.Module], monkeypatch: pytest
     lx.save(cascade, tmp_path)
     again = deepcopy(base)
     with monkeypatch.context() as patch:
-        patch.setattr(*SEAMS["advance"], lambda *_: 1 / 0)
+        commit, calls = seam("commit"), iter([True, False])
+
+        def spoiled(*args: Any) -> None:  # the values of the checkpoint, which are the second that are written
+            commit(*args)
+            assert next(calls) or 1 / 0
+
+        patch.setattr(*SEAMS["commit"], spoiled)
         with pytest.raises(lx.CheckpointError, match="ZeroDivisionError"):
             lx.load(tmp_path, again, args=(x,))
     assert state_of(again) == state_of(base)

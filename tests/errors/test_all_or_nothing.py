@@ -365,8 +365,8 @@ def test_load_holds_the_graph_against_its_plan(what: str, tmp_path: Path, monkey
     lx.save(saved, tmp_path)
     model, load = prepared(), seam("load into a cascade")
 
-    def spoiled(cascade: lx.Cascade, found: Any) -> None:  # after the reader, which tells it of its file, has looked
-        load(cascade, found)
+    def spoiled(cascade: lx.Cascade, *found: Any) -> None:  # after the reader, which tells it of its file, has looked
+        load(cascade, *found)
         branch, state = branches_of(cascade)["body.weight"], weight_state(cascade, "body.weight")
         with torch.no_grad():
             (state.experts[0].b if what == "expert" else getattr(branch, what))[0, 0] = float("nan")

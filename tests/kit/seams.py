@@ -39,7 +39,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     # stages
     "transition": (transition, "run"),
     "start of a weight": (transition, "start_of"),
-    "advance": (Core, "advance"),
+    "commit": (Core, "commit"),
     "redraw": (slow, "write_start"),
     "rest a weight": (SlowWeights, "write_resting"),
     "whole weight": (SlowWeight, "exact"),

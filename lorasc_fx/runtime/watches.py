@@ -1,0 +1,176 @@
+"""What a cascade sees of the loop that trains it: gradients, optimizer steps, and a wrapper for many processes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lorasc_fx.errors import StateError
+from lorasc_fx.shards import local
+
+__all__ = ["PendingWatch", "Replicas", "StepWatch"]
+
+
+class PendingWatch:
+    """Knows gradients that no optimizer step has used, from the order of two version counters, without the optimizer.
+
+    A parameter's version grows when a step writes it. Each accumulation notes the version; a gradient is pending while
+    the parameter is still at the noted one. A copy (deepcopy, pickle) watches nothing until it is armed.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._seen: dict[int, int] = {}
+        self._armed: set[int] = set()
+
+    def arm(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Watch these parameters as well."""
+        for parameter in parameters.values():
+            if id(parameter) not in self._armed:
+                self._armed.add(id(parameter))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self.note))
+
+    @property
+    def accumulated(self) -> bool:
+        """Whether some watched parameter has had a gradient."""
+        return bool(self._seen)
+
+    def disarm(self) -> None:
+        """Watch nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._armed, self._seen = [], set(), {}
+
+    def knows(self, parameter: nn.Parameter) -> bool:
+        """Whether this parameter is watched."""
+        return id(parameter) in self._armed
+
+    def restorer(self, parameters: Mapping[str, nn.Parameter]) -> Callable[[], None]:
+        """Return what brings this state back, in which these parameters are watched and no others."""
+        seen = dict(self._seen)
+
+        def restore() -> None:
+            self.disarm()
+            self.arm(parameters)
+            self._seen = seen
+
+        return restore
+
+    def waiting(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Return the names of the parameters whose gradient, if it is not zero, no step has used."""
+        return [
+            name
+            for name, parameter in parameters.items()
+            if parameter.grad is not None
+            and self._seen.get(id(parameter)) == parameter._version
+            and bool(local(parameter.grad).any())
+        ]
+
+    def note(self, parameter: nn.Parameter) -> None:
+        """The gradient that the parameter holds now waits for a step."""
+        self._seen[id(parameter)] = parameter._version
+
+    def __reduce__(self) -> tuple[type[PendingWatch], tuple[()]]:
+        return (PendingWatch, ())
+
+
+class StepWatch:
+    """Calls a method after each step of any optimizer, by torch's own hook: any loop will do, compiled or not.
+
+    A step that a loss scaler skips is none. A copy (deepcopy, pickle) waits for none until it is armed.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def arm(self, owner: object, after_step: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Call this method of the owner after each optimizer step, as long as the owner lives."""
+        if self._handle is not None:
+            return
+        method = weakref.WeakMethod(after_step)
+
+        def stepped(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            if (call := method()) is not None:
+                call(optimizer)
+
+        self._handle = register_optimizer_step_post_hook(stepped)
+        weakref.finalize(owner, self._handle.remove)
+
+    def disarm(self) -> None:
+        """Wait no longer."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def __reduce__(self) -> tuple[type[StepWatch], tuple[()]]:
+        return (StepWatch, ())
+
+
+class Replicas:
+    """Knows the DistributedDataParallel that a cascade was last called through, which averages the gradients of the
+    parameters that it was made with, and of no others.
+
+    It is seen while its forward runs, whoever wraps the cascade. A copy (deepcopy, pickle) knows none.
+    """
+
+    def __init__(self) -> None:
+        self._wrapper: Callable[[], Any] = _nobody
+        self._outdated: Callable[[], Any] = _nobody
+        self._sites = 0
+
+    def see(self, sites: int, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+        """Note the wrapper whose forward runs, if any.
+
+        Args:
+            sites: number of the cascade's branches now.
+            trainable: returns what is trained, by name.
+
+        Raises:
+            StateError: a parameter that is trained came after the wrapper was made, or has another shape since.
+        """
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is not None and self._outdated() is wrapper:
+            raise StateError(
+                "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and "
+                "adds up gradients in buffers of the old shapes: wrap it anew",
+                code="wrapped-too-early",
+            )
+        if wrapper is None or (self._sites == sites and self._wrapper() is wrapper):
+            return
+        known = {id(parameter) for parameter in wrapper._module_parameters}
+        late = [name for name, parameter in trainable().items() if id(parameter) not in known]
+        if late:
+            more = f" and {len(late) - 3} more" if len(late) > 3 else ""
+            raise StateError(
+                f"{', '.join(late[:3])}{more} came with a graph that was made after DistributedDataParallel wrapped "
+                "the cascade, which would not average their gradients over the processes: call the cascade once in "
+                "each mode and with each kind of arguments before you wrap it, or wrap it anew",
+                code="wrapped-too-early",
+            )
+        self._wrapper, self._sites = weakref.ref(wrapper), sites
+
+    def outdate(self) -> None:
+        """Note that parameters have other shapes than the wrapper of now has buffers for."""
+        self._outdated = self._wrapper
+
+    def averaged(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the mean of a gradient over the processes, all of which have to ask for it; without any, itself."""
+        wrapper = self._wrapper()
+        if wrapper is None:
+            return gradient
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=wrapper.process_group)
+        return total.div_(torch.distributed.get_world_size(wrapper.process_group))
+
+    def __reduce__(self) -> tuple[type[Replicas], tuple[()]]:
+        return (Replicas, ())
+
+
+def _nobody() -> None:
+    return None
