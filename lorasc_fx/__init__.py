@@ -25,6 +25,7 @@ from lorasc_fx.export.peft_import import from_peft
 from lorasc_fx.graph import register_form
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import Cascade, save
+from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Rule",
     "Site",
     "SpecError",
+    "StageSchedule",
     "StateError",
     "TrainRule",
     "UnknownTarget",

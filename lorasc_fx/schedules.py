@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from lorasc_fx.branch.address import generator
 from lorasc_fx.errors import SpecError
 from lorasc_fx.runtime import Cascade
 
-__all__ = ["Plateau", "Rewarmed", "shuffled_batches"]
+__all__ = ["Plateau", "StageSchedule", "shuffled_batches"]
 
 
 class Plateau:
@@ -86,49 +86,81 @@ class Plateau:
         return value < best - margin if self.mode == "min" else value > best + margin
 
 
-class Rewarmed(LRScheduler):
-    """A torch scheduler whose unit is the optimizer step: linear warm-up at the start and after each transition.
+class StageSchedule(LRScheduler):
+    """A torch scheduler of the learning rate within each stage: linear warm-up, then decay to a floor.
 
-    The "jagged" schedule of ReLoRA (2307.05695, section 3).
+    Its unit is the optimizer step. In step k of a stage (k = 0 is the first) every group's learning rate is::
 
-    In step k of a stage (k = 0 is the first) every group's learning rate is `full * min(1, (k + 1) / (warmup + 1))`,
-    where `full` is what `base` gives, or without one the group's learning rate at the start. A transition or a rewind
-    is seen by itself, before the first step after it.
+        full * min(1, (k + 1) / (warmup + 1)) * (floor + (1 - floor) * d(k / steps))
+
+    where d falls from 1 to 0 as a half cosine or a line, and stays 0 after `steps`; without `steps` there is no decay,
+    which is the "jagged" schedule of ReLoRA (2307.05695, section 3). `full` is what `base` gives, or without one the
+    group's learning rate at the start. A transition or a rewind is seen by itself, before the first step after it.
 
     Args:
         optimizer: whose groups are scheduled.
         cascade: whose stages are looked at.
-        warmup: steps until the full learning rate, 1 or more.
+        steps: optimizer steps of a stage, over which the rate decays; a sequence is that of stage 1, 2, ..., whose last
+            one goes on. None: no decay.
+        warmup: steps until the full learning rate, 0 or more.
+        floor: share of the full rate at which the decay ends, in [0, 1).
+        decay: `cosine` or `linear`.
         base: another scheduler of this optimizer, made before; it is stepped by this one's `step`, and by nobody else.
 
     Raises:
-        SpecError: warmup is no count, or base is of another optimizer, or needs a metric.
+        SpecError: a value that is no count, share or decay, or base is of another optimizer, or needs a metric.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, cascade: Cascade, *, warmup: int, base: LRScheduler | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        cascade: Cascade,
+        steps: int | Sequence[int] | None = None,
+        *,
+        warmup: int = 0,
+        floor: float = 0.0,
+        decay: Literal["cosine", "linear"] = "cosine",
+        base: LRScheduler | None = None,
     ) -> None:
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 1:
-            raise SpecError(f"Rewarmed: warmup is {warmup!r}; give a number of steps, an integer of 1 or more")
+        counts = () if steps is None else tuple(steps) if isinstance(steps, Sequence) else (steps,)
+        if steps is not None and not counts:
+            raise SpecError("StageSchedule: steps is empty; give the optimizer steps of a stage, or None for no decay")
+        for name, value, least in (*(("steps", count, 1) for count in counts), ("warmup", warmup, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SpecError(f"StageSchedule: {name} is {value!r}; give an integer of {least} or more")
+        if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 <= floor < 1:
+            raise SpecError(f"StageSchedule: floor is {floor!r}; give a share of the full rate in [0, 1)")
+        if decay not in ("cosine", "linear"):
+            raise SpecError(f"StageSchedule: decay is {decay!r}; give 'cosine' or 'linear'")
         if isinstance(base, ReduceLROnPlateau):
             raise SpecError(
-                "Rewarmed: base is a ReduceLROnPlateau, whose step needs a metric; end stages by Plateau, or give a "
-                "scheduler that steps without one",
+                "StageSchedule: base is a ReduceLROnPlateau, whose step needs a metric; end stages by Plateau, or give "
+                "a scheduler that steps without one",
                 code="conflicting-options",
             )
         if base is not None and base.optimizer is not optimizer:
             raise SpecError(
-                "Rewarmed: base schedules another optimizer; make both for the same one", code="optimizer-differs"
+                "StageSchedule: base schedules another optimizer; make both for the same one", code="optimizer-differs"
             )
-        self.warmup, self.since, self.stage = warmup, 0, cascade.stage
+        self.steps, self.warmup, self.floor, self.decay = list(counts), warmup, float(floor), decay
+        self.since, self.stage = 0, cascade.stage
         self.full_lrs = _rates(optimizer)
         self._cascade, self._base = cascade, base
         super().__init__(optimizer)
         optimizer.register_step_pre_hook(self._before_step)
 
+    def factor(self, stage: int, step: int) -> float:
+        """Return the share of the full rate in a step (0 is the first) of a stage (1 is the first)."""
+        warm = min(1.0, (step + 1) / (self.warmup + 1))
+        if not self.steps:
+            return warm
+        done = min(1.0, step / self.steps[min(stage, len(self.steps)) - 1])
+        left = 0.5 * (1 + math.cos(math.pi * done)) if self.decay == "cosine" else 1 - done
+        return warm * (self.floor + (1 - self.floor) * left)
+
     def get_lr(self) -> list[float | torch.Tensor]:
         """Return the learning rate of each group for the coming step."""
-        factor = min(1.0, (self.since + 1) / (self.warmup + 1))
+        factor = self.factor(self.stage, self.since)
         return [rate * factor for rate in self._full()]
 
     def step(self, epoch: int | None = None) -> None:

@@ -168,7 +168,8 @@ class CascadeSpec:
         placement: where the branches compute: `beside` the op, `merged` with it, on the `weight`, or `auto`, by a cost
             model. Where a node does not allow what is asked for, the branch stands where it can.
         pace: share of the fast weights that a transition takes into the slow ones (the paper's alpha), in (0, 1]; a
-            sequence is that of stage 1, 2, ..., whose last one goes on.
+            sequence is that of stage 1, 2, ..., whose last one goes on. `mean` is 1/t in stage t: under restart = fast
+            the slow weights are then the mean of the weights at the ends of stages.
         restart: whether the next stage starts from the slow or from the fast weights.
         noise: see `Noise`.
         restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right singular vectors
@@ -202,7 +203,7 @@ class CascadeSpec:
     average: Average = "off"
     average_decay: float = USUAL_DECAY
     placement: Placement = "auto"
-    pace: float | tuple[float, ...] = 0.5
+    pace: float | tuple[float, ...] | Literal["mean"] = 0.5
     restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
     restart_A: StartA = "fresh"
@@ -263,6 +264,8 @@ class CascadeSpec:
 
     def pace_at(self, stage: int) -> float:
         """Return the pace of a stage, 1 is the first."""
+        if isinstance(self.pace, str):
+            return 1 / stage
         return self.pace[min(stage, len(self.pace)) - 1] if isinstance(self.pace, tuple) else self.pace
 
     def rank_at(self, stage: int) -> int:

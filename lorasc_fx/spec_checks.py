@@ -251,7 +251,10 @@ def _ranks(value: Any, rank: int, usual: int) -> tuple[int, ...]:
 
 
 def _paces(value: Any) -> Any:
-    """Return a pace, or paces by stage as a tuple."""
+    """Return a pace, `mean`, or paces by stage as a tuple."""
+    if isinstance(value, str):
+        _choice("pace", value, ("mean",))
+        return value
     paces = _sequence("pace", value) if isinstance(value, (list, tuple)) else (value,)
     if not paces:
         raise SpecError("pace is empty; give a share of the fast weights in (0, 1], or one for each stage")

@@ -279,7 +279,7 @@ def page(record: RunRecord) -> str:
     paces = spec.pace if isinstance(spec.pace, tuple) else (spec.pace,)
     lead = (
         f"{config.model.name} ({about['model']}) on {config.data.name}: {config.train.stages} stages, pace "
-        f"{' then '.join(f'{each:g}' for each in paces)}, restart {spec.restart}, noise {spec.noise.strength:g}"
+        f"{' then '.join(str(pace) for pace in paces)}, restart {spec.restart}, noise {spec.noise.strength:g}"
         + ("." if record.result else "; this run has not ended yet.")
     )
     sections = [each for each in _sections(record) if each.pictures or each.tables or each.paragraphs]

@@ -198,3 +198,24 @@ def test_no_average_is_kept_unasked(tmp_path: Path) -> None:
         cascade.release(which="average")  # type: ignore[arg-type]
     with pytest.raises(lx.StateError, match=exactly("folded_state_dict: give one of slow, averaged")):
         cascade.folded_state_dict(which="fast")  # type: ignore[arg-type]
+
+
+def test_a_pace_of_mean_is_the_mean_of_the_ends_of_stages() -> None:
+    """Under restart = fast, also where experts become dense; against torch's AveragedModel of the fast weights."""
+    spec = lx.CascadeSpec(
+        exclude=("3.weight",), train=("3.*",), rank=1, lora_alpha=1.5, pace="mean", restart="fast", slow_train=True
+    )
+    cascade = lx.adapt(wide(), (X,), spec=spec, frontend="symbolic")
+    ends, mean = wide(), AveragedModel(wide())
+    for seed in range(5):
+        stage(cascade, seed)
+        with cascade.weights("fast"):
+            ends.load_state_dict(cascade.model.state_dict())
+        mean.update_parameters(ends)
+        cascade.transition(None)
+        with cascade.weights("slow"):
+            for name, value in mean.module.named_parameters():
+                torch.testing.assert_close(
+                    dict(cascade.model.named_parameters())[name].detach(), value.detach(), **EXACT
+                )
+    assert lx.CascadeSpec.from_dict(spec.to_dict()) == spec

@@ -78,7 +78,7 @@ def stepped(
 @pytest.mark.parametrize("base", BASES)
 def test_the_rate_rises_anew_in_each_stage(base: str, late: bool) -> None:
     cascade, optimizer = adapted()
-    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
+    scheduler = lx.StageSchedule(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
     seen, _ = stepped(cascade, optimizer, scheduler, late)
     full = rates_of(base, 15)
     for step, rates in enumerate(seen):
@@ -90,7 +90,7 @@ def test_the_rate_rises_anew_in_each_stage(base: str, late: bool) -> None:
 
 def test_every_loop_over_stages_and_every_rewind_is_a_restart() -> None:
     cascade, optimizer = adapted()
-    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP)
+    scheduler = lx.StageSchedule(optimizer, cascade, warmup=WARMUP)
     for _ in range(2):
         for _ in cascade.stages(2, optimizer):
             for step in range(5):
@@ -106,10 +106,10 @@ def test_every_loop_over_stages_and_every_rewind_is_a_restart() -> None:
 @pytest.mark.parametrize("stop", [5, 7])
 def test_a_resumed_run_has_the_same_rates(base: str, stop: int, tmp_path: Path) -> None:
     whole, one = adapted()
-    expected, losses = stepped(whole, one, lx.schedules.Rewarmed(one, whole, warmup=WARMUP, base=BASES[base](one)))
+    expected, losses = stepped(whole, one, lx.StageSchedule(one, whole, warmup=WARMUP, base=BASES[base](one)))
 
     cascade, optimizer = adapted()
-    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
+    scheduler = lx.StageSchedule(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
     calls = batches(15, 4, 5)
     found = []
     for number, call in enumerate(calls, start=1):
@@ -122,14 +122,14 @@ def test_a_resumed_run_has_the_same_rates(base: str, stop: int, tmp_path: Path) 
             lx.save(cascade, tmp_path, optimizer=optimizer, scheduler=scheduler)
             cascade = lx.load(tmp_path, mlp(), (X,))
             optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-            scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
+            scheduler = lx.StageSchedule(optimizer, cascade, warmup=WARMUP, base=BASES[base](optimizer))
             cascade.resume(optimizer, scheduler)
     assert found == losses
 
 
 def test_its_state_is_json() -> None:
     cascade, optimizer = adapted()
-    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP, base=lr_scheduler.StepLR(optimizer, 4))
+    scheduler = lx.StageSchedule(optimizer, cascade, warmup=WARMUP, base=lr_scheduler.StepLR(optimizer, 4))
     state = scheduler.state_dict()
     assert json.loads(json.dumps(state)) == state
     assert state["base"]["step_size"] == 4
@@ -139,7 +139,7 @@ def test_a_group_that_comes_later_and_a_rate_that_is_a_tensor() -> None:
     cascade, _ = adapted()
     groups = cascade.param_groups(lr=0.1)
     optimizer = torch.optim.AdamW([{**each, "lr": torch.tensor(each["lr"])} for each in groups[:2]], capturable=False)
-    scheduler = lx.schedules.Rewarmed(optimizer, cascade, warmup=WARMUP)
+    scheduler = lx.StageSchedule(optimizer, cascade, warmup=WARMUP)
     rate = optimizer.param_groups[0]["lr"]
     assert rate.item() == pytest.approx(0.1 / 4)
     optimizer.add_param_group({"params": groups[2]["params"], "lr": 0.3})
@@ -153,12 +153,64 @@ def test_a_group_that_comes_later_and_a_rate_that_is_a_tensor() -> None:
 def test_what_it_refuses() -> None:
     cascade, optimizer = adapted()
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    for wrong in (0, True, 1.5):
-        sentence = f"Rewarmed: warmup is {wrong!r}; give a number of steps, an integer of 1 or more"
+    for wrong in (-1, True, 1.5):
+        sentence = f"StageSchedule: warmup is {wrong!r}; give an integer of 0 or more"
         with pytest.raises(lx.SpecError, match=exactly(sentence)):
-            lx.schedules.Rewarmed(optimizer, cascade, warmup=wrong)  # type: ignore[arg-type]
+            lx.StageSchedule(optimizer, cascade, warmup=wrong)  # type: ignore[arg-type]
     with pytest.raises(lx.SpecError, match="base schedules another optimizer; make both for the same one"):
-        lx.schedules.Rewarmed(optimizer, cascade, warmup=1, base=lr_scheduler.StepLR(other, 1))
+        lx.StageSchedule(optimizer, cascade, warmup=1, base=lr_scheduler.StepLR(other, 1))
     with pytest.raises(lx.SpecError, match="base is a ReduceLROnPlateau, whose step needs a metric; "):
-        lx.schedules.Rewarmed(optimizer, cascade, warmup=1, base=lr_scheduler.ReduceLROnPlateau(optimizer))
+        lx.StageSchedule(optimizer, cascade, warmup=1, base=lr_scheduler.ReduceLROnPlateau(optimizer))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.8, 0.1])
+
+
+def torch_rates(make: Any, steps: int) -> list[float]:
+    """What a scheduler of torch gives before each step, at a full rate of 0.1."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler, found = make(optimizer), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_the_rate_decays_within_each_stage(decay: Any, floor: float) -> None:
+    """Held against torch's own schedulers, begun anew in each stage; stages of 5, 3 and 3 steps."""
+    makers: dict[str, Any] = {
+        "cosine": lambda steps: lambda one: lr_scheduler.CosineAnnealingLR(one, steps, eta_min=0.1 * floor),
+        "linear": lambda steps: lambda one: lr_scheduler.LinearLR(one, 1.0, max(floor, 1e-300), total_iters=steps),
+    }
+    cascade, optimizer = adapted()
+    scheduler = lx.StageSchedule(optimizer, cascade, (5, 3), floor=floor, decay=decay)
+    seen: list[float] = []
+    for length, stage in zip((5, 3, 3), cascade.stages(3, optimizer), strict=True):
+        for _ in range(length + (stage.number == 3)):  # one step more than it was told: the floor
+            train(cascade, optimizer, [X])
+            seen.append(optimizer.param_groups[0]["lr"])
+            scheduler.step()
+    expected = [rate for length in (5, 3, 3) for rate in torch_rates(makers[decay](length), length)] + [0.1 * floor]
+    assert seen == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def test_warm_up_and_decay_go_together() -> None:
+    cascade, optimizer = adapted()
+    scheduler = lx.StageSchedule(optimizer, cascade, 8, warmup=3, floor=0.1, decay="linear")
+    for step in range(8):
+        share = min(1.0, (step + 1) / 4) * (0.1 + 0.9 * (1 - step / 8))
+        train(cascade, optimizer, [X])
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * share)
+        assert scheduler.factor(1, step) == pytest.approx(share)
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"steps": (5, 0)}, {"steps": ()}, {"floor": 1.0}, {"floor": True}, {"decay": "step"}]
+)
+def test_a_decay_that_it_refuses(wrong: dict[str, Any]) -> None:
+    cascade, optimizer = adapted()
+    (name,) = wrong
+    with pytest.raises(lx.SpecError, match=f"StageSchedule: {name} is "):
+        lx.StageSchedule(optimizer, cascade, **wrong)

@@ -1,0 +1,193 @@
+"""One run of the protocol: train, choose the weights that are evaluated, evaluate."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lorasc_fx as lx
+from experiments.evidence.data import Part, Task
+from experiments.evidence.methods import Method, rate_factor, spec_of
+from lorasc_fx.cli.training import Order
+
+__all__ = ["Training", "measure", "run"]
+
+LOOKS = 10
+"""How often early stopping looks, and how many weights the average over a tail has twice over."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every run of a protocol has in common.
+
+    Args:
+        batch_size, warmup, cycles: see protocol.toml.
+        clip: largest norm of the gradient.
+    """
+
+    batch_size: int
+    warmup: int
+    cycles: int
+    clip: float
+
+
+def run(
+    task: Task, method: Method, training: Training, size: int, steps: int, rate: float, seed: int
+) -> dict[str, Any]:
+    """Train one method and return what is measured.
+
+    Args:
+        size: number of training examples; 0 for the whole pool.
+        steps: optimizer steps.
+        rate: full learning rate.
+        seed: of the training examples, their order, the new head, the branches and the noise.
+    """
+    began = time.process_time()
+    examples = _drawn(task.pool, size, seed)
+    order = Order(len(examples), min(training.batch_size, len(examples)), seed)
+    model = task.model(seed).train(not task.frozen_norm)
+    before = _matrices(model)
+    states: list[tuple[float, dict[str, Tensor]]] = []
+    result: dict[str, Any] = {"diverged": False}
+    trained: Callable[[], dict[str, Tensor]]
+    if method.full:
+        learner: nn.Module = model.requires_grad_(True)
+        parameters: list[Any] = [{"params": list(model.parameters())}]
+        trained = lambda: {name: value.detach().clone() for name, value in model.state_dict().items()}  # noqa: E731
+    else:
+        sample = examples.at(order.index(0))
+        spec = spec_of(method, task.rank, training.cycles, task.head, seed)
+        learner = lx.adapt(model, args=sample.inputs, spec=spec)
+        parameters = list(learner.param_groups(lr=rate))
+        trained = learner.folded_state_dict
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    result["trained"] = sum(value.numel() for group in optimizer.param_groups for value in group["params"])
+    stages: Iterator[Any] | None = None
+    if isinstance(learner, lx.Cascade):
+        stages = iter(learner.stages(training.cycles if method.stages else 1, optimizer))
+        next(stages)
+    loss = torch.zeros(())
+    for step in range(steps):
+        torch.manual_seed(seed * 1_000_003 + step)
+        factor = rate_factor(method, step, steps, training.cycles, training.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+        batch = examples.at(order.index(step))
+        loss = _loss(learner(*batch.inputs), batch.labels)
+        if not math.isfinite(loss.item()):
+            return result | {"diverged": True, "steps": step}
+        loss.backward()
+        parameters_now = [value for group in optimizer.param_groups for value in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters_now, training.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        done = step + 1
+        ends_cycle = any(done == math.ceil(cycle * steps / training.cycles) for cycle in range(1, training.cycles + 1))
+        looks = any(done == round(look * steps / LOOKS) for look in range(1, LOOKS + 1))
+        if ends_cycle and method.average == "ends":
+            states.append((0.0, trained()))
+        elif looks and (method.stop_early or (method.average == "tail" and 2 * done > steps)):
+            state = trained()
+            states.append((measure(_with(model, state), task.validation)["loss"] if method.stop_early else 0.0, state))
+        if ends_cycle and stages is not None and method.stages:
+            try:
+                next(stages, None)
+            except lx.StateError:  # a branch with inf or nan
+                return result | {"diverged": True, "steps": done}
+    final = _chosen(states, method) if states else trained()
+    kept = _with(model, final)
+    result |= {"steps": steps, "loss": loss.item(), "cpu_s": round(time.process_time() - began, 2)}
+    result |= {"validation": measure(kept, task.validation), "test": measure(kept, task.test)}
+    result["shifts"] = {name: measure(kept, part) for name, part in task.shifts.items()}
+    result["delta"] = _deltas(before, final)
+    if task.source is not None:
+        result["kept"] = _mixings(model, before, final, task)
+    result["diverged"] = not math.isfinite(result["validation"]["loss"])
+    return result
+
+
+def _drawn(pool: Part, size: int, seed: int) -> Part:
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    return pool.at(order[: size or len(pool)])
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def _chosen(states: list[tuple[float, dict[str, Tensor]]], method: Method) -> dict[str, Tensor]:
+    """Return the mean of states, or the one of the lowest validation loss."""
+    if method.stop_early:
+        return min(states, key=lambda state: state[0])[1]
+    first = states[0][1]
+    return {
+        name: torch.stack([state[name].double() for _, state in states]).mean(0).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in first.items()
+    }
+
+
+def _with(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a plain copy of the model with these weights, in eval mode."""
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(dict(state))
+    return plain.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def measure(model: nn.Module, part: Part) -> dict[str, float]:
+    """Return accuracy, mean loss and expected calibration error (15 bins) on a part."""
+    logits = torch.cat([model(*(value[i : i + 64] for value in part.inputs)) for i in range(0, len(part), 64)])
+    logits, labels = logits.flatten(0, -2).double(), part.labels.flatten()
+    confidence, predicted = logits.softmax(-1).max(-1)
+    right = (predicted == labels).double()
+    bins = (confidence * 15).long().clamp(max=14)
+    gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, right - confidence)
+    return {
+        "accuracy": right.mean().item(),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "calibration": gaps.abs().sum().item() / len(labels),
+    }
+
+
+def _matrices(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def _deltas(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the mean over weight matrices of the size of their change over theirs, and of its stable rank."""
+    norms, ranks = [], []
+    for name, value in before.items():
+        change = (after[name].double() - value.double()).flatten(1) if value.dim() > 1 else None
+        if change is None or not change.any():
+            continue
+        singular = torch.linalg.svdvals(change)
+        norms.append((change.norm() / value.double().norm().clamp(min=1e-30)).item())
+        ranks.append((singular.square().sum() / singular[0].square()).item())
+    return {"norm": sum(norms) / max(1, len(norms)), "rank": sum(ranks) / max(1, len(ranks))}
+
+
+def _mixings(
+    model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], task: Task
+) -> list[dict[str, float]]:
+    """Return accuracy on target and source with a share of the change (WiSE-FT, 2109.01903)."""
+    assert task.source is not None
+    found = []
+    for tenth in range(11):
+        share = tenth / 10
+        mixed = {
+            name: torch.lerp(before[name], value, share) if name in before else value for name, value in after.items()
+        }
+        plain = _with(model, mixed)
+        target, source = measure(plain, task.test), measure(plain, task.source)
+        found.append({"share": share, "target": target["accuracy"], "source": source["accuracy"]})
+    return found
