@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,12 +37,10 @@ class Case:
         make: returns the model; called under a fixed seed.
         inputs: returns its positional inputs; called under a fixed seed.
         trace: the dialect.
-        sites: by weight name, the (node, form) of each use.
+        found: the sites, with their uses; see `sites_in`.
         refusals: by weight name.
         unreached: weight names.
         aliases: the other names of a tied site.
-        kinds: of the sites whose form's name does not tell it; without, linear.
-        turned: sites whose weight is stored [in, out].
         parts: sites whose weight is used in slices, with the numbers of rows of each.
         exact: the graph computes the eager model's bits; else eager mode takes a fused path.
     """
@@ -50,21 +49,29 @@ class Case:
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Any, ...]]
     trace: Trace
-    sites: Uses
+    found: str
     refusals: dict[str, Reason] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     spec: CascadeSpec = SPEC
-    kinds: dict[str, str] = field(default_factory=dict)
-    turned: tuple[str, ...] = ()
     parts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     exact: bool = True
 
+    @functools.cached_property
+    def sites(self) -> Uses:
+        """By weight name, the (node, form) of each use."""
+        return {weight: uses for weight, (_, uses) in sites_in(self.found).items()}
+
+    @property
+    def turned(self) -> tuple[str, ...]:
+        """Sites whose weight is stored [in, out]."""
+        return tuple(weight for weight, (told, _) in sites_in(self.found).items() if "in_out" in told)
+
     def kind(self, weight: str) -> str:
-        """The kind of a site."""
-        form = self.sites[weight][0][1].lower()
-        told = next((kind for kind in ("conv", "embedding") if kind in form), "linear")
-        return self.kinds.get(weight, told)
+        """The kind of a site: told, or by the name of its form; without both, linear."""
+        told, ((_, form), *_) = sites_in(self.found)[weight]
+        kinds = [*(each for each in told if each != "in_out"), *(k for k in ("conv", "embedding") if k in form.lower())]
+        return next(iter(kinds), "linear")
 
     def __str__(self) -> str:
         return self.name
@@ -177,5 +184,33 @@ def functional(body: Callable[..., Any], *shapes: tuple[int, ...], bias: int = 1
     return lambda: Functional(body, *shapes, bias=bias)
 
 
-def one(node: str, form: str) -> tuple[tuple[str, str], ...]:
-    return ((node, form),)
+@functools.cache
+def sites_in(text: str) -> dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]]:
+    """Read a table of sites: `w0:in_out=mm,F.linear_1 fc.weight=nn.Linear w1:experts=*`.
+
+    Behind a weight's name may stand its kind and its layout. Each of its uses is a form and the node's number: `mm_1`
+    is a node of that name, of the form `aten.mm`; `F.linear_1` the same of `F.linear`. `nn.Linear` is the module that
+    holds the weight, `*` a branch on the weight itself; `form@node` spells both out.
+    """
+    found = {}
+    for site in text.split():
+        (weight, *told), uses = site.partition("=")[0].split(":"), site.partition("=")[2]
+        found[weight] = tuple(told), tuple(_use(weight, use) for use in uses.split(","))
+    return found
+
+
+def _use(weight: str, use: str) -> tuple[str, str]:
+    form, _, node = use.partition("@")
+    if node:
+        return node, form
+    if use == "*":
+        return _node(weight), "on-weight"
+    if use.startswith("nn."):
+        return _node(weight.rpartition(".")[0]), use
+    form = re.sub(r"_\d+$", "", use)
+    return use.rpartition(".")[2], form if "." in form else f"aten.{form}"
+
+
+def _node(path: str) -> str:
+    """The name of a node that calls or reads what lies under a path."""
+    return f"{'_' * path[0].isdigit()}{path.replace('.', '_')}"

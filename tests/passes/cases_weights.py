@@ -12,18 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lorasc_fx.plan import Reason
-from tests.passes.case import Case, Uses, aten, functional, functions, leaves, modules, one, randn, seq
+from tests.passes.case import Case, aten, functional, functions, leaves, modules, randn, seq
 
 __all__ = ["WEIGHT_CASES"]
 
 
-def on_weight(*weights: str) -> Uses:
-    """Sites whose branch stands on the weight, at one node each."""
-    return {weight: one(f"{'_' * weight[0].isdigit()}{weight.replace('.', '_')}", "on-weight") for weight in weights}
-
-
-def _indices(*rows: tuple[int, ...]) -> Any:
-    return lambda: (torch.tensor(rows),)
+INDEX = (torch.tensor([[1, 4, 8], [2, 3, 1]]),)
 
 
 # --- products and lookups, beside the op ------------------------------------------------------------------------------
@@ -77,9 +71,6 @@ def _scaled_addmm(self: Any, x: Tensor) -> Tensor:
     x = torch.addmm(self.b, x, self.w0, beta=0.5, alpha=2.0)
     x = torch.addmm(self.w1, x, self.w2, beta=1)
     return torch.mm(x, mat2=self.w3)
-
-
-_FALLBACK = "transformers::grouped_mm_fallback"
 
 
 class Lookups(nn.Module):
@@ -175,6 +166,11 @@ def _grouped(self: Any, x: Tensor) -> Tensor:
     x = _grouped_product(x, self.w1.transpose(-2, -1), ends).tanh()
     x = _grouped_product(x, self.w2.permute(0, 2, 1).mT.transpose(1, 2), ends).tanh()
     return _grouped_product(x, self.w3, ends) + torch.bmm(x.expand(3, -1, -1), self.w3).sum(0)
+
+
+def _grouped_at(node: str) -> str:
+    form = "transformers::grouped_mm_fallback"
+    return f"w0:experts:in_out={form}@{node} w1:experts={form}@{node}_1 w2:experts={form}@{node}_2 w3:experts=*"
 
 
 def _packed(self: Any, x: Tensor) -> Tensor:
@@ -307,8 +303,7 @@ def _upsampler() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 6, 2, stride=2))
 
 
-_LSTM = [f"lstm.weight_{part}_l{layer}{way}" for layer in (0, 1) for way in ("", "_reverse") for part in ("ih", "hh")]
-_GATES = (*_LSTM, "gru.weight_ih_l0", "gru.weight_hh_l0")
+_GATES = [f"lstm.weight_{part}_l{layer}{way}" for layer in (0, 1) for way in ("", "_reverse") for part in ("ih", "hh")]
 
 WEIGHT_CASES: tuple[Case, ...] = (
     Case(
@@ -316,58 +311,29 @@ WEIGHT_CASES: tuple[Case, ...] = (
         functional(_aten_products, (5, 4), (4, 6), (6, 3), (2, 3), bias=4),
         randn(4, 5),
         aten,
-        {
-            "w0": one("addmm", "aten.addmm"),
-            "w1": one("mm", "aten.mm"),
-            "w2": one("matmul", "aten.matmul"),
-            "w3": one("linear", "aten.linear"),
-        },
-        turned=("w0", "w1", "w2"),
+        "w0:in_out=addmm w1:in_out=mm w2:in_out=matmul w3=linear",
     ),
     Case(
         "aten_turned",
         functional(_aten_turned, (4, 5), (6, 4), (3, 6), (7, 3), (7, 2), bias=4),
         randn(4, 5),
         aten,
-        {
-            "w0": one("addmm", "aten.addmm"),
-            "w1": one("mm", "aten.mm"),
-            "w2": one("matmul", "aten.matmul"),
-            "w3": one("matmul_1", "aten.matmul"),
-            "w4": one("linear", "aten.linear"),
-        },
-        turned=("w4",),
+        "w0=addmm w1=mm w2=matmul w3=matmul_1 w4:in_out=linear",
     ),
     Case(
         "aten_lookups",
         Lookups,
-        _indices((1, 4, 8), (2, 3, 1)),
+        lambda: INDEX,
         aten,
-        {
-            "w": one("embedding_2", "aten.embedding"),
-            "table.weight": one("embedding", "aten.embedding"),
-            "plain.weight": one("embedding_1", "aten.embedding"),
-        },
+        "w=embedding_2 table.weight=embedding plain.weight=embedding_1",
     ),
-    Case(
-        "aten_turned_table",
-        TurnedTable,
-        _indices((1, 4, 8), (2, 3, 1)),
-        aten,
-        {"w": (("embedding", "aten.embedding"), ("matmul", "aten.matmul")), "mix.weight": one("linear", "aten.linear")},
-        kinds={"w": "linear"},
-        turned=("w",),
-    ),
+    Case("aten_turned_table", TurnedTable, lambda: INDEX, aten, "w:linear:in_out=embedding,matmul mix.weight=linear"),
     Case(
         "aten_padded_head",
         PaddedHead,
-        _indices((1, 4, 8), (2, 3, 1)),
+        lambda: INDEX,
         aten,
-        {
-            "table.weight": (("embedding", "aten.embedding"), ("linear_2", "aten.linear")),
-            "mix.weight": one("linear", "aten.linear"),
-            "back.weight": one("linear_1", "aten.linear"),
-        },
+        "table.weight=embedding,linear_2 mix.weight=linear back.weight=linear_1",
         aliases={"table.weight": ("head.weight",)},
     ),
     Case(
@@ -375,78 +341,51 @@ WEIGHT_CASES: tuple[Case, ...] = (
         functional(_products, (5, 4), (4, 6), (6, 3), (2, 5), (5, 3), bias=4),
         randn(4, 5),
         functions,
-        {
-            "w0": one("addmm", "torch.addmm"),
-            "w1": one("mm", "torch.mm"),
-            "w2": one("matmul", "torch.matmul"),
-            "w3": one("embedding", "torch.embedding"),
-            "w4": one("matmul_1", "torch.matmul"),
-        },
-        turned=("w0", "w1", "w2", "w4"),
+        ("w0:in_out=torch.addmm w1:in_out=torch.mm w2:in_out=torch.matmul w3=torch.embedding w4:in_out=torch.matmul_1"),
     ),
     Case(
         "functional_methods",
         functional(_methods, (5, 4), (4, 6), (6, 3), bias=4),
         randn(4, 5),
         functions,
-        {"w0": one("addmm", "torch.addmm"), "w1": one("mm", "torch.mm"), "w2": one("matmul", "torch.matmul")},
-        turned=("w0", "w1", "w2"),
+        "w0:in_out=torch.addmm w1:in_out=torch.mm w2:in_out=torch.matmul",
     ),
     Case(
         "functional_turned",
         functional(_turned, (4, 5), (6, 4), (3, 6), (7, 3), (7, 2), bias=4),
         randn(4, 5),
         functions,
-        {
-            "w0": one("addmm", "torch.addmm"),
-            "w1": one("mm", "torch.mm"),
-            "w2": one("matmul", "torch.matmul"),
-            "w3": one("matmul_1", "torch.matmul"),
-            "w4": one("linear", "F.linear"),
-        },
-        turned=("w4",),
+        "w0=torch.addmm w1=torch.mm w2=torch.matmul w3=torch.matmul_1 w4:in_out=F.linear",
     ),
     Case(
         "functional_both_ways",
         functional(_both_ways, (6, 5), (4, 6)),
         randn(3, 2, 5),
         functions,
-        {
-            "w0": (("linear", "F.linear"), ("matmul", "torch.matmul")),
-            "w1": (("linear_1", "F.linear"), ("matmul_1", "torch.matmul")),
-        },
+        "w0=F.linear,torch.matmul w1=F.linear_1,torch.matmul_1",
     ),
-    Case("functional_two_layouts", functional(_two_layouts, (6, 5)), randn(3, 2, 5), functions, on_weight("w0")),
+    Case("functional_two_layouts", functional(_two_layouts, (6, 5)), randn(3, 2, 5), functions, "w0=*"),
     Case(
         "functional_scaled_addmm",
         functional(_scaled_addmm, (5, 4), (3, 6), (4, 6), (6, 5), bias=4),
         randn(3, 5),
         functions,
-        {"w2": one("addmm_1", "torch.addmm"), **on_weight("w0", "w3")},
+        "w2:in_out=torch.addmm_1 w0=* w3=*",
         refusals={"w1": Reason.NO_FORM},
-        turned=("w2",),
     ),
     Case(
         "functional_lookups",
         Lookups,
-        _indices((1, 4, 8), (2, 3, 1)),
+        lambda: INDEX,
         leaves("no"),
-        {
-            "w": one("embedding", "F.embedding"),
-            "table.weight": one("table", "nn.Embedding"),
-            "plain.weight": one("plain", "nn.Embedding"),
-        },
+        "w=F.embedding table.weight=nn.Embedding plain.weight=nn.Embedding",
     ),
     Case(
         "module_padded_head",
         PaddedHead,
-        _indices((1, 4, 8), (2, 3, 1)),
+        lambda: INDEX,
         modules,
-        {
-            "table.weight": (("table", "nn.Embedding"), ("head", "nn.Linear")),
-            "mix.weight": one("mix", "nn.Linear"),
-            "back.weight": one("back", "nn.Linear"),
-        },
+        "table.weight=nn.Embedding,nn.Linear@head mix.weight=nn.Linear back.weight=nn.Linear",
         aliases={"table.weight": ("head.weight",)},
     ),
     Case(
@@ -454,15 +393,14 @@ WEIGHT_CASES: tuple[Case, ...] = (
         functional(_transposed_convs, (4, 5, 3), (4, 6, 3, 2), (4, 3, 1, 2, 3), bias=12),
         randn(2, 4, 5, 6),
         aten,
-        on_weight("w0", "w1", "w2"),
-        kinds=dict.fromkeys(("w0", "w1", "w2"), "conv"),
+        "w0:conv=* w1:conv=* w2:conv=*",
     ),
     Case(
         "module_conv_transpose",
         _upsampler,
         randn(2, 3, 5, 4),
         modules,
-        {"0.weight": one("_0", "nn.Conv2d")},
+        "0.weight=nn.Conv2d",
         refusals={"1.weight": Reason.OPAQUE},
     ),
     Case(
@@ -470,36 +408,31 @@ WEIGHT_CASES: tuple[Case, ...] = (
         functional(_contractions, (6, 5), (6, 7), (4, 7, 7), (5, 4), (3, 4, 2), (5, 3)),
         randn(2, 3, 5),
         functions,
-        on_weight("w0", "w1", "w2", "w3", "w4", "w5"),
-        kinds={"w2": "experts", "w4": "experts"},
+        "w0=* w1=* w2:experts=* w3=* w4:experts=* w5=*",
     ),
     Case(
         "aten_experts",
         functional(_experts, (3, 5, 4), (3, 6, 4), (3, 7, 6), bias=7),
         randn(3, 2, 5),
         aten,
-        on_weight("w0", "w1", "w2"),
-        kinds=dict.fromkeys(("w0", "w1", "w2"), "experts"),
+        "w0:experts=* w1:experts=* w2:experts=*",
     ),
     Case(
         "aten_routed",
         functional(_routed, (3, 5), (3, 5, 4), (3, 4, 6)),
         randn(4, 5),
         aten,
-        {"w0": one("linear", "aten.linear"), **on_weight("w1", "w2")},
-        kinds={"w1": "experts", "w2": "experts"},
+        "w0=linear w1:experts=* w2:experts=*",
     ),
     Case(
         "aten_chosen",
         functional(_chosen, (3, 6, 5), (3, 4, 6), (3, 4, 7)),
         randn(4, 5),
         aten,
-        {
-            "w0": (("select_2", "on-indexed-expert"), ("select_5", "on-indexed-expert")),
-            **on_weight("w1"),  # one of its choices is written into the graph
-            "w2": one("select_4", "on-indexed-expert"),
-        },
-        kinds=dict.fromkeys(("w0", "w1", "w2"), "experts"),
+        (
+            "w0:experts=on-indexed-expert@select_2,on-indexed-expert@select_5 w1:experts=* "
+            "w2:experts=on-indexed-expert@select_4"
+        ),
     ),
     *(
         Case(
@@ -507,18 +440,11 @@ WEIGHT_CASES: tuple[Case, ...] = (
             functional(_grouped, (3, 5, 4), (3, 6, 4), (3, 7, 6), (3, 7, 5)),
             randn(6, 5),
             trace,
-            {
-                "w0": one(name, _FALLBACK),
-                "w1": one(f"{name}_1", _FALLBACK),
-                "w2": one(f"{name}_2", _FALLBACK),
-                **on_weight("w3"),
-            },
-            kinds=dict.fromkeys(("w0", "w1", "w2", "w3"), "experts"),
-            turned=("w0",),
+            found,
         )
-        for dialect, trace, name in (
-            ("aten", aten, "grouped_mm_fallback"),
-            ("functional", functions, "grouped_mm_fallback_default"),
+        for dialect, trace, found in (
+            ("aten", aten, _grouped_at("grouped_mm_fallback")),
+            ("functional", functions, _grouped_at("grouped_mm_fallback_default")),
         )
     ),
     Case(
@@ -526,16 +452,10 @@ WEIGHT_CASES: tuple[Case, ...] = (
         functional(_looped, (3, 5), (3, 4, 5), (3, 6, 4)),
         randn(4, 5),
         functions,
-        {"w0": one("linear", "F.linear"), **on_weight("w1", "w2")},
-        kinds={"w1": "experts", "w2": "experts"},
+        "w0=F.linear w1:experts=* w2:experts=*",
     ),
     Case(
-        "aten_packed",
-        functional(_packed, (12, 5), (6, 5)),
-        randn(2, 3, 5),
-        aten,
-        on_weight("w0", "w1"),
-        parts={"w0": (4, 4, 4)},
+        "aten_packed", functional(_packed, (12, 5), (6, 5)), randn(2, 3, 5), aten, "w0=* w1=*", parts={"w0": (4, 4, 4)}
     ),
     *(
         Case(
@@ -543,8 +463,7 @@ WEIGHT_CASES: tuple[Case, ...] = (
             functional(_slices, (12, 5), (10, 12), (6, 4), (5, 3, 2)),
             randn(2, 3, 5),
             trace,
-            on_weight("w0", "w1", "w2", "w3"),
-            kinds={"w3": "conv"},
+            "w0=* w1=* w2=* w3:conv=*",
             parts={"w0": (2, 4, 6), "w1": (4, 6), "w2": (3, 3), "w3": (2, 3)},
         )
         for dialect, trace in (("aten", aten), ("functional", functions))
@@ -555,7 +474,7 @@ WEIGHT_CASES: tuple[Case, ...] = (
             functional(_no_slices, (5, 4), (7, 6), (4, 5), (6, 4), (6, 4), (4, 3)),
             randn(2, 3, 4),
             trace,
-            on_weight("w0", "w1", "w2", "w3", "w4", "w5"),
+            "w0=* w1=* w2=* w3=* w4=* w5=*",
         )
         for dialect, trace in (("aten", aten), ("functional", functions))
     ),
@@ -564,15 +483,14 @@ WEIGHT_CASES: tuple[Case, ...] = (
         seq(lambda: Standardized(3, 4, 3, stride=2), lambda: nn.Conv2d(4, 6, 2)),
         randn(2, 3, 7, 8),
         aten,
-        {"1.weight": one("conv2d_1", "aten.conv2d"), **on_weight("0.weight")},
-        kinds={"0.weight": "conv"},
+        "1.weight=conv2d_1 0.weight:conv=*",
     ),
     Case(
         "aten_weight_norm",
         _weight_norm,
         randn(4, 5),
         aten,
-        on_weight("0.parametrizations.weight.original1", "2.parametrizations.weight.original1"),
+        "0.parametrizations.weight.original1=* 2.parametrizations.weight.original1=*",
         refusals={
             "0.parametrizations.weight.original0": Reason.VECTOR,
             "2.parametrizations.weight.original0": Reason.VECTOR,
@@ -583,30 +501,24 @@ WEIGHT_CASES: tuple[Case, ...] = (
         _spectral_norm,
         randn(4, 3, 7),
         aten,
-        on_weight("0.parametrizations.weight.original", "1.parametrizations.weight.original"),
-        kinds={"0.parametrizations.weight.original": "conv"},
+        "0.parametrizations.weight.original:conv=* 1.parametrizations.weight.original=*",
     ),
     Case(
         "aten_recurrent",
         Recurrent,
         randn(2, 4, 5),
         aten,
-        on_weight(*_GATES),
-        kinds=dict.fromkeys(_GATES, "recurrent"),
+        " ".join(f"{name}:recurrent=*" for name in (*_GATES, "gru.weight_ih_l0", "gru.weight_hh_l0")),
     ),
     Case(
         "aten_attention",
         Heads,
         randn(2, 4, 6),
         aten,
-        {
-            "packed.in_proj_weight": one("linear", "aten.linear"),
-            "packed.out_proj.weight": one("linear_1", "aten.linear"),
-            "apart.q_proj_weight": one("linear_2", "aten.linear"),
-            "apart.k_proj_weight": one("linear_3", "aten.linear"),
-            "apart.v_proj_weight": one("linear_4", "aten.linear"),
-            "apart.out_proj.weight": one("linear_5", "aten.linear"),
-        },
+        (
+            "packed.in_proj_weight=linear packed.out_proj.weight=linear_1 apart.q_proj_weight=linear_2 "
+            "apart.k_proj_weight=linear_3 apart.v_proj_weight=linear_4 apart.out_proj.weight=linear_5"
+        ),
         exact=False,
     ),
     Case(
@@ -614,29 +526,27 @@ WEIGHT_CASES: tuple[Case, ...] = (
         lambda: nn.TransformerEncoderLayer(6, 2, 10, batch_first=True),
         randn(2, 4, 6),
         aten,
-        {
-            "self_attn.in_proj_weight": one("linear", "aten.linear"),
-            "self_attn.out_proj.weight": one("linear_1", "aten.linear"),
-            "linear1.weight": one("linear_2", "aten.linear"),
-            "linear2.weight": one("linear_3", "aten.linear"),
-        },
+        (
+            "self_attn.in_proj_weight=linear self_attn.out_proj.weight=linear_1 linear1.weight=linear_2 "
+            "linear2.weight=linear_3"
+        ),
         exact=False,
     ),
-    Case("aten_region", Region, randn(3, 5), aten, {"lin.weight": one("linear", "aten.linear"), **on_weight("w")}),
+    Case("aten_region", Region, randn(3, 5), aten, "lin.weight=linear w=*"),
     Case(
         "aten_max_norm",
         MaxNorm,
-        _indices((1, 4, 8), (2, 3, 1)),
+        lambda: INDEX,
         aten,
-        {"lin.weight": one("linear", "aten.linear")},
+        "lin.weight=linear",
         refusals={"table.weight": Reason.MUTATED},
     ),
     Case(
         "module_max_norm",
         MaxNorm,
-        _indices((1, 4, 8), (2, 3, 1)),
+        lambda: INDEX,
         modules,
-        {"lin.weight": one("lin", "nn.Linear")},
+        "lin.weight=nn.Linear",
         refusals={"table.weight": Reason.MUTATED},
     ),
     Case(
@@ -644,16 +554,15 @@ WEIGHT_CASES: tuple[Case, ...] = (
         Positions,
         randn(2, 4, 5),
         aten,
-        {"lin.weight": one("linear", "aten.linear"), **on_weight("bias")},
+        "lin.weight=linear bias:embedding=*",
         refusals={"pos": Reason.NO_FORM, "rows": Reason.NO_FORM},
-        kinds={"bias": "embedding"},
     ),
     Case(
         "module_mixed_uses",
         Mixed,
         randn(3, 5),
         modules,
-        {"back.weight": one("back", "nn.Linear")},
+        "back.weight=nn.Linear",
         refusals={"lin.weight": Reason.MIXED_USES},
     ),
     Case(
@@ -661,7 +570,7 @@ WEIGHT_CASES: tuple[Case, ...] = (
         functional(_vector, (5, 1), (3, 1)),
         randn(4, 5),
         functions,
-        {"w1": one("linear", "F.linear")},
+        "w1=F.linear",
         refusals={"w0": Reason.VECTOR},
     ),
 )
