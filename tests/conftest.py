@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported anywhere. Two workers with two threads each would be slower on two cores, and one thread sums
@@ -43,3 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(
                     pytest.mark.filterwarnings(f"ignore:{message}:lorasc_fx.errors.LorascWarning"), append=False
                 )
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Dynamo keeps what it compiled by code object, and counts: a test starts without, and leaves nothing compiled."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -1,4 +1,6 @@
-"""Every spelling of a weight under every front end is the eager model: at B = 0, with branches, and released."""
+"""Every spelling of a weight, and models in the style of published code, under every front end are the eager model: at
+B = 0, with branches, and released; or the front end refuses them in one line.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ import pytest
 import lorasc_fx as lx
 from tests.forms.cases import CASES
 from tests.forms.kit import NAMED, Case, check
+from tests.forms.odd_models import ODD
 
-ROWS = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+EVERY = [*CASES, *ODD]
+ROWS = pytest.mark.parametrize("case", EVERY, ids=[case.name for case in EVERY])
 
 
 def test_rows_have_names_of_their_own() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) > 150
+    assert len({case.name for case in EVERY}) == len(EVERY) > 190
 
 
 @ROWS
@@ -30,7 +34,7 @@ def pairs() -> list[Any]:
     """Every row under every front end; dynamo, which mostly repeats export, is among the slow tests."""
     return [
         pytest.param(case, name, id=f"{name}-{case.name}", marks=[pytest.mark.slow] if name == "dynamo" else [])
-        for case in CASES
+        for case in EVERY
         for name in NAMED
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,13 +18,7 @@ from tests.forms.compare import assert_same, loss_of, quietly, seed
 from tests.forms.kit import SPEC, by_formula, randomize, run
 
 FRONTENDS = pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "pieces"])
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Small(nn.Module):

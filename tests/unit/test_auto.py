@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,13 +15,7 @@ from tests.unit.cases import batches, branches, loss_of, randomize
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 X = batches(1, 2, 4, 5)[0]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def by_sign(x: torch.Tensor) -> torch.Tensor:

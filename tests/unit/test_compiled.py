@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from tests.unit.cases import loss_of
 
 STAGES, STEPS = 3, 2
 TOKENS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(7))
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Mixed(nn.Module):
@@ -36,14 +36,6 @@ class Mixed(nn.Module):
         y = torch.tanh(self.left(x)) * self.right(x)
         y = self.plain(torch.relu(self.grouped(y.transpose(1, 2)))).mean(-1)
         return torch.bmm(y.expand(2, -1, -1), self.experts.transpose(1, 2)).sum(0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def trajectory(placement: str, compiled: dict[str, Any] | None) -> tuple[list[float], dict[str, torch.Tensor]]:

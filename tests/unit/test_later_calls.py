@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import weakref
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +24,7 @@ from tests.kit.state import variant_count
 from tests.unit.cases import branches, loss_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Remembers(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,7 @@ from tests.kit.seams import lower
 from tests.unit.cases import batches, branches, loss_of, optimizer_of, randomize
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """Dynamo keeps what it compiled by code object; each test starts without."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Branchy(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,7 @@ from tests.unit.cases import batches, branches, loss_of, randomize
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 X = batches(1, 4, 5)[0]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """Dynamo keeps what it compiled by code object; each test starts without."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Block(nn.Module):

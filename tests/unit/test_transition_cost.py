@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -148,14 +148,6 @@ def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPa
     assert [id(each) for group in optimizer.param_groups for each in group["params"]] == held
     assert (captures, variant_count(cascade)) == (1, variants)
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(seen))
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled_stages(backend: str, **close: float) -> None:

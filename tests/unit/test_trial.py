@@ -6,7 +6,7 @@ import copy
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,7 @@ from tests.unit.cases import batches, branches, loss_of, randomize
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 GRAPHS = ("export", "dynamo", "symbolic")
 X = batches(3, 4, 5)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Net(nn.Module):

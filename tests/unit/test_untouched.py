@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,14 +17,7 @@ from tests.kit.state import variant_count
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 GRAPHS = ("export", "dynamo", "symbolic")
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """Dynamo keeps what it compiled by code object; each test starts without."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def build(make: Callable[[], nn.Module]) -> Any:
