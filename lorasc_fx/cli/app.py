@@ -26,6 +26,7 @@ COMMANDS = {
     "fold": "fold RUN [--base FOLDER] [--output PATH]            slow weights as safetensors, laid out as the base",
     "export": "export RUN --to FORMAT --output PATH                the folded model as pt2, onnx, safetensors or peft",
     "compare": "compare CONFIG.toml [--compare.seeds 0 1 ...]       methods side by side; goes on where it stopped",
+    "predict": "predict RUN FILE-or-FOLDER                       classes of images or texts, by a run's folded weights",
     "report": "report RUN [--output FILE]                          one HTML page of a run: loss, experts, spectra",
 }
 
@@ -99,6 +100,10 @@ def _entry(name: str) -> tuple[type[Any], Callable[[Any], int]]:
         from lorasc_fx.cli import report
 
         return report.ReportArguments, report.run_report
+    if name == "predict":
+        from lorasc_fx.cli import predict
+
+        return predict.PredictArguments, predict.run_predict
     from lorasc_fx.cli import export
 
     if name == "fold":

@@ -22,7 +22,19 @@ from lorasc_fx.cli.models import user_function
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 
-__all__ = ["DATA", "Batch", "Examples", "Inputs", "Splits", "image_examples", "load_data", "read_csv", "short_name"]
+__all__ = [
+    "DATA",
+    "Batch",
+    "Examples",
+    "Inputs",
+    "Splits",
+    "encoder_of",
+    "image_examples",
+    "load_data",
+    "read_csv",
+    "read_image",
+    "short_name",
+]
 
 DATA = ("csv:FILE", "imagefolder:DIR", "python:package.module:function")
 
@@ -150,19 +162,18 @@ def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
     return Splits(train, validation.by_length(), test.by_length(), shifts)
 
 
-def read_csv(path: Path, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
-    """Return the texts and labels of a CSV file with a header.
+def read_csv(path: Path, *wanted: str) -> tuple[list[str], ...]:
+    """Return the cells of these columns of a CSV file with a header.
 
     Raises:
         SpecError: the file cannot be read, lacks a column, or has a row with an empty or a missing cell.
     """
-    texts: list[str] = []
-    labels: list[str] = []
+    cells: tuple[list[str], ...] = tuple([] for _ in wanted)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             columns = list(reader.fieldnames or ())
-            for column in (text_column, label_column):
+            for column in wanted:
                 if column not in columns:
                     known = ", ".join(columns) or "no columns"
                     raise SpecError(
@@ -171,13 +182,13 @@ def read_csv(path: Path, text_column: str, label_column: str) -> tuple[list[str]
                         code="unknown-name",
                     )
             for row in reader:
-                for column, cells in ((text_column, texts), (label_column, labels)):
+                for column, kept in zip(wanted, cells, strict=True):
                     if not row[column]:
                         raise SpecError(
                             f"{path}:{reader.line_num}: the cell {column!r} is empty; fill it, or take the row out",
                             code="empty-cell",
                         )
-                    cells.append(row[column])
+                    kept.append(row[column])
     except OSError as fault:
         raise SpecError(f"{path}: this file cannot be read: {fault.strerror}", code="unreadable-file") from fault
     except UnicodeDecodeError as fault:
@@ -189,7 +200,7 @@ def read_csv(path: Path, text_column: str, label_column: str) -> tuple[list[str]
         raise SpecError(
             f"{path}:{reader.line_num + (not at_end)}: this is not CSV: {fault}", code="invalid-csv"
         ) from fault
-    return texts, labels
+    return cells
 
 
 def _undecodable_line(path: Path) -> int:
@@ -207,10 +218,8 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
     Raises:
         SpecError: there is no such folder, a class has no images, or an image cannot be read.
     """
-    datasets, functional = module_of("vision", "torchvision.datasets"), module_of("vision", "torchvision.transforms.v2")
-    transform = functional.Compose([functional.Resize((size, size)), functional.PILToTensor()])
     try:
-        found = datasets.ImageFolder(folder, transform=transform)
+        found = module_of("vision", "torchvision.datasets").ImageFolder(folder)
     except OSError as fault:
         raise SpecError(
             f"imagefolder:{folder}: expected one folder a class, with images in it: {fault}",
@@ -218,11 +227,23 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
         ) from fault
     pixels = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
     for position, (path, _) in enumerate(found.samples):
-        try:
-            pixels[position] = found[position][0]
-        except (OSError, SyntaxError, ValueError) as fault:  # what PIL raises for damaged files
-            raise SpecError(f"{path}: this image cannot be read: {fault}", code="unreadable-file") from fault
+        pixels[position] = read_image(path, size)
     return pixels, [found.classes[label] for label in found.targets]
+
+
+def read_image(path: str | Path, size: int | None = None) -> Tensor:
+    """Return an image as bytes [3, height, width], resized to a square of this size if one is given.
+
+    Raises:
+        SpecError: the file cannot be read as an image.
+    """
+    transforms = module_of("vision", "torchvision.transforms.v2")
+    try:
+        image = module_of("vision", "torchvision.datasets.folder").default_loader(str(path))
+        pixels: Tensor = transforms.PILToTensor()(image if size is None else transforms.Resize((size, size))(image))
+    except (OSError, SyntaxError, ValueError) as fault:  # what PIL raises for damaged files
+        raise SpecError(f"{path}: this image cannot be read: {fault}", code="unreadable-file") from fault
+    return pixels
 
 
 def _encode_images(size: int) -> Encode:
@@ -252,6 +273,11 @@ def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
         return (), {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
     return encode
+
+
+def encoder_of(config: DataConfig, tokenizer: Any) -> Encode:
+    """Return the preprocessing of texts, or of images where there is no tokenizer."""
+    return _encode_images(config.image_size) if tokenizer is None else _encode_texts(tokenizer, config.max_length)
 
 
 def _labelled(inputs: Inputs, labels: list[Any], encode: Encode) -> Examples:
@@ -286,8 +312,7 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
         raise SpecError(
             f"the model takes images, and {name} holds texts; texts need a model `hf:FOLDER`", code="wrong-modality"
         )
-    encode = _encode_texts(tokenizer, config.max_length) if tokenizer is not None else _encode_images(config.image_size)
-    return _labelled(inputs, list(labels), encode)
+    return _labelled(inputs, list(labels), encoder_of(config, tokenizer))
 
 
 def _returned(name: str, found: Any) -> tuple[Inputs, list[Any]]:

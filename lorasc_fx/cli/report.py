@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ import tyro
 
 from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.report_page import PAGE, STYLE
-from lorasc_fx.cli.run_folder import RunFolder, check_output, write_whole
+from lorasc_fx.cli.run_folder import EXPERT, RunFolder, check_output, read_lines, write_whole
 from lorasc_fx.errors import StateError
 from lorasc_fx.extras import module_of, require
 from lorasc_fx.pictures import Picture
@@ -64,15 +63,14 @@ class RunRecord:
                 "writes them in its first steps; one by an older version has to be made again",
                 code="run-has-no-data",
             )
-        environment = folder.path / "environment.json"
         return cls(
             run.resolve().name,
             load_config(folder.config),
-            _lines(folder.metrics),
-            _read_cascade(folder.cascade),
-            _lines(folder.experts, _EXPERT) if folder.experts.is_file() else [],
-            _read_spectrum(folder.spectrum) if folder.spectrum.is_file() else {},
-            _whole(environment) if environment.is_file() else {},
+            read_lines(folder.metrics),
+            folder.read_cascade(),
+            read_lines(folder.experts, EXPERT),
+            folder.read_spectrum(),
+            folder.read_environment(),
         )
 
     @cached_property
@@ -140,65 +138,6 @@ class RunRecord:
     def expert_stages(self) -> list[int]:
         """Stages of which there are experts."""
         return sorted({line["stage"] for line in self.experts})
-
-
-_CASCADE = ("model", "frontend", "parameters", "trainable", "expected_step_ratio", "sites", "refusals", "unreached",
-            "refused_frontends")  # fmt: skip
-_SITE = ("weight", "kind", "shape", "rank", "scale", "placement", "parameters")
-_REFUSAL = ("weight", "reason", "sentence")
-_EXPERT = ("stage", "site", "norm", "effective_rank")
-_DELTA = ("values", "norm", "base_norm", "effective_rank")
-
-
-def _lines(path: Path, keys: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    lines = enumerate(path.read_bytes().splitlines(), start=1)
-    return [_parsed(path, line, number, keys) for number, line in lines if line.strip()]
-
-
-def _whole(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    return _parsed(path, path.read_bytes(), 1, keys)
-
-
-def _read_cascade(path: Path) -> dict[str, Any]:
-    found = _whole(path, _CASCADE)
-    for entries, keys in ((found["sites"], _SITE), (found["refusals"], _REFUSAL)):
-        for entry in entries:
-            _check(path, 1, entry, keys)
-    return found
-
-
-def _read_spectrum(path: Path) -> dict[str, Any]:
-    found = _whole(path)
-    for entry in found.values():
-        _check(path, 1, entry, _DELTA)
-    return found
-
-
-def _parsed(path: Path, text: bytes, number: int, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as fault:
-        raise StateError(
-            f"{path}: line {number} is no JSON ({fault}); the file is damaged: restore it, or train anew",
-            code="damaged-file",
-        ) from fault
-    _check(path, number, found, keys)
-    return dict(found)
-
-
-def _check(path: Path, number: int, found: Any, keys: tuple[str, ...]) -> None:
-    """Check that a value is a JSON object with these keys."""
-    if not isinstance(found, dict):
-        raise StateError(
-            f"{path}: line {number} is no JSON object; the file is damaged: restore it, or train anew",
-            code="damaged-file",
-        )
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise StateError(
-            f"{path}: line {number} has no key {missing[0]!r}; the file is damaged: restore it, or train anew",
-            code="damaged-file",
-        )
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

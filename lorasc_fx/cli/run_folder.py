@@ -1,7 +1,7 @@
 """The folder of a run: resolved configuration, metrics, records, checkpoint, folded weights, environment.
 
 The records are small tables from which `lorasc-fx report` is made. `cascade.json` at the start: sites, refusals,
-placements, cost. `experts.jsonl` at the end of each stage, before its fold: the spectrum of each expert.
+placements, cost, classes. `experts.jsonl` at the end of each stage, before its fold: the spectrum of each expert.
 `spectrum.json` at the end: the spectrum of each slow delta. All of it comes from factors; no delta is formed.
 """
 
@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from lorasc_fx.runtime import list_versions
 from lorasc_fx.runtime.checkpoint_write import write_tensors
 from lorasc_fx.state import effective_rank, factors_of, norm_of, singular_values, slow_spectrum
 
-__all__ = ["SECTIONS", "RunFolder", "check_output", "write_whole"]
+__all__ = ["EXPERT", "SECTIONS", "RunFolder", "check_output", "read_lines", "write_whole"]
 
 SECTIONS = ("model", "data", "train", "spec")
 """The tables of a configuration that have to be the same for a run to go on."""
@@ -43,6 +43,14 @@ _PACKAGES = (
 
 KEPT = 64
 """Singular values of a slow delta that are kept, the largest ones."""
+
+_CASCADE = ("model", "frontend", "parameters", "trainable", "expected_step_ratio", "sites", "refusals", "unreached",
+            "refused_frontends")  # fmt: skip
+_SITE = ("weight", "kind", "shape", "rank", "scale", "placement", "parameters")
+_REFUSAL = ("weight", "reason", "sentence")
+EXPERT = ("stage", "site", "norm", "effective_rank")
+_DELTA = ("values", "norm", "base_norm", "effective_rank")
+"""Keys of the records, without which they are damaged."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +172,13 @@ class RunFolder:
         """Add one line to the metrics."""
         append(self.metrics, entry)
 
-    def write_cascade(self, cascade: lx.Cascade) -> None:
-        """Write what was decided and what it is expected to cost."""
+    def write_cascade(self, cascade: lx.Cascade, classes: Sequence[str]) -> None:
+        """Write what was decided, what it is expected to cost, and the names of the classes."""
         total = sum(parameter.numel() for parameter in cascade.model.parameters())
         placements = cascade.placements
         about = {
             "model": type(cascade.model).__name__,
+            "classes": list(classes),
             "frontend": cascade.frontend,
             "parameters": total,
             "trainable": sum(parameter.numel() for parameter in cascade.core.trainable().values()),
@@ -222,6 +231,43 @@ class RunFolder:
                     "effective_rank": effective_rank(values) if values.shape[-1] else 0.0,
                 }
         write_whole(self.spectrum, json.dumps(found) + "\n")
+
+    def read_cascade(self) -> dict[str, Any]:
+        """Return what `write_cascade` wrote.
+
+        Raises:
+            StateError: it is not there, or damaged, as with all these records.
+        """
+        found = _parsed(self.cascade, self.cascade.read_bytes(), 1, _CASCADE)
+        for entries, keys in ((found["sites"], _SITE), (found["refusals"], _REFUSAL)):
+            for entry in entries:
+                _check(self.cascade, 1, entry, keys)
+        return found
+
+    def read_classes(self) -> tuple[str, ...]:
+        """Return the names of the classes."""
+        classes = self.read_cascade().get("classes") if self.cascade.is_file() else None
+        if not classes:
+            raise StateError(
+                f"{self.path} does not say its classes: it is no run of lorasc-fx train, or one by an older version, "
+                "which has to be made again",
+                code="not-a-run",
+            )
+        return tuple(classes)
+
+    def read_spectrum(self) -> dict[str, Any]:
+        """Return what `write_spectrum` wrote; nothing before the end of the run."""
+        if not self.spectrum.is_file():
+            return {}
+        found = _parsed(self.spectrum, self.spectrum.read_bytes(), 1, ())
+        for entry in found.values():
+            _check(self.spectrum, 1, entry, _DELTA)
+        return found
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return packages and machine."""
+        path = self.path / "environment.json"
+        return _parsed(path, path.read_bytes(), 1, ()) if path.is_file() else {}
 
     def write_weights(self, tensors: Mapping[str, Tensor], path: Path | None = None) -> Path:
         """Write a state dict as safetensors; weights that share memory are written once each by name."""
@@ -282,6 +328,43 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_lines(path: Path, keys: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines, each with these keys; none where there is no file.
+
+    Raises:
+        StateError: a line is damaged.
+    """
+    lines = enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1)
+    return [_parsed(path, line, number, keys) for number, line in lines if line.strip()]
+
+
+def _parsed(path: Path, text: bytes, number: int, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as fault:
+        raise StateError(
+            f"{path}: line {number} is no JSON ({fault}); the file is damaged: restore it, or train anew",
+            code="damaged-file",
+        ) from fault
+    _check(path, number, found, keys)
+    return dict(found)
+
+
+def _check(path: Path, number: int, found: Any, keys: tuple[str, ...]) -> None:
+    """Check that a value is a JSON object with these keys."""
+    if not isinstance(found, dict):
+        raise StateError(
+            f"{path}: line {number} is no JSON object; the file is damaged: restore it, or train anew",
+            code="damaged-file",
+        )
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise StateError(
+            f"{path}: line {number} has no key {missing[0]!r}; the file is damaged: restore it, or train anew",
+            code="damaged-file",
+        )
 
 
 def _comparable(value: Any) -> Any:

@@ -119,7 +119,7 @@ def _begin(
     if not resume or not folder.saved:
         cascade = setup.adapt(seed, config.spec)  # first: what it refuses must not leave a run folder behind
         folder.begin(config, resume=resume, overwrite=overwrite)
-        folder.write_cascade(cascade)
+        folder.write_cascade(cascade, setup.splits.classes)
         return cascade, make_optimizer(cascade, lr, decay), 0
     folder.begin(config, resume=True)
     model, sample = setup.model(seed), setup.sample(seed)

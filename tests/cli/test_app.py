@@ -23,7 +23,7 @@ from tests.cli.long_run import write_long_run
     [
         (
             ["trian", "x.toml"],
-            "no command is called 'trian'; nearest: 'train'; known: train, sites, fold, export, compare",
+            "no command is called 'trian'; nearest: 'train'; known: train, sites, fold, export, compare, predict",
         ),
         (["train"], "train needs a configuration file first: lorasc-fx train CONFIG.toml"),
         (["compare", "--compare.seeds", "1"], "compare needs a configuration file first"),

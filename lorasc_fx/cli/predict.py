@@ -1,0 +1,113 @@
+"""`lorasc-fx predict`: classes of images or texts, by the folded weights of a run.
+
+The original model is built and gets the run's folded weights; nothing is captured and the data set is not read. The
+preprocessing is that of the run's configuration, the names of the classes are in its records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lorasc_fx.cli.config import Config, load_config
+from lorasc_fx.cli.data import encoder_of, read_csv, read_image
+from lorasc_fx.cli.models import build_model, logits_of, set_mode, tokenizer_of
+from lorasc_fx.cli.run_folder import RunFolder
+from lorasc_fx.cli.training import EVAL_BATCH, channels_last
+from lorasc_fx.errors import SpecError, StateError
+
+__all__ = ["PredictArguments", "run_predict"]
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    """Print a line for each image or text: its name, the predicted class and the probability, separated by tabs."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run that has ended, or whose slow weights `lorasc-fx fold` wrote there."""
+    inputs: Annotated[Path, tyro.conf.Positional]
+    """An image, a folder of images; or a file of texts, one a line, or a CSV file with the run's text column."""
+
+
+def run_predict(arguments: PredictArguments) -> int:
+    """Print the predictions and return the exit code.
+
+    Raises:
+        StateError: the folder holds no run, no folded weights, or weights that the model cannot hold.
+        SpecError: an input cannot be read, or there is none.
+    """
+    folder = RunFolder(arguments.run)
+    folder.check_run(checkpoint=False)
+    config, classes = load_config(folder.config), folder.read_classes()
+    if not folder.folded.is_file():
+        raise StateError(
+            f"{arguments.run} has no {folder.folded.name}: end the run with lorasc-fx train CONFIG.toml --resume, or "
+            f"write the slow weights of its last checkpoint with lorasc-fx fold {arguments.run}",
+            code="run-not-ended",
+        )
+    tokenizer = tokenizer_of(config.model)
+    encode = encoder_of(config.data, tokenizer)
+    model = _folded_model(config, folder.folded, len(classes), images=tokenizer is None)
+    batches = _images(arguments.inputs, config) if tokenizer is None else _texts(arguments.inputs, config)
+    for names, inputs in batches:
+        args, kwargs = encode(inputs)
+        device = config.train.device
+        with torch.no_grad():
+            logits = logits_of(model(*(x.to(device) for x in args), **{key: x.to(device) for key, x in kwargs.items()}))
+        for name, row in zip(names, logits.float().softmax(-1), strict=True):
+            print(f"{name}\t{classes[int(row.argmax())]}\t{row.max():.4f}")
+    return 0
+
+
+def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) -> nn.Module:
+    """Return the original model with folded weights in it, in eval mode."""
+    model = build_model(replace(config.model, weights=""), classes).to(config.train.device)
+    values = load_file(weights, device=config.train.device)
+    try:
+        model.load_state_dict(values, strict=True)
+    except RuntimeError as fault:
+        raise StateError(
+            f"{weights} does not fit the model that {config.model.name} builds now: {str(fault).splitlines()[-1]}",
+            code="weights-do-not-fit",
+        ) from fault
+    tied = [name for name, value in model.state_dict().items() if not torch.equal(value, values[name])]
+    if tied:
+        raise StateError(
+            f"{weights} holds two values for {tied[0]}, which the run untied (spec.untie) and {config.model.name} ties",
+            code="weights-do-not-fit",
+        )
+    return set_mode(channels_last(model) if images else model, False)
+
+
+def _images(path: Path, config: Config) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield the image at a path, or those in a folder, by name; one at a time, as their sizes differ."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise SpecError(f"{path} holds no files; give an image, or a folder of images", code="too-few-examples")
+    size = config.data.image_size if config.data.name.startswith("imagefolder:") else None
+    for file in files:
+        yield [str(file)], read_image(file, size)[None]
+
+
+def _texts(path: Path, config: Config) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the texts of a file, with their numbers."""
+    if path.suffix == ".csv":
+        texts = read_csv(path, config.data.text_column)[0]
+    else:
+        try:
+            texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as fault:
+            reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
+            raise SpecError(f"{path}: these texts cannot be read: {reason}", code="unreadable-file") from fault
+    if not texts:
+        raise SpecError(f"{path} holds no texts; give one a line", code="too-few-examples")
+    for first in range(0, len(texts), EVAL_BATCH):
+        batch = texts[first : first + EVAL_BATCH]
+        yield [f"{path}:{number}" for number in range(first + 1, first + len(batch) + 1)], batch

@@ -1,0 +1,117 @@
+"""`lorasc-fx predict`: what the released model predicts, from files, without the data set."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.io import write_png
+
+from experiments.data import digits
+from lorasc_fx.cli import main
+from lorasc_fx.cli.data import image_examples
+
+SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "32", "--data.validation", "16",
+         "--data.test", "10", "--data.shifts"]  # fmt: skip
+
+
+def rows(text: str) -> list[list[str]]:
+    return [line.split("\t") for line in text.splitlines()]
+
+
+def test_images(place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.toml", *SHORT]) == 0
+    pixels, labels = digits()
+    (place / "images" / "more").mkdir(parents=True)
+    names = ["images/a.png", "images/b.png", "images/more/c.png"]
+    for name, image in zip(names, pixels, strict=False):
+        write_png(image, name)
+    model = tiny_model()
+    model.load_state_dict(load_file("runs/tiny/folded.safetensors"))
+    examples = image_examples(pixels, labels, 12)
+    with torch.no_grad():
+        expected = model(*examples.batch(torch.arange(3)).args).softmax(-1)
+    capsys.readouterr()
+    assert main(["predict", "runs/tiny", "images"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert [row[:2] for row in found] == [
+        [name, examples.classes[int(row.argmax())]] for name, row in zip(names, expected, strict=True)
+    ]
+    assert [float(row[2]) for row in found] == pytest.approx(expected.amax(-1).tolist(), abs=1e-4)
+    assert main(["predict", "runs/tiny", names[0]]) == 0
+    assert rows(capsys.readouterr().out) == found[:1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "inputs", "message"),
+    [
+        (lambda run: (run / "folded.safetensors").unlink(), ".", "runs/tiny has no folded.safetensors: end the"),
+        (lambda run: (run / "cascade.json").unlink(), ".", "runs/tiny does not say its classes"),
+        (lambda run: save_file({"a": torch.zeros(1)}, run / "folded.safetensors"), ".",
+         "runs/tiny/folded.safetensors does not fit the model that python:tiny_model:build builds now"),
+        (lambda run: None, "tiny.toml", "tiny.toml: this image cannot be read"),
+        (lambda run: Path("empty").mkdir(), "empty", "empty holds no files; give an image, or a folder of images"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], inputs: str, message: str
+) -> None:
+    assert main(["train", "tiny.toml", *SHORT]) == 0
+    damage(Path("runs/tiny"))
+    assert main(["predict", "runs/tiny", inputs]) == 2
+    assert f"lorasc-fx: {message}" in capsys.readouterr().err
+
+
+def test_a_tie_that_the_run_broke(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path("tiny_model.py").read_text()
+    tied = (
+        source.replace("    return nn", "    model = nn").rstrip()
+        + "\n    model[3].bias = model[7].bias\n    return model\n"
+    )
+    assert main(["train", "tiny.toml", *SHORT]) == 0
+    values = load_file("runs/tiny/folded.safetensors")
+    values["3.bias"] = torch.ones_like(values["7.bias"])
+    save_file(values, "runs/tiny/folded.safetensors")
+    Path("tiny_model.py").write_text(tied)
+    sys.modules.pop("tiny_model")
+    assert main(["predict", "runs/tiny", "."]) == 2
+    assert "holds two values for 3.bias, which the run untied" in capsys.readouterr().err
+
+
+def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "dull", "a", "film"]
+    Path("vocab.txt").write_text("\n".join(words))
+    about = BertConfig(
+        vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    BertModel(about).save_pretrained("bert")
+    BertTokenizer("vocab.txt").save_pretrained("bert")
+    lines = "".join(f"a {word} film,{mood}\n" for word, mood in (("fine", "glad"), ("dull", "sad")) * 20)
+    Path("said.csv").write_text("text,label\n" + lines)
+    asked = ["--model.name", "hf:bert", "--data.name", "csv:said.csv", "--spec.targets", "linear", "--spec.train",
+             "head.*", "--train.lr", "0.05", *SHORT, "--data.train", "20", "--data.validation", "8", "--data.test",
+             "8", "--train.steps", "20"]  # fmt: skip
+    assert main(["train", "tiny.toml", *asked]) == 0
+    capsys.readouterr()
+    Path("said.csv").rename("new.csv")  # predicting does not read the data set
+    Path("two.txt").write_text("a fine film\n\na dull film\n")
+    assert main(["predict", "runs/tiny", "two.txt"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert [row[:2] for row in found] == [["two.txt:1", "glad"], ["two.txt:2", "sad"]]
+    assert main(["predict", "runs/tiny", "new.csv"]) == 0
+    assert [row[1:] for row in rows(capsys.readouterr().out)[:2]] == [row[1:] for row in found]
+    Path("none.txt").write_text("\n")
+    Path("odd.txt").write_bytes(b"\xff")
+    for name, message in (
+        ("none.txt", "none.txt holds no texts; give one a line"),
+        ("odd.txt", "odd.txt: these texts cannot be read: it is not UTF-8 text"),
+    ):
+        assert main(["predict", "runs/tiny", name]) == 2
+        assert f"lorasc-fx: {message}" in capsys.readouterr().err
