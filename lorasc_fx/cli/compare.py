@@ -44,7 +44,7 @@ from lorasc_fx.cli.training import (
 )
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
 from lorasc_fx.extras import module_of
-from lorasc_fx.integrations.reporter import Reporter, console, reporting
+from lorasc_fx.integrations.progress import Reporter, console, reporting
 
 __all__ = [
     "CompareArguments",

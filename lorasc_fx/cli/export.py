@@ -18,7 +18,7 @@ from lorasc_fx.cli.run_folder import RunFolder, check_output
 from lorasc_fx.cli.training import Setup
 from lorasc_fx.errors import SpecError, StateError, nearest
 from lorasc_fx.export.safetensors_files import fold_files
-from lorasc_fx.integrations.reporter import console
+from lorasc_fx.integrations.progress import console
 from lorasc_fx.runtime import list_versions, read
 from lorasc_fx.runtime.folded import of_checkpoint
 

@@ -25,8 +25,7 @@ from lorasc_fx.cli.training import (
     train_steps,
 )
 from lorasc_fx.errors import NonFiniteBranch
-from lorasc_fx.integrations.metrics import Metrics
-from lorasc_fx.integrations.reporter import reporting
+from lorasc_fx.integrations.progress import Metrics, reporting
 
 __all__ = ["TrainArguments", "run_train"]
 

@@ -1,21 +1,36 @@
-"""What is told while a loop of your own trains: to a person, by a bar or lines; to a folder, by metrics."""
+"""Progress of a training loop: a bar on a terminal, plain lines elsewhere; metrics in a folder, and for TensorBoard."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from lorasc_fx.errors import SpecError, path_of
 from lorasc_fx.extras import require
-from lorasc_fx.integrations.metrics import Metrics
-from lorasc_fx.integrations.reporter import Reporter, reporting
 from lorasc_fx.runtime import Stage
 
 require("cli", "rich")
 
-__all__ = ["Told", "telling"]
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+__all__ = ["FILE", "Metrics", "Reporter", "Told", "append", "console", "reporting", "telling"]
+
+FILE = "metrics.jsonl"
+_EVENTS = "tensorboard"
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Told:
@@ -78,3 +93,145 @@ def telling(
         metrics = held.enter_context(Metrics(path_of(folder))) if folder is not None else None
         reporter.begin(title, steps, done)
         yield Told(reporter, metrics, every, done)
+
+
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """Add one line to a file of metrics; JSON has no inf and no nan, and they become null."""
+    plain = {name: None if _strange(value) else value for name, value in entry.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(plain) + "\n")
+
+
+class Metrics:
+    """Writes `metrics.jsonl` into a folder, and `tensorboard/` beside it if the package tensorboard is installed.
+
+    Args:
+        folder: is made if it is not there; lines are added to those of a run that goes on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._step = folder, 0
+        self._writer: Any = None
+
+    def log(self, **entry: Any) -> None:
+        """Add one line. Its numbers are scalars by their names, at `step`, or at the last one that was given."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        append(self._folder / FILE, entry)
+        self._step = entry.get("step", self._step)
+        writer = self._opened()
+        if writer is None:
+            return
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                writer.add_scalar(name, value, self._step)
+
+    def close(self) -> None:
+        """Write what TensorBoard's files still lack."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _opened(self) -> Any:
+        if self._writer is None and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder / _EVENTS))
+        return self._writer
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+def _strange(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+class Reporter(ABC):
+    """Told of each task and step."""
+
+    @abstractmethod
+    def begin(self, title: str, steps: int, done: int = 0) -> None:
+        """Start a task of so many steps, the first ones done already."""
+
+    @abstractmethod
+    def step(self, done: int, stage: str, loss: float) -> None:
+        """So many steps are done; the stage that runs, and the last loss."""
+
+    @abstractmethod
+    def say(self, text: str) -> None:
+        """Print a line."""
+
+
+def console() -> Console:
+    """Return rich's console on standard output."""
+    from rich.console import Console
+
+    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120  # rich would take a file for 80 columns
+    return Console(highlight=False, markup=False, emoji=False, width=fixed)  # names are shown as they are
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[Reporter]:
+    """Return the reporter that suits standard output."""
+    screen = console()
+    if not screen.is_terminal:
+        yield _Lines()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[stage]}"),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=screen, transient=True) as progress:
+        yield _Bar(progress)
+
+
+class _Bar(Reporter):
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None, visible=False, stage="", loss="", rate="")
+
+    def begin(self, title: str, steps: int, done: int = 0) -> None:
+        self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(title, total=steps, completed=done, stage="", loss="", rate="")
+
+    def step(self, done: int, stage: str, loss: float) -> None:
+        self._progress.update(self._task, completed=done, stage=stage, loss=f"loss {loss:.3f}")
+        speed = self._progress.tasks[0].speed
+        self._progress.update(self._task, rate=f"{speed:.1f}/s" if speed else "")
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, soft_wrap=True)
+
+
+class _Lines(Reporter):
+    def __init__(self) -> None:
+        self._title, self._steps, self._first = "", 0, 0
+        self._started = self._last = time.monotonic()
+
+    def begin(self, title: str, steps: int, done: int = 0) -> None:
+        self._title, self._steps, self._first = title, steps, done
+        self._started = self._last = time.monotonic()
+        self.say(f"{title}: {steps - done} steps")
+
+    def step(self, done: int, stage: str, loss: float) -> None:
+        now = time.monotonic()
+        if now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        seconds = (now - self._started) / max(1, done - self._first)
+        rate, left = 1 / seconds if seconds else 0.0, seconds * (self._steps - done)
+        told = f"step {done}/{self._steps} {stage} loss {loss:.3f}"
+        self.say(f"{self._title}: {told}, {rate:.1f} steps/s, {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stdout, flush=True)

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorasc_fx.pictures.library import library
-from lorasc_fx.pictures.svg import MUTED, SERIES, Picture, figure, finished
+from lorasc_fx.pictures.svg import MUTED, SERIES, Picture, figure, finished, library
 
 __all__ = ["by_site", "loss_over_steps", "slow_and_fast", "spectra"]
 

@@ -12,11 +12,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from lorasc_fx.pictures.library import library
+from lorasc_fx.extras import module_of
 
-__all__ = ["INK", "MUTED", "PAPER", "SERIES", "Picture", "figure", "finished"]
+__all__ = ["INK", "MUTED", "PAPER", "SERIES", "Picture", "figure", "finished", "library"]
+
+library = partial(module_of, "report")
+"""Import a module of the extra `report` when something is drawn; raises MissingExtra with the pip command."""
 
 INK, MUTED, PAPER = "#1f2430", "#68707f", "#fdfdfc"
 SERIES = ("#0969b3", "#b5480b", "#16784a", "#7a3fa8", "#8a6a00", "#b0255f", "#00727d", "#5b5f66")

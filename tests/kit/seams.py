@@ -12,7 +12,7 @@ import lorasc_fx as lx
 from lorasc_fx.capture import pieces
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
-from lorasc_fx.integrations import metrics, reporter, tensor_parallel
+from lorasc_fx.integrations import progress, tensor_parallel
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, slow, transition, unpacking
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.slow import SlowWeights
@@ -44,8 +44,8 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "rest a weight": (SlowWeights, "write_resting"),
     "whole weight": (SlowWeight, "exact"),
     # integrations
-    "console": (reporter, "console"),
-    "find a package": (metrics.importlib.util, "find_spec"),  # type: ignore[attr-defined]
+    "console": (progress, "console"),
+    "find a package": (progress.importlib.util, "find_spec"),  # type: ignore[attr-defined]
     "compare processes": (tensor_parallel, "_check_same"),
 }
 

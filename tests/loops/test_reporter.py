@@ -7,11 +7,11 @@ import io
 import pytest
 from rich.console import Console
 
-from lorasc_fx.integrations import reporter
+from lorasc_fx.integrations import progress
 from tests.kit.seams import SEAMS
 
 
-def tell(to: reporter.Reporter) -> None:
+def tell(to: progress.Reporter) -> None:
     to.begin("first [bold]", 10)
     to.step(4, "stage 1/3", 0.25)
     to.say("a line: hf:package:x [bold]")
@@ -23,7 +23,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, markup=False, emoji=False, highlight=False)
     monkeypatch.setattr(*SEAMS["console"], lambda: console)
-    with reporter.reporting() as shown:
+    with progress.reporting() as shown:
         tell(shown)
     said = screen.getvalue()
     for part in ("10/10", "stage 3/3", "loss 0.125", "second", "a line: hf:package:x [bold]"):
@@ -33,7 +33,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = iter(range(0, 1000, 20))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
-    with reporter.reporting() as shown:
+    with progress.reporting() as shown:
         tell(shown)
     assert capsys.readouterr().out.splitlines() == [
         "first [bold]: 10 steps",
@@ -45,6 +45,6 @@ def test_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_lines_are_not_too_many(capsys: pytest.CaptureFixture[str]) -> None:
-    with reporter.reporting() as shown:
+    with progress.reporting() as shown:
         tell(shown)
     assert len(capsys.readouterr().out.splitlines()) == 3

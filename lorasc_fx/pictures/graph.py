@@ -1,0 +1,398 @@
+"""`cascade.draw`: the rewritten graph around some sites, as an SVG file.
+
+`scene` chooses the nodes, `placed` puts them in layers from input to output (igraph's Sugiyama layout), `draw_graphs`
+draws them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from lorasc_fx.branch import shared_down
+from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest, path_of
+from lorasc_fx.graph import branch_nodes, call_template, text
+from lorasc_fx.graph.printer import SYMBOL
+from lorasc_fx.graph.targets import targeted
+from lorasc_fx.pictures.svg import INK, MUTED, Picture, figure, finished, library
+from lorasc_fx.plan import Plan, Site
+from lorasc_fx.spec import KINDS
+
+__all__ = ["Box", "Placed", "Scene", "chosen_sites", "draw_graphs", "placed", "scene"]
+
+LETTER, LINE = 5.1, 11.5
+"""Points of a letter and of a line of the boxes' type, a monospaced one of 8.5 points."""
+PAD, GAP = 9.0, 22.0
+"""Points between a box's text and its edge, and between boxes."""
+
+STYLES = {
+    "beside": ("#0969b3", "#dcecf9", "branch beside its op"),
+    "merged": ("#b5480b", "#fbe6d8", "branch merged into its op"),
+    "weight": ("#7a3fa8", "#efe3f8", "branch on the weight"),
+    "shared": ("#00727d", "#d9f1f2", "A x of several branches at once"),
+    "site": ("#16784a", "#dcf3e6", "adapted weight"),
+    "parameter": (MUTED, "#eef0f3", "other parameter"),
+    "input": (INK, "#ffffff", "input or output"),
+    "op": (MUTED, "#ffffff", "op of the model"),
+}
+"""Edge, face and meaning of a box, by kind."""
+
+FIRST = 3
+"""Sites that are shown where none is asked for."""
+CROWD = 12
+"""Neighbours from which on a node is shown and not looked past: a residual stream would bring the whole model."""
+WIDTH = 34
+"""Letters of a line; a longer name loses its middle."""
+
+
+def draw_graphs(
+    graphs: Sequence[fx.GraphModule],
+    plan: Plan,
+    file: str | PathLike[str],
+    sites: Sequence[str] = (),
+    radius: int = 2,
+) -> Path:
+    """Draw rewritten graphs around some sites; see `Cascade.draw`.
+
+    Raises:
+        UnknownTarget: a pattern means no site.
+        SpecError: the file is no SVG, or its folder is not there; or the radius is no count.
+        StateError: no graph has a branch of these sites.
+        MissingExtra: matplotlib or igraph is not installed.
+    """
+    path = path_of(file)
+    if path.suffix != ".svg":
+        raise SpecError(f"draw: {path} is no .svg file; SVG is what is drawn", code="wrong-file-ending")
+    if not path.parent.is_dir():
+        raise SpecError(f"draw: there is no folder {path.parent}", code="file-not-found")
+    if isinstance(radius, bool) or not isinstance(radius, int) or radius < 0:
+        raise SpecError(f"draw: radius is {radius!r}; give the number of arrows to follow, 0 or more")
+    chosen = chosen_sites(plan, sites)
+    picture = _picture(scene(graphs, plan, chosen, radius), ", ".join(site.weight for site in chosen[:3]))
+    path.write_text(picture.svg, encoding="utf-8")
+    return path
+
+
+def _picture(shown: Scene, sites: str) -> Picture:
+    patches, paths = library("matplotlib.patches"), library("matplotlib.path")
+    names = list(shown.boxes)
+    width = max(len(line) for box in shown.boxes.values() for line in box.lines) * LETTER + 2 * PAD
+    height = max(len(box.lines) for box in shown.boxes.values()) * LINE + 2 * PAD
+    where = placed(names, shown.arrows, width + GAP, height + 1.6 * GAP)
+    xs, ys = zip(*[point for path in where.arrows for point in path], *where.centres.values(), strict=True)
+    kinds = ["input" if box.kind == "output" else box.kind for box in shown.boxes.values()]
+    legend = [kind for kind in STYLES if kind in kinds]
+    left, top = min(xs) - width / 2 - GAP, min(ys) - height / 2 - GAP
+    across = max(max(xs) - min(xs) + width + 2 * GAP, 260.0)
+    down = max(ys) - min(ys) + height + 2 * GAP
+    foot = len(legend) * 16 + 26
+    with figure(across, down + foot) as drawn:
+        axes = drawn.add_axes((0, 0, 1, 1))
+        axes.set(xlim=(left, left + across), ylim=(top + down + foot, top))
+        axes.axis("off")
+        for (source, target), path in zip(shown.arrows, where.arrows, strict=True):
+            axes.add_patch(_arrow(path, _tall(shown.boxes[source]), _tall(shown.boxes[target]), patches, paths))
+        for name, box in shown.boxes.items():
+            _box(axes, box, where.centres[name], width, patches)
+        for row, kind in enumerate(legend):
+            edge, face, meaning = STYLES[kind]
+            y = top + down + 8 + row * 16
+            axes.add_patch(
+                patches.Rectangle((left + GAP, y - 6), 18, 11, facecolor=face, edgecolor=edge, linewidth=1.2)
+            )
+            axes.text(left + GAP + 26, y, meaning, fontsize=9, va="center", color=INK)
+        y = top + down + 8 + len(legend) * 16
+        axes.text(left + GAP, y, "dashed edge: has neighbours that are not shown", fontsize=9, va="center", color=MUTED)
+        return finished(drawn, "graph", f"Rewritten graph around {sites}", _words(shown, where))
+
+
+def _tall(box: Box) -> float:
+    return len(box.lines) * LINE + PAD
+
+
+def _box(axes: Any, box: Box, centre: tuple[float, float], width: float, patches: Any) -> None:
+    edge, face, _ = STYLES["input" if box.kind == "output" else box.kind]
+    x, y = centre
+    tall = _tall(box)
+    branch = box.kind in ("beside", "merged", "weight")
+    axes.add_patch(
+        patches.FancyBboxPatch(
+            (x - width / 2 + 4, y - tall / 2),
+            width - 8,
+            tall,
+            boxstyle="round,pad=0,rounding_size=5",
+            facecolor=face,
+            edgecolor=edge,
+            linewidth=2.0 if branch else 1.0,
+            linestyle=(0, (4, 2)) if box.cut else "solid",
+        )
+    )
+    for row, line in enumerate(box.lines):
+        axes.text(
+            x,
+            y + (row - (len(box.lines) - 1) / 2) * LINE,
+            line,
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            family="monospace",
+            weight="bold" if row == 0 else "normal",
+            color=INK if row < 2 else MUTED,
+        )
+
+
+def _arrow(points: Sequence[tuple[float, float]], above: float, below: float, patches: Any, paths: Any) -> Any:
+    """Return an arrow from the lower edge of the first box (`above` high) through the points to the last (`below`)."""
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    stops = [(x0, y0 + above / 2), *points[1:-1], (x1, y1 - below / 2)]
+    vertices, codes = [stops[0]], [paths.Path.MOVETO]
+    for (xa, ya), (xb, yb) in pairwise(stops):
+        middle = (ya + yb) / 2
+        vertices += [(xa, middle), (xb, middle), (xb, yb)]
+        codes += [paths.Path.CURVE4] * 3
+    return patches.FancyArrowPatch(
+        path=paths.Path(vertices, codes),
+        arrowstyle="-|>,head_length=4,head_width=2.2",
+        color=MUTED,
+        linewidth=0.9,
+        shrinkA=0,
+        shrinkB=0,
+        zorder=0.5,
+    )
+
+
+def _words(shown: Scene, where: Placed) -> str:
+    """Return what there is to see: the branches by placement, and how much is around them."""
+    counted = Counter(box.kind for box in shown.boxes.values())
+    told = [f"{counted[kind]} × {STYLES[kind][2]}" for kind in ("beside", "merged", "weight") if counted[kind]]
+    branches = "; ".join(
+        f"{box.lines[0]}: {box.lines[1]}" for box in shown.boxes.values() if box.kind in ("beside", "merged", "weight")
+    )
+    return (
+        f"{len(shown.boxes)} nodes and {len(where.arrows)} arrows from inputs (above) to outputs (below). "
+        f"{', '.join(told)}. {branches}."
+    )
+
+
+@dataclass(frozen=True)
+class Box:
+    """A node as it is shown.
+
+    Args:
+        kind: `beside`, `merged` or `weight`, the placement of a branch; `shared`, a stacked product of several; `site`,
+            an adapted weight; `parameter`; `input`; `output`; `op`.
+        lines: its name, what it does, its dtype and shape.
+        cut: it has neighbours that are not shown.
+    """
+
+    kind: str
+    lines: tuple[str, ...]
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: boxes and arrows between them, by the names of the nodes."""
+
+    boxes: dict[str, Box]
+    arrows: tuple[tuple[str, str], ...]
+
+
+def chosen_sites(plan: Plan, patterns: Sequence[str]) -> list[Site]:
+    """Return the sites that patterns mean (kinds or globs, as in a spec), or the first few.
+
+    Raises:
+        SpecError: a single string in place of a sequence.
+        UnknownTarget: a pattern means no site.
+    """
+    if isinstance(patterns, str):
+        raise SpecError(f"draw: sites is {patterns!r}; give a sequence of kinds or globs")
+    if not patterns:
+        return list(plan.sites[:FIRST])
+    for pattern in patterns:
+        if not any(targeted((pattern,), site.kind, (site.weight, *site.aliases)) for site in plan.sites):
+            hint = nearest(pattern, [*(site.weight for site in plan.sites), *KINDS])
+            raise UnknownTarget(f"draw: {pattern!r} means no site of this cascade{hint}")
+    return [site for site in plan.sites if targeted(patterns, site.kind, (site.weight, *site.aliases))]
+
+
+def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], radius: int) -> Scene:
+    """Return the branch nodes of these sites and the nodes up to `radius` arrows away, of all graphs.
+
+    Raises:
+        StateError: no graph has a branch of any of these sites.
+    """
+    weights = {site.weight for site in sites}
+    boxes: dict[str, Box] = {}
+    arrows: list[tuple[str, str]] = []
+    known: set[str] = set()
+    for number, graph_module in enumerate(graphs):
+        branches = branch_nodes(graph_module)
+        seeds = [node for node, branch in branches.items() if branch.weight_name in weights]
+        if not seeds or text(graph_module) in known:  # the same code is captured again for other sizes
+            continue
+        known.add(text(graph_module))
+        prefix = f"{number}:" if len(graphs) > 1 else ""
+        near = _around(seeds, radius)
+        shown = [node for node in graph_module.graph.nodes if node in near]
+        symbols: dict[str, str] = {}
+        own = {
+            node.name: Box(_kind(node, branches, plan), _lines(node, branches, plan, symbols), _cut(node, near))
+            for node in shown
+        }
+        boxes |= {prefix + name: box for name, box in own.items()}
+        arrows += [
+            (prefix + each.name, prefix + node.name) for node in shown for each in node.all_input_nodes if each in near
+        ]
+    if not boxes:
+        raise StateError(
+            f"draw: the branches of {', '.join(sorted(weights)[:3])} stand in no graph: Python between the graphs uses "
+            "these weights, and sees them swapped",
+            code="no-whole-graph",
+        )
+    return Scene(boxes, tuple(arrows))
+
+
+def _cut(node: fx.Node, shown: set[fx.Node]) -> bool:
+    return any(each not in shown for each in (*node.all_input_nodes, *node.users))
+
+
+def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
+    near: nx.Graph = nx.Graph()
+    near.add_nodes_from(seeds)
+    front = list(seeds)
+    for _ in range(radius):
+        found = []
+        for node in front:
+            neighbours = [*node.all_input_nodes, *node.users]
+            if node in seeds or len(neighbours) <= CROWD:
+                found += [each for each in neighbours if each not in near]
+                near.add_nodes_from(neighbours)
+        front = found
+    return set(near)
+
+
+def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
+    if node in branches:
+        if call_template(node) is not None:
+            return "merged"
+        return "beside" if len(node.args) > 1 else "weight"
+    if node.target is shared_down:
+        return "shared"
+    if node.op == "get_attr":
+        return "site" if _weight(node) in plan.by_weight else "parameter"
+    return {"placeholder": "input", "output": "output"}.get(node.op, "op")
+
+
+def _lines(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan, symbols: dict[str, str]) -> tuple[str, ...]:
+    if node in branches:
+        branch = branches[node]
+        kind = _kind(node, branches, plan)
+        where = {"beside": "beside the op", "merged": "merged into the op", "weight": "on the weight"}[kind]
+        does = f"branch, rank {branch.rank}, {where}"
+        return (_short(branch.weight_name), does, *_shape(node, symbols))
+    if node.op == "get_attr":
+        return (
+            _short(_weight(node)),
+            "weight" if _kind(node, branches, plan) == "site" else "parameter",
+            *_shape(node, symbols),
+        )
+    if node.op in ("placeholder", "output"):
+        return (_short(node.name), {"placeholder": "input", "output": "output"}[node.op], *_shape(node, symbols))
+    target = node.target if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
+    does = re.sub(r"^(torch\.ops\.|torch\._C\._nn\.|torch\.nn\.functional\.|torch\.|_operator\.)", "", target)
+    return (_short(node.name), _short(does.removesuffix(".default").removeprefix("model.")), *_shape(node, symbols))
+
+
+def _weight(node: fx.Node) -> str:
+    return str(node.target).removeprefix("model.")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= WIDTH else f"{name[: WIDTH // 2 - 1]}…{name[-(WIDTH // 2) :]}"
+
+
+def _shape(node: fx.Node, symbols: dict[str, str]) -> tuple[str, ...]:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return ()
+    sizes = [
+        SYMBOL.sub(lambda found: symbols.setdefault(found[0], f"s{len(symbols)}"), str(size)) for size in value.shape
+    ]
+    return (_short(f"{str(value.dtype).removeprefix('torch.')}[{', '.join(sizes)}]"),)
+
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Centres of boxes by name, in points, y downwards; and the points that each arrow goes through."""
+
+    centres: Mapping[str, Point]
+    arrows: Sequence[Sequence[Point]]
+
+
+def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: float, down: float) -> Placed:
+    """Return the layout of an acyclic graph.
+
+    Args:
+        names: of the boxes.
+        arrows: pairs of names, from producer to reader.
+        across, down: points between the centres of two neighbours in a layer, and between two layers.
+
+    Raises:
+        MissingExtra: igraph is not installed.
+    """
+    igraph = library("igraph")
+    index = {name: place for place, name in enumerate(names)}
+    layers = _layers(names, arrows)
+    edges: list[tuple[int, int]] = []
+    routes = []
+    for source, target in arrows:  # a long arrow goes through a point of its own in each layer between
+        between = range(layers[index[source]] + 1, layers[index[target]])
+        route = [index[source], *range(len(layers), len(layers) + len(between)), index[target]]
+        layers += between
+        edges += pairwise(route)
+        routes.append(route)
+    graph = igraph.Graph(len(layers), edges, directed=True)
+    layout = graph.layout_sugiyama(layers=layers, hgap=across, vgap=down, maxiter=200)
+    points = _apart([(float(x), float(y)) for x, y in layout.coords], len(names), across)
+    return Placed({name: points[place] for name, place in index.items()}, [[points[p] for p in r] for r in routes])
+
+
+def _apart(points: Sequence[Point], boxes: int, across: float) -> list[Point]:
+    """Return the points with those of a layer moved apart where two stand too near, which igraph lets happen.
+
+    The first `boxes` are centres of boxes, the others are points of arrows, which need half the room.
+    """
+    moved = list(points)
+    for height in {y for _, y in points}:
+        layer = sorted((place for place, (_, y) in enumerate(points) if y == height), key=lambda place: points[place])
+        for before, place in pairwise(layer):
+            room = across * (0.5 * (before < boxes) + 0.5 * (place < boxes)) or across / 8
+            moved[place] = (max(moved[place][0], moved[before][0] + room), height)
+    return moved
+
+
+def _layers(names: Sequence[str], arrows: Sequence[tuple[str, str]]) -> list[int]:
+    """Return the layer of each box: as far down as its longest path; what has no input, just above its reader."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(names)
+    graph.add_edges_from(arrows)
+    layer = {name: depth for depth, group in enumerate(nx.topological_generations(graph)) for name in group}
+    for name in names:
+        if graph.in_degree(name) == 0 and graph.out_degree(name):
+            layer[name] = min(layer[reader] for reader in graph.successors(name)) - 1
+    lowest = min(layer.values())
+    return [layer[name] - lowest for name in names]
