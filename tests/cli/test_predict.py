@@ -53,7 +53,7 @@ def test_images(place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest
         (lambda run: (run / "folded.safetensors").unlink(), ".", "runs/tiny has no folded.safetensors: end the"),
         (lambda run: (run / "cascade.json").unlink(), ".", "runs/tiny does not say its classes"),
         (lambda run: save_file({"a": torch.zeros(1)}, run / "folded.safetensors"), ".",
-         "runs/tiny/folded.safetensors does not fit the model that python:tiny_model:build builds now"),
+         "runs/tiny/folded.safetensors does not fit the model that python:tiny_model:build builds now: "),
         (lambda run: None, "tiny.toml", "tiny.toml: this image cannot be read"),
         (lambda run: Path("empty").mkdir(), "empty", "empty holds no files; give an image, or a folder of images"),
     ],
