@@ -10,6 +10,7 @@ if __name__ != "lorasc_fx.passes":
 
 from lorasc_fx.errors import NoSites, PassOrderError, VerifyError
 
+from .attention_masks import AttentionMasks
 from .base import CascadePass
 from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
@@ -21,6 +22,7 @@ from .stage_transition import StageTransition
 
 __all__ = [
     "PASSES",
+    "AttentionMasks",
     "CascadePass",
     "FoldBranches",
     "InsertBranches",

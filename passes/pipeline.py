@@ -22,6 +22,7 @@ from lorasc_fx.errors import PassError, PassOrderError, listed, nearest
 from lorasc_fx.graph import GraphEditor, record_of, set_record, verify
 from lorasc_fx.spec import CascadeSpec
 
+from .attention_masks import AttentionMasks
 from .base import CascadePass
 from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
@@ -35,6 +36,7 @@ __all__ = ["PASSES", "Pipeline"]
 AnyPass = CascadePass | Callable[[fx.GraphModule], Any]
 
 PASSES: tuple[type[CascadePass], ...] = (
+    AttentionMasks,
     MatchSites,
     InsertBranches,
     ShareInputs,

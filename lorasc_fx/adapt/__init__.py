@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.untie import settle_ties
-from lorasc_fx.capture import FRONTENDS, Calls, check_binds, is_hollow, open_model, signature_of, written_by
+from lorasc_fx.capture import FRONTENDS, Calls, check_binds, is_on_meta, open_model, signature_of, written_by
 from lorasc_fx.compile import Compiler
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, warn
 from lorasc_fx.graph import (
@@ -88,7 +88,7 @@ def adapt(
     _check_new(opened, hollow=True)
     weights = named_weights(opened)
     check_patterns(plan.spec, weights.matrices, weights.names)
-    hollow = Hollow(base, groups_of(opened)) if is_hollow(opened) else None
+    hollow = Hollow(base, groups_of(opened)) if is_on_meta(opened) else None
     if hollow is not None:
         check_attributes(opened)
     source = open_base(base, opened) if hollow is None else None

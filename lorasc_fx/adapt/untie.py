@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import Memory, matches
+from lorasc_fx.parameters import exchange, holders
 from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.undo import Undo
 
 __all__ = ["settle_ties"]
-
-
-@dataclass(frozen=True)
-class _Holder:
-    """A module that holds a parameter under a leaf name, and the full names that lead there."""
-
-    module: nn.Module
-    leaf: str
-    names: tuple[str, ...]
 
 
 def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: bool = False) -> Joined:
@@ -38,20 +29,21 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
         SpecError: `strict`, and a pattern means no tied parameter.
     """
     first: dict[Memory, nn.Parameter] = {}
-    joined = []
-    for module in model.modules():
-        for leaf, value in list(module._parameters.items()):
-            if value is None or (place := Memory.of(value)) is None:
-                continue
-            shared = first.setdefault(place, value)
-            if shared is not value:
-                undo(partial(setattr, module, leaf, value))
-                setattr(module, leaf, shared)
-                joined.append((module, leaf, value, shared))
+    shared: dict[int, nn.Parameter] = {}
+    for parameter in model.parameters():
+        memory = Memory.of(parameter)
+        if memory is not None:
+            shared[id(parameter)] = first.setdefault(memory, parameter)
+    joined = exchange(model, lambda holder: shared.get(id(holder.value)), undo)
     if strict:
         _check_untie(model, patterns)
-    _untie(model, patterns, undo)
-    return tuple((module, leaf, value) for module, leaf, value, own in joined if module._parameters[leaf] is own)
+    untied = _untie(model, patterns, undo)
+    return tuple(
+        (holder.module, holder.leaf, holder.value)
+        for holder in joined
+        if isinstance(holder.value, nn.Parameter) and holder.store is holder.module._parameters
+        if (id(holder.module), holder.leaf) not in untied
+    )
 
 
 def _check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -62,45 +54,54 @@ def _check_untie(model: nn.Module, patterns: Sequence[str]) -> None:
     """
     ties = _ties(model)
     for pattern in patterns:
-        if not any(matches(pattern, holder.names) for tie in ties for holder in tie):
-            told = "; tied here: " + ", ".join("=".join(holder.names[0] for holder in tie) for tie in ties[:5])
+        if not any(matches(pattern, names) for tie in ties for names in tie.places.values()):
+            tied = "; tied here: " + ", ".join("=".join(names[0] for names in tie.places.values()) for tie in ties[:5])
             raise SpecError(
                 f"untie: {pattern!r} means no parameter that is held in two places"
-                f"{told if ties else ', and none here is: leave untie out'}",
+                f"{tied if ties else ', and none here is: leave untie out'}",
                 code="not-tied",
             )
 
 
-def _untie(model: nn.Module, patterns: Sequence[str], undo: Undo) -> None:
-    """Give each place that a pattern means a parameter of its own, equal to the shared one.
+def _untie(model: nn.Module, patterns: Sequence[str], undo: Undo) -> set[_Place]:
+    """Give each place that a pattern means a parameter of its own, equal to the shared one; return these places.
 
     The first place keeps the shared object; places that no pattern means stay tied to each other.
     """
+    new: dict[_Place, nn.Parameter] = {}
     for tie in _ties(model) if patterns else ():
-        shared = tie[0].module._parameters[tie[0].leaf]
-        assert shared is not None
-        apart = [holder for holder in tie if any(matches(pattern, holder.names) for pattern in patterns)]
-        rest = [holder for holder in tie if holder not in apart]
-        for group in [rest, *([holder] for holder in apart)]:
-            if not group or tie[0] in group:
-                continue
-            own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-            for holder in group:
-                undo(partial(holder.module._parameters.__setitem__, holder.leaf, shared))
-                holder.module._parameters[holder.leaf] = own
+        first, shared = next(iter(tie.places)), tie.parameter
+        apart = [place for place, names in tie.places.items() if any(matches(pattern, names) for pattern in patterns)]
+        rest = [place for place in tie.places if place not in apart]
+        for group in [rest, *([place] for place in apart)]:
+            if first not in group:
+                untied = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                new |= dict.fromkeys(group, untied)
+    exchange(model, lambda holder: new.get((id(holder.module), holder.leaf)), undo)
+    return set(new)
 
 
-def _ties(model: nn.Module) -> list[list[_Holder]]:
-    """Return the places of every parameter that is held in more than one."""
-    names: dict[tuple[int, str], list[str]] = {}
-    places: dict[int, dict[tuple[int, str], nn.Module]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault((id(module), leaf), []).append(f"{prefix}.{leaf}".lstrip("."))
-                places.setdefault(id(parameter), {})[id(module), leaf] = module
-    return [
-        [_Holder(module, leaf, tuple(names[place, leaf])) for (place, leaf), module in held.items()]
-        for held in places.values()
-        if len(held) > 1
-    ]
+_Place = tuple[int, str]
+"""A module, by its id, and the name under which it holds a parameter."""
+
+
+@dataclass(frozen=True)
+class _Tie:
+    """A parameter that is held in several places, and all full names of each."""
+
+    parameter: nn.Parameter
+    places: dict[_Place, tuple[str, ...]]
+
+
+def _ties(model: nn.Module) -> list[_Tie]:
+    """Return every parameter that is held in more than one place."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    ties: dict[int, _Tie] = {}
+    for holder in holders(model):
+        if isinstance(holder.value, nn.Parameter) and holder.store is holder.module._parameters:
+            names = tuple(f"{path}.{holder.leaf}".lstrip(".") for path in paths[id(holder.module)])
+            tie = ties.setdefault(id(holder.value), _Tie(holder.value, {}))
+            tie.places[id(holder.module), holder.leaf] = names
+    return [tie for tie in ties.values() if len(tie.places) > 1]

@@ -4,28 +4,53 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
 
+from lorasc_fx.capture.captured import OWNER, Captured, capture_graph
 from lorasc_fx.capture.export import capture_dynamo, capture_export
-from lorasc_fx.capture.gradients import requiring_grad
-from lorasc_fx.capture.graph import capture_graph
+from lorasc_fx.capture.graph_breaks import Pieces, capture_pieces, eager_trace
 from lorasc_fx.capture.guards import Guards
-from lorasc_fx.capture.hollow import device_of, faked, has_numbers, is_hollow
-from lorasc_fx.capture.live import OWNER, Captured, quiet
-from lorasc_fx.capture.pieces import Pieces, capture_pieces
-from lorasc_fx.capture.pt2 import inert
-from lorasc_fx.capture.signature import Call, Calls, bind, check_binds, copied, leaves, requires_grad, signature_of
+from lorasc_fx.capture.isolation import (
+    call_recorder,
+    device_of,
+    has_values,
+    is_on_meta,
+    isolated_model,
+    isolation,
+    quiet,
+    with_fake_tensors,
+    written_by,
+)
+from lorasc_fx.capture.preflight import (
+    Disagreement,
+    Preflight,
+    check_agrees,
+    first_difference,
+    one_line,
+    requiring_grad,
+    run_preflight,
+)
+from lorasc_fx.capture.pt2 import sanitized
+from lorasc_fx.capture.signature import (
+    Call,
+    Calls,
+    bind,
+    check_binds,
+    copied,
+    know_trees,
+    leaves,
+    requires_grad,
+    signature_of,
+    whole,
+)
 from lorasc_fx.capture.symbolic import capture_symbolic
-from lorasc_fx.capture.trees import know_trees, whole
-from lorasc_fx.capture.trial import Disagreement, Trial, check_agrees, first_difference, one_line, seed, try_model
-from lorasc_fx.capture.untouched import substituted, untouched, written_by
-from lorasc_fx.capture.watch import watch
 from lorasc_fx.errors import CaptureError, nearest, path_of
 from lorasc_fx.undo import grad_mode, raise_of_handler
 
@@ -38,28 +63,28 @@ __all__ = [
     "Guards",
     "Pieces",
     "bind",
+    "call_recorder",
     "capture",
     "check_binds",
     "copied",
     "device_of",
-    "is_hollow",
+    "eager_trace",
+    "is_on_meta",
+    "isolation",
     "leaves",
     "one_line",
     "open_model",
     "quiet",
     "requiring_grad",
-    "seed",
+    "run_preflight",
     "signature_of",
-    "substituted",
-    "try_model",
-    "untouched",
-    "watch",
     "whole",
     "written_by",
 ]
 
 log = logging.getLogger("lorasc_fx")
 
+Rewrite = Callable[[fx.GraphModule], PassResult]
 FrontEnd = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Captured]
 
 FRONTENDS: dict[str, FrontEnd] = {
@@ -78,6 +103,7 @@ def capture(
     frontend: str = "auto",
     wide: bool = False,
     trained: Collection[str] | None = None,
+    rewrites: Sequence[Rewrite] = (),
 ) -> Captured:
     """Turn a call of the model into a graph that reads the live model; a graph is taken if its values and gradients are
     those of the eager model.
@@ -90,6 +116,7 @@ def capture(
         frontend: a name in FRONTENDS, or `auto`: the first that takes the model.
         wide: sizes that a first capture fixes are dynamic as well (asked for when a second size has come).
         trained: names of the parameters that require gradients in training, by themselves or by a branch; all, if None.
+        rewrites: passes that run on a whole graph before it is compared with the model.
 
     Raises:
         CaptureError: the model refuses the inputs, or no front end takes the model; each one's reason is told.
@@ -99,16 +126,16 @@ def capture(
         raise CaptureError(
             f"frontend is {frontend!r}{nearest(frontend, known)}; known: {', '.join(known)}", code="unknown-name"
         )
-    hollow = not has_numbers(model)
-    with faked(model, args, kwargs) as (inputs, named):
-        captured, trial = _captured(model, inputs, named, frontend, wide, hollow, trained)
+    without_values = not has_values(model)
+    with with_fake_tensors(model, args, kwargs) as (inputs, named):
+        captured, preflight = _captured(model, inputs, named, frontend, wide, without_values, trained, rewrites)
     return replace(
         captured,
-        functions=trial.functions,
-        whole_elsewhere=trial.only_recomputes,
-        state=Guards(model, trial.assigned, trial.written),
-        grad=trial.grad,
-        requires_grad=requires_grad(leaves(args, kwargs)) if trial.asks else None,
+        functions=preflight.functions,
+        whole_elsewhere=preflight.only_recomputes,
+        state=Guards(model, preflight.assigned, preflight.written),
+        grad=preflight.grad,
+        requires_grad=requires_grad(leaves(args, kwargs)) if preflight.asks else None,
     )
 
 
@@ -118,13 +145,14 @@ def _captured(
     kwargs: Mapping[str, Any],
     frontend: str,
     wide: bool,
-    hollow: bool,
+    without_values: bool,
     trained: Collection[str] | None,
-) -> tuple[Captured, Trial]:
+    rewrites: Sequence[Rewrite],
+) -> tuple[Captured, Preflight]:
     with requiring_grad(model, trained):
-        trial = try_model(model, args, kwargs, torch.is_grad_enabled())
+        preflight = run_preflight(model, args, kwargs, torch.is_grad_enabled())
     if isinstance(model, fx.GraphModule):
-        return capture_graph(model, args, kwargs), trial
+        return capture_graph(model, args, kwargs), preflight
     know_trees(model)
     refused: list[tuple[str, str]] = []
     faults: list[Exception] = []
@@ -132,18 +160,19 @@ def _captured(
         begun = time.monotonic()
         try:
             if name == "pieces":
-                if hollow:
+                if without_values:
                     raise RuntimeError(
                         "is tried by values, and the model is on the meta device, or in parts: "
                         "give it its weights first"
                     )
-                with untouched(model):  # its parameters as they are in every call, which dynamo guards
-                    captured = capture_pieces(model, *copied(args, kwargs), wide)
+                # torch.compile leaves attributes; parameters require gradients as in every call, which dynamo guards
+                with isolated_model(model):
+                    captured = capture_pieces(model, args, kwargs, wide)
             else:
-                trial.check()
-                captured = _checked(FRONTENDS[name], trial, model, args, kwargs, wide, trained)
+                preflight.check()
+                captured = _checked(FRONTENDS[name], preflight, model, args, kwargs, wide, trained, rewrites)
             log.info("%s captured by %s, in %.2f s", type(model).__name__, name, time.monotonic() - begun)
-            return replace(captured, refused=tuple(refused)), trial
+            return replace(captured, refused=tuple(refused)), preflight
         except MemoryError:  # says nothing of the front end
             raise
         except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model
@@ -160,7 +189,7 @@ def _captured(
     reasons = ""
     for (name, reason), told in zip(refused, faults, strict=True):
         reasons += f"\n  {name}: {reason}"
-        if isinstance(told, Disagreement) and not hollow:
+        if isinstance(told, Disagreement) and not without_values:
             with requiring_grad(model, trained):
                 reasons += f"; the first module that differs is {first_difference(told, model, args, kwargs)}"
     raise CaptureError(
@@ -170,18 +199,21 @@ def _captured(
 
 def _checked(
     front_end: FrontEnd,
-    trial: Trial,
+    preflight: Preflight,
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     wide: bool,
     trained: Collection[str] | None,
+    rewrites: Sequence[Rewrite],
 ) -> Captured:
     """Return a whole graph that does what the model does, captured in the gradient state of its calls."""
-    with untouched(model), requiring_grad(model, trained), grad_mode(trial.grad is not False):
+    with isolated_model(model), requiring_grad(model, trained), grad_mode(preflight.grad is not False):
         captured = front_end(model, *copied(args, kwargs), wide)
+        for rewrite in rewrites:
+            captured = replace(captured, module=rewrite(captured.module).graph_module)
     with requiring_grad(model, trained):
-        check_agrees(captured.module, trial, model, args, kwargs)
+        check_agrees(captured.module, preflight, model, args, kwargs)
     return captured
 
 
@@ -201,7 +233,7 @@ def open_model(model: Any) -> nn.Module:
             raise CaptureError(f"{path} is not a file; give a .pt2 that torch.export.save wrote", code="file-not-found")
         try:
             with quiet(torch.is_grad_enabled()):  # torch 2.9 warns of its own buffers
-                return torch.export.load(inert(path)).module()
+                return torch.export.load(sanitized(path)).module()
         except CaptureError:
             raise
         except Exception as fault:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.trees import whole
+from lorasc_fx.capture.signature import whole
 from lorasc_fx.errors import StateError
 from lorasc_fx.undo import Undo, isolated
 
@@ -163,7 +163,7 @@ class EffectiveWeights:
             return value
         if not self.once:
             return self._computed(name)
-        call = next((each for each in self._calls if each.holds(place)), None)
+        call = next((running for running in self._calls if running.holds(place)), None)
         if call is None:
             raise StateError(
                 f"{type(self.model).__name__} computes with {name} in backward, where the output of the call that this "

@@ -17,11 +17,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import is_quantized
-from lorasc_fx.capture.live import OWNER, Captured, check_drew_nothing, quiet, read_live
-from lorasc_fx.capture.masks import without_masks
+from lorasc_fx.capture.captured import OWNER, Captured, check_drew_nothing, read_live
+from lorasc_fx.capture.isolation import quiet
 from lorasc_fx.capture.signature import leaves, signature_of
-from lorasc_fx.capture.untouched import substituted
 from lorasc_fx.graph import call_instead, drop_nodes
+from lorasc_fx.parameters import substituted
 
 __all__ = ["capture_dynamo", "capture_export"]
 
@@ -51,7 +51,6 @@ def capture_export(
     graph = exported.graph
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
     sizes = tuple(_fixed(node.meta.get("val")) for node in graph.nodes if node.op == "placeholder")
-    without_masks(graph)
     live = read_live(exported, graph, model, prefix="" if root is model else "inside.")
     rigid = {f"{OWNER}.{name}" for name in _stand_ins(model)}
     if rigid and call_instead(live.graph, torch.ops.aten.linear.default, F.linear, lambda node: _weight(node) in rigid):

@@ -77,7 +77,7 @@ class Held:
         where: a dict (that of an object's attributes as well), list, deque, set, the names of a class, or an object.
         keys: entries that forward may read.
         attributes: whether entries are attributes rather than items.
-        restored: whether a run on trial gives it back.
+        restored: whether an isolated run gives it back.
         own: whether it is state of the model, and not of a function that the model calls.
         sized: whether it matters how many entries there are.
     """
@@ -138,7 +138,7 @@ def attribute_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _parts(value: Any) -> tuple[Any, ...]:
     """Return a value, or what a tuple holds."""
-    return tuple(part for each in value for part in _parts(each)) if type(value) is tuple else (value,)
+    return tuple(part for item in value for part in _parts(item)) if type(value) is tuple else (value,)
 
 
 class _Walk:
@@ -212,7 +212,7 @@ class _Walk:
         elif _is_followed(value):
             if hasattr(value, "__dict__"):
                 yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, own=own))
-            if slots := tuple(each for kind in type(value).__mro__ for each in _slots(kind)):
+            if slots := tuple(slot for kind in type(value).__mro__ for slot in _slots(kind)):
                 yield from self._behind(Held(name, value, slots, True, False, own))
 
     def _behind(self, held: Held) -> Iterator[Held]:
@@ -233,11 +233,11 @@ def _read_by(kind: type[nn.Module]) -> frozenset[str] | None:
     found, waiting = set[str](), ["forward"]
     while waiting:
         name = waiting.pop()
-        codes = [_code(vars(each)[name]) for each in kind.__mro__ if each is not nn.Module and name in vars(each)]
+        codes = [_code(vars(base)[name]) for base in kind.__mro__ if base is not nn.Module and name in vars(base)]
         for code in (code for code in codes if code is not None):
-            nested = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+            nested = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
             codes += nested
-            waiting += [each for each in code.co_names if each not in found]
+            waiting += [name for name in code.co_names if name not in found]
             found.update(code.co_names)
     return frozenset(found)
 
@@ -253,7 +253,7 @@ def _package(kind: type) -> str:
 
 def _slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ())
-    return tuple(each for each in ((slots,) if isinstance(slots, str) else slots) if not each.startswith("__"))
+    return tuple(slot for slot in ((slots,) if isinstance(slots, str) else slots) if not slot.startswith("__"))
 
 
 def _is_followed(value: Any) -> bool:
@@ -421,7 +421,7 @@ class Guards:
         return True
 
     def changes(self) -> list[Change]:
-        """Return what differs from what it was; for messages and runs on trial, not for each call."""
+        """Return what differs from what it was; for messages and the preflight, not for each call."""
         found = []
         for held, skipped, contents, values in self._held:
             if contents is not None and (now := _contents(held.where, skipped)) != contents:

@@ -23,7 +23,7 @@ import torch
 
 from lorasc_fx.errors import CaptureError
 
-__all__ = ["inert"]
+__all__ = ["sanitized"]
 
 _PARTS = re.compile(
     r"archive_format|archive_version|version|byteorder|\.data/(version|serialization_id)|\.format_version|\.storage_alignment"
@@ -96,7 +96,7 @@ class _Refused(Exception):
     """What an archive holds that only its owner can vouch for."""
 
 
-def inert(path: Path) -> io.BytesIO:
+def sanitized(path: Path) -> io.BytesIO:
     """Return an archive with the program of a .pt2 file, in which there is nothing that opening it would run.
 
     Raises:

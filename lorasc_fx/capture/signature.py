@@ -1,13 +1,17 @@
 """What makes two calls the same variant: arguments in one canonical shape, and a hashable key for them.
 
 A variant is one adapted graph for one input signature (docs/design.md): tree of arguments, which are None, values that
-are not tensors, dtypes, devices and numbers of axes, autocast; and for the model's Python state, see guards.py.
+are not tensors, dtypes, devices and numbers of axes, autocast; and for the model's Python state, see guards.py. Trees
+of other libraries (key-value caches) are known to torch's pytree before it takes arguments apart.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +19,28 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.trees import whole
 from lorasc_fx.errors import CaptureError
 
-__all__ = ["Call", "Calls", "bind", "copied", "leaves", "requires_grad"]
+__all__ = ["Call", "Calls", "bind", "copied", "know_trees", "leaves", "requires_grad", "whole"]
+
+
+def whole(value: Any) -> bool:
+    """Whether a value of a type that torch takes apart refuses to be: it is then one leaf (a recurrent cache)."""
+    node = pytree.SUPPORTED_NODES.get(type(value))
+    if node is None or type(value) in (dict, list, tuple):
+        return False
+    try:
+        node.flatten_fn(value)
+    except RuntimeError:  # transformers: "should be applied to DynamicCache containing only ..."
+        return True
+    return False
+
+
+def know_trees(model: nn.Module) -> None:
+    """Let transformers, where it is in use, register its caches with torch's pytree, as it does for its own exports."""
+    if "transformers.cache_utils" in sys.modules and importlib.util.find_spec("transformers.exporters") is not None:
+        own = importlib.import_module("transformers.exporters.exporter_dynamo")  # noqa: TID251 - our own name
+        own.register_cache_pytrees_for_model(model)
 
 
 def bind(
@@ -162,7 +184,7 @@ class Calls:
         for leaf in leaves:
             if type(leaf) not in _LEAVES:
                 leaves, spec = pytree.tree_flatten((bound, named), is_leaf=whole)
-                if any(isinstance(each, torch.fx.Proxy) for each in leaves):
+                if any(isinstance(leaf, torch.fx.Proxy) for leaf in leaves):
                     return Call(bound, named, leaves, None)
                 break
         key = () if self._alike else (spec, *[_leaf(leaf) for leaf in leaves], _autocast(leaves))

@@ -12,7 +12,8 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 
-from lorasc_fx.capture.live import Captured, check_drew_nothing, quiet, read_live
+from lorasc_fx.capture.captured import Captured, check_drew_nothing, read_live
+from lorasc_fx.capture.isolation import quiet
 from lorasc_fx.capture.signature import signature_of
 from lorasc_fx.graph import drop_nodes, rename_inputs
 from lorasc_fx.undo import Block, isolated
@@ -43,7 +44,10 @@ def capture_symbolic(
         check_drew_nothing(drawn)
     drop_nodes(graph, _checks_a_constant)
     _check_differentiates_activations(graph)
-    rename_inputs(graph, [each.name for each in signature_of(model).parameters.values() if each.kind not in _VARIADIC])
+    rename_inputs(
+        graph,
+        [parameter.name for parameter in signature_of(model).parameters.values() if parameter.kind not in _VARIADIC],
+    )
     holder = tracer.root
     return Captured(read_live(holder, graph, model), "symbolic")
 

@@ -12,11 +12,11 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.capture import OWNER, Calls, Captured, Pieces, bind, capture, written_by
-from lorasc_fx.compile.pieces import insert, make_pieces
+from lorasc_fx.compile.graph_breaks import insert, make_pieces
 from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.errors import CaptureError, NoSites, StateError
 from lorasc_fx.graph import at_stage, candidates, matches, named_weights, own_copy, shared_memory
-from lorasc_fx.passes import FoldBranches
+from lorasc_fx.passes import AttentionMasks, FoldBranches
 from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 
@@ -108,7 +108,7 @@ class Compiler:
             raise StateError(self.closed)
         refusals = (*refusals, *_shared(model, plan, refusals))
         trained = _trained(model, plan, refusals)
-        captured = capture(model, args, kwargs, self.frontend, wide, trained)
+        captured = capture(model, args, kwargs, self.frontend, wide, trained, rewrites=(AttentionMasks(),))
         refusals = (*refusals, *_written(model, plan, refusals))
         if captured.pieces is not None:
             return _in_pieces(captured, plan, branches, refusals, args, kwargs)

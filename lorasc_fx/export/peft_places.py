@@ -13,10 +13,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorasc_fx.export.callers import Calls, calls_of
+from lorasc_fx.export.peft_check import Calls, calls_of, fault_of, read_through
 from lorasc_fx.export.peft_layout import PREFIX, Conv1d, Parameter, Place, key_path, layout_of, wrap_counts
-from lorasc_fx.export.stands import read_through
-from lorasc_fx.export.trial import fault_of
 from lorasc_fx.graph import named_weights
 from lorasc_fx.plan import Site
 

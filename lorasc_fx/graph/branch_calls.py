@@ -64,7 +64,7 @@ def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
     """Return the first node that calls a branch, or a module inside which one stands."""
     for node in graph_module.graph.nodes:
         module = module_at(graph_module, str(node.target)) if node.op == "call_module" else None
-        if module is not None and any(isinstance(each, Branch) for each in module.modules()):
+        if module is not None and any(isinstance(inner, Branch) for inner in module.modules()):
             found: fx.Node = node
             return found
     return None
@@ -94,8 +94,8 @@ class CallTemplate:
     def of(cls, node: fx.Node, inputs: Sequence[Any]) -> CallTemplate:
         """Read a node that a branch with these arguments shall stand in place of."""
 
-        def slot(each: fx.Node) -> Any:
-            return Slot(inputs.index(each))
+        def slot(argument: fx.Node) -> Any:
+            return Slot(inputs.index(argument))
 
         args, kwargs = fx.node.map_arg(node.args, slot), fx.node.map_arg(node.kwargs, slot)
         return cls(node.name, node.op, node.target, args, kwargs, len(inputs))
@@ -151,9 +151,9 @@ def _filled(value: Any, inputs: Sequence[Any]) -> Any:
     if isinstance(value, Slot):
         return inputs[value.index] if value.index < len(inputs) else None
     if isinstance(value, (tuple, list)):
-        return type(value)(_filled(each, inputs) for each in value)
+        return type(value)(_filled(item, inputs) for item in value)
     if isinstance(value, Mapping):
-        return {key: _filled(each, inputs) for key, each in value.items()}
+        return {key: _filled(item, inputs) for key, item in value.items()}
     return value
 
 

@@ -29,7 +29,6 @@ __all__ = [
     "GraphEditor",
     "call_instead",
     "drop_nodes",
-    "give_arguments",
     "regions_as_modules",
     "rename_inputs",
     "retarget",
@@ -137,12 +136,12 @@ class GraphEditor:
         """Put `branches.KEY(x, weight, bias, **options, op=product)` in place of `base`, which a fold writes again."""
         graph = self.module.graph
         inputs: list[Any] = [reading.x]
-        for what, each in (("weight", reading.weight), ("bias", reading.bias)):
-            if isinstance(each, str):  # a module's own, which the graph does not show
+        for what, tensor in (("weight", reading.weight), ("bias", reading.bias)):
+            if isinstance(tensor, str):  # a module's own, which the graph does not show
                 with graph.inserting_before(base):
-                    inputs.append(self._made("get_attr", each, (), f"{base.name}_{what}"))
-            elif each is not None:
-                inputs.append(each)
+                    inputs.append(self._made("get_attr", tensor, (), f"{base.name}_{what}"))
+            elif tensor is not None:
+                inputs.append(tensor)
         replaced = CallTemplate.of(base, inputs)
         node = self._insert(base, key, tuple(inputs), {**reading.options, "op": product})
         node.meta = {**base.meta, MADE_BY: self.name, REPLACED_CALL: replaced}
@@ -155,7 +154,9 @@ class GraphEditor:
         graph, x = self.module.graph, nodes[0].args[1]
         assert isinstance(x, fx.Node)
         with graph.inserting_before(nodes[0]):
-            factors = tuple(self._made("get_attr", f"{each.target}.lora_A", (), f"{each.name}_A") for each in nodes)
+            factors = tuple(
+                self._made("get_attr", f"{branch.target}.lora_A", (), f"{branch.name}_A") for branch in nodes
+            )
             group = self._made("call_function", shared_down, (x, factors), f"{x.name}_shared")
             chosen = [
                 self._made("call_function", operator.getitem, (group, index), f"{x.name}_shared_{index}")
@@ -209,13 +210,24 @@ class GraphEditor:
 
     def _erase(self, node: fx.Node) -> None:
         """Erase a node that nobody reads, and what passes made for it alone."""
-        read = [each for each in node.all_input_nodes if made_by(each)]
+        read = [source for source in node.all_input_nodes if made_by(source)]
         self.module.graph.erase_node(node)
         self._names.discard(node.name)
-        for each in read:
-            if not each.users and not each._erased:
-                self._erase(each)
+        for source in read:
+            if not source.users and not source._erased:
+                self._erase(source)
         self.modified = True
+
+    def give_arguments(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Call a node with other arguments."""
+        node.args, node.kwargs = args, dict(kwargs)
+        self.modified = True
+
+    def drop_unused(self, drop: Callable[[fx.Node], bool]) -> None:
+        """Erase the nodes without users that `drop` names, last first."""
+        for node in drop_nodes(self.module.graph, drop):
+            self._names.discard(node.name)
+            self.modified = True
 
     def set_tensor(self, names: tuple[str, ...], value: torch.Tensor) -> None:
         """Put a new Parameter at these names of the owner, in copies of the modules on the way there."""
@@ -286,11 +298,14 @@ class GraphEditor:
         return holder
 
 
-def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> None:
-    """Erase the nodes without users that `drop` names, last first."""
+def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Erase the nodes without users that `drop` names, last first, and return them."""
+    erased = []
     for node in reversed(list(graph.nodes)):
         if not node.users and drop(node):
             graph.erase_node(node)
+            erased.append(node)
+    return erased
 
 
 def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
@@ -317,22 +332,24 @@ def regions_as_modules(
         module_for: is given the name of the body, for each input the weight's name or None, and the options of the op;
             returns the name of the module.
     """
-    for node in [each for each in graph.nodes if each.op == "call_function" and each.target is op]:
+    for node in [node for node in graph.nodes if node.op == "call_function" and node.target is op]:
         body, *inputs = node.args
-        named = [str(each.target) if isinstance(each, fx.Node) and each.op == "get_attr" else None for each in inputs]
+        named = [
+            str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None for source in inputs
+        ]
         names = tuple(name if name in weights else None for name in named)
         target = module_for(str(body.target), names, node.kwargs)
         with graph.inserting_before(node):
             call = graph.create_node(
-                "call_module", target, tuple(each for each, name in zip(inputs, names, strict=True) if name is None)
+                "call_module", target, tuple(source for source, name in zip(inputs, names, strict=True) if name is None)
             )
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
-        read = [each for each in node.all_input_nodes if each.op == "get_attr"]
+        read = [weight for weight in node.all_input_nodes if weight.op == "get_attr"]
         graph.erase_node(node)
-        for each in read:
-            if not each.users and not each._erased:
-                graph.erase_node(each)
+        for weight in read:
+            if not weight.users and not weight._erased:
+                graph.erase_node(weight)
 
 
 def call_instead(
@@ -361,8 +378,3 @@ def rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
     if len(inputs) == len(names):
         for node, name in zip(inputs, names, strict=True):
             node.target = name
-
-
-def give_arguments(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Let a node be called with other arguments."""
-    node.args, node.kwargs = args, dict(kwargs)

@@ -129,7 +129,7 @@ def read_values(node: fx.Node) -> list[fx.Node]:
     """Return the inputs whose values a node reads: of `x.type_as(y)`, only x."""
     if name_of(node) not in LIKE_ANOTHER:
         return node.all_input_nodes
-    return [each for each in node.all_input_nodes if each is node.args[0]]
+    return [source for source in node.all_input_nodes if source is node.args[0]]
 
 
 def _arithmetic(node: fx.Node) -> bool:
@@ -180,7 +180,7 @@ def consumers(
 def may_alias(node: fx.Node) -> bool:
     """Whether a node's value may share memory with an argument; unknown where the op has no schema."""
     schema = getattr(node.target, "_schema", None)
-    return schema is None or any(each.alias_info is not None for each in schema.returns)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
 
 
 def looks_up(node: fx.Node, constant: Container[fx.Node]) -> bool:
@@ -188,7 +188,7 @@ def looks_up(node: fx.Node, constant: Container[fx.Node]) -> bool:
     rest: list[fx.Node] = []
     fx.node.map_arg((node.args[1:], node.kwargs), rest.append)
     known = node.op in ("call_function", "call_method") and node.target in _SELECTIONS
-    return known and any(each not in constant for each in rest)
+    return known and any(index not in constant for index in rest)
 
 
 def selects(node: fx.Node, derived: Container[fx.Node]) -> bool:
@@ -196,7 +196,7 @@ def selects(node: fx.Node, derived: Container[fx.Node]) -> bool:
     rest: list[fx.Node] = []
     fx.node.map_arg((node.args[1:], node.kwargs), rest.append)
     selection = node.op in ("call_function", "call_method") and node.target in _SELECTIONS
-    return selection and node.args[0] in derived and not any(each in derived for each in rest)
+    return selection and node.args[0] in derived and not any(index in derived for index in rest)
 
 
 def stands_for_itself(node: fx.Node) -> bool:
@@ -211,7 +211,7 @@ def reads_shape_only(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     return node.target in _SHAPE_ONLY or (
-        node.target is getattr and any(each in _SHAPE_ATTRIBUTES for each in node.args[1:2])
+        node.target is getattr and any(name in _SHAPE_ATTRIBUTES for name in node.args[1:2])
     )
 
 
@@ -241,8 +241,10 @@ def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
     owner, given = node.graph.owning_module, pytree.tree_leaves(node.args)
     if owner is None:
         return
-    named = [each for each in given if isinstance(each, fx.Node) and each.op == "get_attr"]
-    bodies = {each: body for each in named if isinstance(body := module_at(owner, str(each.target)), fx.GraphModule)}
+    named = [region for region in given if isinstance(region, fx.Node) and region.op == "get_attr"]
+    bodies = {
+        region: body for region in named if isinstance(body := module_at(owner, str(region.target)), fx.GraphModule)
+    }
     for body in bodies.values():
         inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
         passed = [outer for outer in given if outer not in bodies][-len(inputs) :]
@@ -291,16 +293,16 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
         constant: nodes that depend on no input.
     """
     found = list(consumers(weight, constant, stands=_fits))
-    if any(kind_of(each) for each in found):
+    if any(kind_of(consumer) for consumer in found):
         return found
     with_constants = list(consumers(weight, constant, stands=_contracts))
-    if any(kind_of(each) for each in with_constants):
+    if any(kind_of(consumer) for consumer in with_constants):
         return with_constants
     scaled = list(consumers(weight, constant, passes=_scales))
-    if any(_as_weight(each) for each in scaled):
+    if any(_as_weight(consumer) for consumer in scaled):
         return scaled
     looked_up = list(consumers(weight, constant, stands=partial(_is_looked_up, constant)))
-    return looked_up if any(kind_of(each) for each in looked_up) else found
+    return looked_up if any(kind_of(consumer) for consumer in looked_up) else found
 
 
 def kind_of(consumer: Consumer) -> str | None:
@@ -312,9 +314,9 @@ def kind_of(consumer: Consumer) -> str | None:
         looks_up(consumer.node, ()) and consumer.node.args[0] in consumer.reads
     ):  # flow stops at none that it was not told
         return "embedding"
-    for inner in (each for source in consumer.reads for each in inside(consumer.node, source)):
+    for inner in (argument for source in consumer.reads for argument in inside(consumer.node, source)):
         found = consumers(inner, constants(inner.graph) | {inner})
-        kind = next((each for each in map(kind_of, found) if each is not None), None)
+        kind = next((kind for kind in map(kind_of, found) if kind is not None), None)
         if kind is not None:
             return kind
     return None
@@ -363,7 +365,7 @@ def written_between(first: fx.Node, last: fx.Node, values: Collection[fx.Node]) 
     roots: set[fx.Node] | None = None
     node = first.next
     while node is not last and node.op != "root":
-        written = [each for each in node.all_input_nodes if _writes(node, each)]
+        written = [source for source in node.all_input_nodes if _writes(node, source)]
         if written:
             roots = _roots(values) if roots is None else roots
             if roots & _roots(written):
@@ -429,13 +431,13 @@ def rows_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Rows | 
             return None
         way.append(here)
         here = here.all_input_nodes[0]
-    if not any(name_of(each) in _CUTS for each in way):
+    if not any(name_of(step) in _CUTS for step in way):
         return (0, shape[0])
     value: Any = torch.arange(shape[0], dtype=torch.int32).view(-1, *(1 for _ in shape[1:])).expand(shape)
-    for each in reversed(way):
-        args, kwargs = _filled((each.args, each.kwargs), value)
-        call: Any = getattr(args[0], str(each.target)) if each.op == "call_method" else each.target
-        value = call(*args[each.op == "call_method" :], **kwargs)
+    for step in reversed(way):
+        args, kwargs = _filled((step.args, step.kwargs), value)
+        call: Any = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
+        value = call(*args[step.op == "call_method" :], **kwargs)
     if not isinstance(value, torch.Tensor) or value.numel() == 0:
         return None
     first, last = int(value.min()), int(value.max())
@@ -451,10 +453,10 @@ def _filled(arguments: Any, value: Any) -> Any:
 def parts_of(reads: Iterable[Rows | None], rows: int) -> tuple[int, ...]:
     """Return the numbers of rows of the slices that divide a weight among its uses; () where they do not."""
     ranges: set[Rows] = set()
-    for each in reads:
-        if each is None:
+    for rows_of_use in reads:
+        if rows_of_use is None:
             return ()
-        ranges.add(each)
+        ranges.add(rows_of_use)
     ordered = sorted(ranges)
     ends = [0, *(end for _, end in ordered)]
     divides = all(start == end for (start, _), end in zip(ordered, ends, strict=False)) and ends[-1] == rows

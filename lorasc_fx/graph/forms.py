@@ -514,7 +514,7 @@ def _with_overloads(form: OwnForm) -> OwnForm:
         return form
     if not isinstance(form.targets, tuple) or not form.targets:
         raise SpecError(f"{form.name}: targets is {form.targets!r}; give a tuple of functions, ops or names of methods")
-    targets = tuple(each._opoverload if isinstance(each, CustomOpDef) else each for each in form.targets)
+    targets = tuple(target._opoverload if isinstance(target, CustomOpDef) else target for target in form.targets)
     return replace(form, targets=targets)
 
 
@@ -523,7 +523,7 @@ def _check(form: OwnForm) -> None:
         raise SpecError(f"form is {type(form).__name__}; give a FunctionForm, a ModuleForm or a WeightForm")
     if not isinstance(form.name, str) or not form.name:
         raise SpecError(f"the form's name is {form.name!r}; give one that people can read, such as 'my.linear'")
-    if any(form.name == each.name for each in FORMS):
+    if any(form.name == row.name for row in FORMS):
         raise SpecError(f"{form.name} is the name of a form that is built in; give yours another", code="form-exists")
     if own_named(form.name) is not None:
         raise SpecError(f"{form.name} is registered already; call remove() on its handle before", code="form-exists")
@@ -540,10 +540,10 @@ def _check(form: OwnForm) -> None:
 
 
 def _check_module(form: ModuleForm) -> None:
-    for each in FORMS:
-        if isinstance(each, ModuleForm) and form.module.forward is each.module.forward:
+    for row in FORMS:
+        if isinstance(row, ModuleForm) and form.module.forward is row.module.forward:
             raise SpecError(
-                f"{form.name}: {form.module.__name__} computes as {each.name} does, which is built in",
+                f"{form.name}: {form.module.__name__} computes as {row.name} does, which is built in",
                 code="form-exists",
             )
 
@@ -564,14 +564,14 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
         )
         if taken is not None or other is not None:
             rows = ((taken, "built in"), (other, "registered"))
-            row = next(f"{each.name}, which is {how}" for each, how in rows if each is not None)
+            row = next(f"{row.name}, which is {how}" for row, how in rows if row is not None)
             raise SpecError(f"{form.name}: {_told(target)} is a form already: {row}", code="form-exists")
         if _is_torchs(target) and _name(target) in CONTRACTIONS:
             raise SpecError(
                 f"{form.name}: {_told(target)} is known already: its branch stands on the weight", code="form-exists"
             )
         schema = getattr(target, "_schema", None)
-        arguments = tuple(each.name for each in schema.arguments) if schema is not None else form.parameters
+        arguments = tuple(argument.name for argument in schema.arguments) if schema is not None else form.parameters
         if arguments[: len(form.parameters)] != form.parameters:
             raise SpecError(
                 f"{form.name}: parameters is {form.parameters}, but {_told(target)} takes {arguments}",

@@ -86,12 +86,12 @@ class Found:
     @property
     def kinds(self) -> list[str]:
         """The kind of site that each use makes."""
-        return [each.kind for each in self.beside] + [kind for _, kind in self.contracted] + self.outside
+        return [use.kind for use in self.beside] + [kind for _, kind in self.contracted] + self.outside
 
     @property
     def all_beside(self) -> bool:
         """Whether a branch can stand beside every use, in one layout."""
-        return not (self.contracted or self.others or self.outside) and len({each.layout for each in self.beside}) == 1
+        return not (self.contracted or self.others or self.outside) and len({use.layout for use in self.beside}) == 1
 
     def parts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The rows of the slices in which all uses together read the weight, or ()."""
@@ -101,14 +101,14 @@ class Found:
     @property
     def own_form(self) -> str:
         """Name of the first form that a user has registered among those of the uses, or ""."""
-        names = [each.form for each in self.beside if own_named(each.form) is not None]
+        names = [use.form for use in self.beside if own_named(use.form) is not None]
         forms = [form for node, _ in self.contracted if (form := own_form(node.target)) is not None]
         return next(iter([*names, *(form.name for form in forms)]), "")
 
     @property
     def called(self) -> list[fx.Node]:
         """Nodes that call a module which holds the weight: a branch on the weight would not be seen by them."""
-        return [each.node for each in self.beside if (replaced_call(each.node) or each.node).op == "call_module"]
+        return [use.node for use in self.beside if (replaced_call(use.node) or use.node).op == "call_module"]
 
 
 def kind_at(shape: tuple[int, ...], seen: Found) -> str:
@@ -327,29 +327,29 @@ def _placed(site: Site, seen: Found, weight: torch.Tensor, spec: CascadeSpec, pl
         return site
     if spec.dropout:
         return replace(site, dropout=float(spec.dropout))
-    if is_quantized(weight) or spec.placement == "beside" or not any(each.mergeable for each in seen.beside):
+    if is_quantized(weight) or spec.placement == "beside" or not any(use.mergeable for use in seen.beside):
         return site
     if spec.placement != "merged" and not spec.train_A:
         return site  # where only A x is kept
-    merged = spec.placement == "merged" or place(site, [each.node for each in seen.beside]) == "merged"
+    merged = spec.placement == "merged" or place(site, [use.node for use in seen.beside]) == "merged"
     return replace(site, placement="merged") if merged else site
 
 
 def _in_place(site: Site, seen: Found) -> bool:
     """Whether a branch can stand in place of every use."""
-    return site.kind in ("linear", "conv") and _beside(site, seen) and all(each.mergeable for each in seen.beside)
+    return site.kind in ("linear", "conv") and _beside(site, seen) and all(use.mergeable for use in seen.beside)
 
 
 def _seen_as(site: Site, seen: Found, weight: torch.Tensor) -> str:
     if is_quantized(weight):
         return "quantized"
-    odd = [node for node, _ in seen.contracted] or seen.others or [each.node for each in seen.beside]
+    odd = [node for node, _ in seen.contracted] or seen.others or [use.node for use in seen.beside]
     return f"of kind {site.kind!r}, used at node {_told(odd[0])}" if odd else f"of kind {site.kind!r}"
 
 
 def _beside(site: Site, seen: Found) -> bool:
     """Whether a branch can stand beside every use: a stack of experts only where all forms are of experts."""
-    kinds = {each.kind for each in seen.beside}
+    kinds = {use.kind for use in seen.beside}
     return seen.all_beside and (site.kind != "experts" or kinds == {"experts"})
 
 
@@ -365,7 +365,7 @@ def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan)
             )
         if _beside(site, seen) and seen.beside[0].layout == site.layout and (site.placement != "weight" or seen.called):
             merged = site.placement == "merged"
-            marks |= {each.node: Use(weight, each.form, merged and each.mergeable) for each in seen.beside}
+            marks |= {use.node: Use(weight, use.form, merged and use.mergeable) for use in seen.beside}
         elif seen.reached and not seen.called:
             for source in seen.sources:
                 chosen = indexed_experts(source) if site.kind == "experts" else []
@@ -417,7 +417,7 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: Found) -> Re
         return Refusal(weight, seen.others[0].name, Reason.NO_FORM, sentence)
     if is_quantized(parameter) and not (seen.all_beside and set(seen.kinds) == {"linear"}):
         told = next(
-            iter(seen.others or [node for node, _ in seen.contracted] or [each.node for each in seen.beside]), None
+            iter(seen.others or [node for node, _ in seen.contracted] or [use.node for use in seen.beside]), None
         )
         where = f"node {_told(told)} computes" if told is not None else "Python between the graphs computes"
         sentence = f"{where} with its quantized numbers, and no branch can stand beside that"

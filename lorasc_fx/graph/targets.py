@@ -65,7 +65,8 @@ def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[
     return {
         name: group
         for name, group in names.items()
-        if any(matches(each, group) for each in spec.train) and not any(matches(each, group) for each in spec.exclude)
+        if any(matches(pattern, group) for pattern in spec.train)
+        and not any(matches(pattern, group) for pattern in spec.exclude)
     }
 
 
@@ -73,7 +74,7 @@ def rules_of(spec: CascadeSpec, trained: Iterable[str], names: Mapping[str, tupl
     """Return the first of the spec's train_rules that means each of these parameters, where one does."""
     found = {}
     for name in trained:
-        rule = next((each for each in spec.train_rules if matches(each.pattern, names[name])), None)
+        rule = next((rule for rule in spec.train_rules if matches(rule.pattern, names[name])), None)
         if rule is not None:
             found[name] = rule
     return found

@@ -144,7 +144,7 @@ def _readers_of_sites_are_marked(view: View) -> Iterator[str]:
             chosen = indexed_experts(node)
             if use_of(node) is not None:
                 met = []
-            elif any(use_of(each) is not None for each in chosen):
+            elif any(use_of(expert) is not None for expert in chosen):
                 met = chosen
             else:
                 met = [use.node for use in uses_of(node, constant)]
@@ -152,7 +152,7 @@ def _readers_of_sites_are_marked(view: View) -> Iterator[str]:
         elif node.op == "call_module" and node not in view.branches:
             inside = module_at(view.module, node.target)
             held = [f"{name}.{own}" for own, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
-            found = [view.canonical[each] for each in held if view.canonical.get(each) in planned]
+            found = [view.canonical[name] for name in held if view.canonical.get(name) in planned]
             readers, weight = [node] if found else [], found[0] if found else ""
         else:
             continue
@@ -262,8 +262,8 @@ def _stands_in_place(view: View, node: fx.Node, branch: Branch) -> Iterator[str]
     if node.target != f"{BRANCHES}.{site.key}" or branch.weight_name != use.weight:
         yield f"branch node {node.name} computes with {use.weight}, but calls {node.target}"
     reading = op.reading
-    own = [each for each in (reading.x, reading.weight, reading.bias) if each is not None]
-    if [_named(each, had) for each, had in zip_longest(node.args, own)] != own:
+    own = [read for read in (reading.x, reading.weight, reading.bias) if read is not None]
+    if [_named(read, had) for read, had in zip_longest(node.args, own)] != own:
         yield f"branch node {node.name} does not read what {op.name}, in whose place it stands, would read"
     if dict(node.kwargs) != {**reading.options, "op": op.form.product}:
         yield f"branch node {node.name} has {dict(node.kwargs)}, but {op.name} has {dict(reading.options)}"
@@ -374,7 +374,7 @@ def _branches_stand_in_this_graph(view: View) -> Iterator[str]:
     called = {branch.weight_name for branch in view.branches.values()}
     for node in view.module.graph.nodes:
         module = module_at(view.module, str(node.target)) if node.op == "call_module" else None
-        inside = [each.weight_name for each in module.modules() if isinstance(each, Branch)] if module else []
+        inside = [inner.weight_name for inner in module.modules() if isinstance(inner, Branch)] if module else []
         if inside and node not in view.branches:
             called |= set(inside)
             yield f"node {node.name} calls a module inside which the branch of {inside[0]} stands; no fold reaches it"
@@ -402,7 +402,7 @@ def _nothing_is_written_in_between(view: View) -> Iterator[str]:
             continue
         shared = shared_input(node)
         x = shared.x if shared is not None else node.args[1] if len(node.args) > 1 else None
-        inputs = [each for each in (x, base) if isinstance(each, fx.Node)]
+        inputs = [node for node in (x, base) if isinstance(node, fx.Node)]
         for first, last in ((base, node),) if shared is None else ((base, node), _ordered(base, shared.group)):
             writer = written_between(first, last, inputs)
             if writer is not None:

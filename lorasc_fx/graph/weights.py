@@ -70,7 +70,7 @@ def held_branches(graph_module: nn.Module) -> dict[str, Branch] | None:
     holder = graph_module._modules.get(BRANCHES)
     if type(holder) not in (nn.ModuleDict, nn.Module) or holder is None or holder._parameters or holder._buffers:
         return None
-    found = {key: each for key, each in holder._modules.items() if isinstance(each, Branch)}
+    found = {key: branch for key, branch in holder._modules.items() if isinstance(branch, Branch)}
     return found if len(found) == len(holder._modules) and (found or isinstance(holder, nn.ModuleDict)) else None
 
 
@@ -196,6 +196,6 @@ def _plain_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             items = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
             )
-            for each in items:
-                if isinstance(each, torch.Tensor) and not isinstance(each, nn.Parameter):
-                    yield f"{prefix}.{name}".removeprefix("."), each
+            for tensor in items:
+                if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter):
+                    yield f"{prefix}.{name}".removeprefix("."), tensor

@@ -22,13 +22,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from lorasc_fx.adapt import _ADAPTED
-from lorasc_fx.capture import quiet, seed, untouched
+from lorasc_fx.capture import isolation
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.graph import BRANCHES
 from lorasc_fx.integrations._parts import PartsInterpreter, whole
 from lorasc_fx.integrations._places import Style, places_of
 from lorasc_fx.integrations._states import cut, cut_state, joined, joined_state
 from lorasc_fx.integrations.fsdp import whole_only
+from lorasc_fx.parameters import exchange
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.shards import Rows, Together
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode, raise_of_handler
@@ -231,19 +232,10 @@ def _as_it_lies(placements: tuple[Placement, ...], gradient: torch.Tensor) -> to
 def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], undo: Undo) -> None:
     """Put another parameter in the place of each of model and branches, wherever it is held."""
     undo(cascade.core.pending.restorer(cascade.core.trainable()))
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, whose id is good while it lives
-    for module in cascade.modules():
-        for leaf, value in module._parameters.items():
-            if value is None:
-                continue
-            if id(value) not in made:
-                made[id(value)] = (value, make(value))
-            new = made[id(value)][1]
-            if new is not value:
-                undo(partial(module._parameters.__setitem__, leaf, value))
-                module._parameters[leaf] = new
-                if value in _ADAPTED:
-                    _ADAPTED[new] = ref(cascade)
+    new = {id(value): make(value) for value in cascade.parameters()}
+    for holder in exchange(cascade, lambda holder: new.get(id(holder.value)), undo):
+        if holder.value in _ADAPTED:
+            _ADAPTED[new[id(holder.value)]] = ref(cascade)
 
 
 def _take(cascade: Cascade, slow: Any, spread: Spread | None, undo: Undo) -> None:
@@ -260,9 +252,7 @@ def _take(cascade: Cascade, slow: Any, spread: Spread | None, undo: Undo) -> Non
 
 
 def _example(cascade: Cascade) -> list[torch.Tensor]:
-    args, kwargs = cascade.example
-    with quiet(), untouched(cascade.model), torch.no_grad():
-        seed()
+    with isolation(cascade.model, *cascade.example, grad=False) as (args, kwargs):
         output = cascade(*args, **kwargs)
     found = [each for each in torch.utils._pytree.tree_leaves(output) if isinstance(each, torch.Tensor)]
     return [each.detach() for each in found if each.is_floating_point()]

@@ -117,7 +117,7 @@ class Cascade(nn.Module):
             )
         super().__setattr__(name, value)
 
-    # ---- computing
+    # ---- fake_mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the user's model computes for these arguments, with the branches; the model's own types.

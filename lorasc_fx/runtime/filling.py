@@ -5,9 +5,8 @@ All names, ties and shapes are checked by the headers of the files, before the f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, nearest
+from lorasc_fx.parameters import exchange
 from lorasc_fx.runtime.base_file import opened, renamed, shards_of
 from lorasc_fx.undo import Undo
 
@@ -207,41 +207,22 @@ def _check_tied(keys: list[str], places: Mapping[str, Path]) -> None:
 
 def put_numbers(found: Numbers, model: nn.Module, device: torch.device, undo: Undo) -> None:
     """Put tensors with numbers in the place of those on the meta device, and move the rest, on one device."""
-    places = _places(model)
+    new: dict[int, torch.Tensor] = {}
 
-    def put(old: torch.Tensor, numbers: torch.Tensor) -> None:
-        made = torch.empty_strided(old.size(), old.stride(), dtype=old.dtype, device=device)
-        made.copy_(numbers)
-        new = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
-        vars(new).update(vars(old))
-        for store, key in places[id(old)]:
-            undo(partial(store.__setitem__, key, old))
-            store[key] = new
+    def materialize(old: torch.Tensor, numbers: torch.Tensor) -> None:
+        value = torch.empty_strided(old.size(), old.stride(), dtype=old.dtype, device=device)
+        value.copy_(numbers)
+        new[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+        vars(new[id(old)]).update(vars(old))
 
     with torch.no_grad():
         for path, pairs in found.files.items():
             with opened(path) as handle:
                 for key, old in pairs:
-                    put(old, handle.get_tensor(key))
+                    materialize(old, handle.get_tensor(key))
         for old, numbers in found.given:
-            put(old, numbers)
+            materialize(old, numbers)
         for old in found.rest:
             if old.device != device:
-                put(old, old)
-
-
-def _places(model: nn.Module) -> dict[int, list[tuple[Any, Any]]]:
-    """Return every place that holds a parameter or buffer, lists of them included, by the tensor's id."""
-    found: dict[int, list[tuple[Any, Any]]] = {}
-    for module in model.modules():
-        for store, key, value in _held(module):
-            if isinstance(value, torch.Tensor):
-                found.setdefault(id(value), []).append((store, key))
-    return found
-
-
-def _held(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
-    for tensors in (module._parameters, module._buffers):
-        yield from ((tensors, key, value) for key, value in tensors.items())
-    for store in (each for each in vars(module).values() if type(each) is list):
-        yield from ((store, place, value) for place, value in enumerate(store))
+                materialize(old, old)
+    exchange(model, lambda holder: new.get(id(holder.value)), undo)

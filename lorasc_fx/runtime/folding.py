@@ -12,8 +12,9 @@ from torch import nn
 
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import StateError, nearest
+from lorasc_fx.parameters import Holder, holders_of
 from lorasc_fx.runtime.core import Core, Planned
-from lorasc_fx.runtime.rigid import Places, Requantize, check_asked, places, put, put_back, requantized
+from lorasc_fx.runtime.rigid import Requantize, check_asked, dense_in_place, requantized
 from lorasc_fx.runtime.slow import SlowWeights
 from lorasc_fx.runtime.transition import has_begun, trained_moved
 from lorasc_fx.shards import local
@@ -83,9 +84,7 @@ def place(
     rigid = core.quantized if which != "base" else ()
     values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}
     with Commit(core.lock) as undo:
-        held = places(core.model, values)
-        undo(partial(put_back, held))
-        put(held, core.model, values)
+        dense_in_place(core.model, values, undo)
         names = [*slow.states, *slow.trained]
         core.commit(Planned(plan, core.slow, names, write, placed=which if stage is None else stage), undo)
 
@@ -94,7 +93,7 @@ def place(
 class Held:
     """The parameters that `place` writes: where modules hold them, and their memory."""
 
-    places: Places
+    places: list[Holder]
     memory: tuple[tuple[nn.Parameter, torch.Tensor], ...]
 
     @staticmethod
@@ -104,16 +103,18 @@ class Held:
         if core.slow.together is not None or core.spread is not None:
             return Held([], ())
         dense = [parameters[name] for name in names if not is_quantized(parameters[name])]
-        return Held(places(core.model, names), tuple((each, each.data) for each in dense))
+        return Held(holders_of(core.model, names), tuple((each, each.data) for each in dense))
 
     def in_place(self, core: Core) -> list[str] | None:
         """Return the names whose parameters the model still has; None (all) for sharded weights."""
-        held = {id(parameter) for _, _, parameter in self.places}
+        held = {id(holder.value) for holder in self.places}
         return [name for name, each in core.weights_by_name().items() if id(each) in held] if held else None
 
     def put_back(self) -> None:
         """Undo what was assigned, and casts; a place that is gone stays so."""
-        put_back([(module, leaf, value) for module, leaf, value in self.places if leaf in module._parameters])
+        for holder in self.places:
+            if holder.is_there:
+                holder.put(holder.value)
         for parameter, memory in self.memory:
             if parameter.dtype != memory.dtype or parameter.data_ptr() != memory.data_ptr():
                 parameter.data = memory
@@ -324,10 +325,8 @@ def release(core: Core, quantized: Requantize, which: Which, undo: Undo) -> None
             slow.write_value(name, which, out)
 
     values = {name: slow.value(name, which, parameters[name]) for name in rigid}
-    held, names = places(core.model, values), [name for name in [*slow.states, *live] if name not in values]
-    undo(partial(put_back, held))
-    put(held, core.model, values)
-    requantized(held, quantized)
+    names = [name for name in [*slow.states, *live] if name not in values]
+    requantized(dense_in_place(core.model, values, undo), quantized)
     core.commit(Planned(core.plan, SlowWeights(), names, write), undo)
     undo(partial(setattr, core, "base_file", core.base_file))
     core.base_file = None

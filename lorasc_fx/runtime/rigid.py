@@ -11,17 +11,17 @@ from torch import nn
 
 from lorasc_fx.branch import dense, is_quantized
 from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.runtime.slow import SlowWeights
+from lorasc_fx.undo import Undo
 
-__all__ = ["Requantize", "check_asked", "places", "put", "put_back", "requantized"]
+__all__ = ["Requantize", "check_asked", "dense_in_place", "requantized"]
 
 log = logging.getLogger("lorasc_fx")
 
 Requantize = Literal["dequantize"] | Callable[[nn.Module], object] | None
 """What a fold does to quantized weights that have trained: refuse (None), leave them dense, or call this on each of the
 modules that hold one, with the dense weight in it, to quantize it again."""
-
-Places = list[tuple[nn.Module, str, nn.Parameter]]
 
 
 def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
@@ -46,61 +46,43 @@ def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
     return names
 
 
-def places(model: nn.Module, names: Iterable[str]) -> Places:
-    """Return every place where these parameters are held, with what is there."""
+def dense_in_place(model: nn.Module, values: Mapping[str, torch.Tensor], undo: Undo) -> list[Holder]:
+    """Put dense parameters in place of quantized ones, and return the places with what they held."""
     parameters = dict(model.named_parameters())
-    meant = {id(parameters[name]) for name in names}
-    return [
-        (module, leaf, value)
-        for module in model.modules()
-        for leaf, value in module._parameters.items()
-        if value is not None and id(value) in meant
-    ]
+    exact = {id(parameters[name]): nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    return exchange(model, lambda holder: exact.get(id(holder.value)), undo)
 
 
-def put(held: Places, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Put dense parameters in place of quantized ones, everywhere they are held."""
-    parameters = dict(model.named_parameters())
-    instead = {id(parameters[name]): nn.Parameter(value, requires_grad=False) for name, value in values.items()}
-    for module, leaf, value in held:
-        module._parameters[leaf] = instead[id(value)]
+def requantized(held: Iterable[Holder], how: Requantize) -> None:
+    """Quantize again where asked to, and log what was done to each weight.
 
-
-def put_back(held: Places) -> None:
-    """Undo `put`."""
-    for module, leaf, value in held:
-        module._parameters[leaf] = value
-
-
-def requantized(held: Places, how: Requantize) -> None:
-    """Quantize again where asked to, and tell what was done to each weight; puts everything back if that fails."""
-    kept = {id(old): module._parameters[leaf] for module, leaf, old in held}
-    try:
-        for module, leaf, old in held:
-            exact = kept[id(old)]
-            assert exact is not None
-            if not callable(how):
-                log.info("%s of %s was dequantized: it is %s now", leaf, type(module).__name__, exact.dtype)
-                continue
-            how(module)
-            now = module._parameters[leaf]
-            if now is None or not is_quantized(now):
-                raise StateError(
-                    f"release: quantized={how!r} did not quantize the {leaf} of {type(module).__name__}; "
-                    "nothing was changed. Give a callable that quantizes the module that it is given, in place",
-                    code="requantization-failed",
-                )
-            size = dense(old).float().norm().clamp_min(1e-30)
-            trained = float((exact.float() - dense(old).float()).norm() / size)
-            rounded = float((dense(now).float() - exact.float()).norm() / size)
-            log.info(
-                "%s of %s was quantized again as %s: training moved it by %.3g %% of its norm, rounding by %.3g %%",
-                leaf,
-                type(module).__name__,
-                type(now).__name__,
-                100 * trained,
-                100 * rounded,
+    Raises:
+        StateError: what shall quantize a module does not.
+    """
+    named = [holder for holder in held if holder.store is holder.module._parameters]
+    exact = {id(holder.value): holder.module._parameters[holder.leaf] for holder in named}
+    for holder in named:
+        module, leaf, old, now_dense = holder.module, holder.leaf, holder.value, exact[id(holder.value)]
+        assert now_dense is not None
+        if not callable(how):
+            log.info("%s of %s was dequantized: it is %s now", leaf, type(module).__name__, now_dense.dtype)
+            continue
+        how(module)
+        now = module._parameters[leaf]
+        if now is None or not is_quantized(now):
+            raise StateError(
+                f"release: quantized={how!r} did not quantize the {leaf} of {type(module).__name__}; "
+                "nothing was changed. Give a callable that quantizes the module that it is given, in place",
+                code="requantization-failed",
             )
-    except BaseException:
-        put_back(held)
-        raise
+        size = dense(old).float().norm().clamp_min(1e-30)
+        trained = float((now_dense.float() - dense(old).float()).norm() / size)
+        rounded = float((dense(now).float() - now_dense.float()).norm() / size)
+        log.info(
+            "%s of %s was quantized again as %s: training moved it by %.3g %% of its norm, rounding by %.3g %%",
+            leaf,
+            type(module).__name__,
+            type(now).__name__,
+            100 * trained,
+            100 * rounded,
+        )

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import lorasc_fx as lx
-from lorasc_fx.capture import pieces
+from lorasc_fx.capture import graph_breaks
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
 from lorasc_fx.integrations import progress, tensor_parallel
@@ -24,7 +24,7 @@ _MODULES = sys.modules  # `lorasc_fx.adapt` is the function, to a path by attrib
 
 SEAMS: dict[str, tuple[Any, str]] = {
     "capture": (compiler, "capture"),
-    "outside use": (_MODULES["lorasc_fx.compile.pieces"], "_used_outside"),
+    "outside use": (_MODULES["lorasc_fx.compile.graph_breaks"], "_used_outside"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints
     "write tensors": (checkpoint_write, "save_file"),
@@ -54,7 +54,7 @@ LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "block of a sum": ((products, "BLOCK"),),
     "entries kept of each stage": ((slow, "AFFORDABLE"),),
     "changes of a setting": ((variants, "OFTEN"),),
-    "captures of pieces": ((pieces, "LIMIT"),),
+    "captures of pieces": ((graph_breaks, "LIMIT"),),
 }
 
 

@@ -257,6 +257,7 @@ def test_the_text_is_what_people_write() -> None:
 
 def test_every_pass_can_be_parsed() -> None:
     assert {each.name for each in PASSES} == {
+        "attention-masks",
         "match-sites",
         "insert-branches",
         "share-inputs",
@@ -274,14 +275,14 @@ def test_every_pass_can_be_parsed() -> None:
         (
             "match-site, insert-branches",
             PassError,
-            "no pass is named 'match-site'; nearest: 'match-sites'; known: match-sites, insert-branches, "
-            "share-inputs, split-inputs, fold-branches, stage-transition",
+            "no pass is named 'match-site'; nearest: 'match-sites'; known: attention-masks, match-sites, "
+            "insert-branches, share-inputs, split-inputs, fold-branches, stage-transition",
         ),
         (
             "match-sites,, fold-branches",
             PassError,
-            "no pass is named ''; known: match-sites, insert-branches, share-inputs, "
-            "split-inputs, fold-branches, stage-transition",
+            "no pass is named ''; known: attention-masks, match-sites, insert-branches, "
+            "share-inputs, split-inputs, fold-branches, stage-transition",
         ),
         ('match-sites{"specs": {}}', PassError, "match-sites has no option 'specs'; nearest: 'spec'"),
         ('fold-branches{"spec": {}}', PassError, "fold-branches has no option 'spec'; it takes none"),

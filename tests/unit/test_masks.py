@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
-from tests.unit.mask_cases import ATTENTION, attention
+from tests.passes.mask_cases import ATTENTION, attention
 
 SMALL = {
     "vocab_size": 50,

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from lorasc_fx.capture.export import capture_dynamo, capture_export
-from tests.unit.mask_cases import ATTENTION, attention, batch, same
+from tests.passes.mask_cases import ATTENTION, FRONT_ENDS, attention, batch, same, simplified
 from tests.unit.test_masks import FEW, SMALL, WINDOW, build, graph_of, inputs, run
 
 LLAMA = SMALL | FEW
@@ -48,12 +47,12 @@ def embedded(size: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"inputs_embeds": torch.randn(size, length, 16, dtype=dtype, requires_grad=True)}
 
 
-@pytest.mark.parametrize("front_end", [capture_export, capture_dynamo])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 def test_outputs_gradients_and_memory_are_those_of_eager(dtype: torch.dtype, front_end: Any) -> None:
     """Bit for bit, and byte for byte."""
     model = build("LlamaForCausalLM", LLAMA, training=True).to(dtype)
-    captured = front_end(model, (), embedded(2, 7, dtype))
+    captured = simplified(model, (), embedded(2, 7, dtype), front_end)
     assert shared(captured.module) == [True, True]
     assert attention(captured.module) == ["causal", "causal"]
     for size, length in ((2, 7), (3, 33), (1, 4)):
@@ -69,9 +68,9 @@ def test_outputs_gradients_and_memory_are_those_of_eager(dtype: torch.dtype, fro
         assert saved(captured.module, given) == saved(model, given)
 
 
-@pytest.mark.parametrize("front_end", [capture_export, capture_dynamo])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_what_repeats_the_heads_goes(front_end: Any) -> None:
-    graph = front_end(build("LlamaForCausalLM", LLAMA), (), inputs("llama", 2, 7)).module.graph
+    graph = simplified(build("LlamaForCausalLM", LLAMA), (), inputs("llama", 2, 7), front_end).module.graph
     made = [node for node in graph.nodes if node.op == "call_function" and "assert" not in str(node.target)]
     assert all(node.meta["val"].dim() != 5 for node in made if node.target in COPIES)
     assert all(node.users for node in made)
@@ -186,7 +185,7 @@ class Grouped(nn.Module):
 def test_only_a_repetition_of_both_is_left_out(name: str) -> None:
     keys, values, told = PAIRS[name]
     model = Grouped(keys, values).double()
-    captured = capture_export(model, (batch(2, 5),), {})
+    captured = simplified(model, (batch(2, 5),))
     assert attention(captured.module) == ["none"]
     assert shared(captured.module) == [told]
     for size, length in ((2, 5), (3, 9)):
@@ -196,7 +195,7 @@ def test_only_a_repetition_of_both_is_left_out(name: str) -> None:
 @pytest.mark.parametrize("copies", [lambda x: tiled(x, 2), led])
 def test_another_order_of_the_same_sizes(copies: Any) -> None:
     model = Grouped(copies, copies, queries=4).double()
-    captured = capture_export(model, (batch(2, 5),), {})
+    captured = simplified(model, (batch(2, 5),))
     assert attention(captured.module) == ["none"]
     assert shared(captured.module) == [False]
     same(captured.module(batch(2, 9)), model(batch(2, 9)))
@@ -209,7 +208,7 @@ def test_heads_that_eager_code_repeats_without_a_mask_too(width: int, wide: int,
 
     assert use_gqa_in_sdpa(None, torch.empty(1, 2, 3, width), torch.empty(1, 2, 3, wide)) == told
     model = Grouped(repeated, repeated, width, wide).double()
-    captured = capture_export(model, (batch(2, 5),), {})
+    captured = simplified(model, (batch(2, 5),))
     assert shared(captured.module) == [told]
     same(captured.module(batch(3, 9)), model(batch(3, 9)))
 
@@ -226,6 +225,6 @@ def test_copies_that_others_read_stay() -> None:
             return self.last
 
     model = Read(Keep(), repeated).double()
-    captured = capture_export(model, (batch(2, 5),), {})
+    captured = simplified(model, (batch(2, 5),))
     assert shared(captured.module) == [True]
     same(captured.module(batch(3, 9)), model(batch(3, 9)))

@@ -264,3 +264,35 @@ def test_a_load_that_fails_leaves_the_tie(tmp_path: Path) -> None:
     with pytest.raises(lx.CheckpointError):
         lx.load(tmp_path / "run", model, (IDS,))
     assert model.head.weight is model.table.weight
+
+
+class Recurrent(nn.Module):
+    """Two layers of an LSTM with one recurrent weight, which torch hands to its kernel in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(4, 4, num_layers=2)
+        self.rnn.weight_hh_l1 = self.rnn.weight_hh_l0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.rnn(x)[0]
+        return out
+
+
+def test_an_untied_weight_of_a_recurrent_layer_is_the_one_that_computes() -> None:
+    torch.manual_seed(3)
+    model, x = Recurrent(), torch.randn(5, 2, 4)
+    before = model(x)
+    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2, pace=1.0, untie=("rnn.weight_hh_l1",)))
+    assert {"rnn.weight_hh_l0", "rnn.weight_hh_l1"} <= {site.weight for site in cascade.sites}
+    layer = model.rnn
+    assert layer.weight_hh_l1 is not layer.weight_hh_l0
+    assert all(
+        one is getattr(layer, name) for one, name in zip(layer._flat_weights, layer._flat_weights_names, strict=True)
+    )
+    assert torch.equal(cascade(x), before)
+    randomize(cascade)
+    expected = cascade(x)
+    assert cascade.release() is model
+    assert not torch.equal(layer.weight_hh_l1, layer.weight_hh_l0)
+    torch.testing.assert_close(model(x), expected)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.capture.trial import Disagreement, check_agrees, first_difference, try_model
+from lorasc_fx.capture.preflight import Disagreement, check_agrees, first_difference, run_preflight
 from tests.kit.state import variant_count
 from tests.unit.cases import batches, branches, loss_of, randomize
 
@@ -533,7 +533,7 @@ def test_the_first_module_that_differs(wrong: str) -> None:
         return model[3](model[2](x))
 
     call = (X[0].float(),), {}
-    trial = try_model(model, *call)
+    trial = run_preflight(model, *call)
     with pytest.raises(Disagreement, match="the gradient of" if wrong == "gradients" else "an output is off") as caught:
         check_agrees(graph, trial, model, *call)
     assert first_difference(caught.value, model, *call) == ("0" if wrong == "gradients" else "2") + " (Linear)"

@@ -1,4 +1,4 @@
-"""A model in pieces as one variant: decide over all pieces, rewrite each, and swap the weights used in between."""
+"""The graph-break fallback as one variant: decide over all pieces, rewrite each, swap the weights used in between."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.capture import (
     OWNER,
     Pieces,
-    copied,
+    eager_trace,
+    isolation,
     one_line,
     quiet,
     requiring_grad,
-    seed,
-    try_model,
-    untouched,
-    watch,
+    run_preflight,
     whole,
 )
 from lorasc_fx.compile.variants import Made, Variant
@@ -96,15 +94,15 @@ class Growing:
         if modes not in self.tried:
             with torch.inference_mode(False):
                 with requiring_grad(pieces.model, {branch.weight_name for branch in self.branches.values()}):
-                    functions = not pieces.eager and bool(try_model(pieces.model, args, kwargs).functions)
+                    functions = not pieces.eager and bool(run_preflight(pieces.model, args, kwargs).functions)
                 settle(pieces, self, args, kwargs, eager=functions)
             self.tried.add(modes)
         weights = named_weights(pieces.model)
         found_by = pieces.swapped.keys() if pieces.eager else pieces.located
-        lost = weights.matrices.keys() - found_by - {each.weight for each in self.refusals}
+        lost = weights.matrices.keys() - found_by - {refusal.weight for refusal in self.refusals}
         if not lost:
             return
-        kinds = {name: kind for name, kind in watch(pieces.model, args, kwargs).items() if kind and name in lost}
+        kinds = {name: kind for name, kind in eager_trace(pieces.model, args, kwargs).items() if kind and name in lost}
         if not kinds:
             return
         self.go_on()
@@ -158,7 +156,7 @@ def make_pieces(
     """
     parameters = named_weights(pieces.model).parameters
     record = Record(owner=OWNER, plan=plan, refusals=refusals)
-    found = survey(pieces.graphs, record, plan.spec, watch(pieces.model, args, kwargs), Cheapest(plan.spec))
+    found = survey(pieces.graphs, record, plan.spec, eager_trace(pieces.model, args, kwargs), Cheapest(plan.spec))
     if not found.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=found.refusals, unreached=found.unreached)))
     scaled = next((site.weight for site in found.plan.sites if site.use_dora), None)
@@ -172,11 +170,12 @@ def make_pieces(
     growing = Growing(found.plan, held, found.refusals, tried={_modes(pieces)})
     located = pieces.located
     pieces.rewrite_by(growing.rewrite)
-    plain = [each for each in held.values() if not is_quantized(parameters[each.weight_name])]  # others are beside
+    # branches of quantized weights stand beside
+    plain = [branch for branch in held.values() if not is_quantized(parameters[branch.weight_name])]
     pieces.swap({branch.weight_name: branch for branch in plain if branch.weight_name not in located})
     if not (swap_all or pieces.eager):
         wrong = _used_outside(pieces, plain, args, kwargs, SUSPECT)
-        pieces.swap({**pieces.swapped, **{each.weight_name: each for each in plain if each.weight_name in wrong}})
+        pieces.swap({**pieces.swapped, **{name: branch for branch in plain if (name := branch.weight_name) in wrong}})
     settle(pieces, growing, args, kwargs, eager=swap_all)
     if pieces.swapped:
         left = _used_outside(pieces, plain, args, kwargs, dict.fromkeys(SUSPECT, CERTAIN))
@@ -201,8 +200,9 @@ def make_pieces(
         placements={**expected.placements, **swapped},
         expected=expected.ratio if not swapped else None,
     )
-    told = growing.plan.by_weight.keys() | {each.weight for each in growing.refusals}  # the probe may have brought more
-    unreached = tuple(weight for weight in found.unreached if weight not in told)
+    # the probe may have brought more
+    decided = growing.plan.by_weight.keys() | {refusal.weight for refusal in growing.refusals}
+    unreached = tuple(weight for weight in found.unreached if weight not in decided)
     return Made(variant, growing.plan, growing.branches, growing.refusals, unreached)
 
 
@@ -262,12 +262,12 @@ def _wrong_gradient(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping
     """
     model = pieces.model
     branches = growing.branches.values()
-    plain = [each for each in branches if not is_quantized(model.get_parameter(each.weight_name))]
-    weights = {each.weight_name: model.get_parameter(each.weight_name) for each in plain}
+    plain = [branch for branch in branches if not is_quantized(model.get_parameter(branch.weight_name))]
+    weights = {branch.weight_name: model.get_parameter(branch.weight_name) for branch in plain}
     with quiet(), _frozen(model), _stand_ins(plain), _late_branches_untrained(growing):  # with gradients
         coarse = _coarse(plain, model)
-        for each in plain:
-            _probe(each, model, coarse)
+        for branch in plain:
+            _probe(branch, model, coarse)
         with _trained(weights):
             try:
                 theirs = _backward(model, _merged(model, plain), args, kwargs)
@@ -279,9 +279,9 @@ def _wrong_gradient(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping
                 return None
             given = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
         expected = {
-            each.weight_name: torch.autograd.grad(_scaled(each, model), _factors(each), given[each.weight_name])
-            for each in plain
-            if theirs and each.weight_name in given
+            branch.weight_name: torch.autograd.grad(_scaled(branch, model), _factors(branch), given[branch.weight_name])
+            for branch in plain
+            if theirs and branch.weight_name in given
         }
         if not expected:
             return None
@@ -292,8 +292,8 @@ def _wrong_gradient(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping
         except Exception as fault:  # torch.utils.checkpoint raises where forward and backward compute differently
             log.info("%s in pieces: backward raises %s", type(model).__name__, one_line(fault))
             return next(iter(expected))
-        narrow = COARSE if coarse else max(SUSPECT[each.dtype] for each in weights.values())
-        most = max(float(each.double().norm()) for pair in expected.values() for each in pair)
+        narrow = COARSE if coarse else max(SUSPECT[weight.dtype] for weight in weights.values())
+        most = max(float(gradient.double().norm()) for pair in expected.values() for gradient in pair)
         for branch in plain:
             for factor, right in zip(_factors(branch), expected.get(branch.weight_name, ()), strict=False):
                 found = torch.zeros_like(right) if factor.grad is None else factor.grad
@@ -305,13 +305,13 @@ def _wrong_gradient(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping
 def _coarse(branches: Sequence[Branch], model: nn.Module) -> bool:
     """Whether one of the weights has few bits, or autocast computes with few."""
     weights = [model.get_parameter(branch.weight_name) for branch in branches]
-    kinds = {each.device.type for each in weights}
-    casts = any(torch.amp.is_autocast_available(each) and torch.is_autocast_enabled(each) for each in kinds)
-    return casts or any(each.dtype not in SUSPECT for each in weights)
+    devices = {weight.device.type for weight in weights}
+    casts = any(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) for device in devices)
+    return casts or any(weight.dtype not in SUSPECT for weight in weights)
 
 
 def _factors(branch: Branch) -> list[nn.Parameter]:
-    return [each for each in (branch.lora_A, branch.lora_B) if each.requires_grad]
+    return [factor for factor in (branch.lora_A, branch.lora_B) if factor.requires_grad]
 
 
 def _scaled(branch: Branch, model: nn.Module) -> torch.Tensor:
@@ -321,7 +321,8 @@ def _scaled(branch: Branch, model: nn.Module) -> torch.Tensor:
 def _merged(model: nn.Module, branches: Sequence[Branch]) -> dict[str, torch.Tensor]:
     """Return the weights with the deltas of these branches in them."""
     return {
-        each.weight_name: (model.get_parameter(each.weight_name) + _scaled(each, model)).detach() for each in branches
+        branch.weight_name: (model.get_parameter(branch.weight_name) + _scaled(branch, model)).detach()
+        for branch in branches
     }
 
 
@@ -382,13 +383,13 @@ def _late_branches_untrained(undo: Undo, growing: Growing) -> None:
 def _backward(call: Any, values: Mapping[str, torch.Tensor], args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Run a model, or its pieces, forward with one seed and back from a projection of its outputs; whether it could."""
     model = call.model if isinstance(call, Pieces) else call
-    inputs, named = copied(args, kwargs)
-    with quiet(), untouched(model), _holding(model, values):
-        seed()
+    with isolation(model, args, kwargs, _holding(model, values)) as (inputs, named):
         output = call.compute(inputs, named) if isinstance(call, Pieces) else call(*inputs, **named)
         found = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
         losses = [
-            (each * _weights_like(each)).sum() for each in found if each.is_floating_point() and each.requires_grad
+            (output * _weights_like(output)).sum()
+            for output in found
+            if output.is_floating_point() and output.requires_grad
         ]
         if losses:
             torch.autograd.backward(losses)
@@ -468,7 +469,7 @@ def _differs(
 
 def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
     """Return the squared distance of outputs; infinite where values decided over their shapes."""
-    if [each.shape for each in some] != [each.shape for each in others]:
+    if [output.shape for output in some] != [output.shape for output in others]:
         return float("inf")
     return sum(float((one - other).double().square().sum()) for one, other in zip(some, others, strict=True))
 
@@ -480,9 +481,7 @@ def branch_dtype(model: nn.Module, branch: Branch) -> torch.dtype:
 
 def _outputs(model: nn.Module, call: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Run once with one seed, leave buffers as they were, and return the floating outputs."""
-    inputs, named = copied(args, kwargs)
-    with quiet(), untouched(model), _holding(model, {} if callable(call) else call):
-        seed()
+    with isolation(model, args, kwargs, _holding(model, {} if callable(call) else call)) as (inputs, named):
         output = (call if callable(call) else model)(*inputs, **named)
     found = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
     return [leaf.detach() for leaf in found if leaf.is_floating_point()]

@@ -9,18 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lorasc_fx.capture.affine import Truth
-from lorasc_fx.capture.export import capture_dynamo, capture_export
-from lorasc_fx.capture.follow import follow
-from tests.unit.mask_cases import ALWAYS, NEVER, OPS, SOMETIMES, TABLE, Masked, attention, batch, gap, same
+from lorasc_fx.capture.export import capture_export
+from lorasc_fx.graph import text
+from lorasc_fx.passes import AttentionMasks, Pipeline
+from lorasc_fx.passes.attention_masks import Truth, follow
+from tests.passes.mask_cases import (
+    ALWAYS,
+    FRONT_ENDS,
+    NEVER,
+    OPS,
+    SOMETIMES,
+    TABLE,
+    Masked,
+    attention,
+    batch,
+    gap,
+    same,
+    simplified,
+)
 
 
-@pytest.mark.parametrize("front_end", [capture_export, capture_dynamo])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("name", ALWAYS)
 def test_what_holds_at_every_size_goes(name: str, front_end: Any) -> None:
     mask, told = ALWAYS[name]
     model = Masked(mask).double()
-    captured = front_end(model, (batch(2, 5),), {})
+    captured = simplified(model, (batch(2, 5),), by=front_end)
     assert attention(captured.module) == [told]
     assert captured.sizes == ((None, None, None),)
     for size, length in ((2, 5), (3, 2), (1, 7), (4, 19)):
@@ -30,7 +44,7 @@ def test_what_holds_at_every_size_goes(name: str, front_end: Any) -> None:
 @pytest.mark.parametrize("name", SOMETIMES | NEVER)
 def test_a_mask_that_says_something_at_any_size_stays(name: str) -> None:
     model = Masked((SOMETIMES | NEVER)[name]).double()
-    captured = capture_export(model, (batch(2, 5).abs(),), {})
+    captured = simplified(model, (batch(2, 5).abs(),))
     assert attention(captured.module) == ["mask"]
     assert captured.sizes == ((None, None, None),)
     for length in (5, 9):
@@ -38,9 +52,24 @@ def test_a_mask_that_says_something_at_any_size_stays(name: str) -> None:
         same(captured.module(-batch(2, length)), model(-batch(2, length)))
 
 
+@pytest.mark.parametrize(("mask", "changes"), [(ALWAYS["tril"][0], True), (SOMETIMES["window"], False)])
+def test_the_result_is_truthful(mask: Any, changes: bool) -> None:
+    """Input untouched, fixed point, and the pass has a text."""
+    before = capture_export(Masked(mask).double(), (batch(2, 5),), {}).module
+    written = text(before)
+    result = AttentionMasks()(before)
+    assert text(before) == written
+    assert (result.modified, result.graph_module is before) == (changes, not changes)
+    assert (text(result.graph_module) != written) == changes
+    again = AttentionMasks()(result.graph_module)
+    assert not again.modified
+    assert again.graph_module is result.graph_module
+    assert Pipeline.parse("attention-masks").passes == (AttentionMasks(),)
+
+
 def test_a_buffer_that_changes_is_followed() -> None:
     model = Masked(NEVER["buffer"]).double()
-    captured, x = capture_export(model, (batch(2, 5),), {}), batch(2, 5)
+    captured, x = simplified(model, (batch(2, 5),)), batch(2, 5)
     before = captured.module(x)
     model.open.fill_(False)
     same(captured.module(x), model(x))
@@ -62,7 +91,7 @@ class Cross(nn.Module):
 @pytest.mark.parametrize("lower", [True, False])
 def test_more_keys_than_queries(lower: bool) -> None:
     model = Cross(lower).double()
-    captured = capture_export(model, (batch(2, 5), batch(2, 7)), {})
+    captured = simplified(model, (batch(2, 5), batch(2, 7)))
     assert attention(captured.module) == ["mask" if lower else "none"]
     for length in (7, 5, 3):
         same(captured.module(batch(2, 5), batch(2, length)), model(batch(2, 5), batch(2, length)))
@@ -71,7 +100,7 @@ def test_more_keys_than_queries(lower: bool) -> None:
 def test_as_many_keys_as_queries_by_chance() -> None:
     """The triangle was square in the captured call; nothing says that it stays so."""
     model = Cross(lower=True).double()
-    captured = capture_export(model, (batch(2, 5), batch(2, 5)), {})
+    captured = simplified(model, (batch(2, 5), batch(2, 5)))
     for length in (5, 7, 3):
         pair = (batch(2, 5), batch(2, length))
         if captured.guards is not None:
@@ -86,7 +115,7 @@ def test_as_many_keys_as_queries_by_chance() -> None:
 def test_what_only_the_mask_needed_goes_with_it() -> None:
     """And what others need stays: here the positions are added to the output."""
     left, gone = (
-        {str(node.target) for node in capture_export(Masked(mask).double(), (batch(2, 5),), {}).module.graph.nodes}
+        {str(node.target) for node in simplified(Masked(mask).double(), (batch(2, 5),)).module.graph.nodes}
         for mask in (NEVER["a step off"], ALWAYS["gap"][0])
     )
     assert left - gone >= {"aten.sym_size.int", "aten.arange.default", "aten.sub.Tensor", "aten.ge.Scalar"}
@@ -98,7 +127,7 @@ def test_what_only_the_mask_needed_goes_with_it() -> None:
             return made
 
     both = Both(lambda m, x: gap(x) >= 0).double()
-    captured = capture_export(both, (batch(2, 5),), {})
+    captured = simplified(both, (batch(2, 5),))
     assert attention(captured.module) == ["causal"]
     same(captured.module(batch(2, 9)), both(batch(2, 9)))
 

@@ -1,15 +1,20 @@
-"""What a run of the eager model shows that a tracer does not see, and whether a graph computes what the model computes.
+"""The preflight: runs of the eager model that show what a tracer does not see, and the comparison of a graph with it.
 
 A tracer sees no values and no gradients: it lets pass what the model refuses, keeps no attribute that Python sets from
-call to call, inlines the forward of a custom autograd.Function, and may leave out a write to a buffer, a hook, or the
-type of an output. So the model runs first, and each whole graph is held against it before it is taken.
+call to call, inlines the forward of a custom autograd.Function, and may leave out a write to a buffer, a tensor hook, a
+branch of Python on `requires_grad`, or the type of an output. So the model runs first, and each whole graph is compared
+with it, in values and gradients, before it is taken.
+
+Each gradient is reduced to a few random projections as soon as it is there, so that none is kept. Projections are
+linear, so that a weight whose gradient comes in several parts (reentrant checkpoints) is handled as well.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,16 +26,134 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from lorasc_fx.capture.gradients import PROJECTIONS, backward_nodes, projected, projected_gradients
+from lorasc_fx.branch import is_quantized
 from lorasc_fx.capture.guards import Guards, attribute_tensors
-from lorasc_fx.capture.hollow import computing
-from lorasc_fx.capture.live import quiet
+from lorasc_fx.capture.isolation import (
+    Attributes,
+    call_recorder,
+    fake_mode,
+    isolation,
+    quiet,
+    same_attributes,
+    same_values,
+    seed,
+    written_by,
+)
 from lorasc_fx.capture.signature import copied
-from lorasc_fx.capture.untouched import Attributes, same_attributes, same_values, untouched, written_by
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.undo import Block, grad_mode, isolated, raise_of_handler
 
-__all__ = ["Disagreement", "Trial", "check_agrees", "first_difference", "one_line", "seed", "try_model"]
+__all__ = [
+    "PROJECTIONS",
+    "Disagreement",
+    "Preflight",
+    "backward_nodes",
+    "check_agrees",
+    "first_difference",
+    "one_line",
+    "projected",
+    "projected_gradients",
+    "requiring_grad",
+    "run_preflight",
+]
+
+
+PROJECTIONS = 8
+
+
+@isolated
+def requiring_grad(undo: Block[Any], model: nn.Module, names: Collection[str] | None) -> None:
+    """Let these parameters require gradients, and no others: the state of training, in which branches move them.
+
+    Args:
+        undo: gives the flags back.
+        model: whose parameters these are.
+        names: of parameters; None for all that can.
+    """
+    for name, parameter in model.named_parameters():
+        undo(partial(parameter.requires_grad_, parameter.requires_grad))
+        possible = (parameter.is_floating_point() or parameter.is_complex()) and not is_quantized(parameter)
+        parameter.requires_grad_(possible and (names is None or name in names))
+
+
+def backward_nodes(outputs: Sequence[torch.Tensor]) -> set[Any]:
+    """Return the nodes of the autograd graph behind some tensors."""
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        for after, _ in waiting.pop().next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    return seen
+
+
+def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return projections of the gradients of a random projection of outputs, by name of a leaf that has one.
+
+    What is accumulated in `.grad` by then stays there, and hooks after accumulation are not called. Raises what the
+    backward pass raises.
+    """
+    roots = [
+        output for output in outputs if output.requires_grad and output.layout is torch.strided and not output.is_nested
+    ]
+    found: dict[str, torch.Tensor] = {}
+
+    def take(name: str, leaf: torch.Tensor) -> None:
+        if leaf.grad is not None:
+            part = projected(leaf.grad)
+            found[name] = found[name] + part if name in found else part
+            leaf.grad = None
+
+    named = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and leaf.is_leaf}
+    reached = [node.variable for node in backward_nodes(roots) if hasattr(node, "variable")]
+    with _fresh([*named.values(), *reached]):
+        for name, leaf in named.items():
+            leaf.register_post_accumulate_grad_hook(partial(take, name))
+        if roots:
+            torch.autograd.backward(roots, [_weights_of(root, index) for index, root in enumerate(roots)])
+    return found
+
+
+@isolated
+def _fresh(undo: Block[Any], leaves: Sequence[torch.Tensor]) -> None:
+    """Let leaves have no gradient, and no hooks after accumulation, for the time of a block."""
+
+    def give_back(leaf: Any, gradient: torch.Tensor | None, hooks: Any, ours: dict[int, Any]) -> None:
+        ours.clear()  # torch goes on calling them where there were none before
+        leaf._post_accumulate_grad_hooks = hooks
+        leaf.grad = gradient
+
+    unique: list[Any] = list({id(leaf): leaf for leaf in leaves}.values())
+    for leaf in unique:
+        ours = OrderedDict[int, Any]()
+        undo(partial(give_back, leaf, leaf.grad, leaf._post_accumulate_grad_hooks, ours))
+        leaf.grad, leaf._post_accumulate_grad_hooks = None, ours
+
+
+def _weights_of(output: torch.Tensor, key: int) -> torch.Tensor:
+    """Return the coefficients of an output's entries in the projection; 0 where it is not finite."""
+    drawn = _normal(output.shape, key).to(output.device, output.dtype)
+    return torch.where(output.detach().isfinite(), drawn, torch.zeros_like(drawn))
+
+
+def projected(value: torch.Tensor) -> torch.Tensor:
+    """Return some bilinear forms of a tensor, with vectors that depend on its shape alone; linear in the tensor."""
+    value = value.detach()
+    if value.layout is not torch.strided:
+        value = value.to_dense()
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    matrix = value.reshape(value.shape[0] if value.dim() > 1 else 1, -1) if value.numel() else value.new_zeros(1, 1)
+    matrix = matrix if matrix.dtype is torch.float64 else matrix.float()
+    rows, columns = (_normal((PROJECTIONS, size), size).to(matrix) for size in matrix.shape)
+    return ((rows @ matrix) * columns).sum(1).cpu().double()
+
+
+def _normal(shape: Sequence[int], key: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(key)
+    return torch.randn(tuple(shape), generator=generator)
+
 
 ROUNDING = 1e4
 """Units in the last place, of the output's scale, by which a graph may differ: torch may take other kernels for it."""
@@ -77,7 +200,7 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Preflight:
     """What runs of the eager model showed.
 
     Args:
@@ -140,7 +263,7 @@ class Trial:
             )
 
 
-def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool = True) -> Trial:
+def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool = True) -> Preflight:
     """Run the model as it is, with gradients and without, and leave it as it was.
 
     Args:
@@ -152,7 +275,7 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         CaptureError: the model itself raises.
     """
     try:
-        with quiet(), computing(model), same_attributes(model) as attributes, grad_mode(grad):
+        with quiet(), fake_mode(model), same_attributes(model) as attributes, grad_mode(grad):
             before = Guards(model)
             seen, draws = _observed(model, model, args, kwargs), False
             if written_by(model):  # known after a first run, and looked at from then on
@@ -177,22 +300,22 @@ def try_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             by_mode = other is None or _difference(other, seen, gradients=False) is not None
             if not by_mode and other is not None and not grad:
                 seen = other
-            return Trial(seen, restless, draws, assigned, written, grad if by_mode else None)
+            return Preflight(seen, restless, draws, assigned, written, grad if by_mode else None)
     except MemoryError:
         raise
     except Exception as fault:
         raise_of_handler(fault)
-        hollow = any(isinstance(each, FakeTensor) for each in model.parameters())
+        without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         advice = ", or give the model its weights before adapt: on the meta device nothing can look at values"
         raise CaptureError(
             f"{type(model).__name__} itself refuses the example inputs: {one_line(fault)}; "
-            f"give args and kwargs with which the model runs{advice if hollow else ''}",
+            f"give args and kwargs with which the model runs{advice if without_values else ''}",
             code="model-refuses-inputs",
         ) from fault
 
 
 def check_agrees(
-    graph: Callable[..., Any], trial: Trial, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    graph: Callable[..., Any], preflight: Preflight, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     """Hold a graph against its model on one call: types, values, buffers and arguments afterwards (a cache that forward
     writes into), and gradients.
@@ -200,21 +323,21 @@ def check_agrees(
     Raises:
         Disagreement: they differ by more than rounding, though the model repeats itself under one seed.
     """
-    grad = trial.grad is not False
+    grad = preflight.grad is not False
     try:
-        with quiet(), computing(model), same_attributes(model), grad_mode(grad):
+        with quiet(), fake_mode(model), same_attributes(model), grad_mode(grad):
             ours = _observed(graph, model, args, kwargs)
     except MemoryError:
         raise
     except Exception as fault:
         raise_of_handler(fault)
         raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault
-    difference = _difference(ours, trial.seen)
+    difference = _difference(ours, preflight.seen)
     if difference is None:
         return
-    with quiet(), computing(model), same_attributes(model), grad_mode(grad):
+    with quiet(), fake_mode(model), same_attributes(model), grad_mode(grad):
         again = _observed(model, model, args, kwargs)
-    if _difference(again, trial.seen) is None:
+    if _difference(again, preflight.seen) is None:
         raise Disagreement(graph, difference, grad)
 
 
@@ -222,53 +345,30 @@ def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...
     """Return the first module, in the order of calls, whose output a graph does not compute, or whose weights have
     other gradients in it.
     """
-    names = {module: name for name, module in model.named_modules() if name}
     begun: list[str] = []
     ended: list[tuple[str, list[torch.Tensor]]] = []
 
-    def enters(module: nn.Module, _: Any) -> None:
-        begun.append(names[module])
+    def enters(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        begun.append(path)
 
-    def leaves(module: nn.Module, _: Any, output: Any) -> None:
-        floating = [each for each in _tensors(output) if each.is_floating_point() or each.is_complex()]
-        ended.append((names[module], [projected(each) for each in floating]))
+    def leaves(path: str, module: nn.Module, output: Any) -> None:
+        floating = [value for value in _tensors(output) if value.is_floating_point() or value.is_complex()]
+        ended.append((path, [projected(value) for value in floating]))
 
-    handles = [module.register_forward_pre_hook(enters) for module in names]
-    handles += [module.register_forward_hook(leaves) for module in names]
-    try:
-        with quiet(), untouched(model), grad_mode(fault.grad):
-            inputs, named = copied(args, kwargs)
-            seed()
-            model(*inputs, **named)
-            calls, made_by = tuple(begun), tuple(ended)  # the lists, which hooks hold, are given back as well
-    finally:
-        for handle in handles:
-            handle.remove()
+    with isolation(model, args, kwargs, call_recorder(model, enters, leaves), grad=fault.grad) as (inputs, named):
+        model(*inputs, **named)
     if fault.weights:
         owners = {name.rpartition(".")[0] for name in fault.weights}
-        first = next((name for name in calls if name in owners), "")
+        first = next((name for name in begun if name and name in owners), "")
     else:
         made = _Made()
-        with quiet(), untouched(model), grad_mode(fault.grad), made:
-            inputs, named = copied(args, kwargs)
-            seed()
+        with isolation(model, args, kwargs, made, grad=fault.grad) as (inputs, named):
             try:
                 fault.graph(*inputs, **named)
             except Exception as raised:  # what it makes before it raises is looked at
                 raise_of_handler(raised)
-        first = next((name for name, parts in made_by if not all(map(made.has, parts))), "")
+        first = next((name for name, parts in ended if name and not all(map(made.has, parts))), "")
     return f"{first} ({type(model.get_submodule(first)).__name__})" if first else type(model).__name__
-
-
-def seed(value: int = 0) -> None:
-    """Seed the generators that `quiet` gives back; torch.manual_seed would reach those of an idle accelerator too."""
-    random.seed(value)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(value)
-    torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(value)
 
 
 def one_line(fault: Exception) -> str:
@@ -319,7 +419,7 @@ class _AutogradUse(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._before
-        self.asks |= any(getattr(func, "__self__", None) is each for each in _ASKS)
+        self.asks |= any(getattr(func, "__self__", None) is getter for getter in _ASKS)
         return func(*args, **(kwargs or {}))
 
 
@@ -339,12 +439,14 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
         reentrant = [node for node in nodes if getattr(node, "_forward_cls", None) is CheckpointFunction]
         names = {type(node).__name__.removesuffix("Backward") for node in nodes if node not in reentrant}
         own = {f"the autograd.Function {name}" for name in names if not name.startswith("GeneratedBackwardFor_")}
-        hollow = any(isinstance(each, FakeTensor) for each in model.parameters())
+        without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         gradients, broken = (
-            _gradients(tensors, model, (inputs, named)) if torch.is_grad_enabled() and not hollow else (None, "")
+            _gradients(tensors, model, (inputs, named))
+            if torch.is_grad_enabled() and not without_values
+            else (None, "")
         )
     output_seen, arguments = (
-        (_types(value), [each.detach() for each in _tensors(value)]) for value in (output, (inputs, named))
+        (_types(value), [tensor.detach() for tensor in _tensors(value)]) for value in (output, (inputs, named))
     )
     recomputes = use.recomputes or bool(reentrant)
     return Observed(
@@ -394,9 +496,9 @@ def _gradients(
     """Return projections of the gradients of weights and inputs, or why the backward pass raises: an eager model may
     have none.
     """
-    floating = [each for each in outputs if each.is_floating_point() or each.is_complex()]
+    floating = [output for output in outputs if output.is_floating_point() or output.is_complex()]
     try:
-        inputs = {f"input {index}": each for index, each in enumerate(_tensors(given))}
+        inputs = {f"input {index}": tensor for index, tensor in enumerate(_tensors(given))}
         return projected_gradients(floating, inputs | dict(model.named_parameters())), ""
     except MemoryError:
         raise
@@ -426,7 +528,7 @@ def _difference(ours: Observed, theirs: Observed, gradients: bool = True) -> Dif
     if gradients and theirs.gradients is not None:
         if ours.gradients is None:
             return Difference(f"its backward pass raises {ours.broken}")
-        dtypes = {each.dtype for each in theirs.output[1] if each.is_floating_point()}
+        dtypes = {output.dtype for output in theirs.output[1] if output.is_floating_point()}
         return _other_gradients(ours.gradients, theirs.gradients, dtypes)
     return None
 
@@ -436,8 +538,8 @@ def _other_gradients(
 ) -> Difference | None:
     """Return which gradients differ by more than rounding, which is of the scale of the largest where terms cancel."""
     none = torch.zeros(PROJECTIONS, dtype=torch.float64)
-    allowed = min(ROUNDING * max((torch.finfo(each).eps for each in dtypes), default=0.0), COARSE)
-    finite = [float(each.norm()) for each in theirs.values() if bool(each.isfinite().all())]
+    allowed = min(ROUNDING * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0), COARSE)
+    finite = [float(gradient.norm()) for gradient in theirs.values() if bool(gradient.isfinite().all())]
     least = CANCELLED * max(finite, default=0.0)
     wrong: dict[str, float] = {}
     for name in sorted(ours.keys() | theirs.keys()):
@@ -455,8 +557,8 @@ def _other_gradients(
 def _apart(one: torch.Tensor, other: torch.Tensor) -> str | None:
     if one.shape != other.shape or one.dtype != other.dtype:
         return f"{one.dtype} {tuple(one.shape)} for {other.dtype} {tuple(other.shape)}"
-    hollow = isinstance(one, FakeTensor) and isinstance(other, FakeTensor)
-    if hollow or one.is_nested or one.is_sparse or one.numel() == 0 or torch.equal(one, other):
+    without_values = isinstance(one, FakeTensor) and isinstance(other, FakeTensor)
+    if without_values or one.is_nested or one.is_sparse or one.numel() == 0 or torch.equal(one, other):
         return None
     if not (one.is_floating_point() or one.is_complex()):
         return "another"
@@ -484,18 +586,18 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     seen: set[int] = set()
     waiting = [value]
     while waiting:
-        each = waiting.pop()
-        if id(each) in seen:
+        item = waiting.pop()
+        if id(item) in seen:
             continue
-        seen.add(id(each))
-        if isinstance(each, torch.Tensor):
-            found.append(each)
-        elif isinstance(each, Mapping):
-            waiting.extend(reversed(list(each.values())))
-        elif isinstance(each, (list, tuple)):
-            waiting.extend(reversed(each))
-        elif hasattr(each, "__dict__") and not isinstance(each, (type, nn.Module)) and not callable(each):
-            waiting.extend(reversed(list(vars(each).values())))
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(reversed(list(item.values())))
+        elif isinstance(item, (list, tuple)):
+            waiting.extend(reversed(item))
+        elif hasattr(item, "__dict__") and not isinstance(item, (type, nn.Module)) and not callable(item):
+            waiting.extend(reversed(list(vars(item).values())))
     return found
 
 
@@ -510,10 +612,10 @@ class _Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        real = [each for each in _tensors(output) if not isinstance(each, FakeTensor)]  # a graph may hold fakes
-        self._made += [projected(each) for each in real if each.is_floating_point() or each.is_complex()]
+        real = [tensor for tensor in _tensors(output) if not isinstance(tensor, FakeTensor)]  # a graph may hold fakes
+        self._made += [projected(tensor) for tensor in real if tensor.is_floating_point() or tensor.is_complex()]
         return output
 
     def has(self, value: torch.Tensor) -> bool:
         """Whether an op has made a tensor with these projections."""
-        return any(bool((each - value).norm() <= CLOSE * value.norm()) for each in self._made)
+        return any(bool((made - value).norm() <= CLOSE * value.norm()) for made in self._made)

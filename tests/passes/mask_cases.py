@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from lorasc_fx.capture import Captured
+from lorasc_fx.capture.export import capture_dynamo, capture_export
+from lorasc_fx.passes import AttentionMasks
+
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def simplified(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, by: Any = capture_export
+) -> Captured:
+    """What a front end captures, after the pass."""
+    captured = by(model, args, kwargs or {})
+    return replace(captured, module=AttentionMasks()(captured.module).graph_module)
+
+
+FRONT_ENDS = [capture_export, capture_dynamo]
 
 
 def attention(graph_module: Any) -> list[str]:

@@ -1,27 +1,20 @@
-"""Make a front end's graph read the live model: weights are `model.NAME`, the front end's own copies are dropped."""
+"""What a front end returns: a graph that reads the live model, whose weights are `model.NAME`."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import operator
-import random
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lorasc_fx.capture.guards import Guards
-from lorasc_fx.graph import Record, graph_module_like, retarget, set_record
-from lorasc_fx.undo import Block, isolated
+from lorasc_fx.graph import Record, copy_graph, graph_module_like, retarget, set_record
 
-__all__ = ["OWNER", "Captured", "check_drew_nothing", "quiet", "read_live"]
+__all__ = ["OWNER", "Captured", "capture_graph", "check_drew_nothing", "read_live"]
+
 
 OWNER = "model"
 
@@ -102,29 +95,6 @@ def _put(module: nn.Module, name: str, value: Any) -> None:
     store[name] = value
 
 
-@isolated
-def quiet(undo: Block[Any], grad: bool = True) -> None:
-    """Run without a trace: random generators stay as they were, and what tracers say of themselves is not heard.
-
-    Gradients are on, or off, as `grad` says, whatever the caller has.
-    """
-    numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
-    undo(partial(random.setstate, random.getstate()))
-    if numpy is not None:
-        undo(partial(numpy.random.set_state, numpy.random.get_state()))
-    undo(partial(logging.disable, logging.root.manager.disable))
-    undo(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
-    undo.enter(torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()))
-    undo.enter(warnings.catch_warnings())
-    said = io.StringIO()  # an export that fails prints its graph; the reason is in the error
-    undo.enter(contextlib.redirect_stdout(said))
-    undo.enter(contextlib.redirect_stderr(said))
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused path has no gradient
-    torch._C._set_grad_enabled(grad)  # the block gives it back
-
-
 def check_drew_nothing(before: torch.Tensor) -> None:
     """Refuse a trace that has drawn random numbers of torch: no call of its graph would draw others.
 
@@ -136,3 +106,9 @@ def check_drew_nothing(before: torch.Tensor) -> None:
     """
     if not torch.equal(torch.get_rng_state(), before):
         raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
+
+
+def capture_graph(model: nn.Module, args: Any, kwargs: Any) -> Captured:
+    """Return the module's graph, reading the module itself; one graph serves every signature."""
+    assert isinstance(model, fx.GraphModule)
+    return Captured(read_live(model, copy_graph(model.graph), model), "graph")

@@ -1,9 +1,12 @@
-"""Front end `pieces`, the catch-all: the graphs between dynamo's graph breaks, with the user's own Python in between.
+"""The graph-break fallback, front end `pieces`: graphs between dynamo's graph breaks, the user's Python in between.
 
 torch.compile hands over each piece as a backend would get it; its weights come in as inputs that are the user's
 Parameters, so their names are known. dynamo's guards choose the piece, as variants are chosen elsewhere. Layers of one
 class share a piece: for each set of weights that a piece is called with there is a graph of its own, which is rewritten
 and runs. A first run finds the graphs, before it is decided what to do with them.
+
+`eager_trace` finds the weights that the Python in between uses: it follows tensors made of weights alone, as
+graph/flow.py does in graphs, until they meet an input.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,17 +22,31 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._compile import _disable_dynamo
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from lorasc_fx.capture.captured import Captured, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
-from lorasc_fx.capture.live import Captured, quiet, read_live
-from lorasc_fx.capture.untouched import substituted, untouched
+from lorasc_fx.capture.isolation import isolation, quiet
 from lorasc_fx.errors import CaptureError
-from lorasc_fx.graph import copy_graph, regions_as_modules, weights_from_inputs
+from lorasc_fx.graph import (
+    ADDED_FIRST,
+    CONTRACTIONS,
+    LIKE_ANOTHER,
+    SCALES,
+    copy_graph,
+    regions_as_modules,
+    weighs,
+    weights_from_inputs,
+)
 from lorasc_fx.graph.copies import shallow
+from lorasc_fx.graph.forms import own_form
+from lorasc_fx.parameters import substituted
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
-__all__ = ["Pieces", "capture_pieces"]
+__all__ = ["Pieces", "capture_pieces", "eager_trace"]
+
 
 LIMIT = 64
 
@@ -70,8 +87,8 @@ class Pieces:
         There may be none: dynamo leaves a loop with a break in it, and the modules of torch.nn called there, to Python.
         """
         try:
-            with quiet(), untouched(self.model):
-                self(*args, **kwargs)
+            with isolation(self.model, args, kwargs, seeded=False) as (inputs, named):
+                self(*inputs, **named)
         except torch._dynamo.exc.TorchDynamoException as fault:  # a fault of dynamo's own, in a model that runs
             raise_of_handler(fault)
             self._pieces.clear()
@@ -221,7 +238,7 @@ class Pieces:
         def region(body: str, given: Names, options: Mapping[str, Any]) -> str:
             inner, name = _Piece(getattr(piece.source, body)), f"{body}_region"
             self._pieces.append(inner)
-            self._bring(inner, tuple(each if each in found.values() else None for each in given))
+            self._bring(inner, tuple(name if name in found.values() else None for name in given))
             holder._modules[name] = _Region(inner, next(iter(inner.graphs)), options)
             return name
 
@@ -273,9 +290,9 @@ class _Region(nn.Module):
 @isolated
 def _dynamo_settings(undo: Block[Any]) -> None:
     """Fail where dynamo would go on without graphs, and keep its remarks on graph breaks, which are expected here."""
-    for each in (logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")):
-        undo(partial(each.setLevel, each.level))
-        each.setLevel(logging.ERROR)
+    for logger in (logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")):
+        undo(partial(logger.setLevel, logger.level))
+        logger.setLevel(logging.ERROR)
     undo(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
     torch.backends.mha.set_fastpath_enabled(False)
     undo.enter(warnings.catch_warnings())
@@ -293,3 +310,79 @@ def _dynamo_settings(undo: Block[Any]) -> None:
             allow_unspec_int_on_nn_module=True,  # a counter is no reason for a graph of each of its values
         )
     )
+
+
+_READS_NO_VALUE = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "detach", "requires_grad_"}
+
+
+def eager_trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Run the model once and return each weight that it uses, with the kind of site that it makes of it.
+
+    The kind is empty for a weight that is neither multiplied by nor looked up.
+
+    The model, its inputs and the random generators stay as they were.
+    """
+    watcher = _Watcher(model, list(model.buffers()))
+    with isolation(model, args, kwargs, watcher, seeded=False) as (inputs, named):
+        model(*inputs, **named)
+    return dict.fromkeys(sorted(watcher.seen), "") | watcher.kinds
+
+
+class _Watcher(TorchFunctionMode):
+    """Follows tensors that are made of weights, in the ways that graph/uses.py lists, the first of which counts."""
+
+    def __init__(self, model: nn.Module, constants: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self._found: tuple[dict[str, str], ...] = ({}, {}, {}, {})
+        self._made_of: dict[int, set[str]] = {id(value): {name} for name, value in model.named_parameters()}
+        self._made_of |= {id(value): set() for value in constants}
+        self._scaled: dict[int, set[str]] = {}
+        self._alive: list[Any] = []  # an id is only good while its tensor lives
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Kinds of sites by weight."""
+        return {name: kind for found in reversed(self._found) for name, kind in found.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        read = args[:1] if name in LIKE_ANOTHER else (args, kwargs or {})
+        tensors = [leaf for leaf in pytree.tree_leaves(read) if isinstance(leaf, torch.Tensor)]
+        weights = self._weights(tensors)
+        if name not in _READS_NO_VALUE:
+            self.seen |= weights
+        own = own_form(func)
+        kind = CONTRACTIONS.get(name) if own is None else own.kind
+        inputs = [tensor for tensor in tensors if id(tensor) not in self._made_of]
+        if weights and (kind == "embedding" or any(tensor.is_floating_point() for tensor in inputs)):
+            multiplied = self._weights(
+                [tensor for tensor in tensors if name not in ADDED_FIRST or tensor is not args[0]]
+            )
+            self._note(0, multiplied, kind)
+            if name in SCALES:
+                self._follow(output, self._scaled, weights)
+        elif weights:  # an index that depends on inputs only selects
+            self._note(1, weights, kind)
+            self._note(3, weights if inputs and id(args[0]) in self._made_of else (), "embedding")
+            self._follow(output, self._made_of, weights)
+        scaled = set().union(*(self._scaled.get(id(tensor), set()) for tensor in tensors))
+        if scaled and kind is not None and len(args) > 1 and id(args[1]) in self._scaled and weighs(name):
+            self._note(2, self._scaled[id(args[1])], kind)
+        elif scaled and (name in SCALES or not any(id(tensor) not in self._scaled for tensor in inputs)):
+            self._follow(output, self._scaled, scaled | weights)
+        return output
+
+    def _weights(self, tensors: list[torch.Tensor]) -> set[str]:
+        return set().union(*(self._made_of.get(id(tensor), set()) for tensor in tensors))
+
+    def _note(self, way: int, weights: Iterable[str], kind: str | None) -> None:
+        for weight in weights if kind is not None else ():
+            self._found[way].setdefault(weight, kind or "")
+
+    def _follow(self, output: Any, into: dict[int, set[str]], weights: set[str]) -> None:
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                into.setdefault(id(leaf), weights)
+                self._alive.append(leaf)

@@ -1,0 +1,351 @@
+"""Isolated runs: a model runs without leaving a trace in it, in the random generators, or on the screen.
+
+Buffers, parameters that forward writes into and the attributes that its Python sets are given back. A model without
+values here, on the meta device or in parts, runs on fake tensors: a fake tensor has a shape, a dtype and the device of
+the inputs, and no memory. With them the model's Python runs and is traced as it will be with its values; what looks at
+a value (`.item()`, a branch on a sum) raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import random
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from lorasc_fx.branch import is_quantized
+from lorasc_fx.capture.guards import Held, attribute_tensors, walk
+from lorasc_fx.capture.signature import copied, whole
+from lorasc_fx.parameters import substituted
+from lorasc_fx.undo import Block, isolated
+
+__all__ = [
+    "Attributes",
+    "device_of",
+    "fake_mode",
+    "has_values",
+    "is_on_meta",
+    "isolated_model",
+    "isolation",
+    "quiet",
+    "same_attributes",
+    "same_values",
+    "seed",
+    "with_fake_tensors",
+    "written_by",
+]
+
+
+@isolated
+def isolation(
+    undo: Block[Any],
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    *observers: AbstractContextManager[Any],
+    grad: bool = True,
+    seeded: bool = True,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let what follows run the model without a trace, and return copies of the arguments of a call.
+
+    Buffers, the Python state of the model, its hooks and all random generators are given back.
+
+    Args:
+        undo: gives everything back.
+        model: that is to run.
+        args, kwargs: of the call.
+        observers: entered last, and left first: hooks, dispatch modes, other weights in place.
+        grad: whether gradients are on.
+        seeded: whether the generators start from a fixed seed, so that two runs draw the same. A run that looks for
+            what any call may do draws what this call would draw, a layer that is skipped at random among it.
+    """
+    inputs = copied(args, kwargs)
+    undo.enter(quiet(grad))
+    undo.enter(isolated_model(model))
+    for observer in observers:
+        undo.enter(observer)
+    if seeded:
+        seed()
+    return inputs
+
+
+@isolated
+def call_recorder(
+    undo: Block[Any],
+    model: nn.Module,
+    enters: Callable[[str, nn.Module, Any, Any], None],
+    leaves: Callable[[str, nn.Module, Any], None],
+) -> None:
+    """An observer of the calls of modules.
+
+    Args:
+        undo: removes the hooks.
+        model: whose modules are observed, each by its first path.
+        enters: gets path, module and arguments before a call.
+        leaves: gets path, module and output after it, None where the call raises.
+    """
+
+    def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        enters(path, module, args, kwargs)
+
+    def after(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        leaves(path, module, output)
+
+    for path, module in model.named_modules():
+        undo(module.register_forward_pre_hook(partial(before, path), prepend=True, with_kwargs=True).remove)
+        undo(module.register_forward_hook(partial(after, path), always_call=True).remove)
+
+
+@isolated
+def quiet(undo: Block[Any], grad: bool = True) -> None:
+    """Run without a trace: random generators stay as they were, and what tracers say of themselves is not heard.
+
+    Gradients are on, or off, as `grad` says, whatever the caller has.
+    """
+    numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
+    undo(partial(random.setstate, random.getstate()))
+    if numpy is not None:
+        undo(partial(numpy.random.set_state, numpy.random.get_state()))
+    undo(partial(logging.disable, logging.root.manager.disable))
+    undo(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
+    undo.enter(torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()))
+    undo.enter(warnings.catch_warnings())
+    said = io.StringIO()  # an export that fails prints its graph; the reason is in the error
+    undo.enter(contextlib.redirect_stdout(said))
+    undo.enter(contextlib.redirect_stderr(said))
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused path has no gradient
+    torch._C._set_grad_enabled(grad)  # the block gives it back
+
+
+def seed(value: int = 0) -> None:
+    """Seed the generators that `quiet` gives back; torch.manual_seed would reach those of an idle accelerator too."""
+    random.seed(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(value)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+
+
+_MISSING = object()
+
+_WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+"""Names of the parameters that each model's forward writes into, and of the buffers that it registers, of models that
+have had a preflight."""
+
+
+def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what a forward may write into: no quantized weights, which know few ops."""
+    return ((name, value) for name, value in model.named_parameters() if not is_quantized(value))
+
+
+def written_by(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that forward writes and of the buffers that it registers, of a model that has
+    had a preflight.
+    """
+    return _WRITTEN.get(model, frozenset())
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What the places hold in which a model keeps Python state, and the values of the tensors among it."""
+
+    places: list[tuple[Held, Any]]
+    tensors: list[tuple[torch.Tensor, int, torch.Tensor]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Attributes:
+        """Return those of a model as they are."""
+        places = [(held, held.contents()) for held in walk(model) if held.restored]
+        tensors = [
+            (tensor, tensor._version, tensor.detach().clone())
+            for _, tensor in attribute_tensors(model)
+            if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+            if not (tensor.is_inference() or tensor.is_meta or tensor.is_nested)
+        ]
+        return cls(places, tensors)
+
+    def moved(self) -> list[str]:
+        """Return the names of the attributes that are others by now, by value."""
+        found = []
+        for held, before in self.places:
+            now = held.contents()
+            if held.own and held.attributes:
+                keys = dict.fromkeys((*before, *now))
+                moved = [key for key in keys if not _same(now.get(key, _MISSING), before.get(key, _MISSING))]
+                found += [held.entry(key) for key in moved]
+            elif held.own and not _same(now, before):
+                found.append(held.name)
+        return sorted(found)
+
+    def restore(self) -> None:
+        """Give every place its contents back, and every tensor its values."""
+        for held, before in self.places:
+            where = held.where
+            if isinstance(where, dict):
+                for key in [key for key in held.contents() if key not in before]:
+                    del where[key]
+                if not held.attributes and list(where) != list(before):
+                    where.clear()
+                for key, value in before.items():
+                    if where.get(key, _MISSING) is not value:
+                        where[key] = value
+            elif len(where) != len(before) or not _same(held.contents(), before):
+                where.clear()
+                where.extend(before) if isinstance(where, (list, deque)) else where.update(before)
+        for tensor, version, value in self.tensors:
+            if tensor._version != version and not torch.equal(tensor, value):
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        return alike and ((isinstance(one, FakeTensor) and isinstance(other, FakeTensor)) or torch.equal(one, other))
+    if isinstance(one, (bool, int, float, str, bytes)):
+        return bool(one == other)
+    if isinstance(one, (list, tuple, deque)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(map(_same, one.values(), other.values()))
+    return isinstance(one, (set, torch.Size, torch.dtype, torch.device)) and bool(one == other)
+
+
+@isolated
+def same_attributes(undo: Block[Any], model: nn.Module) -> Attributes:
+    """Give attributes back at the end; yields them as they were."""
+    attributes = Attributes.of(model)
+    undo(attributes.restore)
+    return attributes
+
+
+@isolated
+def same_values(undo: Block[Any], model: nn.Module) -> None:
+    """Give buffers back at the end, and parameters that forward writes into.
+
+    Which ones these are is known after a first run, for which all are kept, in host memory.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    buffers = [
+        (
+            module,
+            dict(module._buffers),
+            {name: value.clone() for name, value in module._buffers.items() if value is not None},
+        )
+        for module in model.modules()
+    ]
+    known = _WRITTEN.get(model)
+    kept = {
+        name: (parameter, parameter.data, parameter.detach().to("cpu", copy=True))
+        for name, parameter in _plain_parameters(model)
+        if (known is None or name in known) and not isinstance(parameter, FakeTensor)
+    }
+    versions = [
+        (name, parameter, parameter._version)
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, FakeTensor)
+    ]
+    written = set(known or ())
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for name, (parameter, memory, value) in kept.items():
+                moved = parameter.data_ptr() != memory.data_ptr()
+                if moved:
+                    parameter.data = memory
+                if moved or not torch.equal(parameter.cpu(), value):
+                    parameter.copy_(value)
+                    written.add(name)
+            written.update(name for name, parameter, version in versions if parameter._version != version)
+            for module, objects, values in buffers:
+                if isinstance(module._buffers, dict):  # a script module keeps its own
+                    added = module._buffers.keys() - objects.keys()
+                    written.update(f"{paths[module]}.{leaf}".lstrip(".") for leaf in added)
+                    module._buffers.clear()
+                    module._buffers.update(objects)
+                for name, value in values.items():
+                    buffer = module._buffers[name]
+                    if buffer is not None and buffer.shape == value.shape:
+                        buffer.copy_(value)
+        _WRITTEN[model] = frozenset(written)
+
+    undo(put_back)
+
+
+@isolated
+def isolated_model(undo: Block[Any], model: nn.Module) -> None:
+    """Leave the model as it was."""
+    undo.enter(same_attributes(model))
+    undo.enter(same_values(model))
+
+
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether a parameter or buffer of the model is on the meta device."""
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
+    """Return the device of the first tensor among inputs that has one; the CPU where none has."""
+    found = (leaf for leaf in pytree.tree_leaves((args, kwargs), is_leaf=whole) if isinstance(leaf, torch.Tensor))
+    return next((leaf.device for leaf in found if not leaf.is_meta), torch.device("cpu"))
+
+
+def has_values(model: nn.Module) -> bool:
+    """Whether plain code can compute with the model: nothing is on the meta device, or in parts."""
+    return not is_on_meta(model) and not any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+
+@isolated
+def with_fake_tensors(
+    undo: Block[Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let a model without numbers here hold fake tensors, of whole shapes, and return fake inputs; any other model and
+    its inputs stay as they are.
+    """
+    if has_values(model):
+        return args, dict(kwargs)
+    mode, device = (
+        FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[])),
+        device_of(args, kwargs),
+    )
+
+    def fake(value: torch.Tensor) -> torch.Tensor:
+        with mode:
+            made = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+            return nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
+
+    held = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    inputs, named = pytree.tree_map_only(torch.Tensor, fake, (args, dict(kwargs)))
+    undo.enter(substituted(model, held))
+    return inputs, named
+
+
+@isolated
+def fake_mode(undo: Block[Any], model: nn.Module) -> None:
+    """Run what follows among fake tensors if the model holds such: what it makes itself is fake as well."""
+    first = next((parameter for parameter in model.parameters() if isinstance(parameter, FakeTensor)), None)
+    if first is not None:
+        undo.enter(first.fake_mode)

@@ -1,0 +1,101 @@
+"""Where a model holds its parameters and buffers, and the exchange of a tensor for another one wherever it is held.
+
+A module holds a tensor in its dictionaries of parameters and buffers, perhaps under several names, and may hold it in a
+plain list besides, as recurrent layers do with the weights that they hand to torch (`_flat_weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.undo import Block, Undo, isolated
+
+__all__ = ["Holder", "exchange", "holders", "holders_of", "substituted"]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """One place that holds a tensor.
+
+    Args:
+        module: the module whose place it is.
+        leaf: name of the parameter or buffer in the module; "" in a list for a tensor that has no name in this module.
+        store: the dictionary or list.
+        key: of the store.
+        value: the tensor that the place held when it was found.
+    """
+
+    module: nn.Module
+    leaf: str
+    store: Any
+    key: Any
+    value: torch.Tensor
+
+    def put(self, value: torch.Tensor) -> None:
+        """Let the place hold another tensor."""
+        self.store[self.key] = value
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the place is there still."""
+        return self.key < len(self.store) if isinstance(self.store, list) else self.key in self.store
+
+
+def holders(model: nn.Module) -> Iterator[Holder]:
+    """Yield every place that holds a tensor: dictionaries of parameters and buffers, and lists that are attributes."""
+    for module in model.modules():
+        names: dict[int, str] = {}
+        for store in (module._parameters, module._buffers):
+            for leaf, value in store.items():
+                if value is not None:
+                    names.setdefault(id(value), leaf)
+                    yield Holder(module, leaf, store, leaf, value)
+        for name, attribute in vars(module).items():
+            if type(attribute) is list:
+                flat = getattr(module, "_flat_weights_names", ()) if name == "_flat_weights" else ()
+                for index, value in enumerate(attribute):
+                    if isinstance(value, torch.Tensor):
+                        leaf = flat[index] if index < len(flat) else names.get(id(value), "")
+                        yield Holder(module, leaf, attribute, index, value)
+
+
+def holders_of(model: nn.Module, names: Iterable[str]) -> list[Holder]:
+    """Return every place that holds one of the parameters of these names."""
+    parameters = dict(model.named_parameters())
+    meant = {id(parameters[name]) for name in names}
+    return [holder for holder in holders(model) if id(holder.value) in meant]
+
+
+def exchange(model: nn.Module, new: Callable[[Holder], torch.Tensor | None], undo: Undo) -> list[Holder]:
+    """Put another tensor in the places for which `new` returns one, and return these places with what they held.
+
+    Args:
+        model: whose modules are searched.
+        new: returns what a place shall hold; None, or what it holds already, where nothing changes.
+        undo: gets the steps that put the old tensors back.
+    """
+    changes = [(holder, value) for holder in holders(model) if (value := new(holder)) is not None]
+    changes = [(holder, value) for holder, value in changes if value is not holder.value]
+    for holder, _ in changes:
+        undo(partial(holder.put, holder.value))
+    for holder, value in changes:
+        holder.put(value)
+    return [holder for holder, _ in changes]
+
+
+@isolated
+def substituted(undo: Block[Any], model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Let the model hold other tensors in place of these parameters and buffers.
+
+    (torch.func.functional_call leaves its values behind in a module that a model holds under two names, and does not
+    reach lists of parameters.)
+    """
+    tensors = dict(model.named_buffers()) | dict(model.named_parameters())
+    replacements = {id(tensors[name]): value for name, value in values.items()}
+    exchange(model, lambda holder: replacements.get(id(holder.value)), undo)

@@ -1,0 +1,582 @@
+"""Attention as the eager model has it: without masks that mask nothing, and with keys and values that no copy repeats.
+
+transformers leaves out a mask that lets all through, and asks for `is_causal` in place of a triangle, but not under
+torch.export, which sees no values. Attention with a mask takes a slower kernel. So this pass removes a mask if it is
+proved to mask nothing more at any size of the inputs; one with a sliding window stays.
+
+The proof follows what is made of sizes through its ops. A mask is `key <= query`, `position >= 0`, or several such
+conditions at once. Each number on the way to it is `start + sum(slope * index)`, and the mask is the set of those
+numbers that must not be negative. Where that set is empty the mask lets all through, whatever the sizes. An op that is
+not in the table ends the proof, and the mask stays.
+
+Where there is a mask, transformers also copies each head of the keys and values for all the heads of queries that read
+it. Without one, attention reads the few heads as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from lorasc_fx.graph import GraphEditor
+from lorasc_fx.graph.flow import may_alias, mutates
+
+from .base import CascadePass
+
+__all__ = ["ALWAYS", "NEVER", "Affine", "AttentionMasks", "Truth", "Value", "follow"]
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_METADATA = torch.ops.aten._assert_tensor_metadata.default
+_SLICE = torch.ops.aten.slice.Tensor
+_REPETITION = (torch.ops.aten.reshape.default, torch.ops.aten.expand.default, torch.ops.aten.unsqueeze.default)
+_NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
+_WIDEST = 256
+"""Up to this size of a head, transformers gives attention fewer heads of keys than of queries."""
+
+
+@dataclass(frozen=True)
+class AttentionMasks(CascadePass):
+    """Take out attention masks that mask nothing at any size, the repetition of heads for such attention, and what only
+    these needed.
+
+    It reads the metadata that torch.export leaves on nodes; a graph without it stays as it is.
+    """
+
+    name: ClassVar[str] = "attention-masks"
+
+    def rewrite(self, graph: GraphEditor) -> None:
+        """Simplify each attention whose mask is proved to be redundant."""
+        calls = [node for node in graph.nodes if node.target is _ATTENTION and _replaceable(node)]
+        if not calls:
+            return
+        known = follow(graph.nodes)
+        spare: set[fx.Node] = set()
+        for mask in dict.fromkeys(_argument(call, "attn_mask") for call in calls):
+            if mask not in known or _written(_sources(mask, known)):
+                continue
+            for call in calls:
+                if _argument(call, "attn_mask") is mask and (instead := _equivalent(known[mask], call)):
+                    _simplify(graph, call, instead)
+                    spare |= _share_heads(graph, call)
+        _erase(graph, spare.union(known))
+
+
+def _argument(call: fx.Node, name: str) -> Any:
+    """Return an argument of a node by its name in the schema."""
+    for index, argument in enumerate(call.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            return call.args[index] if index < len(call.args) else call.kwargs.get(name, argument.default_value)
+    raise KeyError(name)
+
+
+def _shape(node: fx.Node) -> Sequence[Any]:
+    """Return the sizes of a node's value, numbers or symbols; none if it is no tensor."""
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, torch.Tensor) else ()
+
+
+def _replaceable(call: fx.Node) -> bool:
+    """Whether attention has a mask, and its output has the batch and heads of its query without it."""
+    query = _shape(_argument(call, "query"))
+    return (
+        isinstance(_argument(call, "attn_mask"), fx.Node)
+        and _argument(call, "is_causal") is False
+        and len(query) > 1
+        and _alike(query[:-2], _shape(call)[:-2])
+    )
+
+
+def _alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether sizes are the same numbers or the same symbols; asks nothing of the symbols, which would be a guard."""
+
+    def plain(size: Any) -> Any:
+        return size if isinstance(size, int) else size.node.expr
+
+    return list(map(plain, one)) == list(map(plain, other))
+
+
+def _equivalent(mask: Value, call: fx.Node) -> Literal["none", "causal"] | None:
+    """Return what attention may have in place of a mask, or None if it needs the mask."""
+    if mask in _NOTHING:
+        return "none"
+    rows = _shape(_argument(call, "query"))[-2:-1]
+    seen, keys = _shape(_argument(call, "attn_mask")), _shape(_argument(call, "key"))
+    square = all(_alike(sizes, rows) for sizes in (seen[-2:-1], seen[-1:], keys[-2:-1]))
+    return "causal" if mask == _TRIANGLE and square else None
+
+
+def _simplify(graph: GraphEditor, call: fx.Node, instead: Literal["none", "causal"]) -> None:
+    dropout = _argument(call, "dropout_p")
+    options = (None, dropout, True) if instead == "causal" else (None, dropout) if dropout != 0.0 else ()
+    given = {"attn_mask", "dropout_p", "is_causal"}
+    kwargs = {name: value for name, value in call.kwargs.items() if name not in given}
+    graph.give_arguments(call, (*call.args[:3], *options), kwargs)
+
+
+def _share_heads(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
+    """Let attention read keys and values whose heads are not repeated yet; return the nodes that repeat them.
+
+    It is what transformers' eager code does without a mask (`use_gqa_in_sdpa`), for heads of the same sizes.
+    """
+    query, key, value = call.args[:3]
+    assert isinstance(query, fx.Node)
+    chains = [_repetition(heads) for heads in (key, value)]
+    keys, values = (chain[-1] if chain else None for chain in chains)
+    if keys is None or values is None or not _alike(_shape(keys)[:2], _shape(values)[:2]):
+        return set()
+    size = _shape(keys)[-1]
+    narrow = isinstance(size, int) and size <= _WIDEST and _alike(_shape(values)[-1:], [size])
+    if not narrow or not _alike(_shape(query)[:1], _shape(keys)[:1]) or _written([keys, values]):
+        return set()
+    graph.give_arguments(call, (query, keys, values, *call.args[3:]), {**call.kwargs, "enable_gqa": True})
+    return {node for chain in chains for node in chain[:-1]}
+
+
+def _repetition(last: Any) -> list[fx.Node]:
+    """Return the nodes, last first, that repeat each head of what the last of them makes; none if it is no such."""
+    chain: list[fx.Node] = []
+    for target in (*_REPETITION, None):
+        while isinstance(last, fx.Node) and _is_whole(last):
+            chain.append(last)
+            last = last.args[0]
+        if not isinstance(last, fx.Node) or (target is not None and last.target is not target):
+            return []
+        chain.append(last)
+        last = last.args[0] if target is not None else None
+    whole, spread, apart = (next(node for node in chain if node.target is target) for target in _REPETITION)
+    few, many = _shape(chain[-1]), _shape(spread)
+    if len(few) != 4 or apart.args[1] not in (2, -3):
+        return []
+    heads, times = few[1], many[2]
+    expected = [(few[0], heads, times, *few[2:]), (few[0], heads * times, *few[2:])]
+    return chain if _alike(many, expected[0]) and _alike(_shape(whole), expected[1]) else []
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a node is a slice from the first to the last."""
+    return node.target is _SLICE and node.args[2:] == (0, sys.maxsize) and not node.kwargs
+
+
+def _sources(mask: fx.Node, known: Mapping[fx.Node, Value]) -> set[fx.Node]:
+    """Return a mask and the nodes that what is known of it comes from."""
+    return _reached([mask], lambda node: [source for source in node.all_input_nodes if source in known])
+
+
+def _written(nodes: Iterable[fx.Node]) -> bool:
+    """Whether anything may write into one of these nodes, or into what shares their memory."""
+    owners = _reached(nodes, lambda node: node.all_input_nodes if _shares(node) else [])
+    if any(node.op != "call_function" for node in owners):
+        return True  # an input or a buffer may have another name, by which it is written into
+    views = _reached(owners, lambda node: [user for user in node.users if _shares(user)])
+    return any(mutates(user, node) for node in views for user in node.users)
+
+
+def _reached(nodes: Iterable[fx.Node], near: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return these nodes and what is reached from them; numbers share nothing, and lead nowhere."""
+    waiting = list(nodes)
+    reached = set(waiting)
+    while waiting:
+        new = [node for node in near(waiting.pop()) if node not in reached]
+        new = [node for node in new if not isinstance(node.meta.get("val"), _NUMBERS)]
+        reached.update(new)
+        waiting.extend(new)
+    return reached
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether what a node makes may share memory with what it reads."""
+    return node.op != "output" and may_alias(node)
+
+
+def _erase(graph: GraphEditor, spare: set[fx.Node]) -> None:
+    """Erase those of these nodes, and of the sizes, that nothing needs but each other, and assertions on them."""
+    dead: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        number = node.op == "call_function" and isinstance(node.meta.get("val"), _NUMBERS)
+        if (node in spare or number) and all(user in dead or user.target is _METADATA for user in node.users):
+            dead |= {node, *node.users}
+    graph.drop_unused(dead.__contains__)
+
+
+# ---- numbers that are affine in an index, and conditions on them
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A whole number for each index: `start + sum(slope * index)`.
+
+    Args:
+        slopes: pairs of an axis, counted from the last one (-1), and its slope; none is zero.
+        start: the number where all indices are zero.
+    """
+
+    slopes: tuple[tuple[int, int], ...] = ()
+    start: int = 0
+
+    @staticmethod
+    def of(slopes: Mapping[int, int], start: int) -> Affine:
+        """Return the number with these slopes by axis."""
+        return Affine(tuple(sorted((axis, slope) for axis, slope in slopes.items() if slope)), start)
+
+    def plus(self, other: Affine, factor: int = 1) -> Affine:
+        """Return the sum with a multiple of another one."""
+        slopes = dict(self.slopes)
+        for axis, slope in other.slopes:
+            slopes[axis] = slopes.get(axis, 0) + factor * slope
+        return Affine.of(slopes, self.start + factor * other.start)
+
+    def moved(self, axis_of: Callable[[int], int]) -> Affine:
+        """Return the number with each axis renamed."""
+        return Affine.of({axis_of(axis): slope for axis, slope in self.slopes}, self.start)
+
+    def first(self, axis: int) -> Affine:
+        """Return the number at the first index of an axis."""
+        return Affine(tuple((other, slope) for other, slope in self.slopes if other != axis), self.start)
+
+    @property
+    def reduced(self) -> Affine:
+        """The number with the smallest slopes that is negative at the same indices."""
+        common = math.gcd(*(slope for _, slope in self.slopes)) or 1
+        return Affine(tuple((axis, slope // common) for axis, slope in self.slopes), self.start // common)
+
+    @property
+    def never_negative(self) -> bool:
+        """Whether it is zero or more at every index."""
+        return self.start >= 0 and all(slope > 0 for _, slope in self.slopes)
+
+    @property
+    def always_negative(self) -> bool:
+        """Whether it is below zero at every index."""
+        return self.start < 0 and all(slope < 0 for _, slope in self.slopes)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """True where none of these numbers is negative: everywhere, if there is none."""
+
+    conditions: frozenset[Affine] = frozenset()
+
+    @staticmethod
+    def of(conditions: Iterable[Affine]) -> Truth:
+        """Return the truth of these conditions, without those that always hold."""
+        left = frozenset(number.reduced for number in conditions if not number.never_negative)
+        return NEVER if any(number.always_negative for number in left) else Truth(left)
+
+    def over(self, change: Callable[[Affine], Affine]) -> Truth:
+        """Return the truth with each condition changed."""
+        return Truth.of(map(change, self.conditions))
+
+
+NEVER = Truth(frozenset({Affine((), -1)}))
+ALWAYS = Truth()
+Value = Affine | Truth
+_NOTHING = (ALWAYS, Affine())
+_TRIANGLE = Truth(frozenset({Affine.of({-2: 1, -1: -1}, 0)}))
+
+
+# ---- the proof
+
+_EXACT = 256
+"""Whole numbers up to here are exact in every floating dtype."""
+_LARGE = 2**20
+"""Slopes and starts up to here: their sums over indices overflow nowhere."""
+
+
+def follow(nodes: Iterable[fx.Node]) -> dict[fx.Node, Value]:
+    """Return what is known of the nodes' values at every size, if nothing writes into them.
+
+    Args:
+        nodes: in the graph's order, with all that they depend on.
+    """
+    known: dict[fx.Node, Value] = {}
+    for node in nodes:
+        value = _value(node, known)
+        if value is not None:
+            known[node] = value
+    return known
+
+
+def _value(node: fx.Node, known: Mapping[fx.Node, Value]) -> Value | None:
+    made = node.meta.get("val")
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or not isinstance(made, torch.Tensor):
+        return None
+    rule = _RULES.get(op.overloadpacket.__name__)
+    if rule is None or op._schema.is_mutable:
+        return None
+    given = {
+        argument.name: node.args[index]
+        if index < len(node.args)
+        else node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else None)
+        for index, argument in enumerate(op._schema.arguments)
+    }
+    value = rule(_Call(given, made, known))
+    for axis in range(-made.dim(), 0):
+        if value is not None and isinstance(size := made.shape[axis], int) and size == 1:
+            value = _changed(value, partial(Affine.first, axis=axis))  # it may be broadcast from here on
+    return value if value is not None and _holds(value, made.dtype) else None
+
+
+def _holds(value: Value, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds such values exactly."""
+    if isinstance(value, Truth):
+        return dtype is torch.bool
+    if dtype.is_floating_point:
+        return not value.slopes and abs(value.start) <= _EXACT
+    return dtype is torch.int64 and max(map(abs, (value.start, *dict(value.slopes).values()))) <= _LARGE
+
+
+def _changed(value: Value, change: Callable[[Affine], Affine]) -> Value:
+    return value.over(change) if isinstance(value, Truth) else change(value)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call: its arguments by name, the tensor that it makes (a fake one), and what is known of the others."""
+
+    given: Mapping[str, Any]
+    made: torch.Tensor
+    known: Mapping[fx.Node, Value]
+
+    def of(self, name: str) -> Value | None:
+        """Return what is known of an argument."""
+        argument = self.given.get(name)
+        if isinstance(argument, fx.Node):
+            return self.known.get(argument)
+        if isinstance(argument, bool) or not isinstance(argument, (int, float)) or not abs(argument) <= _LARGE:
+            return None
+        return Affine((), int(argument)) if argument == int(argument) else None
+
+    def number(self, name: str) -> Affine | None:
+        """Return an argument that is a whole number."""
+        value = self.of(name)
+        return value if isinstance(value, Affine) else None
+
+    def whole(self, name: str) -> int | None:
+        """Return an argument that is a Python int."""
+        argument = self.given.get(name)
+        return argument if type(argument) is int else None
+
+    def axis(self, name: str = "dim") -> int:
+        """Return an argument that names an axis of what is made, counted from the last."""
+        axis = int(self.given[name])
+        return axis if axis < 0 else axis - self.made.dim()
+
+
+def _arange(call: _Call) -> Value | None:
+    start, step = call.given.get("start", 0), call.given.get("step", 1)
+    return Affine.of({-1: step}, start) if type(start) is int and type(step) is int else None
+
+
+def _filled(fill: float | None) -> Callable[[_Call], Value | None]:
+    def rule(call: _Call) -> Value | None:
+        value = call.given.get("fill_value") if fill is None else fill
+        if call.made.dtype is torch.bool and isinstance(value, (bool, int, float)):
+            return ALWAYS if value else NEVER
+        return _Call({"fill": value}, call.made, call.known).of("fill")
+
+    return rule
+
+
+def _same(call: _Call) -> Value | None:
+    """The values stay, and an axis that grows was of one index."""
+    return call.of("self")
+
+
+def _cast(call: _Call) -> Value | None:
+    value = call.of("self")
+    if isinstance(value, Truth) and call.made.dtype is not torch.bool:
+        return Affine((), int(value == ALWAYS)) if value in (ALWAYS, NEVER) else None
+    if isinstance(value, Affine) and call.made.dtype is torch.bool:
+        return None if value.slopes else ALWAYS if value.start else NEVER
+    return value
+
+
+def _uniform(call: _Call) -> Value | None:
+    """The elements go to other places, and all are one."""
+    value = call.of("self")
+    uniform = value in (ALWAYS, NEVER) or (isinstance(value, Affine) and not value.slopes)
+    return value if uniform else None
+
+
+def _unsqueeze(call: _Call) -> Value | None:
+    value, axis = call.of("self"), call.axis()
+    return (
+        None
+        if value is None
+        else _changed(value, lambda number: number.moved(lambda old: old - 1 if old <= axis else old))
+    )
+
+
+def _transpose(call: _Call) -> Value | None:
+    value, one, other = call.of("self"), call.axis("dim0"), call.axis("dim1")
+    swapped = {one: other, other: one}
+    return None if value is None else _changed(value, lambda number: number.moved(lambda old: swapped.get(old, old)))
+
+
+def _slice(call: _Call) -> Value | None:
+    value, axis, step = call.of("self"), call.axis(), call.whole("step")
+    start = call.whole("start") if call.given.get("start") is not None else 0
+    if value is None or start is None or start < 0 or step is None:
+        return None
+
+    def part(number: Affine) -> Affine:
+        slope = dict(number.slopes).get(axis, 0)
+        return number.plus(Affine.of({axis: slope * (step - 1)}, slope * start))
+
+    return _changed(value, part)
+
+
+def _repeat(call: _Call) -> Value | None:
+    value, repeats = call.of("self"), call.given["repeats"]
+    if value is None:
+        return None
+    moving = {
+        axis for number in (value.conditions if isinstance(value, Truth) else {value}) for axis, _ in number.slopes
+    }
+    return value if all(repeats[axis] == 1 for axis in moving) else None
+
+
+def _sum(factor: int) -> Callable[[_Call], Value | None]:
+    def rule(call: _Call) -> Value | None:
+        one, other, alpha = call.number("self"), call.number("other"), call.whole("alpha")
+        return None if one is None or other is None or alpha is None else one.plus(other, factor * alpha)
+
+    return rule
+
+
+def _mul(call: _Call) -> Value | None:
+    one, other = call.number("self"), call.number("other")
+    if one is None or other is None or (one.slopes and other.slopes):
+        return None
+    many, factor = (one, other.start) if not other.slopes else (other, one.start)
+    return Affine().plus(many, factor)
+
+
+def _compare(conditions: Callable[[Affine], Truth | None]) -> Callable[[_Call], Value | None]:
+    def rule(call: _Call) -> Value | None:
+        one, other = call.number("self"), call.number("other")
+        return None if one is None or other is None else conditions(one.plus(other, -1))
+
+    return rule
+
+
+def _negative(number: Affine) -> Affine:
+    """Return a number that is not negative where this one is."""
+    return Affine((), -1).plus(number, -1)
+
+
+def _equal(gap: Affine) -> Truth:
+    return Truth.of((gap, Affine().plus(gap, -1)))
+
+
+def _not(truth: Truth) -> Truth | None:
+    if truth in (ALWAYS, NEVER):
+        return NEVER if truth == ALWAYS else ALWAYS
+    return Truth.of(map(_negative, truth.conditions)) if len(truth.conditions) == 1 else None
+
+
+def _unequal(gap: Affine) -> Truth | None:
+    return _not(_equal(gap))
+
+
+def _and(call: _Call) -> Value | None:
+    one, other = call.of("self"), call.of("other")
+    if not isinstance(one, Truth) or not isinstance(other, Truth):
+        return None
+    return Truth.of(one.conditions | other.conditions)
+
+
+def _inverse(call: _Call) -> Value | None:
+    value = call.of("self")
+    return _not(value) if isinstance(value, Truth) else None
+
+
+def _triangle(sign: int) -> Callable[[_Call], Value | None]:
+    def rule(call: _Call) -> Value | None:
+        value, diagonal = call.of("self"), call.whole("diagonal")
+        if not isinstance(value, Truth) or diagonal is None:
+            return None
+        return Truth.of({*value.conditions, Affine.of({-2: sign, -1: -sign}, sign * diagonal)})
+
+    return rule
+
+
+def _diff(call: _Call) -> Value | None:
+    value, axis = call.number("self"), call.axis()
+    if value is None or call.given["n"] != 1 or call.given["append"] is not None:
+        return None
+    slope = Affine((), dict(value.slopes).get(axis, 0))
+    if call.given["prepend"] is not None:
+        size, before = call.given["prepend"].meta["val"].shape[axis], call.number("prepend")
+        if before is None or not isinstance(size, int) or size != 1 or value.first(axis).plus(before, -1) != slope:
+            return None
+    return slope
+
+
+def _cumsum(call: _Call) -> Value | None:
+    return Affine() if call.of("self") in (NEVER, Affine()) else None
+
+
+def _index(call: _Call) -> Value | None:
+    value, indices = call.of("self"), call.given["indices"]
+    known = [call.known.get(index) if isinstance(index, fx.Node) else None for index in indices]
+    rows = [index for index in known if isinstance(index, Affine) and index.never_negative]
+    if value is None or len(rows) != call.given["self"].meta["val"].dim() or len(rows) != len(known):
+        return None
+
+    def picked(number: Affine) -> Affine:
+        total = Affine((), number.start)
+        for axis, slope in number.slopes:
+            total = total.plus(rows[axis], slope)
+        return total
+
+    return _changed(value, picked)
+
+
+def _where(condition: str, yes: str, no: str) -> Callable[[_Call], Value | None]:
+    def rule(call: _Call) -> Value | None:
+        truth = call.of(condition)
+        return call.of(yes if truth == ALWAYS else no) if truth in (ALWAYS, NEVER) else None
+
+    return rule
+
+
+_RULES: dict[str, Callable[[_Call], Value | None]] = {
+    "arange": _arange,
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1)),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0)),
+    **dict.fromkeys(("full", "full_like", "new_full"), _filled(None)),
+    **dict.fromkeys(("expand", "contiguous", "clone", "alias", "detach"), _same),
+    **dict.fromkeys(("to", "_to_copy"), _cast),
+    **dict.fromkeys(("view", "reshape", "flatten"), _uniform),
+    "unsqueeze": _unsqueeze,
+    "transpose": _transpose,
+    "slice": _slice,
+    "repeat": _repeat,
+    "add": _sum(1),
+    "sub": _sum(-1),
+    "mul": _mul,
+    "ge": _compare(lambda gap: Truth.of((gap,))),
+    "lt": _compare(lambda gap: Truth.of((_negative(gap),))),
+    "le": _compare(lambda gap: Truth.of((Affine().plus(gap, -1),))),
+    "gt": _compare(lambda gap: Truth.of((gap.plus(Affine((), -1)),))),
+    "eq": _compare(_equal),
+    "ne": _compare(_unequal),
+    **dict.fromkeys(("__and__", "bitwise_and", "logical_and"), _and),
+    **dict.fromkeys(("logical_not", "bitwise_not"), _inverse),
+    "tril": _triangle(1),
+    "triu": _triangle(-1),
+    "diff": _diff,
+    "cumsum": _cumsum,
+    "index": _index,
+    "where": _where("condition", "self", "other"),
+    "masked_fill": _where("mask", "value", "self"),
+}
