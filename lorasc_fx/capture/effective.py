@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.signature import whole
 from lorasc_fx.errors import StateError
+from lorasc_fx.parameters import holders
 from lorasc_fx.undo import Undo, isolated
 
 __all__ = ["EffectiveWeights"]
@@ -115,14 +116,11 @@ class EffectiveWeights:
         self.effective = dict(effective)
         self.parameters = {name: self.model.get_parameter(name) for name in self.effective}
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._lists = [  # recurrent layers gather theirs anew in each forward
-            (store, index, names[id(value)])
-            for module in self.model.modules()
-            if not isinstance(module, nn.RNNBase)
-            for store in vars(module).values()
-            if type(store) is list
-            for index, value in enumerate(store)
-            if id(value) in names
+        self._lists = [
+            (holder, names[id(holder.value)])
+            for holder in holders(self.model)
+            if isinstance(holder.store, list) and id(holder.value) in names
+            if not isinstance(holder.module, nn.RNNBase)  # these gather theirs anew in each forward
         ]
         self._open = False
 
@@ -251,8 +249,8 @@ class EffectiveWeights:
         if self.once:
             self._calls.add(call)
         self._local.running = (*self.running, call)
-        for store, index, name in self._lists:
-            store[index] = self._computed(name)
+        for holder, name in self._lists:
+            holder.put(self._computed(name))
         return call
 
     def end(self, running: tuple[_Call, ...]) -> None:
@@ -267,8 +265,8 @@ class EffectiveWeights:
 
     def put_back_lists(self) -> None:
         """Let lists hold the parameters."""
-        for store, index, name in self._lists:
-            store[index] = self.parameters[name]
+        for holder, name in self._lists:
+            holder.put(self.parameters[name])
         for module, held in self._recurrent:
             vars(module).update(held)
 

@@ -39,25 +39,25 @@ __all__ = [
 
 def use_of(node: fx.Node) -> Use | None:
     """Return the use that a match marked on the node."""
-    found = node.meta.get(USE)
-    return found if isinstance(found, Use) else None
+    use = node.meta.get(USE)
+    return use if isinstance(use, Use) else None
 
 
 def made_by(node: fx.Node) -> str:
     """Return the name of the pass of ours that made the node, or ""."""
-    found = node.meta.get(MADE_BY, "")
-    return found if isinstance(found, str) else ""
+    name = node.meta.get(MADE_BY, "")
+    return name if isinstance(name, str) else ""
 
 
 def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
     """Return the nodes that call a branch, with their branches."""
-    found: dict[fx.Node, Branch] = {}
+    nodes: dict[fx.Node, Branch] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             module = module_at(graph_module, node.target)
             if isinstance(module, Branch):
-                found[node] = module
-    return found
+                nodes[node] = module
+    return nodes
 
 
 def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
@@ -116,23 +116,23 @@ class ReplacedCall:
 
 def call_template(node: fx.Node) -> CallTemplate | None:
     """Return the call that this branch node replaced, without its inputs; None for any other node."""
-    found = node.meta.get(REPLACED_CALL)
-    return found if isinstance(found, CallTemplate) else None
+    template = node.meta.get(REPLACED_CALL)
+    return template if isinstance(template, CallTemplate) else None
 
 
 def replaced_call(node: fx.Node) -> ReplacedCall | None:
     """Return the call that this branch node replaced, with the inputs of the node; None for any other node."""
-    found = call_template(node)
-    if found is None:
+    template = call_template(node)
+    if template is None:
         return None
-    args, kwargs = _filled(found.args, node.args), _filled(found.kwargs, node.args)
-    op = ReplacedCall(found.name, found.op, found.target, args, kwargs, None, None)
+    args, kwargs = _filled(template.args, node.args), _filled(template.kwargs, node.args)
+    op = ReplacedCall(template.name, template.op, template.target, args, kwargs, None, None)
     owner = node.graph.owning_module
-    module = module_at(owner, found.target) if owner is not None and found.op == "call_module" else None
+    module = module_at(owner, template.target) if owner is not None and template.op == "call_module" else None
     form = form_of(op, module)
-    if form is None or len(node.args) != found.inputs:
+    if form is None or len(node.args) != template.inputs:
         return op
-    return ReplacedCall(found.name, found.op, found.target, args, kwargs, form, form.reads(op, module))
+    return ReplacedCall(template.name, template.op, template.target, args, kwargs, form, form.reads(op, module))
 
 
 def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:

@@ -41,9 +41,9 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     """
     new = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    found = new.graph_copy(graph, copied, return_output_node=True)
-    if isinstance(found, tuple):
-        value, old = found
+    result = new.graph_copy(graph, copied, return_output_node=True)
+    if isinstance(result, tuple):
+        value, old = result
         new.output(value, type_expr=old.type).meta = copy.copy(old.meta)
     new._codegen = graph._codegen
     return new
@@ -80,14 +80,14 @@ def own_copy(live: fx.GraphModule, owner: str, values: Mapping[str, torch.Tensor
     }
     for name, tensor in tensors.items():
         value = values.get(name, tensor).detach().clone()
-        own = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-        memo.setdefault(id(tensor), own)
+        copied = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        memo.setdefault(id(tensor), copied)
     attributes: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            found = operator.attrgetter(node.target)(live)
+            attribute = operator.attrgetter(node.target)(live)
             node.target = node.target.removeprefix(f"{owner}.")
-            attributes[node.target] = copy.deepcopy(found, memo)
+            attributes[node.target] = copy.deepcopy(attribute, memo)
     folded = fx.GraphModule(attributes, graph, type(model).__name__)
     folded.training = live.training
     for path, module in model.named_modules(remove_duplicate=False):

@@ -88,13 +88,13 @@ class GraphEditor:
         """The branches that the graph module holds, by key."""
         if self.module._modules.get(BRANCHES) is None:
             return {}
-        found = held_branches(self.module)
-        if found is None:
+        branches = held_branches(self.module)
+        if branches is None:
             raise PassError(
                 f"the graph module has a child {BRANCHES!r} of its own; rename it, branches are kept there",
                 code="name-taken",
             )
-        return found
+        return branches
 
     def set_branches(self, branches: Mapping[str, Branch]) -> None:
         """Hold these branches, in a dictionary of this copy's own; without any, the child goes."""
@@ -169,11 +169,11 @@ class GraphEditor:
 
     def unshare(self, node: fx.Node) -> None:
         """Let a branch node read its input itself again."""
-        found = shared_input(node)
-        assert found is not None
+        shared = shared_input(node)
+        assert shared is not None
         low = node.args[1]
         assert isinstance(low, fx.Node)
-        node.args = (node.args[0], found.x, *node.args[2:])
+        node.args = (node.args[0], shared.x, *node.args[2:])
         node.kwargs = {name: value for name, value in node.kwargs.items() if name != "shared"}
         if not low.users:
             self._erase(low)
@@ -359,10 +359,10 @@ def call_instead(
     where: Callable[[fx.Node], bool] = lambda node: True,
 ) -> bool:
     """Let every node that calls one function (and that `where` means) call another one; whether there was any."""
-    found = [node for node in graph.nodes if node.op == "call_function" and node.target is old and where(node)]
-    for node in found:
+    calls = [node for node in graph.nodes if node.op == "call_function" and node.target is old and where(node)]
+    for node in calls:
         node.target = new
-    return bool(found)
+    return bool(calls)
 
 
 def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:

@@ -55,8 +55,8 @@ __all__ = [
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """Return the sizes of a node's tensor in the call that was captured; None where nothing is known of it."""
     for name in ("val", "example_value", "tensor_meta"):
-        found = node.meta.get(name)
-        shape = getattr(found, "shape", None)
+        value = node.meta.get(name)
+        shape = getattr(value, "shape", None)
         if isinstance(shape, (tuple, list, torch.Size)):
             sizes = [_number(size) for size in shape]
             return None if None in sizes else tuple(size for size in sizes if size is not None)
@@ -111,7 +111,7 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
 
     What is made of sizes alone (a state of zeros for this batch) is none of them.
     """
-    found: set[fx.Node] = set()
+    constant: set[fx.Node] = set()
     sizes: set[fx.Node] = set()
     for node in graph.nodes:
         read = read_values(node)
@@ -119,10 +119,10 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
         made = node.op == "call_function" and not node.all_input_nodes and name_of(node) in _FACTORIES
         if reads_shape_only(node) or (computed and sizes.issuperset(read) and _arithmetic(node)):
             sizes.add(node)
-            found.add(node)
-        elif node.op == "get_attr" or made or (computed and found.issuperset(read) and not sizes.issuperset(read)):
-            found.add(node)
-    return found
+            constant.add(node)
+        elif node.op == "get_attr" or made or (computed and constant.issuperset(read) and not sizes.issuperset(read)):
+            constant.add(node)
+    return constant
 
 
 def read_values(node: fx.Node) -> list[fx.Node]:
@@ -292,9 +292,9 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
         weight: a get_attr node, or the node of a branch that stands on one.
         constant: nodes that depend on no input.
     """
-    found = list(consumers(weight, constant, stands=_fits))
-    if any(kind_of(consumer) for consumer in found):
-        return found
+    alone = list(consumers(weight, constant, stands=_fits))
+    if any(kind_of(consumer) for consumer in alone):
+        return alone
     with_constants = list(consumers(weight, constant, stands=_contracts))
     if any(kind_of(consumer) for consumer in with_constants):
         return with_constants
@@ -302,7 +302,7 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
     if any(_as_weight(consumer) for consumer in scaled):
         return scaled
     looked_up = list(consumers(weight, constant, stands=partial(_is_looked_up, constant)))
-    return looked_up if any(kind_of(consumer) for consumer in looked_up) else found
+    return looked_up if any(kind_of(consumer) for consumer in looked_up) else alone
 
 
 def kind_of(consumer: Consumer) -> str | None:
@@ -315,8 +315,8 @@ def kind_of(consumer: Consumer) -> str | None:
     ):  # flow stops at none that it was not told
         return "embedding"
     for inner in (argument for source in consumer.reads for argument in inside(consumer.node, source)):
-        found = consumers(inner, constants(inner.graph) | {inner})
-        kind = next((kind for kind in map(kind_of, found) if kind is not None), None)
+        met = consumers(inner, constants(inner.graph) | {inner})
+        kind = next((kind for kind in map(kind_of, met) if kind is not None), None)
         if kind is not None:
             return kind
     return None
@@ -380,19 +380,19 @@ def _writes(node: fx.Node, source: fx.Node) -> bool:
         return bool(getattr(_called(node), "inplace", False))
     name = name_of(node)
     into = node.target in _WRITING_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
-    told = node.kwargs.get("inplace") is True or node.kwargs.get("out") is source
-    return told or mutates(node, source) or (into and node.args[:1] == (source,))
+    stated = node.kwargs.get("inplace") is True or node.kwargs.get("out") is source
+    return stated or mutates(node, source) or (into and node.args[:1] == (source,))
 
 
 def _roots(values: Collection[fx.Node]) -> set[fx.Node]:
     """Return the nodes whose memory these values may share, themselves among them."""
-    found, waiting = set[fx.Node](), list(values)
+    reached, waiting = set[fx.Node](), list(values)
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found.add(node)
+        if node not in reached:
+            reached.add(node)
             waiting += node.all_input_nodes if _shares(node) else ()
-    return found
+    return reached
 
 
 def _shares(node: fx.Node) -> bool:

@@ -139,12 +139,12 @@ class FunctionForm(Form):
         """Whether the node reads `source` as its weight and nowhere else, has no argument that the row cannot repeat,
         and those that it needs.
         """
-        found: list[fx.Node] = []
-        fx.node.map_arg((node.args, node.kwargs), found.append)
+        reads: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), reads.append)
         plain = all(self.argument(node, name) in (None, value) for name, value in self.plain)
         plain = plain and all((self.argument(node, name) or 0) >= 0 for name in self.counted)
         plain = plain and all(self.argument(node, name) is not None for name in self.needs)
-        return plain and self.argument(node, self.weight) is source and found.count(source) == 1
+        return plain and self.argument(node, self.weight) is source and reads.count(source) == 1
 
     def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
         """Return the input and those of the arguments to repeat that the node gives."""
@@ -194,13 +194,13 @@ class ModuleForm(Form):
 
     def fits(self, module: nn.Module) -> bool:
         """Whether the module computes as the row's class does; with its own forward, or with hooks, it does not."""
-        own = type(module)
+        kind = type(module)
         if module._forward_pre_hooks or module._forward_hooks:
             return False
-        if not isinstance(module, self.module) or own.forward is not self.module.forward or "forward" in vars(module):
+        if not isinstance(module, self.module) or kind.forward is not self.module.forward or "forward" in vars(module):
             return False
         convolves = getattr(self.module, "_conv_forward", None)
-        same = convolves is None or getattr(own, "_conv_forward", None) is convolves
+        same = convolves is None or getattr(kind, "_conv_forward", None) is convolves
         plain = not any(getattr(module, option, None) for option in ("max_norm", "scale_grad_by_freq"))
         return same and plain
 
@@ -445,11 +445,11 @@ def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
     """
     if node.op not in ("call_function", "call_method"):
         return None
-    own = own_form(node.target)
-    if isinstance(own, WeightForm):
-        return own.kind if own.argument(node, own.weight) in reads else None
-    if own is not None:
-        return own.kind if any(source in reads for source in node.all_input_nodes) else None
+    form = own_form(node.target)
+    if isinstance(form, WeightForm):
+        return form.kind if form.argument(node, form.weight) in reads else None
+    if form is not None:
+        return form.kind if any(source in reads for source in node.all_input_nodes) else None
     name = name_of(node)
     multiplied: list[fx.Node] = []
     fx.node.map_arg((node.args[1 if name in ADDED_FIRST else 0 :], node.kwargs), multiplied.append)

@@ -35,11 +35,11 @@ from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.spec import KINDS, CascadeSpec
 
-__all__ = ["Beside", "Found", "Matching", "Placer", "candidates", "kind_at", "match", "read", "survey"]
+__all__ = ["BesideUse", "Matching", "Placer", "WeightUses", "candidates", "kind_at", "match", "read", "survey"]
 
 
 @dataclass(frozen=True)
-class Beside:
+class BesideUse:
     """A node beside which a branch can stand."""
 
     node: fx.Node
@@ -50,14 +50,14 @@ class Beside:
 
 
 @dataclass
-class Found:
+class WeightUses:
     """All that the graph says of one weight: its get_attr nodes, and what uses it.
 
     `layer`: it is the weight of a linear, conv or embedding module of torch.nn.
     """
 
     sources: list[fx.Node] = field(default_factory=list)
-    beside: list[Beside] = field(default_factory=list)
+    beside: list[BesideUse] = field(default_factory=list)
     contracted: list[tuple[fx.Node, str]] = field(default_factory=list)
     others: list[fx.Node] = field(default_factory=list)
     opaque: list[fx.Node] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Found:
         """Whether a branch that the weight has already can stand here: on the weight at least, or nothing reads it."""
         return not (self.written or self.opaque or (self.called and not self.all_beside))
 
-    def join(self, other: Found) -> None:
+    def join(self, other: WeightUses) -> None:
         """Take in what another graph says of the same weight."""
         for name in ("sources", "beside", "contracted", "others", "opaque", "written", "rows"):
             getattr(self, name).extend(getattr(other, name))
@@ -111,36 +111,36 @@ class Found:
         return [use.node for use in self.beside if (replaced_call(use.node) or use.node).op == "call_module"]
 
 
-def kind_at(shape: tuple[int, ...], seen: Found) -> str:
+def kind_at(shape: tuple[int, ...], seen: WeightUses) -> str:
     """Return the kind of site that a weight of this shape makes, used so."""
     kind = seen.kinds[0]
     return "experts" if kind == "linear" and len(shape) == 3 else kind
 
 
-def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict[str, Found]:
+def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict[str, WeightUses]:
     """Return what the graph says of each weight matrix that it shows, by the weight's name."""
-    found: dict[str, Found] = defaultdict(Found)
+    uses: dict[str, WeightUses] = defaultdict(WeightUses)
     constant = constants(graph_module.graph)
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node.target.startswith(record.prefix):
             weight = weights.canonical.get(node.target.removeprefix(record.prefix))
             if weight is not None and weights.parameters[weight].dim() > 1:
-                found[weight].sources.append(node)
+                uses[weight].sources.append(node)
                 shape = tuple(weights.parameters[weight].shape)
                 for start in _behind_branches(graph_module, node):
                     for consumer in uses_of(start, constant | {start}):
-                        _read_consumer(consumer, start, shape, found[weight])
+                        _read_consumer(consumer, start, shape, uses[weight])
         elif node.op == "call_module":
-            _read_module(graph_module, node, record, weights, found)
-    return found
+            _read_module(graph_module, node, record, weights, uses)
+    return uses
 
 
 def _behind_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.Node]:
     """Return the branch nodes that stand on a weight already, or on what is chosen of it; or the weight's own node."""
     for holders in ([source], indexed_experts(source)):
-        found = [user for holder in holders for user in holder.users if _stands_on(graph_module, user, holder)]
-        if found:
-            return found
+        branches = [user for holder in holders for user in holder.users if _stands_on(graph_module, user, holder)]
+        if branches:
+            return branches
     return [source]
 
 
@@ -149,14 +149,14 @@ def _stands_on(graph_module: fx.GraphModule, node: fx.Node, holder: fx.Node) -> 
     return branch and call_template(node) is None and node.args == (holder,)
 
 
-def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], found: Found) -> None:
+def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], uses: WeightUses) -> None:
     node, dims = consumer.node, len(shape)
     if any(mutates(node, source) for source in consumer.aliases):
-        found.written.append(node)
+        uses.written.append(node)
         return
     op = replaced_call(node)
     if op is not None and op.form is not None:  # a branch stands in place of the op already
-        found.beside.append(Beside(node, op.form.name, op.form.kind, op.form.layout, mergeable=True))
+        uses.beside.append(BesideUse(node, op.form.name, op.form.kind, op.form.layout, mergeable=True))
         return
     form, layout = form_of(node, None), None
     if isinstance(form, FunctionForm) and form.dims == dims and len(consumer.reads) == 1:
@@ -167,16 +167,16 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], f
         if fits and source is start:
             layout = form.layout if not turned else {"out_in": "in_out", "in_out": "out_in"}[form.layout]
     if isinstance(form, FunctionForm) and layout is not None:
-        found.beside.append(Beside(node, form.name, form.kind, layout, mergeable(node, form)))
+        uses.beside.append(BesideUse(node, form.name, form.kind, layout, mergeable(node, form)))
     elif (kind := kind_of(consumer)) is not None:
-        found.contracted.append((node, kind))
-        found.rows += [rows_read(source, start, shape) for source in consumer.reads]
+        uses.contracted.append((node, kind))
+        uses.rows += [rows_read(source, start, shape) for source in consumer.reads]
     else:
-        found.others.append(node)
+        uses.others.append(node)
 
 
 def _read_module(
-    graph_module: fx.GraphModule, node: fx.Node, record: Record, weights: Weights, found: dict[str, Found]
+    graph_module: fx.GraphModule, node: fx.Node, record: Record, weights: Weights, uses: dict[str, WeightUses]
 ) -> None:
     module = module_at(graph_module, str(node.target))
     if module is None or isinstance(module, Branch):
@@ -185,12 +185,12 @@ def _read_module(
     form = form_of(node, module)
     used = weights.canonical.get(f"{name}.weight") if form is not None else None
     if form is not None and used is not None:
-        found[used].beside.append(Beside(node, form.name, form.kind, form.layout, mergeable(node, form)))
-    for own, parameter in module.named_parameters(remove_duplicate=False):
-        weight = weights.canonical.get(f"{name}.{own}")
+        uses[used].beside.append(BesideUse(node, form.name, form.kind, form.layout, mergeable(node, form)))
+    for leaf, parameter in module.named_parameters(remove_duplicate=False):
+        weight = weights.canonical.get(f"{name}.{leaf}")
         if weight is not None and weight != used and parameter.dim() > 1:
-            renormed = own == "weight" and getattr(module, "max_norm", None) is not None
-            (found[weight].written if renormed else found[weight].opaque).append(node)
+            renormed = leaf == "weight" and getattr(module, "max_norm", None) is not None
+            (uses[weight].written if renormed else uses[weight].opaque).append(node)
 
 
 Placer = Callable[[Site, Sequence[fx.Node]], str]
@@ -215,7 +215,7 @@ class Matching:
 def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
     """Return the weights to which the spec may give a branch, before a graph shows how they are used."""
     weights = named_weights(owner)
-    return frozenset(name for name in weights.matrices if _refuse(spec, weights, name, Found()) is None)
+    return frozenset(name for name in weights.matrices if _refuse(spec, weights, name, WeightUses()) is None)
 
 
 def survey(
@@ -240,18 +240,18 @@ def survey(
     owner = owner_of(graph_modules[0], record)
     weights = named_weights(owner)
     check_patterns(spec, weights.matrices, weights.names)
-    found: dict[str, Found] = defaultdict(Found)
+    uses: dict[str, WeightUses] = defaultdict(WeightUses)
     for path, module in owner.named_modules():
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)):
-            found[weights.canonical.get(f"{path}.weight".lstrip("."), "")].layer = True
+            uses[weights.canonical.get(f"{path}.weight".lstrip("."), "")].layer = True
     for graph_module in graph_modules:
         for weight, seen in read(graph_module, record, weights).items():
-            found[weight].join(seen)
+            uses[weight].join(seen)
     for weight, kind in outside.items():
-        if weight in weights.matrices and not found[weight].kinds:
-            found[weight].touched = True
-            found[weight].outside += [kind] if kind else []
-    return _classify(found, weights, record, spec, place)
+        if weight in weights.matrices and not uses[weight].kinds:
+            uses[weight].touched = True
+            uses[weight].outside += [kind] if kind else []
+    return _classify(uses, weights, record, spec, place)
 
 
 def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec, place: Placer = reference) -> Matching:
@@ -267,13 +267,13 @@ def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec, place
     """
     weights = named_weights(owner_of(graph_module, record))
     check_patterns(spec, weights.matrices, weights.names)
-    found = read(graph_module, record, weights)
-    matching = _classify(found, weights, record, spec, place)
-    return replace(matching, uses=_marks(graph_module, found, matching.plan))
+    uses = read(graph_module, record, weights)
+    matching = _classify(uses, weights, record, spec, place)
+    return replace(matching, uses=_marks(graph_module, uses, matching.plan))
 
 
 def _classify(
-    found: Mapping[str, Found], weights: Weights, record: Record, spec: CascadeSpec, place: Placer
+    uses: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec, place: Placer
 ) -> Matching:
     plan = record.plan if record.plan is not None else Plan(spec)
     known = plan.by_weight
@@ -282,7 +282,7 @@ def _classify(
     refusals: list[Refusal] = []
     unreached: list[str] = []
     for weight, names in weights.matrices.items():
-        seen = found.get(weight, Found())
+        seen = uses.get(weight, WeightUses())
         refusal = earlier.get(weight) or _refuse(spec, weights, weight, seen)
         if weight in known:
             if refusal is not None and not seen.can_follow:
@@ -304,7 +304,7 @@ def _classify(
     return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))
 
 
-def _placed(site: Site, seen: Found, weight: torch.Tensor, spec: CascadeSpec, place: Placer) -> Site:
+def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpec, place: Placer) -> Site:
     """Return the site with its placement, and with dropout where the branch sees an input that can be dropped.
 
     Raises:
@@ -335,28 +335,28 @@ def _placed(site: Site, seen: Found, weight: torch.Tensor, spec: CascadeSpec, pl
     return replace(site, placement="merged") if merged else site
 
 
-def _in_place(site: Site, seen: Found) -> bool:
+def _in_place(site: Site, seen: WeightUses) -> bool:
     """Whether a branch can stand in place of every use."""
     return site.kind in ("linear", "conv") and _beside(site, seen) and all(use.mergeable for use in seen.beside)
 
 
-def _seen_as(site: Site, seen: Found, weight: torch.Tensor) -> str:
+def _seen_as(site: Site, seen: WeightUses, weight: torch.Tensor) -> str:
     if is_quantized(weight):
         return "quantized"
     odd = [node for node, _ in seen.contracted] or seen.others or [use.node for use in seen.beside]
     return f"of kind {site.kind!r}, used at node {_told(odd[0])}" if odd else f"of kind {site.kind!r}"
 
 
-def _beside(site: Site, seen: Found) -> bool:
+def _beside(site: Site, seen: WeightUses) -> bool:
     """Whether a branch can stand beside every use: a stack of experts only where all forms are of experts."""
     kinds = {use.kind for use in seen.beside}
     return seen.all_beside and (site.kind != "experts" or kinds == {"experts"})
 
 
-def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan) -> dict[fx.Node, Use]:
+def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: Plan) -> dict[fx.Node, Use]:
     marks: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
-        seen = found.get(weight, Found())
+        seen = uses.get(weight, WeightUses())
         if site.use_dora and seen.reached and not _in_place(site, seen):
             raise PassError(
                 f"{weight} has magnitudes, and this graph uses it where none can stand. "
@@ -383,7 +383,7 @@ def _marks(graph_module: fx.GraphModule, found: Mapping[str, Found], plan: Plan)
 _UNUSED = "uses it neither in a matrix product or convolution nor as a table"
 
 
-def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: Found) -> Refusal | None:
+def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) -> Refusal | None:
     """Return why a weight gets no branch, or None where it can have one (or is not reached)."""
     names, parameter = weights.names[weight], weights.parameters[weight]
     if any(matches(pattern, names) for pattern in spec.exclude):
@@ -416,12 +416,12 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: Found) -> Re
         sentence = f"node {_told(seen.others[0])} {_UNUSED}"
         return Refusal(weight, seen.others[0].name, Reason.NO_FORM, sentence)
     if is_quantized(parameter) and not (seen.all_beside and set(seen.kinds) == {"linear"}):
-        told = next(
+        node = next(
             iter(seen.others or [node for node, _ in seen.contracted] or [use.node for use in seen.beside]), None
         )
-        where = f"node {_told(told)} computes" if told is not None else "Python between the graphs computes"
+        where = f"node {_told(node)} computes" if node is not None else "Python between the graphs computes"
         sentence = f"{where} with its quantized numbers, and no branch can stand beside that"
-        return Refusal(weight, told.name if told is not None else "", Reason.QUANTIZED, sentence)
+        return Refusal(weight, node.name if node is not None else "", Reason.QUANTIZED, sentence)
     if not seen.all_beside and seen.called:
         other = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
         sentence = f"module {seen.called[0].target} is called whole, and node {_told(other)} uses its weight as well"

@@ -63,8 +63,8 @@ class Record:
 
 def record_of(graph_module: fx.GraphModule) -> Record:
     """Return the module's record, or an empty one."""
-    found = graph_module.meta.get(_RECORD)
-    return found if isinstance(found, Record) else Record()
+    record = graph_module.meta.get(_RECORD)
+    return record if isinstance(record, Record) else Record()
 
 
 def set_record(graph_module: fx.GraphModule, record: Record) -> None:

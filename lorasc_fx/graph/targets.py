@@ -72,12 +72,12 @@ def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[
 
 def rules_of(spec: CascadeSpec, trained: Iterable[str], names: Mapping[str, tuple[str, ...]]) -> dict[str, TrainRule]:
     """Return the first of the spec's train_rules that means each of these parameters, where one does."""
-    found = {}
+    rules = {}
     for name in trained:
         rule = next((rule for rule in spec.train_rules if matches(rule.pattern, names[name])), None)
         if rule is not None:
-            found[name] = rule
-    return found
+            rules[name] = rule
+    return rules
 
 
 def describe(
@@ -96,6 +96,6 @@ def describe(
             rank, ranks = (rule.rank, ()) if rule.rank is not None else (rank, ranks)
             lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
             break
-    own = (rank, float(lora_alpha), spec.use_rslora)
-    site = Site(weight, kind, tuple(shape), *own, aliases, layout, parts, use_dora=spec.use_dora)
+    options = (rank, float(lora_alpha), spec.use_rslora)
+    site = Site(weight, kind, tuple(shape), *options, aliases, layout, parts, use_dora=spec.use_dora)
     return replace(site, ranks=ranks, train_A=spec.train_A, nearest_full_gradient=spec.nearest_full_gradient)

@@ -151,9 +151,9 @@ def _readers_of_sites_are_marked(view: View) -> Iterator[str]:
             readers, weight = met, view.canonical[name]
         elif node.op == "call_module" and node not in view.branches:
             inside = module_at(view.module, node.target)
-            held = [f"{name}.{own}" for own, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
-            found = [view.canonical[name] for name in held if view.canonical.get(name) in planned]
-            readers, weight = [node] if found else [], found[0] if found else ""
+            held = [f"{name}.{leaf}" for leaf, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
+            sites = [view.canonical[name] for name in held if view.canonical.get(name) in planned]
+            readers, weight = [node] if sites else [], sites[0] if sites else ""
         else:
             continue
         for reader in readers:
@@ -231,11 +231,11 @@ def _branches_stand_at_sites(view: View) -> Iterator[str]:
             yield f"branch node {node.name} calls the branch of {branch.weight_name} beside {use.weight}"
         if not is_form(use.form):
             continue  # told where uses are held against the plan
-        found = _reading(view, use.form, base)
-        if found is None:
+        reading = _reading(view, use.form, base)
+        if reading is None:
             yield f"node {base.name} has not the arguments of {use.form}"
             continue
-        inputs, options = found
+        inputs, options = reading
         shared = shared_input(node)
         if shared is not None:
             options |= {"shared": True}
@@ -262,8 +262,8 @@ def _stands_in_place(view: View, node: fx.Node, branch: Branch) -> Iterator[str]
     if node.target != f"{BRANCHES}.{site.key}" or branch.weight_name != use.weight:
         yield f"branch node {node.name} computes with {use.weight}, but calls {node.target}"
     reading = op.reading
-    own = [read for read in (reading.x, reading.weight, reading.bias) if read is not None]
-    if [_named(read, had) for read, had in zip_longest(node.args, own)] != own:
+    wanted = [read for read in (reading.x, reading.weight, reading.bias) if read is not None]
+    if [_named(read, had) for read, had in zip_longest(node.args, wanted)] != wanted:
         yield f"branch node {node.name} does not read what {op.name}, in whose place it stands, would read"
     if dict(node.kwargs) != {**reading.options, "op": op.form.product}:
         yield f"branch node {node.name} has {dict(node.kwargs)}, but {op.name} has {dict(reading.options)}"
@@ -271,9 +271,9 @@ def _stands_in_place(view: View, node: fx.Node, branch: Branch) -> Iterator[str]
         yield f"branch node {node.name} is read by nobody"
 
 
-def _named(found: Any, wanted: Any) -> Any:
+def _named(read: Any, wanted: Any) -> Any:
     """Return what a node reads by name where a name is wanted."""
-    return found.target if isinstance(found, fx.Node) and isinstance(wanted, str) else found
+    return read.target if isinstance(read, fx.Node) and isinstance(wanted, str) else read
 
 
 def _reading(view: View, form: str, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -318,10 +318,10 @@ def _branches_fit_plan(view: View) -> Iterator[str]:
         if type(branch) is not branch_class(site) or branch.weight_shape != site.shape:
             made = f"{type(branch).__name__} for {branch.weight_shape}"
             yield f"the branch of {site.weight} is a {made}, planned for a {site.kind} of {site.shape}"
-        own = dict(branch.named_parameters())
+        parameters = dict(branch.named_parameters())
         for name, shape in site.parameter_shapes.items():
-            if name in own and tuple(own[name].shape) != shape:
-                yield f"{name} of {site.weight} is {tuple(own[name].shape)}, planned as {shape}"
+            if name in parameters and tuple(parameters[name].shape) != shape:
+                yield f"{name} of {site.weight} is {tuple(parameters[name].shape)}, planned as {shape}"
         if branch.transposed != (site.layout == "in_out"):
             yield f"the branch of {site.weight} is turned the other way than its layout, {site.layout}, says"
         for what in ("weight_name", "scale", "dropout", "parts"):
@@ -346,16 +346,16 @@ def _metadata_is_the_base_ops(view: View) -> Iterator[str]:
             base = node
         if not made_by(node):
             yield f"branch node {node.name} was made by no pass of ours"
-        own, theirs = node.meta.get("val"), base.meta.get("val")
+        made, theirs = node.meta.get("val"), base.meta.get("val")
         use, plan = use_of(base), view.record.plan
         site = plan.site(use.weight) if plan is not None and use is not None else None
-        if site is not None and base is node and isinstance(own, torch.Tensor):
-            axis = own.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
-            if not 0 <= axis < own.dim() or own.shape[axis] != site.matrix_shape[0]:
+        if site is not None and base is node and isinstance(made, torch.Tensor):
+            axis = made.dim() - (len(site.shape) - 1 if site.kind == "conv" else 1)
+            if not 0 <= axis < made.dim() or made.shape[axis] != site.matrix_shape[0]:
                 outputs = f"{site.weight} has {site.matrix_shape[0]} outputs"
-                yield f"branch node {node.name} is said to be {_shape(own)}, but {outputs}"
-        if own is not theirs and _shape(own) != _shape(theirs):
-            yield f"branch node {node.name} is said to be {_shape(own)}, {base.name} is {_shape(theirs)}"
+                yield f"branch node {node.name} is said to be {_shape(made)}, but {outputs}"
+        if made is not theirs and _shape(made) != _shape(theirs):
+            yield f"branch node {node.name} is said to be {_shape(made)}, {base.name} is {_shape(theirs)}"
 
 
 def _nothing_is_left_over(view: View) -> Iterator[str]:
