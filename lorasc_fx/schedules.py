@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from lorasc_fx.branch.address import generator
+from lorasc_fx.branch import generator
 from lorasc_fx.errors import SpecError
 from lorasc_fx.runtime import Cascade
 

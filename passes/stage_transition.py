@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from lorasc_fx.branch import Branch
-from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.branch import Branch, fresh_a
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph import GraphEditor, named_weights
 from lorasc_fx.plan import Plan, Site

@@ -1,12 +1,11 @@
 """Tensor maths as modules: the trainable branches, their noise and their weights as stored. No graph in here."""
 
-from lorasc_fx.branch.branch import Branch, fill_factor
+from lorasc_fx.branch.base import Branch, dense, fill_factor, fresh_a, is_quantized
 from lorasc_fx.branch.conv import ConvBranch
 from lorasc_fx.branch.dora import DoraBranch
-from lorasc_fx.branch.matrix import MatrixBranch
-from lorasc_fx.branch.noise import amplitude, draw
-from lorasc_fx.branch.quantized import dense, is_quantized
-from lorasc_fx.branch.shared import shared_down
+from lorasc_fx.branch.functions import shared_down
+from lorasc_fx.branch.linear import MatrixBranch
+from lorasc_fx.branch.noise import amplitude, draw, generator
 
 __all__ = [
     "Branch",
@@ -17,6 +16,8 @@ __all__ = [
     "dense",
     "draw",
     "fill_factor",
+    "fresh_a",
+    "generator",
     "is_quantized",
     "shared_down",
 ]

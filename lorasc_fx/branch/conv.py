@@ -1,5 +1,4 @@
-"""The branch of a convolution site, with the base op's own stride, padding, dilation and groups: beside it, merged into
-it, or on the weight.
+"""The branch of a convolution site, with the base op's own stride, padding, dilation and groups.
 
 Without groups A is a convolution with the site's kernel to `rank` channels and B a 1x1 convolution (LoRA for
 convolutions, as in PEFT). With groups the delta keeps its matrix form, [out, in/groups * kernel], and is itself the
@@ -9,70 +8,94 @@ kernel of a grouped convolution: exact, and for depthwise sites cheaper than `ra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch.branch import Branch
-from lorasc_fx.branch.conv_functions import BesideConv, MergedConv
-from lorasc_fx.branch.grid import CONV, Grid
-from lorasc_fx.branch.skinny import apply, by_hand, computes_in, plus
+from lorasc_fx.branch.base import Branch
+from lorasc_fx.branch.functions import BesideConv, MergedConv
+from lorasc_fx.branch.low_rank import CONV, Grid, apply, by_hand, computes_in, plus
 
-__all__ = ["ConvBranch"]
+__all__ = ["ConvBranch", "ConvCall", "low_rank_conv"]
+
+
+class ConvCall(NamedTuple):
+    """The arguments of a convolution's call, but for its tensors.
+
+    `pad` and `pad_mode` are those of a module whose padding_mode is not zeros: the input is padded first, as the module
+    does, and `padding` is then 0.
+    """
+
+    stride: int | Sequence[int] = 1
+    padding: int | str | Sequence[int] = 0
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+    pad: Sequence[int] | None = None
+    pad_mode: str = "constant"
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input as the convolution reads it."""
+        return x if self.pad is None else F.pad(x, list(self.pad), mode=self.pad_mode)
+
+    def conv(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the convolution of a padded input with a kernel [out, in/groups, *kernel]."""
+        convolve: Callable[..., torch.Tensor] = CONV[kernel.dim() - 2]
+        return convolve(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def grid(self, x: torch.Tensor, kernel: Sequence[int]) -> Grid | None:
+        """Return the grid of the call for backwards by hand; None for an input without a batch, or uneven padding."""
+        if x.dim() != 2 + len(kernel):
+            return None
+        return Grid.of(kernel, self.stride, self.padding, self.dilation, self.groups)
 
 
 class ConvBranch(Branch):
-    """`forward(base [batch, out, *space], x [batch, in, *space], ...)` beside the op, `forward(weight)` on the weight,
-    `forward(x, weight, bias, ..., op="conv")` in place of the op.
+    """Beside a convolution, in place of it, or on its kernel (algorithm.md, "Conv").
+
+    The options of `beside` and `in_place` are the fields of a `ConvCall`.
     """
 
-    def forward(
-        self,
-        base: torch.Tensor,
-        x: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        stride: int | Sequence[int] = 1,
-        padding: int | str | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        pad: Sequence[int] | None = None,
-        pad_mode: str = "constant",
-        op: str = "",
+    def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return `W + s B A` of the kernel [out, in/groups, *kernel]."""
+        return plus(weight, self.delta().to(weight.dtype), self.scale)
+
+    def beside(self, base: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Return `base + s B (A * x)` of base [batch, out, *places], x [batch, in, *space]."""
+        call = ConvCall(**options)
+        image = call.padded(x)
+        grid = call.grid(image, self.weight_shape[2:]) if by_hand(base, x) else None
+        return self._beside(base, image, call, grid)
+
+    def in_place(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
     ) -> torch.Tensor:
-        """Return base plus the branch's term (algorithm.md, "Conv").
+        """Return `(W + s B A) * x + bias`.
 
-        Without x, base is the weight itself, and what is returned is the weight plus the delta. With `op` base is x, x
-        the weight and bias the op's own, and what is returned is the convolution with the merged weight.
-
-        `pad` and `pad_mode` are those of a module whose padding_mode is not zeros: x is padded first, as the module
-        does, and `padding` is then 0.
+        Where no backward by hand may run, `W * x + bias + s B (A * x)`, the same up to rounding.
         """
-        if x is None:
-            return plus(base, self.delta().to(base.dtype), self.scale)
-        kernel = self.weight_shape[2:]
-        conv: Callable[..., torch.Tensor] = CONV[len(kernel)]
-        args = (stride, padding, dilation, groups)
-        image = base if op else x
-        if pad is not None:
-            image = F.pad(image, list(pad), mode=pad_mode)
-        grid = Grid.of(kernel, *args) if by_hand(base, x) and image.dim() == 2 + len(kernel) else None
-        if op and grid is not None:
-            return self._merged(image, x, bias, grid)
-        base = conv(image, x, bias, *args) if op else base
-        if grid is not None and groups == 1:
+        call = ConvCall(**options)
+        image = call.padded(x)
+        grid = call.grid(image, self.weight_shape[2:]) if by_hand(x, weight) else None
+        if grid is None:
+            return self._beside(call.conv(image, weight, bias), image, call, grid)
+        a, dtype = self.lora_A.view(-1, *self.weight_shape[1:]), computes_in(image)
+        bias = bias.to(dtype) if bias is not None else None
+        return apply(MergedConv, image.to(dtype), weight, bias, a, self.up, grid, self.scale)
+
+    def _beside(self, base: torch.Tensor, image: torch.Tensor, call: ConvCall, grid: Grid | None) -> torch.Tensor:
+        if grid is not None and call.groups == 1:
             image, seed = image.to(base.dtype), self.seed()
             a, b = self.lora_A.to(base.dtype).view(-1, *self.weight_shape[1:]), self.up.to(base.dtype)
             return apply(BesideConv, base, image, a, b, grid, self.scale, self.dropout, seed)
         image = F.dropout(image, self.dropout) if self.drops else image
-        a, b = self.lora_A.to(image.dtype), self.up.to(image.dtype)
-        if groups == 1:
-            low = conv(image, a.view(-1, *self.weight_shape[1:]), None, *args[:3])
-            high = conv(low, b[(..., *(None for _ in kernel))])
-        else:
-            high = conv(image, self.delta().to(image.dtype), None, *args)
-        return plus(base, high, self.scale)
+        return plus(base, low_rank_conv(self, image, call), self.scale)
 
-    def _merged(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grid: Grid) -> torch.Tensor:
-        a, dtype = self.lora_A.view(-1, *self.weight_shape[1:]), computes_in(x)
-        bias = bias.to(dtype) if bias is not None else None
-        return apply(MergedConv, x.to(dtype), weight, bias, a, self.up, grid, self.scale)
+
+def low_rank_conv(branch: Branch, image: torch.Tensor, call: ConvCall) -> torch.Tensor:
+    """Return `B (A * x)` of a padded input by plain operations; with groups as one convolution with the delta."""
+    if call.groups != 1:
+        return call.conv(image, branch.delta().to(image.dtype))
+    a, b = branch.lora_A.to(image.dtype), branch.up.to(image.dtype)
+    low = call.conv(image, a.view(-1, *branch.weight_shape[1:]))
+    return CONV[low.dim() - 2](low, b[(..., *(None for _ in branch.weight_shape[2:]))])

@@ -6,15 +6,26 @@ Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise". By rows:
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
 
-from lorasc_fx.branch.address import generator
+from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import Rows
 from lorasc_fx.spec import Noise
 
-__all__ = ["amplitude", "draw", "row_sizes"]
+__all__ = ["amplitude", "draw", "generator", "row_sizes"]
+
+
+def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generator:
+    """Return a new CPU generator whose stream is a function of the four arguments alone.
+
+    Algorithm.md, "Facts that hold exactly": the noise of a site does not depend on the order or number of sites, on the
+    number of processes, or on how often it is asked for. No global generator is read or advanced.
+    """
+    digest = hashlib.sha256(f"{seed}\0{stage}\0{purpose}\0{weight}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def amplitude(noise: Noise, weight: torch.Tensor, part: Rows | None = None) -> float:
@@ -42,16 +53,16 @@ def _size_together(weight: torch.Tensor, part: Rows) -> float:
     return top * part.spread(weight / top) if 0 < top < math.inf else top
 
 
-def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, turned: bool) -> torch.Tensor:
+def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool) -> torch.Tensor:
     """Return `strength * |W_i| / sqrt(n)` of each row i of n entries, of a shape that broadcasts over the weight.
 
     Args:
         noise: of the distribution `filter`.
-        weight: [out, ...], [in, out] if `turned`; with an axis of experts before if `stacked`.
-        stacked, turned: how it is stored.
+        weight: [out, ...], [in, out] if `transposed`; with an axis of experts before if `stacked`.
+        stacked, transposed: how it is stored.
     """
-    own = (1 if stacked else 0) + (1 if turned else 0)
-    rest = [axis for axis in range(1 if stacked else 0, weight.dim()) if axis != own]
+    row_axis = (1 if stacked else 0) + (1 if transposed else 0)
+    rest = [axis for axis in range(1 if stacked else 0, weight.dim()) if axis != row_axis]
     count = math.prod(weight.shape[axis] for axis in rest)
     sizes: torch.Tensor = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
     return sizes.mul_(noise.strength / math.sqrt(max(1, count)))
@@ -60,7 +71,7 @@ def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, turned: bool) -
 def draw(
     noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0, part: Rows | None = None
 ) -> torch.Tensor:
-    """Return the unscaled noise of this address, in fp32 on the CPU: U(-1/2, 1/2), N(0, 1/12), or for `filter` N(0, 1).
+    """Return the unscaled noise of this address, in fp32 on the CPU.
 
     Step 0 is the start of the stage. With a part it is that of those rows alone, of which the weight here has its
     shape; all of it is drawn for a moment.
@@ -68,7 +79,4 @@ def draw(
     if part is not None:
         return part.of_whole(draw(noise, seed, stage, name, part.shape_of_whole(shape), step)).clone()
     source = generator(seed, stage, f"noise of step {step}" if step else "noise", name)
-    if noise.distribution == "uniform":
-        return torch.rand(shape, generator=source, dtype=torch.float32).sub_(0.5)
-    normal = torch.randn(shape, generator=source, dtype=torch.float32)
-    return normal if noise.distribution == "filter" else normal.mul_(12**-0.5)
+    return DISTRIBUTIONS[noise.distribution].draw(shape, source)

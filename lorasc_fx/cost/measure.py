@@ -23,9 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch import grid, skinny
-from lorasc_fx.branch.beside import Beside
-from lorasc_fx.branch.merged import merge
+from lorasc_fx.branch import low_rank
+from lorasc_fx.branch.functions import Beside, merge
 from lorasc_fx.cost.model import OPS, Line, Rates, usual
 
 __all__ = ["Point", "cache_file", "disturbed", "fitted", "key_of", "measured", "rates_of"]
@@ -160,12 +159,12 @@ Put = Callable[[str, float, int, Run], None]
 
 def _rows(put: Put, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     rank, entries = len(a), rows.numel()
-    far = skinny.folded(rows)
-    low = skinny.down(a, far)
-    put("down", entries, rank, lambda: skinny.down(a, far))
-    put("up", entries, rank, lambda: skinny.up(far, low, a, 2.0))
-    put("raise", entries, rank, lambda: skinny.up(None, low, a, 2.0))
-    put("gradient", entries, rank, lambda: skinny.factor_gradient(low, far, 2.0))
+    far = low_rank.folded(rows)
+    low = low_rank.down(a, far)
+    put("down", entries, rank, lambda: low_rank.down(a, far))
+    put("up", entries, rank, lambda: low_rank.up(far, low, a, 2.0))
+    put("raise", entries, rank, lambda: low_rank.up(None, low, a, 2.0))
+    put("gradient", entries, rank, lambda: low_rank.factor_gradient(low, far, 2.0))
     put("merge", b.shape[0] * a.shape[1], rank, lambda: merge(weight, b, a, 2.0))
     weight, other = rows.new_ones(b.shape[0], a.shape[1]), rows.clone()
     if rank == LOW:
@@ -174,21 +173,21 @@ def _rows(put: Put, rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Non
 
 def _images(put: Put, x: torch.Tensor, a: torch.Tensor) -> None:
     rank, entries, b = len(a), x.numel(), a.flatten(1).t().contiguous()
-    plain = grid.Grid((1, 1), (0, 0), (1, 1))
-    low = grid.down(a, x, plain)
-    put("image_down", entries, rank, lambda: grid.down(a, x, plain))
-    put("image_up", entries, rank, lambda: grid.up(x, low, b, 2.0))
-    put("image_raise", entries, rank, lambda: grid.whole_gradient(low, x, a, plain, 2.0))
-    put("image_gradient", entries, rank, lambda: grid.factor_gradient(low, x, 2.0))
+    plain = low_rank.Grid((1, 1), (0, 0), (1, 1))
+    low = low_rank.conv_down(a, x, plain)
+    put("image_down", entries, rank, lambda: low_rank.conv_down(a, x, plain))
+    put("image_up", entries, rank, lambda: low_rank.conv_up(x, low, b, 2.0))
+    put("image_raise", entries, rank, lambda: low_rank.conv_input_gradient(low, x, a, plain, 2.0))
+    put("image_gradient", entries, rank, lambda: low_rank.conv_factor_gradient(low, x, 2.0))
 
 
 def _kernels(put: Put, x: torch.Tensor, a: torch.Tensor) -> None:
     rank, entries = len(a), x.numel() * 9
-    padded = grid.Grid((1, 1), (1, 1), (1, 1))
-    low = grid.down(a, x, padded)
-    put("kernel_down", entries, rank, lambda: grid.down(a, x, padded))
-    put("kernel_raise", entries, rank, lambda: grid.whole_gradient(low, x, a, padded, 2.0))
-    put("kernel_gradient", entries, rank, lambda: grid.up_gradient(low, x, a, padded, 2.0))
+    padded = low_rank.Grid((1, 1), (1, 1), (1, 1))
+    low = low_rank.conv_down(a, x, padded)
+    put("kernel_down", entries, rank, lambda: low_rank.conv_down(a, x, padded))
+    put("kernel_raise", entries, rank, lambda: low_rank.conv_input_gradient(low, x, a, padded, 2.0))
+    put("kernel_gradient", entries, rank, lambda: low_rank.conv_kernel_gradient(low, x, a, padded, 2.0))
 
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor) -> Run:
@@ -196,7 +195,7 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor) -> Run:
 
 
 def _both(x: torch.Tensor, weight: torch.Tensor, groups: int) -> Run:
-    padded = grid.Grid((1, 1), (1, 1), (1, 1), groups)
+    padded = low_rank.Grid((1, 1), (1, 1), (1, 1), groups)
     return lambda: padded.gradients(padded.conv(x, weight), x, weight, (True, False, False))
 
 
@@ -207,7 +206,7 @@ def _step(few: torch.Tensor) -> Run:
 
     def run() -> object:
         with torch.enable_grad():
-            output = skinny.apply(Beside, base, x, a, b, 2.0, 0.0, None)
+            output = low_rank.apply(Beside, base, x, a, b, 2.0, 0.0, None)
             return torch.autograd.grad(output, (x, a, b), base)
 
     return run

@@ -35,7 +35,7 @@ __all__ = [
 
 
 OPS = (
-    *("down", "up", "raise", "gradient"),  # over rows [tokens, features], as in branch/skinny.py
+    *("down", "up", "raise", "gradient"),  # over rows [tokens, features], as in branch/low_rank.py
     *("image_down", "image_up", "image_raise", "image_gradient"),  # over images [batch, channels, *space]
     *("kernel_down", "kernel_raise", "kernel_gradient"),  # convolutions with `rank` channels, over unfolded images
     *("merge", "add"),  # a weight with its delta; a gradient to another, in place
@@ -155,7 +155,7 @@ class ConvUse:
 
     @property
     def is_product(self) -> bool:
-        """Whether the branch computes it as a product, see `lorasc_fx.branch.grid`."""
+        """Whether the branch computes it as a product, see `lorasc_fx.branch.low_rank`."""
         return self.kernel == 1 and self.groups == 1 and self.pixels == self.places
 
 

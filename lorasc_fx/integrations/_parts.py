@@ -22,7 +22,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import MatrixBranch, shared_down
-from lorasc_fx.branch.merged import PRODUCTS
+from lorasc_fx.branch.functions import PRODUCTS
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph import BRANCHES
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from lorasc_fx.branch.address import generator
+from lorasc_fx.branch import generator
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime import generators
 

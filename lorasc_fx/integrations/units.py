@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.branch.skinny import apply
+from lorasc_fx.branch.low_rank import apply
 from lorasc_fx.errors import StateError
 from lorasc_fx.integrations.segments import ROOT, Cut, Segment
 from lorasc_fx.undo import Block, isolated

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.branch import fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime import transition
 from lorasc_fx.runtime.optim import treated_state

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch
-from lorasc_fx.branch.init import fresh_a
+from lorasc_fx.branch import Branch, fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.core import Core, Planned

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import torch
 
+from lorasc_fx.branch.base import dense, is_quantized
 from lorasc_fx.branch.noise import draw
-from lorasc_fx.branch.quantized import dense, is_quantized
 from lorasc_fx.shards import Rows
 from lorasc_fx.spec import Restart
 from lorasc_fx.state.kept import Began, Expert, Factors, KeptNoise, Past, pruned

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from lorasc_fx.branch.quantized import dense
+from lorasc_fx.branch.base import dense
 from lorasc_fx.state.kept import Factors
 from lorasc_fx.state.slow import SlowWeight
 

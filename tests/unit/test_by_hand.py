@@ -14,11 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
-from lorasc_fx.branch.beside import Beside
-from lorasc_fx.branch.conv_functions import BesideConv, MergedConv
-from lorasc_fx.branch.grid import Grid
-from lorasc_fx.branch.merged import MergedProduct
-from lorasc_fx.branch.shared import SharedUp, shared_down
+from lorasc_fx.branch.functions import Beside, BesideConv, MergedConv, MergedProduct, SharedUp, shared_down
+from lorasc_fx.branch.low_rank import Grid
 from tests.kit.state import branches_of
 
 SCALE = 0.7

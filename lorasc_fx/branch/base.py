@@ -1,0 +1,250 @@
+"""The trainable low-rank pair of one site, and the contract of its subclasses.
+
+`lora_A` is [rank, in] and `lora_B` is [out, rank], where a weight [out, in/groups, *kernel] is seen as the matrix
+[out, in]; for stacked experts both have their axis before. The delta that a branch stands for is `scale * lora_B @
+lora_A` (algorithm.md, rows "branch" and "training"), transposed where the weight is stored so. How it is added depends
+on where the branch stands: each place is a method of the subclass.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorasc_fx.branch.functions import draw_seed
+from lorasc_fx.branch.noise import generator
+from lorasc_fx.options import NEXT_A
+from lorasc_fx.plan import Site
+from lorasc_fx.shards import local, whole
+from lorasc_fx.spec import CascadeSpec
+
+__all__ = [
+    "Branch",
+    "dense",
+    "fill_factor",
+    "fresh_a",
+    "is_quantized",
+    "nearest_full",
+]
+
+
+class Branch(nn.Module, abc.ABC):
+    """Factors of a site; a subclass computes with them, one method for each place of a branch in a graph.
+
+    Args:
+        site: the site's description.
+        seed, stage: address of the first lora_A.
+        like: the site's weight, for device and dtype. Factors of a weight narrower than fp32 are fp32.
+    """
+
+    scales_rows: ClassVar[bool] = False
+    """Whether the branch scales the rows of its weight too, by magnitudes: then `gain` and `magnitude` are not None."""
+
+    def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
+        super().__init__()
+        a_shape, b_shape = site.factor_shapes
+        self.weight_name = site.weight
+        self.weight_shape = tuple(site.shape)
+        self.scale = site.scale
+        self.transposed = site.layout == "in_out"
+        self.parts = site.parts
+        self.dropout = site.dropout
+        self.nearest = site.nearest_full_gradient
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        start = fresh_a(seed, stage, site.weight, a_shape)
+        self.lora_A = nn.Parameter(start.to(device=like.device, dtype=dtype), requires_grad=site.train_A)
+        self.lora_B = nn.Parameter(torch.zeros(b_shape, device=like.device, dtype=dtype))
+        self.carried_A: torch.Tensor | None
+        self.carried_B: torch.Tensor | None
+        self.register_buffer("carried_A", None, persistent=False)
+        self.register_buffer("carried_B", None, persistent=False)
+
+    def forward(self, first: torch.Tensor, second: Any = None, *rest: Any, **options: Any) -> torch.Tensor:
+        """Compute at the branch's place in the graph, which the arguments of its node tell.
+
+        - `forward(weight, ...)`: `on_weight`;
+        - `forward(x, weight, bias, op=NAME, ...)`: `in_place`;
+        - `forward(base, x, ...)`: `beside`.
+        """
+        if second is None:
+            return self.on_weight(first, **options)
+        if "op" in options:
+            return self.in_place(first, second, *rest, **options)
+        return self.beside(first, second, *rest, **options)
+
+    @abc.abstractmethod
+    def beside(self, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return what the base op computes, plus the branch's term of the op's input."""
+
+    @abc.abstractmethod
+    def in_place(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str
+    ) -> torch.Tensor:
+        """Return what the op of this name computes with the adapted weight."""
+
+    @abc.abstractmethod
+    def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the adapted weight, as it is stored."""
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """The trainable length of each row [out]; None without."""
+        return None
+
+    def gain(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Return the row scale [out] of a weight as it is stored, `diag(gain) (W + s B A)`; None for none."""
+        return None
+
+    @property
+    def rank(self) -> int:
+        """r: number of columns of lora_B."""
+        return self.lora_B.shape[-1]
+
+    @property
+    def up(self) -> torch.Tensor:
+        """lora_B with the gradient that the spec asks for (`nearest_full`)."""
+        return nearest_full(self.lora_B, self.lora_A, self.scale, self.parts) if self.nearest else self.lora_B
+
+    @property
+    def drops(self) -> bool:
+        """Whether entries of the branch's input are set to zero now."""
+        return self.training and self.dropout > 0
+
+    def seed(self) -> int | None:
+        """Return a fresh seed for this call's dropout, or None without any."""
+        return draw_seed() if self.drops else None
+
+    def oriented(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (left, right) with `left @ right` the delta as the weight is stored, without the scale.
+
+        With parts, left holds the rows of lora_B of each slice as a block on its diagonal.
+        """
+        if self.transposed:
+            return self.lora_A.transpose(-2, -1), self.up.transpose(-2, -1)
+        if self.parts:
+            return torch.block_diag(*whole(self.up).split(self.parts)), self.lora_A
+        return self.up, self.lora_A
+
+    def pairs(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return the pairs (A, B) as views, each with its rows of a matrix [out, in]; without parts there is one."""
+        if not self.parts:
+            return [(self.lora_A, self.lora_B, matrix)]
+        return list(
+            zip(self.lora_A.split(self.rank), self.lora_B.split(self.parts), matrix.split(self.parts), strict=True)
+        )
+
+    def delta(self) -> torch.Tensor:
+        """Return the delta in the weight's own shape, without the scale."""
+        if self.parts:
+            pairs = zip(self.up.split(self.parts), self.lora_A.split(self.rank), strict=True)
+            return torch.cat([b @ a for b, a in pairs]).view(self.weight_shape)
+        left, right = self.oriented()
+        return (left @ right).view(self.weight_shape)
+
+    def carry(self, b: torch.Tensor | None, a: torch.Tensor | None) -> None:
+        """Add `b @ a` beside the product as well: what earlier stages gave a weight that is quantized."""
+        like = self.lora_A.detach()
+        self.carried_B, self.carried_A = (None, None) if b is None or a is None else (b.to(like), a.to(like))
+
+    def to_rank(self, site: Site) -> None:
+        """Take on another rank, in the same Parameter objects, so that optimizers and wrappers hold them still.
+
+        The factors of another shape are zero then, without a gradient.
+        """
+        self.scale = site.scale
+        for factor, shape in zip((self.lora_A, self.lora_B), site.factor_shapes, strict=True):
+            if tuple(factor.shape) != shape:
+                fill_factor(factor, factor.new_zeros(shape))
+
+    def next_a(self, site: Site, spec: CascadeSpec, stage: int) -> torch.Tensor:
+        """Return lora_A as the stage starts it, of the site's rank, by the spec's restart_A."""
+        return NEXT_A[spec.restart_A].next_a(self.lora_A, fresh_a(spec.seed, stage, site.weight, site.factor_shapes[0]))
+
+    def finite(self) -> bool:
+        """Whether no entry of the factors, as far as they are here, is inf or nan; without numbers none is."""
+        if self.lora_A.is_meta:
+            return True
+        return all(bool(torch.isfinite(local(factor)).all()) for factor in self.parameters())
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the branch."""
+        return f"{self.weight_name}, rank={self.rank}, scale={self.scale:g}"
+
+
+def fresh_a(seed: int, stage: int, weight: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return lora_A [rank, in], or [experts, rank, in], in fp32: Kaiming uniform with a = sqrt(5), which is
+    U(-1/sqrt(in), 1/sqrt(in)).
+
+    Source: LoRA's reference code and PEFT's default; algorithm.md, row "branch". The values are drawn in fp32
+    whatever the dtype of the branch, so that they depend on the address alone.
+    """
+    bound = shape[-1] ** -0.5 if shape[-1] else 0.0
+    draw = torch.rand(shape, generator=generator(seed, stage, "lora_A", weight), dtype=torch.float32)
+    return draw.mul_(2 * bound).sub_(bound)
+
+
+def fill_factor(factor: nn.Parameter, value: torch.Tensor) -> None:
+    """Write a value into a Parameter; one of another shape becomes its own data, and its gradient goes.
+
+    The node at which autograd gathers its gradient remembers the shape, and lives as long as any loss of before. torch
+    lets go of it where the dtype changes, so that it does so for a moment.
+    """
+    if factor.shape == value.shape:
+        with torch.no_grad():
+            factor.copy_(value)
+        return
+    factor.grad = None
+    factor.data = torch.empty(0, dtype=torch.float16, device=value.device)
+    factor.data = value.detach()
+
+
+_DIAGONAL = 1e-8
+
+
+def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, parts: tuple[int, ...]) -> torch.Tensor:
+    """Return lora_B; its gradient is multiplied by `(A A^T)^-1 / scale^2`, the nearest to full training for a fixed A.
+
+    A step of B moves the weight by `s dB A`. The dB for which that is nearest to the weight's own gradient G, in the
+    Frobenius norm, is `G A^T (A A^T)^-1 / s`, which is lora_B's gradient `s G A^T` times `(A A^T)^-1 / s^2`. Source:
+    LoRA-Pro (2407.18242), equation for a fixed A; peft's optimizer for LoRA-FA (2308.03303) steps so, and adds the same
+    1e-8 to the diagonal.
+
+    Plain operations, for whoever compiles or transforms them: what is added to the values is a product of zeros.
+
+    Args:
+        b: lora_B [out, rank], or with an axis of experts before.
+        a: lora_A [rank, in], likewise; with parts [parts * rank, in].
+        scale: s of the branch.
+        parts: rows of lora_B of each slice that has a lora_A of its own; empty for one of all.
+    """
+    if not torch.is_grad_enabled():
+        return b
+    parts = parts or (b.shape[-2],)
+    pairs = zip((b - b.detach()).split(parts, -2), a.detach().chunk(len(parts), -2), strict=True)
+    return b.detach() + torch.cat([zero @ _inverse(down, scale) for zero, down in pairs], -2)
+
+
+def _inverse(a: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `(A A^T)^-1 / scale^2`, [rank, rank]."""
+    gram = a @ a.transpose(-2, -1)
+    steady = gram + _DIAGONAL * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inverse: torch.Tensor = torch.linalg.pinv(steady)
+    return inverse / scale**2
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a quantized weight: a tensor subclass with a `dequantize` of its own, as torchao's are.
+
+    Nothing of a library is imported. Such a weight is never written to; its branch carries what the stages added.
+    """
+    return is_traceable_wrapper_subclass(tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a weight as a plain tensor, in its own dtype."""
+    plain: torch.Tensor = tensor.detach().dequantize() if is_quantized(tensor) else tensor
+    return plain

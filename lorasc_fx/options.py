@@ -1,0 +1,154 @@
+"""Options as strategies: an object for each value of an option, and one table from the value to the object.
+
+Engine, passes and checkpoints call the object's methods and never compare the value. A new value of an option is a
+class and a line in its table: the spec accepts it, and everything else works with it (CONTRIBUTING.md, "Add an
+option").
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from lorasc_fx.shards import local
+
+__all__ = ["DISTRIBUTIONS", "NEXT_A", "STARTS", "Distribution", "NextA", "Start", "one_of"]
+
+
+class Start(abc.ABC):
+    """Where the factors of a stage start (`CascadeSpec.start`)."""
+
+    from_weight: ClassVar[bool] = True
+    """Whether factors are taken out of the weight, which then holds the residual `W - s B_0 A_0` while a stage runs."""
+
+    @abc.abstractmethod
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return B_0 [..., out, k] and A_0 [..., k, in] of a matrix [..., out, in], with k of at most `rank`.
+
+        Further rows of lora_A start as in LoRA, further columns of lora_B at zero. `scale` is s of the branch.
+        """
+
+
+class LoraStart(Start):
+    """B = 0, and A as restart_A says: nothing is taken out of the weight."""
+
+    from_weight: ClassVar[bool] = False
+
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return factors of rank 0."""
+        return matrix[..., :0], matrix[..., :0, :]
+
+
+class PissaStart(Start):
+    """PiSSA (2404.02948): the r largest singular triplets, `s B_0 A_0` is the nearest matrix of rank r."""
+
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `U sqrt(v / s)` and `sqrt(v / s) V^T` of `W = U diag(v) V^T`."""
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return split_evenly(left[..., :rank], values[..., :rank], right[..., :rank, :], scale)
+
+
+class OloraStart(Start):
+    """OLoRA (2406.01775): the first r columns of Q and rows of R of `W = Q R`."""
+
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the columns and the rows."""
+        left, right = torch.linalg.qr(matrix)
+        return left[..., :rank], right[..., :rank, :]
+
+
+def split_evenly(
+    left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors with `scale * b @ a = left diag(values) right`, the root of each value in either."""
+    root = (values / scale).sqrt()
+    return left * root.unsqueeze(-2), root.unsqueeze(-1) * right
+
+
+STARTS: Mapping[str, Start] = {
+    "lora": LoraStart(),
+    "pissa": PissaStart(),
+    "olora": OloraStart(),
+}
+"""By the value of `CascadeSpec.start`."""
+
+
+class NextA:
+    """Where lora_A of the next stage starts (`CascadeSpec.restart_A`): this one is fresh."""
+
+    needs_gradient: ClassVar[bool] = False
+    """Whether the first optimizer step of the stage sets lora_A anew, by the gradient that it sees."""
+
+    def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+        """Return lora_A as the stage starts it, of the one before and of a fresh one (which may have another rank)."""
+        return fresh
+
+
+class KeptA(NextA):
+    """Goes on from the stage before, where that has the same rank and is finite."""
+
+    def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+        """Return a copy of the one before."""
+        if previous.shape != fresh.shape or not bool(torch.isfinite(local(previous)).all()):
+            return fresh
+        return previous.detach().clone()
+
+
+class GradientA(NextA):
+    """The leading right singular vectors of the gradient of the first step; fresh until then (`runtime.gradient`)."""
+
+    needs_gradient: ClassVar[bool] = True
+
+
+NEXT_A: Mapping[str, NextA] = {"fresh": NextA(), "kept": KeptA(), "gradient": GradientA()}
+"""By the value of `CascadeSpec.restart_A`."""
+
+
+class Distribution(abc.ABC):
+    """What the noise of a stage is drawn from (`Noise.distribution`), before it is scaled."""
+
+    by_rows: ClassVar[bool] = False
+    """Whether its size is that of each row of the weight, and not the standard deviation of the whole."""
+
+    @abc.abstractmethod
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        """Return unscaled noise in fp32 on the CPU."""
+
+
+class Uniform(Distribution):
+    """U(-1/2, 1/2): NoisyTune (2202.12024)."""
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        """Return the draw."""
+        return torch.rand(shape, generator=generator, dtype=torch.float32).sub_(0.5)
+
+
+class Normal(Distribution):
+    """N(0, 1/12), of the variance of the uniform one."""
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        """Return the draw."""
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(12**-0.5)
+
+
+class Filter(Distribution):
+    """N(0, 1), scaled by `|W_i| / sqrt(n)` of each row i of n entries: Flat-LoRA (2409.14396)."""
+
+    by_rows: ClassVar[bool] = True
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        """Return the draw."""
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+DISTRIBUTIONS: Mapping[str, Distribution] = {"uniform": Uniform(), "normal": Normal(), "filter": Filter()}
+"""By the value of `Noise.distribution`."""
+
+
+def one_of(table: Mapping[str, object]) -> str:
+    """Return the values of a table for a sentence: "'a', 'b' or 'c'"."""
+    *first, last = map(repr, table)
+    return f"{', '.join(first)} or {last}" if first else last
