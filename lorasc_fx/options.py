@@ -51,6 +51,15 @@ class PissaStart(Start):
         return split_evenly(left[..., :rank], values[..., :rank], right[..., :rank, :], scale)
 
 
+class MiloraStart(Start):
+    """MiLoRA (2406.09044): the r smallest singular triplets; what training adds is orthogonal to the largest ones."""
+
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `U sqrt(v / s)` and `sqrt(v / s) V^T` of the last r columns, values and rows."""
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return split_evenly(left[..., -rank:], values[..., -rank:], right[..., -rank:, :], scale)
+
+
 class OloraStart(Start):
     """OLoRA (2406.01775): the first r columns of Q and rows of R of `W = Q R`."""
 
@@ -72,6 +81,7 @@ STARTS: Mapping[str, Start] = {
     "lora": LoraStart(),
     "pissa": PissaStart(),
     "olora": OloraStart(),
+    "milora": MiloraStart(),
 }
 """By the value of `CascadeSpec.start`."""
 

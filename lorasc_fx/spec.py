@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lorasc_fx.errors import SpecError
+from lorasc_fx.options import DISTRIBUTIONS, NEXT_A, STARTS, NextA, Start
 from lorasc_fx.spec_checks import (
     USUAL_DECAY,
     _choice,
@@ -30,7 +31,7 @@ from lorasc_fx.spec_checks import (
     known_fields,
 )
 
-__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling", "Start", "TrainRule"]
+__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling", "TrainRule"]
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""
@@ -38,12 +39,9 @@ KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 PLACEMENTS = ("beside", "merged", "weight")
 """Where a branch computes (docs/design.md)."""
 
-Distribution = Literal["uniform", "normal", "filter"]
 Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
 Restart = Literal["slow", "fast"]
-StartA = Literal["fresh", "kept", "gradient"]
-Start = Literal["lora", "pissa", "olora"]
 OnNonFinite = Literal["raise", "skip"]
 Average = Literal["off", "ema", "swa"]
 Placement = Literal["auto", "beside", "merged", "weight"]
@@ -67,7 +65,7 @@ class Noise:
     """
 
     strength: float = 0.0
-    distribution: Distribution = "uniform"
+    distribution: str = "uniform"
     keep: bool = False
     where: Where = "sites"
     redraw: Redraw = "stage"
@@ -76,7 +74,7 @@ class Noise:
         _number("noise.strength", self.strength)
         if self.strength < 0:
             raise SpecError(f"noise.strength is {self.strength}; it scales a standard deviation: give 0 (off) or more")
-        _choice("noise.distribution", self.distribution, get_args(Distribution))
+        _choice("noise.distribution", self.distribution, tuple(DISTRIBUTIONS))
         _choice("noise.where", self.where, get_args(Where))
         _choice("noise.redraw", self.redraw, get_args(Redraw))
         _flag("noise.keep", self.keep)
@@ -175,8 +173,8 @@ class CascadeSpec:
         restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right singular vectors
             of the `gradient` that the first optimizer step of the stage sees.
         start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
-            residual while the stage trains: its leading singular vectors (`pissa`, 2404.02948) or the first columns and
-            rows of its QR decomposition (`olora`, 2406.01775).
+            residual while the stage trains: its largest singular triplets (`pissa`, 2404.02948), its smallest ones
+            (`milora`, 2406.09044), or the first columns and rows of its QR decomposition (`olora`, 2406.01775).
         use_dora: each row of a weight has a trainable magnitude, `W' = diag(m / |W + s B A|) (W + s B A)` (2402.09353);
             for products and convolutions, in place of their ops.
         optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
@@ -206,8 +204,8 @@ class CascadeSpec:
     pace: float | tuple[float, ...] | Literal["mean"] = 0.5
     restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
-    restart_A: StartA = "fresh"
-    start: Start = "lora"
+    restart_A: str = "fresh"
+    start: str = "lora"
     use_dora: bool = False
     optimizer_state: Literal["reset", "kept"] | float = "reset"
     slow_train: bool = True
@@ -230,8 +228,8 @@ class CascadeSpec:
             raise SpecError(f"dropout is {self.dropout}; it is the share that is set to zero: give a number in [0, 1)")
         _choice("placement", self.placement, get_args(Placement))
         _choice("restart", self.restart, get_args(Restart))
-        _choice("restart_A", self.restart_A, get_args(StartA))
-        _choice("start", self.start, get_args(Start))
+        _choice("restart_A", self.restart_A, tuple(NEXT_A))
+        _choice("start", self.start, tuple(STARTS))
         _choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         if not isinstance(self.noise, Noise):
             raise SpecError(f"noise is {self.noise!r}; give lorasc_fx.Noise(strength)")
@@ -261,6 +259,20 @@ class CascadeSpec:
         object.__setattr__(self, "train_rules", tuple(self.train_rules))
         _choice("average", self.average, get_args(Average))
         _decay("average_decay", self.average_decay)
+
+    @property
+    def factor_start(self) -> Start:
+        """The strategy of `start`."""
+        return STARTS[self.start]
+
+    @property
+    def next_a(self) -> NextA:
+        """The strategy of `restart_A`."""
+        return NEXT_A[self.restart_A]
+
+    def starts_from_weights(self, running: bool) -> bool:
+        """Whether a stage, one that runs or an idle one, computes factors or magnitudes from the weights."""
+        return self.use_dora or (running and self.factor_start.from_weight)
 
     def pace_at(self, stage: int) -> float:
         """Return the pace of a stage, 1 is the first."""

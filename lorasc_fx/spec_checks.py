@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.options import STARTS, one_of
 
 __all__ = ["USUAL_DECAY", "check_fields", "check_noise", "check_pairs", "known_fields"]
 
@@ -34,7 +35,7 @@ _OF_PEFT = {
     "lora_dropout": "dropout",
     "rank_pattern": "rules, of lorasc_fx.Rule",
     "alpha_pattern": "rules, of lorasc_fx.Rule",
-    "init_lora_weights": "start: 'lora', 'pissa' or 'olora'",
+    "init_lora_weights": f"start: {one_of(STARTS)}",
     "loraplus_lr_ratio": "lr_ratio",
     "ensure_weight_tying": "nothing: tied weights stay tied",
     "fan_in_fan_out": "nothing: the layout is read off the graph",
@@ -97,7 +98,7 @@ def check_pairs(spec: Any) -> None:
             "still (LoRA-FA); give train_A=False",
             code="conflicting-options",
         )
-    if spec.nearest_full_gradient and spec.restart_A == "gradient":
+    if spec.nearest_full_gradient and spec.next_a.needs_gradient:
         raise SpecError(
             "nearest_full_gradient is true and restart_A is 'gradient', which reads in the gradient of lora_B what "
             "clipping made of it; give restart_A='fresh'",
@@ -128,7 +129,7 @@ def check_pairs(spec: Any) -> None:
 
 def _check_start(spec: Any) -> None:
     """Refuse a rule for lora_A where both factors start from the weight."""
-    if spec.start != "lora" and spec.restart_A != "fresh":
+    if spec.factor_start.from_weight and spec.restart_A != "fresh":
         raise SpecError(
             f"start is {spec.start!r}, which takes lora_A out of the weight, and restart_A is {spec.restart_A!r}; "
             "give restart_A='fresh', or start='lora'",
@@ -144,7 +145,7 @@ def _check_dora(spec: Any) -> None:
             "apart, and no one list of experts has both; give restart='slow', or use_dora=False",
             code="conflicting-options",
         )
-    if spec.restart_A == "gradient":
+    if spec.next_a.needs_gradient:
         raise SpecError(
             "use_dora is True and restart_A is 'gradient', whose first step is known for plain LoRA only; "
             "give restart_A='fresh' or 'kept', or use_dora=False",

@@ -144,7 +144,7 @@ def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> No
             weight,
             SlowWeight(weight, named.parameters[weight].detach(), stacked=weight in stacked, turned=weight in turned),
         )
-        if weight in added and (plan.spec.start != "lora" or plan.spec.use_dora):
+        if weight in added:
             slow[weight] = state = begun(state, branches[weight], plan)
         if plan.spec.noise.strength or state.began or start_differs(state):
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))

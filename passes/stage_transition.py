@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import fx
 
-from lorasc_fx.branch import Branch, fresh_a
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph import GraphEditor, named_weights
-from lorasc_fx.plan import Plan, Site
-from lorasc_fx.state import start_weight
+from lorasc_fx.state import begin_stage, start_weight
 
 from .base import CascadePass
 from .fold_branches import absorb_branches, check_branches
-from .insert_branches import begun
 
 __all__ = ["StageTransition"]
 
@@ -51,30 +46,18 @@ class StageTransition(CascadePass):
                 f"{self.name}: this graph reads a live model; call cascade.transition(optimizer) instead",
                 code="live-model",
             )
-        if plan.spec.restart_A == "gradient":
+        if plan.spec.next_a.needs_gradient:
             raise PassError(
                 f"{self.name}: restart_A='gradient' needs a training step; use a Cascade", code="needs-training-step"
             )
         named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
         after = plan.at_stage(plan.stage + 1)
-        branches = graph.branches
-        new = {site.key: renewed(branches[site.key], site, after) for site in after.sites}
-        if plan.spec.start != "lora" or plan.spec.use_dora:
-            slow |= {branch.weight_name: begun(slow[branch.weight_name], branch, after) for branch in new.values()}
+        branches, new = graph.branches, {}
+        for site in after.sites:
+            a = branches[site.key].next_a(site, after.spec, after.stage)
+            begun = begin_stage(slow[site.weight], branches[site.key], site, after.spec, after.stage, a)
+            slow[site.weight], new[site.key] = begun
         for weight, state in slow.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))
         graph.renew_branches(new)
         graph.record = replace(graph.record, slow=slow, plan=after)
-
-
-def renewed(branch: Branch, site: Site, plan: Plan) -> Branch:
-    """Return a copy of the branch as the plan's stage starts it."""
-    new = copy.deepcopy(branch)
-    resized = branch.rank != site.rank
-    new.to_rank(site)
-    with torch.no_grad():
-        new.lora_B.zero_()
-        if plan.spec.restart_A == "fresh" or resized or not torch.isfinite(new.lora_A).all():
-            start = fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
-            new.lora_A.copy_(start)
-    return new

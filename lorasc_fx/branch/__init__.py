@@ -2,17 +2,19 @@
 
 from lorasc_fx.branch.base import Branch, dense, fill_factor, fresh_a, is_quantized
 from lorasc_fx.branch.conv import ConvBranch
-from lorasc_fx.branch.dora import DoraBranch
+from lorasc_fx.branch.dora import BRANCH_OF, DoraBranch, branch_class
 from lorasc_fx.branch.functions import shared_down
 from lorasc_fx.branch.linear import MatrixBranch
 from lorasc_fx.branch.noise import amplitude, draw, generator
 
 __all__ = [
+    "BRANCH_OF",
     "Branch",
     "ConvBranch",
     "DoraBranch",
     "MatrixBranch",
     "amplitude",
+    "branch_class",
     "dense",
     "draw",
     "fill_factor",

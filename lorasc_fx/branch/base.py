@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.noise import generator
-from lorasc_fx.options import NEXT_A
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import local, whole
 from lorasc_fx.spec import CascadeSpec
@@ -95,6 +94,10 @@ class Branch(nn.Module, abc.ABC):
         """The trainable length of each row [out]; None without."""
         return None
 
+    def reset_magnitude(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Set the magnitudes so that the adapted weight is this weight with the pair's delta, and return them."""
+        return None
+
     def gain(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Return the row scale [out] of a weight as it is stored, `diag(gain) (W + s B A)`; None for none."""
         return None
@@ -162,7 +165,7 @@ class Branch(nn.Module, abc.ABC):
 
     def next_a(self, site: Site, spec: CascadeSpec, stage: int) -> torch.Tensor:
         """Return lora_A as the stage starts it, of the site's rank, by the spec's restart_A."""
-        return NEXT_A[spec.restart_A].next_a(self.lora_A, fresh_a(spec.seed, stage, site.weight, site.factor_shapes[0]))
+        return spec.next_a.next_a(self.lora_A, fresh_a(spec.seed, stage, site.weight, site.factor_shapes[0]))
 
     def finite(self) -> bool:
         """Whether no entry of the factors, as far as they are here, is inf or nan; without numbers none is."""

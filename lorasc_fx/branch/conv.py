@@ -98,4 +98,6 @@ def low_rank_conv(branch: Branch, image: torch.Tensor, call: ConvCall) -> torch.
         return call.conv(image, branch.delta().to(image.dtype))
     a, b = branch.lora_A.to(image.dtype), branch.up.to(image.dtype)
     low = call.conv(image, a.view(-1, *branch.weight_shape[1:]))
-    return CONV[low.dim() - 2](low, b[(..., *(None for _ in branch.weight_shape[2:]))])
+    up = b[(..., *(None for _ in branch.weight_shape[2:]))]
+    convolve: Callable[..., torch.Tensor] = CONV[up.dim() - 2]
+    return convolve(low, up)

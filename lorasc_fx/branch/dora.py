@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasc_fx.branch.base import Branch
-from lorasc_fx.branch.conv import ConvCall, low_rank_conv
+from lorasc_fx.branch.conv import ConvBranch, ConvCall, low_rank_conv
+from lorasc_fx.branch.linear import MatrixBranch
 from lorasc_fx.branch.low_rank import plus
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
 
-__all__ = ["DoraBranch"]
+__all__ = ["BRANCH_OF", "DoraBranch", "branch_class"]
 
 
 class DoraBranch(Branch):
@@ -48,6 +49,11 @@ class DoraBranch(Branch):
             total = torch.addmm(matrix, left.detach(), right.detach(), alpha=self.scale)
             norms = torch.linalg.vector_norm(total, dim=0 if self.transposed else 1)
             return torch.where(norms == 0, 1.0, norms)
+
+    def reset_magnitude(self, weight: torch.Tensor) -> torch.Tensor:
+        """Set the magnitudes to the norms of `W + s B A`."""
+        with torch.no_grad():
+            return self.lora_magnitude_vector.copy_(self.norms(weight))
 
     def gain(self, weight: torch.Tensor) -> torch.Tensor:
         """Return g = m / |W + s B A| [out], for a weight as it is stored."""
@@ -89,3 +95,15 @@ class DoraBranch(Branch):
         """Return the convolution with `W + s B A`, without a bias."""
         image = call.padded(x)
         return plus(call.conv(image, weight), low_rank_conv(self, image, call), self.scale)
+
+
+BRANCH_OF: dict[str, type[Branch]] = {
+    **dict.fromkeys(("linear", "embedding", "recurrent", "experts"), MatrixBranch),
+    "conv": ConvBranch,
+}
+"""The branch of each kind of site, without magnitudes."""
+
+
+def branch_class(site: Site) -> type[Branch]:
+    """Return the class of a site's branch."""
+    return DoraBranch if site.use_dora else BRANCH_OF[site.kind]

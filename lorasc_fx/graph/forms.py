@@ -25,9 +25,8 @@ from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.hooks import RemovableHandle
 
-from lorasc_fx.branch import Branch, ConvBranch, DoraBranch, MatrixBranch
+from lorasc_fx.branch import BRANCH_OF, branch_class
 from lorasc_fx.errors import PassError, SpecError, nearest
-from lorasc_fx.plan import Site
 from lorasc_fx.spec import KINDS
 
 __all__ = [
@@ -373,18 +372,6 @@ SCALES = {"mul", "div", "truediv", "multiply", "divide", "true_divide", "__mul__
 
 LIKE_ANOTHER = {"type_as", "expand_as", "view_as", "reshape_as", "to"}
 """Names of the ops that read no values but those of their first argument."""
-
-BRANCH_OF: dict[str, type[Branch]] = {
-    **dict.fromkeys(("linear", "embedding", "recurrent", "experts"), MatrixBranch),
-    "conv": ConvBranch,
-}
-"""The branch of each kind of site, without magnitudes."""
-
-
-def branch_class(site: Site) -> type[Branch]:
-    """Return the class of a site's branch."""
-    return DoraBranch if site.use_dora else BRANCH_OF[site.kind]
-
 
 _BY_TARGET = {target: form for form in FORMS if isinstance(form, FunctionForm) for target in form.targets}
 _BY_NAME = {form.name: form for form in FORMS}

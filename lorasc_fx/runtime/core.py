@@ -186,7 +186,7 @@ class Core:
                 f"Give 0, or exclude it (exclude=({rigid!r},))",
                 code="quantized-not-supported",
             )
-        if start != "lora" and rigid is not None:
+        if self.plan.spec.factor_start.from_weight and rigid is not None:
             raise SpecError(
                 f"start is {start!r}, and {rigid} is quantized: the residual cannot be written into it. "
                 f"Give start='lora', or exclude it (exclude=({rigid!r},))",

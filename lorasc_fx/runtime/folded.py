@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, DoraBranch, MatrixBranch, is_quantized
+from lorasc_fx.branch import Branch, branch_class, is_quantized
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.checkpoint import way_back
@@ -137,7 +137,7 @@ def _branch(site: Site, plan: Plan, held: Taken) -> Branch:
     """Return the running branch of a site, for its numbers: how it computes does not matter here."""
     found = {name: held.take(f"branch/{site.weight}/{name}", shape) for name, shape in site.parameter_shapes.items()}
     like = found["lora_A"].new_zeros(()).expand(site.shape)
-    branch = (DoraBranch if site.use_dora else MatrixBranch)(site, plan.spec.seed, plan.stage, like)
+    branch = branch_class(site)(site, plan.spec.seed, plan.stage, like)
     for name, value in found.items():
         setattr(branch, name, nn.Parameter(value, False))
     return branch

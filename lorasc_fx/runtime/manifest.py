@@ -135,7 +135,7 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
     for name, index in manifest.get("rules", {}).items():
         if name not in trained or type(index) is not int or not 0 <= index < len(plan.spec.train_rules):
             raise ValueError(f"'rules': {told(name)} has {told(index)}, which is no rule of the spec's train_rules")
-    if manifest["turning"] and plan.spec.restart_A != "gradient":
+    if manifest["turning"] and not plan.spec.next_a.needs_gradient:
         raise ValueError(f"'turning' is true, and restart_A is {plan.spec.restart_A!r}")
     _check_random(manifest["rng"])
     for key in ("pending", "empty_buffers", "versions", "shared_buffers"):

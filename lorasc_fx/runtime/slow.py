@@ -226,7 +226,7 @@ class SlowWeights:
             starts: lora_A by weight name, as LoRA starts it; by default as it is.
         """
         spec = plan.spec
-        if not spec.use_dora and (spec.start == "lora" or self.parked):
+        if not spec.starts_from_weights(running=not self.parked):
             return self, {}
         states, factors = dict(self.states), {}
         for name, branch in branches.items():

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, fresh_a
 from lorasc_fx.errors import StateError
-from lorasc_fx.plan import Plan, Site
+from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.core import Core, Planned
 from lorasc_fx.runtime.optim import check_holds, treated_state
 from lorasc_fx.runtime.slow import SlowWeights
@@ -40,7 +40,7 @@ def run(
     check_optimizer(core, optimizer, "transition", park)
     after = replace(before.after_stage(plan, branches, trained), parked=park)
     planned = plan.at_stage(plan.stage + 1)
-    starts = {site.weight: start_of(branches[site.weight], site, planned) for site in planned.sites}
+    starts = {site.weight: branches[site.weight].next_a(site, planned.spec, planned.stage) for site in planned.sites}
     moved = before.moved(branches)
     own = [parameter for branch in branches.values() for parameter in branch.parameters()]
     anew = _left_out(after, branches, trained) + _resized(planned, branches)
@@ -79,7 +79,7 @@ def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: s
     """Raise StateError where the optimizer lacks a parameter, or is lacking and wanted."""
     if optimizer is not None:
         check_holds(optimizer, core.trainable())
-    elif core.plan.spec.restart_A == "gradient" and not park:
+    elif core.plan.spec.next_a.needs_gradient and not park:
         raise StateError(
             f"{call}(None): restart_A='gradient' looks at the first optimizer step; give the optimizer",
             code="optimizer-needed",
@@ -122,7 +122,7 @@ def begin(
         undo(core.turning.restorer())
         core.commit(values, undo)
         core.turning.call_off()
-        if planned.spec.restart_A == "gradient" and not after.parked and optimizer is not None:
+        if planned.spec.next_a.needs_gradient and not after.parked and optimizer is not None:
             core.turning.arm(core.weights_by_name(), branches, optimizer, core.replicas)
         if then is not None:
             then()
@@ -171,16 +171,6 @@ def unpark(core: Core) -> None:
 def has_begun(core: Core) -> bool:
     """Whether the running stage has trained: a branch, or what is trained in full, has left where it started."""
     return core.slow.moved(core.branches_by_weight()) or trained_moved(core.slow, core.trained_parameters())
-
-
-def start_of(branch: Branch, site: Site, plan: Plan) -> torch.Tensor:
-    """Return lora_A as the plan's stage starts it: `kept` only where it is finite and of the same rank, and `gradient`
-    fresh, until the first step has seen one.
-    """
-    same = branch.rank == site.rank
-    if plan.spec.restart_A == "kept" and same and bool(torch.isfinite(local(branch.lora_A)).all()):
-        return branch.lora_A.detach().clone()
-    return fresh_a(plan.spec.seed, plan.stage, site.weight, site.factor_shapes[0])
 
 
 def trained_moved(slow: SlowWeights, trained: Mapping[str, nn.Parameter]) -> bool:

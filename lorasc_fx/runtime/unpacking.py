@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lorasc_fx.branch import Branch, DoraBranch
+from lorasc_fx.branch import Branch
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.core import Core, Planned
@@ -176,12 +176,12 @@ def _model_state(
 def began(branch: Branch, spec: CascadeSpec, parked: bool, held: Taken) -> Began | None:
     """Return where a branch of the running stage began; None for B = 0."""
     found, name = Began(), f"began/{branch.weight_name}"
-    if spec.start != "lora" and not parked:
+    if spec.factor_start.from_weight and not parked:
         shapes = zip("ba", began_shapes(branch), strict=True)
         b, a = (held.take(f"{name}/{each}", shape, torch.float64, True).double() for each, shape in shapes)
         found = replace(found, factors=Factors(b, a))
-    if isinstance(branch, DoraBranch):
-        shape = tuple(branch.lora_magnitude_vector.shape)
+    if branch.magnitude is not None:
+        shape = tuple(branch.magnitude.shape)
         found = replace(found, magnitude=held.take(f"{name}/m", shape, torch.float64, True).double())
     return None if found == Began() else found
 

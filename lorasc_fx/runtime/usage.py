@@ -183,7 +183,7 @@ def _differs(core: Core) -> bool:
     if core.exchanged():
         return False  # torch.func.functional_call puts others in their places
     spec = core.plan.spec
-    running = not core.slow.parked and (spec.noise.strength > 0 or spec.start != "lora")
+    running = not core.slow.parked and (spec.noise.strength > 0 or spec.factor_start.from_weight)
     carried = any(core.slow.states[name].experts for name in core.quantized)
     return running or carried or core.slow.moved(core.branches_by_weight())
 

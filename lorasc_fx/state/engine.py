@@ -17,12 +17,13 @@ from dataclasses import replace
 
 import torch
 
-from lorasc_fx.branch import Branch, DoraBranch, amplitude, draw, is_quantized
+from lorasc_fx.branch import Branch, amplitude, draw, is_quantized
 from lorasc_fx.branch.noise import row_sizes
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
+from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import Rows, local, whole
-from lorasc_fx.spec import CascadeSpec, Start
+from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.kept import Began, Factors, KeptNoise
 from lorasc_fx.state.products import arithmetic, exact_products
 from lorasc_fx.state.slow import SlowWeight, Which
@@ -82,7 +83,7 @@ def write_start(
         key, part = (spec.noise, spec.seed, stage, state.name, exact.shape, step), state.part
         noise = draw(*key, part).to(exact) if not state.kept else None
         state.write(exact, "fast", dtype)
-        by_rows = spec.noise.distribution == "filter" and exact.numel() > 0
+        by_rows = DISTRIBUTIONS[spec.noise.distribution].by_rows and exact.numel() > 0
         rows = row_sizes(spec.noise, exact, state.stacked, state.turned) if by_rows else None
         size = amplitude(spec.noise, exact, part) if rows is None else rows.max().item()
         if not math.isfinite(size):
@@ -110,8 +111,8 @@ def write_start(
 def begin_stage(
     state: SlowWeight, branch: Branch, site: Site, spec: CascadeSpec, stage: int, a: torch.Tensor, noisy: bool = True
 ) -> tuple[SlowWeight, Branch]:
-    """Return the state of a stage whose branch starts from the weight, and a copy of the branch as it starts: factors
-    out of the weight (`spec.start`) where the stage runs, and magnitudes that leave the weight as it is.
+    """Return the state of a stage that starts, and a copy of the branch as it starts: factors out of the weight
+    (`spec.start`) where the stage runs, and magnitudes that leave the weight as it is.
 
     Args:
         state: that the stage starts from.
@@ -122,21 +123,22 @@ def begin_stage(
     """
     started = copy.deepcopy(branch)
     started.to_rank(site)
+    taken, lengths = None, None
     with torch.no_grad():
-        values = [a, torch.zeros_like(started.lora_B)]
-        if spec.start != "lora" and noisy:
+        b = torch.zeros_like(started.lora_B)
+        if noisy and spec.factor_start.from_weight:
             exact = state.exact("fast", arithmetic(state.base.dtype), device=branch.lora_A.device)
-            values = list(leading(spec.start, started, exact, a))
-        for factor, value in zip((started.lora_A, started.lora_B), values, strict=True):
-            factor.copy_(value)
-        began = Began(began_of(started) if spec.start != "lora" and noisy else None)
-        state = replace(state, began=began)
-        if isinstance(started, DoraBranch):
-            weight = start_weight(state, spec, stage, noisy, branch.lora_A.device)
-            started.lora_magnitude_vector.copy_(started.norms(weight))
-            magnitude = started.lora_magnitude_vector.double().cpu().clone()
-            state = replace(state, began=replace(began, magnitude=magnitude))
-    return state, started
+            a, b = factors_out_of(exact, started, spec, a)
+        started.lora_A.copy_(a)
+        started.lora_B.copy_(b)
+        if noisy and spec.factor_start.from_weight:
+            taken = began_of(started)
+        state = replace(state, began=Began(taken))
+        if started.scales_rows:
+            magnitude = started.reset_magnitude(start_weight(state, spec, stage, noisy, branch.lora_A.device))
+            lengths = None if magnitude is None else magnitude.detach().double().cpu().clone()
+    began = None if taken is None and lengths is None else Began(taken, lengths)
+    return replace(state, began=began), started
 
 
 def gain_of(
@@ -145,10 +147,11 @@ def gain_of(
     """Return the row scale g [out] of a branch with magnitudes, in fp64 on the host: with the weight that it trained
     on, noise included. None for any other branch.
     """
-    if not isinstance(branch, DoraBranch):
+    if not branch.scales_rows:
         return None
     with torch.no_grad():
-        return branch.gain(start_weight(state, spec, stage, noisy, branch.lora_A.device)).double().cpu()
+        gain = branch.gain(start_weight(state, spec, stage, noisy, branch.lora_A.device))
+        return None if gain is None else gain.double().cpu()
 
 
 def start_differs(state: SlowWeight) -> bool:
@@ -257,17 +260,17 @@ def fits(state: SlowWeight) -> bool:
     return True
 
 
-def leading(how: Start, branch: Branch, weight: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return lora_A and lora_B as they start from a weight, in its dtype, on its device.
+def factors_out_of(
+    weight: torch.Tensor, branch: Branch, spec: CascadeSpec, a: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return lora_A and lora_B as `spec.start` takes them out of a weight, in its dtype, on its device.
 
-    `pissa`: with `W = U diag(v) V^T` of the r largest singular values, `B_0 = U sqrt(v / s)`, `A_0 = sqrt(v / s) V^T`,
-    so that `s B_0 A_0` is the nearest matrix of rank r. `olora`: with `W = Q R`, `B_0` is the first r columns of Q and
-    `A_0` the first r rows of R. A rank beyond the matrix's own starts as in LoRA.
+    A rank beyond the matrix's own starts as in LoRA.
 
     Args:
-        how: `pissa` or `olora`.
+        weight: as it is stored; each slice of a fused one, and each of stacked experts, is decomposed by itself.
         branch: whose shapes, scale and slices count; its values do not.
-        weight: as it is stored; each slice of a packed one, and each of stacked experts, is decomposed by itself.
+        spec: whose start is meant.
         a: lora_A as LoRA starts it.
 
     Raises:
@@ -275,29 +278,23 @@ def leading(how: Start, branch: Branch, weight: torch.Tensor, a: torch.Tensor) -
     """
     if not bool(torch.isfinite(weight).all()):
         raise SpecError(
-            f"start is {how!r}, and {branch.weight_name} holds inf or nan, which has no decomposition. "
+            f"start is {spec.start!r}, and {branch.weight_name} holds inf or nan, which has no decomposition. "
             f"Exclude it (exclude=({branch.weight_name!r},)), or give start='lora'",
             code="non-finite-weight",
         )
     out, columns = branch.lora_B.shape[-2], branch.lora_A.shape[-1]
     stack = tuple(branch.lora_B.shape[:-2])
-    matrix = weight.reshape(*stack, columns, out).mT if branch.transposed else weight.reshape(*stack, out, columns)
-    a = a.to(matrix, copy=True)
-    b = torch.zeros(branch.lora_B.shape, dtype=matrix.dtype, device=matrix.device)
-    rows = matrix.split(branch.parts) if branch.parts else (matrix,)
+    full = weight.reshape(*stack, columns, out).mT if branch.transposed else weight.reshape(*stack, out, columns)
+    a = a.to(full, copy=True)
+    b = torch.zeros(branch.lora_B.shape, dtype=a.dtype, device=a.device)
+    matrices = full.split(branch.parts) if branch.parts else (full,)
     ups = b.split(branch.parts) if branch.parts else (b,)
     downs = a.split(branch.rank) if branch.parts else (a,)
-    with exact_products(matrix):
-        for each, up, down in zip(rows, ups, downs, strict=True):
-            if how == "pissa":
-                left, values, right = torch.linalg.svd(each, full_matrices=False)
-                root = (values / branch.scale).sqrt()
-                left, right = left * root.unsqueeze(-2), root.unsqueeze(-1) * right
-            else:
-                left, right = torch.linalg.qr(each)
-            count = min(branch.rank, right.shape[-2])
-            up[..., :count] = left[..., :count]
-            down[..., :count, :] = right[..., :count, :]
+    with exact_products(full):
+        for matrix, up, down in zip(matrices, ups, downs, strict=True):
+            left, right = spec.factor_start.initial_factors(matrix, branch.rank, branch.scale)
+            up[..., : left.shape[-1]] = left
+            down[..., : right.shape[-2], :] = right
     return a, b
 
 
@@ -319,9 +316,9 @@ def has_trained(branch: Branch, began: Began | None) -> bool:
     with. One that was cast since has not.
     """
     magnitude = began.magnitude if began is not None else None
-    if magnitude is not None and isinstance(branch, DoraBranch):
-        own = branch.lora_magnitude_vector.detach().cpu()
-        if not torch.equal(own, magnitude.to(own.dtype)):
+    if magnitude is not None and branch.magnitude is not None:
+        now_long = branch.magnitude.detach().cpu()
+        if not torch.equal(now_long, magnitude.to(now_long.dtype)):
             return True
     if began is None or began.factors is None:
         return bool(local(branch.lora_B).any())
@@ -335,7 +332,7 @@ def has_trained(branch: Branch, began: Began | None) -> bool:
 
 
 def factors_of(branch: Branch, device: torch.device, began: Began | None = None, part: Rows | None = None) -> Factors:
-    """Return what the branch has added since its start as factors on a device, as the weight is stored, the scale
+    """Return what the branch has added since its start as factors on a device, as the weight is full, the scale
     folded in: copies of its own where it started from B = 0, else `[B - B_0, B_0]` and `[A; A - A_0]`.
 
     With a part `b @ a` is that of those rows: of a factor that is sharded as the weight is, its own rows are taken

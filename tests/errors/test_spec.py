@@ -43,7 +43,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"restart": "fsat"}, "restart is 'fsat'; give one of slow, fast; nearest: 'fast'"),
     ({"restart": 1}, "restart is 1; give one of slow, fast"),
     ({"restart_A": "gradeint"}, "restart_A is 'gradeint'; give one of fresh, kept, gradient; nearest: 'gradient'"),
-    ({"start": "pisa"}, "start is 'pisa'; give one of lora, pissa, olora; nearest: 'pissa'"),
+    ({"start": "pisa"}, "start is 'pisa'; give one of lora, pissa, olora, milora; nearest: 'pissa'"),
     *(
         (
             {"start": "olora", "restart_A": bad},

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import lorasc_fx as lx
+from lorasc_fx.branch import Branch
 from lorasc_fx.capture import graph_breaks
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
@@ -38,7 +39,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "write a tensor": (safetensors_files, "write_tensor"),
     # stages
     "transition": (transition, "run"),
-    "start of a weight": (transition, "start_of"),
+    "start of a weight": (Branch, "next_a"),
     "commit": (Core, "commit"),
     "redraw": (slow, "write_start"),
     "rest a weight": (SlowWeights, "write_resting"),
