@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.state import SlowWeight
+from lorasc_fx.state import WeightState
 
 __all__ = ["Seconds", "product_seconds", "streaming_seconds", "transition_seconds"]
 
@@ -96,17 +96,17 @@ def train(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
 
 def _read(cascade: lx.Cascade) -> list[torch.Tensor]:
     states = cascade.core.slow.states.values()
-    factors = [factor for state in states for each in state.experts for factor in (each.factors.b, each.factors.a)]
+    factors = [factor for state in states for each in state.experts for factor in (each.b, each.a)]
     return [*(state.base for state in states), *factors]
 
 
-def _product(state: SlowWeight) -> Callable[[], object]:
+def _product(state: WeightState) -> Callable[[], object]:
     dtype = torch.float64 if state.base.dtype == torch.float64 else torch.float32
     base, target = state.base.reshape(state.matrix), torch.empty(state.matrix, dtype=state.base.dtype)
     if not state.experts:
         return lambda: target.copy_(base)
-    b = torch.cat([each.factors.b for each in state.experts], -1).to(dtype)
-    a = torch.cat([each.factors.a for each in state.experts], -2).to(dtype)
+    b = torch.cat([each.b for each in state.experts], -1).to(dtype)
+    a = torch.cat([each.a for each in state.experts], -2).to(dtype)
     product = torch.baddbmm if state.stacked else torch.addmm
     if base.dtype == dtype:
         return lambda: product(base, b, a, out=target)

@@ -9,7 +9,7 @@ from torch import fx
 
 from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights, record_of
 from lorasc_fx.plan import Plan
-from lorasc_fx.state import SlowWeight, arithmetic, check_finite, end_stage
+from lorasc_fx.state import WeightState, arithmetic, check_finite, end_stage
 
 from .base import CascadePass
 
@@ -61,7 +61,7 @@ def check_branches(graph_module: fx.GraphModule) -> None:
             check_finite(branch, plan.spec, plan.stage)
 
 
-def absorb_branches(graph: GraphEditor, plan: Plan) -> dict[str, SlowWeight]:
+def absorb_branches(graph: GraphEditor, plan: Plan) -> dict[str, WeightState]:
     """Return the slow state of every site, and of every weight that only carries noise, after the running stage."""
     branches = {branch.weight_name: branch for branch in graph.branches.values()}
     slow = graph.record.slow

@@ -26,7 +26,7 @@ from lorasc_fx.graph import (
 )
 from lorasc_fx.graph.weights import module_at
 from lorasc_fx.plan import Plan, Reason
-from lorasc_fx.state import SlowWeight, begin_stage, start_differs, start_weight
+from lorasc_fx.state import WeightState, begin_stage, start_weight
 
 from .base import CascadePass
 
@@ -115,7 +115,7 @@ def bystanders(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     )
 
 
-def begun(state: SlowWeight, branch: Branch, plan: Plan) -> SlowWeight:
+def begun(state: WeightState, branch: Branch, plan: Plan) -> WeightState:
     """Let a branch start from its weight, in place, and return the state that knows it."""
     site = plan.by_weight[state.name]
     after, start = begin_stage(state, branch, site, plan.spec, plan.stage, branch.lora_A.detach())
@@ -142,10 +142,12 @@ def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> No
     for weight in weights:
         state = slow.setdefault(
             weight,
-            SlowWeight(weight, named.parameters[weight].detach(), stacked=weight in stacked, turned=weight in turned),
+            WeightState(
+                weight, named.parameters[weight].detach(), stacked=weight in stacked, transposed=weight in turned
+            ),
         )
         if weight in added:
             slow[weight] = state = begun(state, branches[weight], plan)
-        if plan.spec.noise.strength or state.began or start_differs(state):
+        if plan.spec.noise.strength or state.initial or state.start_differs:
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))
     graph.record = replace(graph.record, slow=slow)

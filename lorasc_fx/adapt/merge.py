@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.adapt import _adapt, _check_new, _trained
+from lorasc_fx.adapt import _adapt, _check_new
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import open_model
 from lorasc_fx.errors import CheckpointError, PassError, SpecError
-from lorasc_fx.graph import matches, named_weights, rules_of
-from lorasc_fx.passes.insert_branches import missing_branches
+from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime import Cascade, read
-from lorasc_fx.runtime.arithmetic import Part, join, part_of, weighted_sum
+from lorasc_fx.runtime.arithmetic import Part, join, part_of, part_of_file, weighted_sum
 from lorasc_fx.runtime.base_file import open_base
-from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs, restore
-from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs
 from lorasc_fx.runtime.fingerprint import fingerprint
-from lorasc_fx.undo import AllOrNothing, Commit, no_inference_mode
+from lorasc_fx.undo import AllOrNothing, no_inference_mode
 
 __all__ = ["merge"]
 
@@ -146,21 +142,12 @@ class _Found:
             )
 
     def part(self, model: nn.Module) -> Part:
-        """Return the run as a part of the sum; a checkpoint is unpacked into a copy of the base, without a capture."""
-        if isinstance(self.run, Cascade):
-            return part_of(self.run.core, self.name)
-        scratch = copy.deepcopy(model)
-        named = named_weights(scratch)
-        trained = _trained(self.plan.spec, named.parameters, named.names)
-        for name, parameter in named.parameters.items():
-            parameter.requires_grad_(name in trained)
-        branches = missing_branches(self.plan, {}, named.parameters)
-        core = Core(scratch, nn.ModuleDict(dict(branches)), self.plan, self.frontend)
-        core.written = partial(frozenset, self.moved)  # this copy runs no forward that would tell
-        with Commit() as undo:
-            core.start(trained, undo, rules_of(self.plan.spec, trained, named.names), empty=True)
-        restore(core, self.run)
-        return part_of(core, self.name)
+        """Return the run as a part of the sum; a running stage that has trained is counted."""
+        return (
+            part_of(self.run.core, self.name)
+            if isinstance(self.run, Cascade)
+            else part_of_file(self.run, self.name, model)
+        )
 
 
 def _plan(parts: Sequence[Part], names: Mapping[str, tuple[str, ...]]) -> Plan:

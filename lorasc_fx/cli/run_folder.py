@@ -210,7 +210,7 @@ class RunFolder:
             for weight, branch in cascade.core.branches_by_weight().items():
                 line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
                 if branch.finite():
-                    began = cascade.core.slow.states[weight].began
+                    began = cascade.core.slow.states[weight].initial
                     values = singular_values(factors_of(branch, torch.device("cpu"), began))
                     line |= {"norm": norm_of(values), "effective_rank": effective_rank(values)}
                 file.write(json.dumps(line) + "\n")

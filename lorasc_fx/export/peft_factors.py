@@ -16,7 +16,7 @@ from lorasc_fx.branch import dense
 from lorasc_fx.export.peft_config import RANKS
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.folding import ended, trained_value
-from lorasc_fx.state import Factors, SlowWeight, Which, factors_of, gain_of, has_trained, scaled
+from lorasc_fx.state import Factors, WeightState, Which, factors_of, gain_of, has_trained, scaled
 
 __all__ = ["Change", "CutOff", "change_of", "compressed", "factored", "nothing", "padded", "stacked"]
 
@@ -134,17 +134,17 @@ class Change:
             self.pairs = {name: padded(pair, one) for name, pair in self.pairs.items()}
 
 
-def _add_scaled(change: Change, state: SlowWeight, terms: Sequence[tuple[float, Factors]], rows: torch.Tensor) -> None:
+def _add_scaled(change: Change, state: WeightState, terms: Sequence[tuple[float, Factors]], rows: torch.Tensor) -> None:
     """Note `diag(rows) W0 + b a` as `diag(rows) (W0 + diag(1 / rows) b a)`: the pair, and the norms that this has."""
     pair = stacked(terms) or nothing(state)
-    pair = scaled(pair, 1 / rows, state.turned)
+    pair = scaled(pair, 1 / rows, state.transposed)
     weight = dense(state.base).double().cpu()
     total = weight + (pair.b @ pair.a).view_as(weight)
-    own = total.mT if state.turned else total
+    own = total.mT if state.transposed else total
     change.pairs[state.name], change.magnitudes[state.name] = pair, rows * own.flatten(1).norm(dim=1)
 
 
-def nothing(state: SlowWeight) -> Factors:
+def nothing(state: WeightState) -> Factors:
     """Return factors of rank 1 that add nothing."""
     *stack, rows, columns = state.matrix
     return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
@@ -161,16 +161,16 @@ def change_of(core: Core, which: Which) -> Change:
     at = "slow" if which == "fast" and slow.parked else which
     for name, state in slow.states.items():
         live, gain, branch = None, None, branches.get(name)
-        if which == "fast" and branch is not None and has_trained(branch, state.began):
-            live = factors_of(branch, torch.device("cpu"), state.began)
+        if which == "fast" and branch is not None and has_trained(branch, state.initial):
+            live = factors_of(branch, torch.device("cpu"), state.initial)
             gain = gain_of(branch, state, core.plan.spec, core.plan.stage, not slow.parked)
         _, delta, terms = state.terms(at if live is None else "fast", live, gain)
         if delta is not None and bool(delta.any()):
             terms.append((1.0, factored(delta)))
         rows = state.scale(gain)
         if rows is None and terms and core.plan.spec.use_dora:  # experts that came from elsewhere
-            rows = torch.ones(state.matrix[-1 if state.turned else -2], dtype=torch.float64)
-        if state.kept:
+            rows = torch.ones(state.out, dtype=torch.float64)
+        if state.noises:
             change.refused[name] = "it keeps the noise of a stage (noise.keep), which has no low rank"
         elif rows is not None and not bool(rows.all()):
             change.refused[name] = "a row of it was scaled to 0, which no magnitude does"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from lorasc_fx.plan import Plan, Refusal
-from lorasc_fx.state import SlowWeight
+from lorasc_fx.state import WeightState
 
 __all__ = ["Record", "Use", "at_stage", "record_of", "set_record", "strip"]
 
@@ -52,7 +52,7 @@ class Record:
     plan: Plan | None = None
     refusals: tuple[Refusal, ...] = ()
     unreached: tuple[str, ...] = ()
-    slow: Mapping[str, SlowWeight] = field(default_factory=dict)
+    slow: Mapping[str, WeightState] = field(default_factory=dict)
     branched: frozenset[str] = frozenset()
 
     @property

@@ -36,7 +36,7 @@ from lorasc_fx.graph.record import Record, record_of
 from lorasc_fx.graph.weights import BRANCHES, Weights, module_at, named_weights, owner_of
 from lorasc_fx.plan import Site
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import SlowWeight, slow_faults, start_differs, start_weight
+from lorasc_fx.state import WeightState, start_weight
 
 __all__ = ["RULES", "Rule", "View", "faults", "verify"]
 
@@ -205,7 +205,7 @@ def _slow_state_is_kept(view: View) -> Iterator[str]:
         elif tuple(state.base.shape) != site.shape:
             yield f"the slow state of {site.weight} is {tuple(state.base.shape)}, planned as {site.shape}"
         else:
-            yield from (f"the slow state of {site.weight} {fault}" for fault in slow_faults(state))
+            yield from (f"the slow state of {site.weight} {fault}" for fault in state.faults())
 
 
 def _branches_stand_at_sites(view: View) -> Iterator[str]:
@@ -423,7 +423,7 @@ def _weights_are_the_stages(view: View) -> Iterator[str]:
     for weight, state in view.record.slow.items():
         parameter = parameters.get(weight)
         fits = parameter is not None and parameter.shape == state.base.shape
-        fits = fits and not slow_faults(state)  # told where the slow state is held against the plan
+        fits = fits and not state.faults()  # told where the slow state is held against the plan
         if fits and parameter is not None and not _is_start(parameter, state, plan.spec, plan.stage):
             yield (
                 f"{weight} holds other numbers than stage {plan.stage} began with; run what changes weights before the "
@@ -431,15 +431,15 @@ def _weights_are_the_stages(view: View) -> Iterator[str]:
             )
 
 
-def _is_start(parameter: nn.Parameter, state: SlowWeight, spec: CascadeSpec, stage: int) -> bool:
+def _is_start(parameter: nn.Parameter, state: WeightState, spec: CascadeSpec, stage: int) -> bool:
     if parameter.is_meta:
         return True
     if is_quantized(parameter) or is_quantized(state.base):
         both = is_quantized(parameter) and is_quantized(state.base)
         return both and torch.equal(dense(parameter), dense(state.base))
-    plain = not (spec.noise.strength or state.experts or state.kept or state.began or start_differs(state))
+    plain = not (spec.noise.strength or state.experts or state.noises or state.initial or state.start_differs)
     plain = plain and state.scale() is None
-    if plain and state.dense_start is None and parameter.data_ptr() == state.base.data_ptr():
+    if plain and state.start.dense is None and parameter.data_ptr() == state.base.data_ptr():
         return True  # the very memory
     with torch.no_grad():
         start = start_weight(state, spec, stage).to(parameter)

@@ -22,15 +22,12 @@ from torch.distributed.fsdp import fully_shard
 from lorasc_fx.capture import leaves
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import StateError
-from lorasc_fx.integrations._states import cut as cut_rows
 from lorasc_fx.integrations.segments import ROOT, Cut, cut, together, unit_of
 from lorasc_fx.integrations.sharded_files import load, resume, save
 from lorasc_fx.integrations.units import Shards, SplitGraph, Unit
 from lorasc_fx.runtime import Cascade, folding
-from lorasc_fx.runtime.slow import SlowWeights
 from lorasc_fx.shards import Rows, whole
 from lorasc_fx.spec import CascadeSpec, Noise
-from lorasc_fx.state import Expert, Factors, SlowWeight
 from lorasc_fx.undo import AllOrNothing, Undo
 
 __all__ = ["folded_state_dict", "load", "resume", "save", "shard"]
@@ -82,7 +79,8 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         undo(core.pending.restorer(core.trainable()))
         shards = _fully_sharded(cascade, units, mesh, undo)
         rows = {name: Rows.of(each) for name, each in core.parameters_by_name().items()}
-        core.slow = _rows_of_all(core.slow, rows, mapped=core.base_file is not None)
+        every = next(iter(rows.values())).together
+        core.slow = core.slow.cut(rows, every, mapped=core.base_file is not None)
         core.pending.disarm()
         core.note_weights()
         core.note_frozen()
@@ -246,25 +244,3 @@ def _unmark(module: nn.Module) -> None:
     """Remove the marks that FSDP sets for dynamo, which would be settings of another signature."""
     for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
         vars(module).pop(mark, None)
-
-
-def _rows_of_all(slow: SlowWeights, rows: Mapping[str, Rows], mapped: bool) -> SlowWeights:
-    """Return the slow weights of the rows that are here; W0 stays in its file if it is `mapped`."""
-    states = {name: _rows_of(state, rows[name], mapped) for name, state in slow.states.items()}
-    trained = {name: kept.map(partial(cut_rows, rows=rows[name])) for name, kept in slow.trained.items()}
-    every = next(iter(rows.values())).together
-    return replace(slow, states=states, trained=trained, together=every)
-
-
-def _rows_of(state: SlowWeight, rows: Rows, mapped: bool) -> SlowWeight:
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        return rows.of_whole(tensor).clone()
-
-    experts = tuple(
-        Expert(each.stage, Factors(own(each.factors.b), own(each.factors.a) if state.stacked else each.factors.a))
-        for each in state.experts
-    )
-    slow = None if state.dense_slow is None else own(state.dense_slow)
-    start = slow if state.dense_start is state.dense_slow or state.dense_start is None else own(state.dense_start)
-    base = rows.of_whole(state.base) if mapped else own(state.base)
-    return replace(state, base=base, experts=experts, dense_slow=slow, dense_start=start, part=rows)

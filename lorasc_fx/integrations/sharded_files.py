@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,13 +42,17 @@ from lorasc_fx.runtime.checkpoint_write import (
     sync,
     temporary,
 )
+from lorasc_fx.runtime.codec import RunState
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
 from lorasc_fx.shards import Rows, local
+from lorasc_fx.state import Side, Tree
 
 __all__ = ["load", "resume", "save"]
+
+T = TypeVar("T", bound=Tree)
 
 KIND = "lorasc_fx.sharded"
 FORMAT = 1
@@ -90,8 +95,7 @@ def save(
     first = dist.get_rank(group) == 0
     whole = {**(extra or {}), RANKS: gathered(streams(), group, "save")}
     with agreed("save", group):
-        tensors, manifest = contents(core, optimizer, scheduler, whole)
-        tensors = _as_sharded(core, tensors)
+        tensors, manifest = contents(core, optimizer, scheduler, whole, _as_sharded(core))
     beside = Path(text_of_rank_0(str(temporary(root)), group, "save"))
     path = ""
     with contextlib.ExitStack() as held:
@@ -207,24 +211,18 @@ def resume(cascade: Cascade, optimizer: torch.optim.Optimizer | None = None, sch
     return extra
 
 
-def _as_sharded(core: Core, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors, those of which rows are here as DTensors."""
-    parameters = core.parameters_by_name()
-    found = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        what = rest.rpartition("/")[2]
-        if kind == "expert":
-            weight = rest.rsplit("/", 2)[0]
-            cut = what == "b" or core.slow.states[weight].stacked
-        elif kind == "trained" and not hasattr(tensor, "to_local"):
-            weight = rest.rsplit("/", 2)[0] if what.isdecimal() else rest.rpartition("/")[0]
-            cut = True
-        else:
-            weight, cut = rest.rpartition("/")[0], kind == "dense"
-        rows = Rows.of(parameters[weight]) if cut else None
-        found[name] = rows.sharded(tensor, parameters[weight]) if rows is not None else tensor
-    return found
+def _as_sharded(core: Core) -> RunState:
+    """Return the state of a cascade with DTensors for the tensors of which parts are here."""
+    state, parameters = RunState.of(core), core.parameters_by_name()
+
+    def sharded(tree: T, name: str, axis_of: Callable[[Side], int | None]) -> T:
+        like = parameters[name]
+        part = Rows.of(like)
+        return tree.map(lambda value, side: value if axis_of(side) is None else part.sharded(value, like))
+
+    states = {name: sharded(weight, name, weight.axis) for name, weight in state.slow.states.items()}
+    trained = {name: sharded(kept, name, lambda side: 0) for name, kept in state.slow.trained.items()}
+    return replace(state, slow=replace(state.slow, states=states, trained=trained))
 
 
 def _described(tensor: torch.Tensor) -> dict[str, Any]:

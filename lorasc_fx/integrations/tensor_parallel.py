@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
@@ -27,14 +27,16 @@ from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.graph import BRANCHES
 from lorasc_fx.integrations._parts import PartsInterpreter, whole
 from lorasc_fx.integrations._places import Style, places_of
-from lorasc_fx.integrations._states import cut, cut_state, joined, joined_state
 from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.parameters import exchange
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.shards import Rows, Together
+from lorasc_fx.state import Side, Tree
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode, raise_of_handler
 
 __all__ = ["gather", "parallelize"]
+
+T = TypeVar("T", bound=Tree)
 
 _ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}
 """Share of the output's scale by which sums in parts may differ from those in one piece: models round in between, to
@@ -136,10 +138,14 @@ def gather(cascade: Cascade) -> Cascade:
     with no_inference_mode(), AllOrNothing() as undo:
         layouts = {name: value for name, value in core.parameters_by_name().items() if isinstance(value, DTensor)}
         states = {
-            name: joined_state(state, layouts[name]) if name in layouts else state
+            name: _gathered(state, layouts[name], state.axis) if name in layouts else state
             for name, state in core.slow.states.items()
         }
-        trained = {name: kept.map(partial(joined, like=layouts[name])) for name, kept in core.slow.trained.items()}
+        states = {name: replace(state, part=None) for name, state in states.items()}
+        trained = {
+            name: _gathered(kept, layouts[name], partial(_axis_of, layouts[name]))
+            for name, kept in core.slow.trained.items()
+        }
         _exchange(cascade, lambda value: _again(value, whole(value)), undo)
         _take(cascade, replace(core.slow, states=states, trained=trained, together=None), None, undo)
     return cascade
@@ -202,11 +208,26 @@ def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement],
         name: Rows.of(value) if isinstance(value, DTensor) and value.placements[0].is_shard() else None
         for name, value in core.parameters_by_name().items()
     }
-    states = {name: cut_state(state, rows[name]) for name, state in core.slow.states.items()}
-    trained = {name: kept.map(partial(cut, rows=rows[name])) for name, kept in core.slow.trained.items()}
     together = Together(mesh.get_group(), next(iter(core.by_key.values())).lora_A.device)
-    after = replace(core.slow, states=states, trained=trained, together=together)
-    _take(cascade, after, Spread(mesh, set()), undo)
+    _take(cascade, core.slow.cut(rows, together), Spread(mesh, set()), undo)
+
+
+def _axis_of(like: DTensor, _side: Side) -> int | None:
+    (place,) = like.placements
+    return place.dim if isinstance(place, Shard) else None
+
+
+def _gathered(state: T, like: DTensor, axis_of: Callable[[Side], int | None]) -> T:
+    """Return a state of whole tensors, of one whose parts lie over the processes as a parameter does."""
+
+    def gathered(value: torch.Tensor, side: Side) -> torch.Tensor:
+        axis = axis_of(side)
+        if axis is None:
+            return value
+        own = value.to(like.to_local().device)
+        return whole(DTensor.from_local(own, like.device_mesh, [Shard(axis)], run_check=False)).to(value.device)
+
+    return state.map(gathered)
 
 
 def _dtensor(value: torch.Tensor, mesh: DeviceMesh, place: Placement) -> DTensor:

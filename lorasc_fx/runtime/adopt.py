@@ -7,15 +7,13 @@ later write raises.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.core import Core, Planned
 from lorasc_fx.runtime.model_state import Slot, slots
-from lorasc_fx.runtime.slow import SlowWeights, Trained
-from lorasc_fx.state import Expert, Factors, SlowWeight
+from lorasc_fx.state import Expert, Factors, SlowWeights, Trained, WeightState
 from lorasc_fx.undo import Undo
 
 __all__ = ["adopt", "install"]
@@ -59,7 +57,7 @@ def adopt(
             if value.shape != base.shape:
                 raise StateError(f"adopt: {name} is {list(base.shape)}, not {list(value.shape)}", code="wrong-shape")
             slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
-            kept[name] = Trained(base, slow, slow.to(base.dtype), rule=kept[name].rule)
+            kept[name] = Trained.of(base, slow, kept[name].rule)
         touched = [*(name for name in experts if experts[name]), *values]
         install(core, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
 
@@ -98,7 +96,7 @@ def install(
     core.commit(Planned(plan, after, names, factors=factors, tensors=tensors, slots=replaced), undo)
 
 
-def _with(state: SlowWeight, experts: Sequence[tuple[float, Factors]], stage: int) -> SlowWeight:
+def _with(state: WeightState, experts: Sequence[tuple[float, Factors]], stage: int) -> WeightState:
     """Return the state with these experts added, each with its coefficient."""
     *stack, rows, columns = state.matrix
     for _, pair in experts:
@@ -110,13 +108,9 @@ def _with(state: SlowWeight, experts: Sequence[tuple[float, Factors]], stage: in
             )
     if not experts:
         return state
-    more = tuple(Expert(stage, _own(pair, state.base.device)) for _, pair in experts)
-    scales = tuple(float(coefficient) for coefficient, _ in experts)
-    after = replace(state, experts=state.experts + more, slow=state.slow + scales, start=state.start + scales)
-    after = after if state.average is None else replace(after, average=state.average + scales)
-    return after.collapsed() if after.crowded else after
-
-
-def _own(pair: Factors, device: torch.device) -> Factors:
-    """Return copies on the device of W0."""
-    return Factors(pair.b.detach().to(device, copy=True), pair.a.detach().to(device, copy=True))
+    device = state.base.device
+    more = [
+        Expert(pair.b.detach().to(device, copy=True), pair.a.detach().to(device, copy=True), stage)
+        for _, pair in experts
+    ]
+    return state.added(more, [float(coefficient) for coefficient, _ in experts])

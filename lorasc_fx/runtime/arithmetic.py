@@ -11,18 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from lorasc_fx.branch import dense
 from lorasc_fx.errors import SpecError, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.adopt import install
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
 from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.folded import has_trained_since, running_branches
 from lorasc_fx.runtime.folding import ended
-from lorasc_fx.runtime.slow import SlowWeights, Trained
-from lorasc_fx.state import Expert, Past, SlowWeight, arithmetic, summing
+from lorasc_fx.state import Expert, SlowWeights, Trained, View, WeightState, arithmetic, summing
+from lorasc_fx.state.model import host
 from lorasc_fx.undo import Undo
 
-__all__ = ["Part", "join", "part_of", "weighted_sum"]
+__all__ = ["Part", "join", "part_of", "part_of_file", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,38 @@ def part_of(core: Core, name: str) -> Part:
         NonFiniteBranch: a running branch holds inf or nan.
     """
     buffers = {key: buffer.detach().clone() for key, buffer in core.model.named_buffers()}
-    slow = ended(core, "merge")
-    bare = {key: replace(state, base=state.base.to("meta")) for key, state in slow.states.items()}
-    return Part(name, core.plan, replace(slow, states=bare), buffers)
+    return Part(name, core.plan, _bare(ended(core, "merge")), buffers)
+
+
+def part_of_file(checkpoint: Checkpoint, name: str, model: nn.Module) -> Part:
+    """Return a run that was saved as a part; a running stage that has trained is counted.
+
+    Args:
+        checkpoint: as read.
+        name: of the run, for messages.
+        model: the base, whose weights the running stage ends on.
+
+    Raises:
+        CheckpointError: it is not what a checkpoint of its plan holds.
+        NonFiniteBranch: a running branch holds inf or nan.
+    """
+    state = decoded(checkpoint)
+    with refused(checkpoint):
+        branches, slow = running_branches(state), state.slow
+    if has_trained_since(state, branches):
+        bases = {
+            key: host(value) for key, value in model.named_parameters() if key in slow.states or key in slow.trained
+        }
+        states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
+        trained = {key: replace(kept, base=bases[key]) for key, kept in slow.trained.items()}
+        slow = replace(slow, states=states, trained=trained).after_stage(state.plan, branches, state.values)
+    return Part(name, state.plan, _bare(slow), state.buffers)
+
+
+def _bare(slow: SlowWeights) -> SlowWeights:
+    """Return slow weights whose W0 are without numbers."""
+    states = {name: replace(state, base=state.base.to("meta")) for name, state in slow.states.items()}
+    return replace(slow, states=states)
 
 
 def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:
@@ -80,14 +112,15 @@ def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[floa
     for name, kept in own.trained.items():
         total = kept.base.double() + _dense(name, kept.base, terms)
         slow = total.to(arithmetic(kept.base.dtype))
-        trained[name] = Trained(kept.base, slow, total.to(kept.base.dtype), ((stage, slow),), rule=kept.rule)
+        views = {"slow": slow, "start": total.to(kept.base.dtype), f"stage/{stage}": slow}
+        trained[name] = Trained(kept.base, views, kept.rule)
     return SlowWeights(states, trained)
 
 
-def _state(own: SlowWeight, terms: Sequence[tuple[float, Part]], stage: int) -> SlowWeight:
+def _state(own: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:
     experts: list[Expert] = []
     coefficients: list[float] = []
-    kept = []
+    noises = []
     for weight, part in terms:
         state = part.slow.states.get(own.name)
         if state is None or weight == 0:
@@ -98,23 +131,23 @@ def _state(own: SlowWeight, terms: Sequence[tuple[float, Part]], stage: int) -> 
                 "sum runs of one model",
                 code="sites-differ",
             )
-        for coefficient, expert in zip(state.slow, state.experts, strict=True):
+        for coefficient, expert in zip(state.slow.coefficients, state.experts, strict=True):
             if coefficient != 0:
                 experts.append(expert)
                 coefficients.append(weight * coefficient)
-        kept += [replace(noise, amplitude=weight * noise.amplitude) for noise in state.kept]
+        noises += [replace(noise, amplitude=weight * noise.amplitude) for noise in state.noises]
     total = None
     if any(_holds_dense(own.name, part) for weight, part in terms if weight != 0):
         total = _dense(own.name, own.base, terms, factors=False).view(own.matrix).to(summing(own.base.dtype))
-    slow = tuple(coefficients)
-    after = SlowWeight(own.name, own.base, own.stacked, tuple(experts), slow, slow, total, total, tuple(kept))
-    after = replace(after, past=(Past(stage, slow),), turned=own.turned)
+    slow = View(tuple(coefficients), total)
+    views = {"slow": slow, "start": slow, f"stage/{stage}": slow}
+    after = WeightState(own.name, own.base, own.stacked, own.transposed, tuple(experts), views, noises=tuple(noises))
     return after.collapsed() if after.crowded else after
 
 
 def _holds_dense(name: str, part: Part) -> bool:
     state = part.slow.states.get(name)
-    return name in part.slow.trained or (state is not None and state.dense_slow is not None)
+    return name in part.slow.trained or (state is not None and state.slow.dense is not None)
 
 
 def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], factors: bool = True) -> torch.Tensor:
@@ -133,8 +166,8 @@ def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], f
                 total += weight * (
                     replace(state, base=base).exact("slow", torch.float64).cpu() - dense(base).double().cpu()
                 )
-            elif state.dense_slow is not None:
-                total += weight * state.dense_slow.double().cpu().view(base.shape)
+            elif state.slow.dense is not None:
+                total += weight * state.slow.dense.double().cpu().view(base.shape)
     return total
 
 

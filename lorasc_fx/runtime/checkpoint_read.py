@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,8 +25,8 @@ from safetensors.torch import load
 
 from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime import unpacking
 from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, canonical, list_versions, way_back
+from lorasc_fx.runtime.codec import RunState, decode, install
 from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import fingerprint, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
@@ -38,9 +39,11 @@ __all__ = [
     "branch_faults",
     "check_base",
     "check_plan",
+    "decoded",
     "manifest_of",
     "plan_faults",
     "read",
+    "refused",
     "restore",
 ]
 
@@ -300,6 +303,22 @@ def check_plan(
             )
 
 
+def decoded(checkpoint: Checkpoint, known: RunState | None = None) -> RunState:
+    """Return the state that a checkpoint holds.
+
+    Args:
+        checkpoint: as read.
+        known: see `codec.decode`; by default what the plan says, without a model.
+
+    Raises:
+        CheckpointError: it is not what a checkpoint of its plan holds.
+    """
+    plan, manifest, tensors = checkpoint.plan, checkpoint.manifest, checkpoint.tensors
+    with refused(checkpoint):
+        known = RunState.planned(plan, manifest, tensors) if known is None else known
+        return decode(manifest, tensors, plan, known, str(checkpoint.path))
+
+
 def restore(core: Core, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
     """Put the checkpoint's values into a cascade that has its sites; the cascade's plan is then the checkpoint's.
 
@@ -308,12 +327,21 @@ def restore(core: Core, checkpoint: Checkpoint, undo: Undo | None = None) -> Non
     Raises:
         CheckpointError: they do not fit; the cascade is as it was.
     """
+    state = decoded(checkpoint, RunState.of(core))
+    with refused(checkpoint):
+        install(core, state, str(checkpoint.path), undo)
+
+
+@contextmanager
+def refused(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what a state of another kind raises into a CheckpointError that says what to do."""
+    way = way_back(checkpoint.path)
     try:
-        unpacking.unpack(core, checkpoint.tensors, checkpoint.manifest, str(checkpoint.path), checkpoint.plan, undo)
+        yield
     except CheckpointError as fault:
-        raise CheckpointError(f"{fault}; {way_back(checkpoint.path)}", code=fault.code) from fault
+        raise CheckpointError(f"{fault}; {way}", code=fault.code) from fault
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:
-        what, way = f"{type(fault).__name__}: {told(str(fault))}", way_back(checkpoint.path)
+        what = f"{type(fault).__name__}: {told(str(fault))}"
         raise CheckpointError(
             f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}; {way}"
         ) from fault

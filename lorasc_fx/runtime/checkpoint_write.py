@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
-from lorasc_fx.runtime import generators, half_step, outside_json, packing
+from lorasc_fx.runtime import generators, half_step, outside_json
 from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, TENSORS, canonical, is_our_file, list_versions, next_name
+from lorasc_fx.runtime.codec import RunState, Tensors, encode
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.opening import plain_bytes
@@ -105,10 +106,14 @@ def check_finite(core: Core) -> None:
 
 
 def contents(
-    core: Core, optimizer: torch.optim.Optimizer | None, scheduler: Any, extra: Mapping[str, Any]
-) -> tuple[packing.Tensors, dict[str, Any]]:
-    """Return what the two files of a version hold; nothing is written yet."""
-    tensors, meta = packing.pack(core)
+    core: Core,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Any,
+    extra: Mapping[str, Any],
+    state: RunState | None = None,
+) -> tuple[Tensors, dict[str, Any]]:
+    """Return what the two files of a version hold; nothing is written yet. The state is that of the core by default."""
+    meta, tensors = encode(RunState.of(core) if state is None else state)
     gradients, meta["pending"] = half_step.pack(core)
     streams, meta["rng"] = generators.pack()
     parts: dict[str, Any] = {"extra": extra}
@@ -124,7 +129,7 @@ def contents(
             code="non-finite-state",
         ) from fault
     if optimizer is not None:
-        more, parts["optimizer"] = packing.pack_optimizer(optimizer)
+        more, parts["optimizer"] = _of_optimizer(optimizer)
         tensors |= more
     if scheduler is not None:
         parts["scheduler"] = {"class": type(scheduler).__name__, "state": scheduler.state_dict()}
@@ -159,6 +164,20 @@ def contents(
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest
 
 
+def _of_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str, Any]]:
+    """Return an optimizer's state as tensors and JSON."""
+    state = optimizer.state_dict()
+    tensors: Tensors = {}
+    numbers: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value.detach().clone()
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "numbers": numbers}
+
+
 def _check_keys(value: Any) -> None:
     """Refuse a key that JSON would turn into a string."""
     if isinstance(value, Mapping):
@@ -172,7 +191,7 @@ def _check_keys(value: Any) -> None:
         _check_keys(each)
 
 
-def _place(tensors: packing.Tensors, manifest: dict[str, Any], beside: Path, version: Path) -> None:
+def _place(tensors: Tensors, manifest: dict[str, Any], beside: Path, version: Path) -> None:
     """Write both files into a temporary folder, and rename it: synced in this order."""
     root, made = version.parent, beside
     try:

@@ -19,15 +19,14 @@ from lorasc_fx.runtime.fingerprint import checksum, fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.model_state import Slot, restorer
 from lorasc_fx.runtime.optim import put_state
-from lorasc_fx.runtime.slow import SlowWeights, fill
 from lorasc_fx.runtime.usage import UsageWatch
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch
 from lorasc_fx.shards import local
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.state import Which
+from lorasc_fx.state import SlowWeights, Which
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
-__all__ = ["Core", "Planned"]
+__all__ = ["SPARE", "Core", "Planned"]
 
 SHARDED = ("transition", "stages", "rewind", "weights", "resume")
 """Calls that work on shards of the weights."""
@@ -516,3 +515,40 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     for part in path:
         module = module._modules.get(part) if module is not None else None
     return module._parameters.get(leaf) if module is not None else None
+
+
+SPARE = 1 << 12
+"""Bytes that are kept free for putting weights back where memory is short: for what is small. What is large, the noise
+of a weight, is made before anything is written to it."""
+
+
+def fill(
+    parameters: Mapping[str, nn.Parameter],
+    names: Iterable[str],
+    new: Callable[[str, torch.Tensor], object],
+    old: Callable[[str, torch.Tensor], object],
+    undo: Undo,
+) -> None:
+    """Let `new(name, parameter)` write into each parameter in turn; `old` does so again when the block is undone.
+
+    A quantized weight is not written to: its branch carries what the stages added (`Core.commit`).
+    """
+    spare = [torch.empty(SPARE, dtype=torch.uint8)]  # room for putting back, where memory stays short
+    with torch.no_grad():
+        for name in names:
+            if not is_quantized(parameters[name]):
+                out = local(parameters[name])
+                undo(partial(_again, old, name, out, out._version, spare))
+                new(name, out)
+
+
+def _again(
+    old: Callable[[str, torch.Tensor], object], name: str, out: torch.Tensor, version: int, spare: list[torch.Tensor]
+) -> None:
+    spare.clear()
+    with torch.no_grad():
+        try:
+            old(name, out)
+        except (MemoryError, RuntimeError):  # no memory for what the weight needs, old or new
+            if out._version != version:
+                raise

@@ -15,11 +15,10 @@ from lorasc_fx.errors import StateError, nearest
 from lorasc_fx.parameters import Holder, holders_of
 from lorasc_fx.runtime.core import Core, Planned
 from lorasc_fx.runtime.rigid import Requantize, check_asked, dense_in_place, requantized
-from lorasc_fx.runtime.slow import SlowWeights
 from lorasc_fx.runtime.transition import has_begun, trained_moved
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Which
+from lorasc_fx.state import SlowWeights, Which
 from lorasc_fx.undo import Commit, Undo
 
 __all__ = [

@@ -16,7 +16,7 @@ from typing import Any
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.opening import told
 
-__all__ = ["LONGEST", "check_fields", "check_kinds", "finite", "parsed"]
+__all__ = ["LONGEST", "VIEWS", "check_fields", "check_kinds", "finite", "parsed"]
 
 LONGEST = 1 << 26
 """Bytes that a manifest has at most; parsed, JSON takes some twenty times as much."""
@@ -45,8 +45,10 @@ _OPTIONAL: Mapping[str, tuple[type, str]] = {
 }
 _SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
 _DIGEST = re.compile("[0-9a-f]{64}")
+VIEWS = ("slow", "start", "average")
+"""Views of a slow state that are coefficient vectors of its entry; the ends of stages stand in its "past"."""
 _STATE = ("stages", "slow", "start", "kept", "past")
-"""Of a slow state; one that is averaged over stages has an `average` as well."""
+"""What an entry must have; it may have the other views, and the "turns" of row scales."""
 _NOISE = ("noise", "seed", "stage", "amplitude")
 
 
@@ -151,13 +153,13 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
 
 
 def _check_state(name: str, state: Any, stage: int) -> None:
-    if not isinstance(state, dict) or sorted({*state} - {"average", "turns"}) != sorted(_STATE):
+    if not isinstance(state, dict) or not {*_STATE} <= {*state} <= {*_STATE, *VIEWS, "turns"}:
         raise ValueError(f"'slow': {name} needs {', '.join(_STATE)}, and nothing else")
     if any(not isinstance(part, list) for part in state.values()):
         raise ValueError(f"'slow': {name} holds what is no list")
     if any(each != 0 and not _counts(each, stage) for each in state["stages"]):  # 0: trained elsewhere
         raise ValueError(f"'slow': {name} has experts of stages that were not: {told(state['stages'])}")
-    vectors = [key for key in ("slow", "start", "average") if key in state]
+    vectors = [key for key in VIEWS if key in state]
     if any(not finite(each) for key in vectors for each in state[key]):
         raise ValueError(f"'slow': {name} has coefficients that are no finite numbers")
     if any(len(state[key]) != len(state["stages"]) for key in vectors):

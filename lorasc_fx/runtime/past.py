@@ -17,8 +17,7 @@ from lorasc_fx.branch import fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime import transition
 from lorasc_fx.runtime.optim import treated_state
-from lorasc_fx.runtime.slow import SlowWeights, Trained
-from lorasc_fx.state import SlowWeight, arithmetic
+from lorasc_fx.state import SlowWeights, Trained, WeightState
 
 if TYPE_CHECKING:
     from lorasc_fx.runtime.core import Core
@@ -35,9 +34,8 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
         StateError: no stage of this number has ended here, or it is gone; names what is missing, and which stages can
             be had.
     """
-    past = [each for state in slow.states.values() for each in state.past]
-    gone_to = max((each.stage for each in past if each.slow is None), default=0)
-    ended = sorted({each.stage for each in past} | set(range(1, gone_to)))
+    gone_to = max((state.gone for state in slow.states.values()), default=0)
+    ended = sorted({end for state in slow.states.values() for end in state.ends} | set(range(1, gone_to + 1)))
     if isinstance(stage, bool) or not isinstance(stage, int) or stage not in (0, *ended):
         raise StateError(
             f"{call}: stage {stage!r} has not ended in this cascade; there are "
@@ -58,23 +56,16 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
     return SlowWeights(states, trained, averaged=min(stage, 1), together=slow.together)
 
 
-def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, SlowWeight], dict[str, Trained], list[str]]:
+def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], dict[str, Trained], list[str]]:
     """Return the states of a stage, and the names of those that are gone."""
-    states, trained, gone = {}, {}, []
-    for name, state in slow.states.items():
-        found = state.at(stage)
-        if found is None:
-            gone.append(name)
-        else:
-            states[name] = found
-    for name, kept in slow.trained.items():
-        values = {0: kept.base.to(arithmetic(kept.base.dtype)), **dict(kept.past)}
-        if stage not in values:
-            gone.append(name)
-            continue
-        past = tuple(each for each in kept.past if each[0] <= stage)
-        trained[name] = Trained(kept.base, values[stage], values[stage].to(kept.base.dtype), past, rule=kept.rule)
-    return states, trained, gone
+    states = {name: state.at(stage) for name, state in slow.states.items()}
+    trained = {name: kept.at(stage) for name, kept in slow.trained.items()}
+    gone = [name for name, found in (states | trained).items() if found is None]
+    return (
+        {name: found for name, found in states.items() if found is not None},
+        {name: found for name, found in trained.items() if found is not None},
+        gone,
+    )
 
 
 def rewind(core: Core, stage: int, optimizer: torch.optim.Optimizer | None) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from lorasc_fx.branch import dense, is_quantized
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.parameters import Holder, exchange
-from lorasc_fx.runtime.slow import SlowWeights
+from lorasc_fx.state import SlowWeights
 from lorasc_fx.undo import Undo
 
 __all__ = ["Requantize", "check_asked", "dense_in_place", "requantized"]

@@ -19,8 +19,8 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.core import Core, Planned
 from lorasc_fx.runtime.optim import check_holds, treated_state
-from lorasc_fx.runtime.slow import SlowWeights
 from lorasc_fx.shards import local, part_of
+from lorasc_fx.state import SlowWeights
 from lorasc_fx.undo import Commit
 
 __all__ = ["begin", "check_optimizer", "has_begun", "restart", "run", "unpark"]
@@ -173,7 +173,7 @@ def has_begun(core: Core) -> bool:
     return core.slow.moved(core.branches_by_weight()) or trained_moved(core.slow, core.trained_parameters())
 
 
-def trained_moved(slow: SlowWeights, trained: Mapping[str, nn.Parameter]) -> bool:
+def trained_moved(slow: SlowWeights, trained: Mapping[str, torch.Tensor]) -> bool:
     """Whether a parameter trained in full has left the value that its stage started from."""
     return slow.some(
         any(

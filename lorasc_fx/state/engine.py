@@ -24,14 +24,11 @@ from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import Rows, local, whole
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state.kept import Began, Factors, KeptNoise
 from lorasc_fx.state.products import arithmetic, exact_products
-from lorasc_fx.state.slow import SlowWeight, Which
+from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, WeightState, Which
 
 __all__ = [
     "all_finite",
-    "began_of",
-    "began_shapes",
     "begin_stage",
     "check_finite",
     "end_stage",
@@ -39,7 +36,8 @@ __all__ = [
     "fits",
     "gain_of",
     "has_trained",
-    "start_differs",
+    "initial_factors",
+    "initial_shapes",
     "start_weight",
     "write_start",
 ]
@@ -49,7 +47,7 @@ _ADVICE = f"{_LOWER}, or set on_nonfinite='skip' to leave such branches out"
 
 
 def start_weight(
-    state: SlowWeight,
+    state: WeightState,
     spec: CascadeSpec,
     stage: int,
     noisy: bool = True,
@@ -67,7 +65,7 @@ def start_weight(
 
 
 def write_start(
-    out: torch.Tensor, state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True, step: int = 0
+    out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, noisy: bool = True, step: int = 0
 ) -> None:
     """Write what `start_weight` returns into `out`, in place: of extra memory there is the noise, and where `out` is
     narrower than the arithmetic the exact weight (without noise a block of it).
@@ -81,10 +79,10 @@ def write_start(
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
         key, part = (spec.noise, spec.seed, stage, state.name, exact.shape, step), state.part
-        noise = draw(*key, part).to(exact) if not state.kept else None
+        noise = draw(*key, part).to(exact) if not state.noises else None
         state.write(exact, "fast", dtype)
         by_rows = DISTRIBUTIONS[spec.noise.distribution].by_rows and exact.numel() > 0
-        rows = row_sizes(spec.noise, exact, state.stacked, state.turned) if by_rows else None
+        rows = row_sizes(spec.noise, exact, state.stacked, state.transposed) if by_rows else None
         size = amplitude(spec.noise, exact, part) if rows is None else rows.max().item()
         if not math.isfinite(size):
             raise SpecError(
@@ -92,7 +90,7 @@ def write_start(
                 f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0",
                 code="noise-out-of-range",
             )
-        if state.began is not None:
+        if state.initial is not None:
             state.write(exact, "fast", dtype, state.taken_out)
         if size:
             if noise is None:  # in the room that the kept noise had
@@ -109,8 +107,8 @@ def write_start(
 
 
 def begin_stage(
-    state: SlowWeight, branch: Branch, site: Site, spec: CascadeSpec, stage: int, a: torch.Tensor, noisy: bool = True
-) -> tuple[SlowWeight, Branch]:
+    state: WeightState, branch: Branch, site: Site, spec: CascadeSpec, stage: int, a: torch.Tensor, noisy: bool = True
+) -> tuple[WeightState, Branch]:
     """Return the state of a stage that starts, and a copy of the branch as it starts: factors out of the weight
     (`spec.start`) where the stage runs, and magnitudes that leave the weight as it is.
 
@@ -132,17 +130,17 @@ def begin_stage(
         started.lora_A.copy_(a)
         started.lora_B.copy_(b)
         if noisy and spec.factor_start.from_weight:
-            taken = began_of(started)
-        state = replace(state, began=Began(taken))
+            taken = initial_factors(started)
+        state = replace(state, initial=InitialFactors(taken))
         if started.scales_rows:
             magnitude = started.reset_magnitude(start_weight(state, spec, stage, noisy, branch.lora_A.device))
             lengths = None if magnitude is None else magnitude.detach().double().cpu().clone()
-    began = None if taken is None and lengths is None else Began(taken, lengths)
-    return replace(state, began=began), started
+    initial = None if taken is None and lengths is None else InitialFactors(taken, lengths)
+    return replace(state, initial=initial), started
 
 
 def gain_of(
-    branch: Branch, state: SlowWeight, spec: CascadeSpec, stage: int, noisy: bool = True
+    branch: Branch, state: WeightState, spec: CascadeSpec, stage: int, noisy: bool = True
 ) -> torch.Tensor | None:
     """Return the row scale g [out] of a branch with magnitudes, in fp64 on the host: with the weight that it trained
     on, noise included. None for any other branch.
@@ -152,11 +150,6 @@ def gain_of(
     with torch.no_grad():
         gain = branch.gain(start_weight(state, spec, stage, noisy, branch.lora_A.device))
         return None if gain is None else gain.double().cpu()
-
-
-def start_differs(state: SlowWeight) -> bool:
-    """Whether a stage starts from other weights than the slow ones."""
-    return state.start != state.slow or state.dense_start is not state.dense_slow
 
 
 def all_finite(branches: Iterable[Branch]) -> bool:
@@ -185,7 +178,7 @@ def check_finite(branch: Branch, spec: CascadeSpec, stage: int) -> None:
 
 
 def end_stage(
-    state: SlowWeight,
+    state: WeightState,
     branch: Branch | None,
     spec: CascadeSpec,
     stage: int,
@@ -193,7 +186,7 @@ def end_stage(
     checked: bool = False,
     left_out: set[str] | None = None,
     share: float | None = None,
-) -> SlowWeight:
+) -> WeightState:
     """Return the slow state after the stage: the slow update, and the stage's noise where it is kept.
 
     A branch that is not finite, or that would take an entry of the weight beyond its dtype, is not folded.
@@ -214,8 +207,8 @@ def end_stage(
     if branch is not None:
         fault = "holds inf or nan"
         if checked or state.every(branch.finite()):
-            moved = not state.every(not has_trained(branch, state.began))
-            live = factors_of(branch, state.base.device, state.began, state.part) if moved else None
+            moved = not state.every(not has_trained(branch, state.initial))
+            live = factors_of(branch, state.base.device, state.initial, state.part) if moved else None
             gain = gain_of(branch, state, spec, stage, noisy) if moved else None
             folded = state.absorb(stage, live, pace, spec.restart, share, gain)
             fault = "" if state.every(fits(folded)) else f"takes it beyond {state.base.dtype}"
@@ -239,20 +232,20 @@ def end_stage(
     return after
 
 
-def fits(state: SlowWeight) -> bool:
+def fits(state: WeightState) -> bool:
     """Whether slow and start weights, rounded to the dtype of W0, are finite wherever W0 is.
 
     They are looked at only where a bound on what was added leaves it open: what is less than half the distance of the
     two largest numbers of a dtype makes no finite number infinite.
     """
     if is_quantized(state.base):
-        return all(math.isfinite(expert.factors.bound) for expert in state.experts)
+        return all(math.isfinite(expert.bound) for expert in state.experts)
     limits = torch.finfo(state.base.dtype)
     room = limits.max * limits.eps / 8
-    if state.reach("slow") < room and state.reach("start") < room:
+    if state.reach(state.slow) < room and state.reach(state.start) < room:
         return True
     known = torch.isfinite(state.base)
-    both: tuple[Which, ...] = ("slow", "fast") if start_differs(state) else ("slow",)
+    both: tuple[Which, ...] = ("slow", "fast") if state.start_differs else ("slow",)
     for which in both:
         value = state.exact(which, arithmetic(state.base.dtype)).to(state.base.dtype)
         if not bool((torch.isfinite(value) | ~known).all()):
@@ -298,31 +291,31 @@ def factors_out_of(
     return a, b
 
 
-def began_of(branch: Branch) -> Factors:
-    """Return the factors as they are, in fp64 with the scale folded in, on the host: where a stage began."""
+def initial_factors(branch: Branch) -> Factors:
+    """Return the factors as they are, in fp64 with the scale folded in, on the host: where a stage begins."""
     with torch.no_grad():
         left, right = branch.oriented()
         return Factors((left.double() * branch.scale).cpu(), right.double().cpu().clone())
 
 
-def began_shapes(branch: Branch) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of `b` and `a` of `began_of`."""
+def initial_shapes(branch: Branch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of `b` and `a` of `initial_factors`."""
     left, right = branch.oriented()
     return tuple(left.shape), tuple(right.shape)
 
 
-def has_trained(branch: Branch, began: Began | None) -> bool:
+def has_trained(branch: Branch, initial: InitialFactors | None) -> bool:
     """Whether a branch, as far as it is here, has left its start: B = 0, or the factors and magnitudes that it began
     with. One that was cast since has not.
     """
-    magnitude = began.magnitude if began is not None else None
+    magnitude = initial.magnitude if initial is not None else None
     if magnitude is not None and branch.magnitude is not None:
         now_long = branch.magnitude.detach().cpu()
         if not torch.equal(now_long, magnitude.to(now_long.dtype)):
             return True
-    if began is None or began.factors is None:
+    if initial is None or initial.factors is None:
         return bool(local(branch.lora_B).any())
-    now, first = began_of(branch), began.factors
+    now, first = initial_factors(branch), initial.factors
     if torch.equal(now.b, first.b) and torch.equal(now.a, first.a):
         return False
     left, right = (factor.detach().cpu() for factor in branch.oriented())
@@ -331,8 +324,10 @@ def has_trained(branch: Branch, began: Began | None) -> bool:
     )
 
 
-def factors_of(branch: Branch, device: torch.device, began: Began | None = None, part: Rows | None = None) -> Factors:
-    """Return what the branch has added since its start as factors on a device, as the weight is full, the scale
+def factors_of(
+    branch: Branch, device: torch.device, initial: InitialFactors | None = None, part: Rows | None = None
+) -> Factors:
+    """Return what the branch has added since its start as factors on a device, as the weight is stored, the scale
     folded in: copies of its own where it started from B = 0, else `[B - B_0, B_0]` and `[A; A - A_0]`.
 
     With a part `b @ a` is that of those rows: of a factor that is sharded as the weight is, its own rows are taken
@@ -343,9 +338,9 @@ def factors_of(branch: Branch, device: torch.device, began: Began | None = None,
         axis, stacked = part.axis if part is not None else None, right.dim() > 2
         left = _rows_of(left, part) if part is not None and axis == 0 else whole(left)
         right = _rows_of(right, part) if part is not None and (stacked or axis == 1) else whole(right)
-        if began is None or began.factors is None:
+        if initial is None or initial.factors is None:
             return Factors((left * branch.scale).to(device), right.clone().to(device))
-        now, first, dtype = began_of(branch), began.factors, branch.lora_A.dtype
+        now, first, dtype = initial_factors(branch), initial.factors, branch.lora_A.dtype
         b = torch.cat([now.b - first.b, first.b], dim=-1)
         a = torch.cat([now.a, now.a - first.a], dim=-2)
         return Factors(b.to(device, dtype), a.to(device, dtype))

@@ -9,17 +9,15 @@ place, which autocast leaves alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
-from lorasc_fx.state.kept import Factors
 from lorasc_fx.undo import Block, isolated
 
-__all__ = ["accumulate", "arithmetic", "exact_products", "joined", "summing"]
+__all__ = ["accumulate", "arithmetic", "exact_products", "summing"]
 
 BLOCK = 1 << 21
 """Bytes of a block per thread. From 1 to 4 MiB measure the same; smaller ones cost calls, whole weights the cache."""
@@ -103,31 +101,6 @@ def _ieee(undo: Block[Any]) -> None:
     matmul = torch.backends.cuda.matmul
     undo(partial(setattr, matmul, "fp32_precision", matmul.fp32_precision))
     matmul.fp32_precision = "ieee"
-
-
-def joined(
-    pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `b` and `a` of all pairs side by side, the coefficients in `b`; of one pair that fits, its own tensors.
-
-    Both are row-major: BLAS rounds the product of a transposed factor differently, and a checkpoint keeps no strides.
-    """
-    one = pairs[0][1] if len(pairs) == 1 else None
-    b = one.b if one is not None else torch.cat([factors.b for _, factors in pairs], dim=-1)
-    a = one.a if one is not None else torch.cat([factors.a for _, factors in pairs], dim=-2)
-    b, a = b.to(device=device, dtype=dtype), a.to(device=device, dtype=dtype)
-    if any(c != pairs[0][0] for c, _ in pairs):
-        columns = [c for c, factors in pairs for _ in range(factors.b.shape[-1])]
-        b = b * torch.tensor(columns, dtype=dtype, device=device)
-    elif pairs[0][0] != 1:
-        b = b * pairs[0][0]
-    return _row_major(b), _row_major(a)
-
-
-def _row_major(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor with the strides of a new one; `contiguous` leaves those of axes of length 1 as they are."""
-    strides = torch.empty(tensor.shape, device="meta").stride()
-    return tensor if tensor.stride() == strides else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def summing(dtype: torch.dtype) -> torch.dtype:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from lorasc_fx.branch.base import dense
-from lorasc_fx.state.kept import Factors
-from lorasc_fx.state.slow import SlowWeight
+from lorasc_fx.state.weight import Factors, WeightState
 
 __all__ = ["effective_rank", "norm_of", "singular_values", "slow_spectrum"]
 
@@ -25,7 +24,7 @@ def singular_values(factors: Factors) -> torch.Tensor:
     return values
 
 
-def slow_spectrum(state: SlowWeight) -> torch.Tensor:
+def slow_spectrum(state: WeightState) -> torch.Tensor:
     """Return the singular values of the slow delta S [values], or [experts, values]; without kept noise.
 
     A delta that was collapsed into a dense one is decomposed as it is.
@@ -35,8 +34,8 @@ def slow_spectrum(state: SlowWeight) -> torch.Tensor:
         found: torch.Tensor = torch.linalg.svdvals(delta.reshape(state.matrix))
         return found
     factors = state.carried("slow")
-    if state.dense_slow is not None:
-        total = state.dense_slow.double()
+    if state.slow.dense is not None:
+        total = state.slow.dense.double()
         if factors is not None:
             total = total + factors.b.double() @ factors.a.double()
         values: torch.Tensor = torch.linalg.svdvals(total)

@@ -14,10 +14,9 @@ from lorasc_fx.capture import graph_breaks
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
 from lorasc_fx.integrations import progress, tensor_parallel
-from lorasc_fx.runtime import checkpoint_read, checkpoint_write, slow, transition, unpacking
+from lorasc_fx.runtime import checkpoint_read, checkpoint_write, transition
 from lorasc_fx.runtime.core import Core
-from lorasc_fx.runtime.slow import SlowWeights
-from lorasc_fx.state import SlowWeight, products
+from lorasc_fx.state import SlowWeights, WeightState, model, products
 
 __all__ = ["LIMITS", "SEAMS", "lower", "seam"]
 
@@ -33,7 +32,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "sync": (checkpoint_write, "sync"),
     "remove a folder": (checkpoint_write, "remove"),
     "read tensors": (checkpoint_read, "load"),
-    "unpack": (unpacking, "unpack"),
+    "unpack": (checkpoint_read, "install"),
     "load into a cascade": (lx.Cascade, "load"),
     "write an adapter": (peft_export, "save_file"),
     "write a tensor": (safetensors_files, "write_tensor"),
@@ -41,9 +40,9 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "transition": (transition, "run"),
     "start of a weight": (Branch, "next_a"),
     "commit": (Core, "commit"),
-    "redraw": (slow, "write_start"),
+    "redraw": (model, "write_start"),
     "rest a weight": (SlowWeights, "write_resting"),
-    "whole weight": (SlowWeight, "exact"),
+    "whole weight": (WeightState, "exact"),
     # integrations
     "console": (progress, "console"),
     "find a package": (progress.importlib.util, "find_spec"),  # type: ignore[attr-defined]
@@ -53,7 +52,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "manifest bytes": ((checkpoint_write, "LONGEST"), (checkpoint_read, "LONGEST")),
     "block of a sum": ((products, "BLOCK"),),
-    "entries kept of each stage": ((slow, "AFFORDABLE"),),
+    "entries kept of each stage": ((model, "AFFORDABLE"),),
     "changes of a setting": ((variants, "OFTEN"),),
     "captures of pieces": ((graph_breaks, "LIMIT"),),
 }

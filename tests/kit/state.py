@@ -18,12 +18,13 @@ from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.runtime import Flags, Stage, read, transition
 from lorasc_fx.runtime import adopt as adopting
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
+from lorasc_fx.runtime.core import SPARE
 from lorasc_fx.runtime.fingerprint import checksum, device_sum, file_digest, text_digest
 from lorasc_fx.runtime.folded import of_checkpoint
 from lorasc_fx.runtime.manifest import LONGEST
-from lorasc_fx.runtime.slow import SPARE
-from lorasc_fx.state import Expert as SlowExpert
-from lorasc_fx.state import Factors, SlowWeight
+from lorasc_fx.state import Expert as StageExpert
+from lorasc_fx.state import Factors, View
+from lorasc_fx.state import WeightState as StateOfWeight
 
 __all__ = [
     "LONGEST",
@@ -129,12 +130,12 @@ def weight_states(holder: lx.Cascade | fx.GraphModule) -> dict[str, WeightState]
     return {
         name: WeightState(
             state.base,
-            tuple(Expert(each.stage, each.factors.b, each.factors.a) for each in state.experts),
-            state.slow,
-            state.start,
-            state.average,
-            state.dense_slow,
-            state.dense_average,
+            tuple(Expert(each.stage, each.b, each.a) for each in state.experts),
+            state.slow.coefficients,
+            state.start.coefficients,
+            state.views["average"].coefficients if "average" in state.views else None,
+            state.slow.dense,
+            state.views["average"].dense if "average" in state.views else None,
         )
         for name, state in states.items()
     }
@@ -153,9 +154,16 @@ def exact_slow(holder: lx.Cascade | fx.GraphModule, name: str) -> Tensor:
 def change_state(graph_module: fx.GraphModule, name: str, **changes: Any) -> None:
     """Change fields of a weight's slow state in the record of a graph, named as in `WeightState`."""
     record = record_of(graph_module)
+    state = record.slow[name]
     if "experts" in changes:
-        changes["experts"] = tuple(SlowExpert(each.stage, each.pair) for each in changes["experts"])
-    states = {**record.slow, name: dataclasses.replace(record.slow[name], **changes)}
+        changes["experts"] = tuple(StageExpert(each.b, each.a, each.stage) for each in changes["experts"])
+    views = dict(state.views)
+    for view in {"slow", "start", "average"} & changes.keys():
+        views[view] = dataclasses.replace(views.get(view, View()), coefficients=changes.pop(view))
+    for view in ("slow", "average"):
+        if f"dense_{view}" in changes:
+            views[view] = dataclasses.replace(views.get(view, View()), dense=changes.pop(f"dense_{view}"))
+    states = {**record.slow, name: dataclasses.replace(state, views=views, **changes)}
     set_record(graph_module, dataclasses.replace(record, slow=states))
 
 
@@ -169,7 +177,7 @@ def drop_state(graph_module: fx.GraphModule, name: str) -> None:
 def trained_states(cascade: lx.Cascade) -> dict[str, TrainedState]:
     """The state of every parameter trained in full, by name."""
     trained = cascade.core.slow.trained
-    return {name: TrainedState(state.base, state.slow, dict(state.past)) for name, state in trained.items()}
+    return {name: TrainedState(state.base, state.slow, dict(state.ends)) for name, state in trained.items()}
 
 
 def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
@@ -192,10 +200,10 @@ def _values(thing: Any) -> Any:
     return [_values(each) for each in thing] if isinstance(thing, (list, tuple)) else thing
 
 
-def made_weight(base: Tensor, experts: Sequence[Expert] = (), slow: Sequence[float] = ()) -> SlowWeight:
+def made_weight(base: Tensor, experts: Sequence[Expert] = (), slow: Sequence[float] = ()) -> StateOfWeight:
     """A slow state of the package's own, for functions that take one; slow and start are the same."""
-    kept = tuple(SlowExpert(each.stage, each.pair) for each in experts)
-    return SlowWeight("w", base, experts=kept, slow=tuple(slow), start=tuple(slow))
+    kept, view = tuple(StageExpert(each.b, each.a, each.stage) for each in experts), View(tuple(slow))
+    return StateOfWeight("w", base, experts=kept, views={"slow": view, "start": view})
 
 
 # ---- parameters

@@ -1,14 +1,13 @@
-"""The slow weights of a whole model: who owns W0, and the one place that writes values into the user's parameters.
+"""The state of a model: a `WeightState` for each weight that is adapted or gets noise, and what is trained in full.
 
 While a stage trains, the user's parameters hold `W_t`. `SlowWeights` is a value: a transition makes the next one,
-writes it, and only then is it the cascade's. A write that raises puts back what was there.
+writes it, and only then is it the cascade's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -16,23 +15,13 @@ from torch import nn
 from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.errors import NonFiniteBranch, warn
 from lorasc_fx.plan import Plan
-from lorasc_fx.shards import Together, local
-from lorasc_fx.spec import CascadeSpec, TrainRule
-from lorasc_fx.state import (
-    SlowWeight,
-    Which,
-    arithmetic,
-    begin_stage,
-    end_stage,
-    factors_of,
-    gain_of,
-    has_trained,
-    slow_faults,
-)
-from lorasc_fx.state.engine import all_finite, write_start
-from lorasc_fx.undo import Undo
+from lorasc_fx.shards import Rows, Together, local
+from lorasc_fx.spec import CascadeSpec, Restart, TrainRule
+from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_of, gain_of, has_trained, write_start
+from lorasc_fx.state.products import arithmetic
+from lorasc_fx.state.weight import Side, Tree, WeightState, Which, ends_of
 
-__all__ = ["AFFORDABLE", "SPARE", "SlowWeights", "Trained", "fill"]
+__all__ = ["AFFORDABLE", "SlowWeights", "Trained"]
 
 AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
@@ -41,20 +30,44 @@ MOST = 100
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A parameter trained in full: its value before adaptation, its slow value, and the one its stage started from.
+class Trained(Tree):
+    """A parameter trained in full: a weight whose views are dense, each its value and not what was added to W0.
 
-    `past` holds the slow values at the ends of stages, oldest first, as long as that is affordable (`AFFORDABLE`);
-    `average` is that of the slow values over stages, None where it is the slow value; `rule` is the first of the spec's
-    train_rules that means the parameter.
+    Args:
+        base: W0.
+        views: by name, as of a `WeightState`: `slow`, `start`, `average` where it is not the slow value, and `stage/K`
+            as long as these are affordable (`AFFORDABLE`). In the dtype of the arithmetic, but for `start`.
+        rule: the first of the spec's train_rules that means the parameter.
     """
 
-    base: torch.Tensor
-    slow: torch.Tensor
-    start: torch.Tensor
-    past: tuple[tuple[int, torch.Tensor], ...] = ()
-    average: torch.Tensor | None = None
+    base: torch.Tensor = field(metadata={Side: Side.WEIGHT})
+    views: Mapping[str, torch.Tensor] = field(metadata={Side: Side.WEIGHT})
     rule: TrainRule | None = None
+
+    @classmethod
+    def of(cls, base: torch.Tensor, slow: torch.Tensor, rule: TrainRule | None = None) -> Trained:
+        """Return one whose stage starts from a value."""
+        return cls(base, {"slow": slow, "start": slow.to(base.dtype)}, rule)
+
+    @property
+    def slow(self) -> torch.Tensor:
+        """The slow value."""
+        return self.views["slow"]
+
+    @property
+    def start(self) -> torch.Tensor:
+        """The value that the running stage started from."""
+        return self.views["start"]
+
+    @property
+    def average(self) -> torch.Tensor | None:
+        """The average of the slow values over stages; None where it is the slow value."""
+        return self.views.get("average")
+
+    @property
+    def ends(self) -> Mapping[int, torch.Tensor]:
+        """The slow values at the ends of stages, by stage, oldest first."""
+        return ends_of(self.views)
 
     def resting(self, parked: bool) -> torch.Tensor:
         """Return what the parameter holds at the start of a stage, or when parked."""
@@ -64,23 +77,37 @@ class Trained:
         """Whether the parameter follows the slow rule."""
         return spec.slow_train if self.rule is None or self.rule.slow is None else self.rule.slow
 
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Trained:
-        """Return it with each tensor changed so."""
-        return replace(
-            self,
-            base=change(self.base),
-            slow=change(self.slow),
-            start=change(self.start),
-            past=tuple((stage, change(value)) for stage, value in self.past),
-            average=None if self.average is None else change(self.average),
-        )
+    def absorb(
+        self, stage: int, fast: torch.Tensor, pace: float, restart: Restart, share: float | None, keep: bool
+    ) -> Trained:
+        """Return the state after the slow update from a fast value; `keep` notes the value as the end of the stage."""
+        exact = fast.to(self.slow.dtype)
+        slow = exact if pace == 1 else torch.lerp(self.slow, exact, pace)
+        views = {"slow": slow, "start": fast if restart == "fast" or pace == 1 else slow.to(fast.dtype)}
+        if keep:
+            ends = {**self.ends, stage: slow}
+            views |= {f"stage/{end}": ends[end] for end in list(ends)[-MOST:]}
+        return replace(self, views=views).averaged(self, share)
 
     def averaged(self, before: Trained, share: float | None) -> Trained:
         """Return it with `average + share * (slow - average)`, from the average before; without a share with none."""
         if share is None or share == 1:
             return self
         average = before.slow if before.average is None else before.average
-        return replace(self, average=torch.lerp(average, self.slow, share))
+        return replace(self, views={**self.views, "average": torch.lerp(average, self.slow, share)})
+
+    def at(self, stage: int) -> Trained | None:
+        """Return the state at the end of a stage (0: W0), from which a stage can start; None where it is gone."""
+        values = {0: self.base.to(arithmetic(self.base.dtype)), **self.ends}
+        if stage not in values:
+            return None
+        ends = {f"stage/{end}": value for end, value in self.ends.items() if end <= stage}
+        views = {"slow": values[stage], "start": values[stage].to(self.base.dtype), **ends}
+        return replace(self, views=views)
+
+    def cut(self, part: Rows | None) -> Trained:
+        """Return the state of the part of the parameter that is here, in memory of its own."""
+        return self if part is None else self.map(lambda value, _: part.of_whole(value).clone())
 
 
 @dataclass(frozen=True)
@@ -96,7 +123,7 @@ class SlowWeights:
         together: the processes that hold the weights in shards, of which this one has its own; None for one process.
     """
 
-    states: Mapping[str, SlowWeight] = field(default_factory=dict)
+    states: Mapping[str, WeightState] = field(default_factory=dict)
     trained: Mapping[str, Trained] = field(default_factory=dict)
     parked: bool = False
     left_out: frozenset[str] = frozenset()
@@ -107,6 +134,12 @@ class SlowWeights:
         """Whether it holds here, or on a process that holds other shards."""
         return flag if self.together is None else self.together.some(flag)
 
+    def cut(self, parts: Mapping[str, Rows | None], together: Together, mapped: bool = False) -> SlowWeights:
+        """Return the state of the parts of the weights that are here, by name; W0 stays in its file where `mapped`."""
+        states = {name: state.cut(parts[name], mapped) for name, state in self.states.items()}
+        trained = {name: kept.cut(parts[name]) for name, kept in self.trained.items()}
+        return replace(self, states=states, trained=trained, together=together)
+
     def with_weights(
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, mapped: Mapping[str, torch.Tensor] | None = None
     ) -> SlowWeights:
@@ -116,11 +149,11 @@ class SlowWeights:
         """
         sites, mapped = plan.by_weight, mapped or {}
         new = {
-            name: SlowWeight(
+            name: WeightState(
                 name,
                 mapped[name] if name in mapped else host(value),
                 stacked=name in sites and sites[name].experts is not None,
-                turned=name in sites and sites[name].layout == "in_out",
+                transposed=name in sites and sites[name].layout == "in_out",
             )
             for name, value in parameters.items()
             if name not in self.states
@@ -132,7 +165,7 @@ class SlowWeights:
         new = {}
         for name, value in parameters.items():
             base = host(value)
-            new[name] = Trained(base, base.to(arithmetic(base.dtype)), base, rule=rules.get(name))
+            new[name] = Trained.of(base, base.to(arithmetic(base.dtype)), rules.get(name))
         return replace(self, trained=new)
 
     def resting(self, name: str, plan: Plan, like: torch.Tensor) -> torch.Tensor:
@@ -164,19 +197,19 @@ class SlowWeights:
     ) -> None:
         """Write what `value` returns into `out`; for a branch with magnitudes the plan is that of its stage."""
         state, live, gain = self._as_run(self.states[name]), None, None
-        moved = branch is not None and which == "fast" and not state.every(not has_trained(branch, state.began))
+        moved = branch is not None and which == "fast" and not state.every(not has_trained(branch, state.initial))
         if branch is not None and moved:
-            live = factors_of(branch, out.device, state.began, state.part)
+            live = factors_of(branch, out.device, state.initial, state.part)
             if plan is not None:
                 gain = gain_of(branch, state, plan.spec, plan.stage, not self.parked)
         state.write(out, which, arithmetic(out.dtype), live, gain)
 
     def moved(self, branches: Mapping[str, Branch]) -> bool:
         """Whether one of these branches, by weight name, has left the start of its stage, here or elsewhere."""
-        return self.some(any(has_trained(branch, self.states[name].began) for name, branch in branches.items()))
+        return self.some(any(has_trained(branch, self.states[name].initial) for name, branch in branches.items()))
 
     def after_stage(
-        self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
+        self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, torch.Tensor]
     ) -> SlowWeights:
         """Return the state after the slow update of the running stage (algorithm.md, row "slow update").
 
@@ -204,12 +237,8 @@ class SlowWeights:
                 trained[name] = kept.averaged(kept, share)
                 left_out.add(name)
                 continue
-            exact = fast.to(kept.slow.dtype)
-            same = pace == 1 or not kept.follows(spec)
-            slow = exact if same else torch.lerp(kept.slow, exact, pace)
-            start = fast if spec.restart == "fast" or same else slow.to(fast.dtype)
-            past = (*kept.past, (plan.stage, slow))[-MOST:] if kept_on else ()
-            trained[name] = Trained(kept.base, slow, start, past, rule=kept.rule).averaged(kept, share)
+            own_pace = pace if kept.follows(spec) else 1.0
+            trained[name] = kept.absorb(plan.stage, fast, own_pace, spec.restart, share, kept_on)
         after = replace(self, states=states, trained=trained, parked=False, left_out=frozenset(left_out))
         return after if share is None else replace(after, averaged=self.averaged + 1)
 
@@ -238,18 +267,16 @@ class SlowWeights:
 
     def faults(self) -> list[str]:
         """Return a sentence for each weight whose slow state holds inf or nan, or what does not belong together."""
-        found = [
-            f"the slow state of {name} {fault}" for name, each in self.states.items() for fault in slow_faults(each)
-        ]
+        found = [f"the slow state of {name} {fault}" for name, state in self.states.items() for fault in state.faults()]
         for name, kept in self.trained.items():
             held = [each for each in (kept.slow, kept.start, kept.average) if each is not None]
             if any(bool((~torch.isfinite(each) & torch.isfinite(kept.base)).any()) for each in held):
                 found.append(f"{name}, which is trained in full, holds inf or nan")
         return found
 
-    def _as_run(self, state: SlowWeight) -> SlowWeight:
+    def _as_run(self, state: WeightState) -> WeightState:
         """Return the state from which the running stage started: when parked, the slow weights."""
-        return replace(state, start=state.slow, dense_start=state.dense_slow) if self.parked else state
+        return state.with_views(start=state.slow) if self.parked else state
 
 
 def _broken(fast: torch.Tensor, base: torch.Tensor) -> bool:
@@ -282,40 +309,3 @@ def host(tensor: torch.Tensor) -> torch.Tensor:
     if is_quantized(tensor) or tensor.is_meta:
         return tensor.detach()
     return local(tensor).detach().to("cpu", copy=True)
-
-
-SPARE = 1 << 12
-"""Bytes that are kept free for putting weights back where memory is short: for what is small. What is large, the noise
-of a weight, is made before anything is written to it."""
-
-
-def fill(
-    parameters: Mapping[str, nn.Parameter],
-    names: Iterable[str],
-    new: Callable[[str, torch.Tensor], object],
-    old: Callable[[str, torch.Tensor], object],
-    undo: Undo,
-) -> None:
-    """Let `new(name, parameter)` write into each parameter in turn; `old` does so again when the block is undone.
-
-    A quantized weight is not written to: its branch carries what the stages added (`Core.commit`).
-    """
-    spare = [torch.empty(SPARE, dtype=torch.uint8)]  # room for putting back, where memory stays short
-    with torch.no_grad():
-        for name in names:
-            if not is_quantized(parameters[name]):
-                out = local(parameters[name])
-                undo(partial(_again, old, name, out, out._version, spare))
-                new(name, out)
-
-
-def _again(
-    old: Callable[[str, torch.Tensor], object], name: str, out: torch.Tensor, version: int, spare: list[torch.Tensor]
-) -> None:
-    spare.clear()
-    with torch.no_grad():
-        try:
-            old(name, out)
-        except (MemoryError, RuntimeError):  # no memory for what the weight needs, old or new
-            if out._version != version:
-                raise

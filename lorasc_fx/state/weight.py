@@ -1,0 +1,595 @@
+"""The state of one weight: W0, the experts that stages added, and views: coefficients over the experts.
+
+Algorithm.md, "The slow state is small": slow and fast weights, averages and the ends of earlier stages are coefficient
+vectors over the same experts. A state is a value: `absorb` returns the next one, so that a transition that fails has
+changed nothing. Every weight is computed from W0 and rounded once.
+
+Every field that holds tensors says once, in its metadata, how they lie beside the weight (`Side`), and `Tree.map`
+reaches all of them: whatever moves, cuts or gathers a state is a call of it.
+
+Under DoRA a stage multiplies the rows of all that was there before it. With p the pace and g of the stage's branch,
+`S_t + W0 = (1 - p) W_{t-1} + p diag(g) (W_{t-1} + s B A) = diag(1 - p + p g) W_{t-1} + p diag(g) s B A`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from functools import cached_property
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+
+from lorasc_fx.branch.base import dense, is_quantized
+from lorasc_fx.branch.noise import draw
+from lorasc_fx.shards import Rows
+from lorasc_fx.spec import Noise, Restart
+from lorasc_fx.state.products import accumulate, exact_products, summing
+
+__all__ = ["Expert", "Factors", "InitialFactors", "KeptNoise", "Side", "Tree", "View", "WeightState", "Which", "scaled"]
+
+Which = Literal["slow", "fast", "base", "averaged"]
+
+
+class Side(Enum):
+    """How a tensor of the state lies beside its weight, which is stored as [rows, columns], or as a stack of these."""
+
+    WEIGHT = "as the weight is"
+    LEFT = "[rows, rank]"
+    RIGHT = "[rank, columns]"
+    OUT = "[out]"
+
+    def axis(self, along: int, stacked: bool, transposed: bool) -> int | None:
+        """Return the axis of such a tensor that is cut where the weight is cut along an axis; None where it is whole.
+
+        Args:
+            along: axis of the weight.
+            stacked, transposed: how the weight is stored.
+        """
+        lead = 1 if stacked else 0
+        if self is Side.OUT:
+            return 0 if along == lead + transposed else None
+        if self is Side.WEIGHT or along < lead:
+            return along
+        return along if (along == lead) == (self is Side.LEFT) else None
+
+
+class Tree:
+    """A frozen dataclass with tensors, or tuples or tables of them, in fields whose metadata has a `Side`, and in
+    fields that are trees.
+    """
+
+    def map(self, change: Callable[[torch.Tensor, Side], torch.Tensor]) -> Self:
+        """Return it with every tensor changed; one that stands in two places is changed once, and stays one."""
+        done: dict[int, Any] = {}
+
+        def walk(value: Any, side: Side | None) -> Any:
+            if isinstance(value, torch.Tensor):
+                assert side is not None, "a field with tensors has a Side in its metadata"
+                if id(value) not in done:
+                    done[id(value)] = change(value, side)
+                return done[id(value)]
+            if isinstance(value, tuple):
+                return tuple(walk(inner, side) for inner in value)
+            if isinstance(value, Mapping):
+                return {key: walk(inner, side) for key, inner in value.items()}
+            return made(value) if isinstance(value, Tree) else value
+
+        def made(tree: Any) -> Any:
+            return replace(
+                tree, **{item.name: walk(getattr(tree, item.name), item.metadata.get(Side)) for item in fields(tree)}
+            )
+
+        mapped: Self = made(self)
+        return mapped
+
+
+@dataclass(frozen=True)
+class Factors(Tree):
+    """`b` [rows, r] with the branch's scale folded in, and `a` [r, columns]: `b @ a` is added to the weight as stored.
+
+    For stacked experts both have the axis of experts before.
+    """
+
+    b: torch.Tensor = field(metadata={Side: Side.LEFT})
+    a: torch.Tensor = field(metadata={Side: Side.RIGHT})
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of `b`."""
+        return self.b.shape[-1]
+
+    @cached_property
+    def bound(self) -> float:
+        """A number that no entry of `b @ a` exceeds: the product of their norms (Cauchy and Schwarz)."""
+        b, a = (torch.linalg.vector_norm(factor, dtype=torch.float64).item() for factor in (self.b, self.a))
+        return b * a if math.isfinite(b * a) else math.inf
+
+
+@dataclass(frozen=True)
+class Expert(Factors):
+    """What one stage added.
+
+    Args:
+        stage: that trained it; 0 for one that was trained elsewhere.
+        row_scale: [out] in fp64, of DoRA: the stage multiplied by it the rows of W0 and of all experts before this one.
+            A stage that has moved magnitudes alone leaves an expert of rank 0.
+    """
+
+    stage: int = 0
+    row_scale: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
+
+
+@dataclass(frozen=True)
+class View(Tree):
+    """One value of a weight: a coefficient for each expert of its time, and the dense delta beside them, [rows,
+    columns], where experts were summed.
+    """
+
+    coefficients: tuple[float, ...] = ()
+    dense: torch.Tensor | None = field(default=None, metadata={Side: Side.WEIGHT})
+
+    def same(self, other: View) -> bool:
+        """Whether both are the same value of the weight."""
+        return self.coefficients == other.coefficients and self.dense is other.dense
+
+    def extended(self, more: Sequence[float]) -> View:
+        """Return it with the coefficients of more experts."""
+        return replace(self, coefficients=(*self.coefficients, *more))
+
+    def toward(self, other: View, share: float) -> View:
+        """Return `self + share * (other - self)`; experts that are new in the other have had the coefficient 0."""
+        missing = len(other.coefficients) - len(self.coefficients)
+        pairs = zip(self.extended([0.0] * missing).coefficients, other.coefficients, strict=True)
+        delta = self.dense
+        if delta is not None and other.dense is not None and delta is not other.dense:
+            delta = torch.lerp(delta, other.dense, share)
+        return View(tuple(s if s == f else s + share * (f - s) for s, f in pairs), delta)
+
+
+@dataclass(frozen=True)
+class InitialFactors(Tree):
+    """Where the running stage began, if not at B = 0: the factors that were taken out of the weight, and the magnitudes
+    [out] of DoRA. In fp64, on the host.
+    """
+
+    factors: Factors | None = None
+    magnitude: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
+
+
+@dataclass(frozen=True)
+class KeptNoise:
+    """The noise of a stage that stays in the weights (noise.keep): its address and amplitude, not its values."""
+
+    noise: Noise
+    seed: int
+    stage: int
+    amplitude: float
+
+
+def _base_view() -> dict[str, View]:
+    view = View()
+    return {"slow": view, "start": view}
+
+
+@dataclass(frozen=True)
+class WeightState(Tree):
+    """W0 with what the stages added.
+
+    Args:
+        name: of the weight.
+        base: W0, in the weight's own dtype; never written to.
+        stacked: the first axis counts matrices (a mixture of experts).
+        transposed: it is stored as [in, out].
+        experts: the trained branches, oldest first.
+        views: by name. `slow`; `start`, from which the running stage started; `average` over stages, where it is not
+            the slow one; `stage/K`, the slow one at the end of stage K.
+        gone: the last stage whose end is no view any more: its experts were summed into a dense delta.
+        row_scale: of W0 [out] in fp64, as it was when experts were summed.
+        noises: that stay.
+        initial: factors of the running stage; None for B = 0.
+        part: which rows of the weight all of this is of, where other processes hold the others.
+    """
+
+    name: str
+    base: torch.Tensor = field(metadata={Side: Side.WEIGHT})
+    stacked: bool = False
+    transposed: bool = False
+    experts: tuple[Expert, ...] = ()
+    views: Mapping[str, View] = field(default_factory=_base_view)
+    gone: int = 0
+    row_scale: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
+    noises: tuple[KeptNoise, ...] = ()
+    initial: InitialFactors | None = None
+    part: Rows | None = None
+
+    # ---- views
+
+    @property
+    def slow(self) -> View:
+        """The slow weights."""
+        return self.views["slow"]
+
+    @property
+    def start(self) -> View:
+        """The weights from which the running stage started, without noise."""
+        return self.views["start"]
+
+    @property
+    def start_differs(self) -> bool:
+        """Whether the running stage started from other weights than the slow ones."""
+        return not self.start.same(self.slow)
+
+    def view(self, which: Which) -> View:
+        """Return the view of slow, fast or averaged weights; the fast ones are `start` and the running branch."""
+        if which == "averaged":
+            return self.views.get("average", self.slow)
+        return self.start if which == "fast" else self.slow
+
+    def with_views(self, **views: View) -> WeightState:
+        """Return the state with other views of these names."""
+        return replace(self, views={**self.views, **views})
+
+    @property
+    def ends(self) -> Mapping[int, View]:
+        """The views of ends of stages, by stage, oldest first."""
+        return ends_of(self.views)
+
+    # ---- values
+
+    def every(self, flag: bool) -> bool:
+        """Whether it holds here, and on every process that holds rows of this weight."""
+        return flag if self.part is None else self.part.together.every(flag)
+
+    def exact(
+        self,
+        which: Which,
+        dtype: torch.dtype,
+        live: Factors | None = None,
+        device: torch.device | None = None,
+        gain: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return W0 + delta in the dtype of the arithmetic, before the one rounding.
+
+        `fast` is the start of the running stage plus `live`, the running branch (F_t of algorithm.md), with rows scaled
+        by the `gain` [out] of one that has magnitudes.
+        """
+        total = torch.empty(self.base.shape, dtype=dtype, device=self.base.device if device is None else device)
+        self.write(total, which, dtype, live, gain)
+        return total
+
+    def write(
+        self,
+        out: torch.Tensor,
+        which: Which,
+        dtype: torch.dtype,
+        live: Factors | None = None,
+        gain: torch.Tensor | None = None,
+    ) -> None:
+        """Write what `exact` returns into `out`, of the weight's shape; computed in `dtype`, rounded once to that of
+        `out`.
+        """
+        if which == "base":
+            out.copy_(dense(self.base))
+            return
+        if self.noises and out.dtype != dtype:
+            out.copy_(self.exact(which, dtype, live, out.device))
+            return
+        base, delta, pairs = self.terms(which, live, gain)
+        pair = joined(pairs, dtype, out.device) if pairs else None
+        delta = delta.view(self.base.shape) if delta is not None else None
+        draws = self._draws(out)
+        noise = next(draws, None)  # before anything is written: where there is no memory for it, `out` is as it was
+        accumulate(out, base, dtype, delta, pair, self.stacked)
+        for kept in self.noises:
+            assert noise is not None
+            out += noise.mul_(kept.amplitude)
+            noise = None  # one at a time
+            noise = next(draws, None)
+
+    def _draws(self, out: torch.Tensor) -> Iterator[torch.Tensor]:
+        for kept in self.noises:
+            yield draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, part=self.part).to(out)
+
+    def terms(
+        self, which: Which, live: Factors | None = None, gain: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[float, Factors]]]:
+        """Return what slow, fast or averaged weights are the sum of: W0, the dense delta, and pairs with their
+        coefficients; under DoRA each with its rows scaled.
+        """
+        view = self.view(which)
+        base, delta, pairs = dense(self.base), view.dense, self._pairs(view, gain)
+        if which == "fast" and live is not None:
+            pairs.append((1.0, scaled(live, gain, self.transposed)))
+        if delta is not None and (rows := _times(self._scale_since(), gain)) is not None:
+            delta = _along(rows, delta, self.transposed)
+        if (rows := self.scale(gain)) is not None:
+            base = _along(rows, base.double(), self.transposed)
+        return base, delta, pairs
+
+    def _pairs(self, view: View, gain: torch.Tensor | None = None) -> list[tuple[float, Factors]]:
+        return [
+            (c, scaled(expert, _times(self._scale_since(place), gain), self.transposed))
+            for place, (c, expert) in enumerate(zip(view.coefficients, self.experts, strict=True))
+            if c != 0 and expert.rank
+        ]
+
+    def _scale_since(self, place: int = -1) -> torch.Tensor | None:
+        """Return the product of the row scales of the experts behind this place; None where there is none."""
+        scales = [expert.row_scale for expert in self.experts[place + 1 :] if expert.row_scale is not None]
+        return torch.stack(scales).prod(0) if scales else None
+
+    def scale(self, gain: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return the row scale of W0 [out] in fp64, times a gain; None where its rows are as they were."""
+        return _times(_times(self.row_scale, self._scale_since()), gain)
+
+    def reach(self, view: View) -> float:
+        """Return a number that no entry of the weight has moved by in a view, seen from W0."""
+        if self.scale() is not None:
+            return math.inf
+        total = sum(abs(c) * expert.bound for c, expert in zip(view.coefficients, self.experts, strict=True) if c)
+        if view.dense is not None and view.dense.numel():
+            total += max(abs(extreme.item()) for extreme in torch.aminmax(view.dense))
+        return total + sum(8 * kept.amplitude for kept in self.noises)
+
+    def carried(self, which: Literal["slow", "start"]) -> Factors | None:
+        """Return what the stages added as one pair of factors, for a quantized weight that cannot hold it."""
+        terms = zip(self.views[which].coefficients, self.experts, strict=True)
+        pairs = [(c, expert) for c, expert in terms if c != 0]
+        if not pairs:
+            return None
+        b = torch.cat([expert.b * c for c, expert in pairs], dim=-1)
+        return Factors(b, torch.cat([expert.a for _, expert in pairs], dim=-2))
+
+    @property
+    def taken_out(self) -> Factors | None:
+        """What is added to the start of the running stage so that its branch adds nothing: `- s B_0 A_0`."""
+        taken = self.initial.factors if self.initial is not None else None
+        return Factors(-taken.b, taken.a) if taken is not None else None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the stages left anything in the weight."""
+        return bool(self.experts or self.noises) or self.slow.dense is not None or self.scale() is not None
+
+    # ---- the next state
+
+    def absorb(
+        self,
+        stage: int,
+        live: Factors | None,
+        pace: float,
+        restart: Restart,
+        share: float | None = None,
+        gain: torch.Tensor | None = None,
+    ) -> WeightState:
+        """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
+
+        `live` is None for a weight whose branch is left out, or that has none. One that is zero, as it started, is not
+        kept: a longer product sums in another order, and a stage that trains nothing moves no weight. With a `share`
+        the average takes so much of S_t. `gain` [out] is the row scale of a branch with magnitudes.
+        """
+        experts, old, moved, row_scale = self.experts, self.slow, self.start, None
+        if live is not None and gain is not None:
+            pair, row_scale = scaled(live, gain, self.transposed), 1 - pace + pace * gain
+            live = Factors(pair.b.to(live.b.dtype), pair.a.to(live.a.dtype))
+        if live is not None and not self.every(not live.b.any()):
+            experts, moved = (*experts, Expert(live.b, live.a, stage, row_scale)), moved.extended((1.0,))
+        elif live is not None and row_scale is not None:
+            b, a = live.b[..., :0].clone(), live.a[..., :0, :].clone()
+            experts, old, moved = (
+                (*experts, Expert(b, a, stage, row_scale)),
+                old.extended((1.0,)),
+                moved.extended((1.0,)),
+            )
+        slow = old.toward(moved, pace)
+        views = {"slow": slow, "start": slow if restart == "slow" else moved}
+        gone, ends = self.gone, self.ends
+        if slow.dense is not self.slow.dense:
+            gone, ends = max((gone, *ends)), {}
+        views |= {f"stage/{end}": view for end, view in ends.items()} | {f"stage/{stage}": slow}
+        if (average := self._averaged(slow, share)) is not None:
+            views["average"] = average
+        after = replace(self, experts=experts, views=views, gone=gone, initial=None)
+        return after.collapsed() if after.crowded else after
+
+    def _averaged(self, slow: View, share: float | None) -> View | None:
+        """Return what the average becomes: `average + share * (S_t - average)`; None where it is S_t."""
+        if share is None or share == 1:
+            return self.views.get("average") if share is None else None
+        return self.view("averaged").toward(slow, share)
+
+    def added(self, experts: Sequence[Expert], coefficients: Sequence[float]) -> WeightState:
+        """Return the state with experts that were trained elsewhere in what it is now, not in the ends of stages."""
+        views = {name: view if "/" in name else view.extended(coefficients) for name, view in self.views.items()}
+        after = replace(self, experts=(*self.experts, *experts), views=views)
+        return after.collapsed() if after.crowded else after
+
+    def with_noise(self, kept: KeptNoise) -> WeightState:
+        """Return the state in which this noise stays."""
+        return replace(self, noises=(*self.noises, kept))
+
+    def at(self, stage: int) -> WeightState | None:
+        """Return the state at the end of a stage (0: W0), as both slow and start; None where its experts are gone.
+
+        A weight that was not known yet had no delta.
+        """
+        if 0 < stage <= self.gone:
+            return None
+        ends = {end: view for end, view in self.ends.items() if end <= stage}
+        if not ends:
+            bare = WeightState(self.name, self.base, self.stacked, self.transposed, part=self.part)
+            return bare if stage == 0 or not self.gone else None
+        view = ends[max(ends)]
+        views = {"slow": view, "start": view} | {f"stage/{end}": past for end, past in ends.items()}
+        noises = tuple(kept for kept in self.noises if kept.stage <= stage)
+        experts = self.experts[: len(view.coefficients)]
+        return replace(self, experts=experts, views=views, noises=noises, initial=None)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """Shape of the weight seen as a matrix [rows, columns], or as a stack of them."""
+        stack, (first, *rest) = (self.base.shape[:1], self.base.shape[1:]) if self.stacked else ((), self.base.shape)
+        return (*stack, first, math.prod(rest))
+
+    @property
+    def out(self) -> int:
+        """Number of outputs: the length of a row scale."""
+        return self.matrix[-1 if self.transposed else -2]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the experts together hold more numbers than the weight itself, or than the dense delta that is there
+        already; those of a quantized one stay.
+        """
+        if is_quantized(self.base):
+            return False
+        ranks = sum(expert.rank for expert in self.experts)
+        if self.slow.dense is not None:
+            return ranks > 0
+        rows, columns = self.matrix[-2:]
+        if self.part is not None and not self.stacked:  # so that all processes come to the same
+            whole = self.part.shape_of_whole(self.base.shape)
+            rows, columns = whole[0], math.prod(whole[1:])
+        return ranks * (rows + columns) > rows * columns
+
+    def collapsed(self) -> WeightState:
+        """Return the same state with its experts summed into one dense delta for each view that differs."""
+        slow = View((), self._sum(self.slow))
+        start = View((), self._sum(self.start)) if self.start_differs else slow
+        last = max((expert.stage for expert in self.experts if expert.row_scale is not None), default=0)
+        ends = self.ends
+        now = [end for end, view in ends.items() if view.coefficients == self.slow.coefficients and end >= last]
+        gone = max((self.gone, *(end for end in ends if end not in now)))
+        views = {"slow": slow, "start": start} | {f"stage/{end}": slow for end in now}
+        if "average" in self.views:
+            views["average"] = View((), self._sum(self.views["average"]))
+        return replace(self, experts=(), views=views, gone=gone, row_scale=self.scale())
+
+    def _sum(self, view: View) -> torch.Tensor:
+        dtype, before = summing(self.base.dtype), view.dense
+        pairs, rows = self._pairs(view), self._scale_since()
+        like = self.experts[0].b if before is None else before
+        total = (
+            torch.zeros(self.matrix, dtype=dtype, device=like.device) if before is None else before.to(dtype, copy=True)
+        )
+        if before is not None and rows is not None:
+            total = _along(rows, total, self.transposed)
+        if not pairs:
+            return total
+        b, a = joined(pairs, dtype, total.device)
+        with exact_products(total):
+            total.baddbmm_(b, a) if self.stacked else total.addmm_(b, a)
+        return total
+
+    # ---- shards
+
+    def axis(self, side: Side) -> int | None:
+        """Return the axis along which a tensor of this side is cut, as the weight is; None where it is whole."""
+        return None if self.part is None else side.axis(self.part.axis, self.stacked, self.transposed)
+
+    def cut(self, part: Rows | None, mapped: bool = False) -> WeightState:
+        """Return the state of the part of the weight that is here, in memory of its own; W0 stays in its file where it
+        is `mapped`.
+        """
+        after = replace(self, part=part)
+
+        def own(value: torch.Tensor, side: Side) -> torch.Tensor:
+            axis = after.axis(side)
+            if part is None or axis is None:
+                return value
+            here = value.narrow(axis, part.first, part.count)
+            return here if mapped and value is self.base else here.clone()
+
+        return after.map(own)
+
+    # ---- faults
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with what a checkpoint may hold, each as the end of a sentence about the slow state."""
+        found = []
+        counts = {name: len(view.coefficients) for name, view in self.views.items() if "/" not in name}
+        if not len(self.experts) == counts["slow"] == counts["start"]:
+            told = f"{counts['slow']} slow and {counts['start']} start coefficients"
+            found.append(f"has {len(self.experts)} experts, but {told}")
+        elif counts.get("average", len(self.experts)) != len(self.experts):
+            found.append(f"has {len(self.experts)} experts, but {counts['average']} coefficients of an average")
+        *stack, rows, columns = self.matrix
+        for expert in self.experts:
+            b, a = tuple(expert.b.shape), tuple(expert.a.shape)
+            rank = a[-2] if len(a) > 1 else 0
+            if b != (*stack, rows, rank) or a != (*stack, rank, columns):
+                found.append(
+                    f"has an expert of stage {expert.stage} of {b} and {a}, which is no delta of {self.matrix}"
+                )
+        deltas = [view.dense for view in self.views.values() if view.dense is not None]
+        for delta in {id(delta): delta for delta in deltas}.values():
+            if tuple(delta.shape) != self.matrix:
+                found.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
+        scales = [scale for scale in (self.row_scale, *(each.row_scale for each in self.experts)) if scale is not None]
+        found += [
+            f"scales {tuple(each.shape)} rows, not {self.out}" for each in scales if tuple(each.shape) != (self.out,)
+        ]
+        held = [factor for expert in self.experts for factor in (expert.b, expert.a)] + deltas + scales
+        numbers = [number for view in self.views.values() for number in view.coefficients]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in held) or not all(map(math.isfinite, numbers)):
+            found.append("holds inf or nan")
+        return found
+
+
+V = TypeVar("V")
+
+
+def ends_of(views: Mapping[str, V]) -> dict[int, V]:
+    """Return the views that are ends of stages, by stage, oldest first."""
+    return {int(name.removeprefix("stage/")): view for name, view in views.items() if name.startswith("stage/")}
+
+
+# ---- pairs of factors
+
+
+def joined(
+    pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `b` and `a` of all pairs side by side, the coefficients in `b`; of one pair that fits, its own tensors.
+
+    Both are row-major: BLAS rounds the product of a transposed factor differently, and a checkpoint keeps no strides.
+    """
+    one = pairs[0][1] if len(pairs) == 1 else None
+    b = one.b if one is not None else torch.cat([factors.b for _, factors in pairs], dim=-1)
+    a = one.a if one is not None else torch.cat([factors.a for _, factors in pairs], dim=-2)
+    b, a = b.to(device=device, dtype=dtype), a.to(device=device, dtype=dtype)
+    if any(c != pairs[0][0] for c, _ in pairs):
+        columns = [c for c, factors in pairs for _ in range(factors.b.shape[-1])]
+        b = b * torch.tensor(columns, dtype=dtype, device=device)
+    elif pairs[0][0] != 1:
+        b = b * pairs[0][0]
+    return _row_major(b), _row_major(a)
+
+
+def _row_major(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor with the strides of a new one; `contiguous` leaves those of axes of length 1 as they are."""
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    return tensor if tensor.stride() == strides else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _along(rows: torch.Tensor, tensor: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Return `diag(rows) tensor` of a weight [out, ...], or of one that is stored as [in, out], in its dtype."""
+    spread = (1, -1) if transposed else (-1, *(1 for _ in tensor.shape[1:]))
+    return tensor * rows.to(device=tensor.device, dtype=tensor.dtype).view(spread)
+
+
+def _times(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the product of two row scales of which either may be missing."""
+    return other if one is None else one if other is None else one * other
+
+
+def scaled(pair: Factors, rows: torch.Tensor | None, transposed: bool) -> Factors:
+    """Return the factors of `diag(rows) b a`, what is scaled in fp64."""
+    if rows is None:
+        return pair
+    if transposed:
+        return Factors(pair.b, _along(rows, pair.a.double(), True))
+    return Factors(_along(rows, pair.b.double(), False), pair.a)

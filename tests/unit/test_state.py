@@ -1,0 +1,128 @@
+"""One map reaches every tensor of the slow state, and knows along which axis each is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from lorasc_fx.plan import Plan, Site
+from lorasc_fx.runtime.codec import RunState, decode, encode
+from lorasc_fx.shards import Rows
+from lorasc_fx.spec import CascadeSpec, Noise
+from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Tree, View, WeightState
+
+
+def trees(kind: type = Tree) -> list[type]:
+    return [kind, *(inner for each in kind.__subclasses__() for inner in trees(each))]
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def full(shape: tuple[int, ...], stacked: bool = False, transposed: bool = False) -> WeightState:
+    """A state that has all there can be, of three experts; the second scales rows, where the weight is no stack."""
+    bare = WeightState("w", numbers(*shape), stacked, transposed)
+    *stack, rows, columns = bare.matrix
+    experts = []
+    for place, rank in enumerate((1, 3, 2)):
+        scale = numbers(bare.out, seed=9).abs() if place == 1 and not stacked else None
+        factors = numbers(*stack, rows, rank, seed=place), numbers(*stack, rank, columns, seed=place + 5)
+        experts.append(Expert(*factors, place + 1, scale))
+    dense = numbers(*bare.matrix, seed=20)
+    views = {
+        "slow": View((0.5, 0.25, 1.0), dense),
+        "start": View((1.0, 0.5, 1.0), dense),
+        "average": View((0.25, 0.5, 0.75), numbers(*bare.matrix, seed=21)),
+        "stage/2": View((0.5, 0.25), dense),
+    }
+    scale = None if stacked else numbers(bare.out, seed=22).abs()
+    kept = (KeptNoise(Noise(0.2, keep=True), 3, 1, 0.1),)
+    initial = InitialFactors(Factors(numbers(*stack, rows, 2), numbers(*stack, 2, columns)), numbers(bare.out))
+    return dataclasses.replace(
+        bare, experts=tuple(experts), views=views, row_scale=scale, noises=kept, initial=initial, gone=1
+    )
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor in a value, found without `map`."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        return [found for item in dataclasses.fields(value) for found in tensors(getattr(value, item.name))]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [found for each in inner for found in tensors(each)]
+
+
+@pytest.mark.parametrize("kind", trees()[1:], ids=lambda kind: kind.__name__)
+def test_a_field_with_tensors_says_how_they_lie(kind: type) -> None:
+    for item in dataclasses.fields(kind):
+        assert ("Tensor" in str(item.type)) == (Side in item.metadata), item.name
+
+
+def test_map_reaches_every_tensor_once() -> None:
+    state, seen = full((6, 4)), []
+
+    def double(value: torch.Tensor, side: Side) -> torch.Tensor:
+        seen.append(value)
+        return 2 * value
+
+    after = state.map(double)
+    assert len(seen) == len({id(value) for value in tensors(state)}) == len({id(value) for value in seen})
+    for old, new in zip(tensors(state), tensors(after), strict=True):
+        assert torch.equal(new, 2 * old)
+    assert after.slow.dense is after.start.dense is after.ends[2].dense
+
+
+@pytest.mark.parametrize(
+    ("shape", "stacked", "transposed", "axes"),
+    [
+        ((6, 4), False, False, (0, 1)),
+        ((4, 6), False, True, (0, 1)),
+        ((6, 4, 2, 2), False, False, (0,)),
+        ((4, 6, 2), True, False, (0, 1, 2)),
+    ],
+)
+@pytest.mark.parametrize("which", ["base", "slow", "fast", "averaged"])
+def test_a_part_of_the_state_is_the_state_of_the_part(
+    shape: tuple[int, ...], stacked: bool, transposed: bool, axes: tuple[int, ...], which: Any
+) -> None:
+    state = full(shape, stacked, transposed)
+    whole = state.exact(which, torch.float64)
+    for axis in axes:
+        part = Rows(1, shape[axis] - 2, shape[axis], None, axis)  # type: ignore[arg-type]
+        here = state.cut(part).exact(which, torch.float64)
+        assert here.shape == part.of_whole(whole).shape
+        torch.testing.assert_close(here, part.of_whole(whole), rtol=1e-14, atol=1e-14)
+
+
+def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
+    """It scales rows and adds nothing: format 1 has the scale, and no expert for it."""
+    spec = CascadeSpec(use_dora=True, rank=1)
+    plan = Plan(spec, (Site("w", "linear", (6, 4), 1, spec.lora_alpha, use_dora=True),)).at_stage(5)
+    pair = Factors(numbers(6, 1), numbers(1, 4))
+    zero = Factors(torch.zeros(6, 1, dtype=torch.float64), pair.a)
+    state, gains = WeightState("w", numbers(6, 4)), [numbers(6, seed=place).abs() for place in range(4)]
+    for stage, live in enumerate((zero, pair, zero, zero), start=1):
+        state = state.absorb(stage, live, 0.5, "slow", gain=gains[stage - 1])
+    expected = state.base * torch.stack([0.5 + 0.5 * gain for gain in gains]).prod(0)[:, None]
+    late = torch.stack([0.5 + 0.5 * gain for gain in gains[2:]]).prod(0) * 0.5 * gains[1]
+    expected = expected + late[:, None] * (pair.b @ pair.a)
+    torch.testing.assert_close(state.exact("slow", torch.float64), expected, rtol=1e-14, atol=1e-14)
+    branch = {"lora_A": numbers(1, 4), "lora_B": numbers(6, 1), "lora_magnitude_vector": numbers(6)}
+    initial = InitialFactors(magnitude=numbers(6))
+    held = SlowWeights({"w": dataclasses.replace(state, initial=initial)})
+    manifest, written = encode(RunState(plan, held, {"w": branch}, {}, {}, {}))
+    assert [name for name in written if name.startswith("expert/")] == ["expert/w/0/b", "expert/w/0/a"]
+    assert manifest["slow"]["w"]["turns"] == [[1, 0], [2, 0], [3, 1], [4, 1]]
+    found = decode(manifest, written, plan, RunState.planned(plan, manifest, written), "here").slow.states["w"]
+    again = dataclasses.replace(found, base=state.base)
+    for stage in (1, 2, 3, 4):
+        one, other = state.at(stage), again.at(stage)
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one.exact("slow", torch.float64), other.exact("slow", torch.float64))
+    assert encode(RunState(plan, SlowWeights({"w": found}), {"w": branch}, {}, {}, {}))[0] == manifest
