@@ -78,10 +78,15 @@ def of_process() -> State:
         for owner in (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.autocast, torch.inference_mode)
         for name in ("__init__", "__enter__", "__exit__")
     }
+    generator: Any = numpy.random.get_state(legacy=False)
     return attributes | {
         "rng torch": raw(torch.get_rng_state()),
         "rng python": random.getstate(),
-        "rng numpy": str(numpy.random.get_state()),
+        "rng numpy": [
+            generator["state"]["key"].tobytes(),
+            *(generator[name] for name in ("has_gauss", "gauss")),
+            generator["state"]["pos"],
+        ],
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "logging": (logging.root.manager.disable, logging.getLogger("torch._dynamo").level),
