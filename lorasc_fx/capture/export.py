@@ -22,6 +22,7 @@ from lorasc_fx.capture.isolation import quiet
 from lorasc_fx.capture.signature import leaves, signature_of
 from lorasc_fx.graph import call_instead, drop_nodes
 from lorasc_fx.parameters import substituted
+from lorasc_fx.undo import Block, isolated
 
 __all__ = ["capture_dynamo", "capture_export"]
 
@@ -42,7 +43,7 @@ def capture_export(
     with quiet(grad=torch.is_grad_enabled()):
         drawn = torch.get_rng_state()
         shapes = _dynamic(signature_of(model), args, kwargs, wide)
-        with substituted(model, _stand_ins(model)):
+        with substituted(model, _stand_ins(model)), _buffer_hooks_kept():
             program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
         check_drew_nothing(drawn)
         exported: Any = program.module()
@@ -67,6 +68,20 @@ def _check_guards(guards: nn.Module | None, flat: list[Any]) -> None:
             guards(*flat)
     except (AssertionError, NameError) as fault:
         raise RuntimeError(f"the guards of torch.export refuse its own example: {fault}") from fault
+
+
+@isolated
+def _buffer_hooks_kept(undo: Block[Any]) -> None:
+    """Remove the hook on all buffers of the process that torch 2.9 leaves where an export fails."""
+    hooks = nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+
+    def remove() -> None:
+        for key in hooks.keys() - before:
+            if hooks[key].__module__.startswith("torch."):
+                del hooks[key]
+
+    undo(remove)
 
 
 def _stand_ins(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -228,6 +228,8 @@ class Sorted(nn.Module):
     """Rows that a router sorts by expert, as transformers does it; `turned` is how the up projection is stored."""
 
     def __init__(self, turned: bool) -> None:
+        import transformers.integrations.moe  # noqa: F401  (it makes the op)
+
         super().__init__()
         self.turned, self.router = turned, nn.Linear(5, 3)
         self.up, self.down = nn.Parameter(torch.randn(3, 8, 5)), nn.Parameter(torch.randn(3, 5, 4))
@@ -235,8 +237,6 @@ class Sorted(nn.Module):
             self.up = nn.Parameter(torch.randn(3, 5, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        import transformers.integrations.moe  # noqa: F401  (it makes the op)
-
         grouped = torch.ops.transformers.grouped_mm_fallback.default
         weights, chosen = self.router(x).softmax(-1).topk(2, -1)
         expert, order = torch.sort(chosen.reshape(-1))
