@@ -8,6 +8,7 @@ takes 2 s with sizes fixed), and most models see one size. They become dynamic, 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -46,6 +47,7 @@ def capture_export(
         with substituted(model, _stand_ins(model)), _buffer_hooks_kept():
             program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
         check_drew_nothing(drawn)
+        program._guards_code = _by_parameter(program._guards_code, inspect.signature(root.forward))
         exported: Any = program.module()
     guards = exported._modules.get(_GUARDS)
     _check_guards(guards, leaves(args, kwargs))
@@ -59,10 +61,24 @@ def capture_export(
     return Captured(live, "dynamo" if strict else "export", guards, sizes=sizes)
 
 
-def _check_guards(guards: nn.Module | None, flat: list[Any]) -> None:
-    """Raise RuntimeError for guards that do not take the call that they were made of: those that torch 2.9 writes for a
-    forward of `*args` name arguments that they are not given.
+def _by_parameter(guards: list[str], signature: inspect.Signature) -> list[str]:
+    """Return guards by the names that their function knows: torch 2.9 leaves `L['args'][0]` as dynamo writes it, for a
+    forward of `*args` and for a module whose call it wraps.
     """
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    for name, kind in kinds.items():
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            guards = [re.sub(rf"L\['{name}'\]\[(\d+)\]", rf"L['{name}_\1']", guard) for guard in guards]
+    if "args" not in kinds:
+        for index, name in enumerate(kinds):
+            guards = [guard.replace(f"L['args'][{index}]", f"L['{name}']") for guard in guards]
+    if "kwargs" not in kinds:
+        guards = [re.sub(r"L\['kwargs'\]\['(\w+)'\]", r"L['\1']", guard) for guard in guards]
+    return guards
+
+
+def _check_guards(guards: nn.Module | None, flat: list[Any]) -> None:
+    """Raise RuntimeError for guards that do not take the call that they were made of."""
     try:
         if guards is not None:
             guards(*flat)
