@@ -37,7 +37,7 @@ test: $(STAMP) ## everything that is not slow
 test-fast: $(STAMP) ## stops at the first failure; last failures first
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) -x --ff -q
 
-test-torch: ## tests/passes, tests/unit and tests/forms under another torch: make test-torch VERSION=2.15.0, or VERSION=2.9.1 WITH=torchao==0.14.1
+test-torch: ## tests/passes, tests/unit and tests/forms under another torch: make test-torch VERSION=2.15.0, or VERSION=2.9.1 WITH=torchao==0.17.0
 	@test -n "$(VERSION)" || { echo "test-torch: give the version, as in: make test-torch VERSION=2.15.0" >&2; exit 2; }
 	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	PIP_CONSTRAINT=/dev/null $(OTHER)/bin/python -m pip install --quiet 'torch==$(VERSION)' $(WITH) -e '.[$(EXTRAS)]'
