@@ -187,11 +187,11 @@ def _captured(
             )
             faults.append(fault)
     reasons = ""
-    for (name, reason), told in zip(refused, faults, strict=True):
+    for (name, reason), raised in zip(refused, faults, strict=True):
         reasons += f"\n  {name}: {reason}"
-        if isinstance(told, Disagreement) and not without_values:
+        if isinstance(raised, Disagreement) and not without_values:
             with requiring_grad(model, trained):
-                reasons += f"; the first module that differs is {first_difference(told, model, args, kwargs)}"
+                reasons += f"; the first module that differs is {first_difference(raised, model, args, kwargs)}"
     raise CaptureError(
         f"no front end takes {type(model).__name__}. Change what is told here, or adapt a part of it:{reasons}"
     ) from faults[0]

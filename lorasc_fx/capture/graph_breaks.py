@@ -186,8 +186,8 @@ class Pieces:
         if self.eager:
             return "the model runs as it is, by its own Python"
         with quiet(), _dynamo_settings():
-            told = torch._dynamo.explain(self.model)(*args, **kwargs)
-        for reason in told.break_reasons:
+            explained = torch._dynamo.explain(self.model)(*args, **kwargs)
+        for reason in explained.break_reasons:
             if reason.user_stack:
                 frame = reason.user_stack[-1]
                 return f"the first break is {frame.filename}:{frame.lineno}: {reason.reason.splitlines()[0]}"

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import dense
-from lorasc_fx.capture import call_recorder, copied, isolation
+from lorasc_fx.capture import call_recorder, copied, isolation, quiet
 from lorasc_fx.export.peft_layout import Conv, Place
 from lorasc_fx.graph import LIKE_ANOTHER
 from lorasc_fx.parameters import substituted
@@ -171,7 +171,7 @@ def fault_of(place: Place, module: nn.Module, call: Call) -> str | None:
     pair = Factors(b.to(weight.device), a.to(weight.device))
     delta = (pair.b @ pair.a).view(weight.shape)
     try:
-        with torch.no_grad():
+        with quiet(grad=False):  # what peft would build draws random numbers, and may warn
             base = _run(module, values, call)
             full = _run(module, values | {place.leaf: weight + delta}, call)
             adapted = base + _term(place, module, pair, weight, _wide(call).args[0])
