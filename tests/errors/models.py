@@ -68,3 +68,16 @@ def step(cascade: Any, optimizer: torch.optim.Optimizer, x: torch.Tensor | None 
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+class Late(nn.Module):
+    """`second` is used in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        return self.second(x) if self.training else x

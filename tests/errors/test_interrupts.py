@@ -36,7 +36,7 @@ from tests.errors.inject import (
     raises,
     sigint,
 )
-from tests.errors.models import inputs, mlp, step
+from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.errors.test_all_or_nothing import SPECS, X, made, prepared, result
 from tests.kit.state import gathered_gradients, is_gathering, trainable, unpark
@@ -117,19 +117,6 @@ def load(folder: Path) -> Call:
     lx.save(saved, folder, optimizer=optimizer)
     model = prepared()
     return lambda: lx.load(folder, model, args=(X,)), (model,)
-
-
-class Late(nn.Module):
-    """`second` is used in train mode only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.first(x))
-        return self.second(x) if self.training else x
 
 
 def late_site(_: Path) -> Call:

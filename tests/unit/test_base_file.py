@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasc_fx as lx
-from tests.errors.models import exactly, inputs, mlp, step
+from tests.errors.models import Late, exactly, inputs, mlp, step
 from tests.errors.state import of_slow, unchanged
 from tests.kit.state import is_released, weight_states
 
@@ -259,19 +259,6 @@ def test_damaged_files(name: str, text: str, sentence: str, tmp_path: Path) -> N
     model = mlp()
     with unchanged(model), pytest.raises(lx.CheckpointError, match=f"^{sentence}"):
         lx.adapt(model, (X,), spec=SPEC, base=tmp_path)
-
-
-class Late(nn.Module):
-    """`second` is used in train mode only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.first(x))
-        return self.second(x) if self.training else x
 
 
 def test_a_site_that_comes_later(tmp_path: Path) -> None:
