@@ -105,7 +105,7 @@ class Compiler:
             StateError: no more can be made.
         """
         if self.closed:
-            raise StateError(self.closed)
+            raise StateError(self.closed, code="variant-after-sharding")
         refusals = (*refusals, *_shared(model, plan, refusals))
         trained = _trained(model, plan, refusals)
         captured = capture(model, args, kwargs, self.frontend, wide, trained, rewrites=(AttentionMasks(),))

@@ -106,14 +106,14 @@ class UsageWatch:
         stage, noise = core.plan.stage, bool(core.plan.spec.noise.strength)
         if code == "model-called-inside-stage":
             self.once(
-                code,
+                "model-called-inside-stage",
                 f"the model of a cascade was called inside stage {stage}, where it computes without the branches"
                 f"{' and with noise' if noise else ''}. Call the cascade; for the model's own methods (generate), call "
                 'them inside `with cascade.weights("slow"):` or "fast"',
             )
         else:
             self.once(
-                code,
+                "model-saved-inside-stage",
                 f"the state dict of a cascade's model was read inside stage {stage}: it holds the weights that the "
                 f"stage started from{', with noise' if noise else ''}, and not what the stage has trained. Read "
                 "cascade.folded_state_dict(), save after cascade.release(), or save inside "

@@ -1,6 +1,6 @@
 """A checkpoint that is not what was written: one CheckpointError with the file and the reason; the model as it was.
 
-A row is an edit of a version and the message that follows the version's path; `...` stands for the rest of a message.
+A row is an edit of a version, and the code and the names of the error.
 The many mutations of `tests/damage` count what is told here one by one.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import resource
 import shutil
 import sys
@@ -26,8 +25,9 @@ from torch import nn
 import lorasc_fx as lx
 from tests.damage.mutations import DEEP, MANIFEST, TENSORS, put, signed
 from tests.damage.runner import SPEC, Small, X, optimizers, written
-from tests.errors.models import exactly, inputs
+from tests.errors.models import inputs
 from tests.errors.state import unchanged
+from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
 from tests.kit.state import LONGEST, read, weight_states
 
@@ -81,15 +81,11 @@ def forge_tensors(version: Path, change: Edit) -> None:
     forge(version, lambda manifest: None)
 
 
-def message(version: Path, sentence: str) -> str:
-    """The pattern of a message; a sentence that ends with `...` is its beginning."""
-    whole = f"{version}{sentence}"
-    return "^" + re.escape(whole[:-3]) if sentence.endswith("...") else exactly(whole)
-
-
-def refuse(version: Path, sentence: str, model: nn.Module | None = None) -> None:
+def refuse(version: Path, expected: tuple[object, ...], model: nn.Module | None = None) -> None:
+    """Loading raises this code, and names the version's path and these things."""
+    code, *names = expected
     model = Small() if model is None else model
-    with unchanged(model), pytest.raises(lx.CheckpointError, match=message(version, sentence)):
+    with unchanged(model), raises(lx.CheckpointError, str(code), version, *names):
         lx.load(version.parent, model, args=(X,))
 
 
@@ -121,11 +117,8 @@ def test_the_copy_is_whole(kind: str, made: Callable[[str], Path]) -> None:
 
 # ---- files
 
-ALONE = "; no version before it is here: start anew, and keep several (save(keep=N))"
-DIGEST = f"/{TENSORS}: differs from its digest in {MANIFEST}; the file is damaged{ALONE}"
-UNREADABLE = f"/{MANIFEST}: cannot be read: ..."
-NOTHING = ": no checkpoint in this folder; give the one that save was given"
-FORMAT = "this version reads format 1; load it by the lorasc-fx that wrote it"
+DIGEST = ("digest-mismatch", TENSORS, MANIFEST)
+UNREADABLE = ("unreadable-file", MANIFEST)
 
 
 def bytes_of(name: str, change: Callable[[bytearray], Any]) -> Edit:
@@ -168,14 +161,13 @@ def without_end(name: str, size: int) -> Edit:
     return lambda version: os.truncate(version / name, size)
 
 
-LINK = "is a link; a checkpoint holds its files itself..."
-NO_FILE = "is no plain file; a folder, a pipe or a device is not read..."
-FILES: dict[str, tuple[Edit, str]] = {
+LINK = NO_FILE = ("not-a-file",)
+FILES: dict[str, tuple[Edit, tuple[str, ...]]] = {
     **{
-        f"{name}, {what}": (instead(name, put_there), f"/{name}: {sentence}")
+        f"{name}, {what}": (instead(name, put_there), (*code, name))
         for name in (MANIFEST, TENSORS)
-        for what, put_there, sentence in (
-            ("missing", lambda path: None, f"cannot be read: No such file or directory{ALONE}"),
+        for what, put_there, code in (
+            ("missing", lambda path: None, ("unreadable-file",)),
             ("a link", lambda path: path.symlink_to(path.parents[1] / "elsewhere"), LINK),
             ("a pipe", os.mkfifo, NO_FILE),
             ("a folder", os.mkdir, NO_FILE),
@@ -189,34 +181,34 @@ FILES: dict[str, tuple[Edit, str]] = {
         for bit in (0, 6)
     },
     **{
-        f"no safetensors, {content!r}": (with_digest(content), f"/{TENSORS}: cannot be read: ...")
+        f"no safetensors, {content!r}": (with_digest(content), ("unreadable-file", TENSORS))
         for content in (b"", b"\x80\x04K\x01.", b"\xff" * 64, b"\xff\xff\xff\xff\xff\xff\xff\x00{}")
     },
     **{
         f"manifest of {text}": (instead(MANIFEST, functools.partial(Path.write_text, data=text)),
-                                f"/{MANIFEST}: format {found}; {FORMAT}")
+                                ("format-not-supported", MANIFEST, found))
         for text, found in (("[]", "'list'"), ("null", "'NoneType'"), ("{}", "None"), ('"x"', "'str'"))
     },
     "a longer file": (bytes_of(TENSORS, lambda data: data.append(0)), DIGEST),
     "a file too many": (
         lambda version: (version / "state.pkl").write_bytes(b""),
-        ": holds state.pkl, which is no part of a checkpoint; take it away...",
+        ("foreign-tensor", "state.pkl"),
     ),
     "tensors without end": (
-        without_end(TENSORS, 1 << 43), f"/{TENSORS}: has {1 << 43} bytes, this machine has memory for ..."
+        without_end(TENSORS, 1 << 43), ("file-too-large", TENSORS, f"{1 << 43}")
     ),
     "manifest without end": (
         without_end(MANIFEST, LONGEST + 1),
-        f"/{MANIFEST}: has {LONGEST + 1} bytes, such a file has {LONGEST} at most...",
+        ("file-too-large", MANIFEST, f"{LONGEST + 1}"),
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file(name: str, version: Path) -> None:
-    edit, sentence = FILES[name]
+    edit, expected = FILES[name]
     edit(version)
-    refuse(version, sentence)
+    refuse(version, expected)
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
@@ -224,12 +216,12 @@ def test_nothing_to_load(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for path in (tmp_path / "absent", tmp_path / "file", folder):
-        with pytest.raises(lx.CheckpointError, match=exactly(f"{path}{NOTHING}")):
+        with raises(lx.CheckpointError, "no-checkpoint", path):
             lx.load(path, Small(), args=(X,))
     (folder / ".writing-abc").mkdir()
     (folder / "version-x").mkdir()
     (folder / "version-00000003").write_text("not a folder")
-    with pytest.raises(lx.CheckpointError, match=exactly(f"{folder}{NOTHING}")):
+    with raises(lx.CheckpointError, "no-checkpoint", folder):
         lx.load(folder, Small(), args=(X,))
 
 
@@ -247,7 +239,9 @@ def test_a_flipped_bit_anywhere_in_the_manifest(version: Path) -> None:
             except ValueError:
                 same = False
             if not same:
-                refuse(version, f"/{MANIFEST}: ...")
+                with pytest.raises(lx.CheckpointError) as caught:
+                    lx.load(version.parent, Small(), args=(X,))
+                assert str(caught.value).startswith(str(path))
 
 
 def test_the_tensors_of_another_version(version: Path, tmp_path: Path) -> None:
@@ -260,7 +254,7 @@ def test_what_can_be_done_about_damage(version: Path, files: Callable[[str], dic
     later = version.with_name("version-00000012")
     later.mkdir()
     put(later, {**files("plain"), TENSORS: b""})
-    refuse(later, DIGEST.replace(ALONE, "; take version-00000012 away, and version-00000001 is loaded"))
+    refuse(later, (*DIGEST, "version-00000012", "version-00000001"))
     shutil.rmtree(later)
     assert lx.load(version.parent, Small(), args=(X,)).stage == 3
 
@@ -272,9 +266,7 @@ def test_a_file_that_memory_does_not_hold(version: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
     try:
-        refuse(
-            version, f"/{TENSORS}: has {1 << 31} bytes, for which there is no memory; free some, or take a larger..."
-        )
+        refuse(version, ("out-of-memory", TENSORS, 1 << 31))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
@@ -323,7 +315,7 @@ def test_an_edited_manifest(name: str, version: Path) -> None:
     manifest = json.loads((version / MANIFEST).read_text())
     EDITED[name](manifest)
     (version / MANIFEST).write_text(json.dumps(manifest))
-    refuse(version, f"/{MANIFEST}: differs from its own digest; the file is damaged, or was edited{ALONE}")
+    refuse(version, ("invalid-checkpoint", MANIFEST, "digest"))
 
 
 def test_another_layout_of_the_manifest_is_not_damage(version: Path) -> None:
@@ -331,76 +323,75 @@ def test_another_layout_of_the_manifest_is_not_damage(version: Path) -> None:
     assert lx.load(version.parent, Small(), args=(X,)).stage == 3
 
 
-PLAN, RNG, BODY = "this is not a plan: ", "'rng': is no state of", "'slow': body.weight"
-FOREIGN_FILE = f"'files' names ../../etc/passwd, a checkpoint has {TENSORS} only..."
-NEEDS = f"needs stages, slow, start, kept, past, and nothing else{ALONE}"
-NOISE = f"keeps noise that needs noise, seed, stage, amplitude, and nothing else{ALONE}"
-ONE_OF_EACH = "there is one of each for every expert..."
-NO_RULE = "which is no rule of the spec's..."
-STAGES = "which this plan's stages cannot have made..."
 KEYS = ("plan", "files", "base", "frontend", "slow", "trained", "parked", "rng", "extra")
-MANIFESTS: dict[str, list[tuple[Edit, str]]] = {
+MANIFESTS: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
     "plain": [
-        *((of(format=found), f"format {found!r}; {FORMAT}") for found in (2, 0, "1", None, 1.5)),
-        *((functools.partial(lambda key, each: each.pop(key), key), f"has no {key!r}{ALONE}") for key in KEYS),
-        (of(files=[]), f"'files' is list, not a table of digests{ALONE}"),
-        (lambda each: each["files"].update({"../../etc/passwd": "0" * 64}), FOREIGN_FILE),
-        (of(base=["body.weight"]), f"'base' is list, not a table of digests{ALONE}"),
-        (lambda each: each["base"].update(x=3), "'base': x has 3, which is no digest..."),
-        (lambda each: each["base"].update({"\x1b[2J": 3}), "'base': '\\x1b[2J' has 3, which is no digest..."),
-        (lambda each: each["base"].update({"x" * 5000: 3}), f"'base': {'x' * 80}... (5000..."),
-        (lambda each: each["extra"].update(x=DEEP), "cannot be read: it is nested too deeply..."),
-        (lambda each: each["extra"].update(x=float("nan")), "cannot be read: NaN is no number that..."),
-        (lambda each: each["outside"].append({"place": ["base", "x"], "number": "inf"}), "'outside': ..."),
-        (lambda each: each["rng"]["python"][1].__setitem__(-1, 700), f"{RNG} Python's random generator: ..."),
-        (lambda each: each["rng"]["numpy"]["state"].update(pos=10**6), f"{RNG} numpy's random generator..."),
-        (of(plan={"format": 3}), "plan has format 3, this version reads 2; read it by the lorasc-fx that wrote it"),
-        (lambda each: each["plan"]["spec"].update(pace=10**400), f"{PLAN}OverflowError: ..."),
-        (site(rank="two"), f"{PLAN}ValueError: rank is 'two', not an integer of 1 or more"),
-        (of(slow=[]), f"'slow' is list, not a table of slow states{ALONE}"),
-        (lambda each: each["slow"].update({"head.weight": {}}), f"'slow': head.weight {NEEDS}"),
-        (slow(slow=[10**400, 0]), f"{BODY} has coefficients that are no finite numbers..."),
-        (slow(start=["x", "y"]), f"{BODY} has coefficients that are no finite numbers{ALONE}"),
-        (slow(slow=[0.5]), f"{BODY} has 2 stages, 1 slow, 2 start; {ONE_OF_EACH}"),
-        (slow(stages=[1, 99]), f"{BODY} has experts of stages that were not..."),
-        (slow(stages=[1, 2, 3]), f"{BODY} has 3 stages, 2 slow, 2 start; {ONE_OF_EACH}"),
-        (slow(stages=["one", "two"]), f"{BODY} has experts of stages that were not: ['one', 'two']{ALONE}"),
-        (slow(kept=[3]), f"{BODY} {NOISE}"),
-        (lambda each: each["slow"]["body.weight"]["kept"][0].pop("noise"), f"{BODY} {NOISE}"),
-        (of(trained=["head.weight"]), f"'past': head.bias is not trained in full{ALONE}"),
-        (of(averaged=1), f"'averaged' is 1, {STAGES}"),
-        (of(rules={"head.bias": 0}), f"'rules': head.bias has 0, {NO_RULE}"),
-        (slow(average=[1.0, 1.0]), "'slow' holds an average, and the spec keeps none..."),
+        *((of(format=found), ("format-not-supported", found)) for found in (2, 0, "1", None, 1.5)),
+        *((functools.partial(lambda key, each: each.pop(key), key), ("invalid-checkpoint", key)) for key in KEYS),
+        (of(files=[]), ("invalid-checkpoint", "files")),
+        (lambda each: each["files"].update({"../../etc/passwd": "0" * 64}), ("invalid-checkpoint", "../../etc/passwd")),
+        (of(base=["body.weight"]), ("invalid-checkpoint", "base")),
+        (lambda each: each["base"].update(x=3), ("invalid-checkpoint", "base")),
+        (lambda each: each["base"].update({"\x1b[2J": 3}), ("invalid-checkpoint", "base", "\\x1b[2J")),
+        (lambda each: each["base"].update({"x" * 5000: 3}), ("invalid-checkpoint", "base")),
+        (lambda each: each["extra"].update(x=DEEP), ("unreadable-file",)),
+        (lambda each: each["extra"].update(x=float("nan")), ("unreadable-file", "NaN")),
+        (
+            lambda each: each["outside"].append({"place": ["base", "x"], "number": "inf"}),
+            ("invalid-checkpoint", "outside"),
+        ),
+        (lambda each: each["rng"]["python"][1].__setitem__(-1, 700), ("invalid-checkpoint", "rng", "Python")),
+        (lambda each: each["rng"]["numpy"]["state"].update(pos=10**6), ("invalid-checkpoint", "rng", "numpy")),
+        (of(plan={"format": 3}), ("format-not-supported", "plan", "3")),
+        (lambda each: each["plan"]["spec"].update(pace=10**400), ("invalid-plan", "OverflowError")),
+        (site(rank="two"), ("invalid-plan", "rank", "two")),
+        (of(slow=[]), ("invalid-checkpoint", "slow")),
+        (lambda each: each["slow"].update({"head.weight": {}}), ("invalid-checkpoint", "slow", "head.weight")),
+        (slow(slow=[10**400, 0]), ("invalid-checkpoint", "body.weight", "coefficients")),
+        (slow(start=["x", "y"]), ("invalid-checkpoint", "body.weight", "coefficients")),
+        (slow(slow=[0.5]), ("invalid-checkpoint", "body.weight", "2 stages, 1 slow, 2 start")),
+        (slow(stages=[1, 99]), ("invalid-checkpoint", "body.weight", "stages", [1, 99])),
+        (slow(stages=[1, 2, 3]), ("invalid-checkpoint", "body.weight", "3 stages, 2 slow, 2 start")),
+        (slow(stages=["one", "two"]), ("invalid-checkpoint", "body.weight", "stages", ["one", "two"])),
+        (slow(kept=[3]), ("invalid-checkpoint", "body.weight", "noise, seed, stage, amplitude")),
+        (
+            lambda each: each["slow"]["body.weight"]["kept"][0].pop("noise"),
+            ("invalid-checkpoint", "body.weight", "noise, seed, stage"),
+        ),
+        (of(trained=["head.weight"]), ("invalid-checkpoint", "past", "head.bias")),
+        (of(averaged=1), ("invalid-checkpoint", "averaged")),
+        (of(rules={"head.bias": 0}), ("invalid-checkpoint", "rules", "head.bias")),
+        (slow(average=[1.0, 1.0]), ("invalid-checkpoint", "average")),
     ],
     "average": [
-        (of(averaged=3), f"'averaged' is 3, {STAGES}"),
-        (of(averaged=-1), f"'averaged' is -1, {STAGES}"),
-        (of(averaged=True), "'averaged' is bool, not a number of stages..."),
-        (of(rules={"head.bias": 1}), f"'rules': head.bias has 1, {NO_RULE}"),
-        (of(rules={"x": 0}), f"'rules': x has 0, {NO_RULE}"),
-        (slow(average=[1.0]), f"{BODY} has 2 stages, 2 slow, 2 start, 1 average; {ONE_OF_EACH}"),
-        (slow(average=["1", 1.0]), f"{BODY} has coefficients that are no finite numbers..."),
-        (slow(average=None), f"{BODY} holds what is no list..."),
-        (site(rank=2), f"{PLAN}ValueError: a site has another rank than its ranks say for stage 3..."),
-        (site(train_A=1), f"{PLAN}ValueError: train_A is 1, not true or false..."),
-        (site(ranks=[2, 0]), f"{PLAN}ValueError: rank is 0, not an integer of 1 or more..."),
+        (of(averaged=3), ("invalid-checkpoint", "averaged")),
+        (of(averaged=-1), ("invalid-checkpoint", "averaged")),
+        (of(averaged=True), ("invalid-checkpoint", "averaged")),
+        (of(rules={"head.bias": 1}), ("invalid-checkpoint", "rules", "head.bias")),
+        (of(rules={"x": 0}), ("invalid-checkpoint", "rules", "x has 0")),
+        (slow(average=[1.0]), ("invalid-checkpoint", "body.weight", "1 average")),
+        (slow(average=["1", 1.0]), ("invalid-checkpoint", "body.weight", "coefficients")),
+        (slow(average=None), ("invalid-checkpoint", "body.weight")),
+        (site(rank=2), ("invalid-plan", "ranks", "stage 3")),
+        (site(train_A=1), ("invalid-plan", "train_A")),
+        (site(ranks=[2, 0]), ("invalid-plan", "rank is 0")),
     ],
     "dora": [
-        (slow(turns=turns), f"{BODY} scaled its rows in stages that were not...")
+        (slow(turns=turns), ("invalid-checkpoint", "body.weight", "rows", turns))
         for turns in ([[7, 0]], [[1, 3]], [[1]], [["1", 0]])
     ],
 }
 
 
-def rows(table: dict[str, list[tuple[Edit, str]]]) -> list[Any]:
-    return [pytest.param(kind, *row, id=f"{kind}: {row[1][:60]}") for kind in table for row in table[kind]]
+def rows(table: dict[str, list[tuple[Edit, tuple[object, ...]]]]) -> list[Any]:
+    return [pytest.param(kind, *row, id=f"{kind}: {row[1]}") for kind in table for row in table[kind]]
 
 
-@pytest.mark.parametrize(("kind", "edit", "sentence"), rows(MANIFESTS))
-def test_a_manifest(kind: str, edit: Edit, sentence: str, made: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(("kind", "edit", "expected"), rows(MANIFESTS))
+def test_a_manifest(kind: str, edit: Edit, expected: tuple[object, ...], made: Callable[[str], Path]) -> None:
     version = made(kind)
     forge(version, edit)
-    refuse(version, f"/{MANIFEST}: {sentence}")
+    refuse(version, (*expected, MANIFEST))
 
 
 # ---- manifest and tensors against each other, and against the model
@@ -413,6 +404,13 @@ HELD = {
     "buffer/norm.running_mean": (4,),
     "dense/mid.weight/slow": (3, 4),
 }
+
+
+def disagreement(code: str, name: str) -> str:
+    """The code of a tensor; that of branches and generators is held against the plan before it is read."""
+    return (
+        "invalid-checkpoint" if name.startswith("branch/") or (name, code) == ("rng/torch", "missing-tensor") else code
+    )
 
 
 def tensor(name: str, value: Any) -> Edit:
@@ -428,47 +426,45 @@ def filled(name: str, value: float) -> Edit:
 
 
 UP, A = "branch/body.weight/lora_B", "expert/body.weight/0/a"
-INF = "holds inf or nan, which no fold takes..."
-NOT_WHOLE = "which what is dense beside it needs..."
-TENSOR: dict[str, list[tuple[Edit, str]]] = {
+TENSOR: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
     "plain": [
         *(
-            (tensor(name, torch.zeros(shape)), f"{name!r} is {shape}, the plan says {HELD[name]}{ALONE}")
+            (tensor(name, torch.zeros(shape)), (disagreement("wrong-shape", name), name, shape, f"{HELD[name]}"))
             for name in HELD
             for shape in ((2, 9), ())
             if name[:6] not in ("buffer", "expert")  # forward may have assigned a buffer of any shape
         ),
         *(  # an expert's own rank is what its tensors say
-            (tensor(A, torch.zeros(shape)), f"{A!r} is {shape}, the plan says {fits}{ALONE}")
+            (tensor(A, torch.zeros(shape)), ("wrong-shape", A, shape, fits))
             for shape, fits in (((2, 9), (2, 5)), ((), (0, 5)))
         ),
-        (tensor("rng/torch", torch.zeros(2, 9)), f"'rng/torch' is no state of torch's random generator{ALONE}"),
-        (tensor("rng/other", torch.ones(1)), "holds 'rng/other', which is no random generator..."),
-        (tensor("../../x", torch.ones(1)), "holds '../../x', which this plan has no place for..."),
-        (tensor(UP, torch.ones(4, 1, dtype=torch.int32)), f"'{UP}' holds torch.int32, not torch.float32..."),
-        (filled(UP, float("nan")), f"'{UP}' {INF}"),
-        (filled(A, float("inf")), f"'{A}' {INF}"),
-        (gone("dense/mid.weight/slow"), f"has no tensor 'dense/mid.weight/slow', {NOT_WHOLE}"),
+        (tensor("rng/torch", torch.zeros(2, 9)), ("invalid-checkpoint", "rng/torch")),
+        (tensor("rng/other", torch.ones(1)), ("invalid-checkpoint", "rng/other")),
+        (tensor("../../x", torch.ones(1)), ("foreign-tensor", "../../x")),
+        (tensor(UP, torch.ones(4, 1, dtype=torch.int32)), ("wrong-dtype", UP, "torch.int32", "torch.float32")),
+        (filled(UP, float("nan")), ("non-finite-tensor", UP)),
+        (filled(A, float("inf")), ("non-finite-tensor", A)),
+        (gone("dense/mid.weight/slow"), ("missing-tensor", "dense/mid.weight/slow")),
     ],
     "average": [
         (
             tensor("trained/head.bias/average", torch.zeros(4)),
-            "'trained/head.bias/average' is (4,), the plan says (2,)...",
+            ("wrong-shape", "trained/head.bias/average", (4,), (2,)),
         ),
         (
             tensor("dense/body.weight/average", torch.zeros(4, 5)),
-            f"has no tensor 'dense/body.weight/slow', {NOT_WHOLE}",
+            ("missing-tensor", "dense/body.weight/slow"),
         ),
-        (filled("dense/mid.weight/average", float("nan")), f"'dense/mid.weight/average' {INF}"),
+        (filled("dense/mid.weight/average", float("nan")), ("non-finite-tensor", "dense/mid.weight/average")),
     ],
 }
 
 
-@pytest.mark.parametrize(("kind", "change", "sentence"), rows(TENSOR))
-def test_a_tensor(kind: str, change: Edit, sentence: str, made: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(("kind", "change", "expected"), rows(TENSOR))
+def test_a_tensor(kind: str, change: Edit, expected: tuple[object, ...], made: Callable[[str], Path]) -> None:
     version = made(kind)
     forge_tensors(version, change)
-    refuse(version, f": {sentence}")
+    refuse(version, expected)
 
 
 @pytest.mark.parametrize(
@@ -485,41 +481,40 @@ def test_a_missing_tensor(kind: str, name: str, made: Callable[[str], Path]) -> 
     """A weight without a dense delta simply has none, if none of its views has one."""
     version = made(kind)
     forge_tensors(version, gone(name))
-    refuse(version, f": has no tensor {name!r}{ALONE}")
+    refuse(version, (disagreement("missing-tensor", name), name))
 
 
-DISAGREE: list[tuple[Edit, str]] = [
-    (site(rank=2), "'branch/body.weight/lora_A' is (1, 5), the plan says (2, 5)..."),
-    (site(rank=2**30), f"'branch/body.weight/lora_A' is (1, 5), the plan says ({2**30}, 5)..."),
-    (site(shape=[5, 4]), f"'branch/body.weight/lora_A' is (1, 5), the plan says (1, 4){ALONE}"),
-    (site(weight="body.wieght"), f"holds 'branch/body.weight/lora_A', of which the plan has no site{ALONE}"),
-    (lambda each: each["plan"].update(sites=[]), "holds 'branch/..."),
+DISAGREE: list[tuple[Edit, tuple[object, ...]]] = [
+    (site(rank=2), ("invalid-checkpoint", "branch/body.weight/lora_A", (1, 5), (2, 5))),
+    (site(rank=2**30), ("invalid-checkpoint", "branch/body.weight/lora_A", (1, 5), (2**30, 5))),
+    (site(shape=[5, 4]), ("invalid-checkpoint", "branch/body.weight/lora_A", (1, 5), (1, 4))),
+    (site(weight="body.wieght"), ("invalid-checkpoint", "branch/body.weight/lora_A")),
+    (lambda each: each["plan"].update(sites=[]), ("invalid-checkpoint", "'branch/")),
     (
         lambda each: each["plan"]["sites"][-1].update(kind="conv"),
-        "its plan does not fit this model: after match-sites, the graph does not agree with its plan:\n"
-        "  node mid is a linear, but mid.weight is planned as a conv...",
+        ("plan-mismatch", "mid.weight", "linear", "conv"),
     ),
     (
         lambda each: each["plan"]["spec"].update(targets=["cnov"]),
-        "its plan does not fit this model: targets: 'cnov' matches no weight; nearest: ...",
+        ("plan-mismatch", "cnov"),
     ),
     (
         lambda each: each["slow"].pop("body.weight"),
-        f"the slow state and the plan disagree about body.weight{ALONE}",
+        ("invalid-checkpoint", "body.weight"),
     ),
     (
         lambda each: each["slow"]["body.weight"]["kept"][0]["noise"].update(strength=-1),
-        "is not what a checkpoint of this plan holds: SpecError: ...",
+        ("invalid-checkpoint", "SpecError"),
     ),
-    (of(frontend="scripted"), "was made by the front end 'scripted'; known: auto, export, dynamo, symbolic, pieces"),
+    (of(frontend="scripted"), ("unknown-front-end", "scripted")),
 ]
 
 
-@pytest.mark.parametrize(("edit", "sentence"), DISAGREE, ids=[sentence[:60] for _, sentence in DISAGREE])
-def test_a_manifest_that_disagrees(edit: Edit, sentence: str, version: Path) -> None:
+@pytest.mark.parametrize(("edit", "expected"), DISAGREE, ids=[str(row[1]) for row in DISAGREE])
+def test_a_manifest_that_disagrees(edit: Edit, expected: tuple[object, ...], version: Path) -> None:
     """Each of its fields is right in itself."""
     forge(version, edit)
-    refuse(version, f": {sentence}")
+    refuse(version, expected)
 
 
 def test_a_buffer_of_another_shape(version: Path) -> None:
@@ -546,36 +541,36 @@ def branch_of_bias(tensors: Any) -> None:
         tensors[f"branch/body.bias/{factor}"] = tensors.pop(f"branch/body.weight/{factor}")
 
 
-PLANS: dict[str, tuple[Edit, Edit, str]] = {
+PLANS: dict[str, tuple[Edit, Edit, tuple[object, ...]]] = {
     "a branch larger than anything": (  # which the plan leaves out: refused before it is made
         without_mid,
         gone(*(f"branch/mid.weight/{factor}" for factor in ("lora_A", "lora_B"))),
-        f": its spec asks for rank {2**31 - 1}, which makes a branch of ...",
+        ("plan-mismatch", f"{2**31 - 1}"),
     ),
     "another shape": (  # with factors that fit it, as only the model tells: W0 is not in a checkpoint
         site(shape=[4, 6]),
         tensor("branch/body.weight/lora_A", torch.ones(1, 6)),
-        ": its plan has body.weight of shape (4, 6), the model (4, 5); no version before it...",
+        ("plan-mismatch", "body.weight", (4, 6), (4, 5)),
     ),
     "other ties": (
         site(aliases=["head.tied"]),
         lambda each: None,
-        ": its plan has body.weight tied to head.tied, the model to nothing; build the model as it was...",
+        ("plan-mismatch", "body.weight", "head.tied"),
     ),
     "a weight that is no matrix": (
         site(weight="body.bias"),
         branch_of_bias,
-        ": its plan has a site body.bias, which the model has not; build the model as it was...",
+        ("plan-mismatch", "body.bias"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_of_another_model(name: str, version: Path) -> None:
-    edit, change, sentence = PLANS[name]
+    edit, change, expected = PLANS[name]
     forge(version, edit)
     forge_tensors(version, change)
-    refuse(version, f"/{MANIFEST}{sentence}")
+    refuse(version, (*expected, MANIFEST))
 
 
 BASES: list[tuple[Edit, str]] = [
@@ -598,19 +593,19 @@ def test_another_base(change: Edit, what: str, version: Path) -> None:
     model = Small()
     with torch.no_grad():
         change(model)
-    refuse(version, f": this is another base: the model {what}; load onto the weights that were adapted", model)
+    refuse(version, ("checkpoint-other-base", what), model)
 
 
 def test_a_model_that_is_adapted(version: Path) -> None:
     cascade = lx.load(version.parent, Small(), args=(X,))
     for model in (cascade.model, cascade):
-        with unchanged(cascade), pytest.raises(lx.StateError, match=r"^this model is (adapted already|a cascade)"):
+        with unchanged(cascade), raises(lx.StateError, "already-adapted"):
             lx.load(version.parent, model, args=(X,))
 
 
 def test_inputs_that_the_model_refuses(version: Path) -> None:
     model = Small()
-    with unchanged(model), pytest.raises(lx.CaptureError, match=r"^Small itself refuses the example inputs: "):
+    with unchanged(model), raises(lx.CaptureError, "model-refuses-inputs", "Small"):
         lx.load(version.parent, model, args=(inputs(3, 4),))
 
 
@@ -636,80 +631,81 @@ def outside(number: str, *place: Any) -> Edit:
     return edit
 
 
-SAME = "; build optimizer and scheduler the same way..."
-UNLIKE = f"unlike the one that is to take it{SAME}"
 GROUP = ("optimizer", "groups", 0)
 MOMENT, SQUARE, COUNT = (f"optimizer/0/{name}" for name in ("exp_avg", "exp_avg_sq", "step"))
-RESUMES: list[tuple[Edit, str]] = [
-    (scheduler_has(get_last_lr="x"), f"scheduler has 'get_last_lr', {UNLIKE}"),
-    (lambda each: each["scheduler"]["state"].pop("gamma"), f"scheduler has no 'gamma', {UNLIKE}"),
-    (scheduler_has(gamma="0.5"), f"scheduler.gamma is '0.5', where float is expected{SAME}"),
-    (scheduler_has(base_lrs=[0.1]), "scheduler.base_lrs has 1 entries, 3 are expected..."),
-    (scheduler_has(base_lrs=[0.1, 0.1, -0.1]), f"scheduler.base_lrs[2] is below 0{SAME}"),
-    (scheduler_has(_step_count=-4), f"scheduler._step_count is below 0{SAME}"),
-    (group(0, lr=None), f"optimizer: lr is None, where float is expected{SAME}"),
-    (outside("nan", *GROUP, "lr"), f"optimizer.param_groups[0].lr holds NaN{SAME}"),
-    (outside("inf", *GROUP, "eps"), f"optimizer.param_groups[0].eps is infinite{SAME}"),
-    (group(1, lr=-0.1), f"optimizer.param_groups[1].lr is below 0{SAME}"),
-    (group(0, weight_decay=-1), f"optimizer.param_groups[0].weight_decay is below 0{SAME}"),
-    (group(0, betas=[0.9, 1.5]), f"optimizer.param_groups[0].betas[1] is above 1{SAME}"),
-    (lambda each: each["optimizer"]["groups"][0].pop("lr"), "optimizer: a group has no 'lr'..."),
-    (group(0, params=[1, 0]), "the optimizer has other groups than the saved one; build it the same way..."),
+RESUMES: list[tuple[Edit, tuple[object, ...]]] = [
+    (scheduler_has(get_last_lr="x"), ("optimizer-differs", "get_last_lr")),
+    (lambda each: each["scheduler"]["state"].pop("gamma"), ("optimizer-differs", "gamma")),
+    (scheduler_has(gamma="0.5"), ("optimizer-differs", "scheduler.gamma", "0.5")),
+    (scheduler_has(base_lrs=[0.1]), ("optimizer-differs", "scheduler.base_lrs")),
+    (scheduler_has(base_lrs=[0.1, 0.1, -0.1]), ("optimizer-differs", "scheduler.base_lrs[2]")),
+    (scheduler_has(_step_count=-4), ("optimizer-differs", "scheduler._step_count")),
+    (group(0, lr=None), ("optimizer-differs", "lr", "None")),
+    (outside("nan", *GROUP, "lr"), ("optimizer-differs", "optimizer.param_groups[0].lr")),
+    (outside("inf", *GROUP, "eps"), ("optimizer-differs", "optimizer.param_groups[0].eps")),
+    (group(1, lr=-0.1), ("optimizer-differs", "optimizer.param_groups[1].lr")),
+    (group(0, weight_decay=-1), ("optimizer-differs", "optimizer.param_groups[0].weight_decay")),
+    (group(0, betas=[0.9, 1.5]), ("optimizer-differs", "optimizer.param_groups[0].betas[1]")),
+    (lambda each: each["optimizer"]["groups"][0].pop("lr"), ("optimizer-differs", "lr")),
+    (group(0, params=[1, 0]), ("optimizer-differs",)),
     (
         lambda each: each["outside"].append({"place": ["extra", "epoch"], "number": "inf"}),
-        "tensors and numbers outside of JSON have no place in it: ValueError: ...",
+        ("invalid-checkpoint", "ValueError"),
     ),
 ]
-STATES: list[tuple[Edit, str]] = [
-    (filled(MOMENT, float("nan")), f"optimizer.state.0.exp_avg holds NaN{SAME}"),
-    (filled(MOMENT, float("inf")), f"optimizer.state.0.exp_avg is infinite{SAME}"),
-    (lambda each: each[SQUARE].view(-1)[1:2].fill_(-1e-9), f"optimizer.state.0.exp_avg_sq is below 0{SAME}"),
-    (filled(COUNT, -1), f"optimizer.state.0.step is below 0{SAME}"),
-    (tensor(COUNT, torch.tensor(-1.0).to(torch.float8_e4m3fn)), f"optimizer.state.0.step is below 0{SAME}"),
+STATES: list[tuple[Edit, tuple[object, ...]]] = [
+    (filled(MOMENT, float("nan")), ("optimizer-differs", "optimizer.state.0.exp_avg", "NaN")),
+    (filled(MOMENT, float("inf")), ("optimizer-differs", "optimizer.state.0.exp_avg", "infinite")),
+    (lambda each: each[SQUARE].view(-1)[1:2].fill_(-1e-9), ("optimizer-differs", "optimizer.state.0.exp_avg_sq")),
+    (filled(COUNT, -1), ("optimizer-differs", "optimizer.state.0.step")),
+    (tensor(COUNT, torch.tensor(-1.0).to(torch.float8_e4m3fn)), ("optimizer-differs", "optimizer.state.0.step")),
     (
         lambda each: each.update({SQUARE: each[SQUARE].to(torch.complex64)}),
-        f"optimizer.state.0.exp_avg_sq holds complex numbers{SAME}",
+        ("optimizer-differs", "optimizer.state.0.exp_avg_sq"),
     ),
-    (gone(COUNT), "optimizer: step is there for some parameters..."),
-    (tensor(MOMENT, torch.ones(3)), "optimizer: exp_avg of parameter 0 is (3,), the parameter (..."),
-    (tensor("optimizer/99/step", torch.ones(())), "optimizer/99/step is no state of one of 6 parameters..."),
-    (tensor("gradient/x", torch.ones(3)), "'gradient/x' is of no parameter that is trained..."),
+    (gone(COUNT), ("optimizer-differs", "step")),
+    (tensor(MOMENT, torch.ones(3)), ("optimizer-differs", "exp_avg", (3,))),
+    (tensor("optimizer/99/step", torch.ones(())), ("optimizer-differs", "optimizer/99/step")),
+    (tensor("gradient/x", torch.ones(3)), ("invalid-checkpoint", "gradient/x")),
     (
         tensor("gradient/model.head.bias", torch.ones(3)),
-        "'gradient/model.head.bias' is (3,) torch.float32, its parameter (2,) torch.float32; it is not of this run...",
+        ("invalid-checkpoint", "gradient/model.head.bias", "torch.float32"),
     ),
-    (tensor("outside/9", torch.ones(3)), "holds 'outside/9', which has no place in it..."),
+    (tensor("outside/9", torch.ones(3)), ("invalid-checkpoint", "outside/9")),
 ]
 FORGED_RESUMES = [*((forge, *row) for row in RESUMES), *((forge_tensors, *row) for row in STATES)]
 
 
-@pytest.mark.parametrize(("forging", "edit", "sentence"), FORGED_RESUMES, ids=[row[2][:60] for row in FORGED_RESUMES])
-def test_a_resume(forging: Callable[[Path, Edit], None], edit: Edit, sentence: str, version: Path) -> None:
+@pytest.mark.parametrize(("forging", "edit", "expected"), FORGED_RESUMES, ids=[str(row[2]) for row in FORGED_RESUMES])
+def test_a_resume(
+    forging: Callable[[Path, Edit], None], edit: Edit, expected: tuple[object, ...], version: Path
+) -> None:
     forging(version, edit)
-    refuse_resume(version, f": {sentence}", *resumed(version))
+    refuse_resume(version, expected, *resumed(version))
 
 
 def refuse_resume(
-    version: Path, sentence: str, cascade: lx.Cascade, optimizer: torch.optim.Optimizer, scheduler: Any
+    version: Path, expected: tuple[object, ...], cascade: lx.Cascade, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> None:
+    code, *names = expected
     before = dict(vars(scheduler)) if scheduler is not None else None
-    with unchanged(cascade, optimizer), pytest.raises(lx.CheckpointError, match=message(version, sentence)):
+    with unchanged(cascade, optimizer), raises(lx.CheckpointError, str(code), version, *names):
         cascade.resume(optimizer, scheduler)
     assert scheduler is None or vars(scheduler) == before
 
 
-OTHERS: dict[str, tuple[Callable[[lx.Cascade], tuple[torch.optim.Optimizer, Any]], str]] = {
+OTHERS: dict[str, tuple[Callable[[lx.Cascade], tuple[torch.optim.Optimizer, Any]], tuple[object, ...]]] = {
     "another optimizer": (
         lambda cascade: (torch.optim.SGD(cascade.param_groups(lr=0.1), lr=0.1), None),
-        "holds the state of AdamW, the optimizer is SGD; give one of the kind that was saved",
+        ("optimizer-differs", "AdamW", "SGD"),
     ),
     "other groups": (
         lambda cascade: (torch.optim.AdamW(joined(cascade.param_groups(lr=0.1))), None),
-        "the optimizer has other groups than the saved one; build it the same way",
+        ("optimizer-differs", "optimizer"),
     ),
     "another scheduler": (
         lambda cascade: (opt := optimizers(cascade)[0], torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)),
-        "holds the state of StepLR, the scheduler is ExponentialLR; give one of the kind that was saved",
+        ("optimizer-differs", "StepLR", "ExponentialLR"),
     ),
 }
 
@@ -721,14 +717,14 @@ def joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_optimizer_or_scheduler(name: str, version: Path) -> None:
     cascade = lx.load(version.parent, Small(), args=(X,))
-    make, sentence = OTHERS[name]
-    refuse_resume(version, f": {sentence}", cascade, *make(cascade))
+    make, expected = OTHERS[name]
+    refuse_resume(version, expected, cascade, *make(cascade))
 
 
 def test_an_optimizer_without_the_branches(version: Path) -> None:
     cascade, *_ = resumed(version)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
-    with unchanged(cascade, optimizer), pytest.raises(lx.StateError, match=r"^the optimizer does not hold branches\."):
+    with unchanged(cascade, optimizer), raises(lx.StateError, "optimizer-lacks-parameters"):
         cascade.resume(optimizer)
 
 
@@ -737,8 +733,7 @@ def test_saved_without(what: str, tmp_path: Path) -> None:
     cascade = lx.adapt(Small(), args=(X,), spec=SPEC, frontend="symbolic")
     version = lx.save(cascade, tmp_path, optimizer=None if what == "optimizer" else optimizers(cascade)[0])
     cascade, optimizer, scheduler = resumed(version)
-    sentence = f": holds no {what}; it was saved without one: resume without it"
-    refuse_resume(version, sentence, cascade, optimizer, scheduler if what == "scheduler" else None)
+    refuse_resume(version, ("state-not-saved", what), cascade, optimizer, scheduler if what == "scheduler" else None)
 
 
 def test_an_optimizer_that_does_not_take_its_state(version: Path) -> None:
@@ -749,10 +744,7 @@ def test_an_optimizer_that_does_not_take_its_state(version: Path) -> None:
         raise ValueError("of an older kind")
 
     optimizer.register_load_state_dict_pre_hook(refusing)
-    sentence = (
-        ": its state was not taken: of an older kind; build optimizer and scheduler the same way, or go on without"
-    )
-    refuse_resume(version, f"{sentence} them", cascade, optimizer, scheduler)
+    refuse_resume(version, ("optimizer-differs", "of an older kind"), cascade, optimizer, scheduler)
 
 
 def test_a_resume_that_is_interrupted_gives_all_back(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -782,11 +774,11 @@ def test_a_base_that_is_no_plain_file(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "x"}}')
     os.mkfifo(tmp_path / "x")
-    with pytest.raises(lx.CheckpointError, match=re.escape(f"base: {tmp_path / 'x'} cannot be read: it is no plain")):
+    with raises(lx.CheckpointError, "unreadable-file", tmp_path / "x"):
         lx.adapt(Small(), args=(X,), base=tmp_path)
     for name in ("..", "../x", "/etc/passwd", "", 3):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(lx.CheckpointError, match="cannot be read as an index of safetensors: "):
+        with raises(lx.CheckpointError, "unreadable-file"):
             lx.adapt(Small(), args=(X,), base=tmp_path)
 
 

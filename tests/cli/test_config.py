@@ -21,6 +21,7 @@ from lorasc_fx.cli.config import (
 )
 from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import CascadeSpec, Noise, Rule
+from tests.kit.errors import raises
 
 
 def written(folder: Path, text: str) -> Path:
@@ -104,18 +105,18 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, line: in
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"absent\.toml: the configuration cannot be read: No such file or directory"):
+    with raises(SpecError, "unreadable-file", "absent.toml"):
         load_config(tmp_path / "absent.toml")
 
 
 def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"run\.toml: this is not TOML: .*line 2"):
+    with raises(SpecError, "invalid-toml", "run.toml", "2"):
         load_config(written(tmp_path, "[train]\nlr = = 1\n"))
 
 
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(SpecError, match=r"run\.toml: the configuration cannot be read: it is not UTF-8 text"):
+    with raises(SpecError, "unreadable-file", "run.toml", "UTF-8"):
         load_config(tmp_path / "run.toml")
 
 

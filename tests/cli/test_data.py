@@ -17,6 +17,7 @@ from lorasc_fx.cli.config import DataConfig
 from lorasc_fx.cli.data import Splits, image_examples, load_data, read_csv
 from lorasc_fx.cli.training import Order
 from lorasc_fx.errors import SpecError
+from tests.kit.errors import raises
 
 DIGITS, MNIST = "python:experiments.data:digits", "python:experiments.data:mnist5k"
 NOISE, BLUR = "python:experiments.data:noise", "python:experiments.data:blur"
@@ -146,42 +147,40 @@ def test_own_data(own: types.ModuleType) -> None:
         (3, "cannot unpack non-iterable int object"),
         ((["a"], [0, 1]), "1 inputs and 2 labels"),
         (([1], [0]), "inputs that are neither a tensor nor texts"),
-        ((torch.zeros(2, 3, 4, 4), [0, 1]), r"a tensor \[2, 3, 4, 4\] of torch.float32"),
-        ((torch.zeros(2, 5, 4, 4, dtype=torch.uint8), [0, 1]), r"a tensor \[2, 5, 4, 4\] of torch.uint8"),
+        ((torch.zeros(2, 3, 4, 4), [0, 1]), "[2, 3, 4, 4] of torch.float32"),
+        ((torch.zeros(2, 5, 4, 4, dtype=torch.uint8), [0, 1]), "[2, 5, 4, 4] of torch.uint8"),
     ],
 )
 def test_own_data_of_another_kind(own: types.ModuleType, found: object, reason: str) -> None:
     own.odd = lambda: found  # type: ignore[attr-defined]  # a module is open
-    message = r"python:own_data:odd: the function has to return inputs and labels: a list of texts, or bytes \[exam"
-    with pytest.raises(SpecError, match=f"{message}.*{reason}"):
+    with raises(SpecError, "invalid-data-function", "python:own_data:odd", reason):
         load_data(DataConfig(name="python:own_data:odd"), None)
 
 
 @pytest.mark.parametrize(
-    ("config", "tokenizer", "message"),
+    ("config", "tokenizer", "expected"),
     [
-        (replace(SMALL, name="cvs:a.csv"), None, "no data set is called 'cvs:a.csv'; nearest: 'csv'; known: csv:"),
-        (replace(SMALL, name="csv:"), letters, "no data set is called 'csv:'; nearest: 'csv'"),
+        (replace(SMALL, name="cvs:a.csv"), None, ("unknown-name", "cvs:a.csv", "nearest: 'csv'", "csv:")),
+        (replace(SMALL, name="csv:"), letters, ("unknown-name", "csv:", "nearest: 'csv'")),
         (
             replace(SMALL, train=5000),
             None,
-            "digits has 1797 examples; data.train + data.validation + data.test ask for",
+            ("too-few-examples", "digits", "1797"),
         ),
-        (replace(SMALL, name="python:experiments.data:imdb"), None, "imdb holds texts; texts need a model `hf:FOLDER`"),
-        (SMALL, letters, "the model takes texts, and python:experiments.data:digits holds images"),
-        (replace(SMALL, shifts=("nose",)), None, "no data set is called 'nose'"),
-        (replace(SMALL, shifts=(DIGITS,)), None, f"data.shifts has {DIGITS}, which is the data set itself"),
-        (replace(SMALL, name="python:experiments.data:gitits"), None, "has no function 'gitits'; nearest: 'digits'"),
+        (replace(SMALL, name="python:experiments.data:imdb"), None, ("wrong-modality", "imdb")),
+        (SMALL, letters, ("wrong-modality", DIGITS)),
+        (replace(SMALL, shifts=("nose",)), None, ("unknown-name", "nose")),
+        (replace(SMALL, shifts=(DIGITS,)), None, ("invalid-value", "data.shifts", DIGITS)),
+        (replace(SMALL, name="python:experiments.data:gitits"), None, ("unknown-name", "gitits", "nearest: 'digits'")),
     ],
 )
-def test_what_is_wrong_is_said(config: DataConfig, tokenizer: Any, message: str) -> None:
-    with pytest.raises(SpecError) as caught:
+def test_what_is_wrong_is_said(config: DataConfig, tokenizer: Any, expected: tuple[str, ...]) -> None:
+    with raises(SpecError, *expected):
         load_data(config, tokenizer)
-    assert message in str(caught.value)
 
 
 def test_a_shift_given_twice() -> None:
-    with pytest.raises(SpecError, match=r"data\.shifts is \['a', 'a'\]; give each entry once"):
+    with raises(SpecError, "invalid-value", "data.shifts"):
         DataConfig(shifts=("a", "a"))
 
 
@@ -194,41 +193,41 @@ def test_csv_classes_are_sorted_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"txt,label\na,0\n", "{path}:1: no column 'text'; nearest: 'txt'; it has txt, label"),
-        (b"text,label\na,0\nb\n", "{path}:3: the cell 'label' is empty; fill it, or take the row out"),
-        (b"text,label\na,0\n,1\n", "{path}:3: the cell 'text' is empty; fill it, or take the row out"),
-        (b'text,label\na,0\n"b"c,1\n', "{path}:3: this is not CSV: "),
-        (b"text,label\na,0\n\xff,1\n", "{path}:3: this is not UTF-8 text"),
-        (b"", "{path}:1: no column 'text'; it has no columns; "),
+        (b"txt,label\na,0\n", ("unknown-name", ":1", "text", "nearest: 'txt'", "txt, label")),
+        (b"text,label\na,0\nb\n", ("empty-cell", ":3", "label")),
+        (b"text,label\na,0\n,1\n", ("empty-cell", ":3", "text")),
+        (b'text,label\na,0\n"b"c,1\n', ("invalid-csv", ":3")),
+        (b"text,label\na,0\n\xff,1\n", ("not-utf8", ":3")),
+        (b"", ("unknown-name", ":1", "text", "no columns")),
     ],
 )
-def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, message: tuple[str, ...]) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(content)
-    with pytest.raises(SpecError) as caught:
+    with raises(SpecError, *message, path):
         read_csv(path, "text", "label")
-    assert str(caught.value).startswith(message.format(path=path))
 
 
 def test_a_csv_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"a\.csv: this file cannot be read: No such file or directory"):
+    with raises(SpecError, "unreadable-file", "a.csv"):
         read_csv(tmp_path / "a.csv", "text", "label")
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("a" * 40, "csv:a.csv: every label is 'a'; a classifier needs examples of two classes or more"),
-        ("b" + "a" * 39, "the 16 training examples: every label is 'a'; a classifier needs examples of two classes"),
+        ("a" * 40, ("too-few-classes", "csv:a.csv", "'a'")),
+        ("b" + "a" * 39, ("too-few-classes", "16 training examples", "'a'")),
     ],
 )
-def test_one_class_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, message: str) -> None:
+def test_one_class_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, message: tuple[str, ...]
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.csv").write_text("\n".join(["text,label", *(f"text {label},{label}" for label in labels)]) + "\n")
     config = DataConfig(name="csv:a.csv", train=16, validation=8, test=8)
-    with pytest.raises(SpecError) as caught:
+    with raises(SpecError, *message):
         load_data(config, letters)
-    assert str(caught.value).startswith(message)
 
 
 def test_a_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def test_a_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 def test_an_empty_csv(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\n")
-    with pytest.raises(SpecError, match="it holds no examples; give at least one of each class"):
+    with raises(SpecError, "too-few-examples"):
         load_data(DataConfig(name=f"csv:{tmp_path / 'a.csv'}"), letters)
 
 
@@ -264,14 +263,14 @@ def test_image_folder(tmp_path: Path) -> None:
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     config = images(tmp_path, cat=(255, 0, 0), dog=(0, 0, 255))
     (tmp_path / "cat" / "0.png").write_bytes(b"not an image")
-    with pytest.raises(SpecError, match=r"cat.0\.png: this image cannot be read"):
+    with raises(SpecError, "unreadable-file", "cat/0.png"):
         load_data(config)
 
 
 @pytest.mark.parametrize("content", ["", "cat"])
 def test_an_empty_image_folder(tmp_path: Path, content: str) -> None:
     (tmp_path / content).mkdir(exist_ok=True)
-    with pytest.raises(SpecError, match="expected one folder a class, with images in it: "):
+    with raises(SpecError, "invalid-image-folder"):
         load_data(DataConfig(name=f"imagefolder:{tmp_path}"))
-    with pytest.raises(SpecError, match=r"expected one folder a class, with images in it: .*No such file"):
+    with raises(SpecError, "invalid-image-folder"):
         load_data(DataConfig(name=f"imagefolder:{tmp_path / 'absent'}"))

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -14,6 +13,7 @@ from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.errors import StateError
 from lorasc_fx.spec import CascadeSpec
+from tests.kit.errors import raises
 
 
 def test_begin_writes_config_and_environment(tmp_path: Path) -> None:
@@ -31,9 +31,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     folder.begin(Config(), resume=False)
     folder.begin(Config(output="other"), resume=False)  # nothing was done yet
     folder.log(step=1)
-    with pytest.raises(
-        StateError, match="already holds a run: --resume goes on with it, --overwrite deletes it and starts"
-    ):
+    with raises(StateError, "run-exists"):
         folder.begin(Config(), resume=False)
     folder.begin(Config(output="elsewhere"), resume=True)
 
@@ -44,12 +42,12 @@ def test_a_run_is_not_resumed_with_another_configuration(tmp_path: Path) -> None
     folder.begin(config, resume=False)
     folder.log(step=1)
     other = replace(config, spec=replace(config.spec, rank=5))
-    with pytest.raises(StateError, match=r"holds a run with spec\.rank = 4, and this one has 5; resume with the same"):
+    with raises(StateError, "run-differs", "spec.rank", "4", "5"):
         folder.begin(other, resume=True)
 
 
 def test_there_is_something_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="holds no run to resume; leave --resume out to start one"):
+    with raises(StateError, "not-a-run"):
         RunFolder(tmp_path / "absent").begin(Config(), resume=True)
     assert not (tmp_path / "absent").exists()
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from lorasc_fx.cli.config import TrainConfig
 from lorasc_fx.cli.training import Schedule
 from lorasc_fx.errors import SpecError
+from tests.kit.errors import raises
 
 
 def test_steps_are_divided_evenly_and_wholly() -> None:
@@ -33,5 +32,5 @@ def test_steps_come_from_epochs_or_are_given() -> None:
 
 
 def test_more_stages_than_steps() -> None:
-    with pytest.raises(SpecError, match=r"train\.stages is 3, more than the 2 steps"):
+    with raises(SpecError, "invalid-value", "train.stages", "3", "2"):
         Schedule.of(TrainConfig(steps=2), 10, 3)

@@ -19,7 +19,8 @@ import lorasc_fx as lx
 from lorasc_fx.capture import open_model
 from lorasc_fx.capture.pt2 import sanitized
 from tests.damage.pt2_runner import WEIGHTS, edited, hostile, packed, parts_of, strides_of_0
-from tests.errors.models import exactly, inputs, mlp
+from tests.errors.models import inputs, mlp
+from tests.kit.errors import raises
 
 ROOT = Path(__file__).parents[2]
 X = inputs(2, 5)
@@ -104,7 +105,7 @@ def test_parts_that_share_their_bytes(tmp_path: Path) -> None:
             archive.filelist.append(again := copy.copy(large))
             again.filename = again.orig_filename = large.filename.replace("weight_0", f"weight_{number}")
         archive._didModify = True  # type: ignore[attr-defined]
-    with pytest.raises(lx.CaptureError, match=exactly(f"{path}: its parts are larger than the file{TRUST}")):
+    with raises(lx.CaptureError, "unsafe-pt2", path):
         lx.adapt(path, args=(X,))
 
 
@@ -119,8 +120,7 @@ def test_views_of_strides_of_0(width: int, opens: bool, tmp_path: Path) -> None:
     if opens:
         assert sanitized(path).getbuffer().nbytes < 2 * size
         return
-    sentence = f"{path}: its tensors have more entries than the {size} bytes of the file can hold{TRUST}"
-    with pytest.raises(lx.CaptureError, match=exactly(sentence)):
+    with raises(lx.CaptureError, "unsafe-pt2", path, size):
         lx.adapt(path, args=(X,))
 
 
@@ -138,9 +138,5 @@ def test_a_compressed_archive(tmp_path: Path) -> None:
         for info in whole.infolist():
             small.writestr(info.filename, whole.read(info))
         first = whole.infolist()[0].filename.partition("/")[2]
-    sentence = (
-        f"{path}: its {first!r} is compressed, which can do more than describe a model, and is not opened. "
-        "If you trust the file, give the program itself: adapt(torch.export.load(path), ...)"
-    )
-    with pytest.raises(lx.CaptureError, match=exactly(sentence)):
+    with raises(lx.CaptureError, "unsafe-pt2", path, first):
         lx.adapt(path, args=(X,))

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lorasc_fx as lx
-from lorasc_fx.errors import LorascWarning
 from lorasc_fx.integrations import distributed
 from tests.devices import training
 from tests.devices.ranks import RankFailed, on_ranks
-from tests.errors.models import exactly
+from tests.kit.errors import raises, warns
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,11 +100,7 @@ class Late(nn.Module):
         return self.more(hidden) if more else hidden
 
 
-LATE = (
-    "branches.more/weight.lora_A, branches.more/weight.lora_B came with a graph that was made after "
-    "DistributedDataParallel wrapped the cascade, which would not average their gradients over the processes: call the "
-    "cascade once in each mode and with each kind of arguments before you wrap it, or wrap it anew"
-)
+LATE = ("wrapped-too-early", "branches.more/weight.lora_A", "branches.more/weight.lora_B")
 
 
 @pytest.mark.usefixtures("group")
@@ -115,15 +110,15 @@ def test_a_site_that_comes_after_the_wrapper() -> None:
     wrapper = DistributedDataParallel(cascade)
     wrapper(x).sum().backward()
     before = [site.weight for site in cascade.sites]
-    with pytest.raises(lx.StateError, match=exactly(LATE)):
+    with raises(lx.StateError, *LATE):
         wrapper(x, more=True)
     assert [site.weight for site in cascade.sites] == before == ["body.weight"]  # nothing was changed
     assert set(cascade.branches) == {"body/weight"}
     wrapper(x).sum().backward()
 
-    with pytest.warns(LorascWarning, match="sites came with a call that no earlier one was like: more.weight"):
+    with warns("late-sites", "more.weight"):
         cascade(x, more=True)  # past the wrapper: told at its next call
-    with pytest.raises(lx.StateError, match=exactly(LATE)):
+    with raises(lx.StateError, *LATE):
         wrapper(x)
     DistributedDataParallel(cascade)(x, more=True).sum().backward()
 
@@ -140,11 +135,7 @@ def test_a_rank_that_changes_outdates_the_wrapper() -> None:
         cascade.transition(optimizer)
         if cascade.stage == 2:
             wrapper(x)  # of the same rank
-    told = (
-        "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, and adds up "
-        "gradients in buffers of the old shapes: wrap it anew"
-    )
-    with pytest.raises(lx.StateError, match=exactly(told)):
+    with raises(lx.StateError, "wrapped-too-early"):
         wrapper(x)
     DistributedDataParallel(cascade)(x).sum().backward()
     assert cascade.branches["body/weight"].lora_B.grad.shape[-1] == 1
@@ -164,12 +155,9 @@ def test_the_wrapper_writes_nothing_that_a_fold_would_not_know() -> None:
 
 def test_what_the_checkpoints_refuse_without_a_group(tmp_path: Path) -> None:
     cascade = training.adapted("fresh")
-    told = (
-        "no process group is there; start the processes by torchrun and call torch.distributed.init_process_group, or "
-    )
-    with pytest.raises(lx.StateError, match=exactly(f"save: {told}use lorasc_fx.save in a single one")):
+    with raises(lx.StateError, "no-process-group", "torch.distributed.init_process_group", "lorasc_fx.save"):
         distributed.save(cascade, tmp_path)
-    with pytest.raises(lx.StateError, match=exactly(f"load: {told}use lorasc_fx.load in a single one")):
+    with raises(lx.StateError, "no-process-group", "torch.distributed.init_process_group", "lorasc_fx.load"):
         distributed.load(tmp_path, training.net())
 
 
@@ -178,33 +166,22 @@ def test_what_the_checkpoints_refuse(tmp_path: Path) -> None:
     example = (training.data()[0][0][None],)
     cascade = training.adapted("fresh")
     optimizer = training.optimizer_of(cascade)
-    with pytest.raises(
-        lx.StateError, match=r"^save: this is Net; give a cascade, or DistributedDataParallel\(cascade\)$"
-    ):
+    with raises(lx.StateError, "wrong-wrapper", "Net"):
         distributed.save(training.net(), tmp_path)
     tokens, labels = next(training.batches(0, 0, 1))
     nn.functional.cross_entropy(cascade(tokens), labels).backward()
-    sentence = (
-        "save: gradients wait for a step on branches.table/weight.lora_B, and each process may hold others; call it "
-        "between optimizer.step() and the next backward"
-    )
-    with pytest.raises(lx.StateError, match=exactly(sentence)):
+    with raises(lx.StateError, "gradients-pending", "branches.table/weight.lora_B"):
         distributed.save(cascade, tmp_path / "run", optimizer=optimizer)
     assert not (tmp_path / "run").exists()
     optimizer.step()
     optimizer.zero_grad()
-    with pytest.raises(lx.SpecError, match=r"^keep is 0; "):
+    with raises(lx.SpecError, "invalid-value", "keep", "0"):
         distributed.save(cascade, tmp_path / "run", optimizer=optimizer, keep=0)
     lx.save(cascade, tmp_path / "alone", optimizer=optimizer)
     loaded = distributed.load(tmp_path / "alone", training.net(), args=example)
-    sentence = "resume: this is Cascade; wrap what load returned in DistributedDataParallel first, and give the wrapper"
-    with pytest.raises(lx.StateError, match=exactly(sentence)):
+    with raises(lx.StateError, "wrong-wrapper", "Cascade"):
         distributed.resume(loaded, training.optimizer_of(loaded))
-    sentence = (
-        "resume: this checkpoint was not written by lorasc_fx.integrations.distributed.save; call "
-        "cascade.resume(optimizer), and seed each process yourself"
-    )
-    with pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+    with raises(lx.CheckpointError, "saved-otherwise"):
         distributed.resume(DistributedDataParallel(loaded), training.optimizer_of(loaded))
 
 
@@ -216,22 +193,18 @@ def fails_on_one(rank: int, count: int, folder: str) -> None:
     if rank == 0:
         lx.save(cascade, f"{folder}/there")
     dist.barrier()
-    for own, other, told in (
-        ("here", "nowhere", f"^load: rank {count - 1} has failed, and with it the others: CheckpointError: "),
-        (
-            "here",
-            "there",
-            "^load: the processes have read different versions of .*: version-00000001, version-00000002, by rank",
-        ),
+    for own, other, code, names in (
+        ("here", "nowhere", "rank-failed", (f"rank {count - 1}", "CheckpointError")),
+        ("here", "there", "versions-differ", ("version-00000001", "version-00000002")),
     ):
-        kind = lx.CheckpointError if rank and other == "nowhere" else lx.StateError
-        words = "no checkpoint in this folder" if kind is lx.CheckpointError else told
-        with pytest.raises(kind, match=words):
+        failed = bool(rank) and other == "nowhere"
+        expected = ("no-checkpoint", f"{folder}/nowhere") if failed else (code, *names)
+        with raises(lx.CheckpointError if failed else lx.StateError, *expected):
             lx.integrations.distributed.load(
                 f"{folder}/{other if rank else own}", training.net(), args=(training.data()[0][0][None],)
             )
     if rank == 0:
-        with pytest.raises(lx.StateError, match=r"^save: another process is gone, or has not come within the timeout"):
+        with raises(lx.StateError, "process-lost"):
             lx.integrations.distributed.save(cascade, f"{folder}/here")
 
 

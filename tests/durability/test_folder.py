@@ -15,8 +15,9 @@ import lorasc_fx as lx
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cost import Rates, measure
 from tests.checkpoint.runs import Run, X
-from tests.errors.models import Net, exactly, inputs, mlp
+from tests.errors.models import Net, inputs, mlp
 from tests.errors.state import assert_same, of_slow
+from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
 
 SPEC = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, noise=lx.Noise(0.2))
@@ -111,12 +112,8 @@ class Slowly:
 def test_two_writers_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     going = Run(SPEC).started()
     slowly = Slowly(monkeypatch, tmp_path)
-    sentence = (
-        f"{tmp_path}: another save is writing into this folder at this moment; give each run a folder of its own, and "
-        "save from one process of a run"
-    )
     before = names(tmp_path)
-    with pytest.raises(lx.CheckpointError, match=exactly(sentence)):
+    with raises(lx.CheckpointError, "concurrent-save", tmp_path):
         going.save(tmp_path)
     assert names(tmp_path) == before
     assert len(before) == 1

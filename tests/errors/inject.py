@@ -144,7 +144,7 @@ def ours() -> bool:
     return sys._getframe(2).f_code.co_filename.startswith((str(ROOT / "lorasc_fx"), str(ROOT / "passes")))
 
 
-def raises(fault: BaseException) -> Callable[[], None]:
+def failing(fault: BaseException) -> Callable[[], None]:
     def act() -> None:
         raise fault
 

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import lorasc_fx as lx
+from lorasc_fx import errors
 from tests.errors.catalogue import ENTRIES, Entry, Example, body
 from tests.errors.models import inputs, mlp
 
@@ -14,7 +15,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 
 HEAD = """# Errors
 
-Each message says what happened, where, and what to do; an unknown name is answered with the nearest known ones.
+Each error and each warning has a `code`, which does not change: compare it in a program, and look it up in the table
+below. Its message says what happened, where, and what to do, in words that may change; an unknown name is answered with
+the nearest known ones.
 Whatever raises has changed nothing. In the examples `model` is a `Sequential` of `nn.Linear(5, 7)`, a `Tanh`,
 `nn.Linear(7, 6)` and `nn.Linear(6, 2)`, and `x` is its input. `python -m tests.errors.page` runs them and writes this
 page.
@@ -56,7 +59,7 @@ def message_of(entry: Entry, example: Example) -> str:
         except entry.raised as error:
             if type(error) is not entry.raised and entry.raised is not lx.LorascError:
                 raise
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__} [{error.code}]: {error}"
     raise AssertionError(f"{example.__name__} raised no {entry.raised.__name__}")
 
 
@@ -72,9 +75,15 @@ def section(entry: Entry) -> str:
     return "\n".join(lines)
 
 
+def codes() -> str:
+    """The table of codes."""
+    rows = [f"| `{code}` | {meaning} |" for code, meaning in errors.CODES.items()]
+    return "\n".join(["## Codes", "", "| code | meaning |", "|---|---|", *rows])
+
+
 def page() -> str:
     """The whole text."""
-    return "\n\n".join([HEAD.rstrip(), *map(section, ENTRIES), TAIL.strip()]) + "\n"
+    return "\n\n".join([HEAD.rstrip(), *map(section, ENTRIES), TAIL.strip(), codes()]) + "\n"
 
 
 if __name__ == "__main__":

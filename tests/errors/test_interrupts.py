@@ -31,14 +31,15 @@ from tests.errors.inject import (
     FileCallAt,
     LineAt,
     Timeout,
+    failing,
     in_turn,
     python_answers,
-    raises,
     sigint,
 )
 from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.errors.test_all_or_nothing import SPECS, X, made, prepared, result
+from tests.kit.errors import raises
 from tests.kit.state import gathered_gradients, is_gathering, trainable, unpark
 
 Call = tuple[Callable[[], Any], tuple[Any, ...]]
@@ -258,7 +259,7 @@ def test_a_signal_at_many_lines(name: str, tmp_path: Path) -> None:
 def test_no_memory_at_some_lines(tmp_path: Path) -> None:
     call, things = transition(tmp_path)
     faults = (MemoryError,)
-    assert in_turn(lambda at: LineAt(at, raises(MemoryError("no more"))), call, things, faults, 97) > 5
+    assert in_turn(lambda at: LineAt(at, failing(MemoryError("no more"))), call, things, faults, 97) > 5
 
 
 @pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["disk", "interrupt"])
@@ -277,7 +278,7 @@ def test_a_file_call_that_fails(name: str, fault: BaseException, tmp_path: Path)
         return lx.load(folder, model, args=(X,), base=base if name == "load_by_file" else "memory")
 
     def place(at: int) -> FileCallAt:
-        mode = FileCallAt(at, raises(fault))
+        mode = FileCallAt(at, failing(fault))
         mode.names = names
         return mode
 
@@ -298,7 +299,7 @@ def test_a_late_site_that_the_base_file_lacks(tmp_path: Path) -> None:
     step(cascade, optimizer, SMALL)
     cascade.train()
     for _ in range(2):
-        with unchanged(cascade, optimizer), pytest.raises(lx.CheckpointError, match=r"holds no second\.weight"):
+        with unchanged(cascade, optimizer), raises(lx.CheckpointError, "base-tensor-missing", "second.weight"):
             cascade(SMALL)
     assert [site.weight for site in cascade.sites] == ["first.weight"]
     cascade.eval()
@@ -331,7 +332,7 @@ def test_leaving_weights_is_done_even_where_it_fails() -> None:
         with python_answers():
             held = cascade.weights("fast")
             held.__enter__()
-            mode = FailAt(at, sigint if at % 2 else raises(MemoryError()))
+            mode = FailAt(at, sigint if at % 2 else failing(MemoryError()))
             try:
                 with mode:
                     held.__exit__(None, None, None)

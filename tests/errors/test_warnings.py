@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.errors import lacking
 from tests.kit.state import branches_of, forget_warnings
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -49,13 +50,15 @@ def silent() -> Iterator[None]:
 
 
 @contextmanager
-def warns(sentence: str) -> Iterator[None]:
-    """One warning of our category, that starts so, at a line of this file."""
+def warns(code: str, *names: str) -> Iterator[None]:
+    """One warning of our category, with this code and these names, at a line of this file."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     assert [each.category for each in caught] == [lx.errors.LorascWarning]
-    assert str(caught[0].message).startswith(sentence)
+    warning = caught[0].message
+    assert isinstance(warning, lx.errors.LorascWarning)
+    assert not lacking(warning, code, names)
     assert caught[0].filename == __file__
 
 
@@ -95,7 +98,7 @@ def test_a_program_as_the_documentation_has_it(spec: lx.CascadeSpec, tmp_path: P
 def test_a_stage_whose_loop_called_the_model() -> None:
     model = net()
     cascade, optimizer = adapted(lx.CascadeSpec(rank=2, targets=("0",), train=("2.*",)), model)
-    with warns("stage 1 ended, and no branch has moved: "):
+    with warns("no-branch-moved", "stage 1"):
         for _ in cascade.stages(2, optimizer):
             model(X).square().sum().backward()
             optimizer.step()
@@ -106,7 +109,7 @@ def test_a_stage_whose_loop_called_the_model() -> None:
 def test_a_transition_without_a_step(given: bool) -> None:
     """Without an optimizer the stage is one that was meant to train nothing."""
     cascade, optimizer = adapted()
-    with warns("stage 1 ended, and no branch") if given else silent():
+    with warns("no-branch-moved", "stage 1") if given else silent():
         cascade.transition(optimizer if given else None)
 
 
@@ -126,8 +129,7 @@ OUT: dict[str, Callable[[lx.Cascade, Path], Any]] = {
 def test_training_without_stages(call: str, spec: lx.CascadeSpec, tmp_path: Path) -> None:
     cascade, optimizer = adapted(spec)
     step(cascade, optimizer)
-    told = f"{call}: stage 1 has trained and is folded now, and only 0.5 of what it has trained is kept"
-    with warns(told) if spec.pace == 0.5 else silent():
+    with warns("pace-below-one", call, "stage 1", "0.5") if spec.pace == 0.5 else silent():
         OUT[call](cascade, tmp_path)
 
 
@@ -139,7 +141,7 @@ def test_what_the_warning_says_is_so() -> None:
         step(cascade, optimizer)
     branch = branches_of(cascade)["0.weight"]
     delta = (branch.lora_B @ branch.lora_A).detach() * branch.scale
-    with warns("release: "):
+    with warns("pace-below-one", "release"):
         cascade.release()
     torch.testing.assert_close(model[0].weight.detach(), before + 0.5 * delta)
 
@@ -160,7 +162,7 @@ def test_evaluation_with_noise() -> None:
     cascade, optimizer = adapted(NOISY)
     for _ in cascade.stages(1, optimizer):
         step(cascade, optimizer)
-        with warns("the cascade was called in eval mode inside stage 1, and its weights hold noise"):
+        with warns("evaluated-with-noise", "stage 1"):
             cascade.eval()(X)
         with silent():
             cascade(X)
@@ -174,7 +176,7 @@ def test_training_in_eval_mode_is_no_evaluation() -> None:
     cascade, _ = adapted(NOISY, net().eval())
     with silent():
         cascade(X).sum().backward()
-    with torch.no_grad(), warns("the cascade was called in eval mode inside stage 1, and its weights hold noise"):
+    with torch.no_grad(), warns("evaluated-with-noise", "stage 1"):
         cascade(X)
 
 
@@ -182,13 +184,12 @@ def test_training_in_eval_mode_is_no_evaluation() -> None:
 
 
 @pytest.mark.parametrize("spec", [QUIET, NOISY])
-@pytest.mark.parametrize("what", ["called", "saved"])
-def test_the_model_of_a_running_stage(spec: lx.CascadeSpec, what: str) -> None:
+@pytest.mark.parametrize("code", ["model-called-inside-stage", "model-saved-inside-stage"])
+def test_the_model_of_a_running_stage(spec: lx.CascadeSpec, code: str) -> None:
     model = net()
     outer = nn.ModuleDict({"body": model})
     cascade, optimizer = adapted(spec, model)
-    told = "the model of a cascade was called" if what == "called" else "the state dict of a cascade's model was read"
-    act = (lambda: outer["body"](X)) if what == "called" else outer.state_dict
+    act = (lambda: outer["body"](X)) if code == "model-called-inside-stage" else outer.state_dict
     if spec is QUIET:
         with silent():  # before the first step cascade and model are the same
             act()
@@ -197,7 +198,7 @@ def test_the_model_of_a_running_stage(spec: lx.CascadeSpec, what: str) -> None:
         with silent():
             cascade.state_dict()
             torch.func.functional_call(model, {name: torch.zeros_like(p) for name, p in model.named_parameters()}, (X,))
-        with warns(f"{told} inside stage 1"):
+        with warns(code, "stage 1"):
             act()
         with silent():
             act()
@@ -229,7 +230,7 @@ def test_a_wrapped_or_a_generating_model_is_seen_too() -> None:
     cascade, optimizer = adapted(model=model)
     for _ in cascade.stages(1, optimizer):
         step(cascade, optimizer)
-        with warns("the model of a cascade was called"):
+        with warns("model-called-inside-stage", "stage 1"):
             model.generate(X)
 
 
@@ -255,7 +256,7 @@ def test_copies_pickles_and_tracers_of_the_model() -> None:
     model = net()
     cascade, optimizer = adapted(NOISY, model)
     step(cascade, optimizer)
-    with warns("the model of a cascade was called"):
+    with warns("model-called-inside-stage", "stage 1"):
         expected = model(X)
     forget_warnings(cascade)
     with silent():
@@ -289,7 +290,7 @@ def test_a_site_that_comes_after_the_optimizer() -> None:
     with silent():
         optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
         step(cascade, optimizer)
-    with warns("1 sites came with a call that no earlier one was like: two.weight. The optimizer does not hold"):
+    with warns("late-sites", "two.weight"):
         cascade(X, second=True)
 
 
@@ -317,8 +318,7 @@ class Detector(nn.Module):
 
 
 def test_a_frozen_site_among_trainable_ones() -> None:
-    told = "bins.weight: requires_grad was False while that of most weights was True, and now a branch trains "
-    with warns(told):
+    with warns("constant-adapted", "bins.weight"):
         cascade = lx.adapt(Detector(), (X,), spec=QUIET)
     assert len(cascade.sites) == 3
     with silent():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +101,7 @@ def test_a_move_to_where_it_is_keeps_the_graphs(caplog: pytest.LogCaptureFixture
     cascade.to("cpu:0")
     with cascade.weights("slow"):
         cascade.to("cpu:0")
-        with pytest.raises(lx.StateError, match="inside weights"):
+        with raises(lx.StateError, "inside-weights"):
             cascade.double()
     cascade(x)
     assert "captured" not in caplog.text

@@ -16,7 +16,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.integrations.progress import telling
-from tests.errors.models import exactly
+from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
 from tests.kit.state import Stage
 
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_and_numbers_that_json_has_not(tmp_path: Path) -> Non
 def test_counts(how: dict[str, int]) -> None:
     name, count = list(how.items())[-1]
     with (
-        pytest.raises(lx.SpecError, match=exactly(f"telling: {name} is {count!r}; give an integer of 1 or more")),
+        raises(lx.SpecError, "invalid-value", name, count),
         telling(**how),  # type: ignore[arg-type]
     ):
         pass

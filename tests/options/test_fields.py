@@ -12,88 +12,82 @@ import pytest
 
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config, load_config, write_config
-from tests.errors.models import exactly
+from tests.kit.errors import raises
 
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"ranks": 4}, "ranks is 4; give a sequence of numbers, one for each stage"),
-    ({"ranks": (4, 0)}, "ranks of stage 2 is 0; a rank is an integer of 1 or more"),
-    ({"ranks": (4, 2.0)}, "ranks of stage 2 is 2.0; a rank is an integer of 1 or more"),
-    ({"rank": 6, "ranks": (4, 2)}, "rank is 6 and ranks begins with 4; give one of the two"),
-    ({"pace": ()}, "pace is empty; give a share of the fast weights in (0, 1], or one for each stage"),
+WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"ranks": 4}, ("invalid-value", "ranks", "4")),
+    ({"ranks": (4, 0)}, ("invalid-value", "2", "0")),
+    ({"ranks": (4, 2.0)}, ("invalid-value", "2", "2.0")),
+    ({"rank": 6, "ranks": (4, 2)}, ("conflicting-options", "rank", "6", "4")),
+    ({"pace": ()}, ("invalid-value", "pace")),
     (
         {"pace": (0.5, 0)},
-        "pace of stage 2 is 0; it is a share of the fast weights: give a number in (0, 1]",
+        ("invalid-value", "2"),
     ),
-    ({"pace": (0.5, None)}, "pace of stage 2 is None; give a finite number"),
-    ({"train_A": 0}, "train_A is 0; give true or false"),
-    ({"nearest_full_gradient": None}, "nearest_full_gradient is None; give true or false"),
-    ({"lr_ratio": 0}, "lr_ratio is 0; it makes a learning rate: give a number above 0"),
-    ({"lr_ratio": math.nan}, "lr_ratio is nan; give a finite number"),
-    ({"average": "mean"}, "average is 'mean'; give one of off, ema, swa; nearest: 'ema'"),
-    ({"average_decay": 1.0}, "average_decay is 1.0; it is what an average keeps: give a number in (0, 1)"),
-    ({"train_rules": ("head",)}, "train_rules is ('head',); give a sequence of lorasc_fx.TrainRule"),
+    ({"pace": (0.5, None)}, ("invalid-value", "2", "None")),
+    ({"train_A": 0}, ("invalid-value", "train_A", "0")),
+    ({"nearest_full_gradient": None}, ("invalid-value", "nearest_full_gradient", "None")),
+    ({"lr_ratio": 0}, ("invalid-value", "lr_ratio")),
+    ({"lr_ratio": math.nan}, ("invalid-value", "lr_ratio")),
+    ({"average": "mean"}, ("invalid-value", "average", "mean", "ema")),
+    ({"average_decay": 1.0}, ("invalid-value", "average_decay", "1.0")),
+    ({"train_rules": ("head",)}, ("invalid-value", "train_rules", "head")),
     (
         {"lr_ratio": 16, "train_A": False},
-        "lr_ratio is 16, a ratio to the learning rate of lora_A, and train_A is false, so that it has none; give the "
-        "learning rate of lora_B to param_groups, and lr_ratio=1",
+        ("conflicting-options", "lr_ratio", "16"),
     ),
     (
         {"nearest_full_gradient": True},
-        "nearest_full_gradient is true and train_A is true: the correction is exact for a lora_A that stands still "
-        "(LoRA-FA); give train_A=False",
+        ("conflicting-options", "nearest_full_gradient"),
     ),
     (
         {"nearest_full_gradient": True, "train_A": False, "restart_A": "gradient"},
-        "nearest_full_gradient is true and restart_A is 'gradient', which reads in the gradient of lora_B what "
-        "clipping made of it; give restart_A='fresh'",
+        ("conflicting-options", "nearest_full_gradient"),
     ),
     (
         {"train_rules": (lx.TrainRule("head", lr=0.1),)},
-        "train_rules has 'head', and train is empty: the rules are for what it names; give train",
+        ("conflicting-options", "train_rules", "head"),
     ),
     (
         {"average": "swa", "noise": lx.Noise(0.1, keep=True)},
-        "average is 'swa' and noise.keep is true: an average of weights would hold a share of each stage's noise, "
-        "which has no coefficient; give one of the two",
+        ("conflicting-options", "average", "swa"),
     ),
     *(
         (
             {"average": average, "average_decay": 0.5},
-            f"average_decay is 0.5 and average is {average!r}, which has none; give average='ema', or no decay",
+            ("conflicting-options", "average_decay", "0.5", average),
         )
         for average in ("off", "swa")
     ),
     (
         {"use_dora": True, "average": "ema"},
-        "use_dora is True and average is 'ema': an average of weights whose rows were scaled apart has no coefficients "
-        "over one list of experts; give average='off', or use_dora=False",
+        ("conflicting-options", "use_dora", "ema"),
     ),
     (
         {"use_dora": True, "train_A": False, "nearest_full_gradient": True},
-        "use_dora is True and nearest_full_gradient is True: the correction is that of a plain branch, whose rows no "
-        "magnitude scales; give one of the two",
+        ("conflicting-options", "use_dora"),
     ),
 ]
 
 
 @pytest.mark.parametrize(("fields", "sentence"), WRONG, ids=lambda value: str(value)[:40])
-def test_what_a_spec_refuses(fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+def test_what_a_spec_refuses(fields: dict[str, Any], sentence: tuple[str, ...]) -> None:
+    with raises(lx.SpecError, *sentence):
         lx.CascadeSpec(**fields)
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"pattern": ""}, "train_rules: pattern is ''; give a glob on parameter names"),
-        ({"pattern": "a", "lr": 0}, "train_rules['a'].lr is 0; it makes a learning rate: give a number above 0"),
-        ({"pattern": "a", "slow": 1}, "train_rules['a'].slow is 1; give true or false"),
+        ({"pattern": ""}, ("invalid-value",)),
+        ({"pattern": "a", "lr": 0}, ("invalid-value", "train_rules[")),
+        ({"pattern": "a", "slow": 1}, ("invalid-value", "train_rules[", "1")),
     ],
 )
-def test_what_a_rule_refuses(fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+def test_what_a_rule_refuses(fields: dict[str, Any], sentence: tuple[str, ...]) -> None:
+    with raises(lx.SpecError, *sentence):
         lx.TrainRule(**fields)
-    with pytest.raises(lx.SpecError, match=exactly(sentence)):
+    with raises(lx.SpecError, *sentence):
         lx.CascadeSpec.from_dict({"train": ["a"], "train_rules": [fields]})
 
 
@@ -127,5 +121,5 @@ def test_the_first_of_ranks_is_the_rank() -> None:
 def test_a_wrong_key_of_a_rule_is_told_with_its_line(tmp_path: Path) -> None:
     text = '[spec]\ntrain = ["head.*"]\n\n[[spec.train_rules]]\npattern = "head.*"\nlearning_rate = 0.1\n'
     (tmp_path / "config.toml").write_text(text)
-    with pytest.raises(lx.SpecError, match=r"config\.toml:6: unknown key 'spec\.train_rules\.0\.learning_rate'"):
+    with raises(lx.SpecError, "unknown-name", "config.toml", "6", "spec.train_rules.0.learning_rate"):
         load_config(tmp_path / "config.toml")

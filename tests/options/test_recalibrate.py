@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import lorasc_fx as lx
-from tests.errors.models import exactly
 from tests.errors.state import unchanged
+from tests.kit.errors import raises
 from tests.unit.cases import batches, loss_of, mlp, randomize
 
 IMAGES = batches(5, 4, 3, 6, 5)
@@ -114,23 +114,22 @@ def test_what_raises_leaves_the_statistics_as_they_were() -> None:
         yield IMAGES[0]
         raise KeyError("the loader")
 
-    for given, error, sentence in (
-        (broken(), KeyError, "the loader"),
-        ([], lx.StateError, "recalibrate: there is no batch to estimate statistics from; give one or more"),
-    ):
-        with unchanged(cascade), pytest.raises(error, match=sentence):
-            cascade.recalibrate(given)
-        with unchanged(cascade), cascade.weights("slow"), pytest.raises(error, match=sentence):
-            cascade.recalibrate(given if isinstance(given, list) else broken())
+    with unchanged(cascade), pytest.raises(KeyError, match="the loader"):
+        cascade.recalibrate(broken())
+    with unchanged(cascade), cascade.weights("slow"), pytest.raises(KeyError, match="the loader"):
+        cascade.recalibrate(broken())
+    with unchanged(cascade), raises(lx.StateError, "no-batches"):
+        cascade.recalibrate([])
+    with unchanged(cascade), cascade.weights("slow"), raises(lx.StateError, "no-batches"):
+        cascade.recalibrate([])
     assert not cascade.model.training
 
 
 def test_a_model_without_batch_norm() -> None:
     x = batches(1, 4, 5)[0]
     cascade = lx.adapt(mlp(), (x,), spec=lx.CascadeSpec(rank=2))
-    sentence = "recalibrate: the model has no batch norm with running statistics, so there is nothing to do"
-    with pytest.raises(lx.StateError, match=exactly(sentence)):
+    with raises(lx.StateError, "no-batch-norm"):
         cascade.recalibrate([x])
     cascade.release()
-    with pytest.raises(lx.StateError, match=r"^recalibrate: this cascade was released"):
+    with raises(lx.StateError, "released"):
         cascade.recalibrate([x])

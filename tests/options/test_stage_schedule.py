@@ -11,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import lorasc_fx as lx
-from tests.errors.models import exactly
+from tests.kit.errors import raises
 from tests.unit.cases import batches, mlp, train
 
 X = batches(1, 4, 5)[0]
@@ -154,12 +154,11 @@ def test_what_it_refuses() -> None:
     cascade, optimizer = adapted()
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     for wrong in (-1, True, 1.5):
-        sentence = f"StageSchedule: warmup is {wrong!r}; give an integer of 0 or more"
-        with pytest.raises(lx.SpecError, match=exactly(sentence)):
+        with raises(lx.SpecError, "invalid-value", "warmup", wrong):
             lx.StageSchedule(optimizer, cascade, warmup=wrong)  # type: ignore[arg-type]
-    with pytest.raises(lx.SpecError, match="base schedules another optimizer; make both for the same one"):
+    with raises(lx.SpecError, "optimizer-differs"):
         lx.StageSchedule(optimizer, cascade, warmup=1, base=lr_scheduler.StepLR(other, 1))
-    with pytest.raises(lx.SpecError, match="base is a ReduceLROnPlateau, whose step needs a metric; "):
+    with raises(lx.SpecError, "conflicting-options", "base"):
         lx.StageSchedule(optimizer, cascade, warmup=1, base=lr_scheduler.ReduceLROnPlateau(optimizer))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.8, 0.1])
 

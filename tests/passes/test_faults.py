@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from torch import fx
 
-from tests.errors.inject import EVERY, FailAt, LineAt, python_answers, raises, sigint
+from tests.errors.inject import EVERY, FailAt, LineAt, failing, python_answers, sigint
 from tests.passes.cases import BY_NAME, Case
 from tests.passes.kit import Photograph
 from tests.passes.test_transactions import RUNS, _at
 
 FILES = ("passes", "lorasc_fx/graph", "lorasc_fx/branch", "lorasc_fx/cost")
-ACTS: dict[str, Callable[[], None]] = {"memory": raises(MemoryError("no more")), "ctrl-c": sigint}
+ACTS: dict[str, Callable[[], None]] = {"memory": failing(MemoryError("no more")), "ctrl-c": sigint}
 
 
 def fails_in_turn(

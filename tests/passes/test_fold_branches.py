@@ -10,9 +10,9 @@ from torch import nn
 
 from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError
 from lorasc_fx.branch import draw
-from lorasc_fx.errors import LorascWarning
 from lorasc_fx.graph import branch_nodes, record_of, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline
+from tests.kit.errors import warns
 from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
 from tests.passes.kit import (
     NEAR,
@@ -195,7 +195,7 @@ def test_a_branch_that_is_not_finite_is_left_out_if_asked() -> None:
     delta = deltas(inserted)
     with torch.no_grad():
         branches_of(inserted)["0.2.weight"].lora_A[1, 2] = float("inf")
-    with pytest.warns(LorascWarning, match="^the branch of 0.2.weight holds inf or nan at the end of stage 1"):
+    with warns("branch-left-out", "0.2.weight", "1"):
         folded = weights_of(FoldBranches()(inserted).graph_module)
     for name, value in weights_of(original).items():
         if name in delta and name != "0.2.weight":

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError
-from lorasc_fx.errors import LorascWarning
 from lorasc_fx.graph import record_of, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
+from tests.kit.errors import warns
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import (
     NEAR,
@@ -203,7 +203,7 @@ def test_a_branch_that_is_not_finite_is_left_out_and_starts_anew_if_asked() -> N
     inserted = fill(insert(case.own(), replace(case.spec, on_nonfinite="skip")))
     with torch.no_grad():
         branches_of(inserted)["2.weight"].lora_B[0, 0] = float("nan")
-    with pytest.warns(LorascWarning, match="^the branch of 2.weight holds inf or nan at the end of stage 1"):
+    with warns("branch-left-out", "2.weight", "1"):
         after = StageTransition()(inserted).graph_module
     assert same_bits(weights_of(after)["2.weight"], case.model.get_parameter("2.weight"))
     assert all(branch.finite() for branch in branches_of(after).values())

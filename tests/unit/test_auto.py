@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.errors import raises
 from tests.unit.cases import batches, branches, loss_of, randomize
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
@@ -94,7 +95,7 @@ def test_pieces_before_a_graph_that_hides_weights(
     kind: type[nn.Module], hidden: tuple[str, ...], reason: lx.plan.Reason
 ) -> None:
     if kind is Alone:
-        with pytest.raises(lx.passes.NoSites, match=f"{reason.value}"):
+        with raises(lx.passes.NoSites, "no-sites", reason.value):
             lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
     else:
         named = lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
@@ -140,7 +141,7 @@ def test_what_the_spec_refuses_is_not_hidden() -> None:
 
 
 def test_where_pieces_refuse_the_symbolic_graph_stays() -> None:
-    with pytest.raises(lx.CaptureError, match=r"^Clock does not repeat its output under one seed"):
+    with raises(lx.CaptureError, "model-not-repeatable", "Clock"):
         lx.adapt(build(Clock), (X,), spec=SPEC, frontend="pieces")
     cascade = lx.adapt(build(Clock), (X,), spec=SPEC)
     assert cascade.frontend == "symbolic"

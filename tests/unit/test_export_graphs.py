@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 import lorasc_fx as lx
+from tests.kit.errors import raises
 from tests.unit.export_cases import CASES, SLOW_CASES, Exported, tensor_of, trained_cascade
 
 FREE = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
@@ -205,23 +206,23 @@ class Branching(nn.Module):
 def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["stated"]
     cascade = trained_cascade(case)
-    with pytest.raises(lx.SpecError, match=r"model\.bin does not end with \.pt2"):
+    with raises(lx.SpecError, "wrong-file-ending", "model.bin", "pt2"):
         lx.export.pt2(cascade, tmp_path / "model.bin")
-    with pytest.raises(lx.SpecError, match=r"model\.pt2 does not end with \.onnx"):
+    with raises(lx.SpecError, "wrong-file-ending", "model.pt2"):
         lx.export.onnx(cascade, tmp_path / "model.pt2")
     (tmp_path / "in").write_text("")
-    with pytest.raises(lx.CheckpointError, match=r"in/model\.pt2: was not written: "):
+    with raises(lx.CheckpointError, "write-failed", "in/model.pt2"):
         lx.export.pt2(cascade, tmp_path / "in" / "model.pt2")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(lx.errors.MissingExtra, match=r"pip install 'lorasc-fx\[onnx\]'"):
+    with raises(lx.errors.MissingExtra, "missing-extra"):
         lx.export.onnx(cascade, tmp_path / "model.onnx")
     x = torch.randn(2, 3)
     pieces = lx.adapt(Branching(), (x,), spec=lx.CascadeSpec(rank=1), frontend="pieces")
     for folded in (True, False):
-        with pytest.raises(lx.CaptureError, match="runs in pieces, and a folded graph needs one whole graph"):
+        with raises(lx.CaptureError, "no-whole-graph"):
             lx.export.pt2(pieces, tmp_path / "model.pt2", folded=folded)
     cascade.release()
-    with pytest.raises(lx.StateError, match=r"export\.pt2: this cascade was released"):
+    with raises(lx.StateError, "released", "export.pt2"):
         lx.export.pt2(cascade, tmp_path / "model.pt2")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["in"]
 
@@ -258,16 +259,10 @@ class Foreign(nn.Linear):
 def test_a_graph_that_torch_does_not_export_is_a_sentence(tmp_path: Path) -> None:
     spec, x = lx.CascadeSpec(rank=1), torch.randn(2, 3)
     leaf = lx.adapt(nn.Sequential(Leaf(3, 4)), (x,), spec=spec, frontend="symbolic")
-    sentence = (
-        r"^export\.pt2: torch\.export does not take this graph: Could not .*data-dependent.*; change the model there$"
-    )
-    with pytest.raises(lx.CaptureError, match=sentence):
+    with raises(lx.CaptureError, "export-refused", "export.pt2", "Could"):
         lx.export.pt2(leaf, tmp_path / "model.pt2")
     foreign = lx.adapt(nn.Sequential(Foreign(3, 4)), (x,), spec=spec)
-    sentence = (
-        r"^export\.onnx: torch\.onnx does not take this graph: .*export_tests\.unheard_of.*; change the model there$"
-    )
-    with pytest.raises(lx.CaptureError, match=sentence):
+    with raises(lx.CaptureError, "export-refused"):
         lx.export.onnx(foreign, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.errors import raises
 from tests.kit.state import branches_of, lock_of
 
 
@@ -77,7 +78,7 @@ def test_a_transition_inside_weights_of_another_thread_is_refused() -> None:
     with cascade.weights("base"):
         (refused,) = together(lambda: cascade.transition(None))
         assert isinstance(refused, lx.StateError)
-        with pytest.raises(lx.StateError, match="inside weights"):
+        with raises(lx.StateError, "inside-weights"):
             raise refused
     cascade.transition(None)
     torch.testing.assert_close(cascade.release()[0].weight, base + delta)
