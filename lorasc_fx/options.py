@@ -9,13 +9,29 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
 from lorasc_fx.shards import local
 
-__all__ = ["DISTRIBUTIONS", "NEXT_A", "STARTS", "Distribution", "NextA", "Start", "one_of"]
+__all__ = [
+    "AVERAGES",
+    "DISTRIBUTIONS",
+    "NEXT_A",
+    "RESTARTS",
+    "STARTS",
+    "Average",
+    "Distribution",
+    "NextA",
+    "Restart",
+    "Start",
+    "one_of",
+    "split_evenly",
+]
+
+
+Value = TypeVar("Value")
 
 
 class Start(abc.ABC):
@@ -115,6 +131,68 @@ class GradientA(NextA):
 
 NEXT_A: Mapping[str, NextA] = {"fresh": NextA(), "kept": KeptA(), "gradient": GradientA()}
 """By the value of `CascadeSpec.restart_A`."""
+
+
+class Restart(abc.ABC):
+    """Which weights the next stage starts from (`CascadeSpec.restart`)."""
+
+    @abc.abstractmethod
+    def start(self, slow: Value, fast: Value) -> Value:
+        """Return that of the slow or of the fast weights: coefficients, or tensors."""
+
+
+class FromSlow(Restart):
+    """`W0 + S_t`."""
+
+    def start(self, slow: Value, fast: Value) -> Value:
+        """Return the slow one."""
+        return slow
+
+
+class FromFast(Restart):
+    """`W0 + F_t`: the slow weights average the trajectory."""
+
+    def start(self, slow: Value, fast: Value) -> Value:
+        """Return the fast one."""
+        return fast
+
+
+RESTARTS: Mapping[str, Restart] = {"slow": FromSlow(), "fast": FromFast()}
+"""By the value of `CascadeSpec.restart`."""
+
+
+class Average:
+    """The average of the slow weights at the ends of stages (`CascadeSpec.average`): this one keeps none."""
+
+    kept: ClassVar[bool] = False
+
+    def share(self, count: int, decay: float) -> float:
+        """Return the share of the new slow weights, after `count` stages, of which there is at least one."""
+        return 1.0
+
+
+class Exponential(Average):
+    """`decay` of the average stays at each stage."""
+
+    kept: ClassVar[bool] = True
+
+    def share(self, count: int, decay: float) -> float:
+        """Return `1 - decay`."""
+        return 1 - decay
+
+
+class Mean(Average):
+    """The plain mean: SWA (1803.05407)."""
+
+    kept: ClassVar[bool] = True
+
+    def share(self, count: int, decay: float) -> float:
+        """Return `1 / (count + 1)`."""
+        return 1 / (count + 1)
+
+
+AVERAGES: Mapping[str, Average] = {"off": Average(), "ema": Exponential(), "swa": Mean()}
+"""By the value of `CascadeSpec.average`."""
 
 
 class Distribution(abc.ABC):

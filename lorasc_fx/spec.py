@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lorasc_fx.errors import SpecError
-from lorasc_fx.options import DISTRIBUTIONS, NEXT_A, STARTS, NextA, Start
+from lorasc_fx.options import AVERAGES, DISTRIBUTIONS, NEXT_A, RESTARTS, STARTS, NextA, Start
 from lorasc_fx.spec_checks import (
     USUAL_DECAY,
     _choice,
@@ -41,9 +41,7 @@ PLACEMENTS = ("beside", "merged", "weight")
 
 Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
-Restart = Literal["slow", "fast"]
 OnNonFinite = Literal["raise", "skip"]
-Average = Literal["off", "ema", "swa"]
 Placement = Literal["auto", "beside", "merged", "weight"]
 
 
@@ -198,11 +196,11 @@ class CascadeSpec:
     nearest_full_gradient: bool = False
     lr_ratio: float = 1.0
     train_rules: tuple[TrainRule, ...] = ()
-    average: Average = "off"
+    average: str = "off"
     average_decay: float = USUAL_DECAY
     placement: Placement = "auto"
     pace: float | tuple[float, ...] | Literal["mean"] = 0.5
-    restart: Restart = "slow"
+    restart: str = "slow"
     noise: Noise = field(default_factory=Noise)
     restart_A: str = "fresh"
     start: str = "lora"
@@ -227,7 +225,7 @@ class CascadeSpec:
         if not 0 <= self.dropout < 1:
             raise SpecError(f"dropout is {self.dropout}; it is the share that is set to zero: give a number in [0, 1)")
         _choice("placement", self.placement, get_args(Placement))
-        _choice("restart", self.restart, get_args(Restart))
+        _choice("restart", self.restart, tuple(RESTARTS))
         _choice("restart_A", self.restart_A, tuple(NEXT_A))
         _choice("start", self.start, tuple(STARTS))
         _choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
@@ -257,7 +255,7 @@ class CascadeSpec:
         ):
             raise SpecError(f"train_rules is {self.train_rules!r}; give a sequence of lorasc_fx.TrainRule")
         object.__setattr__(self, "train_rules", tuple(self.train_rules))
-        _choice("average", self.average, get_args(Average))
+        _choice("average", self.average, tuple(AVERAGES))
         _decay("average_decay", self.average_decay)
 
     @property
@@ -269,6 +267,11 @@ class CascadeSpec:
     def next_a(self) -> NextA:
         """The strategy of `restart_A`."""
         return NEXT_A[self.restart_A]
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether an average of the slow weights is kept."""
+        return AVERAGES[self.average].kept
 
     def starts_from_weights(self, running: bool) -> bool:
         """Whether a stage, one that runs or an idle one, computes factors or magnitudes from the weights."""
@@ -286,9 +289,9 @@ class CascadeSpec:
 
     def average_share(self, count: int) -> float | None:
         """Return the share that the slow weights have in their average, after `count` stages are in it; None if off."""
-        if self.average == "off":
+        if not self.keeps_average:
             return None
-        return 1.0 if count == 0 else 1 / (count + 1) if self.average == "swa" else 1 - self.average_decay
+        return 1.0 if count == 0 else AVERAGES[self.average].share(count, self.average_decay)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dictionaries and numbers, for JSON and TOML (a None is left out)."""

@@ -110,7 +110,7 @@ def check_pairs(spec: Any) -> None:
             "give train",
             code="conflicting-options",
         )
-    if spec.average != "off" and spec.noise.keep:
+    if spec.keeps_average and spec.noise.keep:
         raise SpecError(
             f"average is {spec.average!r} and noise.keep is true: an average of weights would hold a share of each "
             "stage's noise, which has no coefficient; give one of the two",
@@ -175,7 +175,7 @@ def _check_dora(spec: Any) -> None:
             "give redraw='stage', or use_dora=False",
             code="conflicting-options",
         )
-    if spec.average != "off":
+    if spec.keeps_average:
         raise SpecError(
             f"use_dora is True and average is {spec.average!r}: an average of weights whose rows were scaled apart "
             "has no coefficients over one list of experts; give average='off', or use_dora=False",

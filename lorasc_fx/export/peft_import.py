@@ -28,7 +28,7 @@ from lorasc_fx.export.peft_layout import LAYOUTS, PREFIX, Parameter, Place, layo
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.adopt import adopt
-from lorasc_fx.spec import CascadeSpec, Rule
+from lorasc_fx.spec import CascadeSpec, Rule, Scaling
 from lorasc_fx.state import Factors
 
 __all__ = ["from_peft", "peft_spec"]
@@ -296,7 +296,7 @@ class _Reader:
     def pair(self, place: Place, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Pair:
         """Return a place's factors in our layout."""
         rank, alpha = self.config.rank_of(place.pattern), self.config.alpha_of(place.pattern)
-        scale = alpha / (rank**0.5 if self.config.use_rslora else rank)
+        scale = Scaling(rank, alpha, self.config.use_rslora).scale
         weight = self.parameters[place.name]
         if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
             raise CheckpointError(

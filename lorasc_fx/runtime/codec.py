@@ -134,7 +134,7 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors]:
     ruled = {name: kept.rule for name, kept in slow.trained.items() if kept.rule is not None}
     if ruled:
         manifest["rules"] = {name: spec.train_rules.index(rule) for name, rule in ruled.items()}
-    if spec.average != "off":
+    if spec.keeps_average:
         manifest["averaged"] = slow.averaged
     return {**manifest, **state.layout}, {name: tensor.clone() for name, tensor in tensors.items()}
 

@@ -46,7 +46,7 @@ def check_which(call: str, which: str, spec: CascadeSpec, known: tuple[Which, ..
     """Raise StateError for weights of no such name, and for averaged ones where the spec keeps no average."""
     if which not in known:
         raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}", code="unknown-name")
-    if which == "averaged" and spec.average == "off":
+    if which == "averaged" and not spec.keeps_average:
         raise StateError(
             f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'", code="no-average"
         )

@@ -128,10 +128,10 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
         if name not in trained:
             raise ValueError(f"'past': {told(name)} is not trained in full")
         _check_past(told(name), stages, plan.stage)
-    if plan.spec.average == "off" and any("average" in state for state in manifest["slow"].values()):
+    if not plan.spec.keeps_average and any("average" in state for state in manifest["slow"].values()):
         raise ValueError("'slow' holds an average, and the spec keeps none")
     if not 0 <= manifest.get("averaged", 0) < max(plan.stage, 1) or (
-        "averaged" in manifest and plan.spec.average == "off"
+        "averaged" in manifest and not plan.spec.keeps_average
     ):
         raise ValueError(f"'averaged' is {manifest['averaged']}, which this plan's stages cannot have made")
     for name, index in manifest.get("rules", {}).items():

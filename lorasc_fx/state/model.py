@@ -14,9 +14,10 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.errors import NonFiniteBranch, warn
+from lorasc_fx.options import RESTARTS
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import Rows, Together, local
-from lorasc_fx.spec import CascadeSpec, Restart, TrainRule
+from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_of, gain_of, has_trained, write_start
 from lorasc_fx.state.products import arithmetic
 from lorasc_fx.state.weight import Side, Tree, WeightState, Which, ends_of
@@ -78,12 +79,12 @@ class Trained(Tree):
         return spec.slow_train if self.rule is None or self.rule.slow is None else self.rule.slow
 
     def absorb(
-        self, stage: int, fast: torch.Tensor, pace: float, restart: Restart, share: float | None, keep: bool
+        self, stage: int, fast: torch.Tensor, pace: float, restart: str, share: float | None, keep: bool
     ) -> Trained:
         """Return the state after the slow update from a fast value; `keep` notes the value as the end of the stage."""
         exact = fast.to(self.slow.dtype)
         slow = exact if pace == 1 else torch.lerp(self.slow, exact, pace)
-        views = {"slow": slow, "start": fast if restart == "fast" or pace == 1 else slow.to(fast.dtype)}
+        views = {"slow": slow, "start": fast if pace == 1 else RESTARTS[restart].start(slow.to(fast.dtype), fast)}
         if keep:
             ends = {**self.ends, stage: slow}
             views |= {f"stage/{end}": ends[end] for end in list(ends)[-MOST:]}

@@ -24,8 +24,9 @@ import torch
 
 from lorasc_fx.branch.base import dense, is_quantized
 from lorasc_fx.branch.noise import draw
+from lorasc_fx.options import RESTARTS
 from lorasc_fx.shards import Rows
-from lorasc_fx.spec import Noise, Restart
+from lorasc_fx.spec import Noise
 from lorasc_fx.state.products import accumulate, exact_products, summing
 
 __all__ = ["Expert", "Factors", "InitialFactors", "KeptNoise", "Side", "Tree", "View", "WeightState", "Which", "scaled"]
@@ -361,7 +362,7 @@ class WeightState(Tree):
         stage: int,
         live: Factors | None,
         pace: float,
-        restart: Restart,
+        restart: str,
         share: float | None = None,
         gain: torch.Tensor | None = None,
     ) -> WeightState:
@@ -385,7 +386,7 @@ class WeightState(Tree):
                 moved.extended((1.0,)),
             )
         slow = old.toward(moved, pace)
-        views = {"slow": slow, "start": slow if restart == "slow" else moved}
+        views = {"slow": slow, "start": RESTARTS[restart].start(slow, moved)}
         gone, ends = self.gone, self.ends
         if slow.dense is not self.slow.dense:
             gone, ends = max((gone, *ends)), {}
