@@ -253,8 +253,7 @@ def _ranks(value: Any, rank: int, usual: int) -> tuple[int, ...]:
 
 def _paces(value: Any) -> Any:
     """Return a pace, `mean`, or paces by stage as a tuple."""
-    if isinstance(value, str):
-        _choice("pace", value, ("mean",))
+    if value == "mean":
         return value
     paces = _sequence("pace", value) if isinstance(value, (list, tuple)) else (value,)
     if not paces:
