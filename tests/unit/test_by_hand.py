@@ -163,7 +163,7 @@ GRIDS: dict[str, tuple[tuple[int, ...], Any, Any, Any, int]] = {
 @pytest.mark.parametrize("name", GRIDS)
 def test_convolutions(name: str, last: bool) -> None:
     kernel, stride, padding, dilation, groups = GRIDS[name]
-    space = {1: (9,), 2: (7, 6), 3: (3, 4, 3)}[len(kernel)]
+    space = {1: (9,), 2: (5, 4), 3: (3, 4, 3)}[len(kernel)]  # small: gradcheck moves each entry
     if last and len(kernel) != 2:
         pytest.skip("channels last is a format of images")
     x, w, bias = numbers(2, 4, *space), numbers(8, 4 // groups, *kernel), numbers(8)
