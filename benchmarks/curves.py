@@ -105,7 +105,7 @@ def state_size(transitions: int = 14, rank: int = STATE_RANK, work: Work = WORKS
 
 
 def _sizes(cascade: lx.Cascade, done: int) -> dict[str, float]:
-    states = list(cascade.core.slow.states.values())
+    states = list(cascade._run.slow.states.values())
     factors = {each.b for state in states for each in state.experts}
     factors |= {each.a for state in states for each in state.experts}
     dense = {each for state in states for each in (state.slow.dense, state.start.dense) if each is not None}

@@ -71,7 +71,7 @@ def product_seconds(cascade: lx.Cascade, rounds: int = 5) -> Seconds:
 
     In fp32 (fp64 for fp64) and by one `addmm`; a narrower weight is copied up before and down after.
     """
-    work = [_product(state) for state in cascade.core.slow.states.values()]
+    work = [_product(state) for state in cascade._run.slow.states.values()]
 
     def run() -> None:
         for each in work:
@@ -95,7 +95,7 @@ def train(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _read(cascade: lx.Cascade) -> list[torch.Tensor]:
-    states = cascade.core.slow.states.values()
+    states = cascade._run.slow.states.values()
     factors = [factor for state in states for each in state.experts for factor in (each.b, each.a)]
     return [*(state.base for state in states), *factors]
 

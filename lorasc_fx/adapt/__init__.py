@@ -36,6 +36,7 @@ from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.filling import Hollow, check_attributes, groups_of
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
@@ -121,7 +122,7 @@ def load(
         SpecError: base is `file`, and the model names no folder.
     """
     found = read(folder)
-    return restored(found, model, args, kwargs, base, lambda cascade, undo: cascade.load(found, undo))
+    return restored(found, model, args, kwargs, base, lambda cascade, undo: cascade._take_over(found, undo))
 
 
 def restored(
@@ -200,13 +201,16 @@ def _adapt(
     sites, seconds = len(made.plan.sites), time.monotonic() - begun
     log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {}))
+    branches, written = nn.ModuleDict(dict(made.branches)), partial(written_by, opened)
+    run = Run(opened, branches, made.plan, frontend, base_file=source, hollow=hollow, written=written)
     if into is None:
-        cascade = cascade_class(opened, compiler.calls.signature)(opened, compiler, made, example, flags)
+        kind = cascade_class(opened, compiler.calls.signature)
+        cascade = kind(run, compiler, made, example, flags, joined)
     else:
-        Cascade.__init__(cascade := into, opened, compiler, made, example, flags)
-    cascade.core.base_file, cascade.core.hollow, cascade._joined = source, hollow, joined
-    cascade.core.written = partial(written_by, opened)
-    cascade.core.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
+        Cascade.__init__(cascade := into, run, compiler, made, example, flags, joined)
+    undo(cascade._usage.disarm)
+    cascade._usage.arm(run)
+    run.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
         _ADAPTED[parameter] = ref(cascade)
@@ -224,7 +228,7 @@ def _check_loaded(cascade: Cascade, path: Path) -> None:
     Raises:
         CheckpointError: they do not agree, or values are not finite.
     """
-    told = cascade.core.faults()
+    told = cascade._run.faults()
     variant = cascade._variants.oldest
     if variant is not None and isinstance(variant.module, fx.GraphModule):  # a piece is verified when it is rewritten
         told += faults(variant.module)
@@ -340,7 +344,7 @@ def _check_new(model: nn.Module, hollow: bool = False) -> None:
     for name, parameter in model.named_parameters():
         found = _ADAPTED.get(parameter)
         cascade = found() if found is not None else None
-        if cascade is not None and not cascade.core.released:
+        if cascade is not None and not cascade._run.released:
             raise StateError(
                 f"this model is adapted already (its {name} belongs to a living cascade): "
                 "call release() on that one first",

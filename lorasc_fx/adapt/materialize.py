@@ -54,7 +54,7 @@ def materialize(
         CaptureError: the model refuses the example inputs, or its graph does something else than the model.
         StateError: the model has its numbers.
     """
-    core = cascade.core
+    core = cascade._run
     hollow = core.hollow
     if hollow is None:
         raise StateError(

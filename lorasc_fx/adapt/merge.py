@@ -85,7 +85,7 @@ def merge(
             raise SpecError(
                 f"merge: the sites of these runs do not fit together: {fault}", code="sites-differ"
             ) from fault
-        join(cascade.core, weighted_sum(cascade.core.slow, parts, shares, plan.stage - 1), parts, undo)
+        join(cascade._run, weighted_sum(cascade._run.slow, parts, shares, plan.stage - 1), parts, undo)
         return cascade
 
 
@@ -118,13 +118,13 @@ class _Found:
     def of(cls, run: Any, name: str) -> _Found:
         """Read a folder, or look at a cascade."""
         if isinstance(run, Cascade):
-            run.core.check_ready("merge")
+            run._run.check_ready("merge")
             return cls(
                 f"{name}, a cascade",
                 run.plan,
-                run.core.fingerprints(),
-                run.core.moved_parameters(),
-                run.core.frontend,
+                run._run.fingerprints(),
+                run._run.moved_parameters(),
+                run._run.frontend,
                 run,
             )
         if not isinstance(run, (str, PathLike)):
@@ -144,7 +144,7 @@ class _Found:
     def part(self, model: nn.Module) -> Part:
         """Return the run as a part of the sum; a running stage that has trained is counted."""
         return (
-            part_of(self.run.core, self.name)
+            part_of(self.run._run, self.name)
             if isinstance(self.run, Cascade)
             else part_of_file(self.run, self.name, model)
         )

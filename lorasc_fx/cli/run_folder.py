@@ -181,7 +181,7 @@ class RunFolder:
             "classes": list(classes),
             "frontend": cascade.frontend,
             "parameters": total,
-            "trainable": sum(parameter.numel() for parameter in cascade.core.trainable().values()),
+            "trainable": sum(parameter.numel() for parameter in cascade._run.trainable().values()),
             "expected_step_ratio": cascade.expected_step_ratio,
             "sites": [
                 {
@@ -207,10 +207,10 @@ class RunFolder:
     def write_experts(self, cascade: lx.Cascade, stage: int) -> None:
         """Add a line a site: norm and effective rank of the branch, before it is folded; null where not finite."""
         with torch.no_grad(), self.experts.open("a", encoding="utf-8") as file:
-            for weight, branch in cascade.core.branches_by_weight().items():
+            for weight, branch in cascade._run.branches_by_weight().items():
                 line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
                 if branch.finite():
-                    began = cascade.core.slow.states[weight].initial
+                    began = cascade._run.slow.states[weight].initial
                     values = singular_values(factors_of(branch, torch.device("cpu"), began))
                     line |= {"norm": norm_of(values), "effective_rank": effective_rank(values)}
                 file.write(json.dumps(line) + "\n")
@@ -220,7 +220,7 @@ class RunFolder:
         found: dict[str, Any] = {}
         with torch.no_grad():
             for weight in cascade.plan.by_weight:
-                state = cascade.core.slow.states[weight]
+                state = cascade._run.slow.states[weight]
                 values = slow_spectrum(state)
                 base = dense(state.base).double().norm().item()
                 flat = values.flatten().sort(descending=True).values

@@ -144,11 +144,11 @@ def program(
         CaptureError: the model runs in pieces, or torch.export does not take its graph.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
-    cascade.core.check_ready(call)
+    cascade._run.check_ready(call)
     given = cascade.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
     bound, named = bind(signature_of(cascade.model), *given)
     with _evaluating(cascade):
-        variant = cascade.variant(bound, named)
+        variant = cascade._variant_of(bound, named)
         module = cascade.folded_graph(bound, named, which=which) if folded else _whole(cascade, variant, bound, named)
         shapes = _shapes(module, variant, bound, named)
         bound, named = _as_given(signature_of(cascade.model), bound, named, given[1])

@@ -30,8 +30,8 @@ from lorasc_fx.export.peft_layout import Place, wrap_counts
 from lorasc_fx.export.peft_places import Saved, places_of, save_whole
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.checkpoint_write import sync
-from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.folding import check_which
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import arithmetic
 
 __all__ = ["PeftAdapter", "peft"]
@@ -104,7 +104,7 @@ def peft(
         NonFiniteBranch: a branch holds inf or nan.
         SpecError: an argument that cannot be meant.
     """
-    core, model = cascade.core, cascade.model
+    core, model = cascade._run, cascade.model
     _check(which, max_rank, dtype)
     with core.exclusive("export.peft"):
         check_which("export.peft", which, core.plan.spec, ("slow", "fast", "averaged"))
@@ -175,7 +175,7 @@ def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
 
 
 def _factors(
-    core: Core, places: Mapping[str, Sequence[Place]], change: Change, dtype: torch.dtype | None
+    core: Run, places: Mapping[str, Sequence[Place]], change: Change, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of all pairs by their keys."""
     every = [place for group in places.values() for place in group]
@@ -193,7 +193,7 @@ def _factors(
     return tensors
 
 
-def _whole(core: Core, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
+def _whole(core: Run, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
     """Return the tensors of what is saved whole, by their keys."""
     held: dict[str, torch.Tensor] = {**core.parameters_by_name(), **dict(core.model.named_buffers())}
     found = {}

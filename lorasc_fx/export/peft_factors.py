@@ -14,8 +14,8 @@ import torch
 
 from lorasc_fx.branch import dense
 from lorasc_fx.export.peft_config import RANKS
-from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.folding import ended, trained_value
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import Factors, WeightState, Which, factors_of, gain_of, has_trained, scaled
 
 __all__ = ["Change", "CutOff", "change_of", "compressed", "factored", "nothing", "padded", "stacked"]
@@ -150,7 +150,7 @@ def nothing(state: WeightState) -> Factors:
     return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
 
 
-def change_of(core: Core, which: Which) -> Change:
+def change_of(core: Run, which: Which) -> Change:
     """Return the change of a cascade's weights; of slow and averaged ones a stage that has trained counts as ended.
 
     What a dense collapse has left is factored at its numerical rank: the delta is there, and its pair is never larger

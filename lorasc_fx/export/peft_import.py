@@ -139,7 +139,7 @@ def _same(one: Pair, other: Pair) -> bool:
 
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
     """Put an adapter into a cascade whose stage has not begun."""
-    core, canonical = cascade.core, named_weights(cascade.model).canonical
+    core, canonical = cascade._run, named_weights(cascade.model).canonical
     reasons = {each.weight: f"{each.reason.value} ({each.sentence})" for each in cascade.refusals}
     experts, left_out = {}, []
     for name, pair in changes.items():

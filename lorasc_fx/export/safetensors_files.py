@@ -70,15 +70,15 @@ def safetensors(
         NonFiniteBranch: the running branch of a site holds inf or nan.
     """
     out, call = path_of(path), "export.safetensors"
-    with cascade.core.exclusive(call):
+    with cascade._run.exclusive(call):
         if base is not None:
-            return fold_files(of_core(cascade.core, call, which), path_of(base), out, progress)
+            return fold_files(of_core(cascade._run, call, which), path_of(base), out, progress)
         if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
             raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
         check_free(out)
         values: Values = {}
         entries: list[Entry] = []
-        for name, now, new in folded_each(cascade.core, call, which=which):
+        for name, now, new in folded_each(cascade._run, call, which=which):
             if not isinstance(now, torch.Tensor):
                 raise StateError(
                     f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor", code="not-serializable"

@@ -26,9 +26,9 @@ Style = Literal["colwise", "rowwise"]
 
 def places_of(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> dict[str, Placement]:
     """Return how each parameter of the model and of the branches lies that is to become a DTensor."""
-    weights, sites = named_weights(cascade.model), cascade.core.plan.by_weight
+    weights, sites = named_weights(cascade.model), cascade._run.plan.by_weight
     count, used = mesh.size(), set[str]()
-    found: dict[str, Placement] = {name: Replicate() for name in cascade.core.trainable()}
+    found: dict[str, Placement] = {name: Replicate() for name in cascade._run.trainable()}
     for name in weights.matrices:
         pattern = next((each for each in plan if matches(each, weights.names[name])), None)
         if pattern is None:

@@ -48,7 +48,7 @@ def keep(accelerator: Accelerator, cascade: Cascade) -> None:
         """A stage whose first step looks at the gradient (restart_A) waits for that step again."""
         if not found.manifest["turning"]:
             return
-        core, first = cascade.core, next(iter(cascade.core.trainable().values()))
+        core, first = cascade._run, next(iter(cascade._run.trainable().values()))
         for optimizer in accelerator._optimizers:
             if any(first is each for group in optimizer.param_groups for each in group["params"]):
                 core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)

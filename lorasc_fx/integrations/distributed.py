@@ -54,7 +54,7 @@ def save(
         CheckpointError, SpecError, NonFiniteBranch: as `lorasc_fx.save`, on rank 0. What was there stays.
     """
     own, rank = _cascade_of(cascade, "save"), _rank("save", group)
-    waiting = own.core.pending.waiting(own.core.trainable())
+    waiting = own._run.pending.waiting(own._run.trainable())
     if waiting:
         raise StateError(
             f"save: gradients wait for a step on {waiting[0]}, and each process may hold others; call it between "
@@ -146,7 +146,7 @@ def resume(
                 "cascade.resume(optimizer), and seed each process yourself",
                 code="saved-otherwise",
             )
-        reseed(held, rank, dist.get_world_size(group), own.core.stage)
+        reseed(held, rank, dist.get_world_size(group), own._run.stage)
     return extra
 
 

@@ -68,8 +68,8 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         StateError: what cannot be sharded, with names; nothing was changed. Whatever else raises here, Ctrl-C included,
             the cascade of this process is as it was; another process may have gone on.
     """
-    core = cascade.core
-    with core.exclusive("stages"), AllOrNothing() as undo:
+    core = cascade._run
+    with core.exclusive("shard", sharded=True, parallel=True), AllOrNothing() as undo:
         units = _units(cascade)
         graphs = _check(cascade, mesh, units)
         core.fingerprints()  # of the whole weights, while they are here
@@ -80,9 +80,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         shards = _fully_sharded(cascade, units, mesh, undo)
         rows = {name: Rows.of(each) for name, each in core.parameters_by_name().items()}
         every = next(iter(rows.values())).together
-        core.slow = core.slow.cut(rows, every, mapped=core.base_file is not None)
-        core.pending.disarm()
-        core.note_weights()
+        core.take_shards(core.slow.cut(rows, every, mapped=core.base_file is not None), hooked=False)
         core.note_frozen()
 
         def called() -> bool:
@@ -110,12 +108,12 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
     Raises:
         StateError: the cascade is not sharded, or not between two steps.
     """
-    core = cascade.core
+    core = cascade._run
     if core.slow.together is None:
         raise StateError(
             "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
         )
-    core.check_ready("weights")
+    core.check_ready("folded_state_dict", sharded=True)
     first, found = dist.get_rank(core.slow.together.group) == 0, {}
     for name, value, new in folding.folded_each(core, "folded_state_dict"):
         held = new()
@@ -131,20 +129,20 @@ def _units(cascade: Cascade) -> dict[int, str]:
     """Return the unit of every parameter of model and branches, by id."""
     model, graphs = dict(cascade.model.named_parameters()), [each.module for each in _variants(cascade)]
     units = {id(each): unit_of(name, each) for name, each in model.items()}
-    for branch in cascade.core.by_key.values():
+    for branch in cascade._run.by_key.values():
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     for graph in graphs:
         if isinstance(graph, fx.GraphModule):
             while found := together(graph, units):
                 units |= dict.fromkeys((each for read in found for each in read), ROOT)
-    for branch in cascade.core.by_key.values():  # a weight that had to go to the root takes its branch along
+    for branch in cascade._run.by_key.values():  # a weight that had to go to the root takes its branch along
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     return units
 
 
 def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> list[tuple[Variant, Cut]]:
     """Return the graphs, cut; or raise StateError for what cannot be sharded."""
-    core, spec = cascade.core, cascade.core.plan.spec
+    core, spec = cascade._run, cascade._run.plan.spec
     if not dist.is_initialized():
         raise StateError(
             "shard: no process group is there; start the processes by torchrun and call "

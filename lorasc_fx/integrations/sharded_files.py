@@ -43,10 +43,10 @@ from lorasc_fx.runtime.checkpoint_write import (
     temporary,
 )
 from lorasc_fx.runtime.codec import RunState
-from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import Rows, local
 from lorasc_fx.state import Side, Tree
 
@@ -82,10 +82,10 @@ def save(
         StateError: the cascade is not sharded, or not between two steps, or another process has failed or is gone.
         CheckpointError, NonFiniteBranch: as `lorasc_fx.save`; what was there stays.
     """
-    core = cascade.core
+    core = cascade._run
     if core.slow.together is None:
         raise StateError("save: this cascade is not sharded; use lorasc_fx.save", code="not-sharded")
-    core.check_ready("resume")
+    core.check_ready("save", sharded=True)
     if any(each.grad is not None for each in core.trainable().values()):
         raise StateError(
             "save: there are gradients; call it after optimizer.step() and optimizer.zero_grad()",
@@ -186,7 +186,7 @@ def load(
     with agreed("load", group):
         read_shards(tensors, storage_reader=HuggingFaceStorageReader(str(found.path)), process_group=group)
         here = {name: each if name.startswith("optimizer/") else local(each).cpu() for name, each in tensors.items()}
-        restore(cascade.core, Checkpoint(found.path, found.manifest, here, found.plan))
+        restore(cascade._run, Checkpoint(found.path, found.manifest, here, found.plan))
         cascade._loaded = Checkpoint(found.path, found.manifest, here, found.plan)
     return cascade
 
@@ -201,7 +201,7 @@ def resume(cascade: Cascade, optimizer: torch.optim.Optimizer | None = None, sch
         StateError: the cascade is not sharded, was not loaded, or another process has failed or is gone.
         CheckpointError: as `Cascade.resume`.
     """
-    core = cascade.core
+    core = cascade._run
     if core.slow.together is None:
         raise StateError("resume: this cascade is not sharded; use cascade.resume", code="not-sharded")
     group = core.slow.together.group
@@ -211,7 +211,7 @@ def resume(cascade: Cascade, optimizer: torch.optim.Optimizer | None = None, sch
     return extra
 
 
-def _as_sharded(core: Core) -> RunState:
+def _as_sharded(core: Run) -> RunState:
     """Return the state of a cascade with DTensors for the tensors of which parts are here."""
     state, parameters = RunState.of(core), core.parameters_by_name()
 

@@ -49,8 +49,8 @@ def keep_small(
     """
 
     def give(module: Cascade, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        with module.core.exclusive("state_dict"):
-            table = to_table(module.core, extra())
+        with module._run.exclusive("state_dict"):
+            table = to_table(module._run, extra())
         for name in [name for name in state if name.startswith(prefix)]:
             del state[name]
         state.update({prefix + name: tensor for name, tensor in table.items()})

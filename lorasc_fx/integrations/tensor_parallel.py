@@ -60,7 +60,7 @@ class Spread:
 
     def __call__(self, cascade: Cascade, args: Any, kwargs: Any) -> Any:
         """Return what the cascade computes, whole, on every process."""
-        variant, call = cascade.variant(args, kwargs), cascade._compiler.calls.bind(args, kwargs)
+        variant, call = cascade._variant_of(args, kwargs), cascade._compiler.calls.bind(args, kwargs)
         late = [name for name, factor in cascade.branches.named_parameters() if not isinstance(factor, DTensor)]
         if late:
             raise StateError(
@@ -68,7 +68,7 @@ class Spread:
                 "cascade once in each mode and with each kind of arguments before parallelize",
                 code="variant-after-sharding",
             )
-        runner = PartsInterpreter(_graph(variant.module), self.mesh, cascade.core.placed is not None, self.told)
+        runner = PartsInterpreter(_graph(variant.module), self.mesh, cascade._run.placed is not None, self.told)
         return runner.call(call.leaves)
 
 
@@ -95,7 +95,7 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
         StateError: the cascade is in parts already, runs in pieces, or does not compute the same in parts; nothing was
             changed.
     """
-    core = cascade.core
+    core = cascade._run
     core.check_ready("parallelize")
     _check_spec(cascade, mesh)
     places = places_of(cascade, mesh, plan)
@@ -129,12 +129,12 @@ def gather(cascade: Cascade) -> Cascade:
     Raises:
         StateError: the cascade is not in parts.
     """
-    core = cascade.core
+    core = cascade._run
     if core.spread is None:
         raise StateError(
             "gather: the cascade lies in no parts; call tensor_parallel.parallelize first", code="not-sharded"
         )
-    core.check_ready("transition")
+    core.check_ready("gather", parallel=True, ends_stage=True)
     with no_inference_mode(), AllOrNothing() as undo:
         layouts = {name: value for name, value in core.parameters_by_name().items() if isinstance(value, DTensor)}
         states = {
@@ -152,7 +152,7 @@ def gather(cascade: Cascade) -> Cascade:
 
 
 def _check_spec(cascade: Cascade, mesh: DeviceMesh) -> None:
-    spec = cascade.core.plan.spec
+    spec = cascade._run.plan.spec
     if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
         told = f"of {mesh.ndim} axes" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
         raise SpecError(
@@ -196,7 +196,7 @@ def _graph(module: Any) -> fx.GraphModule:
 
 
 def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement], undo: Undo) -> None:
-    core = cascade.core
+    core = cascade._run
     names = {id(value): name for name, value in cascade.named_parameters()}
 
     def split(value: nn.Parameter) -> nn.Parameter:
@@ -252,7 +252,7 @@ def _as_it_lies(placements: tuple[Placement, ...], gradient: torch.Tensor) -> to
 
 def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], undo: Undo) -> None:
     """Put another parameter in the place of each of model and branches, wherever it is held."""
-    undo(cascade.core.pending.restorer(cascade.core.trainable()))
+    undo(cascade._run.pending.restorer(cascade._run.trainable()))
     new = {id(value): make(value) for value in cascade.parameters()}
     for holder in exchange(cascade, lambda holder: new.get(id(holder.value)), undo):
         if holder.value in _ADAPTED:
@@ -260,13 +260,9 @@ def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], un
 
 
 def _take(cascade: Cascade, slow: Any, spread: Spread | None, undo: Undo) -> None:
-    core = cascade.core
+    core = cascade._run
     undo(core.restorer())
-    undo(partial(setattr, core, "spread", core.spread))
-    core.slow, core.spread = slow, spread
-    core.pending.disarm()
-    core.pending.arm(core.trainable())
-    core.note_weights()
+    core.take_shards(slow, spread)
 
 
 # ---- the same numbers as before

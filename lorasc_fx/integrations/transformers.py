@@ -86,14 +86,14 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
         if evaluate not in get_args(Evaluated):
             raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; give one of {', '.join(get_args(Evaluated))}")
-        cascade.core.check_alive("CascadeCallback")
+        cascade._run.check_alive("CascadeCallback")
         self.cascade, self.evaluate = cascade, evaluate
         self.epochs, self.steps = epochs if asked else 1, steps
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._trainer: Any = None
         self._over = self._turning = False
         if evaluate == "trained":
-            cascade.core.usage.accept("evaluated-with-noise")  # noise is asked for
+            cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
         for name in _READ:
             if hasattr(cascade.model, name):
                 setattr(cascade, name, getattr(cascade.model, name))
@@ -130,7 +130,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 "CascadeCallback: plateau looks at evaluations, and eval_strategy is 'no'; give another",
                 code="conflicting-options",
             )
-        core, optimizer = self.cascade.core, about["optimizer"]
+        core, optimizer = self.cascade._run, about["optimizer"]
         check_holds(optimizer, core.trainable())
         self._check_rates(optimizer)
         transition.unpark(core)
@@ -167,7 +167,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Fold a stage that was cut short; after the best model was loaded, drop it, as it was not measured."""
-        core, optimizer = self.cascade.core, about["optimizer"]
+        core, optimizer = self.cascade._run, about["optimizer"]
         if not transition.has_begun(core):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -175,8 +175,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 with AllOrNothing(core.lock):
                     transition.restart(core, optimizer)
         else:
-            with core.exclusive("transition"):
-                transition.run(core, optimizer, park=True)
+            with core.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
+                transition.next_stage(core, optimizer, park=True)
 
     # ---- inside
 
@@ -193,7 +193,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             self._over = extra["over"]
 
     def _placed(self, which: Evaluated) -> contextlib.AbstractContextManager[object]:
-        if which == "trained" or self.cascade.core.placed is not None:  # the user's own `weights(...)` stands
+        if which == "trained" or self.cascade._run.placed is not None:  # the user's own `weights(...)` stands
             return contextlib.nullcontext()
         return self.cascade.weights(which)
 

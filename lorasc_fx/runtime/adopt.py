@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lorasc_fx.errors import StateError
-from lorasc_fx.runtime.core import Core, Planned
 from lorasc_fx.runtime.model_state import Slot, slots
+from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.state import Expert, Factors, SlowWeights, Trained, WeightState
 from lorasc_fx.undo import Undo
 
@@ -20,7 +20,7 @@ __all__ = ["adopt", "install"]
 
 
 def adopt(
-    core: Core,
+    run: Run,
     experts: Mapping[str, Sequence[tuple[float, Factors]]],
     trained: Mapping[str, torch.Tensor] | None = None,
     buffers: Mapping[str, torch.Tensor] | None = None,
@@ -29,7 +29,7 @@ def adopt(
     """Add experts to slow weights and start of the running stage, and set parameters trained in full.
 
     Args:
-        core: of a cascade.
+        run: of a cascade.
         experts: by weight name, pairs of a coefficient and factors, `b` [rows, r] and `a` [r, columns] as the weight is
             stored.
         trained: slow values of parameters that the spec trains in full, by name.
@@ -39,9 +39,9 @@ def adopt(
     Raises:
         StateError: a name that the cascade does not know as such, or factors of another shape.
     """
-    with core.exclusive("adopt"):
-        before = core.slow
-        values, tensors = dict(trained or {}), dict(core.model.named_buffers())
+    with run.exclusive("adopt"):
+        before = run.slow
+        values, tensors = dict(trained or {}), dict(run.model.named_buffers())
         for what, given, known in (
             ("a site", experts, before.states),
             ("trained in full", values, before.trained),
@@ -59,11 +59,11 @@ def adopt(
             slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
             kept[name] = Trained.of(base, slow, kept[name].rule)
         touched = [*(name for name in experts if experts[name]), *values]
-        install(core, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
+        install(run, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
 
 
 def install(
-    core: Core,
+    run: Run,
     after: SlowWeights,
     names: Sequence[str],
     buffers: Mapping[str, torch.Tensor],
@@ -74,26 +74,26 @@ def install(
     Branches that start from the weights and have not trained yet start from the new ones.
 
     Args:
-        core: of a cascade.
+        run: of a cascade.
         after: the slow weights.
         names: of the weights that they change, trained in full or not.
         buffers: values of the model's buffers, by name.
         undo: of a block that this is a part of.
     """
-    before, plan = core.slow, core.plan
-    branches = core.branches_by_weight()
+    before, plan = run.slow, run.plan
+    branches = run.branches_by_weight()
     unmoved = {name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})}
     after, factors = after.begin_stage(plan, unmoved)
     tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
     replaced: list[tuple[Slot, torch.Tensor | None]] = []
-    places = slots(core.model)
+    places = slots(run.model)
     for name, value in buffers.items():
         buffer = places[name].held
         if buffer is not None and value.shape == buffer.shape:
             tensors.append((buffer, value))
         else:
             replaced.append((places[name], value.to(places[name].device, copy=True)))
-    core.commit(Planned(plan, after, names, factors=factors, tensors=tensors, slots=replaced), undo)
+    run.commit(Planned(plan, after, names, factors=factors, tensors=tensors, slots=replaced), undo)
 
 
 def _with(state: WeightState, experts: Sequence[tuple[float, Factors]], stage: int) -> WeightState:

@@ -18,9 +18,9 @@ from lorasc_fx.errors import SpecError, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.adopt import install
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
-from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.folded import has_trained_since, running_branches
 from lorasc_fx.runtime.folding import ended
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import Expert, SlowWeights, Trained, View, WeightState, arithmetic, summing
 from lorasc_fx.state.model import host
 from lorasc_fx.undo import Undo
@@ -45,7 +45,7 @@ class Part:
     buffers: Mapping[str, torch.Tensor]
 
 
-def part_of(core: Core, name: str) -> Part:
+def part_of(core: Run, name: str) -> Part:
     """Return a run as a part; a running stage that has trained is counted, as `release` counts it.
 
     Raises:
@@ -171,7 +171,7 @@ def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], f
     return total
 
 
-def join(core: Core, after: SlowWeights, parts: Sequence[Part], undo: Undo) -> None:
+def join(core: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo) -> None:
     """Let the first stage of a fresh cascade start from these slow weights; a part of a larger block.
 
     Buffers (running statistics) have no sum: those that are the same in all runs are taken over, others stay the base's

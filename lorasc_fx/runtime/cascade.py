@@ -23,9 +23,9 @@ from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Varia
 from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, past, resuming, transition
-from lorasc_fx.runtime.core import Core
-from lorasc_fx.runtime.optim import check_holds, groups
 from lorasc_fx.runtime.rigid import Requantize
+from lorasc_fx.runtime.run import Run
+from lorasc_fx.runtime.usage import UsageWatch
 from lorasc_fx.state import Which
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
 
@@ -83,20 +83,25 @@ class Cascade(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, compiler: Compiler, made: Made, example: tuple[Any, Any], flags: Flags
+        self,
+        run: Run,
+        compiler: Compiler,
+        made: Made,
+        example: tuple[Any, Any],
+        flags: Flags,
+        joined: Joined = (),
     ) -> None:
         super().__init__()
-        self.model = model
-        self.branches = nn.ModuleDict(dict(made.branches))
-        self.training = model.training
-        self.core = Core(model, self.branches, made.plan, compiler.frontend)
-        self.core.leave_alone(made.refusals)
+        self.model, self.branches = run.model, run.branches
+        self.training = run.model.training
+        self._run, self._usage = run, UsageWatch()
+        self._run.leave_alone(made.refusals)
         self._refusals, self._unreached = made.refusals, made.unreached
         self._compiler, self._example, self._flags = compiler, example, flags
         self._refused_frontends = made.refused_frontends
-        self._joined: Joined = ()
+        self._joined = joined
         self._variants = Variants()
-        self._variants.add(compiler.calls.bind(*example), made.variant, model.training)
+        self._variants.add(compiler.calls.bind(*example), made.variant, self.training)
         if made.variant.attach is not None:
             made.variant.attach(self._grow, self._running)
         self._frontend = made.variant.frontend
@@ -126,10 +131,11 @@ class Cascade(nn.Module):
             StateError: after `release`.
             CaptureError: a new signature that no front end takes.
         """
-        self.core.check_alive("forward")
-        if self.core.spread is not None:
-            return self.core.spread(self, args, kwargs)
-        if self.core.placed is not None and self.core.slow.together is None:
+        run = self._run
+        run.check_alive("forward")
+        if run.spread is not None:
+            return run.spread(self, args, kwargs)
+        if run.inside_weights and not run.is_sharded:
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
             bound, named = self._compiler.bind(args, kwargs)
@@ -139,17 +145,19 @@ class Cascade(nn.Module):
         if call.key is None:
             variant, count = self._variants.symbolic(self.training)
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
-        self.core.usage.check_mode(self.core, self.training)
-        return self._variant(call).module(*call.args, **call.kwargs)
+        self._usage.check_mode(run, self.training)
+        run.replicas.see(len(self.branches), run.trainable)
+        variant = self._variants.find(call) or self._capture(call)
+        return variant.module(*call.args, **call.kwargs)
 
-    def variant(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
-        """Return the variant for a call; capture it if there is none yet."""
-        return self._variant(self._compiler.calls.bind(args, kwargs))
+    def _variant_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant") -> Variant:
+        """Return the variant for a call; capture it if there is none yet. `name` is the method's, for messages."""
+        self._run.check_alive(name)
+        self._run.replicas.see(len(self.branches), self._run.trainable)
+        call = self._compiler.calls.bind(tuple(args), kwargs)
+        return self._variants.find(call) or self._capture(call)
 
-    def _variant(self, call: Call) -> Variant:
-        self.core.check_called("variant")
-        if (found := self._variants.find(call)) is not None:
-            return found
+    def _capture(self, call: Call) -> Variant:
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set
         with AllOrNothing(_CAPTURING), no_inference_mode(), grad_mode(grad):  # tracers work on the whole process
             while (found := self._variants.find(call) or self._make_variant(call)) is None:
@@ -158,13 +166,13 @@ class Cascade(nn.Module):
 
     def _make_variant(self, call: Call) -> Variant | None:
         """Capture, then take over what came of it; None where another thread has started another stage meanwhile."""
-        plan, wide, begun = self.core.plan, self._variants.known(call), time.monotonic()
-        given = (plan, self.core.by_key, self._refusals)
+        plan, wide, begun = self._run.plan, self._variants.known(call), time.monotonic()
+        given = (plan, self._run.by_key, self._refusals)
         made = self._compiler.make(self.model, *given, call.args, call.kwargs, wide)
         number, sizes, seconds = len(self._variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
         log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
-        with Commit(self.core.lock) as undo:
-            if self.core.plan is not plan:
+        with Commit(self._run.lock) as undo:
+            if self._run.plan is not plan:
                 return None
             self._grow(made, undo)
             self._variants.add(call, made.variant, self.training)
@@ -175,20 +183,20 @@ class Cascade(nn.Module):
     def _grow(self, made: Made, undo: Undo | None = None) -> None:
         """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
         if undo is None:
-            with Commit(self.core.lock) as own:
+            with Commit(self._run.lock) as own:
                 self._grow(made, own)
             return
         undo(self._held())
         new = {name: branch for name, branch in made.branches.items() if name not in self.branches}
         self.branches.update(new)
-        self.core.plan, self._refusals = made.plan, made.refusals
-        self.core.leave_alone(made.refusals)
+        self._refusals = made.refusals
+        self._run.take_sites(made.plan, made.refusals)
         told = made.plan.by_weight.keys() | {each.weight for each in made.refusals}
         self._unreached = tuple(name for name in self._unreached if name in made.unreached and name not in told)
-        self.core.know_sites(undo)
+        self._run.know_sites(undo)
         if new:
             weights = [branch.weight_name for branch in new.values()]
-            if not self.core.grouped and not self.core.pending.accumulated:
+            if not self._run.grouped and not self._run.pending.accumulated:
                 log.info("%d sites came with a new variant: %s", len(new), weights)
                 return
             warn(
@@ -200,19 +208,19 @@ class Cascade(nn.Module):
 
     def _running(self) -> Plan:
         """Return the plan of the running stage, as variants ask for it."""
-        return self.core.plan
+        return self._run.plan
 
     # ---- what was decided
 
     @property
     def plan(self) -> Plan:
         """What was decided."""
-        return self.core.plan
+        return self._run.plan
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The adapted weights, in the model's order."""
-        return self.core.plan.sites
+        return self._run.plan.sites
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -227,7 +235,7 @@ class Cascade(nn.Module):
     @property
     def stage(self) -> int:
         """Number of the running stage, 1 is the first; after the last fold, of the one that would start next."""
-        return self.core.plan.stage
+        return self._run.plan.stage
 
     @property
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -271,20 +279,20 @@ class Cascade(nn.Module):
             StateError: after `release`, or none of these branches stands in a graph.
             MissingExtra: the extra `report` is not installed.
         """
-        self.core.check_alive("draw")
+        self._run.check_alive("draw", on_meta=True)
         first = self._variants.oldest
         if first is None:
             raise StateError(
                 "draw: there is no graph since the cascade was moved or copied; call it once", code="no-graph"
             )
-        return self._compiler.draw(first, self.core.plan, file, sites, radius)
+        return self._compiler.draw(first, self._run.plan, file, sites, radius)
 
     def __str__(self) -> str:
         """Return sites, refusals, parameters and front end, for people."""
         plan, spec = self.plan, self.plan.spec
         pace = spec.pace_at(plan.stage)
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        trainable = sum(parameter.numel() for parameter in self.core.trainable().values())
+        trainable = sum(parameter.numel() for parameter in self._run.trainable().values())
         kinds = Counter(site.kind for site in self.sites)
         lines = [
             f"Cascade of {type(self.model).__name__}, captured by {self.frontend}",
@@ -329,11 +337,7 @@ class Cascade(nn.Module):
             lr: learning rate of every group without its own; of `lora_B` it is `lr * lr_ratio` (LoRA+, 2402.12354).
             options: anything else that the optimizer's groups take.
         """
-        self.core.check_alive("param_groups")
-        self.core.grouped = True
-        known = self.core.slow.trained
-        trained = [(parameter, known[name].rule) for name, parameter in self.core.trained_parameters().items()]
-        return groups(self.core.plan.spec, self.core.by_key.values(), trained, lr, options)
+        return self._run.param_groups(lr, options)
 
     def stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Iterator[Stage]:
         """Yield `count` stages; between them fold, renew the branches and redraw the noise, and fold after the last.
@@ -350,19 +354,17 @@ class Cascade(nn.Module):
         """
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise SpecError(f"stages({count!r}): give the number of stages, an integer of 1 or more")
-        self.core.check_ready("stages")
-        check_holds(optimizer, self.core.trainable())
-        self.core.looped = True
+        self._run.begin_loop(optimizer)
         return self._stages(count, optimizer, scheduler)
 
     def _stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[Stage]:
-        with self.core.exclusive("stages"):
-            transition.unpark(self.core)
+        with self._run.exclusive("stages", sharded=True, parallel=True):
+            transition.unpark(self._run)
         then = scheduler.step if scheduler is not None else None
         for index in range(1, count + 1):
-            yield Stage(self.core.stage, index, count)
-            with self.core.exclusive("transition"):
-                transition.run(self.core, optimizer, park=index == count, then=then)
+            yield Stage(self._run.stage, index, count)
+            with self._run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
+                transition.next_stage(self._run, optimizer, park=index == count, then=then)
 
     def transition(self, optimizer: torch.optim.Optimizer | None) -> None:
         """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
@@ -382,8 +384,8 @@ class Cascade(nn.Module):
             StateError: inside a backward, with gradients pending, inside `weights`, or an optimizer without the
             branches. NonFiniteBranch: a branch holds inf or nan.
         """
-        with self.core.exclusive("transition"):
-            transition.run(self.core, optimizer, park=False)
+        with self._run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
+            transition.next_stage(self._run, optimizer, park=False)
 
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Go back to the slow weights of an earlier stage, and start a stage from them; what came after is dropped.
@@ -399,8 +401,8 @@ class Cascade(nn.Module):
         Raises:
             StateError: as `weights(stage=...)`, or as `transition`; nothing was changed.
         """
-        with self.core.exclusive("rewind"):
-            past.rewind(self.core, stage, optimizer)
+        with self._run.exclusive("rewind", sharded=True, parallel=True):
+            past.rewind(self._run, stage, optimizer)
 
     def resume(self, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
         """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
@@ -409,13 +411,13 @@ class Cascade(nn.Module):
             StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches.
             CheckpointError: the checkpoint holds no such state, or that of another optimizer.
         """
-        with self.core.exclusive("resume"):
+        with self._run.exclusive("resume", sharded=True):
             if self._loaded is None:
                 raise StateError(
                     "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)",
                     code="not-loaded",
                 )
-            return resuming.resume(self.core, self._loaded, optimizer, scheduler)
+            return resuming.resume(self._run, self._loaded, optimizer, scheduler)
 
     # ---- weights
 
@@ -453,7 +455,7 @@ class Cascade(nn.Module):
             StateError: the model has no such batch norm, there is no batch, inside a backward, or after `release`.
                 Whatever raises, the statistics are as they were.
         """
-        self.core.check_alive("recalibrate")
+        self._run.check_alive("recalibrate")
         norms = [
             module
             for module in self.model.modules()
@@ -464,11 +466,11 @@ class Cascade(nn.Module):
                 "recalibrate: the model has no batch norm with running statistics, so there is nothing to do",
                 code="no-batch-norm",
             )
-        if self.core.placed is None:
+        if not self._run.inside_weights:
             with self.weights("fast"):
                 self._estimate_statistics(norms, batches, call or _call_on_first)
             return
-        self.core.statistics = self.core.statistics or _statistics(norms)
+        self._run.keep_statistics(norms)
         self._estimate_statistics(norms, batches, call or _call_on_first)
 
     def _estimate_statistics(
@@ -504,8 +506,8 @@ class Cascade(nn.Module):
             quantized: `dequantize` to get dense tensors for quantized weights that have trained; else they are refused.
             which: `slow`, or their average over stages.
         """
-        with self.core.exclusive("folded_state_dict"):
-            return folding.folded_state(self.core, "folded_state_dict", quantized, which)
+        with self._run.exclusive("folded_state_dict"):
+            return folding.folded_state(self._run, "folded_state_dict", quantized, which)
 
     def folded_graph(
         self,
@@ -521,12 +523,12 @@ class Cascade(nn.Module):
             args, kwargs: inputs whose graph is wanted; without, those of `adapt`. The model's present mode counts.
             quantized, which: as for `folded_state_dict`.
         """
-        self.core.check_ready("folded_graph")
+        self._run.check_ready("folded_graph")
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
+        variant = self._variant_of(example[0], example[1], "folded_graph")
         call = self._compiler.calls.bind(*example)
-        variant = self._variant(call)
-        with self.core.exclusive("folded_graph"):
-            state = folding.folded_state(self.core, "folded_graph", quantized, which)
+        with self._run.exclusive("folded_graph"):
+            state = folding.folded_state(self._run, "folded_graph", quantized, which)
         return self._compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
 
     def release(self, quantized: Requantize = None, *, which: Literal["slow", "averaged"] = "slow") -> nn.Module:
@@ -545,18 +547,19 @@ class Cascade(nn.Module):
                 does not say what to do.
             NonFiniteBranch: a branch holds inf or nan; nothing was changed.
         """
-        with self.core.exclusive("release"), Commit() as undo:
+        with self._run.exclusive("release", ends_stage=True), Commit() as undo:
             undo(self._held())
             undo(partial(Flags.of(self.model).restore, self.model))
-            undo(self.core.turning.restorer())
-            undo(self.core.pending.restorer(self.core.trainable()))
-            undo(partial(self.core.usage.arm, self.core))
-            folding.release(self.core, quantized, which, undo)
-            self.core.turning.call_off()
+            undo(self._run.turning.restorer())
+            undo(self._run.pending.restorer(self._run.trainable()))
+            undo(partial(self._usage.arm, self._run))
+            folding.release(self._run, quantized, which, undo)
+            self._run.turning.call_off()
             self._flags.restore(self.model)
             give_back(self._joined, undo)
             self._drop_graphs()
-            self.core.let_go()
+            self._usage.disarm()
+            self._run.let_go()
             return self.model
 
     def _drop_graphs(self) -> None:
@@ -566,12 +569,13 @@ class Cascade(nn.Module):
 
     def _held(self) -> Callable[[], None]:
         """Return what brings back the decisions, branches and graphs of this moment."""
-        core, branches = self.core, dict(self.branches.items())
-        decided = (self._variants, self._refusals, self._unreached, core.plan, core.untouched, core.released)
+        restore_run, branches = self._run.restorer(), dict(self.branches.items())
+        decided = (self._variants, self._refusals, self._unreached)
         variants = self._variants.copy()
 
         def restore() -> None:
-            self._variants, self._refusals, self._unreached, core.plan, core.untouched, core.released = decided
+            restore_run()
+            self._variants, self._refusals, self._unreached = decided
             self._variants.held, self._variants.plain = variants.held, variants.plain
             for key in [key for key in self.branches if key not in branches]:
                 del self.branches[key]
@@ -582,20 +586,20 @@ class Cascade(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
         """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
-        with AllOrNothing(self.core.lock) as undo:
-            if (before := folding.before_cast(self.core, fn)) is None:
+        with AllOrNothing(self._run.lock) as undo:
+            if (before := folding.before_cast(self._run, fn)) is None:
                 return self
             undo(partial(self.__dict__.update, _variants=self._variants, _example=self._example))
-            undo(folding.tensors_writer(self.core, self))
+            undo(folding.tensors_writer(self._run, self))
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._drop_graphs()
             self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)
-            folding.recast(self.core, before)
+            folding.recast(self._run, before)
             return self
 
     def train(self, mode: bool = True) -> Cascade:
         """Set the mode of model and cascade; an exported program's graph has one mode and keeps it."""
-        self.core.check_alive("train")
+        self._run.check_alive("train", on_meta=True)
         self.training = self.branches.train(mode).training
         if "train" not in vars(self.model):
             self.model.train(mode)
@@ -604,29 +608,29 @@ class Cascade(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the entries of model and branches, as torch does; `lorasc_fx.save` writes what a resume needs."""
         if not self._state_dict_hooks:  # an integration's checkpoints keep the small state
-            self.core.usage.check_saved(self.core)
+            self._usage.check_saved(self._run)
         return super().state_dict(*args, **kwargs)
 
-    def load(self, found: checkpoint_read.Checkpoint, undo: Undo | None = None) -> None:
+    def _take_over(self, found: checkpoint_read.Checkpoint, undo: Undo | None = None) -> None:
         """Take over a checkpoint that was read, by itself or as a part of a larger block."""
-        checkpoint_read.restore(self.core, found, undo)
+        checkpoint_read.restore(self._run, found, undo)
         self._loaded = found
 
 
 @isolated
 def _weights(undo: Block[Any], cascade: Cascade, which: Which | None, stage: int | None) -> Cascade:
     """Put other weights in place; see `Cascade.weights`."""
-    core = cascade.core
+    run = cascade._run
     if stage is not None and which is not None:
         raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two", code="conflicting-options")
     if stage is None:
-        folding.check_which(f"weights({which!r})", str(which), core.plan.spec, WHICH)
-    with core.exclusive("weights"):
-        parameters = core.parameters_by_name()
-        live = folding.trained_now(core, parameters)
-        earlier = past.at_stage(core.slow, stage, "weights") if stage is not None else None
-        undo(partial(folding.rest, core, parameters, live, folding.Held.of(core, parameters)))
-        folding.place(core, which or ("slow" if stage else "base"), parameters, live, stage, earlier)
+        folding.check_which(f"weights({which!r})", str(which), run.plan.spec, WHICH)
+    with run.exclusive("weights", sharded=True, parallel=True):
+        parameters = run.parameters_by_name()
+        live = folding.trained_now(run, parameters)
+        earlier = past.at_stage(run.slow, stage, "weights") if stage is not None else None
+        undo(partial(folding.rest, run, parameters, live, folding.Held.of(run, parameters)))
+        folding.place(run, which or ("slow" if stage else "base"), parameters, live, stage, earlier)
     return cascade
 
 
@@ -709,7 +713,7 @@ def save(
         SpecError: keep is less than 1.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
-    with cascade.core.exclusive("save"):
+    with cascade._run.exclusive("save"):
         return checkpoint_write.write_version(
-            cascade.core, path_of(folder), optimizer, scheduler, dict(extra or {}), keep
+            cascade._run, path_of(folder), optimizer, scheduler, dict(extra or {}), keep
         )

@@ -27,10 +27,10 @@ from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, canonical, list_versions, way_back
 from lorasc_fx.runtime.codec import RunState, decode, install
-from lorasc_fx.runtime.core import Core
 from lorasc_fx.runtime.fingerprint import fingerprint, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.runtime.opening import plain_bytes, told
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.undo import Undo
 
 __all__ = [
@@ -319,7 +319,7 @@ def decoded(checkpoint: Checkpoint, known: RunState | None = None) -> RunState:
         return decode(manifest, tensors, plan, known, str(checkpoint.path))
 
 
-def restore(core: Core, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
+def restore(core: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
     """Put the checkpoint's values into a cascade that has its sites; the cascade's plan is then the checkpoint's.
 
     With `undo` this is a part of a larger block.

@@ -17,14 +17,14 @@ import uuid
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
-from lorasc_fx.runtime import generators, half_step, outside_json
+from lorasc_fx.runtime import generators, outside_json
 from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, TENSORS, canonical, is_our_file, list_versions, next_name
 from lorasc_fx.runtime.codec import RunState, Tensors, encode
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
@@ -32,6 +32,7 @@ from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.opening import plain_bytes
 from lorasc_fx.runtime.optim import check_numbers
 from lorasc_fx.runtime.provenance import versions
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import local
 from lorasc_fx.state.engine import all_finite
 from lorasc_fx.undo import Block, isolated
@@ -40,9 +41,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
 
 __all__ = [
     "check_finite",
@@ -64,7 +62,7 @@ _PARTIAL = re.compile(r"\.tmp\w{6}")
 
 
 def write_version(
-    core: Core,
+    core: Run,
     root: Path,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
@@ -95,7 +93,7 @@ def write_version(
     return version
 
 
-def check_finite(core: Core) -> None:
+def check_finite(core: Run) -> None:
     """Refuse to keep what a load would refuse; the version before is worth more."""
     if core.plan.spec.on_nonfinite == "raise" and not all_finite(core.by_key.values()):
         broken = next(branch.weight_name for branch in core.by_key.values() if not branch.finite())
@@ -106,7 +104,7 @@ def check_finite(core: Core) -> None:
 
 
 def contents(
-    core: Core,
+    core: Run,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
     extra: Mapping[str, Any],
@@ -114,7 +112,7 @@ def contents(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return what the two files of a version hold; nothing is written yet. The state is that of the core by default."""
     meta, tensors = encode(RunState.of(core) if state is None else state)
-    gradients, meta["pending"] = half_step.pack(core)
+    gradients, meta["pending"] = core.gradients()
     streams, meta["rng"] = generators.pack()
     parts: dict[str, Any] = {"extra": extra}
     try:

@@ -26,10 +26,10 @@ import torch
 
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime.core import Core, Planned
 from lorasc_fx.runtime.manifest import VIEWS
 from lorasc_fx.runtime.model_state import Slot, layout, slots
 from lorasc_fx.runtime.opening import told
+from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.shards import local
 from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trained, View, WeightState
@@ -72,7 +72,7 @@ class RunState:
     turning: bool = False
 
     @classmethod
-    def of(cls, core: Core) -> RunState:
+    def of(cls, core: Run) -> RunState:
         """Return the state of a living cascade; its tensors are not copied."""
         parameters = core.parameters_by_name()
         branches = {
@@ -382,7 +382,7 @@ class _Taken:
 # ---- a living cascade takes a state over
 
 
-def install(core: Core, state: RunState, where: str, undo: Undo | None = None) -> None:
+def install(core: Run, state: RunState, where: str, undo: Undo | None = None) -> None:
     """Put a decoded state into a cascade that has its sites; the cascade's plan is then the state's; all or nothing.
 
     With `undo` this is a part of a larger block.
@@ -405,7 +405,7 @@ def install(core: Core, state: RunState, where: str, undo: Undo | None = None) -
 
 
 def _model_state(
-    core: Core, state: RunState, where: str, moves: list[tuple[torch.Tensor, torch.Tensor]]
+    core: Run, state: RunState, where: str, moves: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> list[tuple[Slot, torch.Tensor | None]]:
     """Add to `moves` the buffers that keep their tensors, and parameters that forward writes; return the other buffers,
     each with the tensor that it gets.

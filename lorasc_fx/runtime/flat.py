@@ -9,21 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lorasc_fx.errors import CheckpointError
-from lorasc_fx.runtime import checkpoint_read, checkpoint_write, half_step
+from lorasc_fx.plan import Plan
+from lorasc_fx.runtime import checkpoint_read, checkpoint_write
+from lorasc_fx.runtime.cascade import Cascade
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
 from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
 from lorasc_fx.runtime.opening import told
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.undo import Commit
-
-if TYPE_CHECKING:
-    from lorasc_fx.plan import Plan
-    from lorasc_fx.runtime.cascade import Cascade
-    from lorasc_fx.runtime.core import Core
 
 __all__ = ["KEY", "from_table", "take_over", "to_table"]
 
@@ -31,7 +29,7 @@ KEY = "lorasc_fx.manifest"
 """Name of the tensor that holds the manifest."""
 
 
-def to_table(core: Core, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def to_table(core: Run, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return all that a resume needs, but for optimizer and scheduler, as tensors by name.
 
     Raises:
@@ -87,7 +85,7 @@ def take_over(
     Raises:
         CheckpointError: another base, another spec, other sites, or values that do not fit.
     """
-    core = cascade.core
+    core = cascade._run
     with core.exclusive("load_state_dict"):
         if odd := _base_differs(found, core):
             raise CheckpointError(
@@ -112,16 +110,16 @@ def take_over(
             undo(core.values_restorer(core.branches_by_weight()))
             for weight, branch in core.branches_by_weight().items():
                 branch.to_rank(found.plan.by_weight[weight])
-            cascade.load(found, undo)
+            cascade._take_over(found, undo)
             if placed != {
                 site.weight: site.placement for site in core.sites
             }:  # chosen on another machine, as its bits are
                 cascade._drop_graphs()
             then(found)
-            half_step.unpack(core, found.tensors, found.manifest.get("pending", ()), str(found.path))
+            core.take_gradients(found.tensors, found.manifest.get("pending", ()), str(found.path))
 
 
-def _base_differs(found: checkpoint_read.Checkpoint, core: Core) -> str:
+def _base_differs(found: checkpoint_read.Checkpoint, core: Run) -> str:
     moved = {*found.moved, *core.moved_parameters()}
     base = {name: digest for name, digest in found.manifest["base"].items() if name not in moved}
     names = [name for name in core.parameters_by_name() if name not in moved]

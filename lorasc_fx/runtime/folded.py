@@ -19,7 +19,7 @@ from lorasc_fx.runtime.transition import trained_moved
 from lorasc_fx.state import Which, check_finite
 
 if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
+    from lorasc_fx.runtime.run import Run
 
 __all__ = ["Change", "FoldedWeights", "has_trained_since", "of_checkpoint", "of_core", "running_branches"]
 
@@ -46,7 +46,7 @@ class FoldedWeights:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def of_core(core: Core, call: str, which: Which = "slow") -> FoldedWeights:
+def of_core(core: Run, call: str, which: Which = "slow") -> FoldedWeights:
     """Return the folded weights of a living cascade; a running stage that has trained counts as ended.
 
     Raises:

@@ -13,8 +13,8 @@ from torch import nn
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import StateError, nearest
 from lorasc_fx.parameters import Holder, holders_of
-from lorasc_fx.runtime.core import Core, Planned
 from lorasc_fx.runtime.rigid import Requantize, check_asked, dense_in_place, requantized
+from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import has_begun, trained_moved
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
@@ -52,13 +52,13 @@ def check_which(call: str, which: str, spec: CascadeSpec, known: tuple[Which, ..
         )
 
 
-def trained_now(core: Core, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+def trained_now(run: Run, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """Return copies of the parameters trained in full, as they are here now."""
-    return {name: local(parameters[name]).detach().clone() for name in core.slow.trained}
+    return {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
 
 
 def place(
-    core: Core,
+    run: Run,
     which: Which,
     parameters: Mapping[str, nn.Parameter],
     live: Mapping[str, torch.Tensor],
@@ -69,7 +69,7 @@ def place(
 
     With `stage` they are those at its end, `past`.
     """
-    slow, branches, plan = past or core.slow, core.branches_by_weight(), core.plan
+    slow, branches, plan = past or run.slow, run.branches_by_weight(), run.plan
 
     def write(name: str, out: torch.Tensor) -> None:
         if name in rigid:
@@ -80,12 +80,12 @@ def place(
         else:
             slow.write_value(name, which, out, branches.get(name), plan)
 
-    rigid = core.quantized if which != "base" else ()
+    rigid = run.quantized if which != "base" else ()
     values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}
-    with Commit(core.lock) as undo:
-        dense_in_place(core.model, values, undo)
+    with Commit(run.lock) as undo:
+        dense_in_place(run.model, values, undo)
         names = [*slow.states, *slow.trained]
-        core.commit(Planned(plan, core.slow, names, write, placed=which if stage is None else stage), undo)
+        run.commit(Planned(plan, run.slow, names, write, placed=which if stage is None else stage), undo)
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,18 @@ class Held:
     memory: tuple[tuple[nn.Parameter, torch.Tensor], ...]
 
     @staticmethod
-    def of(core: Core, parameters: Mapping[str, nn.Parameter]) -> Held:
-        """Return those of a core. Of sharded weights there are none: FSDP itself exchanges them."""
-        names = [*core.slow.states, *core.slow.trained]
-        if core.slow.together is not None or core.spread is not None:
+    def of(run: Run, parameters: Mapping[str, nn.Parameter]) -> Held:
+        """Return those of a run. Of sharded weights there are none: FSDP itself exchanges them."""
+        names = [*run.slow.states, *run.slow.trained]
+        if run.is_sharded or run.is_parallel:
             return Held([], ())
         dense = [parameters[name] for name in names if not is_quantized(parameters[name])]
-        return Held(holders_of(core.model, names), tuple((each, each.data) for each in dense))
+        return Held(holders_of(run.model, names), tuple((each, each.data) for each in dense))
 
-    def in_place(self, core: Core) -> list[str] | None:
+    def in_place(self, run: Run) -> list[str] | None:
         """Return the names whose parameters the model still has; None (all) for sharded weights."""
         held = {id(holder.value) for holder in self.places}
-        return [name for name, each in core.weights_by_name().items() if id(each) in held] if held else None
+        return [name for name, each in run.weights_by_name().items() if id(each) in held] if held else None
 
     def put_back(self) -> None:
         """Undo what was assigned, and casts; a place that is gone stays so."""
@@ -119,7 +119,7 @@ class Held:
                 parameter.data = memory
 
 
-def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor], held: Held) -> None:
+def rest(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor], held: Held) -> None:
     """Write back what the parameters hold while the stage trains; where that raises, once more.
 
     Raises:
@@ -129,17 +129,16 @@ def rest(core: Core, parameters: Mapping[str, nn.Parameter], live: Mapping[str, 
     def write() -> None:
         held.put_back()
         with torch.no_grad():
-            for name in [*core.slow.states, *core.slow.trained]:
+            for name in [*run.slow.states, *run.slow.trained]:
                 if not is_quantized(parameters[name]):
-                    _put_resting(core, name, local(parameters[name]), live)
-            for buffer, value in core.statistics:
+                    _put_resting(run, name, local(parameters[name]), live)
+            for buffer, value in run.statistics:
                 buffer.copy_(value)
-        core.placed, core.placed_checksums, core.statistics = None, {}, []
-        core.note_weights(held.in_place(core))
+        run.unplace(held.in_place(run))
 
-    with Commit(core.lock) as undo:
+    with Commit(run.lock) as undo:
         undo(write)
-        written = core.changed(core.placed_checksums)
+        written = run.changed(run.placed_checksums)
         write()
     if written is not None:
         raise StateError(
@@ -161,7 +160,7 @@ class BeforeCast:
     factors: Mapping[str, torch.Tensor]
 
 
-def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> BeforeCast | None:
+def before_cast(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> BeforeCast | None:
     """Note what `recast` needs, before `fn` moves or casts every parameter; None if it leaves them as they are.
 
     Fingerprints are of the base as it was adapted: they are taken now if its numbers are about to change.
@@ -169,21 +168,21 @@ def before_cast(core: Core, fn: Callable[[torch.Tensor], torch.Tensor]) -> Befor
     Raises:
         StateError: after `release`; and where something moves, inside `weights` or inside a backward.
     """
-    core.check_alive("to")
-    parameters, trained = core.parameters_by_name(), core.trained_parameters()
-    factors = {name: factor.data for name, factor in core.branches.named_parameters()}
-    held = [*(each.data for each in parameters.values()), *core.model.buffers(), *factors.values()]
+    run.check_alive("to")
+    parameters, trained = run.parameters_by_name(), run.trained_parameters()
+    factors = {name: factor.data for name, factor in run.branches.named_parameters()}
+    held = [*(each.data for each in parameters.values()), *run.model.buffers(), *factors.values()]
     if all(_stays(each, fn(each)) for each in held):
         return None
-    core.check_ready("to")
+    run.check_ready("to")
     dtypes = {name: value.dtype for name, value in parameters.items()}
-    if core.fingerprinted or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
-        core.fingerprints()
-    unmoved = tuple(name for name, value in trained.items() if not trained_moved(core.slow, {name: value}))
+    if run.fingerprinted or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
+        run.fingerprints()
+    unmoved = tuple(name for name, value in trained.items() if not trained_moved(run.slow, {name: value}))
     return BeforeCast(dtypes, unmoved, factors)
 
 
-def tensors_writer(core: Core, cascade: nn.Module) -> Callable[[], None]:
+def tensors_writer(run: Run, cascade: nn.Module) -> Callable[[], None]:
     """Return what gives every module its own parameters and buffers back, with the memory that they have now."""
     held = [(module, dict(module._parameters), dict(module._buffers)) for module in cascade.modules()]
     lists = [
@@ -207,8 +206,8 @@ def tensors_writer(core: Core, cascade: nn.Module) -> Callable[[], None]:
             if gradient is not None and its_memory is not None:
                 gradient.data = its_memory
             value.grad = gradient
-        core.note_weights()
-        core.note_frozen()
+        run.note_weights()
+        run.note_frozen()
 
     return write
 
@@ -221,29 +220,29 @@ def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
     return place == (after.device, after.dtype, after.is_pinned()) and torch.equal(before, after)
 
 
-def recast(core: Core, before: BeforeCast) -> None:
+def recast(run: Run, before: BeforeCast) -> None:
     """Round what was cast from W0, once. Factors of a weight narrower than fp32 are fp32."""
-    parameters, rigid = core.parameters_by_name(), core.quantized
+    parameters, rigid = run.parameters_by_name(), run.quantized
     with torch.no_grad():
-        for name in core.slow.states:
+        for name in run.slow.states:
             if name not in rigid and parameters[name].dtype != before.dtypes[name]:
-                core.slow.write_resting(name, core.plan, parameters[name])
+                run.slow.write_resting(name, run.plan, parameters[name])
         for name in before.unmoved:
-            core.slow.write_resting(name, core.plan, parameters[name])
-        for name, factor in core.branches.named_parameters():
+            run.slow.write_resting(name, run.plan, parameters[name])
+        for name, factor in run.branches.named_parameters():
             if factor.dtype.itemsize < 4:
                 grad, factor.grad = factor.grad, None
                 factor.data = before.factors[name].to(factor.device, torch.float32)
                 factor.grad = None if grad is None else grad.float()
-    core.note_weights()
-    core.note_frozen()
+    run.note_weights()
+    run.note_frozen()
 
 
-def _put_resting(core: Core, name: str, out: torch.Tensor, live: Mapping[str, torch.Tensor]) -> None:
+def _put_resting(run: Run, name: str, out: torch.Tensor, live: Mapping[str, torch.Tensor]) -> None:
     if name in live:
         out.copy_(live[name])
     else:
-        core.slow.write_resting(name, core.plan, out)
+        run.slow.write_resting(name, run.plan, out)
 
 
 def trained_value(slow: SlowWeights, name: str, which: Which, live: torch.Tensor, follows: bool = True) -> torch.Tensor:
@@ -256,17 +255,17 @@ def trained_value(slow: SlowWeights, name: str, which: Which, live: torch.Tensor
     return kept.slow.to(live.dtype) if which != "fast" and follows else live
 
 
-def ended(core: Core, call: str) -> SlowWeights:
+def ended(run: Run, call: str) -> SlowWeights:
     """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written.
 
     Warns where a first stage that no loop over stages began loses a part of what it has trained.
     """
-    slow, branches, trained = core.slow, core.branches_by_weight(), core.trained_parameters()
-    if not has_begun(core):
+    slow, branches, trained = run.slow, run.branches_by_weight(), run.trained_parameters()
+    if not has_begun(run):
         return slow
-    after, pace = slow.after_stage(core.plan, branches, trained), core.plan.spec.pace_at(core.plan.stage)
-    if pace < 1 and core.plan.stage == 1 and not core.looped:
-        core.usage.once(
+    after, pace = slow.after_stage(run.plan, branches, trained), run.plan.spec.pace_at(run.plan.stage)
+    if pace < 1 and run.plan.stage == 1 and not run.looped:
+        run.warned.once(
             "pace-below-one",
             f"{call}: stage 1 has trained and is folded now, and only {pace:g} of what it has trained is kept: the "
             "pace of the spec. Train in `for stage in cascade.stages(...)`; to keep all of it without stages give "
@@ -275,11 +274,11 @@ def ended(core: Core, call: str) -> SlowWeights:
     return after
 
 
-def folded_state(core: Core, call: str, quantized: Requantize = None, which: Which = "slow") -> dict[str, torch.Tensor]:
+def folded_state(run: Run, call: str, quantized: Requantize = None, which: Which = "slow") -> dict[str, torch.Tensor]:
     """Return copies of the model's state dict with slow weights; tied names share one tensor as in the model."""
     folded: dict[str, torch.Tensor] = {}
     done: dict[int, torch.Tensor] = {}
-    for name, value, new in folded_each(core, call, quantized, which):
+    for name, value, new in folded_each(run, call, quantized, which):
         if not isinstance(value, nn.Parameter):
             folded[name] = new()
             continue
@@ -290,14 +289,14 @@ def folded_state(core: Core, call: str, quantized: Requantize = None, which: Whi
 
 
 def folded_each(
-    core: Core, call: str, quantized: Requantize = None, which: Which = "slow"
+    run: Run, call: str, quantized: Requantize = None, which: Which = "slow"
 ) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
     """Yield each entry of the model's state dict: its name, what it holds now, and what makes its folded value."""
-    check_which(call, which, core.plan.spec)
-    slow, parameters = ended(core, call), core.parameters_by_name()
+    check_which(call, which, run.plan.spec)
+    slow, parameters = ended(run, call), run.parameters_by_name()
     check_asked(call, slow, quantized)
     first = {id(parameter): name for name, parameter in parameters.items()}
-    for name, value in core.model.state_dict(keep_vars=True).items():
+    for name, value in run.model.state_dict(keep_vars=True).items():
         yield name, value, partial(_folded, slow, first.get(id(value), ""), value, which)
 
 
@@ -310,12 +309,12 @@ def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def release(core: Core, quantized: Requantize, which: Which, undo: Undo) -> None:
+def release(run: Run, quantized: Requantize, which: Which, undo: Undo) -> None:
     """Write slow or averaged weights into the user's parameters, for good, and let go of W0."""
-    check_which("release", which, core.plan.spec)
-    slow, parameters = ended(core, "release"), core.parameters_by_name()
+    check_which("release", which, run.plan.spec)
+    slow, parameters = ended(run, "release"), run.parameters_by_name()
     rigid = check_asked("release", slow, quantized)
-    live = trained_now(core, parameters)
+    live = trained_now(run, parameters)
 
     def write(name: str, out: torch.Tensor) -> None:
         if name in live:
@@ -325,7 +324,5 @@ def release(core: Core, quantized: Requantize, which: Which, undo: Undo) -> None
 
     values = {name: slow.value(name, which, parameters[name]) for name in rigid}
     names = [name for name in [*slow.states, *live] if name not in values]
-    requantized(dense_in_place(core.model, values, undo), quantized)
-    core.commit(Planned(core.plan, SlowWeights(), names, write), undo)
-    undo(partial(setattr, core, "base_file", core.base_file))
-    core.base_file = None
+    requantized(dense_in_place(run.model, values, undo), quantized)
+    run.commit(Planned(run.plan, SlowWeights(), names, write), undo)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,10 +16,8 @@ from lorasc_fx.branch import fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime import transition
 from lorasc_fx.runtime.optim import treated_state
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import SlowWeights, Trained, WeightState
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
 
 __all__ = ["at_stage", "rewind"]
 
@@ -68,7 +65,7 @@ def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], d
     )
 
 
-def rewind(core: Core, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
+def rewind(core: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
     """Start a stage from the slow weights of an earlier one; see `Cascade.rewind`."""
     plan = core.plan
     transition.check_optimizer(core, optimizer, "rewind")

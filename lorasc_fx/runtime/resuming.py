@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lorasc_fx.errors import CheckpointError, warn
-from lorasc_fx.runtime import generators, half_step, outside_json
+from lorasc_fx.runtime import generators, outside_json
+from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.manifest import finite, optimizer_index
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.optim import check_holds, check_numbers
 from lorasc_fx.runtime.provenance import differences
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.undo import Commit
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.checkpoint_read import Checkpoint
-    from lorasc_fx.runtime.core import Core
 
 __all__ = ["resume"]
 
@@ -31,7 +29,7 @@ _ODD = ("Adafactor", "LBFGS", "SparseAdam")
 
 
 def resume(
-    core: Core, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | None, scheduler: Any
+    core: Run, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | None, scheduler: Any
 ) -> dict[str, Any]:
     """Give optimizer, scheduler, pending gradients and random generators their state back, and return `extra`.
 
@@ -103,7 +101,7 @@ def _with_outside(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
 
 
 def _give(
-    core: Core,
+    core: Run,
     checkpoint: Checkpoint,
     optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any] | None,
@@ -134,7 +132,7 @@ def _give(
             optimizer.load_state_dict(state)
             if manifest["turning"]:
                 core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
-            half_step.unpack(core, tensors, manifest.get("pending", ()), str(checkpoint.path))
+            core.take_gradients(tensors, manifest.get("pending", ()), str(checkpoint.path))
         if scheduler is not None:
             scheduler.load_state_dict(then)
         generators.unpack(tensors, manifest["rng"])

@@ -17,27 +17,27 @@ from torch import nn
 from lorasc_fx.branch import Branch, fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime.core import Core, Planned
 from lorasc_fx.runtime.optim import check_holds, treated_state
+from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.shards import local, part_of
 from lorasc_fx.state import SlowWeights
 from lorasc_fx.undo import Commit
 
-__all__ = ["begin", "check_optimizer", "has_begun", "restart", "run", "unpark"]
+__all__ = ["begin", "check_optimizer", "has_begun", "next_stage", "restart", "unpark"]
 
 log = logging.getLogger("lorasc_fx")
 
 
-def run(
-    core: Core, optimizer: torch.optim.Optimizer | None, park: bool, then: Callable[[], object] | None = None
+def next_stage(
+    run: Run, optimizer: torch.optim.Optimizer | None, park: bool, then: Callable[[], object] | None = None
 ) -> None:
     """End the running stage; start the next one, or with `park` leave the slow weights in place, without noise.
 
     `then` is called at the end; the transition is taken back if it raises.
     """
-    plan, before, begun = core.plan, core.slow, time.monotonic()
-    branches, trained = core.branches_by_weight(), core.trained_parameters()
-    check_optimizer(core, optimizer, "transition", park)
+    plan, before, begun = run.plan, run.slow, time.monotonic()
+    branches, trained = run.branches_by_weight(), run.trained_parameters()
+    check_optimizer(run, optimizer, "transition", park)
     after = replace(before.after_stage(plan, branches, trained), parked=park)
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: branches[site.weight].next_a(site, planned.spec, planned.stage) for site in planned.sites}
@@ -50,7 +50,7 @@ def run(
         experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
         log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
         if idle:
-            core.usage.once(
+            run.warned.once(
                 "no-branch-moved",
                 f"stage {plan.stage} ended, and no branch has moved: their weights are as they were. In the loop call "
                 "the cascade, and not the model that it was made of; and check that optimizer.step() runs with "
@@ -60,26 +60,26 @@ def run(
             then()
 
     idle = not moved and (optimizer is not None or trained_moved(before, trained))
-    begin(core, optimizer, planned, after, starts, state, end)
+    begin(run, optimizer, planned, after, starts, state, end)
 
 
-def restart(core: Core, optimizer: torch.optim.Optimizer | None) -> None:
+def restart(run: Run, optimizer: torch.optim.Optimizer | None) -> None:
     """Start another stage from where the running one started; what that one has trained is dropped."""
-    check_optimizer(core, optimizer, "restart")
-    planned = core.plan.at_stage(core.plan.stage + 1)  # the noise of a number is drawn once
+    check_optimizer(run, optimizer, "restart")
+    planned = run.plan.at_stage(run.plan.stage + 1)  # the noise of a number is drawn once
     starts = {
         site.weight: fresh_a(planned.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
         for site in planned.sites
     }
-    state = treated_state(optimizer, core.trainable().values(), "reset") if optimizer is not None else {}
-    begin(core, optimizer, planned, replace(core.slow, parked=False), starts, state)
+    state = treated_state(optimizer, run.trainable().values(), "reset") if optimizer is not None else {}
+    begin(run, optimizer, planned, replace(run.slow, parked=False), starts, state)
 
 
-def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: str, park: bool = False) -> None:
+def check_optimizer(run: Run, optimizer: torch.optim.Optimizer | None, call: str, park: bool = False) -> None:
     """Raise StateError where the optimizer lacks a parameter, or is lacking and wanted."""
     if optimizer is not None:
-        check_holds(optimizer, core.trainable())
-    elif core.plan.spec.next_a.needs_gradient and not park:
+        check_holds(optimizer, run.trainable())
+    elif run.plan.spec.next_a.needs_gradient and not park:
         raise StateError(
             f"{call}(None): restart_A='gradient' looks at the first optimizer step; give the optimizer",
             code="optimizer-needed",
@@ -87,7 +87,7 @@ def check_optimizer(core: Core, optimizer: torch.optim.Optimizer | None, call: s
 
 
 def begin(
-    core: Core,
+    run: Run,
     optimizer: torch.optim.Optimizer | None,
     planned: Plan,
     after: SlowWeights,
@@ -98,14 +98,14 @@ def begin(
     """Start a stage: write its weights, lora_A, B = 0, and the optimizer's state; all or nothing.
 
     Args:
-        core, optimizer: that are written to.
+        run, optimizer: that are written to.
         planned: the plan of the stage that starts.
         after: slow weights that it starts from.
         starts: lora_A by weight name.
         state: of the optimizer, for the parameters whose state changes.
         then: is called at the end; all is taken back if it raises.
     """
-    branches = core.branches_by_weight()
+    branches = run.branches_by_weight()
     resized = bool(_resized(planned, branches))
     after, started = after.begin_stage(planned, branches, starts)
     factors = {
@@ -119,15 +119,15 @@ def begin(
     names = [*after.states, *after.trained]
     values = Planned(planned, after, names, factors=factors, begins=True, optimizer=optimizer, states=state)
     with Commit() as undo:
-        undo(core.turning.restorer())
-        core.commit(values, undo)
-        core.turning.call_off()
+        undo(run.turning.restorer())
+        run.commit(values, undo)
+        run.turning.call_off()
         if planned.spec.next_a.needs_gradient and not after.parked and optimizer is not None:
-            core.turning.arm(core.weights_by_name(), branches, optimizer, core.replicas)
+            run.turning.arm(run.weights_by_name(), branches, optimizer, run.replicas)
         if then is not None:
             then()
         if resized:
-            core.replicas.outdate()
+            run.replicas.outdate()
 
 
 def _resized(planned: Plan, branches: Mapping[str, Branch]) -> list[nn.Parameter]:
@@ -155,22 +155,22 @@ def _after_fold(
     return treated_state(optimizer, own, plan.spec.optimizer_state) | treated_state(optimizer, anew, "reset")
 
 
-def unpark(core: Core) -> None:
+def unpark(run: Run) -> None:
     """Start a stage after the last fold of a loop: write its start weights, noise included."""
-    if not core.slow.parked:
+    if not run.slow.parked:
         return
-    if has_begun(core):
+    if has_begun(run):
         raise StateError(
             "stages: the branches trained after the last stage ended; call transition(optimizer) first",
             code="stage-not-ended",
         )
-    after, factors = replace(core.slow, parked=False).begin_stage(core.plan, core.branches_by_weight())
-    core.commit(Planned(core.plan, after, [*after.states, *after.trained], factors=factors))
+    after, factors = replace(run.slow, parked=False).begin_stage(run.plan, run.branches_by_weight())
+    run.commit(Planned(run.plan, after, [*after.states, *after.trained], factors=factors))
 
 
-def has_begun(core: Core) -> bool:
+def has_begun(run: Run) -> bool:
     """Whether the running stage has trained: a branch, or what is trained in full, has left where it started."""
-    return core.slow.moved(core.branches_by_weight()) or trained_moved(core.slow, core.trained_parameters())
+    return run.slow.moved(run.branches_by_weight()) or trained_moved(run.slow, run.trained_parameters())
 
 
 def trained_moved(slow: SlowWeights, trained: Mapping[str, torch.Tensor]) -> bool:

@@ -14,15 +14,12 @@ import atexit
 import os
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorasc_fx.errors import warn
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.run import Run
 
 __all__ = ["UsageWatch"]
 
@@ -43,32 +40,21 @@ class UsageWatch:
     """
 
     def __init__(self) -> None:
-        self._core: weakref.ref[Core] | None = None
-        self._remove: weakref.finalize[Any, Core] | None = None
-        self._done: set[str] = set()
+        self._run: weakref.ref[Run] | None = None
+        self._remove: weakref.finalize[Any, Run] | None = None
         self._train_mode = (
             False  # whether the model came in train mode; with frozen batch norms it is trained in eval mode
         )
 
-    def once(self, code: str, message: str) -> None:
-        """Warn, unless the warning of this code was given."""
-        if code not in self._done:
-            self._done.add(code)
-            warn(message, code)
-
-    def accept(self, code: str) -> None:
-        """Never give the warning of this code: the user asked for what it warns of."""
-        self._done.add(code)
-
     # ---- calls and saves of the user's model
 
-    def arm(self, core: Core) -> None:
-        """Watch the model of this core until `disarm`, or until the core is gone."""
+    def arm(self, run: Run) -> None:
+        """Watch the model of this run until `disarm`, or until the run is gone."""
         if self._remove is not None:
             return
-        self._core = weakref.ref(core)
-        self._train_mode |= core.model.training
-        model = weakref.ref(core.model)
+        self._run = weakref.ref(run)
+        self._train_mode |= run.model.training
+        model = weakref.ref(run.model)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             own = model()
@@ -79,10 +65,10 @@ class UsageWatch:
                 self._check("model-called-inside-stage", own)
             return own._call_impl(*args, **kwargs)
 
-        handle = core.model.register_state_dict_pre_hook(self)
-        if core.model._compiled_call_impl is None:
-            core.model._compiled_call_impl = call
-        self._remove = weakref.finalize(core, _let_go, model, call, handle)
+        handle = run.model.register_state_dict_pre_hook(self)
+        if run.model._compiled_call_impl is None:
+            run.model._compiled_call_impl = call
+        self._remove = weakref.finalize(run, _let_go, model, call, handle)
         self._remove.atexit = False
         _ARMED.add(self)
 
@@ -90,7 +76,7 @@ class UsageWatch:
         """Remove what `arm` has put onto the model."""
         if self._remove is not None:
             self._remove()
-        self._core = self._remove = None
+        self._run = self._remove = None
         _ARMED.discard(self)
 
     def __call__(self, module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
@@ -98,21 +84,21 @@ class UsageWatch:
         self._check("model-saved-inside-stage", module)
 
     def _check(self, code: str, model: nn.Module) -> None:
-        core = self._core() if self._core is not None else None
-        if core is None or core.model is not model or code in self._done:
+        run = self._run() if self._run is not None else None
+        if run is None or run.model is not model or code in run.warned:
             return
-        if _inside_package() or not _differs(core):
+        if _inside_package() or not _differs(run):
             return
-        stage, noise = core.plan.stage, bool(core.plan.spec.noise.strength)
+        stage, noise = run.plan.stage, bool(run.plan.spec.noise.strength)
         if code == "model-called-inside-stage":
-            self.once(
+            run.warned.once(
                 "model-called-inside-stage",
                 f"the model of a cascade was called inside stage {stage}, where it computes without the branches"
                 f"{' and with noise' if noise else ''}. Call the cascade; for the model's own methods (generate), call "
                 'them inside `with cascade.weights("slow"):` or "fast"',
             )
         else:
-            self.once(
+            run.warned.once(
                 "model-saved-inside-stage",
                 f"the state dict of a cascade's model was read inside stage {stage}: it holds the weights that the "
                 f"stage started from{', with noise' if noise else ''}, and not what the stage has trained. Read "
@@ -122,27 +108,27 @@ class UsageWatch:
 
     # ---- calls and saves of the cascade
 
-    def check_mode(self, core: Core, training: bool) -> None:
+    def check_mode(self, run: Run, training: bool) -> None:
         """Warn of a call in eval mode that sees noise, unless it is a training step of a model trained in eval mode."""
         if training or (torch.is_grad_enabled() and not self._train_mode):
             return
-        if not core.plan.spec.noise.strength or core.slow.parked or "evaluated-with-noise" in self._done:
+        if not run.plan.spec.noise.strength or run.slow.parked or "evaluated-with-noise" in run.warned:
             return
-        self.once(
+        run.warned.once(
             "evaluated-with-noise",
-            f"the cascade was called in eval mode inside stage {core.plan.stage}, and its weights hold noise. "
+            f"the cascade was called in eval mode inside stage {run.plan.stage}, and its weights hold noise. "
             'Evaluate inside `with cascade.weights("slow"):`, or "fast"; or after `release`',
         )
 
-    def check_saved(self, core: Core) -> None:
+    def check_saved(self, run: Run) -> None:
         """Warn of a trainer that writes the state dict of the cascade as if it were that of a model."""
-        if "unfolded-save" in self._done or core.released:
+        if "unfolded-save" in run.warned or run.released:
             return
         frame = sys._getframe(1)
         while frame.f_back is not None:
             frame = frame.f_back
             if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _UNFOLDED_SAVES:
-                self.once(
+                run.warned.once(
                     "unfolded-save",
                     "a trainer saves an unfolded cascade: the file holds branches beside the weights of the running "
                     "stage, noise included, and neither the user's model nor lorasc_fx.load can read it. In a Trainer "
@@ -152,15 +138,15 @@ class UsageWatch:
 
     def check_end(self) -> None:
         """Warn, where the program ends, of a first stage that has trained and was neither ended, saved nor released."""
-        core = self._core() if self._core is not None else None
-        if core is None or "training-not-kept" in self._done or core.looped or core.hollow is not None:
+        run = self._run() if self._run is not None else None
+        if run is None or "training-not-kept" in run.warned or run.looped or not run.holds_numbers:
             return
-        if core.slow.together is not None or core.spread is not None or core.plan.stage > 1:
+        if run.is_sharded or run.is_parallel or run.plan.stage > 1:
             return
-        if core.slow.moved(core.branches_by_weight()):
-            pace = core.plan.spec.pace_at(1)
+        if run.slow.moved(run.branches_by_weight()):
+            pace = run.plan.spec.pace_at(1)
             kept = f", and keeps {pace:g} of it, the pace of the spec: give pace=1.0 to keep all" if pace < 1 else ""
-            self.once(
+            run.warned.once(
                 "training-not-kept",
                 "the program ends, and what stage 1 of a cascade has trained was neither folded nor saved. Train in "
                 f"`for stage in cascade.stages(...)`; `cascade.release()` folds it into the model{kept}; "
@@ -171,21 +157,21 @@ class UsageWatch:
         return (UsageWatch, ())
 
 
-def _differs(core: Core) -> bool:
+def _differs(run: Run) -> bool:
     """Whether the user's model computes something else than the cascade: it lacks branches, or holds noise.
 
     On shards it is not known without the other processes, and not asked.
     """
-    if core.released or core.placed is not None or core.hollow is not None:
+    if run.released or run.inside_weights or not run.holds_numbers:
         return False
-    if core.slow.together is not None or core.spread is not None:
+    if run.is_sharded or run.is_parallel:
         return False
-    if core.exchanged():
+    if run.exchanged():
         return False  # torch.func.functional_call puts others in their places
-    spec = core.plan.spec
-    running = not core.slow.parked and (spec.noise.strength > 0 or spec.factor_start.from_weight)
-    carried = any(core.slow.states[name].experts for name in core.quantized)
-    return running or carried or core.slow.moved(core.branches_by_weight())
+    spec = run.plan.spec
+    running = not run.slow.parked and (spec.noise.strength > 0 or spec.factor_start.from_weight)
+    carried = any(run.slow.states[name].experts for name in run.quantized)
+    return running or carried or run.slow.moved(run.branches_by_weight())
 
 
 def _inside_package() -> bool:

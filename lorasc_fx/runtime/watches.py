@@ -11,10 +11,33 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import StateError, warn
 from lorasc_fx.shards import local
 
-__all__ = ["PendingWatch", "Replicas", "StepWatch"]
+__all__ = ["PendingWatch", "Replicas", "StepWatch", "Warned"]
+
+
+class Warned:
+    """Gives each warning once a cascade; a copy (deepcopy, pickle) has given none."""
+
+    def __init__(self) -> None:
+        self._codes: set[str] = set()
+
+    def __contains__(self, code: str) -> bool:
+        return code in self._codes
+
+    def once(self, code: str, message: str) -> None:
+        """Warn, unless the warning of this code was given."""
+        if code not in self._codes:
+            self._codes.add(code)
+            warn(message, code)
+
+    def accept(self, code: str) -> None:
+        """Never give the warning of this code: the user asked for what it warns of."""
+        self._codes.add(code)
+
+    def __reduce__(self) -> tuple[type[Warned], tuple[()]]:
+        return (Warned, ())
 
 
 class PendingWatch:

@@ -26,7 +26,7 @@ from tests.devices.ranks import on_ranks
 from tests.devices.test_ddp import close, group
 from tests.errors.inject import SIGNALS, LineAt, in_turn
 from tests.kit.errors import raises
-from tests.kit.state import canonical, file_digest, text_digest
+from tests.kit.state import canonical, file_digest, text_digest, variant_for
 
 ROOT = Path(__file__).parents[2]
 __all__ = ["group"]
@@ -103,7 +103,7 @@ def test_a_graph_is_cut_where_it_goes_on_to_another_block() -> None:
     """And each part computes what the graph does, one after the other."""
     cascade = sharding.adapted("fresh")
     tokens = sharding.example()
-    module = cascade.variant((tokens,), {}).module
+    module = variant_for(cascade, (tokens,), {}).module
     graph = segments.cut(module, fsdp._units(cascade))
     assert [each.unit for each in graph.segments] == ["", "table", "layers.0", "layers.1", "layers.2", "head", "table"]
     nodes = [node for each in graph.segments for node in each.nodes]

@@ -22,6 +22,7 @@ from tests.errors.page import PAGE, page
 from tests.errors.raises import BY_WORDS, expected_codes, given_codes, uncoded
 from tests.errors.state import unchanged
 from tests.kit.errors import raises, warns
+from tests.kit.state import variant_for
 
 PUBLIC = [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]
 CLASSES = [name for name in PUBLIC if not issubclass(getattr(errors, name), Warning)]
@@ -173,7 +174,7 @@ def test_a_plan_of_another_kind() -> None:
 
 def test_a_transition_pass_on_a_live_model() -> None:
     cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=SPEC, frontend="symbolic")
-    module = cascade.variant((inputs(2, 5),), {}).module
+    module = variant_for(cascade, (inputs(2, 5),), {}).module
     with unchanged(cascade), raises(lx.PassError, "live-model"):
         StageTransition()(module)
 

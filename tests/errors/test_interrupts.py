@@ -40,7 +40,7 @@ from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.errors.test_all_or_nothing import SPECS, X, made, prepared, result
 from tests.kit.errors import raises
-from tests.kit.state import gathered_gradients, is_gathering, trainable, unpark
+from tests.kit.state import gathered_gradients, is_gathering, trainable, unpark, variant_for
 
 Call = tuple[Callable[[], Any], tuple[Any, ...]]
 """What is called, and what it may not change unless it goes through."""
@@ -126,7 +126,7 @@ def late_site(_: Path) -> Call:
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
     step(cascade, optimizer, SMALL)
     cascade.train()
-    return lambda: cascade.variant((SMALL,), {}), (cascade, optimizer)
+    return lambda: variant_for(cascade, (SMALL,), {}), (cascade, optimizer)
 
 
 def rewind(_: Path) -> Call:

@@ -15,7 +15,7 @@ from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
 from lorasc_fx.integrations import progress, tensor_parallel
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, transition
-from lorasc_fx.runtime.core import Core
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import SlowWeights, WeightState, model, products
 
 __all__ = ["LIMITS", "SEAMS", "lower", "seam"]
@@ -33,13 +33,13 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "remove a folder": (checkpoint_write, "remove"),
     "read tensors": (checkpoint_read, "load"),
     "unpack": (checkpoint_read, "install"),
-    "load into a cascade": (lx.Cascade, "load"),
+    "load into a cascade": (lx.Cascade, "_take_over"),
     "write an adapter": (peft_export, "save_file"),
     "write a tensor": (safetensors_files, "write_tensor"),
     # stages
-    "transition": (transition, "run"),
+    "transition": (transition, "next_stage"),
     "start of a weight": (Branch, "next_a"),
-    "commit": (Core, "commit"),
+    "commit": (Run, "commit"),
     "redraw": (model, "write_start"),
     "rest a weight": (SlowWeights, "write_resting"),
     "whole weight": (WeightState, "exact"),

@@ -18,10 +18,10 @@ from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.runtime import Flags, Stage, read, transition
 from lorasc_fx.runtime import adopt as adopting
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
-from lorasc_fx.runtime.core import SPARE
 from lorasc_fx.runtime.fingerprint import checksum, device_sum, file_digest, text_digest
 from lorasc_fx.runtime.folded import of_checkpoint
 from lorasc_fx.runtime.manifest import LONGEST
+from lorasc_fx.runtime.run import SPARE
 from lorasc_fx.state import Expert as StageExpert
 from lorasc_fx.state import Factors, View
 from lorasc_fx.state import WeightState as StateOfWeight
@@ -69,6 +69,7 @@ __all__ = [
     "trained_states",
     "unpark",
     "variant_count",
+    "variant_for",
     "weight_state",
     "weight_states",
 ]
@@ -126,7 +127,7 @@ class TrainedState(NamedTuple):
 
 def weight_states(holder: lx.Cascade | fx.GraphModule) -> dict[str, WeightState]:
     """The slow state of every weight that has one, by name; of a cascade, or of a graph that owns its weights."""
-    states = holder.core.slow.states if isinstance(holder, lx.Cascade) else record_of(holder).slow
+    states = holder._run.slow.states if isinstance(holder, lx.Cascade) else record_of(holder).slow
     return {
         name: WeightState(
             state.base,
@@ -147,7 +148,7 @@ def weight_state(holder: lx.Cascade | fx.GraphModule, name: str) -> WeightState:
 
 def exact_slow(holder: lx.Cascade | fx.GraphModule, name: str) -> Tensor:
     """The slow weight in fp64, before it is rounded."""
-    states = holder.core.slow.states if isinstance(holder, lx.Cascade) else record_of(holder).slow
+    states = holder._run.slow.states if isinstance(holder, lx.Cascade) else record_of(holder).slow
     return states[name].exact("slow", torch.float64)
 
 
@@ -176,13 +177,13 @@ def drop_state(graph_module: fx.GraphModule, name: str) -> None:
 
 def trained_states(cascade: lx.Cascade) -> dict[str, TrainedState]:
     """The state of every parameter trained in full, by name."""
-    trained = cascade.core.slow.trained
+    trained = cascade._run.slow.trained
     return {name: TrainedState(state.base, state.slow, dict(state.ends)) for name, state in trained.items()}
 
 
 def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
     """Everything in the slow state, gathered gradients included, as nested lists of tensors and plain values."""
-    slow = cascade.core.slow
+    slow = cascade._run.slow
     return {
         **{f"slow {name}": _values(state) for name, state in slow.states.items()},
         **{f"trained {name}": _values(state) for name, state in slow.trained.items()},
@@ -216,17 +217,17 @@ def branches_of(cascade: lx.Cascade) -> dict[str, Any]:
 
 def trainable(cascade: lx.Cascade) -> dict[str, nn.Parameter]:
     """Every parameter that an optimizer should hold, by its name in the cascade."""
-    return cascade.core.trainable()
+    return cascade._run.trainable()
 
 
 def trained_in_full(cascade: lx.Cascade) -> dict[str, nn.Parameter]:
     """The parameters trained in full, by name."""
-    return cascade.core.trained_parameters()
+    return cascade._run.trained_parameters()
 
 
 def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
     """What the cascade holds a parameter to be between two steps."""
-    core = cascade.core
+    core = cascade._run
     return core.slow.resting(name, core.plan, cascade.model.get_parameter(name))
 
 
@@ -235,40 +236,40 @@ def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
 
 def gathered_gradients(cascade: lx.Cascade) -> Mapping[str, Tensor]:
     """Weights' gradients that a start by the gradient has gathered so far."""
-    return cascade.core.turning.gathered
+    return cascade._run.turning.gathered
 
 
 def is_gathering(cascade: lx.Cascade) -> bool:
     """Whether a start by the gradient waits for an optimizer's step."""
-    return cascade.core.turning.armed
+    return cascade._run.turning.armed
 
 
 def is_parked(cascade: lx.Cascade) -> bool:
     """Whether no stage runs: the last one has ended."""
-    return cascade.core.slow.parked
+    return cascade._run.slow.parked
 
 
 def is_released(cascade: lx.Cascade) -> bool:
-    return cascade.core.released
+    return cascade._run.released
 
 
 def is_parallel(cascade: lx.Cascade) -> bool:
     """Whether the weights lie in parts on several processes."""
-    return cascade.core.spread is not None
+    return cascade._run.spread is not None
 
 
 def maps_a_file(cascade: lx.Cascade) -> bool:
     """Whether W0 lies in a mapped file."""
-    return cascade.core.base_file is not None
+    return cascade._run.base_file is not None
 
 
 def placed_weights(cascade: lx.Cascade) -> str | int | None:
     """Which weights `weights()` has put in place; a number is that of a stage."""
-    return cascade.core.placed
+    return cascade._run.placed
 
 
 def lock_of(cascade: lx.Cascade) -> Any:
-    return cascade.core.lock
+    return cascade._run.lock
 
 
 # ---- graphs
@@ -276,6 +277,11 @@ def lock_of(cascade: lx.Cascade) -> Any:
 
 def variant_count(cascade: lx.Cascade) -> int:
     return len(cascade._variants)
+
+
+def variant_for(cascade: lx.Cascade, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """The variant of a call, which is captured if there is none yet."""
+    return cascade._variant_of(args, kwargs or {})
 
 
 def oldest_variant(cascade: lx.Cascade) -> Any:
@@ -305,18 +311,18 @@ def adopt(
     buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Add experts from elsewhere to the slow state, and set parameters trained in full, and buffers."""
-    adopting.adopt(cascade.core, experts, trained, buffers)
+    adopting.adopt(cascade._run, experts, trained, buffers)
 
 
 def unpark(cascade: lx.Cascade) -> None:
     """What the first stage of a loop does before it is handed out."""
-    transition.unpark(cascade.core)
+    transition.unpark(cascade._run)
 
 
 def replace_plan(cascade: lx.Cascade, plan: lx.Plan) -> None:
-    cascade.core.plan = plan
+    cascade._run.take_sites(plan, cascade.refusals)
 
 
 def forget_warnings(cascade: lx.Cascade) -> None:
     """Let warnings that come once come again."""
-    cascade.core.usage._done.clear()
+    cascade._run.warned._codes.clear()

@@ -20,7 +20,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
 from tests.kit.seams import lower
-from tests.kit.state import variant_count
+from tests.kit.state import variant_count, variant_for
 from tests.unit.cases import branches, loss_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
@@ -205,14 +205,14 @@ def test_a_hook_with_state_and_hooks_of_all_modules() -> None:
     cascade = lx.adapt(model, (x,), frontend="export")
     steering["by"] = 3.0
     assert torch.equal(cascade(x), model(x))
-    graph = cascade.variant((x,), {})
+    graph = variant_for(cascade, (x,), {})
     handle = torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, output: output + 1 if isinstance(module, nn.Tanh) else None
     )
     with handle:
         assert torch.equal(cascade(x), model(x))
-        assert cascade.variant((x,), {}) is not graph
-    assert cascade.variant((x,), {}) is graph
+        assert variant_for(cascade, (x,), {}) is not graph
+    assert variant_for(cascade, (x,), {}) is graph
 
 
 class Shows(nn.Module):

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
+from tests.kit.state import variant_for
 from tests.passes.mask_cases import ATTENTION, attention
 
 SMALL = {
@@ -91,7 +92,7 @@ def run(model: Any, given: dict[str, Tensor]) -> Tensor:
 
 
 def graph_of(cascade: lx.Cascade, given: dict[str, Tensor]) -> fx.GraphModule:
-    module = cascade.variant((), given).module
+    module = variant_for(cascade, (), given).module
     assert isinstance(module, fx.GraphModule)
     return module
 

@@ -1,4 +1,4 @@
-"""The state that a cascade is made of; transitions, folding and checkpoints work on it, `Cascade` is its face."""
+"""The state of a run: what a cascade holds, what may be done with it now, and the one commit that writes to it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,21 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, fill_factor, is_quantized
-from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.errors import CheckpointError, SpecError, StateError
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.filling import Hollow
 from lorasc_fx.runtime.fingerprint import checksum, fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
 from lorasc_fx.runtime.model_state import Slot, restorer
-from lorasc_fx.runtime.optim import put_state
-from lorasc_fx.runtime.usage import UsageWatch
-from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch
+from lorasc_fx.runtime.optim import check_holds, groups, put_state
+from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.shards import local
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import SlowWeights, Which
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
-__all__ = ["SPARE", "Core", "Planned"]
-
-SHARDED = ("transition", "stages", "rewind", "weights", "resume")
-"""Calls that work on shards of the weights."""
+__all__ = ["SPARE", "Planned", "Run"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,10 @@ class Planned:
     placed: Which | int | None = None
 
 
-class Core:
+_GRADIENT = "gradient/"
+
+
+class Run:
     """The user's model, the branches, the plan of the running stage, and the slow weights.
 
     Args:
@@ -70,9 +69,22 @@ class Core:
         branches: by key, the child of the cascade.
         plan: of the running stage.
         frontend: the front end that was asked for.
+        base_file: where W0 lies, if not in memory.
+        hollow: what is known of a model on the meta device, until it has its numbers.
+        written: returns the names of the parameters that forward writes.
     """
 
-    def __init__(self, model: nn.Module, branches: nn.ModuleDict, plan: Plan, frontend: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        branches: nn.ModuleDict,
+        plan: Plan,
+        frontend: str,
+        *,
+        base_file: BaseFile | None = None,
+        hollow: Hollow | None = None,
+        written: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
         self.model, self.branches, self.plan, self.frontend = model, branches, plan, frontend
         self.lock = Lock()  # held by whoever reads or writes the weights; never while the user's model runs
         self.slow = SlowWeights()
@@ -80,14 +92,12 @@ class Core:
         self.turning = GradientStart()
         self.steps = StepWatch()
         self.replicas = Replicas()
-        self.usage = UsageWatch()
+        self.warned = Warned()
         self.placed: Which | int | None = None  # a number is that of a stage
         self.released = False
         self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
-        self.written: Callable[[], frozenset[str]] = frozenset  # names of parameters that forward writes
+        self.base_file, self.hollow, self.written = base_file, hollow, written
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
-        self.base_file: BaseFile | None = None  # where W0 lies, if not in memory
-        self.hollow: Hollow | None = None  # until a model on the meta device has its numbers
         self.spread: Callable[[Any, Any, Any], Any] | None = None  # computes a call, where weights lie in parts
         self.grouped = False  # param_groups was called: an optimizer holds the branches of now
         self.looped = False  # stages was called
@@ -155,10 +165,13 @@ class Core:
         state and branches from elsewhere: no factors are taken out of its weights.
         """
         self.slow = self.slow.with_trained(trained, rules or {})
-        undo(self.usage.disarm)
-        self.usage.arm(self)
-        if self.hollow is None:
+        if self.holds_numbers:
             self.know_sites(undo, empty)
+
+    def take_sites(self, plan: Plan, refusals: tuple[Refusal, ...]) -> None:
+        """Take over a plan that has more sites; `know_sites` makes them known."""
+        self.plan = plan
+        self.leave_alone(refusals)
 
     def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
         """Note the weights that get no noise: those that the spec excludes, and those in memory of others."""
@@ -267,7 +280,7 @@ class Core:
         if self.slow.parked or not trains:
             return
         after = replace(self.plan, step=self.plan.step + 1)
-        if self.placed is not None:  # inside weights(): the new noise comes with the way back
+        if self.inside_weights:  # the new noise comes with the way back
             self.plan = after
             return
         with Commit(self.lock) as undo:
@@ -275,13 +288,15 @@ class Core:
             self.commit(Planned(after, self.slow, self.slow.states), undo)
 
     def restorer(self) -> Callable[[], None]:
-        """Return what brings back the plan, the slow weights, which weights are in place, and their checksums."""
-        plan, slow, noted = self.plan, self.slow, (self._checksums, self._objects, self._frozen)
-        placed, placed_checksums = self.placed, self.placed_checksums
+        """Return what brings back plan, slow weights and flags, which weights are in place, and their checksums."""
+        decided = (self.plan, self.slow, self.base_file, self.spread, self.untouched, self.released)
+        noted = (self._checksums, self._objects, self._frozen)
+        placed = (self.placed, self.placed_checksums)
 
         def restore() -> None:
-            self.plan, self.slow, self.placed, self.placed_checksums = plan, slow, placed, placed_checksums
+            self.plan, self.slow, self.base_file, self.spread, self.untouched, self.released = decided
             self._checksums, self._objects, self._frozen = noted
+            self.placed, self.placed_checksums = placed
             self._carry()
 
         return restore
@@ -319,11 +334,111 @@ class Core:
                 branch.carry(*((pair.b, pair.a) if pair is not None else (None, None)))
 
     def let_go(self) -> None:
-        """Watch nothing any more: the model is the user's again."""
-        self.released = True
+        """Remove all hooks: the model is the user's again."""
+        self.released, self.base_file = True, None
         self.pending.disarm()
         self.steps.disarm()
-        self.usage.disarm()
+
+    def take_shards(
+        self, slow: SlowWeights, spread: Callable[[Any, Any, Any], Any] | None = None, *, hooked: bool = True
+    ) -> None:
+        """Take over slow weights whose parameters were cut over processes, or are whole again.
+
+        Args:
+            slow: of what is here.
+            spread: computes a call, where the weights are parallel.
+            hooked: gradients come by the hooks of parameters, as they do not from FSDP.
+        """
+        self.slow, self.spread = slow, spread
+        self.pending.disarm()
+        if hooked:
+            self.pending.arm(self.trainable())
+        self.note_weights()
+
+    def keep_statistics(self, modules: Iterable[nn.Module]) -> None:
+        """Keep the buffers of these modules, as they are, for the end of `weights`."""
+        if not self.statistics:
+            self.statistics = [(each, each.detach().clone()) for module in modules for each in module.buffers(False)]
+
+    def unplace(self, names: Iterable[str] | None) -> None:
+        """Note that the weights between two steps are in place again, of these names."""
+        self.placed, self.placed_checksums, self.statistics = None, {}, []
+        self.note_weights(names)
+
+    def param_groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the groups of an optimizer, which holds the branches of now; see `Cascade.param_groups`."""
+        self.check_alive("param_groups")
+        self.grouped = True
+        trained = [(parameter, self.slow.trained[name].rule) for name, parameter in self.trained_parameters().items()]
+        return groups(self.plan.spec, self.by_key.values(), trained, lr, options)
+
+    def begin_loop(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that a loop over stages can begin, and note that there is one."""
+        self.check_ready("stages", sharded=True, parallel=True)
+        check_holds(optimizer, self.trainable())
+        self.looped = True
+
+    # ---- gradients that a checkpoint finds: a run that is saved between backward and step, or accumulates, loses none
+
+    def gradients(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Return the gradients that are there, by the names of their parameters, and which of them no step has used."""
+        trainable = self.trainable()
+        tensors = {
+            f"{_GRADIENT}{name}": parameter.grad.detach().clone()
+            for name, parameter in trainable.items()
+            if parameter.grad is not None
+        }
+        tensors |= {f"{_GRADIENT}model.{name}": value.clone() for name, value in self.turning.gathered.items()}
+        return tensors, self.pending.waiting(trainable)
+
+    def take_gradients(self, tensors: Mapping[str, torch.Tensor], pending: Sequence[str], where: str) -> None:
+        """Put the gradients back; those that no step has used still wait for one.
+
+        Raises:
+            CheckpointError: a gradient of no parameter that is trained here, or of another shape or dtype than its own.
+        """
+        gathering = {f"model.{name}": name for name in self.turning.gathering}
+        holders = self.trainable() | {f"model.{name}": weight for name, weight in self.turning.gathering.items()}
+        taken = {}
+        for name, tensor in tensors.items():
+            if name.startswith(_GRADIENT):
+                holder = holders.get(name.removeprefix(_GRADIENT))
+                if holder is None:
+                    raise CheckpointError(f"{where}: {name!r} is of no parameter that is trained")
+                if holder.shape != tensor.shape or holder.dtype != tensor.dtype:
+                    raise CheckpointError(
+                        f"{where}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, its parameter "
+                        f"{tuple(holder.shape)} {holder.dtype}; it is not of this run"
+                    )
+                taken[name.removeprefix(_GRADIENT)] = tensor
+        for name, tensor in taken.items():
+            gradient = tensor.to(holders[name].device, copy=True)
+            if name in gathering:
+                self.turning.put(gathering[name], gradient)
+                continue
+            holders[name].grad = gradient
+            if name in pending:
+                self.pending.note(holders[name])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP holds the weights: each process has some rows of each."""
+        return self.slow.together is not None
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the weights lie in parts on several processes, as tensor parallelism cuts them."""
+        return self.spread is not None
+
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether the model is not on the meta device."""
+        return self.hollow is None
+
+    @property
+    def inside_weights(self) -> bool:
+        """Whether `weights` has put other weights in place."""
+        return self.placed is not None
 
     def faults(self) -> list[str]:
         """Return a sentence for each slow state with inf or nan, and each branch unless such ones are left out."""
@@ -405,7 +520,7 @@ class Core:
             if kept is None and whole:
                 if name in self._fingerprints and self.changed({name: self._frozen[name]}):
                     del self._fingerprints[name]
-                    self.usage.once(
+                    self.warned.once(
                         "frozen-parameter-changed",
                         f"{name} was changed after an earlier save. It is neither adapted nor trained, and checkpoints "
                         "do not hold it: from now on they load onto a model that has its new numbers only. To have it "
@@ -436,44 +551,52 @@ class Core:
         """Return the model's buffers, and the parameters that forward writes."""
         return {**dict(self.model.named_buffers()), **self.moved_parameters()}
 
-    def check_alive(self, call: str) -> None:
-        """Raise StateError after `release`, and before the model has its numbers."""
+    def check_alive(self, call: str, *, on_meta: bool = False) -> None:
+        """Raise StateError after `release`, and before the model has its numbers, unless the call needs none."""
         if self.released:
             raise StateError(
                 f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on", code="released"
             )
-        if self.hollow is not None and call not in ("train", "draw"):
+        if not self.holds_numbers and not on_meta:
             raise StateError(
                 f"{call}: the model is on the meta device, without numbers; "
                 "call lorasc_fx.materialize(cascade, folder) with its safetensors first",
                 code="meta-model",
             )
 
-    def check_called(self, call: str) -> None:
-        """Raise StateError after `release`, and where other processes that train copies do not know all branches."""
-        self.check_alive(call)
-        self.replicas.see(len(self.branches), self.trainable)
-
-    def exclusive(self, call: str) -> Block[None]:
+    def exclusive(
+        self, call: str, *, sharded: bool = False, parallel: bool = False, ends_stage: bool = False
+    ) -> Block[None]:
         """Hold the lock for the time of a `with`, in which weights may change; raises as `check_ready`."""
-        return _Exclusive(self, call)
+        check = partial(self.check_ready, call, sharded=sharded, parallel=parallel, ends_stage=ends_stage)
+        return _Exclusive(self, check)
 
-    def check_ready(self, call: str) -> None:
-        """Raise StateError where weights must not change: after release, inside `weights`, with gradients about."""
+    def check_ready(
+        self, call: str, *, sharded: bool = False, parallel: bool = False, ends_stage: bool = False
+    ) -> None:
+        """Raise StateError where weights must not change: after release, inside `weights`, inside a backward.
+
+        Args:
+            call: name of the method, for messages.
+            sharded: the call works where FSDP holds the weights.
+            parallel: it works where tensor parallelism has cut them.
+            ends_stage: it ends the running stage, which no gradient may outlive.
+        """
         self.check_alive(call)
-        if self.spread is not None and call not in ("weights", "transition", "stages", "rewind"):
+        if self.is_parallel and not parallel:
             raise StateError(
                 f"{call}: the weights lie in parts on several processes; call "
                 "lorasc_fx.integrations.tensor_parallel.gather(cascade) first",
                 code="sharded",
             )
-        if self.slow.together is not None and call not in SHARDED:
+        if self.is_sharded and not sharded:
             raise StateError(
-                f"{call}: the weights are sharded over processes, where there is {', '.join(SHARDED)}; "
+                f"{call}: the weights are sharded over processes, where there is transition, stages, rewind, weights, "
+                "resume; "
                 "lorasc_fx.integrations.fsdp has save, load and folded_state_dict for them",
                 code="sharded",
             )
-        if self.placed is not None:
+        if self.inside_weights:
             what = f"stage={self.placed}" if isinstance(self.placed, int) else repr(self.placed)
             raise StateError(f"{call}: inside weights({what}); leave the with block first", code="inside-weights")
         if torch._C._current_graph_task_id() != -1:
@@ -485,7 +608,7 @@ class Core:
             self.base_file.check(call)
         self.check_weights(call)
         waiting = self.pending.waiting(self.trainable())
-        if self.slow.some(bool(waiting)) and call in ("transition", "release"):
+        if self.slow.some(bool(waiting)) and ends_stage:
             waiting = waiting or ["what another process holds"]
             more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
             raise StateError(
@@ -493,16 +616,16 @@ class Core:
                 "Call optimizer.step() or optimizer.zero_grad() first",
                 code="gradients-pending",
             )
-        self.usage.accept("training-not-kept")  # the user folds, saves or looks at the weights
+        self.warned.accept("training-not-kept")  # the user folds, saves or looks at the weights
 
 
 class _Exclusive(Block[None]):
-    def __init__(self, core: Core, call: str) -> None:
-        super().__init__(core.lock)
-        self._core, self._call = core, call
+    def __init__(self, run: Run, check: Callable[[], None]) -> None:
+        super().__init__(run.lock)
+        self._check = check
 
     def _begin(self) -> None:
-        self._core.check_ready(self._call)
+        self._check()
 
 
 def _write_resting(slow: SlowWeights, plan: Plan, name: str, out: torch.Tensor) -> None:
@@ -531,7 +654,7 @@ def fill(
 ) -> None:
     """Let `new(name, parameter)` write into each parameter in turn; `old` does so again when the block is undone.
 
-    A quantized weight is not written to: its branch carries what the stages added (`Core.commit`).
+    A quantized weight is not written to: its branch carries what the stages added (`Run.commit`).
     """
     spare = [torch.empty(SPARE, dtype=torch.uint8)]  # room for putting back, where memory stays short
     with torch.no_grad():
