@@ -154,7 +154,7 @@ def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
                 f"{path}: differs from its digest in {MANIFEST}; the file is damaged; {way_back(path.parent)}",
                 code="digest-mismatch",
             )
-        return load(data)
+        return dict(sorted(load(data).items()))  # safetensors gives them in another order in each process
     except (OSError, SafetensorError) as fault:
         raise CheckpointError(
             f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}", code="unreadable-file"
