@@ -150,41 +150,41 @@ def quantized() -> nn.Module:
     return model
 
 
-REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, str]] = {
+REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tuple[str, ...]]] = {
     "gradient": (
         {"restart_A": "gradient"},
         None,
-        "shard: restart_A is 'gradient', which needs whole weights; give 'fresh' in the spec",
+        ("not-shardable", "restart_A", "'gradient'"),
     ),
     "skip": (
         {"on_nonfinite": "skip"},
         None,
-        "shard: on_nonfinite is 'skip', which needs whole weights; give 'raise' in the spec",
+        ("not-shardable", "on_nonfinite", "'skip'"),
     ),
     "dora": (
         {"use_dora": True},
         None,
-        "shard: use_dora is True, which needs whole weights; give False in the spec",
+        ("not-shardable", "use_dora", "True"),
     ),
     "start": (
         {"start": "pissa"},
         None,
-        "shard: start is 'pissa', which needs whole weights; give 'lora' in the spec",
+        ("not-shardable", "start", "'pissa'"),
     ),
     "average": (
         {"average": "ema"},
         None,
-        "shard: average is 'ema', which needs whole weights; give 'off' in the spec",
+        ("not-shardable", "average", "'ema'"),
     ),
     "redraw": (
         {"noise": {"strength": 0.1, "redraw": "step"}},
         None,
-        "shard: noise.redraw is 'step', which needs whole weights; give 'stage' in the spec",
+        ("not-shardable", "noise.redraw", "'step'"),
     ),
     "filter": (
         {"noise": {"strength": 0.1, "distribution": "filter"}},
         None,
-        "shard: noise.distribution is 'filter', which needs whole weights; give 'uniform' in the spec",
+        ("not-shardable", "noise.distribution", "'filter'"),
     ),
     "pruned": (
         {"optimizer_state": 0.5},
