@@ -260,9 +260,9 @@ def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
 
     refuse("checkpoint-other-base", "0.weight")
     name = next(iter(whole["tensors"]))
-    for change, name in (({"kind": "other"}, "format"), ({"parked": True}, "digest")):
+    for change, word in (({"kind": "other"}, "format"), ({"parked": True}, "digest")):
         manifest.write_text(json.dumps(whole | change))
-        refuse("invalid-checkpoint", "manifest.json", name)
+        refuse("invalid-checkpoint", "manifest.json", word)
     manifest.write_text(json.dumps(whole))
     more = path / "more.safetensors"
     more.write_bytes(b"")
@@ -282,10 +282,10 @@ def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
         sharded_files.described(path, told | {name: {"shape": [1 << 40]}}, plan)
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
-    for other, row, sentence in (
-        ("branch/0.weight/lora_B", 1 << 40, " is .*, more than the [0-9]+ bytes of the files can hold"),
-        ("optimizer/0/exp_avg", 1 << 16, " is .*, more than the [0-9]+ bytes of the files can hold"),
-        ("branch/0.weight/lora_B", 1, " is .*, the plan says "),
+    for other, row, word in (
+        ("branch/0.weight/lora_B", 1 << 40, "bytes"),
+        ("optimizer/0/exp_avg", 1 << 16, "bytes"),
+        ("branch/0.weight/lora_B", 1, "plan"),
     ):
         info = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
         info[other]["saved_offsets"][0] = row
@@ -297,7 +297,7 @@ def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
         claims["tensors"] = told | {other: told[other] | {"shape": shape}}
         claims["digest"] = text_digest(canonical(claims))
         manifest.write_text(json.dumps(claims))
-        refuse(f"'{other}'{sentence}")
+        refuse("invalid-checkpoint", other, word)
 
 
 @pytest.mark.usefixtures("group")
