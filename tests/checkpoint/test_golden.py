@@ -14,6 +14,7 @@ import lorasc_fx as lx
 from lorasc_fx.runtime.checkpoint_read import read
 from lorasc_fx.runtime.folded import of_checkpoint
 from tests.checkpoint.golden import FOLDER, SPECS, base, inputs
+from tests.kit.errors import raises
 
 ANEW = ("versions", "files", "digest", "rng")
 """Fields of a manifest that another process writes otherwise."""
@@ -79,7 +80,7 @@ def test_a_fold_of_the_file_alone_gives_the_same(name: str) -> None:
 
 def test_a_sum_of_one_run_is_the_run(name: str) -> None:
     if SPECS[name].use_dora:
-        with pytest.raises(lx.SpecError, match="use_dora"):
+        with raises(lx.SpecError, "dora-not-supported", "use_dora"):
             lx.merge([FOLDER / name], base(), args=(inputs(),), weights=[1.0])
         return
     merged = lx.merge([FOLDER / name], base(), args=(inputs(),), weights=[1.0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -11,11 +10,6 @@ from torch import nn
 import lorasc_fx as lx
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, noise=lx.Noise(0.1))
-
-
-def exactly(sentence: str) -> str:
-    """The pattern of a whole message, for `pytest.raises(match=...)`."""
-    return f"^{re.escape(sentence)}$"
 
 
 def mlp() -> nn.Module:

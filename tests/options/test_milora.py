@@ -16,6 +16,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
+from tests.kit.errors import raises
 from tests.unit.cases import batches, branches, mlp, optimizer_of, train
 
 RANK, ALPHA, PACE = 2, 3.0, 0.4
@@ -158,5 +159,5 @@ def test_milora_of_fused_slices_tables_convolutions_and_a_rank_above_the_matrix(
 
 @pytest.mark.parametrize("more", [{"restart_A": "kept"}, {"restart_A": "gradient"}], ids=str)
 def test_milora_needs_a_fresh_lora_a(more: dict[str, str]) -> None:
-    with pytest.raises(lx.SpecError, match="start is 'milora'"):
+    with raises(lx.SpecError, "conflicting-options", "start", "milora", "restart_A"):
         lx.CascadeSpec(start="milora", **more)

@@ -227,7 +227,7 @@ def test_the_verifier_holds_merged_branches() -> None:
     assert any("calls branches.k/weight" in each for each in faults(graph_module))
     first.target = target
     del first.meta["lorasc_fx.replaced_call"]
-    with raises(VerifyError, "graph-not-verified"):
+    with raises(VerifyError, "graph-not-verified", "after a foreign pass"):
         verify(graph_module, "after a foreign pass")
 
 

@@ -161,7 +161,7 @@ def test_kept_noise(tmp_path: Path) -> None:
 def test_full_training_that_is_no_module(tmp_path: Path) -> None:
     cascade = lx.adapt(made(Own), (normal(2, 4, 6),), spec=lx.CascadeSpec(targets=("lin",), train=("rows",)))
     randomize(cascade)
-    with raises(ExportError, "not-exportable"):
+    with raises(ExportError, "not-exportable", "\n  rows: "):
         lx.export.peft(cascade, tmp_path)
 
 
