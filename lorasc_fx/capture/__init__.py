@@ -29,6 +29,7 @@ from lorasc_fx.capture.isolation import (
     written_by,
 )
 from lorasc_fx.capture.preflight import (
+    Difference,
     Disagreement,
     Preflight,
     check_agrees,
@@ -60,6 +61,8 @@ __all__ = [
     "Call",
     "Calls",
     "Captured",
+    "Difference",
+    "Disagreement",
     "Guards",
     "Pieces",
     "bind",
@@ -69,6 +72,7 @@ __all__ = [
     "copied",
     "device_of",
     "eager_trace",
+    "first_difference",
     "is_on_meta",
     "isolation",
     "leaves",

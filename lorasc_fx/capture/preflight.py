@@ -45,6 +45,7 @@ from lorasc_fx.undo import Block, grad_mode, isolated, raise_of_handler
 
 __all__ = [
     "PROJECTIONS",
+    "Difference",
     "Disagreement",
     "Preflight",
     "backward_nodes",

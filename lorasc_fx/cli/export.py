@@ -16,9 +16,10 @@ import lorasc_fx as lx
 from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.run_folder import RunFolder, check_output
 from lorasc_fx.cli.training import Setup
-from lorasc_fx.errors import SpecError, StateError, nearest
+from lorasc_fx.errors import SpecError, StateError, nearest, warn
 from lorasc_fx.export.safetensors_files import fold_files
 from lorasc_fx.integrations.progress import console
+from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import list_versions, read
 from lorasc_fx.runtime.folded import of_checkpoint
 
@@ -41,8 +42,21 @@ def open_run(run: Path) -> tuple[Setup, lx.Cascade, str]:
     cascade = lx.load(folder.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
     step, schedule = int(cascade.resume()["step"]), setup.schedule(setup.config.train.stages)
     ends = (0, *map(schedule.end, range(1, schedule.stages + 1)))
+    if step not in ends:
+        cascade._run.warned.accept("pace-below-one")
+        _warn_of_running(f"{run} at step {step} of {schedule.steps}", cascade.plan, cascade.stage)
     running = "" if step in ends else ", its running stage folded as it is"
     return setup, cascade, f"weights at step {step} of {schedule.steps}{running}"
+
+
+def _warn_of_running(where: str, plan: Plan, stage: int) -> None:
+    """Warn of a running stage that a fold counts as ended."""
+    warn(
+        f"{where}: stage {stage} has trained and never ended. It is folded as it is, and {plan.spec.pace_at(stage):g} "
+        "of what it has trained is kept, the pace of the spec. Let the run go on (lorasc-fx train RUN/config.toml "
+        "--resume, or cascade.transition) to fold a stage that has ended",
+        code="running-stage-folded",
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,10 @@ def run_fold(arguments: FoldArguments) -> int:
     check_output(where, folder=not single)
     found = read(checkpoint)
     with _bytes_written(f"fold {checkpoint}") as tell:
-        fold_files(of_checkpoint(found, arguments.which), arguments.base, where, tell)
+        folded = of_checkpoint(found, arguments.which)
+        fold_files(folded, arguments.base, where, tell)
+    if folded.running is not None:
+        _warn_of_running(str(found.path), found.plan, folded.running)
     print(f"{where}: {arguments.which} weights of {found.path}, in the layout of {arguments.base}")
     return 0
 

@@ -16,8 +16,11 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.capture import (
     OWNER,
+    Difference,
+    Disagreement,
     Pieces,
     eager_trace,
+    first_difference,
     isolation,
     one_line,
     quiet,
@@ -27,7 +30,7 @@ from lorasc_fx.capture import (
 )
 from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.cost import Cheapest, Expectation, expect
-from lorasc_fx.errors import CaptureError, NoSites, SpecError
+from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
@@ -225,20 +228,22 @@ def settle(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping[str, Any
     if pieces.eager:
         eager = True
     elif not eager:
-        eager = _wrong_gradient(pieces, growing, args, kwargs) is not None
+        eager = bool(_wrong_gradients(pieces, growing, args, kwargs))
     if not eager:
         return
     _check_swappable(pieces, growing.branches.values())
     pieces.swap({branch.weight_name: branch for branch in growing.branches.values()})
-    wrong: str | None = None
+    wrong: tuple[str, ...] = ()
     for once in (True,) if pieces.once else (False, True):
         pieces.run_eager(once)
-        wrong = _wrong_gradient(pieces, growing, args, kwargs)
-        if wrong is None:
+        wrong = _wrong_gradients(pieces, growing, args, kwargs)
+        if not wrong:
             return
+    first = first_difference(Disagreement(pieces, Difference("", wrong), grad=True), pieces.model, args, kwargs)
     raise CaptureError(
-        f"{type(pieces.model).__name__}: {wrong} does not get the gradient that the eager model gives its weight; "
-        "its Python computes with weights where no module shows it. Exclude them, or adapt a part of the model",
+        f"{type(pieces.model).__name__}: {named(wrong)} would not get the gradients that the eager model gives; the "
+        f"first module that differs is {first}. The model's Python computes with weights where no module shows it: "
+        "exclude these, or adapt a part of the model",
         code="wrong-gradient",
     )
 
@@ -255,8 +260,8 @@ def _check_swappable(pieces: Pieces, branches: Iterable[Branch]) -> None:
             )
 
 
-def _wrong_gradient(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping[str, Any]) -> str | None:
-    """Return a weight whose branch gets another gradient than the eager model with merged weights gives it, or None.
+def _wrong_gradients(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the weights whose branches get other gradients than the eager model with merged weights gives them.
 
     Weights that get none in the eager model are left out.
     """
@@ -276,7 +281,7 @@ def _wrong_gradient(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping
             except Exception as fault:  # as of a model that differentiates inside, and frees its graph in eval mode
                 raise_of_handler(fault)
                 log.info("%s itself has no gradients: %s", type(model).__name__, one_line(fault))
-                return None
+                return ()
             given = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
         expected = {
             branch.weight_name: torch.autograd.grad(_scaled(branch, model), _factors(branch), given[branch.weight_name])
@@ -284,22 +289,23 @@ def _wrong_gradient(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping
             if theirs and branch.weight_name in given
         }
         if not expected:
-            return None
+            return ()
         try:
             _backward(pieces, {}, args, kwargs)
         except MemoryError:
             raise
         except Exception as fault:  # torch.utils.checkpoint raises where forward and backward compute differently
             log.info("%s in pieces: backward raises %s", type(model).__name__, one_line(fault))
-            return next(iter(expected))
+            return tuple(expected)
         narrow = COARSE if coarse else max(SUSPECT[weight.dtype] for weight in weights.values())
         most = max(float(gradient.double().norm()) for pair in expected.values() for gradient in pair)
+        wrong: dict[str, None] = {}
         for branch in plain:
             for factor, right in zip(_factors(branch), expected.get(branch.weight_name, ()), strict=False):
-                found = torch.zeros_like(right) if factor.grad is None else factor.grad
-                if float((found - right).double().norm()) > narrow * (float(right.double().norm()) + 1e-3 * most):
-                    return branch.weight_name
-    return None
+                gradient = torch.zeros_like(right) if factor.grad is None else factor.grad
+                if float((gradient - right).double().norm()) > narrow * (float(right.double().norm()) + 1e-3 * most):
+                    wrong[branch.weight_name] = None
+    return tuple(wrong)
 
 
 def _coarse(branches: Sequence[Branch], model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -610,6 +611,20 @@ class Cascade(nn.Module):
         if not self._state_dict_hooks:  # an integration's checkpoints keep the small state
             self._usage.check_saved(self._run)
         return super().state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Let `copy` copy the cascade, and refuse to be pickled: graphs read the model that they were made of.
+
+        Raises:
+            StateError: whoever asks is not Python's `copy`.
+        """
+        if sys._getframe(1).f_globals.get("__name__") == "copy":
+            return super().__reduce_ex__(protocol)
+        raise StateError(
+            "a cascade cannot be pickled, by torch.save, a spawned process or otherwise: write a checkpoint by "
+            "lorasc_fx.save and read it by lorasc_fx.load, or pickle the model after cascade.release()",
+            code="pickled",
+        )
 
     def _take_over(self, found: checkpoint_read.Checkpoint, undo: Undo | None = None) -> None:
         """Take over a checkpoint that was read, by itself or as a part of a larger block."""

@@ -37,6 +37,7 @@ class FoldedWeights:
         changes: of each parameter that a fold changes, by its first name.
         buffers: the model's buffers as they are, by name.
         aliases: the names of a tied parameter, by each of them.
+        running: the number of a stage that has trained and had not ended, which counts as ended here; None without one.
     """
 
     where: str
@@ -44,6 +45,7 @@ class FoldedWeights:
     changes: Mapping[str, Change]
     buffers: Mapping[str, torch.Tensor]
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    running: int | None = None
 
 
 def of_core(core: Run, call: str, which: Which = "slow") -> FoldedWeights:
@@ -102,7 +104,8 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     for name, value in state.values.items():
         changes[name] = partial(_cast, trained_value(trained, name, which, value))
     aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
-    return FoldedWeights(str(checkpoint.path), dict(checkpoint.manifest["base"]), changes, state.buffers, aliases)
+    base, unended = dict(checkpoint.manifest["base"]), plan.stage if begun else None
+    return FoldedWeights(str(checkpoint.path), base, changes, state.buffers, aliases, unended)
 
 
 def running_branches(state: RunState) -> dict[str, Branch]:

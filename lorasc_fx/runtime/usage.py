@@ -14,6 +14,7 @@ import atexit
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class UsageWatch:
                 own = sys._getframe(1).f_locals.get("self", own)  # a shallow copy (DataParallel) has this function too
             assert own is not None
             if not torch.compiler.is_compiling():
-                self._check("model-called-inside-stage", own)
+                _untraced(self._check)("model-called-inside-stage", own)
             return own._call_impl(*args, **kwargs)
 
         handle = run.model.register_state_dict_pre_hook(self)
@@ -155,6 +156,12 @@ class UsageWatch:
 
     def __reduce__(self) -> tuple[type[UsageWatch], tuple[()]]:
         return (UsageWatch, ())
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that dynamo does not trace where it runs between the graphs of the model."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return function if dynamo is None else dynamo.disable(function)
 
 
 def _differs(run: Run) -> bool:

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.cli.export import FORMATS
+from lorasc_fx.errors import LorascWarning
 
 SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "16", "--data.validation", "16",
          "--data.test", "10", "--data.shifts", "--spec.train"]  # fmt: skip
@@ -86,6 +88,32 @@ def test_a_run_is_folded_into_its_base(run: Path, place: Path, capsys: pytest.Ca
     assert all(torch.equal(found[name], value) for name, value in folded.items())
     assert not torch.equal(found["0.weight"], base["0.weight"])
     assert torch.equal(found["7.weight"], base["7.weight"])
+
+
+def test_a_fold_of_a_stage_that_never_ended_warns(place: Path, tiny_model: Callable[[], nn.Module]) -> None:
+    """The checkpoint alone, in its second stage: the slow weights of a release, and a warning of what is kept."""
+    torch.manual_seed(3)
+    model = tiny_model()
+    save_file(model.state_dict(), "base.safetensors")
+    x = torch.randn(2, 3, 8, 8)
+    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2, pace=0.25))
+    cascade.transition(None)
+    with torch.no_grad():
+        for name, factor in cascade.branches.named_parameters():
+            factor.add_(0.1 * len(name))
+    lx.save(cascade, "checkpoint")
+    fold = ["fold", "checkpoint", "--base", "base.safetensors", "--output", "new.safetensors"]
+    sentence = (
+        r"^checkpoint.version-\d+: stage 2 has trained and never ended\. It is folded as it is, and 0\.25 of what it "
+    )
+    with pytest.warns(LorascWarning, match=sentence):
+        assert main(fold) == 0
+    found, folded = load_file("new.safetensors"), cascade.folded_state_dict()
+    for name, value in folded.items():
+        torch.testing.assert_close(found[name], value)
+    cascade.transition(None)
+    lx.save(cascade, "checkpoint")
+    assert main(fold) == 0  # silent: warnings are errors here
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ The logger `lorasc_fx` holds at INFO what was done and how long it took.
 - A stage ended and no branch has moved: the loop calls the model and not the cascade, or no step was made.
 - A first stage that has trained is folded (`release`, `folded_state_dict`, `folded_graph`, an export, `merge`) under a
   `pace` below 1, and neither `stages` nor `transition` was called: that share of what it has trained is kept.
+- `lorasc-fx fold` or `export` meets a run, or a checkpoint, whose running stage has trained and never ended: it is
+  folded as it is, and the `pace` of the spec counts.
 - The program ends, and what a first stage has trained was neither folded nor saved.
 - The cascade is called in eval mode inside a stage with noise; `weights("slow")` and `weights("fast")` hold none.
 - The user's model is called, or its `state_dict()` is read, inside a stage: it lacks the running branches, and may hold

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle  # noqa: TID251  # that a cascade is refused is what is tested
 import re
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +23,23 @@ from tests.kit.state import trainable, trained_in_full, variant_for, weight_stat
 
 TRAINED = lx.CascadeSpec(rank=2, train=("3.*",), noise=lx.Noise(0.1))
 X = inputs(4, 5, seed=3)
+
+
+def test_a_cascade_is_not_pickled(tmp_path: Path) -> None:
+    cascade, _ = adapted()
+    sentence = (
+        r"^a cascade cannot be pickled, .*: write a checkpoint by lorasc_fx\.save and read it by lorasc_fx\.load, or "
+    )
+    for act in (pickle.dumps, ForkingPickler.dumps, lambda each: torch.save(each, tmp_path / "cascade.pt")):
+        with unchanged(cascade), pytest.raises(lx.StateError, match=sentence) as told:
+            act(cascade)
+        assert told.value.code == "pickled"
+    copied = copy.deepcopy(cascade)
+    torch.testing.assert_close(copied(X), cascade(X), rtol=0, atol=0)
+    assert type(copy.copy(cascade)) is type(cascade)
+    released = cascade.release()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(released))(X), released(X))  # noqa: S301
+
 
 # ---- after release
 

@@ -242,6 +242,9 @@ def _modes_1d_3d() -> nn.Module:
     )
 
 
+COMPUTED_INDEX = torch.__version__ >= (2, 13)
+"""Whether torch.export takes an index that the input computes."""
+
 CASES: tuple[Case, ...] = (
     # ATen
     Case("aten_linear", _mlp, randn(4, 2, 5), aten, "0.weight=linear 2.weight=linear_1"),
@@ -438,8 +441,7 @@ CASES: tuple[Case, ...] = (
         "lin.weight=nn.Linear",
         {"q": Reason.NOT_FLOATING},
     ),
-    # torch.export takes an index that the input computes since torch 2.13
-    *(case for case in WEIGHT_CASES if case.name != "aten_chosen" or torch.__version__ >= (2, 13)),
+    *(case for case in WEIGHT_CASES if case.name != "aten_chosen" or COMPUTED_INDEX),
 )
 
 BY_NAME = {case.name: case for case in CASES}

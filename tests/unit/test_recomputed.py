@@ -320,13 +320,13 @@ def test_a_weight_that_only_a_closure_holds_in_backward_is_refused() -> None:
     class Closure(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.body = nn.Linear(5, 6), nn.Linear(6, 6)
+            self.body, self.second, self.stem = nn.Linear(6, 6), nn.Linear(7, 6), nn.Linear(5, 7)
             self.held = (self.body.weight,)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.body(Holds.apply(self.stem(x), self.held))
+            return self.body(Holds.apply(self.second(self.stem(x)), self.held))
 
-    with raises(lx.CaptureError, "wrong-gradient", "Closure", "stem.weight"):
+    with raises(lx.CaptureError, "wrong-gradient", "Closure", "second.weight", "stem (Linear)"):
         lx.adapt(Closure(), (X.float(),), spec=SPEC)
 
 
