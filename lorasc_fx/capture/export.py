@@ -72,8 +72,9 @@ def _by_parameter(guards: list[str], signature: inspect.Signature) -> list[str]:
     if "args" not in kinds:
         for index, name in enumerate(kinds):
             guards = [guard.replace(f"L['args'][{index}]", f"L['{name}']") for guard in guards]
-    if "kwargs" not in kinds:
-        guards = [re.sub(r"L\['kwargs'\]\['(\w+)'\]", r"L['\1']", guard) for guard in guards]
+    if kinds.get("kwargs") in (None, inspect.Parameter.VAR_KEYWORD):
+        for name in kinds:
+            guards = [guard.replace(f"L['kwargs']['{name}']", f"L['{name}']") for guard in guards]
     return guards
 
 
