@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,11 +14,9 @@ from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
 from lorasc_fx.runtime.codec import RunState
 from lorasc_fx.runtime.folding import check_which, ended, trained_value
 from lorasc_fx.runtime.rigid import check_asked
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.transition import trained_moved
 from lorasc_fx.state import Which, check_finite
-
-if TYPE_CHECKING:
-    from lorasc_fx.runtime.run import Run
 
 __all__ = ["Change", "FoldedWeights", "has_trained_since", "of_checkpoint", "of_core", "running_branches"]
 
