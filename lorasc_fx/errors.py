@@ -166,6 +166,7 @@ CODES = {
     "parameter-left-out": "(warning) a parameter that is not finite goes on from its last value",
     "pass-order": "passes cannot run in this order",
     "path-in-the-way": "something else is at the path that is to be written",
+    "pickled": "a cascade does not pickle; save and load, or release",
     "plan-mismatch": "the plan of a checkpoint does not fit the model",
     "planned-otherwise": "a graph was planned under another spec",
     "process-lost": "another process is gone",

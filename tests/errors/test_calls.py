@@ -27,13 +27,9 @@ X = inputs(4, 5, seed=3)
 
 def test_a_cascade_is_not_pickled(tmp_path: Path) -> None:
     cascade, _ = adapted()
-    sentence = (
-        r"^a cascade cannot be pickled, .*: write a checkpoint by lorasc_fx\.save and read it by lorasc_fx\.load, or "
-    )
     for act in (pickle.dumps, ForkingPickler.dumps, lambda each: torch.save(each, tmp_path / "cascade.pt")):
-        with unchanged(cascade), pytest.raises(lx.StateError, match=sentence) as told:
+        with unchanged(cascade), raises(lx.StateError, "pickled", "lorasc_fx.save", "release"):
             act(cascade)
-        assert told.value.code == "pickled"
     copied = copy.deepcopy(cascade)
     torch.testing.assert_close(copied(X), cascade(X), rtol=0, atol=0)
     assert type(copy.copy(cascade)) is type(cascade)
