@@ -38,9 +38,14 @@ class ConvCall(NamedTuple):
         """Return the input as the convolution reads it."""
         return x if self.pad is None else F.pad(x, list(self.pad), mode=self.pad_mode)
 
-    def conv(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the convolution of a padded input with a kernel [out, in/groups, *kernel]."""
-        convolve: Callable[..., torch.Tensor] = CONV[kernel.dim() - 2]
+    def conv(
+        self, places: int, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the convolution over so many axes of a padded input with a kernel [out, in/groups, *kernel].
+
+        The number of axes is given, because under torch.fx.symbolic_trace a kernel knows none.
+        """
+        convolve: Callable[..., torch.Tensor] = CONV[places]
         return convolve(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def grid(self, x: torch.Tensor, kernel: Sequence[int]) -> Grid | None:
@@ -78,7 +83,8 @@ class ConvBranch(Branch):
         image = call.padded(x)
         grid = call.grid(image, self.weight_shape[2:]) if by_hand(x, weight) else None
         if grid is None:
-            return self._beside(call.conv(image, weight, bias), image, call, grid)
+            base = call.conv(len(self.weight_shape) - 2, image, weight, bias)
+            return self._beside(base, image, call, grid)
         a, dtype = self.lora_A.view(-1, *self.weight_shape[1:]), computes_in(image)
         bias = bias.to(dtype) if bias is not None else None
         return apply(MergedConv, image.to(dtype), weight, bias, a, self.up, grid, self.scale)
@@ -94,10 +100,9 @@ class ConvBranch(Branch):
 
 def low_rank_conv(branch: Branch, image: torch.Tensor, call: ConvCall) -> torch.Tensor:
     """Return `B (A * x)` of a padded input by plain operations; with groups as one convolution with the delta."""
+    kernel = branch.weight_shape[2:]
     if call.groups != 1:
-        return call.conv(image, branch.delta().to(image.dtype))
+        return call.conv(len(kernel), image, branch.delta().to(image.dtype))
     a, b = branch.lora_A.to(image.dtype), branch.up.to(image.dtype)
-    low = call.conv(image, a.view(-1, *branch.weight_shape[1:]))
-    up = b[(..., *(None for _ in branch.weight_shape[2:]))]
-    convolve: Callable[..., torch.Tensor] = CONV[up.dim() - 2]
-    return convolve(low, up)
+    low = call.conv(len(kernel), image, a.view(-1, *branch.weight_shape[1:]))
+    return ConvCall().conv(len(kernel), low, b[(..., *(None for _ in kernel))])

@@ -94,7 +94,8 @@ class DoraBranch(Branch):
     def _conv(self, x: torch.Tensor, weight: torch.Tensor, call: ConvCall) -> torch.Tensor:
         """Return the convolution with `W + s B A`, without a bias."""
         image = call.padded(x)
-        return plus(call.conv(image, weight), low_rank_conv(self, image, call), self.scale)
+        base = call.conv(len(self.weight_shape) - 2, image, weight)
+        return plus(base, low_rank_conv(self, image, call), self.scale)
 
 
 BRANCH_OF: dict[str, type[Branch]] = {
