@@ -55,7 +55,7 @@ def _warn_of_running(where: str, plan: Plan, stage: int) -> None:
         f"{where}: stage {stage} has trained and never ended. It is folded as it is, and {plan.spec.pace_at(stage):g} "
         "of what it has trained is kept, the pace of the spec. Let the run go on (lorasc-fx train RUN/config.toml "
         "--resume, or cascade.transition) to fold a stage that has ended",
-        code="running-stage-folded",
+        "running-stage-folded",
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.cli.export import FORMATS
-from lorasc_fx.errors import LorascWarning
+from tests.kit.errors import warns
 
 SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "16", "--data.validation", "16",
          "--data.test", "10", "--data.shifts", "--spec.train"]  # fmt: skip
@@ -103,10 +103,7 @@ def test_a_fold_of_a_stage_that_never_ended_warns(place: Path, tiny_model: Calla
             factor.add_(0.1 * len(name))
     lx.save(cascade, "checkpoint")
     fold = ["fold", "checkpoint", "--base", "base.safetensors", "--output", "new.safetensors"]
-    sentence = (
-        r"^checkpoint.version-\d+: stage 2 has trained and never ended\. It is folded as it is, and 0\.25 of what it "
-    )
-    with pytest.warns(LorascWarning, match=sentence):
+    with warns("running-stage-folded", "checkpoint", "stage 2", "0.25"):
         assert main(fold) == 0
     found, folded = load_file("new.safetensors"), cascade.folded_state_dict()
     for name, value in folded.items():

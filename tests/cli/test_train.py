@@ -19,7 +19,7 @@ import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.training import Setup
-from lorasc_fx.errors import LorascWarning
+from tests.kit.errors import warns
 
 StopAfter = Callable[[int], AbstractContextManager[None]]
 Alone = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -98,7 +98,7 @@ def test_a_fold_inside_a_stage_counts_it_as_ended_and_has_no_noise(
 ) -> None:
     with stop_after(6):
         assert main(["train", "tiny.toml"]) == 130
-    with pytest.warns(LorascWarning, match=r"^runs.tiny at step 6 of 12: stage \d has trained and never ended\. It is"):
+    with warns("running-stage-folded", "tiny", "step 6 of 12"):
         assert main(["fold", "runs/tiny"]) == 0
     assert "slow weights at step 6 of 12, its running stage folded as it is" in capsys.readouterr().out
     folded = weights(place / "runs" / "tiny" / "folded.safetensors")
