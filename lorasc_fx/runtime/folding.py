@@ -85,7 +85,8 @@ def place(
     with Commit(run.lock) as undo:
         dense_in_place(run.model, values, undo)
         names = [*slow.states, *slow.trained]
-        run.commit(Planned(plan, run.slow, names, write, placed=which if stage is None else stage), undo)
+        placed = which if stage is None else stage
+        run.commit(Planned(plan, run.slow, names, write, placed=placed, live=live), undo)
 
 
 @dataclass(frozen=True)
@@ -325,4 +326,4 @@ def release(run: Run, quantized: Requantize, which: Which, undo: Undo) -> None:
     values = {name: slow.value(name, which, parameters[name]) for name in rigid}
     names = [name for name in [*slow.states, *live] if name not in values]
     requantized(dense_in_place(run.model, values, undo), quantized)
-    run.commit(Planned(run.plan, SlowWeights(), names, write), undo)
+    run.commit(Planned(run.plan, SlowWeights(), names, write, live=live), undo)

@@ -43,6 +43,7 @@ class Planned:
         begins: a stage begins, and gradients of the one before are dropped.
         optimizer, states: that gets these states.
         placed: the weights are in place for a while, and plan and slow weights stay.
+        live: copies of parameters trained in full, as they are now, that the caller has; of the others one is made.
     """
 
     plan: Plan
@@ -56,6 +57,7 @@ class Planned:
     optimizer: torch.optim.Optimizer | None = None
     states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
     placed: Which | int | None = None
+    live: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 _GRADIENT = "gradient/"
@@ -233,11 +235,14 @@ class Run:
         undo(self.restorer())
         if planned.slots or planned.tensors:
             undo(restorer(self.model))
-        undo(self.values_restorer(planned.factors, trained, [tensor for tensor, _ in planned.tensors]))
+        copied = [parameters[name] for name in parameters if name in slow.trained and name not in planned.live]
+        undo(self.values_restorer(planned.factors, copied, [tensor for tensor, _ in planned.tensors]))
 
         def put_back(name: str, out: torch.Tensor) -> None:
             if name in slow.states:
                 slow.write_resting(name, plan, out)
+            elif name in planned.live:
+                out.copy_(planned.live[name])
             elif name not in slow.trained:  # whose value is put back from a copy
                 planned.slow.write_value(name, "base", out)
 

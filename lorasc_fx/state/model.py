@@ -166,7 +166,7 @@ class SlowWeights:
         new = {}
         for name, value in parameters.items():
             base = host(value)
-            new[name] = Trained.of(base, base.to(arithmetic(base.dtype)), rules.get(name))
+            new[name] = Trained(base, {"slow": base.to(arithmetic(base.dtype)), "start": base}, rules.get(name))
         return replace(self, trained=new)
 
     def resting(self, name: str, plan: Plan, like: torch.Tensor) -> torch.Tensor:
