@@ -249,7 +249,7 @@ def test_a_transition_inside_autocast_is_none_of_its_business() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_parameter_trained_in_full_is_copied_once_while_other_weights_are_in_place(dtype: torch.dtype) -> None:
-    """Its value of now is kept once, and its slow value, which is in fp32, is rounded once."""
+    """Its value of now is kept once, and a slow value, which is in fp32, is rounded; some kilobytes are kept free."""
     torch.manual_seed(2)
     model = nn.Sequential(nn.Embedding(4000, 16), nn.Linear(16, 2)).to(dtype)
     spec = lx.CascadeSpec(rank=1, train=("0.*",))
@@ -259,7 +259,7 @@ def test_a_parameter_trained_in_full_is_copied_once_while_other_weights_are_in_p
     live, unit = model[0].weight.detach().clone(), model[0].weight.nbytes
     with Peak() as peak, cascade.weights("slow"):
         assert not torch.equal(model[0].weight, live)
-    assert unit <= peak.most <= (1 if dtype == torch.float32 else 2) * unit + 1000
+    assert unit <= peak.most <= (1 if dtype == torch.float32 else 2) * unit + 10_000
     assert torch.equal(model[0].weight, live)
     with pytest.raises(KeyboardInterrupt), Interrupted(live.shape):
         cascade.release()
