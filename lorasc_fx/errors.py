@@ -327,8 +327,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 def listed(known: Iterable[str], count: int = 5) -> str:
     """Return "; known: 'a', 'b' and 7 more" with the first known names: the answer where none is near."""
     names = list(known)
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return "; known: " + ", ".join(map(repr, names[:count])) + more if names else ""
+    return "; known: " + named(map(repr, names), count) if names else ""
 
 
 def named(names: Iterable[str], count: int = 3) -> str:

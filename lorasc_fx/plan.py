@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.spec import KINDS, PLACEMENTS, CascadeSpec, Scaling
 
@@ -271,7 +272,7 @@ def _checked(site: Site) -> Site:
         raise ValueError(f"parts is {site.parts}, which are not the rows of a weight of shape {site.shape}")
     if site.placement not in PLACEMENTS:
         raise ValueError(f"placement is {site.placement!r}, not one of {', '.join(PLACEMENTS)}")
-    if isinstance(site.dropout, bool) or not isinstance(site.dropout, (int, float)) or not 0 <= site.dropout < 1:
+    if not is_number(site.dropout) or not 0 <= site.dropout < 1:
         raise ValueError(f"dropout is {site.dropout!r}, not a share in [0, 1)")
     if not isinstance(site.form, str):
         raise ValueError(f"form is {site.form!r}, not the name of a form")
@@ -290,7 +291,7 @@ def _checked(site: Site) -> Site:
 
 
 def _count(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_integer(value, least):
         raise ValueError(f"{name} is {value!r}, not an integer of {least} or more")
     if value > most:
         raise ValueError(f"{name} is above {most}")

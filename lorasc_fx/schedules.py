@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from lorasc_fx.branch import generator
+from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import SpecError
 from lorasc_fx.runtime import Cascade
 
@@ -46,9 +47,9 @@ class Plateau:
         mode: Literal["min", "max"] = "min",
         threshold_mode: Literal["rel", "abs"] = "rel",
     ) -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
+        if not is_integer(patience, 0):
             raise SpecError(f"Plateau: patience is {patience!r}; give a number of reports, an integer of 0 or more")
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+        if not is_number(threshold) or not 0 <= threshold < math.inf:
             raise SpecError(f"Plateau: threshold is {threshold!r}; give a finite number of 0 or more")
         if mode not in ("min", "max"):
             raise SpecError(f"Plateau: mode is {mode!r}; give 'min' or 'max'")
@@ -126,9 +127,9 @@ class StageSchedule(LRScheduler):
         if steps is not None and not counts:
             raise SpecError("StageSchedule: steps is empty; give the optimizer steps of a stage, or None for no decay")
         for name, value, least in (*(("steps", count, 1) for count in counts), ("warmup", warmup, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_integer(value, least):
                 raise SpecError(f"StageSchedule: {name} is {value!r}; give an integer of {least} or more")
-        if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 <= floor < 1:
+        if not is_number(floor) or not 0 <= floor < 1:
             raise SpecError(f"StageSchedule: floor is {floor!r}; give a share of the full rate in [0, 1)")
         if decay not in ("cosine", "linear"):
             raise SpecError(f"StageSchedule: decay is {decay!r}; give 'cosine' or 'linear'")
@@ -239,7 +240,7 @@ def shuffled_batches(
         SpecError: a batch size, seed, start or share that cannot be meant, or an option that decides on the order.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("start", start, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_integer(value, least):
             raise SpecError(f"shuffled_batches: {name} is {value!r}; give an integer of {least} or more")
     taken = [name for name in ("batch_sampler", "sampler", "shuffle", "drop_last", "generator") if name in options]
     if taken:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import SpecError
 from lorasc_fx.options import AVERAGES, DISTRIBUTIONS, NEXT_A, RESTARTS, STARTS, NextA, Start
 from lorasc_fx.spec_checks import (
@@ -233,7 +234,7 @@ class CascadeSpec:
             raise SpecError(f"noise is {self.noise!r}; give lorasc_fx.Noise(strength)")
         for name in ("use_rslora", "slow_train", "use_dora", "train_A", "nearest_full_gradient"):
             _flag(name, getattr(self, name))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not is_integer(self.seed, 0) or self.seed >= 2**63:
             raise SpecError(f"seed is {self.seed!r}; give an integer from 0 to 2**63 - 1")
         if isinstance(self.optimizer_state, str):
             _choice("optimizer_state", self.optimizer_state, ("reset", "kept"))

@@ -6,11 +6,11 @@ A pair is refused when the spec is made, before there is a model to change. docs
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
+from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.options import STARTS, one_of
 
@@ -218,12 +218,12 @@ def _sequence(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def _rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_integer(value, 1):
         raise SpecError(f"{name} is {value!r}; a rank is an integer of 1 or more")
 
 
 def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         raise SpecError(f"{name} is {value!r}; give a finite number")
 
 

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
+from lorasc_fx.checks import is_number
 from lorasc_fx.graph import GraphEditor
 from lorasc_fx.graph.flow import may_alias, mutates
 
@@ -350,7 +351,7 @@ class _Call:
         argument = self.given.get(name)
         if isinstance(argument, fx.Node):
             return self.known.get(argument)
-        if isinstance(argument, bool) or not isinstance(argument, (int, float)) or not abs(argument) <= _LARGE:
+        if not is_number(argument) or not abs(argument) <= _LARGE:
             return None
         return Affine((), int(argument)) if argument == int(argument) else None
 

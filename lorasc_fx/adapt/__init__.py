@@ -247,13 +247,12 @@ def _tell_of_wide_branches(plan: Plan) -> None:
         if max((site.rank, *site.ranks)) > (most := min(*site.matrix_shape, *site.parts))
     ]
     if wide:
-        (site, most), more = wide[0], f" and {len(wide) - 1} more" if len(wide) > 1 else ""
+        site, most = wide[0]
         log.info(
-            "rank %d is more than %s%s can have: a matrix of %s has a rank of %d at most. The branch computes what a "
+            "rank %d is more than %s can have: a matrix of %s has a rank of %d at most. The branch computes what a "
             "smaller one would, at more cost; give such weights a rank of their own (rules=...)",
             max((site.rank, *site.ranks)),
-            site.weight,
-            more,
+            named([site.weight for site, _ in wide], 1),
             tuple(site.matrix_shape),
             most,
         )

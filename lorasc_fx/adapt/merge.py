@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -14,6 +13,7 @@ from torch import nn
 from lorasc_fx.adapt import _adapt, _check_new
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import open_model
+from lorasc_fx.checks import is_number
 from lorasc_fx.errors import CheckpointError, PassError, SpecError
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.plan import Plan, Site
@@ -96,7 +96,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     if len(shares) != count:
         raise SpecError(f"merge: {len(shares)} weights for {count} runs; give one a run")
     for weight in shares:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_number(weight):
             raise SpecError(f"merge: weights has {weight!r}; give finite numbers")
     return [float(weight) for weight in shares]
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import CheckpointError, nearest
 from lorasc_fx.export.peft_layout import Conv1d, Place
 
@@ -233,7 +234,7 @@ def _short(value: Any) -> str:
 
 
 def _count(path: Path, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_integer(value, 1):
         raise CheckpointError(
             f"{path}: {name} is {_short(value)}; a rank is an integer of 1 or more", code="invalid-adapter"
         )
@@ -241,7 +242,7 @@ def _count(path: Path, name: str, value: Any) -> int:
 
 
 def _positive(path: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+    if not is_number(value) or not 0 < value < 1e30:
         raise CheckpointError(
             f"{path}: {name} is {_short(value)}; it scales the factors: a number above 0", code="invalid-adapter"
         )
@@ -249,7 +250,7 @@ def _positive(path: Path, name: str, value: Any) -> float:
 
 
 def _share(path: Path, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise CheckpointError(f"{path}: lora_dropout is {_short(value)}, not a share in [0, 1)", code="invalid-adapter")
     return float(value)
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.export.peft_config import CONFIG, TENSORS, config_of, leaking
 from lorasc_fx.export.peft_factors import Change, CutOff, change_of, nothing
@@ -168,7 +169,7 @@ def peft(
 def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
     if which not in ("slow", "fast", "averaged"):
         raise SpecError(f"export.peft: which is {which!r}; give 'slow', 'fast' or 'averaged'")
-    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
+    if max_rank is not None and (not is_integer(max_rank, 1)):
         raise SpecError(f"export.peft: max_rank is {max_rank!r}; a rank is an integer of 1 or more")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"export.peft: dtype is {dtype!r}; give a floating dtype, as torch.float32")

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
 from lorasc_fx.export.base_files import Entry, Shard, entry_of, head_of, matched, read_shard, write_tensor
 from lorasc_fx.runtime import Cascade
@@ -73,7 +74,7 @@ def safetensors(
     with cascade._run.exclusive(call):
         if base is not None:
             return fold_files(of_core(cascade._run, call, which), path_of(base), out, progress)
-        if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        if not is_integer(max_shard_bytes, 1):
             raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
         check_free(out)
         values: Values = {}

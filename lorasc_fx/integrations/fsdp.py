@@ -8,9 +8,10 @@ made of its own rows of B and of all of A, so that no weight is gathered (algori
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from lorasc_fx.adapt import restored
 from lorasc_fx.capture import leaves
 from lorasc_fx.compile import Variant
-from lorasc_fx.errors import StateError
-from lorasc_fx.integrations.segments import ROOT, Cut, cut, together, unit_of
-from lorasc_fx.integrations.sharded_files import load, resume, save
-from lorasc_fx.integrations.units import Shards, SplitGraph, Unit
+from lorasc_fx.errors import StateError, path_of
+from lorasc_fx.integrations.processes import agreed
+from lorasc_fx.integrations.segments import ROOT, Cut, Shards, SplitGraph, Unit, cut, together, unit_of
+from lorasc_fx.integrations.sharded_files import fill, read, resume, save
 from lorasc_fx.runtime import Cascade, folding
 from lorasc_fx.shards import Rows, whole
 from lorasc_fx.spec import CascadeSpec, Noise
@@ -96,6 +98,50 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         variants.held = {key: [new[id(each)] for each in held] for key, held in variants.held.items()}
         variants.plain = [(mode, kinds, new[id(each)]) for mode, kinds, each in variants.plain]
         cascade._compiler = replace(compiler, closed=NO_MORE_GRAPHS)
+    return cascade
+
+
+def load(
+    folder: str | PathLike[str],
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    calls: Sequence[tuple[bool, Sequence[Any], Mapping[str, Any]]] = (),
+) -> Cascade:
+    """Adapt and shard a base model as the newest checkpoint in a folder has it, on any number of processes.
+
+    `resume` then gives optimizer, scheduler and random generators their state.
+
+    Args:
+        folder: that `save` wrote to, and that every process sees.
+        model, args, kwargs: as for `lorasc_fx.load`; the model holds the weights that were adapted.
+        mesh: as for `shard`.
+        calls: (mode, args, kwargs) of other calls, whose graphs are made before the weights are cut; mode is True for
+            training.
+
+    Raises:
+        CheckpointError: nothing to load, damage, or another base.
+        StateError: what cannot be sharded, or another process has failed or is gone.
+    """
+    if not dist.is_initialized():
+        raise StateError(
+            "load: no process group is there; start the processes by torchrun and call "
+            "torch.distributed.init_process_group first",
+            code="no-process-group",
+        )
+    group = mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
+    with agreed("load", group):
+        found = read(path_of(folder))
+    with agreed("load", group):
+        cascade = restored(found, model, args, kwargs, "memory", lambda *_: None)
+        for mode, more, named in calls:
+            before = cascade.training
+            with torch.no_grad():
+                cascade.train(mode)(*more, **named)
+            cascade.train(before)
+    fill(shard(cascade, mesh), found, group)
     return cascade
 
 

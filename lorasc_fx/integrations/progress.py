@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import SpecError, path_of
 from lorasc_fx.extras import require
 from lorasc_fx.runtime import Stage
@@ -86,7 +87,7 @@ def telling(
         MissingExtra: rich is not installed (the extra `cli`).
     """
     for name, count in (("steps", steps), ("every", every)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_integer(count, 1):
             raise SpecError(f"telling: {name} is {count!r}; give an integer of 1 or more")
     with contextlib.ExitStack() as held:
         reporter = held.enter_context(reporting())

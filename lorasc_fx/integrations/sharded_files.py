@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -19,20 +19,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 from torch.distributed.checkpoint.state_dict_saver import save as write_shards
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import zeros
 
-from lorasc_fx.adapt import restored
 from lorasc_fx.errors import CheckpointError, StateError, path_of
 from lorasc_fx.integrations.processes import RANKS, agreed, gathered, reseed, streams, text_of_rank_0
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical, list_versions, next_name, way_back
-from lorasc_fx.runtime.checkpoint_read import Checkpoint, branch_faults, restore
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, branch_faults
 from lorasc_fx.runtime.checkpoint_write import (
     clear_interrupted,
     contents,
@@ -50,7 +47,7 @@ from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import Rows, local
 from lorasc_fx.state import Side, Tree
 
-__all__ = ["load", "resume", "save"]
+__all__ = ["fill", "read", "resume", "save"]
 
 T = TypeVar("T", bound=Tree)
 
@@ -137,58 +134,15 @@ def _named(beside: Path, root: Path, manifest: dict[str, Any]) -> Path:
     return version
 
 
-def load(
-    folder: str | PathLike[str],
-    model: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    mesh: DeviceMesh | None = None,
-    calls: Sequence[tuple[bool, Sequence[Any], Mapping[str, Any]]] = (),
-) -> Cascade:
-    """Adapt and shard a base model as the newest checkpoint in a folder has it, on any number of processes.
-
-    `resume` then gives optimizer, scheduler and random generators their state.
-
-    Args:
-        folder: that `save` wrote to, and that every process sees.
-        model, args, kwargs: as for `lorasc_fx.load`; the model holds the weights that were adapted.
-        mesh: as for `shard`.
-        calls: (mode, args, kwargs) of other calls, whose graphs are made before the weights are cut; mode is True for
-            training.
-
-    Raises:
-        CheckpointError: nothing to load, damage, or another base.
-        StateError: what cannot be sharded, or another process has failed or is gone.
-    """
-    from lorasc_fx.integrations.fsdp import shard
-
-    if not dist.is_initialized():
-        raise StateError(
-            "load: no process group is there; start the processes by torchrun and call "
-            "torch.distributed.init_process_group first",
-            code="no-process-group",
-        )
-    group = mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
-    with agreed("load", group):
-        found = _read(path_of(folder))
-    with agreed("load", group):
-        cascade = restored(found, model, args, kwargs, "memory", lambda *_: None)
-        for mode, more, named in calls:
-            before = cascade.training
-            with torch.no_grad():
-                cascade.train(mode)(*more, **named)
-            cascade.train(before)
-    shard(cascade, mesh)
+def fill(cascade: Cascade, found: Checkpoint, group: dist.ProcessGroup | None) -> None:
+    """Read the tensors of a checkpoint into a sharded cascade that has its plan; each process reads its own shards."""
     parameter: Any = next(iter(cascade.parameters()))
     with agreed("load", group):
         tensors = _targets(found, parameter)
     with agreed("load", group):
         read_shards(tensors, storage_reader=HuggingFaceStorageReader(str(found.path)), process_group=group)
         here = {name: each if name.startswith("optimizer/") else local(each).cpu() for name, each in tensors.items()}
-        restore(cascade._run, Checkpoint(found.path, found.manifest, here, found.plan))
-        cascade._loaded = Checkpoint(found.path, found.manifest, here, found.plan)
-    return cascade
+        cascade._take_over(Checkpoint(found.path, found.manifest, here, found.plan))
 
 
 def resume(cascade: Cascade, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
@@ -230,7 +184,7 @@ def _described(tensor: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "rows": rows}
 
 
-def _read(root: Path) -> Checkpoint:
+def read(root: Path) -> Checkpoint:
     """Read the manifest of the newest version in a folder; rank 0 holds the files against their digests."""
     versions = list_versions(root)
     if not versions:

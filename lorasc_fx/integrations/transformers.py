@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.extras import require
 from lorasc_fx.integrations.small_state import keep_small
@@ -82,7 +83,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 code="conflicting-options",
             )
         for name, count in (("epochs", epochs), ("steps", steps)):
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            if count is not None and (not is_integer(count, 1)):
                 raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
         if evaluate not in get_args(Evaluated):
             raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; give one of {', '.join(get_args(Evaluated))}")

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from lorasc_fx.branch import shared_down
+from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest, path_of
 from lorasc_fx.graph import branch_nodes, call_template, text
 from lorasc_fx.graph.printer import SYMBOL
@@ -75,7 +76,7 @@ def draw_graphs(
         raise SpecError(f"draw: {path} is no .svg file; SVG is what is drawn", code="wrong-file-ending")
     if not path.parent.is_dir():
         raise SpecError(f"draw: there is no folder {path.parent}", code="file-not-found")
-    if isinstance(radius, bool) or not isinstance(radius, int) or radius < 0:
+    if not is_integer(radius, 0):
         raise SpecError(f"draw: radius is {radius!r}; give the number of arrows to follow, 0 or more")
     chosen = chosen_sites(plan, sites)
     picture = _picture(scene(graphs, plan, chosen, radius), ", ".join(site.weight for site in chosen[:3]))

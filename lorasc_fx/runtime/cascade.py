@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.checks import is_integer
 from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Variants
 from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
 from lorasc_fx.plan import Plan, Refusal, Site
@@ -353,7 +354,7 @@ class Cascade(nn.Module):
         Raises:
             StateError: the optimizer does not hold the branches. SpecError: count is no count.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_integer(count, 1):
             raise SpecError(f"stages({count!r}): give the number of stages, an integer of 1 or more")
         self._run.begin_loop(optimizer)
         return self._stages(count, optimizer, scheduler)

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from lorasc_fx.errors import CheckpointError, path_of
+from lorasc_fx.errors import CheckpointError, named, path_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, canonical, list_versions, way_back
 from lorasc_fx.runtime.codec import RunState, decode, install
@@ -253,8 +253,7 @@ def base_differs(base: Mapping[str, str], own: Mapping[str, str], names: Iterabl
     changed = [name for name, digest in own.items() if base.get(name, digest) != digest]
     for what, found in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
         if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            return f"{what} {', '.join(map(told, found[:3]))}{more}"
+            return f"{what} {named(map(told, found))}"
     return ""
 
 

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
 from lorasc_fx.runtime import generators, outside_json
 from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, TENSORS, canonical, is_our_file, list_versions, next_name
@@ -70,7 +71,7 @@ def write_version(
     keep: int,
 ) -> Path:
     """Write a new version into `root`, and drop versions older than the last `keep`; see `lorasc_fx.save`."""
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+    if not is_integer(keep, 1):
         raise SpecError(f"keep is {keep!r}; give the number of versions that stay, an integer of 1 or more")
     check_finite(core)
     tensors, manifest = contents(core, optimizer, scheduler, extra)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, nearest
+from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, named, nearest
 from lorasc_fx.parameters import exchange
 from lorasc_fx.runtime.base_file import opened, renamed, shards_of
 from lorasc_fx.undo import Undo
@@ -176,17 +176,13 @@ def _check_names(
             if shapes[key] != tuple(each.value.shape)
         ],
     }
-    lines = [f"  {what}: {', '.join(names[:_SHOWN])}{_more(names)}" for what, names in told.items() if names]
+    lines = [f"  {what}: {named(names, _SHOWN)}" for what, names in told.items() if names]
     if lines:
         raise CheckpointError(
             f"materialize: {path} does not hold this model; give its own files, nothing was changed:\n"
             + "\n".join(lines),
             code="weights-do-not-fit",
         )
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
 
 
 def _check_tied(keys: list[str], places: Mapping[str, Path]) -> None:

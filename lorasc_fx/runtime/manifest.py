@@ -13,10 +13,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorasc_fx.checks import is_number
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.opening import told
 
-__all__ = ["LONGEST", "VIEWS", "check_fields", "check_kinds", "finite", "parsed"]
+__all__ = ["LONGEST", "VIEWS", "check_fields", "check_kinds", "parsed"]
 
 LONGEST = 1 << 26
 """Bytes that a manifest has at most; parsed, JSON takes some twenty times as much."""
@@ -69,16 +70,6 @@ def _float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{told(text)} is no number that JSON can hold")
     return value
-
-
-def finite(value: Any) -> bool:
-    """Whether a value of JSON is a number that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def check_kinds(manifest: Mapping[str, Any]) -> None:
@@ -160,7 +151,7 @@ def _check_state(name: str, state: Any, stage: int) -> None:
     if any(each != 0 and not _counts(each, stage) for each in state["stages"]):  # 0: trained elsewhere
         raise ValueError(f"'slow': {name} has experts of stages that were not: {told(state['stages'])}")
     vectors = [key for key in VIEWS if key in state]
-    if any(not finite(each) for key in vectors for each in state[key]):
+    if any(not is_number(each) for key in vectors for each in state[key]):
         raise ValueError(f"'slow': {name} has coefficients that are no finite numbers")
     if any(len(state[key]) != len(state["stages"]) for key in vectors):
         counts = ", ".join(f"{len(state[key])} {key}" for key in ("stages", *vectors))
@@ -168,7 +159,7 @@ def _check_state(name: str, state: Any, stage: int) -> None:
     _check_past(name, [each[0] if isinstance(each, list) and len(each) == 2 else None for each in state["past"]], stage)
     for _, slow in state["past"]:
         if slow is not None and not (
-            isinstance(slow, list) and len(slow) <= len(state["slow"]) and all(map(finite, slow))
+            isinstance(slow, list) and len(slow) <= len(state["slow"]) and all(map(is_number, slow))
         ):
             raise ValueError(
                 f"'slow': {name} had, at the end of an earlier stage, what are no coefficients of its experts"
@@ -188,7 +179,7 @@ def _check_state(name: str, state: Any, stage: int) -> None:
         seed = kept["seed"]
         if type(seed) is not int or not 0 <= seed < 2**63 or not _counts(kept["stage"], stage):
             raise ValueError(f"'slow': {name} keeps noise of no address: {told([seed, kept['stage']])}")
-        if not finite(kept["amplitude"]) or kept["amplitude"] < 0:
+        if not is_number(kept["amplitude"]) or kept["amplitude"] < 0:
             raise ValueError(f"'slow': {name} keeps noise of amplitude {told(kept['amplitude'])}")
 
 
@@ -208,7 +199,7 @@ def _check_random(states: Mapping[str, Any]) -> None:
     state = states.get("python")
     try:
         version, words, gauss = state if isinstance(state, list) else []
-        if gauss is not None and not finite(gauss):
+        if gauss is not None and not is_number(gauss):
             raise ValueError("its gauss is no number")
         if any(type(word) is not int or not 0 <= word < 2**32 for word in words):
             raise ValueError("its words are no numbers of 32 bits")
@@ -230,7 +221,7 @@ def _is_numpy(state: Any) -> bool:
         return False
     key, place = state["state"].get("key"), state["state"].get("pos")
     words = isinstance(key, list) and len(key) == 624 and all(type(each) is int and 0 <= each < 2**32 for each in key)
-    spare = type(state.get("has_gauss")) is int and state["has_gauss"] in (0, 1) and finite(state.get("gauss"))
+    spare = type(state.get("has_gauss")) is int and state["has_gauss"] in (0, 1) and is_number(state.get("gauss"))
     return words and spare and type(place) is int and 0 <= place <= 624
 
 

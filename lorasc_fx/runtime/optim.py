@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import StateError, named
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 
@@ -72,9 +72,8 @@ def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise StateError(
-            f"the optimizer does not hold {', '.join(missing[:3])}{more}: build it from cascade.param_groups(lr=...), "
+            f"the optimizer does not hold {named(missing)}: build it from cascade.param_groups(lr=...), "
             "or add_param_group what a new variant brought",
             code="optimizer-lacks-parameters",
         )

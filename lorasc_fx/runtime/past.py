@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from lorasc_fx.branch import fresh_a
-from lorasc_fx.errors import StateError
+from lorasc_fx.checks import is_integer
+from lorasc_fx.errors import StateError, named
 from lorasc_fx.runtime import transition
 from lorasc_fx.runtime.optim import treated_state
 from lorasc_fx.runtime.run import Run
@@ -33,7 +34,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
     """
     gone_to = max((state.gone for state in slow.states.values()), default=0)
     ended = sorted({end for state in slow.states.values() for end in state.ends} | set(range(1, gone_to + 1)))
-    if isinstance(stage, bool) or not isinstance(stage, int) or stage not in (0, *ended):
+    if not is_integer(stage, 0) or stage not in (0, *ended):
         raise StateError(
             f"{call}: stage {stage!r} has not ended in this cascade; there are "
             f"{', '.join(map(str, (0, *ended)))} (0 is the base). Of the running stage give weights('fast')",
@@ -42,9 +43,8 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
     states, trained, gone = _looked_up(slow, stage)
     if gone:
         can = [each for each in (0, *ended) if not _looked_up(slow, each)[2]]
-        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
         raise StateError(
-            f"{call}: stage {stage} is gone for {', '.join(gone[:3])}{more}: experts that outgrow their weight are "
+            f"{call}: stage {stage} is gone for {named(gone)}: experts that outgrow their weight are "
             "summed into one dense delta, and what is trained in full is kept a stage at a time only while it is "
             f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all",
             code="stage-not-kept",

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from lorasc_fx.checks import is_number
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.runtime import generators, outside_json
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
-from lorasc_fx.runtime.manifest import finite, optimizer_index
+from lorasc_fx.runtime.manifest import optimizer_index
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.optim import check_holds, check_numbers
 from lorasc_fx.runtime.provenance import differences
@@ -196,7 +197,7 @@ def _group(now: Mapping[str, Any], then: Mapping[str, Any], defaults: Mapping[st
     taken = {key: like(now[key], value, f"optimizer: {key}") for key, value in then.items() if key in now}
     more = {key: value for key, value in then.items() if key not in now}
     for key, value in more.items():
-        if not finite(value):
+        if not is_number(value):
             raise ValueError(f"optimizer: a group has {told(repr(key))}, which this one has not")
     return taken | more
 
@@ -258,7 +259,7 @@ def _like_list(now: list[Any] | tuple[Any, ...], then: Any, place: str) -> Any:
 
 def _number(value: Any) -> bool:
     """Whether a value is a number; inf and nan are some where a note beside the JSON has put them."""
-    return isinstance(value, float) or finite(value)
+    return isinstance(value, float) or is_number(value)
 
 
 def _nested(value: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import dense, is_quantized
-from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.state import SlowWeights
 from lorasc_fx.undo import Undo
@@ -37,9 +37,8 @@ def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
         name for name, state in slow.states.items() if is_quantized(state.base) and state.carried("slow") is not None
     ]
     if names and how is None:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise StateError(
-            f"{call}: {names[0]}{more} is quantized, and its numbers cannot hold what was trained; nothing was "
+            f"{call}: {named(names, 1)} is quantized, and its numbers cannot hold what was trained; nothing was "
             "changed. Give quantized='dequantize' for dense weights, or quantized=f, which quantizes a module again",
             code="quantized-not-supported",
         )

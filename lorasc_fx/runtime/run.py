@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, fill_factor, is_quantized
-from lorasc_fx.errors import CheckpointError, SpecError, StateError
+from lorasc_fx.errors import CheckpointError, SpecError, StateError, named
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.filling import Hollow
@@ -615,9 +615,8 @@ class Run:
         waiting = self.pending.waiting(self.trainable())
         if self.slow.some(bool(waiting)) and ends_stage:
             waiting = waiting or ["what another process holds"]
-            more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
             raise StateError(
-                f"{call}: gradients are pending on {waiting[0]}{more}: they belong to the stage that ends. "
+                f"{call}: gradients are pending on {named(waiting, 1)}: they belong to the stage that ends. "
                 "Call optimizer.step() or optimizer.zero_grad() first",
                 code="gradients-pending",
             )

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lorasc_fx.errors import StateError, warn
+from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.shards import local
 
 __all__ = ["PendingWatch", "Replicas", "StepWatch", "Warned"]
@@ -169,9 +169,8 @@ class Replicas:
         known = {id(parameter) for parameter in wrapper._module_parameters}
         late = [name for name, parameter in trainable().items() if id(parameter) not in known]
         if late:
-            more = f" and {len(late) - 3} more" if len(late) > 3 else ""
             raise StateError(
-                f"{', '.join(late[:3])}{more} came with a graph that was made after DistributedDataParallel wrapped "
+                f"{named(late)} came with a graph that was made after DistributedDataParallel wrapped "
                 "the cascade, which would not average their gradients over the processes: call the cascade once in "
                 "each mode and with each kind of arguments before you wrap it, or wrap it anew",
                 code="wrapped-too-early",
