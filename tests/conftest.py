@@ -29,6 +29,7 @@ USAGE = (
     r"stage \d+ ended, and no branch has moved",
     r"\S+ stage 1 has trained and is folded now",
     r"\d+ sites came with a call",
+    r"\S+ stage \d+ has trained and never ended",
     ".* requires_grad was False while that of most weights",
 )
 """Warnings about the use of a cascade. Tests of numerics look inside a stage, and end it, at moments at which a program

@@ -146,7 +146,7 @@ def gather(cascade: Cascade) -> Cascade:
         raise StateError(
             "gather: the cascade lies in no parts; call tensor_parallel.parallelize first", code="not-sharded"
         )
-    core.check_ready("gather", parallel=True, ends_stage=True)
+    core.check_ready("gather", sharded=True, parallel=True, ends_stage=True)
     with no_inference_mode(), AllOrNothing() as undo:
         layouts = {name: value for name, value in core.parameters_by_name().items() if isinstance(value, DTensor)}
         states = {

@@ -427,7 +427,7 @@ class Run:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP holds the weights: each process has some rows of each."""
+        """Whether a process holds only its share of the weights, as under FSDP and tensor parallelism."""
         return self.slow.together is not None
 
     @property
