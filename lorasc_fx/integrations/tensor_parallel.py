@@ -35,7 +35,7 @@ from lorasc_fx.adapt import _ADAPTED
 from lorasc_fx.branch import MatrixBranch, is_quantized, shared_down
 from lorasc_fx.branch.functions import PRODUCTS
 from lorasc_fx.capture import isolation
-from lorasc_fx.errors import SpecError, StateError, nearest
+from lorasc_fx.errors import LorascError, SpecError, StateError, nearest
 from lorasc_fx.graph import BRANCHES, matches, named_weights
 from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.parameters import exchange
@@ -121,7 +121,7 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
             raise StateError(
                 f"parallelize: the model does not run in parts: {type(fault).__name__}: "
                 f"{(str(fault).splitlines() or [''])[0]}; leave out the weights that this is about",
-                code="parallel-run-failed",
+                code=fault.code if isinstance(fault, LorascError) else "parallel-run-failed",
             ) from fault
         _check_same(before, after)
     return cascade

@@ -54,8 +54,9 @@ def given_codes() -> dict[str, list[str]]:
                 code = code_of(node)
             elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "code":
                 code = node.value
-            if isinstance(code, ast.Constant) and isinstance(code.value, str):
-                places.setdefault(code.value, []).append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}")
+            for part in ast.walk(code) if isinstance(code, (ast.Constant, ast.IfExp)) else ():
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    places.setdefault(part.value, []).append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}")
     return places
 
 
