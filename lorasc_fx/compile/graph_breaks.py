@@ -49,6 +49,8 @@ WORTH_SHARING = 1 << 17
 """Entries of an input from which on one stacked product is cheaper than one for each branch that reads it."""
 CERTAIN = 0.05
 """Share that is no rounding whatever the dtype."""
+FLOOR = 1e-2
+"""Share of the largest gradient that counts as the scale of a small one, whose sums cancel to it."""
 COARSE_PROBE, COARSE = 0.5, 0.25
 """The size of the deltas, and the share of a gradient that may be missing, where numbers have few bits."""
 
@@ -303,7 +305,7 @@ def _wrong_gradients(pieces: Pieces, growing: Growing, args: Any, kwargs: Mappin
         for branch in plain:
             for factor, right in zip(_factors(branch), expected.get(branch.weight_name, ()), strict=False):
                 gradient = torch.zeros_like(right) if factor.grad is None else factor.grad
-                if float((gradient - right).double().norm()) > narrow * (float(right.double().norm()) + 1e-3 * most):
+                if float((gradient - right).double().norm()) > narrow * (float(right.double().norm()) + FLOOR * most):
                     wrong[branch.weight_name] = None
     return tuple(wrong)
 
