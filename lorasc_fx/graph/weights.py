@@ -87,14 +87,6 @@ def module_at(root: nn.Module, target: str) -> nn.Module | None:
     return found
 
 
-def tensor_at(root: nn.Module, target: str) -> torch.Tensor | None:
-    """Return the tensor of this dotted name, or None."""
-    holder, _, leaf = target.rpartition(".")
-    module = module_at(root, holder) if holder else root
-    value = getattr(module, leaf, None) if module is not None else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
 @dataclass(frozen=True)
 class Memory:
     """Where the entries of a strided tensor lie: equal for equal views.
