@@ -84,8 +84,10 @@ def treated_state(
 ) -> dict[nn.Parameter, Any]:
     """Return the optimizer's state for these parameters after a restart, as new tensors; the optimizer is not changed.
 
-    `reset` is the state of a parameter that was never stepped; a number is the share of the smallest entries of each
-    state tensor of the parameter's shape that become zero (ReLoRA, 2307.05695, magnitude pruning).
+    `reset` is the state of a parameter that was never stepped; a number is a share to prune by magnitude (ReLoRA,
+    2307.05695): what is among that share of the smallest entries in any state tensor of the parameter's shape becomes
+    zero in all of them. Adam's second moment is never pruned where the first is kept: lora_A, whose gradient is zero
+    while lora_B is, would step by exp_avg / eps.
     """
     treated: dict[nn.Parameter, Any] = {}
     for parameter in parameters:
@@ -95,7 +97,7 @@ def treated_state(
         if how == "reset":
             treated[parameter] = {}
         else:
-            treated[parameter] = {name: _pruned(value, parameter, float(how)) for name, value in state.items()}
+            treated[parameter] = _pruned(state, parameter, float(how))
     return treated
 
 
@@ -108,14 +110,16 @@ def put_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, An
             optimizer.state.pop(parameter, None)
 
 
-def _pruned(value: Any, parameter: nn.Parameter, ratio: float) -> Any:
-    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-        return value
-    count = round(ratio * value.numel())
-    flat = value.detach().clone().flatten()
-    if count:
-        flat[flat.abs().topk(count, largest=False).indices] = 0
-    return flat.view_as(value)
+def _pruned(state: Mapping[str, Any], parameter: nn.Parameter, ratio: float) -> dict[str, Any]:
+    shaped = {n: v.detach() for n, v in state.items() if isinstance(v, torch.Tensor) and v.shape == parameter.shape}
+    count = round(ratio * parameter.numel())
+    if not count or not shaped:
+        return dict(state)
+    smallest = [value.abs().flatten().topk(count, largest=False).indices for value in shaped.values()]
+    zeros = torch.cat(smallest)
+    return dict(state) | {
+        name: value.flatten().index_fill(0, zeros, 0).view_as(value) for name, value in shaped.items()
+    }
 
 
 def groups(

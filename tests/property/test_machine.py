@@ -290,6 +290,7 @@ class Machine(RuleBasedStateMachine):
         training = self.cascade.training
         self.dtype = self.origin
         model = copy.deepcopy(self.untouched).train(training)
+        self.flags = [(parameter.requires_grad, training) for parameter in model.parameters()]
         self.cascade = lx.load(path, model, self.inputs(3, 0, self.with_y))
         self.optimizer = self.fresh_optimizer()
         assert self.cascade.resume(self.optimizer) == {"stage": self.plain.stage}
