@@ -74,6 +74,9 @@ class Task:
 # ---- texts: the last layer of MiniLM -------------------------------------------------------------------------------
 
 
+TOKENS = 32
+
+
 class LastLayer(nn.Module):
     """The last encoder layer of MiniLM, the mean over tokens, and a new head."""
 
@@ -111,7 +114,7 @@ def _last_layer(classes: int) -> Callable[[int], nn.Module]:
 
 
 @torch.no_grad()
-def _hidden(texts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
+def _hidden(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Return what the layers below the last one compute, in half precision, and the attention mask."""
     model, tokenizer = _minilm()
     captured: list[Tensor] = []
@@ -124,7 +127,7 @@ def _hidden(texts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
     try:
         for start in range(0, len(texts), 64):
             batch = tokenizer(
-                texts[start : start + 64], truncation=True, padding="max_length", max_length=tokens, return_tensors="pt"
+                texts[start : start + 64], truncation=True, padding="max_length", max_length=TOKENS, return_tensors="pt"
             )
             model(**batch)
             masks.append(batch["attention_mask"].to(torch.uint8))
@@ -136,15 +139,14 @@ def _hidden(texts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
 def _texts(
     name: str,
     source: Callable[[], tuple[list[str], list[str]]],
-    tokens: int,
     shifts: dict[str, Callable[[], tuple[list[str], list[str]]]] | None = None,
 ) -> Task:
     def compute() -> dict[str, Tensor]:
         texts, labels = source()
         classes = sorted(set(labels))
-        tensors = _encoded("own", *_subset(texts, labels, 8000), classes, tokens)
+        tensors = _encoded("own", *_subset(texts, labels, 8000), classes)
         for shift, other in (shifts or {}).items():
-            tensors |= _encoded(f"shift/{shift}", *_subset(*other(), 500), classes, tokens)
+            tensors |= _encoded(f"shift/{shift}", *_subset(*other(), 500), classes)
         return tensors | {"classes": torch.tensor(len(classes))}
 
     kept = _kept(name, compute)
@@ -164,8 +166,8 @@ def _texts(
     )
 
 
-def _encoded(prefix: str, texts: list[str], labels: list[str], classes: list[str], tokens: int) -> dict[str, Tensor]:
-    hidden, mask = _hidden(texts, tokens)
+def _encoded(prefix: str, texts: list[str], labels: list[str], classes: list[str]) -> dict[str, Tensor]:
+    hidden, mask = _hidden(texts)
     numbers = torch.tensor([classes.index(label) for label in labels])
     return {f"{prefix}.hidden": hidden, f"{prefix}.mask": mask, f"{prefix}.labels": numbers}
 
@@ -326,10 +328,10 @@ def _images(
         test = _split(Part((pixels,), labels))[2]
         for severity in SEVERITIES:
             for kind, corrupt in corruptions(severity).items():
-                changed = corrupt(test.inputs[0][:400])
+                changed = corrupt(test.inputs[0][:200])
                 tensors |= {
                     f"shift/{kind}-{severity}.maps": _maps(changed),
-                    f"shift/{kind}-{severity}.labels": test.labels[:400],
+                    f"shift/{kind}-{severity}.labels": test.labels[:200],
                 }
         pixels, labels = other()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))[:2000]
@@ -479,7 +481,7 @@ def _kept(name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".part")
-        save_file({key: value.contiguous() for key, value in compute().items()}, scratch)
+        save_file({key: value.contiguous().clone() for key, value in compute().items()}, scratch)
         scratch.replace(path)
     return load_file(path)
 
@@ -521,11 +523,11 @@ def _tweets() -> tuple[list[str], list[str]]:
 
 
 TASKS: dict[str, Callable[[], Task]] = {
-    "rotten-tomatoes": lambda: _texts("rotten-tomatoes", rotten_tomatoes, 32, {"imdb": imdb}),
-    "imdb": lambda: _texts("imdb", imdb, 64, {"rotten-tomatoes": rotten_tomatoes}),
-    "r8": lambda: _texts("r8", corpus("reuters-r8-train.tab", "Category", "Text"), 48),
-    "newsgroups": lambda: _texts("newsgroups", corpus("20newsgroups-train.tab", "Category", "Text"), 64),
-    "tweets": lambda: _texts("tweets", _tweets, 32),
+    "rotten-tomatoes": lambda: _texts("rotten-tomatoes", rotten_tomatoes, {"imdb": imdb}),
+    "imdb": lambda: _texts("imdb", imdb, {"rotten-tomatoes": rotten_tomatoes}),
+    "r8": lambda: _texts("r8", corpus("reuters-r8-train.tab", "Category", "Text")),
+    "newsgroups": lambda: _texts("newsgroups", corpus("20newsgroups-train.tab", "Category", "Text")),
+    "tweets": lambda: _texts("tweets", _tweets),
     "mnist": lambda: _images("mnist", mnist5k, digits),
     "digits": lambda: _images("digits", digits, mnist5k),
     "mnist-after": lambda: _images("mnist-after", mnist5k, digits, forget=True),

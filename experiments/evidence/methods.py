@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lorasc_fx as lx
 
-__all__ = ["METHODS", "Method", "spec_of"]
+__all__ = ["METHODS", "Method", "ends_of", "rate_factor", "spec_of"]
 
 Average = Literal["none", "ends", "tail"]
 Schedule = Literal["decay", "cycles", "constant"]
@@ -20,25 +20,30 @@ class Method:
 
     Args:
         about: a phrase for people.
-        stages: whether the cascade has as many stages as the budget has cycles; otherwise one.
+        stages: whether each cycle is a stage of the cascade; otherwise the run is one stage.
+        ends: shares of the run at which its cycles end, 1.0 the last; as many equal ones as the protocol says where
+            empty.
         schedule: of the learning rate after a warm-up: one cosine `decay` to 0 over the run, one in each of the
-            budget's `cycles`, or `constant`.
+            `cycles`, or `constant`.
         average: of the weights that are evaluated: the last ones (`none`), the mean over the `ends` of cycles, or the
             mean over the `tail`, the second half of the run.
         stop_early: evaluate the weights with the lowest validation loss of ten looks.
         full: every weight of the trained part is trained, without branches.
         rank_factor: rank and lora_alpha over those of the task; 0 stands for the number of cycles.
+        growing: of a branch of the rank of all cycles together, a cycle trains the rank of the cycles up to it.
         spec: other fields of the CascadeSpec.
         noise: standard deviations of noise on the frozen weights, redrawn at each step.
     """
 
     about: str
     stages: bool = False
+    ends: tuple[float, ...] = ()
     schedule: Schedule = "decay"
     average: Average = "none"
     stop_early: bool = False
     full: bool = False
     rank_factor: int = 1
+    growing: bool = False
     spec: dict[str, Any] = field(default_factory=dict)
     noise: float = 0.0
 
@@ -58,6 +63,11 @@ RECIPE = Method(
     average="ends",
     spec={"restart": "fast", "pace": 1.0},
 )
+
+
+def _recipe(about: str, **spec: Any) -> Method:
+    return replace(RECIPE, about=about, spec=RECIPE.spec | spec)
+
 
 METHODS: dict[str, Method] = {
     "lora": LORA,
@@ -84,6 +94,17 @@ METHODS: dict[str, Method] = {
     "paper-noise": replace(PAPER, about="LoRASC as the paper reads, with noise", noise=NOISE),
     "recipe": RECIPE,
     "recipe-noise": replace(RECIPE, about="the recipe with noise", noise=NOISE),
+    "lora-noise": replace(LORA, about="LoRA with noise", noise=NOISE),
+    # the recipe with one part changed, to find what a restart costs
+    "recipe-last": replace(RECIPE, about="the weights at the end, no mean", average="none"),
+    "recipe-kept-A": _recipe("lora_A goes on", restart_A="kept"),
+    "recipe-gradient-A": _recipe("lora_A from the gradient", restart_A="gradient"),
+    "recipe-pruned-state": _recipe("0.9 of the optimizer state pruned", optimizer_state=0.9),
+    "recipe-kept-state": _recipe("lora_A and the optimizer state go on", restart_A="kept", optimizer_state="kept"),
+    "recipe-long-first": replace(RECIPE, about="a first stage of 0.6 of the run", ends=(0.6, 0.8, 1.0)),
+    "recipe-growing": replace(
+        RECIPE, about="no restart: the rank grows by that of a stage", stages=False, rank_factor=0, growing=True
+    ),
 }
 """By name, in the order of the tables."""
 
@@ -110,6 +131,24 @@ for _restart in (False, True):
                     spec={"restart": "fast", "pace": 1.0},
                 )
 
+for _stages in (2, 3, 6):
+    for _noise_of in (0.0, NOISE):
+        for _pace in (0.5, 1.0, "mean"):
+            METHODS[f"map+pace={_pace}+stages={_stages}+noise={_noise_of}"] = Method(
+                f"sensitivity map: pace {_pace}, {_stages} stages, noise {_noise_of}",
+                stages=True,
+                ends=tuple((_stage + 1) / _stages for _stage in range(_stages)),
+                schedule="cycles",
+                noise=_noise_of,
+                spec={"restart": "fast" if _pace == "mean" else "slow", "pace": _pace},
+            )
+
+
+def ends_of(method: Method, cycles: int, steps: int) -> tuple[int, ...]:
+    """Return after how many steps each cycle ends."""
+    shares = method.ends or tuple((cycle + 1) / cycles for cycle in range(cycles))
+    return tuple(round(share * steps) for share in shares)
+
 
 def spec_of(method: Method, rank: int, cycles: int, train: tuple[str, ...], seed: int) -> lx.CascadeSpec:
     """Return the spec of a method with branches."""
@@ -123,12 +162,11 @@ def spec_of(method: Method, rank: int, cycles: int, train: tuple[str, ...], seed
 
 def rate_factor(method: Method, step: int, steps: int, cycles: int, warmup: int) -> float:
     """Return the factor in (0, 1] on the learning rate of a step (0 is the first)."""
+    starts = (0,)
     if method.schedule == "cycles":
-        cycle = step * cycles // steps
-        start, end = math.ceil(cycle * steps / cycles), math.ceil((cycle + 1) * steps / cycles)
-    else:
-        start, end = 0, steps
-    since, length = step - start, end - start
-    warm = min(1.0, (since + 1) / (warmup + 1))
-    decay = 1.0 if method.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * since / length))
+        starts += ends_of(method, cycles, steps)
+    start = max(first for first in starts if first <= step)
+    length = min([first for first in starts if first > step], default=steps) - start
+    warm = min(1.0, (step - start + 1) / (warmup + 1))
+    decay = 1.0 if method.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - start) / length))
     return warm * decay

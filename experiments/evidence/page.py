@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -162,9 +163,8 @@ def design_effects(results: Results) -> list[tuple[str, str, str, Difference]]:
                         continue
                     column = []
                     for seed in phase["seeds"]:
-                        differences = _contrast(
-                            results, part, parts, task, phase["sizes"][0], budget, rate, seed, measured
-                        )
+                        cell = (task, phase["sizes"][0], budget, rate, seed)
+                        differences = _contrast(results, part, parts, cell, measured)
                         if differences is not None:
                             column.append(differences)
                     if len(column) == len(phase["seeds"]):
@@ -219,7 +219,10 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         *_claims(results),
         *_tasks(results),
         *_design(results),
+        *_restarts(results),
+        *_map(results),
         *_ranks(results),
+        *_others(results),
         *_forgetting(results),
         *_rates(results, folder),
         *_sizes(results),
@@ -358,6 +361,49 @@ def _of_phase(
 def _test_row(runs: list[dict[str, Any]]) -> list[str]:
     loss = statistics.fmean(run["test"]["loss"] for run in runs)
     return [_mean([score(run, "accuracy", "test") for run in runs]), f"{loss:.3f}"]
+
+
+def _others(results: Results) -> list[str]:
+    about = "Methods beside the finalists, each at the rate of its own grid with the lowest validation loss."
+    return _of_phase(results, "others", "Other methods", about, ["test", "test loss"], _test_row)
+
+
+def _restarts(results: Results) -> list[str]:
+    about = "The recipe with one part changed, in the short budget, each at the best rate of its own grid."
+    return _of_phase(results, "restarts", "What a restart costs", about, ["test", "test loss"], _test_row)
+
+
+def _map(results: Results) -> list[str]:
+    """Return how much of a grid of rate, pace, stages and noise is within one point of the best of its task."""
+    phase, rows = results.phase("map"), []
+    methods = [name for name in METHODS if any(fnmatch.fnmatchcase(name, pattern) for pattern in phase["methods"])]
+    groups = {"LoRA": [name for name in methods if name.startswith("lora")]}
+    for pace in ("0.5", "1.0", "mean"):
+        groups[f"cascade, pace {pace}"] = [name for name in methods if f"+pace={pace}+" in name]
+    for task in phase["tasks"]:
+        for budget in phase["budgets"]:
+            accuracy = {}
+            for method in methods:
+                for rate in results.protocol["rates"]["branches"]:
+                    runs = [
+                        results.result("map", task, phase["sizes"][0], budget, method, rate, seed)
+                        for seed in phase["seeds"]
+                    ]
+                    found = [score(run, "accuracy", "test") for run in runs if run is not None]
+                    if len(found) == len(runs):
+                        accuracy[method, rate] = statistics.fmean(value for value in found if value is not None)
+            if len(accuracy) < len(methods) * len(results.protocol["rates"]["branches"]):
+                continue
+            best = max(accuracy.values())
+            for group, names in groups.items():
+                values = [value for (method, _), value in accuracy.items() if method in names]
+                near = sum(value >= best - 1 for value in values) / len(values)
+                rows.append([task, budget, group, f"{max(values):.1f}", f"{min(values):.1f}", f"{100 * near:.0f} %"])
+    about = (
+        "Test accuracy in % over a grid of learning rate, number of stages and noise: the best and the worst setting, "
+        "and the share of settings within one point of the task's best."
+    )
+    return _section("Sensitivity", about, ["task", "budget", "methods", "best", "worst", "within 1 point"], rows)
 
 
 def _ranks(results: Results) -> list[str]:

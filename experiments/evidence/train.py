@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import lorasc_fx as lx
 from experiments.evidence.data import Part, Task
-from experiments.evidence.methods import Method, rate_factor, spec_of
+from experiments.evidence.methods import Method, ends_of, rate_factor, spec_of
 from lorasc_fx.cli.training import Order
 
-__all__ = ["Training", "measure", "run"]
+__all__ = ["Training", "freeze_later", "measure", "run"]
 
 LOOKS = 10
 """How often early stopping looks, and how many weights the average over a tail has twice over."""
@@ -52,6 +52,7 @@ def run(
     """
     began = time.process_time()
     examples = _drawn(task.pool, size, seed)
+    ends = ends_of(method, training.cycles, steps)
     order = Order(len(examples), min(training.batch_size, len(examples)), seed)
     model = task.model(seed).train(not task.frozen_norm)
     before = _matrices(model)
@@ -64,7 +65,7 @@ def run(
         trained = lambda: {name: value.detach().clone() for name, value in model.state_dict().items()}  # noqa: E731
     else:
         sample = examples.at(order.index(0))
-        spec = spec_of(method, task.rank, training.cycles, task.head, seed)
+        spec = spec_of(method, task.rank, len(ends), task.head, seed)
         learner = lx.adapt(model, args=sample.inputs, spec=spec)
         parameters = list(learner.param_groups(lr=rate))
         trained = learner.folded_state_dict
@@ -72,7 +73,7 @@ def run(
     result["trained"] = sum(value.numel() for group in optimizer.param_groups for value in group["params"])
     stages: Iterator[Any] | None = None
     if isinstance(learner, lx.Cascade):
-        stages = iter(learner.stages(training.cycles if method.stages else 1, optimizer))
+        stages = iter(learner.stages(len(ends) if method.stages else 1, optimizer))
         next(stages)
     loss = torch.zeros(())
     for step in range(steps):
@@ -85,12 +86,14 @@ def run(
         if not math.isfinite(loss.item()):
             return result | {"diverged": True, "steps": step}
         loss.backward()
+        if method.growing and isinstance(learner, lx.Cascade):
+            freeze_later(learner, task.rank * (1 + sum(end <= step for end in ends)))
         parameters_now = [value for group in optimizer.param_groups for value in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters_now, training.clip)
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
-        ends_cycle = any(done == math.ceil(cycle * steps / training.cycles) for cycle in range(1, training.cycles + 1))
+        ends_cycle = done in ends
         looks = any(done == round(look * steps / LOOKS) for look in range(1, LOOKS + 1))
         if ends_cycle and method.average == "ends":
             states.append((0.0, trained()))
@@ -112,6 +115,14 @@ def run(
         result["kept"] = _mixings(model, before, final, task)
     result["diverged"] = not math.isfinite(result["validation"]["loss"])
     return result
+
+
+def freeze_later(cascade: lx.Cascade, rank: int) -> None:
+    """Drop the gradients of all but the first `rank` rows of lora_A [rank, ...] and columns of lora_B [out, rank]."""
+    for branch in cascade.branches.values():
+        if branch.lora_A.grad is not None and branch.lora_B.grad is not None:
+            branch.lora_A.grad[rank:] = 0
+            branch.lora_B.grad[:, rank:] = 0
 
 
 def _drawn(pool: Part, size: int, seed: int) -> Part:

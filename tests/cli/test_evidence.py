@@ -13,8 +13,9 @@ import torch
 from scipy.stats import trim_mean
 from torch import nn
 
+import lorasc_fx as lx
 from experiments.evidence import __main__ as runner
-from experiments.evidence import page
+from experiments.evidence import page, train
 from experiments.evidence.data import TASKS, Part, Task
 from experiments.evidence.methods import METHODS, rate_factor
 from experiments.evidence.train import Training, run
@@ -39,7 +40,7 @@ TINY: dict[str, Any] = {
     ]
     + [
         {"name": name, "tasks": [], "sizes": [], "budgets": [], "methods": [], "seeds": [], "rates": "grid"}
-        for name in ("ranks", "design", "forgetting", "sizes")
+        for name in ("ranks", "design", "forgetting", "sizes", "others", "restarts", "map")
     ],
     "claims": [
         {
@@ -74,12 +75,15 @@ def test_the_protocol_names_what_is_there() -> None:
     protocol = tomllib.loads(runner.PROTOCOL.read_text(encoding="utf-8"))
     cells = list(runner.cells_of(protocol, runner.Lines(Path("none"))))
     assert len(cells) == len(set(cells)) > 1000
-    assert {cell.phase for cell in cells} == {"grid", "ranks", "forgetting", "sizes"}  # the others wait for the grid
+    waiting = {"finalists", "design"}  # for the rates of the grid
+    assert {cell.phase for cell in cells} == {phase["name"] for phase in protocol["phases"]} - waiting
     assert all(cell.task in TASKS and cell.method in METHODS for cell in cells)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in METHODS if "+" not in name] + ["design+restart+cycles+average+noise"]
+    "name",
+    [name for name in METHODS if "+" not in name]
+    + ["design+restart+cycles+average+noise", "map+pace=mean+stages=6+noise=0.3", "map+pace=0.5+stages=2+noise=0.0"],
 )
 def test_every_method_trains(name: str) -> None:
     first = run(linear_task(), METHODS[name], TRAINING, size=40, steps=30, rate=0.03, seed=3)
@@ -146,6 +150,42 @@ def test_statistics_by_hand() -> None:
     deviation = scores.std() / numpy.sqrt(scores.size)
     assert 2 * deviation < found.high - found.low < 8 * deviation
     assert page.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # as R's p.adjust
+
+
+def test_the_factorial_design_and_the_map_have_their_tables(tmp_path: Path) -> None:
+    """Every cell has the accuracy that its parts add up to, so that the effects of the design are known."""
+    protocol = tomllib.loads(runner.PROTOCOL.read_text(encoding="utf-8"))
+    lines = runner.Lines(tmp_path / "results.jsonl")
+    for _ in range(2):  # the design's rates are known once the grid is there
+        for cell in list(runner.cells_of(protocol, lines)):
+            parts = set(cell.method.split("+")[1:])
+            accuracy = 0.5 + 0.02 * ("restart" in parts) - 0.01 * ("noise" in parts) + 0.1 * (cell.rate == 0.001)
+            part = {"accuracy": accuracy, "loss": 1 - accuracy, "calibration": 0.1}
+            kept = [{"share": tenth / 10, "target": 0.5, "source": 0.5} for tenth in range(11)]
+            result = {"diverged": False, "validation": part, "test": part, "shifts": {"one": part}, "kept": kept}
+            lines.found[cell] = {"result": result | {"delta": {"norm": 0.1, "rank": 2.0}}, "code": "none"}
+    effects = {effect[:3]: effect[3] for effect in page.design_effects(page.Results(protocol, lines))}
+    assert effects["restart", "long", "test"].value == pytest.approx(2)
+    assert effects["noise", "short", "shifts"].value == pytest.approx(-1)
+    assert effects["average", "short", "test"].value == pytest.approx(0)
+    page.write(protocol, lines, tmp_path)
+    written = (tmp_path / "evidence.md").read_text(encoding="utf-8")
+    assert "No runs yet" not in written
+    assert "| digits | long | LoRA | 60.0 | 50.0 | 20 % |" in written
+
+
+def test_a_growing_rank_trains_the_rows_so_far() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    cascade = lx.adapt(model, args=(torch.randn(4, 6),), spec=lx.CascadeSpec(rank=4))
+    for branch in cascade.branches.values():
+        nn.init.normal_(branch.lora_B)
+    cascade(torch.randn(4, 6)).square().sum().backward()
+    train.freeze_later(cascade, 3)
+    for branch in cascade.branches.values():
+        assert not branch.lora_A.grad[3:].any()
+        assert not branch.lora_B.grad[:, 3:].any()
+        assert branch.lora_A.grad[:3].any(1).all()
+        assert branch.lora_B.grad[:, :3].any(0).all()
 
 
 def test_rates_within_a_cycle() -> None:
