@@ -24,10 +24,8 @@ from tests.kit.errors import raises
 
 ROOT = Path(__file__).parents[2]
 X = inputs(2, 5)
-TRUST = (
-    ", which can do more than describe a model, and is not opened. If you trust the file, give the program itself: "
-    "adapt(torch.export.load(path), ...)"
-)
+LEFT_OUT = ("pickled example inputs", "a guard that is code", "a guard that asks for more")
+"""Attacks on parts that the sanitized copy leaves out."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def test_the_attack_is_one(told: dict[str, Any]) -> None:
 def test_nothing_from_the_file_runs(told: dict[str, Any], name: str) -> None:
     assert not told[name]["ran"]
     assert not told[name]["seen"]
-    if name == "pickled example inputs":  # an export always has some; they are left out
+    if name in LEFT_OUT:
         assert told[name]["came"] == "GraphModule"
     else:
         assert told[name]["came"].startswith("refused: PATH: ")
