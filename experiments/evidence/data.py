@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -480,7 +481,7 @@ def _kept(name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
     path = FOLDER / "inputs" / f"{name}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".part")
+        scratch = path.with_suffix(f".{os.getpid()}.part")  # both processes may compute it
         save_file({key: value.contiguous().clone() for key, value in compute().items()}, scratch)
         scratch.replace(path)
     return load_file(path)

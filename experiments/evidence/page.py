@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from experiments.evidence import __main__ as runner
+from experiments.evidence import runner
 from experiments.evidence.methods import METHODS
 
 __all__ = ["Difference", "design_effects", "difference_over_tasks", "holm", "write"]

@@ -1,0 +1,233 @@
+"""`python -m experiments.evidence run | check | page | status`: make the runs of the protocol, and the page from them.
+
+A run that was made is not made again, so that Ctrl-C at any time loses only what is running. Runs are made by two
+processes of one thread each.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.evidence.data import TASKS, Task
+from experiments.evidence.methods import METHODS
+from experiments.evidence.train import Training, run
+from lorasc_fx.errors import SpecError
+
+__all__ = ["Cell", "Lines", "cells_of", "main"]
+
+HERE = Path(__file__).parent
+PROTOCOL, RESULTS = HERE / "protocol.toml", HERE / "results.jsonl"
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the protocol: its configuration."""
+
+    version: int
+    phase: str
+    task: str
+    size: int
+    budget: str
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The configuration as text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+class Lines:
+    """The results, one JSON line a run.
+
+    Args:
+        path: of the file; it need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text and not text.endswith("\n"):  # a line that a stop cut short
+            text = text[: text.rfind("\n") + 1]
+            path.write_text(text, encoding="utf-8")
+        self.found: dict[Cell, dict[str, Any]] = {}
+        for line in text.splitlines():
+            entry = json.loads(line)
+            self.found[Cell(**entry["cell"])] = entry
+
+    def add(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Append a result."""
+        entry = {"cell": asdict(cell), "code": code_version(), "torch": torch.__version__, "result": result}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, sort_keys=True) + "\n")
+        self.found[cell] = entry
+
+
+@functools.cache
+def code_version() -> str:
+    """Return the commit that the runs were made with, with a mark where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def cells_of(protocol: dict[str, Any], lines: Lines) -> Iterator[Cell]:
+    """Yield the runs of a protocol in their order; those at a best rate once the grid they are chosen from is there.
+
+    Raises:
+        SpecError: an unknown task, budget or method.
+    """
+    for phase in protocol["phases"]:
+        patterns = phase["methods"]
+        methods = [name for name in METHODS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        for kind, names, known in (
+            ("method", [p for p in patterns if not fnmatch.filter(METHODS, p)], METHODS),
+            ("task", phase["tasks"], TASKS),
+            ("budget", phase["budgets"], protocol["budgets"]),
+        ):
+            for name in names:
+                if name not in known:
+                    raise SpecError(f"{PROTOCOL.name}, phase {phase['name']!r}: there is no {kind} {name!r}")
+        for seed in phase["seeds"]:
+            for task in phase["tasks"]:
+                for size in phase["sizes"]:
+                    for budget in phase["budgets"]:
+                        for method in methods:
+                            for rate in _rates(protocol, phase, lines, (task, size, budget, method)):
+                                yield Cell(protocol["version"], phase["name"], task, size, budget, method, rate, seed)
+
+
+def _rates(
+    protocol: dict[str, Any], phase: dict[str, Any], lines: Lines, cell: tuple[str, int, str, str]
+) -> list[float]:
+    task, size, budget, method = cell
+    grid = protocol["rates"]["full" if METHODS[method].full else "branches"]
+    if phase["rates"] == "grid":
+        return list(grid)
+    chosen = phase["rates"].removeprefix("best of ") if phase["rates"].startswith("best of ") else method
+    best = [best_rate(protocol, lines, task, size, budget, chosen, by) for by in ("loss", "accuracy")]
+    return sorted({rate for rate in best if rate is not None})
+
+
+def best_rate(
+    protocol: dict[str, Any], lines: Lines, task: str, size: int, budget: str, method: str, by: str
+) -> float | None:
+    """Return the rate of the best mean validation loss or accuracy in the phase `grid`; None until all are there."""
+    phase = next(phase for phase in protocol["phases"] if phase["name"] == "grid")
+    found = {}
+    for rate in protocol["rates"]["full" if METHODS[method].full else "branches"]:
+        runs = [
+            lines.found.get(Cell(protocol["version"], "grid", task, size, budget, method, rate, seed))
+            for seed in phase["seeds"]
+        ]
+        if None in runs:
+            return None
+        values = [each["result"] for each in runs if each is not None]
+        if any(value["diverged"] for value in values):
+            continue
+        mean = statistics.fmean(value["validation"][by] for value in values)
+        found[rate] = -mean if by == "loss" else mean
+    return max(found, key=lambda rate: (found[rate], -rate)) if found else None
+
+
+@functools.cache
+def _task(name: str) -> Task:
+    return TASKS[name]()
+
+
+def _made(cell: Cell, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Make one run; in a process of its own."""
+    torch.set_num_threads(1)
+    about = protocol["training"]
+    training = Training(about["batch_size"], about["warmup"], about["cycles"], about["gradient_clipping"])
+    steps = protocol["budgets"][cell.budget]
+    return run(_task(cell.task), METHODS[cell.method], training, cell.size, steps, cell.rate, cell.seed)
+
+
+def make(protocol: dict[str, Any], lines: Lines, only: Iterable[str] = ()) -> None:
+    """Make the runs that are missing; `only` names phases."""
+    context = multiprocessing.get_context("spawn")
+    phases = set(only)
+    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        running: dict[Future[dict[str, Any]], Cell] = {}
+        while True:
+            missing = (
+                cell
+                for cell in cells_of(protocol, lines)
+                if cell not in lines.found and cell not in running.values() and (not phases or cell.phase in phases)
+            )
+            while len(running) < PROCESSES and (cell := next(missing, None)) is not None:
+                running[pool.submit(_made, cell, protocol)] = cell
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                cell = running.pop(future)
+                lines.add(cell, future.result())
+                print(
+                    f"{len(lines.found)} {cell.phase} {cell.task} {cell.method} {cell.budget} {cell.rate:g}", flush=True
+                )
+
+
+def check(protocol: dict[str, Any], lines: Lines) -> int:
+    """Make one run again, which differs from day to day, and compare every number with its line; the exit code."""
+    cells = [cell for cell in lines.found if cell.version == protocol["version"]]
+    if not cells:
+        print("evidence-check: there are no runs yet; make evidence", file=sys.stderr)
+        return 2
+    cell = min(cells, key=lambda each: hashlib.sha256((each.key + code_version()).encode()).digest())
+    print(f"checking {cell.key}", flush=True)
+    before, now = dict(lines.found[cell]["result"]), _made(cell, protocol)
+    differing = [key for key in before if key != "cpu_s" and json.loads(json.dumps(now.get(key))) != before[key]]
+    for key in differing:
+        print(f"  {key}: {now.get(key)} now, {before[key]} in the line", file=sys.stderr)
+    print("the same, bit for bit" if not differing else "differs: other versions, or another processor?")
+    return 1 if differing else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; return the exit code."""
+    protocol = tomllib.loads(PROTOCOL.read_text(encoding="utf-8"))
+    lines = Lines(RESULTS)
+    command, *rest = arguments or ["status"]
+    try:
+        if command == "run":
+            make(protocol, lines, rest)
+        elif command == "check":
+            return check(protocol, lines)
+        elif command == "page":
+            from experiments.evidence.page import write
+
+            write(protocol, lines)
+        elif command == "status":
+            cells = list(cells_of(protocol, lines))
+            for phase in protocol["phases"]:
+                own = [cell for cell in cells if cell.phase == phase["name"]]
+                print(f"{phase['name']}: {sum(cell in lines.found for cell in own)} of {len(own)} known runs")
+        else:
+            print(f"evidence: unknown command {command!r}; run, check, page or status", file=sys.stderr)
+            return 2
+    except SpecError as fault:
+        print(f"evidence: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; {len(lines.found)} runs are kept, and the same command makes the others", file=sys.stderr)
+        return 130
+    return 0
