@@ -12,7 +12,7 @@ import abc
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.branch.functions import draw_seed
@@ -143,8 +143,9 @@ class Branch(nn.Module, abc.ABC):
     def delta(self) -> torch.Tensor:
         """Return the delta in the weight's own shape, without the scale."""
         if self.parts:
-            pairs = zip(self.up.split(self.parts), self.lora_A.split(self.rank), strict=True)
-            return torch.cat([b @ a for b, a in pairs]).view(self.weight_shape)
+            up, down = self.up.split(self.parts), self.lora_A.split(self.rank)
+            count = range(len(self.parts))  # a proxy of torch.fx cannot be iterated
+            return torch.cat([up[index] @ down[index] for index in count]).view(self.weight_shape)
         left, right = self.oriented()
         return (left @ right).view(self.weight_shape)
 
@@ -208,6 +209,7 @@ def fill_factor(factor: nn.Parameter, value: torch.Tensor) -> None:
 _DIAGONAL = 1e-8
 
 
+@fx.wrap  # one node in a trace of torch.fx, which records no autocast
 def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, parts: tuple[int, ...]) -> torch.Tensor:
     """Return lora_B; its gradient is multiplied by `(A A^T)^-1 / scale^2`, the nearest to full training for a fixed A.
 
@@ -227,8 +229,9 @@ def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, parts: tuple[in
     if not torch.is_grad_enabled():
         return b
     parts = parts or (b.shape[-2],)
-    pairs = zip((b - b.detach()).split(parts, -2), a.detach().chunk(len(parts), -2), strict=True)
-    return b.detach() + torch.cat([zero @ _inverse(down, scale) for zero, down in pairs], -2)
+    with torch.autocast(b.device.type, enabled=False):
+        pairs = zip((b - b.detach()).split(parts, -2), a.detach().chunk(len(parts), -2), strict=True)
+        return b.detach() + torch.cat([zero @ _inverse(down, scale) for zero, down in pairs], -2)
 
 
 def _inverse(a: torch.Tensor, scale: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from lorasc_fx.branch.base import Branch
 from lorasc_fx.branch.conv import ConvBranch, ConvCall, low_rank_conv
@@ -21,6 +21,16 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
 
 __all__ = ["BRANCH_OF", "DoraBranch", "branch_class"]
+
+
+@fx.wrap  # one node in a trace of torch.fx, which records neither no_grad nor autocast
+def row_norms(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, axis: int) -> torch.Tensor:
+    """Return the norms of `W + scale * left @ right` along an axis of the matrix, without a gradient; 1 for 0."""
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        matrix = weight.detach().to(left.dtype).reshape(left.shape[0], right.shape[1])
+        total = torch.addmm(matrix, left.detach(), right.detach(), alpha=scale)
+        norms = torch.linalg.vector_norm(total, dim=axis)
+        return torch.where(norms == 0, 1.0, norms)
 
 
 class DoraBranch(Branch):
@@ -44,11 +54,7 @@ class DoraBranch(Branch):
     def norms(self, weight: torch.Tensor) -> torch.Tensor:
         """Return `|W + s B A|` of each row [out] in the factors' dtype, without a gradient; 1 for a row of zeros."""
         left, right = self.oriented()
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            matrix = weight.detach().to(left.dtype).reshape(left.shape[0], right.shape[1])
-            total = torch.addmm(matrix, left.detach(), right.detach(), alpha=self.scale)
-            norms = torch.linalg.vector_norm(total, dim=0 if self.transposed else 1)
-            return torch.where(norms == 0, 1.0, norms)
+        return row_norms(weight, left, right, self.scale, 0 if self.transposed else 1)
 
     def reset_magnitude(self, weight: torch.Tensor) -> torch.Tensor:
         """Set the magnitudes to the norms of `W + s B A`."""

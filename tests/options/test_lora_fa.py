@@ -57,6 +57,19 @@ def test_lora_fa_is_pefts(placement: str, use_rslora: bool) -> None:
         assert branch.lora_A.grad is None
 
 
+def test_the_correction_under_autocast_is_that_of_full_precision() -> None:
+    spec = lx.CascadeSpec(**PLAIN, train_A=False, nearest_full_gradient=True)
+    x, gradients = X.float(), []
+    cascade = lx.adapt(mlp().float(), (x,), spec=spec)
+    factors = [branch.lora_B for branch in branches(cascade).values()]
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = cascade(x)
+        gradients.append(torch.autograd.grad(output.square().sum(), factors))
+    for full, half in zip(*gradients, strict=True):
+        assert (half - full).norm() <= 0.03 * full.norm()
+
+
 def test_the_corrected_step_is_the_nearest_to_the_full_one() -> None:
     """`min over dB of |s dB A - G|`, by least squares in fp64, for a weight used whole, in slices, and turned."""
     torch.manual_seed(3)

@@ -129,3 +129,44 @@ def test_a_symbolic_trace_sees_changed_state() -> None:
         fx.symbolic_trace(cascade)
     cascade(x)
     assert torch.allclose(fx.symbolic_trace(cascade)(x), model(x))
+
+
+class Fused(nn.Module):
+    """A convolution, a product, a transposed product, and one weight that is read in three slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.conv, self.linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(20, 6)
+        self.turned, self.qkv = nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(12, 7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.linear(self.conv(x).mean(-1).flatten(1)) @ self.turned
+        query, key, value = self.qkv.chunk(3)
+        return (hidden @ query.t()) * (hidden @ key.t()) + hidden @ value.t()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True, "exclude": ("qkv",)}, {"nearest_full_gradient": True, "train_A": False}],
+    ids=["lora", "dora", "nearest"],
+)
+def test_a_symbolic_trace_trains_as_the_cascade(options: dict[str, Any]) -> None:
+    model, x = Fused(), torch.randn(2, 3, 4, 4)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, **options))
+    assert [site.parts for site in cascade.sites if site.weight == "qkv"] == (
+        [] if "exclude" in options else [(4, 4, 4)]
+    )
+    factors = [parameter for name, parameter in cascade.named_parameters() if ".lora_" in name]
+    assert len(factors) == len(cascade.sites) * (3 if "use_dora" in options else 2)
+    with torch.no_grad():
+        for factor in factors:
+            factor.add_(torch.randn_like(factor), alpha=0.1)
+    factors = [factor for factor in factors if factor.requires_grad]
+    traced = fx.symbolic_trace(cascade)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = cascade(x), traced(x)
+        expected, computed = ((output, *torch.autograd.grad(output.square().sum(), factors)) for output in outputs)
+        for ours, theirs in zip(computed, expected, strict=True):
+            assert (ours - theirs).norm() <= (0.05 if autocast else 1e-5) * theirs.norm()
