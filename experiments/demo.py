@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     if results is None:
         return 130
     print_tables(config, results)
-    kept = Run("lorasc", config.compare.seeds[0], config.compare.rates("lorasc")[0])
+    kept = Run("lorasc", config.compare.seeds[0], config.compare.rates_of("lorasc")[0])
     weights = folder.results / f"{kept.name}.safetensors"
     print(f"\nLoRASC's folded weights: {weights}. A new process loads them into the original class:", flush=True)
     files = [each.resolve() for each in (path, weights, weights.with_suffix(".json"))]

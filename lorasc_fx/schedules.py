@@ -100,11 +100,12 @@ class StageSchedule(LRScheduler):
 
     Args:
         optimizer: whose groups are scheduled.
-        cascade: whose stages are looked at.
+        cascade: whose stages are followed. None: a stage is over when its `steps` are done, which gives the same cycles
+            to a training without restarts.
         steps: optimizer steps of a stage, over which the rate decays; a sequence is that of stage 1, 2, ..., whose last
             one goes on. None: no decay.
         warmup: steps until the full learning rate, 0 or more.
-        floor: share of the full rate at which the decay ends, in [0, 1).
+        floor: share of the full rate at which the decay ends, in [0, 1]; 1 is no decay.
         decay: `cosine` or `linear`.
         base: another scheduler of this optimizer, made before; it is stepped by this one's `step`, and by nobody else.
 
@@ -115,7 +116,7 @@ class StageSchedule(LRScheduler):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        cascade: Cascade,
+        cascade: Cascade | None,
         steps: int | Sequence[int] | None = None,
         *,
         warmup: int = 0,
@@ -129,8 +130,8 @@ class StageSchedule(LRScheduler):
         for name, value, least in (*(("steps", count, 1) for count in counts), ("warmup", warmup, 0)):
             if not is_integer(value, least):
                 raise SpecError(f"StageSchedule: {name} is {value!r}; give an integer of {least} or more")
-        if not is_number(floor) or not 0 <= floor < 1:
-            raise SpecError(f"StageSchedule: floor is {floor!r}; give a share of the full rate in [0, 1)")
+        if not is_number(floor) or not 0 <= floor <= 1:
+            raise SpecError(f"StageSchedule: floor is {floor!r}; give a share of the full rate in [0, 1]")
         if decay not in ("cosine", "linear"):
             raise SpecError(f"StageSchedule: decay is {decay!r}; give 'cosine' or 'linear'")
         if isinstance(base, ReduceLROnPlateau):
@@ -144,7 +145,7 @@ class StageSchedule(LRScheduler):
                 "StageSchedule: base schedules another optimizer; make both for the same one", code="optimizer-differs"
             )
         self.steps, self.warmup, self.floor, self.decay = list(counts), warmup, float(floor), decay
-        self.since, self.stage = 0, cascade.stage
+        self.since, self.stage = 0, cascade.stage if cascade is not None else 1
         self.full_lrs = _rates(optimizer)
         self._cascade, self._base = cascade, base
         super().__init__(optimizer)
@@ -155,7 +156,7 @@ class StageSchedule(LRScheduler):
         warm = min(1.0, (step + 1) / (self.warmup + 1))
         if not self.steps:
             return warm
-        done = min(1.0, step / self.steps[min(stage, len(self.steps)) - 1])
+        done = min(1.0, step / self._steps_of(stage))
         left = 0.5 * (1 + math.cos(math.pi * done)) if self.decay == "cosine" else 1 - done
         return warm * (self.floor + (1 - self.floor) * left)
 
@@ -167,7 +168,9 @@ class StageSchedule(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Go on by one optimizer step, `base` as well; called after the optimizer's own."""
         if not self._is_initial:
-            self.since = self.since + 1 if self._same_stage() else 0
+            self.since += 1
+            if not self._same_stage():
+                self.since = 0
             if self._base is not None:
                 _put(self.optimizer, self._full())
                 self._base.step()
@@ -192,8 +195,15 @@ class StageSchedule(LRScheduler):
         self.full_lrs += _rates(self.optimizer)[len(self.full_lrs) :]
         return self.full_lrs
 
+    def _steps_of(self, stage: int) -> int:
+        return self.steps[min(stage, len(self.steps)) - 1]
+
     def _same_stage(self) -> bool:
-        before, self.stage = self.stage, self._cascade.stage
+        before = self.stage
+        if self._cascade is not None:
+            self.stage = self._cascade.stage
+        elif self.steps and self.since >= self._steps_of(self.stage):
+            self.stage += 1
         return before == self.stage
 
     def _before_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -16,12 +16,27 @@ from torch import Tensor, nn
 import lorasc_fx as lx
 from experiments.evidence.data import Part, Task
 from experiments.evidence.methods import Method, ends_of, rate_factor, spec_of
-from lorasc_fx.cli.training import Order
 
 __all__ = ["Training", "freeze_later", "measure", "run"]
 
 LOOKS = 10
 """How often early stopping looks, and how many weights the average over a tail has twice over."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The examples of each step, a function of (seed, step) alone: every epoch is shuffled, a short batch left out."""
+
+    examples: int
+    batch_size: int
+    seed: int
+
+    def index(self, step: int) -> Tensor:
+        """Return the positions [batch] of a step (0 is the first)."""
+        epoch, batch = divmod(step, max(1, self.examples // self.batch_size))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        shuffled = torch.randperm(self.examples, generator=generator)
+        return shuffled[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ them is not settled.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,6 @@ from lorasc_fx.cli.training import (
     Diverged,
     Interrupt,
     Setup,
-    Step,
     accuracy,
     make_optimizer,
     on_ctrl_c,
@@ -83,7 +83,7 @@ class Result:
         steps: optimizer steps taken.
         seconds: of capture and training, without evaluation.
         parameters: trained entries.
-        validation: accuracy that chooses the learning rate (0 where the run diverged).
+        validation: accuracy on the validation examples (0 where the run diverged).
         losses: mean loss on `validation`, `test` and each shift.
         predicted: for `test` and each shift, the class predicted for each example.
         labels: the classes that they have.
@@ -109,6 +109,10 @@ class Result:
     def accuracy(self, part: str) -> float:
         """Return the share of right predictions of a part."""
         return self.right(part).double().mean().item()
+
+    def score(self, select: str) -> float:
+        """Return what chooses the learning rate, larger is better: validation accuracy, or minus the loss."""
+        return self.validation if select == "accuracy" else -self.losses.get("validation", math.inf)
 
     def write(self, folder: Path) -> None:
         """Write the file of this run."""
@@ -162,7 +166,7 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     own = [rule.pattern for rule in config.spec.train_rules if rule.lr is not None]
     if "probe" in config.compare.methods and own:
         raise SpecError(
-            f"compare.methods has 'probe', which trains at one rate (compare.probe_lrs), and spec.train_rules gives "
+            f"compare.methods has 'probe', which trains at one rate (compare.rates), and spec.train_rules gives "
             f"{own[0]!r} a rate of its own: drop one of the two",
             code="conflicting-options",
         )
@@ -176,7 +180,7 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
         for seed in config.compare.seeds
         for method in METHODS
         if method in config.compare.methods
-        for lr in config.compare.rates(method)
+        for lr in config.compare.rates_of(method)
     ]
     results = {run: Result.read(folder.results, run) for run in runs}
     if None in results.values():
@@ -208,19 +212,28 @@ def _make(
     else:
         model = setup.adapt(run.seed, method.spec(spec, config.train.stages))
     optimizer = make_optimizer(model, run.lr, config.train.weight_decay)
-    schedule, entries = setup.schedule(stages), trained_entries(optimizer)
-    reporter.begin(title, schedule.steps)
-
-    def observe(step: Step) -> None:
-        reporter.step(step.done, f"stage {step.stage}/{stages}" if stages > 1 else "", step.loss)
-        if step.done % config.train.log_every == 0 or step.ends_stage:
-            folder.log(run=run.name, step=step.done, stage=step.stage, loss=step.loss, lr=step.lr)
-
+    entries, steps = trained_entries(optimizer), setup.stage_steps(stages)
+    cycles = setup.stage_steps(config.train.stages) if method.average == "cycles" else steps
+    cascade = model if isinstance(model, lx.Cascade) else None
+    schedule = setup.schedule(optimizer, None if method.average == "cycles" else cascade, cycles)
+    mean = MeanWeights(method.average, cycles)
+    reporter.begin(title, sum(steps))
+    done = 0
     try:
-        whole = train_steps(model, optimizer, setup, schedule, setup.order(run.seed), observe, interrupt=interrupt)
-        if not whole:
+        for step in train_steps(model, optimizer, schedule, setup, run.seed, steps, interrupt=interrupt):
+            done = step.done
+            if step.folded:
+                continue
+            reporter.step(done, f"stage {step.stage}/{stages}" if stages > 1 else "", step.loss)
+            if done % config.train.log_every == 0 or step.ends_stage:
+                folder.log(run=run.name, step=done, stage=step.stage, loss=step.loss, lr=step.lr)
+            if cascade is not None and done in mean.moments:
+                mean.add(cascade.folded_state_dict())
+        if done < sum(steps):
             return None
-        trained = model.release() if isinstance(model, lx.Cascade) else model
+        trained = model
+        if cascade is not None:
+            trained = mean.put(cascade.release(which="averaged" if cascade.plan.spec.keeps_average else "slow"))
     except (Diverged, NonFiniteBranch) as fault:
         reporter.say(f"{title}: diverged ({fault})")
         seconds = time.monotonic() - began
@@ -235,7 +248,7 @@ def _make(
         run.method,
         run.seed,
         run.lr,
-        schedule.steps,
+        done,
         seconds,
         entries,
         accuracy(logits["validation"], setup.splits.validation),
@@ -249,6 +262,36 @@ def _make(
     shown = " ".join(f"{part} {result.accuracy(part):.3f}" for part in result.predicted)
     reporter.say(f"{title}: validation {result.validation:.3f} {shown}, {seconds:.0f} s")
     return result
+
+
+class MeanWeights:
+    """The mean of weights at some moments of a run, of which there may be none.
+
+    Args:
+        average: which moments; see `Method`.
+        cycles: optimizer steps of each cycle.
+    """
+
+    def __init__(self, average: str, cycles: Sequence[int]) -> None:
+        total = sum(cycles)
+        tail = (round(total * share / 20) for share in range(11, 21))
+        self.moments = set({"cycles": itertools.accumulate(cycles), "tail": tail}.get(average, ()))
+        self._mean: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, state: Mapping[str, Tensor]) -> None:
+        """Take weights into the mean, which is kept in float64."""
+        self._count += 1
+        for name, value in state.items():
+            if value.is_floating_point():
+                before = self._mean.get(name, torch.zeros_like(value, dtype=torch.float64))
+                self._mean[name] = before + (value.double() - before) / self._count
+
+    def put(self, model: nn.Module) -> nn.Module:
+        """Put the mean into a model, if there is one, and return the model."""
+        state = model.state_dict()
+        model.load_state_dict({name: self._mean.get(name, value).to(value.dtype) for name, value in state.items()})
+        return model
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------
@@ -299,10 +342,10 @@ def bootstrap_interval(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def best_rates(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Return, for each method, its runs (one a seed) at the learning rate of the best mean validation accuracy.
+def best_rates(results: Sequence[Result], select: str) -> dict[str, list[Result]]:
+    """Return, for each method, its runs (one a seed) at the best learning rate: by mean validation loss or accuracy.
 
-    Of equal ones the smaller rate is taken. A rate at which any seed diverged counts as 0 for that seed.
+    Of equal ones the smaller rate is taken. A run that diverged has accuracy 0 and an infinite loss.
     """
     best: dict[str, list[Result]] = {}
     for method in METHODS:
@@ -312,7 +355,7 @@ def best_rates(results: Sequence[Result]) -> dict[str, list[Result]]:
             for rate in rates
         ]
         if by_rate:
-            best[method] = max(by_rate, key=lambda runs: statistics.fmean(run.validation for run in runs))
+            best[method] = max(by_rate, key=lambda runs: statistics.fmean(run.score(select) for run in runs))
     return best
 
 
@@ -320,13 +363,13 @@ def print_tables(config: Config, results: Sequence[Result]) -> None:
     """Print both tables on standard output."""
     from rich.table import Table
 
-    best = best_rates(results)
+    best = best_rates(results, config.compare.select)
     parts = ["test", *map(short_name, config.data.shifts)]
     screen = console()
     runs_each = f"mean of {len(config.compare.seeds)} seeds" if len(config.compare.seeds) > 1 else "one seed"
     screen.print(f"{config.model.name} on {short_name(config.data.name)}: accuracy in %, {runs_each}", soft_wrap=True)
     accuracies = Table()
-    for column in ("method", "lr", "trained", "train s", "validation", *parts):
+    for column in ("method", "lr", "trained", "train s", "val. loss", "validation", *parts):
         accuracies.add_column(column, justify="left" if column == "method" else "right")
     for method, runs in best.items():
         accuracies.add_row(method, *_row(runs, parts))
@@ -355,7 +398,8 @@ def _row(runs: Sequence[Result], parts: Sequence[str]) -> list[str]:
     seconds = statistics.fmean(run.seconds for run in runs)
     row = [f"{runs[0].lr:g}", f"{runs[0].parameters:,}", f"{seconds:.1f}"]
     if any(run.diverged for run in runs):
-        return [*row, *["diverged"] * (1 + len(parts))]
+        return [*row, *["diverged"] * (2 + len(parts))]
+    row.append(f"{statistics.fmean(run.losses['validation'] for run in runs):.3f}")
     values = [[run.validation for run in runs], *([run.accuracy(part) for run in runs] for part in parts)]
     return row + [_percent(each) for each in values]
 
@@ -384,11 +428,12 @@ def _interval(interval: Interval) -> str:
 
 def _caption(config: Config, results: Sequence[Result]) -> str:
     steps = max((result.steps for result in results), default=0)
-    rates = max(len(config.compare.rates(method)) for method in config.compare.methods)
-    chosen_by = "chosen on the validation examples from" if rates > 1 else "not tuned here:"
+    rates = max(len(config.compare.rates_of(method)) for method in config.compare.methods)
+    chosen_by = f"chosen by validation {config.compare.select} from" if rates > 1 else "not tuned here:"
     return (
         f"Every run: {steps} steps of {config.train.batch_size} in the same order, AdamW, learning rate {chosen_by} "
         f"{rates} a method.\n"
         "lora is this package's own branch without cascade, whose steps the tests hold equal to the package peft's.\n"
-        "lorasc and cascade are evaluated with their slow weights folded into the model; ± is the deviation over seeds."
+        "lorasc and cascade are evaluated with their slow weights folded into the model, lorasc with their average if\n"
+        "spec.average keeps one; ± is the deviation over seeds."
     )

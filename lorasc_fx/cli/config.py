@@ -1,4 +1,4 @@
-"""Configuration files: the tables as frozen dataclasses, reading TOML with errors that name the line, and writing it.
+"""Configuration files: the tables as frozen dataclasses, read from TOML with errors that name the line.
 
 `tomllib` reads only, and forgets on which line a key stands: `key_lines` scans for headers and `key =`. Keys inside a
 multi-line array or an inline table have the line of the key that holds them.
@@ -7,18 +7,18 @@ multi-line array or an inline table have the line of the key that holds them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.errors import SpecError, nearest
-from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
+from lorasc_fx.extras import module_of
+from lorasc_fx.spec import CascadeSpec
 
 __all__ = [
     "CompareConfig",
@@ -30,9 +30,12 @@ __all__ = [
     "key_lines",
     "line_of",
     "load_config",
-    "to_toml",
     "write_config",
 ]
+
+Decay = Literal["cosine", "linear"]
+Select = Literal["loss", "accuracy"]
+KeyPath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,11 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     warmup: int = 10
-    """Steps of linear warm-up, at the start and after each restart."""
-    decay: bool = True
-    """Let the learning rate fall linearly to 0 over the whole run."""
+    """Steps of linear warm-up, at the start of each stage."""
+    decay: Decay = "cosine"
+    """How the learning rate falls within each stage."""
+    floor: float = 0.0
+    """Share of the learning rate at the end of each stage, from 0 to 1; 1 is no decay."""
     frozen_norm: bool = True
     """Train a model that has batch norm in eval mode: its statistics stay the pretrained ones, and dropout is off."""
     seed: int = 0
@@ -133,6 +138,9 @@ class TrainConfig:
             raise SpecError(f"train.threads is {self.threads}; give 1024 or fewer")
         if self.steps == 0 and not 0 < self.epochs < math.inf:
             raise SpecError(f"train.epochs is {self.epochs}; give a number above 0, or train.steps")
+        _check_choice("train.decay", self.decay, Decay)
+        if not 0 <= self.floor <= 1:
+            raise SpecError(f"train.floor is {self.floor}; give a share of the learning rate, from 0 to 1")
         if not 0 < self.lr < math.inf:
             raise SpecError(f"train.lr is {self.lr}; give a number above 0")
         _check_seeds("train.seed", self.seed)
@@ -143,44 +151,45 @@ class CompareConfig:
     """What `compare` sets side by side."""
 
     methods: tuple[str, ...] = ("probe", "lora", "cascade", "lorasc")
-    """From `probe`, `lora`, `lora-summed`, `cascade`, `lorasc`, `full`; see `lorasc_fx.cli.methods`."""
+    """From `probe`, `lora`, `lora-average`, `lora-cycles`, `lora-summed`, `cascade`, `lorasc`, `full`; see
+    `lorasc_fx.cli.methods`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each method and learning rate a seed."""
     lrs: tuple[float, ...] = (1e-3,)
-    """Learning rates tried for each method; validation accuracy chooses."""
-    probe_lrs: tuple[float, ...] = ()
-    """Learning rates of `probe`, where they differ from `lrs`."""
-    full_lrs: tuple[float, ...] = ()
-    """Learning rates of `full`, where they differ from `lrs`."""
+    """Learning rates tried for each method."""
+    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Learning rates of a method where they differ from `lrs`, by its name."""
+    select: Select = "loss"
+    """What chooses among learning rates, on the validation examples."""
     reference: str = "lora"
     """The method that the paired differences are taken to."""
     keep_weights: tuple[str, ...] = ()
     """Methods whose trained weights are written, folded, beside their results."""
 
     def __post_init__(self) -> None:
-        for key in ("methods", "keep_weights", "reference"):
-            value = getattr(self, key)
-            for name in (value,) if isinstance(value, str) else value:
+        named = {"methods": self.methods, "keep_weights": self.keep_weights, "reference": (self.reference,)}
+        for key, names in (named | {"rates": tuple(self.rates)}).items():
+            for name in names:
                 if name not in METHODS:
                     known = ", ".join(METHODS)
                     raise SpecError(
                         f"compare.{key} has {name!r}; give some of {known}{nearest(name, METHODS)}", code="unknown-name"
                     )
-        for key in ("methods", "seeds", "lrs", "probe_lrs", "full_lrs"):
-            value = getattr(self, key)
-            if len(set(value)) < len(value):
-                raise SpecError(f"compare.{key} is {list(value)}; give each entry once")
-        if not self.methods or not self.seeds or not self.lrs:
-            raise SpecError("compare.methods, compare.seeds and compare.lrs each need one entry or more")
-        for key in ("lrs", "probe_lrs", "full_lrs"):
-            if not all(0 < rate < math.inf for rate in getattr(self, key)):
-                raise SpecError(f"compare.{key} is {list(getattr(self, key))}; learning rates are above 0")
+        lists = {"lrs": self.lrs} | {f"rates.{method}": rates for method, rates in self.rates.items()}
+        for key, values in {"methods": self.methods, "seeds": self.seeds, **lists}.items():
+            if len(set(values)) < len(values):
+                raise SpecError(f"compare.{key} is {list(values)}; give each entry once")
+            if not values:
+                raise SpecError(f"compare.{key} is empty; give one entry or more")
+        for key, rates in lists.items():
+            if not all(0 < rate < math.inf for rate in rates):
+                raise SpecError(f"compare.{key} is {list(rates)}; learning rates are above 0")
+        _check_choice("compare.select", self.select, Select)
         _check_seeds("compare.seeds", *self.seeds)
 
-    def rates(self, method: str) -> tuple[float, ...]:
+    def rates_of(self, method: str) -> tuple[float, ...]:
         """Return the learning rates to try for this method."""
-        own = {"probe": self.probe_lrs, "full": self.full_lrs}.get(method, ())
-        return own or self.lrs
+        return self.rates.get(method, self.lrs)
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,9 @@ def _check_seeds(name: str, *seeds: int) -> None:
             raise SpecError(f"{name} is {seed}; a seed is 0 or more, and less than 2147483648")
 
 
-_SPEC_TABLES: dict[str, type[Any]] = {"noise": Noise, "rules": Rule, "train_rules": TrainRule}
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise SpecError(f"{name} is {value!r}; give {' or '.join(map(repr, get_args(choices)))}")
 
 
 def load_config(path: Path) -> Config:
@@ -224,8 +235,11 @@ def load_config(path: Path) -> Config:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as fault:
         raise SpecError(f"{path}: this is not TOML: {fault}", code="invalid-toml") from fault
-    reader = _Reader(path, key_lines(text))
-    config = reader.table(Config, data, ())
+    try:
+        config = _table(Config, data, ())
+    except _WrongKey as fault:
+        line = line_of(key_lines(text), fault.at)
+        raise SpecError(f"{path}:{line}: {fault}", code=fault.code) from fault
     assert isinstance(config, Config)
     return config
 
@@ -233,79 +247,72 @@ def load_config(path: Path) -> Config:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as plain tables."""
     data = dataclasses.asdict(dataclasses.replace(config, spec=CascadeSpec()))
-    data["spec"] = config.spec.to_dict()
-    return data
+    return data | {"spec": {key: value for key, value in config.spec.to_dict().items() if value is not None}}
 
 
 def write_config(config: Config, path: Path) -> None:
     """Write the configuration as TOML that `load_config` reads back to an equal one."""
-    path.write_text(to_toml(config_to_dict(config)), encoding="utf-8")
+    tomli_w = module_of("cli", "tomli_w")
+    path.write_text(tomli_w.dumps(config_to_dict(config)), encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class _Reader:
-    path: Path
-    lines: Mapping[KeyPath, int]
+class _WrongKey(SpecError):
+    """What is wrong with the key at a path."""
 
-    def fail(self, at: KeyPath, message: str, code: str | None = None) -> SpecError:
-        return SpecError(f"{self.path}:{line_of(self.lines, at)}: {message}", code=code)
-
-    def known(self, cls: type[Any], data: Mapping[str, Any], at: KeyPath) -> None:
-        names = [each.name for each in dataclasses.fields(cls)]
-        for key in data:
-            if key not in names:
-                where = ".".join((*at, key))
-                known = [".".join((*at, name)) for name in names]
-                raise self.fail((*at, key), f"unknown key {where!r}{nearest(where, known, 1)}", "unknown-name")
-
-    def table(self, cls: type[Any], data: Any, at: KeyPath) -> Any:
-        if not isinstance(data, Mapping):
-            raise self.fail(at, f"{'.'.join(at)!r} is {data!r}; it is a table: write [{'.'.join(at)}]")
-        self.known(cls, data, at)
-        if cls is CascadeSpec:
-            return self.spec(data, at)
-        hints = get_type_hints(cls)
-        values = {key: self.value(hints[key], value, (*at, key)) for key, value in data.items()}
-        try:
-            return cls(**values)
-        except SpecError as fault:
-            raise self.fail(self.blame(data, at, str(fault)), str(fault), fault.code) from fault
-
-    def spec(self, data: Mapping[str, Any], at: KeyPath) -> CascadeSpec:
-        for name, cls in _SPEC_TABLES.items():
-            entries = data.get(name, [])
-            for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-                if isinstance(entry, Mapping):
-                    self.known(cls, entry, (*at, name, *([str(index)] if isinstance(entries, list) else [])))
-        try:
-            return CascadeSpec.from_dict(data)
-        except (SpecError, TypeError) as fault:
-            code = fault.code if isinstance(fault, SpecError) else None
-            raise self.fail(self.blame(data, at, str(fault)), str(fault), code) from fault
-
-    def blame(self, data: Mapping[str, Any], at: KeyPath, message: str) -> KeyPath:
-        """Find the key that a message of `__post_init__` speaks of: its first word, `rank` or `noise.strength`."""
-        words = tuple(message.partition(" ")[0].rstrip(":").split("."))
-        words = words[1:] if words[:1] == at[-1:] else words
-        name = words[0].partition("[")[0] if words else ""
-        return (*at, name, *words[1:]) if name in data else at
-
-    def value(self, hint: Any, value: Any, at: KeyPath) -> Any:
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            return self.table(hint, value, at)
-        if get_origin(hint) is tuple:
-            if not isinstance(value, list):
-                raise self.fail(at, f"{'.'.join(at)} is {value!r}; give a list")
-            return tuple(self.value(get_args(hint)[0], entry, at) for entry in value)
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if type(value) is not hint:
-            kinds = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-            raise self.fail(at, f"{'.'.join(at)} is {value!r}; give {kinds[hint]}")
-        return value
+    def __init__(self, at: KeyPath, message: str, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.at = at
 
 
-KeyPath = tuple[str, ...]
+def _table(cls: type[Any], data: Any, at: KeyPath) -> Any:
+    """Build a dataclass, those inside included, from a TOML table."""
+    if not isinstance(data, Mapping):
+        raise _WrongKey(at, f"{'.'.join(at)!r} is {data!r}; it is a table: write [{'.'.join(at)}]")
+    known = [".".join((*at, field.name)) for field in dataclasses.fields(cls)]
+    for key in data:
+        name = ".".join((*at, key))
+        if name not in known:
+            raise _WrongKey((*at, key), f"unknown key {name!r}{nearest(name, known, 1)}", "unknown-name")
+    hints = get_type_hints(cls)
+    values = {key: _value(hints[key], value, (*at, key)) for key, value in data.items()}
+    try:
+        return cls(**values)
+    except _WrongKey:
+        raise
+    except (SpecError, TypeError) as fault:
+        code = fault.code if isinstance(fault, SpecError) else None
+        raise _WrongKey(_named(data, at, str(fault)), str(fault), code) from fault
+
+
+_PLAIN = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _value(hint: Any, value: Any, at: KeyPath) -> Any:
+    """Return a TOML value as a field of this type has it; types of several forms are left to the class to check."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _table(hint, value, at)
+    if get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise _WrongKey(at, f"{'.'.join(at)} is {value!r}; it is a table: write [{'.'.join(at)}]")
+        return {key: _value(get_args(hint)[1], entry, (*at, key)) for key, entry in value.items()}
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise _WrongKey(at, f"{'.'.join(at)} is {value!r}; give a list")
+        return tuple(_value(get_args(hint)[0], entry, (*at, str(index))) for index, entry in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in _PLAIN and type(value) is not hint:
+        raise _WrongKey(at, f"{'.'.join(at)} is {value!r}; give {_PLAIN[hint]}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _named(data: Mapping[str, Any], at: KeyPath, message: str) -> KeyPath:
+    """Return the path of the key that a message names by its first word, as `rank` or `noise.strength`."""
+    words = tuple(message.partition(" ")[0].rstrip(":").split("."))
+    words = words[1:] if words[:1] == at[-1:] else words
+    name = words[0].partition("[")[0] if words else ""
+    return (*at, name, *words[1:]) if name in data else at
+
 
 _HEADER = re.compile(r"^\s*(\[{1,2})\s*([^\[\]]+?)\s*\]{1,2}\s*(?:#.*)?$")
 _KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
@@ -344,46 +351,5 @@ def line_of(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
     return 1
 
 
-def to_toml(data: Mapping[str, Any]) -> str:
-    """Return nested dictionaries, lists, strings, numbers and flags as TOML text; a None is left out."""
-    return "\n".join(_table(data, ())).lstrip("\n") + "\n"
-
-
 def _parts(dotted: str) -> KeyPath:
     return tuple(part.strip("\"'") for part in _PART.findall(dotted))
-
-
-def _table(data: Mapping[str, Any], path: KeyPath) -> list[str]:
-    plain = {key: value for key, value in data.items() if value is not None and not _is_table(value)}
-    lines = [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
-    for key, value in data.items():
-        here = (*path, key)
-        name = ".".join(_key(part) for part in here)
-        if isinstance(value, Mapping):
-            lines += ["", f"[{name}]", *_table(value, here)]
-        elif _is_table(value):
-            for entry in value:
-                lines += ["", f"[[{name}]]", *_table(entry, here)]
-    return lines
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping) or (
-        isinstance(value, (list, tuple)) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
-    )
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)  # inf and nan are spelled so in TOML too
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_value(entry) for entry in value) + "]"
-    raise TypeError(f"TOML has no form for {type(value).__name__}")

@@ -89,6 +89,10 @@ class Examples:
         """Return the examples at these positions as one batch."""
         return Batch(*self.encode(self._inputs(index)), self.labels[index])
 
+    def __getitems__(self, index: list[int]) -> Batch:
+        """Return the examples at these positions as one batch, for a DataLoader."""
+        return self.batch(torch.tensor(index))
+
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield all the examples in order; the last batch may be short."""
         for index in torch.arange(len(self)).split(size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,15 +39,15 @@ def open_run(run: Path) -> tuple[Setup, lx.Cascade, str]:
     folder.check_run()
     setup = Setup.of(load_config(folder.config))
     seed = setup.config.train.seed
-    model, sample = setup.model(seed), setup.sample(seed)
+    model, sample = setup.model(seed), setup.sample()
     cascade = lx.load(folder.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
-    step, schedule = int(cascade.resume()["step"]), setup.schedule(setup.config.train.stages)
-    ends = (0, *map(schedule.end, range(1, schedule.stages + 1)))
+    ends = list(itertools.accumulate(setup.stage_steps(setup.config.train.stages), initial=0))
+    step = int(cascade.resume()["step"])
     if step not in ends:
         cascade._run.warned.accept("pace-below-one")
-        _warn_of_running(f"{run} at step {step} of {schedule.steps}", cascade.plan, cascade.stage)
+        _warn_of_running(f"{run} at step {step} of {ends[-1]}", cascade.plan, cascade.stage)
     running = "" if step in ends else ", its running stage folded as it is"
-    return setup, cascade, f"weights at step {step} of {schedule.steps}{running}"
+    return setup, cascade, f"weights at step {step} of {ends[-1]}{running}"
 
 
 def _warn_of_running(where: str, plan: Plan, stage: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lorasc_fx.spec import CascadeSpec, Noise
 
@@ -19,18 +20,25 @@ class Method:
         spec: the cascade that is trained, from the configuration's spec and number of stages; None trains parameters
             of the plain model.
         staged: whether the steps are divided into the configuration's stages; otherwise there is one.
+        average: the weights that are evaluated. `spec`: the slow ones, or their average where the spec keeps one;
+            `cycles`: the learning rate follows the configuration's stages although there is one stage, and the weights
+            at the ends of these cycles are averaged; `tail`: those at ten moments of the second half are.
         parameters: for a plain model, globs on the names of the parameters that are trained.
     """
 
     about: str
     spec: Callable[[CascadeSpec, int], CascadeSpec] | None = None
     staged: bool = False
+    average: Literal["spec", "cycles", "tail"] = "spec"
     parameters: Callable[[CascadeSpec], tuple[str, ...]] = lambda spec: spec.train
+
+
+DECAY = CascadeSpec.average_decay
 
 
 def _plain(spec: CascadeSpec, stages: int) -> CascadeSpec:
     del stages
-    return replace(spec, pace=1.0, restart="slow", noise=Noise())
+    return replace(spec, pace=1.0, restart="slow", noise=Noise(), average="off", average_decay=DECAY)
 
 
 def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
@@ -51,6 +59,8 @@ def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
 METHODS: dict[str, Method] = {
     "probe": Method("the parameters under spec.train alone"),
     "lora": Method("one stage, pace 1, no noise", _plain),
+    "lora-average": Method("LoRA, mean of the weights of the second half", _plain, average="tail"),
+    "lora-cycles": Method("LoRA, the rate of the stages, mean of the weights at their ends", _plain, average="cycles"),
     "lora-summed": Method("LoRA of the rank that all stages have together, same scale", _summed),
     "cascade": Method("ReLoRA-like: all stages, pace 1, no noise", _plain, staged=True),
     "lorasc": Method("LoRASC: all stages, slow-fast and noise as [spec] says", lambda spec, _: spec, staged=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,14 +49,14 @@ def run_train(arguments: TrainArguments) -> int:
     folder.check(config, resume=resume, overwrite=overwrite)
     setup = Setup.of(config)
     warn_of_random_weights(config.model)
-    cascade, optimizer, start = _begin(setup, folder, resume=resume, overwrite=overwrite)
-    schedule, order = setup.schedule(config.train.stages), setup.order(config.train.seed)
+    steps = setup.stage_steps(config.train.stages)
+    cascade, optimizer, schedule, start = _begin(setup, folder, steps, resume=resume, overwrite=overwrite)
+    done, total = start, sum(steps)
     with reporting() as reporter, Metrics(folder.path) as metrics, on_ctrl_c() as interrupt:
-        reporter.begin("train", schedule.steps, start)
-        done = start
+        reporter.begin("train", total, start)
 
         def save() -> None:
-            lx.save(cascade, folder.checkpoint, optimizer=optimizer, extra={"step": done})
+            lx.save(cascade, folder.checkpoint, optimizer=optimizer, scheduler=schedule, extra={"step": done})
 
         def validate(step: Step, which: Literal["slow", "fast"]) -> float:
             mode, examples = cascade.training, setup.splits.validation
@@ -69,34 +70,31 @@ def run_train(arguments: TrainArguments) -> int:
             metrics.log(step=step.done, stage=step.stage, **entry)
             return share
 
-        def before_fold(step: Step) -> None:
-            validate(step, "fast")
-            folder.write_experts(cascade, step.stage)
-
-        def observe(step: Step) -> None:
-            nonlocal done
-            done = step.done
-            reporter.step(done, f"stage {step.stage}/{schedule.stages}", step.loss)
-            if done % config.train.log_every == 0 or step.ends_stage:
-                metrics.log(step=done, stage=step.stage, loss=step.loss, lr=step.lr, seconds=step.seconds)
-            if step.ends_stage:
-                share = validate(step, "slow")
-                reporter.say(f"stage {step.stage}/{schedule.stages} ends at step {done}: validation {share:.3f}")
-            if step.ends_stage or (config.train.checkpoint_every and done % config.train.checkpoint_every == 0):
-                save()
-
         try:
-            whole = train_steps(
-                cascade, optimizer, setup, schedule, order, observe,
-                interrupt=interrupt, start=start, before_fold=before_fold,
-            )  # fmt: skip
+            for step in train_steps(
+                cascade, optimizer, schedule, setup, config.train.seed, steps, interrupt=interrupt, start=start
+            ):
+                done = step.done
+                if step.folded:
+                    share = validate(step, "slow")
+                    reporter.say(f"stage {step.stage}/{len(steps)} ends at step {done}: validation {share:.3f}")
+                    save()
+                    continue
+                reporter.step(done, f"stage {step.stage}/{len(steps)}", step.loss)
+                if done % config.train.log_every == 0 or step.ends_stage:
+                    metrics.log(step=done, stage=step.stage, loss=step.loss, lr=step.lr, seconds=step.seconds)
+                if step.ends_stage:
+                    validate(step, "fast")
+                    folder.write_experts(cascade, step.stage)
+                elif config.train.checkpoint_every and done % config.train.checkpoint_every == 0:
+                    save()
         except (Diverged, NonFiniteBranch) as fault:
             raise Diverged(f"{fault}; --overwrite starts this run again") from fault
-        if not whole:
+        if done < total:
             save()
             reporter.say(f"Stopped after step {done}; go on with: lorasc-fx train {folder.config} --resume")
             return 130
-        if start == schedule.steps:
+        if start == total:
             reporter.say("This run was at its end already.")
         folder.write_spectrum(cascade)
         folder.write_weights(cascade.folded_state_dict())
@@ -110,21 +108,23 @@ def run_train(arguments: TrainArguments) -> int:
 
 
 def _begin(
-    setup: Setup, folder: RunFolder, *, resume: bool, overwrite: bool
-) -> tuple[lx.Cascade, torch.optim.Optimizer, int]:
-    """Return the cascade, its optimizer, and the number of steps that are done."""
+    setup: Setup, folder: RunFolder, steps: Sequence[int], *, resume: bool, overwrite: bool
+) -> tuple[lx.Cascade, torch.optim.Optimizer, lx.StageSchedule, int]:
+    """Return the cascade, its optimizer and schedule, and the number of steps that are done."""
     config = setup.config
     seed, lr, decay = config.train.seed, config.train.lr, config.train.weight_decay
-    if not resume or not folder.saved:
-        cascade = setup.adapt(seed, config.spec)  # first: what it refuses must not leave a run folder behind
-        folder.begin(config, resume=resume, overwrite=overwrite)
-        folder.write_cascade(cascade, setup.splits.classes)
-        return cascade, make_optimizer(cascade, lr, decay), 0
-    folder.begin(config, resume=True)
-    model, sample = setup.model(seed), setup.sample(seed)
-    mode = model.training
-    cascade = lx.load(folder.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
-    cascade.train(mode)
+    resumed = resume and folder.saved
+    if resumed:
+        model, sample = setup.model(seed), setup.sample()
+        mode = model.training
+        cascade = lx.load(folder.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
+        cascade.train(mode)
+    else:
+        cascade = setup.adapt(seed, config.spec)
+    folder.begin(config, resume=resume, overwrite=overwrite)  # last: what is refused must not leave a run folder behind
     optimizer = make_optimizer(cascade, lr, decay)
-    extra = cascade.resume(optimizer)
-    return cascade, optimizer, int(extra["step"])
+    schedule = setup.schedule(optimizer, cascade, steps)
+    if resumed:
+        return cascade, optimizer, schedule, int(cascade.resume(optimizer, schedule)["step"])
+    folder.write_cascade(cascade, setup.splits.classes)
+    return cascade, optimizer, schedule, 0

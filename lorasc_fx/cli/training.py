@@ -5,13 +5,14 @@ Two kinds of model are trained: a cascade, or a plain module of which some param
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from lorasc_fx.cli.config import Config, TrainConfig
+from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.data import Batch, Examples, Splits, load_data
 from lorasc_fx.cli.models import build_model, logits_of, set_mode, tokenizer_of
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, listed, nearest
@@ -29,8 +30,6 @@ from lorasc_fx.spec import CascadeSpec
 __all__ = [
     "Diverged",
     "Interrupt",
-    "Order",
-    "Schedule",
     "Setup",
     "Step",
     "accuracy",
@@ -50,69 +49,6 @@ class Diverged(StateError):
     """The loss is not finite."""
 
     code = "loss-not-finite"
-
-
-@dataclass(frozen=True)
-class Order:
-    """The examples of each step, a function of (seed, step) alone: every epoch is shuffled, a short batch left out."""
-
-    examples: int
-    batch_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full batches in one pass."""
-        return max(1, self.examples // self.batch_size)
-
-    def index(self, step: int) -> Tensor:
-        """Return the positions [batch] of a step (0 is the first)."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        shuffled = torch.randperm(self.examples, generator=generator)
-        return shuffled[place * self.batch_size : (place + 1) * self.batch_size]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps (0 is the first) divided evenly among stages (1 is the first), and the learning rate of each step."""
-
-    steps: int
-    stages: int
-    warmup: int
-    decay: bool = False
-
-    @classmethod
-    def of(cls, config: TrainConfig, steps_per_epoch: int, stages: int) -> Schedule:
-        """Return the schedule that a configuration asks for.
-
-        Raises:
-            SpecError: there are more stages than steps.
-        """
-        steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-        if stages > steps:
-            raise SpecError(
-                f"train.stages is {stages}, more than the {steps} steps; lengthen train.epochs or train.steps"
-            )
-        return cls(steps, stages, config.warmup, config.decay)
-
-    def stage(self, step: int) -> int:
-        """Return the stage that a step belongs to."""
-        return next(stage for stage in range(1, self.stages + 1) if step < self.end(stage))
-
-    def end(self, stage: int) -> int:
-        """Return the first step after a stage."""
-        return round(stage * self.steps / self.stages)
-
-    def ends_stage(self, step: int) -> bool:
-        """Return whether this step is the last one of its stage."""
-        return step + 1 == self.end(self.stage(step))
-
-    def factor(self, step: int) -> float:
-        """Return the factor in (0, 1] on the learning rate: warm-up in each stage (2307.05695), decay over the run."""
-        since = step - self.end(self.stage(step) - 1)
-        decay = 1 - step / self.steps if self.decay else 1.0
-        return min(1.0, (since + 1) / (self.warmup + 1)) * decay
 
 
 @dataclass(frozen=True)
@@ -148,20 +84,47 @@ class Setup:
 
     def adapt(self, seed: int, spec: CascadeSpec) -> lx.Cascade:
         """Return a fresh cascade."""
-        sample = self.sample(seed)
+        sample = self.sample()
         return lx.adapt(self.model(seed), args=sample.args, kwargs=sample.kwargs, spec=spec)
 
-    def order(self, seed: int) -> Order:
-        """Return the order of examples of this seed."""
-        return Order(len(self.splits.train), min(self.config.train.batch_size, len(self.splits.train)), seed)
+    @property
+    def batch_size(self) -> int:
+        """Examples in a step."""
+        return min(self.config.train.batch_size, len(self.splits.train))
 
-    def schedule(self, stages: int) -> Schedule:
-        """Return the schedule for so many stages."""
-        return Schedule.of(self.config.train, self.order(0).steps_per_epoch, stages)
+    def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of the optimizer steps without end, after `start` of them, on the device."""
+        loader = lx.schedules.shuffled_batches(
+            self.splits.train, self.batch_size, seed=seed, start=start, collate_fn=lambda batch: batch
+        )
+        return (batch.to(self.config.train.device) for batch in loader)
 
-    def sample(self, seed: int) -> Batch:
-        """Return the batch that a model is captured with: the first one that it will see."""
-        return self.splits.train.batch(self.order(seed).index(0)).to(self.config.train.device)
+    def sample(self) -> Batch:
+        """Return a batch to capture the model with."""
+        return self.splits.train.batch(torch.arange(self.batch_size)).to(self.config.train.device)
+
+    def stage_steps(self, stages: int) -> list[int]:
+        """Return the optimizer steps of each of so many stages, which divide the run evenly.
+
+        Raises:
+            SpecError: there are more stages than steps.
+        """
+        config = self.config.train
+        steps = config.steps or max(1, round(config.epochs * (len(self.splits.train) // self.batch_size)))
+        if stages > steps:
+            raise SpecError(
+                f"train.stages is {stages}, more than the {steps} steps; lengthen train.epochs or train.steps"
+            )
+        return [
+            after - before for before, after in itertools.pairwise(round(n * steps / stages) for n in range(stages + 1))
+        ]
+
+    def schedule(
+        self, optimizer: torch.optim.Optimizer, cascade: lx.Cascade | None, steps: Sequence[int]
+    ) -> lx.StageSchedule:
+        """Return the learning rate of stages of these steps, or without a cascade of cycles of these steps."""
+        config = self.config.train
+        return lx.StageSchedule(optimizer, cascade, steps, warmup=config.warmup, floor=config.floor, decay=config.decay)
 
 
 def _check_device(device: str) -> None:
@@ -206,17 +169,16 @@ def train_parameters(model: nn.Module, patterns: Sequence[str], exclude: Sequenc
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW; each group remembers its own full learning rate."""
+    """Return AdamW on what is trained."""
     if isinstance(model, lx.Cascade):
         groups = list(model.param_groups(lr=lr))
     else:
         groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
-    groups = [{**group, "full_lr": group.get("lr", lr)} for group in groups]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
 
 
 def trained_entries(optimizer: torch.optim.Optimizer) -> int:
-    """Return the number of entries that an optimizer moves."""
+    """Return the number of entries that an optimizer trains."""
     return sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
 
 
@@ -246,68 +208,83 @@ def on_ctrl_c() -> Iterator[Interrupt]:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: steps done so far, its stage, its loss, its learning rate, the seconds since the start."""
+    """An optimizer step, or the transition after it.
+
+    Args:
+        done: optimizer steps done so far.
+        stage: the stage of this step (1 is the first).
+        loss, lr: of this step.
+        seconds: since the training began or went on.
+        ends_stage: whether it is the last step of its stage, whose branches are still there.
+        folded: whether the stage of this step has ended: yielded once more, after the transition.
+    """
 
     done: int
     stage: int
     loss: float
     lr: float
-    ends_stage: bool
     seconds: float
+    ends_stage: bool = False
+    folded: bool = False
 
 
 def train_steps(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    schedule: lx.StageSchedule,
     setup: Setup,
-    schedule: Schedule,
-    order: Order,
-    observe: Callable[[Step], None],
+    seed: int,
+    stage_steps: Sequence[int],
     *,
     interrupt: Interrupt,
     start: int = 0,
-    before_fold: Callable[[Step], None] = lambda step: None,
-) -> bool:
-    """Train from a step to the end; return False if Ctrl-C ended it, always between two whole steps.
+) -> Iterator[Step]:
+    """Train from a step to the end, and yield each step and each transition; stop early after Ctrl-C.
 
-    Dropout is seeded by (seed, step), so that a run that stopped and went on gives the same numbers. `before_fold` is
-    called with the last step of each stage before the stage ends, `observe` with every step, after that.
+    Batches and dropout are functions of (seed, step), so that a run that stopped and went on gives the same numbers.
+
+    Args:
+        model: a cascade, or a module whose parameters are trained as they are, in one stage.
+        optimizer, schedule: of its parameters; the schedule is stepped here.
+        setup: the data and the device.
+        seed: of the order of the examples, and of dropout.
+        stage_steps: optimizer steps of each stage.
+        interrupt: what ends the training between two steps.
+        start: steps that are done.
 
     Raises:
         Diverged: a loss that is inf or nan.
         SpecError: the model does not give one logit a class.
     """
     examples, began = setup.splits.train, time.monotonic()
+    ends = list(itertools.accumulate(stage_steps))
+    stage = bisect.bisect_right(ends, start) + 1
     stages: Iterator[object] = itertools.repeat(None)
-    if isinstance(model, lx.Cascade) and start < schedule.steps:
-        stages = model.stages(schedule.stages - schedule.stage(start) + 1, optimizer)
+    if isinstance(model, lx.Cascade) and start < ends[-1]:
+        stages = model.stages(len(ends) - stage + 1, optimizer)
         next(stages)
-    for step in range(start, schedule.steps):
+    for done, batch in zip(range(start + 1, ends[-1] + 1), setup.batches(seed, start), strict=False):
         if interrupt.asked:
-            return False
-        torch.manual_seed(order.seed * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * schedule.factor(step)
-        batch = examples.batch(order.index(step)).to(setup.config.train.device)
+            return
+        torch.manual_seed(seed * 1_000_003 + done - 1)
         logits = logits_of(model(*batch.args, **batch.kwargs))
-        if step == start:
+        if done == start + 1:
             _check_logits(logits, examples)
         loss = F.cross_entropy(logits, batch.labels)
         value = loss.item()
         if not math.isfinite(value):
-            raise Diverged(
-                f"the loss is {value} at step {step + 1}; a lower learning rate or a longer warm-up may help"
-            )
+            raise Diverged(f"the loss is {value} at step {done}; a lower learning rate or a longer warm-up may help")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         rate = optimizer.param_groups[0]["lr"]
-        done = Step(step + 1, schedule.stage(step), value, rate, schedule.ends_stage(step), time.monotonic() - began)
-        if done.ends_stage:
-            before_fold(done)
+        schedule.step()
+        step = Step(done, stage, value, rate, time.monotonic() - began, ends_stage=done == ends[stage - 1])
+        yield step
+        if step.ends_stage:
             next(stages, None)
-        observe(done)
-    return True
+            yield replace(step, seconds=time.monotonic() - began, ends_stage=False, folded=True)
+            stage += 1
 
 
 def _check_logits(logits: Tensor, examples: Examples) -> None:

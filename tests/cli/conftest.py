@@ -98,15 +98,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], object]:
 
     @contextmanager
     def stopping(stop: int) -> Iterator[None]:
-        def train_steps(*arguments: Any, **options: Any) -> bool:
-            *others, observe = arguments
-
-            def press(step: training.Step) -> None:
-                observe(step)
-                if step.done == stop:
+        def train_steps(*arguments: Any, **options: Any) -> Iterator[training.Step]:
+            for step in plain(*arguments, **options):
+                yield step
+                if step.done == stop and not step.ends_stage:
                     os.kill(os.getpid(), signal.SIGINT)
-
-            return plain(*others, press, **options)
 
         with monkeypatch.context() as patched:
             patched.setattr("lorasc_fx.cli.train.train_steps", train_steps)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lorasc_fx.cli import main
+from lorasc_fx.cli import compare, main
 from lorasc_fx.cli.compare import Result, Run, best_rates
 from lorasc_fx.cli.config import load_config
 
@@ -29,7 +29,7 @@ def without_time(result: Result) -> Result:
 def test_all_methods_side_by_side(
     place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods = ["probe", "lora", "lora-summed", "cascade", "lorasc", "full"]
+    methods = ["probe", "lora", "lora-average", "lora-cycles", "lora-summed", "cascade", "lorasc", "full"]
     assert main(["compare", "tiny.toml", "--compare.methods", *methods, "--compare.keep-weights", "lorasc"]) == 0
     said = capsys.readouterr().out
     run = place / "runs" / "tiny"
@@ -107,19 +107,81 @@ def test_a_run_that_diverges_is_shown_and_not_chosen(place: Path, capsys: pytest
     assert cell(place / "runs" / "tiny", "lora-seed0-lr1e+30").diverged
     said = capsys.readouterr().out
     assert "diverged (the loss is nan at step" in said
-    assert "chosen on the validation examples from 2 a method" in " ".join(said.split())
+    assert "chosen by validation loss from 2 a method" in " ".join(said.split())
     assert main(["compare", "tiny.toml", "--compare.lrs", "1e30", *rates[3:], "--output", "only"]) == 0
     assert "│ diverged │" in capsys.readouterr().out
 
 
 def test_the_rate_is_chosen_on_validation_not_on_test() -> None:
-    def result(lr: float, seed: int, validation: float, test: int) -> Result:
-        return Result("lora", seed, lr, 1, 1.0, 1, validation, {}, {"test": [test]}, {"test": [1]})
+    def result(lr: float, seed: int, validation: float, loss: float, test: int) -> Result:
+        losses = {"validation": loss}
+        return Result("lora", seed, lr, 1, 1.0, 1, validation, losses, {"test": [test]}, {"test": [1]})
 
-    results = [result(0.1, 0, 0.9, 1), result(0.1, 1, 0.5, 1), result(0.01, 0, 0.8, 0), result(0.01, 1, 0.8, 0)]
-    best = best_rates(results)["lora"]
-    assert [run.lr for run in best] == [0.01, 0.01]
-    assert [run.accuracy("test") for run in best] == [0.0, 0.0]
+    results = [
+        result(0.1, 0, 0.9, 0.1, 1), result(0.1, 1, 0.5, 0.3, 1), result(0.01, 0, 0.8, 0.5, 0),
+        result(0.01, 1, 0.8, 0.4, 0), Result("lora", 0, 0.001, 0, 1.0, 1, 0.0, {}, {}, {}, diverged=True),
+    ]  # fmt: skip
+    assert [run.lr for run in best_rates(results, "accuracy")["lora"]] == [0.01, 0.01]
+    assert [run.lr for run in best_rates(results, "loss")["lora"]] == [0.1, 0.1]
+    assert [run.accuracy("test") for run in best_rates(results, "accuracy")["lora"]] == [0.0, 0.0]
+
+
+def test_each_method_has_its_own_grid(place: Path) -> None:
+    rates = ["--compare.methods", "probe", "lora", "--compare.seeds", "0", "--compare.rates", "probe", "0.1", "0.2"]
+    assert main(["compare", "tiny.toml", *rates]) == 0
+    made = sorted(path.stem for path in (place / "runs" / "tiny" / "results").glob("*.json"))
+    assert made == ["lora-seed0-lr0.01", "probe-seed0-lr0.1", "probe-seed0-lr0.2"]
+
+
+def test_averages_of_lora_by_hand(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kept weights are the mean of those at the moments of a run in one stage."""
+    kept: list[tuple[int, dict[str, torch.Tensor]]] = []
+    plain = compare.MeanWeights.add
+
+    def add(self: compare.MeanWeights, state: dict[str, torch.Tensor]) -> None:
+        kept.append((len(kept), state))
+        plain(self, state)
+
+    monkeypatch.setattr(compare.MeanWeights, "add", add)
+    folder = place / "runs" / "tiny"
+    for method, count in (("lora-cycles", 3), ("lora-average", 6)):  # steps 7 to 12
+        kept.clear()
+        asked = ["--compare.methods", method, "--compare.seeds", "0", "--compare.keep-weights", method]
+        assert main(["compare", "tiny.toml", *asked, "--overwrite"]) == 0
+        assert len(kept) == count
+        weights = load_file(folder / "results" / f"{method}-seed0-lr0.01.safetensors")
+        for name in ("0.weight", "7.bias"):
+            states = torch.stack([state[name].double() for _, state in kept])
+            torch.testing.assert_close(weights[name].double(), states.mean(0), rtol=1e-6, atol=1e-7)
+            assert (states.std(0) > 0).any()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {1}
+
+
+def test_the_rate_of_cycles_is_that_of_the_stages(place: Path) -> None:
+    asked = ["--compare.methods", "lora-cycles", "lorasc", "--compare.seeds", "0", "--train.log-every", "1"]
+    assert main(["compare", "tiny.toml", *asked]) == 0
+    rates: dict[str, list[float]] = {}
+    for line in (place / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        rates.setdefault(entry["run"], []).append(entry["lr"])
+    cycles, stages = rates.values()
+    assert cycles == pytest.approx(stages)
+    assert cycles[:4] == pytest.approx(cycles[4:8])
+    assert cycles[3] < cycles[1]
+
+
+def test_lorasc_is_evaluated_with_the_average_that_its_spec_keeps(place: Path) -> None:
+    """The kept weights are those of `train` and `fold --which averaged`."""
+    asked = ["--spec.average", "swa", "--train.seed", "0"]
+    assert main(["train", "tiny.toml", *asked, "--output", "one"]) == 0
+    assert main(["fold", "one", "--which", "averaged", "--output", "mean.safetensors"]) == 0
+    methods = ["--compare.methods", "lorasc", "--compare.seeds", "0", "--compare.keep-weights", "lorasc"]
+    assert main(["compare", "tiny.toml", *asked, *methods]) == 0
+    mean, slow = load_file("mean.safetensors"), load_file("one/folded.safetensors")
+    found = load_file("runs/tiny/results/lorasc-seed0-lr0.01.safetensors")
+    assert all(torch.equal(found[name], mean[name]) for name in mean)
+    assert not torch.equal(mean["0.weight"], slow["0.weight"])
 
 
 def test_names_of_cells() -> None:

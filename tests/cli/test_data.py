@@ -15,7 +15,6 @@ import torch
 from experiments.data import blur, digits, imdb, mnist5k, noise, rotten_tomatoes
 from lorasc_fx.cli.config import DataConfig
 from lorasc_fx.cli.data import Splits, image_examples, load_data, read_csv
-from lorasc_fx.cli.training import Order
 from lorasc_fx.errors import SpecError
 from tests.kit.errors import raises
 
@@ -83,14 +82,6 @@ def test_shifts_are_other_data_sets_of_the_same_classes_or_functions_of_the_test
     assert list(splits.test_sets) == ["test", "mnist5k", "noise", "blur"]
     assert torch.equal(splits.shifts["blur"].inputs, blur(splits.test.inputs[:20]))  # type: ignore[arg-type]  # pixels
     assert torch.equal(splits.shifts["blur"].labels, splits.test.labels[:20])
-
-
-def test_every_epoch_sees_every_example_once() -> None:
-    order = Order(64, 16, seed=5)
-    epochs = [torch.cat([order.index(step) for step in range(start, start + 4)]) for start in (0, 4)]
-    assert all(epoch.sort().values.tolist() == list(range(64)) for epoch in epochs)
-    assert epochs[0].tolist() != epochs[1].tolist()
-    assert Order(64, 16, seed=6).index(0).tolist() != order.index(0).tolist()
 
 
 def test_the_last_batch_may_be_short() -> None:

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import tomli_w
 from safetensors.torch import load_file, save_file
 
-from lorasc_fx.cli.config import load_config, to_toml
+from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.data import short_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +28,7 @@ def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
 def small(config: dict[str, dict[str, object]], folder: Path, **tables: dict[str, object]) -> Path:
     path = folder / "small.toml"
     changed = {name: {**config[name], **values} for name, values in tables.items()}
-    path.write_text(to_toml({**config, **changed}))
+    path.write_text(tomli_w.dumps({**config, **changed}))
     return path
 
 

@@ -135,7 +135,7 @@ class Trained:
     setup: Setup
 
     def cascade(self, stage: int) -> lx.Cascade:
-        sample = self.setup.sample(0)
+        sample = self.setup.sample()
         return lx.load(self.ends[stage - 1], self.setup.model(0).eval(), args=sample.args)
 
 

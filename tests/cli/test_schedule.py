@@ -1,36 +1,45 @@
-"""Stages and warm-up."""
+"""Steps of stages, and the order of the examples."""
 
 from __future__ import annotations
 
-from lorasc_fx.cli.config import TrainConfig
-from lorasc_fx.cli.training import Schedule
+from itertools import islice
+
+import pytest
+import torch
+
+from lorasc_fx.cli.config import Config, TrainConfig
+from lorasc_fx.cli.data import Splits, image_examples
+from lorasc_fx.cli.training import Setup
 from lorasc_fx.errors import SpecError
 from tests.kit.errors import raises
 
 
-def test_steps_are_divided_evenly_and_wholly() -> None:
-    schedule = Schedule(steps=11, stages=3, warmup=0)
-    stages = [schedule.stage(step) for step in range(11)]
-    assert stages == [1] * 4 + [2] * 3 + [3] * 4
-    assert [step for step in range(11) if schedule.ends_stage(step)] == [3, 6, 10]
+def setup(count: int, **train: object) -> Setup:
+    pixels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    examples = image_examples(pixels, list(range(count)), 2)
+    return Setup(Config(train=TrainConfig(**train)), Splits(examples, examples, examples, {}))  # type: ignore[arg-type]
 
 
-def test_the_learning_rate_rises_after_each_restart() -> None:
-    schedule = Schedule(steps=8, stages=2, warmup=3)
-    assert [schedule.factor(step) for step in range(8)] == [0.25, 0.5, 0.75, 1.0] * 2
-    assert Schedule(8, 2, 0).factor(4) == 1
-
-
-def test_it_falls_over_the_run() -> None:
-    schedule = Schedule(steps=8, stages=2, warmup=1, decay=True)
-    assert [8 * schedule.factor(step) for step in range(8)] == [4, 7, 6, 5, 2, 3, 2, 1]
+@pytest.mark.parametrize(("steps", "stages", "expected"), [(11, 3, [4, 3, 4]), (12, 3, [4, 4, 4]), (2, 1, [2])])
+def test_steps_are_divided_evenly_and_wholly(steps: int, stages: int, expected: list[int]) -> None:
+    assert setup(40, steps=steps).stage_steps(stages) == expected
 
 
 def test_steps_come_from_epochs_or_are_given() -> None:
-    assert Schedule.of(TrainConfig(epochs=1.5), 10, 2).steps == 15
-    assert Schedule.of(TrainConfig(epochs=1.5, steps=7), 10, 2).steps == 7
+    assert setup(43, epochs=1.5, batch_size=4).stage_steps(1) == [15]
+    assert setup(43, epochs=1.5, batch_size=4, steps=7).stage_steps(1) == [7]
+    assert setup(3, epochs=2.0, batch_size=4).stage_steps(1) == [2]
 
 
 def test_more_stages_than_steps() -> None:
     with raises(SpecError, "invalid-value", "train.stages", "3", "2"):
-        Schedule.of(TrainConfig(steps=2), 10, 3)
+        setup(40, steps=2).stage_steps(3)
+
+
+def test_every_epoch_sees_every_example_once_and_goes_on_anywhere() -> None:
+    labels = [batch.labels for batch in islice(setup(64, batch_size=16).batches(5), 8)]
+    epochs = [torch.cat(labels[:4]), torch.cat(labels[4:])]
+    assert all(epoch.sort().values.tolist() == list(range(64)) for epoch in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert next(setup(64, batch_size=16).batches(6)).labels.tolist() != labels[0].tolist()
+    assert next(setup(64, batch_size=16).batches(5, 6)).labels.tolist() == labels[6].tolist()

@@ -103,7 +103,7 @@ def test_a_fold_inside_a_stage_counts_it_as_ended_and_has_no_noise(
     assert "slow weights at step 6 of 12, its running stage folded as it is" in capsys.readouterr().out
     folded = weights(place / "runs" / "tiny" / "folded.safetensors")
     setup = Setup.of(load_config(place / "runs" / "tiny" / "config.toml"))
-    cascade = lx.load(place / "runs" / "tiny" / "checkpoint", setup.model(0).eval(), args=setup.sample(0).args)
+    cascade = lx.load(place / "runs" / "tiny" / "checkpoint", setup.model(0).eval(), args=setup.sample().args)
     noisy = cascade.model.get_parameter("0.weight").detach().clone()
     released = cascade.release().state_dict()
     assert_same(folded, dict(released))

@@ -194,6 +194,35 @@ def test_the_rate_decays_within_each_stage(decay: Any, floor: float) -> None:
     assert seen == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
+def test_without_a_cascade_the_same_cycles_come_by_their_steps() -> None:
+    """Rates of a cascade whose stages end after 5, 3 and 3 steps, without one; resumed in the middle as well."""
+    plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = lx.StageSchedule(plain, None, (5, 3), warmup=1, floor=0.2)
+    seen = []
+    for step in range(11):
+        if step == 6:
+            kept, of_optimizer = json.loads(json.dumps(scheduler.state_dict())), plain.state_dict()
+            plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+            scheduler = lx.StageSchedule(plain, None, (5, 3), warmup=1, floor=0.2)
+            plain.load_state_dict(of_optimizer)
+            scheduler.load_state_dict(kept)
+        seen.append(plain.param_groups[0]["lr"])
+        plain.step()
+        scheduler.step()
+    cascade, optimizer = adapted()
+    followed = lx.StageSchedule(optimizer, cascade, (5, 3), warmup=1, floor=0.2)
+    expected = [
+        0.1 * followed.factor(stage, step) for stage, length in ((1, 5), (2, 3), (3, 3)) for step in range(length)
+    ]
+    assert seen == pytest.approx(expected)
+
+
+def test_a_floor_of_one_is_no_decay() -> None:
+    cascade, optimizer = adapted()
+    scheduler = lx.StageSchedule(optimizer, cascade, 4, floor=1.0)
+    assert [scheduler.factor(1, step) for step in range(5)] == [1.0] * 5
+
+
 def test_warm_up_and_decay_go_together() -> None:
     cascade, optimizer = adapted()
     scheduler = lx.StageSchedule(optimizer, cascade, 8, warmup=3, floor=0.1, decay="linear")
@@ -211,8 +240,8 @@ def test_warm_up_and_decay_go_together() -> None:
         ({"steps": 0}, ("steps", "0", "1 or more")),
         ({"steps": (5, 0)}, ("steps", "0", "1 or more")),
         ({"steps": ()}, ("steps", "empty")),
-        ({"floor": 1.0}, ("floor", "1.0", "[0, 1)")),
-        ({"floor": True}, ("floor", "True", "[0, 1)")),
+        ({"floor": 1.1}, ("floor", "1.1", "[0, 1]")),
+        ({"floor": True}, ("floor", "True", "[0, 1]")),
         ({"decay": "step"}, ("decay", "'step'", "'cosine' or 'linear'")),
     ],
 )
