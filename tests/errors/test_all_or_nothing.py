@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as leaves
 
 import lorasc_fx as lx
+from lorasc_fx.capture import capture
 from lorasc_fx.passes import InsertBranches
-from tests.errors.inject import FailAt, Interrupted, failing
+from tests.errors.inject import FailAt, Interrupted, failing, in_turn
 from tests.errors.models import Net, inputs, step
 from tests.errors.state import assert_same, of, of_model, of_optimizer, of_slow, unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
 from tests.kit.state import (
     SPARE,
-    Flags,
     branches_of,
     is_gathering,
     is_parked,
@@ -241,38 +241,38 @@ def test_save(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["version-00000002"]
 
 
-def writes_fail(monkeypatch: pytest.MonkeyPatch, call: Callable[[], lx.Cascade], mode: FailAt) -> lx.Cascade:
-    """Call with the mode on from the moment at which everything is captured and nothing is written."""
-    real, on = Flags.of, False
-
-    def of_(model: nn.Module) -> Flags:
-        nonlocal on
-        flags = real(model)
-        mode.__enter__()
-        on = True
-        return flags
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Flags, "of", of_)
-        try:
-            return call()
-        finally:
-            if on:
-                mode.__exit__(None, None, None)
-
-
 def every_write(
     monkeypatch: pytest.MonkeyPatch, kind: str, model: nn.Module, call: Callable[[], lx.Cascade]
 ) -> tuple[lx.Cascade, int]:
+    """Let `call` fail at each operation before and after its capture, which is made once, until one try goes through;
+    returns the number of failures.
+    """
+    real, made = seam("capture"), list[Any]()
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        made.append(real(*args, **kwargs))
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*SEAMS["capture"], keep)
+        with pytest.raises(Interrupted):
+            call()
     fault, after = FAULTS[kind]
-    before = of(model)
-    for at in range(1, EVERY):
-        try:
-            cascade = writes_fail(monkeypatch, call, FailAt(at, failing(fault), after))
-        except type(fault):
-            assert_same(of(model), before)
-        else:
-            return cascade, at - 1
+    before, codes = of(model), set[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(*SEAMS["capture"], lambda *_, **__: made[0])
+        for at in range(1, EVERY):
+            mode = FailAt(at, failing(fault), after)
+            try:
+                with mode:
+                    cascade = call()
+            except (type(fault), lx.CheckpointError) as raised:  # of the reader of files
+                codes.add(getattr(raised, "code", "out-of-memory"))
+                assert_same(of(model), before)
+            else:
+                assert codes == {"out-of-memory"}
+                assert mode.count < at
+                return cascade, at - 1
     raise AssertionError("it never went through")
 
 
@@ -282,6 +282,20 @@ def prepared() -> nn.Module:
     model.mix.weight.requires_grad_(False)
     model.norm.eval()
     return model
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_an_operation_of_a_capture(kind: str) -> None:
+    """Each seventh one: captures depend on no spec, and `test_interrupts` has their lines."""
+    model, (fault, after) = prepared(), FAULTS[kind]
+
+    def at_operation(at: int) -> FailAt:
+        return FailAt(at, failing(fault), after)
+
+    def captured() -> None:
+        capture(model, (X,), {}, "symbolic")
+
+    assert in_turn(at_operation, captured, (model,), (type(fault),), 7) > 30
 
 
 @pytest.mark.slow  # test_interrupts has some of the places
