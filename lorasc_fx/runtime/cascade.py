@@ -26,7 +26,7 @@ from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, past, resuming, transition
 from lorasc_fx.runtime.rigid import Requantize
-from lorasc_fx.runtime.run import Run
+from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.usage import UsageWatch
 from lorasc_fx.state import Which
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
@@ -589,14 +589,18 @@ class Cascade(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
         """Move or cast; graphs are dropped (constants in them do not move), branches and slow state stay."""
         with AllOrNothing(self._run.lock) as undo:
-            if (before := folding.before_cast(self._run, fn)) is None:
+            if (rounded_anew := folding.cast_weights(self._run, fn)) is None:
                 return self
             undo(partial(self.__dict__.update, _variants=self._variants, _example=self._example))
             undo(folding.tensors_writer(self._run, self))
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if recurse:
+                self.model._apply(fn)
+                self.branches._apply(folding.wide(fn))
             self._drop_graphs()
             self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)
-            folding.recast(self._run, before)
+            self._run.commit(Planned(self._run.plan, self._run.slow, rounded_anew()), undo)
+            self._run.note_weights()
+            self._run.note_frozen()
             return self
 
     def train(self, mode: bool = True) -> Cascade:

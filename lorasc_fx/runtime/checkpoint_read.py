@@ -326,7 +326,7 @@ def restore(core: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None
     Raises:
         CheckpointError: they do not fit; the cascade is as it was.
     """
-    state = decoded(checkpoint, RunState.of(core))
+    state = decoded(checkpoint, RunState.of(core).at_ranks(checkpoint.plan))
     with refused(checkpoint):
         install(core, state, str(checkpoint.path), undo)
 

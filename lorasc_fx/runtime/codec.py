@@ -83,6 +83,20 @@ class RunState:
         buffers = {name: value.detach() for name, value in core.model_state().items()}
         return cls(core.plan, core.slow, branches, values, buffers, layout(core.model), core.turning.armed)
 
+    def at_ranks(self, plan: Plan) -> RunState:
+        """Return the state whose branches have the shapes that a plan says, without numbers where these are others."""
+        shapes = {site.weight: site.parameter_shapes for site in plan.sites}
+        branches = {
+            weight: {
+                name: value
+                if (shape := shapes.get(weight, {}).get(name, value.shape)) == tuple(value.shape)
+                else torch.empty(shape, dtype=value.dtype, device="meta")
+                for name, value in factors.items()
+            }
+            for weight, factors in self.branches.items()
+        }
+        return replace(self, branches=branches)
+
     @classmethod
     def planned(cls, plan: Plan, manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> RunState:
         """Return a state without numbers of the shapes that a plan says; where it says none, of those of the file."""

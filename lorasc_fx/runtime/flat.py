@@ -20,7 +20,7 @@ from lorasc_fx.runtime.cascade import Cascade
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
 from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
 from lorasc_fx.runtime.opening import told
-from lorasc_fx.runtime.run import Run
+from lorasc_fx.runtime.run import Gradients, Planned, Run
 from lorasc_fx.undo import Commit
 
 __all__ = ["KEY", "from_table", "take_over", "to_table"]
@@ -94,29 +94,17 @@ def take_over(
             )
         _check_alike(core.plan, found)
         placed = {site.weight: site.placement for site in core.sites}
-        gradients = [(each, each.grad) for each in core.trainable().values()]
-
-        def put_back() -> None:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-
         with Commit() as undo:
-            undo(core.turning.restorer())
-            undo(core.pending.restorer(core.trainable()))
-            undo(put_back)
-            core.turning.call_off()
-            for parameter, _ in gradients:
-                parameter.grad = None
-            undo(core.values_restorer(core.branches_by_weight()))
-            for weight, branch in core.branches_by_weight().items():
-                branch.to_rank(found.plan.by_weight[weight])
+            core.commit(Planned(core.plan, core.slow, gradients=Gradients(), gathers=False), undo)
             cascade._take_over(found, undo)
             if placed != {
                 site.weight: site.placement for site in core.sites
             }:  # chosen on another machine, as its bits are
                 cascade._drop_graphs()
             then(found)
-            core.take_gradients(found.tensors, found.manifest.get("pending", ()), str(found.path))
+            gathers, pending = core.turning.armed, found.manifest.get("pending", ())
+            gradients = core.gradients_in(found.tensors, pending, gathers, str(found.path))
+            core.commit(Planned(core.plan, core.slow, gradients=gradients), undo)
 
 
 def _base_differs(found: checkpoint_read.Checkpoint, core: Run) -> str:

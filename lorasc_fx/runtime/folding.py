@@ -22,19 +22,18 @@ from lorasc_fx.state import SlowWeights, Which
 from lorasc_fx.undo import Commit, Undo
 
 __all__ = [
-    "BeforeCast",
     "Held",
-    "before_cast",
+    "cast_weights",
     "check_which",
     "ended",
     "folded_each",
     "folded_state",
     "place",
-    "recast",
     "release",
     "rest",
     "tensors_writer",
     "trained_now",
+    "wide",
 ]
 
 
@@ -105,11 +104,6 @@ class Held:
         dense = [parameters[name] for name in names if not is_quantized(parameters[name])]
         return Held(holders_of(run.model, names), tuple((each, each.data) for each in dense))
 
-    def in_place(self, run: Run) -> list[str] | None:
-        """Return the names whose parameters the model still has; None (all) for sharded weights."""
-        held = {id(holder.value) for holder in self.places}
-        return [name for name, each in run.weights_by_name().items() if id(each) in held] if held else None
-
     def put_back(self) -> None:
         """Undo what was assigned, and casts; a place that is gone stays so."""
         for holder in self.places:
@@ -127,20 +121,26 @@ def rest(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[str, to
         StateError: a weight was written inside `weights`; all of them are back.
     """
 
-    def write() -> None:
+    names = [*run.slow.states, *run.slow.trained]
+    planned = Planned(
+        run.plan,
+        run.slow,
+        names,
+        partial(_put_resting, run, live),
+        tensors=run.statistics,
+        live=live,
+        parameters={name: parameters[name] for name in names},
+    )
+
+    def put_back() -> None:
         held.put_back()
-        with torch.no_grad():
-            for name in [*run.slow.states, *run.slow.trained]:
-                if not is_quantized(parameters[name]):
-                    _put_resting(run, name, local(parameters[name]), live)
-            for buffer, value in run.statistics:
-                buffer.copy_(value)
-        run.unplace(held.in_place(run))
+        run.commit(planned)
+        run.unplace()
 
     with Commit(run.lock) as undo:
-        undo(write)
+        undo(put_back)
         written = run.changed(run.placed_checksums)
-        write()
+        put_back()
     if written is not None:
         raise StateError(
             f"weights: {written} was written inside the with block (a training step, load_state_dict, half, .data). "
@@ -150,37 +150,44 @@ def rest(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[str, to
         )
 
 
-@dataclass(frozen=True)
-class BeforeCast:
-    """What a cast must not lose: the dtypes that the parameters had, which of those trained in full stand at the start
-    of their stage, and the factors.
-    """
-
-    dtypes: Mapping[str, torch.dtype]
-    unmoved: tuple[str, ...]
-    factors: Mapping[str, torch.Tensor]
-
-
-def before_cast(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> BeforeCast | None:
-    """Note what `recast` needs, before `fn` moves or casts every parameter; None if it leaves them as they are.
+def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], list[str]] | None:
+    """Check a cast, before `fn` moves or casts every parameter; None if it leaves them as they are.
 
     Fingerprints are of the base as it was adapted: they are taken now if its numbers are about to change.
+
+    Returns:
+        A function to be called after the cast: the names of the weights that have another dtype, and of those trained
+        in full that stand at the start of their stage. Both are rounded anew.
 
     Raises:
         StateError: after `release`; and where something moves, inside `weights` or inside a backward.
     """
     run.check_alive("to")
     parameters, trained = run.parameters_by_name(), run.trained_parameters()
-    factors = {name: factor.data for name, factor in run.branches.named_parameters()}
-    held = [*(each.data for each in parameters.values()), *run.model.buffers(), *factors.values()]
-    if all(_stays(each, fn(each)) for each in held):
+    held = [*(each.data for each in parameters.values()), *run.model.buffers(), *run.branches.parameters()]
+    if all(_stays(each.data, fn(each.data)) for each in held):
         return None
     run.check_ready("to")
     dtypes = {name: value.dtype for name, value in parameters.items()}
     if run.fingerprinted or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
         run.fingerprints()
-    unmoved = tuple(name for name, value in trained.items() if not trained_moved(run.slow, {name: value}))
-    return BeforeCast(dtypes, unmoved, factors)
+    unmoved = [name for name, value in trained.items() if not trained_moved(run.slow, {name: value})]
+
+    def rounded_anew() -> list[str]:
+        now = run.weights_by_name()
+        return [*(name for name, value in now.items() if value.dtype != dtypes[name]), *unmoved]
+
+    return rounded_anew
+
+
+def wide(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what moves and casts factors as `fn` does weights, but to fp32 where these are narrower."""
+
+    def cast(factor: torch.Tensor) -> torch.Tensor:
+        value = fn(factor)
+        return value if value.dtype.itemsize >= 4 else factor.to(value.device, torch.float32)
+
+    return cast
 
 
 def tensors_writer(run: Run, cascade: nn.Module) -> Callable[[], None]:
@@ -221,25 +228,7 @@ def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
     return place == (after.device, after.dtype, after.is_pinned()) and torch.equal(before, after)
 
 
-def recast(run: Run, before: BeforeCast) -> None:
-    """Round what was cast from W0, once. Factors of a weight narrower than fp32 are fp32."""
-    parameters, rigid = run.parameters_by_name(), run.quantized
-    with torch.no_grad():
-        for name in run.slow.states:
-            if name not in rigid and parameters[name].dtype != before.dtypes[name]:
-                run.slow.write_resting(name, run.plan, parameters[name])
-        for name in before.unmoved:
-            run.slow.write_resting(name, run.plan, parameters[name])
-        for name, factor in run.branches.named_parameters():
-            if factor.dtype.itemsize < 4:
-                grad, factor.grad = factor.grad, None
-                factor.data = before.factors[name].to(factor.device, torch.float32)
-                factor.grad = None if grad is None else grad.float()
-    run.note_weights()
-    run.note_frozen()
-
-
-def _put_resting(run: Run, name: str, out: torch.Tensor, live: Mapping[str, torch.Tensor]) -> None:
+def _put_resting(run: Run, live: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
     if name in live:
         out.copy_(live[name])
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lorasc_fx.runtime.manifest import optimizer_index
 from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.optim import check_holds, check_numbers
 from lorasc_fx.runtime.provenance import differences
-from lorasc_fx.runtime.run import Run
+from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.undo import Commit
 
 __all__ = ["resume"]
@@ -29,9 +30,7 @@ _ODD = ("Adafactor", "LBFGS", "SparseAdam")
 """Optimizers of torch whose state has other shapes than the parameter's."""
 
 
-def resume(
-    core: Run, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | None, scheduler: Any
-) -> dict[str, Any]:
+def resume(run: Run, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | None, scheduler: Any) -> dict[str, Any]:
     """Give optimizer, scheduler, pending gradients and random generators their state back, and return `extra`.
 
     Raises:
@@ -56,12 +55,12 @@ def resume(
                 code="optimizer-differs",
             )
     if optimizer is not None:
-        check_holds(optimizer, core.trainable())
+        check_holds(optimizer, run.trainable())
     try:
         state, then = None, None
         if optimizer is not None:
             state = _of_optimizer(optimizer, manifest["optimizer"], checkpoint.tensors, where)
-            check_numbers(state, "optimizer", finite=core.plan.spec.on_nonfinite == "raise")
+            check_numbers(state, "optimizer", finite=run.plan.spec.on_nonfinite == "raise")
         if scheduler is not None:
             then = like(scheduler.state_dict(), manifest["scheduler"]["state"], "scheduler")
             check_numbers(then, "scheduler")
@@ -70,7 +69,7 @@ def resume(
             f"{where}: {told(str(fault), 300)}; build optimizer and scheduler the same way", code="optimizer-differs"
         ) from fault
     try:
-        _give(core, checkpoint, optimizer, state, scheduler, then)
+        _give(run, checkpoint, optimizer, state, scheduler, then)
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
         raise CheckpointError(
             f"{where}: its state was not taken: {told(str(fault), 300)}; build optimizer and scheduler the same way, "
@@ -102,40 +101,34 @@ def _with_outside(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
 
 
 def _give(
-    core: Run,
+    run: Run,
     checkpoint: Checkpoint,
     optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any] | None,
     scheduler: Any,
     then: Any,
 ) -> None:
-    """Write what was checked; if anything raises, put back what was there."""
+    """Write what was checked, all or nothing.
+
+    Optimizer and scheduler take their state by their own methods, and the generators belong to the process: what is the
+    run's is one commit, and the others are steps of the same block.
+    """
     manifest, tensors = checkpoint.manifest, checkpoint.tensors
-    before = generators.pack()
-    groups = (optimizer.state, optimizer.param_groups) if optimizer is not None else None
-    schedule = deepcopy(scheduler.state_dict()) if scheduler is not None else None
-    gradients = [(parameter, parameter.grad) for parameter in core.parameters_by_name().values()]
-    gradients += [(parameter, parameter.grad) for parameter in core.branches.parameters()]
-
-    def put_back() -> None:
-        if optimizer is not None and groups is not None:
-            core.turning.call_off()
-            optimizer.state, optimizer.param_groups = groups
-        if scheduler is not None:
-            scheduler.load_state_dict(schedule)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        generators.unpack(*before)
-
-    with Commit() as undo:
-        undo(put_back)
+    with Commit(run.lock) as undo:
         if optimizer is not None and state is not None:
+            for name in ("state", "param_groups"):
+                undo(partial(setattr, optimizer, name, getattr(optimizer, name)))
             optimizer.load_state_dict(state)
-            if manifest["turning"]:
-                core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
-            core.take_gradients(tensors, manifest.get("pending", ()), str(checkpoint.path))
+            gathers, pending = bool(manifest["turning"]), manifest.get("pending", ())
+            gradients = run.gradients_in(tensors, pending, gathers, str(checkpoint.path))
+            run.commit(
+                Planned(run.plan, run.slow, gradients=gradients, optimizer=optimizer, gathers=gathers),
+                undo,
+            )
         if scheduler is not None:
+            undo(partial(scheduler.load_state_dict, deepcopy(scheduler.state_dict())))
             scheduler.load_state_dict(then)
+        undo(partial(generators.unpack, *generators.pack()))
         generators.unpack(tensors, manifest["rng"])
 
 

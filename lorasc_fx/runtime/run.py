@@ -25,7 +25,22 @@ from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import SlowWeights, Which
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
-__all__ = ["SPARE", "Planned", "Run"]
+__all__ = ["SPARE", "Gradients", "Planned", "Run"]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the running stage; a trained parameter without one has none.
+
+    Args:
+        values: by the names of `Run.trainable`.
+        pending: names of those that no optimizer step has used.
+        gathered: of weights, that the next step looks at (restart_A), by name.
+    """
+
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    pending: Collection[str] = ()
+    gathered: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,10 +55,12 @@ class Planned:
         factors: values of branches' parameters, by weight and by name, as far as they are here.
         tensors: other tensors, each with its value.
         slots: of buffers, each with the tensor that it holds then.
-        begins: a stage begins, and gradients of the one before are dropped.
+        gradients: of what is trained; by default those of now.
         optimizer, states: that gets these states.
+        gathers: whether the optimizer's next step looks at the gradients of weights (restart_A); by default as now.
         placed: the weights are in place for a while, and plan and slow weights stay.
         live: copies of parameters trained in full, as they are now, that the caller has; of the others one is made.
+        parameters: that are written, by name; by default those that the model has.
     """
 
     plan: Plan
@@ -53,11 +70,13 @@ class Planned:
     factors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     tensors: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     slots: Sequence[tuple[Slot, torch.Tensor | None]] = ()
-    begins: bool = False
+    gradients: Gradients | None = None
     optimizer: torch.optim.Optimizer | None = None
     states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
+    gathers: bool | None = None
     placed: Which | int | None = None
     live: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, nn.Parameter] | None = None
 
 
 _GRADIENT = "gradient/"
@@ -182,8 +201,7 @@ class Run:
 
     def know_sites(self, undo: Undo, empty: bool = False) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
-        watched = {name: each for name, each in self.trainable().items() if self.pending.knows(each)}
-        undo(self.pending.restorer(watched))
+        undo(self._pending_restorer())
         parameters = self.parameters_by_name()
         noise, start = self.plan.spec.noise, self.plan.spec.start
         names = [site.weight for site in self.sites]
@@ -228,15 +246,19 @@ class Run:
                 self.commit(planned, block)
             return
         plan, slow, branches = self.plan, self.slow, self.branches_by_weight()
-        parameters = {
-            name: parameter for name in planned.names if (parameter := _parameter(self.model, name)) is not None
-        }
-        trained = [parameters[name] for name in parameters if name in slow.trained]
+        parameters = planned.parameters
+        if parameters is None:
+            now = {name: _parameter(self.model, name) for name in planned.names}
+            parameters = {name: parameter for name, parameter in now.items() if parameter is not None}
         undo(self.restorer())
         if planned.slots or planned.tensors:
             undo(restorer(self.model))
         copied = [parameters[name] for name in parameters if name in slow.trained and name not in planned.live]
         undo(self.values_restorer(planned.factors, copied, [tensor for tensor, _ in planned.tensors]))
+        if planned.gradients is not None:
+            undo(self._gradients_restorer())
+        if planned.gradients is not None or planned.gathers is not None:
+            undo(self.turning.restorer())
 
         def put_back(name: str, out: torch.Tensor) -> None:
             if name in slow.states:
@@ -253,26 +275,64 @@ class Run:
                 for name, factor in branches[weight].named_parameters():
                     if name in values:
                         local(factor).copy_(values[name])
-                    if planned.begins:
-                        factor.grad = None
             for tensor, value in planned.tensors:
                 tensor.copy_(value)
             for slot, buffer in planned.slots:
                 slot.put(buffer)
-            for parameter in trained if planned.begins else ():
-                parameter.grad = None
             if (optimizer := planned.optimizer) is not None:
                 undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in planned.states}))
                 put_state(optimizer, planned.states)
             fill(parameters, parameters, write, put_back, undo)
+        self._put_gradients(planned)
         if planned.placed is not None:
             self.placed = planned.placed
             now = {name: _parameter(self.model, name) for name in planned.names}
             self.placed_checksums = {name: checksum(each) for name, each in now.items() if each is not None}
             return
         self.plan, self.slow = planned.plan, planned.slow
-        self.note_weights([*planned.names, *(name for name in planned.slow.states if name not in slow.states)])
+        written = parameters if self.is_sharded else self._held(parameters)  # FSDP exchanges parameters itself
+        self.note_weights([*written, *(name for name in planned.slow.states if name not in slow.states)])
         self._carry()
+
+    def _held(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Return the names under which the model still holds these parameters."""
+        return [name for name, parameter in parameters.items() if _parameter(self.model, name) is parameter]
+
+    def _put_gradients(self, planned: Planned) -> None:
+        """Write the gradients of planned values, and let the optimizer's next step look at those of weights or not."""
+        if planned.gathers is not None:
+            self.turning.call_off()
+            if planned.gathers and planned.optimizer is not None:
+                weights, branches = self.weights_by_name(), self.branches_by_weight()
+                self.turning.arm(weights, branches, planned.optimizer, self.replicas)
+        if planned.gradients is None:
+            return
+        for parameter in self.branches.parameters():
+            parameter.grad = None
+        for name, parameter in self.trainable().items():
+            gradient = planned.gradients.values.get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+            if name in planned.gradients.pending:
+                self.pending.note(parameter)
+        for name, gradient in planned.gradients.gathered.items():
+            self.turning.put(name, gradient.to(self.turning.gathering[name].device, copy=True))
+
+    def _gradients_restorer(self) -> Callable[[], None]:
+        """Return what brings back the gradients of what is trained, and which of them no step has used."""
+        trainable = self.trainable()
+        held = [(parameter, parameter.grad) for parameter in (*self.branches.parameters(), *trainable.values())]
+        pending = self._pending_restorer()
+
+        def restore() -> None:
+            for parameter, gradient in held:
+                parameter.grad = gradient
+            pending()
+
+        return restore
+
+    def _pending_restorer(self) -> Callable[[], None]:
+        trainable = self.trainable()
+        return self.pending.restorer({name: each for name, each in trainable.items() if self.pending.knows(each)})
 
     def _redraw(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the next noise after a step of the optimizer that trains the branches (`noise.redraw = "step"`).
@@ -365,10 +425,9 @@ class Run:
         if not self.statistics:
             self.statistics = [(each, each.detach().clone()) for module in modules for each in module.buffers(False)]
 
-    def unplace(self, names: Iterable[str] | None) -> None:
-        """Note that the weights between two steps are in place again, of these names."""
+    def unplace(self) -> None:
+        """Note that the weights between two steps are in place again."""
         self.placed, self.placed_checksums, self.statistics = None, {}, []
-        self.note_weights(names)
 
     def param_groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the groups of an optimizer, which holds the branches of now; see `Cascade.param_groups`."""
@@ -396,34 +455,39 @@ class Run:
         tensors |= {f"{_GRADIENT}model.{name}": value.clone() for name, value in self.turning.gathered.items()}
         return tensors, self.pending.waiting(trainable)
 
-    def take_gradients(self, tensors: Mapping[str, torch.Tensor], pending: Sequence[str], where: str) -> None:
-        """Put the gradients back; those that no step has used still wait for one.
+    def gradients_in(
+        self, tensors: Mapping[str, torch.Tensor], pending: Sequence[str], gathers: bool, where: str
+    ) -> Gradients:
+        """Return the gradients that a checkpoint holds, as `gradients` returned them.
+
+        Args:
+            tensors, pending: of the checkpoint.
+            gathers: whether the next step looks at the gradients of weights.
+            where: they come from, for messages.
 
         Raises:
             CheckpointError: a gradient of no parameter that is trained here, or of another shape or dtype than its own.
         """
-        gathering = {f"model.{name}": name for name in self.turning.gathering}
-        holders = self.trainable() | {f"model.{name}": weight for name, weight in self.turning.gathering.items()}
-        taken = {}
+        weights = {site.weight for site in self.sites} if gathers else set()
+        parameters, holders = self.parameters_by_name(), self.trainable()
+        holders |= {f"model.{weight}": parameters[weight] for weight in weights}
+        values, gathered = {}, {}
         for name, tensor in tensors.items():
-            if name.startswith(_GRADIENT):
-                holder = holders.get(name.removeprefix(_GRADIENT))
-                if holder is None:
-                    raise CheckpointError(f"{where}: {name!r} is of no parameter that is trained")
-                if holder.shape != tensor.shape or holder.dtype != tensor.dtype:
-                    raise CheckpointError(
-                        f"{where}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, its parameter "
-                        f"{tuple(holder.shape)} {holder.dtype}; it is not of this run"
-                    )
-                taken[name.removeprefix(_GRADIENT)] = tensor
-        for name, tensor in taken.items():
-            gradient = tensor.to(holders[name].device, copy=True)
-            if name in gathering:
-                self.turning.put(gathering[name], gradient)
+            if not name.startswith(_GRADIENT):
                 continue
-            holders[name].grad = gradient
-            if name in pending:
-                self.pending.note(holders[name])
+            holder, own = holders.get(name.removeprefix(_GRADIENT)), name.removeprefix(_GRADIENT)
+            if holder is None:
+                raise CheckpointError(f"{where}: {name!r} is of no parameter that is trained")
+            if holder.shape != tensor.shape or holder.dtype != tensor.dtype:
+                raise CheckpointError(
+                    f"{where}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, its parameter "
+                    f"{tuple(holder.shape)} {holder.dtype}; it is not of this run"
+                )
+            if own.removeprefix("model.") in weights:
+                gathered[own.removeprefix("model.")] = tensor
+            else:
+                values[own] = tensor
+        return Gradients(values, pending, gathered)
 
     @property
     def is_sharded(self) -> bool:

@@ -18,7 +18,7 @@ from lorasc_fx.branch import Branch, fresh_a
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.optim import check_holds, treated_state
-from lorasc_fx.runtime.run import Planned, Run
+from lorasc_fx.runtime.run import Gradients, Planned, Run
 from lorasc_fx.shards import local, part_of
 from lorasc_fx.state import SlowWeights
 from lorasc_fx.undo import Commit
@@ -116,14 +116,18 @@ def begin(
         }
         for weight, branch in branches.items()
     }
-    names = [*after.states, *after.trained]
-    values = Planned(planned, after, names, factors=factors, begins=True, optimizer=optimizer, states=state)
+    values = Planned(
+        planned,
+        after,
+        [*after.states, *after.trained],
+        factors=factors,
+        gradients=Gradients(),
+        optimizer=optimizer,
+        states=state,
+        gathers=planned.spec.next_a.needs_gradient and not after.parked,
+    )
     with Commit() as undo:
-        undo(run.turning.restorer())
         run.commit(values, undo)
-        run.turning.call_off()
-        if planned.spec.next_a.needs_gradient and not after.parked and optimizer is not None:
-            run.turning.arm(run.weights_by_name(), branches, optimizer, run.replicas)
         if then is not None:
             then()
         if resized:

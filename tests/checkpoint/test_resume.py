@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.checkpoint.runs import THREE_STAGES, Run, interrupted, whole
-from tests.errors.models import Net, inputs
+from tests.checkpoint.runs import THREE_STAGES, Run, adamw, interrupted, whole
+from tests.errors.models import Net, inputs, loss_of
 from tests.errors.state import assert_same, raw
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
+from tests.kit.state import gathered_gradients
 
 PLAIN = lx.CascadeSpec(targets=("conv", "body", "head"), rank=1, pace=0.4)
 SPECS: dict[str, lx.CascadeSpec] = {
@@ -436,3 +437,44 @@ def test_a_loaded_cascade_is_released_as_any_other(tmp_path: Path) -> None:
     assert not base.body.bias.requires_grad
     assert not base.norm.training
     assert all(raw(released.state_dict()[name]) == raw(value) for name, value in expected.items())
+
+
+def test_a_resume_that_fails_leaves_gradients_and_what_they_are_for(tmp_path: Path) -> None:
+    """Those that a step has used do not wait for one, and a stage that waits for its first gradient does so still."""
+    run = Run(lx.CascadeSpec(targets=("body", "head"), rank=1, restart_A="gradient"), scheduler=scheduler_that_fails)
+    going = run.started()
+    going.step()
+    loss_of(going.cascade(run.x)).backward()
+    lx.save(going.cascade, tmp_path, optimizer=going.optimizer, scheduler=going.scheduler)
+    cascade = lx.load(tmp_path, Net(), args=(run.x,))
+    optimizer = adamw(cascade)
+    loss_of(cascade(run.x)).backward()
+    optimizer.step()
+    cascade.transition(optimizer)
+    loss_of(cascade(run.x)).backward()
+    gathered, gradients = (
+        raw(list(gathered_gradients(cascade).values())),
+        [raw(each.grad) for each in cascade.branches.parameters()],
+    )
+    assert gathered
+    with raises(lx.CheckpointError, "optimizer-differs"):
+        cascade.resume(optimizer, scheduler_that_fails(optimizer))
+    assert raw(list(gathered_gradients(cascade).values())) == gathered
+    assert [raw(each.grad) for each in cascade.branches.parameters()] == gradients
+    optimizer.step()
+    with raises(lx.CheckpointError, "optimizer-differs"):
+        cascade.resume(optimizer, scheduler_that_fails(optimizer))
+    cascade.transition(optimizer)
+
+
+def scheduler_that_fails(optimizer: torch.optim.Optimizer) -> Any:
+    """A scheduler that refuses the first state that it is given."""
+
+    class Refusing(torch.optim.lr_scheduler.StepLR):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            if not vars(self).pop("_lenient", False):
+                self._lenient = True
+                raise ValueError("not this one")
+            super().load_state_dict(state_dict)
+
+    return Refusing(optimizer, 1)
