@@ -8,7 +8,8 @@ option").
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
@@ -19,12 +20,19 @@ __all__ = [
     "AVERAGES",
     "DISTRIBUTIONS",
     "NEXT_A",
+    "PACES",
     "RESTARTS",
+    "ROW_SCALES",
+    "SCALES",
     "STARTS",
     "Average",
     "Distribution",
+    "GivenPace",
     "NextA",
+    "Pace",
     "Restart",
+    "RowScale",
+    "Scale",
     "Start",
     "one_of",
     "split_evenly",
@@ -100,6 +108,83 @@ STARTS: Mapping[str, Start] = {
     "milora": MiloraStart(),
 }
 """By the value of `CascadeSpec.start`."""
+
+
+class Pace(abc.ABC):
+    """Which share of the fast weights a transition takes into the slow ones (`CascadeSpec.pace`)."""
+
+    @abc.abstractmethod
+    def at(self, stage: int) -> float:
+        """Return the share in a stage, 1 is the first."""
+
+
+class GivenPace(Pace):
+    """A share of each stage: the number of the spec, or of its sequence the one of the stage, whose last goes on."""
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self.shares = shares
+
+    def at(self, stage: int) -> float:
+        """Return the share."""
+        return self.shares[min(stage, len(self.shares)) - 1]
+
+
+class MeanPace(Pace):
+    """1/t in stage t: under restart = fast the slow weights are the mean of the weights at the ends of stages."""
+
+    def at(self, stage: int) -> float:
+        """Return the share."""
+        return 1 / stage
+
+
+PACES: Mapping[str, Pace] = {"mean": MeanPace()}
+"""By the value of `CascadeSpec.pace`, where that is no number."""
+
+
+class Scale:
+    """The scale s of a branch (`CascadeSpec.use_rslora`): this one is that of LoRA."""
+
+    def scale(self, rank: int, lora_alpha: float) -> float:
+        """Return `lora_alpha / rank`."""
+        return lora_alpha / rank
+
+
+class RsloraScale(Scale):
+    """rsLoRA (2312.03732)."""
+
+    def scale(self, rank: int, lora_alpha: float) -> float:
+        """Return `lora_alpha / sqrt(rank)`."""
+        return lora_alpha / math.sqrt(rank)
+
+
+SCALES: Mapping[bool, Scale] = {False: Scale(), True: RsloraScale()}
+"""By the value of `CascadeSpec.use_rslora`."""
+
+
+class RowScale:
+    """What scales the rows of a weight with its branch (`CascadeSpec.use_dora`): here nothing does."""
+
+    trained: ClassVar[bool] = False
+    """Whether each row has a trainable magnitude. The branch then computes in place of its op, and no sum of experts is
+    the whole of what a stage has learnt."""
+
+    def shapes(self, out: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the branch's parameters besides its factors, by name, for a weight of `out` rows."""
+        return {}
+
+
+class DoraScale(RowScale):
+    """DoRA (2402.09353): `diag(m / |W + s B A|) (W + s B A)`."""
+
+    trained: ClassVar[bool] = True
+
+    def shapes(self, out: int) -> dict[str, tuple[int, ...]]:
+        """Return that of the magnitudes."""
+        return {"lora_magnitude_vector": (out,)}
+
+
+ROW_SCALES: Mapping[bool, RowScale] = {False: RowScale(), True: DoraScale()}
+"""By the value of `CascadeSpec.use_dora`."""
 
 
 class NextA:

@@ -15,7 +15,8 @@ from typing import Any
 
 from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import CheckpointError
-from lorasc_fx.spec import KINDS, PLACEMENTS, CascadeSpec, Scaling
+from lorasc_fx.options import ROW_SCALES, SCALES, RowScale
+from lorasc_fx.spec import KINDS, PLACEMENTS, CascadeSpec
 
 __all__ = ["Plan", "Reason", "Refusal", "Site"]
 
@@ -109,7 +110,12 @@ class Site:
     @property
     def scale(self) -> float:
         """`lora_alpha / rank`, or `/ sqrt(rank)` under rsLoRA."""
-        return Scaling(self.rank, self.lora_alpha, self.use_rslora).scale
+        return SCALES[self.use_rslora].scale(self.rank, self.lora_alpha)
+
+    @property
+    def row_scale(self) -> RowScale:
+        """The strategy of `use_dora`."""
+        return ROW_SCALES[self.use_dora]
 
     @property
     def key(self) -> str:
@@ -142,8 +148,7 @@ class Site:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all that a branch trains, by name: the factors, and under DoRA the magnitudes [out]."""
         a, b = self.factor_shapes
-        more = {"lora_magnitude_vector": self.matrix_shape[:1]} if self.use_dora else {}
-        return {"lora_A": a, "lora_B": b, **more}
+        return {"lora_A": a, "lora_B": b, **self.row_scale.shapes(self.matrix_shape[0])}
 
     @property
     def parameters(self) -> int:
@@ -279,7 +284,7 @@ def _checked(site: Site) -> Site:
     for name in ("use_rslora", "train_A", "nearest_full_gradient"):
         if not isinstance(flag := getattr(site, name), bool):
             raise ValueError(f"{name} is {flag!r}, not true or false")
-    if not isinstance(site.use_dora, bool) or (site.use_dora and site.placement != "merged"):
+    if not isinstance(site.use_dora, bool) or (site.row_scale.trained and site.placement != "merged"):
         raise ValueError(f"use_dora is {site.use_dora!r}, not true or false, or its branch stands beside its op")
     if (
         isinstance(site.lora_alpha, bool)

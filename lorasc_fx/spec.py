@@ -6,14 +6,25 @@ learning rate after a restart open. The defaults are our reading of it (docs/met
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import SpecError
-from lorasc_fx.options import AVERAGES, DISTRIBUTIONS, NEXT_A, RESTARTS, STARTS, NextA, Start
+from lorasc_fx.options import (
+    AVERAGES,
+    DISTRIBUTIONS,
+    NEXT_A,
+    PACES,
+    RESTARTS,
+    ROW_SCALES,
+    STARTS,
+    GivenPace,
+    NextA,
+    RowScale,
+    Start,
+)
 from lorasc_fx.spec_checks import (
     USUAL_DECAY,
     _choice,
@@ -32,7 +43,7 @@ from lorasc_fx.spec_checks import (
     known_fields,
 )
 
-__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "Scaling", "TrainRule"]
+__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "TrainRule"]
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""
@@ -122,20 +133,6 @@ class TrainRule:
             _flag(f"train_rules[{self.pattern!r}].slow", self.slow)
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """Rank and scale of one branch: `s = lora_alpha / rank`, or `/ sqrt(rank)` under rsLoRA (2312.03732)."""
-
-    rank: int
-    lora_alpha: float
-    use_rslora: bool = False
-
-    @property
-    def scale(self) -> float:
-        """The factor s of algorithm.md, row "branch"."""
-        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-
 @known_fields
 @dataclass(frozen=True)
 class CascadeSpec:
@@ -200,7 +197,7 @@ class CascadeSpec:
     average: str = "off"
     average_decay: float = USUAL_DECAY
     placement: Placement = "auto"
-    pace: float | tuple[float, ...] | Literal["mean"] = 0.5
+    pace: float | tuple[float, ...] | str = 0.5
     restart: str = "slow"
     noise: Noise = field(default_factory=Noise)
     restart_A: str = "fresh"
@@ -270,19 +267,24 @@ class CascadeSpec:
         return NEXT_A[self.restart_A]
 
     @property
+    def row_scale(self) -> RowScale:
+        """The strategy of `use_dora`."""
+        return ROW_SCALES[self.use_dora]
+
+    @property
     def keeps_average(self) -> bool:
         """Whether an average of the slow weights is kept."""
         return AVERAGES[self.average].kept
 
     def starts_from_weights(self, running: bool) -> bool:
         """Whether a stage, one that runs or an idle one, computes factors or magnitudes from the weights."""
-        return self.use_dora or (running and self.factor_start.from_weight)
+        return self.row_scale.trained or (running and self.factor_start.from_weight)
 
     def pace_at(self, stage: int) -> float:
         """Return the pace of a stage, 1 is the first."""
         if isinstance(self.pace, str):
-            return 1 / stage
-        return self.pace[min(stage, len(self.pace)) - 1] if isinstance(self.pace, tuple) else self.pace
+            return PACES[self.pace].at(stage)
+        return GivenPace(self.pace if isinstance(self.pace, tuple) else (self.pace,)).at(stage)
 
     def rank_at(self, stage: int) -> int:
         """Return the rank of a stage, 1 is the first, where no rule gives another."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import SpecError, nearest
-from lorasc_fx.options import STARTS, one_of
+from lorasc_fx.options import PACES, STARTS, one_of
 
 __all__ = ["USUAL_DECAY", "check_fields", "check_noise", "check_pairs", "known_fields"]
 
@@ -123,7 +123,7 @@ def check_pairs(spec: Any) -> None:
             code="conflicting-options",
         )
     _check_start(spec)
-    if spec.use_dora:
+    if spec.row_scale.trained:
         _check_dora(spec)
 
 
@@ -252,8 +252,8 @@ def _ranks(value: Any, rank: int, usual: int) -> tuple[int, ...]:
 
 
 def _paces(value: Any) -> Any:
-    """Return a pace, `mean`, or paces by stage as a tuple."""
-    if value == "mean":
+    """Return a pace, the name of one, or paces by stage as a tuple."""
+    if isinstance(value, str) and value in PACES:
         return value
     paces = _sequence("pace", value) if isinstance(value, (list, tuple)) else (value,)
     if not paces:

@@ -62,7 +62,7 @@ def merge(
         raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
     shares = _shares(weights, len(runs))
     found = [_Found.of(run, f"run {number}") for number, run in enumerate(runs, start=1)]
-    scaled = next((each.name for each in found if each.plan.spec.use_dora), None)
+    scaled = next((each.name for each in found if each.plan.spec.row_scale.trained), None)
     if scaled is not None:
         raise SpecError(
             f"merge: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "

@@ -164,7 +164,7 @@ def make_pieces(
     found = survey(pieces.graphs, record, plan.spec, eager_trace(pieces.model, args, kwargs), Cheapest(plan.spec))
     if not found.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=found.refusals, unreached=found.unreached)))
-    scaled = next((site.weight for site in found.plan.sites if site.use_dora), None)
+    scaled = next((site.weight for site in found.plan.sites if site.row_scale.trained), None)
     if scaled is not None:
         raise SpecError(
             f"use_dora is True, and {type(pieces.model).__name__} runs in pieces, where the branch of {scaled} cannot "

@@ -26,9 +26,10 @@ from lorasc_fx.errors import CheckpointError, nearest, path_of
 from lorasc_fx.export.peft_config import RANKS, TENSORS, AdapterConfig, read_config
 from lorasc_fx.export.peft_layout import LAYOUTS, PREFIX, Parameter, Place, layout_of
 from lorasc_fx.graph import matches, named_weights
+from lorasc_fx.options import SCALES
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.adopt import adopt
-from lorasc_fx.spec import CascadeSpec, Rule, Scaling
+from lorasc_fx.spec import CascadeSpec, Rule
 from lorasc_fx.state import Factors
 
 __all__ = ["from_peft", "peft_spec"]
@@ -296,7 +297,7 @@ class _Reader:
     def pair(self, place: Place, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Pair:
         """Return a place's factors in our layout."""
         rank, alpha = self.config.rank_of(place.pattern), self.config.alpha_of(place.pattern)
-        scale = Scaling(rank, alpha, self.config.use_rslora).scale
+        scale = SCALES[self.config.use_rslora].scale(rank, alpha)
         weight = self.parameters[place.name]
         if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
             raise CheckpointError(
