@@ -60,14 +60,15 @@ class DataConfig:
     """The examples, how they are split, and the shifted test sets."""
 
     name: str = ""
-    """`csv:FILE`, `imagefolder:DIR`, or `python:package.module:function`, which returns inputs (a list of texts, or
-    bytes [examples, 1 or 3, height, width]) and a class each."""
-    train: int = 1500
-    """Examples to train on."""
-    validation: int = 500
-    """Examples that choose the learning rate."""
-    test: int = 3000
-    """Examples that the tables report on."""
+    """`csv:FILE`, `imagefolder:DIR`, `json:FILE`, `parquet:FILE`, `arrow:FILE`, `disk:DIR` (of datasets), or
+    `python:package.module:function`, which returns inputs (a list of texts, or bytes [examples, 1 or 3, height, width])
+    and a class each."""
+    train: int | float = 0.7
+    """Examples to train on: a number of them, or a share of all, below 1."""
+    validation: int | float = 0.1
+    """Examples that choose the learning rate; a number or a share."""
+    test: int | float = 0.2
+    """Examples that the tables report on; a number or a share."""
     shifts: tuple[str, ...] = ()
     """Shifted test sets: another data set's name, or a function `python:...` from the test inputs to changed ones."""
     shift_test: int = 1500
@@ -79,14 +80,20 @@ class DataConfig:
     max_length: int = 64
     """Tokens of a text, at most."""
     text_column: str = "text"
-    """Column of a CSV file that holds the text."""
+    """Column of a table that holds the text."""
+    image_column: str = "image"
+    """Column of a table that holds the image: its bytes, or the path of a file."""
     label_column: str = "label"
-    """Column of a CSV file that holds the class."""
+    """Column of a table that holds the class."""
 
     def __post_init__(self) -> None:
         if len(set(self.shifts)) < len(self.shifts):
             raise SpecError(f"data.shifts is {list(self.shifts)}; give each entry once")
-        for name in ("train", "validation", "test", "shift_test", "image_size", "max_length"):
+        for name in ("train", "validation", "test"):
+            size = getattr(self, name)
+            if not (0 < size < 1 if isinstance(size, float) else size >= 1):
+                raise SpecError(f"data.{name} is {size}; give a whole number of examples, or a share between 0 and 1")
+        for name in ("shift_test", "image_size", "max_length"):
             if getattr(self, name) < 1:
                 raise SpecError(f"data.{name} is {getattr(self, name)}; give 1 or more")
         _check_seeds("data.seed", self.seed)

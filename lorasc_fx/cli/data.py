@@ -1,13 +1,15 @@
 """From the table `[data]` to the splits that a run uses. Nothing is downloaded.
 
-A data set is texts or images with a class each: a CSV file, a folder of images, or what a function of the user's
-returns. A shifted test set is another data set of the same classes, or a function that changes the test inputs.
+A data set is texts or images with a class each: a CSV file, a folder of images, a file or folder that the package
+datasets reads, or what a function of the user's returns. A shifted test set is another data set of the same classes, or
+a function that changes the test inputs.
 """
 
 from __future__ import annotations
 
 import csv
 import inspect
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasc_fx.cli.config import DataConfig
-from lorasc_fx.cli.models import user_function
+from lorasc_fx.cli.models import reading, user_function
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 
@@ -33,10 +35,15 @@ __all__ = [
     "load_data",
     "read_csv",
     "read_image",
+    "read_table",
     "short_name",
 ]
 
-DATA = ("csv:FILE", "imagefolder:DIR", "python:package.module:function")
+TABLES = ("json", "parquet", "arrow")
+"""Kinds of files that the package datasets reads."""
+DATA = (
+    "csv:FILE", "imagefolder:DIR", *(f"{kind}:FILE" for kind in TABLES), "disk:DIR", "python:package.module:function",
+)  # fmt: skip
 
 Inputs = Tensor | Sequence[str]
 """Pixels as bytes, [examples, 1 or 3, height, width], or texts."""
@@ -146,16 +153,10 @@ def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
         SpecError: an unknown name, data that cannot be read, too few examples, one class alone, or a shift that does
             not fit.
     """
-    sizes = (config.train, config.validation, config.test)
     whole = _load(config.name, config, tokenizer)
-    if sum(sizes) > len(whole):
-        raise SpecError(
-            f"{config.name} has {len(whole)} examples; data.train + data.validation + data.test ask for {sum(sizes)}; "
-            "ask for fewer",
-            code="too-few-examples",
-        )
+    sizes = _sizes(config, len(whole))
     train, validation, test = (whole.take(index) for index in _shuffled(len(whole), config.seed, *sizes))
-    for name, examples in ((config.name, whole), (f"the {config.train} training examples", train)):
+    for name, examples in ((config.name, whole), (f"the {len(train)} training examples", train)):
         (first, *others) = examples.labels.unique().tolist()
         if not others:
             raise SpecError(
@@ -164,6 +165,26 @@ def load_data(config: DataConfig, tokenizer: Any = None) -> Splits:
             )
     shifts = {short_name(name): _shift(name, config, whole, test, tokenizer).by_length() for name in config.shifts}
     return Splits(train, validation.by_length(), test.by_length(), shifts)
+
+
+def _sizes(config: DataConfig, total: int) -> list[int]:
+    """Return the number of examples of train, validation and test."""
+    sizes = []
+    for name in ("train", "validation", "test"):
+        size = getattr(config, name)
+        sizes.append(size if isinstance(size, int) else int(size * total))
+        if not sizes[-1]:
+            raise SpecError(
+                f"data.{name} is {size}, which is none of the {total} examples of {config.name}; give a larger share",
+                code="too-few-examples",
+            )
+    if sum(sizes) > total:
+        raise SpecError(
+            f"{config.name} has {total} examples; data.train + data.validation + data.test ask for {sum(sizes)}; "
+            "ask for fewer",
+            code="too-few-examples",
+        )
+    return sizes
 
 
 def read_csv(path: Path, *wanted: str) -> tuple[list[str], ...]:
@@ -216,6 +237,52 @@ def _undecodable_line(path: Path) -> int:
     return 1
 
 
+def read_table(kind: str, path: str, *wanted: str, images: bool = False) -> tuple[list[Any], ...]:
+    """Return the cells of these columns of a file or folder that the package datasets reads.
+
+    Args:
+        kind: one of `TABLES`, or `disk` for a folder of `Dataset.save_to_disk`.
+        path: of the file or folder.
+        wanted: names of columns; numbers of classes are returned as their names.
+        images: whether the first column holds images: they are returned as PIL has them.
+
+    Raises:
+        SpecError: the file cannot be read, lacks a column, or has an empty cell.
+        MissingExtra: datasets is not installed.
+    """
+    datasets = module_of("data", "datasets")
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as cache, reading(f"{kind}:{path}", "datasets", "unreadable-file"):
+        if kind == "disk":
+            table = datasets.load_from_disk(path)
+        else:
+            files = {"data_files": {"train": path}, "split": "train"}
+            table = datasets.load_dataset(kind, **files, cache_dir=cache, keep_in_memory=True)
+        if isinstance(table, datasets.DatasetDict):
+            raise SpecError(f"disk:{path} holds the splits {', '.join(table)}; give one of them, as disk:{path}/SPLIT")
+        for name in wanted:
+            if name not in table.column_names:
+                known = ", ".join(table.column_names) or "no columns"
+                raise SpecError(
+                    f"{kind}:{path}: no column {name!r}{nearest(name, table.column_names)}; it has {known}; "
+                    "data.text_column, data.image_column and data.label_column choose others",
+                    code="unknown-name",
+                )
+        if images:
+            table = table.cast_column(wanted[0], datasets.Image())
+        columns = []
+        for name in wanted:
+            cells, names = table[name][:], getattr(table.features[name], "names", None)
+            if None in cells or "" in cells:
+                row = next(row for row, cell in enumerate(cells, start=1) if cell in (None, ""))
+                raise SpecError(
+                    f"{kind}:{path}: row {row}: the cell {name!r} is empty; fill it, or take the row out",
+                    code="empty-cell",
+                )
+            columns.append([names[cell] for cell in cells] if names else cells)
+    return tuple(columns)
+
+
 def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
     """Return the images of a folder that has one folder a class, resized.
 
@@ -241,12 +308,17 @@ def read_image(path: str | Path, size: int | None = None) -> Tensor:
     Raises:
         SpecError: the file cannot be read as an image.
     """
-    transforms = module_of("vision", "torchvision.transforms.v2")
     try:
-        image = module_of("vision", "torchvision.datasets.folder").default_loader(str(path))
-        pixels: Tensor = transforms.PILToTensor()(image if size is None else transforms.Resize((size, size))(image))
+        return _pixels(module_of("vision", "torchvision.datasets.folder").default_loader(str(path)), size)
     except (OSError, SyntaxError, ValueError) as fault:  # what PIL raises for damaged files
         raise SpecError(f"{path}: this image cannot be read: {fault}", code="unreadable-file") from fault
+
+
+def _pixels(image: Any, size: int | None) -> Tensor:
+    """Return an image of PIL as bytes [3, height, width]."""
+    transforms = module_of("vision", "torchvision.transforms.v2")
+    resized = image if size is None else transforms.Resize((size, size))(image)
+    pixels: Tensor = transforms.PILToTensor()(resized.convert("RGB"))
     return pixels
 
 
@@ -303,6 +375,13 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
         inputs, labels = read_csv(Path(rest), config.text_column, config.label_column)
     elif kind == "imagefolder":
         inputs, labels = _read_images(Path(rest), config.image_size)
+    elif kind in TABLES or kind == "disk":
+        images = tokenizer is None
+        column = config.image_column if images else config.text_column
+        inputs, labels = read_table(kind, rest, column, config.label_column, images=images)
+        if images:
+            empty = torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)
+            inputs = torch.stack([_pixels(image, config.image_size) for image in inputs]) if inputs else empty
     else:
         inputs, labels = _returned(name, user_function(name)())
     if not len(labels):

@@ -28,6 +28,7 @@ __all__ = [
     "build_model",
     "example_inputs",
     "logits_of",
+    "reading",
     "set_mode",
     "tokenizer_of",
     "user_function",
@@ -97,7 +98,7 @@ def tokenizer_of(config: ModelConfig) -> Any:
     if not config.name.startswith("hf:"):
         return None
     transformers = module_of("text", "transformers")
-    with _reading(config.name):
+    with reading(config.name, "transformers", "unreadable-model"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(_hf_folder(config.name[3:]), local_files_only=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -182,7 +183,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     safe = {"local_files_only": True, "trust_remote_code": False}
     options = {**safe, "use_safetensors": True, "dtype": torch.float32}
     model: nn.Module
-    with _reading(config.name):
+    with reading(config.name, "transformers", "unreadable-model"):
         about = transformers.AutoConfig.from_pretrained(folder, **safe)
         if any(each.endswith("ForSequenceClassification") for each in about.architectures or ()):
             head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
@@ -195,13 +196,16 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn whatever transformers raises for a damaged folder into one error."""
+def reading(name: str, package: str, code: str) -> Iterator[None]:
+    """Turn whatever a package raises for damaged files into one error."""
     try:
         yield
+    except SpecError:
+        raise
     except Exception as fault:
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-        raise SpecError(f"{name}: transformers cannot read this model: {reason}", code="unreadable-model") from fault
+        cause = fault.__cause__ or fault
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise SpecError(f"{name}: {package} cannot read this: {reason}", code=code) from fault
 
 
 def _hf_folder(name: str) -> Path:

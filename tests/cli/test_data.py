@@ -232,6 +232,107 @@ def test_an_empty_csv(tmp_path: Path) -> None:
         load_data(DataConfig(name=f"csv:{tmp_path / 'a.csv'}"), letters)
 
 
+def table(folder: Path, kind: str, **columns: list[Any]) -> str:
+    """Write a table by the package datasets, and return its name as a data set."""
+    import datasets
+
+    written = datasets.Dataset.from_dict(columns)
+    if "image" in columns:
+        written = written.cast_column("image", datasets.Image())
+    path = folder / f"a.{kind}"
+    {
+        "json": written.to_json,
+        "parquet": written.to_parquet,
+        "disk": written.save_to_disk,
+        "arrow": lambda path: (written.save_to_disk(folder / "b"), next((folder / "b").glob("*.arrow")).rename(path)),
+    }[kind](path)
+    return f"{kind}:{path}"
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "arrow", "disk"])
+def test_texts_that_datasets_reads(tmp_path: Path, kind: str) -> None:
+    texts = [f"text {number}" for number in range(40)]
+    name = table(tmp_path, kind, said=texts, mood=[number % 3 for number in range(40)])
+    config = DataConfig(name=name, text_column="said", label_column="mood", train=20, validation=0.25, test=0.25)
+    splits = load_data(config, letters)
+    assert splits.classes == ("0", "1", "2")
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 10, 10]
+    seen = [*splits.train.inputs, *splits.validation.inputs, *splits.test.inputs]
+    assert sorted(seen) == sorted(texts)
+    assert all(int(text.split()[1]) % 3 == label for text, label in zip(seen, _labels(splits), strict=True))
+
+
+def _labels(splits: Splits) -> list[int]:
+    return torch.cat([splits.train.labels, splits.validation.labels, splits.test.labels]).tolist()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_images_that_datasets_reads(tmp_path: Path, kind: str) -> None:
+    """Bytes within the file, and paths of files beside it; class names are those of the file."""
+    import datasets
+    from PIL import Image
+
+    for number in range(10):
+        Image.new("RGB", (9, 5), (255 * (number % 2), 0, 0)).save(tmp_path / f"{number}.png")
+    paths = [str(tmp_path / f"{number}.png") for number in range(10)]
+    labels = datasets.ClassLabel(names=["dark", "light"])
+    if kind == "json":
+        name = table(tmp_path, kind, image=paths, label=["dark", "light"] * 5)
+    else:
+        written = datasets.Dataset.from_dict({"image": paths, "label": [0, 1] * 5})
+        written = written.cast_column("image", datasets.Image()).cast_column("label", labels)
+        written.to_parquet(tmp_path / "a.parquet")
+        name = f"parquet:{tmp_path / 'a.parquet'}"
+    splits = load_data(DataConfig(name=name, train=6, validation=2, test=2, image_size=4))
+    assert splits.classes == ("dark", "light")
+    assert splits.train.inputs.shape == (6, 3, 4, 4)  # type: ignore[union-attr]  # pixels
+    assert splits.train.inputs[:, 0, 2, 2].tolist() == [255 * label for label in splits.train.labels]  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"text_column": "txt"}, ("unknown-name", "txt", "nearest: 'text'", "text, label")),
+        ({"name": "parquet:absent.parquet"}, ("unreadable-file", "parquet:absent.parquet")),
+        ({"train": 50}, ("too-few-examples", "40")),
+        ({"validation": 0.01}, ("too-few-examples", "data.validation", "0.01")),
+    ],
+)
+def test_what_is_wrong_with_a_table(tmp_path: Path, change: dict[str, Any], expected: tuple[str, ...]) -> None:
+    name = table(tmp_path, "parquet", text=["a"] * 40, label=["x", "y"] * 20)
+    with raises(SpecError, *expected):
+        load_data(replace(DataConfig(name=name), **change), letters)
+
+
+def test_a_damaged_table(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"text": "a", "label": 1}\n{"text"')
+    (tmp_path / "b.parquet").write_text("no table")
+    for name in ("json:a.json", "parquet:b.parquet"):
+        kind, _, file = name.partition(":")
+        with raises(SpecError, "unreadable-file", file):
+            load_data(DataConfig(name=f"{kind}:{tmp_path / file}"), letters)
+    name = table(tmp_path, "json", text=["a", None, "b"], label=[0, 1, 0])
+    with raises(SpecError, "empty-cell", "row 2", "text"):
+        load_data(DataConfig(name=name), letters)
+
+
+def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
+    import datasets
+
+    part = datasets.Dataset.from_dict({"text": ["a", "b"] * 10, "label": [0, 1] * 10})
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "saved")
+    with raises(SpecError, "invalid-value", "train, test"):
+        load_data(DataConfig(name=f"disk:{tmp_path / 'saved'}"), letters)
+    splits = load_data(DataConfig(name=f"disk:{tmp_path / 'saved' / 'train'}"), letters)
+    assert [len(each) for each in (splits.train, splits.validation, splits.test)] == [14, 2, 4]
+
+
+@pytest.mark.parametrize(("size", "shown"), [(0, "0"), (0.0, "0.0"), (1.0, "1.0"), (-1, "-1"), (1.5, "1.5")])
+def test_a_size_is_a_number_or_a_share(size: float, shown: str) -> None:
+    with raises(SpecError, "invalid-value", "data.train", shown):
+        DataConfig(train=size)
+
+
 def images(folder: Path, **colours: tuple[int, int, int]) -> DataConfig:
     from PIL import Image
 
