@@ -35,7 +35,7 @@ from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_p
 from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
-from lorasc_fx.runtime.filling import Hollow, check_attributes, groups_of
+from lorasc_fx.runtime.materialize import Hollow, check_attributes, groups_of
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode

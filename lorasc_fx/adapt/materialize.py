@@ -16,7 +16,7 @@ from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import open_base
-from lorasc_fx.runtime.filling import find_numbers, put_numbers
+from lorasc_fx.runtime.materialize import find_numbers, put_numbers
 from lorasc_fx.undo import AllOrNothing, no_inference_mode
 
 __all__ = ["materialize"]

@@ -18,9 +18,9 @@ from lorasc_fx.errors import CheckpointError, PassError, SpecError
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime import Cascade, read
-from lorasc_fx.runtime.arithmetic import Part, join, part_of, part_of_file, weighted_sum
 from lorasc_fx.runtime.base_file import open_base
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs
+from lorasc_fx.runtime.experts import Part, install_sum, part_of, part_of_file, weighted_sum
 from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.undo import AllOrNothing, no_inference_mode
 
@@ -85,7 +85,7 @@ def merge(
             raise SpecError(
                 f"merge: the sites of these runs do not fit together: {fault}", code="sites-differ"
             ) from fault
-        join(cascade._run, weighted_sum(cascade._run.slow, parts, shares, plan.stage - 1), parts, undo)
+        install_sum(cascade._run, weighted_sum(cascade._run.slow, parts, shares, plan.stage - 1), parts, undo)
         return cascade
 
 

@@ -28,7 +28,7 @@ from lorasc_fx.export.peft_layout import LAYOUTS, PREFIX, Parameter, Place, layo
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.options import SCALES
 from lorasc_fx.runtime import Cascade
-from lorasc_fx.runtime.adopt import adopt
+from lorasc_fx.runtime.experts import install_experts
 from lorasc_fx.spec import CascadeSpec, Rule
 from lorasc_fx.state import Factors
 
@@ -162,7 +162,7 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
             f"{adapter.folder}: the spec leaves out what the adapter holds: {'; '.join(left_out)}",
             code="spec-omits-adapter",
         )
-    adopt(core, experts, trained, buffers)
+    install_experts(core, experts, trained, buffers)
 
 
 _HEADS = ("classifier", "score", "qa_outputs")

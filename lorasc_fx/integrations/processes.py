@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lorasc_fx.branch import generator
 from lorasc_fx.errors import StateError
-from lorasc_fx.runtime import generators
+from lorasc_fx.runtime.training_state import random_state, set_random_state
 
 __all__ = ["RANKS", "agreed", "gathered", "reseed", "streams", "text_of_rank_0", "texts"]
 
@@ -24,7 +24,7 @@ def reseed(streams: list[torch.Tensor], rank: int, count: int, stage: int) -> No
     if len(streams) == count:
         held = json.loads(_text(streams[rank]))
         tensors = {name: torch.tensor(state, dtype=torch.uint8) for name, state in held["tensors"].items()}
-        generators.unpack(tensors, held["meta"])
+        set_random_state(tensors, held["meta"])
         return
     drawn = torch.randint(2**62, ()).item()
     torch.manual_seed(generator(int(drawn), stage, "rank", f"{rank} of {count}").initial_seed())
@@ -32,7 +32,7 @@ def reseed(streams: list[torch.Tensor], rank: int, count: int, stage: int) -> No
 
 def streams() -> torch.Tensor:
     """Return the random generators of this process, as bytes."""
-    tensors, meta = generators.pack()
+    tensors, meta = random_state()
     return _bytes(json.dumps({"tensors": {name: each.tolist() for name, each in tensors.items()}, "meta": meta}))
 
 

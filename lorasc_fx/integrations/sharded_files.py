@@ -28,7 +28,16 @@ from lorasc_fx.errors import CheckpointError, StateError, path_of
 from lorasc_fx.integrations.processes import RANKS, agreed, gathered, reseed, streams, text_of_rank_0
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade
-from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical, list_versions, next_name, way_back
+from lorasc_fx.runtime.checkpoint import (
+    MANIFEST,
+    TENSORS,
+    canonical,
+    list_versions,
+    next_name,
+    plain_bytes,
+    sanitized,
+    way_back,
+)
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, branch_faults
 from lorasc_fx.runtime.checkpoint_write import (
     clear_interrupted,
@@ -42,7 +51,6 @@ from lorasc_fx.runtime.checkpoint_write import (
 from lorasc_fx.runtime.codec import RunState
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
-from lorasc_fx.runtime.opening import plain_bytes, told
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import Rows, local
 from lorasc_fx.state import Side, Tree
@@ -238,7 +246,7 @@ def described(path: Path, table: Any, plan: Plan) -> dict[str, torch.Tensor]:
         ValueError,
     ) as fault:
         raise CheckpointError(
-            f"{path}: its files cannot be read: {told(str(fault), 300)}; {way_back(path)}", code="unreadable-file"
+            f"{path}: its files cannot be read: {sanitized(str(fault), 300)}; {way_back(path)}", code="unreadable-file"
         ) from fault
     if not isinstance(table, dict) or set(table) != set(sizes):
         raise CheckpointError(f"{path}: manifest and files name other tensors; {way_back(path)}")
@@ -251,11 +259,11 @@ def described(path: Path, table: Any, plan: Plan) -> dict[str, torch.Tensor]:
             or entry.get("shape") != list(size)
             or f"torch.{entry.get('dtype')}" != str(dtype)
         ):
-            raise CheckpointError(f"{path}: manifest and files disagree about {told(name)!r}; {way_back(path)}")
+            raise CheckpointError(f"{path}: manifest and files disagree about {sanitized(name)!r}; {way_back(path)}")
         claimed += math.prod(size) * dtype.itemsize
         if min(size, default=0) < 0 or claimed > room:
             raise CheckpointError(
-                f"{path}: {told(name)!r} is {tuple(size)}, more than the {room} bytes of the files can hold; "
+                f"{path}: {sanitized(name)!r} is {tuple(size)}, more than the {room} bytes of the files can hold; "
                 f"{way_back(path)}"
             )
         made[name] = torch.empty(size, dtype=dtype, device="meta")

@@ -15,7 +15,7 @@ import torch
 
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
-from lorasc_fx.runtime.flat import from_table, take_over, to_table
+from lorasc_fx.runtime.state_dict import from_state_dict, take_over, to_state_dict
 
 __all__ = ["keep_small"]
 
@@ -50,7 +50,7 @@ def keep_small(
 
     def give(module: Cascade, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         with module._run.exclusive("state_dict"):
-            table = to_table(module._run, extra())
+            table = to_state_dict(module._run, extra())
         for name in [name for name in state if name.startswith(prefix)]:
             del state[name]
         state.update({prefix + name: tensor for name, tensor in table.items()})
@@ -58,7 +58,7 @@ def keep_small(
     def take(module: Cascade, state: dict[str, torch.Tensor], prefix: str, *_rest: Any) -> None:
         names = [name for name in state if name.startswith(prefix)]
         table = {name.removeprefix(prefix): state.pop(name) for name in names}
-        found = from_table(table, "load_state_dict")
+        found = from_state_dict(table, "load_state_dict")
         take_over(module, found, taken)
 
     def forget(module: Cascade, keys: Any) -> None:

@@ -22,8 +22,8 @@ from torch import nn
 
 from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, path_of
+from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.manifest import LONGEST, parsed
-from lorasc_fx.runtime.opening import plain_bytes, told
 
 __all__ = ["INDEX", "SINGLE", "BaseFile", "open_base", "opened", "renamed", "shards_of"]
 
@@ -168,7 +168,7 @@ def opened(path: Path) -> Iterator[Any]:
             yield handle
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # no dtype of torch's
         raise CheckpointError(
-            f"base: {path} cannot be read: {told(str(fault), 300)}", code="unreadable-file"
+            f"base: {path} cannot be read: {sanitized(str(fault), 300)}", code="unreadable-file"
         ) from fault
 
 

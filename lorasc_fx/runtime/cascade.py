@@ -24,8 +24,8 @@ from lorasc_fx.checks import is_integer
 from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Variants
 from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, past, resuming, transition
-from lorasc_fx.runtime.rigid import Requantize
+from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, training_state, transition
+from lorasc_fx.runtime.folding import Requantize
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.usage import UsageWatch
 from lorasc_fx.state import Which
@@ -404,7 +404,7 @@ class Cascade(nn.Module):
             StateError: as `weights(stage=...)`, or as `transition`; nothing was changed.
         """
         with self._run.exclusive("rewind", sharded=True, parallel=True):
-            past.rewind(self._run, stage, optimizer)
+            transition.rewind(self._run, stage, optimizer)
 
     def resume(self, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
         """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
@@ -419,7 +419,7 @@ class Cascade(nn.Module):
                     "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)",
                     code="not-loaded",
                 )
-            return resuming.resume(self._run, self._loaded, optimizer, scheduler)
+            return training_state.resume(self._run, self._loaded, optimizer, scheduler)
 
     # ---- weights
 
@@ -648,7 +648,7 @@ def _weights(undo: Block[Any], cascade: Cascade, which: Which | None, stage: int
     with run.exclusive("weights", sharded=True, parallel=True):
         parameters = run.parameters_by_name()
         live = folding.trained_now(run, parameters)
-        earlier = past.at_stage(run.slow, stage, "weights") if stage is not None else None
+        earlier = transition.at_stage(run.slow, stage, "weights") if stage is not None else None
         undo(partial(folding.rest, run, parameters, live, folding.Held.of(run, parameters)))
         folding.place(run, which or ("slow" if stage else "base"), parameters, live, stage, earlier)
     return cascade

@@ -1,25 +1,50 @@
-"""The layout of a checkpoint folder: versions, each a folder with a manifest and tensors.
+"""The files of a checkpoint: versions, each a folder with a manifest and tensors, and how their bytes are read.
 
 W0 is not copied. A fingerprint of each base parameter refuses another base and names what differs. Loading runs no code
 from a file.
+
+A file that is mapped, or opened a second time by its path, may have changed since its digest was taken; one that is cut
+short while it is mapped ends the process. So a file is opened once and read, and digest and content come from the same
+bytes.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
+import os
+import platform
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasc_fx.runtime import generators
+import torch
 
-__all__ = ["FORMAT", "MANIFEST", "RNG", "TENSORS", "canonical", "is_our_file", "list_versions", "next_name", "way_back"]
+from lorasc_fx.errors import CheckpointError
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "RNG",
+    "TENSORS",
+    "canonical",
+    "differences",
+    "is_our_file",
+    "list_versions",
+    "next_name",
+    "plain_bytes",
+    "sanitized",
+    "versions",
+    "way_back",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
-RNG = generators.CPU
+RNG = "rng/torch"
 
 _NAME = re.compile(r"(?:version|step)-([0-9]{8,})")
 """A version is numbered by the count of saves. Earlier releases wrote `step-`, which other programs write as well."""
@@ -68,3 +93,82 @@ def _holds_files(path: Path) -> bool:
         return not path.is_symlink() and any(is_our_file(entry.name) for entry in path.iterdir())
     except (FileNotFoundError, NotADirectoryError):  # a file; or a writer has just deleted this version
         return False
+
+
+_FLAGS = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # not every system has each
+
+
+def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> bytes:
+    """Return the content of a plain file.
+
+    Args:
+        path: of the file.
+        most: number of bytes that such a file can have; by default what this machine has memory for.
+        links: whether a link is followed.
+
+    Raises:
+        CheckpointError: it is a link, a folder, a pipe or a device, or larger than it can be.
+        OSError: it cannot be read.
+    """
+    if not links and path.is_symlink():
+        raise CheckpointError(
+            f"{path}: is a link; a checkpoint holds its files itself: copy the file there", code="not-a-file"
+        )
+    flags = sum(getattr(os, name, 0) for name in (*_FLAGS, *(() if links else ("O_NOFOLLOW",))))
+    handle = os.open(path, os.O_RDONLY | flags)  # not blocking: a pipe is refused, not waited for
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(
+                f"{path}: is no plain file; a folder, a pipe or a device is not read", code="not-a-file"
+            )
+        limit = most if most is not None else _memory()
+        if limit is not None and found.st_size > limit:
+            why = "such a file has" if most is not None else "this machine has memory for"
+            raise CheckpointError(f"{path}: has {found.st_size} bytes, {why} {limit} at most", code="file-too-large")
+        try:
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                return file.read(found.st_size)
+        except MemoryError as fault:
+            raise CheckpointError(
+                f"{path}: has {found.st_size} bytes, for which there is no memory; free some, or take a larger machine",
+                code="out-of-memory",
+            ) from fault
+    finally:
+        os.close(handle)
+
+
+def _memory() -> int | None:
+    """Return the bytes of memory of this machine, where it tells."""
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def sanitized(name: object, most: int = 80) -> str:
+    """Return a name from a file as a message can hold it: short, and without anything that a terminal obeys."""
+    text = name if isinstance(name, str) and name.isprintable() else repr(name)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of torch, of this package and of python: the same bits are promised under the same ones."""
+    return {"torch": str(torch.__version__), "lorasc-fx": _own(), "python": platform.python_version()}
+
+
+def differences(saved: Any) -> list[str]:
+    """Return what is another version now, as `torch 2.13.0, here 2.14.0`; what was not written down is not compared."""
+    if not isinstance(saved, dict):
+        return []
+    return [
+        f"{name} {saved[name]}, here {now}" for name, now in versions().items() if name in saved and saved[name] != now
+    ]
+
+
+@functools.cache
+def _own() -> str:
+    try:
+        return importlib.metadata.version("lorasc-fx")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"

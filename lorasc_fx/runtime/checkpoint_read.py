@@ -25,11 +25,20 @@ from safetensors.torch import load
 
 from lorasc_fx.errors import CheckpointError, named, path_of
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, RNG, TENSORS, canonical, list_versions, way_back
+from lorasc_fx.runtime.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    RNG,
+    TENSORS,
+    canonical,
+    list_versions,
+    plain_bytes,
+    sanitized,
+    way_back,
+)
 from lorasc_fx.runtime.codec import RunState, decode, install
 from lorasc_fx.runtime.fingerprint import fingerprint, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
-from lorasc_fx.runtime.opening import plain_bytes, told
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.undo import Undo
 
@@ -125,7 +134,7 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if not isinstance(manifest, dict) or type(found) is not int or found != FORMAT:
         raise CheckpointError(
-            f"{path}: format {told(repr(found))}; this version reads format {FORMAT}; "
+            f"{path}: format {sanitized(repr(found))}; this version reads format {FORMAT}; "
             "load it by the lorasc-fx that wrote it",
             code="format-not-supported",
         )
@@ -160,7 +169,7 @@ def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
             f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}", code="unreadable-file"
         ) from fault
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # a dtype or size torch has not
-        why = f"{type(fault).__name__}: {told(str(fault))}"
+        why = f"{type(fault).__name__}: {sanitized(str(fault))}"
         raise CheckpointError(
             f"{path}: cannot be read: {why}; {way_back(path.parent)}", code="unreadable-file"
         ) from fault
@@ -177,7 +186,7 @@ def _check_files(path: Path) -> None:
         odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, TENSORS)), None)
     if odd is not None:
         raise CheckpointError(
-            f"{path}: holds {told(odd)}, which is no part of a checkpoint; take it away", code="foreign-tensor"
+            f"{path}: holds {sanitized(odd)}, which is no part of a checkpoint; take it away", code="foreign-tensor"
         )
 
 
@@ -192,7 +201,7 @@ def plan_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str
         yield f"{RNG!r} is no state of torch's random generator"
     odd = next((name for name in tensors if name.startswith("rng/") and not _GENERATOR.fullmatch(name)), None)
     if odd is not None:
-        yield f"holds {told(repr(odd))}, which is no random generator"
+        yield f"holds {sanitized(repr(odd))}, which is no random generator"
     yield from branch_faults(plan, tensors)
 
 
@@ -201,14 +210,15 @@ def branch_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[s
     planned = {f"branch/{site.weight}/{name}" for site in plan.sites for name in site.parameter_shapes}
     odd = next((name for name in tensors if name.startswith("branch/") and name not in planned), None)
     if odd is not None:
-        yield f"holds {told(repr(odd))}, of which the plan has no site"
+        yield f"holds {sanitized(repr(odd))}, of which the plan has no site"
     for site in plan.sites:
         for name, shape in site.parameter_shapes.items():
             found = tensors.get(f"branch/{site.weight}/{name}")
             if found is None:
-                yield f"has no tensor {told(repr(f'branch/{site.weight}/{name}'))}"
+                yield f"has no tensor {sanitized(repr(f'branch/{site.weight}/{name}'))}"
             elif tuple(found.shape) != shape:
-                yield f"{told(repr(f'branch/{site.weight}/{name}'))} is {tuple(found.shape)}, the plan says {shape}"
+                what = sanitized(repr(f"branch/{site.weight}/{name}"))
+                yield f"{what} is {tuple(found.shape)}, the plan says {shape}"
 
 
 def _is_random(state: torch.Tensor) -> bool:
@@ -221,7 +231,7 @@ def _is_random(state: torch.Tensor) -> bool:
 
 def _why(fault: Exception) -> str:
     """Return the reason without the path, which the message names already."""
-    return fault.strerror if isinstance(fault, OSError) and fault.strerror else told(str(fault), 300)
+    return fault.strerror if isinstance(fault, OSError) and fault.strerror else sanitized(str(fault), 300)
 
 
 def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -253,7 +263,7 @@ def base_differs(base: Mapping[str, str], own: Mapping[str, str], names: Iterabl
     changed = [name for name, digest in own.items() if base.get(name, digest) != digest]
     for what, found in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
         if found:
-            return f"{what} {named(map(told, found))}"
+            return f"{what} {named(map(sanitized, found))}"
     return ""
 
 
@@ -275,13 +285,14 @@ def check_plan(
         names = matrices.get(site.weight)
         if names is None:
             raise CheckpointError(
-                f"{manifest}: its plan has a site {told(site.weight)}, which the model has not; {_AS_IT_WAS}",
+                f"{manifest}: its plan has a site {sanitized(site.weight)}, which the model has not; {_AS_IT_WAS}",
                 code="plan-mismatch",
             )
         if (site.weight, *site.aliases) != names:
             raise CheckpointError(
-                f"{manifest}: its plan has {told(site.weight)} tied to {told(', '.join(site.aliases) or 'nothing')}, "
-                f"the model to {', '.join(names[1:]) or 'nothing'}; {_AS_IT_WAS}",
+                f"{manifest}: its plan has {sanitized(site.weight)} tied to "
+                f"{sanitized(', '.join(site.aliases) or 'nothing')}, the model to {', '.join(names[1:]) or 'nothing'}; "
+                f"{_AS_IT_WAS}",
                 code="plan-mismatch",
             )
         shape = tuple(parameters[site.weight].shape)
@@ -340,7 +351,7 @@ def refused(checkpoint: Checkpoint) -> Iterator[None]:
     except CheckpointError as fault:
         raise CheckpointError(f"{fault}; {way}", code=fault.code) from fault
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as fault:
-        what = f"{type(fault).__name__}: {told(str(fault))}"
+        what = f"{type(fault).__name__}: {sanitized(str(fault))}"
         raise CheckpointError(
             f"{checkpoint.path}: is not what a checkpoint of this plan holds: {what}; {way}"
         ) from fault

@@ -25,14 +25,22 @@ from safetensors.torch import save_file
 
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
-from lorasc_fx.runtime import generators, outside_json
-from lorasc_fx.runtime.checkpoint import FORMAT, MANIFEST, TENSORS, canonical, is_our_file, list_versions, next_name
+from lorasc_fx.runtime import training_state
+from lorasc_fx.runtime.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    TENSORS,
+    canonical,
+    is_our_file,
+    list_versions,
+    next_name,
+    plain_bytes,
+    versions,
+)
 from lorasc_fx.runtime.codec import RunState, Tensors, encode
 from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, parsed
-from lorasc_fx.runtime.opening import plain_bytes
 from lorasc_fx.runtime.optim import check_numbers
-from lorasc_fx.runtime.provenance import versions
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import local
 from lorasc_fx.state.engine import all_finite
@@ -114,7 +122,7 @@ def contents(
     """Return what the two files of a version hold; nothing is written yet. The state is that of the core by default."""
     meta, tensors = encode(RunState.of(core) if state is None else state)
     gradients, meta["pending"] = core.gradients()
-    streams, meta["rng"] = generators.pack()
+    streams, meta["rng"] = training_state.random_state()
     parts: dict[str, Any] = {"extra": extra}
     try:
         if optimizer is not None:
@@ -128,12 +136,12 @@ def contents(
             code="non-finite-state",
         ) from fault
     if optimizer is not None:
-        more, parts["optimizer"] = _of_optimizer(optimizer)
+        more, parts["optimizer"] = training_state.optimizer_state(optimizer)
         tensors |= more
     if scheduler is not None:
         parts["scheduler"] = {"class": type(scheduler).__name__, "state": scheduler.state_dict()}
     try:
-        taken = outside_json.take_out(parts)
+        taken = training_state.extract_tensors(parts)
         manifest = {
             "format": FORMAT,
             "plan": json.loads(core.plan.to_json()),
@@ -154,27 +162,13 @@ def contents(
     _check_keys(extra)
     tensors |= gradients | streams | taken.tensors
     for name, tensor in tensors.items():
-        if not outside_json.fits(local(tensor)):
+        if not training_state.is_storable(local(tensor)):
             raise CheckpointError(
-                f"{name} is {outside_json.kind(tensor)}, which safetensors cannot hold; "
+                f"{name} is {training_state.kind_of(tensor)}, which safetensors cannot hold; "
                 "make it dense or cast it before",
                 code="not-serializable",
             )
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest
-
-
-def _of_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str, Any]]:
-    """Return an optimizer's state as tensors and JSON."""
-    state = optimizer.state_dict()
-    tensors: Tensors = {}
-    numbers: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer/{index}/{name}"] = value.detach().clone()
-            else:
-                numbers.setdefault(str(index), {})[name] = value
-    return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "numbers": numbers}
 
 
 def _check_keys(value: Any) -> None:

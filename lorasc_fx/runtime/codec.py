@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from lorasc_fx.errors import CheckpointError
+from lorasc_fx.parameters import Slot, buffer_layout, buffer_slots
 from lorasc_fx.plan import Plan
+from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.manifest import VIEWS
-from lorasc_fx.runtime.model_state import Slot, layout, slots
-from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.shards import local
 from lorasc_fx.spec import Noise
@@ -81,7 +81,7 @@ class RunState:
         }
         values = {name: parameters[name].detach() for name in core.slow.trained}
         buffers = {name: value.detach() for name, value in core.model_state().items()}
-        return cls(core.plan, core.slow, branches, values, buffers, layout(core.model), core.turning.armed)
+        return cls(core.plan, core.slow, branches, values, buffers, buffer_layout(core.model), core.turning.armed)
 
     def at_ranks(self, plan: Plan) -> RunState:
         """Return the state whose branches have the shapes that a plan says, without numbers where these are others."""
@@ -217,7 +217,7 @@ def decode(
     }
     entries, names = manifest["slow"], known.slow.states
     if odd := sorted((set(entries) ^ set(names)) | (known.branches.keys() - entries.keys())):
-        raise CheckpointError(f"{where}: the slow state and the plan disagree about {told(odd[0])}")
+        raise CheckpointError(f"{where}: the slow state and the plan disagree about {sanitized(odd[0])}")
     states = {name: _decoded(state, entries[name], held) for name, state in names.items()}
     for name, factors in known.branches.items():
         states[name] = replace(states[name], initial=_initial(states[name], factors, plan, manifest["parked"], held))
@@ -271,7 +271,7 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], held: _Taken) -> Weig
     }
     if dense and "slow" not in dense:
         raise CheckpointError(
-            f"{held.where}: has no tensor {told(repr(f'dense/{name}/slow'))}, which what is dense beside it needs",
+            f"{held.where}: has no tensor {sanitized(repr(f'dense/{name}/slow'))}, which what is dense beside it needs",
             code="missing-tensor",
         )
     scales = [
@@ -366,20 +366,20 @@ class _Taken:
         """
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{self.where}: has no tensor {told(repr(name))}", code="missing-tensor")
+            raise CheckpointError(f"{self.where}: has no tensor {sanitized(repr(name))}", code="missing-tensor")
         if tuple(tensor.shape) != tuple(shape):
             raise CheckpointError(
-                f"{self.where}: {told(repr(name))} is {tuple(tensor.shape)}, the plan says {tuple(shape)}",
+                f"{self.where}: {sanitized(repr(name))} is {tuple(tensor.shape)}, the plan says {tuple(shape)}",
                 code="wrong-shape",
             )
         like = torch.float32 if like is None else like
         if tensor.dtype != like and not any(tensor.dtype in kind and like in kind for kind in (FLOATS, COMPLEX)):
             raise CheckpointError(
-                f"{self.where}: {told(repr(name))} holds {tensor.dtype}, not {like}", code="wrong-dtype"
+                f"{self.where}: {sanitized(repr(name))} holds {tensor.dtype}, not {like}", code="wrong-dtype"
             )
         if finite and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
-                f"{self.where}: {told(repr(name))} holds inf or nan, which no fold takes", code="non-finite-tensor"
+                f"{self.where}: {sanitized(repr(name))} holds inf or nan, which no fold takes", code="non-finite-tensor"
             )
         self.left.pop(name, None)
         return tensor
@@ -388,7 +388,7 @@ class _Taken:
         """Refuse a tensor that nobody has asked for."""
         if self.left:
             raise CheckpointError(
-                f"{self.where}: holds {told(repr(next(iter(self.left))))}, which this plan has no place for",
+                f"{self.where}: holds {sanitized(repr(next(iter(self.left))))}, which this plan has no place for",
                 code="foreign-tensor",
             )
 
@@ -428,11 +428,12 @@ def _model_state(
     """
     empty, shared = state.layout.get("empty_buffers", ()), state.layout.get("shared_buffers", {})
     held = _Taken({f"buffer/{name}": value for name, value in state.buffers.items()}, where)
-    buffers = slots(core.model, core.written())
+    buffers = buffer_slots(core.model, core.written())
     foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
     if foreign is not None:
         raise CheckpointError(
-            f"{where}: has a buffer {told(repr(foreign))}, and the model has none of this name", code="foreign-tensor"
+            f"{where}: has a buffer {sanitized(repr(foreign))}, and the model has none of this name",
+            code="foreign-tensor",
         )
     first: dict[int, str] = {}
     groups: dict[str, list[str]] = {}  # names of the buffers that hold one tensor, by its name in the file

@@ -12,8 +12,7 @@ from torch import nn
 from lorasc_fx.branch import Branch, branch_class, is_quantized
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
 from lorasc_fx.runtime.codec import RunState
-from lorasc_fx.runtime.folding import check_which, ended, trained_value
-from lorasc_fx.runtime.rigid import check_asked
+from lorasc_fx.runtime.folding import check_asked, check_which, ended, trained_value
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.transition import trained_moved
 from lorasc_fx.state import Which, check_finite

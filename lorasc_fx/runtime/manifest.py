@@ -15,7 +15,7 @@ from typing import Any
 
 from lorasc_fx.checks import is_number
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime.opening import told
+from lorasc_fx.runtime.checkpoint import sanitized
 
 __all__ = ["LONGEST", "VIEWS", "check_fields", "check_kinds", "parsed"]
 
@@ -68,7 +68,7 @@ def parsed(data: bytes) -> Any:
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{told(text)} is no number that JSON can hold")
+        raise ValueError(f"{sanitized(text)} is no number that JSON can hold")
     return value
 
 
@@ -104,21 +104,21 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
     if list(manifest["files"]) != [file]:
         odd = next((name for name in manifest["files"] if name != file), None)
         raise ValueError(
-            f"'files' names {told(odd)}, a checkpoint has {file} only" if odd is not None else "'files' is {}"
+            f"'files' names {sanitized(odd)}, a checkpoint has {file} only" if odd is not None else "'files' is {}"
         )
     for key in ("files", "base"):
         for name, digest in manifest[key].items():
             if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-                raise ValueError(f"{key!r}: {told(name)} has {told(digest)}, which is no digest")
+                raise ValueError(f"{key!r}: {sanitized(name)} has {sanitized(digest)}, which is no digest")
     trained = manifest["trained"]
     if any(not isinstance(name, str) for name in trained) or len(set(trained)) != len(trained):
         raise ValueError("'trained' is no list of names, each once")
     for name, state in manifest["slow"].items():
-        _check_state(told(name), state, plan.stage)
+        _check_state(sanitized(name), state, plan.stage)
     for name, stages in manifest["past"].items():
         if name not in trained:
-            raise ValueError(f"'past': {told(name)} is not trained in full")
-        _check_past(told(name), stages, plan.stage)
+            raise ValueError(f"'past': {sanitized(name)} is not trained in full")
+        _check_past(sanitized(name), stages, plan.stage)
     if not plan.spec.keeps_average and any("average" in state for state in manifest["slow"].values()):
         raise ValueError("'slow' holds an average, and the spec keeps none")
     if not 0 <= manifest.get("averaged", 0) < max(plan.stage, 1) or (
@@ -127,7 +127,9 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
         raise ValueError(f"'averaged' is {manifest['averaged']}, which this plan's stages cannot have made")
     for name, index in manifest.get("rules", {}).items():
         if name not in trained or type(index) is not int or not 0 <= index < len(plan.spec.train_rules):
-            raise ValueError(f"'rules': {told(name)} has {told(index)}, which is no rule of the spec's train_rules")
+            raise ValueError(
+                f"'rules': {sanitized(name)} has {sanitized(index)}, which is no rule of the spec's train_rules"
+            )
     if manifest["turning"] and not plan.spec.next_a.needs_gradient:
         raise ValueError(f"'turning' is true, and restart_A is {plan.spec.restart_A!r}")
     _check_random(manifest["rng"])
@@ -135,10 +137,10 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
         held = manifest.get(key, ())
         for name in held.values() if isinstance(held, dict) else held:
             if not isinstance(name, str):
-                raise ValueError(f"{key!r} holds names, not {told(repr(name))}")
+                raise ValueError(f"{key!r} holds names, not {sanitized(repr(name))}")
     for note in manifest.get("outside", ()):
         if not _is_note(note):
-            raise ValueError(f"'outside': {told(repr(note))} is no note of what stands outside of JSON")
+            raise ValueError(f"'outside': {sanitized(repr(note))} is no note of what stands outside of JSON")
     if "optimizer" in manifest:
         _check_optimizer(manifest["optimizer"])
 
@@ -149,7 +151,7 @@ def _check_state(name: str, state: Any, stage: int) -> None:
     if any(not isinstance(part, list) for part in state.values()):
         raise ValueError(f"'slow': {name} holds what is no list")
     if any(each != 0 and not _counts(each, stage) for each in state["stages"]):  # 0: trained elsewhere
-        raise ValueError(f"'slow': {name} has experts of stages that were not: {told(state['stages'])}")
+        raise ValueError(f"'slow': {name} has experts of stages that were not: {sanitized(state['stages'])}")
     vectors = [key for key in VIEWS if key in state]
     if any(not is_number(each) for key in vectors for each in state[key]):
         raise ValueError(f"'slow': {name} has coefficients that are no finite numbers")
@@ -172,23 +174,23 @@ def _check_state(name: str, state: Any, stage: int) -> None:
             and type(turn[1]) is int
             and 0 <= turn[1] <= len(state["stages"])
         ):
-            raise ValueError(f"'slow': {name} scaled its rows in stages that were not: {told(state['turns'])}")
+            raise ValueError(f"'slow': {name} scaled its rows in stages that were not: {sanitized(state['turns'])}")
     for kept in state["kept"]:
         if not isinstance(kept, dict) or sorted(kept) != sorted(_NOISE) or not isinstance(kept["noise"], dict):
             raise ValueError(f"'slow': {name} keeps noise that needs {', '.join(_NOISE)}, and nothing else")
         seed = kept["seed"]
         if type(seed) is not int or not 0 <= seed < 2**63 or not _counts(kept["stage"], stage):
-            raise ValueError(f"'slow': {name} keeps noise of no address: {told([seed, kept['stage']])}")
+            raise ValueError(f"'slow': {name} keeps noise of no address: {sanitized([seed, kept['stage']])}")
         if not is_number(kept["amplitude"]) or kept["amplitude"] < 0:
-            raise ValueError(f"'slow': {name} keeps noise of amplitude {told(kept['amplitude'])}")
+            raise ValueError(f"'slow': {name} keeps noise of amplitude {sanitized(kept['amplitude'])}")
 
 
 def _check_past(name: str, stages: Any, stage: int) -> None:
     """Hold the numbers of stages that have ended: each once, in order, none of them later than the one that runs."""
     if not isinstance(stages, list) or any(not _counts(each, stage) for each in stages):
-        raise ValueError(f"'past': {name} has ends of stages that were not: {told(stages)}")
+        raise ValueError(f"'past': {name} has ends of stages that were not: {sanitized(stages)}")
     if any(one >= other for one, other in itertools.pairwise(stages)):
-        raise ValueError(f"'past': {name} has ends of stages out of order: {told(stages)}")
+        raise ValueError(f"'past': {name} has ends of stages out of order: {sanitized(stages)}")
 
 
 def _counts(value: Any, most: int) -> bool:
@@ -205,7 +207,7 @@ def _check_random(states: Mapping[str, Any]) -> None:
             raise ValueError("its words are no numbers of 32 bits")
         random.Random().setstate((version, tuple(words), gauss))
     except (TypeError, ValueError, OverflowError) as fault:
-        raise ValueError(f"'rng': is no state of Python's random generator: {told(str(fault))}") from fault
+        raise ValueError(f"'rng': is no state of Python's random generator: {sanitized(str(fault))}") from fault
 
     numpy = states.get("numpy")
     if numpy is not None and not _is_numpy(numpy):
@@ -242,7 +244,7 @@ def _check_optimizer(saved: Mapping[str, Any]) -> None:
         count += len(group["params"])
     for index, entries in saved["numbers"].items():
         if not index.isdecimal() or int(index) >= count or not isinstance(entries, dict):
-            raise ValueError(f"'optimizer': holds the state of parameter {told(index)}, of {count}")
+            raise ValueError(f"'optimizer': holds the state of parameter {sanitized(index)}, of {count}")
 
 
 def optimizer_index(name: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
@@ -255,5 +257,5 @@ def optimizer_index(name: str, groups: Sequence[Mapping[str, Any]]) -> tuple[int
     index, _, key = rest.partition("/")
     count = sum(len(group["params"]) for group in groups)
     if not index.isdecimal() or len(index) > 9 or int(index) >= count or not key:
-        raise ValueError(f"{told(name)} is no state of one of {count} parameters")
+        raise ValueError(f"{sanitized(name)} is no state of one of {count} parameters")
     return int(index), key

@@ -12,12 +12,12 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, fill_factor, is_quantized
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named
+from lorasc_fx.parameters import Slot, buffers_restorer
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
-from lorasc_fx.runtime.filling import Hollow
 from lorasc_fx.runtime.fingerprint import checksum, fingerprint
 from lorasc_fx.runtime.gradient import GradientStart
-from lorasc_fx.runtime.model_state import Slot, restorer
+from lorasc_fx.runtime.materialize import Hollow
 from lorasc_fx.runtime.optim import check_holds, groups, put_state
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.shards import local
@@ -252,7 +252,7 @@ class Run:
             parameters = {name: parameter for name, parameter in now.items() if parameter is not None}
         undo(self.restorer())
         if planned.slots or planned.tensors:
-            undo(restorer(self.model))
+            undo(buffers_restorer(self.model))
         copied = [parameters[name] for name in parameters if name in slow.trained and name not in planned.live]
         undo(self.values_restorer(planned.factors, copied, [tensor for tensor, _ in planned.tensors]))
         if planned.gradients is not None:

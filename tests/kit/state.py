@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 import lorasc_fx as lx
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.runtime import Flags, Stage, read, transition
-from lorasc_fx.runtime import adopt as adopting
+from lorasc_fx.runtime import experts as elsewhere
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
 from lorasc_fx.runtime.fingerprint import checksum, device_sum, file_digest, text_digest
 from lorasc_fx.runtime.folded import of_checkpoint
@@ -311,7 +311,7 @@ def adopt(
     buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Add experts from elsewhere to the slow state, and set parameters trained in full, and buffers."""
-    adopting.adopt(cascade._run, experts, trained, buffers)
+    elsewhere.install_experts(cascade._run, experts, trained, buffers)
 
 
 def unpark(cascade: lx.Cascade) -> None:

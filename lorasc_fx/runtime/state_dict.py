@@ -17,19 +17,18 @@ from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write
 from lorasc_fx.runtime.cascade import Cascade
-from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
+from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical, sanitized
 from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
-from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.run import Gradients, Planned, Run
 from lorasc_fx.undo import Commit
 
-__all__ = ["KEY", "from_table", "take_over", "to_table"]
+__all__ = ["KEY", "from_state_dict", "take_over", "to_state_dict"]
 
 KEY = "lorasc_fx.manifest"
 """Name of the tensor that holds the manifest."""
 
 
-def to_table(core: Run, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def to_state_dict(core: Run, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return all that a resume needs, but for optimizer and scheduler, as tensors by name.
 
     Raises:
@@ -43,7 +42,7 @@ def to_table(core: Run, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {**tensors, KEY: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
-def from_table(table: Mapping[str, torch.Tensor], where: str) -> checkpoint_read.Checkpoint:
+def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint_read.Checkpoint:
     """Return the checkpoint that a table holds.
 
     Raises:
@@ -51,7 +50,7 @@ def from_table(table: Mapping[str, torch.Tensor], where: str) -> checkpoint_read
     """
     packed = table.get(KEY)
     if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
-        first = ", ".join(told(name) for name in list(table)[:2]) or "nothing"
+        first = ", ".join(sanitized(name) for name in list(table)[:2]) or "nothing"
         raise CheckpointError(
             f"{where}: is no state of a cascade, as it has no {KEY}; it holds {first}. Weights of the model itself are "
             "loaded before it is adapted",
@@ -121,16 +120,16 @@ def _check_alike(now: Plan, found: checkpoint_read.Checkpoint) -> None:
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
             raise CheckpointError(
-                f"{found.path}: was made with {name} = {told(theirs.get(name))}, this cascade has "
-                f"{told(ours.get(name))}; adapt by the same spec",
+                f"{found.path}: was made with {name} = {sanitized(theirs.get(name))}, this cascade has "
+                f"{sanitized(ours.get(name))}; adapt by the same spec",
                 code="spec-differs",
             )
     odd = sorted(now.by_weight.keys() ^ then.by_weight.keys())
     if odd:
         here = "is a site there, and none here" if odd[0] in then.by_weight else "is a site here, and none there"
         raise CheckpointError(
-            f"{found.path}: {told(odd[0])} {here}; adapt in the same mode and with the same example inputs, or make "
-            "the cascade by lorasc_fx.load",
+            f"{found.path}: {sanitized(odd[0])} {here}; adapt in the same mode and with the same example inputs, or "
+            "make the cascade by lorasc_fx.load",
             code="sites-differ",
         )
 

@@ -1,30 +1,46 @@
-"""What a resume gives back: the state of optimizer, scheduler and random generators, all of it or none.
+"""What a checkpoint holds besides the cascade: the state of optimizer, scheduler and random generators, and `extra`.
 
-Both `load_state_dict` of torch take what they get: a scheduler's puts it into its `__dict__`, where a name of a method
-would stand before the method. So a saved value is taken only where a value of its kind stands now.
+Written as JSON with tensor references, and given back by `resume`, all of it or none. Both `load_state_dict` of torch
+take what they get: a scheduler's puts it into its `__dict__`, where a name of a method would stand before the method.
+So a saved value is taken only where a value of its kind stands now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import json
+import math
+import random
+import sys
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorasc_fx.checks import is_number
 from lorasc_fx.errors import CheckpointError, warn
-from lorasc_fx.runtime import generators, outside_json
+from lorasc_fx.runtime.checkpoint import RNG, differences, sanitized
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.manifest import optimizer_index
-from lorasc_fx.runtime.opening import told
 from lorasc_fx.runtime.optim import check_holds, check_numbers
-from lorasc_fx.runtime.provenance import differences
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.undo import Commit
 
-__all__ = ["resume"]
+__all__ = [
+    "Extracted",
+    "extract_tensors",
+    "insert_tensors",
+    "is_storable",
+    "kind_of",
+    "optimizer_state",
+    "random_state",
+    "resume",
+    "set_random_state",
+]
 
 _ODD = ("Adafactor", "LBFGS", "SparseAdam")
 """Optimizers of torch whose state has other shapes than the parameter's."""
@@ -39,7 +55,7 @@ def resume(run: Run, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | 
         StateError: the optimizer does not hold the branches.
     """
     where = str(checkpoint.path)
-    manifest = _with_outside(checkpoint, where)
+    manifest = _with_tensors(checkpoint, where)
     for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is None:
             continue
@@ -50,8 +66,8 @@ def resume(run: Run, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | 
         saved = manifest[what]["class"]
         if type(given).__name__ != saved:
             raise CheckpointError(
-                f"{where}: holds the state of {told(saved)}, the {what} is {type(given).__name__}; give one of the "
-                "kind that was saved",
+                f"{where}: holds the state of {sanitized(saved)}, the {what} is {type(given).__name__}; "
+                "give one of the kind that was saved",
                 code="optimizer-differs",
             )
     if optimizer is not None:
@@ -59,44 +75,45 @@ def resume(run: Run, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | 
     try:
         state, then = None, None
         if optimizer is not None:
-            state = _of_optimizer(optimizer, manifest["optimizer"], checkpoint.tensors, where)
+            state = _state_for(optimizer, manifest["optimizer"], checkpoint.tensors, where)
             check_numbers(state, "optimizer", finite=run.plan.spec.on_nonfinite == "raise")
         if scheduler is not None:
             then = like(scheduler.state_dict(), manifest["scheduler"]["state"], "scheduler")
             check_numbers(then, "scheduler")
     except (ValueError, RecursionError) as fault:
         raise CheckpointError(
-            f"{where}: {told(str(fault), 300)}; build optimizer and scheduler the same way", code="optimizer-differs"
+            f"{where}: {sanitized(str(fault), 300)}; build optimizer and scheduler the same way",
+            code="optimizer-differs",
         ) from fault
     try:
         _give(run, checkpoint, optimizer, state, scheduler, then)
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
         raise CheckpointError(
-            f"{where}: its state was not taken: {told(str(fault), 300)}; build optimizer and scheduler the same way, "
-            "or go on without them",
+            f"{where}: its state was not taken: {sanitized(str(fault), 300)}; build optimizer and scheduler the same "
+            "way, or go on without them",
             code="optimizer-differs",
         ) from fault
     if changed := differences(manifest.get("versions")):
-        names = told(", ".join(changed), 300)
+        names = sanitized(", ".join(changed), 300)
         warn(f"{where}: written under {names}; the run goes on, but perhaps not bit for bit", "other-versions")
     extra: dict[str, Any] = manifest["extra"]
     return extra
 
 
-def _with_outside(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
+def _with_tensors(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
     """Return the manifest with the tensors and numbers that JSON does not hold in their places, each used."""
     manifest = checkpoint.manifest
     parts = {key: manifest[key] for key in ("optimizer", "scheduler", "extra") if key in manifest}
     notes = manifest.get("outside", ())
     try:
-        whole = outside_json.put_back(parts, notes, checkpoint.tensors)
+        whole = insert_tensors(parts, notes, checkpoint.tensors)
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as fault:
-        what = f"{type(fault).__name__}: {told(str(fault))}"
+        what = f"{type(fault).__name__}: {sanitized(str(fault))}"
         raise CheckpointError(f"{where}: tensors and numbers outside of JSON have no place in it: {what}") from fault
     used = {note.get("tensor") for note in notes}
     odd = next((name for name in checkpoint.tensors if name.startswith("outside/") and name not in used), None)
     if odd is not None:
-        raise CheckpointError(f"{where}: holds {told(repr(odd))}, which has no place in it")
+        raise CheckpointError(f"{where}: holds {sanitized(repr(odd))}, which has no place in it")
     return {**manifest, **whole}
 
 
@@ -128,11 +145,25 @@ def _give(
         if scheduler is not None:
             undo(partial(scheduler.load_state_dict, deepcopy(scheduler.state_dict())))
             scheduler.load_state_dict(then)
-        undo(partial(generators.unpack, *generators.pack()))
-        generators.unpack(tensors, manifest["rng"])
+        undo(partial(set_random_state, *random_state()))
+        set_random_state(tensors, manifest["rng"])
 
 
-def _of_optimizer(
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return an optimizer's state as tensors and JSON."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value.detach().clone()
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "numbers": numbers}
+
+
+def _state_for(
     optimizer: torch.optim.Optimizer, meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: str
 ) -> dict[str, Any]:
     """Return the state dict that the checkpoint has for this optimizer.
@@ -170,15 +201,17 @@ def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[s
                 names = set(entries) if names is None else names
                 if set(entries) != names:
                     odd = sorted(set(entries) ^ names)[0]
-                    raise ValueError(f"optimizer: {told(odd)} is there for some parameters of a group, not for {index}")
+                    raise ValueError(
+                        f"optimizer: {sanitized(odd)} is there for some parameters of a group, not for {index}"
+                    )
                 for name, value in entries.items():
                     if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
                         raise ValueError(
-                            f"optimizer: {told(name)} of parameter {index} is {tuple(value.shape)}, the parameter "
+                            f"optimizer: {sanitized(name)} of parameter {index} is {tuple(value.shape)}, the parameter "
                             f"{tuple(parameter.shape)}"
                         )
                     if isinstance(value, (dict, list, str)):
-                        raise ValueError(f"optimizer: {told(name)} of parameter {index} is no number")
+                        raise ValueError(f"optimizer: {sanitized(name)} of parameter {index} is no number")
             index += 1
 
 
@@ -191,7 +224,7 @@ def _group(now: Mapping[str, Any], then: Mapping[str, Any], defaults: Mapping[st
     more = {key: value for key, value in then.items() if key not in now}
     for key, value in more.items():
         if not is_number(value):
-            raise ValueError(f"optimizer: a group has {told(repr(key))}, which this one has not")
+            raise ValueError(f"optimizer: a group has {sanitized(repr(key))}, which this one has not")
     return taken | more
 
 
@@ -218,7 +251,7 @@ def like(now: Any, then: Any, place: str) -> Any:
     else:
         fits = isinstance(now, str) and isinstance(then, str)
     if not fits:
-        raise ValueError(f"{place} is {told(repr(then))}, where {type(now).__name__} is expected")
+        raise ValueError(f"{place} is {sanitized(repr(then))}, where {type(now).__name__} is expected")
     return then
 
 
@@ -233,8 +266,8 @@ def _like_table(now: dict[Any, Any], then: Any, place: str) -> Any:
     odd = sorted(set(then) ^ set(now)) if now else [name for name in then if name.startswith("_")]
     if odd:
         there = "has" if odd[0] in then else "has no"
-        raise ValueError(f"{place} {there} {told(repr(odd[0]))}, unlike the one that is to take it")
-    return type(now)({name: like(now.get(name), value, f"{place}.{told(name)}") for name, value in then.items()})
+        raise ValueError(f"{place} {there} {sanitized(repr(odd[0]))}, unlike the one that is to take it")
+    return type(now)({name: like(now.get(name), value, f"{place}.{sanitized(name)}") for name, value in then.items()})
 
 
 def _like_list(now: list[Any] | tuple[Any, ...], then: Any, place: str) -> Any:
@@ -257,3 +290,126 @@ def _number(value: Any) -> bool:
 
 def _nested(value: Any) -> bool:
     return isinstance(value, (dict, list, tuple))
+
+
+_CUDA = "rng/cuda/"
+
+
+def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return their states as tensors and JSON: of those that have been used, or may have been."""
+    tensors = {RNG: torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states = torch.cuda.get_rng_state_all()
+        tensors |= {f"{_CUDA}{index}": state for index, state in enumerate(states)}
+    meta: dict[str, Any] = {"python": random.getstate()}
+    if "numpy.random" in sys.modules:  # as long as nobody has asked for it, nothing was drawn
+        meta["numpy"] = _as_lists(sys.modules["numpy.random"].get_state(legacy=False))
+    return tensors, meta
+
+
+def set_random_state(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Give them back the states that `random_state` returned; devices and packages that are not here are left out.
+
+    Raises:
+        IndexError, KeyError, RuntimeError, TypeError, ValueError: a state is none of this generator's.
+    """
+    version, words, gauss = meta["python"]
+    random.setstate((version, tuple(words), gauss))
+    if "numpy" in meta and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(meta["numpy"])
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        if f"{_CUDA}{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{_CUDA}{index}"], index)
+    torch.set_rng_state(tensors[RNG])
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_lists(each) for key, each in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+_HELD = {
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
+    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The value without them; a note for each; the tensors, by the names that the notes give."""
+
+    value: Any
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def is_storable(tensor: torch.Tensor) -> bool:
+    """Whether safetensors holds such a tensor, and gives back the same."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.dtype in _HELD
+
+
+def kind_of(tensor: torch.Tensor) -> str:
+    """Return, for messages, what kind of tensor this is."""
+    return f"a {type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}, {tensor.layout}"
+
+
+def extract_tensors(value: Any) -> Extracted:
+    """Return a value of dicts and lists without tensors, inf and nan. A tensor that stands twice is kept once.
+
+    Raises:
+        ValueError: a container holds itself.
+    """
+    notes: list[dict[str, Any]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[int, str] = {}
+
+    def plain(each: Any, place: tuple[str | int, ...], above: tuple[int, ...]) -> Any:
+        if isinstance(each, torch.Tensor) and is_storable(each):
+            name = names.setdefault(id(each), f"outside/{len(names)}")
+            tensors[name] = tensors.get(name, each).detach().clone()
+            notes.append({"place": place, "tensor": name})
+            return None
+        if isinstance(each, float) and not math.isfinite(each):
+            notes.append({"place": place, "number": repr(float(each))})
+            return None
+        if not isinstance(each, (Mapping, list, tuple)):
+            return each
+        if id(each) in above:
+            raise ValueError("Circular reference detected")
+        above = (*above, id(each))
+        if isinstance(each, Mapping):
+            return {key: plain(inner, (*place, _as_json(key)), above) for key, inner in each.items()}
+        return [plain(inner, (*place, index), above) for index, inner in enumerate(each)]
+
+    return Extracted(plain(value, (), ()), notes, tensors)
+
+
+def insert_tensors(value: Any, notes: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return what `extract_tensors` was given, with lists for tuples and strings for keys, as JSON has them.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError: the notes are not of this value.
+    """
+    whole = copy.deepcopy(value)
+    made: dict[str, torch.Tensor] = {}
+    for note in notes:
+        *way, last = note["place"]
+        inner = whole
+        for key in way:
+            inner = inner[key]
+        if inner[last] is not None:
+            raise ValueError(f"the place {note['place']} is taken")
+        if "tensor" in note:
+            name = note["tensor"]
+            inner[last] = made.setdefault(name, tensors[name].clone())
+        else:
+            inner[last] = float(note["number"])
+    return whole
+
+
+def _as_json(key: Any) -> str:
+    """Return the string that JSON makes of a key."""
+    return key if isinstance(key, str) else json.dumps(key)

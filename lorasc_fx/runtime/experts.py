@@ -1,7 +1,9 @@
-"""Weighted sums of what several runs on one base have learnt: `sum_i w_i S_i`, exactly, through their experts.
+"""Experts that were trained elsewhere become part of the slow state: another tool's adapter, or runs on one base.
 
-The experts of all runs stand side by side, each coefficient times its run's weight (algorithm.md, "The slow state is
-small"); what is dense already (a collapsed delta, a parameter trained in full) is summed in fp64 and rounded once. No
+All or nothing: everything is checked and computed before anything is written.
+
+A sum of runs is `sum_i w_i S_i`, exactly. The experts of all runs stand side by side, each coefficient times its run's
+weight; what is dense already (a collapsed delta, a parameter trained in full) is summed in fp64 and rounded once. No
 rounded weight of any run is read. Relatives: model soups (2203.05482), task arithmetic (2212.04089).
 """
 
@@ -14,18 +16,120 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import dense
-from lorasc_fx.errors import SpecError, warn
+from lorasc_fx.errors import SpecError, StateError, warn
+from lorasc_fx.parameters import Slot, buffer_slots
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime.adopt import install
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
 from lorasc_fx.runtime.folded import has_trained_since, running_branches
 from lorasc_fx.runtime.folding import ended
-from lorasc_fx.runtime.run import Run
-from lorasc_fx.state import Expert, SlowWeights, Trained, View, WeightState, arithmetic, summing
+from lorasc_fx.runtime.run import Planned, Run
+from lorasc_fx.state import Expert, Factors, SlowWeights, Trained, View, WeightState, arithmetic, summing
 from lorasc_fx.state.model import host
 from lorasc_fx.undo import Undo
 
-__all__ = ["Part", "join", "part_of", "part_of_file", "weighted_sum"]
+__all__ = ["Part", "install_experts", "install_slow", "install_sum", "part_of", "part_of_file", "weighted_sum"]
+
+
+def install_experts(
+    run: Run,
+    experts: Mapping[str, Sequence[tuple[float, Factors]]],
+    trained: Mapping[str, torch.Tensor] | None = None,
+    buffers: Mapping[str, torch.Tensor] | None = None,
+    stage: int = 0,
+) -> None:
+    """Add experts to slow weights and start of the running stage, and set parameters trained in full.
+
+    Args:
+        run: of a cascade.
+        experts: by weight name, pairs of a coefficient and factors, `b` [rows, r] and `a` [r, columns] as the weight is
+            stored.
+        trained: slow values of parameters that the spec trains in full, by name.
+        buffers: values of the model's buffers, by name.
+        stage: that is noted as the one which trained the experts; 0 for none of this cascade's.
+
+    Raises:
+        StateError: a name that the cascade does not know as such, or factors of another shape.
+    """
+    with run.exclusive("install_experts"):
+        before = run.slow
+        values, tensors = dict(trained or {}), dict(run.model.named_buffers())
+        for what, given, known in (
+            ("a site", experts, before.states),
+            ("trained in full", values, before.trained),
+            ("a buffer", buffers or {}, tensors),
+        ):
+            foreign = [name for name in given if name not in known]
+            if foreign:
+                raise StateError(
+                    f"install_experts: {', '.join(sorted(foreign))} is not {what} here", code="sites-differ"
+                )
+        states = {name: _with_experts(state, experts.get(name, ()), stage) for name, state in before.states.items()}
+        kept = dict(before.trained)
+        for name, value in values.items():
+            base = kept[name].base
+            if value.shape != base.shape:
+                raise StateError(
+                    f"install_experts: {name} is {list(base.shape)}, not {list(value.shape)}", code="wrong-shape"
+                )
+            slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
+            kept[name] = Trained.of(base, slow, kept[name].rule)
+        touched = [*(name for name in experts if experts[name]), *values]
+        install_slow(run, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
+
+
+def install_slow(
+    run: Run,
+    after: SlowWeights,
+    names: Sequence[str],
+    buffers: Mapping[str, torch.Tensor],
+    undo: Undo | None = None,
+) -> None:
+    """Go on from other slow weights in the running stage, B and noise as they are; all or nothing.
+
+    Branches that start from the weights and have not trained yet start from the new ones.
+
+    Args:
+        run: of a cascade.
+        after: the slow weights.
+        names: of the weights that they change, trained in full or not.
+        buffers: values of the model's buffers, by name.
+        undo: of a block that this is a part of.
+    """
+    before, plan = run.slow, run.plan
+    branches = run.branches_by_weight()
+    unmoved = {name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})}
+    after, factors = after.begin_stage(plan, unmoved)
+    tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    replaced: list[tuple[Slot, torch.Tensor | None]] = []
+    places = buffer_slots(run.model)
+    for name, value in buffers.items():
+        buffer = places[name].held
+        if buffer is not None and value.shape == buffer.shape:
+            tensors.append((buffer, value))
+        else:
+            replaced.append((places[name], value.to(places[name].device, copy=True)))
+    run.commit(Planned(plan, after, names, factors=factors, tensors=tensors, slots=replaced), undo)
+
+
+def _with_experts(state: WeightState, experts: Sequence[tuple[float, Factors]], stage: int) -> WeightState:
+    """Return the state with these experts added, each with its coefficient."""
+    *stack, rows, columns = state.matrix
+    for _, pair in experts:
+        rank = pair.a.shape[-2] if pair.a.dim() > 1 else 0
+        if tuple(pair.b.shape) != (*stack, rows, rank) or tuple(pair.a.shape) != (*stack, rank, columns):
+            shapes = f"b {list(pair.b.shape)} and a {list(pair.a.shape)}"
+            raise StateError(
+                f"install_experts: {state.name} is {list(state.base.shape)}, and its factors are {shapes}",
+                code="wrong-shape",
+            )
+    if not experts:
+        return state
+    device = state.base.device
+    more = [
+        Expert(pair.b.detach().to(device, copy=True), pair.a.detach().to(device, copy=True), stage)
+        for _, pair in experts
+    ]
+    return state.added(more, [float(coefficient) for coefficient, _ in experts])
 
 
 @dataclass(frozen=True)
@@ -45,14 +149,14 @@ class Part:
     buffers: Mapping[str, torch.Tensor]
 
 
-def part_of(core: Run, name: str) -> Part:
+def part_of(run: Run, name: str) -> Part:
     """Return a run as a part; a running stage that has trained is counted, as `release` counts it.
 
     Raises:
         NonFiniteBranch: a running branch holds inf or nan.
     """
-    buffers = {key: buffer.detach().clone() for key, buffer in core.model.named_buffers()}
-    return Part(name, core.plan, _bare(ended(core, "merge")), buffers)
+    buffers = {key: buffer.detach().clone() for key, buffer in run.model.named_buffers()}
+    return Part(name, run.plan, _bare(ended(run, "merge")), buffers)
 
 
 def part_of_file(checkpoint: Checkpoint, name: str, model: nn.Module) -> Part:
@@ -107,7 +211,7 @@ def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[floa
                 "give a run with noise.where='all' first",
                 code="sites-differ",
             )
-    states = {name: _state(state, terms, stage) for name, state in own.states.items()}
+    states = {name: _summed(state, terms, stage) for name, state in own.states.items()}
     trained = {}
     for name, kept in own.trained.items():
         total = kept.base.double() + _dense(name, kept.base, terms)
@@ -117,7 +221,7 @@ def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[floa
     return SlowWeights(states, trained)
 
 
-def _state(own: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:
+def _summed(own: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:
     experts: list[Expert] = []
     coefficients: list[float] = []
     noises = []
@@ -171,16 +275,16 @@ def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], f
     return total
 
 
-def join(core: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo) -> None:
+def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo) -> None:
     """Let the first stage of a fresh cascade start from these slow weights; a part of a larger block.
 
     Buffers (running statistics) have no sum: those that are the same in all runs are taken over, others stay the base's
     and are told of.
     """
-    buffers = dict(core.model.named_buffers())
+    buffers = dict(run.model.named_buffers())
     taken = {name: parts[0].buffers[name] for name in buffers if _agree(name, parts)}
     told = [name for name, buffer in buffers.items() if name not in taken and buffer.is_floating_point()]
-    install(core, after, [*after.states, *after.trained], taken, undo)
+    install_slow(run, after, [*after.states, *after.trained], taken, undo)
     if told:
         warn(
             f"merge: {len(told)} buffers differ between the runs and stay as the base has them: {', '.join(told[:3])}; "
