@@ -16,8 +16,7 @@ from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
 from .match_sites import MatchSites
 from .pipeline import PASSES, Pipeline
-from .share_inputs import ShareInputs
-from .split_inputs import SplitInputs
+from .share_inputs import ShareInputs, SplitInputs
 from .stage_transition import StageTransition
 
 __all__ = [

@@ -9,14 +9,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, branch_class
 from lorasc_fx.errors import NoSites, PassError
 from lorasc_fx.graph import (
     ON_INDEXED_EXPERT,
     ON_WEIGHT,
     GraphEditor,
     Record,
-    branch_class,
     branch_nodes,
     call_template,
     expert_index,

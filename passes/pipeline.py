@@ -27,8 +27,7 @@ from .base import CascadePass
 from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
 from .match_sites import MatchSites
-from .share_inputs import ShareInputs
-from .split_inputs import SplitInputs
+from .share_inputs import ShareInputs, SplitInputs
 from .stage_transition import StageTransition
 
 __all__ = ["PASSES", "Pipeline"]

@@ -1,4 +1,7 @@
-"""Share inputs: branches that read one node (q, k and v; gate and up) make one stacked product of it."""
+"""Share inputs: branches that read one node (q, k and v; gate and up) make one stacked product of it.
+
+Split inputs is the inverse.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import ClassVar
 from torch import fx
 
 from lorasc_fx.branch import Branch, MatrixBranch
-from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, entries, written_between
+from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, entries, shared_input, written_between
 
 from .base import CascadePass
 
-__all__ = ["ShareInputs"]
+__all__ = ["ShareInputs", "SplitInputs"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,20 @@ class ShareInputs(CascadePass):
         for x, nodes in groups.items():
             if len(nodes) > 1 and entries(x) >= self.least:
                 graph.share(list(nodes.values()))
+
+
+@dataclass(frozen=True)
+class SplitInputs(CascadePass):
+    """Let each branch read its input itself: the inverse of share-inputs."""
+
+    name: ClassVar[str] = "split-inputs"
+    requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
+
+    def rewrite(self, graph: GraphEditor) -> None:
+        """Let every branch node read its own input."""
+        for node in branch_nodes(graph.module):
+            if shared_input(node) is not None:
+                graph.unshare(node)
 
 
 def shares(node: fx.Node, branch: Branch) -> bool:

@@ -26,35 +26,27 @@ _HIDDEN = (Reason.OPAQUE, Reason.MIXED_USES)
 """Reasons of a symbolic graph that pieces do not have: under `auto` these are tried before a weight is refused so."""
 
 
-def _written(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> list[Refusal]:
-    """Return refusals of the matrices that a run of the model has written into, as no node of a graph may show."""
+def _refused(
+    model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...], reason: Reason, sentences: Mapping[str, str]
+) -> tuple[Refusal, ...]:
+    """Return refusals with those of other parameters, as far as they are matrices of which the spec leaves it open."""
     weights, spec = named_weights(model), plan.spec
-    known = {each.weight for each in refusals} | plan.by_weight.keys()
-    asked = (*spec.exclude, *spec.train)
-    return [
-        Refusal(name, "", Reason.MUTATED, "forward writes into it")
-        for name in sorted(written_by(model))
-        if name in weights.matrices and name not in known
-        if not any(matches(pattern, weights.names[name]) for pattern in asked)
-    ]
-
-
-def _shared(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> list[Refusal]:
-    """Return refusals of the matrices whose memory is that of other parameters or buffers too, but for ties."""
-    weights, spec = named_weights(model), plan.spec
-    known = {each.weight for each in refusals} | plan.by_weight.keys()
-    return [
-        Refusal(name, "", Reason.SHARED_MEMORY, sentence)
-        for name, sentence in shared_memory(model).items()
-        if name in weights.matrices and name not in known
-        if not any(matches(pattern, weights.names[name]) for pattern in (*spec.exclude, *spec.train))
-    ]
+    known = {refusal.weight for refusal in refusals} | plan.by_weight.keys()
+    return (
+        *refusals,
+        *(
+            Refusal(name, "", reason, sentence)
+            for name, sentence in sentences.items()
+            if name in weights.matrices and name not in known
+            if not any(matches(pattern, weights.names[name]) for pattern in (*spec.exclude, *spec.train))
+        ),
+    )
 
 
 def _trained(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> set[str]:
     """Return the parameters that training moves, by themselves or by a branch, as far as is known before a capture."""
     moved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return moved | (candidates(model, plan.spec) - {each.weight for each in refusals})
+    return moved | (candidates(model, plan.spec) - {refusal.weight for refusal in refusals})
 
 
 def _in_pieces(
@@ -106,10 +98,11 @@ class Compiler:
         """
         if self.closed:
             raise StateError(self.closed, code="variant-after-sharding")
-        refusals = (*refusals, *_shared(model, plan, refusals))
+        refusals = _refused(model, plan, refusals, Reason.SHARED_MEMORY, shared_memory(model))
         trained = _trained(model, plan, refusals)
         captured = capture(model, args, kwargs, self.frontend, wide, trained, rewrites=(AttentionMasks(),))
-        refusals = (*refusals, *_written(model, plan, refusals))
+        written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")  # which no node may show
+        refusals = _refused(model, plan, refusals, Reason.MUTATED, written)
         if captured.pieces is not None:
             return _in_pieces(captured, plan, branches, refusals, args, kwargs)
         whole, fault = None, None
@@ -125,7 +118,7 @@ class Compiler:
                 requires_grad=captured.requires_grad,
             )
             whole = replace(whole, variant=variant, refused_frontends=captured.refused)
-            hidden = next((str(each) for each in whole.refusals if each.reason in _HIDDEN), "")
+            hidden = next((str(refusal) for refusal in whole.refusals if refusal.reason in _HIDDEN), "")
         except NoSites as none:
             hidden, fault = str(none).splitlines()[-1].strip(), none
         if hidden and self.frontend == "auto" and captured.frontend == "symbolic":
@@ -161,4 +154,4 @@ class Compiler:
         """Draw the variant around some sites into an SVG file; of pieces, those that have run."""
         module = variant.module
         graphs = module.rewritten if isinstance(module, Pieces) else [module]
-        return draw_graphs([each for each in graphs if isinstance(each, fx.GraphModule)], plan, file, sites, radius)
+        return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, file, sites, radius)

@@ -323,7 +323,7 @@ def _factors(branch: Branch) -> list[nn.Parameter]:
 
 
 def _scaled(branch: Branch, model: nn.Module) -> torch.Tensor:
-    return (branch.delta() * branch.scale).to(branch_dtype(model, branch))
+    return (branch.delta() * branch.scale).to(model.get_parameter(branch.weight_name).dtype)
 
 
 def _merged(model: nn.Module, branches: Sequence[Branch]) -> dict[str, torch.Tensor]:
@@ -480,11 +480,6 @@ def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> f
     if [output.shape for output in some] != [output.shape for output in others]:
         return float("inf")
     return sum(float((one - other).double().square().sum()) for one, other in zip(some, others, strict=True))
-
-
-def branch_dtype(model: nn.Module, branch: Branch) -> torch.dtype:
-    """Return the dtype of the branch's weight."""
-    return model.get_parameter(branch.weight_name).dtype
 
 
 def _outputs(model: nn.Module, call: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -25,13 +25,11 @@ from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.hooks import RemovableHandle
 
-from lorasc_fx.branch import BRANCH_OF, branch_class
 from lorasc_fx.errors import PassError, SpecError, nearest
 from lorasc_fx.spec import KINDS
 
 __all__ = [
     "ADDED_FIRST",
-    "BRANCH_OF",
     "CONTRACTIONS",
     "FORMS",
     "LIKE_ANOTHER",
@@ -46,7 +44,6 @@ __all__ = [
     "OwnForm",
     "Reading",
     "WeightForm",
-    "branch_class",
     "built_in",
     "contraction",
     "form_named",
@@ -416,8 +413,7 @@ def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleFor
 
 def name_of(node: fx.Node) -> str:
     """Return the name of what a node calls, whatever the dialect."""
-    packet = getattr(node.target, "overloadpacket", node.target)
-    return packet if isinstance(packet, str) else getattr(packet, "__name__", "")
+    return _name(node.target)
 
 
 def weighs(name: str) -> bool:

@@ -16,17 +16,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, dense, is_quantized, shared_down
+from lorasc_fx.branch import BRANCH_OF, Branch, branch_class, dense, is_quantized, shared_down
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.branch_calls import branch_nodes, call_template, made_by, replaced_call, shared_input, use_of
 from lorasc_fx.graph.flow import constants, expert_index, indexed_experts, uses_of, written_between
 from lorasc_fx.graph.forms import (
-    BRANCH_OF,
     ON_INDEXED_EXPERT,
     ON_WEIGHT,
     FunctionForm,
     ModuleForm,
-    branch_class,
     form_named,
     form_of,
     is_form,
