@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from lorasc_fx.capture.captured import OWNER, Captured, capture_graph
+from lorasc_fx.capture.captured import OWNER, Captured, Conditions, capture_graph
 from lorasc_fx.capture.export import capture_dynamo, capture_export
 from lorasc_fx.capture.graph_breaks import Pieces, capture_pieces, eager_trace
 from lorasc_fx.capture.guards import Guards
@@ -61,6 +61,7 @@ __all__ = [
     "Call",
     "Calls",
     "Captured",
+    "Conditions",
     "Difference",
     "Disagreement",
     "Guards",
@@ -137,9 +138,12 @@ def capture(
         captured,
         functions=preflight.functions,
         whole_elsewhere=preflight.only_recomputes,
-        state=Guards(model, preflight.assigned, preflight.written),
-        grad=preflight.grad,
-        requires_grad=requires_grad(leaves(args, kwargs)) if preflight.asks else None,
+        conditions=replace(
+            captured.conditions,
+            state=Guards(model, preflight.assigned, preflight.written),
+            grad=preflight.grad,
+            requires_grad=requires_grad(leaves(args, kwargs)) if preflight.asks else None,
+        ),
     )
 
 

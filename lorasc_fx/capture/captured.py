@@ -13,10 +13,65 @@ from torch import fx, nn
 from lorasc_fx.capture.guards import Guards
 from lorasc_fx.graph import Record, copy_graph, graph_module_like, retarget, set_record
 
-__all__ = ["OWNER", "Captured", "capture_graph", "check_drew_nothing", "read_live"]
+__all__ = ["OWNER", "Captured", "Conditions", "capture_graph", "check_drew_nothing", "read_live"]
 
 
 OWNER = "model"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The calls that a graph is for: what it holds as constants of inputs, gradient mode and Python state.
+
+    Args:
+        guards: raises AssertionError for inputs, given as their leaves, that the graph is not for; None for no more
+            than the key of a call.
+        sizes: of each leaf that is a tensor, the sizes that are constants of the graph; None for the other leaves.
+        state: guards on the model's Python state.
+        grad: gradient mode of the calls; None where the model computes the same in both.
+        requires_grad: of each leaf, where the model asks tensors for it; None where it does not.
+    """
+
+    guards: Callable[..., Any] | None = None
+    sizes: tuple[tuple[int | None, ...] | None, ...] = ()
+    state: Guards | None = None
+    grad: bool | None = None
+    requires_grad: tuple[bool, ...] | None = None
+
+    def accepts_gradients(self, leaves: list[Any]) -> bool:
+        """Whether inputs require gradients as those of the graph did; plain enough for dynamo to trace."""
+        if self.requires_grad is not None:
+            for leaf, expected in zip(leaves, self.requires_grad, strict=True):
+                if expected != (isinstance(leaf, torch.Tensor) and leaf.requires_grad):
+                    return False
+        return True
+
+    def accepts_sizes(self, leaves: list[Any]) -> bool:
+        """Whether inputs have the sizes that are constants of the graph; plain enough for dynamo to trace."""
+        for leaf, sizes in zip(leaves, self.sizes, strict=False):
+            if isinstance(leaf, torch.Tensor) and sizes is not None:
+                for size, fixed in zip(leaf.shape, sizes, strict=True):
+                    if fixed is not None and size != fixed:
+                        return False
+        return True
+
+    def accepts(self, leaves: list[Any]) -> bool:
+        """Whether the graph is for inputs of these sizes and gradient flags."""
+        if not self.accepts_gradients(leaves):
+            return False
+        if self.guards is None:
+            return True
+        try:
+            self.guards(*leaves)
+        except AssertionError:
+            return False
+        return True
+
+    def hold(self, traced: bool = False) -> bool:
+        """Whether gradient mode and the model's Python state are those of the graph; `traced` by dynamo."""
+        if self.grad is not None and self.grad != torch.is_grad_enabled():
+            return False
+        return self.state is None or (self.state.hold_traced() if traced else self.state.hold())
 
 
 @dataclass(frozen=True)
@@ -26,28 +81,20 @@ class Captured:
     Args:
         module: graph module that reads the live model under `model.`; an empty one where there are pieces.
         frontend: name of the front end that made it.
-        guards: raises AssertionError for inputs that this graph is not for; None where it takes what its key takes.
+        conditions: the calls that the graph is for.
         refused: names and reasons of the front ends that were tried before.
-        sizes: of each placeholder that is a tensor, the sizes that are constants of the graph; None for the others.
         pieces: a `Pieces`, from the front end that finds several graphs.
         functions: names of the custom autograd Functions that the model uses.
         whole_elsewhere: whether a whole graph was refused for gradient checkpointing alone, which other modes may lack.
-        state: guards on the model's Python state.
-        grad: gradient mode of the calls that it is for; None where the model computes the same in both.
-        requires_grad: of the leaves of the inputs, where the model asks tensors for it; None where it does not.
     """
 
     module: fx.GraphModule
     frontend: str
-    guards: Callable[..., Any] | None = None
-    refused: tuple[tuple[str, str], ...] = field(default=())
-    sizes: tuple[tuple[int | None, ...] | None, ...] = ()
+    conditions: Conditions = field(default_factory=Conditions)
+    refused: tuple[tuple[str, str], ...] = ()
     pieces: Any = None
     functions: tuple[str, ...] = ()
     whole_elsewhere: bool = False
-    state: Guards | None = None
-    grad: bool | None = None
-    requires_grad: tuple[bool, ...] | None = None
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:

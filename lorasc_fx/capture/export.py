@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import is_quantized
-from lorasc_fx.capture.captured import OWNER, Captured, check_drew_nothing, read_live
+from lorasc_fx.capture.captured import OWNER, Captured, Conditions, check_drew_nothing, read_live
 from lorasc_fx.capture.isolation import quiet
 from lorasc_fx.capture.signature import leaves, signature_of
 from lorasc_fx.graph import call_instead, drop_nodes
@@ -58,7 +58,7 @@ def capture_export(
     rigid = {f"{OWNER}.{name}" for name in _stand_ins(model)}
     if rigid and call_instead(live.graph, torch.ops.aten.linear.default, F.linear, lambda node: _weight(node) in rigid):
         live.recompile()  # a quantized weight knows torch's function, and not always the op
-    return Captured(live, "dynamo" if strict else "export", guards, sizes=sizes)
+    return Captured(live, "dynamo" if strict else "export", Conditions(guards, sizes))
 
 
 def _by_parameter(guards: list[str], signature: inspect.Signature) -> list[str]:

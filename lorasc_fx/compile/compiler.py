@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import OWNER, Calls, Captured, Pieces, bind, capture, written_by
+from lorasc_fx.capture import OWNER, Calls, Captured, Conditions, Pieces, bind, capture, written_by
 from lorasc_fx.compile.graph_breaks import insert, make_pieces
 from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.errors import CaptureError, NoSites, StateError
@@ -59,7 +59,9 @@ def _in_pieces(
 ) -> Made:
     functions, whole = bool(captured.functions), captured.whole_elsewhere
     made = make_pieces(captured.pieces, plan, branches, refusals, args, kwargs, functions, universal=not whole)
-    variant = made.variant if made.variant.universal else replace(made.variant, state=captured.state)
+    variant = made.variant
+    if not variant.universal:  # dynamo has guards of its own on inputs
+        variant = replace(variant, conditions=Conditions(state=captured.conditions.state))
     return replace(made, variant=variant, refused_frontends=captured.refused)
 
 
@@ -108,15 +110,7 @@ class Compiler:
         whole, fault = None, None
         try:
             whole = insert(captured.module, plan, branches, refusals)
-            variant = replace(
-                whole.variant,
-                frontend=captured.frontend,
-                guards=captured.guards,
-                sizes=captured.sizes,
-                state=captured.state,
-                grad=captured.grad,
-                requires_grad=captured.requires_grad,
-            )
+            variant = replace(whole.variant, frontend=captured.frontend, conditions=captured.conditions)
             whole = replace(whole, variant=variant, refused_frontends=captured.refused)
             hidden = next((str(refusal) for refusal in whole.refusals if refusal.reason in _HIDDEN), "")
         except NoSites as none:

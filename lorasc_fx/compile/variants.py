@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import Call, Guards
+from lorasc_fx.capture import Call, Conditions
 from lorasc_fx.errors import StateError, warn
 from lorasc_fx.plan import Plan, Refusal
 
@@ -38,66 +38,18 @@ class Variant:
 
     A `universal` one serves every signature (pieces choose their graphs themselves); `attach` tells it whom to tell
     of sites that come with later calls, and whom to ask for the plan, and `detach` takes back what it has put into the
-    model. `guards`, if any, raises AssertionError for inputs (given as their leaves) that the graph is not for, and
-    `state` tells whether the model's Python state is what the graph holds of it. `sizes` holds, of each leaf that is a
-    tensor, the sizes
-    that are constants of the graph. `placements` tells of each weight where its branch computes in this graph
-    (`beside`, `merged`, `weight`), and `expected` how long a training step takes over that of the frozen model, None
-    where that is not known. `grad` is the gradient mode of the calls that the graph is for, None for both;
-    `requires_grad` tells of each leaf of the inputs whether it requires gradients, None where the model does not ask.
+    model. `placements` tells of each weight where its branch computes in this graph (`beside`, `merged`, `weight`), and
+    `expected` how long a training step takes over that of the frozen model, None where that is not known.
     """
 
     module: Callable[..., Any]
     frontend: str
-    guards: Callable[..., Any] | None = None
-    state: Guards | None = None
-    sizes: tuple[tuple[int | None, ...] | None, ...] = ()
+    conditions: Conditions = field(default_factory=Conditions)
     universal: bool = False
     attach: Callable[[Callable[[Made], None], Callable[[], Plan]], None] | None = None
     detach: Callable[[], None] | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
     expected: float | None = None
-    grad: bool | None = None
-    requires_grad: tuple[bool, ...] | None = None
-
-    def flows(self, leaves: list[Any]) -> bool:
-        """Whether inputs require gradients as those of the graph did; plain enough for dynamo to trace."""
-        if self.requires_grad is not None:
-            for leaf, expected in zip(leaves, self.requires_grad, strict=True):
-                if expected != (isinstance(leaf, torch.Tensor) and leaf.requires_grad):
-                    return False
-        return True
-
-    def fits(self, leaves: list[Any]) -> bool:
-        """Whether inputs have the sizes and gradient flags that are constants of the graph; plain enough for dynamo to
-        trace.
-        """
-        if not self.flows(leaves):
-            return False
-        for leaf, sizes in zip(leaves, self.sizes, strict=False):
-            if isinstance(leaf, torch.Tensor) and sizes is not None:
-                for own, fixed in zip(leaf.shape, sizes, strict=True):
-                    if fixed is not None and own != fixed:
-                        return False
-        return True
-
-    def accepts(self, leaves: list[Any]) -> bool:
-        """Whether the graph is for inputs of these sizes and gradient flags."""
-        if not self.flows(leaves):
-            return False
-        if self.guards is None:
-            return True
-        try:
-            self.guards(*leaves)
-        except AssertionError:
-            return False
-        return True
-
-    def stands(self, traced: bool = False) -> bool:
-        """Whether gradient mode and the model's Python state are those of the graph; `traced` by dynamo."""
-        if self.grad is not None and self.grad != torch.is_grad_enabled():
-            return False
-        return self.state is None or (self.state.hold_traced() if traced else self.state.hold())
 
 
 @dataclass(frozen=True)
@@ -127,21 +79,26 @@ class Variants:
     def find(self, call: Call) -> Variant | None:
         """Return a variant for this call, and for the model's Python state as it is."""
         for variant in self.held.get(call.key, ()):
-            if variant.accepts(call.leaves) and variant.stands():
+            if variant.conditions.accepts(call.leaves) and variant.conditions.hold():
                 return variant
-        return next((each for variants in self.held.values() for each in variants if each.universal), None)
+        return next((variant for variant in self._all if variant.universal), None)
+
+    @property
+    def _all(self) -> list[Variant]:
+        return [variant for variants in self.held.values() for variant in variants]
 
     @property
     def oldest(self) -> Variant | None:
         """The variant that was made first, of those held."""
-        return next((each for variants in self.held.values() for each in variants), None)
+        return next(iter(self._all), None)
 
     def known(self, call: Call) -> bool:
         """Whether there is a variant for such calls and this state, of other sizes; if not, count what changed."""
         held = self.held.get(call.key, ())
-        if any(variant.stands() and variant.flows(call.leaves) for variant in held):
-            return True
-        state = held[-1].state if held else None
+        for conditions in (variant.conditions for variant in held):
+            if conditions.hold() and conditions.accepts_gradients(call.leaves):
+                return True
+        state = held[-1].conditions.state if held else None
         changes = state.changes() if state is not None else ()
         if changes:
             name = changes[0].entry
@@ -158,8 +115,11 @@ class Variants:
         """Return a variant while torch.compile traces, by what dynamo can compare: state, dtypes, numbers of axes."""
         kinds = [_kind(leaf) for leaf in leaves]
         for mode, known, variant in self.plain:
-            if mode == training and known == kinds and variant.fits(leaves) and variant.stands(traced=True):
-                return variant
+            if mode == training and known == kinds:
+                conditions = variant.conditions
+                fit = conditions.accepts_gradients(leaves) and conditions.accepts_sizes(leaves)
+                if fit and conditions.hold(traced=True):
+                    return variant
         return None
 
     def symbolic(self, training: bool) -> tuple[Variant, int]:
@@ -171,7 +131,7 @@ class Variants:
             StateError: there is none.
         """
         for mode, known, variant in self.plain:
-            if mode == training and not variant.universal and variant.stands():
+            if mode == training and not variant.universal and variant.conditions.hold():
                 return variant, len(known)
         raise StateError(
             "torch.fx traces a whole graph, and there is none for this mode and these settings yet: "
@@ -186,10 +146,10 @@ class Variants:
         parameters, which dynamo would not trace.
         """
         if variant.universal:
-            self._drop([each for held in self.held.values() for each in held if each.detach is not None])
+            self._drop([variant for variant in self._all if variant.detach is not None])
         self.held.setdefault(call.key, []).append(variant)
         self.plain.insert(0, (training, [_kind(leaf) for leaf in call.leaves], variant))
-        if sum(map(len, self.held.values())) > LIMIT:
+        if len(self) > LIMIT:
             self._drop([next(iter(self.held.values()))[0]])
             warn(
                 f"more than {LIMIT} variants: the oldest one is dropped, and captured again when it is called; calls "
@@ -199,19 +159,19 @@ class Variants:
 
     def _drop(self, variants: list[Variant]) -> None:
         dropped = set(map(id, variants))
-        held = {key: [each for each in variants if id(each) not in dropped] for key, variants in self.held.items()}
+        held = {key: [one for one in variants if id(one) not in dropped] for key, variants in self.held.items()}
         self.held = {key: variants for key, variants in held.items() if variants}
-        self.plain = [each for each in self.plain if id(each[2]) not in dropped]
+        self.plain = [entry for entry in self.plain if id(entry[2]) not in dropped]
 
     def detach(self) -> None:
         """Let the model be as it was; a variant that is called again takes hold of it again."""
-        for variant in (each for variants in self.held.values() for each in variants):
+        for variant in self._all:
             if variant.detach is not None:
                 variant.detach()
 
     def copy(self) -> Variants:
         """Return a store of the same variants, in tables of its own."""
-        return Variants({key: list(each) for key, each in self.held.items()}, list(self.plain), self.changed)
+        return Variants({key: list(variants) for key, variants in self.held.items()}, list(self.plain), self.changed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variants:
         """Return an empty store: a graph reads the model and the branches that it was made with."""
@@ -222,7 +182,7 @@ class Variants:
         return (Variants, ())
 
     def __len__(self) -> int:
-        return sum(map(len, self.held.values()))
+        return len(self._all)
 
 
 def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

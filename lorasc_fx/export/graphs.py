@@ -178,7 +178,7 @@ def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: 
     the module's arguments.
     """
     flat = leaves(args, kwargs)
-    known = variant.sizes or (None,) * len(flat)
+    known = variant.conditions.sizes or (None,) * len(flat)
     open_axes = [
         {axis: torch.export.Dim.AUTO for axis in range(leaf.dim()) if sizes is None or sizes[axis] is None}
         if isinstance(leaf, torch.Tensor)

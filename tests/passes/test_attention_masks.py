@@ -36,7 +36,7 @@ def test_what_holds_at_every_size_goes(name: str, front_end: Any) -> None:
     model = Masked(mask).double()
     captured = simplified(model, (batch(2, 5),), by=front_end)
     assert attention(captured.module) == [told]
-    assert captured.sizes == ((None, None, None),)
+    assert captured.conditions.sizes == ((None, None, None),)
     for size, length in ((2, 5), (3, 2), (1, 7), (4, 19)):
         same(captured.module(batch(size, length)), model(batch(size, length)))
 
@@ -46,7 +46,7 @@ def test_a_mask_that_says_something_at_any_size_stays(name: str) -> None:
     model = Masked((SOMETIMES | NEVER)[name]).double()
     captured = simplified(model, (batch(2, 5).abs(),))
     assert attention(captured.module) == ["mask"]
-    assert captured.sizes == ((None, None, None),)
+    assert captured.conditions.sizes == ((None, None, None),)
     for length in (5, 9):
         same(captured.module(batch(2, length)), model(batch(2, length)))
         same(captured.module(-batch(2, length)), model(-batch(2, length)))
@@ -103,9 +103,9 @@ def test_as_many_keys_as_queries_by_chance() -> None:
     captured = simplified(model, (batch(2, 5), batch(2, 5)))
     for length in (5, 7, 3):
         pair = (batch(2, 5), batch(2, length))
-        if captured.guards is not None:
+        if captured.conditions.guards is not None:
             try:
-                captured.guards(*pair)
+                captured.conditions.guards(*pair)
             except AssertionError:
                 assert length != 5
                 continue
