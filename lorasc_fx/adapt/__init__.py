@@ -35,7 +35,7 @@ from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_p
 from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
-from lorasc_fx.runtime.materialize import Hollow, check_attributes, groups_of
+from lorasc_fx.runtime.materialize import MetaModel, check_attributes, groups_of
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
@@ -86,16 +86,16 @@ def adapt(
     if not isinstance(plan.spec, CascadeSpec):
         raise SpecError(f"spec is {type(plan.spec).__name__}; give a lorasc_fx.CascadeSpec")
     opened = open_model(model)
-    _check_new(opened, hollow=True)
+    _check_new(opened, on_meta=True)
     weights = named_weights(opened)
     check_patterns(plan.spec, weights.matrices, weights.names)
-    hollow = Hollow(base, groups_of(opened)) if is_on_meta(opened) else None
-    if hollow is not None:
+    meta = MetaModel(base, groups_of(opened)) if is_on_meta(opened) else None
+    if meta is not None:
         check_attributes(opened)
-    source = open_base(base, opened) if hollow is None else None
+    source = open_base(base, opened) if meta is None else None
     with no_inference_mode(), AllOrNothing() as undo:
         joined = settle_ties(opened, plan.spec.untie, undo, strict=True)
-        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, hollow=hollow, joined=joined)
+        cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, meta=meta, joined=joined)
         _tell_of_wide_branches(cascade.plan)
         _warn_of_frozen_sites(cascade)
         return cascade
@@ -179,7 +179,7 @@ def _adapt(
     source: BaseFile | None,
     undo: Undo,
     empty: bool = False,
-    hollow: Hollow | None = None,
+    meta: MetaModel | None = None,
     into: Cascade | None = None,
     joined: Joined = (),
 ) -> Cascade:
@@ -202,7 +202,7 @@ def _adapt(
     log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {}))
     branches, written = nn.ModuleDict(dict(made.branches)), partial(written_by, opened)
-    run = Run(opened, branches, made.plan, frontend, base_file=source, hollow=hollow, written=written)
+    run = Run(opened, branches, made.plan, frontend, base_file=source, meta=meta, written=written)
     if into is None:
         kind = cascade_class(opened, compiler.calls.signature)
         cascade = kind(run, compiler, made, example, flags, joined)
@@ -318,7 +318,7 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], names: M
         )
 
 
-def _check_new(model: nn.Module, hollow: bool = False) -> None:
+def _check_new(model: nn.Module, on_meta: bool = False) -> None:
     for name, held in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(held):
             raise CaptureError(
@@ -326,7 +326,7 @@ def _check_new(model: nn.Module, hollow: bool = False) -> None:
                 code="lazy-module",
             )
     for name, parameter in model.named_parameters():
-        if parameter.is_meta and not hollow:
+        if parameter.is_meta and not on_meta:
             raise CaptureError(
                 f"{name} is on the meta device, without numbers: give the model its weights first", code="meta-model"
             )

@@ -54,9 +54,9 @@ def materialize(
         CaptureError: the model refuses the example inputs, or its graph does something else than the model.
         StateError: the model has its numbers.
     """
-    core = cascade._run
-    hollow = core.hollow
-    if hollow is None:
+    run = cascade._run
+    meta = run.meta
+    if meta is None:
         raise StateError(
             "materialize: the model has its numbers already; adapt one that was built on the meta device",
             code="already-materialized",
@@ -64,7 +64,7 @@ def materialize(
     path, model = path_of(files), cascade.model
     args, kwargs = cascade.example
     place = _device(device) if device is not None else device_of(args, kwargs)
-    found = find_numbers(model, path, hollow.groups, buffers or {})
+    found = find_numbers(model, path, meta.groups, buffers or {})
 
     def real(leaf: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(leaf, device=place) if leaf.is_meta else leaf.to(place)
@@ -73,8 +73,8 @@ def materialize(
     with no_inference_mode(), AllOrNothing() as undo:
         undo(partial(_put_back, cascade, dict(vars(cascade))))
         put_numbers(found, model, place, undo)
-        flags, source = cascade._flags, open_base(path if hollow.base == "file" else hollow.base, model)
-        _adapt(model, args, kwargs, Plan(core.plan.spec), core.frontend, source, undo, into=cascade)
+        flags, source = cascade._flags, open_base(path if meta.base == "file" else meta.base, model)
+        _adapt(model, args, kwargs, Plan(run.plan.spec), run.frontend, source, undo, into=cascade)
         cascade._flags = flags
         return cascade
 

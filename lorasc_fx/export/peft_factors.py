@@ -158,12 +158,12 @@ def change_of(core: Run, which: Which) -> Change:
     """
     slow = core.slow if which == "fast" else ended(core, "export.peft")
     branches, change = core.branches_by_weight(), Change()
-    at = "slow" if which == "fast" and slow.parked else which
+    at = "slow" if which == "fast" and slow.idle else which
     for name, state in slow.states.items():
         live, gain, branch = None, None, branches.get(name)
         if which == "fast" and branch is not None and has_trained(branch, state.initial):
             live = factors_of(branch, torch.device("cpu"), state.initial)
-            gain = gain_of(branch, state, core.plan.spec, core.plan.stage, not slow.parked)
+            gain = gain_of(branch, state, core.plan.spec, core.plan.stage, not slow.idle)
         _, delta, terms = state.terms(at if live is None else "fast", live, gain)
         if delta is not None and bool(delta.any()):
             terms.append((1.0, factored(delta)))

@@ -22,7 +22,7 @@ from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
 from lorasc_fx.export.base_files import Entry, Shard, entry_of, head_of, matched, read_shard, write_tensor
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import INDEX, SINGLE, shards_of
-from lorasc_fx.runtime.folded import Change, FoldedWeights, of_core
+from lorasc_fx.runtime.folded import Change, FoldedWeights, of_run
 from lorasc_fx.runtime.folding import folded_each
 
 __all__ = ["Progress", "beside", "fold_files", "safetensors"]
@@ -73,7 +73,7 @@ def safetensors(
     out, call = path_of(path), "export.safetensors"
     with cascade._run.exclusive(call):
         if base is not None:
-            return fold_files(of_core(cascade._run, call, which), path_of(base), out, progress)
+            return fold_files(of_run(cascade._run, call, which), path_of(base), out, progress)
         if not is_integer(max_shard_bytes, 1):
             raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
         check_free(out)

@@ -51,6 +51,6 @@ def keep(accelerator: Accelerator, cascade: Cascade) -> None:
         core, first = cascade._run, next(iter(cascade._run.trainable().values()))
         for optimizer in accelerator._optimizers:
             if any(first is each for group in optimizer.param_groups for each in group["params"]):
-                core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
+                core.wait_for_gradient(optimizer)
 
     keep_small(cascade, taken=arm)

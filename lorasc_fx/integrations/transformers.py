@@ -92,7 +92,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         self.epochs, self.steps = epochs if asked else 1, steps
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._trainer: Any = None
-        self._over = self._turning = False
+        self._over = self._waits_for_gradient = False
         if evaluate == "trained":
             cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
         for name in _READ:
@@ -134,10 +134,10 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         core, optimizer = self.cascade._run, about["optimizer"]
         check_holds(optimizer, core.trainable())
         self._check_rates(optimizer)
-        transition.unpark(core)
-        if self._turning:
-            core.turning.arm(core.parameters_by_name(), core.branches_by_weight(), optimizer, core.replicas)
-            self._turning = False
+        transition.end_idle(core)
+        if self._waits_for_gradient:
+            core.wait_for_gradient(optimizer)
+            self._waits_for_gradient = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """End a stage on a plateau: after the evaluation that found it was saved as it was measured."""
@@ -177,7 +177,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                     transition.restart(core, optimizer)
         else:
             with core.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
-                transition.next_stage(core, optimizer, park=True)
+                transition.next_stage(core, optimizer, idle=True)
 
     # ---- inside
 
@@ -187,7 +187,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
     def _taken(self, found: Checkpoint) -> None:
         """Go on from what a checkpoint has kept."""
-        self._turning = bool(found.manifest["turning"])
+        self._waits_for_gradient = bool(found.manifest["turning"])
         extra = found.manifest["extra"]
         if self.plateau is not None and "plateau" in extra:
             self.plateau.load_state_dict(extra["plateau"])

@@ -361,12 +361,12 @@ class Cascade(nn.Module):
 
     def _stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[Stage]:
         with self._run.exclusive("stages", sharded=True, parallel=True):
-            transition.unpark(self._run)
+            transition.end_idle(self._run)
         then = scheduler.step if scheduler is not None else None
         for index in range(1, count + 1):
             yield Stage(self._run.stage, index, count)
             with self._run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
-                transition.next_stage(self._run, optimizer, park=index == count, then=then)
+                transition.next_stage(self._run, optimizer, idle=index == count, then=then)
 
     def transition(self, optimizer: torch.optim.Optimizer | None) -> None:
         """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
@@ -387,7 +387,7 @@ class Cascade(nn.Module):
             branches. NonFiniteBranch: a branch holds inf or nan.
         """
         with self._run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
-            transition.next_stage(self._run, optimizer, park=False)
+            transition.next_stage(self._run, optimizer, idle=False)
 
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Go back to the slow weights of an earlier stage, and start a stage from them; what came after is dropped.
@@ -552,11 +552,11 @@ class Cascade(nn.Module):
         with self._run.exclusive("release", ends_stage=True), Commit() as undo:
             undo(self._held())
             undo(partial(Flags.of(self.model).restore, self.model))
-            undo(self._run.turning.restorer())
+            undo(self._run.gradient_init.restorer())
             undo(self._run.pending.restorer(self._run.trainable()))
             undo(partial(self._usage.arm, self._run))
             folding.release(self._run, quantized, which, undo)
-            self._run.turning.call_off()
+            self._run.gradient_init.call_off()
             self._flags.restore(self.model)
             give_back(self._joined, undo)
             self._drop_graphs()

@@ -329,7 +329,7 @@ def decoded(checkpoint: Checkpoint, known: RunState | None = None) -> RunState:
         return decode(manifest, tensors, plan, known, str(checkpoint.path))
 
 
-def restore(core: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
+def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
     """Put the checkpoint's values into a cascade that has its sites; the cascade's plan is then the checkpoint's.
 
     With `undo` this is a part of a larger block.
@@ -337,9 +337,9 @@ def restore(core: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None
     Raises:
         CheckpointError: they do not fit; the cascade is as it was.
     """
-    state = decoded(checkpoint, RunState.of(core).at_ranks(checkpoint.plan))
+    state = decoded(checkpoint, RunState.of(run).at_ranks(checkpoint.plan))
     with refused(checkpoint):
-        install(core, state, str(checkpoint.path), undo)
+        install(run, state, str(checkpoint.path), undo)
 
 
 @contextmanager

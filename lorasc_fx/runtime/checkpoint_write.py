@@ -71,7 +71,7 @@ _PARTIAL = re.compile(r"\.tmp\w{6}")
 
 
 def write_version(
-    core: Run,
+    run: Run,
     root: Path,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
@@ -81,8 +81,8 @@ def write_version(
     """Write a new version into `root`, and drop versions older than the last `keep`; see `lorasc_fx.save`."""
     if not is_integer(keep, 1):
         raise SpecError(f"keep is {keep!r}; give the number of versions that stay, an integer of 1 or more")
-    check_finite(core)
-    tensors, manifest = contents(core, optimizer, scheduler, extra)
+    check_finite(run)
+    tensors, manifest = contents(run, optimizer, scheduler, extra)
     with contextlib.ExitStack() as held:
         try:
             make_folder(root)
@@ -102,10 +102,10 @@ def write_version(
     return version
 
 
-def check_finite(core: Run) -> None:
+def check_finite(run: Run) -> None:
     """Refuse to keep what a load would refuse; the version before is worth more."""
-    if core.plan.spec.on_nonfinite == "raise" and not all_finite(core.by_key.values()):
-        broken = next(branch.weight_name for branch in core.by_key.values() if not branch.finite())
+    if run.plan.spec.on_nonfinite == "raise" and not all_finite(run.by_key.values()):
+        broken = next(branch.weight_name for branch in run.by_key.values() if not branch.finite())
         raise NonFiniteBranch(
             f"save: the branch of {broken} holds inf or nan; nothing was written, and the last version stays. "
             "Load that one, and go on with a lower learning rate or with clipped gradients"
@@ -113,20 +113,20 @@ def check_finite(core: Run) -> None:
 
 
 def contents(
-    core: Run,
+    run: Run,
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
     extra: Mapping[str, Any],
     state: RunState | None = None,
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Return what the two files of a version hold; nothing is written yet. The state is that of the core by default."""
-    meta, tensors = encode(RunState.of(core) if state is None else state)
-    gradients, meta["pending"] = core.gradients()
+    """Return what the two files of a version hold; nothing is written yet. The state is that of the run by default."""
+    meta, tensors = encode(RunState.of(run) if state is None else state)
+    gradients, meta["pending"] = run.gradients()
     streams, meta["rng"] = training_state.random_state()
     parts: dict[str, Any] = {"extra": extra}
     try:
         if optimizer is not None:
-            check_numbers(optimizer.state_dict(), "optimizer", finite=core.plan.spec.on_nonfinite == "raise")
+            check_numbers(optimizer.state_dict(), "optimizer", finite=run.plan.spec.on_nonfinite == "raise")
         if scheduler is not None:
             check_numbers(scheduler.state_dict(), "scheduler")
     except ValueError as fault:
@@ -144,10 +144,10 @@ def contents(
         taken = training_state.extract_tensors(parts)
         manifest = {
             "format": FORMAT,
-            "plan": json.loads(core.plan.to_json()),
-            "frontend": core.frontend,
+            "plan": json.loads(run.plan.to_json()),
+            "frontend": run.frontend,
             "versions": versions(),
-            "base": core.fingerprints(),
+            "base": run.fingerprints(),
             **meta,
             **taken.value,
             "outside": taken.notes,

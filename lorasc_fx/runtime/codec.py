@@ -30,6 +30,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.manifest import VIEWS
 from lorasc_fx.runtime.run import Planned, Run
+from lorasc_fx.runtime.transition import trained_moved
 from lorasc_fx.shards import local
 from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trained, View, WeightState
@@ -60,7 +61,7 @@ class RunState:
         values: of the parameters trained in full, as they are.
         buffers: of the model, and parameters that forward writes, by name.
         layout: which buffers hold no tensor, and which that of another one.
-        turning: whether lora_A waits for the first gradient of the stage.
+        waits_for_gradient: whether lora_A waits for the first gradient of the stage.
     """
 
     plan: Plan
@@ -69,19 +70,19 @@ class RunState:
     values: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
     layout: Mapping[str, Any]
-    turning: bool = False
+    waits_for_gradient: bool = False
 
     @classmethod
-    def of(cls, core: Run) -> RunState:
+    def of(cls, run: Run) -> RunState:
         """Return the state of a living cascade; its tensors are not copied."""
-        parameters = core.parameters_by_name()
+        parameters = run.parameters_by_name()
         branches = {
             weight: {name: value.detach() for name, value in branch.named_parameters()}
-            for weight, branch in core.branches_by_weight().items()
+            for weight, branch in run.branches_by_weight().items()
         }
-        values = {name: parameters[name].detach() for name in core.slow.trained}
-        buffers = {name: value.detach() for name, value in core.model_state().items()}
-        return cls(core.plan, core.slow, branches, values, buffers, buffer_layout(core.model), core.turning.armed)
+        values = {name: parameters[name].detach() for name in run.slow.trained}
+        buffers = {name: value.detach() for name, value in run.model_state().items()}
+        return cls(run.plan, run.slow, branches, values, buffers, buffer_layout(run.model), run.gradient_init.armed)
 
     def at_ranks(self, plan: Plan) -> RunState:
         """Return the state whose branches have the shapes that a plan says, without numbers where these are others."""
@@ -143,8 +144,8 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors]:
         for view, value in kept.views.items():
             tensors[f"trained/{name}/{view.replace('stage/', 'past/')}"] = value
     tensors |= {f"buffer/{name}": value for name, value in state.buffers.items()}
-    manifest: dict[str, Any] = {"parked": slow.parked, "trained": list(slow.trained), "slow": weights, "past": past}
-    manifest["turning"] = state.turning
+    manifest: dict[str, Any] = {"parked": slow.idle, "trained": list(slow.trained), "slow": weights, "past": past}
+    manifest["turning"] = state.waits_for_gradient
     ruled = {name: kept.rule for name, kept in slow.trained.items() if kept.rule is not None}
     if ruled:
         manifest["rules"] = {name: spec.train_rules.index(rule) for name, rule in ruled.items()}
@@ -327,11 +328,11 @@ def _with_scales(state: WeightState, turns: Sequence[tuple[int, int]], scales: S
 
 
 def _initial(
-    state: WeightState, factors: Mapping[str, torch.Tensor], plan: Plan, parked: bool, held: _Taken
+    state: WeightState, factors: Mapping[str, torch.Tensor], plan: Plan, idle: bool, held: _Taken
 ) -> InitialFactors | None:
     """Return where the branch of the running stage began; None for B = 0."""
     initial, name = InitialFactors(), f"began/{state.name}"
-    if plan.spec.factor_start.from_weight and not parked:
+    if plan.spec.factor_start.from_weight and not idle:
         *stack, rows, columns = state.matrix
         rank = local(factors["lora_A"]).shape[-2]
         b = held.take(f"{name}/b", (*stack, rows, rank), torch.float64, True).double()
@@ -396,7 +397,7 @@ class _Taken:
 # ---- a living cascade takes a state over
 
 
-def install(core: Run, state: RunState, where: str, undo: Undo | None = None) -> None:
+def install(run: Run, state: RunState, where: str, undo: Undo | None = None) -> None:
     """Put a decoded state into a cascade that has its sites; the cascade's plan is then the state's; all or nothing.
 
     With `undo` this is a part of a larger block.
@@ -405,7 +406,7 @@ def install(core: Run, state: RunState, where: str, undo: Undo | None = None) ->
         CheckpointError: its buffers do not fit the model. The cascade is as it was.
     """
     moves: list[tuple[torch.Tensor, torch.Tensor]] = []
-    replaced = _model_state(core, state, where, moves)
+    replaced = _model_state(run, state, where, moves)
 
     def write(name: str, out: torch.Tensor) -> None:
         if name in state.values:
@@ -413,13 +414,20 @@ def install(core: Run, state: RunState, where: str, undo: Undo | None = None) ->
         else:
             state.slow.write_resting(name, state.plan, out)
 
-    names = [*state.slow.states, *state.slow.trained]
-    planned = Planned(state.plan, state.slow, names, write, factors=state.branches, tensors=moves, slots=replaced)
-    core.commit(planned, undo)
+    names, parameters = [*state.slow.states, *state.slow.trained], run.parameters_by_name()
+    live = {  # needs no copy to be put back, as all that is trained in full where a cascade is loaded
+        name: kept.resting(run.slow.idle)
+        for name, kept in run.slow.trained.items()
+        if not trained_moved(run.slow, {name: parameters[name]})
+    }
+    planned = Planned(
+        state.plan, state.slow, names, write, factors=state.branches, tensors=moves, slots=replaced, live=live
+    )
+    run.commit(planned, undo)
 
 
 def _model_state(
-    core: Run, state: RunState, where: str, moves: list[tuple[torch.Tensor, torch.Tensor]]
+    run: Run, state: RunState, where: str, moves: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> list[tuple[Slot, torch.Tensor | None]]:
     """Add to `moves` the buffers that keep their tensors, and parameters that forward writes; return the other buffers,
     each with the tensor that it gets.
@@ -428,7 +436,7 @@ def _model_state(
     """
     empty, shared = state.layout.get("empty_buffers", ()), state.layout.get("shared_buffers", {})
     held = _Taken({f"buffer/{name}": value for name, value in state.buffers.items()}, where)
-    buffers = buffer_slots(core.model, core.written())
+    buffers = buffer_slots(run.model, run.written())
     foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
     if foreign is not None:
         raise CheckpointError(
@@ -453,8 +461,8 @@ def _model_state(
         else:
             new = held.any_of(f"buffer/{source}").to(buffers[names[0]].device, copy=True)
             replaced += [(buffers[name], new) for name in names]
-    known = core.slow.states.keys() | core.slow.trained.keys()
-    for name, parameter in core.parameters_by_name().items():
+    known = run.slow.states.keys() | run.slow.trained.keys()
+    for name, parameter in run.parameters_by_name().items():
         if f"buffer/{name}" in held and name not in known and name not in buffers:  # forward writes it
             own = local(parameter)
             moves.append((own, held.take(f"buffer/{name}", tuple(own.shape), own.dtype)))

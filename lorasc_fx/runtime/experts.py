@@ -74,7 +74,7 @@ def install_experts(
             slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
             kept[name] = Trained.of(base, slow, kept[name].rule)
         touched = [*(name for name in experts if experts[name]), *values]
-        install_slow(run, SlowWeights(states, kept, before.parked, averaged=before.averaged), touched, buffers or {})
+        install_slow(run, SlowWeights(states, kept, before.idle, averaged=before.averaged), touched, buffers or {})
 
 
 def install_slow(

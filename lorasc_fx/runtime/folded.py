@@ -17,7 +17,7 @@ from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.transition import trained_moved
 from lorasc_fx.state import Which, check_finite
 
-__all__ = ["Change", "FoldedWeights", "has_trained_since", "of_checkpoint", "of_core", "running_branches"]
+__all__ = ["Change", "FoldedWeights", "has_trained_since", "of_checkpoint", "of_run", "running_branches"]
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From W0 to the folded weight of the same shape, dtype and device."""
@@ -44,17 +44,17 @@ class FoldedWeights:
     running: int | None = None
 
 
-def of_core(core: Run, call: str, which: Which = "slow") -> FoldedWeights:
+def of_run(run: Run, call: str, which: Which = "slow") -> FoldedWeights:
     """Return the folded weights of a living cascade; a running stage that has trained counts as ended.
 
     Raises:
         StateError: a quantized weight has trained, and no file of the base's layout can hold it.
     """
-    check_which(call, which, core.plan.spec)
-    slow, parameters = ended(core, call), core.parameters_by_name()
+    check_which(call, which, run.plan.spec)
+    slow, parameters = ended(run, call), run.parameters_by_name()
     check_asked(call, slow, None)
     names: dict[int, tuple[str, ...]] = {}
-    for name, parameter in core.model.named_parameters(remove_duplicate=False):
+    for name, parameter in run.model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)
     changes: dict[str, Change] = {
         name: partial(slow.value, name, which)
@@ -64,8 +64,8 @@ def of_core(core: Run, call: str, which: Which = "slow") -> FoldedWeights:
     for name in slow.trained:
         changes[name] = partial(_cast, trained_value(slow, name, which, parameters[name].detach()))
     aliases = {name: group for group in names.values() for name in group}
-    buffers = {name: buffer.detach().cpu() for name, buffer in core.model_state().items()}
-    return FoldedWeights(call, core.fingerprints(), changes, buffers, aliases)
+    buffers = {name: buffer.detach().cpu() for name, buffer in run.model_state().items()}
+    return FoldedWeights(call, run.fingerprints(), changes, buffers, aliases)
 
 
 def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeights:

@@ -18,11 +18,11 @@ from torch import nn
 from lorasc_fx.branch import Branch
 from lorasc_fx.runtime.watches import Replicas
 
-__all__ = ["GradientStart"]
+__all__ = ["GradientInitialization"]
 
 
-class GradientStart:
-    """Lets the sites' weights gather gradients until an optimizer's next step, then turns lora_A to them.
+class GradientInitialization:
+    """Lets the sites' weights gather gradients until an optimizer's next step, then starts lora_A from them.
 
     A copy of it (deepcopy, pickle) waits for nothing until it is armed.
     """
@@ -71,7 +71,7 @@ class GradientStart:
 
         def before_step(_optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
             for name, gradient in self.call_off().items():
-                _turn(branches[name], replicas.averaged(gradient))
+                _initialize(branches[name], replicas.averaged(gradient))
 
         self._weights = {name: parameters[name] for name in branches}
         self._handle = optimizer.register_step_pre_hook(before_step)
@@ -105,8 +105,8 @@ class GradientStart:
 
         return restore
 
-    def __reduce__(self) -> tuple[type[GradientStart], tuple[()]]:
-        return (GradientStart, ())
+    def __reduce__(self) -> tuple[type[GradientInitialization], tuple[()]]:
+        return (GradientInitialization, ())
 
 
 def _gathers(gathered: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], None]:
@@ -140,7 +140,7 @@ def _forgets_what_was_zeroed(
 
 
 @torch.no_grad()
-def _turn(branch: Branch, gradient: torch.Tensor) -> None:
+def _initialize(branch: Branch, gradient: torch.Tensor) -> None:
     left, right = branch.oriented()
     matrix = gradient.reshape(*left.shape[:-1], right.shape[-1]).to(branch.lora_A.dtype)
     matrix = matrix.transpose(-2, -1) if branch.transposed else matrix

@@ -18,13 +18,13 @@ from lorasc_fx.parameters import exchange
 from lorasc_fx.runtime.base_file import opened, renamed, shards_of
 from lorasc_fx.undo import Undo
 
-__all__ = ["Hollow", "Numbers", "check_attributes", "find_numbers", "groups_of", "put_numbers"]
+__all__ = ["MetaModel", "Numbers", "check_attributes", "find_numbers", "groups_of", "put_numbers"]
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Hollow:
+class MetaModel:
     """What a cascade on a model without numbers remembers until it gets them.
 
     Args:

@@ -16,8 +16,8 @@ from lorasc_fx.parameters import Slot, buffers_restorer
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.fingerprint import checksum, fingerprint
-from lorasc_fx.runtime.gradient import GradientStart
-from lorasc_fx.runtime.materialize import Hollow
+from lorasc_fx.runtime.gradient import GradientInitialization
+from lorasc_fx.runtime.materialize import MetaModel
 from lorasc_fx.runtime.optim import check_holds, groups, put_state
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.shards import local
@@ -91,7 +91,7 @@ class Run:
         plan: of the running stage.
         frontend: the front end that was asked for.
         base_file: where W0 lies, if not in memory.
-        hollow: what is known of a model on the meta device, until it has its numbers.
+        meta: what is known of a model on the meta device, until it has its numbers.
         written: returns the names of the parameters that forward writes.
     """
 
@@ -103,21 +103,21 @@ class Run:
         frontend: str,
         *,
         base_file: BaseFile | None = None,
-        hollow: Hollow | None = None,
+        meta: MetaModel | None = None,
         written: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.model, self.branches, self.plan, self.frontend = model, branches, plan, frontend
         self.lock = Lock()  # held by whoever reads or writes the weights; never while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()
-        self.turning = GradientStart()
+        self.gradient_init = GradientInitialization()
         self.steps = StepWatch()
         self.replicas = Replicas()
         self.warned = Warned()
         self.placed: Which | int | None = None  # a number is that of a stage
         self.released = False
         self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
-        self.base_file, self.hollow, self.written = base_file, hollow, written
+        self.base_file, self.meta, self.written = base_file, meta, written
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self.spread: Callable[[Any, Any, Any], Any] | None = None  # computes a call, where weights lie in parts
         self.grouped = False  # param_groups was called: an optimizer holds the branches of now
@@ -229,7 +229,7 @@ class Run:
         slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
         starting = {name: branches[name] for name in new if name in branches and not empty}
         slow, factors = slow.begin_stage(self.plan, starting)
-        written = new if (noise.strength or factors) and not slow.parked else ()
+        written = new if (noise.strength or factors) and not slow.idle else ()
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         self.pending.arm(self.trainable())
         if noise.strength and noise.redraw == "step":
@@ -258,7 +258,7 @@ class Run:
         if planned.gradients is not None:
             undo(self._gradients_restorer())
         if planned.gradients is not None or planned.gathers is not None:
-            undo(self.turning.restorer())
+            undo(self.gradient_init.restorer())
 
         def put_back(name: str, out: torch.Tensor) -> None:
             if name in slow.states:
@@ -301,10 +301,9 @@ class Run:
     def _put_gradients(self, planned: Planned) -> None:
         """Write the gradients of planned values, and let the optimizer's next step look at those of weights or not."""
         if planned.gathers is not None:
-            self.turning.call_off()
+            self.gradient_init.call_off()
             if planned.gathers and planned.optimizer is not None:
-                weights, branches = self.weights_by_name(), self.branches_by_weight()
-                self.turning.arm(weights, branches, planned.optimizer, self.replicas)
+                self.wait_for_gradient(planned.optimizer)
         if planned.gradients is None:
             return
         for parameter in self.branches.parameters():
@@ -315,7 +314,11 @@ class Run:
             if name in planned.gradients.pending:
                 self.pending.note(parameter)
         for name, gradient in planned.gradients.gathered.items():
-            self.turning.put(name, gradient.to(self.turning.gathering[name].device, copy=True))
+            self.gradient_init.put(name, gradient.to(self.gradient_init.gathering[name].device, copy=True))
+
+    def wait_for_gradient(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let lora_A of the stage start from the gradients that the optimizer's next step sees."""
+        self.gradient_init.arm(self.weights_by_name(), self.branches_by_weight(), optimizer, self.replicas)
 
     def _gradients_restorer(self) -> Callable[[], None]:
         """Return what brings back the gradients of what is trained, and which of them no step has used."""
@@ -342,7 +345,7 @@ class Run:
         """
         first = next((branch.lora_B for branch in self.by_key.values()), None)
         trains = any(parameter is first for group in optimizer.param_groups for parameter in group["params"])
-        if self.slow.parked or not trains:
+        if self.slow.idle or not trains:
             return
         after = replace(self.plan, step=self.plan.step + 1)
         if self.inside_weights:  # the new noise comes with the way back
@@ -395,7 +398,7 @@ class Run:
         for name, branch in self.branches_by_weight().items():
             state = slow.states.get(name)
             if state is not None and is_quantized(state.base):
-                pair = state.carried("slow" if slow.parked else "start")
+                pair = state.carried("slow" if slow.idle else "start")
                 branch.carry(*((pair.b, pair.a) if pair is not None else (None, None)))
 
     def let_go(self) -> None:
@@ -452,7 +455,7 @@ class Run:
             for name, parameter in trainable.items()
             if parameter.grad is not None
         }
-        tensors |= {f"{_GRADIENT}model.{name}": value.clone() for name, value in self.turning.gathered.items()}
+        tensors |= {f"{_GRADIENT}model.{name}": value.clone() for name, value in self.gradient_init.gathered.items()}
         return tensors, self.pending.waiting(trainable)
 
     def gradients_in(
@@ -502,7 +505,7 @@ class Run:
     @property
     def holds_numbers(self) -> bool:
         """Whether the model is not on the meta device."""
-        return self.hollow is None
+        return self.meta is None
 
     @property
     def inside_weights(self) -> bool:

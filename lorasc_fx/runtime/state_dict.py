@@ -28,14 +28,14 @@ KEY = "lorasc_fx.manifest"
 """Name of the tensor that holds the manifest."""
 
 
-def to_state_dict(core: Run, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def to_state_dict(run: Run, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return all that a resume needs, but for optimizer and scheduler, as tensors by name.
 
     Raises:
         NonFiniteBranch: a branch holds inf or nan. CheckpointError: extra holds what neither JSON nor safetensors can.
     """
-    checkpoint_write.check_finite(core)
-    tensors, manifest = checkpoint_write.contents(core, None, None, extra)
+    checkpoint_write.check_finite(run)
+    tensors, manifest = checkpoint_write.contents(run, None, None, extra)
     manifest["files"] = {TENSORS: _digest(tensors)}
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, allow_nan=False).encode()
@@ -84,33 +84,33 @@ def take_over(
     Raises:
         CheckpointError: another base, another spec, other sites, or values that do not fit.
     """
-    core = cascade._run
-    with core.exclusive("load_state_dict"):
-        if odd := _base_differs(found, core):
+    run = cascade._run
+    with run.exclusive("load_state_dict"):
+        if odd := _base_differs(found, run):
             raise CheckpointError(
                 f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted",
                 code="checkpoint-other-base",
             )
-        _check_alike(core.plan, found)
-        placed = {site.weight: site.placement for site in core.sites}
+        _check_alike(run.plan, found)
+        placed = {site.weight: site.placement for site in run.sites}
         with Commit() as undo:
-            core.commit(Planned(core.plan, core.slow, gradients=Gradients(), gathers=False), undo)
+            run.commit(Planned(run.plan, run.slow, gradients=Gradients(), gathers=False), undo)
             cascade._take_over(found, undo)
             if placed != {
-                site.weight: site.placement for site in core.sites
+                site.weight: site.placement for site in run.sites
             }:  # chosen on another machine, as its bits are
                 cascade._drop_graphs()
             then(found)
-            gathers, pending = core.turning.armed, found.manifest.get("pending", ())
-            gradients = core.gradients_in(found.tensors, pending, gathers, str(found.path))
-            core.commit(Planned(core.plan, core.slow, gradients=gradients), undo)
+            gathers, pending = run.gradient_init.armed, found.manifest.get("pending", ())
+            gradients = run.gradients_in(found.tensors, pending, gathers, str(found.path))
+            run.commit(Planned(run.plan, run.slow, gradients=gradients), undo)
 
 
-def _base_differs(found: checkpoint_read.Checkpoint, core: Run) -> str:
-    moved = {*found.moved, *core.moved_parameters()}
+def _base_differs(found: checkpoint_read.Checkpoint, run: Run) -> str:
+    moved = {*found.moved, *run.moved_parameters()}
     base = {name: digest for name, digest in found.manifest["base"].items() if name not in moved}
-    names = [name for name in core.parameters_by_name() if name not in moved]
-    return checkpoint_read.base_differs(base, core.fingerprints(), names)
+    names = [name for name in run.parameters_by_name() if name not in moved]
+    return checkpoint_read.base_differs(base, run.fingerprints(), names)
 
 
 def _check_alike(now: Plan, found: checkpoint_read.Checkpoint) -> None:

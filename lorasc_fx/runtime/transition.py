@@ -28,22 +28,22 @@ from lorasc_fx.shards import local, part_of
 from lorasc_fx.state import SlowWeights, Trained, WeightState
 from lorasc_fx.undo import Commit
 
-__all__ = ["at_stage", "begin", "check_optimizer", "has_begun", "next_stage", "restart", "rewind", "unpark"]
+__all__ = ["at_stage", "begin", "check_optimizer", "end_idle", "has_begun", "next_stage", "restart", "rewind"]
 
 log = logging.getLogger("lorasc_fx")
 
 
 def next_stage(
-    run: Run, optimizer: torch.optim.Optimizer | None, park: bool, then: Callable[[], object] | None = None
+    run: Run, optimizer: torch.optim.Optimizer | None, idle: bool, then: Callable[[], object] | None = None
 ) -> None:
-    """End the running stage; start the next one, or with `park` leave the slow weights in place, without noise.
+    """End the running stage; start the next one, or with `idle` leave the slow weights in place, without noise.
 
     `then` is called at the end; the transition is taken back if it raises.
     """
     plan, before, begun = run.plan, run.slow, time.monotonic()
     branches, trained = run.branches_by_weight(), run.trained_parameters()
-    check_optimizer(run, optimizer, "transition", park)
-    after = replace(before.after_stage(plan, branches, trained), parked=park)
+    check_optimizer(run, optimizer, "transition", idle)
+    after = replace(before.after_stage(plan, branches, trained), idle=idle)
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: branches[site.weight].next_a(site, planned.spec, planned.stage) for site in planned.sites}
     moved = before.moved(branches)
@@ -54,7 +54,7 @@ def next_stage(
     def end() -> None:
         experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
         log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
-        if idle:
+        if unmoved:
             run.warned.once(
                 "no-branch-moved",
                 f"stage {plan.stage} ended, and no branch has moved: their weights are as they were. In the loop call "
@@ -64,7 +64,7 @@ def next_stage(
         if then is not None:
             then()
 
-    idle = not moved and (optimizer is not None or trained_moved(before, trained))
+    unmoved = not moved and (optimizer is not None or trained_moved(before, trained))
     begin(run, optimizer, planned, after, starts, state, end)
 
 
@@ -77,14 +77,14 @@ def restart(run: Run, optimizer: torch.optim.Optimizer | None) -> None:
         for site in planned.sites
     }
     state = treated_state(optimizer, run.trainable().values(), "reset") if optimizer is not None else {}
-    begin(run, optimizer, planned, replace(run.slow, parked=False), starts, state)
+    begin(run, optimizer, planned, replace(run.slow, idle=False), starts, state)
 
 
-def check_optimizer(run: Run, optimizer: torch.optim.Optimizer | None, call: str, park: bool = False) -> None:
+def check_optimizer(run: Run, optimizer: torch.optim.Optimizer | None, call: str, idle: bool = False) -> None:
     """Raise StateError where the optimizer lacks a parameter, or is lacking and wanted."""
     if optimizer is not None:
         check_holds(optimizer, run.trainable())
-    elif run.plan.spec.next_a.needs_gradient and not park:
+    elif run.plan.spec.next_a.needs_gradient and not idle:
         raise StateError(
             f"{call}(None): restart_A='gradient' looks at the first optimizer step; give the optimizer",
             code="optimizer-needed",
@@ -129,7 +129,7 @@ def begin(
         gradients=Gradients(),
         optimizer=optimizer,
         states=state,
-        gathers=planned.spec.next_a.needs_gradient and not after.parked,
+        gathers=planned.spec.next_a.needs_gradient and not after.idle,
     )
     with Commit() as undo:
         run.commit(values, undo)
@@ -164,16 +164,16 @@ def _after_fold(
     return treated_state(optimizer, own, plan.spec.optimizer_state) | treated_state(optimizer, anew, "reset")
 
 
-def unpark(run: Run) -> None:
+def end_idle(run: Run) -> None:
     """Start a stage after the last fold of a loop: write its start weights, noise included."""
-    if not run.slow.parked:
+    if not run.slow.idle:
         return
     if has_begun(run):
         raise StateError(
             "stages: the branches trained after the last stage ended; call transition(optimizer) first",
             code="stage-not-ended",
         )
-    after, factors = replace(run.slow, parked=False).begin_stage(run.plan, run.branches_by_weight())
+    after, factors = replace(run.slow, idle=False).begin_stage(run.plan, run.branches_by_weight())
     run.commit(Planned(run.plan, after, [*after.states, *after.trained], factors=factors))
 
 
@@ -186,9 +186,7 @@ def trained_moved(slow: SlowWeights, trained: Mapping[str, torch.Tensor]) -> boo
     """Whether a parameter trained in full has left the value that its stage started from."""
     return slow.some(
         any(
-            not torch.equal(
-                local(parameter).detach().cpu(), slow.trained[name].resting(slow.parked).to(parameter.dtype)
-            )
+            not torch.equal(local(parameter).detach().cpu(), slow.trained[name].resting(slow.idle).to(parameter.dtype))
             for name, parameter in trained.items()
         )
     )
@@ -240,7 +238,7 @@ def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> Non
     check_optimizer(run, optimizer, "rewind")
     after = at_stage(run.slow, stage, "rewind")
     branches, trained = run.branches_by_weight(), run.trained_parameters()
-    unused = run.slow.parked and not run.slow.moved(branches)
+    unused = run.slow.idle and not run.slow.moved(branches)
     planned = plan if unused else plan.at_stage(plan.stage + 1)  # the noise of a number is drawn once
     starts = {
         site.weight: fresh_a(plan.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
@@ -252,4 +250,4 @@ def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> Non
     def end() -> None:
         log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
 
-    begin(run, optimizer, planned, replace(after, parked=False), starts, state, end)
+    begin(run, optimizer, planned, replace(after, idle=False), starts, state, end)

@@ -113,7 +113,7 @@ class UsageWatch:
         """Warn of a call in eval mode that sees noise, unless it is a training step of a model trained in eval mode."""
         if training or (torch.is_grad_enabled() and not self._train_mode):
             return
-        if not run.plan.spec.noise.strength or run.slow.parked or "evaluated-with-noise" in run.warned:
+        if not run.plan.spec.noise.strength or run.slow.idle or "evaluated-with-noise" in run.warned:
             return
         run.warned.once(
             "evaluated-with-noise",
@@ -176,7 +176,7 @@ def _differs(run: Run) -> bool:
     if run.exchanged():
         return False  # torch.func.functional_call puts others in their places
     spec = run.plan.spec
-    running = not run.slow.parked and (spec.noise.strength > 0 or spec.factor_start.from_weight)
+    running = not run.slow.idle and (spec.noise.strength > 0 or spec.factor_start.from_weight)
     carried = any(run.slow.states[name].experts for name in run.quantized)
     return running or carried or run.slow.moved(run.branches_by_weight())
 

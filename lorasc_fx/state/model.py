@@ -70,9 +70,9 @@ class Trained(Tree):
         """The slow values at the ends of stages, by stage, oldest first."""
         return ends_of(self.views)
 
-    def resting(self, parked: bool) -> torch.Tensor:
-        """Return what the parameter holds at the start of a stage, or when parked."""
-        return self.slow.to(self.base.dtype) if parked else self.start
+    def resting(self, idle: bool) -> torch.Tensor:
+        """Return what the parameter holds at the start of a stage, or when idle."""
+        return self.slow.to(self.base.dtype) if idle else self.start
 
     def follows(self, spec: CascadeSpec) -> bool:
         """Whether the parameter follows the slow rule."""
@@ -118,7 +118,7 @@ class SlowWeights:
     Args:
         states: of the sites, and of every matrix that carries noise.
         trained: of the parameters trained in full.
-        parked: no stage runs; the parameters hold the slow weights, without noise.
+        idle: no stage runs; the parameters hold the slow weights, without noise.
         left_out: names of the weights that the last fold did not move, because what had trained was not finite.
         averaged: number of stages whose slow weights are in the average.
         together: the processes that hold the weights in shards, of which this one has its own; None for one process.
@@ -126,7 +126,7 @@ class SlowWeights:
 
     states: Mapping[str, WeightState] = field(default_factory=dict)
     trained: Mapping[str, Trained] = field(default_factory=dict)
-    parked: bool = False
+    idle: bool = False
     left_out: frozenset[str] = frozenset()
     averaged: int = 0
     together: Together | None = None
@@ -170,7 +170,7 @@ class SlowWeights:
         return replace(self, trained=new)
 
     def resting(self, name: str, plan: Plan, like: torch.Tensor) -> torch.Tensor:
-        """Return what the parameter of this name holds between two steps: W_t, or when parked the slow weight."""
+        """Return what the parameter of this name holds between two steps: W_t, or when idle the slow weight."""
         value = torch.empty_like(like, requires_grad=False)
         with torch.no_grad():
             self.write_resting(name, plan, value)
@@ -179,8 +179,8 @@ class SlowWeights:
     def write_resting(self, name: str, plan: Plan, out: torch.Tensor) -> None:
         """Write what `resting` returns into `out`; of a parameter trained in full, what its stage started from."""
         if name in self.trained:
-            out.copy_(self.trained[name].resting(self.parked))
-        elif self.parked:
+            out.copy_(self.trained[name].resting(self.idle))
+        elif self.idle:
             self.write_value(name, "slow", out)
         else:
             write_start(out, self.states[name], plan.spec, plan.stage, step=plan.step)
@@ -202,7 +202,7 @@ class SlowWeights:
         if branch is not None and moved:
             live = factors_of(branch, out.device, state.initial, state.part)
             if plan is not None:
-                gain = gain_of(branch, state, plan.spec, plan.stage, not self.parked)
+                gain = gain_of(branch, state, plan.spec, plan.stage, not self.idle)
         state.write(out, which, arithmetic(out.dtype), live, gain)
 
     def moved(self, branches: Mapping[str, Branch]) -> bool:
@@ -222,7 +222,7 @@ class SlowWeights:
         Raises:
             NonFiniteBranch: one of them is not finite, or makes a weight so, and spec.on_nonfinite is "raise".
         """
-        spec, noisy, finite = plan.spec, not self.parked, not self.some(not all_finite(branches.values()))
+        spec, noisy, finite = plan.spec, not self.idle, not self.some(not all_finite(branches.values()))
         left_out: set[str] = set()
         size = sum(each.numel() for branch in branches.values() for each in branch.parameters())
         kept_on = sum(kept.base.numel() for kept in self.trained.values()) <= max(AFFORDABLE, size)
@@ -240,7 +240,7 @@ class SlowWeights:
                 continue
             own_pace = pace if kept.follows(spec) else 1.0
             trained[name] = kept.absorb(plan.stage, fast, own_pace, spec.restart, share, kept_on)
-        after = replace(self, states=states, trained=trained, parked=False, left_out=frozenset(left_out))
+        after = replace(self, states=states, trained=trained, idle=False, left_out=frozenset(left_out))
         return after if share is None else replace(after, averaged=self.averaged + 1)
 
     def begin_stage(
@@ -256,13 +256,13 @@ class SlowWeights:
             starts: lora_A by weight name, as LoRA starts it; by default as it is.
         """
         spec = plan.spec
-        if not spec.starts_from_weights(running=not self.parked):
+        if not spec.starts_from_weights(running=not self.idle):
             return self, {}
         states, factors = dict(self.states), {}
         for name, branch in branches.items():
             a = starts[name] if starts is not None else branch.lora_A.detach()
             site = plan.by_weight[name]
-            states[name], started = begin_stage(states[name], branch, site, spec, plan.stage, a, not self.parked)
+            states[name], started = begin_stage(states[name], branch, site, spec, plan.stage, a, not self.idle)
             factors[name] = {key: value.detach() for key, value in started.named_parameters()}
         return replace(self, states=states), factors
 
@@ -276,8 +276,8 @@ class SlowWeights:
         return found
 
     def _as_run(self, state: WeightState) -> WeightState:
-        """Return the state from which the running stage started: when parked, the slow weights."""
-        return state.with_views(start=state.slow) if self.parked else state
+        """Return the state from which the running stage started: when idle, the slow weights."""
+        return state.with_views(start=state.slow) if self.idle else state
 
 
 def _broken(fast: torch.Tensor, base: torch.Tensor) -> bool:

@@ -187,7 +187,7 @@ def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
     return {
         **{f"slow {name}": _values(state) for name, state in slow.states.items()},
         **{f"trained {name}": _values(state) for name, state in slow.trained.items()},
-        "parked": slow.parked,
+        "parked": slow.idle,
         "averaged": slow.averaged,
         "gathered": _values(gathered_gradients(cascade)),
     }
@@ -236,17 +236,17 @@ def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
 
 def gathered_gradients(cascade: lx.Cascade) -> Mapping[str, Tensor]:
     """Weights' gradients that a start by the gradient has gathered so far."""
-    return cascade._run.turning.gathered
+    return cascade._run.gradient_init.gathered
 
 
 def is_gathering(cascade: lx.Cascade) -> bool:
     """Whether a start by the gradient waits for an optimizer's step."""
-    return cascade._run.turning.armed
+    return cascade._run.gradient_init.armed
 
 
 def is_parked(cascade: lx.Cascade) -> bool:
     """Whether no stage runs: the last one has ended."""
-    return cascade._run.slow.parked
+    return cascade._run.slow.idle
 
 
 def is_released(cascade: lx.Cascade) -> bool:
@@ -316,7 +316,7 @@ def adopt(
 
 def unpark(cascade: lx.Cascade) -> None:
     """What the first stage of a loop does before it is handed out."""
-    transition.unpark(cascade._run)
+    transition.end_idle(cascade._run)
 
 
 def replace_plan(cascade: lx.Cascade, plan: lx.Plan) -> None:
