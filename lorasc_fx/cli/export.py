@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -50,10 +50,10 @@ def open_run(run: Path) -> tuple[Setup, lx.Cascade, str]:
     return setup, cascade, f"weights at step {step} of {ends[-1]}{running}"
 
 
-def _warn_of_running(where: str, plan: Plan, stage: int) -> None:
+def _warn_of_running(source: str, plan: Plan, stage: int) -> None:
     """Warn of a running stage that a fold counts as ended."""
     warn(
-        f"{where}: stage {stage} has trained and never ended. It is folded as it is, and {plan.spec.pace_at(stage):g} "
+        f"{source}: stage {stage} has trained and never ended. It is folded as it is, and {plan.spec.pace_at(stage):g} "
         "of what it has trained is kept, the pace of the spec. Let the run go on (lorasc-fx train RUN/config.toml "
         "--resume, or cascade.transition) to fold a stage that has ended",
         "running-stage-folded",
@@ -89,58 +89,34 @@ def run_fold(arguments: FoldArguments) -> int:
             code="missing-argument",
         )
     if arguments.base is None:
-        where = arguments.output or folder.folded
+        output = arguments.output or folder.folded
         folder.check_run()
-        check_output(where, folder=where.suffix != ".safetensors")
-        _, cascade, said = open_run(arguments.run)
-        with _bytes_written(f"fold {arguments.run}") as tell:
-            lx.export.safetensors(cascade, where, which=arguments.which, progress=tell)
-        print(f"{where}: {arguments.which} {said}")
+        check_output(output, folder=output.suffix != ".safetensors")
+        _, cascade, weights = open_run(arguments.run)
+        with _bytes_written(f"fold {arguments.run}") as progress:
+            lx.export.safetensors(cascade, output, which=arguments.which, progress=progress)
+        print(f"{output}: {arguments.which} {weights}")
         return 0
-    checkpoint = folder.checkpoint if folder.config.is_file() else arguments.run
+    path = folder.checkpoint if folder.config.is_file() else arguments.run
     single = arguments.base.is_file() and arguments.base.suffix != ".json"
-    where = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
+    output = arguments.output or (folder.folded if single else folder.folded.with_suffix(""))
     if arguments.output is None and not folder.config.is_file():
         raise StateError(
             f"{arguments.run} is no run folder; give --output, the place to write to", code="missing-argument"
         )
-    check_output(where, folder=not single)
-    found = read(checkpoint)
-    with _bytes_written(f"fold {checkpoint}") as tell:
-        folded = of_checkpoint(found, arguments.which)
-        fold_files(folded, arguments.base, where, tell)
+    check_output(output, folder=not single)
+    checkpoint = read(path)
+    with _bytes_written(f"fold {path}") as progress:
+        folded = of_checkpoint(checkpoint, arguments.which)
+        fold_files(folded, arguments.base, output, progress)
     if folded.running is not None:
-        _warn_of_running(str(found.path), found.plan, folded.running)
-    print(f"{where}: {arguments.which} weights of {found.path}, in the layout of {arguments.base}")
+        _warn_of_running(str(checkpoint.path), checkpoint.plan, folded.running)
+    print(f"{output}: {arguments.which} weights of {checkpoint.path}, in the layout of {arguments.base}")
     return 0
 
 
-def _pt2(cascade: lx.Cascade, path: Path, which: Which) -> object:
-    return lx.export.pt2(cascade, path, which=which)
-
-
-def _onnx(cascade: lx.Cascade, path: Path, which: Which) -> object:
-    return lx.export.onnx(cascade, path, which=which)
-
-
-def _safetensors(cascade: lx.Cascade, path: Path, which: Which) -> object:
-    with _bytes_written(f"write {path}") as tell:
-        return lx.export.safetensors(cascade, path, which=which, progress=tell)
-
-
-def _peft(cascade: lx.Cascade, path: Path, which: Which, max_rank: int | None, uniform_rank: bool) -> object:
-    written = lx.export.peft(cascade, path, which=which, max_rank=max_rank, uniform_rank=uniform_rank)
-    print(written)
-    return written
-
-
-FORMATS: dict[str, Callable[..., object]] = {
-    "pt2": _pt2,
-    "onnx": _onnx,
-    "peft": _peft,
-    "safetensors": _safetensors,
-}
-"""What writes a cascade to a path, by the name of the format; `peft` takes the ranks as well."""
+FORMATS = ("pt2", "onnx", "peft", "safetensors")
+"""Functions of `lorasc_fx.export`."""
 
 
 @dataclass(frozen=True)
@@ -175,18 +151,26 @@ def run_export(arguments: ExportArguments) -> int:
             f"no format is called {arguments.to!r}{nearest(arguments.to, FORMATS)}; known: {', '.join(FORMATS)}",
             code="unknown-name",
         )
-    ranks = {"max_rank": arguments.max_rank, "uniform_rank": arguments.uniform_rank} if arguments.to == "peft" else {}
-    if not ranks and (arguments.max_rank is not None or arguments.uniform_rank):
+    adapter, ranks = arguments.to == "peft", (arguments.max_rank, arguments.uniform_rank)
+    if not adapter and ranks != (None, False):
         raise SpecError(
             f"--max-rank and --uniform-rank are of an adapter, {arguments.to} has none: drop them, or --to peft",
             code="conflicting-options",
         )
-    folder = arguments.to == "peft" or (arguments.to == "safetensors" and arguments.output.suffix != ".safetensors")
+    folder = adapter or (arguments.to == "safetensors" and arguments.output.suffix != ".safetensors")
     RunFolder(arguments.run).check_run()
     check_output(arguments.output, folder=folder)
-    _, cascade, said = open_run(arguments.run)
-    FORMATS[arguments.to](cascade, arguments.output, arguments.which, **ranks)
-    print(f"{arguments.output}: {arguments.which} {said}")
+    _, cascade, weights = open_run(arguments.run)
+    options: dict[str, Any] = {"which": arguments.which}
+    with _bytes_written(f"write {arguments.output}") as progress:
+        if adapter:
+            options |= {"max_rank": arguments.max_rank, "uniform_rank": arguments.uniform_rank}
+        elif arguments.to == "safetensors":
+            options["progress"] = progress
+        written = getattr(lx.export, arguments.to)(cascade, arguments.output, **options)
+    if adapter:
+        print(written)
+    print(f"{arguments.output}: {arguments.which} {weights}")
     return 0
 
 

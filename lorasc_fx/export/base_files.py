@@ -25,7 +25,7 @@ from lorasc_fx.runtime.base_file import renamed
 from lorasc_fx.runtime.fingerprint import Buffer, data_of, fingerprint, fingerprint_of
 from lorasc_fx.runtime.folded import Change, FoldedWeights
 
-__all__ = ["DTYPES", "Entry", "Shard", "entry_of", "head_of", "matched", "read_shard", "write_tensor"]
+__all__ = ["DTYPES", "Entry", "Shard", "entry_of", "extended", "head_of", "matched", "read_shard", "write_tensor"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -119,6 +119,23 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, length + header, tuple(sorted(entries, key=lambda entry: (entry.begin, entry.end))))
 
 
+def extended(shards: Sequence[Shard], added: Mapping[str, torch.Tensor]) -> list[Shard]:
+    """Return the files with these tensors in the last one, in place of any of their names; other bytes stay."""
+    if not added:
+        return list(shards)
+    changed = []
+    for number, shard in enumerate(shards, start=1):
+        entries = {entry.name: entry for entry in shard.entries if entry.name not in added}
+        if number == len(shards):
+            entries |= {name: entry_of(name, tensor) for name, tensor in added.items()}
+        elif len(entries) == len(shard.entries):
+            changed.append(shard)
+            continue
+        head, order = head_of(entries.values(), json.loads(shard.head[8:]).get("__metadata__", {}))
+        changed.append(Shard(shard.path, head, tuple(entries[name] for name in order)))
+    return changed
+
+
 def entry_of(name: str, tensor: torch.Tensor) -> Entry:
     """Return the entry of a tensor that lies nowhere yet.
 
@@ -173,12 +190,15 @@ class _Found:
     names: dict[str, str] = field(default_factory=dict)  # of parameters, by key
     wider: dict[str, torch.dtype] = field(default_factory=dict)  # that the model was adapted in, by key
     foreign: list[tuple[Path, Entry, str]] = field(default_factory=list)  # keys that are none by their name
+    added: set[str] = field(default_factory=set)  # parameters that the files lack, or have in another shape
 
 
 def matched(
     weights: FoldedWeights, base: Path, shards: Sequence[Shard], tell: Callable[[int], None]
-) -> dict[str, Change]:
-    """Return what is to change, by the names that the files have; every tensor is read once.
+) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
+    """Return what is to change, and what to add, by the names of the files; every tensor is read once.
+
+    A parameter trained in full that the files lack, or have in another shape, is a new head: it is added.
 
     Args:
         weights: of the fold.
@@ -207,7 +227,7 @@ def matched(
         if name in weights.changes:
             dtype = found.wider.get(key)
             changes[key] = weights.changes[name] if dtype is None else partial(_rounded, weights.changes[name], dtype)
-    return changes
+    return changes, {name: weights.whole[name] for name in found.added}
 
 
 def _rounded(change: Change, dtype: torch.dtype, base: torch.Tensor) -> torch.Tensor:
@@ -234,6 +254,8 @@ def _look(weights: FoldedWeights, entry: Entry, file: BinaryIO, path: Path, name
         found.names[entry.name] = name
     elif dtype := _wide(entry, file).get(expected):
         found.names[entry.name], found.wider[entry.name] = name, dtype
+    elif name in weights.whole and entry.name == name and entry.shape != tuple(weights.whole[name].shape):
+        found.added.add(name)
     elif entry.name in weights.base or entry.name in weights.aliases:
         raise CheckpointError(
             f"base: {entry.name} of {path} holds other numbers than the {name} that was adapted "
@@ -263,14 +285,19 @@ def _unnamed(weights: FoldedWeights, base: Path, keys: Mapping[str, Path], found
                     alike.setdefault(other, []).append((path, entry))
                     if other in expected:
                         found.wider[entry.name] = dtype
-    named = set(found.names.values())
+    named = {*found.names.values(), *found.added}
     missing = [name for name in weights.changes if name not in named]
     for name in weights.changes:
         places = alike.get(weights.base.get(name, "-"), [])
         rivals = [other for other in missing if weights.base[other] == weights.base[name]]
         distinct = all(_distinct(path, entry) for path, entry in places)
+        if name in found.added:
+            continue
         if name in named:
             places = places if distinct else []
+        elif not places and name in weights.whole:
+            found.added.add(name)
+            continue
         elif not places:
             raise CheckpointError(
                 f"base: {base} holds no tensor with the numbers that {name} had before ({weights.where})"

@@ -19,7 +19,7 @@ import torch
 
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
-from lorasc_fx.export.base_files import Entry, Shard, entry_of, head_of, matched, read_shard, write_tensor
+from lorasc_fx.export.base_files import Entry, Shard, entry_of, extended, head_of, matched, read_shard, write_tensor
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import INDEX, SINGLE, shards_of
 from lorasc_fx.runtime.folded import Change, FoldedWeights, of_run
@@ -135,7 +135,7 @@ def _write(path: Path, entries: list[Entry], values: Values, tell: Callable[[int
 
 
 def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress | None = None) -> Path:
-    """Write a base's files with folded weights in them.
+    """Write a base's files with folded weights in them; a new head that they lack is added to the last one.
 
     Args:
         weights: of the fold.
@@ -158,18 +158,26 @@ def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress
         if progress is not None:
             progress(done, total)
 
-    changes = matched(weights, base, shards, tell)
+    changes, added = matched(weights, base, shards, tell)
+    shards = extended(shards, added)
     with beside(out) as room:
         if single:
-            _write_like(shards[0], changes, room, tell)
+            _write_like(shards[0], changes, added, room, tell)
             return out
         room.mkdir()
         folder = base if base.is_dir() else base.parent
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
                 shutil.copyfile(path, room / path.name)
+        if added and (room / INDEX).exists():
+            index = json.loads((room / INDEX).read_text(encoding="utf-8"))
+            index["weight_map"] |= dict.fromkeys(added, shards[-1].path.name)
+            index.setdefault("metadata", {})["total_size"] = sum(
+                entry.size for shard in shards for entry in shard.entries
+            )
+            (room / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for shard in shards:
-            _write_like(shard, changes, room / shard.path.name, tell)
+            _write_like(shard, changes, added, room / shard.path.name, tell)
     return out
 
 
@@ -215,13 +223,21 @@ def _remove(room: Path) -> None:
             room.unlink()
 
 
-def _write_like(shard: Shard, changes: Mapping[str, Change], path: Path, tell: Callable[[int], None]) -> None:
+def _write_like(
+    shard: Shard,
+    changes: Mapping[str, Change],
+    added: Mapping[str, torch.Tensor],
+    path: Path,
+    tell: Callable[[int], None],
+) -> None:
     """Write one file: its own header, and one tensor after the other, computed or copied."""
     with shard.path.open("rb") as source, path.open("wb") as target:
         target.write(shard.head)
         for entry in shard.entries:
             change = changes.get(entry.name)
-            if change is None:
+            if entry.name in added:
+                write_tensor(target, added[entry.name])
+            elif change is None:
                 for block in entry.blocks(source):
                     target.write(block)
             else:

@@ -31,6 +31,7 @@ class FoldedWeights:
         where: whose they are, for messages.
         base: fingerprint of each base parameter, by its first name.
         changes: of each parameter that a fold changes, by its first name.
+        whole: folded values of the parameters trained in full, which need no base.
         buffers: the model's buffers as they are, by name.
         aliases: the names of a tied parameter, by each of them.
         running: the number of a stage that has trained and had not ended, which counts as ended here; None without one.
@@ -39,6 +40,7 @@ class FoldedWeights:
     where: str
     base: Mapping[str, str]
     changes: Mapping[str, Change]
+    whole: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     running: int | None = None
@@ -61,11 +63,11 @@ def of_run(run: Run, call: str, which: Which = "slow") -> FoldedWeights:
         for name, state in slow.states.items()
         if state.changed and not is_quantized(state.base)
     }
-    for name in slow.trained:
-        changes[name] = partial(_cast, trained_value(slow, name, which, parameters[name].detach()))
+    whole = {name: trained_value(slow, name, which, parameters[name].detach()) for name in slow.trained}
+    changes |= {name: partial(_cast, value) for name, value in whole.items()}
     aliases = {name: group for group in names.values() for name in group}
     buffers = {name: buffer.detach().cpu() for name, buffer in run.model_state().items()}
-    return FoldedWeights(call, run.fingerprints(), changes, buffers, aliases)
+    return FoldedWeights(call, run.fingerprints(), changes, whole, buffers, aliases)
 
 
 def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeights:
@@ -97,11 +99,11 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     changes: dict[str, Change] = {
         name: partial(folded, name) for name, weight in slow.states.items() if begun or weight.changed
     }
-    for name, value in state.values.items():
-        changes[name] = partial(_cast, trained_value(trained, name, which, value))
+    whole = {name: trained_value(trained, name, which, value) for name, value in state.values.items()}
+    changes |= {name: partial(_cast, value) for name, value in whole.items()}
     aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
     base, unended = dict(checkpoint.manifest["base"]), plan.stage if begun else None
-    return FoldedWeights(str(checkpoint.path), base, changes, state.buffers, aliases, unended)
+    return FoldedWeights(str(checkpoint.path), base, changes, whole, state.buffers, aliases, unended)
 
 
 def running_branches(state: RunState) -> dict[str, Branch]:

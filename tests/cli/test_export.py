@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -88,6 +90,59 @@ def test_a_run_is_folded_into_its_base(run: Path, place: Path, capsys: pytest.Ca
     assert all(torch.equal(found[name], value) for name, value in folded.items())
     assert not torch.equal(found["0.weight"], base["0.weight"])
     assert torch.equal(found["7.weight"], base["7.weight"])
+
+
+HEADS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
+    "absent": lambda tensors: {name: value for name, value in tensors.items() if not name.startswith("7.")},
+    "of other classes": lambda tensors: tensors | {"7.weight": torch.zeros(4, 32), "7.bias": torch.zeros(4)},
+}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_new_head_is_added_to_the_base(
+    place: Path, tiny_model: Callable[[], nn.Module], head: str, shards: int
+) -> None:
+    """The base lacks the head that the run trained in full, or has another; in one file, or in shards with an index."""
+    tensors = tiny_model().state_dict()
+    save_file(tensors, "base.safetensors")
+    asked = ["train", "tiny.toml", "--model.weights", "base.safetensors", *SHORT[:-1]]
+    assert main(asked) == 0
+    folded = load_file("runs/tiny/folded.safetensors")
+    base = HEADS[head](tensors)
+    names = sorted(base)[::-1]  # a head in the first shard
+    parts = [names[number::shards] for number in range(shards)]
+    Path("base").mkdir()
+    if shards == 1:
+        save_file(base, "base/model.safetensors", metadata={"format": "pt", "more": "kept"})
+    else:
+        files = [f"model-{number}.safetensors" for number in range(shards)]
+        for file, part in zip(files, parts, strict=True):
+            save_file({name: base[name] for name in part}, f"base/{file}")
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        Path("base/model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["fold", "runs/tiny", "--base", "base", "--output", "new"]) == 0
+    written = {name: value for path in Path("new").glob("*.safetensors") for name, value in load_file(path).items()}
+    assert written.keys() == folded.keys()
+    assert all(torch.equal(written[name], value) for name, value in folded.items())
+    if shards == 1:
+        with safe_open("new/model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt", "more": "kept"}
+    else:
+        index = json.loads(Path("new/model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == folded.keys()
+        assert all(name in load_file(f"new/{file}") for name, file in index["weight_map"].items())
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in folded.values())
+
+
+def test_a_base_without_an_adapted_weight_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file("base.safetensors")
+    del tensors["3.weight"]
+    save_file(tensors, "other.safetensors")
+    assert main(["fold", "runs/tiny", "--base", "other.safetensors", "--output", "new.safetensors"]) == 2
+    assert "holds no tensor with the numbers that 3.weight had before" in capsys.readouterr().err
+    assert not Path("new.safetensors").exists()
 
 
 def test_a_fold_of_a_stage_that_never_ended_warns(place: Path, tiny_model: Callable[[], nn.Module]) -> None:
