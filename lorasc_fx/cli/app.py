@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from lorasc_fx.errors import LorascError, SpecError, nearest
 from lorasc_fx.extras import require
@@ -29,6 +30,9 @@ COMMANDS = {
     "predict": "predict RUN FILE-or-FOLDER                       classes of images or texts, by a run's folded weights",
     "report": "report RUN [--output FILE]                          one HTML page of a run: loss, experts, spectra",
 }
+"""The usage of each command, by its name: `run_NAME` of the module of that name, or of the one in `_MODULES`."""
+
+_MODULES = {"fold": "export"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +75,8 @@ def _command(arguments: list[str]) -> int:
     require("cli", "tyro", "rich")
     import tyro
 
-    kind, run = _entry(name)
+    run: Callable[[Any], int] = pkgutil.resolve_name(f"lorasc_fx.cli.{_MODULES.get(name, name)}:run_{name}")
+    kind = get_type_hints(run)["arguments"]
     if name not in ("train", "compare"):
         return run(tyro.cli(kind, prog=f"lorasc-fx {name}", args=rest))
     path = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
@@ -79,36 +84,8 @@ def _command(arguments: list[str]) -> int:
         raise SpecError(
             f"{name} needs a configuration file first: lorasc-fx {name} CONFIG.toml", code="missing-argument"
         )
-    return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=rest, default=kind(_loaded(path))))
-
-
-def _entry(name: str) -> tuple[type[Any], Callable[[Any], int]]:
-    """Return the class of a command's arguments, and the function that runs it."""
-    if name == "train":
-        from lorasc_fx.cli import train
-
-        return train.TrainArguments, train.run_train
-    if name == "compare":
-        from lorasc_fx.cli import compare
-
-        return compare.CompareArguments, compare.run_compare
-    if name == "sites":
-        from lorasc_fx.cli import sites
-
-        return sites.SitesArguments, sites.run_sites
-    if name == "report":
-        from lorasc_fx.cli import report
-
-        return report.ReportArguments, report.run_report
-    if name == "predict":
-        from lorasc_fx.cli import predict
-
-        return predict.PredictArguments, predict.run_predict
-    from lorasc_fx.cli import export
-
-    if name == "fold":
-        return export.FoldArguments, export.run_fold
-    return export.ExportArguments, export.run_export
+    default = kind(_loaded(path))
+    return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=rest, default=default))
 
 
 def _loaded(path: Path | None) -> Any:

@@ -163,11 +163,11 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
             "compare.methods has 'probe', which trains what spec.train names, and spec.train is empty",
             code="conflicting-options",
         )
-    own = [rule.pattern for rule in config.spec.train_rules if rule.lr is not None]
-    if "probe" in config.compare.methods and own:
+    ruled = [rule.pattern for rule in config.spec.train_rules if rule.lr is not None]
+    if "probe" in config.compare.methods and ruled:
         raise SpecError(
             f"compare.methods has 'probe', which trains at one rate (compare.rates), and spec.train_rules gives "
-            f"{own[0]!r} a rate of its own: drop one of the two",
+            f"{ruled[0]!r} a rate of its ruled: drop one of the two",
             code="conflicting-options",
         )
     folder = RunFolder(Path(config.output))
@@ -331,11 +331,11 @@ def bootstrap_interval(ours: Tensor, theirs: Tensor, resamples: int = 2000, seed
         seed: of the resampling.
     """
     differences = (ours.double() - theirs.double()).mean(0).numpy()
-    found = module_of("cli", "scipy.stats").bootstrap(
+    result = module_of("cli", "scipy.stats").bootstrap(
         (differences,), lambda sample, axis: sample.mean(axis), n_resamples=resamples, batch=100, method="percentile",
         rng=seed,
     )  # fmt: skip
-    low, high = found.confidence_interval
+    low, high = result.confidence_interval
     return Interval(float(differences.mean()), float(low), float(high))
 
 
@@ -401,7 +401,7 @@ def _row(runs: Sequence[Result], parts: Sequence[str]) -> list[str]:
         return [*row, *["diverged"] * (2 + len(parts))]
     row.append(f"{statistics.fmean(run.losses['validation'] for run in runs):.3f}")
     values = [[run.validation for run in runs], *([run.accuracy(part) for run in runs] for part in parts)]
-    return row + [_percent(each) for each in values]
+    return row + [_percent(scores) for scores in values]
 
 
 def _percent(values: Sequence[float]) -> str:

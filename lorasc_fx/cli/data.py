@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasc_fx.cli.config import DataConfig
-from lorasc_fx.cli.models import reading, user_function
+from lorasc_fx.cli.models import Arguments, reading, user_function
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 
@@ -47,7 +47,7 @@ DATA = (
 
 Inputs = Tensor | Sequence[str]
 """Pixels as bytes, [examples, 1 or 3, height, width], or texts."""
-Encode = Callable[[Any], tuple[tuple[Tensor, ...], dict[str, Tensor]]]
+Encode = Callable[[Any], Arguments]
 
 
 @dataclass(frozen=True)
@@ -207,13 +207,13 @@ def read_csv(path: Path, *wanted: str) -> tuple[list[str], ...]:
                         code="unknown-name",
                     )
             for row in reader:
-                for column, kept in zip(wanted, cells, strict=True):
+                for column, column_cells in zip(wanted, cells, strict=True):
                     if not row[column]:
                         raise SpecError(
                             f"{path}:{reader.line_num}: the cell {column!r} is empty; fill it, or take the row out",
                             code="empty-cell",
                         )
-                    kept.append(row[column])
+                    column_cells.append(row[column])
     except OSError as fault:
         raise SpecError(f"{path}: this file cannot be read: {fault.strerror}", code="unreadable-file") from fault
     except UnicodeDecodeError as fault:
@@ -290,16 +290,16 @@ def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
         SpecError: there is no such folder, a class has no images, or an image cannot be read.
     """
     try:
-        found = module_of("vision", "torchvision.datasets").ImageFolder(folder)
+        dataset = module_of("vision", "torchvision.datasets").ImageFolder(folder)
     except OSError as fault:
         raise SpecError(
             f"imagefolder:{folder}: expected one folder a class, with images in it: {fault}",
             code="invalid-image-folder",
         ) from fault
-    pixels = torch.empty(len(found), 3, size, size, dtype=torch.uint8)
-    for position, (path, _) in enumerate(found.samples):
+    pixels = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+    for position, (path, _) in enumerate(dataset.samples):
         pixels[position] = read_image(path, size)
-    return pixels, [found.classes[label] for label in found.targets]
+    return pixels, [dataset.classes[label] for label in dataset.targets]
 
 
 def read_image(path: str | Path, size: int | None = None) -> Tensor:
@@ -325,7 +325,7 @@ def _pixels(image: Any, size: int | None) -> Tensor:
 def _encode_images(size: int) -> Encode:
     """Return what resizes pixels to [batch, 3, size, size], channels last, and maps 0..255 to -1..1."""
 
-    def encode(pixels: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    def encode(pixels: Tensor) -> Arguments:
         images = pixels.float() / 255
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
@@ -344,7 +344,7 @@ def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
     """Return what turns texts into `input_ids` and `attention_mask` [batch, tokens], as long as the longest needs."""
     options = {"truncation": True, "max_length": max_length, "padding": True, "pad_to_multiple_of": 8}
 
-    def encode(texts: Sequence[str]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    def encode(texts: Sequence[str]) -> Arguments:
         encoded = tokenizer(list(texts), return_tensors="pt", **options)
         return (), {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
@@ -398,10 +398,10 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
     return _labelled(inputs, list(labels), encoder_of(config, tokenizer))
 
 
-def _returned(name: str, found: Any) -> tuple[Inputs, list[Any]]:
+def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
     """Check what a function of the user's returned as a data set."""
     try:
-        inputs, labels = found
+        inputs, labels = returned
         _check_inputs(inputs)
         if len(labels) != len(inputs):
             raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels")

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from lorasc_fx.extras import module_of
 
 __all__ = [
     "MODELS",
-    "ExampleInputs",
+    "Arguments",
     "MeanPooled",
     "build_model",
     "example_inputs",
@@ -36,6 +35,9 @@ __all__ = [
 ]
 
 MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function", "FILE.pt2")
+
+Arguments = tuple[tuple[Tensor, ...], dict[str, Tensor]]
+"""Positional and keyword arguments of a model."""
 
 
 class MeanPooled(nn.Module):
@@ -52,14 +54,6 @@ class MeanPooled(nn.Module):
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         logits: Tensor = self.head((hidden * mask).sum(1) / mask.sum(1))
         return logits
-
-
-@dataclass(frozen=True)
-class ExampleInputs:
-    """What `adapt` captures a model with."""
-
-    args: tuple[Tensor, ...]
-    kwargs: dict[str, Tensor]
 
 
 def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.Module:
@@ -93,13 +87,19 @@ def warn_of_random_weights(config: ModelConfig) -> None:
         )
 
 
-def tokenizer_of(config: ModelConfig) -> Any:
-    """Return the tokenizer of a text model, as transformers makes it; None for a model that takes images."""
+def tokenizer_of(config: ModelConfig, kept: Path | None = None) -> Any:
+    """Return the tokenizer of a text model, as transformers makes it; None for a model that takes images.
+
+    Args:
+        config: of the model.
+        kept: a folder with a tokenizer that is read in place of the model's, if it is there.
+    """
     if not config.name.startswith("hf:"):
         return None
     transformers = module_of("text", "transformers")
+    folder = kept if kept is not None and kept.is_dir() else _hf_folder(config.name[3:])
     with reading(config.name, "transformers", "unreadable-model"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(_hf_folder(config.name[3:]), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -121,24 +121,24 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...] = ()) -> ExampleInputs:
-    """Return inputs to capture the model with: floats of this shape, or what the model's kind says.
+def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...] = ()) -> Arguments:
+    """Return arguments to capture the model with: floats of this shape, or what the model's kind says.
 
     Raises:
         SpecError: neither says it.
     """
     if shape:
-        return ExampleInputs((torch.rand(shape),), {})
+        return (torch.rand(shape),), {}
     if config.name.startswith("hf:"):
         ids = torch.ones(2, 16, dtype=torch.long)
-        return ExampleInputs((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     known = getattr(model, "pretrained_cfg", {}).get("input_size")
     if known is None:
         raise SpecError(
             f"{config.name} does not say what it takes; give the shape of its input, as --input 2 3 64 64",
             code="missing-argument",
         )
-    return ExampleInputs((torch.rand(2, *known),), {})
+    return (torch.rand(2, *known),), {}
 
 
 def user_function(name: str) -> Callable[..., Any]:
@@ -158,7 +158,7 @@ def user_function(name: str) -> Callable[..., Any]:
         raise SpecError(f"{name}: {fault}", code="import-failed") from fault
     function: Any = getattr(module, function_name, None)
     if not callable(function):
-        known = [each for each in vars(module) if not each.startswith("_")]
+        known = [known for known in vars(module) if not known.startswith("_")]
         raise SpecError(
             f"{name}: {module_name} has no function {function_name!r}{nearest(function_name, known)}",
             code="unknown-name",
@@ -185,7 +185,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     model: nn.Module
     with reading(config.name, "transformers", "unreadable-model"):
         about = transformers.AutoConfig.from_pretrained(folder, **safe)
-        if any(each.endswith("ForSequenceClassification") for each in about.architectures or ()):
+        if any(name.endswith("ForSequenceClassification") for name in about.architectures or ()):
             head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
             model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options, **head)
         else:
@@ -212,12 +212,12 @@ def _hf_folder(name: str) -> Path:
     """Return the folder of a transformers model; `package:NAME` is the one inside an installed package."""
     kind, _, package = name.partition(":")
     if kind == "package" and package:
-        found = importlib.util.find_spec(package) if package.isidentifier() else None
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or spec.origin is None:
             raise SpecError(
                 f"hf:{name}: no package {package!r} is installed; nothing is downloaded", code="package-not-installed"
             )
-        configs = sorted(Path(found.origin).parent.rglob("config.json"), key=lambda path: len(path.parts))
+        configs = sorted(Path(spec.origin).parent.rglob("config.json"), key=lambda path: len(path.parts))
         if not configs:
             raise SpecError(f"hf:{name}: no folder of this package has a config.json", code="no-model-config")
         return configs[0].parent
@@ -231,7 +231,7 @@ def _hf_folder(name: str) -> Path:
 def _python(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     function = user_function(config.name)
     parameters = inspect.signature(function).parameters.values()
-    if classes is None and any(each.default is each.empty for each in parameters):
+    if classes is None and any(parameter.default is parameter.empty for parameter in parameters):
         raise SpecError(
             f"python:{name}: this command calls the function without arguments; give each a default",
             code="function-needs-arguments",
@@ -259,8 +259,8 @@ def _load_weights(model: nn.Module, source: str, head: str = "") -> None:
     """
     if not source:
         return
-    own, found = model.state_dict(), _weights(model, source)
-    missing, extra = sorted(set(own) - set(found)), sorted(set(found) - set(own))
+    state, weights = model.state_dict(), _weights(model, source)
+    missing, extra = sorted(set(state) - set(weights)), sorted(set(weights) - set(state))
     if missing or extra:
         name = (missing or extra)[0]
         what = "lacks" if missing else "has, and the model has not,"
@@ -269,21 +269,21 @@ def _load_weights(model: nn.Module, source: str, head: str = "") -> None:
             "give weights of this very model, or leave model.weights out",
             code="weights-do-not-fit",
         )
-    kept = {name for name in own if head and name.startswith(f"{head}.") and own[name].shape != found[name].shape}
-    for name in own:
-        if name not in kept and own[name].shape != found[name].shape:
+    new = {name for name in state if head and name.startswith(f"{head}.") and state[name].shape != weights[name].shape}
+    for name in state:
+        if name not in new and state[name].shape != weights[name].shape:
             raise SpecError(
-                f"{source} does not fit the model: {name!r} is {list(found[name].shape)} there and "
-                f"{list(own[name].shape)} here; give weights of this very model",
+                f"{source} does not fit the model: {name!r} is {list(weights[name].shape)} there and "
+                f"{list(state[name].shape)} here; give weights of this very model",
                 code="weights-do-not-fit",
             )
-    model.load_state_dict({name: own[name] if name in kept else found[name] for name in own}, strict=True)
+    model.load_state_dict({name: state[name] if name in new else weights[name] for name in state}, strict=True)
 
 
 def _weights(model: nn.Module, source: str) -> Mapping[str, Tensor]:
     if source.startswith("python:"):
-        found: Mapping[str, Tensor] = user_function(source)(model)
-        return found
+        weights: Mapping[str, Tensor] = user_function(source)(model)
+        return weights
     if not source.endswith(".safetensors"):
         raise SpecError(f"model.weights is {source!r}; give a .safetensors file or python:package.module:function")
     from safetensors import SafetensorError

@@ -1,7 +1,7 @@
 """`lorasc-fx predict`: classes of images or texts, by the folded weights of a run.
 
 The original model is built and gets the run's folded weights; nothing is captured and the data set is not read. The
-preprocessing is that of the run's configuration, the names of the classes are in its records.
+preprocessing is that of the run: its configuration, its tokenizer, and the names of the classes in its records.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run_predict(arguments: PredictArguments) -> int:
             f"write the slow weights of its last checkpoint with lorasc-fx fold {arguments.run}",
             code="run-not-ended",
         )
-    tokenizer = tokenizer_of(config.model)
+    tokenizer = tokenizer_of(config.model, folder.tokenizer)
     encode = encoder_of(config.data, tokenizer)
     model = _folded_model(config, folder.folded, len(classes), images=tokenizer is None)
     batches = _images(arguments.inputs, config) if tokenizer is None else _texts(arguments.inputs, config)
@@ -88,7 +88,7 @@ def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) 
 
 def _images(path: Path, config: Config) -> Iterator[tuple[list[str], Tensor]]:
     """Yield the image at a path, or those in a folder, by name; one at a time, as their sizes differ."""
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise SpecError(f"{path} holds no files; give an image, or a folder of images", code="too-few-examples")
     size = config.data.image_size if config.data.name.startswith("imagefolder:") else None

@@ -95,8 +95,8 @@ class RunRecord:
     @cached_property
     def result(self) -> dict[str, float]:
         """Accuracy on the test set and its shifts; empty before the end."""
-        found = [line for line in self.lines if line.get("event") == "result"]
-        return {name: value for name, value in found[-1].items() if name != "event"} if found else {}
+        results = [line for line in self.lines if line.get("event") == "result"]
+        return {name: value for name, value in results[-1].items() if name != "event"} if results else {}
 
     @cached_property
     def seconds_a_step(self) -> float | None:
@@ -149,19 +149,18 @@ DRAWN = 6
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of a table; its style is a class of the page: `name`, `text`, `sentence`, or none for numbers."""
-
-    title: str
-    style: str = ""
-
-
-@dataclass(frozen=True)
 class Table:
-    """A table of the page; a long one folds."""
+    """A table of the page; a long one folds.
+
+    Args:
+        title: of the table.
+        columns: the style of each column by its title, a class of the page: `name`, `text`, `sentence`, or "" for
+            numbers.
+        rows: of cells.
+    """
 
     title: str
-    columns: Sequence[Column]
+    columns: Sequence[tuple[str, str]]
     rows: Sequence[Sequence[Any]]
 
     @property
@@ -201,11 +200,11 @@ def run_report(arguments: ReportArguments) -> int:
     """
     require("report", "jinja2", "matplotlib")
     record = RunRecord.read(arguments.run)
-    where = arguments.output or RunFolder(arguments.run).report
-    check_output(where, folder=False)
-    where.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(where, page(record))
-    print(f"{where}: the report of {record.name}")
+    output = arguments.output or RunFolder(arguments.run).report
+    check_output(output, folder=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, page(record))
+    print(f"{output}: the report of {record.name}")
     return 0
 
 
@@ -221,7 +220,7 @@ def page(record: RunRecord) -> str:
         f"{' then '.join(str(pace) for pace in paces)}, restart {spec.restart}, noise {spec.noise.strength:g}"
         + ("." if record.result else "; this run has not ended yet.")
     )
-    sections = [each for each in _sections(record) if each.pictures or each.tables or each.paragraphs]
+    sections = [section for section in _sections(record) if section.pictures or section.tables or section.paragraphs]
     text: str = environment.from_string(PAGE).render(
         title=f"Run {record.name}", lead=lead, style=STYLE, numbers=_numbers(record), sections=sections
     )
@@ -257,76 +256,70 @@ def _sections(record: RunRecord) -> Iterable[Section]:
 
 
 def _slow_and_fast(record: RunRecord) -> Section:
-    rows = record.stages
+    rows, title = record.stages, "Slow beside fast weights"
+    if not rows:
+        return Section("slow-fast", title)
     pictures = []
-    for key, measure, what in (
-        ("validation", "validation", "accuracy"),
-        ("validation-loss", "validation_loss", "validation loss"),
-    ):
+    for measure, what in (("validation", "accuracy"), ("validation_loss", "validation loss")):
         points = [(row["stage"], row.get(measure), row.get(f"{measure}_fast")) for row in rows]
-        if any(each is not None for _, *pair in points for each in pair):
-            pictures.append(slow_and_fast(points, key, what))
-    columns = [Column(name) for name in ("stage", "step", "accuracy, slow", "fast", "loss, slow", "fast")]
+        if any(value is not None for _, *pair in points for value in pair):
+            pictures.append(slow_and_fast(points, measure.replace("_", "-"), what))
+    columns = [(name, "") for name in ("stage", "step", "accuracy, slow", "fast", "loss, slow", "fast")]
     measures = ("validation", "validation_fast", "validation_loss", "validation_loss_fast")
-    table = [(row["stage"], row["step"], *(_number(row.get(name)) for name in measures)) for row in rows]
-    said = "Fast weights are those that the stage trained, without its noise; slow ones are what a release would give."
-    return Section(
-        "slow-fast",
-        "Slow beside fast weights",
-        (said,) if rows else (),
-        pictures,
-        (Table("On the validation examples, at the end of each stage", columns, table),) if rows else (),
-    )
+    cells = [(row["stage"], row["step"], *(_number(row.get(name)) for name in measures)) for row in rows]
+    about = "Fast weights are those that the stage trained, without its noise; slow ones are what a release would give."
+    table = Table("On the validation examples, at the end of each stage", columns, cells)
+    return Section("slow-fast", title, (about,), pictures, (table,))
 
 
 def _experts(record: RunRecord) -> Section:
     stages, rows = record.expert_stages, record.expert_rows
     if not stages or not rows:
         return Section("experts", "Experts")
+    measures = (("norm", "norm", "norm", "norm"), ("effective_rank", "rank", "effective rank", "eff. rank"))
     pictures = [
         by_site(
             {stage: [row["by_stage"][stage].get(measure) for row in rows] for stage in stages}, key, what, len(rows)
         )
-        for key, measure, what in (("norm", "norm", "norm"), ("rank", "effective_rank", "effective rank"))
+        for measure, key, what, _ in measures
     ]
-    columns = [Column("no."), Column("site", "name")]
-    columns += [Column(f"{what}, stage {stage}") for stage in stages for what in ("norm", "eff. rank")]
-    table = [
+    columns = [("no.", ""), ("site", "name")]
+    columns += [(f"{short}, stage {stage}", "") for stage in stages for *_, short in measures]
+    cells = [
         (
             row["number"],
             row["site"],
-            *(_number(row["by_stage"][stage].get(name)) for stage in stages for name in ("norm", "effective_rank")),
+            *(_number(row["by_stage"][stage].get(measure)) for stage in stages for measure, *_ in measures),
         )
         for row in rows
     ]
-    said = (
+    about = (
         "Each stage trains one expert a site, s B A. Its norm is the Frobenius norm; its effective rank is the "
         "exponential of the entropy of its singular values (Roy and Vetterli, 2007): 1 where one direction does all, "
         "the rank where all do as much."
     )
-    return Section("experts", "Experts", (said,), pictures, (Table("Experts by site", columns, table),))
+    return Section("experts", "Experts", (about,), pictures, (Table("Experts by site", columns, cells),))
 
 
 def _spectrum(record: RunRecord) -> Section:
-    found = {name: each for name, each in record.spectrum.items() if each["values"] and max(each["values"]) > 0}
-    if not found:
+    moved = {name: delta for name, delta in record.spectrum.items() if delta["values"] and max(delta["values"]) > 0}
+    if not moved:
         return Section("delta", "Final delta")
-    largest = sorted(found, key=lambda name: -found[name]["norm"])[:DRAWN]
-    columns = [Column("site", "name"), Column("norm"), Column("share of W0"), Column("eff. rank"), Column("largest"),
-               Column("second"), Column("values")]  # fmt: skip
-    table = []
-    for name, each in record.spectrum.items():
-        share = each["norm"] / each["base_norm"] if each["base_norm"] else None
-        first = [_number(value) for value in each["values"][:2]] + ["–", "–"]
-        rank = _number(each["effective_rank"])
-        table.append((name, _number(each["norm"]), f"{share:.2%}" if share is not None else "–", rank, *first[:2],
-                      len(each["values"])))  # fmt: skip
-    said = (
+    largest = sorted(moved, key=lambda name: -moved[name]["norm"])[:DRAWN]
+    columns = [("site", "name")]
+    columns += [(title, "") for title in ("norm", "share of W0", "eff. rank", "largest", "second", "values")]
+    cells = []
+    for name, delta in record.spectrum.items():
+        share = f"{delta['norm'] / delta['base_norm']:.2%}" if delta["base_norm"] else "–"
+        first, second = [*map(_number, delta["values"][:2]), "–", "–"][:2]
+        rank = _number(delta["effective_rank"])
+        cells.append((name, _number(delta["norm"]), share, rank, first, second, len(delta["values"])))
+    about = (
         "The slow delta S of each site, as the run ended: what a release adds to W0. Singular values come from the "
         "experts' factors; the share is that of the norms."
     )
-    picture = spectra({name: found[name]["values"] for name in largest})
-    return Section("delta", "Final delta", (said,), (picture,), (Table("Final delta by site", columns, table),))
+    picture = spectra({name: moved[name]["values"] for name in largest})
+    return Section("delta", "Final delta", (about,), (picture,), (Table("Final delta by site", columns, cells),))
 
 
 def _cost(record: RunRecord) -> Section:
@@ -339,50 +332,49 @@ def _cost(record: RunRecord) -> Section:
         ("entries of the model", f"{about['parameters']:,}"),
         ("trained entries", f"{about['trainable']:,}"),
         ("of these in branches", f"{branches:,}"),
-        ("placements", ", ".join(f"{count} {where}" for where, count in counted.most_common()) or "–"),
+        ("placements", ", ".join(f"{count} {placement}" for placement, count in counted.most_common()) or "–"),
         ("expected step over that of the frozen model", f"{expected:.2f}" if expected is not None else "not known"),
         ("median seconds a step", f"{step:.3g}" if step is not None else "not known"),
         ("seconds of training", f"{record.seconds:.1f}"),
         ("front end", about["frontend"]),
     ]
     rows += [(f"front end {name} refused", reason) for name, reason in about["refused_frontends"]]
-    columns = [Column("what", "text"), Column("how much", "text")]
-    said = "After the last fold nothing of this is left: the released model has the nodes of the original."
-    return Section("cost", "Cost", (said,), (), (Table("Cost of the run", columns, rows),))
+    text = "After the last fold nothing of this is left: the released model has the nodes of the original."
+    table = Table("Cost of the run", [("what", "text"), ("how much", "text")], rows)
+    return Section("cost", "Cost", (text,), (), (table,))
 
 
 def _sites(record: RunRecord) -> Section:
-    columns = [Column("no."), Column("site", "name"), Column("kind", "text"), Column("shape"), Column("rank"),
-               Column("scale"), Column("branch", "text"), Column("entries")]  # fmt: skip
+    columns = [("no.", ""), ("site", "name"), ("kind", "text"), ("shape", ""), ("rank", ""), ("scale", ""),
+               ("branch", "text"), ("entries", "")]  # fmt: skip
     rows = [
         (number, site["weight"], site["kind"], " × ".join(map(str, site["shape"])), site["rank"],
          f"{site['scale']:g}", site["placement"], f"{site['parameters']:,}")
         for number, site in enumerate(record.about["sites"], start=1)
     ]  # fmt: skip
     counted = Counter(site["kind"] for site in record.about["sites"])
-    said = f"{len(rows)} weights were adapted: " + ", ".join(f"{n} {kind}" for kind, n in counted.most_common()) + "."
-    return Section("sites", "Sites", (said,), (), (Table("Sites", columns, rows),))
+    about = f"{len(rows)} weights were adapted: " + ", ".join(f"{n} {kind}" for kind, n in counted.most_common()) + "."
+    return Section("sites", "Sites", (about,), (), (Table("Sites", columns, rows),))
 
 
 def _refusals(record: RunRecord) -> Section:
     refusals, unreached = record.about["refusals"], record.about["unreached"]
-    counted = Counter(each["reason"] for each in refusals)
-    told = [f"{count} {reason}" for reason, count in counted.most_common()]
+    counted = Counter(refusal["reason"] for refusal in refusals)
+    counts = [f"{count} {reason}" for reason, count in counted.most_common()]
     if unreached:
-        told.append(f"{len(unreached)} unreached (in no graph)")
-    said = f"Weight matrices that have no branch: {', '.join(told)}." if told else "Every weight matrix was adapted."
-    columns = [Column("weight", "name"), Column("reason", "text"), Column("because", "sentence")]
-    rows = [(each["weight"], each["reason"], each["sentence"]) for each in refusals]
+        counts.append(f"{len(unreached)} unreached (in no graph)")
+    about = f"Weight matrices that have no branch: {', '.join(counts)}." if counts else "Every matrix was adapted."
+    columns = [("weight", "name"), ("reason", "text"), ("because", "sentence")]
+    rows = [(refusal["weight"], refusal["reason"], refusal["sentence"]) for refusal in refusals]
     rows += [(name, "unreached", "no captured graph uses it") for name in unreached]
-    return Section("refusals", "Refusals", (said,), (), (Table("Refusals", columns, rows),) if rows else ())
+    return Section("refusals", "Refusals", (about,), (), (Table("Refusals", columns, rows),) if rows else ())
 
 
 def _environment(record: RunRecord) -> Section:
-    found = dict(record.environment)
-    packages = found.pop("packages", {})
-    rows = [(name, value) for name, value in found.items() if value is not None]
-    rows += [(name, version) for name, version in packages.items() if version is not None]
-    columns = [Column("what", "text"), Column("version or value", "text")]
+    machine = {name: value for name, value in record.environment.items() if name != "packages"}
+    versions = machine | record.environment.get("packages", {})
+    rows = [(name, value) for name, value in versions.items() if value is not None]
+    columns = [("what", "text"), ("version or value", "text")]
     return Section("made-with", "Made with", (), (), (Table("Machine and packages", columns, rows),) if rows else ())
 
 

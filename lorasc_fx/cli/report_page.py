@@ -46,18 +46,18 @@ PAGE = """
 {%- macro figure(picture) -%}
 <figure>{{ picture.svg | safe }}<figcaption>{{ picture.title }}.</figcaption></figure>
 {%- endmacro -%}
-{%- macro table(found) -%}
-{% if found.folds %}<details><summary>{{ found.title }} ({{ found.rows | length }} rows)</summary>{% endif %}
-<div class="scroll" tabindex="0" role="region" aria-label="{{ found.title }}"><table>
-<caption>{{ found.title }}</caption>
-<thead><tr>{% for column in found.columns %}
-<th scope="col"{% if column.style %} class="{{ column.style }}"{% endif %}>{{ column.title }}</th>{% endfor %}
+{%- macro table(table) -%}
+{% if table.folds %}<details><summary>{{ table.title }} ({{ table.rows | length }} rows)</summary>{% endif %}
+<div class="scroll" tabindex="0" role="region" aria-label="{{ table.title }}"><table>
+<caption>{{ table.title }}</caption>
+<thead><tr>{% for title, style in table.columns %}
+<th scope="col"{% if style %} class="{{ style }}"{% endif %}>{{ title }}</th>{% endfor %}
 </tr></thead>
-<tbody>{% for row in found.rows %}<tr>{% for cell in row %}
-<td{% if found.columns[loop.index0].style %} class="{{ found.columns[loop.index0].style }}"{% endif %}>{{ cell }}</td>
+<tbody>{% for row in table.rows %}<tr>{% for cell in row %}{% set style = table.columns[loop.index0][1] %}
+<td{% if style %} class="{{ style }}"{% endif %}>{{ cell }}</td>
 {%- endfor %}</tr>
 {% endfor %}</tbody></table></div>
-{% if found.folds %}</details>{% endif %}
+{% if table.folds %}</details>{% endif %}
 {%- endmacro -%}
 <!doctype html>
 <html lang="en">
@@ -88,7 +88,7 @@ PAGE = """
 {% for picture in section.pictures %}{{ figure(picture) }}
 {% endfor %}</div>
 {% endif %}
-{% for each in section.tables %}{{ table(each) }}
+{% for content in section.tables %}{{ table(content) }}
 {% endfor %}
 </section>
 {% endfor %}

@@ -14,7 +14,6 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,11 @@ SECTIONS = ("model", "data", "train", "spec")
 
 _PACKAGES = (
     "lorasc-fx", "torch", "networkx", "safetensors", "tyro", "rich", "timm", "torchvision", "transformers", "numpy",
-    "scipy",
+    "scipy", "datasets",
 )  # fmt: skip
 
-
-KEPT = 64
-"""Singular values of a slow delta that are kept, the largest ones."""
+SINGULAR_VALUES = 64
+"""Largest singular values that are recorded of a slow delta."""
 
 _CASCADE = ("model", "frontend", "parameters", "trainable", "expected_step_ratio", "sites", "refusals", "unreached",
             "refused_frontends")  # fmt: skip
@@ -53,61 +51,31 @@ _DELTA = ("values", "norm", "base_norm", "effective_rank")
 """Keys of the records, without which they are damaged."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """The files of one run."""
+    """The files of one run.
 
-    path: Path
+    Args:
+        path: of the folder; it need not be there.
+    """
 
-    @property
-    def config(self) -> Path:
-        """The configuration that the run had, defaults and overrides included."""
-        return self.path / "config.toml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line."""
-        return self.path / FILE
-
-    @property
-    def cascade(self) -> Path:
-        """Sites, refusals, placements and cost, as the run began."""
-        return self.path / "cascade.json"
-
-    @property
-    def experts(self) -> Path:
-        """Norm and effective rank of each expert, one JSON object a line."""
-        return self.path / "experts.jsonl"
-
-    @property
-    def spectrum(self) -> Path:
-        """Singular values of each slow delta, as the run ended."""
-        return self.path / "spectrum.json"
-
-    @property
-    def report(self) -> Path:
-        """The page that `lorasc-fx report` writes."""
-        return self.path / "report.html"
-
-    @property
-    def checkpoint(self) -> Path:
-        """What `lorasc_fx.save` wrote."""
-        return self.path / "checkpoint"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"  # defaults and overrides included
+        self.environment = path / "environment.json"
+        self.metrics = path / FILE
+        self.cascade = path / "cascade.json"
+        self.experts = path / "experts.jsonl"
+        self.spectrum = path / "spectrum.json"
+        self.report = path / "report.html"
+        self.checkpoint = path / "checkpoint"  # of lorasc_fx.save
+        self.folded = path / "folded.safetensors"  # slow weights, in the layout of the original model
+        self.tokenizer = path / "tokenizer"
+        self.results = path / "results"  # of `compare`, one file a run
 
     @property
     def saved(self) -> bool:
         """Whether there is a version to go on from: a run that was killed in its first save leaves a folder without."""
         return bool(list_versions(self.checkpoint))
-
-    @property
-    def folded(self) -> Path:
-        """The slow weights, in the layout of the original model."""
-        return self.path / "folded.safetensors"
-
-    @property
-    def results(self) -> Path:
-        """Results of `compare`, one file a method, seed and learning rate."""
-        return self.path / "results"
 
     @property
     def started(self) -> bool:
@@ -166,41 +134,34 @@ class RunFolder:
             self._delete_run()
         self.path.mkdir(parents=True, exist_ok=True)
         write_config(config, self.config)
-        write_whole(self.path / "environment.json", json.dumps(_environment(), indent=1) + "\n")
+        write_whole(self.environment, json.dumps(_environment(), indent=1) + "\n")
 
     def log(self, **entry: Any) -> None:
         """Add one line to the metrics."""
         append(self.metrics, entry)
 
     def write_cascade(self, cascade: lx.Cascade, classes: Sequence[str]) -> None:
-        """Write what was decided, what it is expected to cost, and the names of the classes."""
-        total = sum(parameter.numel() for parameter in cascade.model.parameters())
+        """Write the decisions and their expected cost, and the names of the classes."""
         placements = cascade.placements
+        sites = [
+            {key: getattr(site, key) for key in _SITE}
+            | {"placement": placements.get(site.weight, site.placement), "shape": list(site.shape)}
+            for site in cascade.sites
+        ]
         about = {
             "model": type(cascade.model).__name__,
             "classes": list(classes),
             "frontend": cascade.frontend,
-            "parameters": total,
+            "parameters": sum(parameter.numel() for parameter in cascade.model.parameters()),
             "trainable": sum(parameter.numel() for parameter in cascade._run.trainable().values()),
             "expected_step_ratio": cascade.expected_step_ratio,
-            "sites": [
-                {
-                    "weight": site.weight,
-                    "kind": site.kind,
-                    "shape": list(site.shape),
-                    "rank": site.rank,
-                    "scale": site.scale,
-                    "placement": placements.get(site.weight, site.placement),
-                    "parameters": site.parameters,
-                }
-                for site in cascade.sites
-            ],
+            "sites": sites,
             "refusals": [
-                {"weight": each.weight, "node": each.node, "reason": each.reason.value, "sentence": each.sentence}
-                for each in cascade.refusals
+                {"weight": refusal.weight, "reason": refusal.reason.value, "sentence": refusal.sentence}
+                for refusal in cascade.refusals
             ],
-            "unreached": list(cascade.unreached),
-            "refused_frontends": [list(each) for each in cascade.refused_frontends],
+            "unreached": cascade.unreached,
+            "refused_frontends": cascade.refused_frontends,
         }
         write_whole(self.cascade, json.dumps(about, indent=1) + "\n")
 
@@ -210,39 +171,37 @@ class RunFolder:
             for weight, branch in cascade._run.branches_by_weight().items():
                 line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
                 if branch.finite():
-                    began = cascade._run.slow.states[weight].initial
-                    values = singular_values(factors_of(branch, torch.device("cpu"), began))
+                    initial = cascade._run.slow.states[weight].initial
+                    values = singular_values(factors_of(branch, torch.device("cpu"), initial))
                     line |= {"norm": norm_of(values), "effective_rank": effective_rank(values)}
                 file.write(json.dumps(line) + "\n")
 
     def write_spectrum(self, cascade: lx.Cascade) -> None:
         """Write the largest singular values of each slow delta, its norm beside that of W0, and its effective rank."""
-        found: dict[str, Any] = {}
+        deltas: dict[str, Any] = {}
         with torch.no_grad():
             for weight in cascade.plan.by_weight:
                 state = cascade._run.slow.states[weight]
                 values = slow_spectrum(state)
-                base = dense(state.base).double().norm().item()
-                flat = values.flatten().sort(descending=True).values
-                found[weight] = {
-                    "values": flat[:KEPT].tolist(),
+                deltas[weight] = {
+                    "values": values.flatten().sort(descending=True).values[:SINGULAR_VALUES].tolist(),
                     "norm": norm_of(values),
-                    "base_norm": base,
+                    "base_norm": dense(state.base).double().norm().item(),
                     "effective_rank": effective_rank(values) if values.shape[-1] else 0.0,
                 }
-        write_whole(self.spectrum, json.dumps(found) + "\n")
+        write_whole(self.spectrum, json.dumps(deltas) + "\n")
 
     def read_cascade(self) -> dict[str, Any]:
         """Return what `write_cascade` wrote.
 
         Raises:
-            StateError: it is not there, or damaged, as with all these records.
+            StateError: it is damaged, as with all these records.
         """
-        found = _parsed(self.cascade, self.cascade.read_bytes(), 1, _CASCADE)
-        for entries, keys in ((found["sites"], _SITE), (found["refusals"], _REFUSAL)):
+        about = _record(self.cascade, _CASCADE)
+        for entries, keys in ((about["sites"], _SITE), (about["refusals"], _REFUSAL)):
             for entry in entries:
                 _check(self.cascade, 1, entry, keys)
-        return found
+        return about
 
     def read_classes(self) -> tuple[str, ...]:
         """Return the names of the classes."""
@@ -257,40 +216,36 @@ class RunFolder:
 
     def read_spectrum(self) -> dict[str, Any]:
         """Return what `write_spectrum` wrote; nothing before the end of the run."""
-        if not self.spectrum.is_file():
-            return {}
-        found = _parsed(self.spectrum, self.spectrum.read_bytes(), 1, ())
-        for entry in found.values():
+        deltas = _record(self.spectrum)
+        for entry in deltas.values():
             _check(self.spectrum, 1, entry, _DELTA)
-        return found
+        return deltas
 
     def read_environment(self) -> dict[str, Any]:
         """Return packages and machine."""
-        path = self.path / "environment.json"
-        return _parsed(path, path.read_bytes(), 1, ()) if path.is_file() else {}
+        return _record(self.environment)
 
     def write_weights(self, tensors: Mapping[str, Tensor], path: Path | None = None) -> Path:
         """Write a state dict as safetensors; weights that share memory are written once each by name."""
-        where = path or self.folded
-        where.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, where)
-        return where
+        file = path or self.folded
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, file)
+        return file
 
     def _delete_run(self) -> None:
         """Delete what a run wrote, and nothing else that is in the folder."""
-        files = (self.metrics, self.cascade, self.experts, self.spectrum, self.report, self.folded)
-        for path in files:
+        for path in (self.metrics, self.cascade, self.experts, self.spectrum, self.report, self.folded):
             path.unlink(missing_ok=True)
-        for path in (self.checkpoint, self.results, self.path / "tensorboard"):
+        for path in (self.checkpoint, self.results, self.tokenizer, self.path / "tensorboard"):
             if path.exists():
                 shutil.rmtree(path)
 
     def _check_same(self, config: Config) -> None:
-        before, now = config_to_dict(load_config(self.config)), config_to_dict(config)
+        before, now = (json.loads(json.dumps(config_to_dict(one))) for one in (load_config(self.config), config))
         for section in SECTIONS:
             for key, value in now[section].items():
                 was = before[section].get(key)
-                if _comparable(was) != _comparable(value):
+                if was != value:
                     raise StateError(
                         f"{self.path} holds a run with {section}.{key} = {was!r}, and this one has {value!r}; "
                         "resume with the same, --overwrite it, or give --output FOLDER to start another",
@@ -305,8 +260,8 @@ def check_output(path: Path, *, folder: bool) -> None:
         SpecError: it is of the other kind, has a file among its parents, or cannot be written.
     """
     if path.exists() and path.is_dir() != folder:
-        found, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
-        raise SpecError(f"{path} is {found}, and the output is {wanted}; give another path", code="path-in-the-way")
+        kind, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise SpecError(f"{path} is {kind}, and the output is {wanted}; give another path", code="path-in-the-way")
     present = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not folder and present == path.absolute():
         present = present.parent
@@ -330,59 +285,58 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def read_lines(path: Path, keys: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def read_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the records of a file of JSON lines, each with these keys; none where there is no file.
 
     Raises:
         StateError: a line is damaged.
     """
     lines = enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1)
-    return [_parsed(path, line, number, keys) for number, line in lines if line.strip()]
+    return [_parsed(path, number, line, keys) for number, line in lines if line.strip()]
 
 
-def _parsed(path: Path, text: bytes, number: int, keys: tuple[str, ...]) -> dict[str, Any]:
+def _record(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the record that a file holds; an empty one where there is no file."""
+    return _parsed(path, 1, path.read_bytes(), keys) if path.is_file() else {}
+
+
+def _parsed(path: Path, number: int, text: bytes, keys: Sequence[str]) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        record = json.loads(text)
     except ValueError as fault:
-        raise StateError(
-            f"{path}: line {number} is no JSON ({fault}); the file is damaged: restore it, or train anew",
-            code="damaged-file",
-        ) from fault
-    _check(path, number, found, keys)
-    return dict(found)
+        raise _damaged(path, number, f"is no JSON ({fault})") from fault
+    _check(path, number, record, keys)
+    return dict(record)
 
 
-def _check(path: Path, number: int, found: Any, keys: tuple[str, ...]) -> None:
+def _check(path: Path, number: int, record: Any, keys: Sequence[str]) -> None:
     """Check that a value is a JSON object with these keys."""
-    if not isinstance(found, dict):
-        raise StateError(
-            f"{path}: line {number} is no JSON object; the file is damaged: restore it, or train anew",
-            code="damaged-file",
-        )
-    missing = [key for key in keys if key not in found]
+    if not isinstance(record, dict):
+        raise _damaged(path, number, "is no JSON object")
+    missing = [key for key in keys if key not in record]
     if missing:
-        raise StateError(
-            f"{path}: line {number} has no key {missing[0]!r}; the file is damaged: restore it, or train anew",
-            code="damaged-file",
-        )
+        raise _damaged(path, number, f"has no key {missing[0]!r}")
 
 
-def _comparable(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _damaged(path: Path, number: int, what: str) -> StateError:
+    return StateError(
+        f"{path}: line {number} {what}; the file is damaged: restore it, or train anew", code="damaged-file"
+    )
 
 
 def _environment() -> dict[str, Any]:
-    packages: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = None
     return {
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": packages,
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

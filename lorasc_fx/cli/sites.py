@@ -45,10 +45,10 @@ def run_sites(arguments: SitesArguments) -> int:
 
     config = ModelConfig(name=arguments.model)
     model = set_mode(build_model(config, None), arguments.training)
-    inputs = example_inputs(config, model, arguments.input)
+    args, kwargs = example_inputs(config, model, arguments.input)
     spec = CascadeSpec(targets=arguments.targets, exclude=arguments.exclude, train=arguments.train, rank=arguments.rank)
     total = sum(parameter.numel() for parameter in model.parameters())
-    cascade = lx.adapt(model, args=inputs.args, kwargs=inputs.kwargs, spec=spec, frontend=arguments.frontend)
+    cascade = lx.adapt(model, args=args, kwargs=kwargs, spec=spec, frontend=arguments.frontend)
     screen = console()
     sites = Table(title=f"{len(cascade.sites)} sites of {arguments.model}")
     for column in ("weight", "kind", "shape", "rank", "branch"):

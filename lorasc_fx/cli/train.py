@@ -127,4 +127,6 @@ def _begin(
     if resumed:
         return cascade, optimizer, schedule, int(cascade.resume(optimizer, schedule)["step"])
     folder.write_cascade(cascade, setup.splits.classes)
+    if setup.tokenizer is not None:
+        setup.tokenizer.save_pretrained(folder.tokenizer)
     return cascade, optimizer, schedule, 0

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,17 @@ class Diverged(StateError):
 
 @dataclass(frozen=True)
 class Setup:
-    """A configuration with its data loaded; models are built from it as often as they are needed."""
+    """A configuration with its data loaded; models are built from it as often as they are needed.
+
+    Args:
+        config: of the run.
+        splits: the data.
+        tokenizer: of a text model.
+    """
 
     config: Config
     splits: Splits
+    tokenizer: Any = None
 
     @classmethod
     def of(cls, config: Config) -> Setup:
@@ -68,7 +76,8 @@ class Setup:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         _check_device(config.train.device)
-        return cls(config, load_data(config.data, tokenizer_of(config.model)))
+        tokenizer = tokenizer_of(config.model)
+        return cls(config, load_data(config.data, tokenizer), tokenizer)
 
     def model(self, seed: int) -> nn.Module:
         """Return a fresh model with a new head from this seed, in the mode in which it is trained."""

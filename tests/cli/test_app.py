@@ -13,6 +13,7 @@ import torch
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
+from lorasc_fx.cli.sites import SitesArguments
 from lorasc_fx.errors import MissingExtra
 from lorasc_fx.extras import module_of
 from tests.cli.long_run import write_long_run
@@ -108,7 +109,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
 def test_an_error_of_the_operating_system_is_a_sentence(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: object) -> int:
+    def full(arguments: SitesArguments) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/tiny/metrics.jsonl")
 
     monkeypatch.setattr("lorasc_fx.cli.sites.run_sites", full)
@@ -128,7 +129,7 @@ def test_random_weights_are_said(place: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_fault_of_ours_keeps_its_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: object) -> int:
+    def broken(arguments: SitesArguments) -> int:
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr("lorasc_fx.cli.sites.run_sites", broken)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lorasc_fx.cli.app import COMMANDS
 from lorasc_fx.cli.config import (
     CompareConfig,
     Config,
     DataConfig,
+    ModelConfig,
     TrainConfig,
     key_lines,
     line_of,
     load_config,
     write_config,
 )
+from lorasc_fx.cli.data import DATA
+from lorasc_fx.cli.export import FORMATS
+from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import CascadeSpec, Noise, Rule
 from tests.kit.errors import raises
@@ -133,3 +140,19 @@ def test_lines_of_keys() -> None:
     assert (lines[("b", "g", "0", "h")], lines[("b", "g", "1", "h")]) == (8, 10)
     assert line_of(lines, ("b", "g", "1", "absent")) == 9
     assert line_of(lines, ("absent",)) == 1
+
+
+def test_the_page_names_every_key_and_method() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    tables = (ModelConfig, DataConfig, TrainConfig, CompareConfig)
+    names = [field.name for table in tables for field in dataclasses.fields(table)] + [*METHODS, *COMMANDS]
+    assert [name for name in names if not re.search(rf"`[^`]*(?<![\w-]){name}(?![\w-])[^`]*`", page)] == []
+    assert [name for name in (*DATA, *FORMATS) if f"`{name}`" not in page] == []
+
+
+def test_the_configuration_of_the_page_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    config = load_config(written(tmp_path, text))
+    assert config.compare.rates_of("lora") == (0.0001, 0.0003, 0.001)
+    assert config.compare.rates_of("lorasc") == config.compare.lrs
