@@ -180,7 +180,6 @@ CODES = {
     "run-has-no-data": "a run has written nothing to show yet",
     "run-not-ended": "a run has not ended, and its last stage is not folded yet",
     "running-stage-folded": "(warning) a fold takes a running stage as one that has ended",
-    "saved-otherwise": "a checkpoint was written by another save than this call reads",
     "sharded": "the call is not there for sharded weights",
     "shared-memory": "a parameter shares memory with another one",
     "signature-differs": "the parameters of a form are not those of its target",

@@ -1,20 +1,24 @@
-"""Weights that several processes hold together, each some of the rows: what is here of a tensor, and what all say.
+"""Cascades on several ranks: the process group, and the shard of a tensor that is here.
 
-A row shard of `S = sum c b a` is made of the same rows of `b` and of all of `a`, so that each process folds its rows by
-itself; and a shard of columns, of all of `b` and of the same columns of `a`. What has to be one decision of all (a
-branch that is not finite) or one number of all (the standard deviation of a weight) is told by `Together`; every
-process asks for it at the same place.
+A row shard of `S = sum c b a` is made of the same rows of `b` and of all of `a`, so that each rank folds its rows by
+itself; and a shard of columns, of all of `b` and of the same columns of `a`. Decisions that all ranks share (a branch
+that is not finite) and numbers of a whole weight (its standard deviation) are all-reduced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-__all__ = ["Rows", "Together", "local", "part_of", "whole"]
+from lorasc_fx.errors import StateError
+
+__all__ = ["ONE_PROCESS", "ProcessGroup", "Rows", "laid_out", "local", "part_of", "shard_axis", "whole"]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,6 +39,20 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def shard_axis(tensor: Any) -> int | None:
+    """Return the axis along which a tensor lies in shards on several ranks; None for one that is whole here."""
+    place = tensor.placements[0] if hasattr(tensor, "to_local") else None
+    return place.dim if place is not None and place.is_shard() else None
+
+
+def laid_out(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """Return a whole tensor as one like it lies: for a DTensor the DTensor of the part that is here, on its device."""
+    if not hasattr(like, "to_local") or hasattr(tensor, "to_local"):
+        return tensor
+    rows = Rows.of(like)
+    return rows.sharded(rows.of_whole(tensor).to(like.device, copy=True), like)
+
+
 def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return the rows of a tensor that a process holds of one like it; of a plain one all."""
     if hasattr(tensor, "to_local"):
@@ -43,39 +61,116 @@ def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Together:
-    """The processes that hold the weights together.
+class ProcessGroup:
+    """The ranks that work on one cascade, and what they exchange besides gradients. By default it is one process alone.
+
+    Every rank must call a method at the same point, as it must a collective of torch.distributed.
 
     Args:
-        group: a process group of torch.distributed.
-        device: where its tensors lie.
+        handle: a process group of torch.distributed; None for one process.
+        device: of the tensors that are exchanged.
     """
 
-    group: Any
-    device: torch.device
+    handle: Any = None
+    device: torch.device | str = "cpu"
 
-    def every(self, flag: bool) -> bool:
-        """Whether it holds on every process."""
-        return self.total(float(not flag)) == 0
+    @classmethod
+    def of(cls, handle: Any = None) -> ProcessGroup:
+        """Return that of a process group of torch.distributed; by default all ranks, or one process without any."""
+        if not dist.is_available() or not dist.is_initialized():
+            return cls()
+        handle = dist.group.WORLD if handle is None else handle
+        is_nccl = dist.get_backend(handle) == "nccl"
+        return cls(handle, torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu")
 
-    def some(self, flag: bool) -> bool:
-        """Whether it holds on some process."""
-        return self.total(float(flag)) > 0
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return dist.get_rank(self.handle) if self.handle is not None else 0
 
-    def total(self, number: float) -> float:
-        """Return the sum of a number over the processes, in fp64."""
-        return self._reduced(number, torch.distributed.ReduceOp.SUM)
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return dist.get_world_size(self.handle) if self.handle is not None else 1
 
-    def largest(self, number: float) -> float:
-        """Return the largest of a number over the processes; nan where it is nan on one."""
+    def all(self, flag: bool) -> bool:
+        """Whether a flag is set on every rank."""
+        return self.sum(float(not flag)) == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on some rank."""
+        return self.sum(float(flag)) > 0
+
+    def sum(self, number: float) -> float:
+        """Return the sum of a number over the ranks, in fp64."""
+        return self._reduced(number, "SUM")
+
+    def max(self, number: float) -> float:
+        """Return the largest of a number over the ranks; nan where it is nan on one."""
         missing = math.isnan(number)
-        top = self._reduced(-math.inf if missing else number, torch.distributed.ReduceOp.MAX)
-        return math.nan if self.some(missing) else top
+        top = self._reduced(-math.inf if missing else number, "MAX")
+        return math.nan if self.any(missing) else top
 
-    def _reduced(self, number: float, by: Any) -> float:
+    def _reduced(self, number: float, operation: str) -> float:
+        if self.handle is None:
+            return number
         held = torch.tensor([number], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(held, by, group=self.group)
+        dist.all_reduce(held, getattr(dist.ReduceOp, operation), group=self.handle)
         return held.item()
+
+    def gather(self, data: torch.Tensor, call: str) -> list[torch.Tensor]:
+        """Return the bytes of every rank, by rank.
+
+        Raises:
+            StateError: a process is gone, or has not come within the group's timeout.
+        """
+        if self.handle is None:
+            return [data]
+        data = data.to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        try:
+            dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device), group=self.handle)
+            padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8, device=self.device)
+            padded[: data.numel()] = data
+            gathered = [torch.zeros_like(padded) for _ in sizes]
+            if len(padded):
+                dist.all_gather(gathered, padded, group=self.handle)
+        except RuntimeError as fault:
+            raise StateError(
+                f"{call}: another process is gone, or has not come within the timeout of the process group: {fault}; "
+                "every rank has to make this call. Start the run anew from its last checkpoint, on any number of "
+                "processes",
+                code="process-lost",
+            ) from fault
+        return [row[: int(size)].cpu() for row, size in zip(gathered, sizes, strict=True)]
+
+    def gather_text(self, text: str, call: str) -> list[str]:
+        """Return the text of every rank, by rank; raises as `gather`."""
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return [bytes(row.tolist()).decode() for row in self.gather(data, call)]
+
+    @contextlib.contextmanager
+    def agreed(self, call: str) -> Iterator[None]:
+        """Let a block succeed on all ranks, or raise on all of them, when all have left it. What it asks other ranks
+        for inside is asked for on every rank, or on none.
+
+        Raises:
+            StateError: the block has raised on another rank.
+        """
+        fault: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            fault = raised
+        faults = self.gather_text("" if fault is None else f"{type(fault).__name__}: {fault}", call)
+        if fault is not None:
+            raise fault
+        for rank, text in enumerate(faults):
+            if text:
+                raise StateError(f"{call}: rank {rank} has failed, and with it the others: {text}", code="rank-failed")
+
+
+ONE_PROCESS = ProcessGroup()
 
 
 @dataclass(frozen=True)
@@ -88,7 +183,7 @@ class Rows:
     first: int
     count: int
     total: int
-    together: Together
+    group: ProcessGroup
     axis: int = 0
 
     @classmethod
@@ -97,13 +192,13 @@ class Rows:
         tensor; of one that each process has a copy of all rows.
         """
         mesh, (place,) = tensor.device_mesh, tensor.placements
-        together = Together(mesh.get_group(), tensor.device)
+        group = ProcessGroup(mesh.get_group(), tensor.device)
         if not place.is_shard():
-            return cls(0, tensor.shape[0], tensor.shape[0], together)
+            return cls(0, tensor.shape[0], tensor.shape[0], group)
         total = tensor.shape[place.dim]
         chunk = -(-total // mesh.size())
         first = min(mesh.get_local_rank() * chunk, total)
-        return cls(first, min(chunk, total - first), total, together, place.dim)
+        return cls(first, min(chunk, total - first), total, group, place.dim)
 
     def sharded(self, part: torch.Tensor, like: Any) -> torch.Tensor:
         """Return the DTensor of which these rows are `part`, cut as the DTensor `like` is."""
@@ -125,9 +220,9 @@ class Rows:
 
     def spread(self, part: torch.Tensor) -> float:
         """Return the standard deviation of the whole weight, of which `part` is here; as `torch.std` does it."""
-        count = self.together.total(part.numel())
+        count = self.group.sum(part.numel())
         if count < 2:
             return 0.0
         exact = part.double()
-        mean = self.together.total(exact.sum().item()) / count
-        return math.sqrt(self.together.total((exact - mean).square_().sum().item()) / (count - 1))
+        mean = self.group.sum(exact.sum().item()) / count
+        return math.sqrt(self.group.sum((exact - mean).square_().sum().item()) / (count - 1))

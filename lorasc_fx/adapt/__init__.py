@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -40,7 +40,7 @@ from lorasc_fx.runtime.run import Run
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
-__all__ = ["adapt", "load", "restored"]
+__all__ = ["adapt", "load"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -111,7 +111,9 @@ def load(
 ) -> Cascade:
     """Adapt a base model as the newest checkpoint in a folder has it, and go on with the same numbers.
 
-    `cascade.resume(optimizer, scheduler)` then gives these two and the random generators their state.
+    `cascade.resume(optimizer, scheduler)` then gives these two and the random generators their state. It does not
+    matter how many ranks wrote the checkpoint: each rank that loads it has the whole cascade, to be wrapped or sharded
+    as one from `adapt`.
 
     Args:
         folder: that `lorasc_fx.save` wrote to.
@@ -122,18 +124,6 @@ def load(
         SpecError: base is `file`, and the model names no folder.
     """
     found = read(folder)
-    return restored(found, model, args, kwargs, base, lambda cascade, undo: cascade._take_over(found, undo))
-
-
-def restored(
-    found: Checkpoint,
-    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    base: str | PathLike[str],
-    restore: Callable[[Cascade, Undo], object],
-) -> Cascade:
-    """Adapt a base model by the plan of a checkpoint, and let `restore` put its values into the cascade; as `load`."""
     if found.frontend not in ("auto", *FRONTENDS):
         known = ", ".join(("auto", *FRONTENDS))
         raise CheckpointError(
@@ -154,7 +144,7 @@ def restored(
             raise CheckpointError(
                 f"{found.path}: its plan does not fit this model: {fault}", code="plan-mismatch"
             ) from fault
-        restore(cascade, undo)
+        cascade._take_over(found, undo)
         _check_loaded(cascade, found.path)
         return cascade
 

@@ -49,7 +49,7 @@ def _size_together(weight: torch.Tensor, part: Rows) -> float:
     size = part.spread(weight)
     if 0 < size < math.inf:
         return size
-    top = part.together.largest(weight.abs().max().item() if weight.numel() else 0.0)
+    top = part.group.max(weight.abs().max().item() if weight.numel() else 0.0)
     return top * part.spread(weight / top) if 0 < top < math.inf else top
 
 

@@ -1,9 +1,8 @@
 """Other people's training loops and devices: a module each, imported when it is asked for, with what it is about.
 
 `transformers` holds `CascadeCallback`, for the Trainer; `accelerate` holds `keep`, for `save_state` and `load_state`;
-`progress` holds `telling`, for a loop of your own: bars, metrics and TensorBoard. `distributed` saves and resumes what
-several processes train together (DDP); `fsdp` shards a cascade over them (FSDP2); `tensor_parallel` puts weights on
-them by columns and rows.
+`progress` holds `telling`, for a loop of your own: bars, metrics and TensorBoard. `fsdp` shards a cascade over several
+processes (FSDP2); `tensor_parallel` splits weights over them by columns and rows.
 """
 
 import importlib
@@ -11,11 +10,10 @@ from typing import Any
 
 from lorasc_fx.errors import nearest
 
-__all__ = ["accelerate", "distributed", "fsdp", "progress", "tensor_parallel", "transformers"]
+__all__ = ["accelerate", "fsdp", "progress", "tensor_parallel", "transformers"]
 
 _MODULES = (
     "accelerate",
-    "distributed",
     "fsdp",
     "progress",
     "tensor_parallel",

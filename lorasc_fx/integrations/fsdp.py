@@ -8,10 +8,9 @@ made of its own rows of B and of all of A, so that no weight is gathered (algori
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import torch
@@ -20,19 +19,16 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lorasc_fx.adapt import restored
 from lorasc_fx.capture import leaves
 from lorasc_fx.compile import Variant
-from lorasc_fx.errors import StateError, path_of
-from lorasc_fx.integrations.processes import agreed
+from lorasc_fx.errors import StateError
 from lorasc_fx.integrations.segments import ROOT, Cut, Shards, SplitGraph, Unit, cut, together, unit_of
-from lorasc_fx.integrations.sharded_files import fill, read, resume, save
 from lorasc_fx.runtime import Cascade, folding
 from lorasc_fx.shards import Rows, whole
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.undo import AllOrNothing, Undo
 
-__all__ = ["folded_state_dict", "load", "resume", "save", "shard"]
+__all__ = ["folded_state_dict", "shard"]
 
 ON_SHARDS = {
     "targets", "exclude", "train", "untie", "rules", "rank", "lora_alpha", "use_rslora", "dropout", "placement", "pace",
@@ -81,8 +77,8 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         undo(core.pending.restorer(core.trainable()))
         shards = _fully_sharded(cascade, units, mesh, undo)
         rows = {name: Rows.of(each) for name, each in core.parameters_by_name().items()}
-        every = next(iter(rows.values())).together
-        core.take_shards(core.slow.cut(rows, every, mapped=core.base_file is not None), hooked=False)
+        group = next(iter(rows.values())).group
+        core.take_shards(core.slow.cut(rows, group, mapped=core.base_file is not None), hooked=False)
         core.note_frozen()
 
         def called() -> bool:
@@ -101,50 +97,6 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     return cascade
 
 
-def load(
-    folder: str | PathLike[str],
-    model: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    mesh: DeviceMesh | None = None,
-    calls: Sequence[tuple[bool, Sequence[Any], Mapping[str, Any]]] = (),
-) -> Cascade:
-    """Adapt and shard a base model as the newest checkpoint in a folder has it, on any number of processes.
-
-    `resume` then gives optimizer, scheduler and random generators their state.
-
-    Args:
-        folder: that `save` wrote to, and that every process sees.
-        model, args, kwargs: as for `lorasc_fx.load`; the model holds the weights that were adapted.
-        mesh: as for `shard`.
-        calls: (mode, args, kwargs) of other calls, whose graphs are made before the weights are cut; mode is True for
-            training.
-
-    Raises:
-        CheckpointError: nothing to load, damage, or another base.
-        StateError: what cannot be sharded, or another process has failed or is gone.
-    """
-    if not dist.is_initialized():
-        raise StateError(
-            "load: no process group is there; start the processes by torchrun and call "
-            "torch.distributed.init_process_group first",
-            code="no-process-group",
-        )
-    group = mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
-    with agreed("load", group):
-        found = read(path_of(folder))
-    with agreed("load", group):
-        cascade = restored(found, model, args, kwargs, "memory", lambda *_: None)
-        for mode, more, named in calls:
-            before = cascade.training
-            with torch.no_grad():
-                cascade.train(mode)(*more, **named)
-            cascade.train(before)
-    fill(shard(cascade, mesh), found, group)
-    return cascade
-
-
 def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
     """Return the model's state dict with the slow weights in it, whole, in host memory of rank 0; elsewhere none of it.
 
@@ -155,18 +107,18 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
         StateError: the cascade is not sharded, or not between two steps.
     """
     core = cascade._run
-    if core.slow.together is None:
+    if core.slow.group is None:
         raise StateError(
             "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
         )
     core.check_ready("folded_state_dict", sharded=True)
-    first, found = dist.get_rank(core.slow.together.group) == 0, {}
+    is_first, found = core.slow.group.rank == 0, {}
     for name, value, new in folding.folded_each(core, "folded_state_dict"):
         held = new()
         if hasattr(value, "to_local") and not hasattr(held, "to_local"):
             held = Rows.of(value).sharded(held, value)
         held = whole(held)
-        if first:
+        if is_first:
             found[name] = held.cpu()
     return found
 
@@ -195,7 +147,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             "torch.distributed.init_process_group first",
             code="no-process-group",
         )
-    if core.slow.together is not None:
+    if core.slow.group is not None:
         raise StateError("shard: this cascade is sharded already", code="already-sharded")
     if mesh is not None and mesh.ndim != 1:
         raise StateError(

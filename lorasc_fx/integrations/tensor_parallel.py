@@ -41,7 +41,7 @@ from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Site
 from lorasc_fx.runtime import Cascade
-from lorasc_fx.shards import Rows, Together
+from lorasc_fx.shards import ProcessGroup, Rows
 from lorasc_fx.state import Side, Tree
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode, raise_of_handler
 
@@ -88,8 +88,8 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
     """Split weights of a cascade over the processes of a mesh, each of which calls this with the same cascade.
 
     Calls take and give whole tensors, the same on every process. Parameters of weights in parts, of all branches and of
-    what is trained in full are DTensors from here on: build the optimizer after this. Transitions, `stages`, `rewind`
-    and `weights(...)` work on the parts; for all else there is `gather`.
+    what is trained in full are DTensors from here on: build the optimizer after this. Transitions, `stages`, `rewind`,
+    `weights(...)`, `lorasc_fx.save` and `resume` work on the parts; for all else there is `gather`.
 
     Args:
         cascade: between two steps.
@@ -112,6 +112,7 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
     _check_spec(cascade, mesh)
     places = places_of(cascade, mesh, plan)
     with no_inference_mode(), AllOrNothing() as undo:
+        core.fingerprints()  # of the whole weights, while they are here
         before = _example(cascade)
         _spread(cascade, mesh, places, undo)
         try:
@@ -159,7 +160,7 @@ def gather(cascade: Cascade) -> Cascade:
             for name, kept in core.slow.trained.items()
         }
         _exchange(cascade, lambda value: _again(value, whole(value)), undo)
-        _take(cascade, replace(core.slow, states=states, trained=trained, together=None), None, undo)
+        _take(cascade, replace(core.slow, states=states, trained=trained, group=None), None, undo)
     return cascade
 
 
@@ -220,8 +221,8 @@ def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement],
         name: Rows.of(value) if isinstance(value, DTensor) and value.placements[0].is_shard() else None
         for name, value in core.parameters_by_name().items()
     }
-    together = Together(mesh.get_group(), next(iter(core.by_key.values())).lora_A.device)
-    _take(cascade, core.slow.cut(rows, together), Spread(mesh, set()), undo)
+    group = ProcessGroup(mesh.get_group(), next(iter(core.by_key.values())).lora_A.device)
+    _take(cascade, core.slow.cut(rows, group), Spread(mesh, set()), undo)
 
 
 def _axis_of(like: DTensor, _side: Side) -> int | None:
@@ -275,6 +276,7 @@ def _take(cascade: Cascade, slow: Any, spread: Spread | None, undo: Undo) -> Non
     core = cascade._run
     undo(core.restorer())
     core.take_shards(slow, spread)
+    core.note_frozen()
 
 
 # ---- the same numbers as before

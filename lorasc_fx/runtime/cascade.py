@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.checks import is_integer
@@ -28,6 +30,7 @@ from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, traini
 from lorasc_fx.runtime.folding import Requantize
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.usage import UsageWatch
+from lorasc_fx.shards import ONE_PROCESS, ProcessGroup
 from lorasc_fx.state import Which
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
 
@@ -406,20 +409,46 @@ class Cascade(nn.Module):
         with self._run.exclusive("rewind", sharded=True, parallel=True):
             transition.rewind(self._run, stage, optimizer)
 
-    def resume(self, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> dict[str, Any]:
+    def resume(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> dict[str, Any]:
         """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
 
+        Where a process group of torch.distributed is initialized, every rank must call this: under
+        DistributedDataParallel after the wrapper was made, on shards after `shard` or `parallelize`. The number of
+        ranks need not be that of the run which saved. On the same number each rank gets its own random generators
+        back, on another number a stream that is a function of the first rank's, of the rank and of the number.
+
+        Args:
+            optimizer, scheduler: built as those that were saved.
+            group: of the ranks that go on, if not all of them do.
+
         Raises:
-            StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches.
+            StateError: the cascade was not loaded from a checkpoint, or the optimizer does not hold the branches; ranks
+                have loaded different versions, or another rank has failed or is gone.
             CheckpointError: the checkpoint holds no such state, or that of another optimizer.
         """
-        with self._run.exclusive("resume", sharded=True):
-            if self._loaded is None:
+        ranks = self._run.slow.group or ProcessGroup.of(group)
+        with ranks.agreed("resume"):
+            self._run.check_alive("resume")
+            if (loaded := self._loaded) is None:
                 raise StateError(
                     "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)",
                     code="not-loaded",
                 )
-            return training_state.resume(self._run, self._loaded, optimizer, scheduler)
+        names = ranks.gather_text(loaded.path.name, "resume")
+        if len(set(names)) > 1:
+            raise StateError(
+                f"resume: the ranks have loaded different versions: {', '.join(names)}, by rank; load from a folder "
+                "that all of them see, and let nobody write into it meanwhile",
+                code="versions-differ",
+            )
+        with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True, parallel=True):
+            return training_state.resume(self._run, loaded, optimizer, scheduler, ranks)
 
     # ---- weights
 
@@ -703,7 +732,7 @@ def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascad
 
 
 def save(
-    cascade: Cascade,
+    cascade: nn.Module,
     folder: str | PathLike[str],
     *,
     optimizer: torch.optim.Optimizer | None = None,
@@ -717,9 +746,14 @@ def save(
     it is on disk, and the old one goes after that. Gradients that wait for a step, and the states of the random
     generators of torch, python, numpy and CUDA, are written too; `Cascade.resume` gives them back.
 
+    Of a DistributedDataParallel and of sharded weights every rank must call this at the same point, between two steps:
+    each rank writes the shards that it holds, the first rank all else, and an error of one rank is raised on all.
+
     Args:
-        cascade: whose branches, experts, coefficients, trained parameters and buffers are written.
+        cascade: whose branches, experts, coefficients, trained parameters and buffers are written; or the
+            DistributedDataParallel around it.
         optimizer, scheduler: whose state is written.
+        folder: that every rank sees.
         extra: anything of yours that JSON holds, and tensors in it: the number of steps done (the position in the
             stage, and in the data of `shuffled_batches`), the state of a loader or a GradScaler, an average of weights.
         keep: number of versions that stay.
@@ -731,9 +765,17 @@ def save(
         CheckpointError: the folder cannot be written, another save writes into it, or extra or scheduler hold what
             neither JSON nor safetensors can. What was there stays.
         SpecError: keep is less than 1.
-        StateError: after `release`, inside `weights`, or inside a backward.
+        StateError: after `release`, inside `weights`, or inside a backward; on several ranks where gradients wait for a
+            step, or another rank has failed or is gone.
+        NonFiniteBranch: a branch holds inf or nan.
     """
-    with cascade._run.exclusive("save"):
-        return checkpoint_write.write_version(
-            cascade._run, path_of(folder), optimizer, scheduler, dict(extra or {}), keep
+    wrapper = cascade if isinstance(cascade, DistributedDataParallel) else None
+    model = wrapper.module if wrapper is not None else cascade
+    if not isinstance(model, Cascade):
+        raise StateError(
+            f"save: this is {type(model).__name__}; give a cascade, or DistributedDataParallel(cascade)",
+            code="wrong-wrapper",
         )
+    run = model._run
+    group = ProcessGroup.of(wrapper.process_group) if wrapper is not None else run.slow.group or ONE_PROCESS
+    return checkpoint_write.write_version(run, path_of(folder), optimizer, scheduler, dict(extra or {}), keep, group)

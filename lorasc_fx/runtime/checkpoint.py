@@ -1,5 +1,8 @@
 """The files of a checkpoint: versions, each a folder with a manifest and tensors, and how their bytes are read.
 
+The tensors are in one file, or in one of each rank that holds shards: then each file has its shards, in the order of
+ranks, and the first one all else.
+
 W0 is not copied. A fingerprint of each base parameter refuses another base and names what differs. Loading runs no code
 from a file.
 
@@ -32,6 +35,7 @@ __all__ = [
     "TENSORS",
     "canonical",
     "differences",
+    "file_names",
     "is_our_file",
     "list_versions",
     "next_name",
@@ -48,12 +52,17 @@ RNG = "rng/torch"
 
 _NAME = re.compile(r"(?:version|step)-([0-9]{8,})")
 """A version is numbered by the count of saves. Earlier releases wrote `step-`, which other programs write as well."""
-_FILE = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(TENSORS)}|shard-\d{{5}}-model-\d{{5}}-of-\d{{5}}\.safetensors")
+_FILE = re.compile(rf"{re.escape(MANIFEST)}|state(-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 
 def is_our_file(name: str) -> bool:
     """Whether a version has a file of this name."""
     return _FILE.fullmatch(name) is not None
+
+
+def file_names(count: int) -> list[str]:
+    """Return the names of the files of tensors that so many ranks write."""
+    return [TENSORS] if count == 1 else [f"state-{rank:05d}-of-{count:05d}.safetensors" for rank in range(1, count + 1)]
 
 
 def canonical(manifest: Mapping[str, Any]) -> str:

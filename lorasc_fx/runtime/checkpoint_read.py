@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -29,7 +29,6 @@ from lorasc_fx.runtime.checkpoint import (
     FORMAT,
     MANIFEST,
     RNG,
-    TENSORS,
     canonical,
     list_versions,
     plain_bytes,
@@ -99,8 +98,12 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
         )
     path = versions[-1]
     manifest, plan = _read_manifest(path / MANIFEST)
-    tensors = _read_tensors(path / TENSORS, manifest["files"][TENSORS])
-    _check_files(path)
+    files = [_read_tensors(path / name, digest) for name, digest in manifest["files"].items()]
+    _check_files(path, manifest["files"])
+    try:
+        tensors = _joined(files, manifest.get("shards", {}))
+    except ValueError as fault:
+        raise CheckpointError(f"{path}: {fault}; {way_back(path)}") from fault
     for sentence in plan_faults(plan, tensors):
         raise CheckpointError(f"{path}: {sentence}; {way_back(path)}")
     return Checkpoint(path, manifest, tensors, plan)
@@ -143,7 +146,7 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
         if manifest.get("digest") != text_digest(canonical(manifest)):
             raise ValueError("differs from its own digest; the file is damaged, or was edited")
         plan = Plan.from_json(json.dumps(manifest["plan"]))
-        check_fields(manifest, plan, TENSORS)
+        check_fields(manifest, plan)
     except CheckpointError as fault:
         raise CheckpointError(f"{path}: {fault}", code=fault.code) from fault
     except ValueError as fault:
@@ -180,10 +183,30 @@ def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
         ) from fault
 
 
-def _check_files(path: Path) -> None:
-    """Refuse a version that holds more than its two files."""
+def _joined(files: Sequence[Mapping[str, torch.Tensor]], shards: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Return the whole tensors that files of several ranks hold, given the axis along which each shard is cut.
+
+    Raises:
+        ValueError: the first file lacks a shard, or another one holds anything else, or shards do not fit.
+    """
+    tensors = dict(files[0])
+    for file in files if shards else files[1:]:
+        odd = sorted(shards.keys() - file.keys() if file is files[0] else shards.keys() ^ file.keys())
+        if odd:
+            raise ValueError(f"its files disagree about the shards of {sanitized(repr(odd[0]))}")
+    for name, axis in shards.items():
+        parts = [file[name] for file in files]
+        alike = {(part.dtype, part.shape[:axis], part.shape[axis + 1 :]) for part in parts}
+        if len(alike) != 1 or axis >= parts[0].dim():
+            raise ValueError(f"the shards of {sanitized(repr(name))} do not fit along axis {axis}")
+        tensors[name] = torch.cat(parts, axis)
+    return tensors
+
+
+def _check_files(path: Path, files: Mapping[str, str]) -> None:
+    """Refuse a version that holds more than its manifest and the files that it names."""
     with os.scandir(path) as entries:
-        odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, TENSORS)), None)
+        odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, *files)), None)
     if odd is not None:
         raise CheckpointError(
             f"{path}: holds {sanitized(odd)}, which is no part of a checkpoint; take it away", code="foreign-tensor"

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lorasc_fx.checks import is_integer
-from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
+from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError
 from lorasc_fx.runtime import training_state
 from lorasc_fx.runtime.checkpoint import (
     FORMAT,
     MANIFEST,
-    TENSORS,
     canonical,
+    file_names,
     is_our_file,
     list_versions,
     next_name,
@@ -42,7 +42,7 @@ from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.optim import check_numbers
 from lorasc_fx.runtime.run import Run
-from lorasc_fx.shards import local
+from lorasc_fx.shards import ProcessGroup, local, shard_axis
 from lorasc_fx.state.engine import all_finite
 from lorasc_fx.undo import Block, isolated
 
@@ -53,13 +53,8 @@ except ImportError:  # Windows
 
 __all__ = [
     "check_finite",
-    "clear_interrupted",
     "contents",
-    "exclusive",
-    "make_folder",
-    "remove",
     "sync",
-    "temporary",
     "write_tensors",
     "write_version",
 ]
@@ -77,35 +72,81 @@ def write_version(
     scheduler: Any,
     extra: Mapping[str, Any],
     keep: int,
+    group: ProcessGroup,
 ) -> Path:
-    """Write a new version into `root`, and drop versions older than the last `keep`; see `lorasc_fx.save`."""
+    """Write a new version into `root`, and drop versions older than the last `keep`; see `lorasc_fx.save`.
+
+    Every rank of the group calls this. Each writes the shards that it holds; the first one writes all else.
+    """
     if not is_integer(keep, 1):
         raise SpecError(f"keep is {keep!r}; give the number of versions that stay, an integer of 1 or more")
-    check_finite(run)
-    tensors, manifest = contents(run, optimizer, scheduler, extra)
+    is_first, is_alone = group.rank == 0, group.handle is None
+    writes = is_first or run.is_sharded
+    tensors: Tensors = {}
+    manifest: dict[str, Any] = {}
+    version = temporary_folder = root
+    made: Path | None = None
     with contextlib.ExitStack() as held:
         try:
-            make_folder(root)
-            if held.enter_context(exclusive(root)):
-                clear_interrupted(root)
-            version = root / next_name(root)
-            beside = temporary(root)
-            beside.mkdir()
-        except OSError as fault:
-            raise CheckpointError(
-                f"{root}: cannot be written: {fault.strerror}; what was there stays", code="not-writable"
-            ) from fault
-        _place(tensors, manifest, beside, version)
-        for old in list_versions(root)[:-keep]:
+            with group.agreed("save"):
+                if not is_alone:
+                    _check_between_steps(run)
+                if writes:
+                    held.enter_context(run.exclusive("save", sharded=True, parallel=True))
+                    check_finite(run)
+            if not is_alone:
+                extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
+            with group.agreed("save"), _as_checkpoint_error(root, "cannot be written", "not-writable"):
+                if writes:
+                    tensors, manifest = contents(run, optimizer, scheduler, extra)
+                if is_first:
+                    make_folder(root)
+                    if held.enter_context(exclusive(root)):
+                        clear_interrupted(root)
+                    version, temporary_folder = root / next_name(root), temporary(root)
+                    made = temporary_folder
+                    made.mkdir()
+            temporary_folder = Path(group.gather_text(str(temporary_folder), "save")[0])
+            names, digest = file_names(group.size if run.is_sharded else 1), ""
+            with group.agreed("save"), _as_checkpoint_error(root):
+                if writes:
+                    shards = manifest.get("shards", {})
+                    own = {name: value for name, value in tensors.items() if is_first or name in shards}
+                    digest = _write_synced(own, temporary_folder / names[group.rank])
+            digests = group.gather_text(digest, "save")
+            with group.agreed("save"), _as_checkpoint_error(root):
+                if is_first:
+                    _write_manifest(manifest, dict(zip(names, digests, strict=False)), temporary_folder)
+                    temporary_folder.rename(version)
+                    made = version
+                    sync(root)
+        except BaseException:
+            if made is not None:
+                _drop(made)
+            raise
+        for old in list_versions(root)[:-keep] if is_first else ():
             if _of_same_run(old, manifest):
                 _drop(old)
-    return version
+    return Path(group.gather_text(str(version), "save")[0])
+
+
+def _check_between_steps(run: Run) -> None:
+    """Raise StateError where gradients wait for a step: each rank may hold others."""
+    waiting = run.pending.waiting(run.trainable())
+    if waiting:
+        raise StateError(
+            f"save: gradients wait for a step on {waiting[0]}, and each rank may hold others; call it between "
+            "optimizer.step() and the next backward",
+            code="gradients-pending",
+        )
 
 
 def check_finite(run: Run) -> None:
     """Refuse to keep what a load would refuse; the version before is worth more."""
-    if run.plan.spec.on_nonfinite == "raise" and not all_finite(run.by_key.values()):
-        broken = next(branch.weight_name for branch in run.by_key.values() if not branch.finite())
+    if run.plan.spec.on_nonfinite == "raise" and run.slow.some(not all_finite(run.by_key.values())):
+        broken = next(
+            (name for name, branch in run.branches_by_weight().items() if not branch.finite()), "another rank"
+        )
         raise NonFiniteBranch(
             f"save: the branch of {broken} holds inf or nan; nothing was written, and the last version stays. "
             "Load that one, and go on with a lower learning rate or with clipped gradients"
@@ -117,10 +158,9 @@ def contents(
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
     extra: Mapping[str, Any],
-    state: RunState | None = None,
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Return what the two files of a version hold; nothing is written yet. The state is that of the run by default."""
-    meta, tensors = encode(RunState.of(run) if state is None else state)
+    """Return the tensors of a version, of sharded ones the part that is here, and its manifest; nothing is written."""
+    meta, tensors, axes = encode(RunState.of(run))
     gradients, meta["pending"] = run.gradients()
     streams, meta["rng"] = training_state.random_state()
     parts: dict[str, Any] = {"extra": extra}
@@ -136,8 +176,8 @@ def contents(
             code="non-finite-state",
         ) from fault
     if optimizer is not None:
-        more, parts["optimizer"] = training_state.optimizer_state(optimizer)
-        tensors |= more
+        moments, parts["optimizer"] = training_state.optimizer_state(optimizer)
+        tensors |= moments
     if scheduler is not None:
         parts["scheduler"] = {"class": type(scheduler).__name__, "state": scheduler.state_dict()}
     try:
@@ -161,14 +201,18 @@ def contents(
         ) from fault
     _check_keys(extra)
     tensors |= gradients | streams | taken.tensors
+    if run.is_sharded:
+        later = {name: axis for name, value in tensors.items() if (axis := shard_axis(value)) is not None}
+        manifest["shards"] = axes | later
+    tensors = {name: local(tensor).contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        if not training_state.is_storable(local(tensor)):
+        if not training_state.is_storable(tensor):
             raise CheckpointError(
                 f"{name} is {training_state.kind_of(tensor)}, which safetensors cannot hold; "
                 "make it dense or cast it before",
                 code="not-serializable",
             )
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest
+    return tensors, manifest
 
 
 def _check_keys(value: Any) -> None:
@@ -184,31 +228,35 @@ def _check_keys(value: Any) -> None:
         _check_keys(each)
 
 
-def _place(tensors: Tensors, manifest: dict[str, Any], beside: Path, version: Path) -> None:
-    """Write both files into a temporary folder, and rename it: synced in this order."""
-    root, made = version.parent, beside
+@contextlib.contextmanager
+def _as_checkpoint_error(
+    root: Path, what: str = "the checkpoint was not written", code: str = "write-failed"
+) -> Iterator[None]:
+    """Raise what the file system refuses as a CheckpointError."""
     try:
-        write_tensors(tensors, beside / TENSORS)
-        sync(beside / TENSORS)
-        manifest["files"] = {TENSORS: file_digest(beside / TENSORS)}
-        manifest["digest"] = text_digest(canonical(manifest))
-        text = json.dumps(manifest, indent=1, allow_nan=False)
-        if len(text) > LONGEST:  # ASCII, as json writes it
-            raise OSError(f"{MANIFEST} would have {len(text)} bytes, of {LONGEST} at most; put numbers into tensors")
-        (beside / MANIFEST).write_text(text, encoding="utf-8")
-        sync(beside / MANIFEST)
-        sync(beside)
-        beside.rename(version)
-        made = version
-        sync(root)
+        yield
     except (OSError, SafetensorError) as fault:
-        _drop(made)
-        raise CheckpointError(
-            f"{root}: the checkpoint was not written: {fault}; what was there stays", code="write-failed"
-        ) from fault
-    except BaseException:
-        _drop(made)
-        raise
+        why = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
+        raise CheckpointError(f"{root}: {what}: {why}; what was there stays", code=code) from fault
+
+
+def _write_synced(tensors: Tensors, path: Path) -> str:
+    """Write a file of tensors, and return its digest when it is on the disk."""
+    write_tensors(tensors, path)
+    sync(path)
+    return file_digest(path)
+
+
+def _write_manifest(manifest: dict[str, Any], files: Mapping[str, str], folder: Path) -> None:
+    """Complete a manifest by the digests of the files, and write it; synced, as the folder is."""
+    manifest["files"] = files
+    manifest["digest"] = text_digest(canonical(manifest))
+    text = json.dumps(manifest, indent=1, allow_nan=False)
+    if len(text) > LONGEST:  # ASCII, as json writes it
+        raise OSError(f"{MANIFEST} would have {len(text)} bytes, of {LONGEST} at most; put numbers into tensors")
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -1,8 +1,8 @@
 """The state of a cascade as a manifest and tensors, and back: `encode` and `decode`, on values alone.
 
-A folder, a flat state dict, a sharded checkpoint, a fold or a sum from a run's folder read and write bytes around
-these two. What a file says is checked in `decode`, against a known state whose tensors have the shapes that it must
-have: that of a fresh cascade, or `RunState.planned`, which needs no model. Names of tensors (format 1):
+A folder that one rank writes or several, a flat state dict, a fold or a sum from a run's folder read and write bytes
+around these two. What a file says is checked in `decode`, against a known state whose tensors have the shapes that it
+must have: that of a fresh cascade, or `RunState.planned`, which needs no model. Names of tensors (format 1):
 
 | name | what |
 |---|---|
@@ -31,7 +31,7 @@ from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.manifest import VIEWS
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import trained_moved
-from lorasc_fx.shards import local
+from lorasc_fx.shards import local, shard_axis
 from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trained, View, WeightState
 from lorasc_fx.undo import Undo
@@ -127,22 +127,27 @@ class RunState:
         return cls(plan, SlowWeights(states, trained), branches, values, {}, {})
 
 
-def encode(state: RunState) -> tuple[dict[str, Any], Tensors]:
-    """Return the fields of the manifest, and copies of the tensors."""
+def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
+    """Return the fields of the manifest, copies of the tensors as far as they are here, and of each that lies in shards
+    on several ranks the axis along which it is cut.
+    """
     slow, spec = state.slow, state.plan.spec
     tensors: Tensors = {}
+    axes: dict[str, int | None] = {}
     weights: dict[str, Any] = {}
     past: dict[str, Any] = {}
     for weight, factors in state.branches.items():
         tensors |= {f"branch/{weight}/{name}": value for name, value in factors.items()}
     for weight, held in slow.states.items():
         weights[weight], more = _encoded(held)
-        tensors |= more
+        tensors |= {name: value for name, (value, _) in more.items()}
+        axes |= {name: held.axis(side) for name, (_, side) in more.items()}
     for name, kept in slow.trained.items():
         tensors[f"trained/{name}/value"] = state.values[name]
         past[name] = list(kept.ends)
         for view, value in kept.views.items():
-            tensors[f"trained/{name}/{view.replace('stage/', 'past/')}"] = value
+            tensors[key := f"trained/{name}/{view.replace('stage/', 'past/')}"] = value
+            axes[key] = shard_axis(state.values[name])
     tensors |= {f"buffer/{name}": value for name, value in state.buffers.items()}
     manifest: dict[str, Any] = {"parked": slow.idle, "trained": list(slow.trained), "slow": weights, "past": past}
     manifest["turning"] = state.waits_for_gradient
@@ -151,12 +156,17 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors]:
         manifest["rules"] = {name: spec.train_rules.index(rule) for name, rule in ruled.items()}
     if spec.keeps_average:
         manifest["averaged"] = slow.averaged
-    return {**manifest, **state.layout}, {name: tensor.clone() for name, tensor in tensors.items()}
+    axes = {name: shard_axis(tensor) for name, tensor in tensors.items()} | axes
+    copies = {name: local(tensor).clone() for name, tensor in tensors.items()}
+    return {**manifest, **state.layout}, copies, {name: axis for name, axis in axes.items() if axis is not None}
 
 
-def _encoded(state: WeightState) -> tuple[dict[str, Any], Tensors]:
-    """Return the manifest's entry and the tensors of one weight. An expert that only scales rows is a turn alone."""
-    name, tensors = state.name, Tensors()
+def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, Side]]]:
+    """Return the manifest's entry and the tensors of one weight, each with how it lies beside the weight.
+
+    An expert that only scales rows is a turn alone.
+    """
+    name, tensors = state.name, dict[str, tuple[torch.Tensor, Side]]()
     written = [expert.rank > 0 or expert.row_scale is None for expert in state.experts]
     experts = [expert for expert, is_written in zip(state.experts, written, strict=True) if is_written]
 
@@ -171,8 +181,8 @@ def _encoded(state: WeightState) -> tuple[dict[str, Any], Tensors]:
     entry["past"] += [[end, vector(view)] for end, view in state.ends.items()]
     for number, expert in enumerate(experts):
         tensors |= {
-            f"expert/{name}/{number}/{field}": value
-            for field in FACTORS
+            f"expert/{name}/{number}/{field}": (value, side)
+            for field, side in FACTORS.items()
             if (value := getattr(expert, field)) is not None
         }
     turns = [(place, expert) for place, expert in enumerate(state.experts) if expert.row_scale is not None]
@@ -180,16 +190,18 @@ def _encoded(state: WeightState) -> tuple[dict[str, Any], Tensors]:
         entry["turns"] = [[expert.stage, sum(written[:place])] for place, expert in turns]
     for number, (_, expert) in enumerate(turns):
         assert expert.row_scale is not None
-        tensors[f"turn/{name}/{number}"] = expert.row_scale
+        tensors[f"turn/{name}/{number}"] = expert.row_scale, Side.OUT
     if state.row_scale is not None:
-        tensors[f"rows/{name}"] = state.row_scale
+        tensors[f"rows/{name}"] = state.row_scale, Side.OUT
     for key, view in views.items():
         if view.dense is not None and not (key == "start" and view.dense is state.slow.dense):
-            tensors[f"dense/{name}/{key}"] = view.dense
+            tensors[f"dense/{name}/{key}"] = view.dense, Side.WEIGHT
     if state.initial is not None:
-        pair = state.initial.factors
-        initial = {"m": state.initial.magnitude} | ({} if pair is None else {"b": pair.b, "a": pair.a})
-        tensors |= {f"began/{name}/{key}": value for key, value in initial.items() if value is not None}
+        pair, magnitude = state.initial.factors, state.initial.magnitude
+        if magnitude is not None:
+            tensors[f"began/{name}/m"] = magnitude, Side.OUT
+        if pair is not None:
+            tensors |= {f"began/{name}/b": (pair.b, Side.LEFT), f"began/{name}/a": (pair.a, Side.RIGHT)}
     return entry, tensors
 
 
@@ -236,7 +248,7 @@ def decode(
             views["average"] = held.take(f"trained/{name}/average", shape, dtype)
         trained[name] = replace(kept, views=views)
     slow = SlowWeights(
-        states, trained, manifest["parked"], averaged=manifest.get("averaged", 0), together=known.slow.together
+        states, trained, manifest["parked"], averaged=manifest.get("averaged", 0), group=known.slow.group
     )
     prefix = "buffer/"
     buffers = {name.removeprefix(prefix): held.any_of(name) for name in list(held.left) if name.startswith(prefix)}

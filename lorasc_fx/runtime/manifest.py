@@ -15,7 +15,7 @@ from typing import Any
 
 from lorasc_fx.checks import is_number
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime.checkpoint import sanitized
+from lorasc_fx.runtime.checkpoint import file_names, is_our_file, sanitized
 
 __all__ = ["LONGEST", "VIEWS", "check_fields", "check_kinds", "parsed"]
 
@@ -43,6 +43,7 @@ _OPTIONAL: Mapping[str, tuple[type, str]] = {
     "averaged": (int, "a number of stages"),
     "empty_buffers": (list, "a list of names"),
     "shared_buffers": (dict, "a table of names"),
+    "shards": (dict, "a table of axes"),
 }
 _SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -95,17 +96,20 @@ def check_kinds(manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"{key!r} is not the state of one: it needs {', '.join(parts)}")
 
 
-def check_fields(manifest: Mapping[str, Any], plan: Plan, file: str) -> None:
-    """Refuse values that a manifest of this plan, with tensors in `file`, cannot have.
+def check_fields(manifest: Mapping[str, Any], plan: Plan) -> None:
+    """Refuse values that a manifest of this plan cannot have.
 
     Raises:
         ValueError: names the field.
     """
-    if list(manifest["files"]) != [file]:
-        odd = next((name for name in manifest["files"] if name != file), None)
-        raise ValueError(
-            f"'files' names {sanitized(odd)}, a checkpoint has {file} only" if odd is not None else "'files' is {}"
-        )
+    names = file_names(max(len(manifest["files"]), 1))
+    if odd := next((name for name in manifest["files"] if not is_our_file(name)), None):
+        raise ValueError(f"'files' names {sanitized(odd)}, which is no file of a checkpoint")
+    if list(manifest["files"]) != names:
+        raise ValueError(f"'files' does not name {', '.join(names)}, in this order")
+    for name, axis in manifest.get("shards", {}).items():
+        if type(axis) is not int or not 0 <= axis < 8:
+            raise ValueError(f"'shards': {sanitized(name)} has {sanitized(repr(axis))}, which is no axis of a tensor")
     for key in ("files", "base"):
         for name, digest in manifest[key].items():
             if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):

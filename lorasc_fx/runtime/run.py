@@ -20,7 +20,7 @@ from lorasc_fx.runtime.gradient import GradientInitialization
 from lorasc_fx.runtime.materialize import MetaModel
 from lorasc_fx.runtime.optim import check_holds, groups, put_state
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned
-from lorasc_fx.shards import local
+from lorasc_fx.shards import laid_out, local
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import SlowWeights, Which
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
@@ -310,7 +310,7 @@ class Run:
             parameter.grad = None
         for name, parameter in self.trainable().items():
             gradient = planned.gradients.values.get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+            parameter.grad = None if gradient is None else laid_out(gradient.to(parameter.device, copy=True), parameter)
             if name in planned.gradients.pending:
                 self.pending.note(parameter)
         for name, gradient in planned.gradients.gathered.items():
@@ -495,7 +495,7 @@ class Run:
     @property
     def is_sharded(self) -> bool:
         """Whether a process holds only its share of the weights, as under FSDP and tensor parallelism."""
-        return self.slow.together is not None
+        return self.slow.group is not None
 
     @property
     def is_parallel(self) -> bool:
@@ -558,7 +558,7 @@ class Run:
                 "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load",
                 code="weights-changed-outside",
             )
-        for site in self.sites if self.slow.together is None else ():
+        for site in self.sites if self.slow.group is None else ():
             for alias in site.aliases:
                 other = _parameter(self.model, alias)
                 if other is not None and other is not parameters.get(site.weight):
@@ -578,8 +578,8 @@ class Run:
         Raises:
             StateError: such a one was written since the weights were sharded: no process has the whole of it.
         """
-        slow, moved, whole = self.slow, self.moved_parameters(), self.slow.together is None and self.spread is None
-        if slow.together is not None and (name := self.changed(self._frozen)) is not None:
+        slow, moved, whole = self.slow, self.moved_parameters(), self.slow.group is None and self.spread is None
+        if slow.group is not None and (name := self.changed(self._frozen)) is not None:
             raise StateError(
                 f"save: {name} was changed since the weights were sharded. It is neither adapted nor trained, and no "
                 "checkpoint holds it: put it back, or change it before shard",
@@ -664,8 +664,7 @@ class Run:
         if self.is_sharded and not sharded:
             raise StateError(
                 f"{call}: the weights are sharded over processes, where there is transition, stages, rewind, weights, "
-                "resume; "
-                "lorasc_fx.integrations.fsdp has save, load and folded_state_dict for them",
+                "lorasc_fx.save and resume; lorasc_fx.integrations.fsdp has folded_state_dict for them",
                 code="sharded",
             )
         if self.inside_weights:

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorasc_fx.branch import generator
 from lorasc_fx.checks import is_number
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.runtime.checkpoint import RNG, differences, sanitized
@@ -28,26 +29,41 @@ from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.manifest import optimizer_index
 from lorasc_fx.runtime.optim import check_holds, check_numbers
 from lorasc_fx.runtime.run import Planned, Run
+from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, laid_out
 from lorasc_fx.undo import Commit
 
 __all__ = [
+    "RANKS",
     "Extracted",
     "extract_tensors",
     "insert_tensors",
     "is_storable",
     "kind_of",
     "optimizer_state",
+    "random_bytes",
     "random_state",
     "resume",
     "set_random_state",
+    "set_rank_random_state",
 ]
+
+RANKS = "lorasc_fx.ranks"
+"""Key in the extra of a checkpoint that several ranks wrote: the random generators of each rank, as bytes."""
 
 _ODD = ("Adafactor", "LBFGS", "SparseAdam")
 """Optimizers of torch whose state has other shapes than the parameter's."""
 
 
-def resume(run: Run, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | None, scheduler: Any) -> dict[str, Any]:
+def resume(
+    run: Run,
+    checkpoint: Checkpoint,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Any,
+    group: ProcessGroup = ONE_PROCESS,
+) -> dict[str, Any]:
     """Give optimizer, scheduler, pending gradients and random generators their state back, and return `extra`.
+
+    The group is that of the ranks that go on, for their random generators.
 
     Raises:
         CheckpointError: the checkpoint holds no such state, or that of another optimizer or scheduler. All are as they
@@ -85,9 +101,11 @@ def resume(run: Run, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | 
             f"{where}: {sanitized(str(fault), 300)}; build optimizer and scheduler the same way",
             code="optimizer-differs",
         ) from fault
+    extra: dict[str, Any] = manifest["extra"]
+    ranks = extra.pop(RANKS, None)
     try:
-        _give(run, checkpoint, optimizer, state, scheduler, then)
-    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
+        _give(run, checkpoint, optimizer, state, scheduler, then, partial(set_rank_random_state, ranks, group))
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as fault:
         raise CheckpointError(
             f"{where}: its state was not taken: {sanitized(str(fault), 300)}; build optimizer and scheduler the same "
             "way, or go on without them",
@@ -96,7 +114,6 @@ def resume(run: Run, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer | 
     if changed := differences(manifest.get("versions")):
         names = sanitized(", ".join(changed), 300)
         warn(f"{where}: written under {names}; the run goes on, but perhaps not bit for bit", "other-versions")
-    extra: dict[str, Any] = manifest["extra"]
     return extra
 
 
@@ -124,6 +141,7 @@ def _give(
     state: dict[str, Any] | None,
     scheduler: Any,
     then: Any,
+    set_rank: Callable[[int], None],
 ) -> None:
     """Write what was checked, all or nothing.
 
@@ -147,6 +165,7 @@ def _give(
             scheduler.load_state_dict(then)
         undo(partial(set_random_state, *random_state()))
         set_random_state(tensors, manifest["rng"])
+        set_rank(run.stage)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -184,6 +203,11 @@ def _state_for(
             index, key = optimizer_index(name, then)
             state.setdefault(index, {})[key] = tensor.clone()
     _check_state(optimizer, state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in state.items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape:
+                entries[key] = laid_out(value, parameters[index])
     groups = [_group(group, old, optimizer.defaults) for group, old in zip(now, then, strict=True)]
     return {"state": state, "param_groups": groups}
 
@@ -322,6 +346,34 @@ def set_random_state(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any
         if f"{_CUDA}{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"{_CUDA}{index}"], index)
     torch.set_rng_state(tensors[RNG])
+
+
+def random_bytes() -> torch.Tensor:
+    """Return what `random_state` returns in one tensor of bytes."""
+    tensors, meta = random_state()
+    lists = {name: state.tolist() for name, state in tensors.items()}
+    return torch.tensor(list(json.dumps({"tensors": lists, "meta": meta}).encode()), dtype=torch.uint8)
+
+
+def set_rank_random_state(ranks: Sequence[torch.Tensor] | None, group: ProcessGroup, stage: int) -> None:
+    """After `set_random_state` of the first rank: give each rank its own state back, or on another number of ranks a
+    new one, which is a function of the first rank's state, the rank and the number.
+
+    Args:
+        ranks: `random_bytes` of each rank that saved; None where one process did.
+        group: of the ranks that go on.
+        stage: the running one.
+
+    Raises:
+        AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: a state is none of a generator's.
+    """
+    if (1 if ranks is None else len(ranks)) != group.size:
+        drawn = int(torch.randint(2**62, ()).item())
+        torch.manual_seed(generator(drawn, stage, "rank", f"{group.rank} of {group.size}").initial_seed())
+    elif ranks is not None:
+        saved = json.loads(bytes(ranks[group.rank].tolist()))
+        tensors = {name: torch.tensor(state, dtype=torch.uint8) for name, state in saved["tensors"].items()}
+        set_random_state(tensors, saved["meta"])
 
 
 def _as_lists(value: Any) -> Any:

@@ -217,7 +217,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             code="stage-not-kept",
         )
     # An average begins anew, with the slow weights of then.
-    return SlowWeights(states, trained, averaged=min(stage, 1), together=slow.together)
+    return SlowWeights(states, trained, averaged=min(stage, 1), group=slow.group)
 
 
 def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], dict[str, Trained], list[str]]:

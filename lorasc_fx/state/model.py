@@ -16,7 +16,7 @@ from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.errors import NonFiniteBranch, warn
 from lorasc_fx.options import RESTARTS
 from lorasc_fx.plan import Plan
-from lorasc_fx.shards import Rows, Together, local
+from lorasc_fx.shards import ProcessGroup, Rows, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_of, gain_of, has_trained, write_start
 from lorasc_fx.state.products import arithmetic
@@ -121,7 +121,7 @@ class SlowWeights:
         idle: no stage runs; the parameters hold the slow weights, without noise.
         left_out: names of the weights that the last fold did not move, because what had trained was not finite.
         averaged: number of stages whose slow weights are in the average.
-        together: the processes that hold the weights in shards, of which this one has its own; None for one process.
+        group: the processes that hold the weights in shards, of which this one has its own; None for one process.
     """
 
     states: Mapping[str, WeightState] = field(default_factory=dict)
@@ -129,17 +129,17 @@ class SlowWeights:
     idle: bool = False
     left_out: frozenset[str] = frozenset()
     averaged: int = 0
-    together: Together | None = None
+    group: ProcessGroup | None = None
 
     def some(self, flag: bool) -> bool:
         """Whether it holds here, or on a process that holds other shards."""
-        return flag if self.together is None else self.together.some(flag)
+        return flag if self.group is None else self.group.any(flag)
 
-    def cut(self, parts: Mapping[str, Rows | None], together: Together, mapped: bool = False) -> SlowWeights:
+    def cut(self, parts: Mapping[str, Rows | None], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
         """Return the state of the parts of the weights that are here, by name; W0 stays in its file where `mapped`."""
         states = {name: state.cut(parts[name], mapped) for name, state in self.states.items()}
         trained = {name: kept.cut(parts[name]) for name, kept in self.trained.items()}
-        return replace(self, states=states, trained=trained, together=together)
+        return replace(self, states=states, trained=trained, group=group)
 
     def with_weights(
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, mapped: Mapping[str, torch.Tensor] | None = None

@@ -242,7 +242,7 @@ class WeightState(Tree):
 
     def every(self, flag: bool) -> bool:
         """Whether it holds here, and on every process that holds rows of this weight."""
-        return flag if self.part is None else self.part.together.every(flag)
+        return flag if self.part is None else self.part.group.all(flag)
 
     def exact(
         self,

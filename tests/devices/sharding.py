@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -202,16 +203,22 @@ def saved(rank: int, count: int, name: str, folder: str, at: int) -> None:
     cascade = fsdp.shard(called_in_both_modes(adapted(name)))
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, at, (rank, count))
-    fsdp.save(cascade, folder, optimizer=optimizer, extra={"steps": at})
+    torch.manual_seed(rank)
+    for _ in range(3):
+        lx.save(cascade, folder, optimizer=optimizer, extra={"steps": at}, keep=2)
 
 
 def resumed(rank: int, count: int, folder: str) -> dict[str, Tensor]:
-    tokens = example()
-    cascade = fsdp.load(folder, blocks(), args=(tokens,), calls=[(False, (tokens,), {})])
+    """Go on from a checkpoint, sharded where there are several ranks."""
+    cascade = lx.load(folder, blocks(), args=(example(),))
+    if count > 1:
+        fsdp.shard(called_in_both_modes(cascade))
     optimizer = optimizer_of(cascade)
-    extra = fsdp.resume(cascade, optimizer)
+    extra = cascade.resume(optimizer)
+    assert list(extra) == ["steps"]
+    drawn = torch.rand(3)
     run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
-    return values(cascade)
+    return {**values(cascade), "drawn": drawn}
 
 
 # ---- memory
@@ -259,7 +266,6 @@ def refused(rank: int, count: int, folder: str) -> None:
         cascade.folded_state_dict,
         cascade.folded_graph,
         lambda: cascade.to(torch.float32),
-        lambda: lx.save(cascade, folder),
     ):
         with raises(lx.StateError, "sharded"):
             call()
@@ -277,7 +283,7 @@ def refused(rank: int, count: int, folder: str) -> None:
     with raises(lx.StateError, "gradients-pending"):
         cascade.transition(optimizer)
     with raises(lx.StateError, "gradients-pending"):
-        fsdp.save(cascade, folder, optimizer=optimizer)
+        lx.save(cascade, folder, optimizer=optimizer)
     optimizer.zero_grad()
     with torch.no_grad():
         if rank == count - 1:  # one process alone has met it
@@ -293,5 +299,8 @@ def refused(rank: int, count: int, folder: str) -> None:
     before = {name: each.detach().clone() for name, each in cascade.named_parameters()}
     with raises(lx.NonFiniteBranch, "non-finite-branch", "head.weight", "1"):
         cascade.transition(optimizer)
+    with raises(lx.NonFiniteBranch, "non-finite-branch", "head.weight" if rank == count - 1 else "another rank"):
+        lx.save(cascade, folder, optimizer=optimizer)
+    assert not os.path.exists(folder)
     for name, each in cascade.named_parameters():
         torch.testing.assert_close(each.to_local(), before[name].to_local(), rtol=0, atol=0, equal_nan=True)  # type: ignore[operator]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import distributed
+from lorasc_fx.runtime import training_state
 from tests.devices import training
 from tests.devices.ranks import RankFailed, on_ranks
 from tests.kit.errors import raises, warns
@@ -153,59 +153,66 @@ def test_the_wrapper_writes_nothing_that_a_fold_would_not_know() -> None:
     assert cascade.stage == 2
 
 
-def test_what_the_checkpoints_refuse_without_a_group(tmp_path: Path) -> None:
-    cascade = training.adapted("fresh")
-    with raises(lx.StateError, "no-process-group", "torch.distributed.init_process_group", "lorasc_fx.save"):
-        distributed.save(cascade, tmp_path)
-    with raises(lx.StateError, "no-process-group", "torch.distributed.init_process_group", "lorasc_fx.load"):
-        distributed.load(tmp_path, training.net())
-
-
 @pytest.mark.usefixtures("group")
 def test_what_the_checkpoints_refuse(tmp_path: Path) -> None:
-    example = (training.data()[0][0][None],)
     cascade = training.adapted("fresh")
-    optimizer = training.optimizer_of(cascade)
-    with raises(lx.StateError, "wrong-wrapper", "Net"):
-        distributed.save(training.net(), tmp_path)
+    wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
+    for wrong in (training.net(), DistributedDataParallel(training.net())):
+        with raises(lx.StateError, "wrong-wrapper", "Net"):
+            lx.save(wrong, tmp_path)
     tokens, labels = next(training.batches(0, 0, 1))
-    nn.functional.cross_entropy(cascade(tokens), labels).backward()
+    nn.functional.cross_entropy(wrapper(tokens), labels).backward()
     with raises(lx.StateError, "gradients-pending", "branches.table/weight.lora_B"):
-        distributed.save(cascade, tmp_path / "run", optimizer=optimizer)
+        lx.save(wrapper, tmp_path / "run", optimizer=optimizer)
     assert not (tmp_path / "run").exists()
+    lx.save(cascade, tmp_path / "alone", optimizer=optimizer)  # of one process: with its gradients
     optimizer.step()
     optimizer.zero_grad()
     with raises(lx.SpecError, "invalid-value", "keep", "0"):
-        distributed.save(cascade, tmp_path / "run", optimizer=optimizer, keep=0)
-    lx.save(cascade, tmp_path / "alone", optimizer=optimizer)
-    loaded = distributed.load(tmp_path / "alone", training.net(), args=example)
-    with raises(lx.StateError, "wrong-wrapper", "Cascade"):
-        distributed.resume(loaded, training.optimizer_of(loaded))
-    with raises(lx.CheckpointError, "saved-otherwise"):
-        distributed.resume(DistributedDataParallel(loaded), training.optimizer_of(loaded))
+        lx.save(wrapper, tmp_path / "run", optimizer=optimizer, keep=0)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("streams", [[], ["x"], [torch.zeros(2, dtype=torch.uint8)], 3])
+def test_forged_random_generators_of_ranks(tmp_path: Path, streams: object) -> None:
+    """Nothing of the state is taken: the optimizer is as it was."""
+    cascade = training.adapted("fresh")
+    lx.save(cascade, tmp_path, optimizer=training.optimizer_of(cascade), extra={training_state.RANKS: streams})
+    loaded = lx.load(tmp_path, training.net(), args=(training.data()[0][0][None],))
+    optimizer, before = training.optimizer_of(loaded), torch.get_rng_state()
+    if streams == []:
+        assert loaded.resume(optimizer) == {}
+        return
+    with raises(lx.CheckpointError, "optimizer-differs"):
+        loaded.resume(optimizer)
+    assert not optimizer.state
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def fails_on_one(rank: int, count: int, folder: str) -> None:
-    """The last process reads another folder than the others: no version, or an older one."""
+    """The last process has read another version than the others, then cannot write, and then the first one is gone."""
     cascade = training.adapted("fresh")
+    wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
     for part in ("here", "there"):
-        lx.integrations.distributed.save(cascade, f"{folder}/{part}")
+        lx.save(wrapper, f"{folder}/{part}", optimizer=optimizer)
     if rank == 0:
-        lx.save(cascade, f"{folder}/there")
+        lx.save(cascade, f"{folder}/there", optimizer=optimizer)  # of this process alone
     dist.barrier()
-    for own, other, code, names in (
-        ("here", "nowhere", "rank-failed", (f"rank {count - 1}", "CheckpointError")),
-        ("here", "there", "versions-differ", ("version-00000001", "version-00000002")),
-    ):
-        failed = bool(rank) and other == "nowhere"
-        expected = ("no-checkpoint", f"{folder}/nowhere") if failed else (code, *names)
-        with raises(lx.CheckpointError if failed else lx.StateError, *expected):
-            lx.integrations.distributed.load(
-                f"{folder}/{other if rank else own}", training.net(), args=(training.data()[0][0][None],)
-            )
+    example = (training.data()[0][0][None],)
+    loaded = lx.load(f"{folder}/{'there' if rank else 'here'}", training.net(), args=example)
+    with raises(lx.StateError, "versions-differ", "version-00000001", "version-00000002"):
+        loaded.resume(training.optimizer_of(loaded))
+    loaded = lx.load(f"{folder}/here", training.net(), args=example)
+    other = torch.optim.SGD(loaded.param_groups(lr=0.1)) if rank else training.optimizer_of(loaded)
+    expected = (lx.CheckpointError, "optimizer-differs", "SGD") if rank else (lx.StateError, "rank-failed", "rank 1")
+    with raises(*expected):
+        loaded.resume(other)
+    Path(f"{folder}/file").touch()
+    with raises(lx.StateError if rank else lx.CheckpointError, "rank-failed" if rank else "not-writable"):
+        lx.save(wrapper, f"{folder}/file/run")
     if rank == 0:
         with raises(lx.StateError, "process-lost"):
-            lx.integrations.distributed.save(cascade, f"{folder}/here")
+            lx.save(wrapper, f"{folder}/here")
 
 
 @pytest.mark.slow

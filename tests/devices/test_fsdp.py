@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import re
 import signal
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import fsdp, segments, sharded_files
+from lorasc_fx.integrations import fsdp, segments
 from tests.devices import sharding
 from tests.devices.ranks import on_ranks
 from tests.devices.test_ddp import close, group
@@ -74,21 +75,28 @@ def test_memory_falls_with_the_number_of_processes() -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_cut_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("saving", "resuming"), [(2, (2, 4)), (2, (1,)), (1, (2,))])
+def test_a_checkpoint_is_cut_anew(tmp_path: Path, saving: int, resuming: tuple[int, ...]) -> None:
+    """The numbers of an uninterrupted run on one process; `keep` versions stay."""
     name, at = "fresh", 10
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
-    on_ranks(2, sharding.saved, name, str(tmp_path), at)
-    files = sorted(each.name for each in (tmp_path / "version-00000001").iterdir())
-    assert len(files) == 3
-    assert all(each.endswith(".safetensors") or each == "manifest.json" for each in files)  # nothing to unpickle
-    for count in (4, 1):
-        for found in on_ranks(count, sharding.resumed, str(tmp_path)):
+    on_ranks(saving, sharding.saved, name, str(tmp_path), at)
+    assert sorted(version.name for version in tmp_path.iterdir()) == ["version-00000002", "version-00000003"]
+    files = sorted(file.name for file in (tmp_path / "version-00000003").iterdir())
+    names = [f"state-{rank:05d}-of-00002.safetensors" for rank in (1, 2)] if saving == 2 else ["state.safetensors"]
+    assert files == ["manifest.json", *names]  # nothing to unpickle
+    for count in resuming:
+        ranks = on_ranks(count, sharding.resumed, str(tmp_path))
+        for rank, found in enumerate(ranks):
             close(found, wanted)
+            if count == saving:  # each rank goes on with its own generators
+                assert torch.equal(found["drawn"], torch.rand(3, generator=torch.Generator().manual_seed(rank)))
+        assert len({tuple(found["drawn"].tolist()) for found in ranks}) == count
 
 
 @pytest.mark.slow
 def test_what_shards_refuse(tmp_path: Path) -> None:
-    on_ranks(2, sharding.refused, str(tmp_path))
+    on_ranks(2, sharding.refused, str(tmp_path / "run"))
 
 
 def test_units_are_blocks_by_path() -> None:
@@ -214,25 +222,20 @@ def test_what_shard_refuses(case: str) -> None:
     cascade(torch.randn(2, 5)).sum().backward()
 
 
-def test_what_is_said_without_a_group(tmp_path: Path) -> None:
+def test_what_is_said_without_a_group() -> None:
     cascade = small({})
     with raises(lx.StateError, "no-process-group"):
         fsdp.shard(cascade)
-    with raises(lx.StateError, "no-process-group"):
-        fsdp.load(tmp_path, nn.Linear(5, 7))
-    for call, way in (
-        (partial(fsdp.save, cascade, tmp_path), "lorasc_fx.save"),
-        (partial(fsdp.resume, cascade), "cascade.resume"),
-        (partial(fsdp.folded_state_dict, cascade), "cascade.folded_state_dict()"),
-    ):
-        with raises(lx.StateError, "not-sharded", way):
-            call()
+    with raises(lx.StateError, "not-sharded", "cascade.folded_state_dict()"):
+        fsdp.folded_state_dict(cascade)
 
 
 @pytest.mark.usefixtures("group")
-def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
+def test_one_process_holds_all_rows(tmp_path: Path) -> None:
     x = torch.randn(2, 5)
-    cascade = small({"train": ["1.bias"]})
+    model, base = (nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) for _ in range(2))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    cascade = small({"train": ["1.bias"]}, model)
     with raises(lx.StateError, "invalid-mesh", "2"):
         fsdp.shard(cascade, init_device_mesh("cpu", (1, 1)))
     cascade(x).sum().backward()
@@ -247,57 +250,77 @@ def test_one_process_holds_all_rows_and_damage_is_told(tmp_path: Path) -> None:
     cascade(x).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    path = fsdp.save(cascade, tmp_path, optimizer=optimizer)
-    umask = path.stat().st_mode & 0o777 ^ 0o777
-    assert all(each.stat().st_mode & 0o777 == 0o666 & ~umask for each in path.iterdir())
-    base = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    manifest = path / "manifest.json"
-    whole = json.loads(manifest.read_text())
+    base.load_state_dict(start)
+    lx.save(cascade, tmp_path, optimizer=optimizer)
+    loaded = fsdp.shard(lx.load(tmp_path, base, args=(x,)))
+    for (name, one), other in zip(cascade.named_parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(sharding.whole(one), sharding.whole(other), rtol=0, atol=0, msg=name)
+    resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
+    loaded.resume(resumed)
+    for one, other in zip(optimizer.state.values(), resumed.state.values(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(sharding.whole(one[key]), sharding.whole(other[key]))
+            assert type(one[key]) is type(other[key]) is DTensor
 
-    def refuse(code: str, *names: str) -> None:
-        with raises(lx.CheckpointError, code, *names):
-            fsdp.load(tmp_path, base, args=(x,))
 
-    refuse("checkpoint-other-base", "0.weight")
-    name = next(iter(whole["tensors"]))
-    for change, word in (({"kind": "other"}, "format"), ({"parked": True}, "digest")):
-        manifest.write_text(json.dumps(whole | change))
-        refuse("invalid-checkpoint", "manifest.json", word)
-    manifest.write_text(json.dumps(whole))
-    more = path / "more.safetensors"
-    more.write_bytes(b"")
-    refuse("invalid-checkpoint", "manifest.json", "files")
-    more.unlink()
-    file = next(path.glob("*.safetensors"))
-    data = file.read_bytes()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    refuse("invalid-checkpoint", file.name, "digest")
-    file.write_bytes(data)
-    with raises(lx.CheckpointError, "no-checkpoint"):
-        fsdp.load(tmp_path / "empty", base, args=(x,))
-    plan, told = cascade.plan, whole["tensors"]
-    with raises(lx.CheckpointError, "invalid-checkpoint"):
-        sharded_files.described(path, told | {"foreign": {}}, plan)
-    with raises(lx.CheckpointError, "invalid-checkpoint", name):
-        sharded_files.described(path, told | {name: {"shape": [1 << 40]}}, plan)
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    for other, row, word in (
-        ("branch/0.weight/lora_B", 1 << 40, "bytes"),
-        ("optimizer/0/exp_avg", 1 << 16, "bytes"),
-        ("branch/0.weight/lora_B", 1, "plan"),
-    ):
-        info = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
-        info[other]["saved_offsets"][0] = row
-        forged = header | {"__metadata__": header["__metadata__"] | {"DCP_SHARDING_INFO": json.dumps(info)}}
-        text = json.dumps(forged).encode()
-        file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-        shape = [told[other]["shape"][0] + row, *told[other]["shape"][1:]]
-        claims = whole | {"files": {file.name: file_digest(file)}}
-        claims["tensors"] = told | {other: told[other] | {"shape": shape}}
-        claims["digest"] = text_digest(canonical(claims))
-        manifest.write_text(json.dumps(claims))
-        refuse("invalid-checkpoint", other, word)
+def with_shards(path: Path, change: Callable[[dict[str, object], list[dict[str, Tensor]]], object]) -> None:
+    """Let a version be one of two ranks, each with half of the rows, damaged by `change` and signed anew."""
+    manifest, tensors = json.loads((path / "manifest.json").read_text()), load_file(path / "state.safetensors")
+    cut = [name for name in tensors if name.startswith("branch/")]
+    halves = {name: tensors[name].chunk(2) for name in cut}
+    files = [
+        {**(tensors if rank == 0 else {}), **{name: halves[name][rank].clone() for name in cut}} for rank in (0, 1)
+    ]
+    manifest["shards"] = dict.fromkeys(cut, 0)
+    change(manifest, files)
+    (path / "state.safetensors").unlink()
+    names = [f"state-{rank}-of-00002.safetensors" for rank in ("00001", "00002")]
+    for name, file in zip(names, files, strict=True):
+        save_file(file, path / name)
+    digests = {name: file_digest(path / name) for name in names}
+    manifest["files"] = {name: digests[name] for name in manifest.pop("order", names)}
+    manifest["digest"] = text_digest(canonical(manifest))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+LORA_B = "branch/0.weight/lora_B"
+DAMAGED: dict[str, tuple[Callable[[Any, Any], object], tuple[str, ...]]] = {
+    "no axis": (lambda manifest, files: manifest["shards"].update({LORA_B: True}), ("shards", LORA_B)),
+    "another axis": (lambda manifest, files: manifest["shards"].update({LORA_B: 1}), (LORA_B, "axis 1")),
+    "an axis too many": (lambda manifest, files: manifest["shards"].update({LORA_B: 2}), (LORA_B, "axis 2")),
+    "another dtype": (lambda manifest, files: files[1].update({LORA_B: files[1][LORA_B].double()}), (LORA_B,)),
+    "a missing shard": (lambda manifest, files: files[1].pop(LORA_B), (LORA_B,)),
+    "a missing first shard": (lambda manifest, files: files[0].pop(LORA_B), (LORA_B,)),
+    "no shard": (lambda manifest, files: manifest["shards"].pop(LORA_B), (LORA_B,)),
+    "more rows": (lambda manifest, files: files[1].update({LORA_B: torch.zeros(9, 2)}), (LORA_B, "plan")),
+    "a foreign tensor": (lambda manifest, files: files[1].update(more=torch.zeros(1)), ("more",)),
+    "another order": (
+        lambda manifest, files: manifest.update(
+            order=["state-00002-of-00002.safetensors", "state-00001-of-00002.safetensors"]
+        ),
+        ("files", "state-00001-of-00002"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_of_several_ranks(tmp_path: Path, case: str) -> None:
+    change, names = DAMAGED[case]
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    cascade, x = small({}, model), torch.randn(2, 5)
+    with torch.no_grad():
+        cascade.branches["0/weight"].lora_B.normal_()
+    for folder in ("whole", "damaged"):
+        lx.save(cascade, tmp_path / folder)
+    wanted = cascade(x)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    model.load_state_dict(start)
+    with_shards(tmp_path / "damaged" / "version-00000001", change)
+    with raises(lx.CheckpointError, "invalid-checkpoint", *names):
+        lx.load(tmp_path / "damaged", model, args=(x,))
+    with_shards(tmp_path / "whole" / "version-00000001", lambda *_: None)
+    torch.testing.assert_close(lx.load(tmp_path / "whole", model, args=(x,))(x), wanted, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("group")
@@ -323,11 +346,11 @@ def test_a_frozen_parameter_that_changes_after_shard(tmp_path: Path) -> None:
     cascade(torch.randn(2, 5)).sum().backward()
     for parameter in cascade.branches.parameters():
         parameter.grad = None
-    fsdp.save(cascade, tmp_path / "run")
+    lx.save(cascade, tmp_path / "run")
     with torch.no_grad():
         cascade.model.get_parameter("0.bias").add_(1)
     with raises(lx.StateError, "weights-changed-outside", "0.bias"):
-        fsdp.save(cascade, tmp_path / "run")
+        lx.save(cascade, tmp_path / "run")
     assert [each.name for each in (tmp_path / "run").iterdir()] == ["version-00000001"]
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def saved_then_killed(rank: int, count: int, name: str, folder: str, at: int, ho
     wrapper, optimizer = DistributedDataParallel(cascade), optimizer_of(cascade)
     run(wrapper, cascade, optimizer, 0, at, (rank, count))
     torch.manual_seed(rank)
-    path = lx.integrations.distributed.save(cascade, folder, optimizer=optimizer, extra={"steps": at}, keep=2)
+    path = lx.save(wrapper, folder, optimizer=optimizer, extra={"steps": at}, keep=2)
     assert path.parent == Path(folder)
     if rank == count - 1 and how == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -149,9 +149,9 @@ def saved_then_killed(rank: int, count: int, name: str, folder: str, at: int, ho
 
 
 def resumed(rank: int, count: int, name: str, folder: str, until: int) -> dict[str, Tensor]:
-    cascade = lx.integrations.distributed.load(folder, net(), args=(data()[0][0][None],))
+    cascade = lx.load(folder, net(), args=(data()[0][0][None],))
     wrapper, optimizer = DistributedDataParallel(cascade), optimizer_of(cascade)
-    extra: Mapping[str, Any] = lx.integrations.distributed.resume(wrapper, optimizer)
+    extra = cascade.resume(optimizer)
     assert list(extra) == ["steps"]
     run(wrapper, cascade, optimizer, extra["steps"], until, (rank, count))
     return {**values(cascade), "drawn": torch.rand(3)}

@@ -153,6 +153,42 @@ def train(cascade: lx.Cascade, work: Work) -> dict[str, Tensor]:
     return seen
 
 
+def step(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, work: Work) -> Tensor:
+    """One step; returns the output before it."""
+    output = cascade(**work.kwargs)
+    output.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return output.detach()
+
+
+def optimizer_of(cascade: lx.Cascade) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(cascade.param_groups(lr=2e-2))
+
+
+def saved_in_parts(rank: int, mesh: DeviceMesh, name: str, folder: str) -> None:
+    """Train in parts, save, and go on in parts from what was saved, with the numbers of the cascade that was saved."""
+    from lorasc_fx.integrations import tensor_parallel
+
+    work = WORKS[name]
+    cascade = tensor_parallel.parallelize(cascade_of(work), mesh, work.plan)
+    optimizer = optimizer_of(cascade)
+    for _ in range(2):
+        step(cascade, optimizer, work)
+        cascade.transition(optimizer)
+        step(cascade, optimizer, work)
+    lx.save(cascade, f"{folder}/run", optimizer=optimizer, extra={"rank": rank})
+    torch.manual_seed(0)
+    loaded = lx.load(f"{folder}/run", work.build().double().eval(), kwargs=work.kwargs)
+    tensor_parallel.parallelize(loaded, mesh, work.plan)
+    resumed = optimizer_of(loaded)
+    assert loaded.resume(resumed) == {"rank": 0}
+    seen = {f"output {at}": step(cascade, optimizer, work) for at in range(3)}
+    for at in range(3):
+        torch.testing.assert_close(step(loaded, resumed, work), seen[f"output {at}"], rtol=1e-12, atol=1e-12)
+    save_file(seen, Path(folder) / f"saved {rank}.safetensors")
+
+
 def end(cascade: lx.Cascade) -> dict[str, Tensor]:
     """Return the released weights."""
     return {f"released {name}": value.detach().clone() for name, value in cascade.release().state_dict().items()}

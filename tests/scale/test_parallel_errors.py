@@ -127,7 +127,6 @@ def test_what_a_cascade_in_parts_does_not_do(parted: lx.Cascade, mesh: DeviceMes
         ("release", parted.release),
         ("folded_state_dict", parted.folded_state_dict),
         ("folded_graph", parted.folded_graph),
-        ("save", lambda: lx.save(parted, tmp_path / "run")),
         ("to", parted.float),
         ("export.safetensors", lambda: lx.export.safetensors(parted, tmp_path / "out.safetensors")),
         ("parallelize", lambda: tensor_parallel.parallelize(parted, mesh, PLAN)),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.scale.parallel import WORKS, cascade_of, end, in_parts, train
+import lorasc_fx as lx
+from tests.scale.parallel import WORKS, cascade_of, end, in_parts, optimizer_of, saved_in_parts, step, train
 from tests.scale.ranks import spawn
 
 pytestmark = pytest.mark.slow
@@ -32,3 +33,23 @@ def test_it_computes_what_one_process_computes(names: tuple[str, ...], tmp_path:
             assert any(key.startswith("gradient") and value.abs().max() > 1e-4 for key, value in expected.items())
             model = cascade_of(WORKS[name]).model
             assert local["local model"] < 0.75 * sum(each.numel() for each in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp, kept"])
+def test_a_checkpoint_of_parts_goes_on_in_parts_and_on_one_process(name: str, tmp_path: Path) -> None:
+    spawn(saved_in_parts, name, str(tmp_path))
+    work, seen = WORKS[name], load_file(tmp_path / "saved 1.safetensors")
+    torch.manual_seed(0)
+    loaded = lx.load(tmp_path / "run", work.build().double().eval(), kwargs=work.kwargs)
+    optimizer = optimizer_of(loaded)
+    loaded.resume(optimizer)
+    alone = cascade_of(work)
+    trained = optimizer_of(alone)
+    for _ in range(2):
+        step(alone, trained, work)
+        alone.transition(trained)
+        step(alone, trained, work)
+    for at in range(3):
+        expected = step(alone, trained, work)
+        torch.testing.assert_close(step(loaded, optimizer, work), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(seen[f"output {at}"], expected, rtol=1e-12, atol=1e-12)

@@ -115,7 +115,7 @@ def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
     branch = {"lora_A": numbers(1, 4), "lora_B": numbers(6, 1), "lora_magnitude_vector": numbers(6)}
     initial = InitialFactors(magnitude=numbers(6))
     held = SlowWeights({"w": dataclasses.replace(state, initial=initial)})
-    manifest, written = encode(RunState(plan, held, {"w": branch}, {}, {}, {}))
+    manifest, written, _ = encode(RunState(plan, held, {"w": branch}, {}, {}, {}))
     assert [name for name in written if name.startswith("expert/")] == ["expert/w/0/b", "expert/w/0/a"]
     assert manifest["slow"]["w"]["turns"] == [[1, 0], [2, 0], [3, 1], [4, 1]]
     found = decode(manifest, written, plan, RunState.planned(plan, manifest, written), "here").slow.states["w"]
