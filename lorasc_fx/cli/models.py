@@ -21,6 +21,7 @@ from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 
 __all__ = [
+    "CLASSIFIER",
     "MODELS",
     "Arguments",
     "MeanPooled",
@@ -36,6 +37,8 @@ __all__ = [
 
 MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function", "FILE.pt2")
 
+CLASSIFIER = "ForSequenceClassification"
+"""End of the names of transformers' classes of text classifiers."""
 Arguments = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 """Positional and keyword arguments of a model."""
 
@@ -185,7 +188,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     model: nn.Module
     with reading(config.name, "transformers", "unreadable-model"):
         about = transformers.AutoConfig.from_pretrained(folder, **safe)
-        if any(name.endswith("ForSequenceClassification") for name in about.architectures or ()):
+        if any(name.endswith(CLASSIFIER) for name in about.architectures or ()):
             head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
             model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options, **head)
         else:

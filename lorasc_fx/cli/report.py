@@ -249,6 +249,7 @@ def _sections(record: RunRecord) -> Iterable[Section]:
     yield _slow_and_fast(record)
     yield _experts(record)
     yield _spectrum(record)
+    yield _settings(record)
     yield _cost(record)
     yield _sites(record)
     yield _refusals(record)
@@ -320,6 +321,20 @@ def _spectrum(record: RunRecord) -> Section:
     )
     picture = spectra({name: moved[name]["values"] for name in largest})
     return Section("delta", "Final delta", (about,), (picture,), (Table("Final delta by site", columns, cells),))
+
+
+def _settings(record: RunRecord) -> Section:
+    train, spec, classes = record.config.train, record.config.spec, record.about.get("classes", ())
+    decay = f"{train.decay} decay to {train.floor:g} times it" if train.floor < 1 else "no decay"
+    rows = [
+        ("learning rate", f"{train.lr:g}; in each stage {train.warmup} steps of warm-up, {decay}"),
+        ("batch size", f"{train.batch_size}"),
+        ("weight decay", f"{train.weight_decay:g}"),
+        ("seeds", f"run {train.seed}, split {record.config.data.seed}, branches and noise {spec.seed}"),
+        ("classes", ", ".join(classes) or "not known"),
+    ]
+    table = Table("Settings of the run", [("what", "text"), ("value", "text")], rows)
+    return Section("settings", "Settings", (), (), (table,))
 
 
 def _cost(record: RunRecord) -> Section:

@@ -168,12 +168,16 @@ def test_the_page_of_a_run_says_what_the_run_was(trained: Trained, capsys: pytes
     assert capsys.readouterr().out == f"{trained.run}/report.html: the report of wide\n"
     page = check_page((trained.run / "report.html").read_text())
     headings = [data for where, data in page.texts if where[-1:] == ("h2",)]
-    assert headings == ["Loss", "Slow beside fast weights", "Experts", "Final delta", "Cost", "Sites", "Refusals",
-                        "Made with"]  # fmt: skip
+    assert headings == ["Loss", "Slow beside fast weights", "Experts", "Final delta", "Settings", "Cost", "Sites",
+                        "Refusals", "Made with"]  # fmt: skip
     told = page.said("desc")
     assert "Stages end at steps 4, 8, 12." in told
     losses = {line["step"]: line["loss"] for line in RunRecord.read(trained.run).lines if "loss" in line}
     assert f"to {losses[12]:.4g} at step 12" in told
+    settings = dict(page.tables["Settings of the run"][1:])
+    assert settings["classes"] == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    assert settings["learning rate"] == "0.01; in each stage 1 steps of warm-up, cosine decay to 0 times it"
+    assert settings["batch size"] == "8"
     cascade = trained.cascade(3)
     sites = page.tables["Sites"][1:]
     assert [row[1] for row in sites] == [site.weight for site in cascade.sites] == ["0.weight", "2.weight"]

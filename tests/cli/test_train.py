@@ -196,6 +196,9 @@ def test_a_text_classifier_of_ones_own(place: Path, capsys: pytest.CaptureFixtur
     model = BertForSequenceClassification(about)
     model.load_state_dict(weights(place / "runs" / "tiny" / "folded.safetensors"), strict=True)
     assert "stage 3/3 ends at step 12" in capsys.readouterr().out
+    assert main(["export", "runs/tiny", "--to", "peft", "--out", "adapter"]) == 0
+    adapter = json.loads((place / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["task_type"], adapter["base_model_name_or_path"]) == ("SEQ_CLS", "bert")
 
 
 def stop_from_outside(command: list[str], place: Path, environment: dict[str, str], until: str, times: int) -> str:
