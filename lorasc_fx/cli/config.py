@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lorasc_fx.cli.methods import METHODS
@@ -308,8 +309,9 @@ def _value(hint: Any, value: Any, at: KeyPath) -> Any:
         return tuple(_value(get_args(hint)[0], entry, (*at, str(index))) for index, entry in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint in _PLAIN and type(value) is not hint:
-        raise _WrongKey(at, f"{'.'.join(at)} is {value!r}; give {_PLAIN[hint]}")
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if all(kind in _PLAIN for kind in kinds) and type(value) not in kinds:
+        raise _WrongKey(at, f"{'.'.join(at)} is {value!r}; give {' or '.join(_PLAIN[kind] for kind in kinds)}")
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -26,6 +26,7 @@ from lorasc_fx.extras import module_of
 
 __all__ = [
     "DATA",
+    "TABLES",
     "Batch",
     "Examples",
     "Inputs",
@@ -237,14 +238,14 @@ def _undecodable_line(path: Path) -> int:
     return 1
 
 
-def read_table(kind: str, path: str, *wanted: str, images: bool = False) -> tuple[list[Any], ...]:
+def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None) -> tuple[list[Any], ...]:
     """Return the cells of these columns of a file or folder that the package datasets reads.
 
     Args:
         kind: one of `TABLES`, or `disk` for a folder of `Dataset.save_to_disk`.
         path: of the file or folder.
         wanted: names of columns; numbers of classes are returned as their names.
-        images: whether the first column holds images: they are returned as PIL has them.
+        image_size: if given, the first column holds images, returned as bytes [3, image_size, image_size].
 
     Raises:
         SpecError: the file cannot be read, lacks a column, or has an empty cell.
@@ -268,18 +269,20 @@ def read_table(kind: str, path: str, *wanted: str, images: bool = False) -> tupl
                     "data.text_column, data.image_column and data.label_column choose others",
                     code="unknown-name",
                 )
-        if images:
+        if image_size is not None:
             table = table.cast_column(wanted[0], datasets.Image())
         columns = []
         for name in wanted:
-            cells, names = table[name][:], getattr(table.features[name], "names", None)
-            if None in cells or "" in cells:
-                row = next(row for row, cell in enumerate(cells, start=1) if cell in (None, ""))
-                raise SpecError(
-                    f"{kind}:{path}: row {row}: the cell {name!r} is empty; fill it, or take the row out",
-                    code="empty-cell",
-                )
-            columns.append([names[cell] for cell in cells] if names else cells)
+            image = image_size is not None and name == wanted[0]
+            names, cells = getattr(table.features[name], "names", None), []
+            for row, cell in enumerate((entry[name] for entry in table.select_columns([name])), start=1):
+                if cell is None or cell == "":
+                    raise SpecError(
+                        f"{kind}:{path}: row {row}: the cell {name!r} is empty; fill it, or take the row out",
+                        code="empty-cell",
+                    )
+                cells.append(_pixels(cell, image_size) if image else names[cell] if names else cell)
+            columns.append(cells)
     return tuple(columns)
 
 
@@ -376,12 +379,13 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
     elif kind == "imagefolder":
         inputs, labels = _read_images(Path(rest), config.image_size)
     elif kind in TABLES or kind == "disk":
-        images = tokenizer is None
-        column = config.image_column if images else config.text_column
-        inputs, labels = read_table(kind, rest, column, config.label_column, images=images)
-        if images:
-            empty = torch.empty(0, 3, config.image_size, config.image_size, dtype=torch.uint8)
-            inputs = torch.stack([_pixels(image, config.image_size) for image in inputs]) if inputs else empty
+        if tokenizer is None:
+            inputs, labels = read_table(
+                kind, rest, config.image_column, config.label_column, image_size=config.image_size
+            )
+            inputs = torch.stack(inputs) if inputs else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        else:
+            inputs, labels = read_table(kind, rest, config.text_column, config.label_column)
     else:
         inputs, labels = _returned(name, user_function(name)())
     if not len(labels):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorasc_fx.cli.config import Config, load_config
-from lorasc_fx.cli.data import encoder_of, read_csv, read_image
+from lorasc_fx.cli.data import TABLES, encoder_of, read_csv, read_image, read_table
 from lorasc_fx.cli.models import build_model, logits_of, set_mode, tokenizer_of
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import EVAL_BATCH, channels_last
@@ -33,7 +33,8 @@ class PredictArguments:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run that has ended, or whose slow weights `lorasc-fx fold` wrote there."""
     inputs: Annotated[Path, tyro.conf.Positional]
-    """An image, a folder of images; or a file of texts, one a line, or a CSV file with the run's text column."""
+    """An image, a folder of images; or a file of texts, one a line, or a table (.csv, .json, .jsonl, .parquet, .arrow)
+    with the run's text column."""
 
 
 def run_predict(arguments: PredictArguments) -> int:
@@ -98,8 +99,11 @@ def _images(path: Path, config: Config) -> Iterator[tuple[list[str], Tensor]]:
 
 def _texts(path: Path, config: Config) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the texts of a file, with their numbers."""
-    if path.suffix == ".csv":
+    kind = path.suffix.removeprefix(".").replace("jsonl", "json")
+    if kind == "csv":
         texts = read_csv(path, config.data.text_column)[0]
+    elif kind in TABLES:
+        texts = read_table(kind, str(path), config.data.text_column)[0]
     else:
         try:
             texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -92,6 +92,8 @@ def test_a_number_may_be_whole(tmp_path: Path) -> None:
             2,
             "noise.strength is -1.0; it scales a standard deviation: give 0 (off) or more",
         ),
+        ("[data]\ntest = true\n", 2, "data.test is True; give a whole number or a number"),
+        ("[data]\ntest = 1.5\n", 2, "data.test is 1.5; give a whole number of examples, or a share between 0 and 1"),
         ("[train]\ndecay = 'step'\n", 2, "train.decay is 'step'; give 'cosine' or 'linear'"),
         ("[compare]\nrates = 0.1\n", 2, "compare.rates is 0.1; it is a table: write [compare.rates]"),
         (

@@ -110,6 +110,9 @@ def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[:2] for row in found] == [["two.txt:1", "glad"], ["two.txt:2", "sad"]]
     assert main(["predict", "runs/tiny", "new.csv"]) == 0
     assert [row[1:] for row in rows(capsys.readouterr().out)[:2]] == [row[1:] for row in found]
+    Path("two.jsonl").write_text('{"text": "a fine film"}\n{"text": "a dull film"}\n')
+    assert main(["predict", "runs/tiny", "two.jsonl"]) == 0
+    assert [row[1:] for row in rows(capsys.readouterr().out)] == [row[1:] for row in found]
     Path("none.txt").write_text("\n")
     Path("odd.txt").write_bytes(b"\xff")
     for name, message in (
