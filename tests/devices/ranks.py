@@ -50,7 +50,7 @@ def on_ranks(
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         server.close()
-        context = mp.get_context("spawn")
+        context = processes(work)
         started = [
             context.Process(target=_run, args=(rank, count, port, folder, timeout if group else 0.0, work, args))
             for rank in range(count)
@@ -76,6 +76,16 @@ def on_ranks(
             ]
             raise RankFailed("\n".join(parts), codes, told)
         return [load_file(Path(folder, f"{rank}.safetensors")) for rank in range(count)]
+
+
+def processes(work: Callable[..., Any]) -> Any:
+    """The context that starts processes: forks of one that has imported torch and this package, and has run nothing.
+
+    The module of the work comes along, if it is the first one: the server lives as long as the test run.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "lorasc_fx", work.__module__])
+    return context
 
 
 def _read(path: Path) -> str:

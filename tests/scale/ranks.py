@@ -13,11 +13,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tests.devices.ranks import processes
+
 
 def spawn(work: Callable[..., None], *args: Any, world: int = 2) -> None:
     """Run `work(rank, mesh, *args)` in as many processes; a fault in one of them is raised here."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_begin, (work, world, f"file://{Path(folder) / 'store'}", args), nprocs=world)
+        store = f"file://{Path(folder) / 'store'}"
+        processes(work)
+        mp.start_processes(_begin, (work, world, store, args), nprocs=world, start_method="forkserver")
 
 
 def _begin(rank: int, work: Callable[..., None], world: int, store: str, args: tuple[Any, ...]) -> None:
