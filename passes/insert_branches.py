@@ -76,11 +76,11 @@ class InsertBranches(CascadePass):
 
 def nothing_to_do(record: Record) -> str:
     """Return the sentence for a spec that leaves no site: why each candidate is none."""
-    reasons = [str(each) for each in record.refusals if each.reason is not Reason.NOT_TARGETED]
+    reasons = [str(refusal) for refusal in record.refusals if refusal.reason is not Reason.NOT_TARGETED]
     reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in record.unreached]
     targets = record.plan.spec.targets if record.plan is not None else ()
-    told = reasons[:5] or [f"no weight that the graph uses is of a kind or name in targets={targets}"]
-    return "the spec leaves no site to adapt:\n  " + "\n  ".join(told)
+    shown = reasons[:5] or [f"no weight that the graph uses is of a kind or name in targets={targets}"]
+    return "the spec leaves no site to adapt:\n  " + "\n  ".join(shown)
 
 
 def missing_branches(
@@ -104,11 +104,11 @@ def make_branches(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     return tuple(added)
 
 
-def bystanders(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
+def without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     """Return the matrices without a branch, but for those trained in full or excluded: noise.where="all" means them."""
     named = named_weights(graph.owner)
-    untouched = (Reason.TRAINED, Reason.EXCLUDED)
-    left_out = {each.weight for each in graph.record.refusals if each.reason in untouched} | set(plan.by_weight)
+    skipped = (Reason.TRAINED, Reason.EXCLUDED)
+    left_out = {refusal.weight for refusal in graph.record.refusals if refusal.reason in skipped} | set(plan.by_weight)
     return tuple(
         weight for weight in named.matrices if weight not in left_out and named.parameters[weight].is_floating_point()
     )
@@ -119,8 +119,8 @@ def begun(state: WeightState, branch: Branch, plan: Plan) -> WeightState:
     site = plan.by_weight[state.name]
     after, start = begin_stage(state, branch, site, plan.spec, plan.stage, branch.lora_A.detach())
     with torch.no_grad():
-        for own, value in zip(branch.parameters(), start.parameters(), strict=True):
-            own.copy_(value)
+        for parameter, value in zip(branch.parameters(), start.parameters(), strict=True):
+            parameter.copy_(value)
     return after
 
 
@@ -135,14 +135,14 @@ def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> No
     branches = {branch.weight_name: branch for branch in graph.branches.values()}
     weights += tuple(site.weight for site in plan.sites if site.weight not in slow and site.weight not in weights)
     if weights and plan.spec.noise.strength and plan.spec.noise.where == "all":
-        weights += bystanders(graph, plan)
+        weights += without_branch(graph, plan)
     stacked = {site.weight for site in plan.sites if site.experts}
-    turned = {site.weight for site in plan.sites if site.layout == "in_out"}
+    transposed = {site.weight for site in plan.sites if site.layout == "in_out"}
     for weight in weights:
         state = slow.setdefault(
             weight,
             WeightState(
-                weight, named.parameters[weight].detach(), stacked=weight in stacked, transposed=weight in turned
+                weight, named.parameters[weight].detach(), stacked=weight in stacked, transposed=weight in transposed
             ),
         )
         if weight in added:

@@ -45,8 +45,10 @@ class MatchSites(CascadePass):
                     code="planned-otherwise",
                 )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
-        found = match(graph.module, record, self.spec, Cheapest(self.spec))
+        matching = match(graph.module, record, self.spec, Cheapest(self.spec))
         if record.plan is not plan:
-            slow = {weight: state for weight, state in slow.items() if weight in found.plan.by_weight}
-        graph.mark(found.uses)
-        graph.record = replace(record, plan=found.plan, refusals=found.refusals, unreached=found.unreached, slow=slow)
+            slow = {weight: state for weight, state in slow.items() if weight in matching.plan.by_weight}
+        graph.mark(matching.uses)
+        graph.record = replace(
+            record, plan=matching.plan, refusals=matching.refusals, unreached=matching.unreached, slow=slow
+        )

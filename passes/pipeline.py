@@ -61,8 +61,8 @@ class Pipeline:
         self.passes: tuple[AnyPass, ...] = tuple(passes)
         if not self.passes:
             raise PassOrderError("the pipeline is empty; give at least one pass", code="empty-pipeline")
-        names = [name_of(each) for each in self.passes]
-        foreign = any(not isinstance(each, CascadePass) for each in self.passes)
+        names = [name_of(pass_) for pass_ in self.passes]
+        foreign = any(not isinstance(pass_, CascadePass) for pass_ in self.passes)
         self._fixed = order == "given" or foreign or len(set(names)) < len(names)
         if order == "given":
             _check_given(self.passes, frozenset())
@@ -92,17 +92,17 @@ class Pipeline:
             first.check(graph_module)
         verify(graph_module, f"before {name_of(first)}")
         editor = GraphEditor(graph_module)
-        for each in passes:
-            if not isinstance(each, CascadePass):
-                editor = _run_foreign(each, editor)
-            elif not each.done(editor.module):
-                each.check(editor.module)
-                each.apply(editor)
+        for pass_ in passes:
+            if not isinstance(pass_, CascadePass):
+                editor = _run_foreign(pass_, editor)
+            elif not pass_.done(editor.module):
+                pass_.check(editor.module)
+                pass_.apply(editor)
         return PassResult(editor.finish(), True) if editor.modified else PassResult(graph_module, False)
 
     def __str__(self) -> str:
         """Return the text form, which `parse` reads."""
-        return ", ".join(_text(each) for each in self.passes)
+        return ", ".join(_text(pass_) for pass_ in self.passes)
 
     @classmethod
     def parse(
@@ -121,26 +121,26 @@ class Pipeline:
         return cls(tuple(_parse(text, (*PASSES, *passes))), order)
 
 
-def name_of(each: AnyPass) -> str:
+def name_of(pass_: AnyPass) -> str:
     """Return a pass's kebab-case name; of a foreign one, its own name."""
-    return each.name if isinstance(each, CascadePass) else getattr(each, "__name__", type(each).__name__)
+    return pass_.name if isinstance(pass_, CascadePass) else getattr(pass_, "__name__", type(pass_).__name__)
 
 
-def _run_foreign(each: Callable[[fx.GraphModule], Any], editor: GraphEditor) -> GraphEditor:
+def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) -> GraphEditor:
     before, record = editor.lend(), editor.record
-    result = each(before)
+    result = pass_(before)
     changed = True
     if isinstance(result, PassResult):
         result, changed = result.graph_module, result.modified
     result = before if result is None else result
     if not isinstance(result, fx.GraphModule):
         raise PassError(
-            f"pass {name_of(each)} returned {type(result).__name__}; a pass returns a GraphModule or PassResult",
+            f"pass {name_of(pass_)} returned {type(result).__name__}; a pass returns a GraphModule or PassResult",
             code="wrong-pass-result",
         )
     if not record_of(result).facts and "branches-folded" not in record.facts:
         set_record(result, record)  # made anew; of a folded graph nothing has to be known any more
-    verify(result, f"after {name_of(each)}")
+    verify(result, f"after {name_of(pass_)}")
     after = editor.go_on(result)
     after.modified |= changed
     return after
@@ -150,27 +150,27 @@ def _pairs(passes: Sequence[AnyPass]) -> Iterator[tuple[int, int]]:
     """Yield (provider, requirer) for each fact that one pass provides and another requires, and (requirer, taker) for
     each that a pass takes away which requires it itself.
     """
-    for later, each in enumerate(passes):
-        if not isinstance(each, CascadePass):
+    for later, pass_ in enumerate(passes):
+        if not isinstance(pass_, CascadePass):
             continue
         for earlier, other in enumerate(passes):
             if earlier == later or not isinstance(other, CascadePass):
                 continue
-            wanted = each.requires & other.provides
-            kept = each.provides & wanted  # a pass that hands a fact on, as it got it, needs nobody to renew it
+            wanted = pass_.requires & other.provides
+            kept = pass_.provides & wanted  # a pass that hands a fact on, as it got it, needs nobody to renew it
             if wanted - kept or (wanted and not other.requires & wanted):
                 yield earlier, later
-            if other.requires & (each.requires & each.removes - other.removes):
+            if other.requires & (pass_.requires & pass_.removes - other.removes):
                 yield earlier, later
 
 
 def _feasible(passes: Sequence[AnyPass], facts: frozenset[str]) -> bool:
     """Whether each pass, in this order, finds what it requires."""
-    for each in passes:
-        if isinstance(each, CascadePass):
-            if not each.requires <= facts:
+    for pass_ in passes:
+        if isinstance(pass_, CascadePass):
+            if not pass_.requires <= facts:
                 return False
-            facts = (facts - each.removes) | each.provides
+            facts = (facts - pass_.removes) | pass_.provides
     return True
 
 
@@ -190,42 +190,42 @@ def _solve(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
 
 def _check_given(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:
     wrong = []
-    for later, each in enumerate(passes):
-        if not isinstance(each, CascadePass):
+    for later, pass_ in enumerate(passes):
+        if not isinstance(pass_, CascadePass):
             continue
-        for fact in sorted(each.requires):
+        for fact in sorted(pass_.requires):
             before = [p for p in passes[:later] if isinstance(p, CascadePass)]
             after = [p for p in passes[later + 1 :] if isinstance(p, CascadePass)]
             changes = [fact in p.provides for p in before if fact in p.provides | p.removes]
             provider = next((p for p in after if fact in p.provides and fact not in p.requires), None)
             if changes and not changes[-1]:
                 taker = next(p for p in reversed(before) if fact in p.removes)
-                wrong.append(f"{each.name} requires {fact}, which {taker.name} before it takes away")
+                wrong.append(f"{pass_.name} requires {fact}, which {taker.name} before it takes away")
             elif not changes and provider is not None and fact not in facts and not _unknown(passes[:later]):
-                wrong.append(f"{each.name} requires {fact}, which {provider.name} provides only after it")
+                wrong.append(f"{pass_.name} requires {fact}, which {provider.name} provides only after it")
     if wrong:
         raise PassOrderError("the passes cannot run in this order:\n  " + "\n  ".join(wrong))
 
 
 def _unknown(passes: Sequence[AnyPass]) -> bool:
     """Whether one of them is a pipeline, which may provide anything."""
-    return any(isinstance(each, Pipeline) for each in passes)
+    return any(isinstance(pass_, Pipeline) for pass_ in passes)
 
 
-def _text(each: AnyPass) -> str:
-    if not isinstance(each, CascadePass):
-        return name_of(each)
+def _text(pass_: AnyPass) -> str:
+    if not isinstance(pass_, CascadePass):
+        return name_of(pass_)
     options = {}
-    for field in fields(each):
-        value = getattr(each, field.name)
+    for field in fields(pass_):
+        value = getattr(pass_, field.name)
         usual = field.default if field.default_factory is MISSING else field.default_factory()
         if value != usual:
             options[field.name] = value.to_dict() if isinstance(value, CascadeSpec) else value
-    return each.name + (json.dumps(options) if options else "")
+    return pass_.name + (json.dumps(options) if options else "")
 
 
 def _parse(text: str, passes: Sequence[type[CascadePass]]) -> Iterator[CascadePass]:
-    known = {each.name: each for each in passes}
+    known = {pass_.name: pass_ for pass_ in passes}
     rest = text.strip()
     while rest:
         length = next((at for at, letter in enumerate(rest) if letter in "{,"), len(rest))

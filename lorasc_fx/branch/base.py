@@ -63,7 +63,7 @@ class Branch(nn.Module, abc.ABC):
         self.register_buffer("carried_B", None, persistent=False)
 
     def forward(self, first: torch.Tensor, second: Any = None, *rest: Any, **options: Any) -> torch.Tensor:
-        """Compute at the branch's place in the graph, which the arguments of its node tell.
+        """Compute at the branch's placement in the graph, which follows from the arguments of its node.
 
         - `forward(weight, ...)`: `on_weight`;
         - `forward(x, weight, bias, op=NAME, ...)`: `in_place`;

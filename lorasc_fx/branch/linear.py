@@ -24,7 +24,7 @@ class MatrixBranch(Branch):
     """
 
     def forward(self, first: torch.Tensor, second: Any = None, *rest: Any, **options: Any) -> torch.Tensor:
-        """Compute at the branch's place in the graph, as `Branch.forward`; besides, beside an op:
+        """Compute at the branch's placement in the graph, as `Branch.forward` does; further, beside an op:
 
         - `forward(base, indices, lookup=True, padding_idx=...)`: `at_lookup`;
         - `forward(base, low, shared=True)`: `after_shared`;

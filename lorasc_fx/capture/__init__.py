@@ -124,7 +124,7 @@ def capture(
         rewrites: passes that run on a whole graph before it is compared with the model.
 
     Raises:
-        CaptureError: the model refuses the inputs, or no front end takes the model; each one's reason is told.
+        CaptureError: the model refuses the inputs, or no front end takes the model; the message has the reason of each.
     """
     if frontend != "auto" and frontend not in FRONTENDS:
         known = ("auto", *FRONTENDS)
@@ -183,7 +183,9 @@ def _captured(
             return replace(captured, refused=tuple(refused)), preflight
         except MemoryError:  # says nothing of the front end
             raise
-        except Exception as fault:  # a tracer may raise anything; each reason is told when none takes the model
+        except (
+            Exception
+        ) as fault:  # a tracer may raise anything; the reasons are in the error where none takes the model
             raise_of_handler(fault)
             refused.append((name, one_line(fault)))
             log.info(
@@ -201,7 +203,7 @@ def _captured(
             with requiring_grad(model, trained):
                 reasons += f"; the first module that differs is {first_difference(raised, model, args, kwargs)}"
     raise CaptureError(
-        f"no front end takes {type(model).__name__}. Change what is told here, or adapt a part of it:{reasons}"
+        f"no front end takes {type(model).__name__}. Change what the reasons name, or adapt a part of it:{reasons}"
     ) from faults[0]
 
 

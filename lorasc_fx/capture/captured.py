@@ -106,8 +106,8 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
         model: the live model.
         prefix: that may stand before the model's names in the graph.
     """
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     rest, foreign = nn.Module(), dict[str, str]()
 
@@ -115,7 +115,7 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
         target = str(node.target)
         region = node.op == "get_attr" and hasattr(holder, target)  # a graph that a higher-order op runs
         name = target.removeprefix(prefix)
-        if name in own or (name in modules and not region):
+        if name in tensors or (name in modules and not region):
             return f"{OWNER}.{name}"
         if target not in foreign:
             flat = target.replace(".", "_")

@@ -112,7 +112,7 @@ class EffectiveWeights:
         self.read_as(effective)
 
     def read_as(self, effective: Mapping[str, Effective]) -> None:
-        """Read these weights so from now on, those of earlier calls that are still to go backward among them."""
+        """Replace the effective weights from now on, also for earlier calls whose backward is still to run."""
         self.effective = dict(effective)
         self.parameters = {name: self.model.get_parameter(name) for name in self.effective}
         names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -125,7 +125,7 @@ class EffectiveWeights:
         self._open = False
 
     def open(self) -> None:
-        """Let every module that holds one of the weights read it from here."""
+        """Intercept reads in every module that holds one of the weights."""
         if self._open:
             return
         names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -138,7 +138,7 @@ class EffectiveWeights:
         self._open = True
 
     def close(self) -> None:
-        """Let every module hold its parameters as it did, until the next call."""
+        """Restore the parameters of every module, until the next call."""
         self._open = False
         for module in self.model.modules():
             held = vars(module).get("_parameters")
@@ -148,7 +148,7 @@ class EffectiveWeights:
     @property
     def reading(self) -> bool:
         """Whether a read on this thread gets effective weights now."""
-        return self._place() is not None
+        return self._node_number() is not None
 
     def read(self, name: str, value: Any) -> Any:
         """Return what a module reads now, of a weight or of what stands in its place.
@@ -156,12 +156,12 @@ class EffectiveWeights:
         Raises:
             StateError: one value a call is kept, and that of the call whose backward this is has gone with its output.
         """
-        place = self._place() if value is self.parameters[name] else None
-        if place is None:
+        number = self._node_number() if value is self.parameters[name] else None
+        if number is None:
             return value
         if not self.once:
             return self._computed(name)
-        call = next((running for running in self._calls if running.holds(place)), None)
+        call = next((running for running in self._calls if running.holds(number)), None)
         if call is None:
             raise StateError(
                 f"{type(self.model).__name__} computes with {name} in backward, where the output of the call that this "
@@ -189,7 +189,7 @@ class EffectiveWeights:
         """The calls that this thread is in."""
         return getattr(self._local, "running", ())
 
-    def _place(self) -> int | None:
+    def _node_number(self) -> int | None:
         """Return the number of a node of the call that reads now on this thread, or None."""
         if self.running:
             return self.running[-1].begin
@@ -219,8 +219,8 @@ class EffectiveWeights:
     def _is_of_a_call(self, number: int) -> bool:
         """Whether a node was made in a call. Numbers are those of the thread that made it, which no node tells."""
         for begins, ends in self._spans:
-            place = bisect_right(begins, number) - 1
-            if place >= 0 and number < ends[place]:
+            index = bisect_right(begins, number) - 1
+            if index >= 0 and number < ends[index]:
                 return True
         return False
 
@@ -264,7 +264,7 @@ class EffectiveWeights:
         self.put_back_lists()
 
     def put_back_lists(self) -> None:
-        """Let lists hold the parameters."""
+        """Restore the parameters in lists."""
         for holder, name in self._lists:
             holder.put(self.parameters[name])
         for module, held in self._recurrent:

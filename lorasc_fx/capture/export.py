@@ -40,7 +40,7 @@ def capture_export(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False, strict: bool = False
 ) -> Captured:
     """Return the model's ATen graph; raises what torch.export raises."""
-    root = _in_room(model)
+    root = _wrapped(model)
     with quiet(grad=torch.is_grad_enabled()):
         drawn = torch.get_rng_state()
         shapes = _dynamic(signature_of(model), args, kwargs, wide)
@@ -55,9 +55,10 @@ def capture_export(
     drop_nodes(graph, lambda node: node.op == "call_module" and node.target == _GUARDS)
     sizes = tuple(_fixed(node.meta.get("val")) for node in graph.nodes if node.op == "placeholder")
     live = read_live(exported, graph, model, prefix="" if root is model else "inside.")
-    rigid = {f"{OWNER}.{name}" for name in _stand_ins(model)}
-    if rigid and call_instead(live.graph, torch.ops.aten.linear.default, F.linear, lambda node: _weight(node) in rigid):
-        live.recompile()  # a quantized weight knows torch's function, and not always the op
+    quantized = {f"{OWNER}.{name}" for name in _stand_ins(model)}
+    aten = torch.ops.aten.linear.default  # a quantized weight knows torch's function, and not always the op
+    if quantized and call_instead(live.graph, aten, F.linear, lambda node: _weight(node) in quantized):
+        live.recompile()
     return Captured(live, "dynamo" if strict else "export", Conditions(guards, sizes))
 
 
@@ -114,7 +115,7 @@ def _weight(node: fx.Node) -> str:
     return str(node.args[1].target) if isinstance(node.args[1], fx.Node) else ""
 
 
-class _Room(nn.Module):
+class _Wrapper(nn.Module):
     """Holds a model whose children have names that torch's graph modules need for themselves (`code`, `graph`)."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -123,16 +124,16 @@ class _Room(nn.Module):
         self.training = model.training
 
 
-def _in_room(model: nn.Module) -> nn.Module:
-    """Return the model, in a room of its own where one of its names is taken."""
+def _wrapped(model: nn.Module) -> nn.Module:
+    """Return the model, wrapped where one of its names is taken."""
     if _TAKEN.isdisjoint({*model._modules, *model._parameters, *model._buffers}):
         return model
 
-    def forward(self: _Room, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: _Wrapper, *args: Any, **kwargs: Any) -> Any:
         return self.inside(*args, **kwargs)
 
     vars(forward)["__signature__"] = inspect.signature(type(model).forward)
-    return cast("nn.Module", type("_Room", (_Room,), {"forward": forward})(model))
+    return cast("nn.Module", type("_Wrapper", (_Wrapper,), {"forward": forward})(model))
 
 
 def _fixed(value: Any) -> tuple[int | None, ...] | None:

@@ -1,9 +1,9 @@
 """The graph-break fallback, front end `pieces`: graphs between dynamo's graph breaks, the user's Python in between.
 
-torch.compile hands over each piece as a backend would get it; its weights come in as inputs that are the user's
-Parameters, so their names are known. dynamo's guards choose the piece, as variants are chosen elsewhere. Layers of one
-class share a piece: for each set of weights that a piece is called with there is a graph of its own, which is rewritten
-and runs. A first run finds the graphs, before it is decided what to do with them.
+torch.compile passes each piece to a backend of ours; its weights are inputs, and the names follow from the identity of
+the Parameters. dynamo's guards choose the piece, as a call's key chooses a variant. Layers of one class share a piece:
+there is one rewritten graph for each set of weights with which a piece is called. A first run collects the graphs,
+before it is decided which weights get a branch.
 
 `eager_trace` finds the weights that the Python in between uses: it follows tensors made of weights alone, as
 graph/flow.py does in graphs, until they meet an input.
@@ -41,7 +41,7 @@ from lorasc_fx.graph import (
     weights_from_inputs,
 )
 from lorasc_fx.graph.copies import shallow
-from lorasc_fx.graph.forms import own_form
+from lorasc_fx.graph.forms import registered_form
 from lorasc_fx.parameters import substituted
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
@@ -128,7 +128,7 @@ class Pieces:
             raise fault.inner_exception from fault
 
     def swap(self, swapped: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
-        """Let the model see `f(weight)` in place of these weights while it runs, in graphs and in between."""
+        """Let the model read `f(weight)` in place of these weights while it runs, in graphs and in between."""
         self._swapped = dict(swapped)
         if self._effective is not None:
             self._effective.read_as(swapped)
@@ -153,17 +153,17 @@ class Pieces:
         return self._effective is not None and self._effective.once
 
     def detach(self) -> None:
-        """Let the modules of the model hold their parameters as they did; a later call takes hold of them again."""
+        """Restore the parameters of the model's modules; a later call swaps them again."""
         if self._effective is not None:
             self._effective.close()
 
     def look_before_calls(self, look: Callable[[Any, Mapping[str, Any]], None]) -> None:
-        """Call this with the arguments of each call before it runs."""
+        """Register a function that gets the arguments of each call before it runs."""
         self._look = look
 
     @property
     def swapped(self) -> Mapping[str, Callable[[torch.Tensor], torch.Tensor]]:
-        """What the model sees in place of its weights."""
+        """The functions that replace weights, by name."""
         return self._swapped
 
     @property
@@ -196,8 +196,8 @@ class Pieces:
     @property
     def graphs(self) -> list[fx.GraphModule]:
         """The graphs found so far, each reading the live model; one without nodes where there are none."""
-        found = [graph for piece in self._pieces for graph in piece.graphs.values()]
-        return found or [read_live(nn.Module(), fx.Graph(), self.model)]
+        graphs = [graph for piece in self._pieces for graph in piece.graphs.values()]
+        return graphs or [read_live(nn.Module(), fx.Graph(), self.model)]
 
     @property
     def rewritten(self) -> list[Callable[..., Any]]:
@@ -230,19 +230,19 @@ class Pieces:
     def _bring(self, piece: _Piece, names: Names) -> Callable[..., Any]:
         graph = copy_graph(piece.source.graph)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        found = {node: name for node, name in zip(inputs, names, strict=True) if name is not None}
-        if found:
-            weights_from_inputs(graph, found)
+        weights = {node: name for node, name in zip(inputs, names, strict=True) if name is not None}
+        if weights:
+            weights_from_inputs(graph, weights)
         holder = shallow(piece.source)
 
         def region(body: str, given: Names, options: Mapping[str, Any]) -> str:
             inner, name = _Piece(getattr(piece.source, body)), f"{body}_region"
             self._pieces.append(inner)
-            self._bring(inner, tuple(name if name in found.values() else None for name in given))
+            self._bring(inner, tuple(name if name in weights.values() else None for name in given))
             holder._modules[name] = _Region(inner, next(iter(inner.graphs)), options)
             return name
 
-        regions_as_modules(graph, torch.ops.higher_order.tag_activation_checkpoint, found.values(), region)
+        regions_as_modules(graph, torch.ops.higher_order.tag_activation_checkpoint, weights.values(), region)
         live = read_live(holder, graph, self.model)
         running = live if self._rewrite is None else self._rewrite(live)
         piece.graphs[names], piece.running[names] = live, running
@@ -261,7 +261,7 @@ def capture_pieces(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _last_guard() -> str:
-    """Return what dynamo found changed when it captured the code that it captures most often."""
+    """Return the guard that failed last in the code that dynamo has captured most often."""
     failures = max(torch._dynamo.utils.guard_failures.values(), key=len, default=["its inputs"])
     guard = str(failures[-1]).splitlines()[0].partition(" #")[0].strip()
     return guard.partition(": ")[2] or guard
@@ -289,7 +289,7 @@ class _Region(nn.Module):
 
 @isolated
 def _dynamo_settings(undo: Block[Any]) -> None:
-    """Fail where dynamo would go on without graphs, and keep its remarks on graph breaks, which are expected here."""
+    """Fail where dynamo would go on without graphs, and silence its warnings of graph breaks, which are expected."""
     for logger in (logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")):
         undo(partial(logger.setLevel, logger.level))
         logger.setLevel(logging.ERROR)
@@ -329,12 +329,12 @@ def eager_trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[
 
 
 class _Watcher(TorchFunctionMode):
-    """Follows tensors that are made of weights, in the ways that graph/uses.py lists, the first of which counts."""
+    """Follows tensors that are made of weights, in the ways that graph/flow.py lists, the first of which counts."""
 
     def __init__(self, model: nn.Module, constants: list[torch.Tensor]) -> None:
         super().__init__()
         self.seen: set[str] = set()
-        self._found: tuple[dict[str, str], ...] = ({}, {}, {}, {})
+        self._kinds: tuple[dict[str, str], ...] = ({}, {}, {}, {})
         self._made_of: dict[int, set[str]] = {id(value): {name} for name, value in model.named_parameters()}
         self._made_of |= {id(value): set() for value in constants}
         self._scaled: dict[int, set[str]] = {}
@@ -343,7 +343,7 @@ class _Watcher(TorchFunctionMode):
     @property
     def kinds(self) -> dict[str, str]:
         """Kinds of sites by weight."""
-        return {name: kind for found in reversed(self._found) for name, kind in found.items()}
+        return {name: kind for kinds in reversed(self._kinds) for name, kind in kinds.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -353,8 +353,8 @@ class _Watcher(TorchFunctionMode):
         weights = self._weights(tensors)
         if name not in _READS_NO_VALUE:
             self.seen |= weights
-        own = own_form(func)
-        kind = CONTRACTIONS.get(name) if own is None else own.kind
+        form = registered_form(func)
+        kind = CONTRACTIONS.get(name) if form is None else form.kind
         inputs = [tensor for tensor in tensors if id(tensor) not in self._made_of]
         if weights and (kind == "embedding" or any(tensor.is_floating_point() for tensor in inputs)):
             multiplied = self._weights(
@@ -379,7 +379,7 @@ class _Watcher(TorchFunctionMode):
 
     def _note(self, way: int, weights: Iterable[str], kind: str | None) -> None:
         for weight in weights if kind is not None else ():
-            self._found[way].setdefault(weight, kind or "")
+            self._kinds[way].setdefault(weight, kind or "")
 
     def _follow(self, output: Any, into: dict[int, set[str]], weights: set[str]) -> None:
         for leaf in pytree.tree_leaves(output):

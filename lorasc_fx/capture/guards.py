@@ -1,8 +1,8 @@
-"""The Python state that a model's forward can read, and guards on it: does a graph still stand for this model?
+"""The Python state that a model's forward can read, and guards on it: is a graph still valid for this model?
 
 A graph holds as constants what forward read from Python while it was traced: numbers, names, modes, what containers and
 objects hold, tensors that are neither parameters nor buffers, hooks, submodules, a `forward` set on an instance.
-`walk` finds the places where a model keeps such state, and `Guards` remembers what stood there. docs/capture.md lists
+`walk` yields the objects in which a model keeps such state, and `Guards` records their contents. docs/capture.md lists
 what is guarded and what is not.
 """
 
@@ -70,15 +70,15 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Held:
-    """One place that holds Python state.
+    """One object that holds Python state.
 
     Args:
-        name: of the place, as the model's Python would write it.
+        name: of the object, as the model's Python would write it.
         where: a dict (that of an object's attributes as well), list, deque, set, the names of a class, or an object.
         keys: entries that forward may read.
         attributes: whether entries are attributes rather than items.
         restored: whether an isolated run gives it back.
-        own: whether it is state of the model, and not of a function that the model calls.
+        of_model: whether it is state of the model, and not of a function that the model calls.
         sized: whether it matters how many entries there are.
     """
 
@@ -87,7 +87,7 @@ class Held:
     keys: tuple[Any, ...] = ()
     attributes: bool = False
     restored: bool = True
-    own: bool = True
+    of_model: bool = True
     sized: bool = True
 
     def entry(self, key: Any) -> str:
@@ -112,28 +112,28 @@ class Held:
 
 
 class Change(NamedTuple):
-    """An entry that is another by now; `key` is None where a whole container has other entries."""
+    """An entry that has changed; `key` is None where a whole container has other entries."""
 
-    place: str
+    holder: str
     key: Any
     entry: str
 
 
 def walk(model: nn.Module) -> Iterator[Held]:
-    """Yield the places in which the model keeps Python state, each once, and each before those behind it."""
+    """Yield the objects in which the model keeps Python state, each once, and before those reached through it."""
     return _Walk(model).places()
 
 
 def attribute_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Return the tensors that Python state holds, by name, without parameters and buffers."""
-    own = {id(value) for value in (*model.parameters(), *model.buffers())}
-    found: dict[int, tuple[str, torch.Tensor]] = {}
+    registered = {id(value) for value in (*model.parameters(), *model.buffers())}
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
     for held in walk(model):
         for key in held.keys:
             for part in _parts(held.read(key)):
-                if isinstance(part, torch.Tensor) and id(part) not in own:
-                    found.setdefault(id(part), (held.entry(key), part))
-    return list(found.values())
+                if isinstance(part, torch.Tensor) and id(part) not in registered:
+                    tensors.setdefault(id(part), (held.entry(key), part))
+    return list(tensors.values())
 
 
 def _parts(value: Any) -> tuple[Any, ...]:
@@ -154,20 +154,20 @@ class _Walk:
 
     def places(self) -> Iterator[Held]:
         while self._waiting:
-            name, value, own = self._waiting.pop()
+            name, value, of_model = self._waiting.pop()
             if id(value) not in self._seen:
                 self._seen.add(id(value))
                 self._alive.append(value)
-                yield from (self._module if isinstance(value, nn.Module) else self._other)(name, value, own)
+                yield from (self._module if isinstance(value, nn.Module) else self._other)(name, value, of_model)
         for name in _GLOBAL_HOOKS:
             hooks = vars(torch_module)[name]
-            yield Held(f"torch.nn.modules.module.{name}", hooks, tuple(hooks), restored=False, own=False)
+            yield Held(f"torch.nn.modules.module.{name}", hooks, tuple(hooks), restored=False, of_model=False)
         for kind in dict.fromkeys(kind for module in self._model.modules() for kind in type(module).__mro__):
             if _package(kind) not in _OPAQUE:
                 keys = dict.fromkeys(("forward", *(key for key in vars(kind) if not key.startswith("__"))))
-                yield Held(kind.__qualname__, vars(kind), tuple(keys), attributes=True, restored=False, own=False)
+                yield Held(kind.__qualname__, vars(kind), tuple(keys), attributes=True, restored=False, of_model=False)
 
-    def _module(self, name: str, module: nn.Module, own: bool) -> Iterator[Held]:
+    def _module(self, name: str, module: nn.Module, of_model: bool) -> Iterator[Held]:
         if _package(type(module)) == "lorasc_fx":  # a cascade that a hook knows
             return
         held, dot = vars(module), f"{name}." if name else ""
@@ -176,50 +176,51 @@ class _Walk:
         kind: Any = type(module)
         read = _read_by(kind) if plain and module is not self._model else None
         keys = tuple(key for key in held if key not in skipped and (read is None or key in read))
-        yield Held(name, held, keys, attributes=True, own=own)
-        behind = [(f"{dot}{key}", held[key], own) for key in keys]
+        yield Held(name, held, keys, attributes=True, of_model=of_model)
+        behind = [(f"{dot}{key}", held[key], of_model) for key in keys]
         for store in ("_parameters", "_buffers"):  # tensors there are read at each call
             if isinstance(values := held.get(store), dict):
                 none = tuple(key for key, value in values.items() if value is None)
-                yield Held(name, values, none, attributes=True, restored=False, own=own, sized=False)
+                yield Held(name, values, none, attributes=True, restored=False, of_model=of_model, sized=False)
         for store in _HOOKS:
             if isinstance(hooks := held.get(store), dict):
-                yield Held(f"{dot}{store}", hooks, tuple(hooks), own=own)
-                behind += [(f"{dot}{store}", hook, own) for hook in hooks.values()]
+                yield Held(f"{dot}{store}", hooks, tuple(hooks), of_model=of_model)
+                behind += [(f"{dot}{store}", hook, of_model) for hook in hooks.values()]
         if isinstance(children := held.get("_modules"), dict):
-            yield Held(name, children, tuple(children), attributes=True, own=own)
-            behind += [(f"{dot}{key}", child, own) for key, child in children.items()]
+            yield Held(name, children, tuple(children), attributes=True, of_model=of_model)
+            behind += [(f"{dot}{key}", child, of_model) for key, child in children.items()]
         self._waiting += reversed(behind)
 
-    def _other(self, name: str, value: Any, own: bool) -> Iterator[Held]:
+    def _other(self, name: str, value: Any, of_model: bool) -> Iterator[Held]:
         if isinstance(value, tuple):
-            self._waiting += reversed([(f"{name}[{index}]", part, own) for index, part in enumerate(value)])
+            self._waiting += reversed([(f"{name}[{index}]", part, of_model) for index, part in enumerate(value)])
         elif isinstance(value, functools.partial):
-            self._waiting += [(name, part, own) for part in (value.keywords, value.args, value.func)]
+            self._waiting += [(name, part, of_model) for part in (value.keywords, value.args, value.func)]
         elif isinstance(value, types.MethodType):
-            self._waiting += [(name, value.__self__, own), (name, value.__func__, own)]
+            self._waiting += [(name, value.__self__, of_model), (name, value.__func__, of_model)]
         elif isinstance(value, types.FunctionType):
             for variable, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
                 yield from self._behind(Held(f"{name}.{variable}", cell, ("cell_contents",), True, False, False))
         elif isinstance(value, (list, deque)):
-            yield from self._behind(Held(name, value, tuple(range(len(value) if len(value) <= LARGE else 0)), own=own))
+            keys = range(len(value) if len(value) <= LARGE else 0)
+            yield from self._behind(Held(name, value, tuple(keys), of_model=of_model))
         elif isinstance(value, dict):
-            yield from self._behind(Held(name, value, tuple(value) if len(value) <= LARGE else (), own=own))
+            yield from self._behind(Held(name, value, tuple(value) if len(value) <= LARGE else (), of_model=of_model))
             if hasattr(value, "__dict__"):
-                yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, own=own))
+                yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, of_model=of_model))
         elif isinstance(value, set):
-            yield from self._behind(Held(name, value, own=own))
+            yield from self._behind(Held(name, value, of_model=of_model))
         elif _is_followed(value):
             if hasattr(value, "__dict__"):
-                yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, own=own))
+                yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, of_model=of_model))
             if slots := tuple(slot for kind in type(value).__mro__ for slot in _slots(kind)):
-                yield from self._behind(Held(name, value, slots, True, False, own))
+                yield from self._behind(Held(name, value, slots, True, False, of_model))
 
     def _behind(self, held: Held) -> Iterator[Held]:
         self._left -= 1
         if self._left >= 0:
             yield held
-            self._waiting += reversed([(held.entry(key), held.read(key), held.own) for key in held.keys])
+            self._waiting += reversed([(held.entry(key), held.read(key), held.of_model) for key in held.keys])
 
 
 @functools.cache
@@ -230,16 +231,16 @@ def _read_by(kind: type[nn.Module]) -> frozenset[str] | None:
     """
     if not kind.__module__.startswith("torch.nn.modules."):
         return None
-    found, waiting = set[str](), ["forward"]
+    names, waiting = set[str](), ["forward"]
     while waiting:
         name = waiting.pop()
         codes = [_code(vars(base)[name]) for base in kind.__mro__ if base is not nn.Module and name in vars(base)]
         for code in (code for code in codes if code is not None):
             nested = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
             codes += nested
-            waiting += [name for name in code.co_names if name not in found]
-            found.update(code.co_names)
-    return frozenset(found)
+            waiting += [name for name in code.co_names if name not in names]
+            names.update(code.co_names)
+    return frozenset(names)
 
 
 def _code(member: Any) -> types.CodeType | None:
@@ -323,7 +324,7 @@ class Guards:
         without: Collection[tuple[str, Any]] = (),
         written: Collection[torch.Tensor] = (),
     ) -> None:
-        own = {id(value) for value in (*model.parameters(), *model.buffers(), *written)}
+        registered = {id(value) for value in (*model.parameters(), *model.buffers(), *written)}
         self._held: list[tuple[Held, frozenset[Any], Any, dict[Any, Any]]] = []
         self._empty: list[Any] = []
         self._filled: list[Any] = []
@@ -337,19 +338,19 @@ class Guards:
         self._modules = list(model.modules())
         self._kinds = [type(module) for module in self._modules]
         unstable: dict[str, set[Any]] = {}  # by place
-        for place, key in without:
-            unstable.setdefault(place, set()).add(key)
+        for holder, key in without:
+            unstable.setdefault(holder, set()).add(key)
         for held in walk(model):
             skipped = unstable.get(held.name, set()) | ({"_compiled_call_impl"} if held.where is vars(model) else set())
             if None not in skipped:
-                self._guard(held, frozenset(skipped), own)
+                self._guard(held, frozenset(skipped), registered)
 
-    def _guard(self, held: Held, skipped: frozenset[Any], own: set[int]) -> None:
+    def _guard(self, held: Held, skipped: frozenset[Any], registered: set[int]) -> None:
         where = held.where
         values = {
             key: value
             for key, value in ((key, held.read(key)) for key in held.keys if key not in skipped)
-            if id(value) not in own and not isinstance(value, ReferenceType)
+            if id(value) not in registered and not isinstance(value, ReferenceType)
         }
         self._held.append((held, skipped, _contents(where, skipped) if held.sized else None, values))
         if isinstance(where, set) or (skipped and isinstance(where, dict)):
@@ -371,7 +372,7 @@ class Guards:
             else:
                 self._others.append((functools.partial(held.read, key), value))
             for part in _parts(value):
-                if isinstance(part, torch.Tensor) and id(part) not in own:
+                if isinstance(part, torch.Tensor) and id(part) not in registered:
                     if not isinstance(part, FakeTensor) and not part.is_inference():
                         self._versions.append((part, part._version, held.entry(key)))
                 elif type(part).__module__ == "numpy" and type(part).__name__ == "ndarray" and part.size <= LARGE:
@@ -422,19 +423,19 @@ class Guards:
 
     def changes(self) -> list[Change]:
         """Return what differs from what it was; for messages and the preflight, not for each call."""
-        found = []
+        changes = []
         for held, skipped, contents, values in self._held:
             if contents is not None and (now := _contents(held.where, skipped)) != contents:
                 added = [key for key in now if key not in contents] if isinstance(held.where, dict) else [None]
-                found += [Change(held.name, key, held.name if key is None else held.entry(key)) for key in added]
+                changes += [Change(held.name, key, held.name if key is None else held.entry(key)) for key in added]
             for key, value in values.items():
                 if not _alike(held.read(key), value):
-                    found.append(Change(held.name, key, held.entry(key)))
-        found += [Change(name, None, name) for tensor, version, name in self._versions if tensor._version != version]
+                    changes.append(Change(held.name, key, held.entry(key)))
+        changes += [Change(name, None, name) for tensor, version, name in self._versions if tensor._version != version]
         for module, kind in zip(self._modules, self._kinds, strict=True):
             if type(module) is not kind:
-                found.append(Change(kind.__qualname__, "__class__", f"{kind.__qualname__}.__class__"))
-        return found
+                changes.append(Change(kind.__qualname__, "__class__", f"{kind.__qualname__}.__class__"))
+        return changes
 
     def written(self) -> list[torch.Tensor]:
         """Return the tensors that were written in place since."""

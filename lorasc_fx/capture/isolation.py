@@ -1,4 +1,4 @@
-"""Isolated runs: a model runs without leaving a trace in it, in the random generators, or on the screen.
+"""Isolated runs: the model, the random generators and the standard streams are unchanged afterwards.
 
 Buffers, parameters that forward writes into and the attributes that its Python sets are given back. A model without
 values here, on the meta device or in parts, runs on fake tensors: a fake tensor has a shape, a dtype and the device of
@@ -61,12 +61,12 @@ def isolation(
     grad: bool = True,
     seeded: bool = True,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let what follows run the model without a trace, and return copies of the arguments of a call.
+    """Isolate runs of the model in this block, and return copies of the arguments of a call.
 
-    Buffers, the Python state of the model, its hooks and all random generators are given back.
+    Buffers, the Python state of the model, its hooks and all random generators are restored.
 
     Args:
-        undo: gives everything back.
+        undo: restores everything.
         model: that is to run.
         args, kwargs: of the call.
         observers: entered last, and left first: hooks, dispatch modes, other weights in place.
@@ -113,7 +113,7 @@ def call_recorder(
 
 @isolated
 def quiet(undo: Block[Any], grad: bool = True) -> None:
-    """Run without a trace: random generators stay as they were, and what tracers say of themselves is not heard.
+    """Restore random generators, and suppress the output and logs of tracers.
 
     Gradients are on, or off, as `grad` says, whatever the caller has.
     """
@@ -166,7 +166,7 @@ def written_by(model: nn.Module) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Attributes:
-    """What the places hold in which a model keeps Python state, and the values of the tensors among it."""
+    """The Python state of a model: the contents of its holders, and the values of the tensors in them."""
 
     places: list[tuple[Held, Any]]
     tensors: list[tuple[torch.Tensor, int, torch.Tensor]]
@@ -184,20 +184,20 @@ class Attributes:
         return cls(places, tensors)
 
     def moved(self) -> list[str]:
-        """Return the names of the attributes that are others by now, by value."""
-        found = []
+        """Return the names of the attributes whose values have changed."""
+        names = []
         for held, before in self.places:
             now = held.contents()
-            if held.own and held.attributes:
+            if held.of_model and held.attributes:
                 keys = dict.fromkeys((*before, *now))
                 moved = [key for key in keys if not _same(now.get(key, _MISSING), before.get(key, _MISSING))]
-                found += [held.entry(key) for key in moved]
-            elif held.own and not _same(now, before):
-                found.append(held.name)
-        return sorted(found)
+                names += [held.entry(key) for key in moved]
+            elif held.of_model and not _same(now, before):
+                names.append(held.name)
+        return sorted(names)
 
     def restore(self) -> None:
-        """Give every place its contents back, and every tensor its values."""
+        """Restore the contents of every holder, and the values of every tensor."""
         for held, before in self.places:
             where = held.where
             if isinstance(where, dict):
@@ -236,7 +236,7 @@ def _same(one: Any, other: Any) -> bool:
 
 @isolated
 def same_attributes(undo: Block[Any], model: nn.Module) -> Attributes:
-    """Give attributes back at the end; yields them as they were."""
+    """Restore attributes at the end; yields them as they were."""
     attributes = Attributes.of(model)
     undo(attributes.restore)
     return attributes
@@ -244,7 +244,7 @@ def same_attributes(undo: Block[Any], model: nn.Module) -> Attributes:
 
 @isolated
 def same_values(undo: Block[Any], model: nn.Module) -> None:
-    """Give buffers back at the end, and parameters that forward writes into.
+    """Restore buffers at the end, and parameters that forward writes into.
 
     Which ones these are is known after a first run, for which all are kept, in host memory.
     """
@@ -297,7 +297,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
 
 @isolated
 def isolated_model(undo: Block[Any], model: nn.Module) -> None:
-    """Leave the model as it was."""
+    """Restore the attributes and values of the model at the end."""
     undo.enter(same_attributes(model))
     undo.enter(same_values(model))
 
@@ -309,8 +309,8 @@ def is_on_meta(model: nn.Module) -> bool:
 
 def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
     """Return the device of the first tensor among inputs that has one; the CPU where none has."""
-    found = (leaf for leaf in pytree.tree_leaves((args, kwargs), is_leaf=whole) if isinstance(leaf, torch.Tensor))
-    return next((leaf.device for leaf in found if not leaf.is_meta), torch.device("cpu"))
+    tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs), is_leaf=whole) if isinstance(leaf, torch.Tensor))
+    return next((leaf.device for leaf in tensors if not leaf.is_meta), torch.device("cpu"))
 
 
 def has_values(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The preflight: runs of the eager model that show what a tracer does not see, and the comparison of a graph with it.
+"""The preflight: runs of the eager model that observe what a tracer misses, and the comparison of a graph with it.
 
 A tracer sees no values and no gradients: it lets pass what the model refuses, keeps no attribute that Python sets from
 call to call, inlines the forward of a custom autograd.Function, and may leave out a write to a buffer, a tensor hook, a
@@ -67,7 +67,7 @@ def requiring_grad(undo: Block[Any], model: nn.Module, names: Collection[str] | 
     """Let these parameters require gradients, and no others: the state of training, in which branches move them.
 
     Args:
-        undo: gives the flags back.
+        undo: restores the flags.
         model: whose parameters these are.
         names: of parameters; None for all that can.
     """
@@ -98,12 +98,12 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
     roots = [
         output for output in outputs if output.requires_grad and output.layout is torch.strided and not output.is_nested
     ]
-    found: dict[str, torch.Tensor] = {}
+    projections: dict[str, torch.Tensor] = {}
 
     def take(name: str, leaf: torch.Tensor) -> None:
         if leaf.grad is not None:
             part = projected(leaf.grad)
-            found[name] = found[name] + part if name in found else part
+            projections[name] = projections[name] + part if name in projections else part
             leaf.grad = None
 
     named = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and leaf.is_leaf}
@@ -113,12 +113,12 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
             leaf.register_post_accumulate_grad_hook(partial(take, name))
         if roots:
             torch.autograd.backward(roots, [_weights_of(root, index) for index, root in enumerate(roots)])
-    return found
+    return projections
 
 
 @isolated
 def _fresh(undo: Block[Any], leaves: Sequence[torch.Tensor]) -> None:
-    """Let leaves have no gradient, and no hooks after accumulation, for the time of a block."""
+    """Remove gradients and accumulation hooks of leaves inside the block."""
 
     def give_back(leaf: Any, gradient: torch.Tensor | None, hooks: Any, ours: dict[int, Any]) -> None:
         ours.clear()  # torch goes on calling them where there were none before
@@ -288,7 +288,7 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
                 once, held = Attributes.of(model), Guards(model)  # what only a first call sets, a cache, is not meant
                 _run(model, args, kwargs)
                 restless, written = tuple(once.moved()), tuple(held.written())
-                assigned = frozenset((change.place, change.key) for change in held.changes())
+                assigned = frozenset((change.holder, change.key) for change in held.changes())
             seed()
             moved = [index for index, state in enumerate(_generators()) if state != drawn[index]]
             if moved:
@@ -409,8 +409,8 @@ _ASKS = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
 
 
 class _AutogradUse(TorchFunctionMode):
-    """Sees whether a model computes under hooks on saved tensors that it has set itself (`recomputes`), and whether it
-    asks tensors for their gradient state (`asks`).
+    """Observes whether a model computes under hooks on saved tensors of its own (`recomputes`), and whether it asks
+    tensors for their gradient state (`asks`).
     """
 
     def __init__(self) -> None:
@@ -439,7 +439,7 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
         nodes = [node for node in backward_nodes(tensors) if isinstance(node, custom)]
         reentrant = [node for node in nodes if getattr(node, "_forward_cls", None) is CheckpointFunction]
         names = {type(node).__name__.removesuffix("Backward") for node in nodes if node not in reentrant}
-        own = {f"the autograd.Function {name}" for name in names if not name.startswith("GeneratedBackwardFor_")}
+        functions = {f"the autograd.Function {name}" for name in names if not name.startswith("GeneratedBackwardFor_")}
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         gradients, broken = (
             _gradients(tensors, model, (inputs, named))
@@ -454,7 +454,7 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
         output_seen,
         arguments,
         buffers,
-        tuple(sorted(own)),
+        tuple(sorted(functions)),
         recomputes,
         use.asks,
         tuple(sorted(observers)),
@@ -510,15 +510,15 @@ def _gradients(
 
 def _difference(ours: Observed, theirs: Observed, gradients: bool = True) -> Difference | None:
     """Return how two observations differ, or None."""
-    for what, found, expected in (
+    for what, computed, expected in (
         ("an output", ours.output, theirs.output),
         ("an argument after the call", ours.arguments, theirs.arguments),
     ):
-        if found[0] != expected[0]:
-            return Difference(f"{what} has other types, {found[0]} for {expected[0]}")
-        if len(found[1]) != len(expected[1]):
-            return Difference(f"{what} holds {len(found[1])} tensors for {len(expected[1])}")
-        for one, other in zip(found[1], expected[1], strict=True):
+        if computed[0] != expected[0]:
+            return Difference(f"{what} has other types, {computed[0]} for {expected[0]}")
+        if len(computed[1]) != len(expected[1]):
+            return Difference(f"{what} holds {len(computed[1])} tensors for {len(expected[1])}")
+        for one, other in zip(computed[1], expected[1], strict=True):
             if (difference := _apart(one, other)) is not None:
                 return Difference(f"{what} is {difference}")
     if [name for name, _ in ours.buffers] != [name for name, _ in theirs.buffers]:
@@ -583,7 +583,7 @@ def _types(value: Any) -> Any:
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     """Return the tensors of an output, of whatever type, each object once."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -592,18 +592,18 @@ def _tensors(value: Any) -> list[torch.Tensor]:
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
-            found.append(item)
+            tensors.append(item)
         elif isinstance(item, Mapping):
             waiting.extend(reversed(list(item.values())))
         elif isinstance(item, (list, tuple)):
             waiting.extend(reversed(item))
         elif hasattr(item, "__dict__") and not isinstance(item, (type, nn.Module)) and not callable(item):
             waiting.extend(reversed(list(vars(item).values())))
-    return found
+    return tensors
 
 
 class _Made(TorchDispatchMode):
-    """Notes what the ops of a run have made."""
+    """Records projections of the outputs of all ops of a run."""
 
     supports_higher_order_operators = True
 

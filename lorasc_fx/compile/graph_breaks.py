@@ -57,9 +57,9 @@ COARSE_PROBE, COARSE = 0.5, 0.25
 
 @dataclass
 class Growing:
-    """What a piece is rewritten by: plan, branches and refusals, of the cascade once there is one.
+    """Plan, branches and refusals by which pieces are rewritten, those of the cascade once there is one.
 
-    dynamo may bring a piece in any call, with weights that no piece before has used.
+    Any call may make dynamo compile a new piece, with weights that no earlier piece has used.
     """
 
     plan: Plan
@@ -71,14 +71,14 @@ class Growing:
     expected: Expectation = field(default_factory=Expectation)
 
     def go_on(self) -> None:
-        """Plan for the stage and step that run, whose ranks the branches have."""
+        """Take over the stage and step of the running plan, whose ranks the branches have."""
         running = self.running() if self.running is not None else None
         if running is not None:
             now = running()
             self.plan = replace(self.plan.at_stage(now.stage), step=now.step)
 
     def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
-        """Return the piece with branches; tell the cascade of sites that came with it."""
+        """Return the piece with branches; report new sites to the cascade."""
         self.go_on()
         made = insert(live, self.plan, self.branches, self.refusals)
         assert isinstance(made.variant.module, fx.GraphModule)
@@ -90,7 +90,7 @@ class Growing:
         return made.variant.module
 
     def look(self, pieces: Pieces, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Find weights that this call is the first to use, and swap them: it may use them in plain Python.
+        """Swap the weights that this call is the first to use: it may use them in plain Python.
 
         While there are weights that no call has used, this costs a forward of the eager model. Each new mode or setting
         of the modules, which may bring code that runs again in backward, is held against the eager model.
@@ -112,14 +112,14 @@ class Growing:
             return
         self.go_on()
         record = Record(owner=OWNER, plan=self.plan, refusals=self.refusals)
-        found = survey(pieces.graphs, record, self.plan.spec, kinds, Cheapest(self.plan.spec))
-        held = missing_branches(found.plan, self.branches, weights.parameters)
+        matching = survey(pieces.graphs, record, self.plan.spec, kinds, Cheapest(self.plan.spec))
+        held = missing_branches(matching.plan, self.branches, weights.parameters)
         swapped = {branch.weight_name: branch for branch in held.values() if branch.weight_name in kinds}
         grow = self.grow() if self.grow is not None else None
         if grow is not None and set(held) != set(self.branches):
-            grow(Made(Variant(pieces, "pieces"), found.plan, held, found.refusals, found.unreached))
+            grow(Made(Variant(pieces, "pieces"), matching.plan, held, matching.refusals, matching.unreached))
         pieces.swap({**pieces.swapped, **swapped})
-        self.plan, self.branches, self.refusals = found.plan, held, found.refusals
+        self.plan, self.branches, self.refusals = matching.plan, held, matching.refusals
 
 
 def insert(live: fx.GraphModule, plan: Plan, branches: Mapping[str, Branch], refusals: tuple[Refusal, ...]) -> Made:
@@ -134,8 +134,8 @@ def insert(live: fx.GraphModule, plan: Plan, branches: Mapping[str, Branch], ref
     holder = adapted._modules[BRANCHES]
     assert isinstance(holder, nn.ModuleDict)
     held = {key: branch for key, branch in holder.items() if isinstance(branch, Branch)}
-    found = expect(live, adapted)
-    variant = Variant(adapted, "", placements=found.placements, expected=found.ratio)
+    expectation = expect(live, adapted)
+    variant = Variant(adapted, "", placements=expectation.placements, expected=expectation.ratio)
     return Made(variant, record.plan, held, record.refusals, record.unreached)
 
 
@@ -161,18 +161,18 @@ def make_pieces(
     """
     parameters = named_weights(pieces.model).parameters
     record = Record(owner=OWNER, plan=plan, refusals=refusals)
-    found = survey(pieces.graphs, record, plan.spec, eager_trace(pieces.model, args, kwargs), Cheapest(plan.spec))
-    if not found.plan.sites:
-        raise NoSites(nothing_to_do(replace(record, refusals=found.refusals, unreached=found.unreached)))
-    scaled = next((site.weight for site in found.plan.sites if site.row_scale.trained), None)
+    matching = survey(pieces.graphs, record, plan.spec, eager_trace(pieces.model, args, kwargs), Cheapest(plan.spec))
+    if not matching.plan.sites:
+        raise NoSites(nothing_to_do(replace(record, refusals=matching.refusals, unreached=matching.unreached)))
+    scaled = next((site.weight for site in matching.plan.sites if site.row_scale.trained), None)
     if scaled is not None:
         raise SpecError(
             f"use_dora is True, and {type(pieces.model).__name__} runs in pieces, where the branch of {scaled} cannot "
             "stand in place of its op; give use_dora=False, or a front end that takes the whole model",
             code="dora-not-supported",
         )
-    held = missing_branches(found.plan, branches, parameters)
-    growing = Growing(found.plan, held, found.refusals, tried={_modes(pieces)})
+    held = missing_branches(matching.plan, branches, parameters)
+    growing = Growing(matching.plan, held, matching.refusals, tried={_modes(pieces)})
     located = pieces.located
     pieces.rewrite_by(growing.rewrite)
     # branches of quantized weights stand beside
@@ -207,7 +207,7 @@ def make_pieces(
     )
     # the probe may have brought more
     decided = growing.plan.by_weight.keys() | {refusal.weight for refusal in growing.refusals}
-    unreached = tuple(weight for weight in found.unreached if weight not in decided)
+    unreached = tuple(weight for weight in matching.unreached if weight not in decided)
     return Made(variant, growing.plan, growing.branches, growing.refusals, unreached)
 
 
@@ -347,7 +347,7 @@ def _holding(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tensor]) -
 
 @isolated
 def _trained(undo: Undo, weights: Mapping[str, nn.Parameter]) -> None:
-    """Let weights get gradients, which are gone afterwards."""
+    """Train the weights inside the block; their gradients and flags are restored afterwards."""
     for weight in weights.values():
         undo(partial(setattr, weight, "grad", weight.grad))
         undo(partial(weight.requires_grad_, weight.requires_grad))
@@ -356,7 +356,7 @@ def _trained(undo: Undo, weights: Mapping[str, nn.Parameter]) -> None:
 
 @isolated
 def _frozen(undo: Undo, model: nn.Module) -> None:
-    """Let no parameter of the model get a gradient."""
+    """Freeze the parameters of the model inside the block."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             undo(partial(parameter.requires_grad_, True))
@@ -365,7 +365,7 @@ def _frozen(undo: Undo, model: nn.Module) -> None:
 
 @isolated
 def _stand_ins(undo: Undo, branches: Sequence[Branch]) -> None:
-    """Give branches factors to try with, which no optimizer and no hook knows, and no dropout: the model has none."""
+    """Give branches temporary factors, unknown to optimizers and hooks, and no dropout: the model has none."""
     for branch in branches:
         undo(partial(branch._parameters.update, dict(branch._parameters)))
         undo(partial(setattr, branch, "training", branch.training))
@@ -393,10 +393,10 @@ def _backward(call: Any, values: Mapping[str, torch.Tensor], args: Any, kwargs: 
     model = call.model if isinstance(call, Pieces) else call
     with isolation(model, args, kwargs, _holding(model, values)) as (inputs, named):
         output = call.compute(inputs, named) if isinstance(call, Pieces) else call(*inputs, **named)
-        found = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
         losses = [
             (output * _weights_like(output)).sum()
-            for output in found
+            for output in tensors
             if output.is_floating_point() and output.requires_grad
         ]
         if losses:
@@ -405,7 +405,7 @@ def _backward(call: Any, values: Mapping[str, torch.Tensor], args: Any, kwargs: 
 
 
 def _weights_like(value: torch.Tensor) -> torch.Tensor:
-    """Return numbers without a pattern, the same for the same shape."""
+    """Return pseudo-random coefficients that depend on the shape alone."""
     places = torch.arange(value.numel(), device=value.device, dtype=torch.float64)
     return torch.cos(1.7 * places + 0.3).to(value.dtype).view(value.shape)
 
@@ -464,8 +464,8 @@ def _differs(
     ours = _outputs(model, pieces, args, kwargs)
     with requiring_grad(model, trained):  # as in training, which forward may ask for
         theirs, again, base = (_outputs(model, call, args, kwargs) for call in (merged, merged, {}))
-    far, effect, own = (_distance(theirs, other) for other in (ours, base, again))
-    if own:
+    far, effect, spread = (_distance(theirs, other) for other in (ours, base, again))
+    if spread:
         raise CaptureError(
             f"{type(model).__name__} does not repeat its output under one seed (does it seed by the clock?), so what "
             "its Python does with its weights cannot be checked; make it repeat itself, say by dropouts of 0",
@@ -486,5 +486,5 @@ def _outputs(model: nn.Module, call: Any, args: Any, kwargs: Mapping[str, Any]) 
     """Run once with one seed, leave buffers as they were, and return the floating outputs."""
     with isolation(model, args, kwargs, _holding(model, {} if callable(call) else call)) as (inputs, named):
         output = (call if callable(call) else model)(*inputs, **named)
-    found = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
-    return [leaf.detach() for leaf in found if leaf.is_floating_point()]
+    tensors = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
+    return [leaf.detach() for leaf in tensors if leaf.is_floating_point()]

@@ -36,8 +36,8 @@ the first Variants: the import of dynamo takes most of a second."""
 class Variant:
     """One adapted graph; `module` is called with a call's own arguments.
 
-    A `universal` one serves every signature (pieces choose their graphs themselves); `attach` tells it whom to tell
-    of sites that come with later calls, and whom to ask for the plan, and `detach` takes back what it has put into the
+    A `universal` one serves every signature (pieces choose their graphs themselves); `attach` gives it the
+    callback for new sites of later calls and the source of the running plan, and `detach` restores the modules of the
     model. `placements` tells of each weight where its branch computes in this graph (`beside`, `merged`, `weight`), and
     `expected` how long a training step takes over that of the frozen model, None where that is not known.
     """
@@ -164,7 +164,7 @@ class Variants:
         self.plain = [entry for entry in self.plain if id(entry[2]) not in dropped]
 
     def detach(self) -> None:
-        """Let the model be as it was; a variant that is called again takes hold of it again."""
+        """Restore the model's modules; a variant that is called again swaps its weights again."""
         for variant in self._all:
             if variant.detach is not None:
                 variant.detach()

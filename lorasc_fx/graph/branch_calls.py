@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 
 from lorasc_fx.branch import Branch, shared_down
-from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, form_of, own_named
+from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, form_of, registered_named
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Use
 from lorasc_fx.graph.weights import BRANCHES, module_at
 
@@ -65,8 +65,8 @@ def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
     for node in graph_module.graph.nodes:
         module = module_at(graph_module, str(node.target)) if node.op == "call_module" else None
         if module is not None and any(isinstance(inner, Branch) for inner in module.modules()):
-            found: fx.Node = node
-            return found
+            caller: fx.Node = node
+            return caller
     return None
 
 
@@ -137,7 +137,7 @@ def replaced_call(node: fx.Node) -> ReplacedCall | None:
 
 def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
     """Whether a branch can stand in place of this node: it reads the weight as the model stores it."""
-    if not form.product or own_named(form.name) is not None:  # what a user's op is merged into, nobody said
+    if not form.product or registered_named(form.name) is not None:  # what a user's op is merged into, nobody said
         return False
     if isinstance(form, ModuleForm):
         return True
@@ -170,10 +170,10 @@ def shared_input(node: fx.Node) -> SharedInput | None:
     """Return the shared input of a branch node; None for one that has its own, or whose input is no group's."""
     if not node.kwargs.get("shared") or len(node.args) < 2:
         return None
-    chosen = node.args[1]
-    if not isinstance(chosen, fx.Node) or chosen.target is not operator.getitem:
+    part = node.args[1]
+    if not isinstance(part, fx.Node) or part.target is not operator.getitem:
         return None
-    group, index = chosen.args
+    group, index = part.args
     if not isinstance(group, fx.Node) or group.target is not shared_down or not isinstance(index, int):
         return None
     x, factors = group.args

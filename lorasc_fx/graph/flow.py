@@ -310,9 +310,7 @@ def kind_of(consumer: Consumer) -> str | None:
     kind = contraction(consumer.node, consumer.reads)
     if kind is not None:
         return kind
-    if (
-        looks_up(consumer.node, ()) and consumer.node.args[0] in consumer.reads
-    ):  # flow stops at none that it was not told
+    if looks_up(consumer.node, ()) and consumer.node.args[0] in consumer.reads:
         return "embedding"
     for inner in (argument for source in consumer.reads for argument in inside(consumer.node, source)):
         met = consumers(inner, constants(inner.graph) | {inner})

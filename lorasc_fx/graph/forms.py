@@ -35,14 +35,14 @@ __all__ = [
     "LIKE_ANOTHER",
     "ON_INDEXED_EXPERT",
     "ON_WEIGHT",
-    "OWN",
+    "REGISTERED",
     "SCALES",
     "AnyNode",
     "Form",
     "FunctionForm",
     "ModuleForm",
-    "OwnForm",
     "Reading",
+    "RegisteredForm",
     "WeightForm",
     "built_in",
     "contraction",
@@ -51,9 +51,9 @@ __all__ = [
     "forms_missing",
     "is_form",
     "name_of",
-    "own_form",
-    "own_named",
     "register_form",
+    "registered_form",
+    "registered_named",
     "targets_of",
     "transposes",
     "weighs",
@@ -217,23 +217,23 @@ class ModuleForm(Form):
         return Reading(x, options, *weights)
 
 
-OwnForm = FunctionForm | ModuleForm | WeightForm
+RegisteredForm = FunctionForm | ModuleForm | WeightForm
 
-OWN: OrderedDict[int, OwnForm] = OrderedDict()
+REGISTERED: OrderedDict[int, RegisteredForm] = OrderedDict()
 """The registered rows by the number of their handle; torch's handles want a dictionary of this type."""
 
 
-def own_form(target: Any) -> FunctionForm | WeightForm | None:
+def registered_form(target: Any) -> FunctionForm | WeightForm | None:
     """Return the registered row that names this target, or None."""
-    for form in OWN.values() if OWN else ():
+    for form in REGISTERED.values() if REGISTERED else ():
         if not isinstance(form, ModuleForm) and target in targets_of(form):
             return form
     return None
 
 
-def own_named(name: str) -> OwnForm | None:
+def registered_named(name: str) -> RegisteredForm | None:
     """Return the registered row of this name, or None."""
-    return next((form for form in OWN.values() if form.name == name), None)
+    return next((form for form in REGISTERED.values() if form.name == name), None)
 
 
 def targets_of(form: FunctionForm | WeightForm) -> tuple[Any, ...]:
@@ -253,7 +253,7 @@ ON_WEIGHT = "on-weight"
 """Name of the form in which a branch stands on the weight, before whatever computes with it."""
 
 ON_INDEXED_EXPERT = "on-indexed-expert"
-"""Name of the form in which a branch stands on the matrix that an input chose out of a stack (`chosen`)."""
+"""Name of the form in which a branch stands on the matrix that an input selects from a stack."""
 
 
 _LINEAR = ("input", "weight", "bias")
@@ -380,7 +380,7 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
     Raises:
         PassError: it is a registered one, and is so no more.
     """
-    form = _BY_NAME.get(name) or own_named(name)
+    form = _BY_NAME.get(name) or registered_named(name)
     if form is None or isinstance(form, WeightForm):  # the latter are no node's
         raise PassError(
             f"no form is named {name!r} here; register it again (lorasc_fx.graph.register_form)",
@@ -397,16 +397,16 @@ def built_in(target: Any) -> FunctionForm | None:
 
 def is_form(name: str) -> bool:
     """Whether a row has this name now."""
-    return name in (ON_WEIGHT, ON_INDEXED_EXPERT) or name in _BY_NAME or own_named(name) is not None
+    return name in (ON_WEIGHT, ON_INDEXED_EXPERT) or name in _BY_NAME or registered_named(name) is not None
 
 
 def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
     """Return the row that fits a node; `module` is the one that a `call_module` calls."""
     if node.op in ("call_function", "call_method"):
-        form = built_in(node.target) or own_form(node.target)
+        form = built_in(node.target) or registered_form(node.target)
         return form if isinstance(form, FunctionForm) else None
     if node.op == "call_module" and module is not None:
-        rows = (*FORMS, *OWN.values())
+        rows = (*FORMS, *REGISTERED.values())
         return next((form for form in rows if isinstance(form, ModuleForm) and form.fits(module)), None)
     return None
 
@@ -428,7 +428,7 @@ def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
     """
     if node.op not in ("call_function", "call_method"):
         return None
-    form = own_form(node.target)
+    form = registered_form(node.target)
     if isinstance(form, WeightForm):
         return form.kind if form.argument(node, form.weight) in reads else None
     if form is not None:
@@ -462,7 +462,7 @@ def transposes(node: fx.Node, dims: int = 2) -> bool:
 BESIDE = ("linear", "conv", "embedding")
 
 
-def register_form(form: OwnForm) -> RemovableHandle:
+def register_form(form: RegisteredForm) -> RemovableHandle:
     """Let an operator be known, until `remove()` is called on the handle, or the end of its `with` block.
 
     `WeightForm` is always right: the branch stands on the weight, before the op. `FunctionForm` and `ModuleForm` say
@@ -480,18 +480,18 @@ def register_form(form: OwnForm) -> RemovableHandle:
     """
     form = _with_overloads(form)
     _check(form)
-    handle = RemovableHandle(OWN)
-    OWN[handle.id] = form
+    handle = RemovableHandle(REGISTERED)
+    REGISTERED[handle.id] = form
     return handle
 
 
 def forms_missing(names: Iterable[str]) -> dict[str, str]:
     """Return of these names of registered forms those that are not registered now, each with a hint."""
-    known = [form.name for form in OWN.values()]
-    return {name: nearest(name, known) for name in names if name and own_named(name) is None}
+    known = [form.name for form in REGISTERED.values()]
+    return {name: nearest(name, known) for name in names if name and registered_named(name) is None}
 
 
-def _with_overloads(form: OwnForm) -> OwnForm:
+def _with_overloads(form: RegisteredForm) -> RegisteredForm:
     """Return the row with the op of each `torch.library.custom_op` in its place, as graphs name it."""
     if not isinstance(form, (FunctionForm, WeightForm)):
         return form
@@ -501,14 +501,14 @@ def _with_overloads(form: OwnForm) -> OwnForm:
     return replace(form, targets=targets)
 
 
-def _check(form: OwnForm) -> None:
+def _check(form: RegisteredForm) -> None:
     if not isinstance(form, (FunctionForm, ModuleForm, WeightForm)):
         raise SpecError(f"form is {type(form).__name__}; give a FunctionForm, a ModuleForm or a WeightForm")
     if not isinstance(form.name, str) or not form.name:
         raise SpecError(f"the form's name is {form.name!r}; give one that people can read, such as 'my.linear'")
     if any(form.name == row.name for row in FORMS):
         raise SpecError(f"{form.name} is the name of a form that is built in; give yours another", code="form-exists")
-    if own_named(form.name) is not None:
+    if registered_named(form.name) is not None:
         raise SpecError(f"{form.name} is registered already; call remove() on its handle before", code="form-exists")
     kinds = KINDS if isinstance(form, WeightForm) else BESIDE
     if form.kind not in kinds:
@@ -543,21 +543,21 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
     for target in targets_of(form):
         taken = built_in(target)
         other = next(
-            (row for row in OWN.values() if not isinstance(row, ModuleForm) and target in targets_of(row)), None
+            (row for row in REGISTERED.values() if not isinstance(row, ModuleForm) and target in targets_of(row)), None
         )
         if taken is not None or other is not None:
             rows = ((taken, "built in"), (other, "registered"))
             row = next(f"{row.name}, which is {how}" for row, how in rows if row is not None)
-            raise SpecError(f"{form.name}: {_told(target)} is a form already: {row}", code="form-exists")
+            raise SpecError(f"{form.name}: {_shown(target)} is a form already: {row}", code="form-exists")
         if _is_torchs(target) and _name(target) in CONTRACTIONS:
             raise SpecError(
-                f"{form.name}: {_told(target)} is known already: its branch stands on the weight", code="form-exists"
+                f"{form.name}: {_shown(target)} is known already: its branch stands on the weight", code="form-exists"
             )
         schema = getattr(target, "_schema", None)
         arguments = tuple(argument.name for argument in schema.arguments) if schema is not None else form.parameters
         if arguments[: len(form.parameters)] != form.parameters:
             raise SpecError(
-                f"{form.name}: parameters is {form.parameters}, but {_told(target)} takes {arguments}",
+                f"{form.name}: parameters is {form.parameters}, but {_shown(target)} takes {arguments}",
                 code="signature-differs",
             )
 
@@ -577,5 +577,5 @@ def _name(target: Any) -> str:
     return packet if isinstance(packet, str) else getattr(packet, "__name__", "")
 
 
-def _told(target: Any) -> str:
+def _shown(target: Any) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))

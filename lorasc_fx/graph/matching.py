@@ -28,7 +28,15 @@ from lorasc_fx.graph.flow import (
     rows_read,
     uses_of,
 )
-from lorasc_fx.graph.forms import ON_INDEXED_EXPERT, ON_WEIGHT, FunctionForm, form_of, own_form, own_named, transposes
+from lorasc_fx.graph.forms import (
+    ON_INDEXED_EXPERT,
+    ON_WEIGHT,
+    FunctionForm,
+    form_of,
+    registered_form,
+    registered_named,
+    transposes,
+)
 from lorasc_fx.graph.record import Record, Use
 from lorasc_fx.graph.targets import check_patterns, describe, matches, targeted
 from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of
@@ -51,7 +59,7 @@ class BesideUse:
 
 @dataclass
 class WeightUses:
-    """All that the graph says of one weight: its get_attr nodes, and what uses it.
+    """The uses of one weight in a graph: its get_attr nodes, and the nodes that read it.
 
     `layer`: it is the weight of a linear, conv or embedding module of torch.nn.
     """
@@ -79,7 +87,7 @@ class WeightUses:
         return not (self.written or self.opaque or (self.called and not self.all_beside))
 
     def join(self, other: WeightUses) -> None:
-        """Take in what another graph says of the same weight."""
+        """Add the uses of the same weight in another graph."""
         for name in ("sources", "beside", "contracted", "others", "opaque", "written", "rows"):
             getattr(self, name).extend(getattr(other, name))
 
@@ -99,10 +107,10 @@ class WeightUses:
         return parts_of(self.rows, shape[0]) if sliced else ()
 
     @property
-    def own_form(self) -> str:
+    def registered_form(self) -> str:
         """Name of the first form that a user has registered among those of the uses, or ""."""
-        names = [use.form for use in self.beside if own_named(use.form) is not None]
-        forms = [form for node, _ in self.contracted if (form := own_form(node.target)) is not None]
+        names = [use.form for use in self.beside if registered_named(use.form) is not None]
+        forms = [form for node, _ in self.contracted if (form := registered_form(node.target)) is not None]
         return next(iter([*names, *(form.name for form in forms)]), "")
 
     @property
@@ -118,7 +126,7 @@ def kind_at(shape: tuple[int, ...], seen: WeightUses) -> str:
 
 
 def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict[str, WeightUses]:
-    """Return what the graph says of each weight matrix that it shows, by the weight's name."""
+    """Return the uses of each weight matrix that the graph reads, by the weight's name."""
     uses: dict[str, WeightUses] = defaultdict(WeightUses)
     constant = constants(graph_module.graph)
     for node in graph_module.graph.nodes:
@@ -160,12 +168,12 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], u
         return
     form, layout = form_of(node, None), None
     if isinstance(form, FunctionForm) and form.dims == dims and len(consumer.reads) == 1:
-        source, turned = consumer.reads[0], False
+        source, transposed = consumer.reads[0], False
         fits = form.fits(node, source)
         while source is not start and form.kind != "conv" and transposes(source, dims):
-            source, turned = source.all_input_nodes[0], not turned
+            source, transposed = source.all_input_nodes[0], not transposed
         if fits and source is start:
-            layout = form.layout if not turned else {"out_in": "in_out", "in_out": "out_in"}[form.layout]
+            layout = form.layout if not transposed else {"out_in": "in_out", "in_out": "out_in"}[form.layout]
     if isinstance(form, FunctionForm) and layout is not None:
         uses.beside.append(BesideUse(node, form.name, form.kind, layout, mergeable(node, form)))
     elif (kind := kind_of(consumer)) is not None:
@@ -194,7 +202,7 @@ def _read_module(
 
 
 Placer = Callable[[Site, Sequence[fx.Node]], str]
-"""Tells, of a site and the nodes beside which its branch could stand, which placement is cheapest."""
+"""Returns the cheapest placement of a site, given the nodes beside which its branch could stand."""
 
 
 def reference(site: Site, nodes: Sequence[fx.Node]) -> str:
@@ -232,7 +240,7 @@ def survey(
         record: with the plan to be followed, if any.
         spec: what is asked.
         outside: kinds of the weights that the model is seen to use, in graphs or in between; empty for other uses.
-        place: tells where a new site's branch stands, where the spec leaves it open.
+        place: chooses the placement of a new site's branch, where the spec leaves it open.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
@@ -258,8 +266,8 @@ def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec, place
     """Classify every weight matrix that the graph module's owner has.
 
     A plan in the record is followed: its sites keep their branches, what was refused stays refused, and a weight that
-    was unreached becomes a site when this graph uses it. `place` tells where a new site's branch stands, where the spec
-    leaves it open.
+    was unreached becomes a site when this graph uses it. `place` chooses the placement of a new site's branch where the
+    spec leaves it open.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
@@ -299,7 +307,7 @@ def _classify(
             layout = seen.beside[0].layout if seen.all_beside else "out_in"
             shape = tuple(weights.parameters[weight].shape)
             site = describe(spec, weight, kind_at(shape, seen), shape, names[1:], layout, seen.parts(shape))
-            site = replace(site, form=seen.own_form)
+            site = replace(site, form=seen.registered_form)
             sites.append(_placed(site, seen, weights.parameters[weight], spec, place))
     return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))
 
@@ -344,7 +352,7 @@ def _seen_as(site: Site, seen: WeightUses, weight: torch.Tensor) -> str:
     if is_quantized(weight):
         return "quantized"
     odd = [node for node, _ in seen.contracted] or seen.others or [use.node for use in seen.beside]
-    return f"of kind {site.kind!r}, used at node {_told(odd[0])}" if odd else f"of kind {site.kind!r}"
+    return f"of kind {site.kind!r}, used at node {_shown(odd[0])}" if odd else f"of kind {site.kind!r}"
 
 
 def _beside(site: Site, seen: WeightUses) -> bool:
@@ -368,8 +376,8 @@ def _marks(graph_module: fx.GraphModule, uses: Mapping[str, WeightUses], plan: P
             marks |= {use.node: Use(weight, use.form, merged and use.mergeable) for use in seen.beside}
         elif seen.reached and not seen.called:
             for source in seen.sources:
-                chosen = indexed_experts(source) if site.kind == "experts" else []
-                marks |= dict.fromkeys(chosen, Use(weight, ON_INDEXED_EXPERT)) or {source: Use(weight, ON_WEIGHT)}
+                experts = indexed_experts(source) if site.kind == "experts" else []
+                marks |= dict.fromkeys(experts, Use(weight, ON_INDEXED_EXPERT)) or {source: Use(weight, ON_WEIGHT)}
         elif seen.reached:
             raise PassError(
                 f"{weight}: node {seen.called[0].name} reads it in another layout than its branch has. "
@@ -402,7 +410,7 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) 
         why = "and branches are real" if parameter.is_complex() else "which has no gradient"
         return Refusal(weight, "", Reason.NOT_FLOATING, f"holds {parameter.dtype}, {why}")
     if seen.written:
-        sentence = f"node {_told(seen.written[0])} writes into it while the model runs"
+        sentence = f"node {_shown(seen.written[0])} writes into it while the model runs"
         return Refusal(weight, seen.written[0].name, Reason.MUTATED, sentence)
     if seen.opaque:
         sentence = f"module {seen.opaque[0].target} is called whole; capture with another front end sees inside it"
@@ -413,18 +421,18 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) 
     if not seen.reached:
         return None
     if not seen.kinds:
-        sentence = f"node {_told(seen.others[0])} {_UNUSED}"
+        sentence = f"node {_shown(seen.others[0])} {_UNUSED}"
         return Refusal(weight, seen.others[0].name, Reason.NO_FORM, sentence)
     if is_quantized(parameter) and not (seen.all_beside and set(seen.kinds) == {"linear"}):
         node = next(
             iter(seen.others or [node for node, _ in seen.contracted] or [use.node for use in seen.beside]), None
         )
-        where = f"node {_told(node)} computes" if node is not None else "Python between the graphs computes"
+        where = f"node {_shown(node)} computes" if node is not None else "Python between the graphs computes"
         sentence = f"{where} with its quantized numbers, and no branch can stand beside that"
         return Refusal(weight, node.name if node is not None else "", Reason.QUANTIZED, sentence)
     if not seen.all_beside and seen.called:
         other = (seen.others or [node for node, _ in seen.contracted] or [seen.beside[-1].node])[0]
-        sentence = f"module {seen.called[0].target} is called whole, and node {_told(other)} uses its weight as well"
+        sentence = f"module {seen.called[0].target} is called whole, and node {_shown(other)} uses its weight as well"
         return Refusal(weight, other.name, Reason.MIXED_USES, sentence)
     # a layer of one output that only Python between the graphs calls is no vector: its branch stands on the weight
     single = parameter.numel() == max(parameter.shape, default=0)
@@ -433,6 +441,6 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) 
     return None
 
 
-def _told(node: fx.Node) -> str:
+def _shown(node: fx.Node) -> str:
     target = fx.node._get_qualified_name(node.target) if callable(node.target) else str(node.target)
     return f"{node.name} ({node.op} {target})"

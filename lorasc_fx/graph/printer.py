@@ -50,6 +50,6 @@ def _type(value: Any, symbols: dict[str, str]) -> str:
     if not isinstance(value, torch.Tensor):
         return ""
     sizes = ", ".join(
-        SYMBOL.sub(lambda found: symbols.setdefault(found[0], f"s{len(symbols)}"), str(size)) for size in value.shape
+        SYMBOL.sub(lambda match: symbols.setdefault(match[0], f"s{len(symbols)}"), str(size)) for size in value.shape
     )
     return f" : {str(value.dtype).removeprefix('torch.')}[{sizes}]"

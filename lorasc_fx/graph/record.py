@@ -1,7 +1,7 @@
-"""What a graph carries with it between passes: facts, plan and refusals on the module; use and stamp on its nodes.
+"""The metadata of a graph between passes: facts, plan and refusals of the module; uses and stamps of its nodes.
 
 A record lives in `graph_module.meta`, a use or a stamp in `node.meta`; both survive copies of the graph and other
-people's passes. `strip` takes all of it away.
+people's passes. `strip` removes all of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Record:
-    """What passes know of a graph module.
+    """The metadata of a graph module.
 
     Args:
         facts: what the passes so far provide (`sites-matched`, `branches-inserted`, ...).
@@ -73,14 +73,14 @@ def set_record(graph_module: fx.GraphModule, record: Record) -> None:
 
 
 def at_stage(graph_module: fx.GraphModule, stage: int) -> None:
-    """Let the module's plan be that of this stage, whose branches it has."""
+    """Set the module's plan to this stage, whose branches it has."""
     record = record_of(graph_module)
     if record.plan is not None:
         set_record(graph_module, replace(record, plan=record.plan.at_stage(stage)))
 
 
 def strip(graph_module: fx.GraphModule) -> None:
-    """Take away every record, use and stamp of ours."""
+    """Remove every record, use and stamp of ours."""
     graph_module.meta.pop(_RECORD, None)
     for node in graph_module.graph.nodes:
         node.meta.pop(USE, None)

@@ -139,14 +139,14 @@ def _readers_of_sites_are_marked(view: View) -> Iterator[str]:
     for node in view.module.graph.nodes:
         name = str(node.target).removeprefix(view.record.prefix)
         if node.op == "get_attr" and view.canonical.get(name) in planned:
-            chosen = indexed_experts(node)
+            experts = indexed_experts(node)
             if use_of(node) is not None:
-                met = []
-            elif any(use_of(expert) is not None for expert in chosen):
-                met = chosen
+                readers = []
+            elif any(use_of(expert) is not None for expert in experts):
+                readers = experts
             else:
-                met = [use.node for use in uses_of(node, constant)]
-            readers, weight = met, view.canonical[name]
+                readers = [use.node for use in uses_of(node, constant)]
+            weight = view.canonical[name]
         elif node.op == "call_module" and node not in view.branches:
             inside = module_at(view.module, node.target)
             held = [f"{name}.{leaf}" for leaf, _ in inside.named_parameters(remove_duplicate=False)] if inside else []
@@ -166,7 +166,7 @@ def _weight_of(view: View, node: fx.Node) -> str | None:
     form = form_of(node, None)
     source: Any = node
     if isinstance(form, FunctionForm):
-        source, _ = _turned_back(form.argument(node, form.weight), form.dims)
+        source, _ = _without_transposes(form.argument(node, form.weight), form.dims)
     if form is None and expert_index(node) is not None:
         source = node.args[0]
     if op is not None:
@@ -180,16 +180,16 @@ def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
     """Return how a use reads its weight, with the transposes on the way to it."""
     if replaced_call(node) is not None or isinstance(form, ModuleForm):
         return form.layout
-    turned = _turned_back(form.argument(node, form.weight), form.dims)[1]
-    return {"out_in": "in_out", "in_out": "out_in"}[form.layout] if turned else form.layout
+    transposed = _without_transposes(form.argument(node, form.weight), form.dims)[1]
+    return {"out_in": "in_out", "in_out": "out_in"}[form.layout] if transposed else form.layout
 
 
-def _turned_back(source: Any, dims: int) -> tuple[Any, bool]:
+def _without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
     """Return what a chain of transposes starts from, and whether it turns it around."""
-    turned = False
+    transposed = False
     while isinstance(source, fx.Node) and source.op != "get_attr" and transposes(source, dims):
-        source, turned = source.all_input_nodes[0], not turned
-    return source, turned
+        source, transposed = source.all_input_nodes[0], not transposed
+    return source, transposed
 
 
 def _slow_state_is_kept(view: View) -> Iterator[str]:
@@ -228,7 +228,7 @@ def _branches_stand_at_sites(view: View) -> Iterator[str]:
         if branch.weight_name != use.weight:
             yield f"branch node {node.name} calls the branch of {branch.weight_name} beside {use.weight}"
         if not is_form(use.form):
-            continue  # told where uses are held against the plan
+            continue  # a fault of _uses_fit_plan
         reading = _reading(view, use.form, base)
         if reading is None:
             yield f"node {base.name} has not the arguments of {use.form}"
@@ -321,7 +321,7 @@ def _branches_fit_plan(view: View) -> Iterator[str]:
             if name in parameters and tuple(parameters[name].shape) != shape:
                 yield f"{name} of {site.weight} is {tuple(parameters[name].shape)}, planned as {shape}"
         if branch.transposed != (site.layout == "in_out"):
-            yield f"the branch of {site.weight} is turned the other way than its layout, {site.layout}, says"
+            yield f"the branch of {site.weight} is stored transposed against its layout, {site.layout}"
         for what in ("weight_name", "scale", "dropout", "parts"):
             made, planned = getattr(branch, what), getattr(site, "weight" if what == "weight_name" else what)
             if made != planned:
@@ -421,7 +421,7 @@ def _weights_are_the_stages(view: View) -> Iterator[str]:
     for weight, state in view.record.slow.items():
         parameter = parameters.get(weight)
         fits = parameter is not None and parameter.shape == state.base.shape
-        fits = fits and not state.faults()  # told where the slow state is held against the plan
+        fits = fits and not state.faults()  # these are faults of _slow_state_is_kept
         if fits and parameter is not None and not _is_start(parameter, state, plan.spec, plan.stage):
             yield (
                 f"{weight} holds other numbers than stage {plan.stage} began with; run what changes weights before the "
@@ -462,7 +462,7 @@ RULES: tuple[Rule, ...] = (
     _nothing_is_written_in_between,
     _weights_are_the_stages,
 )
-"""Every rule, in the order in which faults are told."""
+"""Every rule, in the order in which faults are listed."""
 
 
 def faults(graph_module: fx.GraphModule) -> list[str]:
@@ -479,6 +479,6 @@ def verify(graph_module: fx.GraphModule, when: str) -> None:
     Raises:
         VerifyError: lists every fault, and says `when` it was found.
     """
-    found = faults(graph_module)
-    if found:
-        raise VerifyError(f"{when}, the graph does not agree with its plan:\n  " + "\n  ".join(found))
+    sentences = faults(graph_module)
+    if sentences:
+        raise VerifyError(f"{when}, the graph does not agree with its plan:\n  " + "\n  ".join(sentences))

@@ -55,11 +55,11 @@ def named_weights(owner: nn.Module) -> Weights:
     for name, parameter in owner.named_parameters(remove_duplicate=False):
         if ours is not None and name.startswith(ours):
             continue
-        own = first.setdefault(id(parameter), name)
-        parameters.setdefault(own, parameter)
-        names.setdefault(own, []).append(name)
-        canonical[name] = own
-    return Weights(parameters, {own: tuple(all_names) for own, all_names in names.items()}, canonical)
+        canonical_name = first.setdefault(id(parameter), name)
+        parameters.setdefault(canonical_name, parameter)
+        names.setdefault(canonical_name, []).append(name)
+        canonical[name] = canonical_name
+    return Weights(parameters, {name: tuple(ties) for name, ties in names.items()}, canonical)
 
 
 def held_branches(graph_module: nn.Module) -> dict[str, Branch] | None:
@@ -70,8 +70,9 @@ def held_branches(graph_module: nn.Module) -> dict[str, Branch] | None:
     holder = graph_module._modules.get(BRANCHES)
     if type(holder) not in (nn.ModuleDict, nn.Module) or holder is None or holder._parameters or holder._buffers:
         return None
-    found = {key: branch for key, branch in holder._modules.items() if isinstance(branch, Branch)}
-    return found if len(found) == len(holder._modules) and (found or isinstance(holder, nn.ModuleDict)) else None
+    branches = {key: branch for key, branch in holder._modules.items() if isinstance(branch, Branch)}
+    ours = len(branches) == len(holder._modules) and (branches or isinstance(holder, nn.ModuleDict))
+    return branches if ours else None
 
 
 def owner_of(graph_module: fx.GraphModule, record: Record) -> nn.Module:
@@ -81,10 +82,10 @@ def owner_of(graph_module: fx.GraphModule, record: Record) -> nn.Module:
 
 def module_at(root: nn.Module, target: str) -> nn.Module | None:
     """Return the module of this dotted name, or None."""
-    found: nn.Module | None = root
+    module: nn.Module | None = root
     for part in target.split("."):
-        found = found._modules.get(part) if found is not None else None
-    return found
+        module = module._modules.get(part) if module is not None else None
+    return module
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Memory:
 
     @property
     def overlaps_itself(self) -> bool:
-        """Whether two entries are one place in memory, as in an expanded tensor."""
+        """Whether two entries share one address, as in an expanded tensor."""
         axes = sorted((stride, size) for size, stride in zip(self.shape, self.stride, strict=True) if size > 1)
         reach = 0
         for stride, size in axes:
@@ -162,21 +163,21 @@ def shared_memory(model: nn.Module) -> dict[str, str]:
     """
     parameters = dict(model.named_parameters())
     tensors = [*parameters.items(), *model.named_buffers(), *_plain_attributes(model)]
-    places = [(place, name) for name, value in tensors if (place := Memory.of(value))]
-    places.sort(key=lambda item: (str(item[0].device), item[0].start))
-    found: dict[str, str] = {}
+    memories = [(memory, name) for name, value in tensors if (memory := Memory.of(value))]
+    memories.sort(key=lambda item: (str(item[0].device), item[0].start))
+    sentences: dict[str, str] = {}
     before: list[tuple[Memory, str]] = []
-    for place, name in places:
-        if name in parameters and place.overlaps_itself:
-            found.setdefault(name, "is expanded: several of its entries are one place in memory")
-        before = [(other, its) for other, its in before if other.device == place.device and other.end > place.start]
-        for other, its in before:
-            if place.overlaps(other):
-                for one, two in ((name, its), (its, name)):
+    for memory, name in memories:
+        if name in parameters and memory.overlaps_itself:
+            sentences.setdefault(name, "is expanded: several of its entries share one address")
+        before = [item for item in before if item[0].device == memory.device and item[0].end > memory.start]
+        for other, other_name in before:
+            if memory.overlaps(other):
+                for one, two in ((name, other_name), (other_name, name)):
                     if one in parameters:
-                        found.setdefault(one, f"shares memory with {two}: a fold of it would change both")
-        before.append((place, name))
-    return found
+                        sentences.setdefault(one, f"shares memory with {two}: a fold of it would change both")
+        before.append((memory, name))
+    return sentences
 
 
 def _plain_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import lorasc_fx as lx
 from examples import own_form
 from lorasc_fx.graph import FunctionForm, ModuleForm, WeightForm, faults, form_named, register_form
-from lorasc_fx.graph.forms import OWN
+from lorasc_fx.graph.forms import REGISTERED
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.kit.errors import raises
 from tests.passes.kit import deltas, fill
@@ -141,7 +141,7 @@ def test_without_it_the_weight_is_refused() -> None:
         assert ("1.kernel" in {each.weight for each in cascade.refusals}) is not registered
         if handle is not None:
             handle.remove()
-    assert not OWN
+    assert not REGISTERED
 
 
 def test_a_merged_branch_never_stands_in_place_of_it() -> None:
@@ -242,7 +242,7 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
 def test_what_cannot_be_registered(form: Any, message: tuple[str, ...]) -> None:
     with raises(lx.SpecError, *message):
         register_form(form)
-    assert not OWN
+    assert not REGISTERED
 
 
 def test_a_name_and_a_target_are_registered_once() -> None:
@@ -251,7 +251,7 @@ def test_a_name_and_a_target_are_registered_once() -> None:
             register_form(SKEWED)
         with raises(lx.SpecError, "form-exists", "other", "skewed.default", "my.skewed"):
             register_form(replace(SKEWED, name="other"))
-    assert not OWN
+    assert not REGISTERED
 
 
 class Same(nn.Linear):

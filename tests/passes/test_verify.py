@@ -544,7 +544,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
             site("0.weight", layout="in_out"),
             (
                 "node linear reads 0.weight as out_in, planned as in_out",
-                "the branch of 0.weight is turned the other way than its layout, in_out, says",
+                "the branch of 0.weight is stored transposed against its layout, in_out",
             ),
         ),
         "plan of another kind": (
@@ -607,7 +607,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
     "aten_products": {
         "turned branch": (
             branch("w0", lambda matrix: setattr(matrix, "transposed", False)),
-            ("the branch of w0 is turned the other way than its layout, in_out, says",),
+            ("the branch of w0 is stored transposed against its layout, in_out",),
         ),
         "turned weight": (turned_weight, ("node addmm reads w0 as out_in, planned as in_out",)),
     },
