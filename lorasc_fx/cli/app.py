@@ -1,7 +1,7 @@
-"""The command line: which command, its arguments (parsed by tyro), and what becomes of errors.
+"""The command line: commands, their arguments (parsed by tyro), and error reporting.
 
-What the user got wrong, or the operating system refused, is one sentence on standard error and exit code 2. Ctrl-C is
-130. Anything else is a fault of ours and keeps its traceback.
+Errors of the user or the operating system are one sentence on standard error and exit code 2. Ctrl-C is 130. Anything
+else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MODULES = {"fold": "export"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(message)s")  # what the package warns of, to standard error
+    logging.basicConfig(format="%(message)s")  # warnings of the package, to standard error
     try:
         return _command(arguments)
     except LorascError as fault:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lorasc-fx: stopped at once; what was not written yet is lost", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `lorasc-fx sites ... | head`: the reader has left, and nothing is wrong
+    except BrokenPipeError:  # `lorasc-fx sites ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as fault:  # a full disk, a missing permission
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{fault.filename}: " if fault.filename is not None else ""
         print(f"lorasc-fx: {where}{fault.strerror}", file=sys.stderr)
         return 2
-    except SystemExit as ended:  # tyro's help (0) and its complaints (2)
+    except SystemExit as ended:  # tyro's help (0) and errors (2)
         return ended.code if isinstance(ended.code, int) else 2
 
 

@@ -76,7 +76,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run gave.
+    """The result of one run.
 
     Args:
         method, seed, lr: its run.
@@ -122,7 +122,7 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path, run: Run) -> Result | None:
-        """Return the result of a run, or None if it was not made.
+        """Return the result of a run, or None if there is none.
 
         Raises:
             CheckpointError: its file is damaged.
@@ -144,7 +144,7 @@ class CompareArguments:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     overwrite: bool = False
-    """Delete the results that stand in the output folder, and start again."""
+    """Delete the results in the output folder and start again."""
 
 
 def run_compare(arguments: CompareArguments) -> int:
@@ -157,7 +157,7 @@ def run_compare(arguments: CompareArguments) -> int:
 
 
 def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
-    """Make each run that was not made yet and return all results, or None after Ctrl-C."""
+    """Train each run that has no result yet and return all results, or None after Ctrl-C."""
     if "probe" in config.compare.methods and not config.spec.train:
         raise SpecError(
             "compare.methods has 'probe', which trains what spec.train names, and spec.train is empty",
@@ -173,7 +173,7 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     folder = RunFolder(Path(config.output))
     started = folder.started and not overwrite
     folder.check(config, resume=started, overwrite=overwrite)
-    setup = None if started else Setup.of(config)  # what is wrong with the data must not leave a folder behind
+    setup = None if started else Setup.of(config)  # wrong data must not leave a folder behind
     folder.begin(config, resume=started, overwrite=overwrite)
     runs = [
         Run(method, seed, lr)
@@ -280,7 +280,7 @@ class MeanWeights:
         self._count = 0
 
     def add(self, state: Mapping[str, Tensor]) -> None:
-        """Take weights into the mean, which is kept in float64."""
+        """Add weights to the mean, which is kept in float64."""
         self._count += 1
         for name, value in state.items():
             if value.is_floating_point():

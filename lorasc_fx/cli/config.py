@@ -1,6 +1,6 @@
 """Configuration files: the tables as frozen dataclasses, read from TOML with errors that name the line.
 
-`tomllib` reads only, and forgets on which line a key stands: `key_lines` scans for headers and `key =`. Keys inside a
+`tomllib` keeps no line numbers: `key_lines` scans for headers and `key =`. Keys inside a
 multi-line array or an inline table have the line of the key that holds them.
 """
 
@@ -232,7 +232,7 @@ def load_config(path: Path) -> Config:
     """Read a configuration.
 
     Raises:
-        SpecError: the file cannot be read, is not TOML, has a key that no table knows, or a value that a key refuses.
+        SpecError: the file cannot be read, is not TOML, has an unknown key, or an invalid value.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -296,7 +296,7 @@ _PLAIN = {int: "a whole number", float: "a number", str: "a string", bool: "true
 
 
 def _value(hint: Any, value: Any, at: KeyPath) -> Any:
-    """Return a TOML value as a field of this type has it; types of several forms are left to the class to check."""
+    """Return a TOML value as a field of this type has it; unions are left to the class to check."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _table(hint, value, at)
     if get_origin(hint) is dict:

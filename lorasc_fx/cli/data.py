@@ -1,4 +1,4 @@
-"""From the table `[data]` to the splits that a run uses. Nothing is downloaded.
+"""Loads, splits and batches the data that `[data]` names. Nothing is downloaded.
 
 A data set is texts or images with a class each: a CSV file, a folder of images, a file or folder that the package
 datasets reads, or what a function of the user's returns. A shifted test set is another data set of the same classes, or
@@ -139,7 +139,7 @@ class Splits:
 
 
 def short_name(name: str) -> str:
-    """Return a data set's name for tables: of a function, what stands after the last colon."""
+    """Return a data set's name for tables: of a function, the part after the last colon."""
     return name.rpartition(":")[2] if name.startswith("python:") else name
 
 
@@ -326,7 +326,7 @@ def _pixels(image: Any, size: int | None) -> Tensor:
 
 
 def _encode_images(size: int) -> Encode:
-    """Return what resizes pixels to [batch, 3, size, size], channels last, and maps 0..255 to -1..1."""
+    """Return a function that resizes pixels to [batch, 3, size, size], channels last, and maps 0..255 to -1..1."""
 
     def encode(pixels: Tensor) -> Arguments:
         images = pixels.float() / 255
@@ -344,7 +344,7 @@ def image_examples(pixels: Tensor, labels: Sequence[Any] | Tensor, size: int) ->
 
 
 def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
-    """Return what turns texts into `input_ids` and `attention_mask` [batch, tokens], as long as the longest needs."""
+    """Return a function from texts to `input_ids` and `attention_mask` [batch, tokens], padded to the longest."""
     options = {"truncation": True, "max_length": max_length, "padding": True, "pad_to_multiple_of": 8}
 
     def encode(texts: Sequence[str]) -> Arguments:
@@ -403,7 +403,7 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
 
 
 def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
-    """Check what a function of the user's returned as a data set."""
+    """Check the data set that a user function returned."""
     try:
         inputs, labels = returned
         _check_inputs(inputs)

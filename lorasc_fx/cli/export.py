@@ -31,7 +31,7 @@ Which = Literal["slow", "averaged"]
 
 
 def open_run(run: Path) -> tuple[Setup, lx.Cascade, str]:
-    """Build the run's model again and load its last checkpoint; return what that is, in words, as well.
+    """Build the run's model again and load its last checkpoint; return a description of its weights as well.
 
     Raises:
         StateError: the folder holds no run, or no checkpoint yet.
@@ -143,7 +143,7 @@ def run_export(arguments: ExportArguments) -> int:
     """Write the format and return the exit code.
 
     Raises:
-        SpecError: no format is called so, or it has no ranks to be told.
+        SpecError: unknown format, or ranks for one that has none.
         StateError: the folder holds no run, or no checkpoint yet.
         MissingExtra: a package that writes the format is not installed.
     """

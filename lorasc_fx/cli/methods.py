@@ -16,7 +16,7 @@ class Method:
     """One row of the comparison.
 
     Args:
-        about: a phrase for people.
+        about: a description.
         spec: the cascade that is trained, from the configuration's spec and number of stages; None trains parameters
             of the plain model.
         staged: whether the steps are divided into the configuration's stages; otherwise there is one.

@@ -1,4 +1,4 @@
-"""From `[model]` to a network with the right head. Nothing is downloaded: weights come from files and packages."""
+"""Builds the model that `[model]` names. Nothing is downloaded: weights come from files and packages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Arguments = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 
 
 class MeanPooled(nn.Module):
-    """A text encoder, the mean of its last hidden states over the tokens that are there, and a linear head."""
+    """A text encoder, the mean of its last hidden states over the unmasked tokens, and a linear head."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
 
 
 def warn_of_random_weights(config: ModelConfig) -> None:
-    """Say on standard error that the model that is about to be trained is not pretrained."""
+    """Warn on standard error that the model is not pretrained."""
     if config.name.startswith("timm:") and not config.weights:
         print(
             f"lorasc-fx: WARNING: {config.name} starts from RANDOM weights, because nothing is downloaded and "
@@ -125,10 +125,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...] = ()) -> Arguments:
-    """Return arguments to capture the model with: floats of this shape, or what the model's kind says.
+    """Return arguments to capture the model with: floats of this shape, or those that the kind of model implies.
 
     Raises:
-        SpecError: neither says it.
+        SpecError: the shape is not known.
     """
     if shape:
         return (torch.rand(shape),), {}
@@ -200,7 +200,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
 
 @contextmanager
 def reading(name: str, package: str, code: str) -> Iterator[None]:
-    """Turn whatever a package raises for damaged files into one error."""
+    """Turn any error of a package about damaged files into a SpecError."""
     try:
         yield
     except SpecError:

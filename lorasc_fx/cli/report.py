@@ -30,11 +30,11 @@ class RunRecord:
 
     Args:
         name: of its folder.
-        config: that it had.
-        lines: of its metrics, in the order in which they were written.
-        about: what the run wrote of its cascade at the start.
-        experts: a line a stage and site.
-        spectrum: by site; empty before the end.
+        config: its configuration.
+        lines: of its metrics, in order.
+        about: the record of its cascade at the start.
+        experts: one record per stage and site.
+        spectrum: by site; empty before the end of the run.
         environment: packages and machine.
     """
 
@@ -51,7 +51,7 @@ class RunRecord:
         """Read a run folder.
 
         Raises:
-            StateError: the folder holds no run of `train`, or nothing that could be shown yet; or a file is damaged.
+            StateError: the folder holds no run of `train`, or one without records yet; or a file is damaged.
         """
         folder = RunFolder(run)
         folder.check_run(checkpoint=False)
@@ -75,7 +75,7 @@ class RunRecord:
 
     @cached_property
     def losses(self) -> list[tuple[int, float]]:
-        """Steps with their losses; of a step that was made twice (a stopped run that went on) the later one."""
+        """Steps with their losses; of a repeated step (of a resumed run) the later one."""
         return sorted({line["step"]: line["loss"] for line in self.lines if "loss" in line}.items())
 
     @cached_property
@@ -85,7 +85,7 @@ class RunRecord:
 
     @cached_property
     def stages(self) -> list[dict[str, Any]]:
-        """A row a stage that ended: `stage`, `step`, and the measures of slow and fast weights."""
+        """One row per ended stage: `stage`, `step`, and the measures of slow and fast weights."""
         rows: dict[int, dict[str, Any]] = {}
         for line in self.lines:
             if "validation" in line or "validation_fast" in line:
@@ -112,7 +112,7 @@ class RunRecord:
 
     @cached_property
     def seconds(self) -> float:
-        """Time in steps, stages' ends included, over all the parts in which the run was made."""
+        """Seconds of training and transitions, over all resumptions."""
         total, last = 0.0, 0.0
         for line in self.lines:
             if "seconds" in line:
@@ -123,7 +123,7 @@ class RunRecord:
 
     @cached_property
     def expert_rows(self) -> list[dict[str, Any]]:
-        """A row a site: its number and name, and by stage norm and effective rank of its expert."""
+        """One row per site: its number and name, and by stage norm and effective rank of its expert."""
         latest = {(line["stage"], line["site"]): line for line in self.experts}
         return [
             {
@@ -194,7 +194,7 @@ def run_report(arguments: ReportArguments) -> int:
     """Write the report of a run, and return the exit code.
 
     Raises:
-        StateError: the folder holds no run that could be shown.
+        StateError: the folder holds no run with records.
         SpecError: the file cannot be written there.
         MissingExtra: the extra `report` is not installed.
     """

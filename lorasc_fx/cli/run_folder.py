@@ -32,7 +32,7 @@ from lorasc_fx.state import effective_rank, factors_of, norm_of, singular_values
 __all__ = ["EXPERT", "SECTIONS", "RunFolder", "check_output", "read_lines", "write_whole"]
 
 SECTIONS = ("model", "data", "train", "spec")
-"""The tables of a configuration that have to be the same for a run to go on."""
+"""Tables of the configuration that a resume may not change."""
 
 _PACKAGES = (
     "lorasc-fx", "torch", "networkx", "safetensors", "tyro", "rich", "timm", "torchvision", "transformers", "numpy",
@@ -48,7 +48,7 @@ _SITE = ("weight", "kind", "shape", "rank", "scale", "placement", "parameters")
 _REFUSAL = ("weight", "reason", "sentence")
 EXPERT = ("stage", "site", "norm", "effective_rank")
 _DELTA = ("values", "norm", "base_norm", "effective_rank")
-"""Keys of the records, without which they are damaged."""
+"""Required keys of the records."""
 
 
 class RunFolder:
@@ -74,12 +74,12 @@ class RunFolder:
 
     @property
     def saved(self) -> bool:
-        """Whether there is a version to go on from: a run that was killed in its first save leaves a folder without."""
+        """Whether there is a complete checkpoint; a run killed in its first save leaves a folder without one."""
         return bool(list_versions(self.checkpoint))
 
     @property
     def started(self) -> bool:
-        """Whether a run has left something here that is worth keeping."""
+        """Whether the folder holds results of a run."""
         return self.metrics.exists() or self.saved or any(self.results.glob("*.json"))
 
     def check_run(self, *, checkpoint: bool = True) -> None:
@@ -100,9 +100,9 @@ class RunFolder:
         """Check, before any work is done, that this run may write here.
 
         Args:
-            config: what is about to run.
-            resume: whether a run that stands in the folder is to go on.
-            overwrite: whether `begin` deletes such a run.
+            config: of the new run.
+            resume: whether the run in the folder continues.
+            overwrite: whether `begin` deletes it.
 
         Raises:
             SpecError: the folder cannot be written, or both `resume` and `overwrite` are asked for.
@@ -166,7 +166,7 @@ class RunFolder:
         write_whole(self.cascade, json.dumps(about, indent=1) + "\n")
 
     def write_experts(self, cascade: lx.Cascade, stage: int) -> None:
-        """Add a line a site: norm and effective rank of the branch, before it is folded; null where not finite."""
+        """Append one record per site: norm and effective rank of the branch before its fold; null if not finite."""
         with torch.no_grad(), self.experts.open("a", encoding="utf-8") as file:
             for weight, branch in cascade._run.branches_by_weight().items():
                 line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
@@ -254,10 +254,10 @@ class RunFolder:
 
 
 def check_output(path: Path, *, folder: bool) -> None:
-    """Check, before the work whose result goes there, that a file or folder can be written.
+    """Check, before any work, that an output file or folder can be written.
 
     Raises:
-        SpecError: it is of the other kind, has a file among its parents, or cannot be written.
+        SpecError: it is of the other kind, has a file as a parent, or is not writable.
     """
     if path.exists() and path.is_dir() != folder:
         kind, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
@@ -279,7 +279,7 @@ def check_output(path: Path, *, folder: bool) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -37,13 +37,13 @@ class TrainArguments:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False
-    """Go on with the run that stands in the output folder."""
+    """Continue the run in the output folder."""
     overwrite: bool = False
-    """Delete the run that stands in the output folder, and start again."""
+    """Delete the run in the output folder and start again."""
 
 
 def run_train(arguments: TrainArguments) -> int:
-    """Train, or go on with training, and return the exit code (130 after Ctrl-C, with a checkpoint written)."""
+    """Train or resume, and return the exit code (130 after Ctrl-C, with a checkpoint written)."""
     config, resume, overwrite = arguments.config, arguments.resume, arguments.overwrite
     folder = RunFolder(Path(config.output))
     folder.check(config, resume=resume, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""The training loop of `train` and `compare`, what it needs before it starts, and predictions.
+"""Set-up, training loop and predictions of `train` and `compare`.
 
 Two kinds of model are trained: a cascade, or a plain module of which some parameters are trained.
 """
@@ -68,10 +68,10 @@ class Setup:
 
     @classmethod
     def of(cls, config: Config) -> Setup:
-        """Load the data, and set the threads that are asked for.
+        """Load the data and set the number of threads.
 
         Raises:
-            SpecError: the device is not there, or what `load_data` raises.
+            SpecError: unknown device, or an error of `load_data`.
         """
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -200,7 +200,7 @@ class Interrupt:
 
 @contextmanager
 def on_ctrl_c() -> Iterator[Interrupt]:
-    """Note a first Ctrl-C inside the block, to be obeyed between two steps; a second one raises KeyboardInterrupt."""
+    """Defer a first Ctrl-C inside the block to the end of the step; a second one raises KeyboardInterrupt."""
     interrupt = Interrupt()
 
     def handle(number: int, frame: FrameType | None) -> None:
