@@ -468,7 +468,7 @@ class Net(nn.Module):
         return self.net(x * 1e-3)
 
 base, folder = map(Path, sys.argv[1:])
-WIDTH, LAYERS = 4096, 72
+WIDTH, LAYERS = 4096, 24
 index = {"metadata": {}, "weight_map": {}}
 source = torch.Generator().manual_seed(1)
 for shard in range(6):
@@ -520,12 +520,12 @@ Path(sys.argv[4]).write_text(json.dumps({"code": code, "loaded": loaded * 1024, 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell the peak of a process")
 def test_one_tensor_of_a_large_model_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    """2.4 GB in six files, tensors of 32 MiB: the peak is the interpreter's own, and a few of those."""
+    """0.8 GB in six files, tensors of 32 MiB: the peak is the interpreter's own, and a few of those."""
     base, checkpoint, out, told = (tmp_path / name for name in ("base", "checkpoint", "out", "told.json"))
     base.mkdir()
     subprocess.run([sys.executable, "-c", BIG, str(base), str(checkpoint)], check=True)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    assert size > 2.4e9
+    assert size > 0.8e9
     done = subprocess.run(
         [sys.executable, "-c", FOLD, str(base), str(checkpoint), str(out), str(told)],
         capture_output=True,
