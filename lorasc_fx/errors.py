@@ -250,7 +250,7 @@ class LorascWarning(UserWarning):
 
 
 class SpecError(LorascError, ValueError):
-    """A value in the spec, or in a configuration, that cannot be meant."""
+    """An invalid value in the spec or in a configuration."""
 
     code = "invalid-value"
 

@@ -37,7 +37,7 @@ class Plateau:
         threshold_mode: `rel` or `abs`.
 
     Raises:
-        SpecError: a value that cannot be meant.
+        SpecError: an invalid value.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class StageSchedule(LRScheduler):
         warmup: steps until the full learning rate, 0 or more.
         floor: share of the full rate at which the decay ends, in [0, 1]; 1 is no decay.
         decay: `cosine` or `linear`.
-        base: another scheduler of this optimizer, made before; it is stepped by this one's `step`, and by nobody else.
+        base: another scheduler of this optimizer, made before; `step` of this one steps it, and nothing else may.
 
     Raises:
         SpecError: a value that is no count, share or decay, or base is of another optimizer, or needs a metric.
@@ -247,7 +247,7 @@ def shuffled_batches(
         options: anything else that DataLoader takes (num_workers, collate_fn, ...) but for what decides on the order.
 
     Raises:
-        SpecError: a batch size, seed, start or share that cannot be meant, or an option that decides on the order.
+        SpecError: an invalid batch size, seed, start or share, or an option that decides on the order.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("start", start, 0)):
         if not is_integer(value, least):

@@ -51,11 +51,11 @@ def check_fields(where: str, given: Iterable[Any], cls: type[Any]) -> None:
     of_peft = _OF_PEFT if "targets" in known else {}
     unknown = [name for name in given if name not in known]
     if unknown:
-        told = [
+        unknown = [
             f"{name!r} (here {of_peft[name]})" if name in of_peft else f"{name!r}{nearest(str(name), known)}"
             for name in unknown
         ]
-        raise SpecError(f"{where} has no field {', '.join(told)}; known: {', '.join(known)}", code="unknown-name")
+        raise SpecError(f"{where} has no field {', '.join(unknown)}; known: {', '.join(known)}", code="unknown-name")
 
 
 def known_fields(cls: type[Any]) -> type[Any]:
@@ -72,7 +72,7 @@ def known_fields(cls: type[Any]) -> type[Any]:
 
 
 def check_pairs(spec: Any) -> None:
-    """Refuse what single fields allow and their pair does not mean.
+    """Refuse valid values that have no meaning together.
 
     Args:
         spec: a `CascadeSpec` whose fields were checked one by one.

@@ -112,7 +112,7 @@ class Block(Generic[T]):
             while self._lock is not None and not self._locked:
                 self._locked = self._lock.acquire(seconds=0.05)
                 if not self._locked:
-                    _answer(self)  # whoever waits for another thread can be interrupted
+                    _answer(self)  # waiting for another thread can be interrupted
             self._grad = torch.is_grad_enabled()
             value = self._begin()
             if not self.deferring:
@@ -167,11 +167,11 @@ class Block(Generic[T]):
             try:
                 self._steps.pop()()
             except BaseException as other:
-                told = fault or first
-                if told is None:
+                raised_before = fault or first
+                if raised_before is None:
                     first = other
                 else:
-                    told.add_note(f"and taking back raised {type(other).__name__}: {other}")
+                    raised_before.add_note(f"and taking back raised {type(other).__name__}: {other}")
         return first
 
 
@@ -325,7 +325,7 @@ def _answer(asking: Block[Any] | None = None) -> None:
     """Call the handlers of signals that have waited, unless another block still defers them.
 
     Raises:
-        BaseException: the first that a handler raises; the others have been called as well.
+        BaseException: the first that a handler raises; all handlers have been called.
     """
     raised: BaseException | None = None
     if not _in_main_thread() or any(block.deferring or block.busy for block in _OPEN if block is not asking):

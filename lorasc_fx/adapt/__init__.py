@@ -61,7 +61,7 @@ def adapt(
 
     Args:
         model: an nn.Module, a GraphModule, an ExportedProgram, or the path of a .pt2 file. One on the meta device is
-            adapted without memory, and gets its numbers by `materialize`; until then the cascade only tells of itself.
+            adapted without memory, and gets its numbers by `materialize`; until then the cascade only shows its plan.
         args, kwargs: example inputs; their sizes do not matter, their types do. The model runs a few times on them,
             leaving no trace, to see what it does and that its graph does the same.
         spec: what is asked, see `CascadeSpec`.
@@ -213,18 +213,18 @@ def _forget(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _check_loaded(cascade: Cascade, path: Path) -> None:
-    """Hold the graphs against their plan, with the values that were loaded.
+    """Check the graphs against their plan, with the values that were loaded.
 
     Raises:
         CheckpointError: they do not agree, or values are not finite.
     """
-    told = cascade._run.faults()
+    disagreements = cascade._run.faults()
     variant = cascade._variants.oldest
     if variant is not None and isinstance(variant.module, fx.GraphModule):  # a piece is verified when it is rewritten
-        told += faults(variant.module)
-    if told:
+        disagreements += faults(variant.module)
+    if disagreements:
         raise CheckpointError(
-            f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(told)),
+            f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(disagreements)),
             code="plan-mismatch",
         )
 

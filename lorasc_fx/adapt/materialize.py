@@ -35,7 +35,7 @@ def materialize(
     `adapt`. Numbers are cast to the model's dtypes. All or nothing.
 
     Args:
-        cascade: of a model with parameters on the meta device; without numbers it only tells of itself.
+        cascade: of a model with parameters on the meta device; without numbers it only shows its plan.
         files: a safetensors file, or a folder with `model.safetensors`, or with its shards and their index. They have
             to hold all parameters and persistent buffers of the model, one name of tied ones, and nothing else. A
             prefix that all names have more, or less, is found.

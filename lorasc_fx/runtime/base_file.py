@@ -2,7 +2,7 @@
 
 Such a tensor is mapped, not read: its pages are the system's to load and to drop, and no file stays open. It is
 compared once, bit for bit, with what the model holds, so that W0 is the same whatever keeps it. Nothing is written to
-the file, and nobody else may write to it while the cascade lives: that is looked for before each call that needs W0.
+the file, and no other program may write to it while the cascade lives; this is checked before each call that needs W0.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class BaseFile:
 
 
 def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
-    """Return where W0 of a model lies, by what `adapt` was told; None for `memory`.
+    """Return where W0 of a model lies, by the argument `base` of `adapt`; None for `memory`.
 
     Raises:
         SpecError: `file`, and the model names no local folder; or no path at all.

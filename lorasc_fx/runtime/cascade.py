@@ -59,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Flags:
-    """What `release` gives back: requires_grad of every parameter, training of every module."""
+    """What `release` restores: requires_grad of every parameter, training of every module."""
 
     requires_grad: Mapping[str, bool]
     training: Mapping[str, bool]
@@ -73,7 +73,7 @@ class Flags:
         )
 
     def restore(self, model: nn.Module) -> None:
-        """Give the flags back; what has come since keeps its own."""
+        """Restore the flags; parameters and modules that are new keep their own."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for name, module in model.named_modules():
@@ -196,8 +196,8 @@ class Cascade(nn.Module):
         self.branches.update(new)
         self._refusals = made.refusals
         self._run.take_sites(made.plan, made.refusals)
-        told = made.plan.by_weight.keys() | {each.weight for each in made.refusals}
-        self._unreached = tuple(name for name in self._unreached if name in made.unreached and name not in told)
+        decided = made.plan.by_weight.keys() | {each.weight for each in made.refusals}
+        self._unreached = tuple(name for name in self._unreached if name in made.unreached and name not in decided)
         self._run.know_sites(undo)
         if new:
             weights = [branch.weight_name for branch in new.values()]
@@ -212,7 +212,7 @@ class Cascade(nn.Module):
             )
 
     def _running(self) -> Plan:
-        """Return the plan of the running stage, as variants ask for it."""
+        """Return the plan of the running stage: a callback of the variants."""
         return self._run.plan
 
     # ---- what was decided
@@ -281,7 +281,7 @@ class Cascade(nn.Module):
         Raises:
             UnknownTarget: a pattern means no site.
             SpecError: the file is no .svg, its folder is not there, or radius is no count.
-            StateError: after `release`, or none of these branches stands in a graph.
+            StateError: after `release`, or no graph has one of these branches.
             MissingExtra: the extra `report` is not installed.
         """
         self._run.check_alive("draw", on_meta=True)
@@ -327,8 +327,8 @@ class Cascade(nn.Module):
         if not counted:
             return []
         ratio = self.expected_step_ratio
-        told = f"; expected step {ratio:.2f} of the frozen model's" if ratio is not None else ""
-        return ["  placements: " + ", ".join(f"{count} {where}" for where, count in counted.most_common()) + told]
+        expected = f"; expected step {ratio:.2f} of the frozen model's" if ratio is not None else ""
+        return ["  placements: " + ", ".join(f"{count} {where}" for where, count in counted.most_common()) + expected]
 
     # ---- stages
 
@@ -594,7 +594,7 @@ class Cascade(nn.Module):
             return self.model
 
     def _drop_graphs(self) -> None:
-        """Let the model be as it was before it had graphs; the next call makes new ones."""
+        """Detach and drop all graphs; the next call makes new ones."""
         self._variants.detach()
         self._variants = Variants()
 
@@ -647,10 +647,10 @@ class Cascade(nn.Module):
         return super().state_dict(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Let `copy` copy the cascade, and refuse to be pickled: graphs read the model that they were made of.
+        """Allow `copy`, and refuse pickling: graphs read the model that they were made of.
 
         Raises:
-            StateError: whoever asks is not Python's `copy`.
+            StateError: the caller is not Python's `copy`.
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
             return super().__reduce_ex__(protocol)

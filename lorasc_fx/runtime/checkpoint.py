@@ -148,7 +148,7 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
 
 
 def _memory() -> int | None:
-    """Return the bytes of memory of this machine, where it tells."""
+    """Return the bytes of memory of this machine; None if unknown."""
     names = getattr(os, "sysconf_names", {})
     if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
         return None
@@ -156,7 +156,7 @@ def _memory() -> int | None:
 
 
 def sanitized(name: object, most: int = 80) -> str:
-    """Return a name from a file as a message can hold it: short, and without anything that a terminal obeys."""
+    """Return a name from a file, safe for a message: short, and without control characters."""
     text = name if isinstance(name, str) and name.isprintable() else repr(name)
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 

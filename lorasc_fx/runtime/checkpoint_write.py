@@ -1,7 +1,7 @@
 """Writing a version: into a temporary folder, which is synced and then renamed.
 
-One writer at a time, by a lock that the system releases when its holder dies. So temporary folders that a killed
-writer left belong to nobody, and the next save deletes them. A version is renamed before it is deleted, so that a
+One writer at a time, by a lock that the system releases when its holder dies. So the next save deletes the
+temporary folders that a killed writer left. A version is renamed before it is deleted, so that a
 partial one never has a name that loads. Only files of ours are deleted, never a folder with its content: other
 programs may write into the same folder.
 """

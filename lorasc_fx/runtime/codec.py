@@ -357,7 +357,7 @@ def _initial(
 
 
 class _Taken:
-    """Gives out the tensors of a checkpoint, each checked, and knows which nobody has asked for."""
+    """The tensors of a checkpoint: checks each one that is taken, and knows which were not."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], where: str) -> None:
         self.tensors, self.where = tensors, where
@@ -398,7 +398,7 @@ class _Taken:
         return tensor
 
     def check_all_taken(self) -> None:
-        """Refuse a tensor that nobody has asked for."""
+        """Refuse tensors that were not taken."""
         if self.left:
             raise CheckpointError(
                 f"{self.where}: holds {sanitized(repr(next(iter(self.left))))}, which this plan has no place for",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import dense
-from lorasc_fx.errors import SpecError, StateError, warn
+from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.parameters import Slot, buffer_slots
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
@@ -278,16 +278,16 @@ def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], f
 def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo) -> None:
     """Let the first stage of a fresh cascade start from these slow weights; a part of a larger block.
 
-    Buffers (running statistics) have no sum: those that are the same in all runs are taken over, others stay the base's
-    and are told of.
+    Buffers (running statistics) have no sum: those that agree in all runs are taken over; the others stay those of the
+    base, with a warning.
     """
     buffers = dict(run.model.named_buffers())
     taken = {name: parts[0].buffers[name] for name in buffers if _agree(name, parts)}
-    told = [name for name, buffer in buffers.items() if name not in taken and buffer.is_floating_point()]
+    differing = [name for name, buffer in buffers.items() if name not in taken and buffer.is_floating_point()]
     install_slow(run, after, [*after.states, *after.trained], taken, undo)
-    if told:
+    if differing:
         warn(
-            f"merge: {len(told)} buffers differ between the runs and stay as the base has them: {', '.join(told[:3])}; "
+            f"merge: {len(differing)} buffers differ between the runs and stay those of the base: {named(differing)}; "
             "torch.optim.swa_utils.update_bn makes running statistics anew",
             "buffers-differ",
         )

@@ -306,7 +306,7 @@ def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
 
 
 def release(run: Run, quantized: Requantize, which: Which, undo: Undo) -> None:
-    """Write slow or averaged weights into the user's parameters, for good, and let go of W0."""
+    """Write slow or averaged weights into the user's parameters, for good, and drop W0."""
     check_which("release", which, run.plan.spec)
     slow, parameters = ended(run, "release"), run.parameters_by_name()
     rigid = check_asked("release", slow, quantized)

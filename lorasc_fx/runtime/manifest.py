@@ -1,6 +1,6 @@
-"""What a manifest may hold: each field is checked for kind and range before anything is made of it.
+"""The schema of a manifest: the type and range of each field are checked before it is used.
 
-A digest tells of damage, not of forgery: whoever edits a manifest can sign it anew. So nothing here trusts one.
+A digest detects damage, not forgery: an edited manifest can have a new digest. So no field is trusted.
 """
 
 from __future__ import annotations
@@ -184,13 +184,15 @@ def _check_state(name: str, state: Any, stage: int) -> None:
             raise ValueError(f"'slow': {name} keeps noise that needs {', '.join(_NOISE)}, and nothing else")
         seed = kept["seed"]
         if type(seed) is not int or not 0 <= seed < 2**63 or not _counts(kept["stage"], stage):
-            raise ValueError(f"'slow': {name} keeps noise of no address: {sanitized([seed, kept['stage']])}")
+            raise ValueError(
+                f"'slow': {name} has kept noise with an invalid (seed, stage): {sanitized([seed, kept['stage']])}"
+            )
         if not is_number(kept["amplitude"]) or kept["amplitude"] < 0:
             raise ValueError(f"'slow': {name} keeps noise of amplitude {sanitized(kept['amplitude'])}")
 
 
 def _check_past(name: str, stages: Any, stage: int) -> None:
-    """Hold the numbers of stages that have ended: each once, in order, none of them later than the one that runs."""
+    """Check the numbers of stages that have ended: unique, in order, and not after the running stage."""
     if not isinstance(stages, list) or any(not _counts(each, stage) for each in stages):
         raise ValueError(f"'past': {name} has ends of stages that were not: {sanitized(stages)}")
     if any(one >= other for one, other in itertools.pairwise(stages)):

@@ -28,7 +28,7 @@ class MetaModel:
     """What a cascade on a model without numbers remembers until it gets them.
 
     Args:
-        base: what `adapt` was told.
+        base: the argument of `adapt`.
         groups: the names of each tensor of the model, before any was untied.
     """
 
@@ -96,7 +96,7 @@ def _tensors(model: nn.Module) -> list[_Tensor]:
 def find_numbers(
     model: nn.Module, path: Path, groups: Iterable[tuple[str, ...]], buffers: Mapping[str, torch.Tensor]
 ) -> Numbers:
-    """Say where each tensor of the model gets its numbers.
+    """Return where each tensor of the model gets its numbers.
 
     Args:
         model: some of its tensors are on the meta device.
@@ -152,8 +152,8 @@ def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Ten
                 code="unknown-name",
             )
         if value.shape != each.value.shape or value.is_meta:
-            told = "without numbers" if value.is_meta else f"{list(value.shape)}"
-            raise SpecError(f"buffers: {name!r} is {told}, the model's is {list(each.value.shape)}; give one like it")
+            shape = "without numbers" if value.is_meta else f"{list(value.shape)}"
+            raise SpecError(f"buffers: {name!r} is {shape}, the model's is {list(each.value.shape)}; give one like it")
 
 
 def _check_names(
@@ -163,7 +163,7 @@ def _check_names(
     used = {key for each in tensors for key in each.keys}
     missing = [each for each in tensors if each.value.is_meta and not each.keys]
     missing = [each for each in missing if not any(name in buffers for name in each.names)]
-    told = {
+    faults = {
         "missing": [each.names[0] for each in missing if each.kept],
         "buffers that no file keeps, give them by buffers={name: tensor}": [
             each.names[0] for each in missing if not each.kept
@@ -176,7 +176,7 @@ def _check_names(
             if shapes[key] != tuple(each.value.shape)
         ],
     }
-    lines = [f"  {what}: {named(names, _SHOWN)}" for what, names in told.items() if names]
+    lines = [f"  {what}: {named(names, _SHOWN)}" for what, names in faults.items() if names]
     if lines:
         raise CheckpointError(
             f"materialize: {path} does not hold this model; give its own files, nothing was changed:\n"

@@ -55,9 +55,9 @@ class Planned:
         factors: values of branches' parameters, by weight and by name, as far as they are here.
         tensors: other tensors, each with its value.
         slots: of buffers, each with the tensor that it holds then.
-        gradients: of what is trained; by default those of now.
+        gradients: of what is trained; by default they stay.
         optimizer, states: that gets these states.
-        gathers: whether the optimizer's next step looks at the gradients of weights (restart_A); by default as now.
+        gathers: whether the optimizer's next step looks at the gradients of weights (restart_A); by default unchanged.
         placed: the weights are in place for a while, and plan and slow weights stay.
         live: copies of parameters trained in full, as they are now, that the caller has; of the others one is made.
         parameters: that are written, by name; by default those that the model has.
@@ -107,7 +107,7 @@ class Run:
         written: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.model, self.branches, self.plan, self.frontend = model, branches, plan, frontend
-        self.lock = Lock()  # held by whoever reads or writes the weights; never while the user's model runs
+        self.lock = Lock()  # held while weights are read or written; never while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()
         self.gradient_init = GradientInitialization()
@@ -120,7 +120,7 @@ class Run:
         self.base_file, self.meta, self.written = base_file, meta, written
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
         self.spread: Callable[[Any, Any, Any], Any] | None = None  # computes a call, where weights lie in parts
-        self.grouped = False  # param_groups was called: an optimizer holds the branches of now
+        self.grouped = False  # param_groups was called: an optimizer holds the present branches
         self.looped = False  # stages was called
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
@@ -211,19 +211,17 @@ class Run:
             }
             names += [name for name in others if name not in {*self.slow.trained, *self.untouched, *names}]
         new = [name for name in names if name not in self.slow.states]
-        rigid = next((name for name in new if is_quantized(parameters[name])), None)
-        if noise.strength and rigid is not None:
-            raise SpecError(
-                f"noise.strength is {noise.strength}, and {rigid} is quantized: noise cannot be written into it. "
-                f"Give 0, or exclude it (exclude=({rigid!r},))",
-                code="quantized-not-supported",
-            )
-        if self.plan.spec.factor_start.from_weight and rigid is not None:
-            raise SpecError(
-                f"start is {start!r}, and {rigid} is quantized: the residual cannot be written into it. "
-                f"Give start='lora', or exclude it (exclude=({rigid!r},))",
-                code="quantized-not-supported",
-            )
+        quantized = next((name for name in new if is_quantized(parameters[name])), None)
+        for asked, option, what, instead in (
+            (noise.strength, f"noise.strength is {noise.strength}", "noise", "0"),
+            (self.plan.spec.factor_start.from_weight, f"start is {start!r}", "the residual", "start='lora'"),
+        ):
+            if asked and quantized is not None:
+                raise SpecError(
+                    f"{option}, and {quantized} is quantized: {what} cannot be written into it. "
+                    f"Give {instead}, or exclude it (exclude=({quantized!r},))",
+                    code="quantized-not-supported",
+                )
         known = {name: parameters[name] for name in new}
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
@@ -402,7 +400,7 @@ class Run:
                 branch.carry(*((pair.b, pair.a) if pair is not None else (None, None)))
 
     def let_go(self) -> None:
-        """Remove all hooks: the model is the user's again."""
+        """Remove all hooks."""
         self.released, self.base_file = True, None
         self.pending.disarm()
         self.steps.disarm()
@@ -433,7 +431,7 @@ class Run:
         self.placed, self.placed_checksums, self.statistics = None, {}, []
 
     def param_groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the groups of an optimizer, which holds the branches of now; see `Cascade.param_groups`."""
+        """Return the groups of an optimizer, which holds the present branches; see `Cascade.param_groups`."""
         self.check_alive("param_groups")
         self.grouped = True
         trained = [(parameter, self.slow.trained[name].rule) for name, parameter in self.trained_parameters().items()]

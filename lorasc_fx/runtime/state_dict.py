@@ -74,7 +74,7 @@ def take_over(
     """Go on from a checkpoint in a cascade that lives, of the same base and spec; all or nothing.
 
     Gradients that wait for a step are those of the checkpoint. What waits for an optimizer's first step of a stage
-    (restart_A="gradient") waits no longer: whoever has the optimizer arms it again (`manifest["turning"]`).
+    (restart_A="gradient") waits no longer: the caller, which has the optimizer, arms it again (`manifest["turning"]`).
 
     Args:
         cascade: that goes on.

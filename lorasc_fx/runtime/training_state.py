@@ -215,7 +215,7 @@ def _state_for(
 def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
     """Refuse a state that parameters of one group have in part, or that has another shape than the parameter."""
     if not type(optimizer).__module__.startswith("torch.optim.") or type(optimizer).__name__ in _ODD:
-        return  # what another optimizer keeps is its own affair
+        return  # the layout of another optimizer's state is unknown
     index = 0
     for group in optimizer.param_groups:
         names: set[str] | None = None
@@ -253,7 +253,7 @@ def _group(now: Mapping[str, Any], then: Mapping[str, Any], defaults: Mapping[st
 
 
 def like(now: Any, then: Any, place: str) -> Any:
-    """Return a value that JSON gave back as one of the kind that stands there now: tuples and integer keys again.
+    """Return a value from JSON with the types of the present one: tuples and integer keys again.
 
     Raises:
         ValueError: it is of another kind, or has other keys; names the place.
@@ -326,7 +326,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         states = torch.cuda.get_rng_state_all()
         tensors |= {f"{_CUDA}{index}": state for index, state in enumerate(states)}
     meta: dict[str, Any] = {"python": random.getstate()}
-    if "numpy.random" in sys.modules:  # as long as nobody has asked for it, nothing was drawn
+    if "numpy.random" in sys.modules:  # until it is imported, nothing was drawn
         meta["numpy"] = _as_lists(sys.modules["numpy.random"].get_state(legacy=False))
     return tensors, meta
 

@@ -72,12 +72,23 @@ def restart(run: Run, optimizer: torch.optim.Optimizer | None) -> None:
     """Start another stage from where the running one started; what that one has trained is dropped."""
     check_optimizer(run, optimizer, "restart")
     planned = run.plan.at_stage(run.plan.stage + 1)  # the noise of a number is drawn once
+    _begin_anew(run, optimizer, planned, run.slow)
+
+
+def _begin_anew(
+    run: Run,
+    optimizer: torch.optim.Optimizer | None,
+    planned: Plan,
+    slow: SlowWeights,
+    then: Callable[[], object] | None = None,
+) -> None:
+    """Start a stage from slow weights with a fresh lora_A, and without the optimizer's state for what trains."""
     starts = {
         site.weight: fresh_a(planned.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
         for site in planned.sites
     }
     state = treated_state(optimizer, run.trainable().values(), "reset") if optimizer is not None else {}
-    begin(run, optimizer, planned, replace(run.slow, idle=False), starts, state)
+    begin(run, optimizer, planned, replace(slow, idle=False), starts, state, then)
 
 
 def check_optimizer(run: Run, optimizer: torch.optim.Optimizer | None, call: str, idle: bool = False) -> None:
@@ -216,7 +227,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all",
             code="stage-not-kept",
         )
-    # An average begins anew, with the slow weights of then.
+    # The average restarts from the slow weights of that stage.
     return SlowWeights(states, trained, averaged=min(stage, 1), group=slow.group)
 
 
@@ -234,20 +245,12 @@ def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], d
 
 def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
     """Start a stage from the slow weights of an earlier one; see `Cascade.rewind`."""
-    plan = run.plan
     check_optimizer(run, optimizer, "rewind")
     after = at_stage(run.slow, stage, "rewind")
-    branches, trained = run.branches_by_weight(), run.trained_parameters()
-    unused = run.slow.idle and not run.slow.moved(branches)
-    planned = plan if unused else plan.at_stage(plan.stage + 1)  # the noise of a number is drawn once
-    starts = {
-        site.weight: fresh_a(plan.spec.seed, planned.stage, site.weight, site.factor_shapes[0])
-        for site in planned.sites
-    }
-    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
-    state = treated_state(optimizer, [*own, *trained.values()], "reset") if optimizer is not None else {}
+    unused = run.slow.idle and not run.slow.moved(run.branches_by_weight())
+    planned = run.plan if unused else run.plan.at_stage(run.plan.stage + 1)  # the noise of a number is drawn once
 
     def end() -> None:
         log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
 
-    begin(run, optimizer, planned, replace(after, idle=False), starts, state, end)
+    _begin_anew(run, optimizer, planned, after, end)

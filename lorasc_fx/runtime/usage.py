@@ -1,7 +1,7 @@
 """Warnings about a cascade that is used wrongly although no call fails; each is given once a cascade.
 
-Inside a stage the user's model computes without the running branches, and its parameters may hold noise. Whoever calls
-or saves it there should call the cascade, or use `weights(...)`.
+Inside a stage the user's model computes without the running branches, and its parameters may hold noise. A
+program that calls or saves it there should call the cascade, or use `weights(...)`.
 
 A call is seen through `_compiled_call_impl`, the attribute of an nn.Module that `Module.compile` sets. Copies, pickles,
 tracers and torch.jit leave it out, and it is no hook: hooks change which kernels some modules take, and are part of

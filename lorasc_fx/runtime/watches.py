@@ -65,7 +65,7 @@ class PendingWatch:
         return bool(self._seen)
 
     def disarm(self) -> None:
-        """Watch nothing any more."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._armed, self._seen = [], set(), {}
@@ -139,12 +139,12 @@ class Replicas:
     """Knows the DistributedDataParallel that a cascade was last called through, which averages the gradients of the
     parameters that it was made with, and of no others.
 
-    It is seen while its forward runs, whoever wraps the cascade. A copy (deepcopy, pickle) knows none.
+    It is found while its forward runs, through any number of wrappers. A copy (deepcopy, pickle) knows none.
     """
 
     def __init__(self) -> None:
-        self._wrapper: Callable[[], Any] = _nobody
-        self._outdated: Callable[[], Any] = _nobody
+        self._wrapper: Callable[[], Any] = _no_wrapper
+        self._outdated: Callable[[], Any] = _no_wrapper
         self._sites = 0
 
     def see(self, sites: int, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
@@ -178,11 +178,11 @@ class Replicas:
         self._wrapper, self._sites = weakref.ref(wrapper), sites
 
     def outdate(self) -> None:
-        """Note that parameters have other shapes than the wrapper of now has buffers for."""
+        """Note that parameters have other shapes than the buffers of the present wrapper."""
         self._outdated = self._wrapper
 
     def averaged(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the mean of a gradient over the processes, all of which have to ask for it; without any, itself."""
+        """Return the mean of a gradient over the ranks; without a wrapper, itself. Every rank must call this."""
         wrapper = self._wrapper()
         if wrapper is None:
             return gradient
@@ -194,5 +194,5 @@ class Replicas:
         return (Replicas, ())
 
 
-def _nobody() -> None:
+def _no_wrapper() -> None:
     return None

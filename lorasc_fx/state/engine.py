@@ -331,7 +331,7 @@ def factors_of(
     folded in: copies of its own where it started from B = 0, else `[B - B_0, B_0]` and `[A; A - A_0]`.
 
     With a part `b @ a` is that of those rows: of a factor that is sharded as the weight is, its own rows are taken
-    without a word to the other processes.
+    without communication.
     """
     with torch.no_grad():
         left, right = branch.oriented()

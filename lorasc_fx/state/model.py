@@ -293,13 +293,13 @@ def _spoilt(name: str, broken: bool, plan: Plan) -> bool:
     """
     if not broken:
         return False
-    told = f"{name}, which is trained in full, holds inf or nan at the end of stage {plan.stage}"
+    fault = f"{name}, which is trained in full, holds inf or nan at the end of stage {plan.stage}"
     if plan.spec.on_nonfinite == "raise":
         raise NonFiniteBranch(
-            f"{told}; nothing was folded. Lower the learning rate or clip gradients, or set on_nonfinite='skip' to go "
+            f"{fault}; nothing was folded. Lower the learning rate or clip gradients, or set on_nonfinite='skip' to go "
             "on from what the stage started from"
         )
-    warn(f"{told}: it goes on from what the stage started from", "parameter-left-out")
+    warn(f"{fault}: it goes on from what the stage started from", "parameter-left-out")
     return True
 
 

@@ -187,7 +187,7 @@ class WeightState(Tree):
         experts: the trained branches, oldest first.
         views: by name. `slow`; `start`, from which the running stage started; `average` over stages, where it is not
             the slow one; `stage/K`, the slow one at the end of stage K.
-        gone: the last stage whose end is no view any more: its experts were summed into a dense delta.
+        gone: the last stage whose end has no view left: its experts were summed into a dense delta.
         row_scale: of W0 [out] in fp64, as it was when experts were summed.
         noises: that stay.
         initial: factors of the running stage; None for B = 0.
@@ -368,9 +368,14 @@ class WeightState(Tree):
     ) -> WeightState:
         """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
 
-        `live` is None for a weight whose branch is left out, or that has none. One that is zero, as it started, is not
-        kept: a longer product sums in another order, and a stage that trains nothing moves no weight. With a `share`
-        the average takes so much of S_t. `gain` [out] is the row scale of a branch with magnitudes.
+        Zero factors are not kept: a longer product sums in another order, and without them weights stay bit-identical.
+
+        Args:
+            stage: that ends.
+            live: what the branch has added; None for a weight whose branch is left out, or that has none.
+            pace, restart: of the spec, in this stage.
+            share: of S_t in the average.
+            gain: row scale [out] of a branch with magnitudes.
         """
         experts, old, moved, row_scale = self.experts, self.slow, self.start, None
         if live is not None and gain is not None:
@@ -513,8 +518,8 @@ class WeightState(Tree):
         found = []
         counts = {name: len(view.coefficients) for name, view in self.views.items() if "/" not in name}
         if not len(self.experts) == counts["slow"] == counts["start"]:
-            told = f"{counts['slow']} slow and {counts['start']} start coefficients"
-            found.append(f"has {len(self.experts)} experts, but {told}")
+            coefficients = f"{counts['slow']} slow and {counts['start']} start coefficients"
+            found.append(f"has {len(self.experts)} experts, but {coefficients}")
         elif counts.get("average", len(self.experts)) != len(self.experts):
             found.append(f"has {len(self.experts)} experts, but {counts['average']} coefficients of an average")
         *stack, rows, columns = self.matrix
