@@ -290,7 +290,7 @@ class MeanWeights:
     def put(self, model: nn.Module) -> nn.Module:
         """Put the mean into a model, if there is one, and return the model."""
         state = model.state_dict()
-        model.load_state_dict({name: self._mean.get(name, value).to(value.dtype) for name, value in state.items()})
+        model.load_state_dict(state | {name: mean.to(state[name].dtype) for name, mean in self._mean.items()})
         return model
 
 

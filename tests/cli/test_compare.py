@@ -158,6 +158,23 @@ def test_averages_of_lora_by_hand(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {line["stage"] for line in lines} == {1}
 
 
+class WithExtraState(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"calls": 3}
+
+
+def test_a_mean_leaves_other_state_alone() -> None:
+    model, mean = WithExtraState(2, 2), compare.MeanWeights("cycles", [1, 1])
+    for value in (1.0, 2.0):
+        mean.add({"weight": torch.full((2, 2), value), "bias": torch.full((2,), 3 * value)})
+    assert mean.put(model) is model
+    assert model.weight.unique().tolist() == [1.5]
+    assert model.bias.unique().tolist() == [4.5]
+
+
 def test_the_rate_of_cycles_is_that_of_the_stages(place: Path) -> None:
     asked = ["--compare.methods", "lora-cycles", "lorasc", "--compare.seeds", "0", "--train.log-every", "1"]
     assert main(["compare", "tiny.toml", *asked]) == 0
