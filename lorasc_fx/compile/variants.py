@@ -81,16 +81,17 @@ class Variants:
         for variant in self.held.get(call.key, ()):
             if variant.conditions.accepts(call.leaves) and variant.conditions.hold():
                 return variant
-        return next((variant for variant in self._all if variant.universal), None)
+        return next((variant for variant in self.all if variant.universal), None)
 
     @property
-    def _all(self) -> list[Variant]:
+    def all(self) -> list[Variant]:
+        """The variants that are held."""
         return [variant for variants in self.held.values() for variant in variants]
 
     @property
     def oldest(self) -> Variant | None:
         """The variant that was made first, of those held."""
-        return next(iter(self._all), None)
+        return next(iter(self.all), None)
 
     def known(self, call: Call) -> bool:
         """Whether there is a variant for such calls and this state, of other sizes; if not, count what changed."""
@@ -146,7 +147,7 @@ class Variants:
         parameters, which dynamo would not trace.
         """
         if variant.universal:
-            self._drop([variant for variant in self._all if variant.detach is not None])
+            self._drop([variant for variant in self.all if variant.detach is not None])
         self.held.setdefault(call.key, []).append(variant)
         self.plain.insert(0, (training, [_kind(leaf) for leaf in call.leaves], variant))
         if len(self) > LIMIT:
@@ -163,9 +164,15 @@ class Variants:
         self.held = {key: variants for key, variants in held.items() if variants}
         self.plain = [entry for entry in self.plain if id(entry[2]) not in dropped]
 
+    def exchange(self, change: Callable[[Variant], Variant]) -> None:
+        """Put another variant in the place of each."""
+        new = {id(variant): change(variant) for variant in self.all}
+        self.held = {key: [new[id(variant)] for variant in variants] for key, variants in self.held.items()}
+        self.plain = [(mode, kinds, new[id(variant)]) for mode, kinds, variant in self.plain]
+
     def detach(self) -> None:
         """Restore the model's modules; a variant that is called again swaps its weights again."""
-        for variant in self._all:
+        for variant in self.all:
             if variant.detach is not None:
                 variant.detach()
 
@@ -182,7 +189,7 @@ class Variants:
         return (Variants, ())
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self.all)
 
 
 def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

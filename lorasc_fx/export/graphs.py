@@ -148,7 +148,7 @@ def program(
     given = cascade.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
     bound, named = bind(signature_of(cascade.model), *given)
     with _evaluating(cascade):
-        variant = cascade._variant_of(bound, named)
+        variant, _ = cascade._variant_of(bound, named)
         module = cascade.folded_graph(bound, named, which=which) if folded else _whole(cascade, variant, bound, named)
         shapes = _shapes(module, variant, bound, named)
         bound, named = _as_given(signature_of(cascade.model), bound, named, given[1])

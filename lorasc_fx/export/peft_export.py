@@ -105,18 +105,18 @@ def peft(
         NonFiniteBranch: a branch holds inf or nan.
         SpecError: an argument that cannot be meant.
     """
-    core, model = cascade._run, cascade.model
+    run, model = cascade._run, cascade.model
     _check(which, max_rank, dtype)
-    with core.exclusive("export.peft"):
-        check_which("export.peft", which, core.plan.spec, ("slow", "fast", "averaged"))
-        change = change_of(core, which)
+    with run.exclusive("export.peft"):
+        check_which("export.peft", which, run.plan.spec, ("slow", "fast", "averaged"))
+        change = change_of(run, which)
     if not change.pairs and not change.refused:
-        if not (change.trained and core.sites):
+        if not (change.trained and run.sites):
             raise StateError(
                 "export.peft: no site has trained, and an adapter without a change is none", code="nothing-trained"
             )
-        first = core.sites[0].weight  # peft knows no adapter that only saves modules whole
-        change.pairs[first] = nothing(core.slow.states[first])
+        first = run.sites[0].weight  # peft knows no adapter that only saves modules whole
+        change.pairs[first] = nothing(run.slow.states[first])
     if max_rank is not None and change.magnitudes:
         raise SpecError(
             f"export.peft: max_rank is {max_rank}, and the rows of this cascade are scaled (use_dora): a nearest pair "
@@ -127,7 +127,7 @@ def peft(
         change.at_most(max_rank)
     if uniform_rank:
         change.at_one_rank()
-    sites = [site for site in core.sites if site.weight in change.pairs]
+    sites = [site for site in run.sites if site.weight in change.pairs]
     places, unreached = places_of(model, sites, *cascade.example)
     every = [place for group in places.values() for place in group]
     saved, unsaved = save_whole(model, change.trained, every)
@@ -145,7 +145,7 @@ def peft(
         base_model_name_or_path=base_model or _name_of(model),
         use_dora=bool(change.magnitudes),
     )
-    tensors = _whole(core, saved, change) | _factors(core, places, change, dtype)
+    tensors = _whole(run, saved, change) | _factors(run, places, change, dtype)
 
     def fill(new: Path) -> None:
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
@@ -176,15 +176,15 @@ def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
 
 
 def _factors(
-    core: Run, places: Mapping[str, Sequence[Place]], change: Change, dtype: torch.dtype | None
+    run: Run, places: Mapping[str, Sequence[Place]], change: Change, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of all pairs by their keys."""
     every = [place for group in places.values() for place in group]
     tensors: dict[str, torch.Tensor] = {}
     for name, group in places.items():
-        base = core.slow.states[name].base
+        base = run.slow.states[name].base
         for place in group:
-            key_a, key_b, key_magnitude = place.keys(core.model, every)
+            key_a, key_b, key_magnitude = place.keys(run.model, every)
             lora_a, lora_b = place.layout.to_peft(change.pairs[name], base.shape)
             found = {key_a: lora_a, key_b: lora_b}
             if name in change.magnitudes:
@@ -194,15 +194,15 @@ def _factors(
     return tensors
 
 
-def _whole(core: Run, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
+def _whole(run: Run, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
     """Return the tensors of what is saved whole, by their keys."""
-    held: dict[str, torch.Tensor] = {**core.parameters_by_name(), **dict(core.model.named_buffers())}
+    held: dict[str, torch.Tensor] = {**run.parameters_by_name(), **dict(run.model.named_buffers())}
     found = {}
     for key, name in saved.keys.items():
         if name in change.trained:
             value = change.trained[name]
-        elif name in core.slow.states:  # a matrix that carries noise
-            value = core.slow.value(name, "slow", held[name])
+        elif name in run.slow.states:  # a matrix that carries noise
+            value = run.slow.value(name, "slow", held[name])
         else:
             value = held[name].detach()
         found[key] = value.to("cpu", copy=True).contiguous()

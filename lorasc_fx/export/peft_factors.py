@@ -150,25 +150,25 @@ def nothing(state: WeightState) -> Factors:
     return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
 
 
-def change_of(core: Run, which: Which) -> Change:
+def change_of(run: Run, which: Which) -> Change:
     """Return the change of a cascade's weights; of slow and averaged ones a stage that has trained counts as ended.
 
     What a dense collapse has left is factored at its numerical rank: the delta is there, and its pair is never larger
     than twice that. Kept noise has full rank, and is refused.
     """
-    slow = core.slow if which == "fast" else ended(core, "export.peft")
-    branches, change = core.branches_by_weight(), Change()
+    slow = run.slow if which == "fast" else ended(run, "export.peft")
+    branches, change = run.branches_by_weight(), Change()
     at = "slow" if which == "fast" and slow.idle else which
     for name, state in slow.states.items():
         live, gain, branch = None, None, branches.get(name)
         if which == "fast" and branch is not None and has_trained(branch, state.initial):
             live = factors_of(branch, torch.device("cpu"), state.initial)
-            gain = gain_of(branch, state, core.plan.spec, core.plan.stage, not slow.idle)
+            gain = gain_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle)
         _, delta, terms = state.terms(at if live is None else "fast", live, gain)
         if delta is not None and bool(delta.any()):
             terms.append((1.0, factored(delta)))
         rows = state.scale(gain)
-        if rows is None and terms and core.plan.spec.use_dora:  # experts that came from elsewhere
+        if rows is None and terms and run.plan.spec.row_scale.trained:  # experts that came from elsewhere
             rows = torch.ones(state.out, dtype=torch.float64)
         if state.noises:
             change.refused[name] = "it keeps the noise of a stage (noise.keep), which has no low rank"
@@ -178,7 +178,7 @@ def change_of(core: Run, which: Which) -> Change:
             _add_scaled(change, state, terms, rows)
         elif (pair := stacked(terms)) is not None:
             change.pairs[name] = pair
-    for name, value in core.trained_parameters().items():
+    for name, value in run.trained_parameters().items():
         found = trained_value(slow, name, which, value)
         change.trained[name] = found.detach().to("cpu", value.dtype)
     return change

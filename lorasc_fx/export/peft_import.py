@@ -140,12 +140,12 @@ def _same(one: Pair, other: Pair) -> bool:
 
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
     """Put an adapter into a cascade whose stage has not begun."""
-    core, canonical = cascade._run, named_weights(cascade.model).canonical
+    run, canonical = cascade._run, named_weights(cascade.model).canonical
     reasons = {each.weight: f"{each.reason.value} ({each.sentence})" for each in cascade.refusals}
     experts, left_out = {}, []
     for name, pair in changes.items():
         own = canonical[name]
-        if core.plan.site(own) is None:
+        if run.plan.site(own) is None:
             left_out.append(f"{own} is not adapted here: {reasons.get(own, 'no call has used it yet')}")
             continue
         experts[own] = [(1.0, Factors(pair.factors.b * pair.scale, pair.factors.a))]
@@ -153,7 +153,7 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
     for name, value in adapter.whole.items():
         if name not in canonical:
             buffers[name] = value
-        elif canonical[name] in core.slow.trained:
+        elif canonical[name] in run.slow.trained:
             trained[canonical[name]] = value
         else:
             left_out.append(f"{name} was trained in full; add it to spec.train")
@@ -162,7 +162,7 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
             f"{adapter.folder}: the spec leaves out what the adapter holds: {'; '.join(left_out)}",
             code="spec-omits-adapter",
         )
-    install_experts(core, experts, trained, buffers)
+    install_experts(run, experts, trained, buffers)
 
 
 _HEADS = ("classifier", "score", "qa_outputs")

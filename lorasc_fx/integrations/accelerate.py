@@ -48,9 +48,9 @@ def keep(accelerator: Accelerator, cascade: Cascade) -> None:
         """A stage whose first step looks at the gradient (restart_A) waits for that step again."""
         if not found.manifest["turning"]:
             return
-        core, first = cascade._run, next(iter(cascade._run.trainable().values()))
+        run, first = cascade._run, next(iter(cascade._run.trainable().values()))
         for optimizer in accelerator._optimizers:
             if any(first is each for group in optimizer.param_groups for each in group["params"]):
-                core.wait_for_gradient(optimizer)
+                run.wait_for_gradient(optimizer)
 
     keep_small(cascade, taken=arm)

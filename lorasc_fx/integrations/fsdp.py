@@ -66,34 +66,31 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         StateError: what cannot be sharded, with names; nothing was changed. Whatever else raises here, Ctrl-C included,
             the cascade of this process is as it was; another process may have gone on.
     """
-    core = cascade._run
-    with core.exclusive("shard", sharded=True, parallel=True), AllOrNothing() as undo:
+    run = cascade._run
+    with run.exclusive("shard", sharded=True, parallel=True), AllOrNothing() as undo:
         units = _units(cascade)
         graphs = _check(cascade, mesh, units)
-        core.fingerprints()  # of the whole weights, while they are here
-        kind = next(iter(core.model.parameters())).device.type
+        run.fingerprints()  # of the whole weights, while they are here
+        kind = next(iter(run.model.parameters())).device.type
         mesh = mesh if mesh is not None else init_device_mesh(kind, (dist.get_world_size(),))
-        undo(core.restorer())
-        undo(core.pending.restorer(core.trainable()))
+        undo(run.restorer())
+        undo(run.pending.restorer(run.trainable()))
         shards = _fully_sharded(cascade, units, mesh, undo)
-        rows = {name: Rows.of(each) for name, each in core.parameters_by_name().items()}
+        rows = {name: Rows.of(each) for name, each in run.parameters_by_name().items()}
         group = next(iter(rows.values())).group
-        core.take_shards(core.slow.cut(rows, group, mapped=core.base_file is not None), hooked=False)
-        core.note_frozen()
+        run.take_shards(run.slow.cut(rows, group, mapped=run.base_file is not None), hooked=False)
+        run.note_frozen()
 
         def called() -> bool:
             if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
-                for parameter in core.trainable().values():
-                    core.pending.note(parameter)
-            return core.placed is not None
+                for parameter in run.trainable().values():
+                    run.pending.note(parameter)
+            return run.placed is not None
 
-        variants, compiler = cascade._variants, cascade._compiler
-        undo(partial(vars(variants).update, held=variants.held, plain=variants.plain))
-        undo(partial(setattr, cascade, "_compiler", compiler))
-        new = {id(each): replace(each, module=SplitGraph(shards, graph, leaves, called)) for each, graph in graphs}
-        variants.held = {key: [new[id(each)] for each in held] for key, held in variants.held.items()}
-        variants.plain = [(mode, kinds, new[id(each)]) for mode, kinds, each in variants.plain]
-        cascade._compiler = replace(compiler, closed=NO_MORE_GRAPHS)
+        def split(variant: Variant) -> Variant:
+            return replace(variant, module=SplitGraph(shards, graphs[id(variant)], leaves, called))
+
+        cascade._seal(split, NO_MORE_GRAPHS, undo)
     return cascade
 
 
@@ -106,14 +103,14 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
     Raises:
         StateError: the cascade is not sharded, or not between two steps.
     """
-    core = cascade._run
-    if core.slow.group is None:
+    run = cascade._run
+    if run.slow.group is None:
         raise StateError(
             "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
         )
-    core.check_ready("folded_state_dict", sharded=True)
-    is_first, found = core.slow.group.rank == 0, {}
-    for name, value, new in folding.folded_each(core, "folded_state_dict"):
+    run.check_ready("folded_state_dict", sharded=True)
+    is_first, found = run.slow.group.rank == 0, {}
+    for name, value, new in folding.folded_each(run, "folded_state_dict"):
         held = new()
         if hasattr(value, "to_local") and not hasattr(held, "to_local"):
             held = Rows.of(value).sharded(held, value)
@@ -125,12 +122,12 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
 
 def _units(cascade: Cascade) -> dict[int, str]:
     """Return the unit of every parameter of model and branches, by id."""
-    model, graphs = dict(cascade.model.named_parameters()), [each.module for each in _variants(cascade)]
+    model = dict(cascade.model.named_parameters())
     units = {id(each): unit_of(name, each) for name, each in model.items()}
     for branch in cascade._run.by_key.values():
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
-    for graph in graphs:
-        if isinstance(graph, fx.GraphModule):
+    for variant in cascade._held_variants:
+        if isinstance(graph := variant.module, fx.GraphModule):
             while found := together(graph, units):
                 units |= dict.fromkeys((each for read in found for each in read), ROOT)
     for branch in cascade._run.by_key.values():  # a weight that had to go to the root takes its branch along
@@ -138,16 +135,16 @@ def _units(cascade: Cascade) -> dict[int, str]:
     return units
 
 
-def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> list[tuple[Variant, Cut]]:
-    """Return the graphs, cut; or raise StateError for what cannot be sharded."""
-    core, spec = cascade._run, cascade._run.plan.spec
+def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, Cut]:
+    """Return the graph of each variant, by id, cut; or raise StateError for what cannot be sharded."""
+    run, spec = cascade._run, cascade._run.plan.spec
     if not dist.is_initialized():
         raise StateError(
             "shard: no process group is there; start the processes by torchrun and call "
             "torch.distributed.init_process_group first",
             code="no-process-group",
         )
-    if core.slow.group is not None:
+    if run.slow.group is not None:
         raise StateError("shard: this cascade is sharded already", code="already-sharded")
     if mesh is not None and mesh.ndim != 1:
         raise StateError(
@@ -157,20 +154,21 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         raise StateError(
             f"shard: {name} is {value!r}, which needs whole weights; give {usual!r} in the spec", code="not-shardable"
         )
-    graphs = [(each, each.module) for each in _variants(cascade) if isinstance(each.module, fx.GraphModule)]
-    if len(graphs) < len(_variants(cascade)):
+    variants = cascade._held_variants
+    graphs = {id(variant): variant.module for variant in variants if isinstance(variant.module, fx.GraphModule)}
+    if len(graphs) < len(variants):
         raise StateError(
             "shard: the model runs in pieces, with Python in between, and only a whole graph can be cut into blocks; "
             "adapt it by another front end",
             code="no-whole-graph",
         )
-    if core.quantized:
+    if run.quantized:
         raise StateError(
-            f"shard: {core.quantized[0]} is quantized, which FSDP does not cut; exclude it",
+            f"shard: {run.quantized[0]} is quantized, which FSDP does not cut; exclude it",
             code="quantized-not-supported",
         )
-    own = {f"model.{name}": each for name, each in core.parameters_by_name().items()}
-    own |= {f"branches.{name}": each for name, each in core.branches.named_parameters()}
+    own = {f"model.{name}": each for name, each in run.parameters_by_name().items()}
+    own |= {f"branches.{name}": each for name, each in run.branches.named_parameters()}
     for name, parameter in own.items():
         if not parameter.dim() or not parameter.is_contiguous() or hasattr(parameter, "to_local"):
             what = "has no axis" if not parameter.dim() else "is not contiguous"
@@ -184,7 +182,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
                 code="gradients-pending",
             )
     kinds: dict[str, dict[torch.dtype, str]] = {}
-    for name, parameter in core.trainable().items():
+    for name, parameter in run.trainable().items():
         seen = kinds.setdefault(units[id(parameter)], {})
         seen.setdefault(parameter.dtype, name)
         if len(seen) > 1:
@@ -193,7 +191,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
                 f"shard: {odd} are trained in one block, where FSDP adds up gradients of one dtype; cast them",
                 code="not-shardable",
             )
-    return [(each, cut(graph, units)) for each, graph in graphs]
+    return {number: cut(graph, units) for number, graph in graphs.items()}
 
 
 def whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any]]:
@@ -204,10 +202,6 @@ def whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any]]:
             value, usual = getattr(asked, each.name), getattr(plain, each.name)
             if each.name not in ON_SHARDS and value not in (usual, *ALSO.get(each.name, ())):
                 yield f"{prefix}{each.name}", value, usual
-
-
-def _variants(cascade: Cascade) -> list[Variant]:
-    return [each for held in cascade._variants.held.values() for each in held]
 
 
 def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh, undo: Undo) -> Shards:

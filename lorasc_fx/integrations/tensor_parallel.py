@@ -72,7 +72,7 @@ class Spread:
 
     def __call__(self, cascade: Cascade, args: Any, kwargs: Any) -> Any:
         """Return what the cascade computes, whole, on every process."""
-        variant, call = cascade._variant_of(args, kwargs), cascade._compiler.calls.bind(args, kwargs)
+        variant, call = cascade._variant_of(args, kwargs, "forward")
         late = [name for name, factor in cascade.branches.named_parameters() if not isinstance(factor, DTensor)]
         if late:
             raise StateError(
@@ -107,12 +107,12 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
         StateError: the cascade is in parts already, runs in pieces, or does not compute the same in parts; nothing was
             changed.
     """
-    core = cascade._run
-    core.check_ready("parallelize")
+    run = cascade._run
+    run.check_ready("parallelize")
     _check_spec(cascade, mesh)
     places = places_of(cascade, mesh, plan)
     with no_inference_mode(), AllOrNothing() as undo:
-        core.fingerprints()  # of the whole weights, while they are here
+        run.fingerprints()  # of the whole weights, while they are here
         before = _example(cascade)
         _spread(cascade, mesh, places, undo)
         try:
@@ -142,25 +142,25 @@ def gather(cascade: Cascade) -> Cascade:
     Raises:
         StateError: the cascade is not in parts.
     """
-    core = cascade._run
-    if core.spread is None:
+    run = cascade._run
+    if run.spread is None:
         raise StateError(
             "gather: the cascade lies in no parts; call tensor_parallel.parallelize first", code="not-sharded"
         )
-    core.check_ready("gather", sharded=True, parallel=True, ends_stage=True)
+    run.check_ready("gather", sharded=True, parallel=True, ends_stage=True)
     with no_inference_mode(), AllOrNothing() as undo:
-        layouts = {name: value for name, value in core.parameters_by_name().items() if isinstance(value, DTensor)}
+        layouts = {name: value for name, value in run.parameters_by_name().items() if isinstance(value, DTensor)}
         states = {
             name: _gathered(state, layouts[name], state.axis) if name in layouts else state
-            for name, state in core.slow.states.items()
+            for name, state in run.slow.states.items()
         }
         states = {name: replace(state, part=None) for name, state in states.items()}
         trained = {
             name: _gathered(kept, layouts[name], partial(_axis_of, layouts[name]))
-            for name, kept in core.slow.trained.items()
+            for name, kept in run.slow.trained.items()
         }
         _exchange(cascade, lambda value: _again(value, whole(value)), undo)
-        _take(cascade, replace(core.slow, states=states, trained=trained, group=None), None, undo)
+        _take(cascade, replace(run.slow, states=states, trained=trained, group=None), None, undo)
     return cascade
 
 
@@ -179,9 +179,8 @@ def _check_spec(cascade: Cascade, mesh: DeviceMesh) -> None:
             f"parallelize: the spec has {name}={value!r}, which parts of a weight cannot do; adapt without it",
             code="not-shardable",
         )
-    for variants in cascade._variants.held.values():
-        for variant in variants:
-            _graph(variant.module)
+    for variant in cascade._held_variants:
+        _graph(variant.module)
 
 
 def _graph(module: Any) -> fx.GraphModule:
@@ -209,7 +208,7 @@ def _graph(module: Any) -> fx.GraphModule:
 
 
 def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement], undo: Undo) -> None:
-    core = cascade._run
+    run = cascade._run
     names = {id(value): name for name, value in cascade.named_parameters()}
 
     def split(value: nn.Parameter) -> nn.Parameter:
@@ -219,10 +218,10 @@ def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement],
     _exchange(cascade, split, undo)
     rows = {
         name: Rows.of(value) if isinstance(value, DTensor) and value.placements[0].is_shard() else None
-        for name, value in core.parameters_by_name().items()
+        for name, value in run.parameters_by_name().items()
     }
-    group = ProcessGroup(mesh.get_group(), next(iter(core.by_key.values())).lora_A.device)
-    _take(cascade, core.slow.cut(rows, group), Spread(mesh, set()), undo)
+    group = ProcessGroup(mesh.get_group(), next(iter(run.by_key.values())).lora_A.device)
+    _take(cascade, run.slow.cut(rows, group), Spread(mesh, set()), undo)
 
 
 def _axis_of(like: DTensor, _side: Side) -> int | None:
@@ -273,10 +272,10 @@ def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], un
 
 
 def _take(cascade: Cascade, slow: Any, spread: Spread | None, undo: Undo) -> None:
-    core = cascade._run
-    undo(core.restorer())
-    core.take_shards(slow, spread)
-    core.note_frozen()
+    run = cascade._run
+    undo(run.restorer())
+    run.take_shards(slow, spread)
+    run.note_frozen()
 
 
 # ---- the same numbers as before

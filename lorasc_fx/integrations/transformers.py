@@ -131,12 +131,12 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 "CascadeCallback: plateau looks at evaluations, and eval_strategy is 'no'; give another",
                 code="conflicting-options",
             )
-        core, optimizer = self.cascade._run, about["optimizer"]
-        check_holds(optimizer, core.trainable())
+        run, optimizer = self.cascade._run, about["optimizer"]
+        check_holds(optimizer, run.trainable())
         self._check_rates(optimizer)
-        transition.end_idle(core)
+        transition.end_idle(run)
         if self._waits_for_gradient:
-            core.wait_for_gradient(optimizer)
+            run.wait_for_gradient(optimizer)
             self._waits_for_gradient = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
@@ -168,16 +168,16 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Fold a stage that was cut short; after the best model was loaded, drop it, as it was not measured."""
-        core, optimizer = self.cascade._run, about["optimizer"]
-        if not transition.has_begun(core):
+        run, optimizer = self.cascade._run, about["optimizer"]
+        if not transition.has_begun(run):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             if self.evaluate == "slow":
-                with AllOrNothing(core.lock):
-                    transition.restart(core, optimizer)
+                with AllOrNothing(run.lock):
+                    transition.restart(run, optimizer)
         else:
-            with core.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
-                transition.next_stage(core, optimizer, idle=True)
+            with run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
+                transition.next_stage(run, optimizer, idle=True)
 
     # ---- inside
 

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -155,12 +155,29 @@ class Cascade(nn.Module):
         variant = self._variants.find(call) or self._capture(call)
         return variant.module(*call.args, **call.kwargs)
 
-    def _variant_of(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant") -> Variant:
-        """Return the variant for a call; capture it if there is none yet. `name` is the method's, for messages."""
+    def _variant_of(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant"
+    ) -> tuple[Variant, Call]:
+        """Return the variant for a call, captured if there is none yet, and the call. `name` is the method's, for
+        messages.
+        """
         self._run.check_alive(name)
         self._run.replicas.see(len(self.branches), self._run.trainable)
         call = self._compiler.calls.bind(tuple(args), kwargs)
-        return self._variants.find(call) or self._capture(call)
+        return self._variants.find(call) or self._capture(call), call
+
+    @property
+    def _held_variants(self) -> list[Variant]:
+        """The variants of now."""
+        return self._variants.all
+
+    def _seal(self, change: Callable[[Variant], Variant], why: str, undo: Undo) -> None:
+        """Put another variant in the place of each, and let no further one be made; `why` is the error's message."""
+        variants = self._variants
+        undo(partial(vars(variants).update, held=variants.held, plain=variants.plain))
+        undo(partial(setattr, self, "_compiler", self._compiler))
+        variants.exchange(change)
+        self._compiler = replace(self._compiler, closed=why)
 
     def _capture(self, call: Call) -> Variant:
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set
@@ -556,8 +573,7 @@ class Cascade(nn.Module):
         """
         self._run.check_ready("folded_graph")
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
-        variant = self._variant_of(example[0], example[1], "folded_graph")
-        call = self._compiler.calls.bind(*example)
+        variant, call = self._variant_of(example[0], example[1], "folded_graph")
         with self._run.exclusive("folded_graph"):
             state = folding.folded_state(self._run, "folded_graph", quantized, which)
         return self._compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)

@@ -281,7 +281,7 @@ def variant_count(cascade: lx.Cascade) -> int:
 
 def variant_for(cascade: lx.Cascade, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
     """The variant of a call, which is captured if there is none yet."""
-    return cascade._variant_of(args, kwargs or {})
+    return cascade._variant_of(args, kwargs or {})[0]
 
 
 def oldest_variant(cascade: lx.Cascade) -> Any:
