@@ -15,7 +15,7 @@ import random
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -152,11 +152,6 @@ _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 have had a preflight."""
 
 
-def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what a forward may write into: no quantized weights, which know few ops."""
-    return ((name, value) for name, value in model.named_parameters() if not is_quantized(value))
-
-
 def written_by(model: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that forward writes and of the buffers that it registers, of a model that has
     had a preflight.
@@ -260,8 +255,9 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
     known = _WRITTEN.get(model)
     kept = {
         name: (parameter, parameter.data, parameter.detach().to("cpu", copy=True))
-        for name, parameter in _plain_parameters(model)
+        for name, parameter in model.named_parameters()
         if (known is None or name in known) and not isinstance(parameter, FakeTensor)
+        if not is_quantized(parameter)  # these have few ops, and none that a forward would write with
     }
     versions = [
         (name, parameter, parameter._version)

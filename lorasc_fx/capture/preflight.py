@@ -50,6 +50,7 @@ __all__ = [
     "Preflight",
     "backward_nodes",
     "check_agrees",
+    "coefficients_of",
     "first_difference",
     "one_line",
     "projected",
@@ -112,7 +113,7 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
         for name, leaf in named.items():
             leaf.register_post_accumulate_grad_hook(partial(take, name))
         if roots:
-            torch.autograd.backward(roots, [_weights_of(root, index) for index, root in enumerate(roots)])
+            torch.autograd.backward(roots, [coefficients_of(root, index) for index, root in enumerate(roots)])
     return projections
 
 
@@ -132,8 +133,8 @@ def _fresh(undo: Block[Any], leaves: Sequence[torch.Tensor]) -> None:
         leaf.grad, leaf._post_accumulate_grad_hooks = None, ours
 
 
-def _weights_of(output: torch.Tensor, key: int) -> torch.Tensor:
-    """Return the coefficients of an output's entries in the projection; 0 where it is not finite."""
+def coefficients_of(output: torch.Tensor, key: int) -> torch.Tensor:
+    """Return coefficients of an output's entries in a random projection, by shape and key; 0 where it is not finite."""
     drawn = _normal(output.shape, key).to(output.device, output.dtype)
     return torch.where(output.detach().isfinite(), drawn, torch.zeros_like(drawn))
 

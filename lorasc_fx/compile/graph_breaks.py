@@ -19,6 +19,7 @@ from lorasc_fx.capture import (
     Difference,
     Disagreement,
     Pieces,
+    coefficients_of,
     eager_trace,
     first_difference,
     isolation,
@@ -394,20 +395,10 @@ def _backward(call: Any, values: Mapping[str, torch.Tensor], args: Any, kwargs: 
     with isolation(model, args, kwargs, _holding(model, values)) as (inputs, named):
         output = call.compute(inputs, named) if isinstance(call, Pieces) else call(*inputs, **named)
         tensors = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
-        losses = [
-            (output * _weights_like(output)).sum()
-            for output in tensors
-            if output.is_floating_point() and output.requires_grad
-        ]
-        if losses:
-            torch.autograd.backward(losses)
-    return bool(losses)
-
-
-def _weights_like(value: torch.Tensor) -> torch.Tensor:
-    """Return pseudo-random coefficients that depend on the shape alone."""
-    places = torch.arange(value.numel(), device=value.device, dtype=torch.float64)
-    return torch.cos(1.7 * places + 0.3).to(value.dtype).view(value.shape)
+        roots = [output for output in tensors if output.is_floating_point() and output.requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [coefficients_of(root, index) for index, root in enumerate(roots)])
+    return bool(roots)
 
 
 @torch.no_grad()

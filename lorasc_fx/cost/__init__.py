@@ -1,7 +1,7 @@
 """What branches cost: rates of this machine, seconds by shapes, the cheapest placement, the expected step ratio."""
 
 from lorasc_fx.cost.measure import rates_of
-from lorasc_fx.cost.model import ConvUse, Line, LinearUse, Rates, beside, merged, shared_gain
+from lorasc_fx.cost.model import ConvUse, Line, LinearUse, Rates, beside, merged
 from lorasc_fx.cost.placement import Cheapest, Expectation, expect
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "expect",
     "merged",
     "rates_of",
-    "shared_gain",
 ]

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def _runs(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[floa
     for places, channels, rank in ((14, 32, LOW), (28, 64, LOW), (28, 64, HIGH)):
         _kernels(put, ones(4, channels, places, places), ones(rank, channels, 3, 3))
     for width in (64, 512):
-        put("dense", width**3, 0, _linear(ones(width, width), ones(width, width)))
+        put("dense", width**3, 0, partial(F.linear, ones(width, width), ones(width, width)))
     for places, channels in ((7, 32), (28, 64)):
         x, space = ones(4, channels, places, places), 4 * places**2
         put("convolve", space * channels**2 * 9, 0, _both(x, ones(channels, channels, 3, 3), 1))
@@ -188,10 +189,6 @@ def _kernels(put: Put, x: torch.Tensor, a: torch.Tensor) -> None:
     put("kernel_down", entries, rank, lambda: low_rank.conv_down(a, x, padded))
     put("kernel_raise", entries, rank, lambda: low_rank.conv_input_gradient(low, x, a, padded, 2.0))
     put("kernel_gradient", entries, rank, lambda: low_rank.conv_kernel_gradient(low, x, a, padded, 2.0))
-
-
-def _linear(rows: torch.Tensor, weight: torch.Tensor) -> Run:
-    return lambda: F.linear(rows, weight)
 
 
 def _both(x: torch.Tensor, weight: torch.Tensor, groups: int) -> Run:

@@ -7,7 +7,7 @@ read off the sizes that a front end noted.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ __all__ = [
     "device_of",
     "dtype_of",
     "merged",
-    "shared_gain",
     "use_at",
     "usual",
     "work_of",
@@ -188,11 +187,6 @@ def merged(rates: Rates, use: Use) -> float:
     seconds += sum(rates.seconds(op, entries, rank) for op in ("down", "gradient") for entries in (read, made))
     merging = rates.seconds("merge", use.inner * use.outer, rank)
     return seconds + merging + (merging if use.tokens >= use.outer else rates.seconds("up", read, rank))
-
-
-def shared_gain(rates: Rates, uses: Sequence[LinearUse]) -> float:
-    """Return the seconds that branches beside ops of one input save when they share one product of it."""
-    return sum(beside(rates, use) - beside(rates, use, len(uses)) for use in uses)
 
 
 def _conv_beside(rates: Rates, use: ConvUse) -> float:

@@ -90,6 +90,8 @@ _SELECTIONS = {
     "select",
     "gather",
 }
+_LOOKUPS = {torch.ops.aten.embedding.default, torch.embedding, F.embedding}
+"""Targets that use a weight even where the indices are constant."""
 _SHAPE_METHODS = {"size", "dim", "numel", "is_floating_point", "stride"}
 _FACTORIES = {"eye", "ones", "zeros", "full", "arange", "linspace", "tensor", "scalar_tensor", "tril_indices"}
 _WRITING_METHODS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__imatmul__", "__setitem__")
@@ -166,7 +168,7 @@ def consumers(
             made = (made or passes(user, sources)) and not any(
                 derived[source] and mutates(user, source) for source in sources
             )
-            apart = stands_for_itself(user) or stands(user, sources)
+            apart = user.target in _LOOKUPS or stands(user, sources)
             if user.users and not apart and user.op != "output" and (made or selects(user, derived)):
                 derived[user] = any(derived[source] for source in sources) and may_alias(user)
                 waiting.append(user)
@@ -197,11 +199,6 @@ def selects(node: fx.Node, derived: Container[fx.Node]) -> bool:
     fx.node.map_arg((node.args[1:], node.kwargs), rest.append)
     selection = node.op in ("call_function", "call_method") and node.target in _SELECTIONS
     return selection and node.args[0] in derived and not any(index in derived for index in rest)
-
-
-def stands_for_itself(node: fx.Node) -> bool:
-    """Whether a constant node is a use all the same: a lookup at constant places is a lookup."""
-    return node.target in (torch.ops.aten.embedding.default, torch.embedding, F.embedding)
 
 
 def reads_shape_only(node: fx.Node) -> bool:
@@ -295,10 +292,10 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
     alone = list(consumers(weight, constant, stands=_fits))
     if any(kind_of(consumer) for consumer in alone):
         return alone
-    with_constants = list(consumers(weight, constant, stands=_contracts))
+    with_constants = list(consumers(weight, constant, stands=lambda node, reads: contraction(node, reads) is not None))
     if any(kind_of(consumer) for consumer in with_constants):
         return with_constants
-    scaled = list(consumers(weight, constant, passes=_scales))
+    scaled = list(consumers(weight, constant, passes=lambda node, reads: name_of(node) in SCALES))
     if any(_as_weight(consumer) for consumer in scaled):
         return scaled
     looked_up = list(consumers(weight, constant, stands=partial(_is_looked_up, constant)))
@@ -323,14 +320,6 @@ def kind_of(consumer: Consumer) -> str | None:
 def _fits(node: fx.Node, reads: Collection[fx.Node]) -> bool:
     form = form_of(node, None)
     return isinstance(form, FunctionForm) and any(form.fits(node, source) for source in reads)
-
-
-def _contracts(node: fx.Node, reads: Collection[fx.Node]) -> bool:
-    return contraction(node, reads) is not None
-
-
-def _scales(node: fx.Node, reads: Collection[fx.Node]) -> bool:
-    return name_of(node) in SCALES
 
 
 def _is_looked_up(constant: Collection[fx.Node], node: fx.Node, reads: Collection[fx.Node]) -> bool:

@@ -24,7 +24,6 @@ from lorasc_fx.cost import (
     expect,
     measure,
     merged,
-    shared_gain,
 )
 from lorasc_fx.cost.model import OPS, use_at, usual, work_of
 from lorasc_fx.graph import Record, match
@@ -115,7 +114,6 @@ def test_branches_that_share_an_input_read_it_once() -> None:
     own = 11 + (10 + 50) + (1 + 50 * 8) + (5 + 50 * 3)
     stacked = (1 + 30 * 20) + 30 * 6 + (5 + 30 * 7) + (7 + 30)  # at rank 6
     assert beside(RATES, use, sharing=3) == pytest.approx(own + stacked / 3, rel=1e-12)
-    assert shared_gain(RATES, [use] * 3) == pytest.approx(3 * beside(RATES, use) - 3 * own - stacked, rel=1e-12)
 
 
 def test_a_convolution_that_is_a_product() -> None:
