@@ -44,13 +44,13 @@ def keep(accelerator: Accelerator, cascade: Cascade) -> None:
             code="sharded",
         )
 
-    def arm(found: Checkpoint) -> None:
+    def arm(checkpoint: Checkpoint) -> None:
         """A stage whose first step looks at the gradient (restart_A) waits for that step again."""
-        if not found.manifest["turning"]:
+        if not checkpoint.manifest["turning"]:
             return
         run, first = cascade._run, next(iter(cascade._run.trainable().values()))
         for optimizer in accelerator._optimizers:
-            if any(first is each for group in optimizer.param_groups for each in group["params"]):
+            if any(first is parameter for group in optimizer.param_groups for parameter in group["params"]):
                 run.wait_for_gradient(optimizer)
 
     keep_small(cascade, taken=arm)

@@ -2,8 +2,8 @@
 
 `fully_shard` gathers a module's parameters while the module's forward runs. A graph calls no blocks: it is cut where it
 goes on to the weights of another block, and each part runs in a module that holds that block's parameters and branches.
-Base and branches keep their dtypes. A transition works on shards: of `S` each process holds the same rows as of W0,
-made of its own rows of B and of all of A, so that no weight is gathered (algorithm.md, "One site").
+Base and branches keep their dtypes. A transition works on shards: each rank holds the same rows of `S` as of W0,
+computed from its rows of B and all of A, so that no weight is gathered (algorithm.md, "One site").
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ NO_MORE_GRAPHS = (
 
 
 def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
-    """Shard the weights, branches and slow state of a cascade over processes, in place.
+    """Shard the weights, branches and slow state of a cascade over ranks, in place.
 
-    Every process calls it, on the same cascade, before the optimizer is built. Then calls of the cascade, backward,
-    `stages`, `transition`, `weights(...)` and `rewind` work as on one process, on a share of each batch; gradients are
-    averaged. Inside `weights(...)` it is the cascade that is called, not the model. No graph can be made any more: call
-    the cascade once before, in each mode and with each kind of arguments.
+    Every rank must call this, on the same cascade, before the optimizer is built. Then calls of the cascade, backward,
+    `stages`, `transition`, `weights(...)`, `rewind`, `lorasc_fx.save` and `resume` work as on one process, on a share
+    of each batch; gradients are averaged. Inside `weights(...)` call the cascade, not the model. No graph can be
+    captured any more: call the cascade once before, in each mode and with each kind of arguments.
 
     Args:
         cascade: that was adapted, or loaded; the parameters lie on the device of this process.
-        mesh: of one axis, over the processes that hold the shards; all of them by default.
+        mesh: of one axis, over the ranks that hold the shards; all of them by default.
 
     Returns:
-        The cascade. Each parameter is now a DTensor of which a process holds some rows.
+        The cascade. Each parameter is now a DTensor of which a rank holds some rows.
 
     Raises:
         StateError: what cannot be sharded, with names; nothing was changed. Whatever else raises here, Ctrl-C included,
@@ -76,7 +76,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         undo(run.restorer())
         undo(run.pending.restorer(run.trainable()))
         shards = _fully_sharded(cascade, units, mesh, undo)
-        rows = {name: Rows.of(each) for name, each in run.parameters_by_name().items()}
+        rows = {name: Rows.of(parameter) for name, parameter in run.parameters_by_name().items()}
         group = next(iter(rows.values())).group
         run.take_shards(run.slow.cut(rows, group, mapped=run.base_file is not None), hooked=False)
         run.note_frozen()
@@ -95,9 +95,9 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
 
 
 def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
-    """Return the model's state dict with the slow weights in it, whole, in host memory of rank 0; elsewhere none of it.
+    """Return the model's state dict with the slow weights in it, whole, in host memory of rank 0; {} on other ranks.
 
-    One weight is gathered at a time, on all processes. A stage that has trained is counted as folded, as by
+    One weight is gathered at a time; every rank must call this. A stage that has trained is counted as folded, as by
     `Cascade.folded_state_dict`, and the cascade goes on after it.
 
     Raises:
@@ -109,27 +109,27 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
             "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
         )
     run.check_ready("folded_state_dict", sharded=True)
-    is_first, found = run.slow.group.rank == 0, {}
+    is_first, state_dict = run.slow.group.rank == 0, {}
     for name, value, new in folding.folded_each(run, "folded_state_dict"):
-        held = new()
-        if hasattr(value, "to_local") and not hasattr(held, "to_local"):
-            held = Rows.of(value).sharded(held, value)
-        held = whole(held)
+        folded = new()
+        if hasattr(value, "to_local") and not hasattr(folded, "to_local"):
+            folded = Rows.of(value).sharded(folded, value)
+        folded = whole(folded)
         if is_first:
-            found[name] = held.cpu()
-    return found
+            state_dict[name] = folded.cpu()
+    return state_dict
 
 
 def _units(cascade: Cascade) -> dict[int, str]:
     """Return the unit of every parameter of model and branches, by id."""
     model = dict(cascade.model.named_parameters())
-    units = {id(each): unit_of(name, each) for name, each in model.items()}
+    units = {id(parameter): unit_of(name, parameter) for name, parameter in model.items()}
     for branch in cascade._run.by_key.values():
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     for variant in cascade._held_variants:
         if isinstance(graph := variant.module, fx.GraphModule):
-            while found := together(graph, units):
-                units |= dict.fromkeys((each for read in found for each in read), ROOT)
+            while inseparable := together(graph, units):
+                units |= dict.fromkeys((number for read in inseparable for number in read), ROOT)
     for branch in cascade._run.by_key.values():  # a weight that had to go to the root takes its branch along
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     return units
@@ -167,9 +167,9 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             f"shard: {run.quantized[0]} is quantized, which FSDP does not cut; exclude it",
             code="quantized-not-supported",
         )
-    own = {f"model.{name}": each for name, each in run.parameters_by_name().items()}
-    own |= {f"branches.{name}": each for name, each in run.branches.named_parameters()}
-    for name, parameter in own.items():
+    parameters = {f"model.{name}": parameter for name, parameter in run.parameters_by_name().items()}
+    parameters |= {f"branches.{name}": factor for name, factor in run.branches.named_parameters()}
+    for name, parameter in parameters.items():
         if not parameter.dim() or not parameter.is_contiguous() or hasattr(parameter, "to_local"):
             what = "has no axis" if not parameter.dim() else "is not contiguous"
             what = "is a DTensor already" if hasattr(parameter, "to_local") else what
@@ -186,7 +186,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         seen = kinds.setdefault(units[id(parameter)], {})
         seen.setdefault(parameter.dtype, name)
         if len(seen) > 1:
-            odd = " and ".join(f"{each} {dtype}" for dtype, each in seen.items())
+            odd = " and ".join(f"{first} {dtype}" for dtype, first in seen.items())
             raise StateError(
                 f"shard: {odd} are trained in one block, where FSDP adds up gradients of one dtype; cast them",
                 code="not-shardable",
@@ -195,13 +195,13 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
 
 
 def whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what a spec asks that nobody has said to work on shards: its name, its value, and the default."""
-    held = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.strength else [])
-    for prefix, asked, plain in held:
-        for each in fields(asked):
-            value, usual = getattr(asked, each.name), getattr(plain, each.name)
-            if each.name not in ON_SHARDS and value not in (usual, *ALSO.get(each.name, ())):
-                yield f"{prefix}{each.name}", value, usual
+    """Yield each option of a spec that needs whole weights: its name, its value, and the default."""
+    pairs = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.strength else [])
+    for prefix, options, defaults in pairs:
+        for item in fields(options):
+            value, default = getattr(options, item.name), getattr(defaults, item.name)
+            if item.name not in ON_SHARDS and value not in (default, *ALSO.get(item.name, ())):
+                yield f"{prefix}{item.name}", value, default
 
 
 def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh, undo: Undo) -> Shards:
@@ -213,13 +213,14 @@ def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh,
     originals = list(cascade.parameters())  # held, so that no other object gets the id of one
     for root in (cascade.model, cascade.branches):
         for module in root.modules():
-            for name in dict.fromkeys(units[id(each)] for each in module._parameters.values() if each is not None):
+            held = [parameter for parameter in module._parameters.values() if parameter is not None]
+            for name in dict.fromkeys(units[id(parameter)] for parameter in held):
                 holders.setdefault(name, []).append(module)
-    blocks = {name: Unit(held) for name, held in holders.items() if name != ROOT}
+    blocks = {name: Unit(modules) for name, modules in holders.items() if name != ROOT}
     shards = Shards(blocks, holders.get(ROOT, ()))
     for name, unit in (*blocks.items(), (ROOT, shards)):
         others = {
-            each for each in cascade.parameters() if units.get(id(each)) != name
+            parameter for parameter in cascade.parameters() if units.get(id(parameter)) != name
         }  # those of other units, cut or not
         cut_up = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=others)
         if dist.get_backend(mesh.get_group()) == "gloo":  # which has no mean

@@ -38,9 +38,9 @@ def keep_small(
     """Let `cascade.state_dict()` be the small state from now on, and `load_state_dict` take it; also inside a wrapper.
 
     Args:
-        cascade: of which a loop is to keep the state. A second call takes the place of the first.
-        extra: returns what a loop keeps beside it, of what JSON holds.
-        taken: is told of a checkpoint when its values are there; all is undone if it raises.
+        cascade: whose state a loop saves. A second call replaces the first.
+        extra: returns what the loop saves besides, of what JSON holds.
+        taken: called with a checkpoint once its values are loaded; everything is undone if it raises.
 
     Raises:
         StateError: by the two calls, as `lorasc_fx.save` does.
@@ -58,14 +58,13 @@ def keep_small(
     def take(module: Cascade, state: dict[str, torch.Tensor], prefix: str, *_rest: Any) -> None:
         names = [name for name in state if name.startswith(prefix)]
         table = {name.removeprefix(prefix): state.pop(name) for name in names}
-        found = from_state_dict(table, "load_state_dict")
-        take_over(module, found, taken)
+        take_over(module, from_state_dict(table, "load_state_dict"), taken)
 
     def forget(module: Cascade, keys: Any) -> None:
         """Every parameter is reported as missing: they are not in the state, and none is."""
-        own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        own |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
-        keys.missing_keys[:] = [name for name in keys.missing_keys if not _is_one_of(own, name)]
+        known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        keys.missing_keys[:] = [name for name in keys.missing_keys if not _is_one_of(known, name)]
 
     for handle in _KEPT.pop(cascade, ()):
         handle.remove()
@@ -77,7 +76,7 @@ def keep_small(
     ]
 
 
-def _is_one_of(own: set[str], name: str) -> bool:
+def _is_one_of(known: set[str], name: str) -> bool:
     """Whether a name is one of the cascade's, behind whatever prefix its wrappers have given it."""
     parts = name.split(".")
-    return any(".".join(parts[start:]) in own for start in range(len(parts)))
+    return any(".".join(parts[start:]) in known for start in range(len(parts)))
