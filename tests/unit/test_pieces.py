@@ -219,8 +219,11 @@ def assert_same_gradients(own: torch.Tensor, theirs: torch.Tensor, parameters: l
 
 @ALL
 @pytest.mark.parametrize("training", [False, True])
-def test_nothing_changes_at_first(name: str, training: bool) -> None:
-    """B = 0 and no noise: the eager model bit for bit, in any batch size, buffers and draws as well."""
+def test_it_is_the_eager_model_and_with_branches_the_merged_one(name: str, training: bool) -> None:
+    """B = 0 and no noise: the eager model bit for bit, in any batch size, buffers and draws as well.
+
+    With any B, output and gradients are those of the eager model with merged weights, each layer with its own.
+    """
     model = model_of(name).train(training)
     eager = copy.deepcopy(model)
     cascade = adapted(model)
@@ -230,15 +233,6 @@ def test_nothing_changes_at_first(name: str, training: bool) -> None:
         assert torch.equal(run(cascade, x), run(eager, x))
     for own, theirs in zip(model.buffers(), eager.buffers(), strict=True):
         assert torch.equal(own, theirs)
-
-
-@ALL
-@pytest.mark.parametrize("training", [False, True])
-def test_branches_are_the_merged_model(name: str, training: bool) -> None:
-    """With any B, output and gradients are those of the eager model with merged weights, each layer with its own."""
-    model = model_of(name).train(training)
-    eager = copy.deepcopy(model)
-    cascade = adapted(model)
     reach_all(cascade)
     matrices = {key for key, value in model.named_parameters() if value.dim() > 1}
     assert {site.weight for site in cascade.sites} == matrices
