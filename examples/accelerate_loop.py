@@ -44,7 +44,6 @@ def train(folder: Path, batches: range, stage: int = 40) -> dict[str, Tensor]:
     spec = lx.CascadeSpec(targets=("conv",), train=("7.*",), rank=4, pace=0.8, noise=lx.Noise(0.05))
     cascade = lx.adapt(net(), args=(bars(2, 0)[0],), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=5e-3))
-    lx.integrations.accelerate.keep(accelerator, cascade)  # save_state and load_state then know of stages and experts
     model, optimizer = accelerator.prepare(cascade, optimizer)
     if batches.start:
         accelerator.load_state(str(folder))

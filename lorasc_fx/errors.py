@@ -54,6 +54,7 @@ CODES = {
     "buffers-differ": "(warning) buffers differ between the runs that are merged",
     "callback-added-late": "the callback was added after the Trainer was made",
     "changing-constant": "(warning) a Python value that graphs hold as a constant keeps changing",
+    "cascade-averaged": "an average of parameters was given the cascade",
     "checkpoint-other-base": "the checkpoint, or adapter, was made from another base model",
     "child-replaced": "a submodule of the cascade was assigned from outside",
     "circular-passes": "passes require each other in a circle",

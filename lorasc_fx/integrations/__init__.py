@@ -1,6 +1,6 @@
 """Other people's training loops and devices: a module each, imported when it is asked for, with what it is about.
 
-`transformers` holds `CascadeCallback`, for the Trainer; `accelerate` holds `keep`, for `save_state` and `load_state`;
+`transformers` holds `CascadeCallback`, for the Trainer;
 `progress` holds `telling`, for a loop of your own: bars, metrics and TensorBoard. `fsdp` shards a cascade over several
 processes (FSDP2); `tensor_parallel` splits weights over them by columns and rows.
 """
@@ -10,10 +10,9 @@ from typing import Any
 
 from lorasc_fx.errors import nearest
 
-__all__ = ["accelerate", "fsdp", "progress", "tensor_parallel", "transformers"]
+__all__ = ["fsdp", "progress", "tensor_parallel", "transformers"]
 
 _MODULES = (
-    "accelerate",
     "fsdp",
     "progress",
     "tensor_parallel",

@@ -17,9 +17,7 @@ import torch
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.extras import require
-from lorasc_fx.integrations.small_state import keep_small
 from lorasc_fx.runtime import Cascade, transition
-from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.optim import check_holds
 from lorasc_fx.schedules import Plateau
 from lorasc_fx.undo import AllOrNothing
@@ -36,6 +34,9 @@ Evaluated = Literal["slow", "fast", "trained"]
 
 _READ = ("config", "loss_type", "accepts_loss_kwargs", "main_input_name", "num_parameters", "_get_name")
 """What a Trainer reads off its model beside `forward`: by these it counts tokens, shifts labels and scales losses."""
+
+_PLATEAU = "lorasc_fx.plateau"
+"""Entry of the Trainer's state."""
 
 _BEHIND = ("neftune_noise_alpha", "activation_checkpointing", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval")
 """Arguments by which a Trainer changes a model behind the captured graphs: its Python, or its dtype for a while."""
@@ -92,13 +93,13 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         self.epochs, self.steps = epochs if asked else 1, steps
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._trainer: Any = None
-        self._over = self._waits_for_gradient = False
+        self._over = False
         if evaluate == "trained":
             cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
         for name in _READ:
             if hasattr(cascade.model, name):
                 setattr(cascade, name, getattr(cascade.model, name))
-        keep_small(cascade, self._extra, self._taken)
+        cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model
 
     # ---- what a Trainer tells
 
@@ -111,6 +112,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             trainer.label_names = find_labels(type(self.cascade.model))  # it looks at the name of the class as well
         trainer.evaluation_loop = self._evaluating(trainer.evaluation_loop)
         trainer.save_model = self._saving(trainer, trainer.save_model)
+        trainer.create_optimizer = self._optimizing(trainer.create_optimizer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Check that the training can go as it was asked for."""
@@ -135,15 +137,14 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         check_holds(optimizer, run.trainable())
         self._check_rates(optimizer)
         transition.end_idle(run)
-        if self._waits_for_gradient:
-            run.wait_for_gradient(optimizer)
-            self._waits_for_gradient = False
+        self._take_plateau(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """End a stage on a plateau: after the evaluation that found it was saved as it was measured."""
         if self._over:
             self.cascade.transition(about["optimizer"])
             self._over = False
+            self._keep_plateau(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """End a stage by its count of steps or epochs: before an evaluation or a checkpoint of the same step."""
@@ -165,6 +166,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 code="metric-missing",
             )
         self._over = self.plateau.over(metrics[name]) or self._over
+        self._keep_plateau(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Fold a stage that was cut short; after the best model was loaded, drop it, as it was not measured."""
@@ -181,17 +183,16 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
     # ---- inside
 
-    def _extra(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of this callback."""
-        return {"over": self._over, "plateau": self.plateau.state_dict()} if self.plateau is not None else {}
+    def _keep_plateau(self, state: Any) -> None:
+        """Keep what the plateau has seen in the Trainer's state, which its checkpoints hold."""
+        if self.plateau is not None:
+            state.stateful_callbacks[_PLATEAU] = {"over": self._over, "plateau": self.plateau.state_dict()}
 
-    def _taken(self, found: Checkpoint) -> None:
-        """Go on from what a checkpoint has kept."""
-        self._waits_for_gradient = bool(found.manifest["turning"])
-        extra = found.manifest["extra"]
-        if self.plateau is not None and "plateau" in extra:
-            self.plateau.load_state_dict(extra["plateau"])
-            self._over = extra["over"]
+    def _take_plateau(self, state: Any) -> None:
+        """Go on from what the Trainer's state has kept of the plateau."""
+        if self.plateau is not None and (kept := state.stateful_callbacks.get(_PLATEAU)) is not None:
+            self.plateau.load_state_dict(kept["plateau"])
+            self._over = kept["over"]
 
     def _placed(self, which: Evaluated) -> contextlib.AbstractContextManager[object]:
         if which == "trained" or self.cascade._run.placed is not None:  # the user's own `weights(...)` stands
@@ -219,9 +220,22 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
         return evaluation_loop
 
+    def _optimizing(self, original: Any) -> Any:
+        def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+            """Make the optimizer of what is trained, and not of the weights whose gradients a new stage looks at."""
+            waiting = self.cascade._run.gradient_init
+            restore = waiting.restorer()
+            waiting.call_off()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                restore()
+
+        return create_optimizer
+
     def _saving(self, trainer: Any, original: Any) -> Any:
         def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
-            """Write the user's model with the slow weights; a checkpoint gets the small state (`keep_small`)."""
+            """Write the user's model with the slow weights; a checkpoint gets the cascade's state dict."""
             if _internal_call:
                 original(output_dir, _internal_call=True)
                 return

@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -29,7 +29,8 @@ from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, training_state, transition
 from lorasc_fx.runtime.folding import Requantize
 from lorasc_fx.runtime.run import Planned, Run
-from lorasc_fx.runtime.usage import UsageWatch
+from lorasc_fx.runtime.state_dict import KEY, from_state_dict, take_over, to_state_dict
+from lorasc_fx.runtime.usage import UsageWatch, check_not_averaged
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup
 from lorasc_fx.state import Which
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
@@ -111,6 +112,9 @@ class Cascade(nn.Module):
             made.variant.attach(self._grow, self._running)
         self._frontend = made.variant.frontend
         self._loaded: checkpoint_read.Checkpoint | None = None
+        self._to_load: tuple[Any, int, Sequence[str]] = None, 0, ()  # a state, the keys missing before it, and errors
+        register: Any = self.register_load_state_dict_post_hook  # torch has no annotations for it
+        register(Cascade._load_state)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; the model and the branches stay those of `adapt`, of which graphs and folds are.
@@ -656,19 +660,84 @@ class Cascade(nn.Module):
             self.model.train(mode)
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the entries of model and branches, as torch does; `lorasc_fx.save` writes what a resume needs."""
-        if not self._state_dict_hooks:  # an integration's checkpoints keep the small state
-            self._usage.check_saved(self._run)
-        return super().state_dict(*args, **kwargs)
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return copies of all that a resume needs, without W0 and without noise, which is drawn again from its key.
+
+        These are branches, experts, coefficients, the stage, what is trained in full, buffers, gradients that wait for
+        a step, and random generators (which `resume` takes). The optimizer has a state dict of its own, and
+        `folded_state_dict` has the weights of the user's model. Wrappers and containers call this for theirs.
+
+        Args:
+            destination, prefix: table to add to, and what to put before each name, as torch calls it.
+            keep_vars: has no effect.
+
+        Raises:
+            StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
+            NonFiniteBranch: a branch holds inf or nan.
+        """
+        self._usage.check_saved(self._run)
+        state: Any = OrderedDict() if destination is None else destination
+        for before in self._state_dict_pre_hooks.values():
+            before(self, prefix, keep_vars)
+        with self._run.exclusive("state_dict"):
+            state.update({prefix + name: tensor for name, tensor in to_state_dict(self._run).items()})
+        for after in self._state_dict_hooks.values():
+            after(self, state, prefix, {})
+        return state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Go on from what `state_dict` returned, all of it: `load_state_dict` calls this, here and in containers.
+
+        The model must be the same base, adapted by the same spec. Parameters stay the same objects, also with `assign`.
+        A state without an entry of the cascade is one without a key: an error unless `strict` is False.
+
+        Raises:
+            CheckpointError: damage, another base, another spec, other sites. The cascade is as it was.
+            StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
+        """
+        for before in self._load_state_dict_pre_hooks.values():
+            before(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        table = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        whole = bool(table) or not prefix
+        if not whole:
+            missing_keys.append(prefix + KEY)
+        found = from_state_dict(table, "load_state_dict") if whole else None
+        self._to_load = found, len(missing_keys), error_msgs
+
+    def _load_state(self, keys: Any) -> None:
+        """Take over what `_load_from_state_dict` has read, when torch has been at model and branches, which have no
+        entries of their own and miss none; not where torch will raise for what it met on the way.
+        """
+        (found, missing, errors), self._to_load = self._to_load, (None, 0, ())
+        del keys.missing_keys[missing:]
+        if found is None or errors:
+            return
+        run = self._run
+        with run.exclusive("load_state_dict"), Commit() as undo:
+            placed = {site.weight: site.placement for site in run.sites}
+            take_over(run, found, undo)
+            if placed != {site.weight: site.placement for site in run.sites}:  # chosen on another machine
+                undo(partial(setattr, self, "_variants", self._variants))
+                self._drop_graphs()
+            self._loaded = found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Allow `copy`, and refuse pickling: graphs read the model that they were made of.
 
         Raises:
-            StateError: the caller is not Python's `copy`.
+            StateError: the caller is not Python's `copy`, or it copies for an average of parameters.
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
+            check_not_averaged()
             return super().__reduce_ex__(protocol)
         raise StateError(
             "a cascade cannot be pickled, by torch.save, a spawned process or otherwise: write a checkpoint by "

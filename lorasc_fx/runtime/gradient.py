@@ -9,11 +9,14 @@ or on several, sees those of the trained parameters alone. Relative: LoRA-GA (24
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.runtime.watches import Replicas
@@ -22,7 +25,8 @@ __all__ = ["GradientInitialization"]
 
 
 class GradientInitialization:
-    """Lets the sites' weights gather gradients until an optimizer's next step, then starts lora_A from them.
+    """Lets the sites' weights gather gradients until the next step of the optimizer that holds the branches, and starts
+    lora_A from them.
 
     A copy of it (deepcopy, pickle) waits for nothing until it is armed.
     """
@@ -30,14 +34,13 @@ class GradientInitialization:
     def __init__(self) -> None:
         self._weights: dict[str, nn.Parameter] = {}
         self._gathered: dict[str, torch.Tensor] = {}
-        self._handle: Any = None
         self._watches: list[Any] = []
         self._armed_by: tuple[Any, ...] = ()
 
     @property
     def armed(self) -> bool:
         """Whether the step is still to come."""
-        return self._handle is not None
+        return bool(self._armed_by)
 
     @property
     def gathering(self) -> Mapping[str, nn.Parameter]:
@@ -57,40 +60,37 @@ class GradientInitialization:
         self,
         parameters: Mapping[str, nn.Parameter],
         branches: Mapping[str, Branch],
-        optimizer: torch.optim.Optimizer,
         replicas: Replicas,
     ) -> None:
-        """Wait for the optimizer's next step; of one that another loop has wrapped, for the step of the one inside.
-
-        The gradient is the mean over the processes that train together.
-        """
+        """Wait for the next step; the gradient is the mean over the processes that train together."""
         self.call_off()
-        inside = getattr(optimizer, "optimizer", None)
-        optimizer = inside if isinstance(inside, torch.optim.Optimizer) else optimizer
-        self._armed_by = (parameters, branches, optimizer, replicas)
-
-        def before_step(_optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-            for name, gradient in self.call_off().items():
-                _initialize(branches[name], replicas.averaged(gradient))
-
+        self._armed_by = (parameters, branches, replicas)
         self._weights = {name: parameters[name] for name in branches}
-        self._handle = optimizer.register_step_pre_hook(before_step)
+        _WAITING.add(self)
+        _see_steps()
         for name, weight in self._weights.items():
             weight.requires_grad_(True)
             forget = _forgets_what_was_zeroed(self._gathered, name, branches[name])
             self._watches += [weight.register_hook(forget), branches[name].lora_B.register_hook(forget)]
             self._watches.append(weight.register_post_accumulate_grad_hook(_gathers(self._gathered, name)))
 
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Start lora_A, if the optimizer that is about to step holds the branches."""
+        _, branches, replicas = self._armed_by
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(branch.lora_B) in held for branch in branches.values()):
+            for name, gradient in self.call_off().items():
+                _initialize(branches[name], replicas.averaged(gradient))
+
     def call_off(self) -> dict[str, torch.Tensor]:
         """Wait no longer; return the gradients gathered so far, by weight name."""
         gathered = self._gathered
-        if self._handle is not None:
-            self._handle.remove()
+        _WAITING.discard(self)
         for watch in self._watches:
             watch.remove()
         for weight in self._weights.values():
             weight.requires_grad_(False)
-        self._weights, self._gathered, self._handle, self._watches, self._armed_by = {}, {}, None, [], ()
+        self._weights, self._gathered, self._watches, self._armed_by = {}, {}, [], ()
         return gathered
 
     def restorer(self) -> Callable[[], None]:
@@ -107,6 +107,22 @@ class GradientInitialization:
 
     def __reduce__(self) -> tuple[type[GradientInitialization], tuple[()]]:
         return (GradientInitialization, ())
+
+
+_WAITING: weakref.WeakSet[GradientInitialization] = weakref.WeakSet()
+
+
+@functools.cache
+def _see_steps() -> None:
+    """Let those that wait see each step of any optimizer. The hook stays: torch iterates over its hooks at each
+    step, and none may be removed meanwhile.
+    """
+
+    def before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        for waiting in list(_WAITING):
+            waiting.before_step(optimizer)
+
+    register_optimizer_step_pre_hook(before_step)
 
 
 def _gathers(gathered: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], None]:

@@ -57,7 +57,7 @@ class Planned:
         slots: of buffers, each with the tensor that it holds then.
         gradients: of what is trained; by default they stay.
         optimizer, states: that gets these states.
-        gathers: whether the optimizer's next step looks at the gradients of weights (restart_A); by default unchanged.
+        gathers: whether the next optimizer step looks at the gradients of weights (restart_A); by default unchanged.
         placed: the weights are in place for a while, and plan and slow weights stay.
         live: copies of parameters trained in full, as they are now, that the caller has; of the others one is made.
         parameters: that are written, by name; by default those that the model has.
@@ -297,11 +297,11 @@ class Run:
         return [name for name, parameter in parameters.items() if _parameter(self.model, name) is parameter]
 
     def _put_gradients(self, planned: Planned) -> None:
-        """Write the gradients of planned values, and let the optimizer's next step look at those of weights or not."""
+        """Write the gradients of planned values, and let the next optimizer step look at those of weights or not."""
         if planned.gathers is not None:
             self.gradient_init.call_off()
-            if planned.gathers and planned.optimizer is not None:
-                self.wait_for_gradient(planned.optimizer)
+            if planned.gathers:
+                self.gradient_init.arm(self.weights_by_name(), self.branches_by_weight(), self.replicas)
         if planned.gradients is None:
             return
         for parameter in self.branches.parameters():
@@ -313,10 +313,6 @@ class Run:
                 self.pending.note(parameter)
         for name, gradient in planned.gradients.gathered.items():
             self.gradient_init.put(name, gradient.to(self.gradient_init.gathering[name].device, copy=True))
-
-    def wait_for_gradient(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let lora_A of the stage start from the gradients that the optimizer's next step sees."""
-        self.gradient_init.arm(self.weights_by_name(), self.branches_by_weight(), optimizer, self.replicas)
 
     def _gradients_restorer(self) -> Callable[[], None]:
         """Return what brings back the gradients of what is trained, and which of them no step has used."""

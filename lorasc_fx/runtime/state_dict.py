@@ -1,26 +1,25 @@
-"""A checkpoint as one flat table of tensors, for loops that keep state dicts: what `lorasc_fx.save` writes, without W0.
+"""The state dict of a cascade: what `lorasc_fx.save` writes, without W0, as one flat table of tensors.
 
 The manifest is one of the tensors: its JSON as bytes. It is checked as one from a folder is, and a cascade that lives
-takes the state over as a whole.
+takes the state over as a whole. torch's own entries, of model and branches, hold W_t with its noise: no cascade can be
+made of them again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write
-from lorasc_fx.runtime.cascade import Cascade
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical, sanitized
 from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
 from lorasc_fx.runtime.run import Gradients, Planned, Run
-from lorasc_fx.undo import Commit
+from lorasc_fx.undo import Undo
 
 __all__ = ["KEY", "from_state_dict", "take_over", "to_state_dict"]
 
@@ -28,14 +27,14 @@ KEY = "lorasc_fx.manifest"
 """Name of the tensor that holds the manifest."""
 
 
-def to_state_dict(run: Run, extra: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return all that a resume needs, but for optimizer and scheduler, as tensors by name.
+def to_state_dict(run: Run) -> dict[str, torch.Tensor]:
+    """Return copies of all that a resume needs, but for optimizer and scheduler, as tensors by name.
 
     Raises:
-        NonFiniteBranch: a branch holds inf or nan. CheckpointError: extra holds what neither JSON nor safetensors can.
+        NonFiniteBranch: a branch holds inf or nan.
     """
     checkpoint_write.check_finite(run)
-    tensors, manifest = checkpoint_write.contents(run, None, None, extra)
+    tensors, manifest = checkpoint_write.contents(run, None, None, {})
     manifest["files"] = {TENSORS: _digest(tensors)}
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, allow_nan=False).encode()
@@ -68,42 +67,25 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
     return checkpoint_read.Checkpoint(Path(where), manifest, tensors, plan)
 
 
-def take_over(
-    cascade: Cascade, found: checkpoint_read.Checkpoint, then: Callable[[checkpoint_read.Checkpoint], object]
-) -> None:
-    """Go on from a checkpoint in a cascade that lives, of the same base and spec; all or nothing.
+def take_over(run: Run, found: checkpoint_read.Checkpoint, undo: Undo) -> None:
+    """Go on from a checkpoint in a cascade that lives, of the same base and spec, as a part of a block.
 
-    Gradients that wait for a step are those of the checkpoint. What waits for an optimizer's first step of a stage
-    (restart_A="gradient") waits no longer: the caller, which has the optimizer, arms it again (`manifest["turning"]`).
-
-    Args:
-        cascade: that goes on.
-        found: the checkpoint.
-        then: is called with it when the values are there, and before the gradients are; all is undone if it raises.
+    Gradients that wait for a step, and a stage that waits for its first gradient, are those of the checkpoint.
 
     Raises:
         CheckpointError: another base, another spec, other sites, or values that do not fit.
     """
-    run = cascade._run
-    with run.exclusive("load_state_dict"):
-        if odd := _base_differs(found, run):
-            raise CheckpointError(
-                f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted",
-                code="checkpoint-other-base",
-            )
-        _check_alike(run.plan, found)
-        placed = {site.weight: site.placement for site in run.sites}
-        with Commit() as undo:
-            run.commit(Planned(run.plan, run.slow, gradients=Gradients(), gathers=False), undo)
-            cascade._take_over(found, undo)
-            if placed != {
-                site.weight: site.placement for site in run.sites
-            }:  # chosen on another machine, as its bits are
-                cascade._drop_graphs()
-            then(found)
-            gathers, pending = run.gradient_init.armed, found.manifest.get("pending", ())
-            gradients = run.gradients_in(found.tensors, pending, gathers, str(found.path))
-            run.commit(Planned(run.plan, run.slow, gradients=gradients), undo)
+    if odd := _base_differs(found, run):
+        raise CheckpointError(
+            f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted",
+            code="checkpoint-other-base",
+        )
+    _check_alike(run.plan, found)
+    run.commit(Planned(run.plan, run.slow, gradients=Gradients(), gathers=False), undo)
+    checkpoint_read.restore(run, found, undo)
+    gathers, pending = bool(found.manifest["turning"]), found.manifest.get("pending", ())
+    gradients = run.gradients_in(found.tensors, pending, gathers, str(found.path))
+    run.commit(Planned(run.plan, run.slow, gradients=gradients, gathers=gathers), undo)
 
 
 def _base_differs(found: checkpoint_read.Checkpoint, run: Run) -> str:

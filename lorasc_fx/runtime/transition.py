@@ -140,7 +140,7 @@ def begin(
         gradients=Gradients(),
         optimizer=optimizer,
         states=state,
-        gathers=planned.spec.next_a.needs_gradient and not after.idle,
+        gathers=planned.spec.next_a.needs_gradient and not after.idle and optimizer is not None,
     )
     with Commit() as undo:
         run.commit(values, undo)

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.run import Run
 
-__all__ = ["UsageWatch"]
+__all__ = ["UsageWatch", "check_not_averaged"]
 
 _HERE = __file__
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -30,6 +31,9 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _UNFOLDED_SAVES = {("transformers.trainer", "_save"), ("accelerate.accelerator", "save_model")}
 """Functions, by module and name, that write the state dict of the model that they were given as its weights."""
 
+
+_AVERAGES = ("torch.optim.swa_utils", "timm.utils.model_ema")
+"""Modules of averages of parameters, which begin with a copy of the model."""
 
 _ARMED: weakref.WeakSet[UsageWatch] = weakref.WeakSet()
 
@@ -131,10 +135,9 @@ class UsageWatch:
             if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _UNFOLDED_SAVES:
                 run.warned.once(
                     "unfolded-save",
-                    "a trainer saves an unfolded cascade: the file holds branches beside the weights of the running "
-                    "stage, noise included, and neither the user's model nor lorasc_fx.load can read it. In a Trainer "
-                    "of transformers or trl use lorasc_fx.integrations.transformers.CascadeCallback; elsewhere save "
-                    "cascade.release(), or a checkpoint by lorasc_fx.save",
+                    "a trainer saves an unfolded cascade as a model: the file holds what cascade.load_state_dict "
+                    "takes, and the user's model cannot read it. In a Trainer of transformers or trl use "
+                    "lorasc_fx.integrations.transformers.CascadeCallback; elsewhere save cascade.release()",
                 )
 
     def check_end(self) -> None:
@@ -156,6 +159,20 @@ class UsageWatch:
 
     def __reduce__(self) -> tuple[type[UsageWatch], tuple[()]]:
         return (UsageWatch, ())
+
+
+def check_not_averaged() -> None:
+    """Raise StateError where a cascade is copied for an average of all parameters, each by itself."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if (module := frame.f_globals.get("__name__")) in _AVERAGES:
+            raise StateError(
+                f"an average ({module}) was given a cascade: it would average W_t with its noise, and B and A each by "
+                "itself. Give it cascade.model, and update it from cascade.model inside "
+                '`with cascade.weights("slow"):` or "fast"; or give the spec average="ema" or "swa"',
+                code="cascade-averaged",
+            )
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -120,7 +120,7 @@ def numbers(*things: Any) -> State:
         if isinstance(thing, torch.optim.Optimizer):
             held = of_optimizer(thing)
         else:
-            held = {name: raw(value) for name, value in thing.state_dict().items()}
+            held = {name: raw(value) for name, value in (*thing.named_parameters(), *thing.named_buffers())}
             held |= {f"flag {name}": value.requires_grad for name, value in thing.named_parameters()}
         if isinstance(thing, lx.Cascade):
             held |= of_slow(thing) | {"armed": is_gathering(thing)}

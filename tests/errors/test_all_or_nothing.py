@@ -337,8 +337,28 @@ def test_load(spec: str, parked: bool, kind: str, monkeypatch: pytest.MonkeyPatc
     cascade, failures = every_write(monkeypatch, kind, model, lambda: lx.load(tmp_path, model, args=(X,)))
     assert failures > 20
     assert_same(of_slow(cascade), of_slow(saved))
-    pairs = zip(cascade.state_dict().values(), saved.state_dict().values(), strict=True)
+    pairs = zip(cascade.parameters(), saved.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("spec", ["noise, train", pytest.param("gradient", marks=pytest.mark.slow)])
+def test_load_state_dict(spec: str, kind: str) -> None:
+    saved, _ = made(SPECS[spec], 2)
+    state = saved.state_dict()
+    cascade, optimizer = made(SPECS[spec])
+
+    def load() -> None:
+        try:
+            cascade.load_state_dict(state)
+        except RuntimeError as raised:  # torch collects what its own copies raise
+            if "no more" in str(raised):
+                raise MemoryError("no more") from raised
+            raise
+
+    assert everywhere(kind, load, cascade, optimizer) > 20
+    assert cascade.stage == 3
+    assert_same(of_slow(cascade), of_slow(saved))
 
 
 @pytest.mark.parametrize("kind", FAULTS)

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lorasc_fx as lx
-from tests.kit.errors import raises
 from tests.kit.state import branches_of
 from tests.loops.kit import adapted, net, rows
 
@@ -35,7 +34,6 @@ class Run:
         optimizer = torch.optim.AdamW(self.plain.param_groups(lr=0.05))
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 8)
         self.cascade, self.optimizer, self.schedule = self.accelerator.prepare(self.plain, optimizer, schedule)
-        lx.integrations.accelerate.keep(self.accelerator, self.plain)
         self.losses: list[float] = []
 
     def go(self, start: int, end: int) -> None:
@@ -135,12 +133,3 @@ def test_the_losses_are_those_of_peft(precision: str) -> None:
             plain.zero_grad()
     assert sum(found[-4:]) < sum(found[:4]) - 0.2
     assert found == pytest.approx(expected, abs=1e-5 if precision == "no" else 2e-2, rel=0)
-
-
-def test_models_that_accelerate_writes_otherwise() -> None:
-    class Sharding:
-        class distributed_type:
-            value = "FSDP"
-
-    with raises(lx.StateError, "sharded", "FSDP"):
-        lx.integrations.accelerate.keep(Sharding(), adapted(lx.CascadeSpec(rank=2)))

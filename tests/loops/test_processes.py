@@ -66,7 +66,6 @@ def by_accelerate(rank: int, count: int, port: int, folder: str, spec: lx.Cascad
     as_torchrun(rank, count, port)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     cascade = adapted(spec, 0.0, torch.float64)
-    lx.integrations.accelerate.keep(accelerator, cascade)
     data = [{"x": row["x"], "labels": row["labels"]} for row in rows(16, torch.float64)]
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
     wrapper, optimizer, loader = accelerator.prepare(cascade, optimizer, DataLoader(data, BATCH // count))

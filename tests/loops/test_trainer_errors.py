@@ -143,7 +143,7 @@ def test_copies_on_several_devices(tmp_path: Path) -> None:
         CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
 
 
-@pytest.mark.parametrize("name", ["accelerate", "transformers"])
+@pytest.mark.parametrize("name", ["transformers"])
 def test_a_package_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     getattr(lx.integrations, name)
     monkeypatch.setitem(sys.modules, name, None)
@@ -154,7 +154,7 @@ def test_a_package_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_loop_that_is_not_there() -> None:
-    assert {"accelerate", "progress", "transformers"} <= set(dir(lx.integrations))
+    assert {"progress", "transformers"} <= set(dir(lx.integrations))
     with pytest.raises(
         AttributeError,
         match=r"^module 'lorasc_fx\.integrations' has no attribute 'trasnformers'; nearest: 'transformers', 'progress'",

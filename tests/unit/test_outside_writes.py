@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -284,41 +283,6 @@ def test_a_copy_is_watched_as_the_original_is() -> None:
             each.release()
     torch.testing.assert_close(twin.release()(X), wanted)
     torch.testing.assert_close(cascade.release()(X), wanted)
-
-
-def test_an_average_over_the_steps_of_one_stage_releases() -> None:
-    """timm's average of all state: within a stage it moves the branches only, so that the copy's weights are right."""
-    cascade = ended()
-    ema = ModelEmaV3(cascade, decay=0.5)
-    branches = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
-    randomize(cascade, 5)
-    ema.update(cascade)
-    ema.module.eval()(X)
-    with torch.no_grad():
-        for name, value in cascade.branches.named_parameters():
-            value.copy_(torch.lerp(branches[name], value, 0.5))
-    wanted = cascade(X)
-    torch.testing.assert_close(ema.module.release()(X), wanted)
-
-
-def test_an_average_over_a_transition_is_refused() -> None:
-    """Its weights are no fold of its branches any more: which of the two was folded cannot be told."""
-    cascade = ended()
-    ema = ModelEmaV3(cascade, decay=0.5)
-    cascade.transition(None)
-    ema.update(cascade)
-    ema.module.eval()(X)
-    with raises(lx.StateError, "weights-changed-outside"):
-        ema.module.release()
-
-
-def test_a_resume_by_state_dict_is_refused() -> None:
-    """As a trainer does it: load_state_dict into a new cascade, a validation loop, the release at the end."""
-    trained, fresh = ended(), adapted()
-    fresh.load_state_dict(trained.state_dict())
-    call_of_a_new_kind(fresh)
-    with raises(lx.StateError, "weights-changed-outside", "0.weight"):
-        fresh.release()
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:

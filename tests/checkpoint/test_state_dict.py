@@ -1,0 +1,238 @@
+"""`state_dict` and `load_state_dict` of a cascade: the state of a run by torch's own calls, through what wraps it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.utils import CheckpointSaver, ModelEmaV3, unwrap_model
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import lorasc_fx as lx
+from tests.errors.state import of_cascade, unchanged
+from tests.kit.errors import raises
+from tests.loops.kit import adapted, rows
+
+X = torch.stack([row["x"] for row in rows(6)])
+LABELS = torch.stack([row["labels"] for row in rows(6)])
+
+SPECS: dict[str, dict[str, Any]] = {
+    "noise": {"noise": lx.Noise(0.2), "pace": 0.5, "train": ("head.bias",)},
+    "fast": {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"},
+    "gradient": {"restart_A": "gradient"},
+    "ranks": {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")},
+    "dora": {"use_dora": True},
+    "pissa, average": {"start": "pissa", "average": "ema"},
+}
+
+
+class Loop:
+    """A run of three steps a stage; every step accumulates two backwards."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.cascade = adapted(lx.CascadeSpec(**{"rank": 2, **fields}), 0.0)
+        self.optimizer = torch.optim.AdamW(self.cascade.param_groups(lr=0.05))
+        self.losses: list[float] = []
+
+    def go(self, start: int, end: int) -> None:
+        for batch in range(start, end):
+            x, labels = X[batch % 3 :], LABELS[batch % 3 :]
+            loss = self.cascade(x, labels)["loss"]
+            loss.backward()
+            self.losses.append(loss.item())
+            if batch % 2:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if batch % 6 == 5:
+                self.cascade.transition(self.optimizer)
+
+
+class Holder(nn.Module):
+    """As a LightningModule holds its model: the cascade is a child, beside other modules."""
+
+    def __init__(self, cascade: nn.Module) -> None:
+        super().__init__()
+        self.metric = nn.Linear(2, 2)
+        self.cascade = cascade
+
+
+@pytest.mark.parametrize("at", [8, 9, 12])
+@pytest.mark.parametrize("fields", SPECS.values(), ids=SPECS)
+def test_a_run_goes_on_from_its_state_dict(fields: dict[str, Any], at: int, tmp_path: Path) -> None:
+    """Against the run that was not interrupted: in the middle of a step (9), and where a stage has just begun (12)."""
+    whole = Loop(fields)
+    whole.go(0, at)
+    file = tmp_path / "run.pt"
+    torch.save({"model": whole.cascade.state_dict(), "optimizer": whole.optimizer.state_dict()}, file)
+    whole.go(at, 20)
+    resumed, saved = Loop(fields), torch.load(file, weights_only=True)  # noqa: TID251 - as users do
+    assert str(resumed.cascade.load_state_dict(saved["model"])) == "<All keys matched successfully>"
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    resumed.go(at, 20)
+    assert resumed.losses == whole.losses[at:]
+    assert resumed.cascade.stage == whole.cascade.stage == 4
+    for which in ("slow", "fast"):
+        with whole.cascade.weights(which), resumed.cascade.weights(which):  # type: ignore[arg-type]
+            ours, theirs = resumed.cascade.model.state_dict(), whole.cascade.model.state_dict()
+            assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_the_state_holds_no_weight_of_the_base_and_no_noise() -> None:
+    loop = Loop(SPECS["noise"])
+    loop.go(0, 8)
+    before = of_cascade(loop.cascade)
+    state = loop.cascade.state_dict()
+    assert of_cascade(loop.cascade) == before
+    large = {tuple(value.shape) for name, value in loop.cascade.model.named_parameters() if value.dim() > 1}
+    assert {name for name, value in state.items() if tuple(value.shape) in large} == set()
+    assert {name.split("/")[0] for name in state} == {
+        "branch", "expert", "trained", "rng", "lorasc_fx.manifest",
+    }  # fmt: skip
+    memory = {value.data_ptr() for value in loop.cascade.parameters()}
+    assert not any(value.data_ptr() in memory for value in state.values())
+
+
+def test_a_module_that_holds_a_cascade() -> None:
+    loop = Loop(SPECS["noise"])
+    loop.go(0, 8)
+    trained = nn.ModuleList([Holder(loop.cascade)])
+    state = trained.state_dict()
+    own = {f"0.cascade.{name}" for name in loop.cascade.state_dict()}
+    assert set(state) == own | {"0.metric.weight", "0.metric.bias"}
+    destination: dict[str, Tensor] = {}
+    trained.state_dict(destination=destination, prefix="model.")
+    assert set(destination) == {f"model.{name}" for name in state}
+
+    fresh = nn.ModuleList([Holder(Loop(SPECS["noise"]).cascade)])
+    held = dict(fresh.named_parameters())
+    assert not any(fresh.load_state_dict(state, strict=True, assign=True))
+    assert fresh[0].cascade.stage == 2  # type: ignore[union-attr]
+    for name, parameter in fresh[0].cascade.named_parameters():  # type: ignore[union-attr]
+        assert parameter is held[f"0.cascade.{name}"]
+        assert torch.equal(parameter, loop.cascade.get_parameter(name)), name
+
+    rest = {name: value for name, value in state.items() if "cascade" not in name}
+    with unchanged(fresh[0].cascade):  # type: ignore[union-attr]
+        with pytest.raises(
+            RuntimeError, match=r"Missing key\(s\) in state_dict: \"0\.cascade\.lorasc_fx\.manifest\"\. $"
+        ):
+            fresh.load_state_dict(rest)
+        missing = fresh.load_state_dict(rest, strict=False)
+        assert missing.missing_keys == ["0.cascade.lorasc_fx.manifest"]
+        del rest["0.metric.bias"]  # found before the cascade, and still told
+        missing = fresh.load_state_dict(rest, strict=False)
+        assert missing.missing_keys == ["0.metric.bias", "0.cascade.lorasc_fx.manifest"]
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            fresh.load_state_dict({**state, "1.weight": X})
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] = {
+    "missing": (lambda state: state.pop("branch/first.weight/lora_A"), ("digest-mismatch",)),
+    "foreign": (lambda state: state.update({"model.first.weight": X}), ("digest-mismatch",)),
+    "changed": (lambda state: state["branch/first.weight/lora_A"].add_(1), ("digest-mismatch",)),
+    "no manifest": (lambda state: state.pop("lorasc_fx.manifest"), ("not-a-state-dict", "lorasc_fx.manifest")),
+    "manifest": (lambda state: state["lorasc_fx.manifest"].add_(1), ("unreadable-file",)),
+    "empty": (lambda state: state.clear(), ("not-a-state-dict",)),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_state_that_is_not_whole_is_refused(edit: str, strict: bool) -> None:
+    """With strict=False as well: there is no part of a cascade."""
+    loop, other = Loop(SPECS["noise"]), Loop(SPECS["noise"])
+    loop.go(0, 8)
+    state = loop.cascade.state_dict()
+    change, (code, *names) = EDITS[edit]
+    change(state)
+    with unchanged(other.cascade), raises(lx.CheckpointError, code, "load_state_dict", *names):
+        other.cascade.load_state_dict(state, strict=strict)
+
+
+def test_where_there_is_no_state() -> None:
+    loop = Loop(SPECS["noise"])
+    state = loop.cascade.state_dict()
+    with loop.cascade.weights("slow"):
+        with raises(lx.StateError, "inside-weights", "state_dict"):
+            loop.cascade.state_dict()
+        with raises(lx.StateError, "inside-weights", "load_state_dict"):
+            loop.cascade.load_state_dict(state)
+    loop.cascade.release()
+    with raises(lx.StateError, "released", "state_dict"):
+        loop.cascade.state_dict()
+    with raises(lx.StateError, "released", "load_state_dict"):
+        loop.cascade.load_state_dict(state)
+
+
+def test_a_copy_has_a_state_of_its_own() -> None:
+    loop = Loop(SPECS["noise"])
+    loop.go(0, 6)
+    state, twin = loop.cascade.state_dict(), copy.deepcopy(loop.cascade)
+    loop.go(6, 8)
+    before = of_cascade(loop.cascade)
+    twin.load_state_dict(loop.cascade.state_dict())
+    assert str(twin.load_state_dict(state)) == "<All keys matched successfully>"
+    again = twin.state_dict()
+    assert all(
+        torch.equal(value, again[name]) for name, value in state.items() if name.startswith(("branch", "expert"))
+    )
+    assert of_cascade(loop.cascade) == before
+
+
+def test_hooks_for_state_dicts_run() -> None:
+    cascade, seen = adapted(lx.CascadeSpec(rank=2)), []
+    hooked: Any = cascade
+    hooked.register_state_dict_pre_hook(lambda *_: seen.append("before"))
+    hooked.register_state_dict_post_hook(lambda _module, state, prefix, _: state.update({f"{prefix}more": X}))
+    hooked.register_load_state_dict_pre_hook(lambda _module, state, prefix, *_: state.pop(f"{prefix}more"))
+    hooked.register_load_state_dict_post_hook(lambda *_: seen.append("loaded"))
+    state = nn.ModuleDict({"c": cascade}).state_dict()
+    assert "c.more" in state
+    assert not any(nn.ModuleDict({"c": cascade}).load_state_dict(state))
+    assert seen == ["before", "loaded"]
+
+
+def test_timms_saver_writes_it(tmp_path: Path) -> None:
+    loop = Loop(SPECS["noise"])
+    loop.go(0, 8)
+    holder = nn.ModuleDict({"module": loop.cascade})  # as DistributedDataParallel; the saver unwraps it
+    saver = CheckpointSaver(holder, loop.optimizer, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    saved = torch.load(tmp_path / "last.pth.tar", weights_only=False)  # noqa: TID251 - as timm does
+    assert unwrap_model(holder) is loop.cascade
+    fresh = Loop(SPECS["noise"])
+    fresh.cascade.load_state_dict(saved["state_dict"])
+    fresh.optimizer.load_state_dict(saved["optimizer"])
+    loop.go(8, 12)
+    fresh.go(8, 12)
+    assert fresh.losses == loop.losses[8:]
+
+
+@pytest.mark.parametrize("average", [ModelEmaV3, AveragedModel])
+def test_an_average_of_a_cascade_is_refused_and_one_of_slow_weights_is_right(average: Any) -> None:
+    """Of the whole cascade it would be one of W_t with noise, and of B and A each by itself."""
+    loop = Loop(SPECS["noise"])
+    for module in (loop.cascade, Holder(loop.cascade)):
+        with raises(lx.StateError, "cascade-averaged", 'weights("slow")'):
+            average(module)
+    with loop.cascade.weights("slow"):
+        means = (
+            ModelEmaV3(loop.cascade.model, decay=0.75) if average is ModelEmaV3 else AveragedModel(loop.cascade.model)
+        )
+        expected = {name: value.detach().double().clone() for name, value in loop.cascade.model.named_parameters()}
+    if average is AveragedModel:
+        means.update_parameters(means.module)
+    for number in range(1, 4):
+        loop.go(6 * number, 6 * number + 6)
+        slow = loop.cascade.folded_state_dict()
+        weight = 0.25 if average is ModelEmaV3 else 1 / (number + 1)
+        expected = {name: torch.lerp(value, slow[name].double(), weight) for name, value in expected.items()}
+        with loop.cascade.weights("slow"):
+            (means.update if average is ModelEmaV3 else means.update_parameters)(loop.cascade.model)
+    for name, value in means.module.named_parameters():
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-6, rtol=0)
