@@ -247,6 +247,9 @@ def decode(
         if f"trained/{name}/average" in held:
             views["average"] = held.take(f"trained/{name}/average", shape, dtype)
         trained[name] = replace(kept, views=views)
+        start = trained[name].resting(manifest["parked"])
+        if torch.equal(values[name], start.to(values[name].dtype)):
+            values[name] = start  # the file may be of a cascade in another dtype: rounding is no training
     slow = SlowWeights(
         states, trained, manifest["parked"], averaged=manifest.get("averaged", 0), group=known.slow.group
     )

@@ -478,3 +478,25 @@ def scheduler_that_fails(optimizer: torch.optim.Optimizer) -> Any:
             super().load_state_dict(state_dict)
 
     return Refusing(optimizer, 1)
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_run_in_another_dtype_than_the_model_has_not_trained(idle: bool, tmp_path: Path) -> None:
+    """A parameter trained in full came back as the fp32 rounding of its slow value, and the next loop refused to start
+    after branches that had trained."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).double()
+    x, spec = torch.randn(4, 6, dtype=torch.float64), lx.CascadeSpec(rank=2, pace=0.3, train=("1.bias",))
+    cascade = lx.adapt(deepcopy(model), (x,), spec=spec)
+    optimizer = adamw(cascade)
+    for _ in cascade.stages(1, optimizer):
+        cascade(x).square().sum().backward()
+        optimizer.step()
+    if not idle:
+        next(iter(cascade.stages(2, optimizer)))
+    cascade.to(torch.float32)
+    lx.save(cascade, tmp_path)
+    loaded = lx.load(tmp_path, deepcopy(model), (x,))
+    assert loaded.model[1].bias.dtype == torch.float64
+    assert not torch.equal(loaded.model[1].bias, loaded.model[1].bias.float().double())
+    if idle:
+        assert [stage.number for stage in loaded.stages(1, adamw(loaded))] == [2]
