@@ -32,9 +32,6 @@ __all__ = ["CascadeCallback"]
 
 Evaluated = Literal["slow", "fast", "trained"]
 
-_READ = ("config", "loss_type", "accepts_loss_kwargs", "main_input_name", "num_parameters", "_get_name")
-"""What a Trainer reads off its model beside `forward`: by these it counts tokens, shifts labels and scales losses."""
-
 _PLATEAU = "lorasc_fx.plateau"
 """Entry of the Trainer's state."""
 
@@ -96,9 +93,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         self._over = False
         if evaluate == "trained":
             cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
-        for name in _READ:
-            if hasattr(cascade.model, name):
-                setattr(cascade, name, getattr(cascade.model, name))
+        vars(cascade)["_get_name"] = cascade.model._get_name  # by which a Trainer knows whether it shifts labels
         cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model
 
     # ---- what a Trainer tells
@@ -111,6 +106,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         if args.label_names is None:
             trainer.label_names = find_labels(type(self.cascade.model))  # it looks at the name of the class as well
         trainer.evaluation_loop = self._evaluating(trainer.evaluation_loop)
+        trainer.train = self._training(trainer.train)
         trainer.save_model = self._saving(trainer, trainer.save_model)
         trainer.create_optimizer = self._optimizing(trainer.create_optimizer)
 
@@ -199,6 +195,14 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             return contextlib.nullcontext()
         return self.cascade.weights(which)
 
+    def _training(self, original: Any) -> Any:
+        def train(*args: Any, **kwargs: Any) -> Any:
+            """Train as the Trainer does; TRL's have set a forward of theirs by now."""
+            _replace_fused_head(self.cascade)
+            return original(*args, **kwargs)
+
+        return train
+
     def _evaluating(self, original: Any) -> Any:
         def evaluation_loop(
             dataloader: Any,
@@ -208,6 +212,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             metric_key_prefix: str = "eval",
         ) -> Any:
             """Evaluate as the Trainer does, with the weights that are asked for in place."""
+            _replace_fused_head(self.cascade)
             rest = (description, prediction_loss_only, ignore_keys)
             with self._placed(self.evaluate):
                 found = original(dataloader, *rest, metric_key_prefix)
@@ -293,6 +298,50 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                     "were captured of it. Leave it out",
                     code="trainer-option-not-supported",
                 )
+
+
+def _replace_fused_head(cascade: Cascade) -> None:
+    """Let the cascade's own logits answer what TRL's trainers ask of the forward that they put before the model's.
+
+    With `fused_lm_head=True` theirs calls the backbone and the head by themselves, where no branches are.
+    """
+    fused: Any = getattr(vars(cascade).get("forward"), "__func__", None)
+    if getattr(fused, "__globals__", {}).get("__name__") != "trl.trainer.utils":
+        return
+    output = fused.__globals__["FusedCausalLMOutput"]
+    temperature = inspect.getclosurevars(fused).nonlocals["temperature"]
+
+    def forward(
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        own = type(cascade).forward
+        if not fused_lm_head:
+            asked = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return own(cascade, *args, **kwargs, **{name: value for name, value in asked.items() if value is not None})
+        logits = own(cascade, *args, **kwargs).logits.float() / temperature
+        if shift_labels is None:
+            assert labels is not None
+            logits, shift_labels = logits[:, :-1], labels[:, 1:]
+        mask, label = shift_labels != -100, shift_labels.clamp(min=0)
+        every = logits.log_softmax(-1)
+        log_probs = every.gather(-1, label[..., None])[..., 0].masked_fill(~mask, 0)
+        with torch.no_grad():
+            measured = {
+                "entropy": -(every.exp() * every).sum(-1),
+                "log_sum_sq_probs": (2 * every).logsumexp(-1),
+                "mean_logits": logits.mean(-1),
+                "is_top1": (every.argmax(-1) == label).float(),
+            }
+            measured = {name: value.masked_fill(~mask, 0) for name, value in measured.items()}
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return output(loss=-log_probs.sum() / count, log_probs=log_probs, label_mask=mask, **measured)
+
+    vars(cascade)["forward"] = forward
 
 
 def _calling_trainer() -> Any:

@@ -8,9 +8,9 @@ import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,11 @@ __all__ = ["Cascade", "Flags", "Joined", "Stage", "cascade_class", "give_back", 
 log = logging.getLogger("lorasc_fx")
 
 _CAPTURING = Lock()
+
+_METHOD_WEIGHTS: Mapping[str, Which] = {
+    "generate": "fast", "encode": "fast", "save_pretrained": "slow", "push_to_hub": "slow",
+}  # fmt: skip
+"""Weights that methods of the user's model run with."""
 
 WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
 _SHOWN = 8
@@ -130,6 +135,40 @@ class Cascade(nn.Module):
                 code="child-replaced",
             )
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the user's model: `config`, `device` and what else trainers read of a model.
+
+        Submodules are left out: called by themselves they compute without branches. Methods that compute or write have
+        the right weights in place while they run, unless `weights` has put others there: `generate` and `encode` the
+        fast ones, `save_pretrained` and `push_to_hub` the slow ones.
+
+        Raises:
+            AttributeError: neither the cascade nor the model has it, or it is a submodule.
+        """
+        children = self.__dict__.get("_modules", {})
+        if name in children:
+            return children[name]
+        if "model" not in children or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        model = children["model"]
+        if not hasattr(model, name):
+            raise AttributeError(f"neither the cascade nor its {type(model).__name__} has an attribute {name!r}")
+        value = getattr(model, name)
+        if isinstance(value, nn.Module):
+            raise AttributeError(
+                f"{name} is a module of the user's model, and computes without branches; take cascade.model.{name}"
+            )
+        if name not in _METHOD_WEIGHTS or not callable(value):
+            return value
+
+        @wraps(value)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            placed = self._run.released or self._run.inside_weights
+            with nullcontext() if placed else self.weights(_METHOD_WEIGHTS[name]):
+                return value(*args, **kwargs)
+
+        return call
 
     # ---- fake_mode
 

@@ -1,0 +1,91 @@
+"""A cascade has the attributes of its model, and methods that compute or write with the weights have the right ones."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import lorasc_fx as lx
+from tests.loops.kit import llama, merged, with_weights
+from tests.unit.cases import randomize
+
+IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
+
+
+def made() -> lx.Cascade:
+    """In its second stage, with a trained branch, and noise that changes what is generated."""
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(3.0), targets=("linear",))
+    cascade = lx.adapt(llama(), kwargs={"input_ids": IDS}, spec=spec)
+    for seed in (1, 2):
+        randomize(cascade, seed)
+        if seed == 1:
+            cascade.transition(None)
+    return cascade
+
+
+def test_what_trainers_read_is_the_models() -> None:
+    cascade = made()
+    model = cascade.model
+    for name in ("config", "generation_config", "device", "dtype", "main_input_name", "_keys_to_ignore_on_save"):
+        assert getattr(cascade, name) == getattr(model, name), name
+    assert cascade.can_generate() is True
+    assert cascade.num_parameters() == model.num_parameters()
+    assert cascade.get_input_embeddings() is model.get_input_embeddings()
+    cascade.add_model_tags(["cascade"])
+    assert model.model_tags == ["cascade"]
+    assert cascade.stage == 2  # its own names come first
+    assert copy.deepcopy(cascade).config.vocab_size == 40
+    with pytest.raises(AttributeError, match="neither the cascade nor its LlamaForCausalLM has an attribute 'confg'"):
+        _ = cascade.confg
+    assert not hasattr(cascade, "hf_device_map")
+    assert not hasattr(cascade, "__len__")
+
+
+def test_a_submodule_is_taken_of_the_model() -> None:
+    """By itself it has no branches; a wrapper's `module` is not one of the model either."""
+    cascade = made()
+    for name in ("base_model", "lm_head"):
+        with pytest.raises(AttributeError, match=rf"take cascade\.model\.{name}"):
+            getattr(cascade, name)
+    inner = lx.adapt(nn.ModuleDict({"module": nn.Linear(5, 3)})["module"], (torch.ones(2, 5),))
+    assert not hasattr(inner, "module")
+
+
+def test_generate_computes_with_the_fast_weights_or_those_in_place() -> None:
+    cascade = made()
+    values = merged(cascade)
+    slow = {name: value for name, value in values.items() if not name.startswith("fast")}
+    fast = {name.removeprefix("fast "): value for name, value in values.items() if name.startswith("fast")}
+    noisy = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
+    expected = {
+        which: with_weights(cascade.model, each).generate(IDS, max_new_tokens=6, do_sample=False)
+        for which, each in {"slow": slow, "fast": fast, "noisy": {}}.items()
+    }
+    assert len({str(each) for each in expected.values()}) == 3
+    assert torch.equal(cascade.generate(IDS, max_new_tokens=6, do_sample=False), expected["fast"])
+    with cascade.weights("slow"):
+        assert torch.equal(cascade.generate(IDS, max_new_tokens=6, do_sample=False), expected["slow"])
+    assert all(torch.equal(value, noisy[name]) for name, value in cascade.model.named_parameters())
+
+
+def test_save_pretrained_writes_the_slow_weights(tmp_path: Path) -> None:
+    cascade = made()
+    slow = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}
+    cascade.save_pretrained(tmp_path / "slow")
+    with cascade.weights("base"):
+        cascade.save_pretrained(tmp_path / "base")
+    held = AutoModelForCausalLM.from_pretrained(tmp_path / "slow", dtype=torch.float64)
+    for name, value in slow.items():
+        torch.testing.assert_close(held.get_parameter(name).detach(), value, atol=1e-12, rtol=0)
+    held = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    for name, value in llama().named_parameters():
+        assert torch.equal(held.get_parameter(name), value)
+    model = cascade.release()
+    cascade.save_pretrained(tmp_path / "released")
+    held = AutoModelForCausalLM.from_pretrained(tmp_path / "released", dtype=torch.float64)
+    assert all(torch.equal(held.get_parameter(name), value) for name, value in model.named_parameters())
