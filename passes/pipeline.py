@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal
 
-import networkx as nx
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -175,6 +174,8 @@ def _feasible(passes: Sequence[AnyPass], facts: frozenset[str]) -> bool:
 
 
 def _solve(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
+    import networkx as nx  # noqa: PLC0415 - it takes longer to import than this package
+
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
     graph.add_edges_from(_pairs(passes))

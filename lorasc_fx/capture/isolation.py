@@ -25,7 +25,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import is_quantized
@@ -323,10 +322,10 @@ def with_fake_tensors(
     """
     if has_values(model):
         return args, dict(kwargs)
-    mode, device = (
-        FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[])),
-        device_of(args, kwargs),
-    )
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415 - it imports sympy
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
+    device = device_of(args, kwargs)
 
     def fake(value: torch.Tensor) -> torch.Tensor:
         with mode:

@@ -129,7 +129,7 @@ def insert(live: fx.GraphModule, plan: Plan, branches: Mapping[str, Branch], ref
         live._modules[BRANCHES] = nn.ModuleDict(dict(branches))
     set_record(live, replace(record_of(live), plan=plan, refusals=refusals))
     share = [ShareInputs(least=WORTH_SHARING)] if plan.spec.placement == "auto" else []
-    adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share])(live).graph_module
+    adapted = Pipeline([MatchSites(plan.spec), InsertBranches(), *share], order="given")(live).graph_module
     record = record_of(adapted)
     assert record.plan is not None
     holder = adapted._modules[BRANCHES]

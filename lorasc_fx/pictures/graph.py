@@ -15,7 +15,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -269,8 +268,7 @@ def _cut(node: fx.Node, shown: set[fx.Node]) -> bool:
 
 
 def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
-    near: nx.Graph = nx.Graph()
-    near.add_nodes_from(seeds)
+    near = set(seeds)
     front = list(seeds)
     for _ in range(radius):
         found = []
@@ -278,9 +276,9 @@ def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
             neighbours = [*node.all_input_nodes, *node.users]
             if node in seeds or len(neighbours) <= CROWD:
                 found += [each for each in neighbours if each not in near]
-                near.add_nodes_from(neighbours)
+                near.update(neighbours)
         front = found
-    return set(near)
+    return near
 
 
 def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
@@ -388,6 +386,8 @@ def _apart(points: Sequence[Point], boxes: int, across: float) -> list[Point]:
 
 def _layers(names: Sequence[str], arrows: Sequence[tuple[str, str]]) -> list[int]:
     """Return the layer of each box: as far down as its longest path; what has no input, just above its reader."""
+    import networkx as nx  # noqa: PLC0415 - it takes longer to import than this package
+
     graph = nx.DiGraph()
     graph.add_nodes_from(names)
     graph.add_edges_from(arrows)

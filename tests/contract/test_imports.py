@@ -102,6 +102,19 @@ def test_import_brings_only_the_core_dependencies(code: str) -> None:
     assert not foreign, f"`import lorasc_fx` must do with {', '.join(CORE)}; it also imports {foreign}"
 
 
+def test_import_leaves_to_later_what_takes_long_to_import() -> None:
+    """Each of these takes longer to import than all modules of the package; what torch itself imports is its own."""
+    names = ["networkx", "sympy", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"]
+    done = python(
+        f"import sys, json, torch\nleft = [name for name in {names} if name not in sys.modules]\n"
+        "import lorasc_fx\nprint(json.dumps([left, [name for name in left if name in sys.modules]]))"
+    )
+    assert done.returncode == 0, done.stderr
+    left, imported = json.loads(done.stdout)
+    assert {"networkx", "sympy"} <= set(left)
+    assert not imported
+
+
 def test_passes_is_not_importable_by_its_bare_name() -> None:
     """A top-level `passes` would be the user's own; ours says so, in one sentence."""
     done = python("import passes")
