@@ -253,7 +253,7 @@ def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None
     """
     datasets = module_of("data", "datasets")
     datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as cache, reading(f"{kind}:{path}", "datasets", "unreadable-file"):
+    with tempfile.TemporaryDirectory() as cache, reading(f"{kind}:{path}", "datasets", code="unreadable-file"):
         if kind == "disk":
             table = datasets.load_from_disk(path)
         else:

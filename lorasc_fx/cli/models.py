@@ -101,7 +101,7 @@ def tokenizer_of(config: ModelConfig, kept: Path | None = None) -> Any:
         return None
     transformers = module_of("text", "transformers")
     folder = kept if kept is not None and kept.is_dir() else _hf_folder(config.name[3:])
-    with reading(config.name, "transformers", "unreadable-model"):
+    with reading(config.name, "transformers", code="unreadable-model"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -186,7 +186,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     safe = {"local_files_only": True, "trust_remote_code": False}
     options = {**safe, "use_safetensors": True, "dtype": torch.float32}
     model: nn.Module
-    with reading(config.name, "transformers", "unreadable-model"):
+    with reading(config.name, "transformers", code="unreadable-model"):
         about = transformers.AutoConfig.from_pretrained(folder, **safe)
         if any(name.endswith(CLASSIFIER) for name in about.architectures or ()):
             head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
