@@ -42,7 +42,7 @@ _MAX_CLAIMED = 1 << 22
 _MAX_LITERAL = 1 << 26
 """Entries beyond those bytes of a tensor that one op makes of literals: an attention mask over 8,192 positions."""
 _MAX_POWER = 64
-"""Product of the exponents in one symbolic size, at most: a longer tower makes a number of any length."""
+"""Product of the exponents that apply to one term of a symbolic size, at most: a tower makes a number of any length."""
 
 _TEXT = re.compile(r"[\w .,:;/+<>=@\-]*")
 _NAME = re.compile(r"\w*")
@@ -225,8 +225,9 @@ def _is_size(text: str) -> bool:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    power = 1.0
-    for node in ast.walk(tree):
+    waiting: list[tuple[ast.AST, float]] = [(tree, 1.0)]
+    while waiting:
+        node, power = waiting.pop()  # the product of the exponents of this node and above it
         match node:
             case ast.Constant(value=str(value)):
                 allowed = _SYMBOL.fullmatch(value) is not None
@@ -248,6 +249,7 @@ def _is_size(text: str) -> bool:
                 allowed = isinstance(node, (*_ARITHMETIC, ast.keyword))
         if not allowed or power > _MAX_POWER:
             return False
+        waiting += [(child, power) for child in ast.iter_child_nodes(node)]
     return True
 
 

@@ -164,6 +164,7 @@ def hostile(code: str) -> dict[str, Callable[[Parts, Path], None]]:
         "a size that is code": lambda program: size(program, code),
         "a size without end": lambda program: size(program, "9**9**9**9"),
         "a tower of small exponents": lambda program: size(program, "((((9**60)**60)**60)**60)**60"),
+        "a tower between functions": lambda program: size(program, "Pow(Max(Pow(Max(9**60, 1), 60), 1), 60)"),
         "a guard that is code": lambda program: program.update(guards_code=[code]),
         "a guard that asks for more": lambda program: program.update(guards_code=["L['x'].__class__ == 3"]),
         "a target that loads": lambda program: graph(program)["nodes"][0].update(target="torch.hub.load"),

@@ -93,6 +93,28 @@ def test_a_pt2_is_adapted(tmp_path: Path) -> None:
     assert torch.equal(cascade(X), mlp()(X))
 
 
+class Levels(nn.Module):
+    """All positions of seven feature maps of a square image in one axis, as a detector has them: seven squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(2, 2, 3, padding=1, stride=2) for _ in range(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps, x = [], x + x.transpose(2, 3)
+        for layer in self.layers:
+            x = layer(x)
+            maps.append(x.flatten(2))
+        return torch.cat(maps, 2)
+
+
+def test_a_size_with_many_squares_is_no_tower(tmp_path: Path) -> None:
+    side, image = torch.export.Dim.AUTO, torch.randn(1, 2, 256, 256)
+    program = torch.export.export(Levels(), (image,), dynamic_shapes=({2: side, 3: side},))
+    torch.export.save(program, tmp_path / "levels.pt2")
+    assert torch.equal(open_model(tmp_path / "levels.pt2")(image), program.module()(image))
+
+
 def test_parts_that_share_their_bytes(tmp_path: Path) -> None:
     """Such a file has any size once it is read."""
     path = tmp_path / "shared.pt2"
