@@ -44,7 +44,9 @@ class DoraBranch(Branch):
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)
-        self.lora_magnitude_vector = nn.Parameter(self.norms(like))
+        hollow = self.lora_A.detach().new_ones(site.matrix_shape[0])  # until `materialize`
+        magnitude = hollow if like.is_meta else self.norms(like)
+        self.lora_magnitude_vector = nn.Parameter(magnitude)
 
     @property
     def magnitude(self) -> nn.Parameter:

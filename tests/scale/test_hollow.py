@@ -65,11 +65,12 @@ def test_it_is_as_if_the_model_had_been_loaded_before(name: str, tmp_path: Path)
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, use_dora=True)], ids=["lora", "dora"])
 @pytest.mark.parametrize("base", ["memory", "file"])
-def test_a_small_net(base: str, tmp_path: Path) -> None:
+def test_a_small_net(base: str, spec: lx.CascadeSpec, tmp_path: Path) -> None:
     files = MLP.files(tmp_path)
-    there = lx.materialize(lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC, base=base), files)
-    here = lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)
+    there = lx.materialize(lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=spec, base=base), files)
+    here = lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=spec)
     assert there.plan == here.plan
     assert maps_a_file(there) or base == "memory"
     for one, two in zip(trained(there, MLP), trained(here, MLP), strict=True):
