@@ -185,6 +185,26 @@ def test_the_fold_of_a_checkpoint_is_that_of_its_cascade(
     assert again.read_bytes() == out.read_bytes()
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 0.0)])
+def test_the_values_in_the_files_of_a_base(tmp_path: Path, dtype: torch.dtype, atol: float) -> None:
+    """By the formula in fp64, rounded once: `W0 + pace * sum s B A`, of the experts as the checkpoint holds them."""
+    state, base, index = mlp().to(dtype).state_dict(), tmp_path / "base", {}
+    base.mkdir()
+    for number, names in enumerate((["0.weight", "0.bias"], [name for name in state if name[0] != "0"])):
+        save_file({name: state[name] for name in names}, base / f"model-{number}.safetensors")
+        index |= dict.fromkeys(names, f"model-{number}.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    lx.save(stepped(small(dtype), 2, running=False), tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--out", str(out)]) == 0
+    held = lx.runtime.read(tmp_path / "checkpoint").tensors
+    for name in ("0.weight", "2.weight"):  # whose experts have not been summed
+        pairs = [[held[f"expert/{name}/{number}/{factor}"].double() for factor in "ba"] for number in range(2)]
+        expected = (state[name].double() + 0.5 * sum(b @ a for b, a in pairs)).to(dtype)
+        assert not torch.equal(expected, state[name])
+        torch.testing.assert_close(load_file(out / index[name])[name], expected, rtol=0, atol=atol)
+
+
 def test_after_the_last_stage(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     save_file(mlp().state_dict(), base)
