@@ -25,8 +25,11 @@ from lorasc_fx.export.peft_import import from_peft
 from lorasc_fx.graph import register_form
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import Cascade, save
+from lorasc_fx.runtime.checkpoint import version as _version
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
+
+__version__ = _version()
 
 __all__ = [
     "CaptureError",

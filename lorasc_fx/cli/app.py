@@ -6,7 +6,6 @@ else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import pkgutil
@@ -18,6 +17,7 @@ from typing import Any, get_type_hints
 
 from lorasc_fx.errors import LorascError, SpecError, nearest
 from lorasc_fx.extras import require
+from lorasc_fx.runtime.checkpoint import version
 
 __all__ = ["main"]
 
@@ -66,7 +66,7 @@ def _command(arguments: list[str]) -> int:
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
     if name == "--version":
-        print(importlib.metadata.version("lorasc-fx"))
+        print(version())
         return 0
     if name not in COMMANDS:
         raise SpecError(

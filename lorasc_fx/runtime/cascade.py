@@ -672,6 +672,23 @@ class Cascade(nn.Module):
 
         return restore
 
+    # ---- the names that peft has for these
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of parameters that train, of all those of model and branches; `print(cascade)` says more."""
+        trainable = sum(parameter.numel() for parameter in self._run.trainable().values())
+        total = sum(parameter.numel() for parameter in self.parameters())
+        share = 100 * trainable / max(total, 1)
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def merge_and_unload(self) -> nn.Module:
+        """Fold, and return the user's model: `release`."""
+        return self.release()
+
+    def disable_adapter(self) -> AbstractContextManager[Cascade]:
+        """Put the base's weights in place for the time of a `with`: `weights("base")`."""
+        return self.weights("base")
+
     # ---- moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:

@@ -41,6 +41,7 @@ __all__ = [
     "next_name",
     "plain_bytes",
     "sanitized",
+    "version",
     "versions",
     "way_back",
 ]
@@ -163,7 +164,7 @@ def sanitized(name: object, most: int = 80) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of torch, of this package and of python: the same bits are promised under the same ones."""
-    return {"torch": str(torch.__version__), "lorasc-fx": _own(), "python": platform.python_version()}
+    return {"torch": str(torch.__version__), "lorasc-fx": version(), "python": platform.python_version()}
 
 
 def differences(saved: Any) -> list[str]:
@@ -176,7 +177,8 @@ def differences(saved: Any) -> list[str]:
 
 
 @functools.cache
-def _own() -> str:
+def version() -> str:
+    """Return the version of this package."""
     try:
         return importlib.metadata.version("lorasc-fx")
     except importlib.metadata.PackageNotFoundError:  # run from a source tree

@@ -114,7 +114,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], object]:
 @pytest.fixture
 def command() -> list[str]:
     """Return what runs the command line in a process of its own."""
-    return [sys.executable, "-m", "lorasc_fx.cli"]
+    return [sys.executable, "-m", "lorasc_fx"]
 
 
 @pytest.fixture

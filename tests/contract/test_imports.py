@@ -78,7 +78,7 @@ def loaded_by(code: str) -> set[str]:
 
 def every_module_inside() -> str:
     """Code that imports each module but those of the edges, cli and integrations, which may want more."""
-    edges = ("lorasc_fx.cli", "lorasc_fx.integrations")
+    edges = ("lorasc_fx.__main__", "lorasc_fx.cli", "lorasc_fx.integrations")
     names = [module_name(path) for path in sources()]
     return "\n".join(f"import {name}" for name in names if not name.startswith(edges))
 

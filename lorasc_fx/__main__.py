@@ -1,4 +1,4 @@
-"""`python -m lorasc_fx.cli` is `lorasc-fx`."""
+"""`python -m lorasc_fx` is `lorasc-fx`."""
 
 from __future__ import annotations
 
