@@ -68,7 +68,7 @@ CODES = {
     "dora-not-supported": "DoRA cannot be applied to this weight or in this call",
     "double-backward": "a second derivative needs the input of a branch that was not kept",
     "dropout-not-supported": "dropout has no meaning where a weight is split over processes",
-    "empty-cell": "a cell of a CSV file is empty",
+    "empty-cell": "a cell of a table is empty, or its class is -1",
     "empty-pipeline": "a pipeline has no pass",
     "evaluated-with-noise": "(warning) the cascade was called in eval mode, and its weights hold noise",
     "export-refused": "torch.export or torch.onnx refuses the folded graph",

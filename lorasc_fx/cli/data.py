@@ -276,7 +276,7 @@ def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None
             image = image_size is not None and name == wanted[0]
             names, cells = getattr(table.features[name], "names", None), []
             for row, cell in enumerate((entry[name] for entry in table.select_columns([name])), start=1):
-                if cell is None or cell == "":
+                if cell is None or cell == "" or (names and cell < 0):  # -1 is a class that is not known
                     raise SpecError(
                         f"{kind}:{path}: row {row}: the cell {name!r} is empty; fill it, or take the row out",
                         code="empty-cell",

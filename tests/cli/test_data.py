@@ -316,6 +316,16 @@ def test_a_damaged_table(tmp_path: Path) -> None:
         load_data(DataConfig(name=name), letters)
 
 
+def test_an_unknown_class_of_a_table(tmp_path: Path) -> None:
+    """Data sets have the class -1 where it is kept secret, as in a test split."""
+    import datasets
+
+    written = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]})
+    written.cast_column("label", datasets.ClassLabel(names=["sad", "glad"])).to_parquet(tmp_path / "a.parquet")
+    with raises(SpecError, "empty-cell", "row 3", "label"):
+        load_data(DataConfig(name=f"parquet:{tmp_path / 'a.parquet'}"), letters)
+
+
 def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
     import datasets
 
