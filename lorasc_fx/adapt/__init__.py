@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lorasc_fx.adapt.peft_spec import spec_of
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import FRONTENDS, Calls, check_binds, is_on_meta, open_model, signature_of, written_by
 from lorasc_fx.compile import Compiler
@@ -53,7 +54,7 @@ def adapt(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    spec: CascadeSpec | None = None,
+    spec: CascadeSpec | Any = None,
     frontend: str = "auto",
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
@@ -64,7 +65,7 @@ def adapt(
             adapted without memory, and gets its numbers by `materialize`; until then the cascade only shows its plan.
         args, kwargs: example inputs; their sizes do not matter, their types do. The model runs a few times on them,
             leaving no trace, to see what it does and that its graph does the same.
-        spec: what is asked, see `CascadeSpec`.
+        spec: what is asked, see `CascadeSpec`; or a `peft.LoraConfig`, where the rest is as in `CascadeSpec()`.
         frontend: `export`, `dynamo`, `symbolic`, `pieces`, or `auto`, the first that takes the model.
         base: what keeps W0 of the sites: `memory`, a copy on the host; the path of a safetensors file, or of a folder
             with `model.safetensors` or its shards, which is mapped and not read; or `file`, the folder that a model of
@@ -82,10 +83,15 @@ def adapt(
         StateError: the model is adapted already.
         CaptureError: the model refuses the inputs, or no front end takes the model.
     """
-    plan = Plan(spec if spec is not None else CascadeSpec())
-    if not isinstance(plan.spec, CascadeSpec):
-        raise SpecError(f"spec is {type(plan.spec).__name__}; give a lorasc_fx.CascadeSpec")
+    if (from_peft := getattr(spec, "peft_type", None) == "LORA") or spec is None:
+        plan = Plan(CascadeSpec())
+    elif isinstance(spec, CascadeSpec):
+        plan = Plan(spec)
+    else:
+        raise SpecError(f"spec is {type(spec).__name__}; give a lorasc_fx.CascadeSpec, or a peft.LoraConfig")
     opened = open_model(model)
+    if from_peft:
+        plan = Plan(spec_of(spec, opened))
     _check_new(opened, on_meta=True)
     weights = named_weights(opened)
     check_patterns(plan.spec, weights.matrices, weights.names)

@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
+from lorasc_fx.adapt.peft_spec import FOREIGN, IDLE, by_pattern
 from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import CheckpointError, nearest
 from lorasc_fx.export.peft_layout import Conv1d, Place
@@ -94,39 +95,13 @@ def leaking(model: nn.Module, places: Iterable[Place]) -> dict[str, str]:
     }
 
 
-Number = TypeVar("Number", int, float)
-
 LONGEST = 1 << 24
 """Bytes of a configuration; those of large models have a few hundred thousand."""
-
-_IDLE = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type",
-}  # fmt: skip
-"""Keys that say nothing of the numbers, or what the names of the tensors say again."""
 
 _READ = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "r", "rank_pattern",
     "target_parameters", "use_rslora",
 }  # fmt: skip
-
-_FOREIGN = {
-    "alora_invocation_tokens": "an activated LoRA changes some tokens only",
-    "arrow_config": "Arrow routes between adapters",
-    "corda_config": "CorDA changes the base",
-    "kasa_config": "KaSA changes the base",
-    "layer_replication": "it repeats layers of the base",
-    "lora_bias": "the factors have a bias, which is no part of a weight",
-    "monteclora_config": "MonteCLoRA draws its factors",
-    "trainable_token_indices": "single rows of an embedding were trained",
-    "use_bdlora": "its factors are block-diagonal",
-    "use_dora": "DoRA scales whole rows of the weight, which is no low-rank change",
-    "use_qalora": "QA-LoRA pools the input",
-    "velora_config": "VeLoRA is another layer",
-}
-"""Features that make an adapter something else than `W + s B A`, with the reason."""
 
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """What `init_lora_weights` may be: the others change the base weights, or need another layer."""
@@ -159,16 +134,11 @@ class AdapterConfig:
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a module, or parameter, of this name."""
-        return _by_pattern(self.ranks, name, self.rank)
+        return by_pattern(self.ranks, name, self.rank)
 
     def alpha_of(self, name: str) -> float:
         """Return lora_alpha of a module, or parameter, of this name."""
-        return _by_pattern(self.alphas, name, self.lora_alpha)
-
-
-def _by_pattern(patterns: Mapping[str, Number], name: str, otherwise: Number) -> Number:
-    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(found, otherwise)
+        return by_pattern(self.alphas, name, self.lora_alpha)
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -199,10 +169,10 @@ def read_config(folder: Path) -> AdapterConfig:
             code="adapter-not-supported",
         )
     for key, value in data.items():
-        if key in _FOREIGN and value:
-            raise CheckpointError(f"{path}: {key} is {_short(value)}: {_FOREIGN[key]}", code="adapter-not-supported")
-        if value and key not in {*_IDLE, *_READ, *_FOREIGN}:
-            hint = nearest(key, {*_IDLE, *_READ, *_FOREIGN})
+        if key in FOREIGN and value:
+            raise CheckpointError(f"{path}: {key} is {_short(value)}: {FOREIGN[key]}", code="adapter-not-supported")
+        if value and key not in {*IDLE, *_READ, *FOREIGN}:
+            hint = nearest(key, {*IDLE, *_READ, *FOREIGN})
             raise CheckpointError(
                 f"{path}: {key!r} is {_short(value)}, a key that this version does not know{hint}; "
                 "it may change what the adapter computes",

@@ -1,0 +1,86 @@
+"""A `peft.LoraConfig` as the spec: peft's own model of the same config says what is adapted, how, and what trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import lorasc_fx as lx
+from tests.kit.errors import raises
+from tests.kit.state import branches_of
+from tests.loops.kit import llama
+
+IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
+PREFIX = "base_model.model."
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "suffixes": {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 5},
+    "path": {"target_modules": ["model.layers.1.mlp.up_proj"]},
+    "regex": {"target_modules": r".*layers\.0\..*(k|v)_proj", "lora_dropout": 0.25},
+    "all-linear": {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 12},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
+    "excluded by regex": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"},
+    "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "a layer of a pattern": {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj", "gate_proj"], "r": 2, "lora_alpha": 4,
+        "rank_pattern": {"v_proj": 5, r"layers\.0\.self_attn\.q_proj": 3}, "alpha_pattern": {"gate_proj": 9},
+    },
+    "biases": {"target_modules": ["q_proj"], "bias": "lora_only"},
+    "all biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "dora": {"target_modules": ["v_proj"], "use_dora": True},
+    "pissa": {"target_modules": ["v_proj"], "init_lora_weights": "pissa", "r": 4},
+    "pissa, fast": {"target_modules": ["v_proj"], "init_lora_weights": "pissa_niter_4", "r": 4},
+    "olora": {"target_modules": ["v_proj"], "init_lora_weights": "olora", "r": 4},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_adapted_is_what_peft_adapts(name: str) -> None:
+    theirs = get_peft_model(llama(attention_bias=True).float(), LoraConfig(**CONFIGS[name]))
+    cascade = lx.adapt(llama(attention_bias=True).float(), kwargs={"input_ids": IDS}, spec=LoraConfig(**CONFIGS[name]))
+    layers = {
+        path.removeprefix(PREFIX): module
+        for path, module in theirs.named_modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    }
+    branches = branches_of(cascade)
+    assert set(branches) == {f"{path}.weight" for path in layers}
+    for path, layer in layers.items():
+        branch = branches[f"{path}.weight"]
+        assert branch.rank == layer.r["default"], path
+        assert branch.scale == pytest.approx(layer.scaling["default"], rel=1e-12), path
+    config = LoraConfig(**CONFIGS[name])
+    assert cascade.plan.spec.dropout == config.lora_dropout
+    assert cascade.plan.spec.use_dora == config.use_dora
+    start = config.init_lora_weights
+    assert cascade.plan.spec.start == (start[:5] if isinstance(start, str) else "lora")
+    trained = {
+        each.removeprefix(PREFIX).replace("modules_to_save.default.", "").replace(".base_layer", "")
+        for each, parameter in theirs.named_parameters()
+        if parameter.requires_grad and "lora_" not in each
+    }
+    ours = {each.removeprefix("model.") for each, parameter in cascade.named_parameters() if parameter.requires_grad}
+    assert {each for each in ours if not each.startswith("branches.")} == {
+        each.replace(".base_layer", "") for each in trained
+    }
+
+
+def test_what_has_no_counterpart_is_one_error() -> None:
+    odd: dict[str, Any] = {"trainable_token_indices": [1], "layer_replication": [(0, 2)]}
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian", **odd)
+    model = llama()
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    names = ("init_lora_weights='gaussian'", "trainable_token_indices", "layer_replication", "repeats layers")
+    with raises(lx.SpecError, "adapter-not-supported", *names):
+        lx.adapt(model, kwargs={"input_ids": IDS}, spec=config)
+    with raises(lx.SpecError, "adapter-not-supported", "target_modules=None"):
+        lx.adapt(model, kwargs={"input_ids": IDS}, spec=LoraConfig())
+    with raises(lx.UnknownTarget, "unknown-target", "q_porj"):
+        lx.adapt(model, kwargs={"input_ids": IDS}, spec=LoraConfig(target_modules=["q_porj"]))
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
