@@ -494,7 +494,7 @@ class Cascade(nn.Module):
         """
         ranks = self._run.slow.group or ProcessGroup.of(group)
         with ranks.agreed("resume"):
-            self._run.check_alive("resume")
+            self._run.check_ready("resume", sharded=True, parallel=True)
             if (loaded := self._loaded) is None:
                 raise StateError(
                     "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)",
@@ -676,6 +676,7 @@ class Cascade(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print the number of parameters that train, of all those of model and branches; `print(cascade)` says more."""
+        self._run.check_alive("print_trainable_parameters", on_meta=True)
         trainable = sum(parameter.numel() for parameter in self._run.trainable().values())
         total = sum(parameter.numel() for parameter in self.parameters())
         share = 100 * trainable / max(total, 1)
