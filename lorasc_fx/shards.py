@@ -146,6 +146,8 @@ class ProcessGroup:
 
     def gather_text(self, text: str, call: str) -> list[str]:
         """Return the text of every rank, by rank; raises as `gather`."""
+        if self.handle is None:
+            return [text]
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         return [bytes(row.tolist()).decode() for row in self.gather(data, call)]
 

@@ -204,7 +204,7 @@ def contents(
     if run.is_sharded:
         later = {name: axis for name, value in tensors.items() if (axis := shard_axis(value)) is not None}
         manifest["shards"] = axes | later
-    tensors = {name: local(tensor).contiguous() for name, tensor in tensors.items()}
+    tensors = {name: local(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not training_state.is_storable(tensor):
             raise CheckpointError(
@@ -212,7 +212,7 @@ def contents(
                 "make it dense or cast it before",
                 code="not-serializable",
             )
-    return tensors, manifest
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest
 
 
 def _check_keys(value: Any) -> None:
