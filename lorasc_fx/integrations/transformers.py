@@ -19,7 +19,7 @@ from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.extras import require
 from lorasc_fx.runtime import Cascade, transition
 from lorasc_fx.runtime.optim import check_holds
-from lorasc_fx.schedules import Plateau
+from lorasc_fx.schedules import Plateau, StageSchedule
 from lorasc_fx.undo import AllOrNothing
 
 require("loops", "transformers", "accelerate")
@@ -31,9 +31,18 @@ from transformers.utils.generic import find_labels  # noqa: E402
 __all__ = ["CascadeCallback"]
 
 Evaluated = Literal["slow", "fast", "trained"]
+Scheduled = Literal["training", "stage"]
 
 _PLATEAU = "lorasc_fx.plateau"
 """Entry of the Trainer's state."""
+
+_SHAPES: dict[str, tuple[float, Literal["cosine", "linear"]]] = {
+    "linear": (0.0, "linear"),
+    "cosine": (0.0, "cosine"),
+    "constant": (1.0, "cosine"),
+    "constant_with_warmup": (1.0, "cosine"),
+}
+"""Floor and decay of a StageSchedule by the Trainer's `lr_scheduler_type`."""
 
 _BEHIND = ("neftune_noise_alpha", "activation_checkpointing", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval")
 """Arguments by which a Trainer changes a model behind the captured graphs: its Python, or its dtype for a while."""
@@ -58,6 +67,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             pass for it, and reports it as `eval_fast_loss`.
         evaluate: what evaluations and predictions see: the `slow` weights, the `fast` ones, or the cascade as it is
             `trained` at this moment, noise included.
+        schedule: what the Trainer's `lr_scheduler_type` and `warmup_steps` are over: the whole `training`, or each
+            `stage`, by an `lx.StageSchedule` (types linear, cosine, constant, constant_with_warmup).
 
     Raises:
         SpecError: two ways of ending stages, a count below 1, or arguments of the Trainer that a cascade cannot follow.
@@ -72,6 +83,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         steps: int | None = None,
         plateau: Plateau | int | None = None,
         evaluate: Evaluated = "slow",
+        schedule: Scheduled = "training",
     ) -> None:
         given = {"epochs": epochs, "steps": steps, "plateau": plateau}
         asked = [name for name, value in given.items() if value is not None]
@@ -83,14 +95,16 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         for name, count in (("epochs", epochs), ("steps", steps)):
             if count is not None and (not is_integer(count, 1)):
                 raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
-        if evaluate not in get_args(Evaluated):
-            raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; give one of {', '.join(get_args(Evaluated))}")
+        for name, value, kind in (("evaluate", evaluate, Evaluated), ("schedule", schedule, Scheduled)):
+            if value not in get_args(kind):
+                raise SpecError(f"CascadeCallback: {name} is {value!r}; give one of {', '.join(get_args(kind))}")
         cascade._run.check_alive("CascadeCallback")
-        self.cascade, self.evaluate = cascade, evaluate
+        self.cascade, self.evaluate, self.schedule = cascade, evaluate, schedule
         self.epochs, self.steps = epochs if asked else 1, steps
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._trainer: Any = None
         self._over = False
+        self._batches: Any = None
         if evaluate == "trained":
             cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
         vars(cascade)["_get_name"] = cascade.model._get_name  # by which a Trainer knows whether it shifts labels
@@ -109,6 +123,9 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         trainer.train = self._training(trainer.train)
         trainer.save_model = self._saving(trainer, trainer.save_model)
         trainer.create_optimizer = self._optimizing(trainer.create_optimizer)
+        if self.schedule == "stage":
+            trainer.get_train_dataloader = self._loading(trainer.get_train_dataloader)
+            trainer.create_scheduler = self._scheduling(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Check that the training can go as it was asked for."""
@@ -238,6 +255,44 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
         return create_optimizer
 
+    def _loading(self, original: Any) -> Any:
+        def get_train_dataloader() -> Any:
+            """Return the Trainer's batches, whose number is asked for when the scheduler is made."""
+            self._batches = original()
+            return self._batches
+
+        return get_train_dataloader
+
+    def _scheduling(self, trainer: Any) -> Any:
+        def create_scheduler(num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+            """Make a schedule of each stage, with the Trainer's warm-up and decay."""
+            if trainer.lr_scheduler is None:
+                optimizer = optimizer or trainer.optimizer
+                steps, warmup = self._stage_steps(trainer.args), 0
+                if trainer.args.lr_scheduler_type != "constant":
+                    warmup = trainer.args.get_warmup_steps(steps or 0)
+                floor, decay = _SHAPES[trainer.args.lr_scheduler_type]
+                trainer.lr_scheduler = StageSchedule(
+                    getattr(optimizer, "optimizer", optimizer),  # accelerate's is around the one that steps
+                    self.cascade,
+                    steps,
+                    warmup=warmup,
+                    floor=floor,
+                    decay=decay,
+                )
+                trainer._created_lr_scheduler = True
+            return trainer.lr_scheduler
+
+        return create_scheduler
+
+    def _stage_steps(self, args: Any) -> int | None:
+        """Return the optimizer steps of a stage; None where a plateau ends it."""
+        if self.plateau is not None or self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        updates = math.ceil(len(self._batches) / int(args.gradient_accumulation_steps))
+        return self.epochs * max(1, updates)
+
     def _saving(self, trainer: Any, original: Any) -> Any:
         def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
             """Write the user's model with the slow weights; a checkpoint gets the cascade's state dict."""
@@ -291,6 +346,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 "only",
                 code="data-parallel",
             )
+        if self.schedule == "stage":
+            self._check_schedule(args)
         for name in _BEHIND:
             if getattr(args, name, None):
                 raise SpecError(
@@ -298,6 +355,21 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                     "were captured of it. Leave it out",
                     code="trainer-option-not-supported",
                 )
+
+    def _check_schedule(self, args: Any) -> None:
+        if args.lr_scheduler_type not in _SHAPES or args.lr_scheduler_kwargs:
+            given = f"{args.lr_scheduler_type.value} {args.lr_scheduler_kwargs or ''}".strip()
+            raise SpecError(
+                f"CascadeCallback: schedule is 'stage', and lr_scheduler_type is {given}; give one of "
+                f"{', '.join(_SHAPES)}, or optimizers=(optimizer, lx.StageSchedule(...))",
+                code="conflicting-options",
+            )
+        if self.plateau is not None and (_SHAPES[args.lr_scheduler_type][0] < 1 or 0 < args.warmup_steps < 1):
+            raise SpecError(
+                "CascadeCallback: schedule is 'stage', and a plateau says how long a stage is; give lr_scheduler_type "
+                "'constant' or 'constant_with_warmup', and warmup_steps as a number of steps",
+                code="conflicting-options",
+            )
 
 
 def _replace_fused_head(cascade: Cascade) -> None:

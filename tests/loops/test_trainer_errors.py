@@ -26,6 +26,7 @@ CallbackOf = lx.integrations.transformers.CascadeCallback
         ({"epochs": 1, "steps": 2}, ("conflicting-options", "epochs", "steps")),
         ({"steps": 0}, ("invalid-value", "steps", "0")),
         ({"epochs": True}, ("invalid-value", "epochs", "True")),
+        ({"schedule": "step"}, ("invalid-value", "schedule", "step", "training, stage")),
         ({"evaluate": "slwo"}, ("invalid-value", "evaluate", "slwo", "slow, fast, trained")),
     ],
 )
@@ -67,6 +68,23 @@ def test_what_changes_the_model_behind_its_graphs(tmp_path: Path, more: dict[str
     cascade, ((name, value),) = adapted(SPEC), more.items()
     with raises(lx.SpecError, "trainer-option-not-supported", name, value):
         Trainer(model=cascade, args=arguments(tmp_path, **more), callbacks=[CallbackOf(cascade)])
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "words"),
+    [
+        ({}, {"lr_scheduler_type": "inverse_sqrt"}, ("inverse_sqrt", "linear", "StageSchedule")),
+        ({"plateau": 1}, {"lr_scheduler_type": "cosine"}, ("plateau", "constant_with_warmup")),
+        ({"plateau": 1}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, ("plateau", "number of")),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_no_stage_can_have(
+    tmp_path: Path, how: dict[str, Any], more: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    callback = CallbackOf(adapted(SPEC), schedule="stage", **how)
+    with raises(lx.SpecError, "conflicting-options", *words):
+        Trainer(model=callback.cascade, args=arguments(tmp_path, **more), callbacks=[callback])
 
 
 def test_epochs_of_data_without_a_length(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def trainer_of(cascade: lx.Cascade, folder: Path, how: dict[str, Any], *callback
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "epochs": ({"epochs": 1}, {}, {}),
     "steps-accumulated": ({"steps": 2}, {"gradient_accumulation_steps": 2, "num_train_epochs": 3}, {}),
+    "schedule": ({"steps": 3, "schedule": "stage"}, {"lr_scheduler_type": "linear", "warmup_steps": 1}, {}),
     "plateau": ({"plateau": 0}, {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.5}, {}),
     "ranks-redrawn": ({"steps": 2}, {}, {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")}),
     "dora": ({"steps": 3}, {}, {"use_dora": True, "train": ()}),
