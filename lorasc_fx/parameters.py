@@ -1,5 +1,4 @@
-"""Where a model holds its parameters and buffers, the exchange of a tensor for another one wherever it is held, and the
-state that training moves besides the weights.
+"""Where a model holds its parameters and buffers, and the exchange of a tensor for another one wherever it is held.
 
 A module holds a tensor in its dictionaries of parameters and buffers, perhaps under several names, and may hold it in a
 plain list besides, as recurrent layers do with the weights that they hand to torch (`_flat_weights`).
@@ -15,15 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.shards import local
-from lorasc_fx.undo import Block, Undo, isolated, no_grad
+from lorasc_fx.undo import Block, Undo, isolated
 
 __all__ = [
     "Holder",
-    "Slot",
+    "buffer_holders",
     "buffer_layout",
-    "buffer_slots",
-    "buffers_restorer",
     "exchange",
     "holders",
     "holders_of",
@@ -40,16 +36,18 @@ class Holder:
         leaf: name of the parameter or buffer in the module; "" in a list for a tensor that has no name in this module.
         store: the dictionary or list.
         key: of the store.
-        value: the tensor that the place held when it was found.
+        value: the tensor that the place held when it was found; None for a buffer without one.
+        device: of the tensor; of an empty place that of the model.
     """
 
     module: nn.Module
     leaf: str
     store: Any
     key: Any
-    value: torch.Tensor
+    value: torch.Tensor | None
+    device: torch.device
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: torch.Tensor | None) -> None:
         """Let the place hold another tensor."""
         self.store[self.key] = value
 
@@ -67,14 +65,14 @@ def holders(model: nn.Module) -> Iterator[Holder]:
             for leaf, value in store.items():
                 if value is not None:
                     names.setdefault(id(value), leaf)
-                    yield Holder(module, leaf, store, leaf, value)
+                    yield Holder(module, leaf, store, leaf, value, value.device)
         for name, attribute in vars(module).items():
             if type(attribute) is list:
                 flat = getattr(module, "_flat_weights_names", ()) if name == "_flat_weights" else ()
                 for index, value in enumerate(attribute):
                     if isinstance(value, torch.Tensor):
                         leaf = flat[index] if index < len(flat) else names.get(id(value), "")
-                        yield Holder(module, leaf, attribute, index, value)
+                        yield Holder(module, leaf, attribute, index, value, value.device)
 
 
 def holders_of(model: nn.Module, names: Iterable[str]) -> list[Holder]:
@@ -113,25 +111,7 @@ def substituted(undo: Block[Any], model: nn.Module, values: Mapping[str, torch.T
     exchange(model, lambda holder: replacements.get(id(holder.value)), undo)
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The place of one buffer: an entry in the table of a module's buffers."""
-
-    table: dict[str, torch.Tensor | None]
-    leaf: str
-    device: torch.device
-
-    @property
-    def held(self) -> torch.Tensor | None:
-        """The tensor in it."""
-        return self.table.get(self.leaf)
-
-    def put(self, value: torch.Tensor | None) -> None:
-        """Let the module hold this tensor."""
-        self.table[self.leaf] = value
-
-
-def buffer_slots(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Slot]:
+def buffer_holders(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Holder]:
     """Return the places of all buffers by name, of those without a tensor as well.
 
     Args:
@@ -140,14 +120,15 @@ def buffer_slots(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Slot]:
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modules = dict(model.named_modules())
-    found = {}
+    found: dict[str, Holder] = {}
     for path, module in modules.items():
-        for leaf, held in module._buffers.items():
-            found[f"{path}.{leaf}".lstrip(".")] = Slot(module._buffers, leaf, device if held is None else held.device)
+        for leaf, value in module._buffers.items():
+            at = device if value is None else value.device
+            found[f"{path}.{leaf}".lstrip(".")] = Holder(module, leaf, module._buffers, leaf, value, at)
     for name in more:
         path, _, leaf = name.rpartition(".")
         if name not in found and path in modules and not hasattr(modules[path], leaf):
-            found[name] = Slot(modules[path]._buffers, leaf, device)
+            found[name] = Holder(modules[path], leaf, modules[path]._buffers, leaf, None, device)
     return found
 
 
@@ -155,27 +136,9 @@ def buffer_layout(model: nn.Module) -> dict[str, Any]:
     """Return, as JSON, which buffers hold no tensor, and which hold that of another one before them."""
     first: dict[int, str] = {}
     empty, shared = [], {}
-    for name, slot in buffer_slots(model).items():
-        if slot.held is None:
+    for name, holder in buffer_holders(model).items():
+        if holder.value is None:
             empty.append(name)
-        elif (other := first.setdefault(id(slot.held), name)) != name:
+        elif (other := first.setdefault(id(holder.value), name)) != name:
             shared[name] = other
     return {key: value for key, value in (("empty_buffers", empty), ("shared_buffers", shared)) if value}
-
-
-def buffers_restorer(model: nn.Module, parameters: Iterable[torch.Tensor] = ()) -> Callable[[], None]:
-    """Return a function that gives the modules the buffers that they hold now, and these parameters their values."""
-    tables = [(module._buffers, dict(module._buffers.items())) for module in model.modules()]
-    tensors = [local(tensor) for tensor in (*model.buffers(), *parameters)]
-    values = [tensor.detach().clone() for tensor in tensors]
-
-    def restore() -> None:
-        for table, held in tables:
-            if isinstance(table, dict):  # a script module keeps its own
-                table.clear()
-                table.update(held)
-        with no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-
-    return restore

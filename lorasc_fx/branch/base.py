@@ -9,7 +9,7 @@ on where the branch stands: each place is a method of the subclass.
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -39,9 +39,6 @@ class Branch(nn.Module, abc.ABC):
         seed, stage: address of the first lora_A.
         like: the site's weight, for device and dtype. Factors of a weight narrower than fp32 are fp32.
     """
-
-    scales_rows: ClassVar[bool] = False
-    """Whether the branch scales the rows of its weight too, by magnitudes: then `gain` and `magnitude` are not None."""
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__()
@@ -91,7 +88,7 @@ class Branch(nn.Module, abc.ABC):
 
     @property
     def magnitude(self) -> nn.Parameter | None:
-        """The trainable length of each row [out]; None without."""
+        """The trainable length of each row [out]; None where nothing scales the rows (`RowScale`)."""
         return None
 
     def reset_magnitude(self, weight: torch.Tensor) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ the backward. It stands in place of its op, so that the product is scaled and th
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +40,10 @@ class DoraBranch(Branch):
         lora_magnitude_vector: m [out]; a new branch has the norms of the weight's rows.
     """
 
-    scales_rows: ClassVar[bool] = True
-
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)
-        hollow = self.lora_A.detach().new_ones(site.matrix_shape[0])  # until `materialize`
-        magnitude = hollow if like.is_meta else self.norms(like)
-        self.lora_magnitude_vector = nn.Parameter(magnitude)
+        ones = self.lora_A.detach().new_ones(site.matrix_shape[0])  # on the meta device, until `materialize`
+        self.lora_magnitude_vector = nn.Parameter(ones if like.is_meta else self.norms(like))
 
     @property
     def magnitude(self) -> nn.Parameter:

@@ -74,7 +74,6 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         kind = next(iter(run.model.parameters())).device.type
         mesh = mesh if mesh is not None else init_device_mesh(kind, (dist.get_world_size(),))
         undo(run.restorer())
-        undo(run.pending.restorer(run.trainable()))
         shards = _fully_sharded(cascade, units, mesh, undo)
         rows = {name: Rows.of(parameter) for name, parameter in run.parameters_by_name().items()}
         group = next(iter(rows.values())).group

@@ -264,7 +264,6 @@ def _as_it_lies(placements: tuple[Placement, ...], gradient: torch.Tensor) -> to
 
 def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], undo: Undo) -> None:
     """Put another parameter in the place of each of model and branches, wherever it is held."""
-    undo(cascade._run.pending.restorer(cascade._run.trainable()))
     new = {id(value): make(value) for value in cascade.parameters()}
     for holder in exchange(cascade, lambda holder: new.get(id(holder.value)), undo):
         if holder.value in _ADAPTED:

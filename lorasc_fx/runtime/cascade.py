@@ -640,8 +640,6 @@ class Cascade(nn.Module):
         with self._run.exclusive("release", ends_stage=True), Commit() as undo:
             undo(self._held())
             undo(partial(Flags.of(self.model).restore, self.model))
-            undo(self._run.gradient_init.restorer())
-            undo(self._run.pending.restorer(self._run.trainable()))
             undo(partial(self._usage.arm, self._run))
             folding.release(self._run, quantized, which, undo)
             self._run.gradient_init.call_off()
@@ -704,7 +702,7 @@ class Cascade(nn.Module):
                 self.branches._apply(folding.wide(fn))
             self._drop_graphs()
             self._example = pytree.tree_map_only(torch.Tensor, fn, self._example)
-            self._run.commit(Planned(self._run.plan, self._run.slow, rounded_anew()), undo)
+            self._run.commit(Planned(self._run.plan, self._run.slow, self._run.present(rounded_anew())), undo)
             self._run.note_weights()
             self._run.note_frozen()
             return self

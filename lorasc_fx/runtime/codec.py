@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from lorasc_fx.errors import CheckpointError
-from lorasc_fx.parameters import Slot, buffer_layout, buffer_slots
+from lorasc_fx.parameters import Holder, buffer_holders, buffer_layout
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.manifest import VIEWS
@@ -429,21 +429,28 @@ def install(run: Run, state: RunState, where: str, undo: Undo | None = None) -> 
         else:
             state.slow.write_resting(name, state.plan, out)
 
-    names, parameters = [*state.slow.states, *state.slow.trained], run.parameters_by_name()
+    parameters = run.parameters_by_name()
     live = {  # needs no copy to be put back, as all that is trained in full where a cascade is loaded
         name: kept.resting(run.slow.idle)
         for name, kept in run.slow.trained.items()
         if not trained_moved(run.slow, {name: parameters[name]})
     }
     planned = Planned(
-        state.plan, state.slow, names, write, factors=state.branches, tensors=moves, slots=replaced, live=live
+        state.plan,
+        state.slow,
+        run.present([*state.slow.states, *state.slow.trained]),
+        write,
+        factors=state.branches,
+        tensors=moves,
+        buffers=replaced,
+        live=live,
     )
     run.commit(planned, undo)
 
 
 def _model_state(
     run: Run, state: RunState, where: str, moves: list[tuple[torch.Tensor, torch.Tensor]]
-) -> list[tuple[Slot, torch.Tensor | None]]:
+) -> list[tuple[Holder, torch.Tensor | None]]:
     """Add to `moves` the buffers that keep their tensors, and parameters that forward writes; return the other buffers,
     each with the tensor that it gets.
 
@@ -451,7 +458,7 @@ def _model_state(
     """
     empty, shared = state.layout.get("empty_buffers", ()), state.layout.get("shared_buffers", {})
     held = _Taken({f"buffer/{name}": value for name, value in state.buffers.items()}, where)
-    buffers = buffer_slots(run.model, run.written())
+    buffers = buffer_holders(run.model, run.written())
     foreign = next((name for name in (*empty, *shared) if name not in buffers), None)
     if foreign is not None:
         raise CheckpointError(
@@ -460,17 +467,17 @@ def _model_state(
         )
     first: dict[int, str] = {}
     groups: dict[str, list[str]] = {}  # names of the buffers that hold one tensor, by its name in the file
-    for name, slot in buffers.items():
-        same = first.setdefault(id(slot.held), name) if slot.held is not None else name
+    for name, holder in buffers.items():
+        same = first.setdefault(id(holder.value), name) if holder.value is not None else name
         source = shared.get(name, name if f"buffer/{name}" in held else same)
         if f"buffer/{source}" in held:
             groups.setdefault(source, []).append(name)
-        elif slot.held is not None and name not in empty:
-            held.take(f"buffer/{source}", tuple(slot.held.shape), slot.held.dtype)  # raises
-    replaced: list[tuple[Slot, torch.Tensor | None]] = [(buffers[name], None) for name in empty]
+        elif holder.value is not None and name not in empty:
+            held.take(f"buffer/{source}", tuple(holder.value.shape), holder.value.dtype)  # raises
+    replaced: list[tuple[Holder, torch.Tensor | None]] = [(buffers[name], None) for name in empty]
     for source, names in groups.items():
-        value, before = held.tensors[f"buffer/{source}"], buffers[names[0]].held
-        holders = [name for name, slot in buffers.items() if slot.held is before]
+        value, before = held.tensors[f"buffer/{source}"], buffers[names[0]].value
+        holders = [name for name, holder in buffers.items() if holder.value is before]
         if before is not None and value.shape == before.shape and holders == names:
             moves.append((before, held.take(f"buffer/{source}", tuple(before.shape), before.dtype)))
         else:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lorasc_fx.branch import dense
 from lorasc_fx.errors import SpecError, StateError, named, warn
-from lorasc_fx.parameters import Slot, buffer_slots
+from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
 from lorasc_fx.runtime.folded import has_trained_since, running_branches
@@ -100,15 +100,16 @@ def install_slow(
     unmoved = {name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})}
     after, factors = after.begin_stage(plan, unmoved)
     tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-    replaced: list[tuple[Slot, torch.Tensor | None]] = []
-    places = buffer_slots(run.model)
+    replaced: list[tuple[Holder, torch.Tensor | None]] = []
+    places = buffer_holders(run.model)
     for name, value in buffers.items():
-        buffer = places[name].held
+        buffer = places[name].value
         if buffer is not None and value.shape == buffer.shape:
             tensors.append((buffer, value))
         else:
             replaced.append((places[name], value.to(places[name].device, copy=True)))
-    run.commit(Planned(plan, after, names, factors=factors, tensors=tensors, slots=replaced), undo)
+    written = run.present(names)
+    run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
 
 
 def _with_experts(state: WeightState, experts: Sequence[tuple[float, Factors]], stage: int) -> WeightState:

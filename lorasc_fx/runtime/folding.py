@@ -16,7 +16,7 @@ from torch import nn
 
 from lorasc_fx.branch import dense, is_quantized
 from lorasc_fx.errors import SpecError, StateError, named, nearest
-from lorasc_fx.parameters import Holder, exchange, holders_of
+from lorasc_fx.parameters import Holder, holders_of
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import has_begun, trained_moved
 from lorasc_fx.shards import local
@@ -30,13 +30,12 @@ __all__ = [
     "cast_weights",
     "check_asked",
     "check_which",
-    "dense_in_place",
     "ended",
     "folded_each",
     "folded_state",
     "place",
     "release",
-    "requantized",
+    "requantize",
     "rest",
     "tensors_writer",
     "trained_now",
@@ -77,21 +76,17 @@ def place(
     slow, branches, plan = past or run.slow, run.branches_by_weight(), run.plan
 
     def write(name: str, out: torch.Tensor) -> None:
-        if name in rigid:
-            return
         if name in slow.trained:
             follows = past is not None or slow.trained[name].follows(plan.spec)
             out.copy_(trained_value(slow, name, which, live[name], follows))
         else:
             slow.write_value(name, which, out, branches.get(name), plan)
 
-    rigid = run.quantized if which != "base" else ()
-    values = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in rigid}
-    with Commit(run.lock) as undo:
-        dense_in_place(run.model, values, undo)
-        names = [*slow.states, *slow.trained]
-        placed = which if stage is None else stage
-        run.commit(Planned(plan, run.slow, names, write, placed=placed, live=live), undo)
+    quantized = run.quantized if which != "base" else ()
+    dense = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in quantized}
+    written = run.present([*slow.states, *slow.trained])
+    placed = which if stage is None else stage
+    run.commit(Planned(plan, run.slow, written, write, dense, placed=placed, live=live))
 
 
 @dataclass(frozen=True)
@@ -126,17 +121,8 @@ def rest(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[str, to
     Raises:
         StateError: a weight was written inside `weights`; all of them are back.
     """
-
-    names = [*run.slow.states, *run.slow.trained]
-    planned = Planned(
-        run.plan,
-        run.slow,
-        names,
-        partial(_put_resting, run, live),
-        tensors=run.statistics,
-        live=live,
-        parameters={name: parameters[name] for name in names},
-    )
+    written = {name: parameters[name] for name in [*run.slow.states, *run.slow.trained]}
+    planned = Planned(run.plan, run.slow, written, partial(_put_resting, run, live), tensors=run.statistics, live=live)
 
     def put_back() -> None:
         held.put_back()
@@ -145,11 +131,11 @@ def rest(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[str, to
 
     with Commit(run.lock) as undo:
         undo(put_back)
-        written = run.changed(run.placed_checksums)
+        changed = run.changed(run.placed_checksums)
         put_back()
-    if written is not None:
+    if changed is not None:
         raise StateError(
-            f"weights: {written} was written inside the with block (a training step, load_state_dict, half, .data). "
+            f"weights: {changed} was written inside the with block (a training step, load_state_dict, half, .data). "
             "The weights of before are back, and what was written is dropped. Train the cascade outside of the block; "
             "cast or change a copy (copy.deepcopy(model) inside the block), or the model after release",
             code="written-inside-weights",
@@ -309,7 +295,7 @@ def release(run: Run, quantized: Requantize, which: Which, undo: Undo) -> None:
     """Write slow or averaged weights into the user's parameters, for good, and drop W0."""
     check_which("release", which, run.plan.spec)
     slow, parameters = ended(run, "release"), run.parameters_by_name()
-    rigid = check_asked("release", slow, quantized)
+    requantized = check_asked("release", slow, quantized)
     live = trained_now(run, parameters)
 
     def write(name: str, out: torch.Tensor) -> None:
@@ -318,10 +304,10 @@ def release(run: Run, quantized: Requantize, which: Which, undo: Undo) -> None:
         else:
             slow.write_value(name, which, out)
 
-    values = {name: slow.value(name, which, parameters[name]) for name in rigid}
-    names = [name for name in [*slow.states, *live] if name not in values]
-    requantized(dense_in_place(run.model, values, undo), quantized)
-    run.commit(Planned(run.plan, SlowWeights(), names, write, live=live), undo)
+    dense = {name: slow.value(name, which, parameters[name]) for name in requantized}
+    held, written = holders_of(run.model, dense), run.present([*slow.states, *live])
+    run.commit(Planned(run.plan, SlowWeights(), written, write, dense, live=live), undo)
+    requantize(held, quantized)
 
 
 log = logging.getLogger("lorasc_fx")
@@ -352,15 +338,12 @@ def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
     return names
 
 
-def dense_in_place(model: nn.Module, values: Mapping[str, torch.Tensor], undo: Undo) -> list[Holder]:
-    """Put dense parameters in place of quantized ones, and return the places with what they held."""
-    parameters = dict(model.named_parameters())
-    exact = {id(parameters[name]): nn.Parameter(value, requires_grad=False) for name, value in values.items()}
-    return exchange(model, lambda holder: exact.get(id(holder.value)), undo)
-
-
-def requantized(held: Iterable[Holder], how: Requantize) -> None:
+def requantize(held: Iterable[Holder], how: Requantize) -> None:
     """Quantize again where asked to, and log what was done to each weight.
+
+    Args:
+        held: the places in which there are dense weights now, with the quantized ones that they held.
+        how: of the call.
 
     Raises:
         StateError: what shall quantize a module does not.
@@ -369,6 +352,7 @@ def requantized(held: Iterable[Holder], how: Requantize) -> None:
     exact = {id(holder.value): holder.module._parameters[holder.leaf] for holder in named}
     for holder in named:
         module, leaf, old, now_dense = holder.module, holder.leaf, holder.value, exact[id(holder.value)]
+        assert old is not None
         assert now_dense is not None
         if not callable(how):
             log.info("%s of %s was dequantized: it is %s now", leaf, type(module).__name__, now_dense.dtype)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, fill_factor, is_quantized
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named
-from lorasc_fx.parameters import Slot, buffers_restorer
+from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.fingerprint import checksum, fingerprint
@@ -50,33 +50,33 @@ class Planned:
     Args:
         plan: of the stage that runs then.
         slow: the slow weights then.
-        names: of the model's parameters that get other numbers.
+        parameters: of the model, that get other numbers, by name; a quantized one keeps its own.
         write: writes the numbers of one of them, by name; by default those that it holds between two steps.
+        dense: values of quantized weights, by name: dense parameters take their places.
         factors: values of branches' parameters, by weight and by name, as far as they are here.
         tensors: other tensors, each with its value.
-        slots: of buffers, each with the tensor that it holds then.
+        buffers: places of buffers, each with the tensor that it holds then.
         gradients: of what is trained; by default they stay.
         optimizer, states: that gets these states.
         gathers: whether the next optimizer step looks at the gradients of weights (restart_A); by default unchanged.
         placed: the weights are in place for a while, and plan and slow weights stay.
         live: copies of parameters trained in full, as they are now, that the caller has; of the others one is made.
-        parameters: that are written, by name; by default those that the model has.
     """
 
     plan: Plan
     slow: SlowWeights
-    names: Collection[str] = ()
+    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
     write: Callable[[str, torch.Tensor], object] | None = None
+    dense: Mapping[str, torch.Tensor] = field(default_factory=dict)
     factors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     tensors: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    slots: Sequence[tuple[Slot, torch.Tensor | None]] = ()
+    buffers: Sequence[tuple[Holder, torch.Tensor | None]] = ()
     gradients: Gradients | None = None
     optimizer: torch.optim.Optimizer | None = None
     states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
     gathers: bool | None = None
     placed: Which | int | None = None
     live: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    parameters: Mapping[str, nn.Parameter] | None = None
 
 
 _GRADIENT = "gradient/"
@@ -158,13 +158,17 @@ class Run:
         parameters = self.parameters_by_name()
         return {name: parameters[name] for name in self.slow.trained}
 
-    def weights_by_name(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that the slow weights know, as the model has them now; one that is gone is left out.
+    def present(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Return the parameters of these names, as the model has them now; one that is gone is left out.
 
         Looked up by name: a walk over all modules takes longer than the smaller weights take to write.
         """
-        found = {name: _parameter(self.model, name) for name in self.slow.states}
+        found = {name: _parameter(self.model, name) for name in names}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    def weights_by_name(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that the slow weights know, as the model has them now; one that is gone is left out."""
+        return self.present(self.slow.states)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
@@ -201,7 +205,7 @@ class Run:
 
     def know_sites(self, undo: Undo, empty: bool = False) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
-        undo(self._pending_restorer())
+        undo(self.pending.restorer())
         parameters = self.parameters_by_name()
         noise, start = self.plan.spec.noise, self.plan.spec.start
         names = [site.weight for site in self.sites]
@@ -227,9 +231,9 @@ class Run:
         slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
         starting = {name: branches[name] for name in new if name in branches and not empty}
         slow, factors = slow.begin_stage(self.plan, starting)
-        written = new if (noise.strength or factors) and not slow.idle else ()
+        written = known if (noise.strength or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
-        self.pending.arm(self.trainable())
+        self.pending.arm(self.trainable().values())
         if noise.strength and noise.redraw == "step":
             self.steps.arm(self, self._redraw)
         self.replicas.see(len(self.branches), self.trainable)
@@ -244,19 +248,12 @@ class Run:
                 self.commit(planned, block)
             return
         plan, slow, branches = self.plan, self.slow, self.branches_by_weight()
-        parameters = planned.parameters
-        if parameters is None:
-            now = {name: _parameter(self.model, name) for name in planned.names}
-            parameters = {name: parameter for name, parameter in now.items() if parameter is not None}
+        if planned.dense:
+            now = self.present(planned.dense)
+            dense = {id(now[name]): nn.Parameter(value, False) for name, value in planned.dense.items()}
+            exchange(self.model, lambda holder: dense.get(id(holder.value)), undo)
         undo(self.restorer())
-        if planned.slots or planned.tensors:
-            undo(buffers_restorer(self.model))
-        copied = [parameters[name] for name in parameters if name in slow.trained and name not in planned.live]
-        undo(self.values_restorer(planned.factors, copied, [tensor for tensor, _ in planned.tensors]))
-        if planned.gradients is not None:
-            undo(self._gradients_restorer())
-        if planned.gradients is not None or planned.gathers is not None:
-            undo(self.gradient_init.restorer())
+        undo(self._values_restorer(planned))
 
         def put_back(name: str, out: torch.Tensor) -> None:
             if name in slow.states:
@@ -275,26 +272,24 @@ class Run:
                         local(factor).copy_(values[name])
             for tensor, value in planned.tensors:
                 tensor.copy_(value)
-            for slot, buffer in planned.slots:
-                slot.put(buffer)
+            for holder, buffer in planned.buffers:
+                undo(partial(holder.put, holder.value) if holder.is_there else partial(holder.store.pop, holder.key, 0))
+                holder.put(buffer)
             if (optimizer := planned.optimizer) is not None:
                 undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in planned.states}))
                 put_state(optimizer, planned.states)
-            fill(parameters, parameters, write, put_back, undo)
+            fill(planned.parameters, write, put_back, undo)
         self._put_gradients(planned)
         if planned.placed is not None:
             self.placed = planned.placed
-            now = {name: _parameter(self.model, name) for name in planned.names}
-            self.placed_checksums = {name: checksum(each) for name, each in now.items() if each is not None}
+            now = self.present(planned.parameters)
+            self.placed_checksums = {name: checksum(parameter) for name, parameter in now.items()}
             return
         self.plan, self.slow = planned.plan, planned.slow
-        written = parameters if self.is_sharded else self._held(parameters)  # FSDP exchanges parameters itself
+        now = self.present(planned.parameters)  # FSDP exchanges parameters itself
+        written = [name for name in now if self.is_sharded or now[name] is planned.parameters[name]]
         self.note_weights([*written, *(name for name in planned.slow.states if name not in slow.states)])
         self._carry()
-
-    def _held(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Return the names under which the model still holds these parameters."""
-        return [name for name, parameter in parameters.items() if _parameter(self.model, name) is parameter]
 
     def _put_gradients(self, planned: Planned) -> None:
         """Write the gradients of planned values, and let the next optimizer step look at those of weights or not."""
@@ -314,23 +309,6 @@ class Run:
         for name, gradient in planned.gradients.gathered.items():
             self.gradient_init.put(name, gradient.to(self.gradient_init.gathering[name].device, copy=True))
 
-    def _gradients_restorer(self) -> Callable[[], None]:
-        """Return what brings back the gradients of what is trained, and which of them no step has used."""
-        trainable = self.trainable()
-        held = [(parameter, parameter.grad) for parameter in (*self.branches.parameters(), *trainable.values())]
-        pending = self._pending_restorer()
-
-        def restore() -> None:
-            for parameter, gradient in held:
-                parameter.grad = gradient
-            pending()
-
-        return restore
-
-    def _pending_restorer(self) -> Callable[[], None]:
-        trainable = self.trainable()
-        return self.pending.restorer({name: each for name, each in trainable.items() if self.pending.knows(each)})
-
     def _redraw(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the next noise after a step of the optimizer that trains the branches (`noise.redraw = "step"`).
 
@@ -347,41 +325,53 @@ class Run:
             return
         with Commit(self.lock) as undo:
             self.check_weights("noise.redraw")
-            self.commit(Planned(after, self.slow, self.slow.states), undo)
+            self.commit(Planned(after, self.slow, self.weights_by_name()), undo)
 
     def restorer(self) -> Callable[[], None]:
-        """Return what brings back plan, slow weights and flags, which weights are in place, and their checksums."""
+        """Return what brings back plan, slow weights and flags, which weights are in place, their checksums, and which
+        gradients wait for a step. Values are not among it (`commit`).
+        """
         decided = (self.plan, self.slow, self.base_file, self.spread, self.untouched, self.released)
         noted = (self._checksums, self._objects, self._frozen)
         placed = (self.placed, self.placed_checksums)
+        watches = (self.pending.restorer(), self.gradient_init.restorer())
 
         def restore() -> None:
             self.plan, self.slow, self.base_file, self.spread, self.untouched, self.released = decided
             self._checksums, self._objects, self._frozen = noted
             self.placed, self.placed_checksums = placed
+            for watch in watches:
+                watch()
             self._carry()
 
         return restore
 
-    def values_restorer(
-        self, weights: Iterable[str], parameters: Iterable[nn.Parameter] = (), tensors: Iterable[torch.Tensor] = ()
-    ) -> Callable[[], None]:
-        """Return what brings back the branches of these weights, these parameters with their gradients, and tensors."""
-        branches = self.branches_by_weight()
-        chosen = [branches[weight] for weight in weights]
-        scales = [(branch, branch.scale) for branch in chosen]
-        trained = [*(factor for branch in chosen for factor in branch.parameters()), *parameters]
-        held = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in trained]
-        values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    def _values_restorer(self, planned: Planned) -> Callable[[], None]:
+        """Return what brings back the values and gradients that a commit changes, but for weights of the slow state,
+        which are computed anew, and parameters that the caller has copies of.
+        """
+        branches, trained = self.branches_by_weight(), self.slow.trained
+        written = [branches[weight] for weight in planned.factors]
+        scales = [(branch, branch.scale) for branch in written]
+        copied = [factor for branch in written for factor in branch.parameters()]
+        copied += [
+            parameter for name, parameter in planned.parameters.items() if name in trained and name not in planned.live
+        ]
+        values = [(parameter, parameter.detach().clone()) for parameter in copied]
+        tensors = [(tensor, tensor.detach().clone()) for tensor, _ in planned.tensors]
+        if planned.gradients is not None:
+            copied += [*self.branches.parameters(), *self.trainable().values()]
+        gradients = [(parameter, parameter.grad) for parameter in copied]
 
         def restore() -> None:
-            for parameter, value, gradient in held:
+            for parameter, value in values:
                 fill_factor(parameter, value)
+            for parameter, gradient in gradients:
                 parameter.grad = gradient
             for branch, scale in scales:
                 branch.scale = scale
             with no_grad():
-                for tensor, value in values:
+                for tensor, value in tensors:
                     tensor.copy_(value)
 
         return restore
@@ -414,7 +404,7 @@ class Run:
         self.slow, self.spread = slow, spread
         self.pending.disarm()
         if hooked:
-            self.pending.arm(self.trainable())
+            self.pending.arm(self.trainable().values())
         self.note_weights()
 
     def keep_statistics(self, modules: Iterable[nn.Module]) -> None:
@@ -711,7 +701,6 @@ of a weight, is made before anything is written to it."""
 
 def fill(
     parameters: Mapping[str, nn.Parameter],
-    names: Iterable[str],
     new: Callable[[str, torch.Tensor], object],
     old: Callable[[str, torch.Tensor], object],
     undo: Undo,
@@ -722,9 +711,9 @@ def fill(
     """
     spare = [torch.empty(SPARE, dtype=torch.uint8)]  # room for putting back, where memory stays short
     with torch.no_grad():
-        for name in names:
-            if not is_quantized(parameters[name]):
-                out = local(parameters[name])
+        for name, parameter in parameters.items():
+            if not is_quantized(parameter):
+                out = local(parameter)
                 undo(partial(_again, old, name, out, out._version, spare))
                 new(name, out)
 

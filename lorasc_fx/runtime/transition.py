@@ -135,7 +135,7 @@ def begin(
     values = Planned(
         planned,
         after,
-        [*after.states, *after.trained],
+        run.present([*after.states, *after.trained]),
         factors=factors,
         gradients=Gradients(),
         optimizer=optimizer,
@@ -185,7 +185,7 @@ def end_idle(run: Run) -> None:
             code="stage-not-ended",
         )
     after, factors = replace(run.slow, idle=False).begin_stage(run.plan, run.branches_by_weight())
-    run.commit(Planned(run.plan, after, [*after.states, *after.trained], factors=factors))
+    run.commit(Planned(run.plan, after, run.present([*after.states, *after.trained]), factors=factors))
 
 
 def has_begun(run: Run) -> bool:

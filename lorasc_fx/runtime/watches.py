@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,13 +50,13 @@ class PendingWatch:
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._seen: dict[int, int] = {}
-        self._armed: set[int] = set()
+        self._watched: dict[int, nn.Parameter] = {}  # by id
 
-    def arm(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def arm(self, parameters: Iterable[nn.Parameter]) -> None:
         """Watch these parameters as well."""
-        for parameter in parameters.values():
-            if id(parameter) not in self._armed:
-                self._armed.add(id(parameter))
+        for parameter in parameters:
+            if id(parameter) not in self._watched:
+                self._watched[id(parameter)] = parameter
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self.note))
 
     @property
@@ -68,20 +68,16 @@ class PendingWatch:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._armed, self._seen = [], set(), {}
+        self._handles, self._watched, self._seen = [], {}, {}
 
-    def knows(self, parameter: nn.Parameter) -> bool:
-        """Whether this parameter is watched."""
-        return id(parameter) in self._armed
-
-    def restorer(self, parameters: Mapping[str, nn.Parameter]) -> Callable[[], None]:
-        """Return what brings this state back, in which these parameters are watched and no others."""
-        seen = dict(self._seen)
+    def restorer(self) -> Callable[[], None]:
+        """Return what brings this state back: which parameters are watched, and what was seen of them."""
+        watched, seen = tuple(self._watched.values()), dict(self._seen)
 
         def restore() -> None:
             self.disarm()
-            self.arm(parameters)
-            self._seen = seen
+            self.arm(watched)
+            self._seen = dict(seen)
 
         return restore
 

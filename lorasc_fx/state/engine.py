@@ -132,7 +132,7 @@ def begin_stage(
         if noisy and spec.factor_start.from_weight:
             taken = initial_factors(started)
         state = replace(state, initial=InitialFactors(taken))
-        if started.scales_rows:
+        if started.magnitude is not None:
             magnitude = started.reset_magnitude(start_weight(state, spec, stage, noisy, branch.lora_A.device))
             lengths = None if magnitude is None else magnitude.detach().double().cpu().clone()
     initial = None if taken is None and lengths is None else InitialFactors(taken, lengths)
@@ -145,7 +145,7 @@ def gain_of(
     """Return the row scale g [out] of a branch with magnitudes, in fp64 on the host: with the weight that it trained
     on, noise included. None for any other branch.
     """
-    if not branch.scales_rows:
+    if branch.magnitude is None:
         return None
     with torch.no_grad():
         gain = branch.gain(start_weight(state, spec, stage, noisy, branch.lora_A.device))
