@@ -1,7 +1,7 @@
 """A `peft.LoraConfig` as a spec: what it names is looked up in the model, and what has no counterpart is one error.
 
 Source: peft 0.21, `tuners/lora/config.py`, `tuners/tuners_utils.py: check_target_module_exists,
-_maybe_include_all_linear_layers`, `utils/other.py: get_pattern_key`.
+_maybe_include_all_linear_layers`.
 """
 
 from __future__ import annotations
@@ -10,53 +10,17 @@ import dataclasses
 import glob
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from lorasc_fx.errors import SpecError, UnknownTarget
+from lorasc_fx.peft_format import FOREIGN, IDLE, USED, by_pattern
 from lorasc_fx.spec import CascadeSpec, Rule
 
-__all__ = ["FOREIGN", "IDLE", "by_pattern", "spec_of"]
-
-IDLE = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type",
-}  # fmt: skip
-"""Keys of an adapter's file that say nothing of the numbers, or what the names of the tensors say again."""
-
-FOREIGN = {
-    "alora_invocation_tokens": "an activated LoRA changes some tokens only",
-    "arrow_config": "Arrow routes between adapters",
-    "corda_config": "CorDA changes the base",
-    "kasa_config": "KaSA changes the base",
-    "layer_replication": "it repeats layers of the base",
-    "lora_bias": "the factors have a bias, which is no part of a weight",
-    "monteclora_config": "MonteCLoRA draws its factors",
-    "trainable_token_indices": "single rows of an embedding were trained",
-    "use_bdlora": "its factors are block-diagonal",
-    "use_dora": "DoRA scales whole rows of the weight, which is no low-rank change",
-    "use_qalora": "QA-LoRA pools the input",
-    "velora_config": "VeLoRA is another layer",
-}
-"""Features that make an adapter something else than `W + s B A`, with the reason."""
+__all__ = ["spec_of"]
 
 _UNUSED = IDLE - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"}
-_USED = {
-    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "r", "rank_pattern",
-    "target_parameters", "use_dora", "use_rslora",
-}  # fmt: skip
-
-
-Value = TypeVar("Value")
-
-
-def by_pattern(patterns: Mapping[str, Value], name: str, otherwise: Value) -> Value:
-    """Return the value of the first pattern that means a module, or parameter, of this name."""
-    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(found, otherwise)
 
 
 def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
@@ -70,7 +34,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
     refused = [
         f"{name}={value!r}" + (f" ({FOREIGN[name]})" if name in FOREIGN else "")
         for name, value in values.items()
-        if name not in _UNUSED | _USED and value and value != getattr(usual, name)
+        if name not in {*_UNUSED, *USED, "use_dora"} and value and value != getattr(usual, name)
     ]
     start = values["init_lora_weights"]
     starts = {"pissa": "pissa", "olora": "olora"}

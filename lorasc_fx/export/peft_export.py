@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,10 +27,9 @@ from torch import nn
 
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
-from lorasc_fx.export.peft_config import CONFIG, TENSORS, config_of, leaking
 from lorasc_fx.export.peft_factors import Change, CutOff, change_of, nothing
-from lorasc_fx.export.peft_layout import Place, wrap_counts
 from lorasc_fx.export.peft_places import Saved, places_of, save_whole
+from lorasc_fx.peft_format import CONFIG, TENSORS, Conv1d, Place, wrap_counts
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.checkpoint_write import sync
 from lorasc_fx.runtime.folding import check_which
@@ -131,12 +132,12 @@ def peft(
     places, unreached = places_of(model, sites, *cascade.example)
     every = [place for group in places.values() for place in group]
     saved, unsaved = save_whole(model, change.trained, every)
-    refused = change.refused | unreached | leaking(model, every) | _nested(every) | unsaved
+    refused = change.refused | unreached | _leaking(model, every) | _nested(every) | unsaved
     if refused:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
         raise ExportError(f"export.peft: no adapter of peft expresses this cascade; nothing was written:{reasons}")
     ranks = change.ranks
-    config = config_of(
+    config = _config(
         model,
         {place: ranks[name] for name, each in places.items() for place in each},
         saved.modules,
@@ -228,6 +229,74 @@ def _name_of(model: nn.Module) -> str | None:
 def _span(ranks: Iterable[int]) -> str:
     low, *_, high = sorted([*ranks, *ranks])
     return str(low) if low == high else f"{low} to {high}"
+
+
+def _config(
+    model: nn.Module,
+    ranks: Mapping[Place, int],
+    saved: Sequence[str] = (),
+    biases: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return the configuration of an adapter whose scale is 1 everywhere.
+
+    Patterns are written as `^` and the escaped path: peft matches `(.*\\.)?(PATTERN)$`, where `^` holds at the start
+    only, so that a module whose path ends like another's keeps its own rank.
+
+    Args:
+        model: its base.
+        ranks: by place.
+        saved: modules that are saved whole.
+        biases: of adapted modules are in the file.
+        more: other keys.
+    """
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    patterns = {f"^{re.escape(place.pattern)}": rank for place, rank in ranks.items() if rank != usual}
+    by_name = [place.path for place in ranks if not place.is_parameter]
+    config: dict[str, Any] = {
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "bias": "lora_only" if biases else "none",
+        "fan_in_fan_out": any(isinstance(place.layout, Conv1d) for place in ranks),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": usual,
+        "lora_dropout": 0.0,
+        "modules_to_save": list(saved) or None,
+        "peft_type": "LORA",
+        "r": usual,
+        "rank_pattern": patterns,
+        "alpha_pattern": dict(patterns),
+        "revision": None,
+        "target_modules": _targets(model, by_name),
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    if parameters := [place.name for place in ranks if place.is_parameter]:
+        config["target_parameters"] = parameters
+    return config | more
+
+
+def _targets(model: nn.Module, paths: Sequence[str]) -> list[str] | str:
+    """Return the modules' paths; as one regular expression where peft would take a path for the end of another's."""
+    ends = tuple(f".{path}" for path in paths)
+    if any(name.endswith(ends) and name not in paths for name, _ in model.named_modules()) if ends else False:
+        return "|".join(map(re.escape, paths))
+    return list(paths)
+
+
+def _leaking(model: nn.Module, places: Iterable[Place]) -> dict[str, str]:
+    """Return the `target_parameters` whose name means another parameter to peft as well, which takes ends of names."""
+    wanted = [place.name for place in places if place.is_parameter]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {
+        name: f"its name means {other} to peft as well"
+        for name in wanted
+        if (other := next((each for each in names if each.endswith(f".{name}") and each not in wanted), None))
+    }
 
 
 def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

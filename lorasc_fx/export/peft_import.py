@@ -7,6 +7,7 @@ more than the model's own shapes allow.
 from __future__ import annotations
 
 import glob
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,24 @@ from torch import nn
 from lorasc_fx.adapt import adapt
 from lorasc_fx.branch import dense
 from lorasc_fx.capture import open_model
+from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import CheckpointError, nearest, path_of
-from lorasc_fx.export.peft_config import RANKS, TENSORS, AdapterConfig, read_config
-from lorasc_fx.export.peft_layout import LAYOUTS, PREFIX, Parameter, Place, layout_of
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.options import SCALES
+from lorasc_fx.peft_format import (
+    CONFIG,
+    FOREIGN,
+    IDLE,
+    LAYOUTS,
+    PREFIX,
+    RANKS,
+    TENSORS,
+    USED,
+    Parameter,
+    Place,
+    by_pattern,
+    layout_of,
+)
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.experts import install_experts
 from lorasc_fx.spec import CascadeSpec, Rule
@@ -163,6 +177,166 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
             code="spec-omits-adapter",
         )
     install_experts(run, experts, trained, buffers)
+
+
+LONGEST = 1 << 24
+"""Bytes of a configuration; those of large models have a few hundred thousand."""
+
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""What `init_lora_weights` may be: the others change the base weights, or need another layer."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What of a configuration counts.
+
+    Args:
+        path: of the file, for messages.
+        rank, lora_alpha: where no pattern says otherwise.
+        ranks, alphas: by pattern.
+        use_rslora, dropout: of all.
+        saved: ends of paths of modules that are saved whole.
+        parameters: names, or ends of names, of adapted parameters.
+        bias: `none`, `all` or `lora_only`.
+    """
+
+    path: Path
+    rank: int
+    lora_alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    use_rslora: bool
+    dropout: float
+    saved: tuple[str, ...]
+    parameters: tuple[str, ...]
+    bias: str
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of a module, or parameter, of this name."""
+        return by_pattern(self.ranks, name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """Return lora_alpha of a module, or parameter, of this name."""
+        return by_pattern(self.alphas, name, self.lora_alpha)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read the configuration of an adapter folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is not that of a plain LoRA; says what and why.
+    """
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > LONGEST:
+            raise CheckpointError(
+                f"{path}: is larger than {LONGEST >> 20} MiB, which no adapter's configuration is",
+                code="file-too-large",
+            )
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise CheckpointError(
+            f"{path}: cannot be read: {fault.strerror}; give the folder of a peft adapter", code="unreadable-file"
+        ) from fault
+    except (ValueError, RecursionError) as fault:
+        raise CheckpointError(f"{path}: is no JSON: {fault}", code="invalid-adapter") from fault
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: is a {type(data).__name__}, not a table", code="invalid-adapter")
+    if data.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path}: peft_type is {data.get('peft_type')!r}; only LORA is a change by factors",
+            code="adapter-not-supported",
+        )
+    for key, value in data.items():
+        if key in FOREIGN and value:
+            raise CheckpointError(f"{path}: {key} is {_short(value)}: {FOREIGN[key]}", code="adapter-not-supported")
+        if value and key not in {*IDLE, *USED, *FOREIGN}:
+            hint = nearest(key, {*IDLE, *USED, *FOREIGN})
+            raise CheckpointError(
+                f"{path}: {key!r} is {_short(value)}, a key that this version does not know{hint}; "
+                "it may change what the adapter computes",
+                code="adapter-not-supported",
+            )
+    start = data.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {_short(start)}, which changes the base weights themselves",
+            code="adapter-not-supported",
+        )
+    return AdapterConfig(
+        path,
+        _count(path, "r", data.get("r", 8)),
+        _positive(path, "lora_alpha", data.get("lora_alpha", 8)),
+        {key: _count(path, f"rank_pattern[{key!r}]", value) for key, value in _patterns(path, "rank_pattern", data)},
+        {key: _positive(path, f"alpha_pattern[{key!r}]", v) for key, v in _patterns(path, "alpha_pattern", data)},
+        _one_of(path, "use_rslora", data.get("use_rslora", False), (False, True)),
+        _share(path, data.get("lora_dropout", 0.0)),
+        _strings(path, "modules_to_save", data),
+        _strings(path, "target_parameters", data),
+        _one_of(path, "bias", data.get("bias", "none"), ("none", "all", "lora_only")),
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _count(path: Path, name: str, value: Any) -> int:
+    if not is_integer(value, 1):
+        raise CheckpointError(
+            f"{path}: {name} is {_short(value)}; a rank is an integer of 1 or more", code="invalid-adapter"
+        )
+    return value
+
+
+def _positive(path: Path, name: str, value: Any) -> float:
+    if not is_number(value) or not 0 < value < 1e30:
+        raise CheckpointError(
+            f"{path}: {name} is {_short(value)}; it scales the factors: a number above 0", code="invalid-adapter"
+        )
+    return float(value)
+
+
+def _share(path: Path, value: Any) -> float:
+    if not is_number(value) or not 0 <= value < 1:
+        raise CheckpointError(f"{path}: lora_dropout is {_short(value)}, not a share in [0, 1)", code="invalid-adapter")
+    return float(value)
+
+
+def _one_of(path: Path, name: str, value: Any, known: tuple[Any, ...]) -> Any:
+    if not any(value is each or (isinstance(value, str) and value == each) for each in known):
+        raise CheckpointError(
+            f"{path}: {name} is {_short(value)}, not one of {', '.join(map(str, known))}", code="invalid-adapter"
+        )
+    return value
+
+
+def _strings(path: Path, name: str, data: Mapping[str, Any]) -> tuple[str, ...]:
+    value = data.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
+        raise CheckpointError(f"{path}: {name} is {_short(value)}, not a list of names", code="invalid-adapter")
+    return tuple(value)
+
+
+def _patterns(path: Path, name: str, data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the patterns and their values; one that could keep a search busy for long is refused."""
+    value = data.get(name) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {name} is {_short(value)}, not a table", code="invalid-adapter")
+    for key in value:
+        repeats = re.findall(r"(?<!\\)[*+{]", key)
+        try:
+            re.compile(key)
+        except (re.error, OverflowError, RecursionError) as fault:
+            raise CheckpointError(
+                f"{path}: {name}: {_short(key)} is no regular expression: {fault}", code="invalid-adapter"
+            ) from fault
+        if len(repeats) > 3 or re.search(r"\)[*+{]", key):
+            raise CheckpointError(
+                f"{path}: {name}: {_short(key)} repeats too much to be searched for safely", code="invalid-adapter"
+            )
+    return list(value.items())
 
 
 _HEADS = ("classifier", "score", "qa_outputs")

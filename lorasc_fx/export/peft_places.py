@@ -1,22 +1,40 @@
 """Where peft can adapt each weight of a cascade, or the reason why it cannot; and what it saves of full training.
 
+Three things can go wrong with an adapter of peft in place of a module, and each is tried on the example of the model:
+
+- the adapter computes when its module is called, and others read the weight past the module (`calls_of`);
+- others read an attribute of the module that peft's wrapper in its place does not have (`read_through`);
+- the module is no plain layer of torch, and the adapter is another function than the merged weight: peft's layers are
+  written for torch's own classes, not for a convolution with a dilation or another padding mode, or an embedding that
+  does more than look up (`fault_of`, in fp64 on a recorded call).
+
 Parameters trained in full go with their modules (`modules_to_save`), or are biases of adapted modules.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-from lorasc_fx.export.peft_check import Calls, calls_of, fault_of, read_through
-from lorasc_fx.export.peft_layout import PREFIX, Conv1d, Parameter, Place, key_path, layout_of, wrap_counts
-from lorasc_fx.graph import named_weights
+from lorasc_fx.branch import dense
+from lorasc_fx.capture import call_recorder, copied, isolation, quiet
+from lorasc_fx.graph import LIKE_ANOTHER, named_weights
+from lorasc_fx.parameters import substituted
+from lorasc_fx.peft_format import PREFIX, Conv, Conv1d, Parameter, Place, key_path, layout_of, wrap_counts
 from lorasc_fx.plan import Site
+from lorasc_fx.state import Factors
+from lorasc_fx.undo import Block, isolated, raise_of_handler
 
 __all__ = ["Saved", "places_of", "save_whole"]
 
@@ -213,3 +231,203 @@ def _passes_over(module: nn.Module) -> bool:
         and module.norm1.eps == module.norm2.eps
         and attention.num_heads % 2 == 0
     )
+
+
+# ---- whether the adapter of a module does what the delta of its weight does, found by runs of the model
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class Calls:
+    """What one run showed.
+
+    Args:
+        first: the first call of each module of interest, by its first path.
+        reader: by weight, the class of a module that read it while none that holds it was running.
+    """
+
+    first: dict[str, Call] = field(default_factory=dict)
+    reader: dict[str, str] = field(default_factory=dict)
+
+
+def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
+    """Run the model once, without a trace, and return who read the parameters of these names."""
+    parameters = dict(model.named_parameters())
+    known = {id(parameters[name]): name for name in names}
+    seen = Calls()
+    stack: list[nn.Module] = []
+
+    def enters(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        stack.append(module)
+        if path not in seen.first and any(id(value) in known for value in module._parameters.values()):
+            seen.first[path] = Call(*copied(args, kwargs))
+
+    def leaves(path: str, module: nn.Module, output: Any) -> None:
+        stack.pop()
+
+    observers = (_Readers(known, stack, seen), call_recorder(model, enters, leaves))
+    with isolation(model, args, kwargs, *observers, grad=False, seeded=False) as (inputs, named):
+        model(*inputs, **named)
+    return seen
+
+
+class _Readers(TorchFunctionMode):
+    """Notes, for each call to torch that makes a tensor out of a weight, which modules are running."""
+
+    def __init__(self, known: Mapping[int, str], stack: list[nn.Module], seen: Calls) -> None:
+        super().__init__()
+        self._known, self._stack, self._seen = known, stack, seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        read = args[:1] if name in LIKE_ANOTHER else (args, kwargs or {})
+        weights = [leaf for leaf in pytree.tree_leaves(read) if id(leaf) in self._known]
+        if not weights or name == "requires_grad_":
+            return output
+        if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output)):
+            for weight in weights:
+                self._note(weight)
+        return output
+
+    def _note(self, weight: torch.Tensor) -> None:
+        if any(value is weight for module in self._stack for value in module._parameters.values()):
+            return
+        reader = type(self._stack[-1]).__name__ if self._stack else "the model"
+        self._seen.reader.setdefault(self._known[id(weight)], reader)
+
+
+_ANSWERED = {"weight", "bias", "in_features", "out_features"}
+"""What peft's layers answer for the module inside. Source: peft 0.21, `BaseTunerLayer`."""
+
+
+def read_through(
+    model: nn.Module, paths: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Run the model with a probe in place of each of these modules, and return what is wrong, by path.
+
+    The model, its inputs and the random generators stay as they were.
+    """
+    read: dict[str, str] = {}
+    paths = sorted(set(paths), key=lambda path: path.count("."), reverse=True)  # inner ones first
+    try:
+        with isolation(model, args, kwargs, _probed(model, paths, read), grad=False, seeded=False) as (inputs, named):
+            model(*inputs, **named)
+    except Exception as fault:  # the model's own code may do anything with a module that is not what it expects
+        raise_of_handler(fault)
+        sentence = f"the model does not run with a wrapper in place of its module ({type(fault).__name__}: {fault})"
+        return {path: read.get(path, sentence) for path in paths}
+    return read
+
+
+@isolated
+def _probed(undo: Block[Any], model: nn.Module, paths: list[str], read: dict[str, str]) -> None:
+    """Put a probe in place of each of these modules."""
+    for path in paths:
+        holder, _, name = path.rpartition(".")
+        parent = model.get_submodule(holder)
+        undo(partial(parent._modules.__setitem__, name, parent._modules[name]))
+        parent._modules[name] = _AttributeProbe(parent._modules[name], path, read)
+
+
+class _AttributeProbe(nn.Module):
+    """Calls the module inside, and notes what else it is asked for."""
+
+    def __init__(self, inside: nn.Module | None, path: str, read: dict[str, str]) -> None:
+        super().__init__()
+        self.inside = inside
+        self.__dict__["note"] = lambda name: read.setdefault(
+            path, f"the model reads {name} of its module, and peft's wrapper in its place has no {name}"
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules["inside"](*args, **kwargs)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        inside = self.__dict__["_modules"].get("inside")
+        if name not in _ANSWERED and not name.startswith("__"):
+            self.__dict__["note"](name)
+        return getattr(inside, name)
+
+
+def fault_of(place: Place, module: nn.Module, call: Call) -> str | None:
+    """Return what is wrong with peft's adapter at this place, as words for people, or None.
+
+    Args:
+        place: whose layout is peft's for a module by its name.
+        module: at that place.
+        call: arguments that the module was called with.
+    """
+    values = {name: dense(value.detach()).double() for name, value in module.named_parameters()}
+    weight = values[place.leaf]
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    source = torch.Generator().manual_seed(0)
+    b, a = (torch.randn(shape, generator=source, dtype=torch.float64) for shape in ((rows, 2), (2, columns)))
+    pair = Factors(b.to(weight.device), a.to(weight.device))
+    delta = (pair.b @ pair.a).view(weight.shape)
+    try:
+        with quiet(grad=False):  # what peft would build draws random numbers, and may warn
+            base = _run(module, values, call)
+            full = _run(module, values | {place.leaf: weight + delta}, call)
+            adapted = base + _term(place, module, pair, weight, _wide(call).args[0])
+            moved, gap = (float((full - other).abs().max()) for other in (base, adapted))
+    except Exception as fault:  # whatever the module's own code raises, peft's adapter of it would be no better off
+        raise_of_handler(fault)
+        return f"peft's adapter of {type(module).__name__} cannot be tried: {type(fault).__name__}: {fault}"
+    if gap <= 1e-6 * moved + 1e-12 * float(full.abs().max()):
+        return None
+    return (
+        f"peft's adapter of this {type(module).__name__} computes something else than its weight would "
+        f"(off by {gap / moved if moved else math.inf:.2g} of the change)"
+    )
+
+
+def _run(module: nn.Module, values: dict[str, torch.Tensor], call: Call) -> torch.Tensor:
+    given = _wide(call)
+    with isolation(module, given.args, given.kwargs, substituted(module, values), grad=False) as (inputs, named):
+        output = module(*inputs, **named)
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f"it returns {type(output).__name__}, not a tensor")
+    return output
+
+
+def _wide(call: Call) -> Call:
+    """Return copies of a call's arguments, floating ones in fp64."""
+
+    def widen(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return Call(*pytree.tree_map(widen, copied(call.args, call.kwargs)))
+
+
+def _term(place: Place, module: nn.Module, pair: Factors, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return what peft's layer adds to the module's output, built as peft builds it."""
+    lora_a, lora_b = place.layout.to_peft(pair, weight.shape)
+    if isinstance(module, nn.Embedding):
+        looked_up = F.embedding(
+            x,
+            lora_a.t(),
+            module.padding_idx,
+            module.max_norm,
+            module.norm_type,
+            module.scale_grad_by_freq,
+            module.sparse,
+        )
+        scale = getattr(module, "embed_scale", None)
+        return looked_up @ lora_b.t() * (1.0 if scale is None else scale)
+    if isinstance(place.layout, Conv):
+        kind: Any = type(module)
+        out, rank, *ones = lora_b.shape
+        down = kind(weight.shape[1], rank, module.kernel_size, module.stride, module.padding, bias=False)
+        up = kind(rank, out, tuple(ones), tuple(ones), bias=False)
+        with substituted(down, {"weight": lora_a}), substituted(up, {"weight": lora_b}):
+            found: torch.Tensor = up(down(x))
+            return found
+    return F.linear(F.linear(x, lora_a), lora_b)

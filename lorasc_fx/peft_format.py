@@ -1,14 +1,18 @@
-"""How peft stores the factors of a layer: one table of layouts, read by the export and by the import.
+"""The format of peft's LoRA adapters, read and written by what comes in and what goes out: files, keys of the
+configuration, keys of tensors, and how the factors of each kind of layer are stored.
 
-Source: peft 0.21, `tuners/lora/layer.py`. Ours are `b` [rows, r] and `a` [r, columns] with `b @ a` the delta of the
-weight as it is stored (`Factors`); peft's are (A, B) with `B @ A` the delta of a weight [out, in].
+Source: peft 0.21, `tuners/lora/layer.py`, `tuners/lora/config.py`, `utils/other.py: get_pattern_key`. Ours are `b`
+[rows, r] and `a` [r, columns] with `b @ a` the delta of the weight as it is stored (`Factors`); peft's are (A, B) with
+`B @ A` the delta of a weight [out, in].
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,17 +20,60 @@ from torch import nn
 from lorasc_fx.state import Factors
 
 __all__ = [
+    "CONFIG",
+    "FOREIGN",
+    "IDLE",
     "LAYOUTS",
     "PREFIX",
+    "RANKS",
+    "TENSORS",
+    "USED",
     "Conv",
     "Conv1d",
     "Layout",
     "Parameter",
     "Place",
+    "by_pattern",
     "key_path",
     "layout_of",
     "wrap_counts",
 ]
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of an adapter's folder."""
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as max_lora_rank, but for 1."""
+
+IDLE = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+    "task_type",
+}  # fmt: skip
+"""Keys of an adapter's file that say nothing of the numbers, or what the names of the tensors say again."""
+
+FOREIGN = {
+    "alora_invocation_tokens": "an activated LoRA changes some tokens only",
+    "arrow_config": "Arrow routes between adapters",
+    "corda_config": "CorDA changes the base",
+    "kasa_config": "KaSA changes the base",
+    "layer_replication": "it repeats layers of the base",
+    "lora_bias": "the factors have a bias, which is no part of a weight",
+    "monteclora_config": "MonteCLoRA draws its factors",
+    "trainable_token_indices": "single rows of an embedding were trained",
+    "use_bdlora": "its factors are block-diagonal",
+    "use_dora": "DoRA scales whole rows of the weight, which is no low-rank change",
+    "use_qalora": "QA-LoRA pools the input",
+    "velora_config": "VeLoRA is another layer",
+}
+"""Features that make an adapter something else than `W + s B A`, with the reason."""
+
+USED = {
+    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "r", "rank_pattern",
+    "target_parameters", "use_rslora",
+}  # fmt: skip
+"""Keys that the import reads, and a spec is made of."""
 
 PREFIX = "base_model.model."
 """Of every key of an adapter file."""
@@ -250,3 +297,12 @@ def key_path(path: str, wraps: Mapping[str, int]) -> str:
         if count < len(names):
             parts += ["base_layer"] * wraps.get(".".join(names[:count]), 0)
     return ".".join(parts)
+
+
+Value = TypeVar("Value")
+
+
+def by_pattern(patterns: Mapping[str, Value], name: str, otherwise: Value) -> Value:
+    """Return the value of the first pattern that means a module, or parameter, of this name."""
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, otherwise)
