@@ -9,7 +9,7 @@ import enum
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,11 @@ MOST = 2**31 - 1
 """Of stages, of a rank, of rows: a larger number in a file is none that this package has written."""
 ENTRIES = 2**40
 """Of a weight: as much again."""
-_LISTS = ("shape", "aliases", "parts", "ranks")
+_LISTS = ("shape", "aliases", "slices", "ranks")
+_OPTIONAL = ("form", "use_dora", "ranks", "train_A", "nearest_full_gradient")
+"""Fields of a site that are written where they are not the default."""
+_KEYS = {"slices": "parts"}
+"""Keys of fields that are not their names."""
 
 
 class Reason(enum.Enum):
@@ -74,7 +78,7 @@ class Site:
         rank, lora_alpha, use_rslora: of the branch.
         aliases: the other names of a tied weight.
         layout: `out_in`, or `in_out` for a weight that is stored transposed (transformers' Conv1D).
-        parts: numbers of rows of the slices in which a packed weight is used (q, k and v); each slice has a pair of its
+        slices: numbers of rows of the slices in which a fused weight is used (q, k and v); each slice has a pair of its
             own. Empty where the weight is used whole.
         placement: where the branch computes if a node allows it: `beside` the op, `merged` with it, or on the `weight`;
             on the weight where no op allows another.
@@ -94,7 +98,7 @@ class Site:
     use_rslora: bool = False
     aliases: tuple[str, ...] = ()
     layout: str = "out_in"
-    parts: tuple[int, ...] = ()
+    slices: tuple[int, ...] = ()
     placement: str = "beside"
     dropout: float = 0.0
     form: str = ""
@@ -138,11 +142,11 @@ class Site:
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of lora_A [rank, in] and lora_B [out, rank], with the axis of experts before them if there is one.
 
-        With parts lora_A is [parts * rank, in]: the A of each slice, one after the other.
+        With slices lora_A is [slices * rank, in]: the A of each slice, one after the other.
         """
         out, columns = self.matrix_shape
         stack = (self.experts,) if self.experts else ()
-        return (*stack, max(len(self.parts), 1) * self.rank, columns), (*stack, out, self.rank)
+        return (*stack, max(len(self.slices), 1) * self.rank, columns), (*stack, out, self.rank)
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -190,22 +194,9 @@ class Plan:
         """Return the plan as JSON text."""
         sites = [
             {
-                "weight": site.weight,
-                "kind": site.kind,
-                "shape": list(site.shape),
-                "rank": site.rank,
-                "lora_alpha": site.lora_alpha,
-                "use_rslora": site.use_rslora,
-                "aliases": list(site.aliases),
-                "layout": site.layout,
-                "parts": list(site.parts),
-                "placement": site.placement,
-                "dropout": site.dropout,
-                **({"form": site.form} if site.form else {}),
-                **({"use_dora": True} if site.use_dora else {}),
-                **({"ranks": list(site.ranks)} if site.ranks else {}),
-                **({} if site.train_A else {"train_A": False}),
-                **({"nearest_full_gradient": True} if site.nearest_full_gradient else {}),
+                _KEYS.get(field.name, field.name): value
+                for field in fields(Site)
+                if (value := getattr(site, field.name)) != field.default or field.name not in _OPTIONAL
             }
             for site in self.sites
         ]
@@ -229,12 +220,7 @@ class Plan:
                     "read it by the lorasc-fx that wrote it",
                     code="format-not-supported",
                 )
-            sites = tuple(
-                _checked(
-                    Site(**{**each, **{name: tuple(each[name]) for name in _LISTS if name in each or name != "ranks"}})
-                )
-                for each in data["sites"]
-            )
+            sites = tuple(_checked(_site(entry)) for entry in data["sites"])
             spec = CascadeSpec.from_dict(data["spec"])
             for rank in (spec.rank, *spec.ranks, *(rule.rank for rule in spec.rules if rule.rank is not None)):
                 _count("rank", rank)
@@ -250,6 +236,12 @@ class Plan:
             raise CheckpointError(
                 f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}", code="invalid-plan"
             ) from fault
+
+
+def _site(entry: dict[str, Any]) -> Site:
+    names = {key: name for name, key in _KEYS.items()}
+    values = {names.get(key, key): value for key, value in entry.items()}
+    return Site(**{**values, **{name: tuple(values[name]) for name in _LISTS if name in values or name != "ranks"}})
 
 
 def _checked(site: Site) -> Site:
@@ -271,10 +263,10 @@ def _checked(site: Site) -> Site:
         raise ValueError(f"layout is {site.layout!r}, not out_in or in_out")
     for rank in (site.rank, *site.ranks):
         _count("rank", rank)
-    for size in site.parts:
+    for size in site.slices:
         _count("parts", size)
-    if site.parts and (sum(site.parts) != site.shape[0] or site.experts or site.layout != "out_in"):
-        raise ValueError(f"parts is {site.parts}, which are not the rows of a weight of shape {site.shape}")
+    if site.slices and (sum(site.slices) != site.shape[0] or site.experts or site.layout != "out_in"):
+        raise ValueError(f"parts is {site.slices}, which are not the rows of a weight of shape {site.shape}")
     if site.placement not in PLACEMENTS:
         raise ValueError(f"placement is {site.placement!r}, not one of {', '.join(PLACEMENTS)}")
     if not is_number(site.dropout) or not 0 <= site.dropout < 1:

@@ -240,7 +240,7 @@ def _tell_of_wide_branches(plan: Plan) -> None:
     wide = [
         (site, most)
         for site in plan.sites
-        if max((site.rank, *site.ranks)) > (most := min(*site.matrix_shape, *site.parts))
+        if max((site.rank, *site.ranks)) > (most := min(*site.matrix_shape, *site.slices))
     ]
     if wide:
         site, most = wide[0]

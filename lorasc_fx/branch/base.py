@@ -47,7 +47,7 @@ class Branch(nn.Module, abc.ABC):
         self.weight_shape = tuple(site.shape)
         self.scale = site.scale
         self.transposed = site.layout == "in_out"
-        self.parts = site.parts
+        self.slices = site.slices
         self.dropout = site.dropout
         self.nearest = site.nearest_full_gradient
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -107,7 +107,7 @@ class Branch(nn.Module, abc.ABC):
     @property
     def up(self) -> torch.Tensor:
         """lora_B with the gradient that the spec asks for (`nearest_full`)."""
-        return nearest_full(self.lora_B, self.lora_A, self.scale, self.parts) if self.nearest else self.lora_B
+        return nearest_full(self.lora_B, self.lora_A, self.scale, self.slices) if self.nearest else self.lora_B
 
     @property
     def drops(self) -> bool:
@@ -121,27 +121,27 @@ class Branch(nn.Module, abc.ABC):
     def oriented(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (left, right) with `left @ right` the delta as the weight is stored, without the scale.
 
-        With parts, left holds the rows of lora_B of each slice as a block on its diagonal.
+        With slices, left holds the rows of lora_B of each slice as a block on its diagonal.
         """
         if self.transposed:
             return self.lora_A.transpose(-2, -1), self.up.transpose(-2, -1)
-        if self.parts:
-            return torch.block_diag(*whole(self.up).split(self.parts)), self.lora_A
+        if self.slices:
+            return torch.block_diag(*whole(self.up).split(self.slices)), self.lora_A
         return self.up, self.lora_A
 
     def pairs(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Return the pairs (A, B) as views, each with its rows of a matrix [out, in]; without parts there is one."""
-        if not self.parts:
+        """Return the pairs (A, B) as views, each with its rows of a matrix [out, in]; without slices there is one."""
+        if not self.slices:
             return [(self.lora_A, self.lora_B, matrix)]
         return list(
-            zip(self.lora_A.split(self.rank), self.lora_B.split(self.parts), matrix.split(self.parts), strict=True)
+            zip(self.lora_A.split(self.rank), self.lora_B.split(self.slices), matrix.split(self.slices), strict=True)
         )
 
     def delta(self) -> torch.Tensor:
         """Return the delta in the weight's own shape, without the scale."""
-        if self.parts:
-            up, down = self.up.split(self.parts), self.lora_A.split(self.rank)
-            count = range(len(self.parts))  # a proxy of torch.fx cannot be iterated
+        if self.slices:
+            up, down = self.up.split(self.slices), self.lora_A.split(self.rank)
+            count = range(len(self.slices))  # a proxy of torch.fx cannot be iterated
             return torch.cat([up[index] @ down[index] for index in count]).view(self.weight_shape)
         left, right = self.oriented()
         return (left @ right).view(self.weight_shape)
@@ -207,7 +207,7 @@ _DIAGONAL = 1e-8
 
 
 @fx.wrap  # one node in a trace of torch.fx, which records no autocast
-def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, parts: tuple[int, ...]) -> torch.Tensor:
+def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, slices: tuple[int, ...]) -> torch.Tensor:
     """Return lora_B; its gradient is multiplied by `(A A^T)^-1 / scale^2`, the nearest to full training for a fixed A.
 
     A step of B moves the weight by `s dB A`. The dB for which that is nearest to the weight's own gradient G, in the
@@ -219,15 +219,15 @@ def nearest_full(b: torch.Tensor, a: torch.Tensor, scale: float, parts: tuple[in
 
     Args:
         b: lora_B [out, rank], or with an axis of experts before.
-        a: lora_A [rank, in], likewise; with parts [parts * rank, in].
+        a: lora_A [rank, in], likewise; with slices [slices * rank, in].
         scale: s of the branch.
-        parts: rows of lora_B of each slice that has a lora_A of its own; empty for one of all.
+        slices: rows of lora_B of each slice that has a lora_A of its own; empty for one of all.
     """
     if not torch.is_grad_enabled():
         return b
-    parts = parts or (b.shape[-2],)
+    slices = slices or (b.shape[-2],)
     with torch.autocast(b.device.type, enabled=False):
-        pairs = zip((b - b.detach()).split(parts, -2), a.detach().chunk(len(parts), -2), strict=True)
+        pairs = zip((b - b.detach()).split(slices, -2), a.detach().chunk(len(slices), -2), strict=True)
         return b.detach() + torch.cat([zero @ _inverse(down, scale) for zero, down in pairs], -2)
 
 

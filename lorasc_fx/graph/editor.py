@@ -158,11 +158,11 @@ class GraphEditor:
                 self._made("get_attr", f"{branch.target}.lora_A", (), f"{branch.name}_A") for branch in nodes
             )
             group = self._made("call_function", shared_down, (x, factors), f"{x.name}_shared")
-            parts = [
+            products = [
                 self._made("call_function", operator.getitem, (group, index), f"{x.name}_shared_{index}")
                 for index in range(len(nodes))
             ]
-        for node, low in zip(nodes, parts, strict=True):
+        for node, low in zip(nodes, products, strict=True):
             node.args, node.kwargs = (node.args[0], low, *node.args[2:]), {**node.kwargs, "shared": True}
         self.modified = True
         return group

@@ -10,7 +10,7 @@ A weight may reach an input in several ways. `uses_of` tries them in this order,
    beside which a branch can stand, whatever is multiplied with it;
 2. it is multiplied with a constant in some other form;
 3. scaled by an input, it is the weight of a linear or a convolution (a modulated convolution);
-4. an input chooses rows of it.
+4. an input selects rows of it.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ __all__ = [
     "looks_up",
     "may_alias",
     "mutates",
-    "parts_of",
     "reads_shape_only",
-    "rows_read",
     "shape_of",
+    "slice_read",
+    "slices_of",
     "uses_of",
     "written_between",
 ]
@@ -140,22 +140,23 @@ def _arithmetic(node: fx.Node) -> bool:
     return home in ("_operator", "builtins", "math") or name_of(node).startswith("sym_")
 
 
-Stands = Callable[[fx.Node, Collection[fx.Node]], bool]
+Test = Callable[[fx.Node, Collection[fx.Node]], bool]
 
 
 def consumers(
     weight: fx.Node,
     constant: set[fx.Node],
-    stands: Stands = lambda node, reads: False,
-    passes: Stands = lambda node, reads: False,
+    is_use: Test = lambda node, reads: False,
+    is_passed: Test = lambda node, reads: False,
 ) -> Iterator[Consumer]:
     """Yield where a weight's get_attr node, or what is computed of it, meets an input; each node once.
 
     Args:
         weight: the node.
         constant: nodes that depend on no input.
-        stands: nodes that are to count as uses though they depend on no input.
-        passes: nodes that are to be passed though they depend on one. Both are given the arguments made of the weight.
+        is_use: of nodes that are to count as uses though they depend on no input.
+        is_passed: of nodes that are to be passed though they depend on one. Both are given the arguments made of the
+            weight.
     """
     derived, met = {weight: True}, dict[fx.Node, None]()  # whether it may share the weight's memory
     waiting = [weight]
@@ -165,10 +166,10 @@ def consumers(
                 continue
             sources = [source for source in read_values(user) if source in derived]
             made = all(source in derived or source in constant for source in read_values(user))
-            made = (made or passes(user, sources)) and not any(
+            made = (made or is_passed(user, sources)) and not any(
                 derived[source] and mutates(user, source) for source in sources
             )
-            apart = user.target in _LOOKUPS or stands(user, sources)
+            apart = user.target in _LOOKUPS or is_use(user, sources)
             if user.users and not apart and user.op != "output" and (made or selects(user, derived)):
                 derived[user] = any(derived[source] for source in sources) and may_alias(user)
                 waiting.append(user)
@@ -186,7 +187,7 @@ def may_alias(node: fx.Node) -> bool:
 
 
 def looks_up(node: fx.Node, constant: Container[fx.Node]) -> bool:
-    """Whether a node takes rows out of its first argument by an index that inputs choose."""
+    """Whether a node takes rows out of its first argument by an index that depends on inputs."""
     rest: list[fx.Node] = []
     fx.node.map_arg((node.args[1:], node.kwargs), rest.append)
     known = node.op in ("call_function", "call_method") and node.target in _SELECTIONS
@@ -260,7 +261,7 @@ _INDEXES = (torch.ops.aten.index.Tensor, operator.getitem)
 def expert_index(node: fx.Node) -> fx.Node | None:
     """Return the index by which a node takes one matrix out of a stack, where it is computed; else None.
 
-    An index that is written into the graph chooses nothing: all such indexed_experts together read the stack once.
+    An index that is a number in the graph is none: the experts that are read so make up the stack, read once.
     """
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
@@ -289,16 +290,16 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
         weight: a get_attr node, or the node of a branch that stands on one.
         constant: nodes that depend on no input.
     """
-    alone = list(consumers(weight, constant, stands=_fits))
+    alone = list(consumers(weight, constant, is_use=_fits))
     if any(kind_of(consumer) for consumer in alone):
         return alone
-    with_constants = list(consumers(weight, constant, stands=lambda node, reads: contraction(node, reads) is not None))
+    with_constants = list(consumers(weight, constant, is_use=lambda node, reads: contraction(node, reads) is not None))
     if any(kind_of(consumer) for consumer in with_constants):
         return with_constants
-    scaled = list(consumers(weight, constant, passes=lambda node, reads: name_of(node) in SCALES))
+    scaled = list(consumers(weight, constant, is_passed=lambda node, reads: name_of(node) in SCALES))
     if any(_as_weight(consumer) for consumer in scaled):
         return scaled
-    looked_up = list(consumers(weight, constant, stands=partial(_is_looked_up, constant)))
+    looked_up = list(consumers(weight, constant, is_use=partial(_is_looked_up, constant)))
     return looked_up if any(kind_of(consumer) for consumer in looked_up) else alone
 
 
@@ -397,24 +398,24 @@ def _called(node: fx.Node) -> nn.Module | None:
 
 _CUTS = {"slice", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "tensor_split"}
 _CUTS |= {"select", "unbind", "getitem"}
-_TURNS = {"view", "reshape", "t", "transpose", "permute", "contiguous", "clone", "detach", "squeeze", "unsqueeze"}
-_TURNS |= {"flatten", "unflatten", "_unsafe_view", "alias", "swapaxes", "movedim", "expand"}
+_VIEWS = {"view", "reshape", "t", "transpose", "permute", "contiguous", "clone", "detach", "squeeze", "unsqueeze"}
+_VIEWS |= {"flatten", "unflatten", "_unsafe_view", "alias", "swapaxes", "movedim", "expand"}
 
-Rows = tuple[int, int]
+Slice = tuple[int, int]
 
 
-def rows_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Rows | None:
+def slice_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Slice | None:
     """Return the first row that a node holds of a weight, and the one after the last; None for other ways to it.
 
     Args:
-        node: made of the weight by cuts and turns alone, or None is returned.
+        node: made of the weight by slicing and views alone, or None is returned.
         weight: where the way starts.
         shape: of the weight.
     """
     way: list[fx.Node] = []
     here = node
     while here is not weight:
-        if name_of(here) not in _CUTS | _TURNS or len(here.all_input_nodes) != 1:
+        if name_of(here) not in _CUTS | _VIEWS or len(here.all_input_nodes) != 1:
             return None
         way.append(here)
         here = here.all_input_nodes[0]
@@ -437,14 +438,12 @@ def _filled(arguments: Any, value: Any) -> Any:
     return fx.node.map_arg(arguments, lambda _: value)
 
 
-def parts_of(reads: Iterable[Rows | None], rows: int) -> tuple[int, ...]:
+def slices_of(reads: Iterable[Slice | None], rows: int) -> tuple[int, ...]:
     """Return the numbers of rows of the slices that divide a weight among its uses; () where they do not."""
-    ranges: set[Rows] = set()
-    for rows_of_use in reads:
-        if rows_of_use is None:
-            return ()
-        ranges.add(rows_of_use)
-    ordered = sorted(ranges)
+    ranges = set(reads)
+    if None in ranges:
+        return ()
+    ordered = sorted(pair for pair in ranges if pair is not None)
     ends = [0, *(end for _, end in ordered)]
     divides = all(start == end for (start, _), end in zip(ordered, ends, strict=False)) and ends[-1] == rows
     return tuple(end - start for start, end in ordered) if divides and len(ordered) > 1 else ()

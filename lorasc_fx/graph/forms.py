@@ -445,7 +445,7 @@ _PERMUTE = (aten.permute.default, torch.permute, "permute")
 
 
 def transposes(node: fx.Node, dims: int = 2) -> bool:
-    """Whether a node turns a matrix around, or each in a stack of `dims` axes, and does nothing else."""
+    """Whether a node transposes a matrix, or each in a stack of `dims` axes, and does nothing else."""
     if node.target is getattr:
         return node.args[1:2] == ("mT",) or (dims == 2 and node.args[1:2] == ("T",))
     rest: Any = node.args[1:]

@@ -19,13 +19,13 @@ from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.graph.branch_calls import call_template, mergeable, replaced_call
 from lorasc_fx.graph.flow import (
     Consumer,
-    Rows,
+    Slice,
     constants,
     indexed_experts,
     kind_of,
     mutates,
-    parts_of,
-    rows_read,
+    slice_read,
+    slices_of,
     uses_of,
 )
 from lorasc_fx.graph.forms import (
@@ -71,7 +71,7 @@ class WeightUses:
     opaque: list[fx.Node] = field(default_factory=list)
     written: list[fx.Node] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
-    rows: list[Rows | None] = field(default_factory=list)
+    rows: list[Slice | None] = field(default_factory=list)
     touched: bool = False
     layer: bool = False
 
@@ -101,10 +101,10 @@ class WeightUses:
         """Whether a branch can stand beside every use, in one layout."""
         return not (self.contracted or self.others or self.outside) and len({use.layout for use in self.beside}) == 1
 
-    def parts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def slices(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The rows of the slices in which all uses together read the weight, or ()."""
         sliced = not (self.beside or self.others or self.outside) and kind_at(shape, self) != "experts"
-        return parts_of(self.rows, shape[0]) if sliced else ()
+        return slices_of(self.rows, shape[0]) if sliced else ()
 
     @property
     def registered_form(self) -> str:
@@ -144,7 +144,7 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
 
 
 def _behind_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.Node]:
-    """Return the branch nodes that stand on a weight already, or on what is chosen of it; or the weight's own node."""
+    """Return the branch nodes that stand on a weight already, or on an expert of it; or the weight's own node."""
     for holders in ([source], indexed_experts(source)):
         branches = [user for holder in holders for user in holder.users if _stands_on(graph_module, user, holder)]
         if branches:
@@ -178,7 +178,7 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], u
         uses.beside.append(BesideUse(node, form.name, form.kind, layout, mergeable(node, form)))
     elif (kind := kind_of(consumer)) is not None:
         uses.contracted.append((node, kind))
-        uses.rows += [rows_read(source, start, shape) for source in consumer.reads]
+        uses.rows += [slice_read(source, start, shape) for source in consumer.reads]
     else:
         uses.others.append(node)
 
@@ -306,7 +306,7 @@ def _classify(
         else:
             layout = seen.beside[0].layout if seen.all_beside else "out_in"
             shape = tuple(weights.parameters[weight].shape)
-            site = describe(spec, weight, kind_at(shape, seen), shape, names[1:], layout, seen.parts(shape))
+            site = describe(spec, weight, kind_at(shape, seen), shape, names[1:], layout, seen.slices(shape))
             site = replace(site, form=seen.registered_form)
             sites.append(_placed(site, seen, weights.parameters[weight], spec, place))
     return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))

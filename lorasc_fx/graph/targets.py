@@ -87,7 +87,7 @@ def describe(
     shape: Sequence[int],
     aliases: tuple[str, ...],
     layout: str = "out_in",
-    parts: tuple[int, ...] = (),
+    slices: tuple[int, ...] = (),
 ) -> Site:
     """Return the site of a weight, with rank and lora_alpha by the first rule that means it, else by the spec."""
     rank, lora_alpha, ranks = spec.rank, spec.lora_alpha, spec.ranks
@@ -97,5 +97,5 @@ def describe(
             lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
             break
     options = (rank, float(lora_alpha), spec.use_rslora)
-    site = Site(weight, kind, tuple(shape), *options, aliases, layout, parts, use_dora=spec.use_dora)
+    site = Site(weight, kind, tuple(shape), *options, aliases, layout, slices, use_dora=spec.use_dora)
     return replace(site, ranks=ranks, train_A=spec.train_A, nearest_full_gradient=spec.nearest_full_gradient)

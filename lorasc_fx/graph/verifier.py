@@ -109,8 +109,8 @@ def _uses_fit_plan(view: View) -> Iterator[str]:
         op = replaced_call(node)
         module = module_at(view.module, node.target) if node.op == "call_module" else None
         form = op.form if op is not None else form_of(node, module)
-        on_chosen = form is None and expert_index(node) is not None
-        on = ON_INDEXED_EXPERT if on_chosen else ON_WEIGHT if node.op == "get_attr" else "in no form"
+        indexed = form is None and expert_index(node) is not None
+        on = ON_INDEXED_EXPERT if indexed else ON_WEIGHT if node.op == "get_attr" else "in no form"
         name = form.name if form is not None else on
         if op is not None and not use.merged:
             yield f"node {node.name} stands in place of {op.name}, but no pass has marked it so"
@@ -185,7 +185,7 @@ def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
 
 
 def _without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
-    """Return what a chain of transposes starts from, and whether it turns it around."""
+    """Return what a chain of transposes starts from, and whether it transposes it."""
     transposed = False
     while isinstance(source, fx.Node) and source.op != "get_attr" and transposes(source, dims):
         source, transposed = source.all_input_nodes[0], not transposed
@@ -322,7 +322,7 @@ def _branches_fit_plan(view: View) -> Iterator[str]:
                 yield f"{name} of {site.weight} is {tuple(parameters[name].shape)}, planned as {shape}"
         if branch.transposed != (site.layout == "in_out"):
             yield f"the branch of {site.weight} is stored transposed against its layout, {site.layout}"
-        for what in ("weight_name", "scale", "dropout", "parts"):
+        for what in ("weight_name", "scale", "dropout", "slices"):
             made, planned = getattr(branch, what), getattr(site, "weight" if what == "weight_name" else what)
             if made != planned:
                 yield f"the branch of {site.weight} has {what} {made}, planned as {planned}"

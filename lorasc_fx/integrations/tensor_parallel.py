@@ -351,7 +351,7 @@ def _check_weight(model: nn.Module, names: tuple[str, ...], parameter: torch.Ten
         fault = f"is tied to {tied[0]}"
     elif site is not None and site.kind != "linear":
         fault = f"is of kind {site.kind}"
-    elif site is not None and site.parts:
+    elif site is not None and site.slices:
         fault = "is used in slices, which would be cut across"
     elif parameter.dim() != 2 or (site is None and not isinstance(holder, nn.Linear)):
         fault = "is no weight of a linear layer"
@@ -428,7 +428,7 @@ class PartsInterpreter(fx.Interpreter):
             return base if self.resting else self._beside(branch, base, x, False)
         if self.resting:
             return args[0]
-        if type(branch) is MatrixBranch and len(args) == 2 and not branch.parts and not kwargs.keys() - {"shared"}:
+        if type(branch) is MatrixBranch and len(args) == 2 and not branch.slices and not kwargs.keys() - {"shared"}:
             return self._beside(branch, *args, **kwargs)
         return super().call_module(target, args, kwargs)
 

@@ -163,7 +163,7 @@ def _initialize(branch: Branch, gradient: torch.Tensor) -> None:
     slope = branch.lora_B.grad
     if slope is None or not torch.isfinite(matrix).all():
         return
-    slopes = slope.split(branch.parts) if branch.parts else (slope,)
+    slopes = slope.split(branch.slices) if branch.slices else (slope,)
     for (a, _, rows), b_grad in zip(branch.pairs(matrix), slopes, strict=True):
         old = branch.scale * rows @ a.transpose(-2, -1)
         weight = old.square().sum()

@@ -280,9 +280,9 @@ def factors_out_of(
     full = weight.reshape(*stack, columns, out).mT if branch.transposed else weight.reshape(*stack, out, columns)
     a = a.to(full, copy=True)
     b = torch.zeros(branch.lora_B.shape, dtype=a.dtype, device=a.device)
-    matrices = full.split(branch.parts) if branch.parts else (full,)
-    ups = b.split(branch.parts) if branch.parts else (b,)
-    downs = a.split(branch.rank) if branch.parts else (a,)
+    matrices = full.split(branch.slices) if branch.slices else (full,)
+    ups = b.split(branch.slices) if branch.slices else (b,)
+    downs = a.split(branch.rank) if branch.slices else (a,)
     with exact_products(full):
         for matrix, up, down in zip(matrices, ups, downs, strict=True):
             left, right = spec.factor_start.initial_factors(matrix, branch.rank, branch.scale)

@@ -232,7 +232,7 @@ def test_a_plan_is_read_back() -> None:
 
 
 def test_a_packed_site_is_read_back() -> None:
-    site = lx.Site("a.weight", "linear", (3, 2), 2, 2.0, parts=(1, 2))
+    site = lx.Site("a.weight", "linear", (3, 2), 2, 2.0, slices=(1, 2))
     assert site.factor_shapes == ((4, 2), (3, 2))
     assert site.parameters == 4 * 2 + 3 * 2
     assert lx.Plan.from_json(lx.Plan(lx.CascadeSpec(), (site,)).to_json()).sites == (site,)

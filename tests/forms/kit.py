@@ -270,7 +270,7 @@ def substituted(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterato
 
 def delta(site: lx.Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return s B A in the weight's shape and layout, by plain products; of a packed weight, slice by slice."""
-    pairs = zip(b.split(site.parts), a.split(SPEC.rank), strict=True) if site.parts else [(b, a)]
+    pairs = zip(b.split(site.slices), a.split(SPEC.rank), strict=True) if site.slices else [(b, a)]
     product = torch.cat([rows @ own for rows, own in pairs]) * (SPEC.lora_alpha / SPEC.rank)
     return (product if site.layout == "out_in" else product.mT).reshape(site.shape)
 

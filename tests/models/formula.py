@@ -35,7 +35,7 @@ def _pairs(site: lx.Site, branch: Any, matrix: Any) -> list[tuple[torch.Tensor, 
     """Return A and B of each slice of the weight, with the rows of a matrix that they stand for."""
     a, b = branch.lora_A.detach(), branch.lora_B.detach()
     pairs, start = [], 0
-    for index, rows in enumerate(site.parts):
+    for index, rows in enumerate(site.slices):
         place = slice(start, start + rows)
         own = a[index * SPEC.rank : (index + 1) * SPEC.rank]
         pairs.append((own, b[place], None if matrix is None else matrix[place]))

@@ -119,7 +119,7 @@ def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str, nearest:
     for name, branch in ours.items():
         a, slope = branch.lora_A.detach(), theirs[name].lora_B.grad
         if nearest:
-            slopes = slope.split(branch.parts, -2) if branch.parts else [slope]
+            slopes = slope.split(branch.slices, -2) if branch.slices else [slope]
             each = a.chunk(len(slopes), -2)
             steady = [one @ one.transpose(-2, -1) + 1e-8 * torch.eye(2) for one in each]  # as peft does
             inverse = [torch.linalg.inv(one) / branch.scale**2 for one in steady]

@@ -148,9 +148,9 @@ def test_milora_of_fused_slices_tables_convolutions_and_a_rank_above_the_matrix(
     cascade = lx.adapt(model, (ids,), spec=lx.CascadeSpec(start="milora", rank=RANK, lora_alpha=ALPHA))
     assert (cascade(ids) - before).abs().max() < 1e-12
     assert {"table.weight", "conv.weight", "narrow.weight"} <= {site.weight for site in cascade.sites}
-    assert any(site.parts for site in cascade.sites)
+    assert any(site.slices for site in cascade.sites)
     for site in cascade.sites:
-        sizes = site.parts or (site.shape[0],)
+        sizes = site.slices or (site.shape[0],)
         pairs = zip(base[site.weight].split(sizes), cascade.model.get_parameter(site.weight).split(sizes), strict=True)
         for weight, residual in pairs:
             rank = min(RANK, *weight.flatten(1).shape)

@@ -41,7 +41,7 @@ class Case:
         refusals: by weight name.
         unreached: weight names.
         aliases: the other names of a tied site.
-        parts: sites whose weight is used in slices, with the numbers of rows of each.
+        slices: sites whose weight is used in slices, with the numbers of rows of each.
         exact: the graph computes the eager model's bits; else eager mode takes a fused path.
     """
 
@@ -54,7 +54,7 @@ class Case:
     unreached: tuple[str, ...] = ()
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     spec: CascadeSpec = SPEC
-    parts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    slices: dict[str, tuple[int, ...]] = field(default_factory=dict)
     exact: bool = True
 
     @functools.cached_property

@@ -455,7 +455,7 @@ WEIGHT_CASES: tuple[Case, ...] = (
         "w0=F.linear w1:experts=* w2:experts=*",
     ),
     Case(
-        "aten_packed", functional(_packed, (12, 5), (6, 5)), randn(2, 3, 5), aten, "w0=* w1=*", parts={"w0": (4, 4, 4)}
+        "aten_packed", functional(_packed, (12, 5), (6, 5)), randn(2, 3, 5), aten, "w0=* w1=*", slices={"w0": (4, 4, 4)}
     ),
     *(
         Case(
@@ -464,7 +464,7 @@ WEIGHT_CASES: tuple[Case, ...] = (
             randn(2, 3, 5),
             trace,
             "w0=* w1=* w2=* w3:conv=*",
-            parts={"w0": (2, 4, 6), "w1": (4, 6), "w2": (3, 3), "w3": (2, 3)},
+            slices={"w0": (2, 4, 6), "w1": (4, 6), "w2": (3, 3), "w3": (2, 3)},
         )
         for dialect, trace in (("aten", aten), ("functional", functions))
     ),

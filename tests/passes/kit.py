@@ -75,11 +75,11 @@ def product(site: Site, b: Tensor, a: Tensor) -> Tensor:
     """`B @ A`, of each expert or slice, turned around where the weight is stored [in, out], in the shape of the
     weight.
     """
-    if site.parts:
-        ends, rank = list(itertools.accumulate(site.parts)), site.rank
+    if site.slices:
+        ends, rank = list(itertools.accumulate(site.slices)), site.rank
         slices = [
             torch.einsum("or,ri->oi", b[end - size : end], a[index * rank : (index + 1) * rank])
-            for index, (size, end) in enumerate(zip(site.parts, ends, strict=True))
+            for index, (size, end) in enumerate(zip(site.slices, ends, strict=True))
         ]
         return torch.cat(slices).reshape(site.shape)
     matrix = torch.einsum("eor,eri->eoi", b, a) if site.kind == "experts" else torch.einsum("or,ri->oi", b, a)

@@ -645,7 +645,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
     },
     "aten_slices": {
         "plan of other parts": (
-            site("w0", parts=(4, 2, 6)),
+            site("w0", slices=(4, 2, 6)),
             ("the branch of w0 has parts (2, 4, 6), planned as (4, 2, 6)",),
         ),
     },

@@ -154,7 +154,7 @@ class Fused(nn.Module):
 def test_a_symbolic_trace_trains_as_the_cascade(options: dict[str, Any]) -> None:
     model, x = Fused(), torch.randn(2, 3, 4, 4)
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, **options))
-    assert [site.parts for site in cascade.sites if site.weight == "qkv"] == (
+    assert [site.slices for site in cascade.sites if site.weight == "qkv"] == (
         [] if "exclude" in options else [(4, 4, 4)]
     )
     factors = [parameter for name, parameter in cascade.named_parameters() if ".lora_" in name]

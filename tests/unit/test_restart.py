@@ -262,7 +262,7 @@ def test_lora_a_from_the_gradient_of_each_slice(clip: float | None, frontend: st
     """The same for each slice by itself: its rows of G, its rows of lora_A and of lora_B."""
     spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, restart_A="gradient", noise=lx.Noise(0.1))
     cascade = lx.adapt(Packed().double(), batches(1, 4, 5), spec=spec, frontend=frontend)
-    assert {site.weight: site.parts for site in cascade.sites} == {"body.weight": (), "packed": (2, 4, 3)}
+    assert {site.weight: site.slices for site in cascade.sites} == {"body.weight": (), "packed": (2, 4, 3)}
     optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
     randomize(cascade)
     cascade.transition(optimizer)
