@@ -235,7 +235,7 @@ class Run:
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         self.pending.arm(self.trainable().values())
         if noise.strength and noise.redraw == "step":
-            self.steps.arm(self, self._redraw)
+            self.steps.arm(self._redraw)
         self.replicas.see(len(self.branches), self.trainable)
 
     def commit(self, planned: Planned, undo: Undo | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -102,30 +102,33 @@ class PendingWatch:
 class StepWatch:
     """Calls a method after each step of any optimizer, by torch's own hook: any loop will do, compiled or not.
 
-    A step that a loss scaler skips is none. A copy (deepcopy, pickle) waits for none until it is armed.
+    One hook serves all of a process and stays: torch walks over its hooks in a step, where a garbage collection that
+    removed one would make the step raise. A step that a loss scaler skips is none. A copy (deepcopy, pickle) waits for
+    none until it is armed.
     """
 
+    _armed: ClassVar[weakref.WeakSet[StepWatch]] = weakref.WeakSet()
+    _hook: ClassVar[Any] = None
+
     def __init__(self) -> None:
-        self._handle: Any = None
+        self._after_step: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]] | None = None
 
-    def arm(self, owner: object, after_step: Callable[[torch.optim.Optimizer], None]) -> None:
-        """Call this method of the owner after each optimizer step, as long as the owner lives."""
-        if self._handle is not None:
-            return
-        method = weakref.WeakMethod(after_step)
-
-        def stepped(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-            if (call := method()) is not None:
-                call(optimizer)
-
-        self._handle = register_optimizer_step_post_hook(stepped)
-        weakref.finalize(owner, self._handle.remove)
+    def arm(self, after_step: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Call this method after each optimizer step, as long as its object lives."""
+        self._after_step = weakref.WeakMethod(after_step)
+        self._armed.add(self)
+        if StepWatch._hook is None:
+            StepWatch._hook = register_optimizer_step_post_hook(StepWatch._stepped)
 
     def disarm(self) -> None:
         """Wait no longer."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        self._armed.discard(self)
+
+    @staticmethod
+    def _stepped(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        for watch in tuple(StepWatch._armed):
+            if watch._after_step is not None and (call := watch._after_step()) is not None:
+                call(optimizer)
 
     def __reduce__(self) -> tuple[type[StepWatch], tuple[()]]:
         return (StepWatch, ())
