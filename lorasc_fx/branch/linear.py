@@ -17,6 +17,11 @@ _ALIGNED = 8
 """Entries of 2 bytes in the 16 bytes by which torch's grouped matmul wants every stride to be divisible."""
 
 
+_SMALL = 1 << 15
+"""Entries of a product's input, and of its output, up to which torch's own backward of plain operations takes less time
+than one by hand: Python runs that for longer than both compute."""
+
+
 class MatrixBranch(Branch):
     """Beside a product, a lookup or a grouped product, after a shared product, in place of a product, or on the weight.
 
@@ -106,7 +111,7 @@ class MatrixBranch(Branch):
         return plus(base, term.to(base.dtype), self.scale)
 
     def _beside(self, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if by_hand(base, x):
+        if by_hand(base, x) and (self.drops or max(base.numel(), x.numel()) > _SMALL):
             a, b, seed = self.lora_A.to(base.dtype), self.up.to(base.dtype), self.seed()
             return apply(Beside, base, x.to(base.dtype), a, b, self.scale, self.dropout, seed)
         x = F.dropout(x, self.dropout) if self.drops else x

@@ -59,7 +59,8 @@ def capture_export(
     aten = torch.ops.aten.linear.default  # a quantized weight knows torch's function, and not always the op
     if quantized and call_instead(live.graph, aten, F.linear, lambda node: _weight(node) in quantized):
         live.recompile()
-    return Captured(live, "dynamo" if strict else "export", Conditions(guards, sizes))
+    conditions = Conditions(guards.forward if guards is not None else None, sizes)
+    return Captured(live, "dynamo" if strict else "export", conditions)
 
 
 def _by_parameter(guards: list[str], signature: inspect.Signature) -> list[str]:

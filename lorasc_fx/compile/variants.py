@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import fx
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.capture import Call, Conditions
 from lorasc_fx.errors import StateError, warn
+from lorasc_fx.graph import as_function, hooks_of, takes_leaves
 from lorasc_fx.plan import Plan, Refusal
 
 __all__ = ["NOT_COMPILED", "Made", "Variant", "Variants"]
@@ -50,6 +53,28 @@ class Variant:
     detach: Callable[[], None] | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
     expected: float | None = None
+
+    @cached_property
+    def run(self) -> Callable[[Call], Any]:
+        """Computes a call as `module` does, and of a captured graph at less cost where no branch has hooks."""
+        module = self.module
+
+        def plain(call: Call) -> Any:
+            return module(*call.args, **call.kwargs)
+
+        if not isinstance(module, fx.GraphModule) or self.frontend == "graph":  # of which one serves every tree
+            return plain
+        function, hooks, flat = as_function(module), hooks_of(module), takes_leaves(module.graph)
+        inputs = sum(node.op == "placeholder" for node in module.graph.nodes)
+
+        def run(call: Call) -> Any:
+            if any(hooks):
+                return module(*call.args, **call.kwargs)
+            if not flat:
+                return function(*call.args, **call.kwargs)
+            return function(*call.leaves) if len(call.leaves) == inputs else module(*call.args, **call.kwargs)
+
+        return run
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from lorasc_fx.graph.forms import (
     register_form,
     weighs,
 )
+from lorasc_fx.graph.function import as_function, hooks_of, takes_leaves
 from lorasc_fx.graph.matching import Matching, Placer, candidates, match, survey
 from lorasc_fx.graph.printer import text
 from lorasc_fx.graph.record import Record, Use, at_stage, record_of, set_record, strip
@@ -58,6 +59,7 @@ __all__ = [
     "Record",
     "Use",
     "WeightForm",
+    "as_function",
     "at_stage",
     "branch_nodes",
     "call_instead",
@@ -74,6 +76,7 @@ __all__ = [
     "form_of",
     "forms_missing",
     "graph_module_like",
+    "hooks_of",
     "made_by",
     "match",
     "matches",
@@ -91,6 +94,7 @@ __all__ = [
     "shared_memory",
     "strip",
     "survey",
+    "takes_leaves",
     "text",
     "trained_by",
     "use_of",

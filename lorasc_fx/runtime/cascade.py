@@ -195,8 +195,7 @@ class Cascade(nn.Module):
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
         self._usage.check_mode(run, self.training)
         run.replicas.see(len(self.branches), run.trainable)
-        variant = self._variants.find(call) or self._capture(call)
-        return variant.module(*call.args, **call.kwargs)
+        return (self._variants.find(call) or self._capture(call)).run(call)
 
     def _variant_of(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant"
