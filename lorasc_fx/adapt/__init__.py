@@ -34,10 +34,13 @@ from lorasc_fx.graph import (
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
+from lorasc_fx.runtime.base_model import BaseModel
 from lorasc_fx.runtime.cascade import Joined
+from lorasc_fx.runtime.checkpoint import MANIFEST, way_back
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.materialize import MetaModel, check_attributes, groups_of
 from lorasc_fx.runtime.run import Run
+from lorasc_fx.runtime.training_state import with_tensors
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
@@ -109,7 +112,7 @@ def adapt(
 
 def load(
     folder: str | PathLike[str],
-    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str],
+    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str] | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -122,12 +125,17 @@ def load(
     as one from `adapt`.
 
     Args:
-        folder: that `lorasc_fx.save` wrote to.
-        model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted.
+        folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to.
+        model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted. Without one, the base
+            that `save_pretrained` has named is built, in eval mode, and the example inputs are those of `adapt`, if
+            none are given. Only local files are read for it, unless HF_HUB_OFFLINE is 0 in the environment.
 
     Raises:
-        CheckpointError: nothing to load, damage, or another base; the model is as it was.
-        SpecError: base is `file`, and the model names no folder.
+        CheckpointError: nothing to load, damage, or another base; the model is as it was. Without a model: the folder
+            names no base, or that cannot be built here.
+        SpecError: base is `file`, and the model names no folder; or the folder has no example inputs, and none are
+            given.
+        MissingExtra: the library of the base is not installed.
     """
     found = read(folder)
     if found.frontend not in ("auto", *FRONTENDS):
@@ -135,6 +143,8 @@ def load(
         raise CheckpointError(
             f"{found.path}: was made by the front end {found.frontend!r:.40}; known: {known}", code="unknown-front-end"
         )
+    if model is None:
+        model, args, kwargs = _named_base(found, args, kwargs)
     opened = open_model(model)
     _check_new(opened)
     source = open_base(base, opened)
@@ -153,6 +163,39 @@ def load(
         cascade._take_over(found, undo)
         _check_loaded(cascade, found.path)
         return cascade
+
+
+def _named_base(
+    found: Checkpoint, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any] | None]:
+    """Build the base that a checkpoint names, and return it with the example inputs to adapt it by."""
+    where = str(found.path)
+    if "model" not in found.manifest:
+        raise CheckpointError(
+            f"{where}: names no base; give the model: lorasc_fx.load(folder, model, args=...). Folders of "
+            "cascade.save_pretrained name theirs",
+            code="base-not-named",
+        )
+    example = with_tensors(found, where).get("example", {})
+    if not args and not kwargs:
+        args, kwargs = example.get("args"), example.get("kwargs")
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise SpecError(
+                f"{where}: holds no example inputs; give them: lorasc_fx.load(folder, args=...)",
+                code="missing-argument",
+            )
+    try:
+        named = BaseModel.from_dict(found.manifest["model"])
+    except ValueError as fault:
+        raise CheckpointError(f"{found.path / MANIFEST}: {fault}; {way_back(found.path)}") from fault
+    model = named.build(where)
+    parameters = dict(model.named_parameters())
+    for key, value in found.tensors.items():
+        own = parameters.get(key.removeprefix("base/")) if key.startswith("base/") else None
+        if own is not None and own.shape == value.shape and own.dtype == value.dtype:
+            own.data.copy_(value)  # of another shape or name: check_base says that the base differs
+
+    return model, args, kwargs
 
 
 def _check_forms(found: Checkpoint) -> None:

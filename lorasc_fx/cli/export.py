@@ -15,7 +15,6 @@ import tyro
 
 import lorasc_fx as lx
 from lorasc_fx.cli.config import load_config
-from lorasc_fx.cli.models import CLASSIFIER
 from lorasc_fx.cli.run_folder import RunFolder, check_output
 from lorasc_fx.cli.training import Setup
 from lorasc_fx.errors import SpecError, StateError, nearest, warn
@@ -165,9 +164,7 @@ def run_export(arguments: ExportArguments) -> int:
     options: dict[str, Any] = {"which": arguments.which}
     with _bytes_written(f"write {arguments.output}") as progress:
         if adapter:
-            classifier = type(cascade.model).__name__.endswith(CLASSIFIER)
             options |= {"max_rank": arguments.max_rank, "uniform_rank": arguments.uniform_rank}
-            options |= {"task_type": "SEQ_CLS" if classifier else None}
         elif arguments.to == "safetensors":
             options["progress"] = progress
         written = getattr(lx.export, arguments.to)(cascade, arguments.output, **options)

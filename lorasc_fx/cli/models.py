@@ -21,7 +21,6 @@ from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 
 __all__ = [
-    "CLASSIFIER",
     "MODELS",
     "Arguments",
     "MeanPooled",

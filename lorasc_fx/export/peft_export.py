@@ -31,12 +31,20 @@ from lorasc_fx.export.peft_factors import Change, CutOff, change_of, nothing
 from lorasc_fx.export.peft_places import Saved, places_of, save_whole
 from lorasc_fx.peft_format import CONFIG, TENSORS, Conv1d, Place, wrap_counts
 from lorasc_fx.runtime import Cascade
+from lorasc_fx.runtime.base_model import name_of, task_type_of
 from lorasc_fx.runtime.checkpoint_write import sync
 from lorasc_fx.runtime.folding import check_which
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import arithmetic
 
 __all__ = ["PeftAdapter", "peft"]
+
+_SAVED_WHOLE = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that peft's classes for a task save whole, whatever the configuration says (peft 0.21, `peft_model.py`)."""
 
 log = logging.getLogger("lorasc_fx")
 
@@ -93,8 +101,10 @@ def peft(
         uniform_rank: all sites get one rank of 8, 16, 32, 64, 128, 256, 320, 512, by zeros, for loaders that ignore
             patterns (vLLM).
         dtype: of the factors; by default fp64 for weights of fp64, else fp32.
-        task_type: peft's, as `CAUSAL_LM`; without, the plain PeftModel loads it.
-        base_model: name or path of the base, by default what a model of transformers says of itself.
+        task_type: peft's, as `CAUSAL_LM`; by default that of a class of transformers, so that
+            `AutoPeftModelForCausalLM` and the like load the folder. For tasks that peft has not, and where the head of
+            a classifier is adapted, which peft's classes save whole, it is `AutoPeftModel`.
+        base_model: name or path of the base, by default what a model of transformers or timm says of itself.
 
     Returns:
         Ranks, errors and modules saved whole.
@@ -142,8 +152,7 @@ def peft(
         {place: ranks[name] for name, each in places.items() for place in each},
         saved.modules,
         saved.biases,
-        task_type=task_type,
-        base_model_name_or_path=base_model or _name_of(model),
+        **_named(model, task_type, base_model, every),
         use_dora=bool(change.magnitudes),
     )
     tensors = _whole(run, saved, change) | _factors(run, places, change, dtype)
@@ -220,10 +229,31 @@ def _nested(places: Sequence[Place]) -> dict[str, str]:
     }
 
 
-def _name_of(model: nn.Module) -> str | None:
-    """Return what a model of transformers says that it was loaded from."""
-    named = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return named if isinstance(named, str) and named else None
+def _named(
+    model: nn.Module, task_type: str | None, base_model: str | None, places: Iterable[Place]
+) -> dict[str, str | dict[str, str] | None]:
+    """Return the keys of a configuration by which peft's Auto classes build the base.
+
+    Raises:
+        SpecError: peft would drop the pair of a head, which its class for the given task saves whole.
+    """
+    task = task_type if task_type is not None else task_type_of(model)
+    whole = _SAVED_WHOLE.get(task or "", ())
+    dropped = next((place.path for place in places if place.path.rpartition(".")[2] in whole), None)
+    if dropped is not None and task_type is not None:
+        raise SpecError(
+            f"export.peft: task_type is {task_type!r}, and {dropped} is adapted, which peft's class for this task "
+            "saves whole: it would drop the pair. Leave task_type out, or train the head in full (train=...)",
+            code="conflicting-options",
+        )
+    task = None if dropped is not None else task
+    library = type(model).__module__
+    mapping = (
+        {"base_model_class": type(model).__name__, "parent_library": library}
+        if task is None and library.startswith("transformers.")
+        else None
+    )
+    return {"task_type": task, "auto_mapping": mapping, "base_model_name_or_path": base_model or name_of(model)}
 
 
 def _span(ranks: Iterable[int]) -> str:

@@ -25,7 +25,7 @@ from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, pa
 from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 
-__all__ = ["INDEX", "SINGLE", "BaseFile", "open_base", "opened", "renamed", "shards_of"]
+__all__ = ["INDEX", "SINGLE", "BaseFile", "name_or_path", "open_base", "opened", "renamed", "shards_of"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
@@ -111,11 +111,16 @@ def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
     return BaseFile(path, files, renamed(aliases, files), aliases, {shard: _stamp(shard) for shard in shards})
 
 
+def name_or_path(model: nn.Module) -> str | None:
+    """Return what a model of transformers says that it was loaded from; None for one that does not."""
+    named = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return named if isinstance(named, str) and named else None
+
+
 def _named_by(model: nn.Module) -> str:
     """Return the folder that a model of transformers says it was loaded from."""
-    config = getattr(model, "config", None)
-    named = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
-    if not isinstance(named, str) or not Path(named).is_dir():
+    named = name_or_path(model)
+    if named is None or not Path(named).is_dir():
         said = f"says {named!r}, which is no local folder" if named else "does not say where it came from"
         raise SpecError(
             f"base='file': {type(model).__name__} {said}; give the path of its safetensors file or folder as base",

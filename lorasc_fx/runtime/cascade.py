@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial, wraps
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -22,11 +23,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.branch import dense
 from lorasc_fx.checks import is_integer
 from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Variants
 from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
+from lorasc_fx.extras import module_of
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, training_state, transition
+from lorasc_fx.runtime.base_model import BaseModel
 from lorasc_fx.runtime.folding import Requantize
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.state_dict import KEY, from_state_dict, take_over, to_state_dict
@@ -41,9 +45,7 @@ log = logging.getLogger("lorasc_fx")
 
 _CAPTURING = Lock()
 
-_METHOD_WEIGHTS: Mapping[str, Which] = {
-    "generate": "fast", "encode": "fast", "save_pretrained": "slow", "push_to_hub": "slow",
-}  # fmt: skip
+_METHOD_WEIGHTS: Mapping[str, Which] = {"generate": "fast", "encode": "fast"}
 """Weights that methods of the user's model run with."""
 
 WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
@@ -139,9 +141,8 @@ class Cascade(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the user's model: `config`, `device` and what else trainers read of a model.
 
-        Submodules are left out: called by themselves they compute without branches. Methods that compute or write have
-        the right weights in place while they run, unless `weights` has put others there: `generate` and `encode` the
-        fast ones, `save_pretrained` and `push_to_hub` the slow ones.
+        Submodules are left out: called by themselves they compute without branches. `generate` and `encode` have the
+        fast weights in place while they run, unless `weights` has put others there.
 
         Raises:
             AttributeError: neither the cascade nor the model has it, or it is a submodule.
@@ -687,6 +688,81 @@ class Cascade(nn.Module):
         """Put the base's weights in place for the time of a `with`: `weights("base")`."""
         return self.weights("base")
 
+    # ---- folders that name their base
+
+    def save_pretrained(self, folder: str | PathLike[str], *, base_model: str | None = None) -> Path:
+        """Write what the run has learnt, and the name of its base: `lorasc_fx.load(folder)` needs nothing more.
+
+        As peft's adapters, the folder holds no base, but for W0 of what is trained in full, and of what the files of
+        the base have not (a new head). For the model with its slow weights, in its library's layout:
+        `with cascade.weights("slow"): cascade.model.save_pretrained(folder)`, or `release` before.
+
+        Args:
+            folder: as of `lorasc_fx.save`; it holds one version.
+            base_model: name or folder of the base, by default what a model of transformers (`name_or_path`) or timm
+                (`pretrained_cfg`) says of itself.
+
+        Returns:
+            The folder of the version.
+
+        Raises:
+            StateError: the base cannot be named; after `release`, inside `weights` or inside a backward, or the weights
+                are sharded.
+            CheckpointError: the folder cannot be written. What was there stays.
+            NonFiniteBranch: a branch holds inf or nan.
+        """
+        root = path_of(folder)
+        return self._write_named(root, "save_pretrained", base_model)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "lorasc-fx run",
+        api: Any = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository on the hub, which is made if it is not there.
+
+        `huggingface_hub.snapshot_download(repo_id, local_dir=folder)` brings it back for `lorasc_fx.load(folder)`.
+
+        Args:
+            repo_id: `user/name`.
+            base_model: as of `save_pretrained`.
+            private, commit_message: as of huggingface_hub.
+            api: a `huggingface_hub.HfApi` with an endpoint and token of its own.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            MissingExtra: huggingface_hub is not installed.
+            StateError, NonFiniteBranch: as of `save_pretrained`. What the hub refuses is huggingface_hub's to raise.
+        """
+        self._run.check_alive("push_to_hub")
+        api = module_of("text", "huggingface_hub").HfApi() if api is None else api
+        with TemporaryDirectory() as folder:
+            self._write_named(Path(folder), "push_to_hub", base_model)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        return str(done.commit_url)
+
+    def _write_named(self, root: Path, call: str, base_model: str | None) -> Path:
+        """Write a version that names its base, and has the example inputs if JSON and safetensors can hold them."""
+        self._run.check_ready(call)
+        args, kwargs = self._example
+        base = BaseModel.of(self._run, call, base_model)
+        named: dict[str, Any] = {"model": base.to_dict()}
+        if _is_plain([*args]) and _is_plain(kwargs):
+            named["example"] = {"args": [*args], "kwargs": kwargs}
+        slow, parameters = self._run.slow, self._run.parameters_by_name()
+        kept = {name: slow.states.get(name) or slow.trained.get(name) for name in base.new_in(self.model)}
+        values = {name: parameters[name] if state is None else state.base for name, state in kept.items()}
+        values |= {name: state.base for name, state in slow.trained.items()}
+        beside = {f"base/{name}": dense(value).detach().to("cpu", copy=True) for name, value in values.items()}
+        return checkpoint_write.write_version(self._run, root, None, None, {}, 1, ONE_PROCESS, named, beside)
+
     # ---- moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cascade:
@@ -847,6 +923,17 @@ def _averaging(undo: Block[Any], cascade: Cascade, norms: list[_BatchNorm]) -> N
 def _statistics(norms: Iterable[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the buffers of these modules, each with a copy of its value."""
     return [(buffer, buffer.detach().clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether example inputs are what a checkpoint gives back as it was: tensors, numbers and strings in lists and
+    tables.
+    """
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    return isinstance(value, (torch.Tensor, bool, int, float, str, type(None)))
 
 
 def _call_on_first(cascade: Cascade, batch: Any) -> Any:

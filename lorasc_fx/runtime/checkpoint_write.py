@@ -73,8 +73,13 @@ def write_version(
     extra: Mapping[str, Any],
     keep: int,
     group: ProcessGroup,
+    named: Mapping[str, Any] | None = None,
+    beside: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a new version into `root`, and drop versions older than the last `keep`; see `lorasc_fx.save`.
+
+    With `named` it says how the base is built (`model`) and has the example inputs (`example`); `beside` are tensors of
+    the base that this name has not.
 
     Every rank of the group calls this. Each writes the shards that it holds; the first one writes all else.
     """
@@ -98,7 +103,8 @@ def write_version(
                 extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
             with group.agreed("save"), _as_checkpoint_error(root, "cannot be written", "not-writable"):
                 if writes:
-                    tensors, manifest = contents(run, optimizer, scheduler, extra)
+                    tensors, manifest = contents(run, optimizer, scheduler, extra, named or {})
+                    tensors |= beside or {}
                 if is_first:
                     make_folder(root)
                     if held.enter_context(exclusive(root)):
@@ -158,12 +164,13 @@ def contents(
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
     extra: Mapping[str, Any],
+    named: Mapping[str, Any],
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return the tensors of a version, of sharded ones the part that is here, and its manifest; nothing is written."""
     meta, tensors, axes = encode(RunState.of(run))
     gradients, meta["pending"] = run.gradients()
     streams, meta["rng"] = training_state.random_state()
-    parts: dict[str, Any] = {"extra": extra}
+    parts: dict[str, Any] = {"extra": extra, **named}
     try:
         if optimizer is not None:
             check_numbers(optimizer.state_dict(), "optimizer", finite=run.plan.spec.on_nonfinite == "raise")

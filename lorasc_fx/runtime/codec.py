@@ -14,6 +14,7 @@ must have: that of a fresh cascade, or `RunState.planned`, which needs no model.
 | `began/WEIGHT/b`, `a`, `m` | initial factors and magnitudes |
 | `trained/NAME/value`, `slow`, `start`, `average`, `past/STAGE` | a parameter trained in full, and its views |
 | `buffer/NAME` | a buffer, or a parameter that forward writes |
+| `base/NAME` | W0 of a parameter, where the base is named and may not have it by this name (a new head) |
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ Tensors = dict[str, torch.Tensor]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
-ELSEWHERE = ("rng/", "optimizer/", "gradient/", "outside/")
-"""Tensors that a resume takes, not a load."""
+ELSEWHERE = ("rng/", "optimizer/", "gradient/", "outside/", "base/")
+"""Tensors that a resume takes, or who builds the base, and no slow state."""
 FACTORS = {
     item.name: item.metadata[Side] for item in fields(Expert) if Side in item.metadata and item.name != "row_scale"
 }

@@ -44,6 +44,8 @@ _OPTIONAL: Mapping[str, tuple[type, str]] = {
     "empty_buffers": (list, "a list of names"),
     "shared_buffers": (dict, "a table of names"),
     "shards": (dict, "a table of axes"),
+    "model": (dict, "the name of a base"),
+    "example": (dict, "example inputs"),
 }
 _SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -239,7 +241,7 @@ def _is_note(note: Any) -> bool:
     place = note["place"]
     way = all(isinstance(each, str) or (type(each) is int and each >= 0) for each in place)
     what = note.get("number") in ("inf", "-inf", "nan") or str(note.get("tensor", "")).startswith("outside/")
-    return way and what and len(place) > 1 and place[0] in ("extra", "optimizer", "scheduler")
+    return way and what and len(place) > 1 and place[0] in ("extra", "optimizer", "scheduler", "example")
 
 
 def _check_optimizer(saved: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ def to_state_dict(run: Run) -> dict[str, torch.Tensor]:
         NonFiniteBranch: a branch holds inf or nan.
     """
     checkpoint_write.check_finite(run)
-    tensors, manifest = checkpoint_write.contents(run, None, None, {})
+    tensors, manifest = checkpoint_write.contents(run, None, None, {}, {})
     manifest["files"] = {TENSORS: _digest(tensors)}
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, allow_nan=False).encode()

@@ -45,6 +45,7 @@ __all__ = [
     "resume",
     "set_random_state",
     "set_rank_random_state",
+    "with_tensors",
 ]
 
 RANKS = "lorasc_fx.ranks"
@@ -71,7 +72,7 @@ def resume(
         StateError: the optimizer does not hold the branches.
     """
     where = str(checkpoint.path)
-    manifest = _with_tensors(checkpoint, where)
+    manifest = with_tensors(checkpoint, where)
     for what, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if given is None:
             continue
@@ -117,10 +118,10 @@ def resume(
     return extra
 
 
-def _with_tensors(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
+def with_tensors(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
     """Return the manifest with the tensors and numbers that JSON does not hold in their places, each used."""
     manifest = checkpoint.manifest
-    parts = {key: manifest[key] for key in ("optimizer", "scheduler", "extra") if key in manifest}
+    parts = {key: manifest[key] for key in ("optimizer", "scheduler", "extra", "example") if key in manifest}
     notes = manifest.get("outside", ())
     try:
         whole = insert_tensors(parts, notes, checkpoint.tensors)

@@ -60,6 +60,8 @@ RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "merge_and_unload": lambda cascade, _, __: cascade.merge_and_unload(),
     "disable_adapter": lambda cascade, _, __: cascade.disable_adapter().__enter__(),
     "print_trainable_parameters": lambda cascade, _, __: cascade.print_trainable_parameters(),
+    "save_pretrained": lambda cascade, _, path: cascade.save_pretrained(path / "run"),
+    "push_to_hub": lambda cascade, _, __: cascade.push_to_hub("me/run", api=object()),
 }
 OTHER_NAMES = {"merge_and_unload": "release", "disable_adapter": "weights"}
 
@@ -232,6 +234,8 @@ def test_inside_weights(which: Any, spec: lx.CascadeSpec, tmp_path: Path) -> Non
         "folded_graph": cascade.folded_graph,
         "rewind": lambda: cascade.rewind(0, optimizer),
         "save": lambda: lx.save(cascade, tmp_path / "run"),
+        "save_pretrained": lambda: cascade.save_pretrained(tmp_path / "run"),
+        "push_to_hub": lambda: cascade.push_to_hub("me/run", api=object()),
         "resume": lambda: cascade.resume(optimizer),
         "to": cascade.double,
     }
@@ -552,6 +556,7 @@ def test_the_mlp_is_the_one_of_the_sentences() -> None:
 NUL = "run\0s/here"
 PATHS: dict[str, Callable[[lx.Cascade], Any]] = {
     "save": lambda cascade: lx.save(cascade, NUL),
+    "save_pretrained": lambda cascade: cascade.save_pretrained(NUL),
     "load": lambda _: lx.load(NUL, mlp(), (X,)),
     "merge": lambda _: lx.merge([NUL], mlp(), (X,)),
     "adapt": lambda _: lx.adapt(NUL, (X,)),

@@ -73,19 +73,16 @@ def test_generate_computes_with_the_fast_weights_or_those_in_place() -> None:
     assert all(torch.equal(value, noisy[name]) for name, value in cascade.model.named_parameters())
 
 
-def test_save_pretrained_writes_the_slow_weights(tmp_path: Path) -> None:
+def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path) -> None:
+    """The cascade's own writes the run: `tests/checkpoint/test_named_base.py`."""
     cascade = made()
     slow = {name: value for name, value in merged(cascade).items() if not name.startswith("fast")}
-    cascade.save_pretrained(tmp_path / "slow")
-    with cascade.weights("base"):
-        cascade.save_pretrained(tmp_path / "base")
+    for which in ("slow", "base"):
+        with cascade.weights(which):
+            cascade.model.save_pretrained(tmp_path / which)
     held = AutoModelForCausalLM.from_pretrained(tmp_path / "slow", dtype=torch.float64)
     for name, value in slow.items():
         torch.testing.assert_close(held.get_parameter(name).detach(), value, atol=1e-12, rtol=0)
     held = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
     for name, value in llama().named_parameters():
         assert torch.equal(held.get_parameter(name), value)
-    model = cascade.release()
-    cascade.save_pretrained(tmp_path / "released")
-    held = AutoModelForCausalLM.from_pretrained(tmp_path / "released", dtype=torch.float64)
-    assert all(torch.equal(held.get_parameter(name), value) for name, value in model.named_parameters())

@@ -1,0 +1,297 @@
+"""The name of a base model, by which a run that is loaded without one builds it: a model of transformers or of timm.
+
+The name alone is not enough where a model was built with a head of its own, so the configuration goes with it. Classes
+are looked up in the library's own tables of models, code of a repository is never run, and weights are read from
+safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.checks import is_integer
+from lorasc_fx.errors import CheckpointError, StateError
+from lorasc_fx.extras import module_of
+from lorasc_fx.runtime.base_file import SINGLE, name_or_path, open_base, opened
+from lorasc_fx.runtime.checkpoint import sanitized
+from lorasc_fx.runtime.run import Run
+
+__all__ = ["BaseModel", "name_of", "task_type_of"]
+
+_EXTRAS = {"transformers": "text", "timm": "vision"}
+_DTYPES = {
+    str(each).removeprefix("torch."): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+_ATTENTION = ("eager", "sdpa")
+"""Implementations that are a part of torch and transformers; others can be code from elsewhere."""
+_TASKS = {
+    "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
+    "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM",
+    "CAUSAL_LM": "CAUSAL_LM",
+    "TOKEN_CLS": "TOKEN_CLASSIFICATION",
+    "QUESTION_ANS": "QUESTION_ANSWERING",
+}
+"""Tasks of peft, and what transformers calls its table of models for each."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """How a base is built.
+
+    Args:
+        library: `transformers` or `timm`.
+        name: `name_or_path` of a model of transformers; of timm `architecture.tag`, `hf-hub:ID` or `local-dir:FOLDER`.
+        dtype: of its weights, without "torch.".
+        options: of transformers `class`, `config` and `attention`; of timm `num_classes`, and the `file` of the weights
+            if these are not those of the name.
+    """
+
+    library: str
+    name: str
+    dtype: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: Run, call: str, name: str | None = None) -> BaseModel:
+        """Return how the base of a run is built, under a name of the user's if there is one.
+
+        Raises:
+            StateError: the model is of neither library, or does not say where its weights come from, or its library
+                builds another one by this name.
+        """
+        model = run.model
+        held = next(iter(run.slow.states.values())).base if run.slow.states else next(model.parameters())
+        dtype = str(held.dtype).removeprefix("torch.")
+        library, config = _library_of(model), getattr(model, "config", None)
+        given = name if name is not None else name_of(model)
+        if library is None or given is None or dtype not in _DTYPES:
+            what = f"is {type(model).__name__}" + (f" of {library}" if library else "")
+            raise StateError(
+                f"{call}: the base cannot be named: it {what}, and does not say where its weights come from. Build it "
+                "by from_pretrained of transformers or create_model(pretrained=True) of timm, or give base_model=...; "
+                "for any other model there is lorasc_fx.save(cascade, folder), lorasc_fx.load(folder, model, args=...)",
+                code="base-not-named",
+            )
+        if library == "timm":
+            return cls(library, given, dtype, _timm_options(model, given, call))
+        assert config is not None
+        attention = getattr(config, "_attn_implementation", None)
+        options = {
+            "class": type(model).__name__,
+            "config": json.loads(config.to_json_string(use_diff=True)),
+            "attention": attention if attention in _ATTENTION else None,
+        }
+        return cls(library, given, dtype, options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, held: Mapping[str, Any]) -> BaseModel:
+        """Return what a manifest holds.
+
+        Raises:
+            ValueError: it is no such name.
+        """
+        strings = [held.get(key) for key in ("library", "name", "dtype")]
+        options = held.get("options")
+        known = isinstance(options, dict) and set(held) == {"library", "name", "dtype", "options"}
+        if not known or not all(isinstance(each, str) and each.isprintable() and each for each in strings):
+            raise ValueError("'model' is not the name of a base: library, name, dtype and options")
+        found = cls(**held)
+        if found.library not in _EXTRAS or found.dtype not in _DTYPES:
+            raise ValueError(f"'model': {sanitized(found.library)} in {sanitized(found.dtype)} is not known")
+        kinds: dict[str, type | tuple[type, ...]] = (
+            {"class": str, "config": dict, "attention": (str, type(None))}
+            if found.library == "transformers"
+            else {"num_classes": int, "file": (str, type(None))}
+        )
+        if {*found.options} != {*kinds} or any(not isinstance(found.options[key], kind) for key, kind in kinds.items()):
+            raise ValueError(f"'model': its options are not {', '.join(kinds)}")
+        if found.options.get("attention") not in (None, *_ATTENTION):
+            raise ValueError(f"'model': its attention is not one of {', '.join(_ATTENTION)}")
+        if not is_integer(found.options.get("num_classes", 0), 0):
+            raise ValueError("'model': its num_classes is no number of classes")
+        return found
+
+    def build(self, where: str) -> nn.Module:
+        """Return the base, in eval mode. Only local files are read, unless HF_HUB_OFFLINE is 0 in the environment.
+
+        Raises:
+            CheckpointError: it cannot be built: no such model, or no such files.
+            MissingExtra: the library is not installed.
+        """
+        library = module_of(_EXTRAS[self.library], self.library)
+        random = torch.random.fork_rng(devices=[])  # a head that the name has not is filled at random
+        try:
+            with random:
+                model: nn.Module = (
+                    self._transformers(library) if self.library == "transformers" else self._timm(library)
+                )
+        except Exception as fault:
+            cause = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{where}: {self.library} cannot build its base {sanitized(self.name)!r} here: {sanitized(cause, 300)}"
+                ". Put its files there, set HF_HUB_OFFLINE=0 to have them fetched, or build the model and give it: "
+                "lorasc_fx.load(folder, model, args=...)",
+                code="base-not-built",
+            ) from fault
+        return model.eval()
+
+    def _transformers(self, library: Any) -> Any:
+        found = getattr(library, self.options["class"]) if self.options["class"] in dir(library) else None
+        if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
+            raise ValueError(f"it has no model {sanitized(self.options['class'])}")
+        kind: Any = found
+        attention = {"attn_implementation": self.options["attention"]} if self.options["attention"] else {}
+        return kind.from_pretrained(
+            self.name,
+            config=kind.config_class.from_dict(dict(self.options["config"])),
+            dtype=_DTYPES[self.dtype],
+            local_files_only=not _may_fetch(),
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            **attention,
+        )
+
+    def _timm(self, library: Any) -> Any:
+        source, _, rest = self.name.rpartition(":")
+        weights = self._weights(fetch=_may_fetch())
+        if not weights.name.endswith(".safetensors") or not weights.is_file():
+            raise FileNotFoundError(f"{sanitized(str(weights))} is no safetensors file")
+        name, overlay = self.name, {}
+        if source == "hf-hub":
+            _hub_file(rest, "config.json", _may_fetch())
+            name = f"local-dir:{weights.parent}"
+        elif not source:
+            overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
+        model = library.create_model(name, pretrained=True, num_classes=self.options["num_classes"], **overlay)
+        return model.to(_DTYPES[self.dtype])
+
+    def _weights(self, fetch: bool = False) -> Path:
+        """Return the safetensors file of the base, or its folder."""
+        if self.library == "transformers":
+            return (
+                Path(self.name) if Path(self.name).is_dir() else Path(_hub_file(self.name, "config.json", fetch)).parent
+            )
+        source, _, rest = self.name.rpartition(":")
+        if source == "local-dir":
+            return Path(rest, SINGLE)
+        if not source and self.options["file"]:
+            return Path(self.options["file"])
+        timm = module_of("vision", "timm")
+        return Path(_hub_file(rest if source else timm.get_pretrained_cfg(self.name).hf_hub_id, SINGLE, fetch))
+
+    def new_in(self, model: nn.Module) -> list[str]:
+        """Return the parameters that the files of the base have not, or in another shape, such as a new head.
+
+        None where these files are not here, or name most tensors otherwise than the model.
+        """
+        try:
+            base = open_base(self._weights(), model)
+        except (CheckpointError, OSError, ValueError):  # of the hub: it is not in the cache
+            return []
+        assert base is not None
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in set(base.files.values()):
+            with opened(path) as handle:
+                shapes |= {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        parameters = dict(model.named_parameters())
+        new = []
+        for name, parameter in parameters.items():
+            keys = [base.keys.get(each, each) for each in base.aliases[name]]
+            if all(shapes.get(key) != tuple(parameter.shape) for key in keys):
+                new.append(name)
+        return new if 2 * len(new) < len(parameters) else []
+
+
+def name_of(model: nn.Module) -> str | None:
+    """Return what a model of transformers or timm says that it was loaded from; None for one that does not."""
+    config = getattr(model, "pretrained_cfg", None)
+    if _library_of(model) == "timm" and isinstance(config, Mapping):
+        if config.get("source") == "local-dir":
+            return f"local-dir:{config.get('file')}"
+        if config.get("source") == "hf-hub":
+            return f"hf-hub:{config.get('hf_hub_id')}"
+        tag = config.get("tag")
+        return f"{config.get('architecture')}.{tag}" if tag else config.get("architecture")
+    return name_or_path(model)
+
+
+def task_type_of(model: nn.Module) -> str | None:
+    """Return peft's name of the task of a model of transformers; None for others, and for tasks that peft has not."""
+    if _library_of(model) != "transformers":
+        return None
+    tables = sys.modules.get("transformers.models.auto.modeling_auto") or module_of(
+        "text", "transformers.models.auto.modeling_auto"
+    )
+    for task, table in _TASKS.items():
+        if type(model).__name__ in getattr(tables, f"MODEL_FOR_{table}_MAPPING_NAMES").values():
+            return task
+    return "FEATURE_EXTRACTION" if type(model).__name__ in tables.MODEL_MAPPING_NAMES.values() else None
+
+
+def _library_of(model: nn.Module) -> str | None:
+    """Return the library that defines the class of a model, if it builds models by name."""
+    package = type(model).__module__.partition(".")[0]
+    return package if package in _EXTRAS and hasattr(model, _MARKS[package]) else None
+
+
+_MARKS = {"transformers": "config", "timm": "pretrained_cfg"}
+"""Attributes of the models that a library builds by name."""
+
+
+def _timm_options(model: nn.Module, name: str, call: str) -> dict[str, Any]:
+    """Return the options of a model of timm, after a look at whether they build it."""
+    timm = module_of("vision", "timm")
+    config: Any = model.pretrained_cfg
+    classes, file = int(getattr(model, "num_classes", 0)), config.get("file") if not config.get("source") else None
+    with torch.random.fork_rng(devices=[]):
+        architecture = name if name.startswith("local-dir:") else config["architecture"]
+        built = timm.create_model(architecture, pretrained=False, num_classes=classes)
+    if _settings(model) != _settings(built):
+        raise StateError(
+            f"{call}: the base cannot be named: timm builds another model as {name} with {classes} classes than this "
+            "one, which was built with other arguments. Use lorasc_fx.save(cascade, folder), and give the model to "
+            "lorasc_fx.load(folder, model, args=...)",
+            code="base-not-named",
+        )
+    return {"num_classes": classes, "file": file}
+
+
+def _settings(model: nn.Module) -> list[Any]:
+    """Return what tells two models apart but for their numbers: shapes, classes, and settings that modules hold."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    plain = (bool, int, float, str, tuple)
+    modules = {
+        name: (type(module), {key: value for key, value in vars(module).items() if isinstance(value, plain)})
+        for name, module in model.named_modules()
+    }
+    for _, settings in modules.values():
+        settings.pop("training")
+    return [shapes, modules]
+
+
+def _hub_file(repository: str | None, name: str, fetch: bool) -> str:
+    """Return the path of a file of a repository on the hub, from the cache, or fetched."""
+    hub = module_of("text", "huggingface_hub")
+    if not repository:
+        raise FileNotFoundError("it names no repository on the hub")
+    path: str = hub.hf_hub_download(repository, name, local_files_only=not fetch)
+    return path
+
+
+def _may_fetch() -> bool:
+    """Whether the user's environment allows the network: only where HF_HUB_OFFLINE says so in so many words."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("0", "no", "off", "false")

@@ -1,0 +1,407 @@
+"""`save_pretrained` names the base, and `load` builds it: transformers, timm, new heads; the hub, by a stand-in."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import peft
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+)
+
+import lorasc_fx as lx
+from tests.errors.models import adapted, mlp
+from tests.errors.state import unchanged
+from tests.kit.errors import raises
+from tests.loops.kit import llama
+from tests.unit.cases import randomize
+
+# peft reads a name that transformers calls old.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+
+
+def small() -> Any:
+    return llama(num_hidden_layers=1)
+
+
+Saved = Callable[[Path], tuple[lx.Cascade, tuple[Any, ...]]]
+
+
+def in_a_second_stage(cascade: lx.Cascade) -> lx.Cascade:
+    """One stage ended, and one that has trained; what is trained in full has moved."""
+    for seed in (1, 2):
+        randomize(cascade, seed)
+        with torch.no_grad():
+            for name, value in cascade.model.named_parameters():
+                value.add_(0.01 * len(name) if value.requires_grad else 0)
+        if seed == 1:
+            cascade.transition(None)
+    return cascade
+
+
+def causal(path: Path) -> tuple[lx.Cascade, tuple[Any, ...]]:
+    """In float64, which is not the default of transformers."""
+    small().save_pretrained(path / "base")
+    model = AutoModelForCausalLM.from_pretrained(path / "base", dtype=torch.float64)
+    kwargs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    return lx.adapt(model, kwargs=kwargs, spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1))), (IDS,)
+
+
+def classifier(path: Path) -> tuple[lx.Cascade, tuple[Any, ...]]:
+    """A base for another task, and so a head that no file has; it is trained in full."""
+    bert().save_pretrained(path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path / "base", num_labels=5, attn_implementation="eager", hidden_dropout_prob=0.3
+    )
+    spec = lx.CascadeSpec(rank=2, train=("classifier.*",))  # the pooler is new as well, and adapted
+    return lx.adapt(model, kwargs={"input_ids": IDS}, spec=spec), (IDS,)
+
+
+def bert() -> BertForMaskedLM:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    return BertForMaskedLM(BertConfig(vocab_size=40, max_position_embeddings=16, **sizes))
+
+
+def image(path: Path) -> tuple[lx.Cascade, tuple[Any, ...]]:
+    """From a file of weights, with another number of classes."""
+    torch.manual_seed(3)
+    save_file(timm.create_model("test_resnet").state_dict(), path / "weights.safetensors")
+    model = timm.create_model(
+        "test_resnet",
+        pretrained=True,
+        num_classes=4,
+        pretrained_cfg_overlay={"file": str(path / "weights.safetensors")},
+    )
+    return lx.adapt(model.eval(), (X,), spec=lx.CascadeSpec(rank=2)), (X,)
+
+
+def folder_of_timm(path: Path) -> tuple[lx.Cascade, tuple[Any, ...]]:
+    torch.manual_seed(3)
+    made = timm.create_model("test_vit", num_classes=6)
+    (path / "base").mkdir()
+    save_file(made.state_dict(), path / "base" / "model.safetensors")
+    config = {
+        **{key: made.pretrained_cfg[key] for key in ("input_size", "mean", "std", "classifier")},
+        "num_classes": 6,
+    }
+    about = {"architecture": "test_vit", "num_classes": 6, "pretrained_cfg": config}
+    (path / "base" / "config.json").write_text(json.dumps(about))
+    model = timm.create_model(f"local-dir:{path / 'base'}", pretrained=True)
+    inputs = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(4))
+    return lx.adapt(model.eval(), (inputs,), spec=lx.CascadeSpec(rank=2)), (inputs,)
+
+
+@pytest.mark.parametrize("saved", [causal, classifier, image, folder_of_timm], ids=lambda each: each.__name__)
+def test_a_folder_is_loaded_by_itself(saved: Saved, tmp_path: Path) -> None:
+    cascade, args = saved(tmp_path)
+    in_a_second_stage(cascade.eval())
+    cascade.save_pretrained(tmp_path / "run")
+    before = torch.random.get_rng_state()
+    again = lx.load(tmp_path / "run")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert type(again.model) is type(cascade.model)
+    assert (again.stage, again.training, again.plan) == (2, False, cascade.plan)
+
+    def output(one: lx.Cascade) -> torch.Tensor:
+        found = one(*args)
+        return found if isinstance(found, torch.Tensor) else found.logits
+
+    for which in ("base", "slow", "fast"):
+        with cascade.weights(which), again.weights(which):
+            states = [each.model.state_dict() for each in (cascade, again)]
+            assert states[0].keys() == states[1].keys()
+            assert all(torch.equal(value, states[1][name]) for name, value in states[0].items()), which
+    with torch.no_grad():
+        assert torch.equal(output(again), output(cascade))
+    again.transition(None)  # and goes on
+    cascade.transition(None)
+    with torch.no_grad():
+        assert torch.equal(output(again), output(cascade))
+
+
+def test_the_settings_of_the_model_come_along(tmp_path: Path) -> None:
+    cascade, _ = classifier(tmp_path)
+    cascade.save_pretrained(tmp_path / "run")
+    config = lx.load(tmp_path / "run").model.config
+    assert (config.num_labels, config._attn_implementation, config.hidden_dropout_prob) == (5, "eager", 0.3)
+
+
+def test_a_base_that_was_moved(tmp_path: Path) -> None:
+    cascade, _ = causal(tmp_path)
+    cascade.save_pretrained(tmp_path / "run", base_model=str(tmp_path / "moved"))
+    missing = tmp_path / "moved"
+    with raises(lx.CheckpointError, "base-not-built", missing, "transformers", "HF_HUB_OFFLINE"):
+        lx.load(tmp_path / "run")
+    (tmp_path / "base").rename(missing)
+    assert lx.load(tmp_path / "run").model.name_or_path == str(missing)
+
+
+def test_another_base_of_this_name(tmp_path: Path) -> None:
+    cascade, _ = causal(tmp_path)
+    cascade.save_pretrained(tmp_path / "run")
+    other = small()
+    nn.init.zeros_(other.model.norm.weight)
+    other.save_pretrained(tmp_path / "base")
+    with raises(lx.CheckpointError, "checkpoint-other-base", "model.norm.weight"):
+        lx.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: adapted()[0],
+        lambda: lx.adapt(small(), kwargs={"input_ids": IDS}),
+        lambda: lx.adapt(timm.create_model("test_resnet", in_chans=1).eval(), (X[:, :1],)),
+        lambda: lx.adapt(timm.create_model("test_resnet", drop_rate=0.3).eval(), (X,)),
+    ],
+    ids=["plain", "from a config", "other channels", "other dropout"],
+)
+def test_a_base_that_has_no_name(make: Callable[[], lx.Cascade], tmp_path: Path) -> None:
+    cascade = make()
+    for call in (
+        lambda: cascade.save_pretrained(tmp_path / "run"),
+        lambda: cascade.push_to_hub("me/run", api=object()),
+    ):
+        with unchanged(cascade), raises(lx.StateError, "base-not-named", "lorasc_fx.save"):
+            call()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_names_no_base(tmp_path: Path) -> None:
+    cascade, _ = adapted()
+    lx.save(cascade, tmp_path)
+    with raises(lx.CheckpointError, "base-not-named", tmp_path, "save_pretrained"):
+        lx.load(tmp_path)
+    assert lx.load(tmp_path, mlp(), (torch.zeros(2, 5),)).stage == 1
+
+
+def test_the_model_may_be_given_all_the_same(tmp_path: Path) -> None:
+    cascade, _ = causal(tmp_path)
+    in_a_second_stage(cascade).save_pretrained(tmp_path / "run")
+    model = small()
+    again = lx.load(tmp_path / "run", model, kwargs={"input_ids": IDS})
+    assert again.release() is model
+
+
+def test_example_inputs_that_no_file_holds(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    embeddings = model.model.rotary_emb(torch.zeros(1, 4, 24), torch.arange(4)[None])
+    cascade = lx.adapt(model, kwargs={"input_ids": IDS, "position_embeddings_of_mine": embeddings})
+    cascade.save_pretrained(tmp_path / "run")
+    with raises(lx.SpecError, "missing-argument", tmp_path / "run"):
+        lx.load(tmp_path / "run")
+    assert lx.load(tmp_path / "run", kwargs={"input_ids": IDS}).stage == 1
+
+
+# ---- what a folder may name
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A version of a run on a llama."""
+    path = tmp_path_factory.mktemp("named")
+    return causal(path)[0].save_pretrained(path / "run")
+
+
+def forge(version: Path, **changes: Any) -> None:
+    from tests.damage.mutations import MANIFEST, TENSORS, signed
+
+    manifest = json.loads((version / MANIFEST).read_bytes())
+    manifest["model"] |= changes
+    (version / MANIFEST).write_bytes(signed(manifest, (version / TENSORS).read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"library": "os"}, ("invalid-checkpoint", "os")),
+        ({"name": 3}, ("invalid-checkpoint", "model")),
+        ({"name": "a\nb"}, ("invalid-checkpoint", "model")),
+        ({"dtype": "int8"}, ("invalid-checkpoint", "int8")),
+        ({"more": 1}, ("invalid-checkpoint", "model")),
+        ({"options": {}}, ("invalid-checkpoint", "class, config, attention")),
+        ({"options": {"class": "pipeline", "config": {}, "attention": None}}, ("base-not-built", "pipeline")),
+        ({"options": {"class": "os", "config": {}, "attention": None}}, ("base-not-built", "os")),
+        ({"options": {"class": "LlamaForCausalLM", "config": {}, "attention": "me/kernel"}}, ("invalid-checkpoint",)),
+        ({"options": {"class": "BertModel", "config": {}, "attention": None}}, ("checkpoint-other-base",)),
+        ({"library": "timm", "options": {"num_classes": -1, "file": None}}, ("invalid-checkpoint", "num_classes")),
+        ({"library": "timm", "options": {"num_classes": 3, "file": "w.pth"}}, ("base-not-built", "w.pth")),
+    ],
+)
+def test_a_forged_name(changes: dict[str, Any], expected: tuple[str, ...], named: Path, tmp_path: Path) -> None:
+    version = shutil.copytree(named, tmp_path / "run" / named.name)
+    forge(version, **changes)
+    with raises(lx.CheckpointError, *expected):
+        lx.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("value", "local"), [(None, True), ("1", True), ("", True), ("0", False), ("off", False)])
+def test_only_local_files_unless_the_environment_allows_more(
+    value: str | None, local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a repository on the hub: nothing is fetched here, as the download is a stand-in that gives files of ours."""
+    model = timm.create_model("test_resnet.r160_in1k")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    asked: list[tuple[str, str, bool]] = []
+
+    def download(repository: str, name: str, *, local_files_only: bool) -> str:
+        asked.append((repository, name, local_files_only))
+        return str(tmp_path / name)
+
+    cascade = lx.adapt(model.eval(), (X,), spec=lx.CascadeSpec(rank=2))
+    cascade.save_pretrained(tmp_path / "run")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    if value is None:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    else:
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    lx.load(tmp_path / "run")
+    assert asked == [("timm/test_resnet.r160_in1k", "model.safetensors", local)]
+
+
+# ---- the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The four requests that an upload of small files makes."""
+
+    files: dict[str, bytes]
+    asked: list[str]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.asked.append(self.path)
+        answer: dict[str, Any] = {}
+        if self.path == "/api/repos/create":
+            self.asked[-1] += f" {json.loads(body)['name']} {json.loads(body).get('visibility')}"
+            answer = {"url": f"http://{self.headers['Host']}/me/run"}
+        elif self.path.endswith("/preupload/main"):
+            kinds = [
+                {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for each in json.loads(body)["files"]
+            ]
+            answer = {"files": kinds}
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"http://{self.headers['Host']}/me/run/commit/abc", "commitOid": "abc"}
+        self._answer(answer)
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self._answer({"id": "me/run", "sha": "abc", "siblings": []})
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on standard error."""
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, type[Hub]]]:
+    kind = type("OneHub", (Hub,), {"files": {}, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", kind
+        server.shutdown()
+        thread.join()
+
+
+def test_a_run_on_the_hub(hub: tuple[str, type[Hub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # as the tests have it
+    endpoint, seen = hub
+    cascade, args = causal(tmp_path)
+    in_a_second_stage(cascade.eval())
+    api = huggingface_hub.HfApi(endpoint=endpoint, token="hf_of_nobody")
+    with unchanged(cascade):
+        url = cascade.push_to_hub("me/run", private=True, api=api)
+    assert url == f"{endpoint}/me/run/commit/abc"
+    assert seen.asked[0] == "/api/repos/create run private"
+    assert sorted(seen.files) == ["version-00000001/manifest.json", "version-00000001/state.safetensors"]
+    for name, data in seen.files.items():
+        path = tmp_path / "brought" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    again = lx.load(tmp_path / "brought")
+    with torch.no_grad():
+        assert torch.equal(again(*args).logits, cascade(*args).logits)
+
+
+# ---- peft's Auto classes
+
+
+def test_peft_finds_base_and_task(tmp_path: Path) -> None:
+    cascade, args = causal(tmp_path)
+    in_a_second_stage(cascade.eval())
+    lx.export.peft(cascade, tmp_path / "adapter")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+    with cascade.weights("slow"), torch.no_grad():
+        expected = cascade.model(*args).logits
+    assert theirs.peft_config["default"].task_type == "CAUSAL_LM"
+    torch.testing.assert_close(theirs(*args).logits, cascade_slow_after(cascade, args), atol=1e-9, rtol=0)
+    assert not torch.equal(expected, theirs(*args).logits)  # the running stage counts in the export
+
+
+def cascade_slow_after(cascade: lx.Cascade, args: tuple[Any, ...]) -> torch.Tensor:
+    """Logits of the slow weights once the running stage is folded, as an export has it."""
+    with torch.no_grad():
+        output = torch.func.functional_call(cascade.model, cascade.folded_state_dict(), args)
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+@pytest.mark.parametrize("train", [("classifier.*",), ()], ids=["head in full", "head adapted"])
+def test_a_classifier_of_texts(train: tuple[str, ...], tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = BertConfig(**{**bert().config.to_dict(), "num_labels": 3})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    cascade = lx.adapt(model.eval(), kwargs={"input_ids": IDS}, spec=lx.CascadeSpec(rank=2, train=train))
+    in_a_second_stage(cascade)
+    lx.export.peft(cascade, tmp_path / "adapter")
+    kind = peft.AutoPeftModelForSequenceClassification if train else peft.AutoPeftModel
+    if not train:
+        with raises(lx.SpecError, "conflicting-options", "classifier", "SEQ_CLS"):
+            lx.export.peft(cascade, tmp_path / "other", task_type="SEQ_CLS")
+    theirs = kind.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(IDS).logits, cascade_slow_after(cascade, (IDS,)), atol=1e-5, rtol=0)
+
+
+def test_a_task_that_peft_has_not(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path / "base")
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "base").eval()
+    cascade = in_a_second_stage(lx.adapt(model, kwargs={"input_ids": IDS}, spec=lx.CascadeSpec(("*.query.*",), rank=2)))
+    lx.export.peft(cascade, tmp_path / "adapter")
+    theirs = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(IDS).logits, cascade_slow_after(cascade, (IDS,)), atol=1e-5, rtol=0)
