@@ -18,7 +18,16 @@ import torch.distributed as dist
 
 from lorasc_fx.errors import StateError
 
-__all__ = ["ONE_PROCESS", "ProcessGroup", "Rows", "laid_out", "local", "part_of", "shard_axis", "whole"]
+__all__ = [
+    "ONE_PROCESS",
+    "ProcessGroup",
+    "ShardSpec",
+    "dtensor_like",
+    "full_tensor",
+    "local",
+    "local_like",
+    "shard_axis",
+]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -30,7 +39,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return all of a tensor; of a sharded one every process asks at the same time."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
@@ -45,19 +54,19 @@ def shard_axis(tensor: Any) -> int | None:
     return place.dim if place is not None and place.is_shard() else None
 
 
-def laid_out(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """Return a whole tensor as one like it lies: for a DTensor the DTensor of the part that is here, on its device."""
+def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """Return a whole tensor as another one is: for a DTensor a DTensor of the shard that is here, on its device."""
     if not hasattr(like, "to_local") or hasattr(tensor, "to_local"):
         return tensor
-    rows = Rows.of(like)
-    return rows.sharded(rows.of_whole(tensor).to(like.device, copy=True), like)
+    spec = ShardSpec.of(like)
+    return spec.dtensor(spec.take(tensor).to(like.device, copy=True), like)
 
 
-def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a tensor that a process holds of one like it; of a plain one all."""
+def local_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the shard of a tensor that this process holds of one like it; of a plain one all."""
     if hasattr(tensor, "to_local"):
         return local(tensor)
-    return Rows.of(like).of_whole(tensor) if hasattr(like, "to_local") else tensor
+    return ShardSpec.of(like).take(tensor) if hasattr(like, "to_local") else tensor
 
 
 @dataclass(frozen=True)
@@ -176,11 +185,8 @@ ONE_PROCESS = ProcessGroup()
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a weight that are here, `first` to `first + count` of `total`, and who holds the others.
-
-    With axis 1 it is the columns.
-    """
+class ShardSpec:
+    """Which shard of a weight is here: `first` to `first + count` of `total` on an axis, and who holds the others."""
 
     first: int
     count: int
@@ -189,10 +195,8 @@ class Rows:
     axis: int = 0
 
     @classmethod
-    def of(cls, tensor: Any) -> Rows:
-        """Return the rows of a DTensor that is sharded over a mesh of one axis, as FSDP does it on the first axis of a
-        tensor; of one that each process has a copy of all rows.
-        """
+    def of(cls, tensor: Any) -> ShardSpec:
+        """Return that of a DTensor on a mesh of one axis, cut in chunks as FSDP does; all of a replicated one."""
         mesh, (place,) = tensor.device_mesh, tensor.placements
         group = ProcessGroup(mesh.get_group(), tensor.device)
         if not place.is_shard():
@@ -202,29 +206,29 @@ class Rows:
         first = min(mesh.get_local_rank() * chunk, total)
         return cls(first, min(chunk, total - first), total, group, place.dim)
 
-    def sharded(self, part: torch.Tensor, like: Any) -> torch.Tensor:
-        """Return the DTensor of which these rows are `part`, cut as the DTensor `like` is."""
-        shape = self.shape_of_whole(part.shape)
+    def dtensor(self, shard: torch.Tensor, like: Any) -> torch.Tensor:
+        """Return the DTensor of which this shard is here, cut as the DTensor `like` is."""
+        shape = self.full_shape(shard.shape)
         stride = torch.empty(shape, device="meta").stride()
         mesh, placements = like.device_mesh, like.placements
         made: torch.Tensor = type(like.data).from_local(
-            part, mesh, placements, run_check=False, shape=shape, stride=stride
+            shard, mesh, placements, run_check=False, shape=shape, stride=stride
         )
         return made
 
-    def of_whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return these rows of a whole tensor."""
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this shard of a whole tensor."""
         return tensor.narrow(self.axis, self.first, self.count)
 
-    def shape_of_whole(self, part: torch.Size) -> torch.Size:
-        """Return the shape of the whole tensor of which these rows have that of a part."""
-        return torch.Size((*part[: self.axis], self.total, *part[self.axis + 1 :]))
+    def full_shape(self, shard: torch.Size) -> torch.Size:
+        """Return the shape of a whole tensor whose shard has this one."""
+        return torch.Size((*shard[: self.axis], self.total, *shard[self.axis + 1 :]))
 
-    def spread(self, part: torch.Tensor) -> float:
-        """Return the standard deviation of the whole weight, of which `part` is here; as `torch.std` does it."""
-        count = self.group.sum(part.numel())
+    def std(self, shard: torch.Tensor) -> float:
+        """Return the standard deviation of a whole tensor whose shard is here, as `torch.std` does it. All-reduced."""
+        count = self.group.sum(shard.numel())
         if count < 2:
             return 0.0
-        exact = part.double()
+        exact = shard.double()
         mean = self.group.sum(exact.sum().item()) / count
         return math.sqrt(self.group.sum((exact - mean).square_().sum().item()) / (count - 1))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.plan import Site
-from lorasc_fx.shards import local, whole
+from lorasc_fx.shards import full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = [
@@ -54,10 +54,10 @@ class Branch(nn.Module, abc.ABC):
         start = fresh_a(seed, stage, site.weight, a_shape)
         self.lora_A = nn.Parameter(start.to(device=like.device, dtype=dtype), requires_grad=site.train_A)
         self.lora_B = nn.Parameter(torch.zeros(b_shape, device=like.device, dtype=dtype))
-        self.carried_A: torch.Tensor | None
-        self.carried_B: torch.Tensor | None
-        self.register_buffer("carried_A", None, persistent=False)
-        self.register_buffer("carried_B", None, persistent=False)
+        self.unmerged_A: torch.Tensor | None
+        self.unmerged_B: torch.Tensor | None
+        self.register_buffer("unmerged_A", None, persistent=False)
+        self.register_buffer("unmerged_B", None, persistent=False)
 
     def forward(self, first: torch.Tensor, second: Any = None, *rest: Any, **options: Any) -> torch.Tensor:
         """Compute at the branch's placement in the graph, which follows from the arguments of its node.
@@ -126,7 +126,7 @@ class Branch(nn.Module, abc.ABC):
         if self.transposed:
             return self.lora_A.transpose(-2, -1), self.up.transpose(-2, -1)
         if self.slices:
-            return torch.block_diag(*whole(self.up).split(self.slices)), self.lora_A
+            return torch.block_diag(*full_tensor(self.up).split(self.slices)), self.lora_A
         return self.up, self.lora_A
 
     def pairs(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -146,10 +146,10 @@ class Branch(nn.Module, abc.ABC):
         left, right = self.oriented()
         return (left @ right).view(self.weight_shape)
 
-    def carry(self, b: torch.Tensor | None, a: torch.Tensor | None) -> None:
-        """Add `b @ a` beside the product as well: what earlier stages gave a weight that is quantized."""
+    def set_unmerged(self, b: torch.Tensor | None, a: torch.Tensor | None) -> None:
+        """Add `b @ a` beside the product as well: the delta of earlier stages, which a quantized weight cannot hold."""
         like = self.lora_A.detach()
-        self.carried_B, self.carried_A = (None, None) if b is None or a is None else (b.to(like), a.to(like))
+        self.unmerged_B, self.unmerged_A = (None, None) if b is None or a is None else (b.to(like), a.to(like))
 
     def to_rank(self, site: Site) -> None:
         """Take on another rank, in the same Parameter objects, so that optimizers and wrappers hold them still.
@@ -242,7 +242,7 @@ def _inverse(a: torch.Tensor, scale: float) -> torch.Tensor:
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a quantized weight: a tensor subclass with a `dequantize` of its own, as torchao's are.
 
-    Nothing of a library is imported. Such a weight is never written to; its branch carries what the stages added.
+    Nothing of a library is imported. Such a weight is never written to; its branch computes the unmerged delta.
     """
     return is_traceable_wrapper_subclass(tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
 

@@ -45,8 +45,8 @@ class MatrixBranch(Branch):
 
     def beside(self, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return `base + s B A x` of base [..., out], x [..., in]; of a quantized weight with what stages added."""
-        if self.carried_A is not None and self.carried_B is not None:
-            base = base + F.linear(F.linear(x, self.carried_A.to(x.dtype)), self.carried_B.to(x.dtype)).to(base.dtype)
+        if self.unmerged_A is not None and self.unmerged_B is not None:
+            base = base + F.linear(F.linear(x, self.unmerged_A.to(x.dtype)), self.unmerged_B.to(x.dtype)).to(base.dtype)
         return self._beside(base, x)
 
     def on_weight(self, weight: torch.Tensor, expert: int | torch.Tensor | None = None) -> torch.Tensor:

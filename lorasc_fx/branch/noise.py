@@ -12,7 +12,7 @@ import math
 import torch
 
 from lorasc_fx.options import DISTRIBUTIONS
-from lorasc_fx.shards import Rows
+from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import Noise
 
 __all__ = ["amplitude", "draw", "generator", "row_sizes"]
@@ -28,13 +28,13 @@ def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generat
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-def amplitude(noise: Noise, weight: torch.Tensor, part: Rows | None = None) -> float:
+def amplitude(noise: Noise, weight: torch.Tensor, shard: ShardSpec | None = None) -> float:
     """Return `strength * std(W)`; the standard deviation of one value, or of none, is 0.
 
-    With a part the weight is some rows of W, and every process asks at the same time.
+    With a shard the weight is that of W. All-reduced then: every rank must call this at the same point.
     """
-    if noise.strength and part is not None:
-        return noise.strength * _size_together(weight, part)
+    if noise.strength and shard is not None:
+        return noise.strength * _std_of_all(weight, shard)
     if noise.strength == 0 or weight.numel() < 2:
         return 0.0
     size = weight.std().item()
@@ -44,13 +44,13 @@ def amplitude(noise: Noise, weight: torch.Tensor, part: Rows | None = None) -> f
     return noise.strength * size
 
 
-def _size_together(weight: torch.Tensor, part: Rows) -> float:
-    """Return the standard deviation of a weight of which each process holds rows."""
-    size = part.spread(weight)
+def _std_of_all(weight: torch.Tensor, shard: ShardSpec) -> float:
+    """Return the standard deviation of a weight whose shard is here."""
+    size = shard.std(weight)
     if 0 < size < math.inf:
         return size
-    top = part.group.max(weight.abs().max().item() if weight.numel() else 0.0)
-    return top * part.spread(weight / top) if 0 < top < math.inf else top
+    top = shard.group.max(weight.abs().max().item() if weight.numel() else 0.0)
+    return top * shard.std(weight / top) if 0 < top < math.inf else top
 
 
 def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool) -> torch.Tensor:
@@ -69,14 +69,14 @@ def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, transposed: boo
 
 
 def draw(
-    noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0, part: Rows | None = None
+    noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0, shard: ShardSpec | None = None
 ) -> torch.Tensor:
     """Return the unscaled noise of this address, in fp32 on the CPU.
 
-    Step 0 is the start of the stage. With a part it is that of those rows alone, of which the weight here has its
-    shape; all of it is drawn for a moment.
+    Step 0 is the start of the stage. With a shard the shape is that of the shard, whose noise is cut out of that of the
+    whole weight.
     """
-    if part is not None:
-        return part.of_whole(draw(noise, seed, stage, name, part.shape_of_whole(shape), step)).clone()
+    if shard is not None:
+        return shard.take(draw(noise, seed, stage, name, shard.full_shape(shape), step)).clone()
     source = generator(seed, stage, f"noise of step {step}" if step else "noise", name)
     return DISTRIBUTIONS[noise.distribution].draw(shape, source)

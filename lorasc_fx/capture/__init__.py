@@ -118,7 +118,7 @@ def capture(
     Where the model computes something else without gradients, the graph is for the gradient mode that is on.
 
     Args:
-        model: a graph module needs no front end. One on the meta device, or in parts, is captured without values.
+        model: a graph module needs no front end. One on the meta device, or sharded, is captured without values.
         args, kwargs: example inputs in canonical shape (`check_binds`).
         frontend: a name in FRONTENDS, or `auto`: the first that takes the model.
         wide: sizes that a first capture fixes are dynamic as well (asked for when a second size has come).
@@ -172,8 +172,7 @@ def _captured(
             if name == "pieces":
                 if without_values:
                     raise RuntimeError(
-                        "is tried by values, and the model is on the meta device, or in parts: "
-                        "give it its weights first"
+                        "is tried by values, and the model is on the meta device, or sharded: give it its weights first"
                     )
                 # torch.compile leaves attributes; parameters require gradients as in every call, which dynamo guards
                 with isolated_model(model):

@@ -1,7 +1,7 @@
 """Isolated runs: the model, the random generators and the standard streams are unchanged afterwards.
 
 Buffers, parameters that forward writes into and the attributes that its Python sets are given back. A model without
-values here, on the meta device or in parts, runs on fake tensors: a fake tensor has a shape, a dtype and the device of
+values here, on the meta device or sharded, runs on fake tensors: a fake tensor has a shape, a dtype and the device of
 the inputs, and no memory. With them the model's Python runs and is traced as it will be with its values; what looks at
 a value (`.item()`, a branch on a sum) raises.
 """
@@ -309,7 +309,7 @@ def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
 
 
 def has_values(model: nn.Module) -> bool:
-    """Whether plain code can compute with the model: nothing is on the meta device, or in parts."""
+    """Whether plain code can compute with the model: nothing is on the meta device, or sharded."""
     return not is_on_meta(model) and not any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 

@@ -16,9 +16,9 @@ from lorasc_fx.branch import dense
 from lorasc_fx.peft_format import RANKS
 from lorasc_fx.runtime.folding import ended, trained_value
 from lorasc_fx.runtime.run import Run
-from lorasc_fx.state import Factors, WeightState, Which, factors_of, gain_of, has_trained, scaled
+from lorasc_fx.state import Factors, WeightState, Which, factors_of, gain_of, has_trained, scaled, sum_of
 
-__all__ = ["Change", "CutOff", "change_of", "compressed", "factored", "nothing", "padded", "stacked"]
+__all__ = ["Change", "CutOff", "change_of", "compressed", "factored", "nothing", "padded"]
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,6 @@ class CutOff:
     def relative(self) -> float:
         """The error as a share of the delta."""
         return self.error / self.norm if self.norm else 0.0
-
-
-def stacked(terms: Sequence[tuple[float, Factors]]) -> Factors | None:
-    """Return the sum of `c * b @ a` as one pair in fp64: every `a` above the next, every `b` beside it, times c.
-
-    Terms of coefficient 0 are left out; None where nothing is left.
-    """
-    left = [(c, pair) for c, pair in terms if c != 0]
-    if not left:
-        return None
-    b = torch.cat([pair.b.double().cpu() * c for c, pair in left], dim=-1)
-    return Factors(b, torch.cat([pair.a.double().cpu() for _, pair in left], dim=-2))
 
 
 def factored(delta: torch.Tensor) -> Factors:
@@ -136,12 +124,15 @@ class Change:
 
 def _add_scaled(change: Change, state: WeightState, terms: Sequence[tuple[float, Factors]], rows: torch.Tensor) -> None:
     """Note `diag(rows) W0 + b a` as `diag(rows) (W0 + diag(1 / rows) b a)`: the pair, and the norms that this has."""
-    pair = stacked(terms) or nothing(state)
-    pair = scaled(pair, 1 / rows, state.transposed)
+    pair = scaled(_total(terms) or nothing(state), 1 / rows, state.transposed)
     weight = dense(state.base).double().cpu()
     total = weight + (pair.b @ pair.a).view_as(weight)
     own = total.mT if state.transposed else total
     change.pairs[state.name], change.magnitudes[state.name] = pair, rows * own.flatten(1).norm(dim=1)
+
+
+def _total(terms: Sequence[tuple[float, Factors]]) -> Factors | None:
+    return sum_of(terms, torch.float64, torch.device("cpu")) if terms else None
 
 
 def nothing(state: WeightState) -> Factors:
@@ -176,7 +167,7 @@ def change_of(run: Run, which: Which) -> Change:
             change.refused[name] = "a row of it was scaled to 0, which no magnitude does"
         elif rows is not None:
             _add_scaled(change, state, terms, rows)
-        elif (pair := stacked(terms)) is not None:
+        elif (pair := _total(terms)) is not None:
             change.pairs[name] = pair
     for name, value in run.trained_parameters().items():
         found = trained_value(slow, name, which, value)

@@ -24,7 +24,7 @@ from lorasc_fx.compile import Variant
 from lorasc_fx.errors import StateError
 from lorasc_fx.integrations.segments import ROOT, Cut, Shards, SplitGraph, Unit, cut, together, unit_of
 from lorasc_fx.runtime import Cascade, folding
-from lorasc_fx.shards import Rows, whole
+from lorasc_fx.shards import ShardSpec, full_tensor
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.undo import AllOrNothing, Undo
 
@@ -75,9 +75,9 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         mesh = mesh if mesh is not None else init_device_mesh(kind, (dist.get_world_size(),))
         undo(run.restorer())
         shards = _fully_sharded(cascade, units, mesh, undo)
-        rows = {name: Rows.of(parameter) for name, parameter in run.parameters_by_name().items()}
-        group = next(iter(rows.values())).group
-        run.take_shards(run.slow.cut(rows, group, mapped=run.base_file is not None), hooked=False)
+        specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
+        group = next(iter(specs.values())).group
+        run.take_shards(run.slow.to_shard(specs, group, mapped=run.base_file is not None), hooked=False)
         run.note_frozen()
 
         def called() -> bool:
@@ -112,8 +112,8 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
     for name, value, new in folding.folded_each(run, "folded_state_dict"):
         folded = new()
         if hasattr(value, "to_local") and not hasattr(folded, "to_local"):
-            folded = Rows.of(value).sharded(folded, value)
-        folded = whole(folded)
+            folded = ShardSpec.of(value).dtensor(folded, value)
+        folded = full_tensor(folded)
         if is_first:
             state_dict[name] = folded.cpu()
     return state_dict

@@ -1,16 +1,15 @@
-"""Tensor parallel: linear weights in parts, by columns or rows, over the processes of a mesh, and their branches too.
+"""Tensor parallel: linear weights sharded by columns or rows over the processes of a mesh, and their branches too.
 
-The parts are torch's DTensors. A column-wise weight [out, in] is split along out, and so are its bias and lora_B, while
-lora_A is a copy; a row-wise one is split along in, and so is lora_A, while lora_B is a copy (Megatron-LM, 1909.08053,
-section 3). The graph runs on DTensors, so that torch's own rules say which sums are exchanged, forward and backward.
-The slow state is in parts as the weights are: a transition moves no weight between processes. Noise is drawn whole, by
-its address, and cut, so that it is that of one process.
+Shards are torch's DTensors. A column-wise weight [out, in] is split along out, and so are its bias and lora_B, while
+lora_A is replicated; a row-wise one is split along in, and so is lora_A, while lora_B is replicated (Megatron-LM,
+1909.08053, section 3). The graph runs on DTensors, so that torch's own rules say which sums are exchanged, forward and
+backward. The slow state is sharded as the weights are: a transition moves no weight between processes. Noise is drawn
+for the whole weight, by its address, and cut, so that it is that of one process.
 
-Products with weights in parts go as Megatron-LM has them, whatever torch would think cheapest: an input that
-column-wise weights share is whole, and its gradient is summed once; what a row-wise weight makes is summed at once. A
-plain tensor that meets a DTensor (a constant, a mask, a frozen weight outside the plan) counts as a copy on every
-process. Attention whose heads are split goes head by head. An op that torch has no rule for is computed whole, on every
-process.
+Products with sharded weights go as Megatron-LM has them, whatever torch would think cheapest: an input that column-wise
+weights share is replicated, and its gradient is summed once; the output of a row-wise weight is summed at once. A plain
+tensor that meets a DTensor (a constant, a mask, a frozen weight outside the plan) counts as replicated. Attention whose
+heads are split goes head by head. An op that torch has no rule for is computed on replicated tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from weakref import ref
 
 import torch
@@ -41,7 +40,7 @@ from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Site
 from lorasc_fx.runtime import Cascade
-from lorasc_fx.shards import ProcessGroup, Rows
+from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, shard_axis
 from lorasc_fx.state import Side, Tree
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode, raise_of_handler
 
@@ -51,61 +50,61 @@ __all__ = ["Style", "gather", "parallelize"]
 T = TypeVar("T", bound=Tree)
 
 _ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}
-"""Share of the output's scale by which sums in parts may differ from those in one piece: models round in between, to
-fp32 whatever their dtype, and a fault is no rounding.
+"""Share of the output's scale by which sums over shards may differ from those on one process: models round in between,
+to fp32 whatever their dtype, and a fault is no rounding.
 """
 _COARSE = 0.1
 """The same where the output is narrower."""
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Computes the calls of a cascade whose weights lie in parts.
+class ParallelCall:
+    """Computes the calls of a cascade whose weights are sharded.
 
     Args:
         mesh: of the processes.
-        told: ops that were said to be computed whole.
+        logged: ops without a rule, which the log has named.
     """
 
     mesh: DeviceMesh
-    told: set[str]
+    logged: set[str]
 
     def __call__(self, cascade: Cascade, args: Any, kwargs: Any) -> Any:
-        """Return what the cascade computes, whole, on every process."""
+        """Return what the cascade computes, as plain tensors on every process."""
         variant, call = cascade._variant_of(args, kwargs, "forward")
         late = [name for name, factor in cascade.branches.named_parameters() if not isinstance(factor, DTensor)]
         if late:
             raise StateError(
-                f"forward: {late[0]} came with a graph that was made after parallelize, and lies in no parts: call the "
+                f"forward: {late[0]} came with a graph that was made after parallelize, and is not sharded: call the "
                 "cascade once in each mode and with each kind of arguments before parallelize",
                 code="variant-after-sharding",
             )
-        runner = PartsInterpreter(_graph(variant.module), self.mesh, cascade._run.placed is not None, self.told)
-        return runner.call(call.leaves)
+        graph = _graph(variant.module)
+        return DTensorInterpreter(graph, self.mesh, cascade._run.placed is not None, self.logged).call(call.leaves)
 
 
 def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> Cascade:
-    """Split weights of a cascade over the processes of a mesh, each of which calls this with the same cascade.
+    """Shard weights of a cascade over the processes of a mesh, each of which calls this with the same cascade.
 
-    Calls take and give whole tensors, the same on every process. Parameters of weights in parts, of all branches and of
-    what is trained in full are DTensors from here on: build the optimizer after this. Transitions, `stages`, `rewind`,
-    `weights(...)`, `lorasc_fx.save` and `resume` work on the parts; for all else there is `gather`.
+    Calls take and give plain tensors, the same on every process. Sharded weights, all branches and what is trained in
+    full are DTensors from here on: build the optimizer after this. Transitions, `stages`, `rewind`, `weights(...)`,
+    `lorasc_fx.save` and `resume` work on shards; for all else there is `gather`.
 
     Args:
         cascade: between two steps.
         mesh: of torch.distributed, of one axis.
         plan: `colwise` or `rowwise` by globs on names of weights or of their modules, the first match counts. A weight
-            that none means stays whole on every process.
+            that none means is replicated.
 
     Returns:
         The cascade itself.
 
     Raises:
         SpecError: a pattern means no weight, a weight is none of a linear layer, or does not divide by the number of
-            processes, or the spec asks for what parts cannot do (dropout, restart_A="gradient", a share as
+            processes, or the spec asks for what shards cannot do (dropout, restart_A="gradient", a share as
             optimizer_state).
-        StateError: the cascade is in parts already, runs in pieces, or does not compute the same in parts; nothing was
-            changed.
+        StateError: the cascade is sharded already, has graph breaks, or does not compute the same on shards; nothing
+            was changed.
     """
     run = cascade._run
     run.check_ready("parallelize")
@@ -114,13 +113,13 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
     with no_inference_mode(), AllOrNothing() as undo:
         run.fingerprints()  # of the whole weights, while they are here
         before = _example(cascade)
-        _spread(cascade, mesh, places, undo)
+        _shard(cascade, mesh, places, undo)
         try:
             after = _example(cascade)
         except Exception as fault:
             raise_of_handler(fault)
             raise StateError(
-                f"parallelize: the model does not run in parts: {type(fault).__name__}: "
+                f"parallelize: the model does not run on shards: {type(fault).__name__}: "
                 f"{(str(fault).splitlines() or [''])[0]}; leave out the weights that this is about",
                 code=fault.code if isinstance(fault, LorascError) else "parallel-run-failed",
             ) from fault
@@ -129,23 +128,23 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
 
 
 def gather(cascade: Cascade) -> Cascade:
-    """Put whole tensors back in the place of parts, on every process; the cascade is then as on one process.
+    """Put whole tensors back in the place of shards, on every process; the cascade is then as on one process.
 
     Build the optimizer anew after this.
 
     Args:
-        cascade: in parts, between two steps; every process calls this.
+        cascade: sharded by `parallelize`, between two steps; every process calls this.
 
     Returns:
         The cascade itself.
 
     Raises:
-        StateError: the cascade is not in parts.
+        StateError: the cascade is not sharded.
     """
     run = cascade._run
-    if run.spread is None:
+    if run.parallel is None:
         raise StateError(
-            "gather: the cascade lies in no parts; call tensor_parallel.parallelize first", code="not-sharded"
+            "gather: the cascade is not sharded; call tensor_parallel.parallelize first", code="not-sharded"
         )
     run.check_ready("gather", sharded=True, parallel=True, ends_stage=True)
     with no_inference_mode(), AllOrNothing() as undo:
@@ -154,12 +153,12 @@ def gather(cascade: Cascade) -> Cascade:
             name: _gathered(state, layouts[name], state.axis) if name in layouts else state
             for name, state in run.slow.states.items()
         }
-        states = {name: replace(state, part=None) for name, state in states.items()}
+        states = {name: replace(state, shard=None) for name, state in states.items()}
         trained = {
-            name: _gathered(kept, layouts[name], partial(_axis_of, layouts[name]))
-            for name, kept in run.slow.trained.items()
+            name: _gathered(entry, layouts[name], partial(_axis_of, layouts[name]))
+            for name, entry in run.slow.trained.items()
         }
-        _exchange(cascade, lambda value: _again(value, whole(value)), undo)
+        _exchange(cascade, lambda value: _again(value, full_tensor(value)), undo)
         _take(cascade, replace(run.slow, states=states, trained=trained, group=None), None, undo)
     return cascade
 
@@ -167,16 +166,16 @@ def gather(cascade: Cascade) -> Cascade:
 def _check_spec(cascade: Cascade, mesh: DeviceMesh) -> None:
     spec = cascade._run.plan.spec
     if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
-        told = f"of {mesh.ndim} axes" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
+        given = f"of {mesh.ndim} axes" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
         raise SpecError(
-            f"parallelize: mesh is {told}; "
+            f"parallelize: mesh is {given}; "
             "give a DeviceMesh of one axis (torch.distributed.device_mesh.init_device_mesh)",
             code="invalid-mesh",
         )
     asked = [(name, value) for name, value, _ in whole_only(spec)] + [("dropout", spec.dropout)] * (spec.dropout > 0)
     for name, value in asked:
         raise SpecError(
-            f"parallelize: the spec has {name}={value!r}, which parts of a weight cannot do; adapt without it",
+            f"parallelize: the spec has {name}={value!r}, which shards cannot do; adapt without it",
             code="not-shardable",
         )
     for variant in cascade._held_variants:
@@ -184,30 +183,30 @@ def _check_spec(cascade: Cascade, mesh: DeviceMesh) -> None:
 
 
 def _graph(module: Any) -> fx.GraphModule:
-    """Return a variant's graph, if all of it can run on parts.
+    """Return a variant's graph, if all of it can run on DTensors.
 
     Raises:
         StateError: it is none, or calls modules of the model whole.
     """
     if not isinstance(module, fx.GraphModule):
         raise StateError(
-            "parallelize: the model runs in pieces, and parts need one whole graph; adapt a part of it",
+            "parallelize: the model has graph breaks, and shards need one whole graph; adapt a part of it",
             code="no-whole-graph",
         )
     for node in module.graph.nodes:
         if node.op == "call_method" or (node.op == "call_module" and not str(node.target).startswith(f"{BRANCHES}.")):
             raise StateError(
-                f"parallelize: node {node.name} of the graph is a call of a module or method, and parts need torch's "
+                f"parallelize: node {node.name} of the graph is a call of a module or method, and shards need torch's "
                 "own ops; adapt with frontend='export'",
                 code="graph-has-modules",
             )
     return module
 
 
-# ---- exchanging whole tensors and parts
+# ---- exchanging whole tensors and shards
 
 
-def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement], undo: Undo) -> None:
+def _shard(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement], undo: Undo) -> None:
     run = cascade._run
     names = {id(value): name for name, value in cascade.named_parameters()}
 
@@ -216,28 +215,27 @@ def _spread(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement],
         return value if place is None else _again(value, _dtensor(value.detach(), mesh, place))
 
     _exchange(cascade, split, undo)
-    rows = {
-        name: Rows.of(value) if isinstance(value, DTensor) and value.placements[0].is_shard() else None
+    specs = {
+        name: ShardSpec.of(value) if isinstance(value, DTensor) and value.placements[0].is_shard() else None
         for name, value in run.parameters_by_name().items()
     }
     group = ProcessGroup(mesh.get_group(), next(iter(run.by_key.values())).lora_A.device)
-    _take(cascade, run.slow.cut(rows, group), Spread(mesh, set()), undo)
+    _take(cascade, run.slow.to_shard(specs, group), ParallelCall(mesh, set()), undo)
 
 
 def _axis_of(like: DTensor, _side: Side) -> int | None:
-    (place,) = like.placements
-    return place.dim if isinstance(place, Shard) else None
+    return shard_axis(like)
 
 
 def _gathered(state: T, like: DTensor, axis_of: Callable[[Side], int | None]) -> T:
-    """Return a state of whole tensors, of one whose parts lie over the processes as a parameter does."""
+    """Return a state of whole tensors, of one that is sharded as a parameter is."""
 
     def gathered(value: torch.Tensor, side: Side) -> torch.Tensor:
         axis = axis_of(side)
         if axis is None:
             return value
         own = value.to(like.to_local().device)
-        return whole(DTensor.from_local(own, like.device_mesh, [Shard(axis)], run_check=False)).to(value.device)
+        return full_tensor(DTensor.from_local(own, like.device_mesh, [Shard(axis)], run_check=False)).to(value.device)
 
     return state.map(gathered)
 
@@ -251,14 +249,14 @@ def _dtensor(value: torch.Tensor, mesh: DeviceMesh, place: Placement) -> DTensor
 
 
 def _again(old: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
-    """Return a parameter with another tensor in it; gradients of a DTensor come to lie as it lies itself."""
+    """Return a parameter with another tensor in it; gradients of a DTensor get its placements."""
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     if isinstance(value, DTensor) and old.requires_grad:
-        new.register_hook(partial(_as_it_lies, value.placements))
+        new.register_hook(partial(_redistributed, value.placements))
     return new
 
 
-def _as_it_lies(placements: tuple[Placement, ...], gradient: torch.Tensor) -> torch.Tensor:
+def _redistributed(placements: tuple[Placement, ...], gradient: torch.Tensor) -> torch.Tensor:
     return gradient.redistribute(placements=placements) if isinstance(gradient, DTensor) else gradient
 
 
@@ -270,10 +268,10 @@ def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], un
             _ADAPTED[new[id(holder.value)]] = ref(cascade)
 
 
-def _take(cascade: Cascade, slow: Any, spread: Spread | None, undo: Undo) -> None:
+def _take(cascade: Cascade, slow: Any, parallel: ParallelCall | None, undo: Undo) -> None:
     run = cascade._run
     undo(run.restorer())
-    run.take_shards(slow, spread)
+    run.take_shards(slow, parallel)
     run.note_frozen()
 
 
@@ -292,7 +290,7 @@ def _check_same(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
         gap, scale = float((one - other).abs().max()), float(one.abs().max())
         if not gap <= _ROUNDING.get(one.dtype, _COARSE) * scale and bool(torch.isfinite(one).all()):
             raise StateError(
-                f"parallelize: in parts the model computes something else, off by {gap / scale:.1e} of the output; do "
+                f"parallelize: on shards the model computes something else, off by {gap / scale:.1e} of the output; do "
                 "all processes hold the same weights, and is it in eval mode or without dropout? Nothing was changed",
                 code="outputs-differ",
             )
@@ -302,7 +300,7 @@ Style = Literal["colwise", "rowwise"]
 
 
 def places_of(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> dict[str, Placement]:
-    """Return how each parameter of the model and of the branches lies that is to become a DTensor."""
+    """Return the placement of each parameter of the model and of the branches that is to become a DTensor."""
     weights, sites = named_weights(cascade.model), cascade._run.plan.by_weight
     count, used = mesh.size(), set[str]()
     found: dict[str, Placement] = {name: Replicate() for name in cascade._run.trainable()}
@@ -315,9 +313,8 @@ def places_of(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> 
         if style not in get_args(Style):
             raise SpecError(f"parallelize: {pattern!r} is {style!r}; give 'colwise' or 'rowwise'")
         _check_weight(cascade.model, weights.names[name], parameter, site)
-        turned = site is not None and site.layout == "in_out"
-        out, into = (1, 0) if turned else (0, 1)
-        axis = out if style == "colwise" else into
+        transposed = site is not None and site.layout == "in_out"
+        axis = int((style == "rowwise") != transposed)
         if parameter.shape[axis] % count:
             raise SpecError(
                 f"parallelize: {name} is {list(parameter.shape)}, and {parameter.shape[axis]} does not divide by "
@@ -363,68 +360,74 @@ def _check_weight(model: nn.Module, names: tuple[str, ...], parameter: torch.Ten
 
 log = logging.getLogger("lorasc_fx")
 
+
+class _Product(NamedTuple):
+    """A product: its name in `branch.functions.PRODUCTS`, where its op has input, weight and bias, and the axis of the
+    weight that is that of the outputs.
+    """
+
+    name: str
+    x: int
+    weight: int
+    bias: int | None
+    out: int
+
+
 _PRODUCTS = {
-    torch.ops.aten.linear.default: (0, 1, 2, 0),
-    torch.ops.aten.addmm.default: (1, 2, 0, 1),
-    torch.ops.aten.mm.default: (0, 1, None, 1),
-    torch.ops.aten.matmul.default: (0, 1, None, 1),
+    torch.ops.aten.linear.default: _Product("linear", 0, 1, 2, 0),
+    torch.ops.aten.addmm.default: _Product("addmm", 1, 2, 0, 1),
+    torch.ops.aten.mm.default: _Product("mm", 0, 1, None, 1),
+    torch.ops.aten.matmul.default: _Product("matmul", 0, 1, None, 1),
 }
-"""Where an op has its input, its weight and its bias, and which axis of the weight is that of the outputs."""
-_SPELLED = {
-    "linear": torch.ops.aten.linear.default,
-    "addmm": torch.ops.aten.addmm.default,
-    "mm": torch.ops.aten.mm.default,
-    "matmul": torch.ops.aten.matmul.default,
-}
+_OUT = {product.name: product.out for product in _PRODUCTS.values()}
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _CAT = torch.ops.aten.cat.default
 _ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
 _HEADS = 1
 
 
-def copied_everywhere(value: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+def replicated(value: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Return a plain tensor, equal on every process, as a DTensor; one that is a DTensor stays itself."""
     if isinstance(value, DTensor):
         return value
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """Return what a DTensor stands for as a plain tensor, on every process; a plain one stays itself."""
+def plain(value: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor as a plain tensor, the same on every process, with its gradient; a plain one stays itself."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-class PartsInterpreter(fx.Interpreter):
+class DTensorInterpreter(fx.Interpreter):
     """Runs a graph node by node on DTensors.
 
     Args:
         module: an adapted graph.
         mesh: of the processes.
         resting: whether branches add nothing: other weights are in place.
-        told: names of nodes that were said to be computed whole.
+        logged: ops without a rule, which the log has named.
     """
 
-    def __init__(self, module: fx.GraphModule, mesh: DeviceMesh, resting: bool, told: set[str]) -> None:
+    def __init__(self, module: fx.GraphModule, mesh: DeviceMesh, resting: bool, logged: set[str]) -> None:
         super().__init__(module)
         self.outputs = module.graph.process_outputs
-        self.mesh, self.resting, self.told = mesh, resting, told
+        self.mesh, self.resting, self.logged = mesh, resting, logged
         self._last: dict[bool, tuple[DTensor, DTensor]] = {}  # inputs of products, as they were and as they are read
 
     def call(self, leaves: list[Any]) -> Any:
         """Compute the graph for the leaves of a call's arguments, and return what the model returns."""
-        spread = [copied_everywhere(leaf, self.mesh) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         with implicit_replication():
-            output = self.run(*spread, enable_io_processing=False)
-        return self.outputs(pytree.tree_map_only(torch.Tensor, whole, output))
+            output = self.run(*self._replicated(leaves), enable_io_processing=False)
+        return self.outputs(pytree.tree_map_only(torch.Tensor, plain, output))
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a branch, or leave it out."""
         assert str(target).startswith(f"{BRANCHES}.")
-        args, kwargs = self._spread(args, kwargs)
+        args, kwargs = self._replicated((args, dict(kwargs)))
         branch = self.fetch_attr(str(target))
         if "op" in kwargs:
             x, weight, *bias = args
-            base = self._of_parts(kwargs["op"], x, weight, bias[0] if bias else None)
+            base = self._product(kwargs["op"], x, weight, bias[0] if bias else None)
             return base if self.resting else self._beside(branch, base, x, False)
         if self.resting:
             return args[0]
@@ -433,21 +436,20 @@ class PartsInterpreter(fx.Interpreter):
         return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute an op on parts, or whole."""
+        """Compute an op on DTensors, or on plain ones where these have no rule for it."""
         held = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, DTensor)]
         if getattr(target, "__name__", "").partition(".")[0] in _ASSERTS:
             return None  # they hold for all calls of this graph
         if not held:
             return super().call_function(target, args, kwargs)
-        args, kwargs = self._spread(args, kwargs)
+        args, kwargs = self._replicated((args, dict(kwargs)))
         self._check_random(target, args, kwargs)
         if target is _ATTENTION:
             found = self._by_heads(args, kwargs)
             return found if found is not None else self._whole(target, args, kwargs)
-        if target in _PRODUCTS and not kwargs:
-            x, weight, bias, _ = _PRODUCTS[target]
-            given = args[bias] if bias is not None and bias < len(args) else None
-            return self._of_parts(target, args[x], args[weight], given)
+        if (product := _PRODUCTS.get(target)) is not None and not kwargs:
+            bias = args[product.bias] if product.bias is not None and product.bias < len(args) else None
+            return self._product(product.name, args[product.x], args[product.weight], bias)
         if target is shared_down:
             return shared_down(self._read(args[0], False), args[1])
         if target is _CAT:  # a cache begins with an empty tensor of one axis, which DTensor does not leave out
@@ -459,16 +461,15 @@ class PartsInterpreter(fx.Interpreter):
             log.debug("%s: %s", target, fault)
             return self._whole(target, args, kwargs)
 
-    def _spread(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        return pytree.tree_map_only(torch.Tensor, lambda each: copied_everywhere(each, self.mesh), (args, dict(kwargs)))
+    def _replicated(self, values: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, lambda value: replicated(value, self.mesh), values)
 
-    def _of_parts(self, op: Any, x: DTensor, weight: DTensor, bias: DTensor | None) -> Any:
-        """Return a product, of an op or of its name in `PRODUCTS`: by columns in parts, by rows summed."""
-        name = op if isinstance(op, str) else next(each for each, known in _SPELLED.items() if known is op)
-        (place,), out = weight.placements, _PRODUCTS[_SPELLED[name]][3]
-        if not isinstance(place, Shard) or weight.dim() != 2:
+    def _product(self, name: str, x: DTensor, weight: DTensor, bias: DTensor | None) -> Any:
+        """Return a product: of a column-wise weight it stays sharded, of a row-wise one it is summed."""
+        (placement,) = weight.placements
+        if not isinstance(placement, Shard) or weight.dim() != 2:
             return PRODUCTS[name](x, weight, bias)
-        if place.dim == out:
+        if placement.dim == _OUT[name]:
             return PRODUCTS[name](self._read(x, False), weight, bias)
         x = self._read(x, True)
         made = F.linear(x, weight) if name == "linear" else torch.matmul(x, weight)
@@ -484,7 +485,7 @@ class PartsInterpreter(fx.Interpreter):
         return base + F.linear(low, b) * branch.scale
 
     def _read(self, x: DTensor, by_rows: bool) -> DTensor:
-        """Return a product's input, whole or in parts along its last axis; the same for all that read it in turn."""
+        """Return a product's input, replicated or sharded along its last axis; the same one for all that read it."""
         last = self._last.get(by_rows)
         if last is None or last[0] is not x:
             place = Shard(x.dim() - 1) if by_rows else Replicate()
@@ -499,12 +500,12 @@ class PartsInterpreter(fx.Interpreter):
         share = given.get("p", 0.0) if "dropout" in target.__name__ and given.get("train", True) else 0.0
         if share or given.get("dropout_p", 0.0):
             raise StateError(
-                f"{target}: each process would draw another mask for its part; set dropout to 0, or call eval()",
+                f"{target}: each process would draw another mask for its shard; set dropout to 0, or call eval()",
                 code="dropout-not-supported",
             )
 
     def _by_heads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return attention of the heads that lie here; None where heads are not split alike."""
+        """Return attention of the heads that are here; None where heads are not split alike."""
         query, key, value, *rest = args
         if query.dim() != 4 or not all(each.is_replicate() or each.is_shard(_HEADS) for each in query.placements):
             return None
@@ -526,7 +527,7 @@ class PartsInterpreter(fx.Interpreter):
         return DTensor.from_local(made, self.mesh, query.placements, run_check=False)
 
     def _heads_of(self, query: DTensor, few: DTensor) -> DTensor:
-        """Return keys or values that are whole here, few heads for many of the query, as the query's heads lie."""
+        """Return replicated keys or values, few heads for many of the query, sharded as the query's heads are."""
         times = query.shape[_HEADS] // few.shape[_HEADS]
         many = few.to_local().repeat_interleave(times, _HEADS)
         return DTensor.from_local(many, self.mesh, few.placements, run_check=False).redistribute(
@@ -538,10 +539,10 @@ class PartsInterpreter(fx.Interpreter):
         return found
 
     def _whole(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Compute an op on whole tensors, on every process."""
-        if str(target) not in self.told:
-            self.told.add(str(target))
+        """Compute an op on replicated tensors, on every process."""
+        if str(target) not in self.logged:
+            self.logged.add(str(target))
             log.info("tensor parallel: %s is computed whole, on every process", target)
         args, named = pytree.tree_map_only(DTensor, self._copy, (args, dict(kwargs)))
         made = super().call_function(target, args, named)
-        return pytree.tree_map_only(torch.Tensor, lambda each: copied_everywhere(each, self.mesh), made)
+        return self._replicated(made)

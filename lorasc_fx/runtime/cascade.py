@@ -182,8 +182,8 @@ class Cascade(nn.Module):
         """
         run = self._run
         run.check_alive("forward")
-        if run.spread is not None:
-            return run.spread(self, args, kwargs)
+        if run.parallel is not None:
+            return run.parallel(self, args, kwargs)
         if run.inside_weights and not run.is_sharded:
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature

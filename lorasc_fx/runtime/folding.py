@@ -284,7 +284,7 @@ def folded_each(
 
 def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
     """Return a copy of an entry of the state dict, with the slow weights if it is the parameter of this name."""
-    if name in slow.states and not (is_quantized(value) and slow.states[name].carried("slow") is None):
+    if name in slow.states and not (is_quantized(value) and slow.states[name].unmerged("slow") is None):
         return slow.value(name, which, value)
     if name in slow.trained:
         return trained_value(slow, name, which, value).detach().to(value.device, copy=True)
@@ -327,7 +327,7 @@ def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
     if not (how is None or how == "dequantize" or callable(how)):
         raise SpecError(f"{call}: quantized is {how!r}; give None, 'dequantize' or a callable that quantizes a module")
     names = [
-        name for name, state in slow.states.items() if is_quantized(state.base) and state.carried("slow") is not None
+        name for name, state in slow.states.items() if is_quantized(state.base) and state.unmerged("slow") is not None
     ]
     if names and how is None:
         raise StateError(

@@ -20,7 +20,7 @@ from lorasc_fx.runtime.gradient import GradientInitialization
 from lorasc_fx.runtime.materialize import MetaModel
 from lorasc_fx.runtime.optim import check_holds, groups, put_state
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned
-from lorasc_fx.shards import laid_out, local
+from lorasc_fx.shards import dtensor_like, local
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import SlowWeights, Which
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
@@ -119,7 +119,7 @@ class Run:
         self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
         self.base_file, self.meta, self.written = base_file, meta, written
         self.untouched: frozenset[str] = frozenset()  # excluded by the spec
-        self.spread: Callable[[Any, Any, Any], Any] | None = None  # computes a call, where weights lie in parts
+        self.parallel: Callable[[Any, Any, Any], Any] | None = None  # computes a call on DTensors
         self.grouped = False  # param_groups was called: an optimizer holds the present branches
         self.looped = False  # stages was called
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
@@ -289,7 +289,7 @@ class Run:
         now = self.present(planned.parameters)  # FSDP exchanges parameters itself
         written = [name for name in now if self.is_sharded or now[name] is planned.parameters[name]]
         self.note_weights([*written, *(name for name in planned.slow.states if name not in slow.states)])
-        self._carry()
+        self._set_unmerged()
 
     def _put_gradients(self, planned: Planned) -> None:
         """Write the gradients of planned values, and let the next optimizer step look at those of weights or not."""
@@ -303,7 +303,9 @@ class Run:
             parameter.grad = None
         for name, parameter in self.trainable().items():
             gradient = planned.gradients.values.get(name)
-            parameter.grad = None if gradient is None else laid_out(gradient.to(parameter.device, copy=True), parameter)
+            if gradient is not None:
+                gradient = dtensor_like(gradient.to(parameter.device, copy=True), parameter)
+            parameter.grad = gradient
             if name in planned.gradients.pending:
                 self.pending.note(parameter)
         for name, gradient in planned.gradients.gathered.items():
@@ -331,18 +333,18 @@ class Run:
         """Return what brings back plan, slow weights and flags, which weights are in place, their checksums, and which
         gradients wait for a step. Values are not among it (`commit`).
         """
-        decided = (self.plan, self.slow, self.base_file, self.spread, self.untouched, self.released)
+        decided = (self.plan, self.slow, self.base_file, self.parallel, self.untouched, self.released)
         noted = (self._checksums, self._objects, self._frozen)
         placed = (self.placed, self.placed_checksums)
         watches = (self.pending.restorer(), self.gradient_init.restorer())
 
         def restore() -> None:
-            self.plan, self.slow, self.base_file, self.spread, self.untouched, self.released = decided
+            self.plan, self.slow, self.base_file, self.parallel, self.untouched, self.released = decided
             self._checksums, self._objects, self._frozen = noted
             self.placed, self.placed_checksums = placed
             for watch in watches:
                 watch()
-            self._carry()
+            self._set_unmerged()
 
         return restore
 
@@ -376,14 +378,14 @@ class Run:
 
         return restore
 
-    def _carry(self) -> None:
-        """Let the branches of quantized weights carry what the stages added."""
+    def _set_unmerged(self) -> None:
+        """Give the branches of quantized weights their unmerged deltas."""
         slow = self.slow
         for name, branch in self.branches_by_weight().items():
             state = slow.states.get(name)
             if state is not None and is_quantized(state.base):
-                pair = state.carried("slow" if slow.idle else "start")
-                branch.carry(*((pair.b, pair.a) if pair is not None else (None, None)))
+                pair = state.unmerged("slow" if slow.idle else "start")
+                branch.set_unmerged(*((pair.b, pair.a) if pair is not None else (None, None)))
 
     def let_go(self) -> None:
         """Remove all hooks."""
@@ -392,16 +394,16 @@ class Run:
         self.steps.disarm()
 
     def take_shards(
-        self, slow: SlowWeights, spread: Callable[[Any, Any, Any], Any] | None = None, *, hooked: bool = True
+        self, slow: SlowWeights, parallel: Callable[[Any, Any, Any], Any] | None = None, *, hooked: bool = True
     ) -> None:
         """Take over slow weights whose parameters were cut over processes, or are whole again.
 
         Args:
             slow: of what is here.
-            spread: computes a call, where the weights are parallel.
+            parallel: computes a call, where the weights are tensor-parallel.
             hooked: gradients come by the hooks of parameters, as they do not from FSDP.
         """
-        self.slow, self.spread = slow, spread
+        self.slow, self.parallel = slow, parallel
         self.pending.disarm()
         if hooked:
             self.pending.arm(self.trainable().values())
@@ -483,8 +485,8 @@ class Run:
 
     @property
     def is_parallel(self) -> bool:
-        """Whether the weights lie in parts on several processes, as tensor parallelism cuts them."""
-        return self.spread is not None
+        """Whether tensor parallelism has sharded the weights."""
+        return self.parallel is not None
 
     @property
     def holds_numbers(self) -> bool:
@@ -562,7 +564,7 @@ class Run:
         Raises:
             StateError: such a one was written since the weights were sharded: no process has the whole of it.
         """
-        slow, moved, whole = self.slow, self.moved_parameters(), self.slow.group is None and self.spread is None
+        slow, moved, whole = self.slow, self.moved_parameters(), self.slow.group is None and self.parallel is None
         if slow.group is not None and (name := self.changed(self._frozen)) is not None:
             raise StateError(
                 f"save: {name} was changed since the weights were sharded. It is neither adapted nor trained, and no "
@@ -641,7 +643,7 @@ class Run:
         self.check_alive(call)
         if self.is_parallel and not parallel:
             raise StateError(
-                f"{call}: the weights lie in parts on several processes; call "
+                f"{call}: the weights are sharded by tensor parallelism; call "
                 "lorasc_fx.integrations.tensor_parallel.gather(cascade) first",
                 code="sharded",
             )
@@ -707,7 +709,7 @@ def fill(
 ) -> None:
     """Let `new(name, parameter)` write into each parameter in turn; `old` does so again when the block is undone.
 
-    A quantized weight is not written to: its branch carries what the stages added (`Run.commit`).
+    A quantized weight is not written to: its branch computes the unmerged delta (`Run.commit`).
     """
     spare = [torch.empty(SPARE, dtype=torch.uint8)]  # room for putting back, where memory stays short
     with torch.no_grad():

@@ -29,7 +29,7 @@ from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.manifest import optimizer_index
 from lorasc_fx.runtime.optim import check_holds, check_numbers
 from lorasc_fx.runtime.run import Planned, Run
-from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, laid_out
+from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
 from lorasc_fx.undo import Commit
 
 __all__ = [
@@ -208,7 +208,7 @@ def _state_for(
     for index, entries in state.items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape:
-                entries[key] = laid_out(value, parameters[index])
+                entries[key] = dtensor_like(value, parameters[index])
     groups = [_group(group, old, optimizer.defaults) for group, old in zip(now, then, strict=True)]
     return {"state": state, "param_groups": groups}
 

@@ -24,7 +24,7 @@ from lorasc_fx.errors import StateError, named
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.optim import check_holds, treated_state
 from lorasc_fx.runtime.run import Gradients, Planned, Run
-from lorasc_fx.shards import local, part_of
+from lorasc_fx.shards import local, local_like
 from lorasc_fx.state import SlowWeights, Trained, WeightState
 from lorasc_fx.undo import Commit
 
@@ -126,7 +126,7 @@ def begin(
     after, started = after.begin_stage(planned, branches, starts)
     factors = {
         weight: {
-            "lora_A": part_of(starts[weight], branch.lora_A),
+            "lora_A": local_like(starts[weight], branch.lora_A),
             "lora_B": torch.zeros((), dtype=branch.lora_B.dtype, device=branch.lora_B.device),
             **started.get(weight, {}),
         }

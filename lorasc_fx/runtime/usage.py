@@ -194,8 +194,8 @@ def _differs(run: Run) -> bool:
         return False  # torch.func.functional_call puts others in their places
     spec = run.plan.spec
     running = not run.slow.idle and (spec.noise.strength > 0 or spec.factor_start.from_weight)
-    carried = any(run.slow.states[name].experts for name in run.quantized)
-    return running or carried or run.slow.moved(run.branches_by_weight())
+    unmerged = any(run.slow.states[name].experts for name in run.quantized)
+    return running or unmerged or run.slow.moved(run.branches_by_weight())
 
 
 def _inside_package() -> bool:

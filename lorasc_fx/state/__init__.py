@@ -25,6 +25,7 @@ from lorasc_fx.state.weight import (
     WeightState,
     Which,
     scaled,
+    sum_of,
 )
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "singular_values",
     "slow_spectrum",
     "start_weight",
+    "sum_of",
     "summing",
 ]

@@ -22,7 +22,7 @@ from lorasc_fx.branch.noise import row_sizes
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.plan import Site
-from lorasc_fx.shards import Rows, local, whole
+from lorasc_fx.shards import ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import arithmetic, exact_products
 from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, WeightState, Which
@@ -78,12 +78,12 @@ def write_start(
     else:
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
-        key, part = (spec.noise, spec.seed, stage, state.name, exact.shape, step), state.part
-        noise = draw(*key, part).to(exact) if not state.noises else None
+        key, shard = (spec.noise, spec.seed, stage, state.name, exact.shape, step), state.shard
+        noise = draw(*key, shard).to(exact) if not state.noises else None
         state.write(exact, "fast", dtype)
         by_rows = DISTRIBUTIONS[spec.noise.distribution].by_rows and exact.numel() > 0
         rows = row_sizes(spec.noise, exact, state.stacked, state.transposed) if by_rows else None
-        size = amplitude(spec.noise, exact, part) if rows is None else rows.max().item()
+        size = amplitude(spec.noise, exact, shard) if rows is None else rows.max().item()
         if not math.isfinite(size):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
@@ -94,7 +94,7 @@ def write_start(
             state.write(exact, "fast", dtype, state.taken_out)
         if size:
             if noise is None:  # in the room that the kept noise had
-                noise = draw(*key, part).to(exact)
+                noise = draw(*key, shard).to(exact)
             exact += noise.mul_(size if rows is None else rows)
         if exact is not out:
             out.copy_(exact)
@@ -193,7 +193,7 @@ def end_stage(
 
     Args:
         state: of the weight when the stage started.
-        branch: None for a weight that only carried noise.
+        branch: None for a weight that only has noise.
         spec, stage: of the plan.
         noisy: whether the stage ran with its noise.
         checked: whether the factors are known to be finite.
@@ -208,7 +208,7 @@ def end_stage(
         fault = "holds inf or nan"
         if checked or state.every(branch.finite()):
             moved = not state.every(not has_trained(branch, state.initial))
-            live = factors_of(branch, state.base.device, state.initial, state.part) if moved else None
+            live = factors_of(branch, state.base.device, state.initial, state.shard) if moved else None
             gain = gain_of(branch, state, spec, stage, noisy) if moved else None
             folded = state.absorb(stage, live, pace, spec.restart, share, gain)
             fault = "" if state.every(fits(folded)) else f"takes it beyond {state.base.dtype}"
@@ -227,7 +227,7 @@ def end_stage(
     if after is None:
         after = state.absorb(stage, None, pace, spec.restart, share)
     if noisy and spec.noise.keep and spec.noise.strength:
-        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.part)
+        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))
     return after
 
@@ -325,19 +325,19 @@ def has_trained(branch: Branch, initial: InitialFactors | None) -> bool:
 
 
 def factors_of(
-    branch: Branch, device: torch.device, initial: InitialFactors | None = None, part: Rows | None = None
+    branch: Branch, device: torch.device, initial: InitialFactors | None = None, shard: ShardSpec | None = None
 ) -> Factors:
     """Return what the branch has added since its start as factors on a device, as the weight is stored, the scale
     folded in: copies of its own where it started from B = 0, else `[B - B_0, B_0]` and `[A; A - A_0]`.
 
-    With a part `b @ a` is that of those rows: of a factor that is sharded as the weight is, its own rows are taken
-    without communication.
+    With a shard `b @ a` is that of the shard: where a factor is cut as the weight is, its own shard is taken, without
+    communication.
     """
     with torch.no_grad():
         left, right = branch.oriented()
-        axis, stacked = part.axis if part is not None else None, right.dim() > 2
-        left = _rows_of(left, part) if part is not None and axis == 0 else whole(left)
-        right = _rows_of(right, part) if part is not None and (stacked or axis == 1) else whole(right)
+        axis, stacked = shard.axis if shard is not None else None, right.dim() > 2
+        left = _shard_of(left, shard) if shard is not None and axis == 0 else full_tensor(left)
+        right = _shard_of(right, shard) if shard is not None and (stacked or axis == 1) else full_tensor(right)
         if initial is None or initial.factors is None:
             return Factors((left * branch.scale).to(device), right.clone().to(device))
         now, first, dtype = initial_factors(branch), initial.factors, branch.lora_A.dtype
@@ -346,8 +346,8 @@ def factors_of(
         return Factors(b.to(device, dtype), a.to(device, dtype))
 
 
-def _rows_of(factor: torch.Tensor, part: Rows) -> torch.Tensor:
-    """Return rows of a factor: its own shard where that is cut along them, else of all of it, which is small."""
-    if any(each.is_shard(part.axis) for each in getattr(factor, "placements", ())):
+def _shard_of(factor: torch.Tensor, shard: ShardSpec) -> torch.Tensor:
+    """Return the shard of a factor: its own where it is cut along the axis, else of all of it, which is small."""
+    if any(each.is_shard(shard.axis) for each in getattr(factor, "placements", ())):
         return local(factor)
-    return part.of_whole(whole(factor))
+    return shard.take(full_tensor(factor))

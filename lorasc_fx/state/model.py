@@ -16,7 +16,7 @@ from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.errors import NonFiniteBranch, warn
 from lorasc_fx.options import RESTARTS
 from lorasc_fx.plan import Plan
-from lorasc_fx.shards import ProcessGroup, Rows, local
+from lorasc_fx.shards import ProcessGroup, ShardSpec, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_of, gain_of, has_trained, write_start
 from lorasc_fx.state.products import arithmetic
@@ -106,9 +106,9 @@ class Trained(Tree):
         views = {"slow": values[stage], "start": values[stage].to(self.base.dtype), **ends}
         return replace(self, views=views)
 
-    def cut(self, part: Rows | None) -> Trained:
-        """Return the state of the part of the parameter that is here, in memory of its own."""
-        return self if part is None else self.map(lambda value, _: part.of_whole(value).clone())
+    def to_shard(self, shard: ShardSpec | None) -> Trained:
+        """Return the state of the shard of the parameter that is here, in memory of its own."""
+        return self if shard is None else self.map(lambda value, _: shard.take(value).clone())
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ class SlowWeights:
         """Whether it holds here, or on a process that holds other shards."""
         return flag if self.group is None else self.group.any(flag)
 
-    def cut(self, parts: Mapping[str, Rows | None], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
-        """Return the state of the parts of the weights that are here, by name; W0 stays in its file where `mapped`."""
-        states = {name: state.cut(parts[name], mapped) for name, state in self.states.items()}
-        trained = {name: kept.cut(parts[name]) for name, kept in self.trained.items()}
+    def to_shard(self, specs: Mapping[str, ShardSpec | None], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
+        """Return the state of the shards of the weights that are here, by name; W0 stays in its file where `mapped`."""
+        states = {name: state.to_shard(specs[name], mapped) for name, state in self.states.items()}
+        trained = {name: entry.to_shard(specs[name]) for name, entry in self.trained.items()}
         return replace(self, states=states, trained=trained, group=group)
 
     def with_weights(
@@ -200,7 +200,7 @@ class SlowWeights:
         state, live, gain = self._as_run(self.states[name]), None, None
         moved = branch is not None and which == "fast" and not state.every(not has_trained(branch, state.initial))
         if branch is not None and moved:
-            live = factors_of(branch, out.device, state.initial, state.part)
+            live = factors_of(branch, out.device, state.initial, state.shard)
             if plan is not None:
                 gain = gain_of(branch, state, plan.spec, plan.stage, not self.idle)
         state.write(out, which, arithmetic(out.dtype), live, gain)

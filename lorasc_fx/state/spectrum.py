@@ -33,7 +33,7 @@ def slow_spectrum(state: WeightState) -> torch.Tensor:
         delta = state.exact("slow", torch.float64) - dense(state.base).double()
         found: torch.Tensor = torch.linalg.svdvals(delta.reshape(state.matrix))
         return found
-    factors = state.carried("slow")
+    factors = state.unmerged("slow")
     if state.slow.dense is not None:
         total = state.slow.dense.double()
         if factors is not None:

@@ -25,11 +25,23 @@ import torch
 from lorasc_fx.branch.base import dense, is_quantized
 from lorasc_fx.branch.noise import draw
 from lorasc_fx.options import RESTARTS
-from lorasc_fx.shards import Rows
+from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import Noise
 from lorasc_fx.state.products import accumulate, exact_products, summing
 
-__all__ = ["Expert", "Factors", "InitialFactors", "KeptNoise", "Side", "Tree", "View", "WeightState", "Which", "scaled"]
+__all__ = [
+    "Expert",
+    "Factors",
+    "InitialFactors",
+    "KeptNoise",
+    "Side",
+    "Tree",
+    "View",
+    "WeightState",
+    "Which",
+    "scaled",
+    "sum_of",
+]
 
 Which = Literal["slow", "fast", "base", "averaged"]
 
@@ -191,7 +203,7 @@ class WeightState(Tree):
         row_scale: of W0 [out] in fp64, as it was when experts were summed.
         noises: that stay.
         initial: factors of the running stage; None for B = 0.
-        part: which rows of the weight all of this is of, where other processes hold the others.
+        shard: which shard of the weight all of this is of, where other processes hold the others.
     """
 
     name: str
@@ -204,7 +216,7 @@ class WeightState(Tree):
     row_scale: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
     noises: tuple[KeptNoise, ...] = ()
     initial: InitialFactors | None = None
-    part: Rows | None = None
+    shard: ShardSpec | None = None
 
     # ---- views
 
@@ -241,8 +253,8 @@ class WeightState(Tree):
     # ---- values
 
     def every(self, flag: bool) -> bool:
-        """Whether it holds here, and on every process that holds rows of this weight."""
-        return flag if self.part is None else self.part.group.all(flag)
+        """Whether it holds here, and on every process that holds a shard of this weight. All-reduced."""
+        return flag if self.shard is None else self.shard.group.all(flag)
 
     def exact(
         self,
@@ -279,11 +291,11 @@ class WeightState(Tree):
             out.copy_(self.exact(which, dtype, live, out.device))
             return
         base, delta, pairs = self.terms(which, live, gain)
-        pair = joined(pairs, dtype, out.device) if pairs else None
+        pair = sum_of(pairs, dtype, out.device) if pairs else None
         delta = delta.view(self.base.shape) if delta is not None else None
         draws = self._draws(out)
         noise = next(draws, None)  # before anything is written: where there is no memory for it, `out` is as it was
-        accumulate(out, base, dtype, delta, pair, self.stacked)
+        accumulate(out, base, dtype, delta, None if pair is None else (pair.b, pair.a), self.stacked)
         for kept in self.noises:
             assert noise is not None
             out += noise.mul_(kept.amplitude)
@@ -292,7 +304,7 @@ class WeightState(Tree):
 
     def _draws(self, out: torch.Tensor) -> Iterator[torch.Tensor]:
         for kept in self.noises:
-            yield draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, part=self.part).to(out)
+            yield draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, shard=self.shard).to(out)
 
     def terms(
         self, which: Which, live: Factors | None = None, gain: torch.Tensor | None = None
@@ -335,14 +347,10 @@ class WeightState(Tree):
             total += max(abs(extreme.item()) for extreme in torch.aminmax(view.dense))
         return total + sum(8 * kept.amplitude for kept in self.noises)
 
-    def carried(self, which: Literal["slow", "start"]) -> Factors | None:
-        """Return what the stages added as one pair of factors, for a quantized weight that cannot hold it."""
-        terms = zip(self.views[which].coefficients, self.experts, strict=True)
-        pairs = [(c, expert) for c, expert in terms if c != 0]
-        if not pairs:
-            return None
-        b = torch.cat([expert.b * c for c, expert in pairs], dim=-1)
-        return Factors(b, torch.cat([expert.a for _, expert in pairs], dim=-2))
+    def unmerged(self, which: Literal["slow", "start"]) -> Factors | None:
+        """Return what the stages added as one pair of factors, as for a quantized weight, which cannot hold it."""
+        pairs = self._pairs(self.views[which])
+        return sum_of(pairs, pairs[0][1].b.dtype, pairs[0][1].b.device) if pairs else None
 
     @property
     def taken_out(self) -> Factors | None:
@@ -426,7 +434,7 @@ class WeightState(Tree):
             return None
         ends = {end: view for end, view in self.ends.items() if end <= stage}
         if not ends:
-            bare = WeightState(self.name, self.base, self.stacked, self.transposed, part=self.part)
+            bare = WeightState(self.name, self.base, self.stacked, self.transposed, shard=self.shard)
             return bare if stage == 0 or not self.gone else None
         view = ends[max(ends)]
         views = {"slow": view, "start": view} | {f"stage/{end}": past for end, past in ends.items()}
@@ -456,8 +464,8 @@ class WeightState(Tree):
         if self.slow.dense is not None:
             return ranks > 0
         rows, columns = self.matrix[-2:]
-        if self.part is not None and not self.stacked:  # so that all processes come to the same
-            whole = self.part.shape_of_whole(self.base.shape)
+        if self.shard is not None and not self.stacked:  # so that all processes come to the same
+            whole = self.shard.full_shape(self.base.shape)
             rows, columns = whole[0], math.prod(whole[1:])
         return ranks * (rows + columns) > rows * columns
 
@@ -485,28 +493,26 @@ class WeightState(Tree):
             total = _along(rows, total, self.transposed)
         if not pairs:
             return total
-        b, a = joined(pairs, dtype, total.device)
+        pair = sum_of(pairs, dtype, total.device)
         with exact_products(total):
-            total.baddbmm_(b, a) if self.stacked else total.addmm_(b, a)
+            total.baddbmm_(pair.b, pair.a) if self.stacked else total.addmm_(pair.b, pair.a)
         return total
 
     # ---- shards
 
     def axis(self, side: Side) -> int | None:
         """Return the axis along which a tensor of this side is cut, as the weight is; None where it is whole."""
-        return None if self.part is None else side.axis(self.part.axis, self.stacked, self.transposed)
+        return None if self.shard is None else side.axis(self.shard.axis, self.stacked, self.transposed)
 
-    def cut(self, part: Rows | None, mapped: bool = False) -> WeightState:
-        """Return the state of the part of the weight that is here, in memory of its own; W0 stays in its file where it
-        is `mapped`.
-        """
-        after = replace(self, part=part)
+    def to_shard(self, shard: ShardSpec | None, mapped: bool = False) -> WeightState:
+        """Return the state of the shard that is here, in memory of its own; W0 stays in its file where `mapped`."""
+        after = replace(self, shard=shard)
 
         def own(value: torch.Tensor, side: Side) -> torch.Tensor:
             axis = after.axis(side)
-            if part is None or axis is None:
+            if shard is None or axis is None:
                 return value
-            here = value.narrow(axis, part.first, part.count)
+            here = value.narrow(axis, shard.first, shard.count)
             return here if mapped and value is self.base else here.clone()
 
         return after.map(own)
@@ -556,10 +562,9 @@ def ends_of(views: Mapping[str, V]) -> dict[int, V]:
 # ---- pairs of factors
 
 
-def joined(
-    pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `b` and `a` of all pairs side by side, the coefficients in `b`; of one pair that fits, its own tensors.
+def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device) -> Factors:
+    """Return the sum of `c * b @ a` as one pair: all `b` side by side, times c, and all `a` one below the other; of one
+    pair that fits, its own tensors.
 
     Both are row-major: BLAS rounds the product of a transposed factor differently, and a checkpoint keeps no strides.
     """
@@ -572,7 +577,7 @@ def joined(
         b = b * torch.tensor(columns, dtype=dtype, device=device)
     elif pairs[0][0] != 1:
         b = b * pairs[0][0]
-    return _row_major(b), _row_major(a)
+    return Factors(_row_major(b), _row_major(a))
 
 
 def _row_major(tensor: torch.Tensor) -> torch.Tensor:

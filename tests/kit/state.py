@@ -254,8 +254,8 @@ def is_released(cascade: lx.Cascade) -> bool:
 
 
 def is_parallel(cascade: lx.Cascade) -> bool:
-    """Whether the weights lie in parts on several processes."""
-    return cascade._run.spread is not None
+    """Whether tensor parallelism has sharded the weights."""
+    return cascade._run.parallel is not None
 
 
 def maps_a_file(cascade: lx.Cascade) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasc_fx.export.peft_factors import compressed, factored, padded, stacked
+from lorasc_fx.export.peft_factors import compressed, factored, padded
+from lorasc_fx.state import sum_of
 from tests.kit.state import Factors
 
 
@@ -29,11 +30,10 @@ def delta(of: Factors) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(7, 5), (3, 7, 5)])
 def test_a_sum_of_experts(shape: tuple[int, ...]) -> None:
     one, two, three = (pair(*shape, rank=rank, seed=rank, dtype=torch.float32) for rank in (1, 2, 3))
-    found = stacked([(0.5, one), (0.0, two), (-2.0, three)])
-    assert found is not None
-    assert found.a.shape[-2] == found.b.shape[-1] == 4
-    torch.testing.assert_close(delta(found), 0.5 * delta(one) - 2 * delta(three), rtol=0, atol=1e-14)
-    assert stacked([(0.0, one)]) is None
+    found = sum_of([(0.5, one), (0.25, two), (-2.0, three)], torch.float64, torch.device("cpu"))
+    assert found.a.shape[-2] == found.b.shape[-1] == 6
+    expected = 0.5 * delta(one) + 0.25 * delta(two) - 2 * delta(three)
+    torch.testing.assert_close(delta(found), expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (3, 7, 5)])

@@ -10,7 +10,7 @@ import torch
 
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.codec import RunState, decode, encode
-from lorasc_fx.shards import Rows
+from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Tree, View, WeightState
 
@@ -87,16 +87,16 @@ def test_map_reaches_every_tensor_once() -> None:
     ],
 )
 @pytest.mark.parametrize("which", ["base", "slow", "fast", "averaged"])
-def test_a_part_of_the_state_is_the_state_of_the_part(
+def test_a_shard_of_the_state_is_the_state_of_the_shard(
     shape: tuple[int, ...], stacked: bool, transposed: bool, axes: tuple[int, ...], which: Any
 ) -> None:
     state = full(shape, stacked, transposed)
     whole = state.exact(which, torch.float64)
     for axis in axes:
-        part = Rows(1, shape[axis] - 2, shape[axis], None, axis)  # type: ignore[arg-type]
-        here = state.cut(part).exact(which, torch.float64)
-        assert here.shape == part.of_whole(whole).shape
-        torch.testing.assert_close(here, part.of_whole(whole), rtol=1e-14, atol=1e-14)
+        shard = ShardSpec(1, shape[axis] - 2, shape[axis], None, axis)  # type: ignore[arg-type]
+        here = state.to_shard(shard).exact(which, torch.float64)
+        assert here.shape == shard.take(whole).shape
+        torch.testing.assert_close(here, shard.take(whole), rtol=1e-14, atol=1e-14)
 
 
 def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:

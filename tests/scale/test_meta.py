@@ -48,9 +48,9 @@ def test_it_is_as_if_the_model_had_been_loaded_before(name: str, tmp_path: Path)
     files, spec = case.files(tmp_path), replace(SPEC, train=case.train)
     if case.shards == "20KB":
         assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    hollow = case.on_meta()
-    assert {each.device.type for each in hollow.parameters()} == {"meta"}
-    there = lx.adapt(hollow, kwargs=case.kwargs, spec=spec)
+    on_meta = case.on_meta()
+    assert {each.device.type for each in on_meta.parameters()} == {"meta"}
+    there = lx.adapt(on_meta, kwargs=case.kwargs, spec=spec)
     assert lx.materialize(there, files, buffers=case.lost_buffers()) is there
     here = lx.adapt(case.loaded(), kwargs=case.kwargs, spec=spec)
 
@@ -60,7 +60,7 @@ def test_it_is_as_if_the_model_had_been_loaded_before(name: str, tmp_path: Path)
     own, other = dict(there.named_parameters()), dict(here.named_parameters())
     assert list(own) == list(other)
     assert all(torch.equal(own[each], other[each]) for each in own)
-    assert there.model is hollow
+    assert there.model is on_meta
     for one, two in zip(trained(there, case), trained(here, case), strict=True):
         assert torch.equal(one, two)
 
@@ -148,7 +148,7 @@ def changed(folder: Path, **tensors: Tensor | None) -> Path:
 
 
 @contextlib.contextmanager
-def still_hollow(cascade: lx.Cascade) -> Iterator[None]:
+def still_on_meta(cascade: lx.Cascade) -> Iterator[None]:
     """Whatever raises, the cascade is as it was, and gets its numbers from the right files after that."""
     before, objects = dict(vars(cascade)), list(cascade.model.parameters())
     yield
@@ -160,7 +160,7 @@ def still_hollow(cascade: lx.Cascade) -> Iterator[None]:
 def test_files_of_another_model(tmp_path: Path) -> None:
     cascade = lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC)
     path = changed(tmp_path, up__weight=torch.ones(6, 10), down__bias=None, head__weight=torch.ones(2, 2))
-    with still_hollow(cascade), raises(lx.CheckpointError, "weights-do-not-fit", path, "down.bias", "head.weight"):
+    with still_on_meta(cascade), raises(lx.CheckpointError, "weights-do-not-fit", path, "down.bias", "head.weight"):
         lx.materialize(cascade, path)
     lx.materialize(cascade, changed(tmp_path))
     assert torch.isfinite(cascade(**MLP.kwargs)).all()
@@ -180,7 +180,7 @@ class Rotated(Mlp):
 def test_buffers_that_no_file_keeps(tmp_path: Path) -> None:
     case = Case(Rotated, {"x": X})
     path, cascade = case.files(tmp_path), lx.adapt(case.on_meta(), kwargs=case.kwargs, spec=SPEC)
-    with still_hollow(cascade), raises(lx.CheckpointError, "weights-do-not-fit", path):
+    with still_on_meta(cascade), raises(lx.CheckpointError, "weights-do-not-fit", path):
         lx.materialize(cascade, path)
     for name, value, said in (
         ("tabel", torch.ones(6), ("unknown-name", "tabel", "table")),
@@ -192,7 +192,7 @@ def test_buffers_that_no_file_keeps(tmp_path: Path) -> None:
             ("unknown-name", "up.bias", "table", "norm.running_mean"),
         ),
     ):
-        with still_hollow(cascade), raises(lx.SpecError, *said):
+        with still_on_meta(cascade), raises(lx.SpecError, *said):
             lx.materialize(cascade, path, buffers={name: value})
     lx.materialize(cascade, path, buffers={"table": torch.arange(6.0)})
     expected = lx.adapt(case.loaded(), kwargs=case.kwargs, spec=SPEC)
@@ -229,7 +229,7 @@ def test_a_tie_that_the_files_do_not_have(tmp_path: Path) -> None:
     assert "lm_head.weight" not in held
     cascade = lx.adapt(case.on_meta(), kwargs=case.kwargs, spec=lx.CascadeSpec(targets=("*mlp*",)))
     save_file(held | {"lm_head.weight": held["model.embed_tokens.weight"] + 1}, path)
-    with still_hollow(cascade), raises(lx.CheckpointError, "tied-weights-differ", "lm_head.weight"):
+    with still_on_meta(cascade), raises(lx.CheckpointError, "tied-weights-differ", "lm_head.weight"):
         lx.materialize(cascade, folder, buffers=case.lost_buffers())
 
 
@@ -248,7 +248,7 @@ def test_a_tie_that_the_spec_breaks(tmp_path: Path) -> None:
 def test_devices(tmp_path: Path) -> None:
     path, cascade = MLP.files(tmp_path), lx.adapt(MLP.on_meta(), kwargs=MLP.kwargs, spec=SPEC)
     for device in ("gpu9", "meta"):
-        with still_hollow(cascade), raises(lx.SpecError, "invalid-value", "device", device):
+        with still_on_meta(cascade), raises(lx.SpecError, "invalid-value", "device", device):
             lx.materialize(cascade, path, device=device)
     lx.materialize(cascade, path, device="cpu")
     with raises(lx.StateError, "already-materialized"):
@@ -285,7 +285,7 @@ def test_models_that_need_their_numbers() -> None:
     with pytest.raises(lx.CaptureError) as raised:
         lx.adapt(MLP.on_meta(), args=(X,), frontend="pieces")
     assert str(raised.value).endswith(
-        "pieces: RuntimeError: is tried by values, and the model is on the meta device, or in parts: give it its "
+        "pieces: RuntimeError: is tried by values, and the model is on the meta device, or sharded: give it its "
         "weights first"
     )
 
@@ -297,7 +297,7 @@ def test_a_fault_on_the_way_puts_all_back(tmp_path: Path, monkeypatch: pytest.Mo
     def broken(self: Mlp, x: Tensor) -> Tensor:
         raise ValueError("no")
 
-    with still_hollow(cascade), monkeypatch.context() as patched:
+    with still_on_meta(cascade), monkeypatch.context() as patched:
         patched.setattr(Mlp, "forward", broken)
         with raises(lx.CaptureError, "model-refuses-inputs", "Mlp", "ValueError"):
             lx.materialize(cascade, MLP.files(tmp_path))
