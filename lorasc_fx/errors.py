@@ -323,7 +323,7 @@ class MissingExtra(LorascError, ImportError):
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return "; nearest: 'a', 'b'" for the known names most like `name`, or an empty string if none is near."""
     found = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
-    return "; nearest: " + ", ".join(repr(each) for each in found) if found else ""
+    return "; nearest: " + ", ".join(repr(name) for name in found) if found else ""
 
 
 def listed(known: Iterable[str], count: int = 5) -> str:

@@ -134,7 +134,7 @@ class Conv1d(Transposed):
         """See `Layout`."""
         classes = type(module).__mro__
         return axes == 2 and any(
-            each.__name__ == "Conv1D" and each.__module__.startswith("transformers.") for each in classes
+            kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in classes
         )
 
 

@@ -298,7 +298,7 @@ class CascadeSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dictionaries and numbers, for JSON and TOML (a None is left out)."""
-        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+        return {option.name: _plain(getattr(self, option.name)) for option in fields(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CascadeSpec:
@@ -326,6 +326,6 @@ class CascadeSpec:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (Noise, Rule, TrainRule)):
-        items = {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        items = {option.name: _plain(getattr(value, option.name)) for option in fields(value)}
         return {name: item for name, item in items.items() if item is not None}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

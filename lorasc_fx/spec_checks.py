@@ -47,7 +47,7 @@ _OF_PEFT = {
 
 def check_fields(where: str, given: Iterable[Any], cls: type[Any]) -> None:
     """Refuse fields that a dataclass does not have, all in one error; those of peft are answered with ours."""
-    known = [each.name for each in fields(cls)]
+    known = [option.name for option in fields(cls)]
     of_peft = _OF_PEFT if "targets" in known else {}
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -242,8 +242,8 @@ def _rate(name: str, value: Any) -> None:
 def _ranks(value: Any, rank: int, usual: int) -> tuple[int, ...]:
     """Return ranks by stage, checked against the one rank, which is the usual one or their first."""
     ranks = _sequence("ranks", value)
-    for stage, each in enumerate(ranks, start=1):
-        _rank(f"ranks of stage {stage}", each)
+    for stage, number in enumerate(ranks, start=1):
+        _rank(f"ranks of stage {stage}", number)
     if ranks and rank not in (usual, ranks[0]):
         raise SpecError(
             f"rank is {rank} and ranks begins with {ranks[0]}; give one of the two", code="conflicting-options"
@@ -258,11 +258,11 @@ def _paces(value: Any) -> Any:
     paces = _sequence("pace", value) if isinstance(value, (list, tuple)) else (value,)
     if not paces:
         raise SpecError("pace is empty; give a share of the fast weights in (0, 1], or one for each stage")
-    for stage, each in enumerate(paces, start=1):
+    for stage, pace in enumerate(paces, start=1):
         name = "pace" if paces[0] is value else f"pace of stage {stage}"
-        _number(name, each)
-        if not 0 < each <= 1:
-            raise SpecError(f"{name} is {each}; it is a share of the fast weights: give a number in (0, 1]")
+        _number(name, pace)
+        if not 0 < pace <= 1:
+            raise SpecError(f"{name} is {pace}; it is a share of the fast weights: give a number in (0, 1]")
     return value if paces[0] is value else paces
 
 

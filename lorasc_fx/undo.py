@@ -344,7 +344,7 @@ def _must_wait(frame: FrameType | None) -> bool:
     if any(block.deferring or block.busy for block in _OPEN):
         return True
     nearest = (frame, frame.f_back) if frame is not None and sys.gettrace() is not None else (frame,)
-    places = {(each.f_code, each.f_lineno) for each in nearest if each is not None}
+    places = {(frame.f_code, frame.f_lineno) for frame in nearest if frame is not None}
     if any(block.place in places for block in _OPEN):
         return True
     while frame is not None:

@@ -166,10 +166,10 @@ def peft(
     written = PeftAdapter(path_of(folder), ranks, change.cut, saved.modules)
     for line in str(written).splitlines()[1:]:
         log.info("export.peft: %s", line.strip())
-    for name, each in places.items():
-        if len(each) > 1:
+    for name, group in places.items():
+        if len(group) > 1:
             warn(
-                f"{name} is tied, and peft keeps a pair for each of {' and '.join(place.path for place in each)}: "
+                f"{name} is tied, and peft keeps a pair for each of {' and '.join(place.path for place in group)}: "
                 "right as an adapter, but its merge adds them all. Merge by cascade.release() instead",
                 "tied-weight-exported-twice",
             )
@@ -325,7 +325,7 @@ def _leaking(model: nn.Module, places: Iterable[Place]) -> dict[str, str]:
     return {
         name: f"its name means {other} to peft as well"
         for name in wanted
-        if (other := next((each for each in names if each.endswith(f".{name}") and each not in wanted), None))
+        if (other := next((other for other in names if other.endswith(f".{name}") and other not in wanted), None))
     }
 
 

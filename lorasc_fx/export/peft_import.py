@@ -136,10 +136,10 @@ def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str,
         held = [adapter.pairs[name] for name in group if name in adapter.pairs]
         if not held:
             continue
-        if len(held) < len(group) or any(not _same(held[0], each) for each in held[1:]):
+        if len(held) < len(group) or any(not _same(held[0], pair) for pair in held[1:]):
             raise CheckpointError(
                 f"{adapter.folder}: {' and '.join(group)} are one weight, and the adapter changes "
-                f"{' and '.join(each.place.name for each in held)}, each by itself; untie them: spec with "
+                f"{' and '.join(pair.place.name for pair in held)}, each by itself; untie them: spec with "
                 f"untie=({group[-1]!r},)",
                 code="tied-weights-differ",
             )
@@ -155,7 +155,7 @@ def _same(one: Pair, other: Pair) -> bool:
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
     """Put an adapter into a cascade whose stage has not begun."""
     run, canonical = cascade._run, named_weights(cascade.model).canonical
-    reasons = {each.weight: f"{each.reason.value} ({each.sentence})" for each in cascade.refusals}
+    reasons = {refusal.weight: f"{refusal.reason.value} ({refusal.sentence})" for refusal in cascade.refusals}
     experts, left_out = {}, []
     for name, pair in changes.items():
         own = canonical[name]
@@ -305,7 +305,7 @@ def _share(path: Path, value: Any) -> float:
 
 
 def _one_of(path: Path, name: str, value: Any, known: tuple[Any, ...]) -> Any:
-    if not any(value is each or (isinstance(value, str) and value == each) for each in known):
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in known):
         raise CheckpointError(
             f"{path}: {name} is {_short(value)}, not one of {', '.join(map(str, known))}", code="invalid-adapter"
         )
@@ -314,7 +314,7 @@ def _one_of(path: Path, name: str, value: Any, known: tuple[Any, ...]) -> Any:
 
 def _strings(path: Path, name: str, data: Mapping[str, Any]) -> tuple[str, ...]:
     value = data.get(name) or []
-    if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise CheckpointError(f"{path}: {name} is {_short(value)}, not a list of names", code="invalid-adapter")
     return tuple(value)
 
@@ -383,7 +383,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     config = read_config(folder)
     path = folder / TENSORS
     if not path.is_file():
-        other = sorted(each.name for each in folder.glob("adapter_model.*"))
+        other = sorted(file.name for file in folder.glob("adapter_model.*"))
         told = f"; {other[0]} is a pickle, which can run code: save it anew as safetensors" if other else ""
         told = told or "; give the folder of an adapter that peft has saved"
         raise CheckpointError(f"{path}: is not there{told}", code="file-not-found")
@@ -415,7 +415,7 @@ class _Reader:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.held = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
-        self.saved = [each for each in self.modules if any(each.endswith(end) for end in config.saved)]
+        self.saved = [path for path in self.modules if any(path.endswith(end) for end in config.saved)]
 
     def sorted(self) -> tuple[dict[Place, tuple[str, str]], dict[str, str], dict[str, str]]:
         """Return the keys of the factors by place, those of what was trained in full, and those of copies of the base,
@@ -430,7 +430,7 @@ class _Reader:
                     f"{self.path}: {key!r} does not start with {PREFIX!r}, as keys of peft do", code="invalid-adapter"
                 )
             name = key.removeprefix(PREFIX)
-            end = next((each for each in _ENDS if name.endswith(f".{each}")), None)
+            end = next((key_end for key_end in _ENDS if name.endswith(f".{key_end}")), None)
             if end is not None:
                 place = self._place(key, name.removesuffix(f".{end}"))
                 if end not in place.layout.keys:
@@ -509,7 +509,7 @@ class _Reader:
                 code="adapter-does-not-fit",
             )
         own = [name for name, _ in module.named_parameters(recurse=False)]
-        ends = tuple(f".{each}" for each in self.config.parameters)
+        ends = tuple(f".{name}" for name in self.config.parameters)
         asked = [leaf for leaf in own if f".{path}.{leaf}".endswith(ends)] if ends else []
         if asked:
             if depth >= len(asked):
@@ -559,7 +559,7 @@ class _Reader:
     def _plain(self, name: str) -> str | None:
         """Return the model's own name of a tensor that is no factor, or None."""
         without = ".".join(part for part in name.split(".") if part != "base_layer")
-        return next((each for each in (name, without) if each in self.held), None)
+        return next((plain for plain in (name, without) if plain in self.held), None)
 
     def _check_saved(self, found: set[str]) -> None:
         """Refuse an adapter that lacks what its configuration says it trained in full."""

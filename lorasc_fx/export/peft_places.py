@@ -56,7 +56,7 @@ def places_of(
             refused[site.weight] = places
         else:
             found[site.weight] = places
-    faults = read_through(model, [place.path for each in found.values() for place in each], args, kwargs)
+    faults = read_through(model, [place.path for group in found.values() for place in group], args, kwargs)
     for name, places in list(found.items()):
         fault = next((faults[place.path] for place in places if place.path in faults), None)
         if fault is not None:
@@ -185,23 +185,23 @@ def save_whole(model: nn.Module, trained: Iterable[str], places: Sequence[Place]
                 biases[f"{PREFIX}{key_path(path, wraps)}.{depth}bias"] = own
             elif not path:
                 refused[own] = "it is a parameter of the top module, and peft saves modules whole"
-            elif inside := next((each for each in adapted if _within(each, path)), None):
+            elif inside := next((other for other in adapted if _within(other, path)), None):
                 refused[own] = f"its module holds {inside}, which is adapted, and peft saves modules whole"
-            elif any(_within(path, each) for each in wraps):
+            elif any(_within(path, other) for other in wraps):
                 refused[own] = "peft wraps a module above it, and finds it no more"
             else:
                 whole.setdefault(path, own)
     for path in modules:  # peft takes every module whose path ends so
-        meant = next((each for each in whole if path.endswith(each) and path != each), None)
+        meant = next((other for other in whole if path.endswith(other) and path != other), None)
         if meant is None or path in whole:
             continue
-        if any(_within(each, path) or _within(path, each) for each in adapted):
+        if any(_within(other, path) or _within(path, other) for other in adapted):
             refused[whole[meant]] = f"to save {meant} means {path} to peft as well, which is adapted"
         else:
             whole[path] = whole[meant]
-    outer = tuple(path for path in whole if not any(_within(path, each) for each in whole if each != path))
+    outer = tuple(path for path in whole if not any(_within(path, other) for other in whole if other != path))
     for path in outer:
-        hidden = next((each for each in adapted if re.match(rf"(^|.*\.){path}($|\..*)", each)), None)
+        hidden = next((other for other in adapted if re.match(rf"(^|.*\.){path}($|\..*)", other)), None)
         if hidden is not None:
             refused[whole[path]] = f"to save {path} excludes {hidden} from what peft adapts"
     keys = {

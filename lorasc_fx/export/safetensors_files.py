@@ -106,7 +106,7 @@ def safetensors(
 def _write_folder(folder: Path, entries: list[Entry], values: Values, most: int, tell: Callable[[int], None]) -> None:
     shards: list[list[Entry]] = [[]]
     for entry in entries:
-        if shards[-1] and sum(each.size for each in shards[-1]) + entry.size > most:
+        if shards[-1] and sum(other.size for other in shards[-1]) + entry.size > most:
             shards.append([])
         shards[-1].append(entry)
     if len(shards) == 1:

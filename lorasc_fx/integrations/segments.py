@@ -217,7 +217,7 @@ def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, 
     return found
 
 
-def _last(nodes: list[fx.Node], kept: set[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+def _last(nodes: list[fx.Node], needed: set[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
     """Return by node what nobody reads after it in these nodes: inputs and nodes that are no outputs."""
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -226,7 +226,7 @@ def _last(nodes: list[fx.Node], kept: set[fx.Node], lazy: frozenset[fx.Node]) ->
         last.setdefault(node, node)
     found: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for value, node in last.items():
-        if value not in kept:
+        if value not in needed:
             found[node] = (*found.get(node, ()), value)
     return found
 

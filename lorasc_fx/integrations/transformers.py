@@ -203,9 +203,9 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
     def _take_plateau(self, state: Any) -> None:
         """Go on from what the Trainer's state has kept of the plateau."""
-        if self.plateau is not None and (kept := state.stateful_callbacks.get(_PLATEAU)) is not None:
-            self.plateau.load_state_dict(kept["plateau"])
-            self._over = kept["over"]
+        if self.plateau is not None and (saved := state.stateful_callbacks.get(_PLATEAU)) is not None:
+            self.plateau.load_state_dict(saved["plateau"])
+            self._over = saved["over"]
 
     def _placed(self, which: Evaluated) -> contextlib.AbstractContextManager[object]:
         if which == "trained" or self.cascade._run.placed is not None:  # the user's own `weights(...)` stands

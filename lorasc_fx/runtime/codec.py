@@ -124,7 +124,7 @@ class RunState:
         branches = {
             site.weight: {name: bare(shape) for name, shape in site.parameter_shapes.items()} for site in plan.sites
         }
-        values = {name: kept.base for name, kept in trained.items()}
+        values = {name: entry.base for name, entry in trained.items()}
         return cls(plan, SlowWeights(states, trained), branches, values, {}, {})
 
 
@@ -143,16 +143,16 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
         weights[weight], more = _encoded(held)
         tensors |= {name: value for name, (value, _) in more.items()}
         axes |= {name: held.axis(side) for name, (_, side) in more.items()}
-    for name, kept in slow.trained.items():
+    for name, entry in slow.trained.items():
         tensors[f"trained/{name}/value"] = state.values[name]
-        past[name] = list(kept.ends)
-        for view, value in kept.views.items():
+        past[name] = list(entry.ends)
+        for view, value in entry.views.items():
             tensors[key := f"trained/{name}/{view.replace('stage/', 'past/')}"] = value
             axes[key] = shard_axis(state.values[name])
     tensors |= {f"buffer/{name}": value for name, value in state.buffers.items()}
     manifest: dict[str, Any] = {"parked": slow.idle, "trained": list(slow.trained), "slow": weights, "past": past}
     manifest["turning"] = state.waits_for_gradient
-    ruled = {name: kept.rule for name, kept in slow.trained.items() if kept.rule is not None}
+    ruled = {name: entry.rule for name, entry in slow.trained.items() if entry.rule is not None}
     if ruled:
         manifest["rules"] = {name: spec.train_rules.index(rule) for name, rule in ruled.items()}
     if spec.keeps_average:
@@ -177,7 +177,7 @@ def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.
     views = {key: view for key, view in state.views.items() if key in VIEWS}
     entry: dict[str, Any] = {"stages": [expert.stage for expert in experts]}
     entry |= {key: vector(view) for key, view in views.items()}
-    entry["kept"] = [asdict(kept) for kept in state.noises]
+    entry["kept"] = [asdict(noise) for noise in state.noises]
     entry["past"] = [[state.gone, None]] if state.gone else []
     entry["past"] += [[end, vector(view)] for end, view in state.ends.items()]
     for number, expert in enumerate(experts):
@@ -238,16 +238,16 @@ def decode(
     if set(manifest["trained"]) != set(known.slow.trained):
         raise CheckpointError(f"{where}: other parameters were trained in full than the spec names")
     values, trained = {}, {}
-    for name, kept in known.slow.trained.items():
-        shape, dtype = tuple(kept.slow.shape), kept.slow.dtype
-        values[name] = held.take(f"trained/{name}/value", shape, kept.base.dtype)
+    for name, entry in known.slow.trained.items():
+        shape, dtype = tuple(entry.slow.shape), entry.slow.dtype
+        values[name] = held.take(f"trained/{name}/value", shape, entry.base.dtype)
         views = {"slow": held.take(f"trained/{name}/slow", shape, dtype)}
-        views["start"] = held.take(f"trained/{name}/start", shape, kept.start.dtype)
+        views["start"] = held.take(f"trained/{name}/start", shape, entry.start.dtype)
         for end in manifest["past"].get(name, ()):
             views[f"stage/{end}"] = held.take(f"trained/{name}/past/{end}", shape, dtype)
         if f"trained/{name}/average" in held:
             views["average"] = held.take(f"trained/{name}/average", shape, dtype)
-        trained[name] = replace(kept, views=views)
+        trained[name] = replace(entry, views=views)
         start = trained[name].resting(manifest["parked"])
         if torch.equal(values[name], start.to(values[name].dtype)):
             values[name] = start  # the file may be of a cascade in another dtype: rounding is no training
@@ -432,8 +432,8 @@ def install(run: Run, state: RunState, where: str, undo: Undo | None = None) -> 
 
     parameters = run.parameters_by_name()
     live = {  # needs no copy to be put back, as all that is trained in full where a cascade is loaded
-        name: kept.resting(run.slow.idle)
-        for name, kept in run.slow.trained.items()
+        name: entry.resting(run.slow.idle)
+        for name, entry in run.slow.trained.items()
         if not trained_moved(run.slow, {name: parameters[name]})
     }
     planned = Planned(

@@ -64,17 +64,17 @@ def install_experts(
                     f"install_experts: {', '.join(sorted(foreign))} is not {what} here", code="sites-differ"
                 )
         states = {name: _with_experts(state, experts.get(name, ()), stage) for name, state in before.states.items()}
-        kept = dict(before.trained)
+        entries = dict(before.trained)
         for name, value in values.items():
-            base = kept[name].base
+            base = entries[name].base
             if value.shape != base.shape:
                 raise StateError(
                     f"install_experts: {name} is {list(base.shape)}, not {list(value.shape)}", code="wrong-shape"
                 )
-            slow = value.detach().to("cpu", kept[name].slow.dtype, copy=True)
-            kept[name] = Trained.of(base, slow, kept[name].rule)
+            slow = value.detach().to("cpu", entries[name].slow.dtype, copy=True)
+            entries[name] = Trained.of(base, slow, entries[name].rule)
         touched = [*(name for name in experts if experts[name]), *values]
-        install_slow(run, SlowWeights(states, kept, before.idle, averaged=before.averaged), touched, buffers or {})
+        install_slow(run, SlowWeights(states, entries, before.idle, averaged=before.averaged), touched, buffers or {})
 
 
 def install_slow(
@@ -180,7 +180,7 @@ def part_of_file(checkpoint: Checkpoint, name: str, model: nn.Module) -> Part:
             key: host(value) for key, value in model.named_parameters() if key in slow.states or key in slow.trained
         }
         states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
-        trained = {key: replace(kept, base=bases[key]) for key, kept in slow.trained.items()}
+        trained = {key: replace(entry, base=bases[key]) for key, entry in slow.trained.items()}
         slow = replace(slow, states=states, trained=trained).after_stage(state.plan, branches, state.values)
     return Part(name, state.plan, _bare(slow), state.buffers)
 
@@ -214,11 +214,11 @@ def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[floa
             )
     states = {name: _summed(state, terms, stage) for name, state in own.states.items()}
     trained = {}
-    for name, kept in own.trained.items():
-        total = kept.base.double() + _dense(name, kept.base, terms)
-        slow = total.to(arithmetic(kept.base.dtype))
-        views = {"slow": slow, "start": total.to(kept.base.dtype), f"stage/{stage}": slow}
-        trained[name] = Trained(kept.base, views, kept.rule)
+    for name, entry in own.trained.items():
+        total = entry.base.double() + _dense(name, entry.base, terms)
+        slow = total.to(arithmetic(entry.base.dtype))
+        views = {"slow": slow, "start": total.to(entry.base.dtype), f"stage/{stage}": slow}
+        trained[name] = Trained(entry.base, views, entry.rule)
     return SlowWeights(states, trained)
 
 

@@ -229,12 +229,12 @@ def _put_resting(run: Run, live: Mapping[str, torch.Tensor], name: str, out: tor
 
 def trained_value(slow: SlowWeights, name: str, which: Which, live: torch.Tensor, follows: bool = True) -> torch.Tensor:
     """Return a parameter that is trained in full as the slow, fast, averaged or base weights have it."""
-    kept = slow.trained[name]
+    entry = slow.trained[name]
     if which == "base":
-        return kept.base
-    if which == "averaged" and kept.average is not None:
-        return kept.average.to(live.dtype)
-    return kept.slow.to(live.dtype) if which != "fast" and follows else live
+        return entry.base
+    if which == "averaged" and entry.average is not None:
+        return entry.average.to(live.dtype)
+    return entry.slow.to(live.dtype) if which != "fast" and follows else live
 
 
 def ended(run: Run, call: str) -> SlowWeights:

@@ -574,8 +574,8 @@ class Run:
         for name, parameter in self.parameters_by_name().items():
             if name in moved:
                 continue
-            kept = slow.states.get(name) or slow.trained.get(name)
-            if kept is None and whole:
+            entry = slow.states.get(name) or slow.trained.get(name)
+            if entry is None and whole:
                 if name in self._fingerprints and self.changed({name: self._frozen[name]}):
                     del self._fingerprints[name]
                     self.warned.once(
@@ -586,7 +586,7 @@ class Run:
                     )
                 self._frozen[name] = checksum(parameter)
             if name not in self._fingerprints:
-                self._fingerprints[name] = fingerprint(kept.base if kept is not None else parameter)
+                self._fingerprints[name] = fingerprint(entry.base if entry is not None else parameter)
         return {name: digest for name, digest in self._fingerprints.items() if name not in moved}
 
     @property

@@ -234,7 +234,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
 def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], dict[str, Trained], list[str]]:
     """Return the states of a stage, and the names of those that are gone."""
     states = {name: state.at(stage) for name, state in slow.states.items()}
-    trained = {name: kept.at(stage) for name, kept in slow.trained.items()}
+    trained = {name: entry.at(stage) for name, entry in slow.trained.items()}
     gone = [name for name, found in (states | trained).items() if found is None]
     return (
         {name: found for name, found in states.items() if found is not None},

@@ -162,8 +162,9 @@ def all_finite(branches: Iterable[Branch]) -> bool:
         return True
     with torch.no_grad():
         sums = [local(factor).sum() for branch in branches for factor in branch.parameters()]
-        each = {place: [one for one in sums if one.device == place] for place in {one.device for one in sums}}
-        if all(math.isfinite(torch.stack(found).sum().item()) for found in each.values()):
+        devices = {total.device for total in sums}
+        by_device = [torch.stack([total for total in sums if total.device == device]) for device in devices]
+        if all(math.isfinite(totals.sum().item()) for totals in by_device):
             return True
         return all(branch.finite() for branch in branches)
 
@@ -348,6 +349,6 @@ def factors_of(
 
 def _shard_of(factor: torch.Tensor, shard: ShardSpec) -> torch.Tensor:
     """Return the shard of a factor: its own where it is cut along the axis, else of all of it, which is small."""
-    if any(each.is_shard(shard.axis) for each in getattr(factor, "placements", ())):
+    if any(placement.is_shard(shard.axis) for placement in getattr(factor, "placements", ())):
         return local(factor)
     return shard.take(full_tensor(factor))

@@ -224,22 +224,22 @@ class SlowWeights:
         """
         spec, noisy, finite = plan.spec, not self.idle, not self.some(not all_finite(branches.values()))
         left_out: set[str] = set()
-        size = sum(each.numel() for branch in branches.values() for each in branch.parameters())
-        kept_on = sum(kept.base.numel() for kept in self.trained.values()) <= max(AFFORDABLE, size)
+        size = sum(factor.numel() for branch in branches.values() for factor in branch.parameters())
+        keeps = sum(entry.base.numel() for entry in self.trained.values()) <= max(AFFORDABLE, size)
         pace, share = spec.pace_at(plan.stage), spec.average_share(self.averaged)
         states = {
             name: end_stage(self._as_run(state), branches.get(name), spec, plan.stage, noisy, finite, left_out, share)
             for name, state in self.states.items()
         }
         trained = {}
-        for name, kept in self.trained.items():
+        for name, entry in self.trained.items():
             fast = host(parameters[name])
-            if _spoilt(name, self.some(_broken(fast, kept.base)), plan):
-                trained[name] = kept.averaged(kept, share)
+            if _spoilt(name, self.some(_broken(fast, entry.base)), plan):
+                trained[name] = entry.averaged(entry, share)
                 left_out.add(name)
                 continue
-            own_pace = pace if kept.follows(spec) else 1.0
-            trained[name] = kept.absorb(plan.stage, fast, own_pace, spec.restart, share, kept_on)
+            own_pace = pace if entry.follows(spec) else 1.0
+            trained[name] = entry.absorb(plan.stage, fast, own_pace, spec.restart, share, keeps)
         after = replace(self, states=states, trained=trained, idle=False, left_out=frozenset(left_out))
         return after if share is None else replace(after, averaged=self.averaged + 1)
 
@@ -269,9 +269,9 @@ class SlowWeights:
     def faults(self) -> list[str]:
         """Return a sentence for each weight whose slow state holds inf or nan, or what does not belong together."""
         found = [f"the slow state of {name} {fault}" for name, state in self.states.items() for fault in state.faults()]
-        for name, kept in self.trained.items():
-            held = [each for each in (kept.slow, kept.start, kept.average) if each is not None]
-            if any(bool((~torch.isfinite(each) & torch.isfinite(kept.base)).any()) for each in held):
+        for name, entry in self.trained.items():
+            values = [value for value in (entry.slow, entry.start, entry.average) if value is not None]
+            if any(_broken(value, entry.base) for value in values):
                 found.append(f"{name}, which is trained in full, holds inf or nan")
         return found
 

@@ -54,13 +54,13 @@ def accumulate(
             pair = pair[0], columns.permute(order).reshape(pair[1].shape)
         out = out.permute(order)
     size = BLOCK * torch.get_num_threads() // dtype.itemsize if out.device.type == "cpu" else out.numel()
-    each = math.prod(out.shape[1:])
-    if stacked and each > size:
+    entries = math.prod(out.shape[1:])
+    if stacked and entries > size:
         for index, (one, start) in enumerate(zip(out, base, strict=True)):
             own = None if pair is None else (pair[0][index], pair[1][index])
             accumulate(one, start, dtype, None if delta is None else delta[index], own)
         return
-    rows = max(1, size // max(1, each))
+    rows = max(1, size // max(1, entries))
     room = None if out.dtype == dtype else torch.empty_like(out[:rows], dtype=dtype)
     with exact_products(out):
         for first in range(0, out.shape[0], rows):

@@ -540,11 +540,14 @@ class WeightState(Tree):
         for delta in {id(delta): delta for delta in deltas}.values():
             if tuple(delta.shape) != self.matrix:
                 found.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
-        scales = [scale for scale in (self.row_scale, *(each.row_scale for each in self.experts)) if scale is not None]
+        scales = [self.row_scale, *(expert.row_scale for expert in self.experts)]
+        lengths = [scale for scale in scales if scale is not None]
         found += [
-            f"scales {tuple(each.shape)} rows, not {self.out}" for each in scales if tuple(each.shape) != (self.out,)
+            f"scales {tuple(scale.shape)} rows, not {self.out}"
+            for scale in lengths
+            if tuple(scale.shape) != (self.out,)
         ]
-        held = [factor for expert in self.experts for factor in (expert.b, expert.a)] + deltas + scales
+        held = [factor for expert in self.experts for factor in (expert.b, expert.a)] + deltas + lengths
         numbers = [number for view in self.views.values() for number in view.coefficients]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in held) or not all(map(math.isfinite, numbers)):
             found.append("holds inf or nan")
