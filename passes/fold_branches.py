@@ -9,7 +9,7 @@ from torch import fx
 
 from lorasc_fx.graph import GraphEditor, branch_nodes, named_weights, record_of
 from lorasc_fx.plan import Plan
-from lorasc_fx.state import WeightState, arithmetic, check_finite, end_stage
+from lorasc_fx.state import SlowWeights, arithmetic, check_finite
 
 from .base import CascadePass
 
@@ -45,7 +45,7 @@ class FoldBranches(CascadePass):
         if plan is not None and not graph.record.owner:
             named = named_weights(graph.owner)
             slow = absorb_branches(graph, plan)
-            for weight, state in slow.items():
+            for weight, state in slow.states.items():
                 exact = state.exact("slow", arithmetic(state.base.dtype))
                 graph.set_tensor(named.names[weight], exact.to(state.base.dtype))
             graph.record = replace(graph.record, slow=slow, plan=plan.at_stage(plan.stage + 1))
@@ -61,8 +61,6 @@ def check_branches(graph_module: fx.GraphModule) -> None:
             check_finite(branch, plan.spec, plan.stage)
 
 
-def absorb_branches(graph: GraphEditor, plan: Plan) -> dict[str, WeightState]:
-    """Return the slow state of every site, and of every weight that only carries noise, after the running stage."""
-    branches = {branch.weight_name: branch for branch in graph.branches.values()}
-    slow = graph.record.slow
-    return {weight: end_stage(slow[weight], branches.get(weight), plan.spec, plan.stage) for weight in slow}
+def absorb_branches(graph: GraphEditor, plan: Plan) -> SlowWeights:
+    """Return the slow weights after the running stage."""
+    return graph.record.slow.after_stage(plan, {branch.weight_name: branch for branch in graph.branches.values()}, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ from lorasc_fx.graph import (
 )
 from lorasc_fx.graph.weights import module_at
 from lorasc_fx.plan import Plan, Reason
-from lorasc_fx.state import WeightState, begin_stage, start_weight
+from lorasc_fx.state import start_weight
 
 from .base import CascadePass
 
@@ -52,7 +52,9 @@ class InsertBranches(CascadePass):
         if plan is None or not plan.sites:
             raise NoSites(nothing_to_do(graph.record))
         have = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
-        added = make_branches(graph, plan)
+        before = graph.branches
+        branches = missing_branches(plan, before, named_weights(graph.owner).parameters)
+        graph.set_branches(branches)
         for base in graph.nodes:
             use = use_of(base)
             if use is None or base in have or not base.users:  # dead code stays as it is
@@ -69,7 +71,7 @@ class InsertBranches(CascadePass):
             else:
                 graph.put_beside(base, site.key, reading.x, reading.options)
         if not graph.record.owner:
-            start_values(graph, plan, added)
+            start_values(graph, plan, [branch.weight_name for key, branch in branches.items() if key not in before])
         branched = frozenset(branch.weight_name for branch in branch_nodes(graph.module).values())
         graph.record = replace(graph.record, branched=branched)
 
@@ -84,24 +86,15 @@ def nothing_to_do(record: Record) -> str:
 
 
 def missing_branches(
-    plan: Plan, held: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
+    plan: Plan, known: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Branch]:
-    """Return the branches of a plan by key: those held already, and new ones for the other sites."""
-    branches = dict(held)
+    """Return the branches of a plan by key: those known already, and new ones for the other sites."""
+    branches = dict(known)
     for site in plan.sites:
         if site.key not in branches:
             like = parameters[site.weight]
             branches[site.key] = branch_class(site)(site, plan.spec.seed, plan.stage, like)
     return branches
-
-
-def make_branches(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
-    """Make the branches that the graph module does not hold yet, and return the names of their weights."""
-    before = graph.branches
-    held = missing_branches(plan, before, named_weights(graph.owner).parameters)
-    added = [branch.weight_name for key, branch in held.items() if key not in before]
-    graph.set_branches(held)
-    return tuple(added)
 
 
 def without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
@@ -114,39 +107,32 @@ def without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
     )
 
 
-def begun(state: WeightState, branch: Branch, plan: Plan) -> WeightState:
-    """Let a branch start from its weight, in place, and return the state that knows it."""
-    site = plan.by_weight[state.name]
-    after, start = begin_stage(state, branch, site, plan.spec, plan.stage, branch.lora_A.detach())
-    with torch.no_grad():
-        for parameter, value in zip(branch.parameters(), start.parameters(), strict=True):
-            parameter.copy_(value)
-    return after
+def start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
+    """Compute with the start of the stage, `W_t = W0 + S_{t-1} + N_t`; the clean weights stay in the record.
 
-
-def start_values(graph: GraphEditor, plan: Plan, weights: tuple[str, ...]) -> None:
-    """Compute with the start of the stage, `W_t = W0 + S_{t-1} + N_t`; the clean weights stay in the record."""
+    Args:
+        graph: which owns its weights.
+        plan: of the stage.
+        added: weights whose branches are new.
+    """
     if plan.spec.noise.strength and plan.spec.noise.redraw == "step":
         raise PassError(
             "insert-branches: noise.redraw='step' needs a training step; use a Cascade", code="needs-training-step"
         )
-    named = named_weights(graph.owner)
-    slow, added = dict(graph.record.slow), weights
+    named, slow = named_weights(graph.owner), graph.record.slow
     branches = {branch.weight_name: branch for branch in graph.branches.values()}
-    weights += tuple(site.weight for site in plan.sites if site.weight not in slow and site.weight not in weights)
-    if weights and plan.spec.noise.strength and plan.spec.noise.where == "all":
-        weights += without_branch(graph, plan)
-    stacked = {site.weight for site in plan.sites if site.experts}
-    transposed = {site.weight for site in plan.sites if site.layout == "in_out"}
-    for weight in weights:
-        state = slow.setdefault(
-            weight,
-            WeightState(
-                weight, named.parameters[weight].detach(), stacked=weight in stacked, transposed=weight in transposed
-            ),
-        )
-        if weight in added:
-            slow[weight] = state = begun(state, branches[weight], plan)
+    names = dict.fromkeys((*added, *(site.weight for site in plan.sites if site.weight not in slow.states)))
+    if names and plan.spec.noise.strength and plan.spec.noise.where == "all":
+        names |= dict.fromkeys(without_branch(graph, plan))
+    parameters = {name: named.parameters[name] for name in names}
+    slow = slow.with_weights(parameters, plan, {name: value.detach() for name, value in parameters.items()})
+    slow, factors = slow.begin_stage(plan, {weight: branches[weight] for weight in added})
+    with torch.no_grad():
+        for weight, values in factors.items():
+            for name, parameter in branches[weight].named_parameters():
+                parameter.copy_(values[name])
+    for weight in names:
+        state = slow.states[weight]
         if plan.spec.noise.strength or state.initial or state.start_differs:
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))
     graph.record = replace(graph.record, slow=slow)

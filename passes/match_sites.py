@@ -47,7 +47,8 @@ class MatchSites(CascadePass):
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
         matching = match(graph.module, record, self.spec, Cheapest(self.spec))
         if record.plan is not plan:
-            slow = {weight: state for weight, state in slow.items() if weight in matching.plan.by_weight}
+            sites = matching.plan.by_weight
+            slow = replace(slow, states={weight: state for weight, state in slow.states.items() if weight in sites})
         graph.mark(matching.uses)
         graph.record = replace(
             record, plan=matching.plan, refusals=matching.refusals, unreached=matching.unreached, slow=slow

@@ -65,7 +65,7 @@ class SplitInputs(CascadePass):
 
 def shares(node: fx.Node, branch: Branch) -> bool:
     """Whether a branch node multiplies its input by lora_A, and does nothing to it before."""
-    plain = type(branch) is MatrixBranch and not branch.dropout and branch.carried_A is None
+    plain = type(branch) is MatrixBranch and not branch.dropout and branch.unmerged_A is None
     beside = (
         len(node.args) == 2 and not node.kwargs and call_template(node) is None and isinstance(node.args[1], fx.Node)
     )

@@ -51,13 +51,13 @@ class StageTransition(CascadePass):
                 f"{self.name}: restart_A='gradient' needs a training step; use a Cascade", code="needs-training-step"
             )
         named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
-        after = plan.at_stage(plan.stage + 1)
+        after, states = plan.at_stage(plan.stage + 1), dict(slow.states)
         branches, new = graph.branches, {}
         for site in after.sites:
             a = branches[site.key].next_a(site, after.spec, after.stage)
-            begun = begin_stage(slow[site.weight], branches[site.key], site, after.spec, after.stage, a)
-            slow[site.weight], new[site.key] = begun
-        for weight, state in slow.items():
+            begun = begin_stage(states[site.weight], branches[site.key], site, after.spec, after.stage, a)
+            states[site.weight], new[site.key] = begun
+        for weight, state in states.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))
         graph.renew_branches(new)
-        graph.record = replace(graph.record, slow=slow, plan=after)
+        graph.record = replace(graph.record, slow=replace(slow, states=states), plan=after)

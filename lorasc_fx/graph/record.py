@@ -6,13 +6,12 @@ people's passes. `strip` removes all of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from lorasc_fx.plan import Plan, Refusal
-from lorasc_fx.state import WeightState
+from lorasc_fx.state import SlowWeights
 
 __all__ = ["Record", "Use", "at_stage", "record_of", "set_record", "strip"]
 
@@ -43,7 +42,7 @@ class Record:
             for a graph module that owns its weights itself (a fold then writes new constants).
         plan: what was decided, or None.
         refusals, unreached: what was not adapted; with the sites, every weight matrix.
-        slow: slow state of the sites of a graph module that owns its weights.
+        slow: weights of a graph module that owns its weights: those of the sites, and those that have noise.
         branched: the weights whose branch nodes of this graph call, since they were inserted.
     """
 
@@ -52,7 +51,7 @@ class Record:
     plan: Plan | None = None
     refusals: tuple[Refusal, ...] = ()
     unreached: tuple[str, ...] = ()
-    slow: Mapping[str, WeightState] = field(default_factory=dict)
+    slow: SlowWeights = field(default_factory=SlowWeights)
     branched: frozenset[str] = frozenset()
 
     @property

@@ -197,7 +197,7 @@ def _slow_state_is_kept(view: View) -> Iterator[str]:
     if not view.inserted or plan is None or view.record.owner:
         return
     for site in plan.sites:
-        state = view.record.slow.get(site.weight)
+        state = view.record.slow.states.get(site.weight)
         if state is None:
             yield f"{site.weight} has a branch, but the record holds no slow state of it"
         elif tuple(state.base.shape) != site.shape:
@@ -418,7 +418,7 @@ def _weights_are_the_stages(view: View) -> Iterator[str]:
     if not view.inserted or plan is None or view.record.owner:
         return
     parameters = named_weights(owner_of(view.module, view.record)).parameters
-    for weight, state in view.record.slow.items():
+    for weight, state in view.record.slow.states.items():
         parameter = parameters.get(weight)
         fits = parameter is not None and parameter.shape == state.base.shape
         fits = fits and not state.faults()  # these are faults of _slow_state_is_kept

@@ -127,7 +127,7 @@ class TrainedState(NamedTuple):
 
 def weight_states(holder: lx.Cascade | fx.GraphModule) -> dict[str, WeightState]:
     """The slow state of every weight that has one, by name; of a cascade, or of a graph that owns its weights."""
-    states = holder._run.slow.states if isinstance(holder, lx.Cascade) else record_of(holder).slow
+    states = (holder._run if isinstance(holder, lx.Cascade) else record_of(holder)).slow.states
     return {
         name: WeightState(
             state.base,
@@ -148,14 +148,14 @@ def weight_state(holder: lx.Cascade | fx.GraphModule, name: str) -> WeightState:
 
 def exact_slow(holder: lx.Cascade | fx.GraphModule, name: str) -> Tensor:
     """The slow weight in fp64, before it is rounded."""
-    states = holder._run.slow.states if isinstance(holder, lx.Cascade) else record_of(holder).slow
+    states = (holder._run if isinstance(holder, lx.Cascade) else record_of(holder)).slow.states
     return states[name].exact("slow", torch.float64)
 
 
 def change_state(graph_module: fx.GraphModule, name: str, **changes: Any) -> None:
     """Change fields of a weight's slow state in the record of a graph, named as in `WeightState`."""
     record = record_of(graph_module)
-    state = record.slow[name]
+    state = record.slow.states[name]
     if "experts" in changes:
         changes["experts"] = tuple(StageExpert(each.b, each.a, each.stage) for each in changes["experts"])
     views = dict(state.views)
@@ -164,15 +164,15 @@ def change_state(graph_module: fx.GraphModule, name: str, **changes: Any) -> Non
     for view in ("slow", "average"):
         if f"dense_{view}" in changes:
             views[view] = dataclasses.replace(views.get(view, View()), dense=changes.pop(f"dense_{view}"))
-    states = {**record.slow, name: dataclasses.replace(state, views=views, **changes)}
-    set_record(graph_module, dataclasses.replace(record, slow=states))
+    states = {**record.slow.states, name: dataclasses.replace(state, views=views, **changes)}
+    set_record(graph_module, dataclasses.replace(record, slow=dataclasses.replace(record.slow, states=states)))
 
 
 def drop_state(graph_module: fx.GraphModule, name: str) -> None:
     """Take a weight's slow state out of the record of a graph."""
     record = record_of(graph_module)
-    states = {key: state for key, state in record.slow.items() if key != name}
-    set_record(graph_module, dataclasses.replace(record, slow=states))
+    states = {key: state for key, state in record.slow.states.items() if key != name}
+    set_record(graph_module, dataclasses.replace(record, slow=dataclasses.replace(record.slow, states=states)))
 
 
 def trained_states(cascade: lx.Cascade) -> dict[str, TrainedState]:
