@@ -52,7 +52,7 @@ def _saved(forward: Callable[[], torch.Tensor], model: nn.Module) -> dict[int, i
     found: dict[int, int] = {}
     kept: list[torch.Tensor] = []
 
-    @torch.compiler.disable  # under `pieces` dynamo would capture this as well, anew for each length of the list
+    @torch.compiler.disable  # under `graph-breaks` dynamo would capture this as well, anew for each length of the list
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:

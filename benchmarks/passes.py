@@ -91,7 +91,7 @@ def shares(names: list[str]) -> list[dict[str, Any]]:
             gc.disable()  # else one of the two pays for the garbage of the models before
             cascade = lx.adapt(model, args, kwargs, spec=SPEC)
             gc.enable()
-            if cascade.frontend == "pieces":  # no whole graph, and no passes of ours over one
+            if cascade.frontend == "graph-breaks":  # no whole graph, and no passes of ours over one
                 continue
             share = spent["insert"] / spent["capture"]
             rows.append({"model": name, "capture": spent["capture"], "passes": spent["insert"], "share": share})

@@ -132,7 +132,7 @@ CODES = {
     "no-process-group": "torch.distributed is not initialized",
     "no-sites": "no weight is left to adapt",
     "no-trainer": "the callback is not called by a Trainer",
-    "no-whole-graph": "the model runs in pieces, and one whole graph is needed",
+    "no-whole-graph": "the model has graph breaks, and one whole graph is needed",
     "noise-out-of-range": "noise of this strength has no finite size for a weight",
     "non-finite-branch": "a branch, or a parameter trained in full, holds inf or nan",
     "non-finite-state": "the state of an optimizer holds inf or nan",

@@ -69,7 +69,7 @@ def adapt(
         args, kwargs: example inputs; their sizes do not matter, their types do. The model runs a few times on them,
             leaving no trace, to see what it does and that its graph does the same.
         spec: what is asked, see `CascadeSpec`; or a `peft.LoraConfig`, where the rest is as in `CascadeSpec()`.
-        frontend: `export`, `dynamo`, `symbolic`, `pieces`, or `auto`, the first that takes the model.
+        frontend: `export`, `dynamo`, `symbolic`, `graph-breaks`, or `auto`, the first that takes the model.
         base: what keeps W0 of the sites: `memory`, a copy on the host; the path of a safetensors file, or of a folder
             with `model.safetensors` or its shards, which is mapped and not read; or `file`, the folder that a model of
             transformers was loaded from. These files have to hold the model's numbers, and to stay as they are.
@@ -269,7 +269,7 @@ def _check_loaded(cascade: Cascade, path: Path) -> None:
     """
     disagreements = cascade._run.faults()
     variant = cascade._variants.oldest
-    if variant is not None and isinstance(variant.module, fx.GraphModule):  # a piece is verified when it is rewritten
+    if variant is not None and isinstance(variant.module, fx.GraphModule):  # others were when they were rewritten
         disagreements += faults(variant.module)
     if disagreements:
         raise CheckpointError(

@@ -15,7 +15,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from lorasc_fx.capture.captured import OWNER, Captured, Conditions, capture_graph
 from lorasc_fx.capture.export import capture_dynamo, capture_export
-from lorasc_fx.capture.graph_breaks import Pieces, capture_pieces, eager_trace
+from lorasc_fx.capture.graph_breaks import GraphBreakFallback, capture_fallback, eager_trace
 from lorasc_fx.capture.guards import Guards
 from lorasc_fx.capture.isolation import (
     call_recorder,
@@ -65,8 +65,8 @@ __all__ = [
     "Conditions",
     "Difference",
     "Disagreement",
+    "GraphBreakFallback",
     "Guards",
-    "Pieces",
     "bind",
     "call_recorder",
     "capture",
@@ -98,7 +98,7 @@ FRONTENDS: dict[str, FrontEnd] = {
     "export": capture_export,
     "dynamo": capture_dynamo,
     "symbolic": capture_symbolic,
-    "pieces": capture_pieces,
+    "graph-breaks": capture_fallback,
 }
 """Front ends for eager models, in the order in which `auto` tries them."""
 
@@ -169,14 +169,14 @@ def _captured(
     for name in FRONTENDS if frontend == "auto" else (frontend,):
         begun = time.monotonic()
         try:
-            if name == "pieces":
+            if name == "graph-breaks":
                 if without_values:
                     raise RuntimeError(
                         "is tried by values, and the model is on the meta device, or sharded: give it its weights first"
                     )
                 # torch.compile leaves attributes; parameters require gradients as in every call, which dynamo guards
                 with isolated_model(model):
-                    captured = capture_pieces(model, args, kwargs, wide)
+                    captured = capture_fallback(model, args, kwargs, wide)
             else:
                 preflight.check()
                 captured = _checked(FRONTENDS[name], preflight, model, args, kwargs, wide, trained, rewrites)

@@ -79,11 +79,11 @@ class Captured:
     """What a front end returns.
 
     Args:
-        module: graph module that reads the live model under `model.`; an empty one where there are pieces.
+        module: graph module that reads the live model under `model.`; an empty one where there is a fallback.
         frontend: name of the front end that made it.
         conditions: the calls that the graph is for.
         refused: names and reasons of the front ends that were tried before.
-        pieces: a `Pieces`, from the front end that finds several graphs.
+        fallback: a `GraphBreakFallback`, from the front end that finds several graphs.
         functions: names of the custom autograd Functions that the model uses.
         whole_elsewhere: whether a whole graph was refused for gradient checkpointing alone, which other modes may lack.
     """
@@ -92,7 +92,7 @@ class Captured:
     frontend: str
     conditions: Conditions = field(default_factory=Conditions)
     refused: tuple[tuple[str, str], ...] = ()
-    pieces: Any = None
+    fallback: Any = None
     functions: tuple[str, ...] = ()
     whole_elsewhere: bool = False
 

@@ -1,8 +1,8 @@
-"""The graph-break fallback, front end `pieces`: graphs between dynamo's graph breaks, the user's Python in between.
+"""The graph-break fallback, front end `graph-breaks`: graphs between dynamo's graph breaks, your Python in between.
 
-torch.compile passes each piece to a backend of ours; its weights are inputs, and the names follow from the identity of
-the Parameters. dynamo's guards choose the piece, as a call's key chooses a variant. Layers of one class share a piece:
-there is one rewritten graph for each set of weights with which a piece is called. A first run collects the graphs,
+torch.compile passes each subgraph to a backend of ours; its weights are inputs, and the names follow from the identity
+of the Parameters. dynamo's guards choose the subgraph, as a call's key chooses a variant. Layers of one class share a
+subgraph: there is one rewritten graph for each set of weights with which it is called. A first run collects the graphs,
 before it is decided which weights get a branch.
 
 `eager_trace` finds the weights that the Python in between uses: it follows tensors made of weights alone, as
@@ -45,7 +45,7 @@ from lorasc_fx.graph.forms import registered_form
 from lorasc_fx.parameters import substituted
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
-__all__ = ["Pieces", "capture_pieces", "eager_trace"]
+__all__ = ["GraphBreakFallback", "capture_fallback", "eager_trace"]
 
 
 LIMIT = 64
@@ -55,25 +55,25 @@ Rewrite = Callable[[fx.GraphModule], Callable[..., Any]]
 
 
 @dataclass
-class _Piece:
-    """A piece as dynamo gave it, and by the weights that it is called with, the graph as found and as it runs."""
+class _Subgraph:
+    """A subgraph as dynamo gave it, and by the weights that it is called with, the graph as found and as it runs."""
 
     source: fx.GraphModule
     graphs: dict[Names, fx.GraphModule] = field(default_factory=dict)
     running: dict[Names, Callable[..., Any]] = field(default_factory=dict)
 
 
-class Pieces:
+class GraphBreakFallback:
     """A model that runs as graphs with Python in between; called as the model is.
 
-    `graphs` are the pieces found so far, each reading the live model. After `rewrite_by(f)`, every piece runs as
+    `graphs` are the subgraphs found so far, each reading the live model. After `rewrite_by(f)`, every subgraph runs as
     `f(graph)`, those that later calls bring as well.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._rewrite: Rewrite | None = None
-        self._pieces: list[_Piece] = []
+        self._subgraphs: list[_Subgraph] = []
         self._own = {id(value): name for name, value in [*model.named_parameters(), *model.named_buffers()]}
         self._swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._effective: EffectiveWeights | None = None
@@ -82,7 +82,7 @@ class Pieces:
         self._compiled: Any = compiler(model, backend=self._take)
 
     def discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Run the model once as it is, and find its pieces; buffers and random generators stay as they were.
+        """Run the model once as it is, and find its subgraphs; buffers and random generators stay as they were.
 
         There may be none: dynamo leaves a loop with a break in it, and the modules of torch.nn called there, to Python.
         """
@@ -91,18 +91,20 @@ class Pieces:
                 self(*inputs, **named)
         except torch._dynamo.exc.TorchDynamoException as fault:  # a fault of dynamo's own, in a model that runs
             raise_of_handler(fault)
-            self._pieces.clear()
+            self._subgraphs.clear()
             self.run_eager()
 
     def rewrite_by(self, rewrite: Rewrite) -> None:
-        """Run every piece as `rewrite` returns it, from now on."""
-        rewritten = [{names: rewrite(graph) for names, graph in piece.graphs.items()} for piece in self._pieces]
+        """Run every subgraph as `rewrite` returns it, from now on."""
+        rewritten = [
+            {names: rewrite(graph) for names, graph in subgraph.graphs.items()} for subgraph in self._subgraphs
+        ]
         self._rewrite = rewrite
-        for piece, running in zip(self._pieces, rewritten, strict=True):
-            piece.running = running
+        for subgraph, running in zip(self._subgraphs, rewritten, strict=True):
+            subgraph.running = running
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the model computes, with the pieces rewritten.
+        """Compute what the model computes, with the subgraphs rewritten.
 
         Raises:
             CaptureError: the calls vary so much that dynamo would go on without graphs, and so without branches.
@@ -169,7 +171,7 @@ class Pieces:
     @property
     def located(self) -> set[str]:
         """Names of the parameters that a graph reads or that are swapped."""
-        read = {name for piece in self._pieces for names in piece.graphs for name in names if name is not None}
+        read = {name for subgraph in self._subgraphs for names in subgraph.graphs for name in names if name is not None}
         return read | self._swapped.keys()
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -196,22 +198,22 @@ class Pieces:
     @property
     def graphs(self) -> list[fx.GraphModule]:
         """The graphs found so far, each reading the live model; one without nodes where there are none."""
-        graphs = [graph for piece in self._pieces for graph in piece.graphs.values()]
+        graphs = [graph for subgraph in self._subgraphs for graph in subgraph.graphs.values()]
         return graphs or [read_live(nn.Module(), fx.Graph(), self.model)]
 
     @property
     def rewritten(self) -> list[Callable[..., Any]]:
-        """The pieces as they run."""
-        return [running for piece in self._pieces for running in piece.running.values()]
+        """The subgraphs as they run."""
+        return [running for subgraph in self._subgraphs for running in subgraph.running.values()]
 
     def _take(self, source: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        piece = _Piece(source)
-        self._pieces.append(piece)
+        subgraph = _Subgraph(source)
+        self._subgraphs.append(subgraph)
 
         def run(*inputs: Any) -> Any:
             names = self._names(inputs)
-            running = piece.running.get(names)
-            return (self._bring(piece, names) if running is None else running)(*inputs)
+            running = subgraph.running.get(names)
+            return (self._bring(subgraph, names) if running is None else running)(*inputs)
 
         return run
 
@@ -227,17 +229,17 @@ class Pieces:
         module = self.model.get_submodule(holder)
         return name if value is module._parameters.get(leaf, module._buffers.get(leaf)) else None
 
-    def _bring(self, piece: _Piece, names: Names) -> Callable[..., Any]:
-        graph = copy_graph(piece.source.graph)
+    def _bring(self, subgraph: _Subgraph, names: Names) -> Callable[..., Any]:
+        graph = copy_graph(subgraph.source.graph)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         weights = {node: name for node, name in zip(inputs, names, strict=True) if name is not None}
         if weights:
             weights_from_inputs(graph, weights)
-        holder = shallow(piece.source)
+        holder = shallow(subgraph.source)
 
         def region(body: str, given: Names, options: Mapping[str, Any]) -> str:
-            inner, name = _Piece(getattr(piece.source, body)), f"{body}_region"
-            self._pieces.append(inner)
+            inner, name = _Subgraph(getattr(subgraph.source, body)), f"{body}_region"
+            self._subgraphs.append(inner)
             self._bring(inner, tuple(name if name in weights.values() else None for name in given))
             holder._modules[name] = _Region(inner, next(iter(inner.graphs)), options)
             return name
@@ -245,19 +247,21 @@ class Pieces:
         regions_as_modules(graph, torch.ops.higher_order.tag_activation_checkpoint, weights.values(), region)
         live = read_live(holder, graph, self.model)
         running = live if self._rewrite is None else self._rewrite(live)
-        piece.graphs[names], piece.running[names] = live, running
+        subgraph.graphs[names], subgraph.running[names] = live, running
         return running
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Pieces:
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphBreakFallback:
         """Refuse: a copy would run the original's branches; variants are dropped by copies and found anew."""
-        raise TypeError("the pieces of a model are not copied")
+        raise TypeError("the subgraphs of a model are not copied")
 
 
-def capture_pieces(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False) -> Captured:
-    """Return the model's pieces; raises what the model raises."""
-    pieces = Pieces(model)
-    pieces.discover(args, kwargs)
-    return Captured(fx.GraphModule(nn.Module(), fx.Graph()), "pieces", pieces=pieces)
+def capture_fallback(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False
+) -> Captured:
+    """Return the model's subgraphs; raises what the model raises."""
+    fallback = GraphBreakFallback(model)
+    fallback.discover(args, kwargs)
+    return Captured(fx.GraphModule(nn.Module(), fx.Graph()), "graph-breaks", fallback=fallback)
 
 
 def _last_guard() -> str:
@@ -268,22 +272,22 @@ def _last_guard() -> str:
 
 
 class _Region(nn.Module):
-    """Runs a region of a piece as torch.utils.checkpoint runs a function; what it runs is a piece of its own."""
+    """Runs a region of a subgraph as torch.utils.checkpoint runs a function; what it runs is a subgraph of its own."""
 
-    def __init__(self, piece: _Piece, names: Names, options: Mapping[str, Any]) -> None:
+    def __init__(self, subgraph: _Subgraph, names: Names, options: Mapping[str, Any]) -> None:
         super().__init__()
-        self.piece, self.names = piece, names
+        self.subgraph, self.names = subgraph, names
         self.options = {
             key: value for key, value in options.items() if key not in ("use_reentrant", "preserve_rng_state")
         }
-        if "_checkpoint_context_fn" in piece.source.meta:
-            self.options["context_fn"] = piece.source.meta["_checkpoint_context_fn"]
+        if "_checkpoint_context_fn" in subgraph.source.meta:
+            self.options["context_fn"] = subgraph.source.meta["_checkpoint_context_fn"]
 
     def forward(self, *values: Any) -> Any:
         given = iter(values)
         inputs = [next(given) if name is None else None for name in self.names]  # it reads its weights itself
         return checkpoint(
-            self.piece.running[self.names], *inputs, use_reentrant=False, preserve_rng_state=True, **self.options
+            self.subgraph.running[self.names], *inputs, use_reentrant=False, preserve_rng_state=True, **self.options
         )
 
 
@@ -296,7 +300,7 @@ def _dynamo_settings(undo: Block[Any]) -> None:
     undo(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
     torch.backends.mha.set_fastpath_enabled(False)
     undo.enter(warnings.catch_warnings())
-    # dynamo reads .grad of what a piece gets from another, and makes tensors of arrays that are tensors by then
+    # dynamo reads .grad of what a subgraph gets from another, and makes tensors of arrays that are tensors by then
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     warnings.filterwarnings("ignore", message=".*should not be instantiated. Methods on autograd functions")

@@ -11,8 +11,8 @@ from typing import Any
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import OWNER, Calls, Captured, Conditions, Pieces, bind, capture, written_by
-from lorasc_fx.compile.graph_breaks import insert, make_pieces
+from lorasc_fx.capture import OWNER, Calls, Captured, Conditions, GraphBreakFallback, bind, capture, written_by
+from lorasc_fx.compile.graph_breaks import insert, make_fallback
 from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.errors import CaptureError, NoSites, StateError
 from lorasc_fx.graph import at_stage, candidates, matches, named_weights, own_copy, shared_memory
@@ -23,7 +23,7 @@ from lorasc_fx.plan import Plan, Reason, Refusal
 __all__ = ["Compiler"]
 
 _HIDDEN = (Reason.OPAQUE, Reason.MIXED_USES)
-"""Reasons of a symbolic graph that pieces do not have: under `auto` these are tried before a weight is refused so."""
+"""Reasons of a symbolic graph, which under `auto` the fallback is tried before: it does not have them."""
 
 
 def _refused(
@@ -49,7 +49,7 @@ def _trained(model: nn.Module, plan: Plan, refusals: tuple[Refusal, ...]) -> set
     return moved | (candidates(model, plan.spec) - {refusal.weight for refusal in refusals})
 
 
-def _in_pieces(
+def _of_fallback(
     captured: Captured,
     plan: Plan,
     branches: Mapping[str, Branch],
@@ -58,7 +58,7 @@ def _in_pieces(
     kwargs: Any,
 ) -> Made:
     functions, whole = bool(captured.functions), captured.whole_elsewhere
-    made = make_pieces(captured.pieces, plan, branches, refusals, args, kwargs, functions, universal=not whole)
+    made = make_fallback(captured.fallback, plan, branches, refusals, args, kwargs, functions, universal=not whole)
     variant = made.variant
     if not variant.universal:  # dynamo has guards of its own on inputs
         variant = replace(variant, conditions=Conditions(state=captured.conditions.state))
@@ -105,8 +105,8 @@ class Compiler:
         captured = capture(model, args, kwargs, self.frontend, wide, trained, rewrites=(AttentionMasks(),))
         written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")  # which no node may show
         refusals = _refused(model, plan, refusals, Reason.MUTATED, written)
-        if captured.pieces is not None:
-            return _in_pieces(captured, plan, branches, refusals, args, kwargs)
+        if captured.fallback is not None:
+            return _of_fallback(captured, plan, branches, refusals, args, kwargs)
         whole, fault = None, None
         try:
             whole = insert(captured.module, plan, branches, refusals)
@@ -117,8 +117,8 @@ class Compiler:
             hidden, fault = str(none).splitlines()[-1].strip(), none
         if hidden and self.frontend == "auto" and captured.frontend == "symbolic":
             try:
-                pieces = capture(model, args, kwargs, "pieces", wide, trained)
-                made = _in_pieces(pieces, plan, branches, refusals, args, kwargs)
+                fallback = capture(model, args, kwargs, "graph-breaks", wide, trained)
+                made = _of_fallback(fallback, plan, branches, refusals, args, kwargs)
                 return replace(made, refused_frontends=(*captured.refused, ("symbolic", hidden)))
             except (CaptureError, NoSites):  # what the symbolic graph said stands
                 pass
@@ -133,9 +133,9 @@ class Compiler:
         """Return the variant's captured graph, whose branches are those of a stage, with these values as constants of
         its own.
         """
-        if isinstance(variant.module, Pieces):
+        if isinstance(variant.module, GraphBreakFallback):
             raise CaptureError(
-                f"{type(model).__name__} runs in pieces, and a folded graph needs one whole graph; "
+                f"{type(model).__name__} has graph breaks, and a folded graph needs one whole graph; "
                 f"{variant.module.why_not_whole(args, kwargs)}. release() and folded_state_dict() need no graph",
                 code="no-whole-graph",
             )
@@ -145,7 +145,7 @@ class Compiler:
         return own_copy(folded, OWNER, values)
 
     def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
-        """Draw the variant around some sites into an SVG file; of pieces, those that have run."""
+        """Draw the variant around some sites into an SVG file; of a fallback, the graphs that have run."""
         module = variant.module
-        graphs = module.rewritten if isinstance(module, Pieces) else [module]
+        graphs = module.rewritten if isinstance(module, GraphBreakFallback) else [module]
         return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, file, sites, radius)

@@ -1,11 +1,11 @@
-"""The graph-break fallback as one variant: decide over all pieces, rewrite each, swap the weights used in between."""
+"""The graph-break fallback as one variant: decide over all subgraphs, rewrite each, swap weights used in between."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakMethod
 
@@ -18,7 +18,7 @@ from lorasc_fx.capture import (
     OWNER,
     Difference,
     Disagreement,
-    Pieces,
+    GraphBreakFallback,
     coefficients_of,
     eager_trace,
     first_difference,
@@ -38,12 +38,12 @@ from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.undo import Undo, isolated, raise_of_handler
 
-__all__ = ["insert", "make_pieces"]
+__all__ = ["insert", "make_fallback"]
 
 log = logging.getLogger("lorasc_fx")
 
 PROBE = 0.1
-"""Size of the deltas with which the pieces are tried, over the size of their weights."""
+"""Size of the deltas with which the fallback is tried, over the size of their weights."""
 SUSPECT = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Share of a delta's effect that may be missing before its weight is swapped, by the dtype of the outputs."""
 WORTH_SHARING = 1 << 17
@@ -58,9 +58,9 @@ COARSE_PROBE, COARSE = 0.5, 0.25
 
 @dataclass
 class Growing:
-    """Plan, branches and refusals by which pieces are rewritten, those of the cascade once there is one.
+    """Plan, branches and refusals by which subgraphs are rewritten, those of the cascade once there is one.
 
-    Any call may make dynamo compile a new piece, with weights that no earlier piece has used.
+    Any call may make dynamo compile a new subgraph, with weights that no earlier subgraph has used.
     """
 
     plan: Plan
@@ -79,7 +79,7 @@ class Growing:
             self.plan = replace(self.plan.at_stage(now.stage), step=now.step)
 
     def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
-        """Return the piece with branches; report new sites to the cascade."""
+        """Return the subgraph with branches; report new sites to the cascade."""
         self.go_on()
         made = insert(live, self.plan, self.branches, self.refusals)
         assert isinstance(made.variant.module, fx.GraphModule)
@@ -90,36 +90,38 @@ class Growing:
         self.plan, self.branches, self.refusals = made.plan, dict(made.branches), made.refusals
         return made.variant.module
 
-    def look(self, pieces: Pieces, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def look(self, fallback: GraphBreakFallback, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Swap the weights that this call is the first to use: it may use them in plain Python.
 
         While there are weights that no call has used, this costs a forward of the eager model. Each new mode or setting
         of the modules, which may bring code that runs again in backward, is held against the eager model.
         """
-        modes = _modes(pieces)
+        modes = _modes(fallback)
         if modes not in self.tried:
             with torch.inference_mode(False):
-                with requiring_grad(pieces.model, {branch.weight_name for branch in self.branches.values()}):
-                    functions = not pieces.eager and bool(run_preflight(pieces.model, args, kwargs).functions)
-                settle(pieces, self, args, kwargs, eager=functions)
+                with requiring_grad(fallback.model, {branch.weight_name for branch in self.branches.values()}):
+                    functions = not fallback.eager and bool(run_preflight(fallback.model, args, kwargs).functions)
+                settle(fallback, self, args, kwargs, eager=functions)
             self.tried.add(modes)
-        weights = named_weights(pieces.model)
-        found_by = pieces.swapped.keys() if pieces.eager else pieces.located
+        weights = named_weights(fallback.model)
+        found_by = fallback.swapped.keys() if fallback.eager else fallback.located
         lost = weights.matrices.keys() - found_by - {refusal.weight for refusal in self.refusals}
         if not lost:
             return
-        kinds = {name: kind for name, kind in eager_trace(pieces.model, args, kwargs).items() if kind and name in lost}
+        kinds = {
+            name: kind for name, kind in eager_trace(fallback.model, args, kwargs).items() if kind and name in lost
+        }
         if not kinds:
             return
         self.go_on()
         record = Record(owner=OWNER, plan=self.plan, refusals=self.refusals)
-        matching = survey(pieces.graphs, record, self.plan.spec, kinds, Cheapest(self.plan.spec))
+        matching = survey(fallback.graphs, record, self.plan.spec, kinds, Cheapest(self.plan.spec))
         held = missing_branches(matching.plan, self.branches, weights.parameters)
         swapped = {branch.weight_name: branch for branch in held.values() if branch.weight_name in kinds}
         grow = self.grow() if self.grow is not None else None
         if grow is not None and set(held) != set(self.branches):
-            grow(Made(Variant(pieces, "pieces"), matching.plan, held, matching.refusals, matching.unreached))
-        pieces.swap({**pieces.swapped, **swapped})
+            grow(Made(Variant(fallback, "graph-breaks"), matching.plan, held, matching.refusals, matching.unreached))
+        fallback.swap({**fallback.swapped, **swapped})
         self.plan, self.branches, self.refusals = matching.plan, held, matching.refusals
 
 
@@ -140,8 +142,8 @@ def insert(live: fx.GraphModule, plan: Plan, branches: Mapping[str, Branch], ref
     return Made(variant, record.plan, held, record.refusals, record.unreached)
 
 
-def make_pieces(
-    pieces: Pieces,
+def make_fallback(
+    fallback: GraphBreakFallback,
     plan: Plan,
     branches: Mapping[str, Branch],
     refusals: tuple[Refusal, ...],
@@ -150,8 +152,7 @@ def make_pieces(
     swap_all: bool = False,
     universal: bool = True,
 ) -> Made:
-    """Decide over all pieces at once, and insert; a weight that the Python in between uses is swapped while the model
-    runs.
+    """Decide over all subgraphs at once, and insert; a weight that the Python in between uses is swapped in a call.
 
     With `swap_all` every site is, and the model runs as it is: a custom autograd.Function has a backward of its own,
     which may run code of the model again. Such a variant serves all calls, as one that is `universal` does.
@@ -160,49 +161,50 @@ def make_pieces(
         NoSites: nothing is left to adapt.
         CaptureError: a branch does not compute what the eager model computes, forward or backward.
     """
-    parameters = named_weights(pieces.model).parameters
+    parameters = named_weights(fallback.model).parameters
     record = Record(owner=OWNER, plan=plan, refusals=refusals)
-    matching = survey(pieces.graphs, record, plan.spec, eager_trace(pieces.model, args, kwargs), Cheapest(plan.spec))
+    matching = survey(
+        fallback.graphs, record, plan.spec, eager_trace(fallback.model, args, kwargs), Cheapest(plan.spec)
+    )
     if not matching.plan.sites:
         raise NoSites(nothing_to_do(replace(record, refusals=matching.refusals, unreached=matching.unreached)))
     scaled = next((site.weight for site in matching.plan.sites if site.row_scale.trained), None)
     if scaled is not None:
         raise SpecError(
-            f"use_dora is True, and {type(pieces.model).__name__} runs in pieces, where the branch of {scaled} cannot "
-            "stand in place of its op; give use_dora=False, or a front end that takes the whole model",
+            f"use_dora is True, and {type(fallback.model).__name__} has graph breaks, where the branch of {scaled} "
+            "cannot stand in place of its op; give use_dora=False, or a front end that takes the whole model",
             code="dora-not-supported",
         )
     held = missing_branches(matching.plan, branches, parameters)
-    growing = Growing(matching.plan, held, matching.refusals, tried={_modes(pieces)})
-    located = pieces.located
-    pieces.rewrite_by(growing.rewrite)
-    # branches of quantized weights stand beside
-    plain = [branch for branch in held.values() if not is_quantized(parameters[branch.weight_name])]
-    pieces.swap({branch.weight_name: branch for branch in plain if branch.weight_name not in located})
-    if not (swap_all or pieces.eager):
-        wrong = _used_outside(pieces, plain, args, kwargs, SUSPECT)
-        pieces.swap({**pieces.swapped, **{name: branch for branch in plain if (name := branch.weight_name) in wrong}})
-    settle(pieces, growing, args, kwargs, eager=swap_all)
-    if pieces.swapped:
-        left = _used_outside(pieces, plain, args, kwargs, dict.fromkeys(SUSPECT, CERTAIN))
+    growing = Growing(matching.plan, held, matching.refusals, tried={_modes(fallback)})
+    located = fallback.located
+    fallback.rewrite_by(growing.rewrite)
+    comparison = Comparison.of(fallback, held.values(), args, kwargs)
+    plain = {branch.weight_name: branch for branch in comparison.branches}  # others stand beside
+    fallback.swap({name: branch for name, branch in plain.items() if name not in located})
+    if not (swap_all or fallback.eager):
+        fallback.swap({**fallback.swapped, **{name: plain[name] for name in comparison.hidden(SUSPECT)}})
+    settle(fallback, growing, args, kwargs, eager=swap_all)
+    if fallback.swapped:
+        left = comparison.hidden(dict.fromkeys(SUSPECT, CERTAIN))
         if left:
             raise CaptureError(
-                f"{type(pieces.model).__name__}: {left[0]} is used where neither a graph nor the module shows it, "
+                f"{type(fallback.model).__name__}: {left[0]} is used where neither a graph nor the module shows it, "
                 f"and its branch would not be seen; exclude it (exclude=({left[0]!r},))",
                 code="hidden-weight-use",
             )
 
     def attach(grow: Callable[[Made], None], running: Callable[[], Plan]) -> None:
         growing.grow, growing.running = WeakMethod(grow), WeakMethod(running)
-        pieces.look_before_calls(lambda args, kwargs: growing.look(pieces, args, kwargs))
+        fallback.look_before_calls(lambda args, kwargs: growing.look(fallback, args, kwargs))
 
-    expected, swapped = growing.expected, dict.fromkeys(pieces.swapped, "weight")
+    expected, swapped = growing.expected, dict.fromkeys(fallback.swapped, "weight")
     variant = Variant(
-        pieces,
-        "pieces",
-        universal=universal or pieces.eager,
+        fallback,
+        "graph-breaks",
+        universal=universal or fallback.eager,
         attach=attach,
-        detach=pieces.detach,
+        detach=fallback.detach,
         placements={**expected.placements, **swapped},
         expected=expected.ratio if not swapped else None,
     )
@@ -212,15 +214,15 @@ def make_pieces(
     return Made(variant, growing.plan, growing.branches, growing.refusals, unreached)
 
 
-def _modes(pieces: Pieces) -> Hashable:
+def _modes(fallback: GraphBreakFallback) -> Hashable:
     """Return what modules are switched by: train and eval, gradient checkpointing."""
     return tuple(
         tuple(value for value in vars(module).values() if value is True or value is False)
-        for module in pieces.model.modules()
+        for module in fallback.model.modules()
     )
 
 
-def settle(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping[str, Any], eager: bool) -> None:
+def settle(fallback: GraphBreakFallback, growing: Growing, args: Any, kwargs: Mapping[str, Any], eager: bool) -> None:
     """Run as graphs where these give the branches the gradients of the eager model; else the model as it is.
 
     There every site is swapped, in forward and in what backward runs again. `eager` goes there at once.
@@ -228,95 +230,199 @@ def settle(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping[str, Any
     Raises:
         CaptureError: nor does that.
     """
-    if pieces.eager:
+    if fallback.eager:
         eager = True
     elif not eager:
-        eager = bool(_wrong_gradients(pieces, growing, args, kwargs))
+        eager = bool(_wrong_gradients(fallback, growing, args, kwargs))
     if not eager:
         return
-    _check_swappable(pieces, growing.branches.values())
-    pieces.swap({branch.weight_name: branch for branch in growing.branches.values()})
+    _check_swappable(fallback, growing.branches.values())
+    fallback.swap({branch.weight_name: branch for branch in growing.branches.values()})
     wrong: tuple[str, ...] = ()
-    for once in (True,) if pieces.once else (False, True):
-        pieces.run_eager(once)
-        wrong = _wrong_gradients(pieces, growing, args, kwargs)
+    for once in (True,) if fallback.once else (False, True):
+        fallback.run_eager(once)
+        wrong = _wrong_gradients(fallback, growing, args, kwargs)
         if not wrong:
             return
-    first = first_difference(Disagreement(pieces, Difference("", wrong), grad=True), pieces.model, args, kwargs)
+    first = first_difference(Disagreement(fallback, Difference("", wrong), grad=True), fallback.model, args, kwargs)
     raise CaptureError(
-        f"{type(pieces.model).__name__}: {named(wrong)} would not get the gradients that the eager model gives; the "
+        f"{type(fallback.model).__name__}: {named(wrong)} would not get the gradients that the eager model gives; the "
         f"first module that differs is {first}. The model's Python computes with weights where no module shows it: "
         "exclude these, or adapt a part of the model",
         code="wrong-gradient",
     )
 
 
-def _check_swappable(pieces: Pieces, branches: Iterable[Branch]) -> None:
+def _check_swappable(fallback: GraphBreakFallback, branches: Iterable[Branch]) -> None:
     """Raise CaptureError for a quantized site, which has its branch beside it only."""
     for branch in branches:
-        if is_quantized(pieces.model.get_parameter(branch.weight_name)):
+        if is_quantized(fallback.model.get_parameter(branch.weight_name)):
             raise CaptureError(
-                f"{branch.weight_name} is quantized, and {type(pieces.model).__name__} has code of its own for "
+                f"{branch.weight_name} is quantized, and {type(fallback.model).__name__} has code of its own for "
                 "backward, which a branch beside the weight does not reach; exclude it "
                 f"(exclude=({branch.weight_name!r},))",
                 code="quantized-not-supported",
             )
 
 
-def _wrong_gradients(pieces: Pieces, growing: Growing, args: Any, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the weights whose branches get other gradients than the eager model with merged weights gives them.
+def _wrong_gradients(
+    fallback: GraphBreakFallback, growing: Growing, args: Any, kwargs: Mapping[str, Any]
+) -> tuple[str, ...]:
+    with _late_branches_untrained(growing):
+        return Comparison.of(fallback, growing.branches.values(), args, kwargs).wrong_gradients()
 
-    Weights that get none in the eager model are left out.
+
+@dataclass(frozen=True)
+class Comparison:
+    """The fallback with its branches against the eager model with merged weights, on one call: values and gradients.
+
+    Args:
+        fallback: with its branches.
+        branches: those that are compared; a quantized weight is merged nowhere, and its branch is none of them.
+        args, kwargs: of the call.
     """
-    model = pieces.model
-    branches = growing.branches.values()
-    plain = [branch for branch in branches if not is_quantized(model.get_parameter(branch.weight_name))]
-    weights = {branch.weight_name: model.get_parameter(branch.weight_name) for branch in plain}
-    with quiet(), _frozen(model), _stand_ins(plain), _late_branches_untrained(growing):  # with gradients
-        coarse = _coarse(plain, model)
-        for branch in plain:
-            _probe(branch, model, coarse)
-        with _trained(weights):
+
+    fallback: GraphBreakFallback
+    branches: Sequence[Branch]
+    args: Any
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, fallback: GraphBreakFallback, branches: Iterable[Branch], args: Any, kwargs: Mapping[str, Any]
+    ) -> Comparison:
+        """Return that of those branches whose weights are not quantized."""
+        model = fallback.model
+        plain = [branch for branch in branches if not is_quantized(model.get_parameter(branch.weight_name))]
+        return cls(fallback, plain, args, kwargs)
+
+    @torch.no_grad()
+    def hidden(self, share: Mapping[torch.dtype, float]) -> list[str]:
+        """Return the weights whose delta does not come out of the fallback as it comes out of the merged model.
+
+        Groups that agree are not looked into; `share` of the merged effect is what a group may be off by, by the dtype
+        of the outputs.
+        """
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        trained |= {branch.weight_name for branch in self.branches}
+        hidden = []
+        with _stand_ins(self.branches):
+            groups = [list(self.branches)]
+            while groups:
+                group = groups.pop()
+                for branch in self.branches:
+                    branch.lora_B.data = torch.zeros_like(branch.lora_B)
+                torch.clear_autocast_cache()
+                for branch in group:
+                    self._probe(branch)
+                if not self._differ(group, trained, share):
+                    continue
+                half = len(group) // 2
+                if half:
+                    groups += [group[half:], group[:half]]
+                else:
+                    hidden.append(group[0].weight_name)
+        return hidden
+
+    def wrong_gradients(self) -> tuple[str, ...]:
+        """Return the weights whose branches get other gradients than the merged model gives them.
+
+        Weights that get none in the eager model are left out.
+        """
+        model = self.model
+        weights = {branch.weight_name: model.get_parameter(branch.weight_name) for branch in self.branches}
+        with quiet(), _frozen(model), _stand_ins(self.branches):  # with gradients
+            for branch in self.branches:
+                self._probe(branch)
+            with _trained(weights):
+                try:
+                    self._run(_merged(model, self.branches), backward=True)
+                except MemoryError:
+                    raise
+                except Exception as fault:  # as of a model that differentiates inside, and frees its graph in eval mode
+                    raise_of_handler(fault)
+                    log.info("%s itself has no gradients: %s", type(model).__name__, one_line(fault))
+                    return ()
+                given = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
+            expected = {
+                branch.weight_name: torch.autograd.grad(
+                    _scaled(branch, model), _factors(branch), given[branch.weight_name]
+                )
+                for branch in self.branches
+                if branch.weight_name in given
+            }
+            if not expected:
+                return ()
             try:
-                theirs = _backward(model, _merged(model, plain), args, kwargs)
+                self._run(None, backward=True)
             except MemoryError:
                 raise
-            except Exception as fault:  # as of a model that differentiates inside, and frees its graph in eval mode
-                raise_of_handler(fault)
-                log.info("%s itself has no gradients: %s", type(model).__name__, one_line(fault))
-                return ()
-            given = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
-        expected = {
-            branch.weight_name: torch.autograd.grad(_scaled(branch, model), _factors(branch), given[branch.weight_name])
-            for branch in plain
-            if theirs and branch.weight_name in given
-        }
-        if not expected:
-            return ()
-        try:
-            _backward(pieces, {}, args, kwargs)
-        except MemoryError:
-            raise
-        except Exception as fault:  # torch.utils.checkpoint raises where forward and backward compute differently
-            log.info("%s in pieces: backward raises %s", type(model).__name__, one_line(fault))
-            return tuple(expected)
-        narrow = COARSE if coarse else max(SUSPECT[weight.dtype] for weight in weights.values())
-        most = max(float(gradient.double().norm()) for pair in expected.values() for gradient in pair)
-        wrong: dict[str, None] = {}
-        for branch in plain:
-            for factor, right in zip(_factors(branch), expected.get(branch.weight_name, ()), strict=False):
-                gradient = torch.zeros_like(right) if factor.grad is None else factor.grad
-                if float((gradient - right).double().norm()) > narrow * (float(right.double().norm()) + FLOOR * most):
-                    wrong[branch.weight_name] = None
-    return tuple(wrong)
+            except Exception as fault:  # torch.utils.checkpoint raises where forward and backward compute differently
+                log.info("%s with graph breaks: backward raises %s", type(model).__name__, one_line(fault))
+                return tuple(expected)
+            narrow = COARSE if self.coarse else max(SUSPECT[weight.dtype] for weight in weights.values())
+            most = max(float(gradient.double().norm()) for pair in expected.values() for gradient in pair)
+            wrong: dict[str, None] = {}
+            for branch in self.branches:
+                for factor, right in zip(_factors(branch), expected.get(branch.weight_name, ()), strict=False):
+                    gradient = torch.zeros_like(right) if factor.grad is None else factor.grad
+                    far = float((gradient - right).double().norm())
+                    if far > narrow * (float(right.double().norm()) + FLOOR * most):
+                        wrong[branch.weight_name] = None
+        return tuple(wrong)
 
+    @property
+    def model(self) -> nn.Module:
+        """The user's own."""
+        return self.fallback.model
 
-def _coarse(branches: Sequence[Branch], model: nn.Module) -> bool:
-    """Whether one of the weights has few bits, or autocast computes with few."""
-    weights = [model.get_parameter(branch.weight_name) for branch in branches]
-    devices = {weight.device.type for weight in weights}
-    casts = any(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) for device in devices)
-    return casts or any(weight.dtype not in SUSPECT for weight in weights)
+    @cached_property
+    def coarse(self) -> bool:
+        """Whether one of the weights has few bits, or autocast computes with few."""
+        weights = [self.model.get_parameter(branch.weight_name) for branch in self.branches]
+        devices = {weight.device.type for weight in weights}
+        casts = any(torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) for device in devices)
+        return casts or any(weight.dtype not in SUSPECT for weight in weights)
+
+    def _probe(self, branch: Branch) -> None:
+        """Give a branch a delta of a share of its weight's size."""
+        weight = self.model.get_parameter(branch.weight_name)
+        values = torch.linspace(-1, 1, branch.lora_B.numel(), device=weight.device, dtype=branch.lora_B.dtype)
+        branch.lora_B.data = values.view_as(branch.lora_B).clone()
+        size, share = (branch.delta() * branch.scale).norm(), COARSE_PROBE if self.coarse else PROBE
+        if size > 0:
+            branch.lora_B.data = branch.lora_B.data * (share * weight.norm().to(size.dtype).clamp_min(1e-3) / size)
+        torch.clear_autocast_cache()  # it has casts of what the factor held
+
+    def _differ(self, branches: Sequence[Branch], trained: Collection[str], share: Mapping[torch.dtype, float]) -> bool:
+        """Whether the fallback with branches computes something else than the model with their deltas merged."""
+        merged = _merged(self.model, branches)
+        ours = self._run(None)
+        with requiring_grad(self.model, trained):  # as in training, which forward may ask for
+            theirs, again, base = (self._run(values) for values in (merged, merged, {}))
+        far, effect, repeated = (_distance(theirs, other) for other in (ours, base, again))
+        if repeated:
+            raise CaptureError(
+                f"{type(self.model).__name__} does not repeat its output under one seed (does it seed by the clock?), "
+                "so what its Python does with its weights cannot be checked; make it repeat itself, say by dropouts "
+                "of 0",
+                code="model-not-repeatable",
+            )
+        narrow = max((share.get(output.dtype, CERTAIN) for output in theirs), default=CERTAIN)
+        return far > narrow**2 * effect + 1e-30
+
+    def _run(self, values: Mapping[str, torch.Tensor] | None, backward: bool = False) -> list[torch.Tensor]:
+        """Run the model with these weights, or without any the fallback, once with one seed, leave buffers as they
+        were, and return the floating outputs; `backward` from a projection of these.
+        """
+        with isolation(self.model, self.args, self.kwargs, _holding(self.model, values or {})) as (inputs, named):
+            output = self.fallback.compute(inputs, named) if values is None else self.model(*inputs, **named)
+            tensors = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
+            outputs = [leaf for leaf in tensors if leaf.is_floating_point()]
+            roots = [output for output in outputs if output.requires_grad] if backward else []
+            if roots:
+                torch.autograd.backward(roots, [coefficients_of(root, index) for index, root in enumerate(roots)])
+        return [output.detach() for output in outputs]
 
 
 def _factors(branch: Branch) -> list[nn.Parameter]:
@@ -389,93 +495,8 @@ def _late_branches_untrained(undo: Undo, growing: Growing) -> None:
     undo(clear)
 
 
-def _backward(call: Any, values: Mapping[str, torch.Tensor], args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Run a model, or its pieces, forward with one seed and back from a projection of its outputs; whether it could."""
-    model = call.model if isinstance(call, Pieces) else call
-    with isolation(model, args, kwargs, _holding(model, values)) as (inputs, named):
-        output = call.compute(inputs, named) if isinstance(call, Pieces) else call(*inputs, **named)
-        tensors = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
-        roots = [output for output in tensors if output.is_floating_point() and output.requires_grad]
-        if roots:
-            torch.autograd.backward(roots, [coefficients_of(root, index) for index, root in enumerate(roots)])
-    return bool(roots)
-
-
-@torch.no_grad()
-def _used_outside(
-    pieces: Pieces, branches: Sequence[Branch], args: Any, kwargs: Mapping[str, Any], share: Mapping[torch.dtype, float]
-) -> list[str]:
-    """Return the weights whose delta does not come out of the pieces as it comes out of the merged eager model.
-
-    Groups that agree are not looked into; `share` of the merged effect is what a group may be off by.
-    """
-    trained = {name for name, parameter in pieces.model.named_parameters() if parameter.requires_grad}
-    trained |= {branch.weight_name for branch in branches}
-    guilty, coarse = [], _coarse(branches, pieces.model)
-    with _stand_ins(branches):
-        groups = [list(branches)]
-        while groups:
-            group = groups.pop()
-            for branch in branches:
-                branch.lora_B.data = torch.zeros_like(branch.lora_B)
-            torch.clear_autocast_cache()
-            for branch in group:
-                _probe(branch, pieces.model, coarse)
-            if not _differs(pieces, group, trained, args, kwargs, share):
-                continue
-            half = len(group) // 2
-            if half:
-                groups += [group[half:], group[:half]]
-            else:
-                guilty.append(group[0].weight_name)
-    return guilty
-
-
-def _probe(branch: Branch, model: nn.Module, coarse: bool) -> None:
-    weight = model.get_parameter(branch.weight_name)
-    values = torch.linspace(-1, 1, branch.lora_B.numel(), device=weight.device, dtype=branch.lora_B.dtype)
-    branch.lora_B.data = values.view_as(branch.lora_B).clone()
-    size, share = (branch.delta() * branch.scale).norm(), COARSE_PROBE if coarse else PROBE
-    if size > 0:
-        branch.lora_B.data = branch.lora_B.data * (share * weight.norm().to(size.dtype).clamp_min(1e-3) / size)
-    torch.clear_autocast_cache()  # it has casts of what the factor held
-
-
-def _differs(
-    pieces: Pieces,
-    branches: Sequence[Branch],
-    trained: Collection[str],
-    args: Any,
-    kwargs: Mapping[str, Any],
-    share: Mapping[torch.dtype, float],
-) -> bool:
-    """Whether the pieces with branches compute something else than the eager model with merged weights."""
-    model = pieces.model
-    merged = _merged(model, branches)
-    ours = _outputs(model, pieces, args, kwargs)
-    with requiring_grad(model, trained):  # as in training, which forward may ask for
-        theirs, again, base = (_outputs(model, call, args, kwargs) for call in (merged, merged, {}))
-    far, effect, spread = (_distance(theirs, other) for other in (ours, base, again))
-    if spread:
-        raise CaptureError(
-            f"{type(model).__name__} does not repeat its output under one seed (does it seed by the clock?), so what "
-            "its Python does with its weights cannot be checked; make it repeat itself, say by dropouts of 0",
-            code="model-not-repeatable",
-        )
-    narrow = max((share.get(output.dtype, CERTAIN) for output in theirs), default=CERTAIN)
-    return far > narrow**2 * effect + 1e-30
-
-
 def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
     """Return the squared distance of outputs; infinite where values decided over their shapes."""
     if [output.shape for output in some] != [output.shape for output in others]:
         return float("inf")
     return sum(float((one - other).double().square().sum()) for one, other in zip(some, others, strict=True))
-
-
-def _outputs(model: nn.Module, call: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Run once with one seed, leave buffers as they were, and return the floating outputs."""
-    with isolation(model, args, kwargs, _holding(model, {} if callable(call) else call)) as (inputs, named):
-        output = (call if callable(call) else model)(*inputs, **named)
-    tensors = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
-    return [leaf.detach() for leaf in tensors if leaf.is_floating_point()]

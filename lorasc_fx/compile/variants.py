@@ -39,7 +39,7 @@ the first Variants: the import of dynamo takes most of a second."""
 class Variant:
     """One adapted graph; `module` is called with a call's own arguments.
 
-    A `universal` one serves every signature (pieces choose their graphs themselves); `attach` gives it the
+    A `universal` one serves every signature (dynamo chooses the graphs of a fallback); `attach` gives it the
     callback for new sites of later calls and the source of the running plan, and `detach` restores the modules of the
     model. `placements` tells of each weight where its branch computes in this graph (`beside`, `merged`, `weight`), and
     `expected` how long a training step takes over that of the frozen model, None where that is not known.
@@ -161,14 +161,14 @@ class Variants:
                 return variant, len(known)
         raise StateError(
             "torch.fx traces a whole graph, and there is none for this mode and these settings yet: "
-            "call the cascade once in this mode (a model that runs in pieces has none)",
+            "call the cascade once in this mode (a model with graph breaks has none)",
             code="no-graph",
         )
 
     def add(self, call: Call, variant: Variant, training: bool) -> None:
         """Keep a variant, with the call and the mode that it was made for.
 
-        A universal one serves the calls of all pieces, and takes their place: it may change how modules hold their
+        A universal one serves all calls, and takes their place: it may change how modules hold their
         parameters, which dynamo would not trace.
         """
         if variant.universal:

@@ -61,7 +61,7 @@ class Entry:
         return self.end - self.begin
 
     def blocks(self, file: BinaryIO) -> Iterator[Buffer]:
-        """Yield the tensor's bytes in pieces, each valid until the next."""
+        """Yield the tensor's bytes in blocks, each valid until the next."""
         room = memoryview(bytearray(min(_BLOCK, self.size)))
         file.seek(self.begin)
         left = self.size

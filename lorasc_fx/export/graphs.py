@@ -52,7 +52,7 @@ def pt2(
 
     Raises:
         SpecError: another ending.
-        CaptureError: the model runs in pieces, or torch.export does not take its graph.
+        CaptureError: the model has graph breaks, or torch.export does not take its graph.
         CheckpointError: the path cannot be written.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
@@ -93,7 +93,7 @@ def onnx(
     Raises:
         MissingExtra: onnx or onnxscript is not installed.
         SpecError: another ending.
-        CaptureError: the model runs in pieces, or has an operator that torch.onnx does not know.
+        CaptureError: the model has graph breaks, or has an operator that torch.onnx does not know.
         CheckpointError: the path cannot be written.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
@@ -141,7 +141,7 @@ def program(
     """Return the graph of eval mode as an ExportedProgram of torch; see `pt2`.
 
     Raises:
-        CaptureError: the model runs in pieces, or torch.export does not take its graph.
+        CaptureError: the model has graph breaks, or torch.export does not take its graph.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
     cascade._run.check_ready(call)

@@ -157,7 +157,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     graphs = {id(variant): variant.module for variant in variants if isinstance(variant.module, fx.GraphModule)}
     if len(graphs) < len(variants):
         raise StateError(
-            "shard: the model runs in pieces, with Python in between, and only a whole graph can be cut into blocks; "
+            "shard: the model has graph breaks, and only a whole graph can be cut into blocks; "
             "adapt it by another front end",
             code="no-whole-graph",
         )

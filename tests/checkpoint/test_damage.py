@@ -323,6 +323,11 @@ def test_another_layout_of_the_manifest_is_not_damage(version: Path) -> None:
     assert lx.load(version.parent, Small(), args=(X,)).stage == 3
 
 
+def test_the_front_end_by_its_name_of_before(version: Path) -> None:
+    forge(version, lambda manifest: manifest.update(frontend="pieces"))
+    assert lx.load(version.parent, Small(), args=(X,)).frontend == "graph-breaks"
+
+
 KEYS = ("plan", "files", "base", "frontend", "slow", "trained", "parked", "rng", "extra")
 MANIFESTS: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
     "plain": [

@@ -170,7 +170,7 @@ def test_what_forward_moves_is_state(build: type[nn.Module], monkeypatch: pytest
     torch.manual_seed(1)
     base = build()
     model = deepcopy(base)
-    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=1), frontend="pieces")
+    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     for _ in range(2):
         cascade(x).square().sum().backward()

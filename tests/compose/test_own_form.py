@@ -94,7 +94,7 @@ def merged(cascade: lx.Cascade) -> dict[str, Tensor]:
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "pieces"])
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
 def test_its_weight_is_a_site(frontend: str) -> None:
     cascade = adapted(frontend)
     assert {site.weight: site.form for site in cascade.sites} == {
@@ -103,7 +103,7 @@ def test_its_weight_is_a_site(frontend: str) -> None:
         "2.weight": "",
     }
     assert cascade.refusals == ()
-    if frontend != "pieces":
+    if frontend != "graph-breaks":
         assert cascade.placements == {"0.weight": "weight", "1.kernel": "beside", "2.weight": "beside"}
     values = merged(cascade)
     output = cascade(X)
@@ -309,7 +309,7 @@ class Between(Skewed):
         (Halved, "export", "weight", 0.5),
         (Packet, "symbolic", "beside", 1.0),
         (Packet, "export", "beside", 1.0),
-        (Between, "pieces", "weight", 1.0),
+        (Between, "graph-breaks", "weight", 1.0),
     ],
 )
 def test_spellings(layer: type[Skewed], frontend: str, placement: str, share: float) -> None:

@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tupl
     ),
     "scalar": ({}, lambda: Scaled(torch.tensor(2.0)), ("not-shardable", "model.gain")),
     "layout": ({}, lambda: Scaled(torch.ones(2, 3).t()), ("not-shardable", "model.gain", "contiguous")),
-    "pieces": (
+    "graph-breaks": (
         {},
         Breaks,
         ("no-whole-graph",),

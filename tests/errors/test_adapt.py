@@ -108,7 +108,7 @@ class Odd(nn.Module):
         ("export", "torch.ops.aten.add.Tensor"),
         ("dynamo", "torch.ops.aten.add.Tensor"),
         ("symbolic", "_operator.add"),
-        ("pieces", "_operator.add"),
+        ("graph-breaks", "_operator.add"),
     ],
 )
 def test_no_sites_by_the_model(frontend: str, node: str) -> None:
@@ -123,7 +123,7 @@ def test_no_sites_tells_what_is_unreached() -> None:
     assert isinstance(caught.value, lx.SpecError)
 
 
-@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "pieces"])
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
 def test_weights_that_are_multiplied_entry_by_entry_or_complex(frontend: str) -> None:
     """What is told of them is so: both multiply, and both have gradients."""
 
@@ -264,7 +264,7 @@ def test_a_model_that_no_front_end_takes() -> None:
     Once.calls.clear()
     reasons = (
         "\n  export: ValueError: once is enough\n  dynamo: Unsupported: Observed exception\n"
-        "  symbolic: ValueError: once is enough\n  pieces: ValueError: once is enough"
+        "  symbolic: ValueError: once is enough\n  graph-breaks: ValueError: once is enough"
     )
     refuse(lx.CaptureError, ("not-captured", "Once", reasons), Once())
 
@@ -283,21 +283,21 @@ class Counter(Frozen):
 
 @pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic"])
 def test_state_in_python_is_no_graphs(frontend: str) -> None:
-    """Refused by whole graphs; in pieces it counts on, and the counter is as it was before adapt."""
+    """Refused by whole graphs; with graph breaks it counts on, and the counter is as it was before adapt."""
     expected = ("not-captured", "Counter", f"\n  {frontend}: RuntimeError: ", "attribute calls")
     refuse(lx.CaptureError, expected, Counter(), frontend=frontend)
     model = Counter()
     cascade = lx.adapt(model, args=(X,))
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     assert model.calls == 0
     for count in range(1, 80):
         assert torch.equal(cascade(X), model.one(X) * count)
         assert model.calls == count
 
 
-def test_a_model_that_no_single_graph_holds_is_taken_in_pieces() -> None:
+def test_a_model_that_no_single_graph_holds_has_graph_breaks() -> None:
     cascade = lx.adapt(Branchy(), args=(X,))
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     refused = dict(cascade.refused_frontends)
     assert list(refused) == ["export", "dynamo", "symbolic"]
     assert refused["export"].startswith("GuardOnDataDependentSymNode: Could not guard on data-dependent")
@@ -322,7 +322,7 @@ class Uncopied(Branchy):
 def test_a_model_that_cannot_be_copied_still_gets_the_front_ends_reasons() -> None:
     with raises(lx.CaptureError, "not-captured", "Uncopied", "Guard"):
         lx.adapt(Uncopied(), args=(X,), frontend="export")
-    assert lx.adapt(Uncopied(), args=(X,)).frontend == "pieces"
+    assert lx.adapt(Uncopied(), args=(X,)).frontend == "graph-breaks"
 
 
 class Dice(Branchy):
@@ -337,14 +337,14 @@ def test_a_model_that_draws_leaves_the_generators_alone(frontend: str) -> None:
     refuse(lx.CaptureError, ("not-captured", "Dice", frontend), Dice(), frontend=frontend)
 
 
-@pytest.mark.parametrize("frontend", ["auto", "pieces"])
-def test_pieces_leave_generators_and_buffers_alone(frontend: str) -> None:
+@pytest.mark.parametrize("frontend", ["auto", "graph-breaks"])
+def test_the_fallback_leaves_generators_and_buffers_alone(frontend: str) -> None:
     model = Dice().eval()
     model.norm.train()
     buffers = {name: (id(buffer), buffer.clone()) for name, buffer in model.named_buffers()}
     random.seed(5)
     states = random.getstate(), torch.get_rng_state()
-    assert lx.adapt(model, args=(X,), frontend=frontend).frontend == "pieces"
+    assert lx.adapt(model, args=(X,), frontend=frontend).frontend == "graph-breaks"
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
     for name, buffer in model.named_buffers():

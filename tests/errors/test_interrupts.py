@@ -144,7 +144,7 @@ def half(_: Path) -> Call:
 
 
 class Normed(nn.Module):
-    """A batch norm, dropout, and a branch in Python for `pieces`."""
+    """A batch norm, dropout, and a branch in Python for `graph-breaks`."""
 
     def __init__(self, breaks: bool = False) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Normed(nn.Module):
 
 def capture_by(name: str) -> Callable[[Path], Call]:
     def captured(_: Path) -> Call:
-        model = Normed(breaks=name == "pieces")
+        model = Normed(breaks=name == "graph-breaks")
         return lambda: capture(model, (inputs(4, 5),), {}, name), (model,)
 
     captured.__name__ = f"capture_{name}"
@@ -205,10 +205,10 @@ CHANGE = (
     load,
     late_site,
 )
-NEUTRAL = (weights, weights_and_statistics, *map(capture_by, ("export", "symbolic", "pieces")))
+NEUTRAL = (weights, weights_and_statistics, *map(capture_by, ("export", "symbolic", "graph-breaks")))
 """Calls that leave everything as it was, also where they go through."""
 CALLS: dict[str, Callable[[Path], Call]] = {each.__name__: each for each in (*CHANGE, *NEUTRAL)}
-LONG = {"load", "late_site", "adapt", "adapt_untied", "capture_export", "capture_pieces"}
+LONG = {"load", "late_site", "adapt", "adapt_untied", "capture_export", "capture_graph-breaks"}
 """Calls that take long: fewer lines are tried."""
 
 

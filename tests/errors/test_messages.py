@@ -135,11 +135,11 @@ def test_a_manifest_that_was_forged(
         lx.load(tmp_path, model, (inputs(2, 5),))
 
 
-# ---- pieces
+# ---- graph breaks
 
 
 def test_a_weight_that_nothing_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is known that hides a weight so well: the check is told that it saw one."""
     monkeypatch.setattr(*SEAMS["outside use"], lambda *_: ["0.weight"])
     with raises(lx.CaptureError, "hidden-weight-use", "Sequential", "0.weight"):
-        lx.adapt(mlp(), (inputs(2, 5),), spec=lx.CascadeSpec(rank=2), frontend="pieces")
+        lx.adapt(mlp(), (inputs(2, 5),), spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")

@@ -20,7 +20,7 @@ from lorasc_fx.plan import Reason
 from tests.forms.compare import assert_buffers, assert_same, loss_of, quietly, seed
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, seed=3)
-NAMED = ("export", "dynamo", "symbolic", "pieces")
+NAMED = ("export", "dynamo", "symbolic", "graph-breaks")
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -34,14 +34,14 @@ def test_auto(case: Case) -> None:
 def pairs() -> list[Any]:
     """Every row under every front end.
 
-    Among the slow tests: dynamo, which mostly repeats export; and pieces of rows that are one graph of dynamo, which
-    mostly repeat dynamo. Each fifth of these stays.
+    Among the slow tests: dynamo, which mostly repeats export; and the fallback of rows that are one
+    graph of dynamo, which mostly repeat dynamo. Each fifth of these stays.
     """
     found = []
     for index, case in enumerate(EVERY):
-        whole = "dynamo" not in case.refuses and case.taken_by != "pieces"
+        whole = "dynamo" not in case.refuses and case.taken_by != "graph-breaks"
         for name in NAMED:
-            slow = name == "dynamo" or (name == "pieces" and whole and index % 5 != 0)
+            slow = name == "dynamo" or (name == "graph-breaks" and whole and index % 5 != 0)
             found.append(pytest.param(case, name, id=f"{name}-{case.name}", marks=[pytest.mark.slow] if slow else []))
     return found
 

@@ -18,7 +18,7 @@ from tests.forms.compare import assert_same, loss_of, quietly, seed
 from tests.forms.kit import SPEC, by_formula, randomize, run
 from tests.kit.errors import raises
 
-FRONTENDS = pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "pieces"])
+FRONTENDS = pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
@@ -48,7 +48,7 @@ def batch(dtype: torch.dtype = torch.float64, size: int = 3, length: int = 5) ->
     return (x.to(dtype), ids), {}
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic", "pieces"])
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "graph-breaks"])
 @pytest.mark.parametrize(("first", "then"), [("float32", "float64"), ("float32", "bfloat16"), ("float64", "float32")])
 def test_another_dtype(frontend: str, first: str, then: str) -> None:
     """cascade.to(dtype) computes as the eager model in that dtype, and its branches as the formula there."""
@@ -72,7 +72,7 @@ def test_another_dtype(frontend: str, first: str, then: str) -> None:
     assert cascade.release().head.weight.dtype == new
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic", "pieces"])
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "graph-breaks"])
 @pytest.mark.parametrize("around", [True, False], ids=["all_in_autocast", "calls_in_autocast"])
 def test_autocast(frontend: str, around: bool) -> None:
     """Under autocast the outputs are the eager model's, bit for bit; with branches, to the precision of bf16."""
@@ -167,7 +167,7 @@ CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] =
 }
 
 
-@pytest.mark.parametrize("frontend", ["auto", "pieces"])
+@pytest.mark.parametrize("frontend", ["auto", "graph-breaks"])
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_containers_of_inputs(name: str, frontend: str) -> None:
     make, take = CONTAINERS[name]
@@ -201,7 +201,7 @@ class Cached(nn.Module):
         return self.head(x), grown
 
 
-@pytest.mark.parametrize("frontend", ["auto", "symbolic", "pieces"])
+@pytest.mark.parametrize("frontend", ["auto", "symbolic", "graph-breaks"])
 def test_a_cache_of_the_users_own(frontend: str) -> None:
     """A step with the cache of the steps before is the eager model's, with branches."""
     seed(0)
@@ -233,7 +233,7 @@ class Recomputed(nn.Module):
         return self.head(x + checkpoint(self.block, x, use_reentrant=self.reentrant))
 
 
-@pytest.mark.parametrize("frontend", ["auto", "export", "dynamo", "pieces"])
+@pytest.mark.parametrize("frontend", ["auto", "export", "dynamo", "graph-breaks"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(frontend: str, reentrant: bool) -> None:
     """Outputs and gradients are those without it, dropout drawn the same when it is computed again."""

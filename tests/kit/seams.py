@@ -24,7 +24,7 @@ _MODULES = sys.modules  # `lorasc_fx.adapt` is the function, to a path by attrib
 
 SEAMS: dict[str, tuple[Any, str]] = {
     "capture": (compiler, "capture"),
-    "outside use": (_MODULES["lorasc_fx.compile.graph_breaks"], "_used_outside"),
+    "outside use": (_MODULES["lorasc_fx.compile.graph_breaks"].Comparison, "hidden"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints
     "write tensors": (checkpoint_write, "save_file"),
@@ -54,7 +54,7 @@ LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "block of a sum": ((products, "BLOCK"),),
     "entries kept of each stage": ((model, "AFFORDABLE"),),
     "changes of a setting": ((variants, "OFTEN"),),
-    "captures of pieces": ((graph_breaks, "LIMIT"),),
+    "captures of the fallback": ((graph_breaks, "LIMIT"),),
 }
 
 

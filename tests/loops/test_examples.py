@@ -38,7 +38,7 @@ def test_fabric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "stage 3: loss" in capsys.readouterr().out
 
 
-def test_a_model_in_pieces_beside_fabric() -> None:
+def test_a_model_with_graph_breaks_beside_fabric() -> None:
     """Its import wraps torch.compile, whose keywords it copies onto the model; ours are no affair of a model."""
     import lightning_fabric
 
@@ -53,6 +53,6 @@ def test_a_model_in_pieces_beside_fabric() -> None:
     assert hasattr(torch.compile, "__wrapped__"), lightning_fabric
     model = Branching()
     cascade = lx.adapt(model, args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     assert "_compile_kwargs" not in vars(model)
     assert torch.equal(cascade(-torch.ones(2, 4)), model.inner(torch.ones(2, 4)))

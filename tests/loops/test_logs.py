@@ -89,7 +89,7 @@ def test_a_front_end_that_refuses_is_told(caplog: pytest.LogCaptureFixture) -> N
     caplog.set_level(logging.INFO, logger="lorasc_fx")
     lx.adapt(Branching(), args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
     assert re.search(r"Branching not captured by export, in \d+\.\d\d s: .+", caplog.text)
-    assert re.search(r"Branching captured by pieces, in \d+\.\d\d s", caplog.text)
+    assert re.search(r"Branching captured by graph-breaks, in \d+\.\d\d s", caplog.text)
 
 
 def test_a_move_to_where_it_is_keeps_the_graphs(caplog: pytest.LogCaptureFixture) -> None:

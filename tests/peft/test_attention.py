@@ -101,11 +101,11 @@ def test_the_linears_in_train_mode() -> None:
     [
         ("auto", ("self_attn", "linear1", "linear2")),
         ("dynamo", ("linear1", "linear2")),
-        ("pieces", ("linear1", "linear2")),
+        ("graph-breaks", ("linear1", "linear2")),
     ],
 )
 def test_the_fast_path_is_off_here(frontend: str, targets: tuple[str, ...]) -> None:
-    """Export takes no fast path; dynamo would, and so would a model that runs in pieces."""
+    """Export takes no fast path; dynamo would, and so would a model with graph breaks."""
     assert_ours_is_right(layers(*targets), frontend)
 
 

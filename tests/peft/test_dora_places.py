@@ -93,7 +93,7 @@ def test_a_later_use_without_a_place_for_magnitudes() -> None:
 
 
 class Broken(nn.Module):
-    """Decides on its values in Python, so that it runs in pieces."""
+    """Decides on its values in Python, so that its graph breaks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,10 +104,10 @@ class Broken(nn.Module):
         return y if y.sum() > 0 else y * 2
 
 
-def test_pieces_are_refused() -> None:
+def test_graph_breaks_are_refused() -> None:
     model, x = Broken().double(), batches(1, 4, 5)[0]
     with raises(lx.SpecError, "dora-not-supported", "use_dora", "Broken", "lin.weight"):
-        adapted(model, x, "pieces")
+        adapted(model, x, "graph-breaks")
     assert all(value.requires_grad for value in model.parameters())
 
 

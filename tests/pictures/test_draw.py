@@ -102,16 +102,16 @@ def test_the_picture_has_a_name_and_unique_ids_and_reads_nothing_from_outside(tm
     assert "var(" not in (tmp_path / "graph.svg").read_text()  # a viewer of files need not know CSS variables
 
 
-def test_pieces_are_drawn_side_by_side(tmp_path: Path) -> None:
+def test_graph_breaks_are_drawn_side_by_side(tmp_path: Path) -> None:
     class Broken(Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = super().forward(x)
             torch._dynamo.graph_break()
             return torch.tanh(self.out(torch.tanh(self.q(x))))
 
-    cascade = lx.adapt(Broken(), X, spec=lx.CascadeSpec(rank=2, placement="beside"), frontend="pieces")
+    cascade = lx.adapt(Broken(), X, spec=lx.CascadeSpec(rank=2, placement="beside"), frontend="graph-breaks")
     shown = texts(cascade.draw(tmp_path / "graph.svg", ["q"], 0))
-    assert shown.count("branch, rank 2, beside the op") == shown.count("q.weight") == 2  # one in each piece
+    assert shown.count("branch, rank 2, beside the op") == shown.count("q.weight") == 2  # one in each subgraph
 
 
 @pytest.mark.parametrize(

@@ -283,9 +283,9 @@ def test_models_that_need_their_numbers() -> None:
     with raises(lx.CaptureError, "meta-constant", "factor"):
         lx.adapt(Case(Keeps, {}).on_meta(), args=(X,))
     with pytest.raises(lx.CaptureError) as raised:
-        lx.adapt(MLP.on_meta(), args=(X,), frontend="pieces")
+        lx.adapt(MLP.on_meta(), args=(X,), frontend="graph-breaks")
     assert str(raised.value).endswith(
-        "pieces: RuntimeError: is tried by values, and the model is on the meta device, or sharded: give it its "
+        "graph-breaks: RuntimeError: is tried by values, and the model is on the meta device, or sharded: give it its "
         "weights first"
     )
 

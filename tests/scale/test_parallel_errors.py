@@ -111,9 +111,9 @@ def test_graphs_that_do_not_run_in_parts(mesh: DeviceMesh) -> None:
     symbolic = lx.adapt(Mlp().double().eval(), args=(X,), spec=WORKS["mlp"].spec, frontend="symbolic")
     with unchanged(symbolic), raises(lx.StateError, "graph-has-modules"):
         tensor_parallel.parallelize(symbolic, mesh, PLAN)
-    pieces = lx.adapt(Mlp().double().eval(), args=(X,), spec=WORKS["mlp"].spec, frontend="pieces")
-    with unchanged(pieces), raises(lx.StateError, "no-whole-graph"):
-        tensor_parallel.parallelize(pieces, mesh, PLAN)
+    broken = lx.adapt(Mlp().double().eval(), args=(X,), spec=WORKS["mlp"].spec, frontend="graph-breaks")
+    with unchanged(broken), raises(lx.StateError, "no-whole-graph"):
+        tensor_parallel.parallelize(broken, mesh, PLAN)
 
 
 @pytest.fixture

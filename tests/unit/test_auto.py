@@ -1,4 +1,4 @@
-"""`auto` takes pieces rather than a symbolic graph that calls a module with weights whole."""
+"""`auto` takes the graph-break fallback rather than a symbolic graph that calls a module with weights whole."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def build(kind: Callable[[], nn.Module]) -> nn.Module:
         (Mixed, ("mid.weight",), lx.plan.Reason.MIXED_USES),
     ],
 )
-def test_pieces_before_a_graph_that_hides_weights(
+def test_graph_breaks_before_a_graph_that_hides_weights(
     kind: type[nn.Module], hidden: tuple[str, ...], reason: lx.plan.Reason
 ) -> None:
     if kind is Alone:
@@ -104,7 +104,7 @@ def test_pieces_before_a_graph_that_hides_weights(
 
     model = build(kind)
     cascade = lx.adapt(model, (X,), spec=SPEC)
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     assert [name for name, _ in cascade.refused_frontends] == ["export", "dynamo", "symbolic"]
     told = cascade.refused_frontends[-1][1]
     assert any(weight in told for weight in hidden)
@@ -140,9 +140,9 @@ def test_what_the_spec_refuses_is_not_hidden() -> None:
     assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
 
 
-def test_where_pieces_refuse_the_symbolic_graph_stays() -> None:
+def test_where_the_fallback_refuses_the_symbolic_graph_stays() -> None:
     with raises(lx.CaptureError, "model-not-repeatable", "Clock"):
-        lx.adapt(build(Clock), (X,), spec=SPEC, frontend="pieces")
+        lx.adapt(build(Clock), (X,), spec=SPEC, frontend="graph-breaks")
     cascade = lx.adapt(build(Clock), (X,), spec=SPEC)
     assert cascade.frontend == "symbolic"
     assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}

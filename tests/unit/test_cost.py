@@ -532,7 +532,7 @@ def test_a_small_model_is_adapted_without_a_measurement(cache: Path, measurement
     assert not cache.exists()
 
 
-def test_pieces_are_expected_together(cache: Path) -> None:
+def test_graphs_of_the_fallback_are_expected_together(cache: Path) -> None:
     cache.parent.mkdir()
     held = {measure.key_of(CPU, torch.float32): EVEN.to_json()}
     cache.write_text(json.dumps({"format": 1, "rates": held}), encoding="utf-8")
@@ -540,9 +540,9 @@ def test_pieces_are_expected_together(cache: Path) -> None:
     args = (torch.zeros(1024, 512),)
     whole = lx.adapt(model, args, spec=lx.CascadeSpec())
     told = (whole.placements, whole.expected_step_ratio)
-    pieces = lx.adapt(whole.release(), args, spec=lx.CascadeSpec(), frontend="pieces")
+    broken = lx.adapt(whole.release(), args, spec=lx.CascadeSpec(), frontend="graph-breaks")
     assert told[1] is not None
-    assert (pieces.placements, pieces.expected_step_ratio) == (told[0], pytest.approx(told[1], rel=1e-12))
+    assert (broken.placements, broken.expected_step_ratio) == (told[0], pytest.approx(told[1], rel=1e-12))
 
 
 def test_nothing_is_expected_of_a_graph_without_sizes() -> None:

@@ -217,10 +217,10 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     with raises(lx.errors.MissingExtra, "missing-extra"):
         lx.export.onnx(cascade, tmp_path / "model.onnx")
     x = torch.randn(2, 3)
-    pieces = lx.adapt(Branching(), (x,), spec=lx.CascadeSpec(rank=1), frontend="pieces")
+    broken = lx.adapt(Branching(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
     for folded in (True, False):
         with raises(lx.CaptureError, "no-whole-graph"):
-            lx.export.pt2(pieces, tmp_path / "model.pt2", folded=folded)
+            lx.export.pt2(broken, tmp_path / "model.pt2", folded=folded)
     cascade.release()
     with raises(lx.StateError, "released", "export.pt2"):
         lx.export.pt2(cascade, tmp_path / "model.pt2")

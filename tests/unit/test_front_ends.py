@@ -19,7 +19,7 @@ import lorasc_fx as lx
 from tests.kit.errors import raises
 from tests.unit.cases import batches, branches, loss_of, randomize
 
-NAMES = ("export", "dynamo", "symbolic", "pieces")
+NAMES = ("export", "dynamo", "symbolic", "graph-breaks")
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 
 
@@ -72,7 +72,7 @@ def test_auto_tells_why_the_earlier_ones_refused() -> None:
     first = lx.adapt(net(), x)
     assert (first.frontend, first.refused_frontends) == ("export", ())
     last = lx.adapt(net(Steps), x)
-    assert last.frontend == "pieces"
+    assert last.frontend == "graph-breaks"
     assert [name for name, _ in last.refused_frontends] == ["export", "dynamo", "symbolic"]
     assert all(reason and "\n" not in reason for _, reason in last.refused_frontends)
 
@@ -88,7 +88,7 @@ def test_a_named_one_that_refuses_is_no_reason_to_try_others(name: str, kind: ty
     shape = (4, 2, 5) if kind is Unrolled else (4, 5)
     with raises(lx.CaptureError, "not-captured", kind.__name__, name):
         lx.adapt(net(kind), batches(1, *shape), frontend=name)
-    assert lx.adapt(net(kind), batches(1, *shape)).frontend == ("export" if kind is Unrolled else "pieces")
+    assert lx.adapt(net(kind), batches(1, *shape)).frontend == ("export" if kind is Unrolled else "graph-breaks")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,7 +136,7 @@ class Recomputed(nn.Module):
         return self.head(x + (self.body(x) if self.kept else checkpoint.checkpoint(self.body, x, use_reentrant=False)))
 
 
-@pytest.mark.parametrize("name", ["auto", "pieces"])
+@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
 def test_gradient_checkpointing_by_torch(name: str) -> None:
     torch.manual_seed(4)
     model = Recomputed().double().train()
@@ -210,7 +210,7 @@ ATTENTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ["auto", "export", "pieces"])
+@pytest.mark.parametrize("name", ["auto", "export", "graph-breaks"])
 @pytest.mark.parametrize("which", ATTENTIONS)
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_attention_trains_in_eval_mode(which: str, name: str) -> None:
@@ -259,7 +259,7 @@ def assert_same_outputs(found: Any, expected: Any, close: float = 0.0) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["auto", "pieces"])
+@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
 def test_llama(name: str) -> None:
     """Modes, labels, sizes, padding, autocast, checkpointing and a cache."""
     model = llama()
@@ -298,7 +298,7 @@ def test_llama(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["auto", "pieces"])
+@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
 def test_llama_with_gradient_checkpointing(name: str) -> None:
     model = llama().double()
     eager = copy.deepcopy(model).requires_grad_(False).train()
@@ -372,7 +372,7 @@ def test_a_state_that_cannot_be_taken_apart_is_one_leaf() -> None:
     with pytest.raises(RuntimeError, match="should be applied to another Memory"):
         pytree.tree_leaves(model(x))
     cascade = lx.adapt(model, (x,), spec=SPEC)
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     randomize(cascade)
     found, memory = cascade(x)
     assert type(memory) is Memory

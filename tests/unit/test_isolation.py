@@ -87,7 +87,7 @@ def everything(model: Busy) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("make", [Busy, Follows, Replaces])
-@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "pieces"])
+@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "graph-breaks"])
 def test_nothing_is_left_behind(make: type[Busy], frontend: str) -> None:
     """Whether it is adapted or refused; and calls afterwards are those of a model that was never touched."""
     model, twin, ids = build(make), build(make), torch.tensor([1, 4, 8, 2, 2, 3])
@@ -123,7 +123,7 @@ class Counts(nn.Module):
         return self.layer(x) * self.calls
 
 
-@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic", "pieces"])
+@pytest.mark.parametrize("frontend", ["auto", "export", "symbolic", "graph-breaks"])
 def test_tensors_and_objects_among_attributes(frontend: str) -> None:
     """They are what they were, and a graph is taken only where it writes what the model writes, at each call."""
     model, twin, x = build(Counts), build(Counts), torch.randn(4, 5).double()

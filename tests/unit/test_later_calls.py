@@ -42,7 +42,7 @@ class Remembers(nn.Module):
 def test_what_forward_writes_into_an_argument_is_written() -> None:
     x, state = torch.randn(4, 5), dict[str, torch.Tensor]()
     cascade = lx.adapt(Remembers(), (x, {}))
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     found = cascade(x, state)
     assert torch.equal(state["last"], found)
     with raises(lx.CaptureError, "not-captured", "an argument after the call"):
@@ -157,9 +157,9 @@ USUAL = ("dict", "dataclass", "tensor", "hook")
     ("frontend", "names"),
     [
         ("export", USUAL),
-        ("pieces", USUAL),
+        ("graph-breaks", USUAL),
         ("symbolic", tuple(CHANGES)),
-        *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "dynamo", "pieces")),
+        *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "dynamo", "graph-breaks")),
     ],
 )
 def test_state_that_the_user_changes_counts(
@@ -175,7 +175,7 @@ def test_state_that_the_user_changes_counts(
         expected = model(x)
         assert torch.allclose(cascade(x), expected, atol=1e-12), name
         assert cascade(x).dtype == expected.dtype, name
-    if frontend != "pieces":
+    if frontend != "graph-breaks":
         count = variant_count(cascade)
         model.settings, model.steps, model.options = copy.deepcopy((model.settings, model.steps, model.options))
         assert torch.allclose(cascade(x), model(x), atol=1e-12)
@@ -302,7 +302,7 @@ class Estimated(nn.Module):
 def test_a_function_that_a_later_mode_brings_keeps_its_backward() -> None:
     model, x = Estimated().double().eval(), torch.randn(6, 5, dtype=torch.float64)
     cascade = lx.adapt(model, (x,), spec=SPEC)
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     cascade.train()
     cascade(x).sum().backward()
     twin = Estimated().double().train()
@@ -356,7 +356,7 @@ class Installs(nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("frontend", ["export", "pieces"])
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
 def test_hooks_that_a_first_call_installs_are_there_once(frontend: str) -> None:
     model, x = Installs(), torch.randn(4, 5)
     expected = 2 * model.layer(x)

@@ -105,14 +105,14 @@ class RoundsWeights(Net):
 
 
 @pytest.mark.parametrize("make", [Rounds, RoundsWeights])
-@pytest.mark.parametrize("frontend", [*GRAPHS, "auto", "pieces"])
+@pytest.mark.parametrize("frontend", [*GRAPHS, "auto", "graph-breaks"])
 def test_a_function_keeps_its_own_backward(make: type[Net], frontend: str) -> None:
     reason = "RuntimeError: the model uses the autograd.Function Steep, whose backward a traced graph does not keep"
     if frontend in GRAPHS:
         refuse(make, frontend, reason)
         return
     cascade = lx.adapt(build(make), (X[0],), spec=SPEC, frontend=frontend)
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     assert cascade.refused_frontends == (tuple((name, reason) for name in GRAPHS) if frontend == "auto" else ())
     assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
     assert_goes_as_eager(make, cascade)
@@ -157,7 +157,7 @@ def test_state_in_python(make: type[Counts]) -> None:
     kept = model.kept
     before = list(kept) if isinstance(kept, list) else kept
     cascade = lx.adapt(model, (X[0],), spec=SPEC)
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     assert model.kept is kept
     assert before is kept or before == kept
     assert_goes_as_eager(make, cascade)
@@ -176,7 +176,7 @@ class Caches(Net):
         return x * self.scale
 
 
-@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "pieces"])
+@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "graph-breaks"])
 def test_what_only_a_first_call_sets_is_no_state(frontend: str) -> None:
     model = build(Caches)
     cascade = lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
@@ -204,7 +204,7 @@ def test_a_buffer_of_another_shape() -> None:
     model = build(Grows)
     buffer, value = model.seen, model.seen.clone()
     cascade = lx.adapt(model, (X[0],), spec=SPEC)
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     assert model.seen is buffer
     assert torch.equal(model.seen, value)
     assert_goes_as_eager(Grows, cascade)
@@ -237,7 +237,7 @@ class Ordered(Net):
 def test_the_type_of_an_output() -> None:
     sentence = "Disagreement: its graph does something else than the model: an output has other types, ('dict'"
     refuse(Ordered, "symbolic", sentence)
-    for frontend in ("auto", "export", "pieces"):
+    for frontend in ("auto", "export", "graph-breaks"):
         assert_goes_as_eager(Ordered, lx.adapt(build(Ordered), (X[0],), spec=SPEC, frontend=frontend))
 
 
@@ -292,7 +292,7 @@ def test_draws_in_python(draw: Callable[[], float]) -> None:
     before = random.getstate(), str(np.random.get_state())
     cascade = lx.adapt(build(lambda: Draws(draw)), (X[0],), spec=SPEC)
     assert (random.getstate(), str(np.random.get_state())) == before
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     assert_goes_as_eager(lambda: Draws(draw), cascade)
 
 
@@ -362,17 +362,17 @@ def test_a_tensor_hook_is_kept() -> None:
             assert "the gradient of body.weight is off by 2.0e+00 of its scale" in str(caught.value)
             assert str(caught.value).endswith("the first module that differs is body (Linear)")
     cascade = lx.adapt(build(Reverses), (X[0],), spec=SPEC)
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     assert_goes_as_eager(Reverses, cascade)
 
 
-@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "pieces"])
+@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "graph-breaks"])
 def test_a_tensor_hook_of_a_later_mode_is_kept(breaks: bool) -> None:
     def make() -> nn.Module:
         return Reverses(always=False, breaks=breaks)
 
     cascade = lx.adapt(build(make).eval(), (X[0],), spec=SPEC)
-    assert cascade.frontend == ("pieces" if breaks else "export")
+    assert cascade.frontend == ("graph-breaks" if breaks else "export")
     assert_goes_as_eager(make, cascade)
     assert_goes_as_eager(make, cascade.train())
 
@@ -384,7 +384,7 @@ class Asks(Net):
         return x * 2 if x.requires_grad else x
 
 
-@pytest.mark.parametrize("frontend", ["export", "pieces"])
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
 def test_requires_grad_is_that_of_training(frontend: str) -> None:
     cascade = lx.adapt(build(Asks), (X[0],), spec=SPEC, frontend=frontend)
     assert_goes_as_eager(Asks, cascade)

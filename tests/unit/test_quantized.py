@@ -86,7 +86,7 @@ def plain(values: dict[str, torch.Tensor]) -> nn.Module:
 
 
 @BOTH
-@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "pieces"])
+@pytest.mark.parametrize("frontend", ["export", "dynamo", "symbolic", "graph-breaks"])
 def test_branches_train_beside_quantized_weights(width: str, frontend: str) -> None:
     model = net(width)
     eager, before = copy.deepcopy(model), dict(model.named_parameters())
@@ -193,7 +193,7 @@ def test_numbers_that_are_read_in_another_way_are_refused() -> None:
     torch.manual_seed(3)
     model = Odd().eval()
     quantize(model, "int8")
-    cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend="pieces")
+    cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend="graph-breaks")
     refused = {each.weight: each.reason for each in cascade.refusals}
     assert refused == {"up.weight": lx.plan.Reason.QUANTIZED}
     assert {site.weight for site in cascade.sites} == {"down.weight", "head.weight"}

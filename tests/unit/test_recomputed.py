@@ -210,7 +210,7 @@ def test_what_backward_runs_again_computes_with_the_branches(name: str) -> None:
     """In two steps and in a call of the cascade inside another's backward; a call of the model itself stays without."""
     model = model_of(name)
     original = copy.deepcopy(model)
-    cascade = lx.adapt(model, (X,), spec=SPEC, frontend="pieces" if name == "Hooked" else "auto")
+    cascade = lx.adapt(model, (X,), spec=SPEC, frontend="graph-breaks" if name == "Hooked" else "auto")
     assert len(cascade.sites) == sum(each.dim() > 1 for each in model.parameters())
     randomize(cascade)
     twin = merged_twin(original, cascade)
@@ -424,7 +424,7 @@ def test_few_bits_are_no_reason_to_leave_the_graphs(bits: str) -> None:
     assert set(oldest_variant(cascade).placements.values()) == {"beside"}
 
 
-def test_dropout_of_branches_acts_in_pieces() -> None:
+def test_dropout_of_branches_acts_with_graph_breaks() -> None:
     model = Stack()
     model.gradient_checkpointing = True
     cascade = lx.adapt(model, (X.float(),), spec=lx.CascadeSpec(rank=2, dropout=0.5))

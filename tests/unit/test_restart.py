@@ -256,7 +256,7 @@ class Packed(nn.Module):
         return torch.cat([one.sin(), two.tanh() * one.sum(-1, keepdim=True), three.square()], -1)
 
 
-@pytest.mark.parametrize("frontend", ["export", "symbolic", "pieces"])
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "graph-breaks"])
 @pytest.mark.parametrize("clip", [None, 1e-3])
 def test_lora_a_from_the_gradient_of_each_slice(clip: float | None, frontend: str) -> None:
     """The same for each slice by itself: its rows of G, its rows of lora_A and of lora_B."""

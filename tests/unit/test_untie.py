@@ -17,7 +17,7 @@ from tests.unit.cases import branches, factors, loss_of, optimizer_of, randomize
 IDS = torch.tensor([[1, 4, 8, 2], [2, 3, 1, 0]])
 OPTIONS: dict[str, Any] = {"rank": 2, "lora_alpha": 3.0, "pace": 0.4}
 UNTIED = lx.CascadeSpec(untie=("head.weight",), **OPTIONS)
-FRONTENDS = pytest.mark.parametrize("frontend", ["export", "symbolic", "pieces"])
+FRONTENDS = pytest.mark.parametrize("frontend", ["export", "symbolic", "graph-breaks"])
 
 
 class Tied(nn.Module):

@@ -182,7 +182,7 @@ def inputs(rows: int = 6, seed: int = 2) -> torch.Tensor:
     return batches(1, rows, 5, seed=seed)[0]
 
 
-def adapted(model: nn.Module, spec: lx.CascadeSpec = SPEC, frontend: str = "pieces") -> lx.Cascade:
+def adapted(model: nn.Module, spec: lx.CascadeSpec = SPEC, frontend: str = "graph-breaks") -> lx.Cascade:
     return lx.adapt(model, (inputs(),), spec=spec, frontend=frontend)
 
 
@@ -227,7 +227,7 @@ def test_it_is_the_eager_model_and_with_branches_the_merged_one(name: str, train
     model = model_of(name).train(training)
     eager = copy.deepcopy(model)
     cascade = adapted(model)
-    assert cascade.frontend == "pieces"
+    assert cascade.frontend == "graph-breaks"
     for rows, sign in ((6, 1), (4, -1), (9, 1), (6, -1)):
         x = sign * inputs(rows)
         assert torch.equal(run(cascade, x), run(eager, x))
@@ -318,7 +318,7 @@ def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
     original = copy.deepcopy(model)
     torch.manual_seed(0)
     x = torch.ones(1, 5, dtype=torch.float64)
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.2)), frontend="pieces")
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.2)), frontend="graph-breaks")
     missing = cascade.unreached
     assert missing
     assert all(torch.equal(model.get_parameter(key), original.get_parameter(key)) for key in missing)
@@ -346,7 +346,7 @@ def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
 
 
 @ALL
-def test_copies_find_their_pieces_anew(name: str) -> None:
+def test_copies_find_their_graphs_anew(name: str) -> None:
     """A copy has its own branches, weights that are swapped among them; the original does not move."""
     cascade = adapted(model_of(name))
     reach_all(cascade)
@@ -389,7 +389,7 @@ class Disabled(nn.Module):
 def test_a_layer_of_one_output_between_graphs_is_a_site() -> None:
     torch.manual_seed(0)
     model, x = Disabled(), torch.randn(4, 5)
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2), frontend="pieces")
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")
     assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
     randomize(cascade)
     torch.testing.assert_close(cascade(x), merged(model, cascade)(x))
@@ -408,8 +408,8 @@ def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
                 return x
             return self.body(x) * len(text)
 
-    lower(monkeypatch, "captures of pieces", 4)
-    cascade = lx.adapt(Numbers().double(), (inputs(),), spec=SPEC, frontend="pieces")
+    lower(monkeypatch, "captures of the fallback", 4)
+    cascade = lx.adapt(Numbers().double(), (inputs(),), spec=SPEC, frontend="graph-breaks")
     randomize(cascade)
     x, right = inputs(), 0
 
@@ -434,7 +434,7 @@ def test_discovery_leaves_no_trace(name: str) -> None:
     states = random.getstate(), torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
     x = inputs()
     given = x.clone()
-    cascade = lx.adapt(model, (x,), spec=SPEC, frontend="pieces")
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend="graph-breaks")
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
     assert torch.backends.mha.get_fastpath_enabled() == states[2]
@@ -490,7 +490,7 @@ def test_transformers_models(build: Callable[[], tuple[nn.Module, dict[str, torc
     model, kwargs = build()
     model = model.double().eval()
     eager = copy.deepcopy(model).requires_grad_(False)
-    cascade = lx.adapt(model, (), kwargs, spec=SPEC, frontend="pieces")
+    cascade = lx.adapt(model, (), kwargs, spec=SPEC, frontend="graph-breaks")
     for name, value in eager(**kwargs).items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(cascade(**kwargs)[name], value, rtol=0, atol=1e-14)
