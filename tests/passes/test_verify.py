@@ -644,9 +644,9 @@ DAMAGE: dict[str, dict[str, Row]] = {
         ),
     },
     "aten_slices": {
-        "plan of other parts": (
+        "plan of other slices": (
             site("w0", slices=(4, 2, 6)),
-            ("the branch of w0 has parts (2, 4, 6), planned as (4, 2, 6)",),
+            ("the branch of w0 has slices (2, 4, 6), planned as (4, 2, 6)",),
         ),
     },
     # %linear_lora = branches.q/weight(%relu, %q_weight, %q_bias, op='linear')
