@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -14,14 +14,14 @@ from lorasc_fx.adapt import _adapt, _check_new
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import open_model
 from lorasc_fx.checks import is_number
-from lorasc_fx.errors import CheckpointError, PassError, SpecError
+from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.runtime import Cascade, read
+from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import open_base
-from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs
-from lorasc_fx.runtime.experts import Part, install_sum, part_of, part_of_file, weighted_sum
+from lorasc_fx.runtime.experts import GivenRun, install_sum, weighted_sum
 from lorasc_fx.runtime.fingerprint import fingerprint
+from lorasc_fx.state import Part
 from lorasc_fx.undo import AllOrNothing, no_inference_mode
 
 __all__ = ["merge"]
@@ -61,7 +61,8 @@ def merge(
     if isinstance(runs, (str, PathLike, Cascade)) or not runs:
         raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
     shares = _shares(weights, len(runs))
-    found = [_Found.of(run, f"run {number}") for number, run in enumerate(runs, start=1)]
+    given = [run._run if isinstance(run, Cascade) else run for run in runs]
+    found = [GivenRun.of(run, f"run {number}", "merge") for number, run in enumerate(given, start=1)]
     scaled = next((each.name for each in found if each.plan.spec.row_scale.trained), None)
     if scaled is not None:
         raise SpecError(
@@ -76,8 +77,8 @@ def merge(
         joined = settle_ties(opened, found[0].plan.spec.untie, undo)
         own = {name: fingerprint(value) for name, value in opened.named_parameters()}
         for each in found:
-            each.check_base(own)
-        parts = [each.part(opened) for each in found]
+            each.check_base(own, "merge")
+        parts = [each.part(dict(opened.named_parameters())) for each in found]
         plan = _plan(parts, named_weights(opened).names)
         try:
             cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo, empty=True, joined=joined)
@@ -99,55 +100,6 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
         if not is_number(weight):
             raise SpecError(f"merge: weights has {weight!r}; give finite numbers")
     return [float(weight) for weight in shares]
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A run as given: what it is called in messages, its plan, the fingerprints of its base, and the names of what is
-    no part of the base: buffers, and parameters that forward writes.
-    """
-
-    name: str
-    plan: Plan
-    base: Mapping[str, str]
-    moved: Collection[str]
-    frontend: str
-    run: Cascade | Checkpoint
-
-    @classmethod
-    def of(cls, run: Any, name: str) -> _Found:
-        """Read a folder, or look at a cascade."""
-        if isinstance(run, Cascade):
-            run._run.check_ready("merge")
-            return cls(
-                f"{name}, a cascade",
-                run.plan,
-                run._run.fingerprints(),
-                run._run.moved_parameters(),
-                run._run.frontend,
-                run,
-            )
-        if not isinstance(run, (str, PathLike)):
-            raise SpecError(f"merge: {name} is {type(run).__name__}; give a checkpoint folder or a cascade")
-        found = read(run)
-        return cls(f"{name}, {found.path}", found.plan, found.manifest["base"], found.moved, found.frontend, found)
-
-    def check_base(self, own: Mapping[str, str]) -> None:
-        """Raise CheckpointError where the model is not what this run adapted."""
-        if odd := base_differs(self.base, own, [name for name in own if name not in self.moved]):
-            raise CheckpointError(
-                f"merge: {self.name}, is of another base: the model {odd}; "
-                "runs can be summed on the one base that all of them adapted",
-                code="checkpoint-other-base",
-            )
-
-    def part(self, model: nn.Module) -> Part:
-        """Return the run as a part of the sum; a running stage that has trained is counted."""
-        return (
-            part_of(self.run._run, self.name)
-            if isinstance(self.run, Cascade)
-            else part_of_file(self.run, self.name, model)
-        )
 
 
 def _plan(parts: Sequence[Part], names: Mapping[str, tuple[str, ...]]) -> Plan:

@@ -29,9 +29,9 @@ from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Varia
 from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
 from lorasc_fx.extras import module_of
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.runtime import checkpoint_read, checkpoint_write, folding, training_state, transition
+from lorasc_fx.runtime import checkpoint_read, checkpoint_write, experts, folding, training_state, transition
 from lorasc_fx.runtime.base_model import BaseModel
-from lorasc_fx.runtime.folding import Requantize
+from lorasc_fx.runtime.folding import Requantize, Seen
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.state_dict import KEY, from_state_dict, take_over, to_state_dict
 from lorasc_fx.runtime.usage import UsageWatch, check_not_averaged
@@ -512,21 +512,58 @@ class Cascade(nn.Module):
 
     # ---- weights
 
-    def weights(self, which: Which | None = None, *, stage: int | None = None) -> AbstractContextManager[Cascade]:
-        """Put slow, fast, base, averaged or an earlier stage's weights in place, exactly, for the time of a `with`.
+    def add(self, name: str, run: Cascade | str | PathLike[str]) -> None:
+        """Give another run on this base a name, under which `weights` and `release` know its weights.
+
+        Several runs so share one model in memory; weights are computed from W0 at each switch. The other run counts as
+        its `release` would leave it. It stays what it is: this cascade trains and saves its own run only, and after a
+        load the others are added again. Another run of the same name is replaced.
+
+        Args:
+            name: of your choice, but for those that `weights` knows already.
+            run: a checkpoint folder (its newest version), or a living cascade on a copy of the base. It has changed no
+                weight that is not a site, or trained in full, here as well.
+
+        Raises:
+            SpecError: a name that is none, or the other run has changed other weights.
+            CheckpointError: a folder without a whole checkpoint, or a run on another base; names what differs.
+            StateError: after `release`, inside `weights` or inside a backward, or the weights are sharded.
+            NonFiniteBranch: a running branch of the other run holds inf or nan.
+        """
+        self._run.check_ready("add")
+        if not isinstance(name, str) or not name or name in (*WHICH, "stage"):
+            raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(WHICH)}")
+        given = experts.GivenRun.of(run._run if isinstance(run, Cascade) else run, repr(name), "add")
+        with self._run.exclusive("add"):
+            experts.add(self._run, name, given)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The names that `weights` knows: slow, fast and base weights, averaged ones if they are kept, added runs."""
+        own = [name for name in WHICH if name != "averaged" or self._run.plan.spec.keeps_average]
+        return (*own, *self._run.added)
+
+    def weights(
+        self, which: Which | str | Mapping[str, float] | None = None, *, stage: int | None = None
+    ) -> AbstractContextManager[Cascade]:
+        """Put slow, fast, base, averaged, an earlier stage's or another run's weights in place, for a `with`, exactly.
 
         Inside, the branches rest, cascade and model compute the same, and the model's own methods (`generate`) work.
         `slow` is W0 + S as of the last transition, `fast` is W0 + F with the running branches in it, `base` is W0, and
         `averaged` the mean of the slow weights that the spec's `average` asks for; none holds noise.
 
         Args:
-            which: `slow`, `fast`, `base` or `averaged`.
+            which: `slow`, `fast`, `base` or `averaged`; the name of a run that was added; or numbers by such names and
+                `slow`, `{"legal": 0.7, "slow": 0.3}`, for the weighted sum `W0 + sum_i w_i S_i`. A run comes with its
+                buffers (running statistics), a sum with those on which its runs agree.
             stage: in its place the number of a stage that has ended: the slow weights at its end; 0 is the base.
 
         Raises:
             StateError: another name, a stage that has not ended or whose experts are gone into a dense delta, averaged
-                weights where none are kept, inside another `weights`, inside a backward, or after `release`. At the
-                end of the `with`: a weight was written inside; that write is dropped, and the weights are back.
+                weights where none are kept, inside another `weights`, inside a backward, or after `release`; a run that
+                was added, of sharded weights. At the end of the `with`: a weight was written inside; that write is
+                dropped, and the weights are back.
+            SpecError: a sum without names, with what is no number, or with rows scaled by DoRA.
         """
         return _weights(self, which, stage)
 
@@ -561,7 +598,7 @@ class Cascade(nn.Module):
             with self.weights("fast"):
                 self._estimate_statistics(norms, batches, call or _call_on_first)
             return
-        self._run.keep_statistics(norms)
+        self._run.keep_buffers([buffer for norm in norms for buffer in norm.buffers(recurse=False)])
         self._estimate_statistics(norms, batches, call or _call_on_first)
 
     def _estimate_statistics(
@@ -587,7 +624,7 @@ class Cascade(nn.Module):
                 )
 
     def folded_state_dict(
-        self, quantized: Literal["dequantize"] | None = None, *, which: Literal["slow", "averaged"] = "slow"
+        self, quantized: Literal["dequantize"] | None = None, *, which: str | Mapping[str, float] = "slow"
     ) -> dict[str, torch.Tensor]:
         """Return the model's state dict with the slow weights in it, as copies; loads with strict=True.
 
@@ -595,10 +632,12 @@ class Cascade(nn.Module):
 
         Args:
             quantized: `dequantize` to get dense tensors for quantized weights that have trained; else they are refused.
-            which: `slow`, or their average over stages.
+            which: `slow`, or their average over stages (`averaged`), a run that was added, or a sum, as of `weights`.
         """
         with self._run.exclusive("folded_state_dict"):
-            return folding.folded_state(self._run, "folded_state_dict", quantized, which)
+            return folding.folded_state(
+                self._run, "folded_state_dict", quantized, *self._folds(which, "folded_state_dict")
+            )
 
     def folded_graph(
         self,
@@ -606,7 +645,7 @@ class Cascade(nn.Module):
         kwargs: Mapping[str, Any] | None = None,
         quantized: Literal["dequantize"] | None = None,
         *,
-        which: Literal["slow", "averaged"] = "slow",
+        which: str | Mapping[str, float] = "slow",
     ) -> nn.Module:
         """Return a plain GraphModule: names, nodes and shapes as captured, slow weights as its own constants.
 
@@ -618,10 +657,17 @@ class Cascade(nn.Module):
         example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
         variant, call = self._variant_of(example[0], example[1], "folded_graph")
         with self._run.exclusive("folded_graph"):
-            state = folding.folded_state(self._run, "folded_graph", quantized, which)
+            state = folding.folded_state(self._run, "folded_graph", quantized, *self._folds(which, "folded_graph"))
         return self._compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
 
-    def release(self, quantized: Requantize = None, *, which: Literal["slow", "averaged"] = "slow") -> nn.Module:
+    def _folds(self, which: str | Mapping[str, float], call: str) -> tuple[Which, Seen | None]:
+        """Return what a fold is of: slow or averaged weights, or in their place those of runs that were added."""
+        if (other := _other(self._run, which, call, folded=True)) is not None:
+            return "slow", other
+        folding.check_which(call, str(which), self._run.plan.spec, (*folding.FOLDED, *self._run.added))
+        return ("averaged" if which == "averaged" else "slow"), None
+
+    def release(self, quantized: Requantize = None, *, which: str | Mapping[str, float] = "slow") -> nn.Module:
         """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.
 
         A running stage that has trained is folded first, so that nothing is lost.
@@ -630,7 +676,7 @@ class Cascade(nn.Module):
             quantized: what to do with quantized weights that have trained: `dequantize` leaves them dense; a callable
                 is given each module with its dense weight and quantizes it again, as torchao's
                 `lambda module: quantize_(module, config)` does. What was done is logged.
-            which: `slow`, or their average over stages.
+            which: `slow`, or their average over stages (`averaged`), a run that was added, or a sum, as of `weights`.
 
         Raises:
             StateError: gradients are pending, it was released before, or quantized weights have trained and `quantized`
@@ -641,7 +687,8 @@ class Cascade(nn.Module):
             undo(self._held())
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run))
-            folding.release(self._run, quantized, which, undo)
+            which, other = self._folds(which, "release")
+            folding.release(self._run, quantized, which, undo, other)
             self._run.gradient_init.call_off()
             self._flags.restore(self.model)
             give_back(self._joined, undo)
@@ -882,20 +929,42 @@ class Cascade(nn.Module):
 
 
 @isolated
-def _weights(undo: Block[Any], cascade: Cascade, which: Which | None, stage: int | None) -> Cascade:
+def _weights(undo: Block[Any], cascade: Cascade, which: str | Mapping[str, float] | None, stage: int | None) -> Cascade:
     """Put other weights in place; see `Cascade.weights`."""
     run = cascade._run
     if stage is not None and which is not None:
         raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two", code="conflicting-options")
-    if stage is None:
-        folding.check_which(f"weights({which!r})", str(which), run.plan.spec, WHICH)
-    with run.exclusive("weights", sharded=True, parallel=True):
+    added = isinstance(which, Mapping) or (isinstance(which, str) and which in run.added)
+    if stage is None and not added:
+        folding.check_which(f"weights({which!r})", str(which), run.plan.spec, (*WHICH, *run.added))
+    with run.exclusive("weights", sharded=not added, parallel=not added):
         parameters = run.parameters_by_name()
         live = folding.trained_now(run, parameters)
-        earlier = transition.at_stage(run.slow, stage, "weights") if stage is not None else None
+        own: Which = next((each for each in WHICH if each == which), "slow" if stage or added else "base")
+        other = _other(run, which, f"weights({which!r})") if added else None
+        if stage is not None:
+            other = Seen(transition.at_stage(run.slow, stage, "weights"))
         undo(partial(folding.rest, run, parameters, live, folding.Held.of(run, parameters)))
-        folding.place(run, which or ("slow" if stage else "base"), parameters, live, stage, earlier)
+        folding.place(run, own, parameters, live, other, stage if stage is not None else str(which))
     return cascade
+
+
+def _other(run: Run, which: Any, call: str, folded: bool = False) -> Seen | None:
+    """Return the weights of a run that was added, or of a sum; None where the run's own are meant.
+
+    Raises:
+        SpecError: a sum without names. StateError: a name that is not known.
+    """
+    if isinstance(which, str) and which in run.added:
+        return experts.seen(run, {which: 1}, call, folded)
+    if not isinstance(which, Mapping):
+        return None
+    weights: Mapping[str, float] = which
+    if not weights:
+        raise SpecError(f"{call}: names no run; give numbers by the names of runs that were added, or 'slow'")
+    for name in weights:
+        folding.check_which(call, str(name), run.plan.spec, ("slow", *run.added))
+    return experts.seen(run, weights, call, folded)
 
 
 def give_back(joined: Joined, undo: Undo) -> None:

@@ -9,25 +9,26 @@ rounded weight of any run is read. Relatives: model soups (2203.05482), task ari
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 
 import torch
-from torch import nn
 
 from lorasc_fx.branch import dense
-from lorasc_fx.errors import SpecError, StateError, named, warn
+from lorasc_fx.checks import is_number
+from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, warn
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs, decoded, read, refused
 from lorasc_fx.runtime.folded import has_trained_since, running_branches
-from lorasc_fx.runtime.folding import ended
+from lorasc_fx.runtime.folding import Seen, ended
 from lorasc_fx.runtime.run import Planned, Run
-from lorasc_fx.state import Expert, Factors, SlowWeights, Trained, View, WeightState, arithmetic, summing
+from lorasc_fx.state import Expert, Factors, Part, SlowWeights, Trained, View, WeightState, arithmetic, summing
 from lorasc_fx.state.model import host
 from lorasc_fx.undo import Undo
 
-__all__ = ["Part", "install_experts", "install_slow", "install_sum", "part_of", "part_of_file", "weighted_sum"]
+__all__ = ["GivenRun", "add", "install_experts", "install_slow", "install_sum", "seen", "weighted_sum"]
 
 
 def install_experts(
@@ -134,20 +135,48 @@ def _with_experts(state: WeightState, experts: Sequence[tuple[float, Factors]], 
 
 
 @dataclass(frozen=True)
-class Part:
-    """One run of a sum.
-
-    Args:
-        name: for messages.
-        plan: of its running stage.
-        slow: its slow weights as a release would have them; its bases are without numbers, they are those of the sum.
-        buffers: of its model.
+class GivenRun:
+    """A run as given to `merge` or `add`: what it is called in messages, its plan, the fingerprints of its base, and
+    the names of what is no part of the base: buffers, and parameters that forward writes.
     """
 
     name: str
     plan: Plan
-    slow: SlowWeights
-    buffers: Mapping[str, torch.Tensor]
+    base: Mapping[str, str]
+    moved: Collection[str]
+    frontend: str
+    run: Run | Checkpoint
+
+    @classmethod
+    def of(cls, given: Run | str | PathLike[str], name: str, call: str) -> GivenRun:
+        """Read a folder, or look at a living run."""
+        if isinstance(given, Run):
+            given.check_ready(call)
+            moved = given.moved_parameters()
+            return cls(f"{name}, a cascade", given.plan, given.fingerprints(), moved, given.frontend, given)
+        if not isinstance(given, (str, PathLike)):
+            raise SpecError(f"{call}: {name} is {type(given).__name__}; give a checkpoint folder or a cascade")
+        found = read(given)
+        return cls(f"{name}, {found.path}", found.plan, found.manifest["base"], found.moved, found.frontend, found)
+
+    def check_base(self, own: Mapping[str, str], call: str) -> None:
+        """Raise CheckpointError where the model is not what this run adapted."""
+        if odd := base_differs(self.base, own, [name for name in own if name not in self.moved]):
+            raise CheckpointError(
+                f"{call}: {self.name}, is of another base: the model {odd}; give runs on the one base that all of them "
+                "adapted",
+                code="checkpoint-other-base",
+            )
+
+    def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
+        """Return the run as a part of the sum; a running stage that has trained is counted.
+
+        Args:
+            bases: W0 by name, on which the running stage of a folder ends.
+        """
+        if isinstance(self.run, Run):
+            return part_of(self.run, self.name)
+        return part_of_file(self.run, self.name, bases)
 
 
 def part_of(run: Run, name: str) -> Part:
@@ -160,13 +189,13 @@ def part_of(run: Run, name: str) -> Part:
     return Part(name, run.plan, _bare(ended(run, "merge")), buffers)
 
 
-def part_of_file(checkpoint: Checkpoint, name: str, model: nn.Module) -> Part:
+def part_of_file(checkpoint: Checkpoint, name: str, bases: Mapping[str, torch.Tensor]) -> Part:
     """Return a run that was saved as a part; a running stage that has trained is counted.
 
     Args:
         checkpoint: as read.
         name: of the run, for messages.
-        model: the base, whose weights the running stage ends on.
+        bases: W0 by name, on which the running stage ends.
 
     Raises:
         CheckpointError: it is not what a checkpoint of its plan holds.
@@ -176,9 +205,7 @@ def part_of_file(checkpoint: Checkpoint, name: str, model: nn.Module) -> Part:
     with refused(checkpoint):
         branches, slow = running_branches(state), state.slow
     if has_trained_since(state, branches):
-        bases = {
-            key: host(value) for key, value in model.named_parameters() if key in slow.states or key in slow.trained
-        }
+        bases = {key: host(bases[key]) for key in (*slow.states, *slow.trained)}
         states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
         trained = {key: replace(entry, base=bases[key]) for key, entry in slow.trained.items()}
         slow = replace(slow, states=states, trained=trained).after_stage(state.plan, branches, state.values)
@@ -189,6 +216,87 @@ def _bare(slow: SlowWeights) -> SlowWeights:
     """Return slow weights whose W0 are without numbers."""
     states = {name: replace(state, base=state.base.to("meta")) for name, state in slow.states.items()}
     return replace(slow, states=states)
+
+
+def add(run: Run, name: str, given: GivenRun) -> None:
+    """Keep what another run on this base has learnt, by a name; nothing is written to the model.
+
+    Raises:
+        CheckpointError: another base. SpecError: the other run has changed a weight that is no site here.
+    """
+    slow, parameters = run.slow, run.parameters_by_name()
+    given.check_base(run.fingerprints(), "add")
+    known: dict[str, WeightState | Trained] = {**slow.states, **slow.trained}
+    bases = {key: known[key].base if key in known else parameter for key, parameter in parameters.items()}
+    part = given.part(bases)
+    changed = [key for key, state in part.slow.states.items() if state.changed]
+    if foreign := [key for key in (*changed, *part.slow.trained) if key not in known]:
+        raise SpecError(
+            f"add: {given.name}, has changed {named(foreign)}, which is no site here. Adapt by a spec whose targets "
+            "have these weights as well, or make the cascade by lorasc_fx.load of that run, and add this one to it",
+            code="sites-differ",
+        )
+    kept = {key: state for key, state in part.slow.states.items() if key in known}
+    for key, state in kept.items():
+        if key in slow.states and state.stacked != slow.states[key].stacked:
+            raise _other_kind("add", given.name, key)
+    run.added = {**run.added, name: replace(part, slow=replace(part.slow, states=kept))}
+
+
+def _other_kind(call: str, name: str, weight: str) -> SpecError:
+    return SpecError(
+        f"{call}: {name}, adapted {weight} as another kind of matrix than the first run; sum runs of one model",
+        code="sites-differ",
+    )
+
+
+def seen(run: Run, weights: Mapping[str, float], call: str, folded: bool) -> Seen:
+    """Return the weights of one run that was added, or a sum of several, on W0 of this one: `W0 + sum_i w_i S_i`.
+
+    Of one run alone they have the bits of its own fold.
+
+    Args:
+        run: that they were added to.
+        weights: by name; `slow` are those of the run itself.
+        call: for messages.
+        folded: whether a running stage of the run itself that has trained is counted.
+
+    Raises:
+        SpecError: a weight that is no finite number, or a sum with rows scaled by DoRA.
+    """
+    for name, weight in weights.items():
+        if not is_number(weight):
+            raise SpecError(f"{call}: {name!r} has the weight {weight!r}; give finite numbers")
+    own = run.slow
+    parts = [
+        run.added[name]
+        if name in run.added
+        else Part(name, run.plan, _bare(ended(run, call) if folded else own), dict(run.model.named_buffers()))
+        for name in weights
+    ]
+    alone = [*weights.values()] == [1]
+    scaled = next((part.name for part in parts if part.plan.spec.row_scale.trained), None)
+    if scaled is not None and not alone:
+        raise SpecError(
+            f"{call}: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "
+            "Give one run by its name",
+            code="dora-not-supported",
+        )
+    after = weighted_sum(own, parts, [*weights.values()], 1)
+    if alone:
+        held = parts[0].slow
+        states = {
+            name: replace(state, base=own.states[name].base)
+            for name, state in held.states.items()
+            if name in own.states
+        }
+        trained = {
+            name: Trained.of(own.trained[name].base, kept.slow, own.trained[name].rule)
+            for name, kept in held.trained.items()
+            if name in own.trained
+        }
+        after = replace(after, states={**after.states, **states}, trained={**after.trained, **trained})
+    return Seen(after, {name: value for name, value in parts[0].buffers.items() if _agree(name, parts)})
 
 
 def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:
@@ -231,11 +339,7 @@ def _summed(own: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -
         if state is None or weight == 0:
             continue
         if state.stacked != own.stacked:
-            raise SpecError(
-                f"merge: {part.name}, adapted {own.name} as another kind of matrix than the first run; "
-                "sum runs of one model",
-                code="sites-differ",
-            )
+            raise _other_kind("merge", part.name, own.name)
         for coefficient, expert in zip(state.slow.coefficients, state.experts, strict=True):
             if coefficient != 0:
                 experts.append(expert)

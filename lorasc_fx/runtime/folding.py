@@ -6,8 +6,8 @@ A quantized weight cannot hold a delta: its fold is dense, or quantized again, i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from lorasc_fx.undo import Commit, Undo
 __all__ = [
     "Held",
     "Requantize",
+    "Seen",
     "cast_weights",
     "check_asked",
     "check_which",
@@ -46,7 +47,7 @@ FOLDED: tuple[Which, ...] = ("slow", "averaged")
 """What a fold can leave in the weights."""
 
 
-def check_which(call: str, which: str, spec: CascadeSpec, known: tuple[Which, ...] = FOLDED) -> None:
+def check_which(call: str, which: str, spec: CascadeSpec, known: Sequence[str] = FOLDED) -> None:
     """Raise StateError for weights of no such name, and for averaged ones where the spec keeps no average."""
     if which not in known:
         raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}", code="unknown-name")
@@ -66,14 +67,17 @@ def place(
     which: Which,
     parameters: Mapping[str, nn.Parameter],
     live: Mapping[str, torch.Tensor],
-    stage: int | None = None,
-    past: SlowWeights | None = None,
+    other: Seen | None = None,
+    placed: str | int | None = None,
 ) -> None:
     """Write slow, fast or base weights into the user's parameters; `live` are the trained ones as they are.
 
-    With `stage` they are those at its end, `past`.
+    With an `other` state they are those of it, with its buffers; `placed` is what it is called.
     """
+    past = None if other is None else other.slow
     slow, branches, plan = past or run.slow, run.branches_by_weight(), run.plan
+    buffers = _buffers(run, other)
+    run.keep_buffers([buffer for buffer, _ in buffers])
 
     def write(name: str, out: torch.Tensor) -> None:
         if name in slow.trained:
@@ -85,8 +89,28 @@ def place(
     quantized = run.quantized if which != "base" else ()
     dense = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in quantized}
     written = run.present([*slow.states, *slow.trained])
-    placed = which if stage is None else stage
-    run.commit(Planned(plan, run.slow, written, write, dense, placed=placed, live=live))
+    label = which if placed is None else placed
+    run.commit(Planned(plan, run.slow, written, write, dense, tensors=buffers, placed=label, live=live))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Weights of another state than the present one, such as that of a stage that has ended, or of another run.
+
+    Args:
+        slow: the state; its slow weights count.
+        buffers: of the model, by name, as far as they belong to it.
+    """
+
+    slow: SlowWeights
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _buffers(run: Run, other: Seen | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the buffers of the model that another state has values of, each with its value."""
+    values = {} if other is None else other.buffers
+    held = dict(run.model.named_buffers()) if values else {}
+    return [(held[name], value) for name, value in values.items() if name in held and held[name].shape == value.shape]
 
 
 @dataclass(frozen=True)
@@ -256,11 +280,15 @@ def ended(run: Run, call: str) -> SlowWeights:
     return after
 
 
-def folded_state(run: Run, call: str, quantized: Requantize = None, which: Which = "slow") -> dict[str, torch.Tensor]:
-    """Return copies of the model's state dict with slow weights; tied names share one tensor as in the model."""
+def folded_state(
+    run: Run, call: str, quantized: Requantize = None, which: Which = "slow", other: Seen | None = None
+) -> dict[str, torch.Tensor]:
+    """Return copies of the model's state dict with slow weights, its own or others; tied names share one tensor as in
+    the model.
+    """
     folded: dict[str, torch.Tensor] = {}
     done: dict[int, torch.Tensor] = {}
-    for name, value, new in folded_each(run, call, quantized, which):
+    for name, value, new in folded_each(run, call, quantized, which, other):
         if not isinstance(value, nn.Parameter):
             folded[name] = new()
             continue
@@ -271,15 +299,17 @@ def folded_state(run: Run, call: str, quantized: Requantize = None, which: Which
 
 
 def folded_each(
-    run: Run, call: str, quantized: Requantize = None, which: Which = "slow"
+    run: Run, call: str, quantized: Requantize = None, which: Which = "slow", other: Seen | None = None
 ) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
     """Yield each entry of the model's state dict: its name, what it holds now, and what makes its folded value."""
     check_which(call, which, run.plan.spec)
-    slow, parameters = ended(run, call), run.parameters_by_name()
+    parameters = run.parameters_by_name()
+    slow, buffers = (ended(run, call), {}) if other is None else (other.slow, other.buffers)
     check_asked(call, slow, quantized)
     first = {id(parameter): name for name, parameter in parameters.items()}
     for name, value in run.model.state_dict(keep_vars=True).items():
-        yield name, value, partial(_folded, slow, first.get(id(value), ""), value, which)
+        now = buffers[name].to(value) if name in buffers and not isinstance(value, nn.Parameter) else value
+        yield name, value, partial(_folded, slow, first.get(id(value), ""), now, which)
 
 
 def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
@@ -291,10 +321,11 @@ def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def release(run: Run, quantized: Requantize, which: Which, undo: Undo) -> None:
-    """Write slow or averaged weights into the user's parameters, for good, and drop W0."""
+def release(run: Run, quantized: Requantize, which: Which, undo: Undo, other: Seen | None = None) -> None:
+    """Write slow, averaged or other weights into the user's parameters, for good, and drop W0."""
     check_which("release", which, run.plan.spec)
-    slow, parameters = ended(run, "release"), run.parameters_by_name()
+    slow, parameters = ended(run, "release") if other is None else other.slow, run.parameters_by_name()
+    buffers = _buffers(run, other)
     requantized = check_asked("release", slow, quantized)
     live = trained_now(run, parameters)
 
@@ -305,9 +336,9 @@ def release(run: Run, quantized: Requantize, which: Which, undo: Undo) -> None:
             slow.write_value(name, which, out)
 
     dense = {name: slow.value(name, which, parameters[name]) for name in requantized}
-    held, written = holders_of(run.model, dense), run.present([*slow.states, *live])
-    run.commit(Planned(run.plan, SlowWeights(), written, write, dense, live=live), undo)
-    requantize(held, quantized)
+    holders, written = holders_of(run.model, dense), run.present([*slow.states, *live])
+    run.commit(Planned(run.plan, SlowWeights(), written, write, dense, tensors=buffers, live=live), undo)
+    requantize(holders, quantized)
 
 
 log = logging.getLogger("lorasc_fx")

@@ -22,7 +22,7 @@ from lorasc_fx.runtime.optim import check_holds, groups, put_state
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.shards import dtensor_like, local
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.state import SlowWeights, Which
+from lorasc_fx.state import Part, SlowWeights
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
 __all__ = ["SPARE", "Gradients", "Planned", "Run"]
@@ -75,7 +75,7 @@ class Planned:
     optimizer: torch.optim.Optimizer | None = None
     states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
     gathers: bool | None = None
-    placed: Which | int | None = None
+    placed: str | int | None = None
     live: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -114,7 +114,7 @@ class Run:
         self.steps = StepWatch()
         self.replicas = Replicas()
         self.warned = Warned()
-        self.placed: Which | int | None = None  # a number is that of a stage
+        self.placed: str | int | None = None  # a number is that of a stage
         self.released = False
         self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
         self.base_file, self.meta, self.written = base_file, meta, written
@@ -122,6 +122,7 @@ class Run:
         self.parallel: Callable[[Any, Any, Any], Any] | None = None  # computes a call on DTensors
         self.grouped = False  # param_groups was called: an optimizer holds the present branches
         self.looped = False  # stages was called
+        self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._fingerprints: dict[str, str] = {}
         self._frozen: dict[str, int] = {}  # checksums of the parameters that no training moves, as they had theirs
@@ -333,13 +334,13 @@ class Run:
         """Return what brings back plan, slow weights and flags, which weights are in place, their checksums, and which
         gradients wait for a step. Values are not among it (`commit`).
         """
-        decided = (self.plan, self.slow, self.base_file, self.parallel, self.untouched, self.released)
+        decided = (self.plan, self.slow, self.base_file, self.parallel, self.untouched, self.released, self.added)
         noted = (self._checksums, self._objects, self._frozen)
         placed = (self.placed, self.placed_checksums)
         watches = (self.pending.restorer(), self.gradient_init.restorer())
 
         def restore() -> None:
-            self.plan, self.slow, self.base_file, self.parallel, self.untouched, self.released = decided
+            self.plan, self.slow, self.base_file, self.parallel, self.untouched, self.released, self.added = decided
             self._checksums, self._objects, self._frozen = noted
             self.placed, self.placed_checksums = placed
             for watch in watches:
@@ -389,7 +390,7 @@ class Run:
 
     def let_go(self) -> None:
         """Remove all hooks."""
-        self.released, self.base_file = True, None
+        self.released, self.base_file, self.added = True, None, {}
         self.pending.disarm()
         self.steps.disarm()
 
@@ -409,10 +410,11 @@ class Run:
             self.pending.arm(self.trainable().values())
         self.note_weights()
 
-    def keep_statistics(self, modules: Iterable[nn.Module]) -> None:
-        """Keep the buffers of these modules, as they are, for the end of `weights`."""
-        if not self.statistics:
-            self.statistics = [(each, each.detach().clone()) for module in modules for each in module.buffers(False)]
+    def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
+        """Keep buffers, as they are, for the end of `weights`; those that are kept already stay as they were."""
+        kept = {id(buffer) for buffer, _ in self.statistics}
+        new = [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in kept]
+        self.statistics = [*self.statistics, *new]
 
     def unplace(self) -> None:
         """Note that the weights between two steps are in place again."""

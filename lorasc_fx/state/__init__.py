@@ -11,7 +11,7 @@ from lorasc_fx.state.engine import (
     initial_shapes,
     start_weight,
 )
-from lorasc_fx.state.model import SlowWeights, Trained
+from lorasc_fx.state.model import Part, SlowWeights, Trained
 from lorasc_fx.state.products import arithmetic, summing
 from lorasc_fx.state.spectrum import effective_rank, norm_of, singular_values, slow_spectrum
 from lorasc_fx.state.weight import (
@@ -33,6 +33,7 @@ __all__ = [
     "Factors",
     "InitialFactors",
     "KeptNoise",
+    "Part",
     "Side",
     "SlowWeights",
     "Trained",

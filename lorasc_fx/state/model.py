@@ -22,7 +22,7 @@ from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_o
 from lorasc_fx.state.products import arithmetic
 from lorasc_fx.state.weight import Side, Tree, WeightState, Which, ends_of
 
-__all__ = ["AFFORDABLE", "SlowWeights", "Trained"]
+__all__ = ["AFFORDABLE", "Part", "SlowWeights", "Trained"]
 
 AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
@@ -278,6 +278,23 @@ class SlowWeights:
     def _as_run(self, state: WeightState) -> WeightState:
         """Return the state from which the running stage started: when idle, the slow weights."""
         return state.with_views(start=state.slow) if self.idle else state
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of a sum.
+
+    Args:
+        name: for messages.
+        plan: of its running stage.
+        slow: its slow weights as a release would have them; its bases are without numbers, they are those of the sum.
+        buffers: of its model.
+    """
+
+    name: str
+    plan: Plan
+    slow: SlowWeights
+    buffers: Mapping[str, torch.Tensor]
 
 
 def _broken(fast: torch.Tensor, base: torch.Tensor) -> bool:

@@ -1,0 +1,222 @@
+"""Several runs on one base: each view has the bits of its run's own fold, and the host's own run sees none of it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.errors.state import unchanged
+from tests.kit.errors import raises
+from tests.kit.state import weight_states
+
+X = torch.randn(6, 14, generator=torch.Generator().manual_seed(2))
+SPEC = lx.CascadeSpec(rank=2, targets=("0.weight", "3.weight"), train=("4.*",), noise=lx.Noise(0.1))
+
+SPECS = {
+    "plain": SPEC,
+    "more ranks": replace(SPEC, rank=3, pace=1.0, restart="slow"),
+    "dense": replace(SPEC, rank=6),  # of two stages the experts outgrow the weights
+    "dora": replace(SPEC, use_dora=True),
+    "pissa": replace(SPEC, start="pissa", noise=lx.Noise()),
+    "kept noise": replace(SPEC, noise=lx.Noise(0.1, keep=True)),
+    "other kinds": replace(SPEC, targets=("0.weight", "4.weight"), train=("3.*",)),
+    "fewer sites": replace(SPEC, targets=("0.weight",), train=()),
+}
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    parts = nn.Linear(14, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, 20, bias=False), nn.Linear(20, 3)
+    return nn.Sequential(*parts)
+
+
+def trained(cascade: lx.Cascade, seed: int, stages: int = 2, last: bool = True) -> lx.Cascade:
+    """Some stages, and with `last` one that runs: its steps move all that trains, and the running statistics."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.3))
+    for number in range(stages + last):
+        for _ in range(2):
+            cascade(torch.randn(6, 14) + seed).square().sum().backward()
+            nn.utils.clip_grad_norm_(cascade.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if number < stages:
+            cascade.transition(optimizer)
+    return cascade
+
+
+def run(kind: str, seed: int, **more: Any) -> lx.Cascade:
+    return trained(lx.adapt(base(), (X,), spec=SPECS[kind], frontend="symbolic"), seed, **more)
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name not in but:
+            assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("given", ["folder", "cascade"])
+def test_a_view_is_the_fold_of_its_run(kind: str, given: str, tmp_path: Path) -> None:
+    host, other = run("plain", 1), run(kind, 2)
+    states = weight_states(other).values()
+    assert any(state.is_dense for state in states) == (kind in ("dense", "other kinds"))
+    lx.save(other, tmp_path)
+    host.add("legal", tmp_path if given == "folder" else other)
+    expected = values(other.release())
+    assert not torch.equal(expected["1.running_mean"], values(host.model)["1.running_mean"])
+    with unchanged(host):
+        for _ in range(2):
+            with host.weights("legal"):
+                found = values(host.model)
+                assert torch.equal(host(X), host.model(X))
+            if kind == "other kinds":  # dense here and factors there, or the reverse: rounded once, in another order
+                torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+                same(found, expected, but=("3.weight", "4.weight"))
+            else:
+                same(found, expected)
+        same(host.folded_state_dict(which="legal"), found)
+    folded = host.eval().folded_graph(which="legal")
+    with host.weights("legal"), torch.no_grad():
+        assert torch.equal(folded(X), host.model(X))
+    host.zero_grad()
+    same(values(host.release(which="legal")), found)
+
+
+def test_the_own_run_sees_nothing_of_it(tmp_path: Path) -> None:
+    alone, host = run("plain", 1), run("plain", 1)
+    host.add("legal", run("dense", 2))
+    with host.weights("legal"):
+        pass
+    for cascade in (alone, host):
+        trained(cascade, 3)
+    for which in ("slow", "fast", "base"):
+        with alone.weights(which), host.weights(which):
+            same(values(host.model), values(alone.model))
+    expected = values(run("dense", 2).release())
+    with host.weights("legal"):  # after two transitions more
+        same(values(host.model), expected)
+    host.rewind(1, None)
+    with host.weights("legal"):
+        same(values(host.model), expected)
+
+
+def test_a_checkpoint_is_of_one_run(tmp_path: Path) -> None:
+    host, other = run("plain", 1), run("more ranks", 2)
+    torch.manual_seed(0)
+    before = host.state_dict()
+    host.add("legal", other)
+    after = host.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    lx.save(host, tmp_path)
+    again = lx.load(tmp_path, base(), (X,))
+    assert again.views == ("slow", "fast", "base")
+    with raises(lx.StateError, "unknown-name", "legal"):
+        again.weights("legal").__enter__()
+    again.add("legal", other)
+    with host.weights("legal"), again.weights("legal"):
+        same(values(again.model), values(host.model))
+    again.load_state_dict(before)
+    assert again.views == ("slow", "fast", "base", "legal")
+
+
+@pytest.mark.filterwarnings("ignore:merge. 2 buffers differ:lorasc_fx.errors.LorascWarning")
+def test_sums_are_those_of_merge_and_of_the_formula() -> None:
+    host, one, other = run("plain", 1, last=False), run("more ranks", 2), run("dense", 3)
+    host.add("one", one)
+    host.add("other", other)
+    assert host.views == ("slow", "fast", "base", "one", "other")
+    shares = {"one": 0.75, "other": -0.5, "slow": 0.25}
+    w0 = dict(base().named_parameters())
+    with host.weights("slow"):
+        slow = values(host.model)
+    merged = lx.merge([one, other, host], base(), (X,), weights=[*shares.values()])
+    parts = [values(copy.deepcopy(each).release()) for each in (one, other)] + [slow]
+    expected = values(merged.release())
+    with unchanged(host), host.weights(shares):
+        found = values(host.model)
+    for name, value in w0.items():
+        assert torch.equal(found[name], expected[name]), name
+        exact = value.double() + sum(
+            share * (part[name].double() - value.double()) for share, part in zip(shares.values(), parts, strict=True)
+        )
+        torch.testing.assert_close(found[name].double(), exact, atol=1e-6, rtol=1e-6)
+    assert torch.equal(found["1.running_mean"], values(host.model)["1.running_mean"])  # no two runs agree on it
+    with host.weights("one"):
+        alone = values(host.model)
+    with host.weights({"one": 1}):
+        same(values(host.model), alone)
+    same(values(host.release(which=shares)), {**values(host.model), **{name: found[name] for name in w0}})
+
+
+def test_a_run_of_the_same_name_is_replaced() -> None:
+    host = run("plain", 1)
+    host.add("legal", run("plain", 2))
+    host.add("legal", other := run("plain", 3))
+    with host.weights("legal"):
+        same(values(host.model), values(other.release()))
+    assert host.views.count("legal") == 1
+
+
+def test_what_cannot_be_added() -> None:
+    host = run("plain", 1)
+    changed = base()
+    nn.init.ones_(changed[3].weight)
+    other = trained(lx.adapt(changed, (X,), spec=SPEC, frontend="symbolic"), 2)
+    more = trained(lx.adapt(base(), (X,), spec=replace(SPEC, train=("0.bias", "4.*")), frontend="symbolic"), 2)
+    with unchanged(host):
+        with raises(lx.CheckpointError, "checkpoint-other-base", "'legal'", "3.weight"):
+            host.add("legal", other)
+        with raises(lx.SpecError, "sites-differ", "'legal'", "0.bias"):
+            host.add("legal", more)
+        for name in ("slow", "base", "averaged", "", 3):
+            with raises(lx.SpecError, "invalid-value", "add"):
+                host.add(name, other)  # type: ignore[arg-type]  # what is tested
+        with raises(lx.SpecError, "invalid-value", "int"):
+            host.add("legal", 3)  # type: ignore[arg-type]
+        with host.weights("slow"), raises(lx.StateError, "inside-weights", "add"):
+            host.add("legal", other)
+    assert host.views == ("slow", "fast", "base")
+
+
+def test_what_is_no_sum() -> None:
+    host = run("plain", 1, last=False)
+    host.add("legal", run("plain", 2))
+    host.add("scaled", run("dora", 3))
+    for which, code in (
+        ({}, "invalid-value"),
+        ({"legal": float("nan")}, "invalid-value"),
+        ({"legal": "much"}, "invalid-value"),
+        ({"legal": 0.5, "scaled": 0.5}, "dora-not-supported"),
+        ({"scaled": 0.5}, "dora-not-supported"),
+    ):
+        for act in (lambda which=which: host.weights(which).__enter__(), lambda which=which: host.release(which=which)):
+            with unchanged(host), raises(lx.SpecError, code):
+                act()
+    for which in ({"legel": 1}, {"fast": 1}, "legel"):
+        with unchanged(host), raises(lx.StateError, "unknown-name", "legal"):
+            host.weights(which).__enter__()
+    with host.weights("legal"), raises(lx.StateError, "inside-weights", "legal"):
+        host.transition(None)
+
+
+def test_statistics_that_are_estimated_inside_a_view() -> None:
+    host = run("plain", 1)
+    host.add("legal", run("plain", 2))
+    with unchanged(host), host.weights({"legal": 0.5, "slow": 0.5}):
+        before = values(host.model)["1.running_mean"]
+        host.recalibrate([X])
+        assert not torch.equal(values(host.model)["1.running_mean"], before)
