@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,11 +19,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lorasc_fx.adapt.peft_spec import spec_of
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import FRONTENDS, Calls, check_binds, is_on_meta, open_model, signature_of, written_by
-from lorasc_fx.compile import Compiler
+from lorasc_fx.compile import Compiler, Decided
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, warn
 from lorasc_fx.graph import (
     check_patterns,
-    faults,
     forms_missing,
     matches,
     named_weights,
@@ -124,6 +123,10 @@ def load(
     matter how many ranks wrote the checkpoint: each rank that loads it has the whole cascade, to be wrapped or sharded
     as one from `adapt`.
 
+    Without args and kwargs nothing is captured: the checkpoint says which weights have branches, and the first call
+    makes the graph, or raises what `adapt` would raise for it. All that needs no graph (resume, weights, save, release)
+    works before that call. On several processes give inputs.
+
     Args:
         folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to.
         model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted. Without one, the base
@@ -155,7 +158,8 @@ def load(
         check_plan(found, weights.matrices, weights.parameters)
         _check_forms(found)
         try:
-            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, empty=True, joined=joined)
+            options: Any = {"empty": True, "joined": joined, "moved": found.moved}
+            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, **options)
         except (PassError, SpecError) as fault:
             raise CheckpointError(
                 f"{found.path}: its plan does not fit this model: {fault}", code="plan-mismatch"
@@ -218,16 +222,19 @@ def _adapt(
     source: BaseFile | None,
     undo: Undo,
     empty: bool = False,
+    moved: Collection[str] = (),
     meta: MetaModel | None = None,
     into: Cascade | None = None,
     joined: Joined = (),
 ) -> Cascade:
     """Adapt by a plan: an empty one that has only a spec, or one that was saved, whose numbers are still to come.
 
-    With `into` that cascade begins anew.
+    With `into` that cascade begins anew. An `empty` one without inputs is captured by its first call; until then
+    `moved` are the parameters that forward writes.
     """
     weights = named_weights(opened)
-    bound = check_binds(opened, args, kwargs if kwargs is not None else {})
+    waits = empty and not args and kwargs is None
+    bound = check_binds(opened, args, kwargs if kwargs is not None else {}) if not waits else ((), {})
     compiler = Compiler(frontend, Calls(signature_of(opened), alike=isinstance(opened, fx.GraphModule)))
     flags = Flags.of(opened)
     trained = _trained(plan.spec, weights.parameters, weights.names)
@@ -235,18 +242,23 @@ def _adapt(
     undo(partial(flags.restore, opened))
     for name, parameter in weights.parameters.items():
         parameter.requires_grad_(name in trained)
-    begun = time.monotonic()
-    made = compiler.make(opened, plan, {}, (), *bound, wide=False)
-    sites, seconds = len(made.plan.sites), time.monotonic() - begun
-    log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
-    example = (tuple(args), dict(kwargs or {}))
-    branches, written = nn.ModuleDict(dict(made.branches)), partial(written_by, opened)
-    run = Run(opened, branches, made.plan, frontend, base_file=source, meta=meta, written=written)
+    decided: Decided
+    if waits:
+        decided = compiler.decide(opened, plan)
+    else:
+        begun = time.monotonic()
+        decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
+        sites, seconds = len(made.plan.sites), time.monotonic() - begun
+        log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
+    example = (tuple(args), dict(kwargs or {})) if not waits else None
+    written = partial(written_by, opened, frozenset(moved).intersection(weights.parameters))
+    branches = nn.ModuleDict(dict(decided.branches))
+    run = Run(opened, branches, decided.plan, frontend, base_file=source, meta=meta, written=written)
     if into is None:
         kind = cascade_class(opened, compiler.calls.signature)
-        cascade = kind(run, compiler, made, example, flags, joined)
+        cascade = kind(run, compiler, decided, example, flags, joined)
     else:
-        Cascade.__init__(cascade := into, run, compiler, made, example, flags, joined)
+        Cascade.__init__(cascade := into, run, compiler, decided, example, flags, joined)
     undo(cascade._usage.disarm)
     cascade._usage.arm(run)
     run.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
@@ -269,8 +281,8 @@ def _check_loaded(cascade: Cascade, path: Path) -> None:
     """
     disagreements = cascade._run.faults()
     variant = cascade._variants.oldest
-    if variant is not None and isinstance(variant.module, fx.GraphModule):  # others were when they were rewritten
-        disagreements += faults(variant.module)
+    if variant is not None:
+        disagreements += cascade._compiler.faults(variant)
     if disagreements:
         raise CheckpointError(
             f"{path}: what it holds does not agree with its plan:\n  " + "\n  ".join(dict.fromkeys(disagreements)),

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from lorasc_fx.capture.captured import OWNER, Captured, Conditions, capture_graph
+from lorasc_fx.capture.captured import OWNER, Captured, Conditions, capture_graph, read_live
 from lorasc_fx.capture.export import capture_dynamo, capture_export
 from lorasc_fx.capture.graph_breaks import GraphBreakFallback, capture_fallback, eager_trace
 from lorasc_fx.capture.guards import Guards
@@ -82,6 +82,7 @@ __all__ = [
     "one_line",
     "open_model",
     "quiet",
+    "read_live",
     "requiring_grad",
     "run_preflight",
     "signature_of",

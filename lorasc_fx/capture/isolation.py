@@ -151,11 +151,11 @@ _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 have had a preflight."""
 
 
-def written_by(model: nn.Module) -> frozenset[str]:
+def written_by(model: nn.Module, otherwise: frozenset[str] = frozenset()) -> frozenset[str]:
     """Return the names of the parameters that forward writes and of the buffers that it registers, of a model that has
     had a preflight.
     """
-    return _WRITTEN.get(model, frozenset())
+    return _WRITTEN.get(model, otherwise)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,33 @@ from typing import Any
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import OWNER, Calls, Captured, Conditions, GraphBreakFallback, bind, capture, written_by
+from lorasc_fx.capture import (
+    OWNER,
+    Calls,
+    Captured,
+    Conditions,
+    GraphBreakFallback,
+    bind,
+    capture,
+    read_live,
+    written_by,
+)
 from lorasc_fx.compile.graph_breaks import insert, make_fallback
-from lorasc_fx.compile.variants import Made, Variant
+from lorasc_fx.compile.variants import Decided, Made, Variant
 from lorasc_fx.errors import CaptureError, NoSites, StateError
-from lorasc_fx.graph import at_stage, candidates, matches, named_weights, own_copy, shared_memory
+from lorasc_fx.graph import (
+    Record,
+    at_stage,
+    candidates,
+    faults,
+    matches,
+    named_weights,
+    own_copy,
+    shared_memory,
+    survey,
+)
 from lorasc_fx.passes import AttentionMasks, FoldBranches
+from lorasc_fx.passes.insert_branches import missing_branches
 from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 
@@ -82,6 +103,18 @@ class Compiler:
     def bind(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a call's arguments in canonical shape; plain enough for dynamo to trace."""
         return bind(self.calls.signature, args, kwargs)
+
+    def decide(self, model: nn.Module, plan: Plan) -> Decided:
+        """Make the branches of a plan without a graph: what is refused is what the spec leaves out."""
+        refusals = _refused(model, plan, (), Reason.SHARED_MEMORY, shared_memory(model))
+        record, nothing = Record(owner=OWNER, plan=plan, refusals=refusals), read_live(nn.Module(), fx.Graph(), model)
+        matching = survey([nothing], record, plan.spec, {})
+        branches = missing_branches(plan, {}, named_weights(model).parameters)
+        return Decided(plan, branches, matching.refusals, matching.unreached)
+
+    def faults(self, variant: Variant) -> list[str]:
+        """Return where a variant disagrees with its plan; a piece is verified when it is rewritten."""
+        return list(faults(variant.module)) if isinstance(variant.module, fx.GraphModule) else []
 
     def make(
         self,

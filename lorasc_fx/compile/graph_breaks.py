@@ -120,7 +120,7 @@ class Growing:
         swapped = {branch.weight_name: branch for branch in held.values() if branch.weight_name in kinds}
         grow = self.grow() if self.grow is not None else None
         if grow is not None and set(held) != set(self.branches):
-            grow(Made(Variant(fallback, "graph-breaks"), matching.plan, held, matching.refusals, matching.unreached))
+            grow(Made(matching.plan, held, matching.refusals, matching.unreached, Variant(fallback, "graph-breaks")))
         fallback.swap({**fallback.swapped, **swapped})
         self.plan, self.branches, self.refusals = matching.plan, held, matching.refusals
 
@@ -139,7 +139,7 @@ def insert(live: fx.GraphModule, plan: Plan, branches: Mapping[str, Branch], ref
     held = {key: branch for key, branch in holder.items() if isinstance(branch, Branch)}
     expectation = expect(live, adapted)
     variant = Variant(adapted, "", placements=expectation.placements, expected=expectation.ratio)
-    return Made(variant, record.plan, held, record.refusals, record.unreached)
+    return Made(record.plan, held, record.refusals, record.unreached, variant)
 
 
 def make_fallback(
@@ -211,7 +211,7 @@ def make_fallback(
     # the probe may have brought more
     decided = growing.plan.by_weight.keys() | {refusal.weight for refusal in growing.refusals}
     unreached = tuple(weight for weight in matching.unreached if weight not in decided)
-    return Made(variant, growing.plan, growing.branches, growing.refusals, unreached)
+    return Made(growing.plan, growing.branches, growing.refusals, unreached, variant)
 
 
 def _modes(fallback: GraphBreakFallback) -> Hashable:

@@ -17,7 +17,7 @@ from lorasc_fx.errors import StateError, warn
 from lorasc_fx.graph import as_function, hooks_of, takes_leaves
 from lorasc_fx.plan import Plan, Refusal
 
-__all__ = ["NOT_COMPILED", "Made", "Variant", "Variants"]
+__all__ = ["NOT_COMPILED", "Decided", "Made", "Variant", "Variants"]
 
 LIMIT = 32
 OFTEN = 8
@@ -78,14 +78,20 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A new variant, and what the plan and the branches are with it."""
+class Decided:
+    """What is known of the weights, in all graphs so far."""
 
-    variant: Variant
     plan: Plan
     branches: Mapping[str, Branch]
     refusals: tuple[Refusal, ...]
     unreached: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Made(Decided):
+    """A new variant, and what the plan and the branches are with it."""
+
+    variant: Variant
     refused_frontends: tuple[tuple[str, str], ...] = ()
 
 

@@ -154,6 +154,10 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             f"shard: {name} is {value!r}, which needs whole weights; give {usual!r} in the spec", code="not-shardable"
         )
     variants = cascade._held_variants
+    if not variants:
+        raise StateError(
+            "shard: there is no graph yet, or none since the cascade was moved; call it once before", code="no-graph"
+        )
     graphs = {id(variant): variant.module for variant in variants if isinstance(variant.module, fx.GraphModule)}
     if len(graphs) < len(variants):
         raise StateError(

@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import dense
 from lorasc_fx.checks import is_integer
-from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Variants
-from lorasc_fx.errors import SpecError, StateError, named, path_of, warn
+from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Decided, Made, Variant, Variants
+from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError, named, path_of, warn
 from lorasc_fx.extras import module_of
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, experts, folding, training_state, transition
@@ -99,8 +99,8 @@ class Cascade(nn.Module):
         self,
         run: Run,
         compiler: Compiler,
-        made: Made,
-        example: tuple[Any, Any],
+        decided: Decided,
+        example: tuple[Any, Any] | None,
         flags: Flags,
         joined: Joined = (),
     ) -> None:
@@ -108,16 +108,15 @@ class Cascade(nn.Module):
         self.model, self.branches = run.model, run.branches
         self.training = run.model.training
         self._run, self._usage = run, UsageWatch()
-        self._run.leave_alone(made.refusals)
-        self._refusals, self._unreached = made.refusals, made.unreached
+        self._run.leave_alone(decided.refusals)
+        self._refusals, self._unreached = decided.refusals, decided.unreached
         self._compiler, self._example, self._flags = compiler, example, flags
-        self._refused_frontends = made.refused_frontends
         self._joined = joined
         self._variants = Variants()
-        self._variants.add(compiler.calls.bind(*example), made.variant, self.training)
-        if made.variant.attach is not None:
-            made.variant.attach(self._grow, self._running)
-        self._frontend = made.variant.frontend
+        self._frontend = ""
+        self._refused_frontends: tuple[tuple[str, str], ...] = ()
+        if isinstance(decided, Made) and example is not None:
+            self._add(compiler.calls.bind(*example), decided)
         self._loaded: checkpoint_read.Checkpoint | None = None
         self._to_load: tuple[Any, int, Sequence[str]] = None, 0, ()  # a state, the keys missing before it, and errors
         register: Any = self.register_load_state_dict_post_hook  # torch has no annotations for it
@@ -233,17 +232,39 @@ class Cascade(nn.Module):
         """Capture, then take over what came of it; None where another thread has started another stage meanwhile."""
         plan, wide, begun = self._run.plan, self._variants.known(call), time.monotonic()
         given = (plan, self._run.by_key, self._refusals)
-        made = self._compiler.make(self.model, *given, call.args, call.kwargs, wide)
+        try:
+            made = self._compiler.make(self.model, *given, call.args, call.kwargs, wide)
+            disagreements = self._compiler.faults(made.variant) if not self._frontend else []
+        except (PassError, SpecError) as fault:
+            if self._frontend:
+                raise
+            raise self._does_not_fit([str(fault)]) from fault
+        if disagreements:
+            raise self._does_not_fit(disagreements)
         number, sizes, seconds = len(self._variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
         log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
         with Commit(self._run.lock) as undo:
             if self._run.plan is not plan:
                 return None
             self._grow(made, undo)
-            self._variants.add(call, made.variant, self.training)
-            if made.variant.attach is not None:
-                made.variant.attach(self._grow, self._running)
+            self._add(call, made)
             return made.variant
+
+    def _does_not_fit(self, disagreements: list[str]) -> CheckpointError:
+        """Return the error of a first graph that does not follow the plan that was loaded."""
+        where = f"{self._loaded.path}: " if self._loaded is not None else ""
+        sentences = "\n  ".join(dict.fromkeys(disagreements))
+        return CheckpointError(f"{where}its plan does not fit this call's graph:\n  {sentences}", code="plan-mismatch")
+
+    def _add(self, call: Call, made: Made) -> None:
+        """Keep a variant; the first one that the cascade has had says which front end took the model."""
+        self._variants.add(call, made.variant, self.training)
+        if made.variant.attach is not None:
+            made.variant.attach(self._grow, self._running)
+        if not self._frontend:
+            self._frontend, self._refused_frontends = made.variant.frontend, made.refused_frontends
+        if self._example is None:  # loaded without inputs
+            self._example = pytree.tree_map_only(torch.Tensor, _without_graph, (call.args, call.kwargs))
 
     def _grow(self, made: Made, undo: Undo | None = None) -> None:
         """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
@@ -304,12 +325,22 @@ class Cascade(nn.Module):
 
     @property
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example inputs of `adapt`: positional, and by name."""
+        """The example inputs of `adapt`, positional, and by name; after a `load` without inputs those of the first
+        call.
+
+        Raises:
+            StateError: that call is still to come.
+        """
+        if self._example is None:
+            raise StateError(
+                "there are no example inputs: the cascade was loaded without; call it once, or give args or kwargs",
+                code="no-graph",
+            )
         return self._example
 
     @property
     def frontend(self) -> str:
-        """Name of the front end that took the model."""
+        """Name of the front end that took the model; empty before the first call after a `load` without inputs."""
         return self._frontend
 
     @property
@@ -348,7 +379,8 @@ class Cascade(nn.Module):
         first = self._variants.oldest
         if first is None:
             raise StateError(
-                "draw: there is no graph since the cascade was moved or copied; call it once", code="no-graph"
+                "draw: there is no graph yet, or none since the cascade was moved or copied; call it once",
+                code="no-graph",
             )
         return self._compiler.draw(first, self._run.plan, file, sites, radius)
 
@@ -360,7 +392,8 @@ class Cascade(nn.Module):
         trainable = sum(parameter.numel() for parameter in self._run.trainable().values())
         kinds = Counter(site.kind for site in self.sites)
         lines = [
-            f"Cascade of {type(self.model).__name__}, captured by {self.frontend}",
+            f"Cascade of {type(self.model).__name__}, "
+            + (f"captured by {self.frontend}" if self.frontend else "captured at its first call"),
             f"  stage {plan.stage}, pace {pace:g}, noise {spec.noise.strength:g}, restart {spec.restart}",
             f"  {len(self.sites)} sites: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
             f"  {trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)",
@@ -654,7 +687,7 @@ class Cascade(nn.Module):
             quantized, which: as for `folded_state_dict`.
         """
         self._run.check_ready("folded_graph")
-        example = self._example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
+        example = self.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
         variant, call = self._variant_of(example[0], example[1], "folded_graph")
         with self._run.exclusive("folded_graph"):
             state = folding.folded_state(self._run, "folded_graph", quantized, *self._folds(which, "folded_graph"))
@@ -798,11 +831,10 @@ class Cascade(nn.Module):
     def _write_named(self, root: Path, call: str, base_model: str | None) -> Path:
         """Write a version that names its base, and has the example inputs if JSON and safetensors can hold them."""
         self._run.check_ready(call)
-        args, kwargs = self._example
         base = BaseModel.of(self._run, call, base_model)
         named: dict[str, Any] = {"model": base.to_dict()}
-        if _is_plain([*args]) and _is_plain(kwargs):
-            named["example"] = {"args": [*args], "kwargs": kwargs}
+        if self._example is not None and _is_plain([*self._example[0]]) and _is_plain(self._example[1]):
+            named["example"] = {"args": [*self._example[0]], "kwargs": self._example[1]}
         slow, parameters = self._run.slow, self._run.parameters_by_name()
         kept = {name: slow.states.get(name) or slow.trained.get(name) for name in base.new_in(self.model)}
         values = {name: parameters[name] if state is None else state.base for name, state in kept.items()}
@@ -1003,6 +1035,11 @@ def _is_plain(value: Any) -> bool:
     if type(value) is list:
         return all(map(_is_plain, value))
     return isinstance(value, (torch.Tensor, bool, int, float, str, type(None)))
+
+
+def _without_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an input, without the autograd graph that it is a part of."""
+    return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
 
 
 def _call_on_first(cascade: Cascade, batch: Any) -> Any:

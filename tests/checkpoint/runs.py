@@ -14,7 +14,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.errors.models import Net, inputs, loss_of
 from tests.errors.state import of_model, of_optimizer, of_slow, raw
-from tests.kit.state import is_gathering
+from tests.kit.state import is_gathering, variant_count
 
 X = inputs(5, 3, 4, 4)
 THREE_STAGES = (*("step",) * 3, "fold", *("step",) * 2, "fold", *("step",) * 2, "fold", "step")
@@ -35,6 +35,7 @@ class Run:
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     frontend: str = "symbolic"
     keep: int = 1
+    waits: bool = False  # loaded without inputs
 
     def started(self) -> Going:
         torch.manual_seed(7)
@@ -47,7 +48,8 @@ class Run:
         """Go on from a folder, in a process whose random generators are somewhere else."""
         torch.manual_seed(12345)
         random.seed(54321)
-        cascade = lx.load(folder, self.build(), args=(self.x,))
+        cascade = lx.load(folder, self.build(), args=() if self.waits else (self.x,))
+        assert variant_count(cascade) == (0 if self.waits else 1)
         optimizer = self.optimizer(cascade)
         scheduler = self.scheduler(optimizer) if self.scheduler else None
         torch.rand(3)

@@ -6,6 +6,7 @@ The many mutations of `tests/damage` count what is told here one by one.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -85,8 +86,11 @@ def refuse(version: Path, expected: tuple[object, ...], model: nn.Module | None 
     """Loading raises this code, and names the version's path and these things."""
     code, *names = expected
     model = Small() if model is None else model
+    again = copy.deepcopy(model)
     with unchanged(model), raises(lx.CheckpointError, str(code), version, *names):
         lx.load(version.parent, model, args=(X,))
+    with raises(lx.CheckpointError, str(code), version, *names):  # without inputs, by its first call at the latest
+        lx.load(version.parent, again)(X)
 
 
 def resumed(version: Path) -> tuple[lx.Cascade, torch.optim.Optimizer, Any]:

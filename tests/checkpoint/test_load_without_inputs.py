@@ -1,0 +1,113 @@
+"""A checkpoint loaded without inputs: all that needs no graph works at once, and the first call makes the graph."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+from tests.checkpoint.runs import THREE_STAGES, Run, X, interrupted, whole
+from tests.checkpoint.test_resume import PLAIN, SPECS, Teacher
+from tests.errors.models import Net, inputs
+from tests.errors.state import assert_same, unchanged
+from tests.kit.errors import raises
+from tests.kit.seams import SEAMS
+from tests.kit.state import variant_count
+
+STOPS = (0, 1, 4, 6, 8, 9)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_run_goes_on_as_if_it_had_not_stopped(spec: str, tmp_path: Path) -> None:
+    run = Run(SPECS[spec], waits=True)
+    assert_same(interrupted(run, THREE_STAGES, STOPS, tmp_path), whole(run, THREE_STAGES))
+
+
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+def test_other_front_ends(frontend: str, tmp_path: Path) -> None:
+    run = Run(SPECS["train"], waits=True, frontend=frontend)
+    assert_same(interrupted(run, THREE_STAGES, (1, 4), tmp_path), whole(run, THREE_STAGES))
+
+
+def seeded_teacher() -> nn.Module:
+    torch.manual_seed(3)
+    return Teacher()
+
+
+def test_a_parameter_that_forward_writes(tmp_path: Path) -> None:
+    spec = lx.CascadeSpec(targets=("student",), rank=1)
+    run = Run(spec, build=seeded_teacher, x=inputs(4, 5), frontend="export", waits=True)
+    events = ("step", "step", "fold", "step")
+    assert_same(interrupted(run, events, (1, 2, 3), tmp_path), whole(run, events))
+
+
+def saved(folder: Path, spec: lx.CascadeSpec = PLAIN) -> lx.Cascade:
+    going = Run(spec).started()
+    for event in THREE_STAGES[:6]:
+        getattr(going, event)()
+    going.save(folder)
+    return going.cascade
+
+
+def test_what_needs_no_graph_works_before_the_first_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = saved(tmp_path)
+    monkeypatch.setattr(*SEAMS["capture"], None)  # which nothing here calls
+    cascade = lx.load(tmp_path, Net())
+    assert cascade.sites == trained.sites
+    assert cascade.frontend == "" == "".join(cascade.placements)
+    assert "captured at its first call" in str(cascade)
+    assert {refusal.weight for refusal in trained.refusals} <= {
+        *cascade.unreached,
+        *(r.weight for r in cascade.refusals),
+    }
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
+    assert cascade.resume(optimizer)["losses"]
+    with cascade.weights("slow"), trained.weights("slow"), torch.no_grad():
+        assert torch.equal(cascade.eval()(X), trained.eval()(X))
+    cascade.train()
+    lx.save(cascade, tmp_path / "again", optimizer=optimizer)
+    folded, expected = (each.folded_state_dict() for each in (lx.load(tmp_path / "again", Net()), trained))
+    assert all(torch.equal(folded[name], expected[name]) for name in expected)
+    released = cascade.release()
+    assert all(torch.equal(value, expected[name]) for name, value in released.state_dict().items())
+
+
+def test_what_needs_a_graph_says_so_until_the_first_call(tmp_path: Path) -> None:
+    trained = saved(tmp_path)
+    cascade = lx.load(tmp_path, Net())
+    calls: list[Any] = [
+        lambda: cascade.example,
+        lambda: cascade.draw(tmp_path / "graph.svg"),
+        cascade.folded_graph,
+        lambda: lx.export.pt2(cascade, tmp_path / "graph.pt2"),
+    ]
+    for call in calls:
+        with unchanged(cascade), raises(lx.StateError, "no-graph"):
+            call()
+    graph = cascade.eval().folded_graph((X,))
+    assert torch.equal(graph(X), trained.eval().folded_graph((X,))(X))
+    assert variant_count(cascade) == 1
+    assert cascade.frontend == trained.frontend
+    assert cascade.placements == trained.placements
+    assert cascade.unreached == trained.unreached
+    assert cascade.refusals == trained.refusals
+    assert torch.equal(cascade.example[0][0], X)
+
+
+def test_a_first_call_that_cannot_be_captured_leaves_the_cascade_as_it_was(tmp_path: Path) -> None:
+    trained = saved(tmp_path)
+    cascade = lx.load(tmp_path, Net())
+    with unchanged(cascade), raises(lx.CaptureError, "model-refuses-inputs"):
+        cascade(inputs(5, 2, 4, 4))
+    hidden = X.clone().requires_grad_() * 2
+    copy_of = copy.deepcopy(trained)
+    torch.manual_seed(0)
+    found = cascade(hidden)
+    torch.manual_seed(0)
+    assert torch.equal(found, copy_of(hidden))
+    assert cascade.example[0][0].grad_fn is None  # or the graph of the caller would live on
