@@ -114,6 +114,14 @@ class ProcessGroup:
         """Return the sum of a number over the ranks, in fp64."""
         return self._reduced(number, "SUM")
 
+    def sum_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the ranks, on its device; it has the same shape on each."""
+        if self.handle is None:
+            return tensor
+        held = tensor.to(self.device, copy=True)
+        dist.all_reduce(held, group=self.handle)
+        return held.to(tensor.device)
+
     def max(self, number: float) -> float:
         """Return the largest of a number over the ranks; nan where it is nan on one."""
         missing = math.isnan(number)

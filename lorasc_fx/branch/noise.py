@@ -53,19 +53,27 @@ def _std_of_all(weight: torch.Tensor, shard: ShardSpec) -> float:
     return top * shard.std(weight / top) if 0 < top < math.inf else top
 
 
-def row_sizes(noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool) -> torch.Tensor:
+def row_sizes(
+    noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool, shard: ShardSpec | None = None
+) -> torch.Tensor:
     """Return `strength * |W_i| / sqrt(n)` of each row i of n entries, of a shape that broadcasts over the weight.
+
+    With a shard the weight is that of W. All-reduced then where rows are cut: every rank must call this at
+    the same point.
 
     Args:
         noise: of the distribution `filter`.
         weight: [out, ...], [in, out] if `transposed`; with an axis of experts before if `stacked`.
         stacked, transposed: how it is stored.
+        shard: of W, which the weight is.
     """
     row_axis = (1 if stacked else 0) + (1 if transposed else 0)
     rest = [axis for axis in range(1 if stacked else 0, weight.dim()) if axis != row_axis]
-    count = math.prod(weight.shape[axis] for axis in rest)
     sizes: torch.Tensor = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)
-    return sizes.mul_(noise.strength / math.sqrt(max(1, count)))
+    shape = weight.shape
+    if shard is not None and shard.axis in rest:
+        sizes, shape = shard.group.sum_of(sizes.square()).sqrt(), shard.full_shape(shape)
+    return sizes.mul_(noise.strength / math.sqrt(max(1, math.prod(shape[axis] for axis in rest))))
 
 
 def draw(

@@ -33,14 +33,17 @@ __all__ = ["folded_state_dict", "shard"]
 ON_SHARDS = {
     "targets", "exclude", "train", "untie", "rules", "rank", "lora_alpha", "use_rslora", "dropout", "placement", "pace",
     "restart", "slow_train", "seed", "noise", "strength", "keep", "where", "train_A", "lr_ratio", "train_rules",
+    "average", "average_decay", "redraw", "on_nonfinite", "distribution", "optimizer_state",
 }  # fmt: skip
 """Fields of a spec, and of its noise, that mean the same on shards, whatever they hold."""
-ALSO: Mapping[str, tuple[Any, ...]] = {
-    "restart_A": ("kept",),
-    "optimizer_state": ("kept",),
-    "distribution": ("normal",),
+NEEDS_WHOLE: Mapping[str, str] = {
+    "ranks": "a parameter that was cut keeps its shape",
+    "nearest_full_gradient": "it multiplies whole factors",
+    "restart_A": "'gradient' decomposes the gradient of a whole weight",
+    "start": "it decomposes whole weights",
+    "use_dora": "it measures whole rows of a weight",
 }
-"""What other fields may hold besides their default."""
+"""The other fields, each with the reason why a value besides its default is refused; restart_A="kept" is not."""
 NO_MORE_GRAPHS = (
     "there is no graph for this call, and none can be made of sharded weights: call the cascade once in each mode and "
     "with each kind of arguments before shard"
@@ -149,10 +152,8 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         raise StateError(
             f"shard: the mesh has {mesh.ndim} axes; give one of its axes, as mesh['name']", code="invalid-mesh"
         )
-    for name, value, usual in whole_only(spec):
-        raise StateError(
-            f"shard: {name} is {value!r}, which needs whole weights; give {usual!r} in the spec", code="not-shardable"
-        )
+    for name, value, usual, why in whole_only(spec):
+        raise StateError(f"shard: {name} is {value!r}: {why}; give {usual!r} in the spec", code="not-shardable")
     variants = cascade._held_variants
     if not variants:
         raise StateError(
@@ -197,14 +198,14 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     return {number: cut(graph, units) for number, graph in graphs.items()}
 
 
-def whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each option of a spec that needs whole weights: its name, its value, and the default."""
+def whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield each option of a spec that needs whole weights: its name, its value, the default, and why."""
     pairs = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.strength else [])
     for prefix, options, defaults in pairs:
         for item in fields(options):
             value, default = getattr(options, item.name), getattr(defaults, item.name)
-            if item.name not in ON_SHARDS and value not in (default, *ALSO.get(item.name, ())):
-                yield f"{prefix}{item.name}", value, default
+            if item.name not in ON_SHARDS and value != default and (item.name, value) != ("restart_A", "kept"):
+                yield f"{prefix}{item.name}", value, default, NEEDS_WHOLE[item.name]
 
 
 def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh, undo: Undo) -> Shards:

@@ -172,10 +172,12 @@ def _check_spec(cascade: Cascade, mesh: DeviceMesh) -> None:
             "give a DeviceMesh of one axis (torch.distributed.device_mesh.init_device_mesh)",
             code="invalid-mesh",
         )
-    asked = [(name, value) for name, value, _ in whole_only(spec)] + [("dropout", spec.dropout)] * (spec.dropout > 0)
-    for name, value in asked:
+    asked = [(name, value, why) for name, value, _, why in whole_only(spec)]
+    if spec.dropout > 0:
+        asked.append(("dropout", spec.dropout, "each process would drop other entries"))
+    for name, value, why in asked:
         raise SpecError(
-            f"parallelize: the spec has {name}={value!r}, which shards cannot do; adapt without it",
+            f"parallelize: the spec has {name}={value!r}: {why}; adapt without it",
             code="not-shardable",
         )
     for variant in cascade._held_variants:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import StateError, named
-from lorasc_fx.shards import local
+from lorasc_fx.shards import dtensor_like, full_tensor, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 
 __all__ = ["check_holds", "check_numbers", "treated_state"]
@@ -115,10 +115,11 @@ def _pruned(state: Mapping[str, Any], parameter: nn.Parameter, ratio: float) -> 
     count = round(ratio * parameter.numel())
     if not count or not shaped:
         return dict(state)
-    smallest = [value.abs().flatten().topk(count, largest=False).indices for value in shaped.values()]
-    zeros = torch.cat(smallest)
+    values = {name: full_tensor(value) for name, value in shaped.items()}
+    zeros = torch.cat([value.abs().flatten().topk(count, largest=False).indices for value in values.values()])
     return dict(state) | {
-        name: value.flatten().index_fill(0, zeros, 0).view_as(value) for name, value in shaped.items()
+        name: dtensor_like(value.flatten().index_fill(0, zeros, 0).view_as(value), shaped[name])
+        for name, value in values.items()
     }
 
 

@@ -81,9 +81,9 @@ def write_start(
         key, shard = (spec.noise, spec.seed, stage, state.name, exact.shape, step), state.shard
         noise = draw(*key, shard).to(exact) if not state.noises else None
         state.write(exact, "fast", dtype)
-        by_rows = DISTRIBUTIONS[spec.noise.distribution].by_rows and exact.numel() > 0
-        rows = row_sizes(spec.noise, exact, state.stacked, state.transposed) if by_rows else None
-        size = amplitude(spec.noise, exact, shard) if rows is None else rows.max().item()
+        by_rows = DISTRIBUTIONS[spec.noise.distribution].by_rows
+        rows = row_sizes(spec.noise, exact, state.stacked, state.transposed, shard) if by_rows else None
+        size = amplitude(spec.noise, exact, shard) if rows is None else float(rows.max()) if rows.numel() else 0.0
         if not math.isfinite(size):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"

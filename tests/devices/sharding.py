@@ -29,6 +29,14 @@ SPECS: dict[str, dict[str, Any]] = {
         "restart_A": "kept",
         "noise": {"strength": 0.1, "distribution": "normal", "where": "all"},
     },
+    "averaged": {
+        "exclude": ("head.*",),
+        "optimizer_state": 0.5,
+        "average": "ema",
+        "average_decay": 0.4,
+        "noise": {"strength": 0.1, "redraw": "step", "distribution": "filter"},
+        "train_rules": ({"pattern": "norm.*", "slow": False},),
+    },
     "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
 }
 
@@ -99,7 +107,8 @@ def values(cascade: lx.Cascade) -> dict[str, Tensor]:
     tokens = example()
     found = {f"live/{name}": whole(each.detach()).clone() for name, each in cascade.named_parameters()}
     cascade.eval()
-    for which in ("slow", "fast", "base"):
+    average = ("averaged",) if cascade.plan.spec.average != "off" else ()
+    for which in ("slow", "fast", "base", *average):
         with cascade.weights(which), torch.no_grad():  # type: ignore[arg-type]
             found[f"{which}/output"] = cascade(tokens)
             found |= {
@@ -219,6 +228,29 @@ def resumed(rank: int, count: int, folder: str) -> dict[str, Tensor]:
     drawn = torch.rand(3)
     run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
     return {**values(cascade), "drawn": drawn}
+
+
+# ---- a branch that is left out
+
+
+def spoilt(rank: int, count: int) -> dict[str, Tensor]:
+    """With inf in a branch, and in a parameter that is trained in full, on the last process alone."""
+    model = blocks()
+    spec = lx.CascadeSpec(rank=2, pace=0.6, train=("*norm*",), seed=5, on_nonfinite="skip")
+    cascade = called_in_both_modes(lx.adapt(model, args=(example(),), spec=spec))
+    if count > 1:
+        fsdp.shard(cascade)
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, STEPS - 1, (rank, count))
+    with torch.no_grad():
+        for spoils in (cascade.branches["layers/1/up/weight"].lora_B, cascade.model.get_parameter("norm.weight")):
+            held = spoils.to_local() if count > 1 else spoils  # type: ignore[operator]
+            if rank == count - 1:
+                held[-1] = float("inf")
+    optimizer.zero_grad()
+    with warns("branch-left-out", "layers.1.up.weight"), warns("parameter-left-out", "norm.weight"):
+        cascade.transition(optimizer)
+    return values(cascade)
 
 
 # ---- memory

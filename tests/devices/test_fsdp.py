@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -34,7 +35,7 @@ __all__ = ["group"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "names"), [(2, ["fresh", "fast", "merged"]), (4, ["fast"])])
+@pytest.mark.parametrize(("count", "names"), [(2, ["fresh", "fast", "averaged", "merged"]), (4, ["fast"])])
 def test_the_numbers_of_one_process(count: int, names: list[str]) -> None:
     wanted = {name: sharding.alone(name) for name in names}
     ranks = on_ranks(count, sharding.sharded, names, limit=100)
@@ -46,6 +47,15 @@ def test_the_numbers_of_one_process(count: int, names: list[str]) -> None:
     for found in wanted.values():
         assert not torch.equal(found["slow/output"], found["base/output"])
         assert not torch.equal(found["slow/output"], found["output"])
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_not_finite_is_left_out_on_all() -> None:
+    wanted = sharding.spoilt(0, 1)
+    for found in on_ranks(2, sharding.spoilt):
+        close(found, wanted)
+    assert torch.equal(wanted["slow/layers.1.up.weight"], sharding.blocks().layers[1].up.weight)
+    assert not torch.equal(wanted["slow/layers.1.down.weight"], sharding.blocks().layers[1].down.weight)
 
 
 @pytest.mark.slow
@@ -75,10 +85,13 @@ def test_memory_falls_with_the_number_of_processes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("saving", "resuming"), [(2, (2, 4)), (2, (1,)), (1, (2,))])
-def test_a_checkpoint_is_cut_anew(tmp_path: Path, saving: int, resuming: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "saving", "resuming"),
+    [("fresh", 2, (2, 4)), ("fresh", 2, (1,)), ("fresh", 1, (2,)), ("averaged", 2, (1, 2))],
+)
+def test_a_checkpoint_is_cut_anew(tmp_path: Path, name: str, saving: int, resuming: tuple[int, ...]) -> None:
     """The numbers of an uninterrupted run on one process; `keep` versions stay."""
-    name, at = "fresh", 10
+    at = 10
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
     on_ranks(saving, sharding.saved, name, str(tmp_path), at)
     assert sorted(version.name for version in tmp_path.iterdir()) == ["version-00000002", "version-00000003"]
@@ -164,11 +177,6 @@ REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tupl
         None,
         ("not-shardable", "restart_A", "'gradient'"),
     ),
-    "skip": (
-        {"on_nonfinite": "skip"},
-        None,
-        ("not-shardable", "on_nonfinite", "'skip'"),
-    ),
     "dora": (
         {"use_dora": True},
         None,
@@ -179,26 +187,6 @@ REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tupl
         None,
         ("not-shardable", "start", "'pissa'"),
     ),
-    "average": (
-        {"average": "ema"},
-        None,
-        ("not-shardable", "average", "'ema'"),
-    ),
-    "redraw": (
-        {"noise": {"strength": 0.1, "redraw": "step"}},
-        None,
-        ("not-shardable", "noise.redraw", "'step'"),
-    ),
-    "filter": (
-        {"noise": {"strength": 0.1, "distribution": "filter"}},
-        None,
-        ("not-shardable", "noise.distribution", "'filter'"),
-    ),
-    "pruned": (
-        {"optimizer_state": 0.5},
-        None,
-        ("not-shardable", "optimizer_state", "0.5"),
-    ),
     "scalar": ({}, lambda: Scaled(torch.tensor(2.0)), ("not-shardable", "model.gain")),
     "layout": ({}, lambda: Scaled(torch.ones(2, 3).t()), ("not-shardable", "model.gain", "contiguous")),
     "graph-breaks": (
@@ -208,6 +196,15 @@ REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tupl
     ),
     "quantized": ({}, quantized, ("quantized-not-supported", "1.weight")),
 }
+
+
+def test_each_option_works_on_shards_or_says_why_not() -> None:
+    options = {item.name for kind in (lx.CascadeSpec, lx.Noise) for item in dataclasses.fields(kind)}
+    assert options == fsdp.ON_SHARDS | set(fsdp.NEEDS_WHOLE)
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
+    assert all(
+        re.search(rf"^\| `{name}.*\| .*{why.split()[-1]} \|$", page, re.M) for name, why in fsdp.NEEDS_WHOLE.items()
+    )
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -106,6 +106,20 @@ LLAMA = {
 WORKS = {
     "mlp": Work(Mlp, {"x": X}, {"gate": "colwise", "up.weight": "colwise", "down": "rowwise"}, SPEC),
     "mlp, kept": Work(Mlp, {"x": X}, {"gate": "colwise", "up": "colwise", "down": "rowwise", "head": "rowwise"}, KEPT),
+    "mlp, averaged": Work(
+        Mlp,
+        {"x": X},
+        {"gate": "colwise", "up": "colwise", "down": "rowwise", "head": "rowwise"},
+        lx.CascadeSpec(
+            rank=2,
+            pace=0.5,
+            noise=lx.Noise(0.2, "filter", redraw="step"),
+            average="ema",
+            average_decay=0.4,
+            on_nonfinite="skip",
+            optimizer_state=0.5,
+        ),
+    ),
     "gpt": Work(
         Gpt,
         {"ids": TOKENS},
@@ -144,7 +158,8 @@ def train(cascade: lx.Cascade, work: Work) -> dict[str, Tensor]:
             seen[f"norm {at}"] = whole(norm).detach().clone()
             optimizer.step()
             optimizer.zero_grad()
-        for which in ("slow", "fast", "base"):
+        averaged = ("averaged",) if work.spec.average != "off" else ()
+        for which in ("slow", "fast", "base", *averaged):
             with cascade.weights(which), torch.no_grad():
                 output = cascade(**work.kwargs)
                 seen[f"{which} {stage.index}"] = getattr(output, "logits", output).clone()

@@ -59,11 +59,6 @@ def mlp(**asked: Any) -> lx.Cascade:
             ("not-shardable", "restart_A=", "gradient"),
         ),
         (
-            lambda: mlp(optimizer_state=0.5),
-            PLAN,
-            ("not-shardable", "optimizer_state=0.5"),
-        ),
-        (
             lambda: cascade_of(WORKS["gpt"]),
             {"embed": "colwise"},
             ("not-a-linear-layer", "embed.weight"),
