@@ -326,10 +326,10 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return "; nearest: " + ", ".join(repr(name) for name in found) if found else ""
 
 
-def listed(known: Iterable[str], count: int = 5) -> str:
+def listed(known: Iterable[str]) -> str:
     """Return "; known: 'a', 'b' and 7 more" with the first known names: the answer where none is near."""
     names = list(known)
-    return "; known: " + named(map(repr, names), count) if names else ""
+    return "; known: " + named(map(repr, names), 5) if names else ""
 
 
 def named(names: Iterable[str], count: int = 3) -> str:

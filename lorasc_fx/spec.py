@@ -36,7 +36,6 @@ from lorasc_fx.spec_checks import (
     _positive,
     _rank,
     _ranks,
-    _rate,
     check_fields,
     check_noise,
     check_pairs,
@@ -128,7 +127,7 @@ class TrainRule:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise SpecError(f"train_rules: pattern is {self.pattern!r}; give a glob on parameter names")
         if self.lr is not None:
-            _rate(f"train_rules[{self.pattern!r}].lr", self.lr)
+            _positive(f"train_rules[{self.pattern!r}].lr", self.lr, "makes a learning rate")
         if self.slow is not None:
             _flag(f"train_rules[{self.pattern!r}].slow", self.slow)
 
@@ -247,7 +246,7 @@ class CascadeSpec:
         object.__setattr__(self, "ranks", _ranks(self.ranks, self.rank, CascadeSpec.rank))
         object.__setattr__(self, "rank", (*self.ranks, self.rank)[0])
         object.__setattr__(self, "pace", _paces(self.pace))
-        _rate("lr_ratio", self.lr_ratio)
+        _positive("lr_ratio", self.lr_ratio, "makes a learning rate")
         if not isinstance(self.train_rules, (tuple, list)) or any(
             not isinstance(r, TrainRule) for r in self.train_rules
         ):

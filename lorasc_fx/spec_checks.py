@@ -227,16 +227,10 @@ def _number(name: str, value: Any) -> None:
         raise SpecError(f"{name} is {value!r}; give a finite number")
 
 
-def _positive(name: str, value: Any) -> None:
+def _positive(name: str, value: Any, use: str = "scales the branch") -> None:
     _number(name, value)
     if value <= 0:
-        raise SpecError(f"{name} is {value}; it scales the branch: give a number above 0")
-
-
-def _rate(name: str, value: Any) -> None:
-    _number(name, value)
-    if value <= 0:
-        raise SpecError(f"{name} is {value}; it makes a learning rate: give a number above 0")
+        raise SpecError(f"{name} is {value}; it {use}: give a number above 0")
 
 
 def _ranks(value: Any, rank: int, usual: int) -> tuple[int, ...]:

@@ -17,7 +17,20 @@ __all__ = ["FoldBranches"]
 
 
 @dataclass(frozen=True)
-class FoldBranches(CascadePass):
+class EndsStage(CascadePass):
+    """A pass that ends the running stage, and so folds the branches."""
+
+    def check(self, graph_module: fx.GraphModule) -> None:
+        """Raise for a missing fact; NonFiniteBranch for inf or nan in a branch, unless the spec skips such branches."""
+        super().check(graph_module)
+        plan = record_of(graph_module).plan
+        for branch in branch_nodes(graph_module).values():
+            if plan is not None:
+                check_finite(branch, plan.spec, plan.stage)
+
+
+@dataclass(frozen=True)
+class FoldBranches(EndsStage):
     """Erase every branch node; its base op computes with the slow weights instead.
 
     In a graph module that owns its weights the slow update of the plan's spec is made (pace, restart, noise) and
@@ -31,11 +44,6 @@ class FoldBranches(CascadePass):
     requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
     provides: ClassVar[frozenset[str]] = frozenset({"branches-folded"})
     removes: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
-
-    def check(self, graph_module: fx.GraphModule) -> None:
-        """Raise for a missing fact, or for a branch that cannot be folded."""
-        super().check(graph_module)
-        check_branches(graph_module)
 
     def rewrite(self, graph: GraphEditor) -> None:
         """Take out nodes, then write values and go on to the next stage."""
@@ -51,14 +59,6 @@ class FoldBranches(CascadePass):
             graph.record = replace(graph.record, slow=slow, plan=plan.at_stage(plan.stage + 1))
         graph.record = replace(graph.record, branched=frozenset())
         graph.set_branches({})
-
-
-def check_branches(graph_module: fx.GraphModule) -> None:
-    """Raise NonFiniteBranch if a branch of the graph holds inf or nan and the spec does not skip such branches."""
-    plan = record_of(graph_module).plan
-    for branch in branch_nodes(graph_module).values():
-        if plan is not None:
-            check_finite(branch, plan.spec, plan.stage)
 
 
 def absorb_branches(graph: GraphEditor, plan: Plan) -> SlowWeights:

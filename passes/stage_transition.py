@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import fx
-
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph import GraphEditor, named_weights
 from lorasc_fx.state import begin_stage, start_weight
 
-from .base import CascadePass
-from .fold_branches import absorb_branches, check_branches
+from .fold_branches import EndsStage, absorb_branches
 
 __all__ = ["StageTransition"]
 
 
 @dataclass(frozen=True)
-class StageTransition(CascadePass):
+class StageTransition(EndsStage):
     """Fold, then insert, with the nodes left in place: constants get new values, branches are reset in place.
 
     The Parameters of the branches stay the same objects, so that optimizers hold them still; this is the one pass that
@@ -32,11 +29,6 @@ class StageTransition(CascadePass):
     name: ClassVar[str] = "stage-transition"
     requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
     provides: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
-
-    def check(self, graph_module: fx.GraphModule) -> None:
-        """Raise for a missing fact, or for a branch that cannot be folded."""
-        super().check(graph_module)
-        check_branches(graph_module)
 
     def rewrite(self, graph: GraphEditor) -> None:
         """Change values only: W_{t+1}, lora_A by the spec's restart_A, lora_B = 0."""

@@ -204,7 +204,7 @@ def matched(
         weights: of the fold.
         base: the path that was given, for messages.
         shards: the files.
-        tell: is told of each tensor's size, when it was read.
+        tell: is called with each tensor's size, when it was read.
 
     Raises:
         CheckpointError: the files are another base, or hold no tensor that a changed weight was.
@@ -308,8 +308,8 @@ def _unnamed(weights: FoldedWeights, base: Path, keys: Mapping[str, Path], found
         elif len(rivals) > 1 or not (distinct or len(places) == 1):
             others = ", ".join(entry.name for _, entry in places)
             raise CheckpointError(
-                f"base: {name} goes by another name in {base}, and cannot be told by its numbers: {others} all hold "
-                "the same; rename the tensors there as the model names them",
+                f"base: {name} goes by another name in {base}, and cannot be recognized by its numbers: {others} all "
+                "hold the same; rename the tensors there as the model names them",
                 code="base-ambiguous",
             )
         found.names |= dict.fromkeys((entry.name for _, entry in places), name)

@@ -264,8 +264,8 @@ def _span(ranks: Iterable[int]) -> str:
 def _config(
     model: nn.Module,
     ranks: Mapping[Place, int],
-    saved: Sequence[str] = (),
-    biases: bool = False,
+    saved: Sequence[str],
+    biases: bool,
     **more: Any,
 ) -> dict[str, Any]:
     """Return the configuration of an adapter whose scale is 1 everywhere.

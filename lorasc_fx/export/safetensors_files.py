@@ -30,7 +30,7 @@ __all__ = ["Progress", "beside", "fold_files", "safetensors"]
 Values = dict[str, Callable[[], torch.Tensor]]
 
 Progress = Callable[[int, int], object]
-"""Told how many bytes are done, of how many."""
+"""Called with the number of bytes that are done, and of all."""
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
@@ -59,7 +59,7 @@ def safetensors(
             metadata, and every tensor that the fold does not change is copied as it is.
         which: `slow`, or their average over stages.
         max_shard_bytes: size above which a folder's weights are split, without `base`.
-        progress: told how many bytes are done, of how many.
+        progress: called with the number of bytes that are done, and of all.
 
     Returns:
         The path.
@@ -86,14 +86,7 @@ def safetensors(
                 )
             entries.append(entry_of(name, now))
             values[name] = new
-        total, done = sum(entry.size for entry in entries), 0
-
-        def tell(size: int) -> None:
-            nonlocal done
-            done += size
-            if progress is not None:
-                progress(done, total)
-
+        tell = _teller(progress, sum(entry.size for entry in entries))
         with beside(out) as room:
             if out.suffix == ".safetensors":
                 _write(room, entries, values, tell)
@@ -101,6 +94,19 @@ def safetensors(
                 room.mkdir()
                 _write_folder(room, entries, values, max_shard_bytes, tell)
         return out
+
+
+def _teller(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """Return what is called with the size of each tensor that is done, and reports their sum."""
+    done = 0
+
+    def tell(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    return tell
 
 
 def _write_folder(folder: Path, entries: list[Entry], values: Values, most: int, tell: Callable[[int], None]) -> None:
@@ -134,14 +140,14 @@ def _write(path: Path, entries: list[Entry], values: Values, tell: Callable[[int
         os.fsync(file.fileno())
 
 
-def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress | None = None) -> Path:
+def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress | None) -> Path:
     """Write a base's files with folded weights in them; a new head that they lack is added to the last one.
 
     Args:
         weights: of the fold.
         base: a safetensors file, or a folder with `model.safetensors` or its shards.
         out: the file or folder to write; a folder gets the base's other files as well (configuration, tokenizer).
-        progress: told of the bytes that were compared and written.
+        progress: called with the number of bytes that were compared or written, and of all.
 
     Raises:
         CheckpointError: the base cannot be read, is another one than was adapted, or `out` cannot be written.
@@ -150,14 +156,7 @@ def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress
     shards = [read_shard(path) for path in shards_of(base)]
     single = base.is_file() and base.suffix != ".json"
     check_free(out, base)
-    total, done = 2 * sum(entry.size for shard in shards for entry in shard.entries), 0
-
-    def tell(size: int) -> None:
-        nonlocal done
-        done += size
-        if progress is not None:
-            progress(done, total)
-
+    tell = _teller(progress, 2 * sum(entry.size for shard in shards for entry in shard.entries))
     changes, added = matched(weights, base, shards, tell)
     shards = extended(shards, added)
     with beside(out) as room:

@@ -356,7 +356,7 @@ def call_instead(
     graph: fx.Graph,
     old: Callable[..., Any],
     new: Callable[..., Any],
-    where: Callable[[fx.Node], bool] = lambda node: True,
+    where: Callable[[fx.Node], bool],
 ) -> bool:
     """Let every node that calls one function (and that `where` means) call another one; whether there was any."""
     calls = [node for node in graph.nodes if node.op == "call_function" and node.target is old and where(node)]

@@ -39,6 +39,7 @@ __all__ = [
     "expert_index",
     "indexed_experts",
     "inside",
+    "is_impure",
     "kind_of",
     "looks_up",
     "may_alias",
@@ -117,7 +118,7 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
     sizes: set[fx.Node] = set()
     for node in graph.nodes:
         read = read_values(node)
-        computed = node.op in ("call_function", "call_method") and read and not _impure(node)
+        computed = node.op in ("call_function", "call_method") and read and not is_impure(node)
         made = node.op == "call_function" and not node.all_input_nodes and name_of(node) in _FACTORIES
         if reads_shape_only(node) or (computed and sizes.issuperset(read) and _arithmetic(node)):
             sizes.add(node)
@@ -249,7 +250,8 @@ def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
         yield from (inner for inner, outer in zip(inputs, passed, strict=False) if outer is source)
 
 
-def _impure(node: fx.Node) -> bool:
+def is_impure(node: fx.Node) -> bool:
+    """Whether a node has to run once, in its place: it writes, or draws random numbers."""
     tags = getattr(node.target, "tags", ())
     return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
 

@@ -444,7 +444,7 @@ _SWAP = (aten.transpose.int, torch.transpose, torch.swapaxes, "transpose", "swap
 _PERMUTE = (aten.permute.default, torch.permute, "permute")
 
 
-def transposes(node: fx.Node, dims: int = 2) -> bool:
+def transposes(node: fx.Node, dims: int) -> bool:
     """Whether a node transposes a matrix, or each in a stack of `dims` axes, and does nothing else."""
     if node.target is getattr:
         return node.args[1:2] == ("mT",) or (dims == 2 and node.args[1:2] == ("T",))

@@ -86,8 +86,8 @@ def describe(
     kind: str,
     shape: Sequence[int],
     aliases: tuple[str, ...],
-    layout: str = "out_in",
-    slices: tuple[int, ...] = (),
+    layout: str,
+    slices: tuple[int, ...],
 ) -> Site:
     """Return the site of a weight, with rank and lora_alpha by the first rule that means it, else by the spec."""
     rank, lora_alpha, ranks = spec.rank, spec.lora_alpha, spec.ranks

@@ -22,7 +22,16 @@ from torch.distributed.fsdp import fully_shard
 from lorasc_fx.capture import leaves
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import StateError
-from lorasc_fx.integrations.segments import ROOT, Cut, Shards, SplitGraph, Unit, cut, together, unit_of
+from lorasc_fx.integrations.segments import (
+    ROOT,
+    SegmentedGraph,
+    Shards,
+    SplitGraph,
+    Unit,
+    inseparable,
+    segmented,
+    unit_of,
+)
 from lorasc_fx.runtime import Cascade, folding
 from lorasc_fx.shards import ShardSpec, full_tensor
 from lorasc_fx.spec import CascadeSpec, Noise
@@ -130,14 +139,14 @@ def _units(cascade: Cascade) -> dict[int, str]:
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     for variant in cascade._held_variants:
         if isinstance(graph := variant.module, fx.GraphModule):
-            while inseparable := together(graph, units):
-                units |= dict.fromkeys((number for read in inseparable for number in read), ROOT)
+            while sets := inseparable(graph, units):
+                units |= dict.fromkeys((number for read in sets for number in read), ROOT)
     for branch in cascade._run.by_key.values():  # a weight that had to go to the root takes its branch along
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     return units
 
 
-def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, Cut]:
+def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
     """Return the graph of each variant, by id, cut; or raise StateError for what cannot be sharded."""
     run, spec = cascade._run, cascade._run.plan.spec
     if not dist.is_initialized():
@@ -195,7 +204,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
                 f"shard: {odd} are trained in one block, where FSDP adds up gradients of one dtype; cast them",
                 code="not-shardable",
             )
-    return {number: cut(graph, units) for number, graph in graphs.items()}
+    return {number: segmented(graph, units) for number, graph in graphs.items()}
 
 
 def whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any, str]]:

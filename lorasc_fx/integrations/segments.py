@@ -1,8 +1,8 @@
-"""An adapted graph cut where it goes on to the weights of another unit, so that a unit's weights are whole only while
-its own nodes run.
+"""An adapted graph split where it goes on to the weights of another unit, so that a unit's weights are gathered only
+while its own nodes run.
 
 The graph is only read. A node that computes from weights alone (a transpose, a cast, a branch on a weight) belongs to
-whoever uses it and is computed there, so that nothing of a unit's weights outlives the unit's turn. The other nodes
+whoever uses it and is computed there, so that nothing of a unit's weights outlives the unit's segments. The other nodes
 keep their order: each stays with the unit before it until one reads the weights of another. `Unit` and `Shards` are the
 modules that torch's fully_shard takes for blocks; `SplitGraph` runs a graph through them, segment by segment.
 """
@@ -23,9 +23,10 @@ from torch import fx, nn
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.low_rank import apply
 from lorasc_fx.errors import StateError
+from lorasc_fx.graph.flow import is_impure
 from lorasc_fx.undo import Block, isolated
 
-__all__ = ["ROOT", "Cut", "Segment", "Shards", "SplitGraph", "Unit", "cut", "together", "unit_of"]
+__all__ = ["ROOT", "Segment", "SegmentedGraph", "Shards", "SplitGraph", "Unit", "inseparable", "segmented", "unit_of"]
 
 
 ROOT = ""
@@ -92,20 +93,20 @@ def _run(node: fx.Node, holder: nn.Module, value_of: Callable[[fx.Node], Any]) -
     return node.target(*args, **kwargs)
 
 
-def together(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[set[int]]:
-    """Return the sets of parameters (by id) of several units that one node reads, which no cut can part."""
+def inseparable(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[set[int]]:
+    """Return the sets of parameters (by id) of several units that one node reads, which no split can part."""
     reads = _reads(graph_module)
     found = []
     for node in graph_module.graph.nodes:
         if node in reads.lazy:
             continue
         seen = reads.of(node)
-        if len({units[each] for each in seen} - {ROOT}) > 1:
+        if len({units[parameter] for parameter in seen} - {ROOT}) > 1:
             found.append(seen)
     return found
 
 
-class Cut:
+class SegmentedGraph:
     """A graph in segments, and the values that are still needed after each of them.
 
     Args:
@@ -119,15 +120,15 @@ class Cut:
         needed = [set(segment.inputs) for segment in segments]
         self.later = [set().union(*needed[index + 1 :]) for index in range(len(segments))]
 
-    def run(self, inputs: tuple[Any, ...], turn: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> Any:
-        """Return what the output node has; `turn` runs a segment on the values of its inputs.
+    def run(self, inputs: tuple[Any, ...], run_segment: Callable[[Segment, list[Any]], tuple[Any, ...]]) -> Any:
+        """Return what the output node has; `run_segment` runs a segment on the values of its inputs.
 
         Arguments that were left out have their defaults.
         """
         given = [*inputs, *(node.args[0] for node in self.placeholders[len(inputs) :])]
         values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
         for segment, later in zip(self.segments, self.later, strict=True):
-            made = turn(segment, [values[node] for node in segment.inputs])
+            made = run_segment(segment, [values[node] for node in segment.inputs])
             if segment is self.segments[-1]:
                 return made[-1]
             values = {**values, **dict(zip(segment.outputs, made, strict=True))}
@@ -135,8 +136,8 @@ class Cut:
         raise AssertionError("a graph has an output node")
 
 
-def cut(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Cut:
-    """Cut a graph.
+def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> SegmentedGraph:
+    """SegmentedGraph a graph.
 
     Args:
         graph_module: whose nodes read the parameters of its children.
@@ -147,11 +148,11 @@ def cut(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Cut:
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" or node in reads.lazy:
             continue
-        wanted = {units[each] for each in reads.of(node)} - {ROOT}
+        wanted = {units[parameter] for parameter in reads.of(node)} - {ROOT}
         if wanted and wanted != {runs[-1][0]}:
             runs.append((wanted.pop(), []))
         runs[-1][1].append(node)
-    runs = [each for each in runs if each[1]]
+    runs = [(unit, nodes) for unit, nodes in runs if nodes]
     needs = [_needs(nodes, reads.lazy) for _, nodes in runs]
     segments = []
     for index, (unit, nodes) in enumerate(runs):
@@ -161,7 +162,7 @@ def cut(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Cut:
         outputs = tuple(node for node in nodes if node in later or node.op == "output")
         last = _last(nodes, set(outputs), reads.lazy)
         segments.append(Segment(unit, tuple(nodes), inputs, outputs, last))
-    return Cut(graph_module, tuple(segments))
+    return SegmentedGraph(graph_module, tuple(segments))
 
 
 @dataclass(frozen=True)
@@ -187,18 +188,12 @@ def _reads(graph_module: fx.GraphModule) -> _Reads:
         if node.op in ("get_attr", "call_module"):
             held = operator.attrgetter(str(node.target))(graph_module)
             inside = held.parameters() if isinstance(held, nn.Module) else [held]
-            own[node] = {id(each) for each in inside if isinstance(each, nn.Parameter)}
+            own[node] = {id(value) for value in inside if isinstance(value, nn.Parameter)}
         sources = node.all_input_nodes
         computed = bool(sources) and all(source in lazy for source in sources)
-        if node.op == "get_attr" or (computed and node.op != "output" and not _is_particular(node)):
+        if node.op == "get_attr" or (computed and node.op != "output" and not is_impure(node)):
             lazy.add(node)
     return _Reads(frozenset(lazy), own)
-
-
-def _is_particular(node: fx.Node) -> bool:
-    """Whether a node has to run once, in its place: it writes, or draws random numbers."""
-    tags = getattr(node.target, "tags", ())
-    return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
 
 
 def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, None]:
@@ -241,9 +236,9 @@ class Unit(nn.Module):
         super().__init__()
         self.holders = nn.ModuleList(holders)
 
-    def forward(self, segment: Segment, graph: Cut, *values: Any) -> tuple[Any, ...]:
+    def forward(self, segment: Segment, graph: SegmentedGraph, *values: Any) -> tuple[Any, ...]:
         """Return the segment's outputs; none shares memory with a weight, which is gone when this returns."""
-        held = {each.untyped_storage().data_ptr() for each in self.parameters()}
+        held = {parameter.untyped_storage().data_ptr() for parameter in self.parameters()}
         return tuple(_own(value, held) for value in segment.run(graph.module, values))
 
 
@@ -256,16 +251,16 @@ class Shards(nn.Module):
         self.units = nn.ModuleList(units.values())
         self.rest = nn.ModuleList(rest)
 
-    def forward(self, graph: Cut, *inputs: Any) -> Any:
+    def forward(self, graph: SegmentedGraph, *inputs: Any) -> Any:
         """Return what the graph's output node has."""
 
-        def turn(segment: Segment, values: list[Any]) -> tuple[Any, ...]:
+        def run_segment(segment: Segment, values: list[Any]) -> tuple[Any, ...]:
             if segment.unit == ROOT:
                 return segment.run(graph.module, values)
             found: tuple[Any, ...] = self.units[self.names[segment.unit]](segment, graph, *values)
             return found
 
-        return graph.run(inputs, turn)
+        return graph.run(inputs, run_segment)
 
 
 class SplitGraph:
@@ -273,20 +268,20 @@ class SplitGraph:
 
     Args:
         shards: whose units hold the parameters.
-        graph: that was cut along them.
+        graph: in segments of these.
         leaves: returns the leaves of a call's arguments, in the order of the placeholders.
-        called: is told of each call; returns whether the branches rest, as other weights are in place.
+        called: is called before each call; returns whether the branches rest, as other weights are in place.
     """
 
     def __init__(
         self,
         shards: Shards,
-        graph: Cut,
+        graph: SegmentedGraph,
         leaves: Callable[[Any, Any], list[Any]],
         called: Callable[[], bool],
     ) -> None:
         self.shards, self.graph, self.leaves, self.called = shards, graph, leaves, called
-        self.branches = [each for each in graph.module.modules() if isinstance(each, Branch)]
+        self.branches = [module for module in graph.module.modules() if isinstance(module, Branch)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the graph computes.
@@ -318,7 +313,7 @@ def resting(undo: Block[Any], branches: list[Branch]) -> None:
 def _own(value: Any, held: set[int]) -> Any:
     """Return a value that is no view: FSDP's hooks hang on it, and a view of a weight would lose its memory."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_own(each, held) for each in value)
+        return type(value)(_own(item, held) for item in value)
     if not isinstance(value, torch.Tensor):
         return value
     if value.untyped_storage().data_ptr() in held:

@@ -8,7 +8,7 @@ must have: that of a fresh cascade, or `RunState.planned`, which needs no model.
 |---|---|
 | `branch/WEIGHT/FACTOR` | the running branch |
 | `expert/WEIGHT/NUMBER/FIELD` | an expert |
-| `turn/WEIGHT/NUMBER` | the row scale of a stage; "turns" has its stage, and the number of experts before it |
+| `turn/WEIGHT/NUMBER` | the row scale of a stage; "turns" has the stage, and the number of experts before it |
 | `rows/WEIGHT` | the row scale of W0 |
 | `dense/WEIGHT/VIEW` | the dense delta of a view; `start` where it is not that of `slow` |
 | `began/WEIGHT/b`, `a`, `m` | initial factors and magnitudes |
@@ -165,7 +165,7 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
 def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, Side]]]:
     """Return the manifest's entry and the tensors of one weight, each with how it lies beside the weight.
 
-    An expert that only scales rows is a turn alone.
+    Of an expert that only scales rows the row scale alone is written.
     """
     name, tensors = state.name, dict[str, tuple[torch.Tensor, Side]]()
     written = [expert.rank > 0 or expert.row_scale is None for expert in state.experts]
@@ -186,10 +186,10 @@ def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.
             for field, side in FACTORS.items()
             if (value := getattr(expert, field)) is not None
         }
-    turns = [(place, expert) for place, expert in enumerate(state.experts) if expert.row_scale is not None]
-    if turns or state.row_scale is not None:
-        entry["turns"] = [[expert.stage, sum(written[:place])] for place, expert in turns]
-    for number, (_, expert) in enumerate(turns):
+    scaling = [(index, expert) for index, expert in enumerate(state.experts) if expert.row_scale is not None]
+    if scaling or state.row_scale is not None:
+        entry["turns"] = [[expert.stage, sum(written[:index])] for index, expert in scaling]
+    for number, (_, expert) in enumerate(scaling):
         assert expert.row_scale is not None
         tensors[f"turn/{name}/{number}"] = expert.row_scale, Side.OUT
     if state.row_scale is not None:
@@ -323,12 +323,15 @@ def _vector(numbers: Sequence[float]) -> tuple[float, ...]:
     return tuple(map(float, numbers))
 
 
-def _with_scales(state: WeightState, turns: Sequence[tuple[int, int]], scales: Sequence[torch.Tensor]) -> WeightState:
-    """Return the state whose experts have the row scales of their stages; a stage that has none gets one of rank 0."""
+def _with_scales(state: WeightState, stages: Sequence[tuple[int, int]], scales: Sequence[torch.Tensor]) -> WeightState:
+    """Return the state whose experts have the row scales of their stages; a stage without an expert gets one of rank 0.
+
+    `stages` are those of the scales, each with the number of experts in the file before it.
+    """
     *stack, rows, columns = state.matrix
     experts, views = list(state.experts), dict(state.views)
     added = 0  # experts of rank 0 so far
-    for (stage, before), scale in zip(turns, scales, strict=True):
+    for (stage, before), scale in zip(stages, scales, strict=True):
         place = before + added
         if place < len(experts) and experts[place].stage == stage and experts[place].row_scale is None:
             experts[place] = replace(experts[place], row_scale=scale)

@@ -34,9 +34,8 @@ __all__ = ["GivenRun", "add", "install_experts", "install_slow", "install_sum", 
 def install_experts(
     run: Run,
     experts: Mapping[str, Sequence[tuple[float, Factors]]],
-    trained: Mapping[str, torch.Tensor] | None = None,
-    buffers: Mapping[str, torch.Tensor] | None = None,
-    stage: int = 0,
+    trained: Mapping[str, torch.Tensor],
+    buffers: Mapping[str, torch.Tensor],
 ) -> None:
     """Add experts to slow weights and start of the running stage, and set parameters trained in full.
 
@@ -46,27 +45,26 @@ def install_experts(
             stored.
         trained: slow values of parameters that the spec trains in full, by name.
         buffers: values of the model's buffers, by name.
-        stage: that is noted as the one which trained the experts; 0 for none of this cascade's.
 
     Raises:
         StateError: a name that the cascade does not know as such, or factors of another shape.
     """
     with run.exclusive("install_experts"):
         before = run.slow
-        values, tensors = dict(trained or {}), dict(run.model.named_buffers())
+        tensors = dict(run.model.named_buffers())
         for what, given, known in (
             ("a site", experts, before.states),
-            ("trained in full", values, before.trained),
-            ("a buffer", buffers or {}, tensors),
+            ("trained in full", trained, before.trained),
+            ("a buffer", buffers, tensors),
         ):
             foreign = [name for name in given if name not in known]
             if foreign:
                 raise StateError(
                     f"install_experts: {', '.join(sorted(foreign))} is not {what} here", code="sites-differ"
                 )
-        states = {name: _with_experts(state, experts.get(name, ()), stage) for name, state in before.states.items()}
+        states = {name: _with_experts(state, experts.get(name, ())) for name, state in before.states.items()}
         entries = dict(before.trained)
-        for name, value in values.items():
+        for name, value in trained.items():
             base = entries[name].base
             if value.shape != base.shape:
                 raise StateError(
@@ -74,8 +72,8 @@ def install_experts(
                 )
             slow = value.detach().to("cpu", entries[name].slow.dtype, copy=True)
             entries[name] = Trained.of(base, slow, entries[name].rule)
-        touched = [*(name for name in experts if experts[name]), *values]
-        install_slow(run, SlowWeights(states, entries, before.idle, averaged=before.averaged), touched, buffers or {})
+        touched = [*(name for name in experts if experts[name]), *trained]
+        install_slow(run, SlowWeights(states, entries, before.idle, averaged=before.averaged), touched, buffers)
 
 
 def install_slow(
@@ -113,7 +111,7 @@ def install_slow(
     run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
 
 
-def _with_experts(state: WeightState, experts: Sequence[tuple[float, Factors]], stage: int) -> WeightState:
+def _with_experts(state: WeightState, experts: Sequence[tuple[float, Factors]]) -> WeightState:
     """Return the state with these experts added, each with its coefficient."""
     *stack, rows, columns = state.matrix
     for _, pair in experts:
@@ -127,10 +125,7 @@ def _with_experts(state: WeightState, experts: Sequence[tuple[float, Factors]], 
     if not experts:
         return state
     device = state.base.device
-    more = [
-        Expert(pair.b.detach().to(device, copy=True), pair.a.detach().to(device, copy=True), stage)
-        for _, pair in experts
-    ]
+    more = [Expert(pair.b.detach().to(device, copy=True), pair.a.detach().to(device, copy=True)) for _, pair in experts]
     return state.added(more, [float(coefficient) for coefficient, _ in experts])
 
 

@@ -52,7 +52,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 VIEWS = ("slow", "start", "average")
 """Views of a slow state that are coefficient vectors of its entry; the ends of stages stand in its "past"."""
 _STATE = ("stages", "slow", "start", "kept", "past")
-"""What an entry must have; it may have the other views, and the "turns" of row scales."""
+"""What an entry must have; it may have the other views, and in "turns" the stages of row scales."""
 _NOISE = ("noise", "seed", "stage", "amplitude")
 
 
@@ -172,13 +172,13 @@ def _check_state(name: str, state: Any, stage: int) -> None:
             raise ValueError(
                 f"'slow': {name} had, at the end of an earlier stage, what are no coefficients of its experts"
             )
-    for turn in state.get("turns", ()):
+    for scaling in state.get("turns", ()):
         if not (
-            isinstance(turn, list)
-            and len(turn) == 2
-            and _counts(turn[0], stage)
-            and type(turn[1]) is int
-            and 0 <= turn[1] <= len(state["stages"])
+            isinstance(scaling, list)
+            and len(scaling) == 2
+            and _counts(scaling[0], stage)
+            and type(scaling[1]) is int
+            and 0 <= scaling[1] <= len(state["stages"])
         ):
             raise ValueError(f"'slow': {name} scaled its rows in stages that were not: {sanitized(state['turns'])}")
     for kept in state["kept"]:

@@ -118,7 +118,7 @@ class Run:
         self.released = False
         self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
         self.base_file, self.meta, self.written = base_file, meta, written
-        self.untouched: frozenset[str] = frozenset()  # excluded by the spec
+        self.without_noise: frozenset[str] = frozenset()  # weights that the spec excludes, or in memory of others
         self.parallel: Callable[[Any, Any, Any], Any] | None = None  # computes a call on DTensors
         self.grouped = False  # param_groups was called: an optimizer holds the present branches
         self.looped = False  # stages was called
@@ -201,8 +201,8 @@ class Run:
 
     def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
         """Note the weights that get no noise: those that the spec excludes, and those in memory of others."""
-        untouched = (Reason.EXCLUDED, Reason.SHARED_MEMORY)
-        self.untouched = frozenset(each.weight for each in refusals if each.reason in untouched)
+        reasons = (Reason.EXCLUDED, Reason.SHARED_MEMORY)
+        self.without_noise = frozenset(refusal.weight for refusal in refusals if refusal.reason in reasons)
 
     def know_sites(self, undo: Undo, empty: bool = False) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
@@ -214,7 +214,7 @@ class Run:
             others = {
                 name: value for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point()
             }
-            names += [name for name in others if name not in {*self.slow.trained, *self.untouched, *names}]
+            names += [name for name in others if name not in {*self.slow.trained, *self.without_noise, *names}]
         new = [name for name in names if name not in self.slow.states]
         quantized = next((name for name in new if is_quantized(parameters[name])), None)
         for asked, option, what, instead in (
@@ -334,13 +334,14 @@ class Run:
         """Return what brings back plan, slow weights and flags, which weights are in place, their checksums, and which
         gradients wait for a step. Values are not among it (`commit`).
         """
-        decided = (self.plan, self.slow, self.base_file, self.parallel, self.untouched, self.released, self.added)
-        noted = (self._checksums, self._objects, self._frozen)
+        decided = (self.plan, self.slow, self.base_file, self.parallel, self.released, self.added)
+        noted, without_noise = (self._checksums, self._objects, self._frozen), self.without_noise
         placed = (self.placed, self.placed_checksums)
         watches = (self.pending.restorer(), self.gradient_init.restorer())
 
         def restore() -> None:
-            self.plan, self.slow, self.base_file, self.parallel, self.untouched, self.released, self.added = decided
+            self.plan, self.slow, self.base_file, self.parallel, self.released, self.added = decided
+            self.without_noise = without_noise
             self._checksums, self._objects, self._frozen = noted
             self.placed, self.placed_checksums = placed
             for watch in watches:

@@ -64,9 +64,7 @@ def start_weight(
     return start
 
 
-def write_start(
-    out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, noisy: bool = True, step: int = 0
-) -> None:
+def write_start(out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, noisy: bool, step: int) -> None:
     """Write what `start_weight` returns into `out`, in place: of extra memory there is the noise, and where `out` is
     narrower than the arithmetic the exact weight (without noise a block of it).
     """
@@ -139,9 +137,7 @@ def begin_stage(
     return replace(state, initial=initial), started
 
 
-def gain_of(
-    branch: Branch, state: WeightState, spec: CascadeSpec, stage: int, noisy: bool = True
-) -> torch.Tensor | None:
+def gain_of(branch: Branch, state: WeightState, spec: CascadeSpec, stage: int, noisy: bool) -> torch.Tensor | None:
     """Return the row scale g [out] of a branch with magnitudes, in fp64 on the host: with the weight that it trained
     on, noise included. None for any other branch.
     """
@@ -183,10 +179,10 @@ def end_stage(
     branch: Branch | None,
     spec: CascadeSpec,
     stage: int,
-    noisy: bool = True,
-    checked: bool = False,
-    left_out: set[str] | None = None,
-    share: float | None = None,
+    noisy: bool,
+    checked: bool,
+    left_out: set[str],
+    share: float | None,
 ) -> WeightState:
     """Return the slow state after the stage: the slow update, and the stage's noise where it is kept.
 
@@ -223,8 +219,7 @@ def end_stage(
                 f"the branch of {state.name} {fault} at the end of stage {stage}: it was left out. {_LOWER}",
                 "branch-left-out",
             )
-            if left_out is not None:
-                left_out.add(state.name)
+            left_out.add(state.name)
     if after is None:
         after = state.absorb(stage, None, pace, spec.restart, share)
     if noisy and spec.noise.keep and spec.noise.strength:

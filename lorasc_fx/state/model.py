@@ -183,7 +183,7 @@ class SlowWeights:
         elif self.idle:
             self.write_value(name, "slow", out)
         else:
-            write_start(out, self.states[name], plan.spec, plan.stage, step=plan.step)
+            write_start(out, self.states[name], plan.spec, plan.stage, True, plan.step)
 
     def value(self, name: str, which: Which, like: torch.Tensor, branch: Branch | None = None) -> torch.Tensor:
         """Return weights of this name, rounded once to the dtype of `like`, on its device."""

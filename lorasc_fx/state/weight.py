@@ -262,15 +262,13 @@ class WeightState(Tree):
         dtype: torch.dtype,
         live: Factors | None = None,
         device: torch.device | None = None,
-        gain: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return W0 + delta in the dtype of the arithmetic, before the one rounding.
 
-        `fast` is the start of the running stage plus `live`, the running branch (F_t of algorithm.md), with rows scaled
-        by the `gain` [out] of one that has magnitudes.
+        `fast` is the start of the running stage plus `live`, the running branch (F_t of algorithm.md).
         """
         total = torch.empty(self.base.shape, dtype=dtype, device=self.base.device if device is None else device)
-        self.write(total, which, dtype, live, gain)
+        self.write(total, which, dtype, live)
         return total
 
     def write(
@@ -282,7 +280,7 @@ class WeightState(Tree):
         gain: torch.Tensor | None = None,
     ) -> None:
         """Write what `exact` returns into `out`, of the weight's shape; computed in `dtype`, rounded once to that of
-        `out`.
+        `out`. The rows are scaled by the `gain` [out] of a running branch with magnitudes.
         """
         if which == "base":
             out.copy_(dense(self.base))
@@ -307,7 +305,7 @@ class WeightState(Tree):
             yield draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, shard=self.shard).to(out)
 
     def terms(
-        self, which: Which, live: Factors | None = None, gain: torch.Tensor | None = None
+        self, which: Which, live: Factors | None, gain: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[float, Factors]]]:
         """Return what slow, fast or averaged weights are the sum of: W0, the dense delta, and pairs with their
         coefficients; under DoRA each with its rows scaled.

@@ -125,7 +125,7 @@ def test_a_graph_is_cut_where_it_goes_on_to_another_block() -> None:
     cascade = sharding.adapted("fresh")
     tokens = sharding.example()
     module = variant_for(cascade, (tokens,), {}).module
-    graph = segments.cut(module, fsdp._units(cascade))
+    graph = segments.segmented(module, fsdp._units(cascade))
     assert [each.unit for each in graph.segments] == ["", "table", "layers.0", "layers.1", "layers.2", "head", "table"]
     nodes = [node for each in graph.segments for node in each.nodes]
     assert len(set(nodes)) == len(nodes)

@@ -311,7 +311,7 @@ def adopt(
     buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Add experts from elsewhere to the slow state, and set parameters trained in full, and buffers."""
-    elsewhere.install_experts(cascade._run, experts, trained, buffers)
+    elsewhere.install_experts(cascade._run, experts, trained or {}, buffers or {})
 
 
 def unpark(cascade: lx.Cascade) -> None:

@@ -304,7 +304,7 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
         ),
         "no tensor is named": (
             {f"{name}x": value for name, value in {**state, "again": state["0.bias"].clone()}.items()}, "out",
-            "0.bias goes by another name in {}/given.safetensors, and cannot be told by its numbers",
+            "0.bias goes by another name in {}/given.safetensors, and cannot be recognized by its numbers",
         ),
         "the place is taken": (state, "full", "full is a folder, and the output is a file; give another path"),
         "the place is the base": (state, "given.safetensors", "given.safetensors is the base, and is not overwritten"),
