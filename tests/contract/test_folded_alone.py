@@ -6,35 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-MAKE = """
-import sys, torch
+import torch
 from torch import nn
+
 import lorasc_fx as lx
 
-folder, placement = sys.argv[1:]
-torch.manual_seed(0)
-model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6), nn.Linear(6, 5)).double()
-x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, placement=placement))
-optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-for _ in cascade.stages(2, optimizer):
-    for _ in range(3):
-        cascade(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-graph = cascade.folded_graph()
-lx.export.pt2(cascade, f"{folder}/model.pt2")
-released = cascade.release()
-assert released is model
-with torch.no_grad():
-    expected = released(x)
-torch.save((released, graph, x, expected), f"{folder}/folded.pt")
-"""
-
-USE = """
+ALONE = """
 import sys, torch
 
 class Refuse:
@@ -43,6 +23,40 @@ class Refuse:
             raise ImportError("lorasc_fx is not here")
 
 sys.meta_path.insert(0, Refuse())
+"""
+
+
+def make(folder: Path, placement: Any) -> None:
+    """Write what is folded, with an input and its output, and the exported program."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6), nn.Linear(6, 5)).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, placement=placement))
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    for _ in cascade.stages(2, optimizer):
+        for _ in range(3):
+            cascade(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    graph = cascade.folded_graph()
+    lx.export.pt2(cascade, folder / "model.pt2")
+    released = cascade.release()
+    assert released is model
+    with torch.no_grad():
+        expected = released(x)
+    torch.save((released, graph, x, expected), folder / "folded.pt")
+
+
+def run_alone(folder: Path, *codes: str) -> None:
+    """Run each in a process in which lorasc_fx cannot be imported; the last says that it came to its end."""
+    for code in codes:
+        run = [sys.executable, "-c", ALONE + code, str(folder)]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "alone\n"
+
+
+USE = """
 released, graph, x, expected = torch.load(f"{sys.argv[1]}/folded.pt", weights_only=False)
 with torch.no_grad():
     torch.testing.assert_close(released(x), expected, rtol=0, atol=0)
@@ -64,23 +78,12 @@ print("alone")
 @pytest.mark.parametrize(
     "placement", ["beside", *(pytest.param(each, marks=pytest.mark.slow) for each in ("merged", "weight"))]
 )
-def test_a_folded_model_runs_without_us(tmp_path: Path, placement: str) -> None:
-    for code in (MAKE, USE):
-        run = [sys.executable, "-c", code, str(tmp_path), *([placement] if code is MAKE else [])]
-        done = subprocess.run(run, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert done.stdout == "alone\n"
+def test_a_folded_model_runs_without_us(tmp_path: Path, placement: Any) -> None:
+    make(tmp_path, placement)
+    run_alone(tmp_path, USE)
 
 
 COMPILE = """
-import sys, torch
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lorasc_fx":
-            raise ImportError("lorasc_fx is not here")
-
-sys.meta_path.insert(0, Refuse())
 from torch._inductor import aoti_compile_and_package
 
 program = torch.export.load(f"{sys.argv[1]}/model.pt2")
@@ -88,14 +91,6 @@ aoti_compile_and_package(program, package_path=f"{sys.argv[1]}/compiled.pt2")
 """
 
 RUN = """
-import sys, torch
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lorasc_fx":
-            raise ImportError("lorasc_fx is not here")
-
-sys.meta_path.insert(0, Refuse())
 from torch._inductor import aoti_load_package
 
 released, graph, x, expected = torch.load(f"{sys.argv[1]}/folded.pt", weights_only=False)
@@ -112,8 +107,5 @@ print("alone")
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_a_model_compiled_ahead_of_time_runs_from_its_package(tmp_path: Path) -> None:
     """AOTInductor: compiled and run where we cannot be imported, for batches that the example did not have."""
-    for code in (MAKE, COMPILE, RUN):
-        run = [sys.executable, "-c", code, str(tmp_path), *(["merged"] if code is MAKE else [])]
-        done = subprocess.run(run, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert done.stdout == "alone\n"
+    make(tmp_path, "merged")
+    run_alone(tmp_path, COMPILE, RUN)

@@ -67,13 +67,12 @@ def core_distributions() -> set[str]:
     return found
 
 
-def loaded_by(code: str) -> set[str]:
-    """The top-level modules that stand in a fresh interpreter after `code`."""
-    done = python(
-        f"{code}\nimport sys, json; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
-    )
+def loaded_by(*codes: str) -> list[set[str]]:
+    """The top-level modules that stand in one fresh interpreter after each of these."""
+    told = "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = python("\n".join(["import sys, json", *(f"{code}\n{told}" for code in codes)]))
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return [set(json.loads(line)) for line in done.stdout.splitlines()[-len(codes) :]]
 
 
 def every_module_inside() -> str:
@@ -89,17 +88,20 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("code", ["import lorasc_fx", every_module_inside()], ids=["the-face", "every-module-inside"])
-def test_import_brings_only_the_core_dependencies(code: str) -> None:
+def test_import_brings_only_the_core_dependencies() -> None:
     # What torch itself picks up where it is installed (numpy, and a few more) is torch's own affair.
-    alone = loaded_by("import torch, torch.export, torch.fx, torch._dynamo, networkx, safetensors.torch")
-    ours = loaded_by(code) - alone - set(sys.stdlib_module_names) - {"lorasc_fx"}
+    torchs = "import torch, torch.export, torch.fx, torch._dynamo, networkx, safetensors.torch"
+    alone, face, inside = loaded_by(torchs, "import lorasc_fx", every_module_inside())
+    assert "lorasc_fx" in face - alone
     owners = importlib.metadata.packages_distributions()
     core = core_distributions()
-    foreign = {
-        name: owners[name] for name in ours if name in owners and not core & set(map(canonicalize_name, owners[name]))
-    }
-    assert not foreign, f"`import lorasc_fx` must do with {', '.join(CORE)}; it also imports {foreign}"
+    for ours in (face, inside):
+        foreign = {
+            name: owners[name]
+            for name in ours - alone - set(sys.stdlib_module_names) - {"lorasc_fx"}
+            if name in owners and not core & set(map(canonicalize_name, owners[name]))
+        }
+        assert not foreign, f"`import lorasc_fx` must do with {', '.join(CORE)}; it also imports {foreign}"
 
 
 def test_import_leaves_to_later_what_takes_long_to_import() -> None:
