@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tests.models.examine import examine
-from tests.models.zoo import LIBRARIES, QUICK, ZOO
+from tests.models.zoo import LIBRARIES, QUICK, TWINS, ZOO
+
+EXAMINED = [name for name in ZOO if name not in TWINS]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ZOO])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EXAMINED]
+)
 def test_the_model_is_its_own_oracle(name: str) -> None:
     assert examine(ZOO[name]).faults == []
 
@@ -17,5 +21,7 @@ def test_the_zoo_is_large_and_told_once() -> None:
     """Enough architectures of each library, from as many source files; each name once."""
     least = {"timm": 60, "torchvision": 15, "transformers": 60}
     assert len(ZOO) == sum(map(len, LIBRARIES.values()))
+    assert TWINS.keys() <= ZOO.keys() - QUICK
+    assert set(TWINS.values()) <= set(EXAMINED)
     for library, entries in LIBRARIES.items():
         assert len({entry.source for entry in entries}) >= least[library]

@@ -18,4 +18,11 @@ ZOO: dict[str, Entry] = {entry.name: entry for entries in LIBRARIES.values() for
 _PICTURES = ("vit_tiny_patch16_224", "resnet18", "convnext_atto", "mobilevitv2_050", "ConvMixer", "VGG", "tv_fcn")
 _TEXTS = ("bert", "gpt2", "llama", "mixtral", "modernbert", "fnet")
 QUICK = frozenset((*_PICTURES, *_TEXTS, "tv_regnet", "hf_vit", "hf_patchtst"))
-"""Those that the suite looks at on each run; `make ci-slow` looks at all."""
+"""Those that the suite looks at on each run; `make ci-slow` looks at all but TWINS."""
+
+TWINS = {
+    "tv_faster_rcnn": "tv_mask_rcnn", "tv_keypoint_rcnn": "tv_mask_rcnn", "nasnetalarge": "pnasnet",
+    "inception_v4": "inception_v3", "inception_resnet_v2": "inception_v3",
+    "hf_hubert": "hf_wav2vec2", "hf_sew": "hf_wav2vec2", "hf_unispeech": "hf_wav2vec2",
+}  # fmt: skip
+"""Long ones, and the entry whose modules compute the same: `make coverage` alone looks at them."""
