@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
@@ -15,6 +17,18 @@ from tests.loops.kit import llama
 
 IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
 PREFIX = "base_model.model."
+
+
+class Traceable(LlamaForCausalLM):
+    """Llama's modules in a forward that torch.fx takes in a moment."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            x = x + attention.o_proj(attention.q_proj(x) * attention.k_proj(x) + attention.v_proj(x))
+            x = x + mlp.down_proj(torch.tanh(mlp.gate_proj(x)) * mlp.up_proj(x))
+        return self.lm_head(self.model.norm(x))
+
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "suffixes": {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 5},
@@ -42,8 +56,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_adapted_is_what_peft_adapts(name: str) -> None:
-    theirs = get_peft_model(llama(attention_bias=True).float(), LoraConfig(**CONFIGS[name]))
-    cascade = lx.adapt(llama(attention_bias=True).float(), kwargs={"input_ids": IDS}, spec=LoraConfig(**CONFIGS[name]))
+    model = llama(attention_bias=True).float()
+    theirs, spec = get_peft_model(copy.deepcopy(model), LoraConfig(**CONFIGS[name])), LoraConfig(**CONFIGS[name])
+    if name == "patterns":
+        cascade = lx.adapt(model, kwargs={"input_ids": IDS}, spec=spec)
+    else:
+        cascade = lx.adapt(Traceable(model.config), (torch.ones(2, 24),), spec=spec, frontend="symbolic")
     layers = {
         path.removeprefix(PREFIX): module
         for path, module in theirs.named_modules()

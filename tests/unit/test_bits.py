@@ -90,7 +90,19 @@ CASES = {
         6,
     ),
 }
-PAIRS = [(name, frontend) for name, case in CASES.items() for frontend in case.frontends]
+SLOW = {
+    ("timm-resnet", "export"),
+    ("timm-convnext", "export"),
+    ("timm-vit", "symbolic"),
+    ("torchvision-resnet", "symbolic"),
+}
+SLOW |= {("timm-efficientnet-lite", "export"), ("roberta", "export")}
+"""Those of which another pair has the library, the layers or the front end."""
+PAIRS = [
+    pytest.param(name, frontend, marks=pytest.mark.slow if (name, frontend) in SLOW else ())
+    for name, case in CASES.items()
+    for frontend in case.frontends
+]
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
