@@ -4,6 +4,8 @@ SHELL := bash
 
 PYTHON ?= python3
 JOBS ?= 2
+# A worker gets a run of neighbouring tests, which share what they captured and built; who is done first takes half of what is left.
+WORKERS := -n $(JOBS) --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
@@ -32,19 +34,19 @@ demo-text: $(STAMP) ## the same for a text model
 	$(BIN)/python -m experiments.demo --text
 
 test: $(STAMP) ## everything that is not slow
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-fast: $(STAMP) ## stops at the first failure; last failures first
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) -x --ff -q
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS) -x --ff -q
 
 test-torch: ## tests/passes, tests/unit and tests/forms under another torch: make test-torch VERSION=2.15.0, or VERSION=2.9.1 WITH=torchao==0.17.0
 	@test -n "$(VERSION)" || { echo "test-torch: give the version, as in: make test-torch VERSION=2.15.0" >&2; exit 2; }
 	@test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	PIP_CONSTRAINT=/dev/null $(OTHER)/bin/python -m pip install --quiet 'torch==$(VERSION)' $(WITH) -e '.[$(EXTRAS)]'
-	$(OTHER)/bin/python -m pytest -m "not slow" -n $(JOBS) tests/passes tests/unit tests/forms
+	$(OTHER)/bin/python -m pytest -m "not slow" $(WORKERS) tests/passes tests/unit tests/forms
 
 ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler
-	@$(BIN)/python -m pytest -m slow -n $(JOBS) --timeout 900 || { status=$$?; \
+	@$(BIN)/python -m pytest -m slow $(WORKERS) --timeout 900 || { status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "ci-slow: no test is marked slow, so this ran none; mark one or drop the target" >&2; fi; \
 	  exit $$status; }
 
@@ -76,7 +78,7 @@ evidence-check: $(STAMP) ## make one of those runs again and compare bits
 	$(BIN)/python -m experiments.evidence check
 
 docs: $(STAMP) ## run every code block of README.md, CONTRIBUTING.md and docs/
-	$(BIN)/python -m pytest tests/contract/test_docs.py -n $(JOBS) --timeout 900
+	$(BIN)/python -m pytest tests/contract/test_docs.py $(WORKERS) --timeout 900
 
 clean: ## remove .venv and what builds and tools left
 	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

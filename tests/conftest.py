@@ -1,5 +1,6 @@
 """What holds for every test: one thread a worker, no network, one hypothesis profile."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ settings.register_profile(
     "lorasc", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lorasc")
+
+# The imports are half a million objects, which each full collection walks through. As rare as by default, collections
+# take a tenth of the time; so rare, next to none.
+gc.set_threshold(20_000, 20, 10)
 
 USAGE = (
     "the model of a cascade was called inside",
