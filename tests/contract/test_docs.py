@@ -26,6 +26,7 @@ def program(page: str) -> str:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = program(page.read_text(encoding="utf-8"))
