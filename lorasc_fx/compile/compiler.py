@@ -38,7 +38,7 @@ from lorasc_fx.graph import (
 )
 from lorasc_fx.passes import AttentionMasks, FoldBranches
 from lorasc_fx.passes.insert_branches import missing_branches
-from lorasc_fx.pictures import draw_graphs
+from lorasc_fx.pictures import cascade_html, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 
 __all__ = ["Compiler"]
@@ -176,6 +176,13 @@ class Compiler:
         at_stage(variant.module, stage)  # the plan of the stage that it was made in may have other ranks
         folded = FoldBranches()(variant.module).graph_module
         return own_copy(folded, OWNER, values)
+
+    def html(
+        self, text: str, model: nn.Module, plan: Plan, variant: Variant | None, refusals: tuple[Refusal, ...]
+    ) -> str:
+        """Return what a notebook shows: `text`, the weights as a drawing, sites and refusals as tables."""
+        names = [name for name, _ in model.named_parameters()]
+        return cascade_html(text, names, plan, variant.placements if variant is not None else {}, refusals)
 
     def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
         """Draw the variant around some sites into an SVG file; of a fallback, the graphs that have run."""

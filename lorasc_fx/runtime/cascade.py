@@ -414,6 +414,10 @@ class Cascade(nn.Module):
             lines.append(f"  {len(self.unreached)} unreached (in no graph yet): {shown}")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """Return parameters, a bar for each weight, sites and refusals, for a notebook."""
+        return self._compiler.html(str(self), self.model, self.plan, self._variants.oldest, self.refusals)
+
     def _placement_lines(self) -> list[str]:
         """Return the line on where branches compute and what a step is expected to cost."""
         counted = Counter(self.placements.values())

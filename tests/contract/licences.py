@@ -33,9 +33,10 @@ def project() -> dict[str, Any]:
 
 
 def groups() -> dict[str, list[Requirement]]:
-    """The requirements of the core and of each extra."""
+    """The requirements of the core and of each extra, but for `all`, which names others."""
     read = project()
     named = {"core": read["dependencies"], **read["optional-dependencies"]}
+    del named["all"]
     return {name: [Requirement(line) for line in lines] for name, lines in named.items()}
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -64,9 +65,18 @@ def test_constraints_fit_any_build_of_a_release() -> None:
     names = [pin.partition("==")[0] for pin in pins]
     assert names == sorted(set(names))
     project = PYPROJECT["project"]
-    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "all"]
+    wanted = sum(extras, project["dependencies"])
     missing = {re.split(r"[<>=!~ \[;]", line, maxsplit=1)[0] for line in wanted} - set(names)
     assert not missing, f"dependencies without a pin in requirements/constraints.txt: {missing}"
+
+
+def test_the_extra_all_is_every_extra_of_users() -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    (named,) = extras["all"]
+    own = Requirement(named)
+    assert own.name == PYPROJECT["project"]["name"]
+    assert own.extras == set(extras) - {"all", "bench", "demo", "docs", "test"}
 
 
 @dataclass(frozen=True)
