@@ -111,7 +111,7 @@ CODES = {
     "meta-constant": "a tensor on the meta device is neither a parameter nor a buffer",
     "meta-model": "the model is on the meta device, without numbers",
     "metric-missing": "the evaluation does not return the metric that a stage waits for",
-    "missing-argument": "a command, or a call, lacks an argument",
+    "missing-argument": "a command lacks an argument",
     "missing-extra": "an optional package is not installed",
     "missing-tensor": "a checkpoint lacks a tensor of its plan",
     "model-called-inside-stage": "(warning) the user's model was called while it lacks the running branches",

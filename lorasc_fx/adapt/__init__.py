@@ -131,13 +131,13 @@ def load(
         folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to.
         model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted. Without one, the base
             that `save_pretrained` has named is built, in eval mode, and the example inputs are those of `adapt`, if
-            none are given. Only local files are read for it, unless HF_HUB_OFFLINE is 0 in the environment.
+            the folder has them and none are given. Only local files are read for it, unless HF_HUB_OFFLINE is 0 in the
+            environment.
 
     Raises:
         CheckpointError: nothing to load, damage, or another base; the model is as it was. Without a model: the folder
             names no base, or that cannot be built here.
-        SpecError: base is `file`, and the model names no folder; or the folder has no example inputs, and none are
-            given.
+        SpecError: base is `file`, and the model names no folder.
         MissingExtra: the library of the base is not installed.
     """
     found = read(folder)
@@ -181,13 +181,9 @@ def _named_base(
             code="base-not-named",
         )
     example = with_tensors(found, where).get("example", {})
-    if not args and not kwargs:
-        args, kwargs = example.get("args"), example.get("kwargs")
-        if not isinstance(args, list) or not isinstance(kwargs, dict):
-            raise SpecError(
-                f"{where}: holds no example inputs; give them: lorasc_fx.load(folder, args=...)",
-                code="missing-argument",
-            )
+    kept = example.get("args"), example.get("kwargs")
+    if not args and kwargs is None and isinstance(kept[0], list) and isinstance(kept[1], dict):
+        args, kwargs = kept
     try:
         named = BaseModel.from_dict(found.manifest["model"])
     except ValueError as fault:
