@@ -337,7 +337,7 @@ def _trained(
     trained = {name: parameters[name] for name in trained_by(spec, names) if name in parameters}
     for name, parameter in trained.items():
         if not parameter.is_floating_point() and not parameter.is_complex():
-            pattern = next(each for each in spec.train if matches(each, names[name]))
+            pattern = next(pattern for pattern in spec.train if matches(pattern, names[name]))
             raise SpecError(
                 f"train: {pattern!r} means {name}, which holds {parameter.dtype} and has no gradient; exclude it",
                 code="not-trainable",
@@ -352,14 +352,14 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], names: M
         SpecError: the spec trains it in full. PassError: the plan, which was saved, has it as a site.
     """
     shared = shared_memory(model)
-    for name in (each for each in trained if each in shared):
-        pattern = next(each for each in plan.spec.train if matches(each, names[name]))
+    for name in (weight for weight in trained if weight in shared):
+        pattern = next(pattern for pattern in plan.spec.train if matches(pattern, names[name]))
         raise SpecError(
             f"train: {pattern!r} means {name}, which {shared[name]}; exclude it, or give it memory of its own "
             "(parameter.data = parameter.data.clone())",
             code="shared-memory",
         )
-    for name in (each for each in plan.by_weight if each in shared):
+    for name in (weight for weight in plan.by_weight if weight in shared):
         raise PassError(
             f"{name} is a site of the plan, and {shared[name]}; give it memory of its own", code="shared-memory"
         )

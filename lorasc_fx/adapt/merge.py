@@ -63,7 +63,7 @@ def merge(
     shares = _shares(weights, len(runs))
     given = [run._run if isinstance(run, Cascade) else run for run in runs]
     found = [GivenRun.of(run, f"run {number}", "merge") for number, run in enumerate(given, start=1)]
-    scaled = next((each.name for each in found if each.plan.spec.row_scale.trained), None)
+    scaled = next((run.name for run in found if run.plan.spec.row_scale.trained), None)
     if scaled is not None:
         raise SpecError(
             f"merge: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "
@@ -76,9 +76,9 @@ def merge(
     with no_inference_mode(), AllOrNothing() as undo:
         joined = settle_ties(opened, found[0].plan.spec.untie, undo)
         own = {name: fingerprint(value) for name, value in opened.named_parameters()}
-        for each in found:
-            each.check_base(own, "merge")
-        parts = [each.part(dict(opened.named_parameters())) for each in found]
+        for run in found:
+            run.check_base(own, "merge")
+        parts = [run.part(dict(opened.named_parameters())) for run in found]
         plan = _plan(parts, named_weights(opened).names)
         try:
             cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo, empty=True, joined=joined)

@@ -29,7 +29,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
     Raises:
         SpecError: what has no counterpart, all of it. UnknownTarget: target_modules mean no module.
     """
-    values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+    values = {option.name: getattr(config, option.name) for option in dataclasses.fields(config)}
     usual = type(config)()
     refused = [
         f"{name}={value!r}" + (f" ({FOREIGN[name]})" if name in FOREIGN else "")
@@ -102,7 +102,7 @@ def _means(patterns: str | Iterable[str], path: str) -> bool:
     """Whether a regular expression is the whole path, or one of several names its end."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
-    return any(path == each or path.endswith(f".{each}") for each in patterns)
+    return any(path == end or path.endswith(f".{end}") for end in patterns)
 
 
 def _layer_of(path: str, patterns: str | Iterable[str] | None) -> int | None:

@@ -113,7 +113,7 @@ class Compiler:
         return Decided(plan, branches, matching.refusals, matching.unreached)
 
     def faults(self, variant: Variant) -> list[str]:
-        """Return where a variant disagrees with its plan; a piece is verified when it is rewritten."""
+        """Return where a variant disagrees with its plan; a subgraph is verified when it is rewritten."""
         return list(faults(variant.module)) if isinstance(variant.module, fx.GraphModule) else []
 
     def make(

@@ -112,8 +112,8 @@ def read_shard(path: Path) -> Shard:
         raise CheckpointError(f"base: {path} cannot be read: {fault}", code="unreadable-file") from fault
     start = 8 + len(header)
     entries = [
-        Entry(name, each["dtype"], tuple(each["shape"]), *(start + offset for offset in each["data_offsets"]))
-        for name, each in json.loads(header).items()
+        Entry(name, fields["dtype"], tuple(fields["shape"]), *(start + offset for offset in fields["data_offsets"]))
+        for name, fields in json.loads(header).items()
         if name != "__metadata__"
     ]
     return Shard(path, length + header, tuple(sorted(entries, key=lambda entry: (entry.begin, entry.end))))

@@ -149,7 +149,7 @@ def peft(
     ranks = change.ranks
     config = _config(
         model,
-        {place: ranks[name] for name, each in places.items() for place in each},
+        {place: ranks[name] for name, group in places.items() for place in group},
         saved.modules,
         saved.biases,
         **_named(model, task_type, base_model, every),

@@ -384,9 +384,9 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     path = folder / TENSORS
     if not path.is_file():
         other = sorted(file.name for file in folder.glob("adapter_model.*"))
-        told = f"; {other[0]} is a pickle, which can run code: save it anew as safetensors" if other else ""
-        told = told or "; give the folder of an adapter that peft has saved"
-        raise CheckpointError(f"{path}: is not there{told}", code="file-not-found")
+        hint = f"; {other[0]} is a pickle, which can run code: save it anew as safetensors" if other else ""
+        hint = hint or "; give the folder of an adapter that peft has saved"
+        raise CheckpointError(f"{path}: is not there{hint}", code="file-not-found")
     try:
         with safe_open(path, framework="pt") as handle:
             reader = _Reader(
@@ -441,9 +441,9 @@ class _Reader:
                 continue
             plain = self._plain(name)
             if plain is None:
-                told = "DoRA's magnitudes" if "lora_magnitude_vector" in name else "nothing of the model, nor factors"
+                what = "DoRA's magnitudes" if "lora_magnitude_vector" in name else "nothing of the model, nor factors"
                 raise CheckpointError(
-                    f"{self.path}: {key!r} is {told}{nearest(name, self.held)}", code="adapter-does-not-fit"
+                    f"{self.path}: {key!r} is {what}{nearest(name, self.held)}", code="adapter-does-not-fit"
                 )
             if shape != tuple(self.held[plain].shape):
                 raise CheckpointError(

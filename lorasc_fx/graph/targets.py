@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from lorasc_fx.errors import UnknownTarget, listed, nearest
@@ -96,6 +95,18 @@ def describe(
             rank, ranks = (rule.rank, ()) if rule.rank is not None else (rank, ranks)
             lora_alpha = rule.lora_alpha if rule.lora_alpha is not None else lora_alpha
             break
-    options = (rank, float(lora_alpha), spec.use_rslora)
-    site = Site(weight, kind, tuple(shape), *options, aliases, layout, slices, use_dora=spec.use_dora)
-    return replace(site, ranks=ranks, train_A=spec.train_A, nearest_full_gradient=spec.nearest_full_gradient)
+    return Site(
+        weight,
+        kind,
+        tuple(shape),
+        rank,
+        float(lora_alpha),
+        spec.use_rslora,
+        aliases,
+        layout,
+        slices,
+        use_dora=spec.use_dora,
+        ranks=ranks,
+        train_A=spec.train_A,
+        nearest_full_gradient=spec.nearest_full_gradient,
+    )

@@ -231,8 +231,8 @@ class _Lines(Reporter):
         self._last = now
         seconds = (now - self._started) / max(1, done - self._first)
         rate, left = 1 / seconds if seconds else 0.0, seconds * (self._steps - done)
-        told = f"step {done}/{self._steps} {stage} loss {loss:.3f}"
-        self.say(f"{self._title}: {told}, {rate:.1f} steps/s, {left:.0f} s left")
+        text = f"step {done}/{self._steps} {stage} loss {loss:.3f}"
+        self.say(f"{self._title}: {text}, {rate:.1f} steps/s, {left:.0f} s left")
 
     def say(self, text: str) -> None:
         print(text, file=sys.stdout, flush=True)

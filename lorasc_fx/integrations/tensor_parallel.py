@@ -283,8 +283,8 @@ def _take(cascade: Cascade, slow: Any, parallel: ParallelCall | None, undo: Undo
 def _example(cascade: Cascade) -> list[torch.Tensor]:
     with isolation(cascade.model, *cascade.example, grad=False) as (args, kwargs):
         output = cascade(*args, **kwargs)
-    found = [each for each in torch.utils._pytree.tree_leaves(output) if isinstance(each, torch.Tensor)]
-    return [each.detach() for each in found if each.is_floating_point()]
+    found = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return [leaf.detach() for leaf in found if leaf.is_floating_point()]
 
 
 def _check_same(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
@@ -307,7 +307,7 @@ def places_of(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> 
     count, used = mesh.size(), set[str]()
     found: dict[str, Placement] = {name: Replicate() for name in cascade._run.trainable()}
     for name in weights.matrices:
-        pattern = next((each for each in plan if matches(each, weights.names[name])), None)
+        pattern = next((key for key in plan if matches(key, weights.names[name])), None)
         if pattern is None:
             continue
         used.add(pattern)
@@ -330,7 +330,7 @@ def places_of(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> 
         if site is not None:
             split, shard = ("lora_B", Shard(0)) if style == "colwise" else ("lora_A", Shard(1))
             found[f"branches.{site.key}.{split}"] = shard
-    unused = [each for each in plan if each not in used]
+    unused = [key for key in plan if key not in used]
     if unused:
         known = [*weights.matrices, *(name.rpartition(".")[0] for name in weights.matrices)]
         raise SpecError(
@@ -439,7 +439,7 @@ class DTensorInterpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute an op on DTensors, or on plain ones where these have no rule for it."""
-        held = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, DTensor)]
+        held = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, DTensor)]
         if getattr(target, "__name__", "").partition(".")[0] in _ASSERTS:
             return None  # they hold for all calls of this graph
         if not held:
@@ -455,7 +455,7 @@ class DTensorInterpreter(fx.Interpreter):
         if target is shared_down:
             return shared_down(self._read(args[0], False), args[1])
         if target is _CAT:  # a cache begins with an empty tensor of one axis, which DTensor does not leave out
-            args = ([each for each in args[0] if each.dim() > 1 or each.numel()] or args[0], *args[1:])
+            args = ([tensor for tensor in args[0] if tensor.dim() > 1 or tensor.numel()] or args[0], *args[1:])
         try:
             return super().call_function(target, args, kwargs)
         except (NotImplementedError, RuntimeError) as fault:
@@ -498,7 +498,7 @@ class DTensorInterpreter(fx.Interpreter):
         schema = getattr(target, "_schema", None)
         if schema is None:
             return
-        given = {each.name: value for each, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
+        given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
         share = given.get("p", 0.0) if "dropout" in target.__name__ and given.get("train", True) else 0.0
         if share or given.get("dropout_p", 0.0):
             raise StateError(
@@ -509,18 +509,19 @@ class DTensorInterpreter(fx.Interpreter):
     def _by_heads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return attention of the heads that are here; None where heads are not split alike."""
         query, key, value, *rest = args
-        if query.dim() != 4 or not all(each.is_replicate() or each.is_shard(_HEADS) for each in query.placements):
+        (placement,) = query.placements
+        if query.dim() != 4 or not (placement.is_replicate() or placement.is_shard(_HEADS)):
             return None
         if key.placements != query.placements and all(
-            each.is_replicate() for each in (*key.placements, *value.placements)
+            placement.is_replicate() for placement in (*key.placements, *value.placements)
         ):
-            key, value = (self._heads_of(query, each) for each in (key, value))
+            key, value = (self._heads_of(query, tensor) for tensor in (key, value))
         if not key.placements == value.placements == query.placements:
             return None
         mask = rest[0] if rest else kwargs.get("attn_mask")
         if mask is not None and mask.dim() > 3 and mask.shape[_HEADS] != 1:
             return None
-        own = [each.to_local() for each in (query, key, value)]
+        own = [tensor.to_local() for tensor in (query, key, value)]
         if rest and mask is not None:
             rest[0] = self._copy(mask)
         elif mask is not None:

@@ -31,19 +31,19 @@ def loss_over_steps(losses: Sequence[tuple[int, float]], transitions: Sequence[i
         if positive and max(values) > 50 * min(values):
             axes.set_yscale("log")
         where = ", ".join(map(str, transitions)) if transitions else "none yet"
-        told = (
+        caption = (
             f"Loss from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}; the lowest is "
             f"{min(values):.4g}. Stages end at steps {where}."
         )
         title = "Training loss over steps; dashed lines are transitions, with the number of the stage that ends"
-        return finished(drawn, "loss", title, told, themed=True)
+        return finished(drawn, "loss", title, caption, themed=True)
 
 
 def slow_and_fast(rows: Sequence[tuple[int, float | None, float | None]], key: str, what: str) -> Picture:
     """Draw a measure of slow and fast weights at the end of each stage: rows of (stage, slow, fast)."""
     with figure(WIDTH, HEIGHT) as drawn:
         axes = _axes(drawn, "stage", what)
-        told = []
+        caption = []
         for place, (name, column) in enumerate((("slow", 1), ("fast", 2))):
             points = [(row[0], row[column]) for row in rows if row[column] is not None]
             if not points:
@@ -51,22 +51,22 @@ def slow_and_fast(rows: Sequence[tuple[int, float | None, float | None]], key: s
             stages, values = zip(*points, strict=True)
             style = {"marker": MARKERS[place], "linestyle": DASHES[place], "markersize": 5}
             axes.plot(stages, values, color=SERIES[place], label=f"{name} weights", **style)
-            told.append(f"{name}: " + ", ".join(f"{value:.4g}" for value in values))
+            caption.append(f"{name}: " + ", ".join(f"{value:.4g}" for value in values))
         axes.set_xticks(_whole([row[0] for row in rows]))
         axes.legend(loc="best", fontsize=9)
         title = f"{what.capitalize()} of slow beside fast weights, at the end of each stage"
-        return finished(drawn, key, title, "; ".join(told) + ".", themed=True)
+        return finished(drawn, key, title, "; ".join(caption) + ".", themed=True)
 
 
 def by_site(values: Mapping[int, Sequence[float | None]], key: str, what: str, sites: int) -> Picture:
     """Draw a number of each expert as a field of colours: sites across in the model's order, stages downwards."""
     stages = sorted(values)
-    known = [each for row in values.values() for each in row if each is not None]
+    known = [number for row in values.values() for number in row if number is not None]
     colours = library("matplotlib").colormaps["viridis"].resampled(32)  # of more, the bar would become an image
     with figure(WIDTH, 96.0 + 15.0 * min(len(stages), 16)) as drawn:
         axes = _axes(drawn, "site (number in the table)", "stage", right=54)
         axes.grid(visible=False)
-        field = [[math.nan if each is None else each for each in values[stage]] for stage in stages]
+        field = [[math.nan if number is None else number for number in values[stage]] for stage in stages]
         edges = [number + 0.5 for number in range(sites + 1)], [number + 0.5 for number in range(len(stages) + 1)]
         drawing = axes.pcolormesh(
             *edges, field, cmap=colours, edgecolors="face", linewidth=0.4, vmin=0, vmax=max(known, default=1) or 1
@@ -83,37 +83,38 @@ def by_site(values: Mapping[int, Sequence[float | None]], key: str, what: str, s
         means = [
             f"stage {stage}: mean {sum(found) / len(found):.4g}, largest {max(found):.4g}"
             for stage in stages[:: max(1, len(stages) // 8)]
-            if (found := [each for each in values[stage] if each is not None])
+            if (found := [number for number in values[stage] if number is not None])
         ]
-        told = f"{sites} sites. " + "; ".join(means) + ". The table below has every number."
-        return finished(drawn, key, f"{what.capitalize()} of each expert, by site and stage", told, themed=True)
+        caption = f"{sites} sites. " + "; ".join(means) + ". The table below has every number."
+        return finished(drawn, key, f"{what.capitalize()} of each expert, by site and stage", caption, themed=True)
 
 
 def spectra(found: Mapping[str, Sequence[float]]) -> Picture:
     """Draw the singular values of some deltas, largest first, on a logarithmic axis."""
     with figure(WIDTH, HEIGHT + 15.0 * len(found)) as drawn:
         axes = _axes(drawn, "singular value number", "singular value", foot=15.0 * len(found))
-        told = []
+        caption = []
         for place, (name, values) in enumerate(found.items()):
             floor = max(values) * 1e-8
-            kept = [each for each in values if each > floor]
+            positive = [number for number in values if number > floor]
             style = {
                 "marker": MARKERS[place % len(MARKERS)],
                 "linestyle": DASHES[place % len(DASHES)],
                 "markersize": 3.5,
             }
-            axes.plot(range(1, len(kept) + 1), kept, color=SERIES[place % len(SERIES)], label=_short(name), **style)
-            told.append(f"{name}: {len(kept)} values from {kept[0]:.3g} to {kept[-1]:.3g}")
+            colour = SERIES[place % len(SERIES)]
+            axes.plot(range(1, len(positive) + 1), positive, color=colour, label=_short(name), **style)
+            caption.append(f"{name}: {len(positive)} values from {positive[0]:.3g} to {positive[-1]:.3g}")
         axes.set_yscale("log")
         axes.set_xticks(_whole(range(1, max(len(values) for values in found.values()) + 1)))
         axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.2), fontsize=9, borderaxespad=0)
         title = "Spectrum of the final slow delta, the sites of the largest norms"
-        return finished(drawn, "spectrum", title, "; ".join(told) + ".", themed=True)
+        return finished(drawn, "spectrum", title, "; ".join(caption) + ".", themed=True)
 
 
 def _axes(drawn: Any, across: str, up: str, foot: float = 0.0, right: float = 10.0) -> Any:
     """Return axes with margins in points, below them `foot` points for a legend."""
-    width, height = (72 * each for each in drawn.get_size_inches())
+    width, height = (72 * inches for inches in drawn.get_size_inches())
     left, top, bottom = 50, 20, 40 + foot
     axes = drawn.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
     axes.set_xlabel(across)

@@ -174,13 +174,13 @@ def _arrow(points: Sequence[tuple[float, float]], above: float, below: float, pa
 def _words(shown: Scene, where: Placed) -> str:
     """Return what there is to see: the branches by placement, and how much is around them."""
     counted = Counter(box.kind for box in shown.boxes.values())
-    told = [f"{counted[kind]} × {STYLES[kind][2]}" for kind in ("beside", "merged", "weight") if counted[kind]]
+    counts = [f"{counted[kind]} × {STYLES[kind][2]}" for kind in ("beside", "merged", "weight") if counted[kind]]
     branches = "; ".join(
         f"{box.lines[0]}: {box.lines[1]}" for box in shown.boxes.values() if box.kind in ("beside", "merged", "weight")
     )
     return (
         f"{len(shown.boxes)} nodes and {len(where.arrows)} arrows from inputs (above) to outputs (below). "
-        f"{', '.join(told)}. {branches}."
+        f"{', '.join(counts)}. {branches}."
     )
 
 
@@ -252,7 +252,10 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
         }
         boxes |= {prefix + name: box for name, box in own.items()}
         arrows += [
-            (prefix + each.name, prefix + node.name) for node in shown for each in node.all_input_nodes if each in near
+            (prefix + source.name, prefix + node.name)
+            for node in shown
+            for source in node.all_input_nodes
+            if source in near
         ]
     if not boxes:
         raise StateError(
@@ -264,7 +267,7 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
 
 
 def _cut(node: fx.Node, shown: set[fx.Node]) -> bool:
-    return any(each not in shown for each in (*node.all_input_nodes, *node.users))
+    return any(neighbour not in shown for neighbour in (*node.all_input_nodes, *node.users))
 
 
 def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
@@ -275,7 +278,7 @@ def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
         for node in front:
             neighbours = [*node.all_input_nodes, *node.users]
             if node in seeds or len(neighbours) <= CROWD:
-                found += [each for each in neighbours if each not in near]
+                found += [neighbour for neighbour in neighbours if neighbour not in near]
                 near.update(neighbours)
         front = found
     return near

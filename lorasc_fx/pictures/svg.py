@@ -26,7 +26,8 @@ INK, MUTED, PAPER = "#1f2430", "#68707f", "#fdfdfc"
 SERIES = ("#0969b3", "#b5480b", "#16784a", "#7a3fa8", "#8a6a00", "#b0255f", "#00727d", "#5b5f66")
 """Colours of series in order; each has a contrast of 4.5 or more on PAPER (WCAG 2.1, AA)."""
 
-_VARIABLES = {INK: "ink", MUTED: "muted", PAPER: "paper", **{each: f"series-{n}" for n, each in enumerate(SERIES, 1)}}
+_VARIABLES = {INK: "ink", MUTED: "muted", PAPER: "paper"}
+_VARIABLES |= {colour: f"series-{number}" for number, colour in enumerate(SERIES, 1)}
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lorasc-fx",

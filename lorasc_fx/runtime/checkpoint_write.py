@@ -231,8 +231,8 @@ def _check_keys(value: Any) -> None:
                     f"extra has the key {key!r}; JSON keeps strings as keys only; give str(key)",
                     code="not-serializable",
                 )
-    for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
-        _check_keys(each)
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
+        _check_keys(item)
 
 
 @contextlib.contextmanager
@@ -276,10 +276,10 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 def make_folder(root: Path) -> None:
     """Make a folder, and sync those that hold the new entries: its own, and those of parents that were missing too."""
-    new = [each for each in (root, *root.parents) if not each.exists()]
+    new = [made for made in (root, *root.parents) if not made.exists()]
     root.mkdir(parents=True, exist_ok=True)
-    for each in reversed(new):
-        sync(each.parent)
+    for made in reversed(new):
+        sync(made.parent)
 
 
 @isolated

@@ -396,5 +396,6 @@ def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo)
 def _agree(name: str, parts: Sequence[Part]) -> bool:
     first, *others = [part.buffers.get(name) for part in parts]
     return first is not None and all(
-        each is not None and each.dtype == first.dtype and torch.equal(each.cpu(), first.cpu()) for each in others
+        buffer is not None and buffer.dtype == first.dtype and torch.equal(buffer.cpu(), first.cpu())
+        for buffer in others
     )

@@ -59,8 +59,8 @@ def device_sum(tensor: torch.Tensor) -> int:
         for words in _words(block).split(len(keys)):
             sums.append(words.to(torch.int64).mul_(keys[: len(words)]).sum())
     total = 0
-    for each in torch.stack(sums).tolist():
-        total = (total * MULTIPLIER + each) % (1 << 64)
+    for part in torch.stack(sums).tolist():
+        total = (total * MULTIPLIER + part) % (1 << 64)
     return total
 
 

@@ -156,15 +156,15 @@ def _check_state(name: str, state: Any, stage: int) -> None:
         raise ValueError(f"'slow': {name} needs {', '.join(_STATE)}, and nothing else")
     if any(not isinstance(part, list) for part in state.values()):
         raise ValueError(f"'slow': {name} holds what is no list")
-    if any(each != 0 and not _counts(each, stage) for each in state["stages"]):  # 0: trained elsewhere
+    if any(number != 0 and not _counts(number, stage) for number in state["stages"]):  # 0: trained elsewhere
         raise ValueError(f"'slow': {name} has experts of stages that were not: {sanitized(state['stages'])}")
     vectors = [key for key in VIEWS if key in state]
-    if any(not is_number(each) for key in vectors for each in state[key]):
+    if any(not is_number(number) for key in vectors for number in state[key]):
         raise ValueError(f"'slow': {name} has coefficients that are no finite numbers")
     if any(len(state[key]) != len(state["stages"]) for key in vectors):
         counts = ", ".join(f"{len(state[key])} {key}" for key in ("stages", *vectors))
         raise ValueError(f"'slow': {name} has {counts}; there is one of each for every expert")
-    _check_past(name, [each[0] if isinstance(each, list) and len(each) == 2 else None for each in state["past"]], stage)
+    _check_past(name, [pair[0] if isinstance(pair, list) and len(pair) == 2 else None for pair in state["past"]], stage)
     for _, slow in state["past"]:
         if slow is not None and not (
             isinstance(slow, list) and len(slow) <= len(state["slow"]) and all(map(is_number, slow))
@@ -195,7 +195,7 @@ def _check_state(name: str, state: Any, stage: int) -> None:
 
 def _check_past(name: str, stages: Any, stage: int) -> None:
     """Check the numbers of stages that have ended: unique, in order, and not after the running stage."""
-    if not isinstance(stages, list) or any(not _counts(each, stage) for each in stages):
+    if not isinstance(stages, list) or any(not _counts(number, stage) for number in stages):
         raise ValueError(f"'past': {name} has ends of stages that were not: {sanitized(stages)}")
     if any(one >= other for one, other in itertools.pairwise(stages)):
         raise ValueError(f"'past': {name} has ends of stages out of order: {sanitized(stages)}")
@@ -230,7 +230,7 @@ def _is_numpy(state: Any) -> bool:
     if not isinstance(state["state"], dict) or set(state["state"]) != {"key", "pos"}:
         return False
     key, place = state["state"].get("key"), state["state"].get("pos")
-    words = isinstance(key, list) and len(key) == 624 and all(type(each) is int and 0 <= each < 2**32 for each in key)
+    words = isinstance(key, list) and len(key) == 624 and all(type(word) is int and 0 <= word < 2**32 for word in key)
     spare = type(state.get("has_gauss")) is int and state["has_gauss"] in (0, 1) and is_number(state.get("gauss"))
     return words and spare and type(place) is int and 0 <= place <= 624
 
@@ -239,7 +239,7 @@ def _is_note(note: Any) -> bool:
     if not isinstance(note, dict) or not isinstance(note.get("place"), list) or len(note) != 2:
         return False
     place = note["place"]
-    way = all(isinstance(each, str) or (type(each) is int and each >= 0) for each in place)
+    way = all(isinstance(step, str) or (type(step) is int and step >= 0) for step in place)
     what = note.get("number") in ("inf", "-inf", "nan") or str(note.get("tensor", "")).startswith("outside/")
     return way and what and len(place) > 1 and place[0] in ("extra", "optimizer", "scheduler", "example")
 

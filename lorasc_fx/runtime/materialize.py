@@ -63,7 +63,7 @@ class Numbers:
 
 def groups_of(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     """Return the names of each parameter and buffer of a model, tied ones together."""
-    return tuple(each.names for each in _tensors(model))
+    return tuple(tensor.names for tensor in _tensors(model))
 
 
 def check_attributes(model: nn.Module) -> None:
@@ -87,9 +87,9 @@ def _tensors(model: nn.Module) -> list[_Tensor]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, value in [*module._parameters.items(), *module._buffers.items()]:
             if value is not None:
-                each = found.setdefault(id(value), _Tensor(value, (), True))
-                each.names += (f"{prefix}.{leaf}".lstrip("."),)
-                each.kept = each.kept and leaf not in module._non_persistent_buffers_set
+                tensor = found.setdefault(id(value), _Tensor(value, (), True))
+                tensor.names += (f"{prefix}.{leaf}".lstrip("."),)
+                tensor.kept = tensor.kept and leaf not in module._non_persistent_buffers_set
     return list(found.values())
 
 
@@ -110,25 +110,25 @@ def find_numbers(
         SpecError: `buffers` has another name or shape than the model.
     """
     tensors = _tensors(model)
-    by_name = {name: each for each in tensors for name in each.names}
+    by_name = {name: tensor for tensor in tensors for name in tensor.names}
     _check_given(by_name, buffers)
     shapes, places = _headers(path)
     also = {name: group for group in groups for name in group}
     keys = renamed(by_name, places)
-    for each in tensors:
-        names = dict.fromkeys([*each.names, *(name for one in each.names for name in also.get(one, ()))])
+    for tensor in tensors:
+        names = dict.fromkeys([*tensor.names, *(name for alias in tensor.names for name in also.get(alias, ()))])
         found = [name if name in places else keys[name] for name in names if name in places or name in keys]
-        own = [key for key in found if by_name.get(key, each) is each]
-        each.keys = list(dict.fromkeys(own or found))
+        own = [key for key in found if by_name.get(key, tensor) is tensor]
+        tensor.keys = list(dict.fromkeys(own or found))
     _check_names(path, tensors, shapes, buffers)
     files: dict[Path, list[tuple[str, torch.Tensor]]] = {}
-    for each in tensors:
-        if each.keys and not any(name in buffers for name in each.names):
-            files.setdefault(places[each.keys[0]], []).append((each.keys[0], each.value))
-            _check_tied(each.keys, places)
+    for tensor in tensors:
+        if tensor.keys and not any(name in buffers for name in tensor.names):
+            files.setdefault(places[tensor.keys[0]], []).append((tensor.keys[0], tensor.value))
+            _check_tied(tensor.keys, places)
     given = [(by_name[name].value, value) for name, value in buffers.items()]
-    filled = {id(each) for pairs in files.values() for _, each in pairs} | {id(each) for each, _ in given}
-    return Numbers(files, given, [each.value for each in tensors if id(each.value) not in filled])
+    filled = {id(tensor) for pairs in files.values() for _, tensor in pairs} | {id(tensor) for tensor, _ in given}
+    return Numbers(files, given, [tensor.value for tensor in tensors if id(tensor.value) not in filled])
 
 
 def _headers(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
@@ -143,37 +143,38 @@ def _headers(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
 
 def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
     for name, value in buffers.items():
-        each = by_name.get(name)
-        if each is None or isinstance(each.value, nn.Parameter):
-            known = [one for one, other in by_name.items() if not isinstance(other.value, nn.Parameter)]
+        tensor = by_name.get(name)
+        if tensor is None or isinstance(tensor.value, nn.Parameter):
+            known = [key for key, other in by_name.items() if not isinstance(other.value, nn.Parameter)]
             raise SpecError(
                 f"buffers: {name!r} is no buffer of the model{nearest(name, known) or listed(known)}; "
                 "give numbers of buffers by their names",
                 code="unknown-name",
             )
-        if value.shape != each.value.shape or value.is_meta:
+        if value.shape != tensor.value.shape or value.is_meta:
             shape = "without numbers" if value.is_meta else f"{list(value.shape)}"
-            raise SpecError(f"buffers: {name!r} is {shape}, the model's is {list(each.value.shape)}; give one like it")
+            own = list(tensor.value.shape)
+            raise SpecError(f"buffers: {name!r} is {shape}, the model's is {own}; give one like it")
 
 
 def _check_names(
     path: Path, tensors: list[_Tensor], shapes: Mapping[str, tuple[int, ...]], buffers: Mapping[str, torch.Tensor]
 ) -> None:
     """Raise one error for all that is missing, unexpected, or of another shape."""
-    used = {key for each in tensors for key in each.keys}
-    missing = [each for each in tensors if each.value.is_meta and not each.keys]
-    missing = [each for each in missing if not any(name in buffers for name in each.names)]
+    used = {key for tensor in tensors for key in tensor.keys}
+    missing = [tensor for tensor in tensors if tensor.value.is_meta and not tensor.keys]
+    missing = [tensor for tensor in missing if not any(name in buffers for name in tensor.names)]
     faults = {
-        "missing": [each.names[0] for each in missing if each.kept],
+        "missing": [tensor.names[0] for tensor in missing if tensor.kept],
         "buffers that no file keeps, give them by buffers={name: tensor}": [
-            each.names[0] for each in missing if not each.kept
+            tensor.names[0] for tensor in missing if not tensor.kept
         ],
         "unexpected": [key for key in shapes if key not in used],
         "of another shape": [
-            f"{key} {list(shapes[key])} for {list(each.value.shape)}"
-            for each in tensors
-            for key in each.keys
-            if shapes[key] != tuple(each.value.shape)
+            f"{key} {list(shapes[key])} for {list(tensor.value.shape)}"
+            for tensor in tensors
+            for key in tensor.keys
+            if shapes[key] != tuple(tensor.value.shape)
         ],
     }
     lines = [f"  {what}: {named(names, _SHOWN)}" for what, names in faults.items() if names]

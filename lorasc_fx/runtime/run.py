@@ -277,7 +277,8 @@ class Run:
                 undo(partial(holder.put, holder.value) if holder.is_there else partial(holder.store.pop, holder.key, 0))
                 holder.put(buffer)
             if (optimizer := planned.optimizer) is not None:
-                undo(partial(put_state, optimizer, {each: optimizer.state[each] for each in planned.states}))
+                before = {parameter: optimizer.state[parameter] for parameter in planned.states}
+                undo(partial(put_state, optimizer, before))
                 put_state(optimizer, planned.states)
             fill(planned.parameters, write, put_back, undo)
         self._put_gradients(planned)

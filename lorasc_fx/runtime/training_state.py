@@ -303,7 +303,8 @@ def _like_list(now: list[Any] | tuple[Any, ...], then: Any, place: str) -> Any:
         raise ValueError(f"{place} has {len(then)} entries, {len(now)} are expected")
     samples = now if fixed else [now[0] if now else None] * len(then)
     taken = [
-        like(sample, each, f"{place}[{index}]") for index, (sample, each) in enumerate(zip(samples, then, strict=True))
+        like(sample, value, f"{place}[{index}]")
+        for index, (sample, value) in enumerate(zip(samples, then, strict=True))
     ]
     return tuple(taken) if isinstance(now, tuple) else taken
 
@@ -379,7 +380,7 @@ def set_rank_random_state(ranks: Sequence[torch.Tensor] | None, group: ProcessGr
 
 def _as_lists(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _as_lists(each) for key, each in value.items()}
+        return {key: _as_lists(item) for key, item in value.items()}
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -419,23 +420,23 @@ def extract_tensors(value: Any) -> Extracted:
     tensors: dict[str, torch.Tensor] = {}
     names: dict[int, str] = {}
 
-    def plain(each: Any, place: tuple[str | int, ...], above: tuple[int, ...]) -> Any:
-        if isinstance(each, torch.Tensor) and is_storable(each):
-            name = names.setdefault(id(each), f"outside/{len(names)}")
-            tensors[name] = tensors.get(name, each).detach().clone()
+    def plain(value: Any, place: tuple[str | int, ...], above: tuple[int, ...]) -> Any:
+        if isinstance(value, torch.Tensor) and is_storable(value):
+            name = names.setdefault(id(value), f"outside/{len(names)}")
+            tensors[name] = tensors.get(name, value).detach().clone()
             notes.append({"place": place, "tensor": name})
             return None
-        if isinstance(each, float) and not math.isfinite(each):
-            notes.append({"place": place, "number": repr(float(each))})
+        if isinstance(value, float) and not math.isfinite(value):
+            notes.append({"place": place, "number": repr(float(value))})
             return None
-        if not isinstance(each, (Mapping, list, tuple)):
-            return each
-        if id(each) in above:
+        if not isinstance(value, (Mapping, list, tuple)):
+            return value
+        if id(value) in above:
             raise ValueError("Circular reference detected")
-        above = (*above, id(each))
-        if isinstance(each, Mapping):
-            return {key: plain(inner, (*place, _as_json(key)), above) for key, inner in each.items()}
-        return [plain(inner, (*place, index), above) for index, inner in enumerate(each)]
+        above = (*above, id(value))
+        if isinstance(value, Mapping):
+            return {key: plain(inner, (*place, _as_json(key)), above) for key, inner in value.items()}
+        return [plain(inner, (*place, index), above) for index, inner in enumerate(value)]
 
     return Extracted(plain(value, (), ()), notes, tensors)
 

@@ -220,7 +220,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
         )
     states, trained, gone = _looked_up(slow, stage)
     if gone:
-        can = [each for each in (0, *ended) if not _looked_up(slow, each)[2]]
+        can = [end for end in (0, *ended) if not _looked_up(slow, end)[2]]
         raise StateError(
             f"{call}: stage {stage} is gone for {named(gone)}: experts that outgrow their weight are "
             "summed into one dense delta, and what is trained in full is kept a stage at a time only while it is "
