@@ -14,7 +14,7 @@ CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
 OTHER := .venv-torch-$(VERSION)
 
-.PHONY: help venv demo demo-text test test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs clean
+.PHONY: help venv demo demo-text test test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -80,5 +80,9 @@ evidence-check: $(STAMP) ## make one of those runs again and compare bits
 docs: $(STAMP) ## run every code block of README.md, CONTRIBUTING.md and docs/
 	$(BIN)/python -m pytest tests/contract/test_docs.py $(WORKERS) --timeout 900
 
+site: $(STAMP) ## the documentation as pages, in site/: every link is held, and the search works without a server
+	$(BIN)/python -m pip install --quiet -e '.[docs]' -c $(CONSTRAINTS) -c requirements/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean: ## remove .venv and what builds and tools left
-	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-torch-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

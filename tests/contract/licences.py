@@ -33,10 +33,12 @@ def project() -> dict[str, Any]:
 
 
 def groups() -> dict[str, list[Requirement]]:
-    """The requirements of the core and of each extra, but for `all`, which names others."""
+    """The requirements of the core and of each extra, but for `all`, which names others, and `docs`, which no
+    test installs.
+    """
     read = project()
     named = {"core": read["dependencies"], **read["optional-dependencies"]}
-    del named["all"]
+    del named["all"], named["docs"]
     return {name: [Requirement(line) for line in lines] for name, lines in named.items()}
 
 

@@ -1,0 +1,116 @@
+"""The pages of the site that are made of the code, and its links out of docs/: hooks of mkdocs. Nothing of ours runs.
+
+The API reference has every public name, by the `__all__` of each module; the keys of the configuration are the fields
+of its dataclasses, with the text after each.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "lorasc_fx"
+MODULES = {
+    "errors": PACKAGE / "errors.py",
+    "export": PACKAGE / "export" / "__init__.py",
+    "graph": PACKAGE / "graph" / "__init__.py",
+    "passes": ROOT / "passes" / "__init__.py",
+    "plan": PACKAGE / "plan.py",
+    "schedules": PACKAGE / "schedules.py",
+}
+"""Public modules, beside the package itself and the integrations."""
+TABLES = {"ModelConfig": "model", "DataConfig": "data", "TrainConfig": "train", "CompareConfig": "compare"}
+"""Tables of a configuration whose keys are their own."""
+OUTSIDE = {"../CONTRIBUTING.md": "contributing.md", "../README.md": "index.md"}
+"""Where links out of docs/ lead on the site; others become text, as the site has no files of the repository."""
+
+
+def public(path: Path) -> list[str]:
+    """The names in the `__all__` of a file."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return [name for name in ast.literal_eval(node.value) if isinstance(name, str)]
+    raise LookupError(f"{path} has no __all__")
+
+
+def summary(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def names_by_module() -> dict[str, list[str]]:
+    """The public names of each module, by its full name; one that the package itself names stands there alone."""
+    own = [name for name in public(PACKAGE / "__init__.py") if name not in {*MODULES, "integrations"}]
+    found = {"lorasc_fx": own}
+    for module, path in MODULES.items():
+        found[f"lorasc_fx.{module}"] = [name for name in public(path) if name not in own]
+    for path in sorted((PACKAGE / "integrations").glob("*.py")):
+        if path.stem != "__init__" and (names := [name for name in public(path) if not name.startswith("_")]):
+            found[f"lorasc_fx.integrations.{path.stem}"] = names
+    return found
+
+
+def reference(module: str, names: list[str]) -> str:
+    return "\n\n".join(f"::: {module}.{name}" for name in names)
+
+
+def pages() -> dict[str, str]:
+    """The text of each generated page, by its path."""
+    names = names_by_module()
+    made = {
+        "reference/lorasc_fx.md": f"# lorasc_fx\n\n{summary(PACKAGE / '__init__.py')}\n\n"
+        + reference("lorasc_fx", names["lorasc_fx"]),
+        "reference/toml.md": keys(),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "]("),
+    }
+    for module, path in MODULES.items():
+        full = f"lorasc_fx.{module}"
+        made[f"reference/{module}.md"] = f"# {full}\n\n{summary(path)}\n\n{reference(full, names[full])}"
+    parts = [f"# {module}\n\n{reference(module, own)}" for module, own in names.items() if ".integrations." in module]
+    made["reference/integrations.md"] = "\n\n".join(["# lorasc_fx.integrations", *(f"#{part}" for part in parts)])
+    return made
+
+
+def keys() -> str:
+    """The keys of the configuration: fields, types, defaults and what the source says after each."""
+    tree = ast.parse((PACKAGE / "cli" / "config.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    lines = ["# Keys of the configuration", "", "A file for the [command line](../command-line.md), in TOML.", ""]
+    for name, table in {"Config": "", **TABLES}.items():
+        node = classes[name]
+        lines += [f"## [{table}]", ""] if table else []
+        lines += [ast.get_docstring(node) or "", "", "| key | type | default | |", "|---|---|---|---|"]
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(text, ast.Expr):
+                continue
+            told = " ".join(str(ast.literal_eval(text.value)).split())
+            default = ast.unparse(field.value) if field.value is not None else ""
+            default = "{}" if "default_factory=dict" in default else default
+            row = (f"`{ast.unparse(field.target)}`", f"`{ast.unparse(field.annotation)}`", f"`{default}`", told)
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
+        lines.append("")
+    spec = "The fields of [CascadeSpec][lorasc_fx.CascadeSpec]; `[spec.noise]` those of [Noise][lorasc_fx.Noise]."
+    lines += ["## [spec]", "", spec, ""]
+    return "\n".join(lines)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages."""
+    from mkdocs.structure.files import File
+
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Lead links out of docs/ to pages of the site, or nowhere."""
+
+    def lead(match: re.Match[str]) -> str:
+        target = OUTSIDE.get(match[2].partition("#")[0])
+        return match[1] if target is None else f"[{match[1]}]({target})"
+
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./(?!command-line)[^)]*)\)", lead, markdown)

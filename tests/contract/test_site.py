@@ -1,0 +1,88 @@
+"""The site: every page and every public name on it, no broken link, no request to another host."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorasc_fx as lx
+from lorasc_fx.cli import config
+from lorasc_fx.extras import module_of
+from tests.cli.test_report_browser import BROWSERS, chromium
+from tests.contract import site_pages
+
+ROOT = Path(__file__).parents[2]
+NAMES = [f"{module}.{name}" for module, own in site_pages.names_by_module().items() for name in own]
+
+
+def test_every_public_name_has_a_place() -> None:
+    """Once; a module that is public itself has a page."""
+    assert len(set(NAMES)) == len(NAMES)
+    homes = {name.rpartition(".")[2] for name in NAMES}
+    for module in (lx, *(module_of("", f"lorasc_fx.{name}") for name in site_pages.MODULES)):
+        assert set(module.__all__) - homes <= {*site_pages.MODULES, "integrations"}, module.__name__
+    for name in NAMES:
+        module, _, own = name.rpartition(".")
+        assert hasattr(module_of("", module), own), name
+    assert {"lorasc_fx.adapt", "lorasc_fx.integrations.transformers.CascadeCallback"} <= set(NAMES)
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = set(re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} | set(site_pages.pages())
+
+
+def test_every_key_of_the_configuration_is_told() -> None:
+    rows = re.findall(
+        r"^## \[(\w+)\]|^\| `(\w+)` \| `([^`]*)` \| `([^`]*)` \| (.+) \|$", site_pages.keys(), re.MULTILINE
+    )
+    found, table = [], ""
+    for head, key, *_, told in rows:
+        table = head or table
+        if key:
+            found.append((table, key))
+            assert len(told) > 10, key
+    kinds = {table: getattr(config, kind) for kind, table in site_pages.TABLES.items()}
+    own = [(table, each.name) for table, kind in kinds.items() for each in dataclasses.fields(kind)]
+    assert found == [("", "output"), *own]
+    assert {each.name for each in dataclasses.fields(config.Config)} == {"output", *kinds, "spec"}
+
+
+def test_what_builds_it_is_pinned() -> None:
+    """In a file of its own: `make test` installs none of it."""
+    pins = [
+        line for line in (ROOT / "requirements" / "docs.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"
+    ]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", pin) for pin in pins)
+    names = [pin.partition("==")[0] for pin in pins]
+    others = (ROOT / "requirements" / "constraints.txt").read_text(encoding="utf-8")
+    assert names == sorted(set(names))
+    assert not [name for name in names if re.search(rf"^{name}==", others, re.MULTILINE)]
+    assert {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"} <= set(names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="make site installs what builds it")
+def test_the_site_is_built(tmp_path: Path) -> None:
+    """Strictly: a link, an anchor or a page that is not there is an error."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    anchors = {anchor for page in pages.values() for anchor in re.findall(r'id="(lorasc_fx\.[\w.]+)"', page)}
+    assert not set(NAMES) - anchors
+    assert (tmp_path / "search" / "search_index.js").is_file()  # which a page reads without a server
+    asked = re.compile(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"')
+    assert {url for page in pages.values() for url in asked.findall(page)} == set()
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is not None:  # the search, of a page that is opened as a file
+        page = (tmp_path / "reference" / "lorasc_fx.html").as_uri()
+        shown = chromium(browser, tmp_path / "profile", "--virtual-time-budget=20000", "--dump-dom", f"{page}?q=pace")
+        assert re.search(r"[1-9]\d* matching documents", shown)
