@@ -1,4 +1,4 @@
-"""The benchmark: `python -m benchmarks [names] [--only table|costs|curves] [--rounds N] [--quick] [--write]`.
+"""The benchmark: `python -m benchmarks [names] [--only table|costs|start|curves] [--rounds N] [--quick] [--write]`.
 
 A run of everything writes results.json, curves.json and curves.svg in this folder, and the section of docs/costs.md. A
 part of it prints what it found, and writes it only with --write, in place of what the files hold of it.
@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from configurations;
 
 import torch
 
-from . import curves, report
+from . import curves, report, start
 from .costs import costs
 from .files import write
 from .measure import pin
@@ -27,7 +27,7 @@ from .resident import can_measure, resident_all
 from .steps import measured
 
 HERE = Path(__file__).parent
-PARTS = ("table", "costs", "curves")
+PARTS = ("table", "costs", "start", "curves")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "costs" in parts:
         costs(WORKS["tiny"], 1)  # imports, and what is done once in a process
         measured_now["costs"] = {name: _costs(name, options.repeats) for name in names}
+    if "start" in parts:
+        measured_now["start"] = _start(names, options.repeats, options.rounds)
     if "curves" in parts:
         measured_now["curves"] = _curves(options.rounds, options.quick)
     if whole or options.write:
@@ -90,6 +92,18 @@ def _costs(name: str, repeats: int) -> dict[str, Any]:
     gc.collect()
     print(f"\n{report.cost_table({name: row})}", flush=True)
     return row
+
+
+def _start(names: list[str], repeats: int, rounds: int) -> dict[str, Any]:
+    """Measure what comes before the first step; what needs no model of the table stands under `once`."""
+    start.start(WORKS["tiny"], 1)  # imports, and what is done once in a process
+    found: dict[str, Any] = {"once": {"import": start.import_seconds(max(repeats, 2)), "call": start.call(rounds)}}
+    print(f"\n{report.call_table(found['once'])}", flush=True)
+    for name in names:
+        found[name] = start.start(WORKS[name], repeats)
+        gc.collect()
+        print(f"\n{report.start_table({name: found[name]})}", flush=True)
+    return found
 
 
 def _curves(rounds: int, quick: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .models import Work
 from .rivals import adapted, check_same_work, wrapped
 from .transitions import Seconds, streaming_seconds, timed, train, transition_seconds
 
-__all__ = ["ROWS", "costs"]
+__all__ = ["ROWS", "clocked", "costs"]
 
 ROWS = ("adapt", "transition", "fold", "release", "save", "load")
 
@@ -59,18 +59,18 @@ def _ours(
     work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor], found: Found, stages: int, streaming: list[Seconds]
 ) -> lx.Cascade:
     base = copy.deepcopy(model)
-    cascade = _clocked(found["adapt"], lambda: adapted(work, base, batch))
+    cascade = clocked(found["adapt"], lambda: adapted(work, base, batch))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
     for _ in range(stages):
         train(cascade, optimizer)
         found["transition"].append(transition_seconds(cascade, optimizer))
         streaming.append(streaming_seconds(cascade))
     train(cascade, optimizer)
-    _clocked(found["fold"], cascade.folded_state_dict)
+    clocked(found["fold"], cascade.folded_state_dict)
     with tempfile.TemporaryDirectory() as folder:
-        _clocked(found["save"], lambda: lx.save(cascade, Path(folder)))
+        clocked(found["save"], lambda: lx.save(cascade, Path(folder)))
         again = copy.deepcopy(model)
-        _clocked(found["load"], lambda: lx.load(folder, again, kwargs=dict(batch))).release()
+        clocked(found["load"], lambda: lx.load(folder, again, kwargs=dict(batch))).release()
     return cascade
 
 
@@ -78,7 +78,7 @@ def _theirs(work: Work, model: nn.Module, found: Found, stages: int) -> Any:
     import peft
 
     base = copy.deepcopy(model)
-    wrapper: Any = _clocked(found["adapt"], lambda: wrapped(work, base))
+    wrapper: Any = clocked(found["adapt"], lambda: wrapped(work, base))
     optimizer = _optimizer(wrapper)
 
     def turn() -> tuple[Any, torch.optim.Optimizer]:
@@ -87,7 +87,7 @@ def _theirs(work: Work, model: nn.Module, found: Found, stages: int) -> Any:
 
     for _ in range(stages):
         _train(wrapper, optimizer)
-        wrapper, optimizer = _clocked(found["transition"], turn)
+        wrapper, optimizer = clocked(found["transition"], turn)
     _train(wrapper, optimizer)
 
     def fold() -> dict[str, torch.Tensor]:
@@ -96,17 +96,17 @@ def _theirs(work: Work, model: nn.Module, found: Found, stages: int) -> Any:
         wrapper.unmerge_adapter()
         return state
 
-    _clocked(found["fold"], fold)
+    clocked(found["fold"], fold)
     with tempfile.TemporaryDirectory() as folder:
-        _clocked(found["save"], lambda: wrapper.save_pretrained(folder))
+        clocked(found["save"], lambda: wrapper.save_pretrained(folder))
         again = copy.deepcopy(model)
-        _clocked(found["load"], lambda: peft.PeftModel.from_pretrained(again, folder, is_trainable=True))
+        clocked(found["load"], lambda: peft.PeftModel.from_pretrained(again, folder, is_trainable=True))
     return wrapper
 
 
 def _leave(cascade: lx.Cascade, wrapper: Any, ours: Found, theirs: Found) -> None:
-    _clocked(ours["release"], cascade.release)
-    _clocked(theirs["release"], wrapper.merge_and_unload)
+    clocked(ours["release"], cascade.release)
+    clocked(theirs["release"], wrapper.merge_and_unload)
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -117,7 +117,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     train(model, optimizer)  # type: ignore[arg-type]
 
 
-def _clocked(into: list[Seconds], run: Callable[[], Any]) -> Any:
+def clocked(into: list[Seconds], run: Callable[[], Any]) -> Any:
     """Run once, note the seconds, and return what came out."""
     out: list[Any] = []
     into.append(timed(lambda: out.append(run())))

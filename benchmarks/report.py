@@ -11,9 +11,21 @@ from typing import Any
 
 from .costs import ROWS
 from .rivals import RANK
+from .start import CALLS, LAYERS, STARTS, WIDTH
 from .steps import DROPOUT
 
-__all__ = ["BEGIN", "END", "about", "cost_table", "memory_table", "put", "section", "step_table"]
+__all__ = [
+    "BEGIN",
+    "END",
+    "about",
+    "call_table",
+    "cost_table",
+    "memory_table",
+    "put",
+    "section",
+    "start_table",
+    "step_table",
+]
 
 BEGIN = "<!-- `make bench` writes from here -->"
 END = "<!-- to here -->"
@@ -61,7 +73,7 @@ CPU seconds, ours / peft's for the same (`benchmarks/costs.py` says what that is
 has to read and write.
 
 {cost_table(results["costs"])}
-
+{_started(results.get("start", {}))}
 The curves are in [benchmarks/curves.svg](../benchmarks/curves.svg), their numbers in `benchmarks/curves.json`: a step
 against the rank, against the number of sites, and after some transitions; and the size of the slow state."""
 
@@ -127,6 +139,52 @@ def cost_table(rows: Rows) -> str:
         yield f"{row['streaming']['cpu']:.2f}"
 
     return table(("model", *ROWS, "streaming"), map(cells, rows.values()))
+
+
+def _started(rows: Rows) -> str:
+    """Return the tables of what comes before the first step; nothing where it was not measured."""
+    if not rows:
+        return ""
+    seconds = rows["once"]["import"]
+    return f"""
+`import lorasc_fx` takes {seconds["lorasc_fx"]:.2f} CPU seconds after `import torch` ({seconds["torch"]:.2f}).
+
+CPU seconds of `adapt` and of a `load` without inputs, on two examples, beside a forward, a backward and
+`torch.export.export` alone. `adapt` has three forwards and two backwards in it, by which the graph is held against the
+model; *first call* makes the graph after `load`.
+
+{start_table({name: row for name, row in rows.items() if name != "once"})}
+
+Milliseconds of CPU of a call of a BERT of {LAYERS} layers and width {WIDTH}, where Python is most of the time:
+
+{call_table(rows["once"])}
+"""
+
+
+def start_table(rows: Rows) -> str:
+    """Return the table of what comes before the first step."""
+
+    def cells(row: Mapping[str, Any]) -> Iterable[str]:
+        yield row["title"]
+        yield from (f"{row[name]:.2f}" for name in STARTS)
+        least = row["export"] + 3 * row["forward"] + 2 * row["backward"]
+        yield f"{row['adapt'] / least:.2f}"
+
+    head = ("model", *STARTS, "adapt / (export + 3 forward + 2 backward)")
+    return table(head, map(cells, rows.values()))
+
+
+def call_table(once: Mapping[str, Any]) -> str:
+    """Return the table of calls of a narrow model."""
+
+    def cells(name: str) -> Iterable[str]:
+        found = once["call"][name]
+        yield name
+        yield from (f"{1e3 * found['seconds'][rival]:.2f}" for rival in ("eager", "peft", "ours"))
+        for pair in ("ours/eager", "ours/peft"):
+            yield f"{found['ratios'][pair]['minimum']:.2f} ({found['ratios'][pair]['paired']:.2f})"
+
+    return table(("call", "eager", "peft", "ours", "ours / eager", "ours / peft"), map(cells, CALLS))
 
 
 def _mib(value: float | None) -> str:

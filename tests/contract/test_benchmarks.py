@@ -30,6 +30,7 @@ from benchmarks.models import WORKS
 from benchmarks.resident import can_measure, resident_all
 from benchmarks.rivals import RIVALS, adapted, check_same_work, entries, make, make_all, wrapped
 from benchmarks.sites import Recorder
+from benchmarks.start import CALLS, STARTS, call, import_seconds, start
 from benchmarks.steps import PAIRS, measured
 
 pytestmark = pytest.mark.slow
@@ -83,6 +84,25 @@ def test_tables_have_a_cell_for_each_title(row: dict[str, Any], paid: dict[str, 
         assert lines[2].startswith("| tiny | ")
     first = row["ratios"]["ours/frozen"]
     assert tables[0][2].startswith(f"| tiny | {first['minimum']:.2f} ({first['paired']:.2f}) | ")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
+def test_what_comes_before_the_first_step(row: dict[str, Any], paid: dict[str, Any], tmp_path: Path) -> None:
+    once = {"import": import_seconds(1), "call": call(1)}
+    started = {"once": once, "tiny": start(TINY, 1)}
+    assert set(started["tiny"]) == {"title", *STARTS}
+    assert all(value > 0 for value in numbers({name: started["tiny"][name] for name in STARTS}))
+    assert once["import"]["torch"] > 0 < once["import"]["lorasc_fx"]
+    assert set(once["call"]) == set(CALLS)
+    assert {*once["call"]["forward"]["seconds"]} == {"eager", "peft", "ours"}
+    page = tmp_path / "page.md"
+    for whole, part in ((True, results(row, paid)), (False, {"about": report.about(2, 2), "start": started})):
+        page.write_text(f"{report.BEGIN}\n{report.END}\n")
+        write(part, tmp_path, page, whole)
+        assert ("after `import torch`" in page.read_text()) == (not whole)
+    for made in (report.start_table({"tiny": started["tiny"]}), report.call_table(once)):
+        assert len({line.count("|") for line in made.splitlines()}) == 1
+        assert made in page.read_text()
 
 
 def test_the_section_takes_the_place_of_the_last_one() -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx import config
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.kit.state import variant_count
+from tests.kit.state import graphs_of, variant_count
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 GRAPHS = ("export", "dynamo", "symbolic")
@@ -162,3 +163,15 @@ def test_a_counter_in_an_object_counts_on() -> None:
     for _ in range(3):
         cascade(x)
     assert model.space.calls == 3
+
+
+@pytest.mark.skipif(not hasattr(config, "do_not_emit_stack_traces"), reason="torch 2.9 has no such switch")
+@pytest.mark.parametrize("shown", [False, True])
+def test_an_export_looks_up_no_source_lines_and_puts_the_switch_back(
+    shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "do_not_emit_stack_traces", not shown)
+    x = torch.randn(4, 5).double()
+    cascade = lx.adapt(build(lambda: nn.Linear(5, 3)), (x,), frontend="export")
+    assert config.do_not_emit_stack_traces is not shown
+    assert not any("stack_trace" in node.meta for graph in graphs_of(cascade) for node in graph.graph.nodes)

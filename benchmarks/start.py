@@ -1,0 +1,126 @@
+"""What comes before the first step: the import, `adapt` and `load`, and what a call of a small model costs.
+
+`adapt` runs the model and its graph, three forwards and two backwards, to see that they do the same, and exports it; so
+it stands beside `torch.export.export` alone, for these sizes only, a forward and a backward. `load` has no inputs: the
+first call makes the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lorasc_fx as lx
+
+from .costs import clocked
+from .measure import Turn, alternate, ratio
+from .models import Work
+from .rivals import adapted, wrapped
+from .transitions import Seconds, train
+
+__all__ = ["CALLS", "LAYERS", "STARTS", "WIDTH", "call", "import_seconds", "narrow", "start"]
+
+STARTS = ("forward", "backward", "export", "adapt", "load", "first call")
+CALLS = ("forward", "forward and backward")
+BATCH = 2
+"""Examples of the batch that a model starts with."""
+WIDTH, LAYERS, TOKENS = 64, 12, 16
+"""Of the model whose calls are measured: so narrow that Python is most of the time."""
+REPEATS = 20
+"""Calls in a round."""
+
+_IMPORT = """
+import time
+begun = time.process_time()
+import torch
+between = time.process_time()
+import lorasc_fx
+print(between - begun, time.process_time() - between)
+"""
+
+
+def import_seconds(repeats: int) -> dict[str, float]:
+    """Return the least CPU seconds of `import torch`, and of `import lorasc_fx` after it, in processes of their own."""
+    found = []
+    for _ in range(repeats):
+        done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
+        found.append([float(number) for number in done.stdout.split()])
+    return {name: min(column) for name, column in zip(("torch", "lorasc_fx"), zip(*found, strict=True), strict=True)}
+
+
+def start(work: Work, repeats: int) -> dict[str, Any]:
+    """Return the least CPU seconds of each of STARTS over some repeats, as plain data."""
+    found: dict[str, list[Seconds]] = {name: [] for name in STARTS}
+    model = work.build()
+    batch = {name: value[:BATCH] for name, value in work.batch().items()}
+    work.loss(model(**batch)).backward()
+    for _ in range(repeats):
+        loss = clocked(found["forward"], lambda: work.loss(model(**batch)))
+        clocked(found["backward"], loss.backward)
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            clocked(found["export"], lambda: torch.export.export(model, (), batch, strict=False))
+        base, again = copy.deepcopy(model), copy.deepcopy(model)
+        cascade = clocked(found["adapt"], partial(adapted, work, base, batch))
+        optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
+        train(cascade, optimizer)
+        cascade.transition(optimizer)
+        with tempfile.TemporaryDirectory() as folder:
+            lx.save(cascade, Path(folder))
+            loaded = clocked(found["load"], partial(lx.load, folder, again))
+        clocked(found["first call"], partial(loaded, **batch))
+    return {"title": work.title, **{name: min(each.cpu for each in found[name]) for name in STARTS}}
+
+
+def narrow() -> nn.Module:
+    """Return a BERT of 12 layers and width 64, without dropout."""
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        intermediate_size=2 * WIDTH,
+        vocab_size=100,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertModel(config)
+
+
+def call(rounds: int) -> dict[str, Any]:
+    """Return CPU seconds of a call of the narrow model by rival, and the ratios of ours to both, as plain data."""
+    model, x = narrow(), torch.randint(0, 100, (2, TOKENS))
+    work = Work("", narrow, dict, ("linear",), {"target_modules": ["query", "key", "value", "dense"]})
+    rivals = {
+        "eager": copy.deepcopy(model),
+        "peft": wrapped(work, copy.deepcopy(model)),
+        "ours": adapted(work, copy.deepcopy(model), {"input_ids": x}),
+    }
+
+    def run(rival: nn.Module, backward: bool) -> None:
+        for _ in range(REPEATS):
+            output = rival(input_ids=x)
+            if backward:
+                output[0].sum().backward()
+
+    found: dict[str, Any] = {}
+    for name, backward in zip(CALLS, (False, True), strict=True):
+        times = alternate({key: Turn(_nothing, partial(run, each, backward)) for key, each in rivals.items()}, rounds)
+        found[name] = {
+            "seconds": {key: min(each.cpu) / REPEATS for key, each in times.items()},
+            "ratios": {f"ours/{other}": ratio(times["ours"], times[other]) for other in ("eager", "peft")},
+        }
+    return found
+
+
+def _nothing() -> None:
+    """Prepare nothing: gradients add up in place."""
