@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,10 @@ import tyro
 from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.report_page import PAGE, STYLE
 from lorasc_fx.cli.run_folder import EXPERT, RunFolder, check_output, read_lines, write_whole
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.extras import module_of, require
 from lorasc_fx.pictures import Picture
-from lorasc_fx.pictures.charts import by_site, loss_over_steps, slow_and_fast, spectra
+from lorasc_fx.pictures.charts import by_site, loss_over_steps, rate_over_steps, slow_and_fast, spectra
 
 __all__ = ["ReportArguments", "RunRecord", "page", "run_report"]
 
@@ -77,6 +79,11 @@ class RunRecord:
     def losses(self) -> list[tuple[int, float]]:
         """Steps with their losses; of a repeated step (of a resumed run) the later one."""
         return sorted({line["step"]: line["loss"] for line in self.lines if "loss" in line}.items())
+
+    @cached_property
+    def rates(self) -> list[tuple[int, float]]:
+        """Steps with their learning rates; of a repeated step the later one."""
+        return sorted({line["step"]: line["lr"] for line in self.lines if "lr" in line}.items())
 
     @cached_property
     def transitions(self) -> list[int]:
@@ -188,6 +195,13 @@ class ReportArguments:
     """Folder of the run."""
     output: Path | None = None
     """File to write; RUN/report.html if not given."""
+    watch: float = 0.0
+    """Seconds after which the page is written anew while the run trains, and a browser reads it anew; 0 writes it once.
+    It ends with the run."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.watch < math.inf:
+            raise SpecError(f"watch is {self.watch}; give a number of seconds, or 0")
 
 
 def run_report(arguments: ReportArguments) -> int:
@@ -199,17 +213,30 @@ def run_report(arguments: ReportArguments) -> int:
         MissingExtra: the extra `report` is not installed.
     """
     require("report", "jinja2", "matplotlib")
-    record = RunRecord.read(arguments.run)
-    output = arguments.output or RunFolder(arguments.run).report
-    check_output(output, folder=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, page(record))
-    print(f"{output}: the report of {record.name}")
-    return 0
+    output, seen = arguments.output or RunFolder(arguments.run).report, -1
+    while True:
+        try:
+            record = RunRecord.read(arguments.run)
+        except StateError as fault:
+            if not arguments.watch or fault.code != "run-has-no-data":
+                raise
+            time.sleep(arguments.watch)
+            continue
+        ended = not arguments.watch or bool(record.result)
+        if ended or len(record.lines) != seen:
+            check_output(output, folder=False)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(output, page(record, 0.0 if ended else arguments.watch))
+        if seen < 0 or ended:
+            print(f"{output}: the report of {record.name}" + ("" if ended else ", which is still training"), flush=True)
+        if ended:
+            return 0
+        seen = len(record.lines)
+        time.sleep(arguments.watch)
 
 
-def page(record: RunRecord) -> str:
-    """Return the page as text."""
+def page(record: RunRecord, refresh: float = 0.0) -> str:
+    """Return the page as text; a browser reads it anew after `refresh` seconds, if that is not 0."""
     jinja2 = module_of("report", "jinja2")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     config, about = record.config, record.about
@@ -222,7 +249,12 @@ def page(record: RunRecord) -> str:
     )
     sections = [section for section in _sections(record) if section.pictures or section.tables or section.paragraphs]
     text: str = environment.from_string(PAGE).render(
-        title=f"Run {record.name}", lead=lead, style=STYLE, numbers=_numbers(record), sections=sections
+        title=f"Run {record.name}",
+        lead=lead,
+        style=STYLE,
+        refresh=math.ceil(refresh),
+        numbers=_numbers(record),
+        sections=sections,
     )
     return text.strip() + "\n"
 
@@ -244,8 +276,9 @@ def _numbers(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _sections(record: RunRecord) -> Iterable[Section]:
-    losses = [loss_over_steps(record.losses, record.transitions)] if record.losses else []
-    yield Section("loss-section", "Loss", (), losses)
+    pictures = [loss_over_steps(record.losses, record.transitions)] if record.losses else []
+    pictures += [rate_over_steps(record.rates, record.transitions)] if record.rates else []
+    yield Section("loss-section", "Loss", (), pictures)
     yield _slow_and_fast(record)
     yield _experts(record)
     yield _spectrum(record)

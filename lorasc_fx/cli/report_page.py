@@ -38,6 +38,14 @@ th { font-weight: 600; vertical-align: bottom; }
 .text { text-align: left; }
 .name { text-align: left; white-space: nowrap; font: .85em ui-monospace, "DejaVu Sans Mono", monospace; }
 .sentence { text-align: left; min-width: 16rem; }
+@media (max-width: 40rem) { /* a row is a block: its name, and each number after its title */
+  table, caption, tbody, tr { display: block; }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  tr { padding: .4rem 0; border-bottom: 1px solid var(--rule); }
+  td { display: inline-block; padding: 0 .9rem 0 0; border: 0; text-align: left; overflow-wrap: anywhere; }
+  td.name, td.sentence { display: block; min-width: 0; white-space: normal; }
+  td::before { content: attr(data-label) " "; color: var(--muted); font: .85em system-ui, sans-serif; }
+  td.name::before { content: none; } }
 details { margin: .5rem 0; }
 summary { cursor: pointer; padding: .4rem 0; color: var(--link); }
 """
@@ -54,7 +62,7 @@ PAGE = """
 <th scope="col"{% if style %} class="{{ style }}"{% endif %}>{{ title }}</th>{% endfor %}
 </tr></thead>
 <tbody>{% for row in table.rows %}<tr>{% for cell in row %}{% set style = table.columns[loop.index0][1] %}
-<td{% if style %} class="{{ style }}"{% endif %}>{{ cell }}</td>
+<td data-label="{{ table.columns[loop.index0][0] }}"{% if style %} class="{{ style }}"{% endif %}>{{ cell }}</td>
 {%- endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% if table.folds %}</details>{% endif %}
@@ -64,7 +72,8 @@ PAGE = """
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
+{% if refresh %}<meta http-equiv="refresh" content="{{ refresh }}">
+{% endif %}<title>{{ title }}</title>
 <style>{{ style | safe }}</style>
 </head>
 <body>

@@ -8,25 +8,27 @@ from typing import Any
 
 from lorasc_fx.pictures.svg import MUTED, SERIES, Picture, figure, finished, library
 
-__all__ = ["by_site", "loss_over_steps", "slow_and_fast", "spectra"]
+__all__ = ["by_site", "loss_over_steps", "rate_over_steps", "slow_and_fast", "smoothed", "spectra"]
 
 WIDTH, HEIGHT = 320.0, 216.0
 """Points: in a phone's column of 343 CSS pixels type of 9 points, the smallest, has 9.6 pixels."""
+FEW = 20
+"""Values below which a curve is not smoothed."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
 def loss_over_steps(losses: Sequence[tuple[int, float]], transitions: Sequence[int]) -> Picture:
-    """Draw the training loss, as logged, with a line at each transition."""
+    """Draw the training loss, as logged and smoothed, with a line at each transition."""
     steps, values = zip(*losses, strict=True)
     with figure(WIDTH, HEIGHT) as drawn:
         axes = _axes(drawn, "step", "loss")
-        for number, step in enumerate(transitions, start=1):
-            axes.axvline(step, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
-            if len(transitions) <= 12:
-                top = axes.get_xaxis_transform()
-                axes.text(step, 1.01, str(number), ha="center", va="bottom", fontsize=9, color=MUTED, transform=top)
-        axes.plot(steps, values, color=SERIES[0], marker="o" if len(steps) < 40 else "", markersize=3)
+        _mark(axes, transitions)
+        mean = smoothed(values) if len(values) >= FEW else []
+        faint = {"alpha": 0.35, "linewidth": 0.9} if mean else {"marker": "o", "markersize": 3}
+        axes.plot(steps, values, color=SERIES[0], **faint)
+        if mean:
+            axes.plot(steps, mean, color=SERIES[0])
         positive = min(values) > 0
         if positive and max(values) > 50 * min(values):
             axes.set_yscale("log")
@@ -35,8 +37,45 @@ def loss_over_steps(losses: Sequence[tuple[int, float]], transitions: Sequence[i
             f"Loss from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}; the lowest is "
             f"{min(values):.4g}. Stages end at steps {where}."
         )
-        title = "Training loss over steps; dashed lines are transitions, with the number of the stage that ends"
+        caption += f" Smoothed it ends at {mean[-1]:.4g}." if mean else ""
+        lines = "Training loss over steps" + (", as logged (faint) and smoothed" if mean else "")
+        title = f"{lines}; dashed lines are transitions, with the number of the stage that ends"
         return finished(drawn, "loss", title, caption, themed=True)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return the exponential moving average whose weights halve in a twentieth of the values, without a bias of 0."""
+    keep = 0.5 ** (20 / len(values))
+    total, weight, means = 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        means.append(total / weight)
+    return means
+
+
+def rate_over_steps(rates: Sequence[tuple[int, float]], transitions: Sequence[int]) -> Picture:
+    """Draw the learning rate, as logged, with a line at each transition."""
+    steps, values = zip(*rates, strict=True)
+    with figure(WIDTH, HEIGHT) as drawn:
+        axes = _axes(drawn, "step", "learning rate")
+        _mark(axes, transitions)
+        axes.plot(steps, values, color=SERIES[1])
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        caption = (
+            f"From {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}; "
+            f"at most {max(values):.3g}."
+        )
+        return finished(drawn, "rate", "Learning rate over steps, as logged", caption, themed=True)
+
+
+def _mark(axes: Any, transitions: Sequence[int]) -> None:
+    """Draw a line at each transition, with the number of the stage that ends where there are few."""
+    for number, step in enumerate(transitions, start=1):
+        axes.axvline(step, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
+        if len(transitions) <= 12:
+            top = axes.get_xaxis_transform()
+            axes.text(step, 1.01, str(number), ha="center", va="bottom", fontsize=9, color=MUTED, transform=top)
 
 
 def slow_and_fast(rows: Sequence[tuple[int, float | None, float | None]], key: str, what: str) -> Picture:

@@ -7,8 +7,10 @@ import json
 import re
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from lorasc_fx.cli.report import RunRecord
 from lorasc_fx.cli.report import page as render
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import Setup
+from lorasc_fx.pictures.charts import smoothed
 from tests.cli.conftest import CONFIG
 from tests.cli.long_run import write_long_run
 from tests.kit.state import trained_states, weight_states
@@ -333,3 +336,66 @@ def test_the_folder_of_the_page_is_made(tmp_path: Path) -> None:
     run = write_long_run(tmp_path / "long", sites=4)
     assert main(["report", str(run), "--output", str(tmp_path / "new" / "a.html")]) == 0
     assert (tmp_path / "new" / "a.html").is_file()
+
+
+def test_the_loss_is_smoothed_as_the_formula_says_and_the_rate_is_drawn(tmp_path: Path) -> None:
+    record = RunRecord.read(write_long_run(tmp_path / "run"))
+    values = [value for _, value in record.losses]
+    keep = 0.5 ** (20 / len(values))
+    expected = []
+    for last in range(1, len(values) + 1):
+        weights = [keep ** (last - 1 - place) for place in range(last)]
+        expected.append(sum(w * value for w, value in zip(weights, values, strict=False)) / sum(weights))
+    assert smoothed(values) == pytest.approx(expected, rel=1e-12)
+    assert smoothed([3.0] * 7) == pytest.approx([3.0] * 7)
+    text = render(record)
+    assert f"Smoothed it ends at {expected[-1]:.4g}." in text
+    assert "as logged (faint) and smoothed" in text
+    assert 'id="rate-title"' in text
+    assert "From 0.001 at step 10 to 0.001 at step 500; at most 0.001." in text
+    lines = [{**line, "lr": line["step"] * 1e-5} if "lr" in line else line for line in record.lines]
+    few = render(replace(record, lines=[line for line in lines if line.get("step", 0) <= 100]))
+    assert "smoothed" not in few.split("</style>")[1]
+    assert "From 0.0001 at step 10 to 0.001 at step 100; at most 0.001." in few
+
+
+REFRESH = '<meta http-equiv="refresh"'
+
+
+def test_a_page_that_is_watched_follows_the_run_and_ends_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_long_run(tmp_path / "run")
+    folder, page = RunFolder(run), run / "report.html"
+    cascade, metrics = folder.cascade.read_text(), folder.metrics.read_text().splitlines(keepends=True)
+    folder.cascade.unlink()  # the run has only begun
+    folder.metrics.write_text("".join(metrics[:12]))
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["report", str(run), "--watch", "0.05"])), daemon=True)
+    thread.start()
+
+    def wait_for(text: str) -> str:
+        for _ in range(600):
+            if page.is_file() and text in (found := page.read_text(encoding="utf-8")):
+                return found
+            time.sleep(0.05)
+        raise AssertionError(f"no page has {text!r}")
+
+    time.sleep(0.2)
+    assert not page.exists()
+    folder.cascade.write_text(cascade)
+    assert REFRESH in wait_for("this run has not ended yet")
+    folder.metrics.write_text("".join(metrics[:30]))
+    assert REFRESH in wait_for("at step 260;")  # the learning rate of the last line
+    folder.metrics.write_text("".join(metrics))
+    thread.join(60)
+    assert codes == [0]
+    assert REFRESH not in page.read_text(encoding="utf-8")
+    told = capsys.readouterr().out.splitlines()
+    assert [line.endswith("which is still training") for line in told] == [True, False]
+
+
+def test_a_folder_that_holds_no_run_is_not_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path), "--watch", "0.05"]) != 0
+    assert main(["report", str(tmp_path), "--watch", "-1"]) != 0
+    assert "watch" in capsys.readouterr().err

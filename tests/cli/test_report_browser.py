@@ -21,7 +21,7 @@ from lorasc_fx.cli import main
 from tests.cli.long_run import write_long_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WIDTHS = {"phone": 375, "desktop": 1280}
+WIDTHS = {"phone": 375, "large phone": 390, "desktop": 1280}
 
 MEASURE = """
 <script>
@@ -42,6 +42,9 @@ addEventListener("load", () => {
       }).map((each) => each.textContent.trim()),
     pictures: [...document.querySelectorAll("figure svg")].map((each) => [box(each).width, box(each).height]),
     folded: document.querySelectorAll("details:not([open])").length,
+    cut: (document.querySelectorAll("details").forEach((each) => { each.open = true; }),
+      [...document.querySelectorAll("td")].filter((each) => box(each).right > wide + 1).map((each) =>
+      each.textContent.trim().slice(0, 40))),
     tall: document.documentElement.scrollHeight,
     paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
   };
@@ -108,16 +111,17 @@ def test_a_report_is_readable_on_a_desktop_and_on_a_phone(
         assert found["wide"] == width
         assert found["scroll"] <= width, f"{name}: the page scrolls sideways"
         assert found["over"] == [], f"{name}: stands out of the page"
+        assert found["cut"] == [], f"{name}: cells of tables that have to be scrolled to"
         assert found["outside"] == [], f"{name}: texts that a picture cuts off"
         assert found["smallest"] >= 10, f"{name}: a label {found['smallest']} pixels high"
-        assert len(found["pictures"]) == 6
+        assert len(found["pictures"]) == 7
         assert all(across > 0.9 * min(width, 496) for across, _ in found["pictures"])
         assert found["folded"] >= 4
         for scheme in ("light", "dark"):
             shot = shots / f"report-{name}-{scheme}.png"
             wide, tall = (width, found["tall"]) if name == "desktop" else (max(width, 500), found["tall"])
             source = page
-            if name == "phone":  # a window has 500 pixels at least: the page in a frame
+            if name != "desktop":  # a window has 500 pixels at least: the page in a frame
                 source = tmp_path / "phone.html"
                 frame = f'<iframe src="{page.as_uri()}" style="width:{width}px;height:{tall}px;border:0"></iframe>'
                 source.write_text(f"<!doctype html><body style='margin:0'>{frame}</body>", encoding="utf-8")
