@@ -32,7 +32,7 @@ def test_auto(case: Case) -> None:
 
 
 def pairs() -> list[Any]:
-    """Every row under the front ends that auto did not choose for it.
+    """Every row under the front ends that test_auto shows neither to take it nor to refuse it.
 
     A row that is one graph of dynamo is the same graph for dynamo and for the fallback: of each five rows one is taken
     by both, two by dynamo and two by the fallback. Among the slow tests: dynamo, which mostly repeats export, and
@@ -42,7 +42,8 @@ def pairs() -> list[Any]:
     for index, case in enumerate(EVERY):
         whole, turn = "dynamo" not in case.refuses and case.taken_by != "graph-breaks", index % 5
         for name in NAMED:
-            if name == case.taken_by or (whole and turn and name == ("dynamo", "graph-breaks")[turn % 2]):
+            refused = name in case.refuses and NAMED.index(name) < NAMED.index(case.taken_by)
+            if refused or name == case.taken_by or (whole and turn and name == ("dynamo", "graph-breaks")[turn % 2]):
                 continue
             slow = name == "dynamo" or (name == "graph-breaks" and whole and turn != 0)
             found.append(pytest.param(case, name, id=f"{name}-{case.name}", marks=[pytest.mark.slow] if slow else []))
