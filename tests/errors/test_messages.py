@@ -26,21 +26,6 @@ from tests.kit.seams import SEAMS
 
 
 @pytest.mark.parametrize(
-    ("fields", "sentence"),
-    [
-        ({"dropout": 1}, ("invalid-value", "dropout")),
-        (
-            {"dropout": 0.1, "placement": "merged"},
-            ("conflicting-options", "dropout", "0.1", "merged"),
-        ),
-    ],
-)
-def test_a_spec(fields: dict[str, Any], sentence: tuple[str, ...]) -> None:
-    with raises(lx.SpecError, *sentence):
-        lx.CascadeSpec(**fields)
-
-
-@pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda: TrainConfig(batch_size=0), ("invalid-value", "train.batch_size", "0")),

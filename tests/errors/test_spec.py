@@ -28,6 +28,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "exclude": ("head",),
     "train": (None,),
     "untie": ("head", (None,)),
+    "dropout": (1,),
     "rules": (({"pattern": "conv"},), "conv"),
     "use_rslora": (1,),
     "slow_train": ("yes",),
@@ -52,6 +53,7 @@ CONFLICTING: list[dict[str, Any]] = [
     {"use_dora": True, "dropout": 0.1},
     {"use_dora": True, "placement": "beside"},
     {"use_dora": True, "placement": "weight"},
+    {"dropout": 0.1, "placement": "merged"},
 ]
 
 

@@ -29,6 +29,17 @@ class Net(nn.Module):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
+class Branching(nn.Module):
+    """The values decide, which no whole graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum().item() > 0 else self.inner(-x)
+
+
 def net(dropout: float = 0.1, dtype: torch.dtype = torch.float32) -> Net:
     torch.manual_seed(5)
     return Net(dropout).to(dtype)

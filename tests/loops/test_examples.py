@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import lorasc_fx as lx
+from tests.loops.kit import Branching
 
 
 @pytest.mark.slow
@@ -41,14 +41,6 @@ def test_fabric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_with_graph_breaks_beside_fabric() -> None:
     """Its import wraps torch.compile, whose keywords it copies onto the model; ours are no affair of a model."""
     import lightning_fabric
-
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x) if x.sum().item() > 0 else self.inner(-x)
 
     assert hasattr(torch.compile, "__wrapped__"), lightning_fabric
     model = Branching()

@@ -16,6 +16,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
+from tests.loops.kit import Branching
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,14 +79,6 @@ def test_captures_variants_and_transitions_are_timed(
 
 
 def test_a_front_end_that_refuses_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x) if x.sum().item() > 0 else self.inner(-x)
-
     caplog.set_level(logging.INFO, logger="lorasc_fx")
     lx.adapt(Branching(), args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
     assert re.search(r"Branching not captured by export, in \d+\.\d\d s: .+", caplog.text)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+
+from tests.forms.compare import seed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -35,13 +35,6 @@ class Entry:
     unused: Mapping[str, str] = field(default_factory=dict)
     tolerance: float = 1e-12
     because: str = ""
-
-
-def seed(value: int) -> None:
-    """Seed every generator that a model may draw from."""
-    random.seed(value)
-    np.random.seed(value)
-    torch.manual_seed(value)
 
 
 def images(*shape: int) -> Callable[[bool], Call]:

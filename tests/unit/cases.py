@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.forms.compare import seed
 from tests.unit import oracle
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -26,6 +27,18 @@ def mlp() -> nn.Module:
     """Three linears, [7, 5], [6, 7] and [2, 6], the second without bias."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6, bias=False), nn.GELU(), nn.Linear(6, 2)).double()
+
+
+def build(make: Callable[[], nn.Module]) -> Any:
+    """A model in fp64, the same each time."""
+    torch.manual_seed(3)
+    return make().double()
+
+
+def seeded(call: Callable[..., Any], *args: Any) -> Any:
+    """What a call returns, with all generators where they were for any other."""
+    seed(7)
+    return call(*args)
 
 
 def batches(count: int, *shape: int, seed: int = 2) -> list[torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
-from tests.unit.cases import batches, branches, loss_of, randomize
+from tests.unit.cases import batches, branches, build, loss_of, randomize
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 X = batches(1, 2, 4, 5)[0]
@@ -76,11 +75,6 @@ class Mixed(Plain):
 class Clock(Recurrent):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(by_clock(self.mid(torch.tanh(self.body(x)))[0]))
-
-
-def build(kind: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(3)
-    return kind().double()
 
 
 @pytest.mark.parametrize(

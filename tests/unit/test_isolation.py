@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,22 +15,11 @@ from torch.fx import config
 import lorasc_fx as lx
 from tests.kit.errors import raises
 from tests.kit.state import graphs_of, variant_count
+from tests.unit.cases import build, seeded
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 GRAPHS = ("export", "dynamo", "symbolic")
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-def build(make: Callable[[], nn.Module]) -> Any:
-    torch.manual_seed(3)
-    return make().double()
-
-
-def seeded(call: Callable[..., Any], *args: Any) -> Any:
-    torch.manual_seed(7)
-    random.seed(7)
-    np.random.seed(7)
-    return call(*args)
 
 
 class Busy(nn.Module):

@@ -18,7 +18,7 @@ import lorasc_fx as lx
 from lorasc_fx.capture.preflight import Disagreement, check_agrees, first_difference, run_preflight
 from tests.kit.errors import raises
 from tests.kit.state import variant_count
-from tests.unit.cases import batches, branches, loss_of, randomize
+from tests.unit.cases import batches, branches, build, loss_of, randomize, seeded
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 GRAPHS = ("export", "dynamo", "symbolic")
@@ -40,22 +40,10 @@ class Net(nn.Module):
         return x
 
 
-def build(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(3)
-    return make().double()
-
-
 def refuse(make: Callable[[], nn.Module], frontend: str, sentence: str) -> None:
     model = build(make)
     with raises(lx.CaptureError, "not-captured", type(model).__name__, f"\n  {frontend}: {sentence}"):
         lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
-
-
-def seeded(call: Callable[..., Any], *args: Any) -> Any:
-    torch.manual_seed(7)
-    random.seed(7)
-    np.random.seed(7)
-    return call(*args)
 
 
 def assert_goes_as_eager(make: Callable[[], nn.Module], cascade: lx.Cascade) -> None:
