@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -71,15 +71,15 @@ def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Stands in a `CallTemplate` for the branch node's argument of this number."""
+class Input:
+    """In a `CallTemplate`, the branch node's argument of this number."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class CallTemplate:
-    """A node's name, op, target and arguments, with a `Slot` for each node among them; and the number of the branch's
+    """A node's name, op, target and arguments, with an `Input` for each node among them; and the number of the branch's
     own inputs.
     """
 
@@ -94,10 +94,10 @@ class CallTemplate:
     def of(cls, node: fx.Node, inputs: Sequence[Any]) -> CallTemplate:
         """Read a node that a branch with these arguments shall stand in place of."""
 
-        def slot(argument: fx.Node) -> Any:
-            return Slot(inputs.index(argument))
+        def numbered(argument: fx.Node) -> Any:
+            return Input(inputs.index(argument))
 
-        args, kwargs = fx.node.map_arg(node.args, slot), fx.node.map_arg(node.kwargs, slot)
+        args, kwargs = fx.node.map_arg(node.args, numbered), fx.node.map_arg(node.kwargs, numbered)
         return cls(node.name, node.op, node.target, args, kwargs, len(inputs))
 
 
@@ -110,8 +110,8 @@ class ReplacedCall:
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    form: FunctionForm | ModuleForm | None
-    reading: Reading | None
+    form: FunctionForm | ModuleForm | None = None
+    reading: Reading | None = None
 
 
 def call_template(node: fx.Node) -> CallTemplate | None:
@@ -126,13 +126,13 @@ def replaced_call(node: fx.Node) -> ReplacedCall | None:
     if template is None:
         return None
     args, kwargs = _filled(template.args, node.args), _filled(template.kwargs, node.args)
-    op = ReplacedCall(template.name, template.op, template.target, args, kwargs, None, None)
+    op = ReplacedCall(template.name, template.op, template.target, args, kwargs)
     owner = node.graph.owning_module
     module = module_at(owner, template.target) if owner is not None and template.op == "call_module" else None
     form = form_of(op, module)
     if form is None or len(node.args) != template.inputs:
         return op
-    return ReplacedCall(template.name, template.op, template.target, args, kwargs, form, form.reads(op, module))
+    return replace(op, form=form, reading=form.reads(op, module))
 
 
 def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
@@ -148,7 +148,7 @@ def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
 
 
 def _filled(value: Any, inputs: Sequence[Any]) -> Any:
-    if isinstance(value, Slot):
+    if isinstance(value, Input):
         return inputs[value.index] if value.index < len(inputs) else None
     if isinstance(value, (tuple, list)):
         return type(value)(_filled(item, inputs) for item in value)
