@@ -8,7 +8,6 @@ from lorasc_fx.state.engine import (
     factors_of,
     gain_of,
     has_trained,
-    initial_shapes,
     start_weight,
 )
 from lorasc_fx.state.model import Part, SlowWeights, Trained
@@ -50,7 +49,6 @@ __all__ = [
     "factors_of",
     "gain_of",
     "has_trained",
-    "initial_shapes",
     "norm_of",
     "scaled",
     "singular_values",

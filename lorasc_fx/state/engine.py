@@ -37,7 +37,6 @@ __all__ = [
     "gain_of",
     "has_trained",
     "initial_factors",
-    "initial_shapes",
     "start_weight",
     "write_start",
 ]
@@ -292,12 +291,6 @@ def initial_factors(branch: Branch) -> Factors:
     with torch.no_grad():
         left, right = branch.oriented()
         return Factors((left.double() * branch.scale).cpu(), right.double().cpu().clone())
-
-
-def initial_shapes(branch: Branch) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of `b` and `a` of `initial_factors`."""
-    left, right = branch.oriented()
-    return tuple(left.shape), tuple(right.shape)
 
 
 def has_trained(branch: Branch, initial: InitialFactors | None) -> bool:
