@@ -45,7 +45,8 @@ def merge(
     Args:
         runs: checkpoint folders (the newest version of each), or living cascades on copies of the base, which are only
             read. The first one's spec is that of the result, and its branches where it has them.
-        model, args, kwargs, base: as for `adapt`; the model holds the weights that every run adapted.
+        model, args, kwargs, base: as for `load`, which needs no inputs; the model holds the weights that every run
+            adapted.
         weights: one finite number a run; equal ones that sum to 1 if not given. They need not sum to 1: other sums are
             task arithmetic, and a negative weight takes away what a run has learnt.
 

@@ -999,7 +999,7 @@ def _other(run: Run, which: Any, call: str, folded: bool = False) -> Seen | None
     if not weights:
         raise SpecError(f"{call}: names no run; give numbers by the names of runs that were added, or 'slow'")
     for name in weights:
-        folding.check_which(call, str(name), run.plan.spec, ("slow", *run.added))
+        folding.check_which(call, name, run.plan.spec, ("slow", *run.added))
     return experts.seen(run, weights, call, folded)
 
 

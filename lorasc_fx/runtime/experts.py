@@ -180,7 +180,7 @@ def part_of(run: Run, name: str) -> Part:
     Raises:
         NonFiniteBranch: a running branch holds inf or nan.
     """
-    buffers = {key: buffer.detach().clone() for key, buffer in run.model.named_buffers()}
+    buffers = {key: buffer.detach().clone() for key, buffer in run.model_state().items()}
     return Part(name, run.plan, _bare(ended(run, "merge")), buffers)
 
 
@@ -263,12 +263,7 @@ def seen(run: Run, weights: Mapping[str, float], call: str, folded: bool) -> See
         if not is_number(weight):
             raise SpecError(f"{call}: {name!r} has the weight {weight!r}; give finite numbers")
     own = run.slow
-    parts = [
-        run.added[name]
-        if name in run.added
-        else Part(name, run.plan, _bare(ended(run, call) if folded else own), dict(run.model.named_buffers()))
-        for name in weights
-    ]
+    parts = [run.added[name] if name in run.added else _own(run, call, folded) for name in weights]
     alone = [*weights.values()] == [1]
     scaled = next((part.name for part in parts if part.plan.spec.row_scale.trained), None)
     if scaled is not None and not alone:
@@ -285,13 +280,27 @@ def seen(run: Run, weights: Mapping[str, float], call: str, folded: bool) -> See
             for name, state in held.states.items()
             if name in own.states
         }
-        trained = {
-            name: Trained.of(own.trained[name].base, kept.slow, own.trained[name].rule)
-            for name, kept in held.trained.items()
-            if name in own.trained
-        }
+        trained = {}
+        for name, entry in own.trained.items():
+            if name in held.trained:
+                trained[name] = Trained.of(entry.base, held.trained[name].slow, entry.rule)
+            elif name in held.states:
+                state = replace(held.states[name], base=entry.base)
+                trained[name] = Trained.of(entry.base, state.exact("slow", arithmetic(entry.base.dtype)), entry.rule)
         after = replace(after, states={**after.states, **states}, trained={**after.trained, **trained})
     return Seen(after, {name: value for name, value in parts[0].buffers.items() if _agree(name, parts)})
+
+
+def _own(run: Run, call: str, folded: bool) -> Part:
+    """Return the slow weights of a run itself as a part; what does not follow the slow rule is as it is now."""
+    slow, trained = (ended(run, call), {}) if folded else (run.slow, run.trained_parameters())
+    now = {
+        name: replace(entry, views={**entry.views, "slow": host(trained[name]).to(entry.slow.dtype)})
+        for name, entry in slow.trained.items()
+        if name in trained and not entry.follows(run.plan.spec)
+    }
+    slow = replace(slow, trained={**slow.trained, **now})
+    return Part("slow", run.plan, _bare(slow), run.model_state())
 
 
 def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:

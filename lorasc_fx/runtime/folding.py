@@ -99,7 +99,7 @@ class Seen:
 
     Args:
         slow: the state; its slow weights count.
-        buffers: of the model, by name, as far as they belong to it.
+        buffers: of the model, and parameters that forward writes, by name, as far as they belong to it.
     """
 
     slow: SlowWeights
@@ -109,7 +109,7 @@ class Seen:
 def _buffers(run: Run, other: Seen | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the buffers of the model that another state has values of, each with its value."""
     values = {} if other is None else other.buffers
-    held = dict(run.model.named_buffers()) if values else {}
+    held = run.model_state() if values else {}
     return [(held[name], value) for name, value in values.items() if name in held and held[name].shape == value.shape]
 
 
@@ -308,7 +308,7 @@ def folded_each(
     check_asked(call, slow, quantized)
     first = {id(parameter): name for name, parameter in parameters.items()}
     for name, value in run.model.state_dict(keep_vars=True).items():
-        now = buffers[name].to(value) if name in buffers and not isinstance(value, nn.Parameter) else value
+        now = buffers[name].to(value) if name in buffers else value
         yield name, value, partial(_folded, slow, first.get(id(value), ""), now, which)
 
 

@@ -288,7 +288,7 @@ class Part:
         name: for messages.
         plan: of its running stage.
         slow: its slow weights as a release would have them; its bases are without numbers, they are those of the sum.
-        buffers: of its model.
+        buffers: of its model, and the parameters that its forward writes.
     """
 
     name: str

@@ -414,3 +414,13 @@ def test_a_sum_that_fails_late_gives_the_model_back(monkeypatch: pytest.MonkeyPa
     }
     monkeypatch.undo()
     lx.merge(runs, model, call()).release()
+
+
+def test_without_inputs_the_first_call_makes_the_graph() -> None:
+    runs = [run(spec(), (1, 2)).cascade, run(spec(rank=3), (3,)).cascade]
+    at_once, later = lx.merge(runs, base(), call()), lx.merge(runs, base())
+    assert (later.frontend, later.plan) == ("", at_once.plan)
+    losses = [train(merged, optimizer_of(merged), call() * 2) for merged in (later, at_once)]
+    assert torch.equal(*losses)
+    same = [merged.release().state_dict().values() for merged in (later, at_once)]
+    assert all(map(torch.equal, *same))

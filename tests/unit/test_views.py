@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.checkpoint.test_resume import Teacher
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.state import weight_states
@@ -82,17 +83,42 @@ def test_a_view_is_the_fold_of_its_run(kind: str, given: str, tmp_path: Path) ->
             with host.weights("legal"):
                 found = values(host.model)
                 assert torch.equal(host(X), host.model(X))
-            if kind == "other kinds":  # dense here and factors there, or the reverse: rounded once, in another order
-                torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-                same(found, expected, but=("3.weight", "4.weight"))
-            else:
-                same(found, expected)
+            same(found, expected)
         same(host.folded_state_dict(which="legal"), found)
     folded = host.eval().folded_graph(which="legal")
     with host.weights("legal"), torch.no_grad():
         assert torch.equal(folded(X), host.model(X))
     host.zero_grad()
     same(values(host.release(which="legal")), found)
+
+
+def test_a_site_that_the_host_trains_in_full_is_rounded_once() -> None:
+    host = lx.adapt(base(), (X,), spec=replace(SPEC, targets=("0.weight",), train=("3.*", "4.*")), frontend="symbolic")
+    for seed in (2, 3, 4):
+        host.add("legal", other := run("kept noise", seed))
+        with host.weights("legal"):
+            found = values(host.model)
+        same(found, values(other.release()))
+
+
+@pytest.mark.parametrize("given", ["folder", "cascade"])
+def test_a_parameter_that_forward_writes_comes_with_its_run(given: str, tmp_path: Path) -> None:
+    def teacher(calls: int) -> lx.Cascade:
+        torch.manual_seed(0)
+        cascade = lx.adapt(Teacher(), (X[:, :5],), spec=lx.CascadeSpec(targets=("student",), rank=1))
+        for _ in range(calls):
+            cascade(X[:, :5])
+        return cascade
+
+    host, other = teacher(1), teacher(4)
+    lx.save(other, tmp_path)
+    host.add("legal", tmp_path if given == "folder" else other)
+    expected = values(other.release())
+    assert not torch.equal(expected["teacher.weight"], values(host.model)["teacher.weight"])
+    with unchanged(host), host.weights("legal"):
+        same(values(host.model), expected)
+    same(host.folded_state_dict(which="legal"), expected)
+    same(values(host.release(which="legal")), expected)
 
 
 def test_the_own_run_sees_nothing_of_it(tmp_path: Path) -> None:
@@ -162,6 +188,20 @@ def test_sums_are_those_of_merge_and_of_the_formula() -> None:
     same(values(host.release(which=shares)), {**values(host.model), **{name: found[name] for name in w0}})
 
 
+@pytest.mark.parametrize("slow_train", [True, False])
+def test_the_own_run_by_itself_is_the_slow_weights(slow_train: bool) -> None:
+    """What is trained in full and does not follow the slow rule is as it is now."""
+    spec = replace(SPEC, slow_train=slow_train, pace=0.5)
+    host = trained(lx.adapt(base(), (X,), spec=spec, frontend="symbolic"), 1)
+    now = values(host.model)["4.weight"]
+    with host.weights("slow"):
+        slow = values(host.model)
+    assert torch.equal(slow["4.weight"], now) != slow_train
+    with unchanged(host), host.weights({"slow": 1}):
+        same(values(host.model), slow)
+    same(host.folded_state_dict(which={"slow": 1}), host.folded_state_dict())
+
+
 def test_a_run_of_the_same_name_is_replaced() -> None:
     host = run("plain", 1)
     host.add("legal", run("plain", 2))
@@ -206,7 +246,8 @@ def test_what_is_no_sum() -> None:
         for act in (lambda which=which: host.weights(which).__enter__(), lambda which=which: host.release(which=which)):
             with unchanged(host), raises(lx.SpecError, code):
                 act()
-    for which in ({"legel": 1}, {"fast": 1}, "legel"):
+    host.add("1", run("plain", 4))
+    for which in ({"legel": 1}, {"fast": 1}, {1: 1.0}, "legel"):
         with unchanged(host), raises(lx.StateError, "unknown-name", "legal"):
             host.weights(which).__enter__()
     with host.weights("legal"), raises(lx.StateError, "inside-weights", "legal"):
