@@ -170,7 +170,7 @@ class Cascade(nn.Module):
 
         return call
 
-    # ---- fake_mode
+    # ---- calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the user's model computes for these arguments, with the branches; the model's own types.
