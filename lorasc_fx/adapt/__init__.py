@@ -39,7 +39,6 @@ from lorasc_fx.runtime.checkpoint import MANIFEST, way_back
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.materialize import MetaModel, check_attributes, groups_of
 from lorasc_fx.runtime.run import Run
-from lorasc_fx.runtime.training_state import with_tensors
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
@@ -130,9 +129,8 @@ def load(
     Args:
         folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to.
         model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted. Without one, the base
-            that `save_pretrained` has named is built, in eval mode, and the example inputs are those of `adapt`, if
-            the folder has them and none are given. Only local files are read for it, unless HF_HUB_OFFLINE is 0 in the
-            environment.
+            that `save_pretrained` has named is built, in eval mode. Only local files are read for it, unless
+            HF_HUB_OFFLINE is 0 in the environment.
 
     Raises:
         CheckpointError: nothing to load, damage, or another base; the model is as it was. Without a model: the folder
@@ -147,7 +145,7 @@ def load(
             f"{found.path}: was made by the front end {found.frontend!r:.40}; known: {known}", code="unknown-front-end"
         )
     if model is None:
-        model, args, kwargs = _named_base(found, args, kwargs)
+        model = _named_base(found)
     opened = open_model(model)
     _check_new(opened)
     source = open_base(base, opened)
@@ -169,21 +167,15 @@ def load(
         return cascade
 
 
-def _named_base(
-    found: Checkpoint, args: Sequence[Any], kwargs: Mapping[str, Any] | None
-) -> tuple[nn.Module, Sequence[Any], Mapping[str, Any] | None]:
-    """Build the base that a checkpoint names, and return it with the example inputs to adapt it by."""
+def _named_base(found: Checkpoint) -> nn.Module:
+    """Build the base that a checkpoint names."""
     where = str(found.path)
     if "model" not in found.manifest:
         raise CheckpointError(
-            f"{where}: names no base; give the model: lorasc_fx.load(folder, model, args=...). Folders of "
+            f"{where}: names no base; give the model: lorasc_fx.load(folder, model). Folders of "
             "cascade.save_pretrained name theirs",
             code="base-not-named",
         )
-    example = with_tensors(found, where).get("example", {})
-    kept = example.get("args"), example.get("kwargs")
-    if not args and kwargs is None and isinstance(kept[0], list) and isinstance(kept[1], dict):
-        args, kwargs = kept
     try:
         named = BaseModel.from_dict(found.manifest["model"])
     except ValueError as fault:
@@ -194,8 +186,7 @@ def _named_base(
         own = parameters.get(key.removeprefix("base/")) if key.startswith("base/") else None
         if own is not None and own.shape == value.shape and own.dtype == value.dtype:
             own.data.copy_(value)  # of another shape or name: check_base says that the base differs
-
-    return model, args, kwargs
+    return model
 
 
 def _check_forms(found: Checkpoint) -> None:

@@ -78,7 +78,7 @@ class BaseModel:
             raise StateError(
                 f"{call}: the base cannot be named: it {what}, and does not say where its weights come from. Build it "
                 "by from_pretrained of transformers or create_model(pretrained=True) of timm, or give base_model=...; "
-                "for any other model there is lorasc_fx.save(cascade, folder), lorasc_fx.load(folder, model, args=...)",
+                "for any other model there is lorasc_fx.save(cascade, folder), lorasc_fx.load(folder, model)",
                 code="base-not-named",
             )
         if library == "timm":
@@ -143,7 +143,7 @@ class BaseModel:
             raise CheckpointError(
                 f"{where}: {self.library} cannot build its base {sanitized(self.name)!r} here: {sanitized(cause, 300)}"
                 ". Put its files there, set HF_HUB_OFFLINE=0 to have them fetched, or build the model and give it: "
-                "lorasc_fx.load(folder, model, args=...)",
+                "lorasc_fx.load(folder, model)",
                 code="base-not-built",
             ) from fault
         return model.eval()
@@ -264,7 +264,7 @@ def _timm_options(model: nn.Module, name: str, call: str) -> dict[str, Any]:
         raise StateError(
             f"{call}: the base cannot be named: timm builds another model as {name} with {classes} classes than this "
             "one, which was built with other arguments. Use lorasc_fx.save(cascade, folder), and give the model to "
-            "lorasc_fx.load(folder, model, args=...)",
+            "lorasc_fx.load(folder, model)",
             code="base-not-named",
         )
     return {"num_classes": classes, "file": file}

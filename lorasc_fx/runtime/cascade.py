@@ -534,7 +534,7 @@ class Cascade(nn.Module):
             self._run.check_ready("resume", sharded=True, parallel=True)
             if (loaded := self._loaded) is None:
                 raise StateError(
-                    "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model, args=...)",
+                    "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model)",
                     code="not-loaded",
                 )
         names = ranks.gather_text(loaded.path.name, "resume")
@@ -777,12 +777,13 @@ class Cascade(nn.Module):
     def save_pretrained(self, folder: str | PathLike[str], *, base_model: str | None = None) -> Path:
         """Write what the run has learnt, and the name of its base: `lorasc_fx.load(folder)` needs nothing more.
 
-        As peft's adapters, the folder holds no base, but for W0 of what is trained in full, and of what the files of
-        the base have not (a new head). For the model with its slow weights, in its library's layout:
+        As peft's adapters, the folder holds no data and no base, but for W0 of what is trained in full, and of what the
+        files of the base have not (a new head). For the model with its slow weights, in its library's layout:
         `with cascade.weights("slow"): cascade.model.save_pretrained(folder)`, or `release` before.
 
         Args:
-            folder: as of `lorasc_fx.save`; it holds one version.
+            folder: as of `lorasc_fx.save`. An earlier version stays if it has the state of an optimizer, which this one
+                has not.
             base_model: name or folder of the base, by default what a model of transformers (`name_or_path`) or timm
                 (`pretrained_cfg`) says of itself.
 
@@ -833,17 +834,15 @@ class Cascade(nn.Module):
         return str(done.commit_url)
 
     def _write_named(self, root: Path, call: str, base_model: str | None) -> Path:
-        """Write a version that names its base, and has the example inputs if JSON and safetensors can hold them."""
+        """Write a version that names its base."""
         self._run.check_ready(call)
         base = BaseModel.of(self._run, call, base_model)
-        named: dict[str, Any] = {"model": base.to_dict()}
-        if self._example is not None and _is_plain([*self._example[0]]) and _is_plain(self._example[1]):
-            named["example"] = {"args": [*self._example[0]], "kwargs": self._example[1]}
         slow, parameters = self._run.slow, self._run.parameters_by_name()
         kept = {name: slow.states.get(name) or slow.trained.get(name) for name in base.new_in(self.model)}
         values = {name: parameters[name] if state is None else state.base for name, state in kept.items()}
         values |= {name: state.base for name, state in slow.trained.items()}
         beside = {f"base/{name}": dense(value).detach().to("cpu", copy=True) for name, value in values.items()}
+        named = {"model": base.to_dict()}
         return checkpoint_write.write_version(self._run, root, None, None, {}, 1, ONE_PROCESS, named, beside)
 
     # ---- moving
@@ -1028,17 +1027,6 @@ def _averaging(undo: Block[Any], cascade: Cascade, norms: list[_BatchNorm]) -> N
 def _statistics(norms: Iterable[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the buffers of these modules, each with a copy of its value."""
     return [(buffer, buffer.detach().clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether example inputs are what a checkpoint gives back as it was: tensors, numbers and strings in lists and
-    tables.
-    """
-    if type(value) is dict:
-        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
-    if type(value) is list:
-        return all(map(_is_plain, value))
-    return isinstance(value, (torch.Tensor, bool, int, float, str, type(None)))
 
 
 def _without_graph(tensor: torch.Tensor) -> torch.Tensor:

@@ -78,8 +78,7 @@ def write_version(
 ) -> Path:
     """Write a new version into `root`, and drop versions older than the last `keep`; see `lorasc_fx.save`.
 
-    With `named` it says how the base is built (`model`) and has the example inputs (`example`); `beside` are tensors of
-    the base that this name has not.
+    With `named` it says how the base is built (`model`); `beside` are tensors of the base that this name has not.
 
     Every rank of the group calls this. Each writes the shards that it holds; the first one writes all else.
     """
@@ -131,7 +130,7 @@ def write_version(
                 _drop(made)
             raise
         for old in list_versions(root)[:-keep] if is_first else ():
-            if _of_same_run(old, manifest):
+            if _replaces(manifest, old):
                 _drop(old)
     return Path(group.gather_text(str(version), "save")[0])
 
@@ -340,14 +339,17 @@ def _drop(version: Path) -> None:
         remove(version)
 
 
-def _of_same_run(version: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a version has an undamaged manifest of ours, for the base and the spec of this one."""
+def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
+    """Whether a version has an undamaged manifest of ours, for the base and the spec of this one; and no state of an
+    optimizer if this one is of `save_pretrained`, which takes none.
+    """
     try:
         other = parsed(plain_bytes(version / MANIFEST, LONGEST))
         return bool(
             other["digest"] == text_digest(canonical(other))
             and other["base"] == manifest["base"]
             and other["plan"]["spec"] == manifest["plan"]["spec"]
+            and not ("model" in manifest and "optimizer" in other)
         )
     except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):
         return False

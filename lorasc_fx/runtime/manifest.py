@@ -45,7 +45,6 @@ _OPTIONAL: Mapping[str, tuple[type, str]] = {
     "shared_buffers": (dict, "a table of names"),
     "shards": (dict, "a table of axes"),
     "model": (dict, "the name of a base"),
-    "example": (dict, "example inputs"),
 }
 _SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -241,7 +240,7 @@ def _is_note(note: Any) -> bool:
     place = note["place"]
     way = all(isinstance(step, str) or (type(step) is int and step >= 0) for step in place)
     what = note.get("number") in ("inf", "-inf", "nan") or str(note.get("tensor", "")).startswith("outside/")
-    return way and what and len(place) > 1 and place[0] in ("extra", "optimizer", "scheduler", "example")
+    return way and what and len(place) > 1 and place[0] in ("extra", "optimizer", "scheduler")
 
 
 def _check_optimizer(saved: Mapping[str, Any]) -> None:

@@ -121,7 +121,7 @@ def resume(
 def with_tensors(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
     """Return the manifest with the tensors and numbers that JSON does not hold in their places, each used."""
     manifest = checkpoint.manifest
-    parts = {key: manifest[key] for key in ("optimizer", "scheduler", "extra", "example") if key in manifest}
+    parts = {key: manifest[key] for key in ("optimizer", "scheduler", "extra") if key in manifest}
     notes = manifest.get("outside", ())
     try:
         whole = insert_tensors(parts, notes, checkpoint.tensors)

@@ -16,7 +16,7 @@ import peft
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -204,15 +204,28 @@ def test_the_model_may_be_given_all_the_same(tmp_path: Path) -> None:
     assert again.release() is model
 
 
-def test_example_inputs_that_no_file_holds(tmp_path: Path) -> None:
-    small().save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    embeddings = model.model.rotary_emb(torch.zeros(1, 4, 24), torch.arange(4)[None])
-    cascade = lx.adapt(model, kwargs={"input_ids": IDS, "position_embeddings_of_mine": embeddings})
-    cascade.save_pretrained(tmp_path / "run")
-    again = lx.load(tmp_path / "run")  # the first call makes the graph
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=IDS).logits, cascade.eval()(input_ids=IDS).logits)
+def test_no_inputs_are_in_a_folder(tmp_path: Path) -> None:
+    """They may be data that nobody else shall have, in a folder on the hub; the first call makes the graph."""
+    cascade, _ = causal(tmp_path)
+    version = cascade.save_pretrained(tmp_path / "run")
+    manifest = json.loads((version / "manifest.json").read_text())
+    held = load_file(version / "state.safetensors")
+    assert not any(value.dtype == IDS.dtype and value.shape == IDS.shape for value in held.values())
+    assert "example" not in manifest
+    with raises(lx.StateError, "no-graph"):
+        lx.load(tmp_path / "run").folded_graph()
+
+
+def test_the_state_of_an_optimizer_stays(tmp_path: Path) -> None:
+    cascade, _ = causal(tmp_path)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+    saved = lx.save(cascade, tmp_path / "run", optimizer=optimizer)
+    for _ in range(2):
+        version = cascade.save_pretrained(tmp_path / "run")
+    assert sorted(path for path in (tmp_path / "run").iterdir() if path.is_dir()) == [saved, version]
+    lx.save(cascade, tmp_path / "run", optimizer=optimizer)
+    assert not saved.exists()
+    assert not version.exists()
 
 
 # ---- what a folder may name
