@@ -54,7 +54,8 @@ def merge(
         A cascade whose slow weights are the sum, at the start of a stage that no run had; it trains on or releases.
 
     Raises:
-        SpecError: no runs, weights that are not one finite number a run, or runs that cannot be summed.
+        SpecError: no runs, weights that are not one finite number a run, a sum beyond the dtype of a weight, or runs
+            that cannot be summed.
         CheckpointError: a folder without a whole checkpoint, or a run on another base; names what differs.
         StateError: the model is adapted already, or a cascade was released.
         NonFiniteBranch: a running branch holds inf or nan. The model is as it was, whatever is raised.

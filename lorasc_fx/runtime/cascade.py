@@ -600,7 +600,8 @@ class Cascade(nn.Module):
                 weights where none are kept, inside another `weights`, inside a backward, or after `release`; a run that
                 was added, of sharded weights. At the end of the `with`: a weight was written inside; that write is
                 dropped, and the weights are back.
-            SpecError: a sum without names, with what is no number, or with rows scaled by DoRA.
+            SpecError: a sum without names, with what is no number, beyond the dtype of a weight, or with rows scaled by
+                DoRA.
         """
         return _weights(self, which, stage)
 
@@ -967,6 +968,7 @@ class Cascade(nn.Module):
 def _weights(undo: Block[Any], cascade: Cascade, which: str | Mapping[str, float] | None, stage: int | None) -> Cascade:
     """Put other weights in place; see `Cascade.weights`."""
     run = cascade._run
+    run.check_alive("weights")
     if stage is not None and which is not None:
         raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two", code="conflicting-options")
     added = isinstance(which, Mapping) or (isinstance(which, str) and which in run.added)

@@ -25,6 +25,7 @@ from lorasc_fx.runtime.folded import has_trained_since, running_branches
 from lorasc_fx.runtime.folding import Seen, ended
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.state import Expert, Factors, Part, SlowWeights, Trained, View, WeightState, arithmetic, summing
+from lorasc_fx.state.engine import fits
 from lorasc_fx.state.model import host
 from lorasc_fx.undo import Undo
 
@@ -257,7 +258,7 @@ def seen(run: Run, weights: Mapping[str, float], call: str, folded: bool) -> See
         folded: whether a running stage of the run itself that has trained is counted.
 
     Raises:
-        SpecError: a weight that is no finite number, or a sum with rows scaled by DoRA.
+        SpecError: a weight that is no finite number, a sum beyond the dtype of a weight, or with rows scaled by DoRA.
     """
     for name, weight in weights.items():
         if not is_number(weight):
@@ -288,7 +289,21 @@ def seen(run: Run, weights: Mapping[str, float], call: str, folded: bool) -> See
                 state = replace(held.states[name], base=entry.base)
                 trained[name] = Trained.of(entry.base, state.exact("slow", arithmetic(entry.base.dtype)), entry.rule)
         after = replace(after, states={**after.states, **states}, trained={**after.trained, **trained})
+    else:
+        _check_fits(after, call)
     return Seen(after, {name: value for name, value in parts[0].buffers.items() if _agree(name, parts)})
+
+
+def _check_fits(after: SlowWeights, call: str) -> None:
+    """Raise SpecError where a sum takes a weight beyond its dtype."""
+    beyond = [name for name, state in after.states.items() if not fits(state)]
+    for name, entry in after.trained.items():
+        rounded = entry.slow.to(entry.base.dtype)
+        beyond += [name] * bool((~torch.isfinite(rounded) & torch.isfinite(entry.base)).any())
+    if beyond:
+        raise SpecError(
+            f"{call}: the sum takes {named(beyond)} beyond the dtype of the weight; give the runs smaller weights"
+        )
 
 
 def _own(run: Run, call: str, folded: bool) -> Part:
@@ -390,6 +405,7 @@ def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo)
     Buffers (running statistics) have no sum: those that agree in all runs are taken over; the others stay those of the
     base, with a warning.
     """
+    _check_fits(after, "merge")
     buffers = dict(run.model.named_buffers())
     taken = {name: parts[0].buffers[name] for name in buffers if _agree(name, parts)}
     differing = [name for name, buffer in buffers.items() if name not in taken and buffer.is_floating_point()]

@@ -261,3 +261,24 @@ def test_statistics_that_are_estimated_inside_a_view() -> None:
         before = values(host.model)["1.running_mean"]
         host.recalibrate([X])
         assert not torch.equal(values(host.model)["1.running_mean"], before)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dense", "other kinds"])
+def test_a_sum_beyond_the_dtype_of_a_weight(kind: str) -> None:
+    host, other = run("plain", 1, last=False), run(kind, 2)
+    host.add("legal", other)
+    huge = {"legal": 3e38, "slow": 1e38}
+    with unchanged(host), raises(lx.SpecError, "invalid-value", "weights", "4.weight"):
+        host.weights({name: 30 * weight for name, weight in huge.items()}).__enter__()
+    with unchanged(host), raises(lx.SpecError, "invalid-value", "release", "0.weight"):
+        host.release(which={name: 30 * weight for name, weight in huge.items()})
+    with unchanged(model := base()), raises(lx.SpecError, "invalid-value", "merge", "0.weight"):
+        lx.merge([other, host], model, (X,), weights=[9e39, 3e39])
+
+
+def test_after_a_release() -> None:
+    host = run("plain", 1)
+    host.add("legal", run("plain", 2))
+    host.release()
+    with raises(lx.StateError, "released", "weights"):
+        host.weights("legal").__enter__()
