@@ -107,27 +107,24 @@ class StepWatch:
     none until it is armed.
     """
 
-    _armed: ClassVar[weakref.WeakSet[StepWatch]] = weakref.WeakSet()
+    _armed: ClassVar[weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]]] = weakref.WeakKeyDictionary()
+    """In the order in which they were armed, which is that of all ranks."""
     _hook: ClassVar[Any] = None
-
-    def __init__(self) -> None:
-        self._after_step: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]] | None = None
 
     def arm(self, after_step: Callable[[torch.optim.Optimizer], None]) -> None:
         """Call this method after each optimizer step, as long as its object lives."""
-        self._after_step = weakref.WeakMethod(after_step)
-        self._armed.add(self)
+        self._armed[self] = weakref.WeakMethod(after_step)
         if StepWatch._hook is None:
             StepWatch._hook = register_optimizer_step_post_hook(StepWatch._stepped)
 
     def disarm(self) -> None:
         """Wait no longer."""
-        self._armed.discard(self)
+        self._armed.pop(self, None)
 
     @staticmethod
     def _stepped(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        for watch in tuple(StepWatch._armed):
-            if watch._after_step is not None and (call := watch._after_step()) is not None:
+        for method in tuple(StepWatch._armed.values()):
+            if (call := method()) is not None:
                 call(optimizer)
 
     def __reduce__(self) -> tuple[type[StepWatch], tuple[()]]:
