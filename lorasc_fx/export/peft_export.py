@@ -152,7 +152,7 @@ def peft(
         {place: ranks[name] for name, group in places.items() for place in group},
         saved.modules,
         saved.biases,
-        **_named(model, task_type, base_model, every),
+        **_named(model, task_type, base_model, saved.modules),
         use_dora=bool(change.magnitudes),
     )
     tensors = _whole(run, saved, change) | _factors(run, places, change, dtype)
@@ -230,23 +230,27 @@ def _nested(places: Sequence[Place]) -> dict[str, str]:
 
 
 def _named(
-    model: nn.Module, task_type: str | None, base_model: str | None, places: Iterable[Place]
+    model: nn.Module, task_type: str | None, base_model: str | None, saved: Iterable[str]
 ) -> dict[str, str | dict[str, str] | None]:
     """Return the keys of a configuration by which peft's Auto classes build the base.
 
+    Args:
+        saved: modules that the adapter holds whole.
+
     Raises:
-        SpecError: peft would drop the pair of a head, which its class for the given task saves whole.
+        SpecError: a head is not among them, which peft's class for the given task takes whole from an adapter.
     """
-    task = task_type if task_type is not None else task_type_of(model)
+    task, held = task_type if task_type is not None else task_type_of(model), set(saved)
     whole = _SAVED_WHOLE.get(task or "", ())
-    dropped = next((place.path for place in places if place.path.rpartition(".")[2] in whole), None)
-    if dropped is not None and task_type is not None:
+    heads = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in whole]
+    lacking = next((path for path in heads if path not in held), None)
+    if lacking is not None and task_type is not None:
         raise SpecError(
-            f"export.peft: task_type is {task_type!r}, and {dropped} is adapted, which peft's class for this task "
-            "saves whole: it would drop the pair. Leave task_type out, or train the head in full (train=...)",
+            f"export.peft: task_type is {task_type!r}, and {lacking} is not trained in full, which peft's class for "
+            "this task takes whole from an adapter. Leave task_type out, or train the head in full (train=...)",
             code="conflicting-options",
         )
-    task = None if dropped is not None else task
+    task = None if lacking is not None else task
     library = type(model).__module__
     mapping = (
         {"base_model_class": type(model).__name__, "parent_library": library}
