@@ -40,6 +40,11 @@ class Warned:
         return (Warned, ())
 
 
+def _by_id() -> weakref.WeakValueDictionary[int, nn.Parameter]:
+    """Return a table of parameters that holds none: their hooks hold the watch, where no garbage collection looks."""
+    return weakref.WeakValueDictionary()
+
+
 class PendingWatch:
     """Knows gradients that no optimizer step has used, from the order of two version counters, without the optimizer.
 
@@ -50,7 +55,7 @@ class PendingWatch:
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._seen: dict[int, int] = {}
-        self._watched: dict[int, nn.Parameter] = {}  # by id
+        self._watched = _by_id()
 
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:
         """Watch these parameters as well."""
@@ -68,7 +73,7 @@ class PendingWatch:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._watched, self._seen = [], {}, {}
+        self._handles, self._watched, self._seen = [], _by_id(), {}
 
     def restorer(self) -> Callable[[], None]:
         """Return what brings this state back: which parameters are watched, and what was seen of them."""
