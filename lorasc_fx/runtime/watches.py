@@ -41,7 +41,9 @@ class Warned:
 
 
 def _by_id() -> weakref.WeakValueDictionary[int, nn.Parameter]:
-    """Return a table of parameters that holds none: their hooks hold the watch, where no garbage collection looks."""
+    """Return an empty table of parameters by id, with weak references: a parameter's hook holds the watch, and Python's
+    garbage collector does not look into the hooks of a tensor, so that a strong reference would be a leak.
+    """
     return weakref.WeakValueDictionary()
 
 

@@ -54,7 +54,7 @@ def assert_loads(cascade: lx.Cascade, name: str, folder: Path, merges: bool = Tr
         ("convs", {}),
         pytest.param("llama", {"train": ("model.norm", "lm_head")}, marks=slow),
         pytest.param("gpt2", {}, marks=slow),
-        pytest.param("bert", {"exclude": ("classifier",), "train": ("classifier",)}, marks=slow),
+        ("bert", {"exclude": ("classifier",)}),  # whose head peft's class for the task would take from the adapter
     ],
 )
 def test_all_stages_are_one_adapter(name: str, spec: dict[str, Any], tmp_path: Path) -> None:

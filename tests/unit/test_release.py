@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +284,16 @@ def test_weights_serve_the_models_own_methods() -> None:
         raise ZeroDivisionError
     assert torch.equal(cascade(x), running)
     assert all(torch.equal(value, a[name]) for name, value in factors(cascade).items())
+
+
+def test_a_cascade_that_was_dropped_leaves_nothing() -> None:
+    """Its branches and the model go, though hooks on the parameters knew them."""
+    x = torch.randn(2, 5)
+    cascade = lx.adapt(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), (x,), spec=SPEC)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
+    cascade(x).sum().backward()
+    optimizer.step()
+    parameters = [weakref.ref(parameter) for parameter in cascade.parameters()]
+    del cascade, optimizer
+    gc.collect()
+    assert all(parameter() is None for parameter in parameters)
