@@ -107,8 +107,8 @@ def _minilm() -> tuple[Any, Any]:
 
 def _last_layer(classes: int) -> Callable[[int], nn.Module]:
     def build(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
         model, _ = _minilm()
+        torch.manual_seed(seed)
         return LastLayer(copy.deepcopy(model.encoder.layer[-1]), model.config.hidden_size, classes).requires_grad_(True)
 
     return build
@@ -234,8 +234,8 @@ def _efficientnet() -> Any:
 
 def _last_blocks(classes: int) -> Callable[[int], nn.Module]:
     def build(seed: int) -> nn.Module:
+        whole = copy.deepcopy(_efficientnet())  # before the seed: building it draws random numbers, once a process
         torch.manual_seed(seed)
-        whole = copy.deepcopy(_efficientnet())
         top = nn.Sequential(whole.conv_head, whole.bn2)
         return LastBlocks(whole.blocks[-2:], top, whole.num_features, classes).requires_grad_(True)
 

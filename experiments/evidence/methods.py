@@ -47,7 +47,25 @@ class Method:
     spec: dict[str, Any] = field(default_factory=dict)
     noise: float = 0.0
 
+    @property
+    def training(self) -> Method:
+        """What is trained, whatever weights are evaluated: methods that agree in it need one run of training."""
+        return replace(self, about="", average="none", stop_early=False)
 
+    def moments(self, ends: tuple[int, ...], steps: int) -> tuple[int, ...]:
+        """Return after which steps weights are kept, to average or to choose from; none where the last ones count.
+
+        Args:
+            ends: of the cycles.
+            steps: of the run.
+        """
+        looks = tuple(round(look * steps / LOOKS) for look in range(1, LOOKS + 1))
+        tail = tuple(step for step in looks if 2 * step > steps)
+        return looks if self.stop_early else {"none": (), "ends": ends, "tail": tail}[self.average]
+
+
+LOOKS = 10
+"""How often early stopping looks, and how many weights the average over a tail has twice over."""
 NOISE = 0.3
 LORA = Method("one branch, pace 1, cosine decay")
 PAPER = Method(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import statistics
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -152,13 +153,21 @@ def _task(name: str) -> Task:
     return TASKS[name]()
 
 
-def _made(cell: Cell, protocol: dict[str, Any]) -> dict[str, Any]:
-    """Make one run; in a process of its own."""
+def _trained_alike(cell: Cell) -> tuple[Any, ...]:
+    """Return what two runs agree in that one training serves."""
+    training = repr(METHODS[cell.method].training)
+    return cell.phase, cell.task, cell.size, cell.budget, cell.rate, cell.seed, training
+
+
+def _made(cells: Sequence[Cell], protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    """Make runs that one training serves; in a process of its own."""
     torch.set_num_threads(1)
+    cell = cells[0]
     about = protocol["training"]
     training = Training(about["batch_size"], about["warmup"], about["cycles"], about["gradient_clipping"])
     steps = protocol["budgets"][cell.budget]
-    return run(_task(cell.task), METHODS[cell.method], training, cell.size, steps, cell.rate, cell.seed)
+    methods = [METHODS[each.method] for each in cells]
+    return run(_task(cell.task), methods, training, cell.size, steps, cell.rate, cell.seed)
 
 
 def make(protocol: dict[str, Any], lines: Lines, only: Iterable[str] = ()) -> None:
@@ -166,24 +175,26 @@ def make(protocol: dict[str, Any], lines: Lines, only: Iterable[str] = ()) -> No
     context = multiprocessing.get_context("spawn")
     phases = set(only)
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        running: dict[Future[dict[str, Any]], Cell] = {}
+        running: dict[Future[list[dict[str, Any]]], list[Cell]] = {}
         while True:
-            missing = (
-                cell
-                for cell in cells_of(protocol, lines)
-                if cell not in lines.found and cell not in running.values() and (not phases or cell.phase in phases)
-            )
-            while len(running) < PROCESSES and (cell := next(missing, None)) is not None:
-                running[pool.submit(_made, cell, protocol)] = cell
+            made = {*lines.found, *itertools.chain(*running.values())}
+            missing = [
+                cell for cell in cells_of(protocol, lines) if cell not in made and (not phases or cell.phase in phases)
+            ]
+            while len(running) < PROCESSES and missing:
+                group = [cell for cell in missing if _trained_alike(cell) == _trained_alike(missing[0])]
+                running[pool.submit(_made, group, protocol)] = group
+                missing = [cell for cell in missing if cell not in group]
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                cell = running.pop(future)
-                lines.add(cell, future.result())
-                print(
-                    f"{len(lines.found)} {cell.phase} {cell.task} {cell.method} {cell.budget} {cell.rate:g}", flush=True
-                )
+                for cell, result in zip(running.pop(future), future.result(), strict=True):
+                    lines.add(cell, result)
+                    print(
+                        f"{len(lines.found)} {cell.phase} {cell.task} {cell.method} {cell.budget} {cell.rate:g}",
+                        flush=True,
+                    )
 
 
 def check(protocol: dict[str, Any], lines: Lines) -> int:
@@ -194,7 +205,7 @@ def check(protocol: dict[str, Any], lines: Lines) -> int:
         return 2
     cell = min(cells, key=lambda each: hashlib.sha256((each.key + code_version()).encode()).digest())
     print(f"checking {cell.key}", flush=True)
-    before, now = dict(lines.found[cell]["result"]), _made(cell, protocol)
+    before, (now,) = dict(lines.found[cell]["result"]), _made([cell], protocol)
     differing = [key for key in before if key != "cpu_s" and json.loads(json.dumps(now.get(key))) != before[key]]
     for key in differing:
         print(f"  {key}: {now.get(key)} now, {before[key]} in the line", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""One run of the protocol: train, choose the weights that are evaluated, evaluate."""
+"""Runs of the protocol: train, choose the weights that are evaluated, evaluate."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,6 @@ from experiments.evidence.data import Part, Task
 from experiments.evidence.methods import Method, ends_of, rate_factor, spec_of
 
 __all__ = ["Training", "freeze_later", "measure", "run"]
-
-LOOKS = 10
-"""How often early stopping looks, and how many weights the average over a tail has twice over."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +52,31 @@ class Training:
 
 
 def run(
-    task: Task, method: Method, training: Training, size: int, steps: int, rate: float, seed: int
-) -> dict[str, Any]:
-    """Train one method and return what is measured.
+    task: Task, methods: Sequence[Method], training: Training, size: int, steps: int, rate: float, seed: int
+) -> list[dict[str, Any]]:
+    """Train once, and return what is measured of each method.
 
     Args:
+        methods: those that train alike and differ in the weights that are evaluated.
         size: number of training examples; 0 for the whole pool.
         steps: optimizer steps.
         rate: full learning rate.
         seed: of the training examples, their order, the new head, the branches and the noise.
+
+    Raises:
+        ValueError: two methods do not train alike.
     """
+    method = methods[0]
+    if any(other.training != method.training for other in methods):
+        raise ValueError(f"{[other.about for other in methods]} do not train alike")
     began = time.process_time()
     examples = _drawn(task.pool, size, seed)
     ends = ends_of(method, training.cycles, steps)
     order = Order(len(examples), min(training.batch_size, len(examples)), seed)
     model = task.model(seed).train(not task.frozen_norm)
     before = _matrices(model)
-    states: list[tuple[float, dict[str, Tensor]]] = []
+    moments = {step for other in methods for step in other.moments(ends, steps)}
+    states: dict[int, dict[str, Tensor]] = {}
     result: dict[str, Any] = {"diverged": False}
     trained: Callable[[], dict[str, Tensor]]
     if method.full:
@@ -99,7 +104,7 @@ def run(
         batch = examples.at(order.index(step))
         loss = _loss(learner(*batch.inputs), batch.labels)
         if not math.isfinite(loss.item()):
-            return result | {"diverged": True, "steps": step}
+            return [result | {"diverged": True, "steps": step} for _ in methods]
         loss.backward()
         if method.growing and isinstance(learner, lx.Cascade):
             freeze_later(learner, task.rank * (1 + sum(end <= step for end in ends)))
@@ -108,28 +113,33 @@ def run(
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
-        ends_cycle = done in ends
-        looks = any(done == round(look * steps / LOOKS) for look in range(1, LOOKS + 1))
-        if ends_cycle and method.average == "ends":
-            states.append((0.0, trained()))
-        elif looks and (method.stop_early or (method.average == "tail" and 2 * done > steps)):
-            state = trained()
-            states.append((measure(_with(model, state), task.validation)["loss"] if method.stop_early else 0.0, state))
-        if ends_cycle and stages is not None and method.stages:
+        if done in moments:
+            states[done] = trained()
+        if done in ends and stages is not None and method.stages:
             try:
                 next(stages, None)
             except lx.StateError:  # a branch with inf or nan
-                return result | {"diverged": True, "steps": done}
-    final = _chosen(states, method) if states else trained()
-    kept = _with(model, final)
+                return [result | {"diverged": True, "steps": done} for _ in methods]
+    last = trained()
     result |= {"steps": steps, "loss": loss.item(), "cpu_s": round(time.process_time() - began, 2)}
-    result |= {"validation": measure(kept, task.validation), "test": measure(kept, task.test)}
+    results = []
+    for other in methods:
+        kept = [states[step] for step in other.moments(ends, steps)]
+        final = _chosen(kept, other, model, task) if kept else last
+        results.append(result | _measured(task, model, before, final))
+    return results
+
+
+def _measured(
+    task: Task, model: nn.Module, before: Mapping[str, Tensor], final: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    kept = _with(model, final)
+    result: dict[str, Any] = {"validation": measure(kept, task.validation), "test": measure(kept, task.test)}
     result["shifts"] = {name: measure(kept, part) for name, part in task.shifts.items()}
     result["delta"] = _deltas(before, final)
     if task.source is not None:
         result["kept"] = _mixings(model, before, final, task)
-    result["diverged"] = not math.isfinite(result["validation"]["loss"])
-    return result
+    return result | {"diverged": not math.isfinite(result["validation"]["loss"])}
 
 
 def freeze_later(cascade: lx.Cascade, rank: int) -> None:
@@ -149,16 +159,15 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
-def _chosen(states: list[tuple[float, dict[str, Tensor]]], method: Method) -> dict[str, Tensor]:
+def _chosen(states: Sequence[dict[str, Tensor]], method: Method, model: nn.Module, task: Task) -> dict[str, Tensor]:
     """Return the mean of states, or the one of the lowest validation loss."""
     if method.stop_early:
-        return min(states, key=lambda state: state[0])[1]
-    first = states[0][1]
+        return min(states, key=lambda state: measure(_with(model, state), task.validation)["loss"])
     return {
-        name: torch.stack([state[name].double() for _, state in states]).mean(0).to(value.dtype)
+        name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
         if value.is_floating_point()
         else value
-        for name, value in first.items()
+        for name, value in states[0].items()
     }
 
 

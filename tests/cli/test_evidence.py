@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from scipy.stats import trim_mean
 from torch import nn
 
 import lorasc_fx as lx
-from experiments.evidence import page, runner, train
+from experiments.evidence import data, page, runner, train
 from experiments.evidence.data import TASKS, Part, Task
 from experiments.evidence.methods import METHODS, rate_factor
 from experiments.evidence.train import Training, run
@@ -85,7 +86,7 @@ def test_the_protocol_names_what_is_there() -> None:
     + ["design+restart+cycles+average+noise", "map+pace=mean+stages=6+noise=0.3", "map+pace=0.5+stages=2+noise=0.0"],
 )
 def test_every_method_trains(name: str) -> None:
-    first = run(linear_task(), METHODS[name], TRAINING, size=40, steps=30, rate=0.03, seed=3)
+    (first,) = run(linear_task(), [METHODS[name]], TRAINING, size=40, steps=30, rate=0.03, seed=3)
     assert not first["diverged"]
     assert first["test"]["accuracy"] > 0.6  # of two classes
     assert first["delta"]["norm"] > 0
@@ -93,8 +94,19 @@ def test_every_method_trains(name: str) -> None:
 
 def test_a_mean_over_one_cycle_is_the_last_weights() -> None:
     one = Training(batch_size=8, warmup=1, cycles=1, clip=1.0)
-    last, mean = (run(linear_task(), METHODS[name], one, 40, 10, 0.01, 3) for name in ("lora", "lora-cycles"))
+    last, mean = (run(linear_task(), [METHODS[name]], one, 40, 10, 0.01, 3)[0] for name in ("lora", "lora-cycles"))
     assert {**last, "cpu_s": 0} == {**mean, "cpu_s": 0}
+
+
+def test_methods_that_train_alike_share_a_run() -> None:
+    """What a method gives does not depend on which others were evaluated beside it."""
+    names = ["lora", "lora-average", "lora-early"]
+    together = run(linear_task(), [METHODS[name] for name in names], TRAINING, 40, 30, 0.03, 3)
+    alone = [run(linear_task(), [METHODS[name]], TRAINING, 40, 30, 0.03, 3)[0] for name in names]
+    assert [{**result, "cpu_s": 0} for result in together] == [{**result, "cpu_s": 0} for result in alone]
+    assert together[0]["test"] != together[1]["test"]
+    with pytest.raises(ValueError, match="do not train alike"):
+        run(linear_task(), [METHODS["lora"], METHODS["recipe"]], TRAINING, 40, 30, 0.03, 3)
 
 
 def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +115,7 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: p
     grid = list(runner.cells_of(TINY, lines))
     assert len(grid) == 8
     for cell in grid:
-        lines.add(cell, runner._made(cell, TINY))
+        lines.add(cell, *runner._made([cell], TINY))
     text = path.read_text(encoding="utf-8")
     path.write_text(text + text[:50], encoding="utf-8")  # a line that a kill cut short
     again = runner.Lines(path)
@@ -185,6 +197,18 @@ def test_a_growing_rank_trains_the_rows_so_far() -> None:
         assert not branch.lora_B.grad[:, 3:].any()
         assert branch.lora_A.grad[:3].any(1).all()
         assert branch.lora_B.grad[:, :3].any(0).all()
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "build"), [(data._efficientnet, data._last_blocks(10)), (data._minilm, data._last_layer(2))]
+)
+def test_a_new_head_is_the_same_in_the_first_run_of_a_process(
+    pretrained: Any, build: Callable[[int], nn.Module]
+) -> None:
+    pretrained.cache_clear()
+    first, second, other = build(3), build(3), build(4)
+    assert torch.equal(first.head.weight, second.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
 
 
 def test_rates_within_a_cycle() -> None:
