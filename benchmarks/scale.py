@@ -1,12 +1,14 @@
 """Memory and traffic of a 70B-like llama on 8 and 64 ranks: `python -m benchmarks.scale [--write]`.
 
 The model is built on the meta device, and so are its branches: shapes are counted, nothing is run. --write writes
-docs/scale.md. The lines of a layer are those of every layer, so that two layers are adapted, and eighty are counted.
+docs/scale.md, with what `benchmarks.shards` has measured. The lines of a layer are those of every layer, so that two
+layers are adapted, and eighty are counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import re
@@ -18,6 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorasc_fx as lx
+
+from .shards import RESULTS, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 RANK, TOKENS = 16, 4096
@@ -226,8 +230,9 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
     lines = [
         "# Scale",
         "",
-        "`python -m benchmarks.scale --write` writes this page from a model on the meta device: shapes are counted,",
-        f"nothing is run. A llama of {base:,} parameters ({llama.num_hidden_layers} layers, {llama.hidden_size} wide,",
+        "`python -m benchmarks.scale --write` writes this page. The first part is of a model on the meta device:",
+        "shapes are counted, nothing is run.",
+        f"A llama of {base:,} parameters ({llama.num_hidden_layers} layers, {llama.hidden_size} wide,",
         f"{llama.intermediate_size} in between, {llama.num_attention_heads} heads, {llama.num_key_value_heads} of keys",
         f"and values, {llama.vocab_size} tokens), rank {RANK} on every linear of the layers: {trained:,} entries train",
         f"({100 * trained / base:.2f} %). Bytes of one rank, GB of 10^9; a step of {TOKENS} tokens.",
@@ -256,6 +261,8 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "A transition moves no weight: W0, B and S lie in the same parts, noise is drawn whole by its address and cut,",
         "and standard deviations and decisions are six sums of 8 bytes a site. FSDP2 gathers each lora_A once, as",
         "rows of S need it whole.",
+        "",
+        *table(json.loads(RESULTS.read_text(encoding="utf-8"))),
     ]
     return "\n".join(lines) + "\n"
 

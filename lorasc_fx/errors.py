@@ -175,6 +175,7 @@ CODES = {
     "process-lost": "another process is gone",
     "quantized-not-supported": "a quantized weight cannot hold the result",
     "rank-failed": "another rank raised an error",
+    "ranks-differ": "ranks have other weights, another spec or other code than the others",
     "released": "the cascade was released",
     "requantization-failed": "the given function did not quantize a weight again",
     "requirement-not-met": "a graph lacks a fact that a pass requires",

@@ -8,15 +8,18 @@ that is not finite) and numbers of a whole weight (its standard deviation) are a
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import StateError, named
 
 __all__ = [
     "ONE_PROCESS",
@@ -168,6 +171,34 @@ class ProcessGroup:
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         return [bytes(row.tolist()).decode() for row in self.gather(data, call)]
 
+    def check_alike(self, call: str, facts: Mapping[str, str]) -> None:
+        """Refuse ranks that are not alike.
+
+        Args:
+            call: for messages.
+            facts: what each rank must have as the others do, by what it is. They are sent only where digests differ.
+
+        Raises:
+            StateError: some rank has other facts than most; names the ranks and the facts.
+        """
+        digests = self.gather_text(hashlib.sha256(json.dumps(sorted(facts.items())).encode()).hexdigest(), call)
+        if len(set(digests)) == 1:
+            return
+        tables: list[dict[str, str]] = [json.loads(text) for text in self.gather_text(json.dumps(dict(facts)), call)]
+        usual, _ = Counter(digests).most_common(1)[0]  # the first of as many
+        first = digests.index(usual)
+        lines = []
+        for rank, table in enumerate(tables):
+            odd = [name for name in {**tables[first], **table} if table.get(name) != tables[first].get(name)]
+            if odd:
+                here, there = (each.get(odd[0], "missing") for each in (table, tables[first]))
+                lines.append(f"  rank {rank} differs in {named(odd)}: {odd[0]} is {here}, on rank {first} {there}")
+        raise StateError(
+            f"{call}: the ranks are not alike, and would train different models; start all of them from the same "
+            "weights, spec and code:\n" + "\n".join(lines),
+            code="ranks-differ",
+        )
+
     @contextlib.contextmanager
     def agreed(self, call: str) -> Iterator[None]:
         """Let a block succeed on all ranks, or raise on all of them, when all have left it. What it asks other ranks
@@ -206,7 +237,8 @@ class ShardSpec:
     def of(cls, tensor: Any) -> ShardSpec:
         """Return that of a DTensor on a mesh of one axis, cut in chunks as FSDP does; all of a replicated one."""
         mesh, (place,) = tensor.device_mesh, tensor.placements
-        group = ProcessGroup(mesh.get_group(), tensor.device)
+        handle = mesh.get_group()
+        group = ProcessGroup.of(handle) if tensor.is_meta else ProcessGroup(handle, tensor.device)
         if not place.is_shard():
             return cls(0, tensor.shape[0], tensor.shape[0], group)
         total = tensor.shape[place.dim]

@@ -128,7 +128,8 @@ def load(
 
     Args:
         folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to.
-        model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted. Without one, the base
+        model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted, or is on the meta
+            device and gets them by `materialize`, which then takes the checkpoint's state. Without one, the base
             that `save_pretrained` has named is built, in eval mode. Only local files are read for it, unless
             HF_HUB_OFFLINE is 0 in the environment.
 
@@ -147,8 +148,11 @@ def load(
     if model is None:
         model = _named_base(found)
     opened = open_model(model)
-    _check_new(opened)
-    source = open_base(base, opened)
+    _check_new(opened, on_meta=True)
+    meta = MetaModel(base, groups_of(opened), found) if is_on_meta(opened) else None
+    if meta is not None:
+        check_attributes(opened)
+    source = open_base(base, opened) if meta is None else None
     with no_inference_mode(), AllOrNothing() as undo:
         joined = settle_ties(opened, found.plan.spec.untie, undo)
         weights = named_weights(opened)
@@ -156,14 +160,15 @@ def load(
         check_plan(found, weights.matrices, weights.parameters)
         _check_forms(found)
         try:
-            options: Any = {"empty": True, "joined": joined, "moved": found.moved}
+            options: Any = {"empty": True, "joined": joined, "moved": found.moved, "meta": meta}
             cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, **options)
         except (PassError, SpecError) as fault:
             raise CheckpointError(
                 f"{found.path}: its plan does not fit this model: {fault}", code="plan-mismatch"
             ) from fault
-        cascade._take_over(found, undo)
-        _check_loaded(cascade, found.path)
+        if meta is None:
+            cascade._take_over(found, undo)
+            _check_loaded(cascade, found.path)
         return cascade
 
 

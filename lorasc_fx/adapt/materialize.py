@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.adapt import _adapt
+from lorasc_fx.adapt import _adapt, _check_loaded
+from lorasc_fx.branch import fresh_a
 from lorasc_fx.capture import device_of
 from lorasc_fx.errors import SpecError, StateError, path_of
+from lorasc_fx.graph import named_weights
+from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Plan
-from lorasc_fx.runtime import Cascade
+from lorasc_fx.runtime import Cascade, check_base
 from lorasc_fx.runtime.base_file import open_base
-from lorasc_fx.runtime.materialize import find_numbers, put_numbers
-from lorasc_fx.undo import AllOrNothing, no_inference_mode
+from lorasc_fx.runtime.checkpoint_read import check_digests
+from lorasc_fx.runtime.materialize import find_numbers, fingerprints_of_files, put_numbers, with_numbers
+from lorasc_fx.shards import ShardSpec, local_like
+from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
 __all__ = ["materialize"]
 
@@ -34,13 +41,19 @@ def materialize(
     The model then runs on the example inputs, and branches, noise and placements start, as if it had been loaded before
     `adapt`. Numbers are cast to the model's dtypes. All or nothing.
 
+    A cascade that `integrations.fsdp.shard` has sharded gets the shards of each rank: a rank reads its rows of each
+    tensor, and all of one share of the tensors, block by block, for their fingerprints. Every rank must call this. The
+    model is not run: the graph is that of its shapes.
+
+    One that `lorasc_fx.load` has made goes on from its checkpoint.
+
     Args:
         cascade: of a model with parameters on the meta device; without numbers it only shows its plan.
         files: a safetensors file, or a folder with `model.safetensors`, or with its shards and their index. They have
             to hold all parameters and persistent buffers of the model, one name of tied ones, and nothing else. A
             prefix that all names have more, or less, is found.
-        device: of the model; without, that of the example inputs. Those are moved there, and become ones if they are on
-            the meta device themselves.
+        device: of the model; without, that of the example inputs, or of the shards. The inputs are moved there, and
+            become ones if they are on the meta device themselves.
         buffers: numbers of buffers that no file keeps, by name, where the model was built with them on the meta device
             (tables of rotary positions, say).
 
@@ -49,10 +62,11 @@ def materialize(
 
     Raises:
         CheckpointError: the files lack a tensor, hold another or one of another shape, or cannot be read; or, with
-            base="file" at `adapt`, a site has another dtype there.
-        SpecError: `device` is none, or `buffers` names none of the model's, or one of another shape.
+            base="file" at `adapt`, a site has another dtype there; or they are not the base of the checkpoint.
+        SpecError: `device` is none, or not that of the shards, or `buffers` names none of the model's, or one of
+            another shape.
         CaptureError: the model refuses the example inputs, or its graph does something else than the model.
-        StateError: the model has its numbers.
+        StateError: the model has its numbers; or another rank has failed, or sees other files.
     """
     run = cascade._run
     meta = run.meta
@@ -62,9 +76,13 @@ def materialize(
             code="already-materialized",
         )
     path, model = path_of(files), cascade.model
-    args, kwargs = cascade.example
-    place = _device(device) if device is not None else device_of(args, kwargs)
-    found = find_numbers(model, path, meta.groups, buffers or {})
+    args, kwargs = cascade._example if cascade._example is not None else ((), None)
+    if run.slow.group is not None:
+        place = torch.device(run.slow.group.device)
+        if device is not None and _device(device).type != place.type:
+            raise SpecError(f"materialize: device is {device!r}, and the shards are on {place}; leave it out")
+    else:
+        place = _device(device) if device is not None else device_of(args, kwargs or {})
 
     def real(leaf: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(leaf, device=place) if leaf.is_meta else leaf.to(place)
@@ -72,11 +90,57 @@ def materialize(
     args, kwargs = pytree.tree_map_only(torch.Tensor, real, (args, kwargs))
     with no_inference_mode(), AllOrNothing() as undo:
         undo(partial(_put_back, cascade, dict(vars(cascade))))
-        put_numbers(found, model, place, undo)
-        flags, source = cascade._flags, open_base(path if meta.base == "file" else meta.base, model)
-        _adapt(model, args, kwargs, Plan(run.plan.spec), run.frontend, source, undo, into=cascade)
-        cascade._flags = flags
+        if run.is_sharded:
+            _into_shards(cascade, path, place, buffers or {}, undo)
+        else:
+            put_numbers(find_numbers(model, path, meta.groups, buffers or {}), model, place, undo)
+            found, flags = meta.checkpoint, cascade._flags
+            source = open_base(path if meta.base == "file" else meta.base, model)
+            if found is None:
+                _adapt(model, args, kwargs, Plan(run.plan.spec), run.frontend, source, undo, into=cascade)
+            else:
+                check_base(found, named_weights(model).parameters)
+                options: Any = {"empty": True, "into": cascade, "moved": found.moved}
+                _adapt(model, args, kwargs, found.plan, run.frontend, source, undo, **options)
+            cascade._flags = flags
+        if meta.checkpoint is not None:
+            cascade._take_over(meta.checkpoint, undo)
+            _check_loaded(cascade, meta.checkpoint.path)
+        cascade._example = (args, kwargs) if kwargs is not None else None
         return cascade
+
+
+def _into_shards(
+    cascade: Cascade, path: Path, device: torch.device, buffers: Mapping[str, torch.Tensor], undo: Undo
+) -> None:
+    """Read the shards that are here, and begin on them."""
+    run, model, meta, group = cascade._run, cascade.model, cascade._run.meta, cascade._run.slow.group
+    assert meta is not None
+    assert group is not None
+    with group.agreed("materialize"):
+        numbers = find_numbers(model, path, meta.groups, buffers)
+        names = {id(value): name for name, value in run.parameters_by_name().items()}
+        own = fingerprints_of_files(numbers, names, group.rank, group.size)
+    sizes = {f"file {file.name}": f"{file.stat().st_size} bytes" for file in numbers.files}
+    group.check_alike("materialize", sizes)
+    fingerprints: dict[str, str] = {}
+    for text in group.gather_text(json.dumps(own), "materialize"):
+        fingerprints |= json.loads(text)
+    with group.agreed("materialize"):
+        if meta.checkpoint is not None:
+            check_digests(meta.checkpoint, fingerprints, run.parameters_by_name())
+        put_numbers(numbers, model, device, undo)
+        spec, stage = run.plan.spec, run.plan.stage
+        new = {}
+        for site in run.sites:
+            for name, factor in cascade.branches[site.key].named_parameters(recurse=False):
+                first = fresh_a(spec.seed, stage, site.weight, site.factor_shapes[0]) if name == "lora_A" else None
+                value = torch.zeros(factor.shape) if first is None else first
+                new[id(factor)] = with_numbers(factor, local_like(value, factor), device)
+        exchange(cascade.branches, lambda holder: new.get(id(holder.value)), undo)
+        source = open_base(path if meta.base == "file" else meta.base, model)
+        mine = ShardSpec.of(next(iter(model.parameters()))).group
+    run.take_numbers(mine, source, fingerprints, undo, empty=meta.checkpoint is not None)
 
 
 def _device(asked: torch.device | str) -> torch.device:

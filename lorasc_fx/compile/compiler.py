@@ -24,7 +24,7 @@ from lorasc_fx.capture import (
 )
 from lorasc_fx.compile.graph_breaks import insert, make_fallback
 from lorasc_fx.compile.variants import Decided, Made, Variant
-from lorasc_fx.errors import CaptureError, NoSites, StateError
+from lorasc_fx.errors import CaptureError, NoSites
 from lorasc_fx.graph import (
     Record,
     at_stage,
@@ -93,12 +93,10 @@ class Compiler:
     Args:
         frontend: a front end's name, or `auto`.
         calls: of the user's forward.
-        closed: why no more variants can be made; empty as long as they can.
     """
 
     frontend: str
     calls: Calls
-    closed: str = ""
 
     def bind(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a call's arguments in canonical shape; plain enough for dynamo to trace."""
@@ -126,13 +124,7 @@ class Compiler:
         kwargs: Any,
         wide: bool,
     ) -> Made:
-        """Capture the call and insert the branches, into graphs that nobody else holds yet.
-
-        Raises:
-            StateError: no more can be made.
-        """
-        if self.closed:
-            raise StateError(self.closed, code="variant-after-sharding")
+        """Capture the call and insert the branches, into graphs that nobody else holds yet."""
         refusals = _refused(model, plan, refusals, Reason.SHARED_MEMORY, shared_memory(model))
         trained = _trained(model, plan, refusals)
         captured = capture(model, args, kwargs, self.frontend, wide, trained, rewrites=(AttentionMasks(),))

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lorasc_fx.capture import leaves
 from lorasc_fx.compile import Variant
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import StateError, named
 from lorasc_fx.integrations.segments import (
     ROOT,
     SegmentedGraph,
@@ -33,7 +33,7 @@ from lorasc_fx.integrations.segments import (
     unit_of,
 )
 from lorasc_fx.runtime import Cascade, folding
-from lorasc_fx.shards import ShardSpec, full_tensor
+from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.undo import AllOrNothing, Undo
 
@@ -53,10 +53,6 @@ NEEDS_WHOLE: Mapping[str, str] = {
     "use_dora": "it measures whole rows of a weight",
 }
 """The other fields, each with the reason why a value besides its default is refused; restart_A="kept" is not."""
-NO_MORE_GRAPHS = (
-    "there is no graph for this call, and none can be made of sharded weights: call the cascade once in each mode and "
-    "with each kind of arguments before shard"
-)
 
 
 def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
@@ -64,28 +60,34 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
 
     Every rank must call this, on the same cascade, before the optimizer is built. Then calls of the cascade, backward,
     `stages`, `transition`, `weights(...)`, `rewind`, `lorasc_fx.save` and `resume` work as on one process, on a share
-    of each batch; gradients are averaged. Inside `weights(...)` call the cascade, not the model. No graph can be
-    captured any more: call the cascade once before, in each mode and with each kind of arguments.
+    of each batch; gradients are averaged. Inside `weights(...)` call the cascade, not the model. A call in another mode
+    or with another kind of arguments makes its graph from shapes; it must adapt no weight that no graph has used yet.
+
+    A model on the meta device is sharded without numbers; then `lorasc_fx.materialize` reads the shards of each rank.
 
     Args:
-        cascade: that was adapted, or loaded; the parameters lie on the device of this process.
+        cascade: that was adapted, or loaded; the parameters lie on the device of this process, or on the meta device.
         mesh: of one axis, over the ranks that hold the shards; all of them by default.
 
     Returns:
         The cascade. Each parameter is now a DTensor of which a rank holds some rows.
 
     Raises:
-        StateError: what cannot be sharded, with names; nothing was changed. Whatever else raises here, Ctrl-C included,
+        StateError: what cannot be sharded, with names, or ranks with other weights, another spec or other code; nothing
+            was changed. Whatever else raises here, Ctrl-C included,
             the cascade of this process is as it was; another process may have gone on.
     """
     run = cascade._run
-    with run.exclusive("shard", sharded=True, parallel=True), AllOrNothing() as undo:
-        units = _units(cascade)
-        graphs = _check(cascade, mesh, units)
-        run.fingerprints()  # of the whole weights, while they are here
-        kind = next(iter(run.model.parameters())).device.type
-        mesh = mesh if mesh is not None else init_device_mesh(kind, (dist.get_world_size(),))
+    with run.exclusive("shard", sharded=True, parallel=True, on_meta=True), AllOrNothing() as undo:
+        ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
+        with ranks.agreed("shard"):
+            units = _units(cascade)
+            graphs = _check(cascade, mesh, units)
+            weights = run.fingerprints() if run.holds_numbers else {}  # of the whole weights, while they are here
+        ranks.check_alike("shard", run.facts(weights))
+        mesh = mesh if mesh is not None else init_device_mesh(_device_kind(cascade), (dist.get_world_size(),))
         undo(run.restorer())
+        unit_names = {name: units[id(parameter)] for name, parameter in cascade.named_parameters()}
         shards = _fully_sharded(cascade, units, mesh, undo)
         specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
         group = next(iter(specs.values())).group
@@ -99,10 +101,44 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             return run.placed is not None
 
         def split(variant: Variant) -> Variant:
-            return replace(variant, module=SplitGraph(shards, graphs[id(variant)], leaves, called))
+            graph = graphs.pop(id(variant), None)
+            if graph is None:
+                graph = _late_graph(
+                    variant, {id(value): unit_names[name] for name, value in cascade.named_parameters()}
+                )
+            return replace(variant, module=SplitGraph(shards, graph, leaves, called))
 
-        cascade._seal(split, NO_MORE_GRAPHS, undo)
+        cascade._split_by(split, undo)
     return cascade
+
+
+def _device_kind(cascade: Cascade) -> str:
+    """Return the kind of device of the shards: that of the parameters, or without numbers that of the group."""
+    kind = next(iter(cascade._run.model.parameters())).device.type
+    return torch.device(ProcessGroup.of().device).type if kind == "meta" else kind
+
+
+def _late_graph(variant: Variant, units: Mapping[int, str]) -> SegmentedGraph:
+    """Return a graph that was made after the weights were sharded, cut.
+
+    Raises:
+        StateError: it is none that can be cut by these units.
+    """
+    graph = variant.module
+    if not isinstance(graph, fx.GraphModule):
+        raise StateError(
+            "forward: the model has graph breaks in this call, and only a whole graph can be cut into blocks; "
+            "adapt it by another front end",
+            code="no-whole-graph",
+        )
+    if sets := inseparable(graph, units):
+        names = named(sorted({units[number] or "the root" for number in sets[0]}))
+        raise StateError(
+            f"forward: in this call one operation reads weights of {names}, which FSDP gathers at different times: "
+            "call the cascade once so before shard",
+            code="variant-after-sharding",
+        )
+    return segmented(graph, units)
 
 
 def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
@@ -188,6 +224,12 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             what = "is a DTensor already" if hasattr(parameter, "to_local") else what
             raise StateError(
                 f"shard: {name} {what}, and FSDP cuts the first axis of plain tensors", code="not-shardable"
+            )
+        if parameter.is_meta == run.holds_numbers:
+            raise StateError(
+                f"shard: {name} has numbers, and other parameters are on the meta device; build all of them there, or "
+                "none",
+                code="meta-model",
             )
         if parameter.grad is not None:
             raise StateError(

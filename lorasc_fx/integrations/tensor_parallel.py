@@ -103,15 +103,16 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
         SpecError: a pattern means no weight, a weight is none of a linear layer, or does not divide by the number of
             processes, or the spec asks for what shards cannot do (dropout, restart_A="gradient", a share as
             optimizer_state).
-        StateError: the cascade is sharded already, has graph breaks, or does not compute the same on shards; nothing
-            was changed.
+        StateError: the cascade is sharded already, has graph breaks, or does not compute the same on shards, or ranks
+            have other weights, another spec or other code; nothing was changed.
     """
     run = cascade._run
     run.check_ready("parallelize")
     _check_spec(cascade, mesh)
     places = places_of(cascade, mesh, plan)
     with no_inference_mode(), AllOrNothing() as undo:
-        run.fingerprints()  # of the whole weights, while they are here
+        weights = run.fingerprints()  # of the whole weights, while they are here
+        ProcessGroup.of(mesh.get_group()).check_alike("parallelize", run.facts(weights))
         before = _example(cascade)
         _shard(cascade, mesh, places, undo)
         try:
@@ -292,8 +293,8 @@ def _check_same(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
         gap, scale = float((one - other).abs().max()), float(one.abs().max())
         if not gap <= _ROUNDING.get(one.dtype, _COARSE) * scale and bool(torch.isfinite(one).all()):
             raise StateError(
-                f"parallelize: on shards the model computes something else, off by {gap / scale:.1e} of the output; do "
-                "all processes hold the same weights, and is it in eval mode or without dropout? Nothing was changed",
+                f"parallelize: on shards the model computes something else, off by {gap / scale:.1e} of the output; is "
+                "it in eval mode or without dropout? Nothing was changed",
                 code="outputs-differ",
             )
 

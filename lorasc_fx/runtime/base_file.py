@@ -24,6 +24,7 @@ from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, path_of
 from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.manifest import LONGEST, parsed
+from lorasc_fx.shards import local, local_like
 
 __all__ = ["INDEX", "SINGLE", "BaseFile", "name_or_path", "open_base", "opened", "renamed", "shards_of"]
 
@@ -50,7 +51,7 @@ class BaseFile:
     stamps: Mapping[Path, tuple[int, ...]]
 
     def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Return W0 of these parameters as mapped tensors; quantized ones are left out.
+        """Return W0 of these parameters as mapped tensors, of a DTensor its shard; quantized ones are left out.
 
         Raises:
             CheckpointError: one is not there, or has another shape, dtype or value than the model's.
@@ -63,8 +64,10 @@ class BaseFile:
         found = {}
         for path, pairs in wanted.items():
             for (name, key), tensor in zip(pairs, _tensors(path, [key for _, key in pairs]), strict=True):
-                _check_same(f"base: {key} of {path}", tensor, name, parameters[name].detach())
-                found[name] = tensor
+                held = parameters[name].detach()
+                own = local_like(tensor, held) if tensor.shape == held.shape else tensor
+                _check_same(f"base: {key} of {path}", own, name, local(held))
+                found[name] = own
         return found
 
     def check(self, call: str) -> None:

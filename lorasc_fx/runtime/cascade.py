@@ -113,6 +113,7 @@ class Cascade(nn.Module):
         self._compiler, self._example, self._flags = compiler, example, flags
         self._joined = joined
         self._variants = Variants()
+        self._split: Callable[[Variant], Variant] | None = None  # what shards make of each graph
         self._frontend = ""
         self._refused_frontends: tuple[tuple[str, str], ...] = ()
         if isinstance(decided, Made) and example is not None:
@@ -195,6 +196,7 @@ class Cascade(nn.Module):
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
         self._usage.check_mode(run, self.training)
         run.replicas.see(len(self.branches), run.trainable)
+        run.compare_replicas()
         return (self._variants.find(call) or self._capture(call)).run(call)
 
     def _variant_of(
@@ -213,13 +215,13 @@ class Cascade(nn.Module):
         """The variants of now."""
         return self._variants.all
 
-    def _seal(self, change: Callable[[Variant], Variant], why: str, undo: Undo) -> None:
-        """Put another variant in the place of each, and let no further one be made; `why` is the error's message."""
+    def _split_by(self, split: Callable[[Variant], Variant], undo: Undo) -> None:
+        """Put the graph that `split` makes of it in the place of each graph, also of those that are still to come."""
         variants = self._variants
         undo(partial(vars(variants).update, held=variants.held, plain=variants.plain))
-        undo(partial(setattr, self, "_compiler", self._compiler))
-        variants.exchange(change)
-        self._compiler = replace(self._compiler, closed=why)
+        undo(partial(setattr, self, "_split", self._split))
+        variants.exchange(split)
+        self._split = split
 
     def _capture(self, call: Call) -> Variant:
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set
@@ -241,6 +243,15 @@ class Cascade(nn.Module):
             raise self._does_not_fit([str(fault)]) from fault
         if disagreements:
             raise self._does_not_fit(disagreements)
+        if self._split is not None:
+            late = [branch.weight_name for name, branch in made.branches.items() if name not in self.branches]
+            if late:
+                raise StateError(
+                    f"forward: this call adapts {named(late)}, which no graph had used when the weights were sharded, "
+                    "and whose branches are on no rank: call the cascade once so before shard, or exclude the weight",
+                    code="variant-after-sharding",
+                )
+            made = replace(made, variant=self._split(made.variant))
         number, sizes, seconds = len(self._variants) + 1, ", other sizes" if wide else "", time.monotonic() - begun
         log.info("variant %d by %s%s, in %.2f s", number, made.variant.frontend, sizes, seconds)
         with Commit(self._run.lock) as undo:

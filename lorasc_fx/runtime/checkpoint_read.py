@@ -46,6 +46,7 @@ __all__ = [
     "base_differs",
     "branch_faults",
     "check_base",
+    "check_digests",
     "check_plan",
     "decoded",
     "manifest_of",
@@ -259,14 +260,27 @@ def _why(fault: Exception) -> str:
 
 
 def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a model that is not the checkpoint's base.
+    """Refuse a model that is not the checkpoint's base; of what is on the meta device only names are known.
 
     Raises:
         CheckpointError: names the parameters that are missing, foreign, or differ.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
-    own = {name: fingerprint(value) for name, value in parameters.items() if name in base}
-    if odd := base_differs(base, own, [name for name in parameters if name not in checkpoint.moved]):
+    own = {
+        name: base[name] if value.is_meta else fingerprint(value) for name, value in parameters.items() if name in base
+    }
+    check_digests(checkpoint, own, parameters)
+
+
+def check_digests(checkpoint: Checkpoint, own: Mapping[str, str], names: Iterable[str]) -> None:
+    """Refuse fingerprints that are not those of the checkpoint's base; `names` are all parameters of the model.
+
+    Raises:
+        CheckpointError: names the parameters that are missing, foreign, or differ.
+    """
+    base: Mapping[str, str] = checkpoint.manifest["base"]
+    own = {name: digest for name, digest in own.items() if name in base}
+    if odd := base_differs(base, own, [name for name in names if name not in checkpoint.moved]):
         raise CheckpointError(
             f"{checkpoint.path}: this is another base: the model {odd}; load onto the weights that were adapted",
             code="checkpoint-other-base",
@@ -356,12 +370,16 @@ def decoded(checkpoint: Checkpoint, known: RunState | None = None) -> RunState:
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
     """Put the checkpoint's values into a cascade that has its sites; the cascade's plan is then the checkpoint's.
 
-    With `undo` this is a part of a larger block.
+    With `undo` this is a part of a larger block. Where the weights are sharded, every rank takes its shards.
 
     Raises:
         CheckpointError: they do not fit; the cascade is as it was.
     """
-    state = decoded(checkpoint, RunState.of(run).at_ranks(checkpoint.plan))
+    held = RunState.of(run)
+    known = held.without_numbers() if run.is_sharded else held
+    state = decoded(checkpoint, known.at_ranks(checkpoint.plan))
+    if run.is_sharded:
+        state = state.shards_like(held)
     with refused(checkpoint):
         install(run, state, str(checkpoint.path), undo)
 

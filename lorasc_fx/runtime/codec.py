@@ -32,7 +32,7 @@ from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.manifest import VIEWS
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import trained_moved
-from lorasc_fx.shards import local, shard_axis
+from lorasc_fx.shards import local, local_like, shard_axis
 from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trained, View, WeightState
 from lorasc_fx.undo import Undo
@@ -98,6 +98,53 @@ class RunState:
             for weight, factors in self.branches.items()
         }
         return replace(self, branches=branches)
+
+    def without_numbers(self) -> RunState:
+        """Return the state of whole tensors, without numbers, of one that lies in shards: what a checkpoint is held
+        against.
+        """
+
+        def bare(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+            return torch.empty(like.shape, dtype=value.dtype, device="meta")
+
+        states = {}
+        for name, state in self.slow.states.items():
+            whole = state.shard.full_shape(state.base.shape) if state.shard is not None else state.base.shape
+            base = torch.empty(whole, dtype=state.base.dtype, device="meta")
+            states[name] = WeightState(name, base, state.stacked, state.transposed)
+        trained = {
+            name: entry.map(lambda value, _, like=self.values[name]: bare(value, like))  # type: ignore[misc]
+            for name, entry in self.slow.trained.items()
+        }
+        branches = {
+            weight: {name: bare(value, value) for name, value in factors.items()}
+            for weight, factors in self.branches.items()
+        }
+        values = {name: bare(value, value) for name, value in self.values.items()}
+        slow = SlowWeights(states, trained, group=self.slow.group)
+        return replace(self, slow=slow, branches=branches, values=values)
+
+    def shards_like(self, other: RunState) -> RunState:
+        """Return the shards of this state that are here, cut as another state of the same weights is, with its W0."""
+        slow = other.slow
+        states = {
+            name: replace(state.to_shard(slow.states[name].shard), base=slow.states[name].base)
+            for name, state in self.slow.states.items()
+        }
+        trained = {
+            name: replace(
+                entry.map(lambda value, _, like=other.values[name]: local_like(value, like).clone()),  # type: ignore[misc]
+                base=slow.trained[name].base,
+            )
+            for name, entry in self.slow.trained.items()
+        }
+        branches = {
+            weight: {name: local_like(value, other.branches[weight][name]) for name, value in factors.items()}
+            for weight, factors in self.branches.items()
+        }
+        values = {name: local_like(value, other.values[name]) for name, value in self.values.items()}
+        whole = replace(self.slow, states=states, trained=trained, group=slow.group)
+        return replace(self, slow=whole, branches=branches, values=values)
 
     @classmethod
     def planned(cls, plan: Plan, manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> RunState:

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.shards import local
 
-__all__ = ["Buffer", "checksum", "data_of", "file_digest", "fingerprint", "fingerprint_of", "text_digest"]
+__all__ = [
+    "Buffer",
+    "checksum",
+    "data_of",
+    "file_digest",
+    "fingerprint",
+    "fingerprint_of",
+    "source_digest",
+    "text_digest",
+]
 
 Buffer = Any
 """Of the buffer protocol, which has a name in Python 3.12 only."""
@@ -124,3 +133,13 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@cache
+def source_digest() -> str:
+    """Return the SHA-256 of the package's own source: a version's name does not tell two checkouts apart."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

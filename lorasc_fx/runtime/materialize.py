@@ -1,11 +1,14 @@
 """Numbers for a model that was built on the meta device: out of safetensors files, one tensor in memory at a time.
 
-All names, ties and shapes are checked by the headers of the files, before the first tensor of the model is replaced.
+All names, ties and shapes are checked by the headers of the files, before the first tensor of the model is replaced. Of
+a DTensor its shard is read, and nothing else; fingerprints, which are of whole tensors, are shared out over the ranks
+and computed block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,24 @@ from torch import nn
 from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, named, nearest
 from lorasc_fx.parameters import exchange
 from lorasc_fx.runtime.base_file import opened, renamed, shards_of
+from lorasc_fx.runtime.fingerprint import Buffer, data_of, fingerprint_of
+from lorasc_fx.shards import ShardSpec, local
 from lorasc_fx.undo import Undo
 
-__all__ = ["MetaModel", "Numbers", "check_attributes", "find_numbers", "groups_of", "put_numbers"]
+__all__ = [
+    "MetaModel",
+    "Numbers",
+    "check_attributes",
+    "find_numbers",
+    "fingerprints_of_files",
+    "groups_of",
+    "put_numbers",
+    "with_numbers",
+]
 
 _SHOWN = 5
+_BLOCK = 1 << 24
+"""Bytes of a file that are read at a time where a whole tensor is looked at."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +46,12 @@ class MetaModel:
     Args:
         base: the argument of `adapt`.
         groups: the names of each tensor of the model, before any was untied.
+        checkpoint: that the cascade was loaded from, if it was; its state is taken over then.
     """
 
     base: Any
     groups: tuple[tuple[str, ...], ...]
+    checkpoint: Any = None
 
 
 @dataclass
@@ -190,11 +208,9 @@ def _check_tied(keys: list[str], places: Mapping[str, Path]) -> None:
     """Refuse names of one tensor under which the files hold different numbers."""
     for other in keys[1:]:
         with opened(places[keys[0]]) as one, opened(places[other]) as two:
-            bits = [
-                handle.get_tensor(key).contiguous().flatten().view(torch.uint8)
-                for handle, key in ((one, keys[0]), (two, other))
-            ]
-        if not torch.equal(*bits):
+            pairs = zip(_blocks(one, keys[0]), _blocks(two, other), strict=True)
+            same = all(torch.equal(*(block.contiguous().view(torch.uint8) for block in pair)) for pair in pairs)
+        if not same:
             raise CheckpointError(
                 f"materialize: {keys[0]} and {other} are one tensor of the model, and differ in the files; "
                 "build the model without that tie",
@@ -202,24 +218,84 @@ def _check_tied(keys: list[str], places: Mapping[str, Path]) -> None:
             )
 
 
+def _blocks(handle: Any, key: str) -> Iterator[torch.Tensor]:
+    """Yield the entries of a tensor of a file in vectors, some rows at a time."""
+    whole = handle.get_slice(key)
+    first, *rest = whole.get_shape() or (0,)
+    if not first:
+        yield handle.get_tensor(key).flatten()
+        return
+    rows = max(1, _BLOCK // max(1, math.prod(rest) * 8))
+    for start in range(0, first, rows):
+        yield whole[start : min(first, start + rows)].flatten()
+
+
+def fingerprints_of_files(found: Numbers, names: Mapping[int, str], part: int, parts: int) -> dict[str, str]:
+    """Return the fingerprints that parameters have once they hold the numbers of the files, of each `parts`-th one.
+
+    Args:
+        found: where the numbers are.
+        names: of the parameters that are wanted, by id.
+        part, parts: which of them are computed here: a rank, and the number of ranks.
+    """
+    wanted = [(path, key, old) for path, pairs in found.files.items() for key, old in pairs if id(old) in names]
+    wanted.sort(key=lambda entry: (-entry[2].numel(), names[id(entry[2])]))
+    made = {}
+    for path, key, old in wanted[part::parts]:
+        with opened(path) as handle:
+            made[names[id(old)]] = fingerprint_of(old.dtype, tuple(old.shape), _bytes(handle, key, old.dtype))
+    return made
+
+
+def _bytes(handle: Any, key: str, dtype: torch.dtype) -> Iterator[Buffer]:
+    for block in _blocks(handle, key):
+        plain = block.to(dtype).contiguous()  # held while its bytes are read
+        yield data_of(plain)
+
+
 def put_numbers(found: Numbers, model: nn.Module, device: torch.device, undo: Undo) -> None:
-    """Put tensors with numbers in the place of those on the meta device, and move the rest, on one device."""
+    """Put tensors with numbers in the place of those on the meta device, and move the rest, on one device.
+
+    Of a DTensor the shard that is here is read from its file.
+    """
     new: dict[int, torch.Tensor] = {}
 
     def materialize(old: torch.Tensor, numbers: torch.Tensor) -> None:
-        value = torch.empty_strided(old.size(), old.stride(), dtype=old.dtype, device=device)
-        value.copy_(numbers)
-        new[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-        vars(new[id(old)]).update(vars(old))
+        new[id(old)] = with_numbers(old, numbers, device)
 
     with torch.no_grad():
         for path, pairs in found.files.items():
             with opened(path) as handle:
                 for key, old in pairs:
-                    materialize(old, handle.get_tensor(key))
+                    materialize(old, _shard_of(handle, key, old))
         for old, numbers in found.given:
             materialize(old, numbers)
         for old in found.rest:
             if old.device != device:
-                materialize(old, old)
+                materialize(old, local(old))
     exchange(model, lambda holder: new.get(id(holder.value)), undo)
+
+
+def with_numbers(old: torch.Tensor, numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor like an old one, with these numbers, on a device; for a DTensor they are those of its shard."""
+    held = local(old)
+    value = torch.empty_strided(held.size(), held.stride(), dtype=old.dtype, device=device)
+    value.copy_(numbers)
+    if hasattr(old, "to_local"):
+        return nn.Parameter(ShardSpec.of(old).dtensor(value, old), old.requires_grad)
+    value = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    vars(value).update(vars(old))
+    return value
+
+
+def _shard_of(handle: Any, key: str, like: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of a file; for a DTensor the shard of it that is here."""
+    if not hasattr(like, "to_local"):
+        found: torch.Tensor = handle.get_tensor(key)
+        return found
+    shard = ShardSpec.of(like)
+    if not shard.count:
+        return torch.empty(local(like).shape)
+    cut = (*(slice(None) for _ in range(shard.axis)), slice(shard.first, shard.first + shard.count))
+    found = handle.get_slice(key)[cut]
+    return found

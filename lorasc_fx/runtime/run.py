@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,12 +16,13 @@ from lorasc_fx.errors import CheckpointError, SpecError, StateError, named
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.runtime.base_file import BaseFile
-from lorasc_fx.runtime.fingerprint import checksum, fingerprint
+from lorasc_fx.runtime.checkpoint import version
+from lorasc_fx.runtime.fingerprint import checksum, fingerprint, source_digest
 from lorasc_fx.runtime.gradient import GradientInitialization
 from lorasc_fx.runtime.materialize import MetaModel
 from lorasc_fx.runtime.optim import check_holds, groups, put_state
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned
-from lorasc_fx.shards import dtensor_like, local
+from lorasc_fx.shards import ProcessGroup, dtensor_like, local
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import Part, SlowWeights
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
@@ -234,7 +236,8 @@ class Run:
         slow, factors = slow.begin_stage(self.plan, starting)
         written = known if (noise.strength or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
-        self.pending.arm(self.trainable().values())
+        if not self.is_sharded or self.is_parallel:  # FSDP has other hooks
+            self.pending.arm(self.trainable().values())
         if noise.strength and noise.redraw == "step":
             self.steps.arm(self._redraw)
         self.replicas.see(len(self.branches), self.trainable)
@@ -337,12 +340,14 @@ class Run:
         """
         decided = (self.plan, self.slow, self.base_file, self.parallel, self.released, self.added)
         noted, without_noise = (self._checksums, self._objects, self._frozen), self.without_noise
+        meta, fingerprints = self.meta, self._fingerprints
         placed = (self.placed, self.placed_checksums)
         watches = (self.pending.restorer(), self.gradient_init.restorer())
 
         def restore() -> None:
             self.plan, self.slow, self.base_file, self.parallel, self.released, self.added = decided
             self.without_noise = without_noise
+            self.meta, self._fingerprints = meta, fingerprints
             self._checksums, self._objects, self._frozen = noted
             self.placed, self.placed_checksums = placed
             for watch in watches:
@@ -411,6 +416,27 @@ class Run:
         if hooked:
             self.pending.arm(self.trainable().values())
         self.note_weights()
+
+    def take_numbers(
+        self, group: ProcessGroup, base_file: BaseFile | None, fingerprints: Mapping[str, str], undo: Undo, empty: bool
+    ) -> None:
+        """Begin on shards whose parameters have got their numbers: what `start` does on one process.
+
+        Args:
+            group: of the ranks that hold the shards.
+            base_file: where W0 lies, if not in memory.
+            fingerprints: of all parameters, whole.
+            undo: takes all back.
+            empty: as of `start`.
+        """
+        undo(self.restorer())
+        rules = {name: entry.rule for name, entry in self.slow.trained.items() if entry.rule is not None}
+        trained = self.trained_parameters()
+        self.meta, self.base_file, self._fingerprints = None, base_file, dict(fingerprints)
+        self.slow = SlowWeights(group=group).with_trained(trained, rules)
+        self.know_sites(undo, empty)
+        known, parameters = {*self.slow.states, *self.slow.trained}, self.parameters_by_name()
+        self._frozen = {name: checksum(value) for name, value in parameters.items() if name not in known}
 
     def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
         """Keep buffers, as they are, for the end of `weights`; those that are kept already stay as they were."""
@@ -593,6 +619,31 @@ class Run:
                 self._fingerprints[name] = fingerprint(entry.base if entry is not None else parameter)
         return {name: digest for name, digest in self._fingerprints.items() if name not in moved}
 
+    def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
+        """Return what all ranks of a run must have alike (`ProcessGroup.check_alike`).
+
+        Args:
+            weights: fingerprints or checksums, by name.
+        """
+        plan = json.loads(self.plan.to_json())
+        code = {"torch": str(torch.__version__), "lorasc-fx": f"{version()}, source {source_digest()[:12]}"}
+        spec = {f"spec.{name}": json.dumps(value) for name, value in self.plan.spec.to_dict().items()}
+        sites = {f"site {site['weight']}": json.dumps(site) for site in plan["sites"]}
+        digests = {f"weight {name}": str(digest)[:12] for name, digest in weights.items()}
+        digests |= {f"factor {name}": str(checksum(value)) for name, value in self.branches.named_parameters()}
+        return {**code, **spec, "stage": f"{self.stage}, step {self.plan.step}", **sites, **digests}
+
+    def compare_replicas(self) -> None:
+        """Compare ranks before the first training call through a DistributedDataParallel, which has given all of them
+        the first one's parameters, but not its W0.
+
+        Raises:
+            StateError: they are not alike.
+        """
+        group = self.replicas.to_compare()
+        if group is not None:
+            ProcessGroup.of(group).check_alike("DistributedDataParallel", self.facts(self._checksums))
+
     @property
     def fingerprinted(self) -> bool:
         """Whether fingerprints were taken."""
@@ -626,15 +677,18 @@ class Run:
                 code="meta-model",
             )
 
-    def exclusive(
-        self, call: str, *, sharded: bool = False, parallel: bool = False, ends_stage: bool = False
-    ) -> Block[None]:
-        """Hold the lock for the time of a `with`, in which weights may change; raises as `check_ready`."""
-        check = partial(self.check_ready, call, sharded=sharded, parallel=parallel, ends_stage=ends_stage)
-        return _Exclusive(self, check)
+    def exclusive(self, call: str, **allowed: bool) -> Block[None]:
+        """Hold the lock for the time of a `with`, in which weights may change; arguments and errors: `check_ready`."""
+        return _Exclusive(self, partial(self.check_ready, call, **allowed))
 
     def check_ready(
-        self, call: str, *, sharded: bool = False, parallel: bool = False, ends_stage: bool = False
+        self,
+        call: str,
+        *,
+        sharded: bool = False,
+        parallel: bool = False,
+        ends_stage: bool = False,
+        on_meta: bool = False,
     ) -> None:
         """Raise StateError where weights must not change: after release, inside `weights`, inside a backward.
 
@@ -643,8 +697,9 @@ class Run:
             sharded: the call works where FSDP holds the weights.
             parallel: it works where tensor parallelism has cut them.
             ends_stage: it ends the running stage, which no gradient may outlive.
+            on_meta: it needs no numbers.
         """
-        self.check_alive(call)
+        self.check_alive(call, on_meta=on_meta)
         if self.is_parallel and not parallel:
             raise StateError(
                 f"{call}: the weights are sharded by tensor parallelism; call "

@@ -148,6 +148,7 @@ class Replicas:
     def __init__(self) -> None:
         self._wrapper: Callable[[], Any] = _no_wrapper
         self._outdated: Callable[[], Any] = _no_wrapper
+        self._compared: Callable[[], Any] = _no_wrapper
         self._sites = 0
 
     def see(self, sites: int, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
@@ -179,6 +180,14 @@ class Replicas:
                 code="wrapped-too-early",
             )
         self._wrapper, self._sites = weakref.ref(wrapper), sites
+
+    def to_compare(self) -> Any:
+        """Return the process group of a wrapper whose forward runs with gradients, once a wrapper; else None."""
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is None or not torch.is_grad_enabled() or self._compared() is wrapper:
+            return None
+        self._compared = weakref.ref(wrapper)
+        return wrapper.process_group
 
     def outdate(self) -> None:
         """Note that parameters have other shapes than the buffers of the present wrapper."""

@@ -146,7 +146,8 @@ class SlowWeights:
     ) -> SlowWeights:
         """Return the state that knows these weights as well; their present values are W0, kept on the host.
 
-        `mapped` are W0 of some of them, equal to the present values, kept where they are.
+        `mapped` are W0 of some of them, equal to the present values, kept where they are. Of a DTensor the state is
+        that of the shard that is here.
         """
         sites, mapped = plan.by_weight, mapped or {}
         new = {
@@ -155,6 +156,7 @@ class SlowWeights:
                 mapped[name] if name in mapped else host(value),
                 stacked=name in sites and sites[name].experts is not None,
                 transposed=name in sites and sites[name].layout == "in_out",
+                shard=ShardSpec.of(value) if hasattr(value, "to_local") else None,
             )
             for name, value in parameters.items()
             if name not in self.states

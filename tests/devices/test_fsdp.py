@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import lorasc_fx as lx
+from benchmarks.shards import Size, measure
 from lorasc_fx.integrations import fsdp, segments
 from tests.devices import sharding
 from tests.devices.ranks import on_ranks
@@ -47,6 +48,23 @@ def test_the_numbers_of_one_process(count: int, names: list[str]) -> None:
     for found in wanted.values():
         assert not torch.equal(found["slow/output"], found["base/output"])
         assert not torch.equal(found["slow/output"], found["output"])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> str:
+    """The numbers of the blocks, in a file."""
+    save_file(sharding.blocks().state_dict(), tmp_path / "blocks.safetensors")
+    return str(tmp_path / "blocks.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "name", "base"), [(2, "averaged", "memory"), (2, "fresh", "file"), (4, "fast", "memory")]
+)
+def test_the_numbers_of_one_process_where_none_holds_the_model(files: str, count: int, name: str, base: str) -> None:
+    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
+    for found in on_ranks(count, sharding.sharded, [name], files, base, limit=100):
+        close(found, wanted, f"{name}/")
 
 
 @pytest.mark.slow
@@ -85,6 +103,17 @@ def test_memory_falls_with_the_number_of_processes() -> None:
 
 
 @pytest.mark.slow
+def test_no_rank_holds_more_than_its_shards_and_a_unit(tmp_path: Path) -> None:
+    """In anonymous memory; W0 is a copy on the host, which is the device here."""
+    size, ranks = Size(6, 1024, 4096), 4
+    size.write(tmp_path)
+    found = measure(size, ranks, "memory", tmp_path)
+    assert found.held < 2 * size.model / ranks + size.unit / 2, found
+    assert found.materialize < 2 * size.model / ranks + 1.6 * size.unit, found
+    assert max(found.step, found.transition) < size.model, found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "saving", "resuming"),
     [("fresh", 2, (2, 4)), ("fresh", 2, (1,)), ("fresh", 1, (2,)), ("averaged", 2, (1, 2))],
@@ -105,6 +134,23 @@ def test_a_checkpoint_is_cut_anew(tmp_path: Path, name: str, saving: int, resumi
             if count == saving:  # each rank goes on with its own generators
                 assert torch.equal(found["drawn"], torch.rand(3, generator=torch.Generator().manual_seed(rank)))
         assert len({tuple(found["drawn"].tolist()) for found in ranks}) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "counts"), [("fresh", (2, 1)), ("averaged", (4,))])
+def test_a_checkpoint_goes_on_where_no_process_holds_the_model(
+    tmp_path: Path, files: str, name: str, counts: tuple[int, ...]
+) -> None:
+    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
+    on_ranks(2, sharding.saved, name, str(tmp_path / "run"), 10)
+    for count in counts:
+        for found in on_ranks(count, sharding.resumed, str(tmp_path / "run"), files):
+            close(found, wanted)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_not_alike_are_named_before_the_first_step() -> None:
+    on_ranks(3, sharding.unlike, limit=100)
 
 
 @pytest.mark.slow
@@ -278,6 +324,120 @@ def with_shards(path: Path, change: Callable[[dict[str, object], list[dict[str, 
     manifest["files"] = {name: digests[name] for name in manifest.pop("order", names)}
     manifest["digest"] = text_digest(canonical(manifest))
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def meta(spec: dict[str, object], **options: Any) -> lx.Cascade:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    spec = {"rank": 2, "noise": {"strength": 0.2}, "train": ["1.bias"], **spec}
+    return lx.adapt(model, args=(torch.ones(2, 5),), spec=lx.CascadeSpec.from_dict(spec), **options)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[nn.Module, Path]:
+    """A model, and its file."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    save_file(model.state_dict(), tmp_path / "two.safetensors")
+    return model, tmp_path / "two.safetensors"
+
+
+@pytest.mark.usefixtures("group")
+def test_shards_get_their_numbers(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    """Those of a cascade that had them before; a call before is refused, and a save writes the same fingerprints."""
+    model, path = two
+    there, x = fsdp.shard(meta({})), torch.randn(2, 5)
+    with raises(lx.StateError, "meta-model", "forward"):
+        there(x)
+    lx.materialize(there, path)
+    here = fsdp.shard(small({"noise": {"strength": 0.2}, "train": ["1.bias"]}, model))
+    for (name, one), other in zip(there.named_parameters(), here.parameters(), strict=True):
+        # on shards the standard deviation, the size of the noise, is summed in fp64
+        torch.testing.assert_close(sharding.whole(one), sharding.whole(other), rtol=1e-6, atol=1e-7, msg=name)
+        assert one.requires_grad == other.requires_grad
+    torch.testing.assert_close(there(x), here(x), rtol=1e-5, atol=1e-6)
+    for cascade, folder in ((there, "there"), (here, "here")):
+        lx.save(cascade, tmp_path / folder)
+    one, two = (
+        json.loads(next((tmp_path / folder).glob("*/manifest.json")).read_text()) for folder in ("there", "here")
+    )
+    assert one["base"] == two["base"]
+    assert one["plan"] == two["plan"]
+    with raises(lx.StateError, "already-materialized"):
+        lx.materialize(there, path)
+
+
+@pytest.mark.usefixtures("group")
+def test_shards_stay_on_the_meta_device_where_files_do_not_fit(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, path = two
+    cascade, other = fsdp.shard(meta({})), tmp_path / "other.safetensors"
+    before = dict(cascade.named_parameters())
+    save_file({**model.state_dict(), "1.weight": torch.ones(3, 8)}, other)
+    with raises(lx.CheckpointError, "weights-do-not-fit", other, "1.weight", "[3, 8]", "[3, 7]"):
+        lx.materialize(cascade, other)
+    with raises(lx.SpecError, "invalid-value", "cuda"):
+        lx.materialize(cascade, path, device="cuda")
+    save_file({**model.state_dict(), "0.weight": torch.full((7, 5), torch.inf)}, other)
+    with raises(lx.SpecError, "noise-out-of-range", "0.weight"):  # when all parameters have got their numbers
+        lx.materialize(cascade, other)
+    assert all(each is before[name] and each.is_meta for name, each in cascade.named_parameters())
+    lx.materialize(cascade, path)
+    cascade(torch.randn(2, 5)).sum().backward()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_that_is_partly_on_the_meta_device_is_not_sharded() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, device="meta"))
+    cascade = lx.adapt(model, args=(torch.randn(2, 5),), spec=lx.CascadeSpec(rank=2))
+    with raises(lx.StateError, "meta-model", "model.0.weight"):
+        fsdp.shard(cascade)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("with_inputs", [False, True])
+@pytest.mark.usefixtures("group")
+def test_a_run_is_loaded_onto_the_meta_device(
+    two: tuple[nn.Module, Path], tmp_path: Path, is_sharded: bool, with_inputs: bool
+) -> None:
+    """It goes on from its checkpoint once it has the numbers of its base, and refuses those of another."""
+    model, path = two
+    args: Any = ((torch.randn(2, 5),),) if with_inputs else ()
+    cascade, x = small({"noise": {"strength": 0.2}, "train": ["1.bias"], "pace": 0.5}, model), torch.randn(2, 5)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+
+    def step(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> Tensor:
+        loss = cascade(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    step(cascade, optimizer)
+    cascade.transition(optimizer)
+    step(cascade, optimizer)
+    lx.save(cascade, tmp_path / "run", optimizer=optimizer)
+    other = tmp_path / "other.safetensors"
+    save_file({**load_file(path), "0.bias": torch.ones(7)}, other)
+    with torch.device("meta"):
+        bare = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    loaded = lx.load(tmp_path / "run", bare, *args)
+    if is_sharded and not with_inputs:
+        with raises(lx.StateError, "no-graph"):
+            fsdp.shard(loaded)
+        return
+    if is_sharded:
+        fsdp.shard(loaded)
+    with raises(lx.StateError, "meta-model"):
+        loaded(x)
+    with raises(lx.CheckpointError, "checkpoint-other-base", "0.bias"):
+        lx.materialize(loaded, other)
+    lx.materialize(loaded, path)
+    resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
+    loaded.resume(resumed)
+    assert loaded.stage == 2
+    for _ in range(2):
+        assert torch.equal(step(loaded, resumed), step(cascade, optimizer))
+        loaded.transition(resumed)
+        cascade.transition(optimizer)
 
 
 LORA_B = "branch/0.weight/lora_B"

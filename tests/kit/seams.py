@@ -15,6 +15,7 @@ from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
 from lorasc_fx.integrations import progress, tensor_parallel
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, transition
+from lorasc_fx.runtime import run as run_module
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import SlowWeights, WeightState, model, products
 
@@ -40,6 +41,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "transition": (transition, "next_stage"),
     "start of a weight": (Branch, "next_a"),
     "commit": (Run, "commit"),
+    "digest of the source": (run_module, "source_digest"),
     "redraw": (model, "write_start"),
     "rest a weight": (SlowWeights, "write_resting"),
     "whole weight": (WeightState, "exact"),

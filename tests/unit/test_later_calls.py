@@ -265,9 +265,10 @@ def test_replaced_state_is_not_kept_alive_for_ever() -> None:
 
 def test_weights_that_nothing_can_train_are_told(tmp_path: Path) -> None:
     x = torch.randn(4, 5)
-    lx.save(lx.adapt(nn.Linear(5, 3), (x,)), tmp_path)
+    run = lx.adapt(nn.Linear(5, 3), (x,))
+    lx.save(run, tmp_path)
     with raises(lx.CaptureError, "meta-model", "weight"):
-        lx.load(tmp_path, nn.Linear(5, 3, device="meta"), (x,))
+        lx.merge([tmp_path], nn.Linear(5, 3, device="meta"), (x,))
     with torch.inference_mode():
         fixed = nn.Linear(5, 3)
     with raises(lx.CaptureError, "inference-tensor", "weight"):
