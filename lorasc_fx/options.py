@@ -14,7 +14,7 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from lorasc_fx.shards import local
+from lorasc_fx.shards import full_tensor
 
 __all__ = [
     "AVERAGES",
@@ -203,7 +203,7 @@ class KeptA(NextA):
 
     def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
         """Return a copy of the one before."""
-        if previous.shape != fresh.shape or not bool(torch.isfinite(local(previous)).all()):
+        if previous.shape != fresh.shape or not bool(torch.isfinite(full_tensor(previous)).all()):
             return fresh
         return previous.detach().clone()
 

@@ -125,6 +125,14 @@ class ProcessGroup:
         dist.all_reduce(held, group=self.handle)
         return held.to(tensor.device)
 
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor of the first rank, on its device; it has the same shape on each."""
+        if self.handle is None:
+            return tensor
+        held = tensor.to(self.device, copy=True).contiguous()
+        dist.broadcast(held, dist.get_global_rank(self.handle, 0), group=self.handle)
+        return held.to(tensor.device)
+
     def max(self, number: float) -> float:
         """Return the largest of a number over the ranks; nan where it is nan on one."""
         missing = math.isnan(number)
@@ -259,6 +267,17 @@ class ShardSpec:
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this shard of a whole tensor."""
         return tensor.narrow(self.axis, self.first, self.count)
+
+    def whole(self, shard: torch.Tensor) -> torch.Tensor:
+        """Return the whole tensor whose shard is here, on its device. Every rank must call this at the same point."""
+        if self.group.handle is None:
+            return shard
+        rows = shard.movedim(self.axis, 0)
+        padded = rows.new_zeros((-(-self.total // self.group.size), *rows.shape[1:]), device=self.group.device)
+        padded[: self.count] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.group.size)]
+        dist.all_gather(parts, padded, group=self.group.handle)
+        return torch.cat(parts)[: self.total].movedim(0, self.axis).contiguous().to(shard.device)
 
     def full_shape(self, shard: torch.Size) -> torch.Size:
         """Return the shape of a whole tensor whose shard has this one."""

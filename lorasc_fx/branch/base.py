@@ -9,6 +9,7 @@ on where the branch stands: each place is a method of the subclass.
 from __future__ import annotations
 
 import abc
+import copy
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.plan import Site
-from lorasc_fx.shards import full_tensor, local
+from lorasc_fx.shards import ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = [
@@ -91,13 +92,17 @@ class Branch(nn.Module, abc.ABC):
         """The trainable length of each row [out]; None where nothing scales the rows (`RowScale`)."""
         return None
 
-    def reset_magnitude(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """Set the magnitudes so that the adapted weight is this weight with the pair's delta, and return them."""
-        return None
+    def norms(self, weight: torch.Tensor, shard: ShardSpec | None = None) -> torch.Tensor:
+        """Return the length of each row [out] of the adapted weight, where magnitudes scale them."""
+        raise NotImplementedError
 
-    def gain(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """Return the row scale [out] of a weight as it is stored, `diag(gain) (W + s B A)`; None for none."""
-        return None
+    def whole(self) -> Branch:
+        """Return a copy whose factors are plain tensors, whole. Of a sharded one every rank must call this."""
+        factors = {
+            id(factor): nn.Parameter(full_tensor(factor.detach()).clone(), factor.requires_grad)
+            for factor in self.parameters()
+        }
+        return copy.deepcopy(self, factors)
 
     @property
     def rank(self) -> int:

@@ -7,6 +7,7 @@ the backward. It stands in place of its op, so that the product is scaled and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -19,17 +20,30 @@ from lorasc_fx.branch.linear import MatrixBranch
 from lorasc_fx.branch.low_rank import plus
 from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
+from lorasc_fx.shards import ShardSpec, full_tensor
 
 __all__ = ["BRANCH_OF", "DoraBranch", "branch_class"]
 
 
 @fx.wrap  # one node in a trace of torch.fx, which records neither no_grad nor autocast
-def row_norms(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, axis: int) -> torch.Tensor:
-    """Return the norms of `W + scale * left @ right` along an axis of the matrix, without a gradient; 1 for 0."""
+def row_norms(
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    axis: int,
+    total_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Return the norms of `W + scale * left @ right` along an axis of the matrix, without a gradient; 1 for 0.
+
+    Where only a part of the axis is here, `total_of` sums the squares over those who hold the others.
+    """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         matrix = weight.detach().to(left.dtype).reshape(left.shape[0], right.shape[1])
         total = torch.addmm(matrix, left.detach(), right.detach(), alpha=scale)
         norms = torch.linalg.vector_norm(total, dim=axis)
+        if total_of is not None:
+            norms = total_of(norms.square()).sqrt()
         return torch.where(norms == 0, 1.0, norms)
 
 
@@ -50,18 +64,25 @@ class DoraBranch(Branch):
         """The magnitudes m [out]."""
         return self.lora_magnitude_vector
 
-    def norms(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return `|W + s B A|` of each row [out] in the factors' dtype, without a gradient; 1 for a row of zeros."""
-        left, right = self.oriented()
-        return row_norms(weight, left, right, self.scale, 0 if self.transposed else 1)
+    def norms(self, weight: torch.Tensor, shard: ShardSpec | None = None) -> torch.Tensor:
+        """Return `|W + s B A|` of each row [out] in the factors' dtype, without a gradient; 1 for a row of zeros.
 
-    def reset_magnitude(self, weight: torch.Tensor) -> torch.Tensor:
-        """Set the magnitudes to the norms of `W + s B A`."""
-        with torch.no_grad():
-            return self.lora_magnitude_vector.copy_(self.norms(weight))
+        With a shard the weight is that of W, and the rows are those that are here; all-reduced where rows are cut.
+        """
+        left, right = self.oriented()
+        axis = 0 if self.transposed else 1
+        if shard is None:
+            return row_norms(weight, left, right, self.scale, axis)
+        left, right = full_tensor(left), full_tensor(right)
+        left, right = (shard.take(left), right) if shard.axis == 0 else (left, shard.take(right))
+        return row_norms(weight, left, right, self.scale, axis, shard.group.sum_of if shard.axis == axis else None)
 
     def gain(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return g = m / |W + s B A| [out], for a weight as it is stored."""
+        """Return g = m / |W + s B A| [out], for a weight as it is stored; 1 where the branch adds nothing, as other
+        weights are in place (its scale is 0 then).
+        """
+        if not self.scale:
+            return torch.ones_like(self.lora_magnitude_vector)
         return self.lora_magnitude_vector / self.norms(weight)
 
     def in_place(

@@ -171,8 +171,8 @@ class RunFolder:
             for weight, branch in cascade._run.branches_by_weight().items():
                 line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
                 if branch.finite():
-                    initial = cascade._run.slow.states[weight].initial
-                    values = singular_values(factors_of(branch, torch.device("cpu"), initial))
+                    state = cascade._run.slow.states[weight]
+                    values = singular_values(factors_of(branch, torch.device("cpu"), state))
                     line |= {"norm": norm_of(values), "effective_rank": effective_rank(values)}
                 file.write(json.dumps(line) + "\n")
 

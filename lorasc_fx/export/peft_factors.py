@@ -152,8 +152,8 @@ def change_of(run: Run, which: Which) -> Change:
     at = "slow" if which == "fast" and slow.idle else which
     for name, state in slow.states.items():
         live, gain, branch = None, None, branches.get(name)
-        if which == "fast" and branch is not None and has_trained(branch, state.initial):
-            live = factors_of(branch, torch.device("cpu"), state.initial)
+        if which == "fast" and branch is not None and has_trained(branch, state):
+            live = factors_of(branch, torch.device("cpu"), state)
             gain = gain_of(branch, state, run.plan.spec, run.plan.stage, not slow.idle)
         _, delta, terms = state.terms(at if live is None else "fast", live, gain)
         if delta is not None and bool(delta.any()):

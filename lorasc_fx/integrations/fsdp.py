@@ -40,19 +40,20 @@ from lorasc_fx.undo import AllOrNothing, Undo
 __all__ = ["folded_state_dict", "shard"]
 
 ON_SHARDS = {
-    "targets", "exclude", "train", "untie", "rules", "rank", "lora_alpha", "use_rslora", "dropout", "placement", "pace",
+    "targets", "exclude", "train", "untie", "rules", "rank", "lora_alpha", "use_rslora", "placement", "pace", "start",
     "restart", "slow_train", "seed", "noise", "strength", "keep", "where", "train_A", "lr_ratio", "train_rules",
     "average", "average_decay", "redraw", "on_nonfinite", "distribution", "optimizer_state",
 }  # fmt: skip
 """Fields of a spec, and of its noise, that mean the same on shards, whatever they hold."""
-NEEDS_WHOLE: Mapping[str, str] = {
-    "ranks": "a parameter that was cut keeps its shape",
-    "nearest_full_gradient": "it multiplies whole factors",
-    "restart_A": "'gradient' decomposes the gradient of a whole weight",
-    "start": "it decomposes whole weights",
-    "use_dora": "it measures whole rows of a weight",
+NEEDS_WHOLE: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "ranks": ("a parameter that was cut keeps its shape", ("shard", "parallelize")),
+    "nearest_full_gradient": ("each rank computes with its share of the factors", ("parallelize",)),
+    "restart_A": ("for 'gradient' no rank computes the gradient of a whole weight", ("parallelize",)),
+    "use_dora": ("no rank has whole rows of a product", ("parallelize",)),
+    "dropout": ("each process would drop other entries", ("parallelize",)),
 }
-"""The other fields, each with the reason why a value besides its default is refused; restart_A="kept" is not."""
+"""The other fields, each with the reason why a value besides its default is refused, and the calls that refuse it;
+restart_A="kept" is not."""
 
 
 def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
@@ -98,6 +99,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
                 for parameter in run.trainable().values():
                     run.pending.note(parameter)
+                run.gradient_init.before_call(group)
             return run.placed is not None
 
         def split(variant: Variant) -> Variant:
@@ -197,7 +199,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         raise StateError(
             f"shard: the mesh has {mesh.ndim} axes; give one of its axes, as mesh['name']", code="invalid-mesh"
         )
-    for name, value, usual, why in whole_only(spec):
+    for name, value, usual, why in whole_only(spec, "shard"):
         raise StateError(f"shard: {name} is {value!r}: {why}; give {usual!r} in the spec", code="not-shardable")
     variants = cascade._held_variants
     if not variants:
@@ -237,26 +239,30 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
                 code="gradients-pending",
             )
     kinds: dict[str, dict[torch.dtype, str]] = {}
-    for name, parameter in run.trainable().items():
+    graded = run.trainable()
+    if spec.next_a.needs_gradient:
+        graded |= {f"model.{site.weight}": parameters[f"model.{site.weight}"] for site in run.sites}
+    for name, parameter in graded.items():
         seen = kinds.setdefault(units[id(parameter)], {})
         seen.setdefault(parameter.dtype, name)
         if len(seen) > 1:
             odd = " and ".join(f"{first} {dtype}" for dtype, first in seen.items())
             raise StateError(
-                f"shard: {odd} are trained in one block, where FSDP adds up gradients of one dtype; cast them",
+                f"shard: {odd} have gradients in one block, where FSDP adds up those of one dtype; cast them",
                 code="not-shardable",
             )
     return {number: segmented(graph, units) for number, graph in graphs.items()}
 
 
-def whole_only(spec: CascadeSpec) -> Iterator[tuple[str, Any, Any, str]]:
-    """Yield each option of a spec that needs whole weights: its name, its value, the default, and why."""
+def whole_only(spec: CascadeSpec, call: str) -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield each option of a spec that a call refuses on shards: its name, its value, the default, and why."""
     pairs = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.strength else [])
     for prefix, options, defaults in pairs:
         for item in fields(options):
             value, default = getattr(options, item.name), getattr(defaults, item.name)
-            if item.name not in ON_SHARDS and value != default and (item.name, value) != ("restart_A", "kept"):
-                yield f"{prefix}{item.name}", value, default, NEEDS_WHOLE[item.name]
+            why, calls = NEEDS_WHOLE.get(item.name, ("", ()))
+            if call in calls and value != default and (item.name, value) != ("restart_A", "kept"):
+                yield f"{prefix}{item.name}", value, default, why
 
 
 def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh, undo: Undo) -> Shards:

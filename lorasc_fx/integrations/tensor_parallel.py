@@ -101,8 +101,7 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
 
     Raises:
         SpecError: a pattern means no weight, a weight is none of a linear layer, or does not divide by the number of
-            processes, or the spec asks for what shards cannot do (dropout, restart_A="gradient", a share as
-            optimizer_state).
+            processes, or the spec asks for what shards cannot do (docs/devices.md has the table).
         StateError: the cascade is sharded already, has graph breaks, or does not compute the same on shards, or ranks
             have other weights, another spec or other code; nothing was changed.
     """
@@ -173,10 +172,7 @@ def _check_spec(cascade: Cascade, mesh: DeviceMesh) -> None:
             "give a DeviceMesh of one axis (torch.distributed.device_mesh.init_device_mesh)",
             code="invalid-mesh",
         )
-    asked = [(name, value, why) for name, value, _, why in whole_only(spec)]
-    if spec.dropout > 0:
-        asked.append(("dropout", spec.dropout, "each process would drop other entries"))
-    for name, value, why in asked:
+    for name, value, _, why in whole_only(spec, "parallelize"):
         raise SpecError(
             f"parallelize: the spec has {name}={value!r}: {why}; adapt without it",
             code="not-shardable",

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.runtime.watches import Replicas
+from lorasc_fx.shards import ProcessGroup, full_tensor, local, local_like
 
 __all__ = ["GradientInitialization"]
 
@@ -79,8 +80,22 @@ class GradientInitialization:
         _, branches, replicas = self._armed_by
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(branch.lora_B) in held for branch in branches.values()):
-            for name, gradient in self.call_off().items():
-                _initialize(branches[name], replicas.averaged(gradient))
+            gathered = self.call_off()
+            for name in [name for name in branches if name in gathered]:  # in the order of all ranks
+                _initialize(branches[name], replicas.averaged(gathered[name]))
+
+    def before_call(self, group: ProcessGroup) -> None:
+        """Forget what was zeroed, before a forward on shards: gradients come past the hooks that see it elsewhere.
+
+        Every rank must call this at the same point.
+        """
+        if self._gathered:
+            _, branches, _ = self._armed_by
+            gradients = [branches[name].lora_B.grad for name in self._gathered]
+            some = [gradient is not None and bool(local(gradient).any()) for gradient in gradients]
+            kept = group.sum_of(torch.tensor(some, dtype=torch.float64)).tolist()
+            for name in [name for name, count in zip(self._gathered, kept, strict=True) if not count]:
+                del self._gathered[name]
 
     def call_off(self) -> dict[str, torch.Tensor]:
         """Wait no longer; return the gradients gathered so far, by weight name."""
@@ -157,14 +172,18 @@ def _forgets_what_was_zeroed(
 
 @torch.no_grad()
 def _initialize(branch: Branch, gradient: torch.Tensor) -> None:
-    left, right = branch.oriented()
-    matrix = gradient.reshape(*left.shape[:-1], right.shape[-1]).to(branch.lora_A.dtype)
+    """Start lora_A from the gradient of the weight, which is gathered where it lies in shards."""
+    own_slope = branch.lora_B.grad
+    if own_slope is None:
+        return
+    whole, gradient, slope = branch.whole(), full_tensor(gradient), full_tensor(own_slope).clone()
+    left, right = whole.oriented()
+    matrix = gradient.reshape(*left.shape[:-1], right.shape[-1]).to(whole.lora_A.dtype)
     matrix = matrix.transpose(-2, -1) if branch.transposed else matrix
-    slope = branch.lora_B.grad
-    if slope is None or not torch.isfinite(matrix).all():
+    if not torch.isfinite(matrix).all():
         return
     slopes = slope.split(branch.slices) if branch.slices else (slope,)
-    for (a, _, rows), b_grad in zip(branch.pairs(matrix), slopes, strict=True):
+    for (a, _, rows), b_grad in zip(whole.pairs(matrix), slopes, strict=True):
         old = branch.scale * rows @ a.transpose(-2, -1)
         weight = old.square().sum()
         share = (b_grad * old).sum() / weight if weight > 0 else torch.ones_like(weight)
@@ -172,5 +191,7 @@ def _initialize(branch: Branch, gradient: torch.Tensor) -> None:
         count = min(a.shape[-2], singular.shape[-2])
         a[..., :count, :] = singular[..., :count, :] * a.norm(dim=-1).mean()
         b_grad.copy_(share * branch.scale * rows @ a.transpose(-2, -1))
+    local(branch.lora_A).copy_(local_like(whole.lora_A, branch.lora_A))
+    local(own_slope).copy_(local_like(slope, own_slope))
     if branch.lora_A.grad is not None:
         branch.lora_A.grad.zero_()

@@ -10,7 +10,6 @@ as the change, and exactly zero before the first step.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,7 +24,7 @@ from lorasc_fx.plan import Site
 from lorasc_fx.shards import ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import arithmetic, exact_products
-from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, WeightState, Which
+from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, Side, WeightState, Which
 
 __all__ = [
     "all_finite",
@@ -106,8 +105,11 @@ def write_start(out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage:
 def begin_stage(
     state: WeightState, branch: Branch, site: Site, spec: CascadeSpec, stage: int, a: torch.Tensor, noisy: bool = True
 ) -> tuple[WeightState, Branch]:
-    """Return the state of a stage that starts, and a copy of the branch as it starts: factors out of the weight
+    """Return the state of a stage that starts, and a copy of the branch, whole, as it starts: factors out of the weight
     (`spec.start`) where the stage runs, and magnitudes that leave the weight as it is.
+
+    Of a shard the weight is gathered where it is decomposed, and the rest is computed from what is here. Every rank
+    must call this at the same point.
 
     Args:
         state: that the stage starts from.
@@ -116,35 +118,40 @@ def begin_stage(
         a: lora_A as LoRA starts it.
         noisy: whether the stage runs; else its weight is without noise, and B = 0.
     """
-    started = copy.deepcopy(branch)
+    started = branch.whole()
     started.to_rank(site)
     taken, lengths = None, None
     with torch.no_grad():
-        b = torch.zeros_like(started.lora_B)
+        a, b = full_tensor(a), torch.zeros_like(started.lora_B)
         if noisy and spec.factor_start.from_weight:
             exact = state.exact("fast", arithmetic(state.base.dtype), device=branch.lora_A.device)
-            a, b = factors_out_of(exact, started, spec, a)
+            a, b = factors_out_of(state.whole(exact, Side.WEIGHT), started, spec, a)
+            if state.shard is not None:  # a decomposition is not the same bits on all machines
+                a, b = state.shard.group.of_first(a), state.shard.group.of_first(b)
         started.lora_A.copy_(a)
         started.lora_B.copy_(b)
         if noisy and spec.factor_start.from_weight:
-            taken = initial_factors(started)
+            taken = initial_factors(started).map(state.cut)
         state = replace(state, initial=InitialFactors(taken))
         if started.magnitude is not None:
-            magnitude = started.reset_magnitude(start_weight(state, spec, stage, noisy, branch.lora_A.device))
-            lengths = None if magnitude is None else magnitude.detach().double().cpu().clone()
+            weight = start_weight(state, spec, stage, noisy, branch.lora_A.device)
+            norms = started.norms(weight, state.shard)
+            started.magnitude.copy_(state.whole(norms, Side.OUT))
+            lengths = norms.double().cpu().clone()
     initial = None if taken is None and lengths is None else InitialFactors(taken, lengths)
     return replace(state, initial=initial), started
 
 
 def gain_of(branch: Branch, state: WeightState, spec: CascadeSpec, stage: int, noisy: bool) -> torch.Tensor | None:
     """Return the row scale g [out] of a branch with magnitudes, in fp64 on the host: with the weight that it trained
-    on, noise included. None for any other branch.
+    on, noise included; of a shard that of the rows that are here. None for any other branch.
     """
     if branch.magnitude is None:
         return None
     with torch.no_grad():
-        gain = branch.gain(start_weight(state, spec, stage, noisy, branch.lora_A.device))
-        return None if gain is None else gain.double().cpu()
+        weight = start_weight(state, spec, stage, noisy, branch.lora_A.device)
+        magnitude = state.cut(full_tensor(branch.magnitude), Side.OUT)
+        return (magnitude / branch.norms(weight, state.shard)).double().cpu()
 
 
 def all_finite(branches: Iterable[Branch]) -> bool:
@@ -203,8 +210,8 @@ def end_stage(
     if branch is not None:
         fault = "holds inf or nan"
         if checked or state.every(branch.finite()):
-            moved = not state.every(not has_trained(branch, state.initial))
-            live = factors_of(branch, state.base.device, state.initial, state.shard) if moved else None
+            moved = not state.every(not has_trained(branch, state))
+            live = factors_of(branch, state.base.device, state) if moved else None
             gain = gain_of(branch, state, spec, stage, noisy) if moved else None
             folded = state.absorb(stage, live, pace, spec.restart, share, gain)
             fault = "" if state.every(fits(folded)) else f"takes it beyond {state.base.dtype}"
@@ -287,52 +294,52 @@ def factors_out_of(
 
 
 def initial_factors(branch: Branch) -> Factors:
-    """Return the factors as they are, in fp64 with the scale folded in, on the host: where a stage begins."""
+    """Return the factors as they are, whole, in fp64 with the scale folded in, on the host: where a stage begins."""
     with torch.no_grad():
-        left, right = branch.oriented()
+        left, right = map(full_tensor, branch.oriented())
         return Factors((left.double() * branch.scale).cpu(), right.double().cpu().clone())
 
 
-def has_trained(branch: Branch, initial: InitialFactors | None) -> bool:
+def has_trained(branch: Branch, state: WeightState) -> bool:
     """Whether a branch, as far as it is here, has left its start: B = 0, or the factors and magnitudes that it began
-    with. One that was cast since has not.
+    with. One that was cast since has not. Every rank must call this at the same point.
     """
-    magnitude = initial.magnitude if initial is not None else None
-    if magnitude is not None and branch.magnitude is not None:
-        now_long = branch.magnitude.detach().cpu()
-        if not torch.equal(now_long, magnitude.to(now_long.dtype)):
-            return True
-    if initial is None or initial.factors is None:
-        return bool(local(branch.lora_B).any())
-    now, first = initial_factors(branch), initial.factors
-    if torch.equal(now.b, first.b) and torch.equal(now.a, first.a):
-        return False
-    left, right = (factor.detach().cpu() for factor in branch.oriented())
+    initial = state.initial if state.initial is not None else InitialFactors()
+    moved = False
+    if initial.magnitude is not None and branch.magnitude is not None:
+        now_long = state.cut(full_tensor(branch.magnitude.detach()), Side.OUT).cpu()
+        moved = not torch.equal(now_long, initial.magnitude.to(now_long.dtype))
+    if initial.factors is None:
+        return moved or bool(local(branch.lora_B).any())
+    now, first = initial_factors(branch).map(state.cut), initial.factors
+    if moved or (torch.equal(now.b, first.b) and torch.equal(now.a, first.a)):
+        return moved
+    dtype = branch.lora_A.dtype
     return not (
-        torch.equal((first.b / branch.scale).to(left.dtype), left) and torch.equal(first.a.to(right.dtype), right)
+        torch.equal((now.b / branch.scale).to(dtype), (first.b / branch.scale).to(dtype))
+        and torch.equal(now.a.to(dtype), first.a.to(dtype))
     )
 
 
-def factors_of(
-    branch: Branch, device: torch.device, initial: InitialFactors | None = None, shard: ShardSpec | None = None
-) -> Factors:
+def factors_of(branch: Branch, device: torch.device, state: WeightState) -> Factors:
     """Return what the branch has added since its start as factors on a device, as the weight is stored, the scale
     folded in: copies of its own where it started from B = 0, else `[B - B_0, B_0]` and `[A; A - A_0]`.
 
-    With a shard `b @ a` is that of the shard: where a factor is cut as the weight is, its own shard is taken, without
+    Of a shard `b @ a` is that of the shard: where a factor is cut as the weight is, its own shard is taken, without
     communication.
     """
     with torch.no_grad():
+        initial, shard = state.initial, state.shard
+        if initial is not None and initial.factors is not None:
+            now, first, dtype = initial_factors(branch).map(state.cut), initial.factors, branch.lora_A.dtype
+            b = torch.cat([now.b - first.b, first.b], dim=-1)
+            a = torch.cat([now.a, now.a - first.a], dim=-2)
+            return Factors(b.to(device, dtype), a.to(device, dtype))
         left, right = branch.oriented()
         axis, stacked = shard.axis if shard is not None else None, right.dim() > 2
         left = _shard_of(left, shard) if shard is not None and axis == 0 else full_tensor(left)
         right = _shard_of(right, shard) if shard is not None and (stacked or axis == 1) else full_tensor(right)
-        if initial is None or initial.factors is None:
-            return Factors((left * branch.scale).to(device), right.clone().to(device))
-        now, first, dtype = initial_factors(branch), initial.factors, branch.lora_A.dtype
-        b = torch.cat([now.b - first.b, first.b], dim=-1)
-        a = torch.cat([now.a, now.a - first.a], dim=-2)
-        return Factors(b.to(device, dtype), a.to(device, dtype))
+        return Factors((left * branch.scale).to(device), right.clone().to(device))
 
 
 def _shard_of(factor: torch.Tensor, shard: ShardSpec) -> torch.Tensor:

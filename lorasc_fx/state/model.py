@@ -16,7 +16,7 @@ from lorasc_fx.branch import Branch, is_quantized
 from lorasc_fx.errors import NonFiniteBranch, warn
 from lorasc_fx.options import RESTARTS
 from lorasc_fx.plan import Plan
-from lorasc_fx.shards import ProcessGroup, ShardSpec, local
+from lorasc_fx.shards import ProcessGroup, ShardSpec, local, local_like
 from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_of, gain_of, has_trained, write_start
 from lorasc_fx.state.products import arithmetic
@@ -200,16 +200,17 @@ class SlowWeights:
     ) -> None:
         """Write what `value` returns into `out`; for a branch with magnitudes the plan is that of its stage."""
         state, live, gain = self._as_run(self.states[name]), None, None
-        moved = branch is not None and which == "fast" and not state.every(not has_trained(branch, state.initial))
+        moved = branch is not None and which == "fast" and not state.every(not has_trained(branch, state))
         if branch is not None and moved:
-            live = factors_of(branch, out.device, state.initial, state.shard)
+            live = factors_of(branch, out.device, state)
             if plan is not None:
                 gain = gain_of(branch, state, plan.spec, plan.stage, not self.idle)
         state.write(out, which, arithmetic(out.dtype), live, gain)
 
     def moved(self, branches: Mapping[str, Branch]) -> bool:
         """Whether one of these branches, by weight name, has left the start of its stage, here or elsewhere."""
-        return self.some(any(has_trained(branch, self.states[name].initial) for name, branch in branches.items()))
+        trained = [has_trained(branch, self.states[name]) for name, branch in branches.items()]  # all: ranks talk
+        return self.some(any(trained))
 
     def after_stage(
         self, plan: Plan, branches: Mapping[str, Branch], parameters: Mapping[str, torch.Tensor]
@@ -265,7 +266,8 @@ class SlowWeights:
             a = starts[name] if starts is not None else branch.lora_A.detach()
             site = plan.by_weight[name]
             states[name], started = begin_stage(states[name], branch, site, spec, plan.stage, a, not self.idle)
-            factors[name] = {key: value.detach() for key, value in started.named_parameters()}
+            held = dict(branch.named_parameters())
+            factors[name] = {key: local_like(value.detach(), held[key]) for key, value in started.named_parameters()}
         return replace(self, states=states), factors
 
     def faults(self) -> list[str]:

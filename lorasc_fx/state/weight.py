@@ -507,13 +507,22 @@ class WeightState(Tree):
         after = replace(self, shard=shard)
 
         def own(value: torch.Tensor, side: Side) -> torch.Tensor:
-            axis = after.axis(side)
-            if shard is None or axis is None:
-                return value
-            here = value.narrow(axis, shard.first, shard.count)
-            return here if mapped and value is self.base else here.clone()
+            return after.cut(value, side, copied=not (mapped and value is self.base))
 
         return after.map(own)
+
+    def cut(self, value: torch.Tensor, side: Side, copied: bool = True) -> torch.Tensor:
+        """Return of a whole tensor that lies beside the weight what is here, in memory of its own where `copied`."""
+        axis = self.axis(side)
+        if self.shard is None or axis is None:
+            return value
+        here = value.narrow(axis, self.shard.first, self.shard.count)
+        return here.clone() if copied else here
+
+    def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
+        """Return the whole of a tensor that lies beside the weight. Every rank must call this at the same point."""
+        axis = self.axis(side)
+        return value if self.shard is None or axis is None else replace(self.shard, axis=axis).whole(value)
 
     # ---- faults
 

@@ -42,6 +42,11 @@ SPECS: dict[str, dict[str, Any]] = {
         "noise": {"strength": 0.1, "redraw": "step", "distribution": "filter"},
         "train_rules": ({"pattern": "norm.*", "slow": False},),
     },
+    "dora": {"use_dora": True, "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_A": "kept"},
+    "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
+    "dora, olora": {"use_dora": True, "start": "olora", "exclude": ("table.*",)},
+    "nearest": {"nearest_full_gradient": True, "train_A": False, "average": "swa"},
+    "gradient": {"restart_A": "gradient", "noise": {"strength": 0.1}},
     "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
 }
 
@@ -140,9 +145,10 @@ def run(cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple
 
 def alone(name: str) -> dict[str, Tensor]:
     cascade = adapted(name)
-    run(cascade, optimizer_of(cascade), 0, STAGES * STEPS, (0, 1))
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, STAGES * STEPS, (0, 1))
     found = values(cascade)
-    cascade.transition(None)
+    cascade.transition(optimizer)
     found |= {f"folded/{key}": value for key, value in cascade.folded_state_dict().items()}
     return found | back(cascade, name)
 
@@ -194,7 +200,7 @@ def sharded(rank: int, count: int, names: list[str], files: str = "", base: str 
             cascade.transition(optimizer)
         ranks = {site.rank for site in cascade.sites}
         assert shapes, "the transition asked for no factor"
-        assert all(ranks & set(shape) for shape in shapes), shapes  # factors, and no weight
+        assert all(ranks & set(shape) or len(shape) == 1 for shape in shapes), shapes  # factors, magnitudes: no weight
         own |= {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
         own |= back(cascade, name)
         found |= {f"{name}/{key}": value for key, value in own.items()}

@@ -36,7 +36,16 @@ __all__ = ["group"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "names"), [(2, ["fresh", "fast", "averaged", "merged"]), (4, ["fast"])])
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (2, ["fresh", "fast", "averaged", "merged"]),
+        (4, ["fast"]),
+        (2, ["dora", "dora, olora", "pissa"]),
+        (2, ["gradient", "nearest"]),
+        (4, ["dora, olora", "gradient"]),
+    ],
+)
 def test_the_numbers_of_one_process(count: int, names: list[str]) -> None:
     wanted = {name: sharding.alone(name) for name in names}
     ranks = on_ranks(count, sharding.sharded, names, limit=100)
@@ -59,7 +68,8 @@ def files(tmp_path: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "name", "base"), [(2, "averaged", "memory"), (2, "fresh", "file"), (4, "fast", "memory")]
+    ("count", "name", "base"),
+    [(2, "averaged", "memory"), (2, "fresh", "file"), (4, "fast", "memory"), (2, "dora, olora", "memory")],
 )
 def test_the_numbers_of_one_process_where_none_holds_the_model(files: str, count: int, name: str, base: str) -> None:
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
@@ -108,15 +118,21 @@ def test_no_rank_holds_more_than_its_shards_and_a_unit(tmp_path: Path) -> None:
     size, ranks = Size(6, 1024, 4096), 4
     size.write(tmp_path)
     found = measure(size, ranks, "memory", tmp_path)
-    assert found.held < 2 * size.model / ranks + size.unit / 2, found
-    assert found.materialize < 2 * size.model / ranks + 1.6 * size.unit, found
-    assert max(found.step, found.transition) < size.model, found
+    assert found.materialize < 2 * size.model / ranks + 1.5 * size.unit, found
+    assert found.transition < 2 * size.model / ranks + 3.5 * size.unit, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "saving", "resuming"),
-    [("fresh", 2, (2, 4)), ("fresh", 2, (1,)), ("fresh", 1, (2,)), ("averaged", 2, (1, 2))],
+    [
+        ("fresh", 2, (2, 4)),
+        ("fresh", 2, (1,)),
+        ("fresh", 1, (2,)),
+        ("averaged", 2, (1, 2)),
+        ("dora, olora", 2, (1, 4)),
+        ("gradient", 2, (1, 2)),
+    ],
 )
 def test_a_checkpoint_is_cut_anew(tmp_path: Path, name: str, saving: int, resuming: tuple[int, ...]) -> None:
     """The numbers of an uninterrupted run on one process; `keep` versions stay."""
@@ -137,7 +153,7 @@ def test_a_checkpoint_is_cut_anew(tmp_path: Path, name: str, saving: int, resumi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "counts"), [("fresh", (2, 1)), ("averaged", (4,))])
+@pytest.mark.parametrize(("name", "counts"), [("fresh", (2, 1)), ("averaged", (4,)), ("dora, olora", (2,))])
 def test_a_checkpoint_goes_on_where_no_process_holds_the_model(
     tmp_path: Path, files: str, name: str, counts: tuple[int, ...]
 ) -> None:
@@ -218,20 +234,10 @@ def quantized() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tuple[str, ...]]] = {
-    "gradient": (
-        {"restart_A": "gradient"},
+    "ranks": (
+        {"ranks": [2, 3]},
         None,
-        ("not-shardable", "restart_A", "'gradient'"),
-    ),
-    "dora": (
-        {"use_dora": True},
-        None,
-        ("not-shardable", "use_dora", "True"),
-    ),
-    "start": (
-        {"start": "pissa"},
-        None,
-        ("not-shardable", "start", "'pissa'"),
+        ("not-shardable", "ranks", "(2, 3)"),
     ),
     "scalar": ({}, lambda: Scaled(torch.tensor(2.0)), ("not-shardable", "model.gain")),
     "layout": ({}, lambda: Scaled(torch.ones(2, 3).t()), ("not-shardable", "model.gain", "contiguous")),
@@ -248,9 +254,9 @@ def test_each_option_works_on_shards_or_says_why_not() -> None:
     options = {item.name for kind in (lx.CascadeSpec, lx.Noise) for item in dataclasses.fields(kind)}
     assert options == fsdp.ON_SHARDS | set(fsdp.NEEDS_WHOLE)
     page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
-    assert all(
-        re.search(rf"^\| `{name}.*\| .*{why.split()[-1]} \|$", page, re.M) for name, why in fsdp.NEEDS_WHOLE.items()
-    )
+    for name, (why, calls) in fsdp.NEEDS_WHOLE.items():
+        where = " and ".join(f"`{call}`" for call in calls)
+        assert re.search(rf"^\| `{name}.*\| {where} \| .*{why.split()[-1]} \|$", page, re.M), name
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -554,9 +560,11 @@ def test_shard_waits_for_whoever_works_with_the_weights(monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("group")
 def test_gradients_of_two_dtypes_in_one_block() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).bfloat16()
-    cascade = lx.adapt(model, args=(torch.randn(2, 5).bfloat16(),), spec=lx.CascadeSpec(rank=2, train=("0.bias",)))
-    with raises(lx.StateError, "not-shardable"):
-        fsdp.shard(cascade)
+    for options in ({"train": ("0.bias",)}, {"restart_A": "gradient"}):
+        cascade = lx.adapt(model, args=(torch.randn(2, 5).bfloat16(),), spec=lx.CascadeSpec(rank=2, **options))
+        with raises(lx.StateError, "not-shardable", "0.weight" if "restart_A" in options else "0.bias"):
+            fsdp.shard(cascade)
+        cascade.release()
 
 
 @pytest.mark.slow

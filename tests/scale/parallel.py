@@ -106,6 +106,12 @@ LLAMA = {
 WORKS = {
     "mlp": Work(Mlp, {"x": X}, {"gate": "colwise", "up.weight": "colwise", "down": "rowwise"}, SPEC),
     "mlp, kept": Work(Mlp, {"x": X}, {"gate": "colwise", "up": "colwise", "down": "rowwise", "head": "rowwise"}, KEPT),
+    "mlp, pissa": Work(
+        Mlp,
+        {"x": X},
+        {"gate": "colwise", "up": "colwise", "down": "rowwise", "head": "rowwise"},
+        lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), start="pissa"),
+    ),
     "mlp, averaged": Work(
         Mlp,
         {"x": X},

@@ -15,7 +15,9 @@ from tests.scale.ranks import spawn
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("names", [("mlp", "mlp, kept", "mlp, averaged", "gpt"), ("llama",)], ids=["small", "llama"])
+@pytest.mark.parametrize(
+    "names", [("mlp", "mlp, kept", "mlp, pissa", "mlp, averaged", "gpt"), ("llama",)], ids=["small", "llama"]
+)
 def test_it_computes_what_one_process_computes(names: tuple[str, ...], tmp_path: Path) -> None:
     spawn(in_parts, names, str(tmp_path))
     for name in names:
@@ -35,7 +37,7 @@ def test_it_computes_what_one_process_computes(names: tuple[str, ...], tmp_path:
             assert local["local model"] < 0.75 * sum(each.numel() for each in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp, kept", "mlp, averaged"])
+@pytest.mark.parametrize("name", ["mlp", "mlp, pissa", "mlp, averaged"])
 def test_a_checkpoint_of_parts_goes_on_in_parts_and_on_one_process(name: str, tmp_path: Path) -> None:
     spawn(saved_in_parts, name, str(tmp_path))
     work, seen = WORKS[name], load_file(tmp_path / "saved 1.safetensors")
