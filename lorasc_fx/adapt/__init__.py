@@ -139,7 +139,18 @@ def load(
         SpecError: base is `file`, and the model names no folder.
         MissingExtra: the library of the base is not installed.
     """
-    found = read(folder)
+    return load_found(read(folder), model, args, kwargs, base=base)
+
+
+def load_found(
+    found: Checkpoint,
+    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str] | None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    base: str | PathLike[str] = "memory",
+) -> Cascade:
+    """Adapt a base model as a checkpoint that was read has it; see `load`."""
     if found.frontend not in ("auto", *FRONTENDS):
         known = ", ".join(("auto", *FRONTENDS))
         raise CheckpointError(

@@ -52,6 +52,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "check_between_steps",
     "check_finite",
     "contents",
     "sync",
@@ -94,7 +95,7 @@ def write_version(
         try:
             with group.agreed("save"):
                 if not is_alone:
-                    _check_between_steps(run)
+                    check_between_steps(run, "save")
                 if writes:
                     held.enter_context(run.exclusive("save", sharded=True, parallel=True))
                     check_finite(run)
@@ -135,12 +136,12 @@ def write_version(
     return Path(group.gather_text(str(version), "save")[0])
 
 
-def _check_between_steps(run: Run) -> None:
+def check_between_steps(run: Run, call: str) -> None:
     """Raise StateError where gradients wait for a step: each rank may hold others."""
     waiting = run.pending.waiting(run.trainable())
     if waiting:
         raise StateError(
-            f"save: gradients wait for a step on {waiting[0]}, and each rank may hold others; call it between "
+            f"{call}: gradients wait for a step on {waiting[0]}, and each rank may hold others; call it between "
             "optimizer.step() and the next backward",
             code="gradients-pending",
         )

@@ -8,20 +8,21 @@ made of them again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write
-from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical, sanitized
+from lorasc_fx.runtime.checkpoint import MANIFEST, canonical, file_names, sanitized
 from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
 from lorasc_fx.runtime.run import Gradients, Planned, Run
 from lorasc_fx.undo import Undo
 
-__all__ = ["KEY", "from_state_dict", "take_over", "to_state_dict"]
+__all__ = ["KEY", "digest_of", "from_state_dict", "packed", "take_over", "to_state_dict"]
 
 KEY = "lorasc_fx.manifest"
 """Name of the tensor that holds the manifest."""
@@ -35,10 +36,15 @@ def to_state_dict(run: Run) -> dict[str, torch.Tensor]:
     """
     checkpoint_write.check_finite(run)
     tensors, manifest = checkpoint_write.contents(run, None, None, {}, {})
-    manifest["files"] = {TENSORS: _digest(tensors)}
+    return {**tensors, KEY: packed(manifest, [digest_of(tensors)])}
+
+
+def packed(manifest: dict[str, Any], digests: Sequence[str]) -> torch.Tensor:
+    """Return a manifest as a tensor of bytes, completed by the digests of the tensors of each rank (`digest_of`)."""
+    manifest["files"] = dict(zip(file_names(len(digests)), digests, strict=True))
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, allow_nan=False).encode()
-    return {**tensors, KEY: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint_read.Checkpoint:
@@ -58,7 +64,8 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
     way = "take another checkpoint"
     manifest, plan = checkpoint_read.manifest_of(bytes(data_of(packed.cpu().contiguous())), Path(where, MANIFEST), way)
     tensors = {name: tensor for name, tensor in table.items() if name != KEY}
-    if _digest(tensors) != manifest["files"].get(TENSORS):
+    ranks = _cut(tensors, manifest.get("shards", {}), len(manifest["files"]))
+    if list(map(digest_of, ranks)) != list(manifest["files"].values()):
         raise CheckpointError(
             f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}", code="digest-mismatch"
         )
@@ -116,5 +123,19 @@ def _check_alike(now: Plan, found: checkpoint_read.Checkpoint) -> None:
         )
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+def _cut(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield what each of `count` ranks has written of whole tensors: the first one also those that are not cut."""
+    for rank in range(count):
+        own = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
+        for name, axis in axes.items():
+            if name in tensors and axis < tensors[name].dim():
+                total = tensors[name].shape[axis]
+                chunk = -(-total // count)
+                first = min(rank * chunk, total)
+                own[name] = tensors[name].narrow(axis, first, min(chunk, total - first))
+        yield own
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of the fingerprints of tensors by name."""
     return text_digest(json.dumps({name: fingerprint(tensors[name]) for name in sorted(tensors)}))

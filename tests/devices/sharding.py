@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import fsdp, tensor_parallel
+from lorasc_fx.integrations import dcp, fsdp, tensor_parallel
 from tests.devices.training import ROWS, STAGES, STEPS, data
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
@@ -246,6 +249,44 @@ def resumed(rank: int, count: int, folder: str, files: str = "") -> dict[str, Te
     drawn = torch.rand(3)
     run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
     return {**values(cascade), "drawn": drawn}
+
+
+def saved_by_dcp(rank: int, count: int, name: str, folder: str, at: int) -> None:
+    """Once while the training goes on, as safetensors, and once in torch's own format."""
+    cascade = fsdp.shard(adapted(name))
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, at, (rank, count))
+    torch.manual_seed(rank)
+    with Gathered() as shapes:
+        state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": at})
+    assert not shapes
+    assert all(isinstance(value, DTensor) for value in state.values()) or rank == 0
+    writer = HuggingFaceStorageWriter(f"{folder}/safetensors", save_distributed=True)
+    apart = dist.new_group()  # the thread that writes and the training each have a group
+    future: Any = checkpoint.async_save(state, storage_writer=writer, process_group=apart)
+    run(cascade, optimizer, at, at + 3, (rank, count))
+    future.result()
+    checkpoint.save(state, checkpoint_id=f"{folder}/torch")
+
+
+def resumed_by_dcp(rank: int, count: int, folder: str, kind: str, files: str = "") -> dict[str, Tensor]:
+    reader = READERS[kind](f"{folder}/{kind}")
+    cascade = dcp.load(reader, on_meta() if files else blocks(), args=(example(),))
+    if count > 1:
+        fsdp.shard(cascade)
+    if files:
+        lx.materialize(cascade, files)
+    optimizer = optimizer_of(cascade)
+    extra = cascade.resume(optimizer)
+    drawn = torch.rand(3)
+    run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
+    return {**values(cascade), "drawn": drawn}
+
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "safetensors": HuggingFaceStorageReader,
+    "torch": checkpoint.FileSystemReader,
+}
 
 
 # ---- a branch that is left out

@@ -18,12 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import lorasc_fx as lx
 from benchmarks.shards import Size, measure
-from lorasc_fx.integrations import fsdp, segments
+from lorasc_fx.integrations import dcp, fsdp, segments
 from tests.devices import sharding
 from tests.devices.ranks import on_ranks
 from tests.devices.test_ddp import close, group
@@ -162,6 +164,23 @@ def test_a_checkpoint_goes_on_where_no_process_holds_the_model(
     for count in counts:
         for found in on_ranks(count, sharding.resumed, str(tmp_path / "run"), files):
             close(found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "saving", "resuming"), [("fresh", 2, (1, 4)), ("dora, olora", 4, (2,))])
+def test_a_checkpoint_of_dcp_is_cut_anew(
+    tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...]
+) -> None:
+    """Written by torch's async_save and save, with the numbers of an uninterrupted run on one process."""
+    wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
+    on_ranks(saving, sharding.saved_by_dcp, name, str(tmp_path), 7)
+    for count in resuming:
+        kind, at = ("safetensors", files) if count == 4 else ("torch", "")
+        for found in on_ranks(count, sharding.resumed_by_dcp, str(tmp_path), kind, at):
+            close(found, wanted)
+    if saving == 2:
+        (found,) = on_ranks(1, sharding.resumed_by_dcp, str(tmp_path), "safetensors")
+        close(found, wanted)
 
 
 @pytest.mark.slow
@@ -444,6 +463,42 @@ def test_a_run_is_loaded_onto_the_meta_device(
         assert torch.equal(step(loaded, resumed), step(cascade, optimizer))
         loaded.transition(resumed)
         cascade.transition(optimizer)
+
+
+@pytest.mark.usefixtures("group")
+def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, path = two
+    start = load_file(path)
+
+    def base() -> nn.Module:
+        fresh = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+        fresh.load_state_dict(start)
+        return fresh
+
+    cascade, x = fsdp.shard(small({"pace": 0.5}, model)), torch.randn(2, 5)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+    loss = cascade(x).sum()
+    loss.backward()
+    with raises(lx.StateError, "gradients-pending", "state_dict"):
+        dcp.state_dict(cascade)
+    optimizer.step()
+    optimizer.zero_grad()
+    state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": 3})
+    wanted = cascade(x)
+    folders = {name: str(tmp_path / name) for name in ("good", "damaged", "other", "empty")}
+    changed = {**state, LORA_B: state[LORA_B] + 1}
+    for name, tensors in (("good", state), ("damaged", changed), ("other", {"weight": torch.ones(2)})):
+        checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(folders[name], save_distributed=True))
+    for name, code in (("damaged", "digest-mismatch"), ("other", "not-a-state-dict"), ("empty", "unreadable-file")):
+        with raises(lx.CheckpointError, code, folders[name]):
+            dcp.load(HuggingFaceStorageReader(folders[name]), base(), (x,))
+    loaded = dcp.load(HuggingFaceStorageReader(folders["good"]), base(), (x,))
+    resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
+    assert loaded.resume(resumed) == {"steps": 3}
+    torch.testing.assert_close(loaded(x), wanted, rtol=0, atol=0)
+    apart = dcp.state_dict(loaded, optimizer=resumed)  # of one process, without the generators of each rank
+    assert state.keys() - apart.keys() == {"outside/0"}
+    assert not any(isinstance(value, DTensor) for value in apart.values())
 
 
 LORA_B = "branch/0.weight/lora_B"
