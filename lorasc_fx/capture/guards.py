@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import enum
 import functools
+import itertools
 import math
 import sys
 import types
@@ -24,6 +25,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Change", "Guards", "Held", "attribute_tensors", "walk"]
 
@@ -80,6 +82,7 @@ class Held:
         restored: whether an isolated run gives it back.
         of_model: whether it is state of the model, and not of a function that the model calls.
         sized: whether it matters how many entries there are.
+        ordered: whether the keys are places in the order of a dict: torch numbers hooks, and each has a new number.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Held:
     restored: bool = True
     of_model: bool = True
     sized: bool = True
+    ordered: bool = False
 
     def entry(self, key: Any) -> str:
         """Return the name of an entry."""
@@ -96,6 +100,8 @@ class Held:
 
     def read(self, key: Any) -> Any:
         """Return an entry as it is now, _MISSING where there is none; a defaultdict is not asked to make one."""
+        if self.ordered:
+            return next(itertools.islice(self.where.values(), key, None), _MISSING)
         if isinstance(self.where, dict):
             return dict.get(self.where, key, _MISSING)
         if isinstance(self.where, types.MappingProxyType):
@@ -161,7 +167,8 @@ class _Walk:
                 yield from (self._module if isinstance(value, nn.Module) else self._other)(name, value, of_model)
         for name in _GLOBAL_HOOKS:
             hooks = vars(torch_module)[name]
-            yield Held(f"torch.nn.modules.module.{name}", hooks, tuple(hooks), restored=False, of_model=False)
+            places = tuple(range(len(hooks)))
+            yield Held(f"torch.nn.modules.module.{name}", hooks, places, restored=False, of_model=False, ordered=True)
         for kind in dict.fromkeys(kind for module in self._model.modules() for kind in type(module).__mro__):
             if _package(kind) not in _OPAQUE:
                 keys = dict.fromkeys(("forward", *(key for key in vars(kind) if not key.startswith("__"))))
@@ -184,7 +191,7 @@ class _Walk:
                 yield Held(name, values, none, attributes=True, restored=False, of_model=of_model, sized=False)
         for store in _HOOKS:
             if isinstance(hooks := held.get(store), dict):
-                yield Held(f"{dot}{store}", hooks, tuple(hooks), of_model=of_model)
+                yield Held(f"{dot}{store}", hooks, tuple(range(len(hooks))), of_model=of_model, ordered=True)
                 behind += [(f"{dot}{store}", hook, of_model) for hook in hooks.values()]
         if isinstance(children := held.get("_modules"), dict):
             yield Held(name, children, tuple(children), attributes=True, of_model=of_model)
@@ -279,6 +286,8 @@ def _alike(now: Any, before: Any, depth: int = DEPTH) -> bool:
         return now.keys() == before.keys() and all(_alike(now[key], before[key], depth - 1) for key in before)
     if isinstance(before, (*_PLAIN, set)):
         return bool(now == before) or (isinstance(before, float) and math.isnan(now) and math.isnan(before))
+    if isinstance(before, RemovableHandle):
+        return True  # it removes a hook, which has a guard of its own
     if isinstance(before, functools.partial):
         return _alike((now.func, now.args, now.keywords), (before.func, before.args, before.keywords), depth - 1)
     if isinstance(before, types.FunctionType):
@@ -299,8 +308,11 @@ def _by_value(value: Any) -> bool:
     return all(map(_by_value, value)) if type(value) in (list, tuple) else isinstance(value, _VALUES)
 
 
-def _contents(where: Any, without: frozenset[Any]) -> Any:
+def _contents(held: Held, without: frozenset[Any]) -> Any:
     """Return what a container holds beside the values of its entries: its keys, its elements, or how many there are."""
+    where = held.where
+    if held.ordered:
+        return range(len(where))
     if isinstance(where, dict):
         return where.keys() - without if without else tuple(where)
     return frozenset(where) if isinstance(where, set) else len(where) if isinstance(where, (list, deque)) else None
@@ -352,9 +364,9 @@ class Guards:
             for key, value in ((key, held.read(key)) for key in held.keys if key not in skipped)
             if id(value) not in registered and not isinstance(value, ReferenceType)
         }
-        self._held.append((held, skipped, _contents(where, skipped) if held.sized else None, values))
+        self._held.append((held, skipped, _contents(held, skipped) if held.sized else None, values))
         if isinstance(where, set) or (skipped and isinstance(where, dict)):
-            self._keys.append((functools.partial(_contents, where, skipped), _contents(where, skipped)))
+            self._keys.append((functools.partial(_contents, held, skipped), _contents(held, skipped)))
         elif not held.sized:
             pass
         elif isinstance(where, (dict, list, deque)) and where:
@@ -425,7 +437,7 @@ class Guards:
         """Return what differs from what it was; for messages and the preflight, not for each call."""
         changes = []
         for held, skipped, contents, values in self._held:
-            if contents is not None and (now := _contents(held.where, skipped)) != contents:
+            if contents is not None and (now := _contents(held, skipped)) != contents:
                 added = [key for key in now if key not in contents] if isinstance(held.where, dict) else [None]
                 changes += [Change(held.name, key, held.name if key is None else held.entry(key)) for key in added]
             for key, value in values.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,6 +37,9 @@ Scheduled = Literal["training", "stage"]
 _PLATEAU = "lorasc_fx.plateau"
 """Entry of the Trainer's state."""
 
+_REFERENCE = "reference"
+"""Name of the weights with which a preference training compares."""
+
 _SHAPES: dict[str, tuple[float, Literal["cosine", "linear"]]] = {
     "linear": (0.0, "linear"),
     "cosine": (0.0, "cosine"),
@@ -44,8 +48,11 @@ _SHAPES: dict[str, tuple[float, Literal["cosine", "linear"]]] = {
 }
 """Floor and decay of a StageSchedule by the Trainer's `lr_scheduler_type`."""
 
-_BEHIND = ("neftune_noise_alpha", "activation_checkpointing", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval")
-"""Arguments by which a Trainer changes a model behind the captured graphs: its Python, or its dtype for a while."""
+_BEHIND = (
+    *("neftune_noise_alpha", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval"),
+    *("cast_lm_head_to_fp32", "sync_ref_model"),
+)
+"""Arguments by which a Trainer changes a model behind the captured graphs: its Python, its dtype, or its weights."""
 
 
 class CascadeCallback(TrainerCallback):  # type: ignore[misc]
@@ -105,10 +112,26 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer: Any = None
         self._over = False
         self._batches: Any = None
+        self._which: str | None = None
+        self._placed: contextlib.AbstractContextManager[object] | None = None
+        self._reference: _Reference | None = None
+        self._other_reference = False
         if evaluate == "trained":
             cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
         vars(cascade)["_get_name"] = cascade.model._get_name  # by which a Trainer knows whether it shifts labels
         cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model
+
+    @property
+    def reference(self) -> torch.nn.Module:
+        """The reference model of a preference training, without weights of its own: the cascade before the training.
+
+        `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`. It computes with the weights that the cascade
+        has under the name `reference`. If there are none when the training begins, they are `cascade.add("reference",
+        cascade)`: the base of a new cascade, what a run that was loaded has learnt.
+        """
+        if self._reference is None:
+            self._reference = _Reference(self)
+        return self._reference
 
     # ---- what a Trainer tells
 
@@ -116,13 +139,18 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         """Take a place before the Trainer's evaluation and its saving."""
         self._check_model(about["model"])
         self._check_arguments(args)
-        self._trainer = trainer = _calling_trainer()
+        self._trainer, made_by = _calling_trainer()
+        trainer = self._trainer
         if args.label_names is None:
             trainer.label_names = find_labels(type(self.cascade.model))  # it looks at the name of the class as well
         trainer.evaluation_loop = self._evaluating(trainer.evaluation_loop)
         trainer.train = self._training(trainer.train)
         trainer.save_model = self._saving(trainer, trainer.save_model)
         trainer.create_optimizer = self._optimizing(trainer.create_optimizer)
+        given = made_by.get("ref_model")
+        self._other_reference = given is not None and given is not self._reference
+        if hasattr(trainer, "compute_ref_log_probs"):
+            trainer.compute_ref_log_probs = self._comparing(trainer.compute_ref_log_probs)
         if self.schedule == "stage":
             trainer.get_train_dataloader = self._loading(trainer.get_train_dataloader)
             trainer.create_scheduler = self._scheduling(trainer)
@@ -207,15 +235,55 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             self.plateau.load_state_dict(saved["plateau"])
             self._over = saved["over"]
 
-    def _placed(self, which: Evaluated) -> contextlib.AbstractContextManager[object]:
-        if which == "trained" or self.cascade._run.placed is not None:  # the user's own `weights(...)` stands
-            return contextlib.nullcontext()
-        return self.cascade.weights(which)
+    @contextlib.contextmanager
+    def _placing(self, which: str) -> Iterator[None]:
+        """Put weights in place for a `with`; those that this callback has put there before are back at its end."""
+        before, users = self._which, self._which is None and self.cascade._run.placed is not None
+        if which == "trained" or (users and which != _REFERENCE):  # the user's own `weights(...)` stands
+            yield
+            return
+        self._put(which)
+        try:
+            yield
+        finally:
+            self._put(before)
+
+    def _put(self, which: str | None) -> None:
+        held, self._placed, self._which = self._placed, None, None
+        if held is not None:
+            held.__exit__(None, None, None)
+        if which is not None:
+            placed = self.cascade.weights(which)
+            placed.__enter__()
+            self._placed, self._which = placed, which
+
+    def _take_places(self) -> None:
+        """Take the places of what TRL's trainers have put there by now: a forward, and a second copy of the base."""
+        trainer = self._trainer
+        _replace_fused_head(self.cascade)
+        _replace_switch(self.cascade)
+        held = getattr(trainer, "ref_model", None)
+        if self._other_reference or (held is None and not hasattr(trainer, "compute_ref_log_probs")):
+            return
+        if _REFERENCE not in self.cascade.views:
+            self.cascade.add(_REFERENCE, self.cascade)
+        if held is not None:
+            vars(self.reference).pop("forward", None)
+            trainer.ref_model = self.reference
+
+    def _comparing(self, original: Any) -> Any:
+        def compute_ref_log_probs(model: Any, inputs: Any) -> Any:
+            """Compute what the policy is compared with, before the training and where no reference model is held."""
+            self._take_places()
+            with self._placing(_REFERENCE) if model is self.cascade else contextlib.nullcontext():
+                return original(model, inputs)
+
+        return compute_ref_log_probs
 
     def _training(self, original: Any) -> Any:
         def train(*args: Any, **kwargs: Any) -> Any:
-            """Train as the Trainer does; TRL's have set a forward of theirs by now."""
-            _replace_fused_head(self.cascade)
+            """Train as the Trainer does."""
+            self._take_places()
             return original(*args, **kwargs)
 
         return train
@@ -229,13 +297,13 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             metric_key_prefix: str = "eval",
         ) -> Any:
             """Evaluate as the Trainer does, with the weights that are asked for in place."""
-            _replace_fused_head(self.cascade)
+            self._take_places()
             rest = (description, prediction_loss_only, ignore_keys)
-            with self._placed(self.evaluate):
+            with self._placing(self.evaluate):
                 found = original(dataloader, *rest, metric_key_prefix)
             if self.plateau is not None and self.evaluate == "slow" and self._trainer.is_in_train:
                 fast = f"{metric_key_prefix}_fast"
-                with self._placed("fast"):
+                with self._placing("fast"):
                     more = original(dataloader, description, True, ignore_keys, fast)
                 found.metrics.update({name: more.metrics[name] for name in (f"{fast}_loss",) if name in more.metrics})
             return found
@@ -299,7 +367,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             if _internal_call:
                 original(output_dir, _internal_call=True)
                 return
-            with self._placed("slow"):
+            with self._placing("slow"):
                 trainer.model = self.cascade.model
                 try:
                     original(output_dir)
@@ -407,7 +475,7 @@ def _replace_fused_head(cascade: Cascade) -> None:
                 "entropy": -(every.exp() * every).sum(-1),
                 "log_sum_sq_probs": (2 * every).logsumexp(-1),
                 "mean_logits": logits.mean(-1),
-                "is_top1": (every.argmax(-1) == label).float(),
+                "is_top1": every.argmax(-1) == label,
             }
             measured = {name: value.masked_fill(~mask, 0) for name, value in measured.items()}
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -416,13 +484,50 @@ def _replace_fused_head(cascade: Cascade) -> None:
     vars(cascade)["forward"] = forward
 
 
-def _calling_trainer() -> Any:
-    """Return the Trainer that calls the event that calls this: no event is given it, and one Trainer is meant."""
-    frame = inspect.currentframe()
+def _replace_switch(cascade: Cascade) -> None:
+    """Let the hooks of gradient checkpointing go with it: transformers adds one more each time that it is turned on.
+
+    TRL's trainers turn it off and on at each step, and a graph is captured anew for other hooks.
+    """
+    model: Any = cascade.model
+    if not hasattr(model, "disable_input_require_grads"):
+        return
+
+    def gradient_checkpointing_disable() -> None:
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        model.disable_input_require_grads()
+
+    vars(cascade)["gradient_checkpointing_disable"] = gradient_checkpointing_disable
+
+
+class _Reference(torch.nn.Module):
+    """The cascade with the weights that it has under the name `reference`."""
+
+    def __init__(self, callback: CascadeCallback) -> None:
+        super().__init__()
+        self.config = callback.cascade.config
+        self._callback = callback
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the cascade computes with these weights."""
+        with self._callback._placing(_REFERENCE):
+            return self._callback.cascade(*args, **kwargs)
+
+
+def _calling_trainer() -> tuple[Any, dict[str, Any]]:
+    """Return the Trainer that calls the event that calls this, and the arguments that it was made with.
+
+    No event is given the Trainer, and one Trainer is meant.
+    """
+    frame, found, given = inspect.currentframe(), None, dict[str, Any]()
     while frame is not None:
-        if isinstance(found := frame.f_locals.get("self"), Trainer):
-            return found
+        held = frame.f_locals.get("self")
+        if isinstance(held, Trainer) and (found is None or held is found):
+            found = held
+            given |= frame.f_locals if frame.f_code.co_name == "__init__" else {}
         frame = frame.f_back
+    if found is not None:
+        return found, given
     raise StateError(
         "CascadeCallback: nobody that called on_init_end is a Trainer; it works in one only", code="no-trainer"
     )

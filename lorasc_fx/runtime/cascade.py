@@ -992,8 +992,10 @@ def _weights(undo: Block[Any], cascade: Cascade, which: str | Mapping[str, float
         other = _other(run, which, f"weights({which!r})") if added else None
         if stage is not None:
             other = Seen(transition.at_stage(run.slow, stage, "weights"))
-        undo(partial(folding.rest, run, parameters, live, folding.Held.of(run, parameters)))
+        held = folding.Held.of(run, parameters)
+        undo(partial(folding.rest, run, parameters, live, held))
         folding.place(run, own, parameters, live, other, stage if stage is not None else str(which))
+        held.note_placed()
     return cascade
 
 

@@ -5,6 +5,7 @@ A quantized weight cannot hold a delta: its fold is dense, or quantized again, i
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import SlowWeights, Which
 from lorasc_fx.undo import Commit, Undo
+
+_VERSIONS = itertools.count(1 << 24)
+"""Of weights in place for the time of a `with`; torch counts the writes to a parameter from 0."""
 
 __all__ = [
     "Held",
@@ -115,19 +119,33 @@ def _buffers(run: Run, other: Seen | None) -> list[tuple[torch.Tensor, torch.Ten
 
 @dataclass(frozen=True)
 class Held:
-    """The parameters that `place` writes: where modules hold them, and their memory."""
+    """The parameters that `place` writes: where modules hold them, their memory, and its versions for autograd."""
 
     places: list[Holder]
     memory: tuple[tuple[nn.Parameter, torch.Tensor], ...]
+    versions: tuple[tuple[nn.Parameter, int], ...]
 
     @staticmethod
     def of(run: Run, parameters: Mapping[str, nn.Parameter]) -> Held:
         """Return those of a run. Of sharded weights there are none: FSDP itself exchanges them."""
         names = [*run.slow.states, *run.slow.trained]
         if run.is_sharded or run.is_parallel:
-            return Held([], ())
+            return Held([], (), ())
         dense = [parameters[name] for name in names if not is_quantized(parameters[name])]
-        return Held(holders_of(run.model, names), tuple((each, each.data) for each in dense))
+        versions = tuple((each, each._version) for each in dense if not each.is_inference())
+        return Held(holders_of(run.model, names), tuple((each, each.data) for each in dense), versions)
+
+    def note_placed(self) -> None:
+        """Give what is in place a version that nothing else has: no graph of other weights can be differentiated."""
+        self._set_versions([next(_VERSIONS)] * len(self.versions))
+
+    def note_put_back(self) -> None:
+        """Give the weights of before, whose bits are back, their versions back: graphs of before are whole."""
+        self._set_versions([version for _, version in self.versions])
+
+    def _set_versions(self, versions: Sequence[int]) -> None:
+        parameters = tuple(parameter for parameter, _ in self.versions)
+        torch._C._autograd._unsafe_set_version_counter(parameters, tuple(versions))
 
     def put_back(self) -> None:
         """Undo what was assigned, and casts; a place that is gone stays so."""
@@ -157,7 +175,9 @@ def rest(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[str, to
         undo(put_back)
         changed = run.changed(run.placed_checksums)
         put_back()
-    if changed is not None:
+    if changed is None:
+        held.note_put_back()
+    else:
         raise StateError(
             f"weights: {changed} was written inside the with block (a training step, load_state_dict, half, .data). "
             "The weights of before are back, and what was written is dropped. Train the cascade outside of the block; "

@@ -61,13 +61,19 @@ def test_no_trainer_at_all() -> None:
         CallbackOf(cascade).on_init_end(arguments(Path("unused")), None, None, model=cascade)
 
 
-@pytest.mark.parametrize(
-    "more", [{"neftune_noise_alpha": 5.0}, {"activation_checkpointing": True}, {"bf16_full_eval": True}], ids=str
-)
+@pytest.mark.parametrize("more", [{"neftune_noise_alpha": 5.0}, {"bf16_full_eval": True}], ids=str)
 def test_what_changes_the_model_behind_its_graphs(tmp_path: Path, more: dict[str, Any]) -> None:
     cascade, ((name, value),) = adapted(SPEC), more.items()
     with raises(lx.SpecError, "trainer-option-not-supported", name, value):
         Trainer(model=cascade, args=arguments(tmp_path, **more), callbacks=[CallbackOf(cascade)])
+
+
+@pytest.mark.parametrize("name", ["sync_ref_model", "cast_lm_head_to_fp32"])
+def test_arguments_of_trl_that_write_into_the_model(tmp_path: Path, name: str) -> None:
+    cascade, args = adapted(SPEC), arguments(tmp_path)
+    setattr(args, name, True)
+    with raises(lx.SpecError, "trainer-option-not-supported", name):
+        Trainer(model=cascade, args=args, callbacks=[CallbackOf(cascade)])
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,9 @@ def of_peft(cascade: lx.Cascade) -> Any:
         ({"gradient_accumulation_steps": 2}, 1e-6),  # normed by the tokens of both batches, shifted by one
         ({"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2}, 1e-6),  # labels shifted by the Trainer
         ({"bf16": True}, 2e-2),
+        ({"activation_checkpointing": True}, 1e-6),
     ],
-    ids=["tokens", "smoothed", "bf16"],
+    ids=["tokens", "smoothed", "bf16", "recomputed"],
 )
 def test_the_losses_are_those_of_peft_in_the_same_trainer(tmp_path: Path, more: dict[str, Any], close: float) -> None:
     data = texts(12)

@@ -229,6 +229,28 @@ class Shows(nn.Module):
         return y
 
 
+def test_a_hook_that_is_put_on_again_costs_no_graph() -> None:
+    """Torch numbers hooks, and gives a new handle; another function is another state."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    x = torch.randn(6, 5)
+
+    def double(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * 2
+
+    model.handle = model[0].register_forward_hook(double)  # type: ignore[assignment]
+    cascade = lx.adapt(model, (x,))
+    doubled = cascade(x)
+    for _ in range(3):
+        model.handle.remove()  # type: ignore[operator]
+        model.handle = model[0].register_forward_hook(double)  # type: ignore[assignment]
+        assert torch.equal(cascade(x), doubled)
+    assert variant_count(cascade) == 1
+    model.handle.remove()  # type: ignore[operator]
+    model[0].register_forward_hook(lambda _module, _args, output: output * 3)
+    assert not torch.equal(cascade(x), doubled)
+    assert variant_count(cascade) == 2
+
+
 def test_what_forward_sets_before_it_reads_it_costs_no_graph() -> None:
     model, x = Shows(), torch.randn(4, 5)
     cascade = lx.adapt(model, (x,), frontend="export")

@@ -83,6 +83,42 @@ def test_four_stages_are_the_formulas(model: str, restart: str, pace: float, opt
     assert_weights(cascade.release(), reference.weights("slow"))
 
 
+@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+def test_other_weights_between_a_forward_and_its_backward(placement: str) -> None:
+    """As a reference model is called in a preference loss: the graph of before is whole, with the same gradients."""
+    calls = batches(2, 4, 20)
+    spec = spec_of(2, placement=placement, noise=lx.Noise(0.2), train=("0.bias",))
+    cascade = lx.adapt(wide(), (calls[0],), spec=spec)
+    randomize(cascade, 1)
+    cascade.transition(None)
+    randomize(cascade, 2)
+    trainable = [*cascade.branches.parameters(), cascade.model[0].bias]
+    expected = torch.autograd.grad(cascade(calls[1]).square().mean(), trainable)
+    output = cascade(calls[1])
+    with torch.no_grad(), cascade.disable_adapter():
+        assert not torch.equal(cascade(calls[1]), output)
+    found = torch.autograd.grad(output.square().mean(), trainable)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_graph_of_weights_that_are_not_in_place_any_more() -> None:
+    """Its backward raises, outside and inside other weights: it would take the gradient at numbers that are gone."""
+    (x,) = batches(1, 4, 20)
+    cascade = lx.adapt(wide(), (x,), spec=spec_of(2))
+    randomize(cascade, 1)
+    x.requires_grad_()
+    with cascade.weights("fast"):
+        first = cascade(x).sum()
+    outside = cascade(x).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward(retain_graph=True)
+    with cascade.weights("base"):
+        for loss in (first, outside):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward(retain_graph=True)
+    outside.backward()
+
+
 def test_slow_restart_is_the_paced_sum() -> None:
     """restart = slow: `W = W0 + pace * sum_t s_t B_t A_t`, with experts that no optimizer made."""
     model = wide()
