@@ -53,8 +53,8 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def shard_axis(tensor: Any) -> int | None:
     """Return the axis along which a tensor lies in shards on several ranks; None for one that is whole here."""
-    place = tensor.placements[0] if hasattr(tensor, "to_local") else None
-    return place.dim if place is not None and place.is_shard() else None
+    places = tensor.placements if hasattr(tensor, "to_local") else ()
+    return next((place.dim for place in places if place.is_shard()), None)
 
 
 def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
@@ -243,16 +243,18 @@ class ShardSpec:
 
     @classmethod
     def of(cls, tensor: Any) -> ShardSpec:
-        """Return that of a DTensor on a mesh of one axis, cut in chunks as FSDP does; all of a replicated one."""
-        mesh, (place,) = tensor.device_mesh, tensor.placements
-        handle = mesh.get_group()
+        """Return that of a DTensor, cut along one axis of its mesh in chunks as FSDP does; all of a replicated one."""
+        mesh, places = tensor.device_mesh, tensor.placements
+        along = next((axis for axis, place in enumerate(places) if place.is_shard()), None)
+        handle = mesh.get_group(along or 0)
         group = ProcessGroup.of(handle) if tensor.is_meta else ProcessGroup(handle, tensor.device)
-        if not place.is_shard():
+        if along is None:
             return cls(0, tensor.shape[0], tensor.shape[0], group)
-        total = tensor.shape[place.dim]
-        chunk = -(-total // mesh.size())
-        first = min(mesh.get_local_rank() * chunk, total)
-        return cls(first, min(chunk, total - first), total, group, place.dim)
+        cut = places[along].dim
+        total = tensor.shape[cut]
+        chunk = -(-total // mesh.size(along))
+        first = min(mesh.get_local_rank(along) * chunk, total)
+        return cls(first, min(chunk, total - first), total, group, cut)
 
     def dtensor(self, shard: torch.Tensor, like: Any) -> torch.Tensor:
         """Return the DTensor of which this shard is here, cut as the DTensor `like` is."""

@@ -23,7 +23,7 @@ from lorasc_fx.runtime import Cascade, check_base
 from lorasc_fx.runtime.base_file import open_base
 from lorasc_fx.runtime.checkpoint_read import check_digests
 from lorasc_fx.runtime.materialize import find_numbers, fingerprints_of_files, put_numbers, with_numbers
-from lorasc_fx.shards import ShardSpec, local_like
+from lorasc_fx.shards import local_like
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
 __all__ = ["materialize"]
@@ -139,8 +139,7 @@ def _into_shards(
                 new[id(factor)] = with_numbers(factor, local_like(value, factor), device)
         exchange(cascade.branches, lambda holder: new.get(id(holder.value)), undo)
         source = open_base(path if meta.base == "file" else meta.base, model)
-        mine = ShardSpec.of(next(iter(model.parameters()))).group
-    run.take_numbers(mine, source, fingerprints, undo, empty=meta.checkpoint is not None)
+    run.take_numbers(source, fingerprints, undo, empty=meta.checkpoint is not None)
 
 
 def _device(asked: torch.device | str) -> torch.device:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lorasc_fx.adapt import load_found
 from lorasc_fx.errors import CheckpointError
@@ -69,18 +69,19 @@ def state_dict(
     own = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}
     lengths = {name: own[name].shape[axis] for name, axis in axes.items()}
     ranks = [json.loads(text) for text in group.gather_text(json.dumps(lengths), call)]
-    digests = group.gather_text(digest_of(own), call)
+    digests = group.gather_text(digest_of(own), call)[: run.slow.parts]
     mesh = next((value.device_mesh for value in cascade.parameters() if isinstance(value, DTensor)), None)
+    replicated = [Replicate()] * (mesh.ndim - 1 if mesh is not None else 0)
     state: dict[str, torch.Tensor] = {KEY: packed(manifest, digests)} if group.rank == 0 else {}
     for name, value in own.items():
         if name not in axes:
             state[name] = value
             continue
         axis, shape = axes[name], list(value.shape)
-        shape[axis] = sum(lengths_there[name] for lengths_there in ranks)
+        shape[axis] = sum(lengths_there[name] for lengths_there in ranks[: run.slow.parts])
         stride = torch.empty(shape, device="meta").stride()
         state[name] = DTensor.from_local(
-            value, mesh, [Shard(axis)], run_check=False, shape=torch.Size(shape), stride=stride
+            value, mesh, [*replicated, Shard(axis)], run_check=False, shape=torch.Size(shape), stride=stride
         )
     return state
 

@@ -68,7 +68,8 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
 
     Args:
         cascade: that was adapted, or loaded; the parameters lie on the device of this process, or on the meta device.
-        mesh: of one axis, over the ranks that hold the shards; all of them by default.
+        mesh: of one axis, over the ranks that hold the shards, all of them by default; or of two, of replicas and of
+            the ranks that hold the shards of each (HSDP).
 
     Returns:
         The cascade. Each parameter is now a DTensor of which a rank holds some rows.
@@ -81,6 +82,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     run = cascade._run
     with run.exclusive("shard", sharded=True, parallel=True, on_meta=True), AllOrNothing() as undo:
         ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
+        replicas = 1 if mesh is None or mesh.ndim == 1 else mesh.size(0)
         with ranks.agreed("shard"):
             units = _units(cascade)
             graphs = _check(cascade, mesh, units)
@@ -91,15 +93,14 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         unit_names = {name: units[id(parameter)] for name, parameter in cascade.named_parameters()}
         shards = _fully_sharded(cascade, units, mesh, undo)
         specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
-        group = next(iter(specs.values())).group
-        run.take_shards(run.slow.to_shard(specs, group, mapped=run.base_file is not None), hooked=False)
+        run.take_shards(run.slow.to_shard(specs, ranks, replicas, run.base_file is not None), hooked=False)
         run.note_frozen()
 
         def called() -> bool:
             if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
                 for parameter in run.trainable().values():
                     run.pending.note(parameter)
-                run.gradient_init.before_call(group)
+                run.gradient_init.before_call(ranks)
             return run.placed is not None
 
         def split(variant: Variant) -> Variant:
@@ -195,9 +196,15 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         )
     if run.slow.group is not None:
         raise StateError("shard: this cascade is sharded already", code="already-sharded")
-    if mesh is not None and mesh.ndim != 1:
+    if (
+        mesh is not None
+        and mesh.ndim > 1
+        and (mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())))
+    ):
         raise StateError(
-            f"shard: the mesh has {mesh.ndim} axes; give one of its axes, as mesh['name']", code="invalid-mesh"
+            f"shard: the mesh has {mesh.ndim} axes and {mesh.size()} ranks; give one axis, mesh['name'], or two over "
+            "all ranks in their order, of replicas and of shards",
+            code="invalid-mesh",
         )
     for name, value, usual, why in whole_only(spec, "shard"):
         raise StateError(f"shard: {name} is {value!r}: {why}; give {usual!r} in the spec", code="not-shardable")
@@ -284,7 +291,7 @@ def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh,
             parameter for parameter in cascade.parameters() if units.get(id(parameter)) != name
         }  # those of other units, cut or not
         cut_up = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=others)
-        if dist.get_backend(mesh.get_group()) == "gloo":  # which has no mean
+        if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":  # which has no mean
             cut_up.set_force_sum_reduction_for_comms(True)
     del originals
     for module in cascade.modules():

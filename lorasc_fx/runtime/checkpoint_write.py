@@ -86,7 +86,8 @@ def write_version(
     if not is_integer(keep, 1):
         raise SpecError(f"keep is {keep!r}; give the number of versions that stay, an integer of 1 or more")
     is_first, is_alone = group.rank == 0, group.handle is None
-    writes = is_first or run.is_sharded
+    holds = is_first or run.is_sharded
+    writes = is_first or (run.is_sharded and group.rank < run.slow.parts)  # replicas hold the same
     tensors: Tensors = {}
     manifest: dict[str, Any] = {}
     version = temporary_folder = root
@@ -96,13 +97,13 @@ def write_version(
             with group.agreed("save"):
                 if not is_alone:
                     check_between_steps(run, "save")
-                if writes:
+                if holds:
                     held.enter_context(run.exclusive("save", sharded=True, parallel=True))
                     check_finite(run)
             if not is_alone:
                 extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
             with group.agreed("save"), _as_checkpoint_error(root, "cannot be written", "not-writable"):
-                if writes:
+                if holds:
                     tensors, manifest = contents(run, optimizer, scheduler, extra, named or {})
                     tensors |= beside or {}
                 if is_first:
@@ -113,7 +114,7 @@ def write_version(
                     made = temporary_folder
                     made.mkdir()
             temporary_folder = Path(group.gather_text(str(temporary_folder), "save")[0])
-            names, digest = file_names(group.size if run.is_sharded else 1), ""
+            names, digest = file_names(run.slow.parts), ""
             with group.agreed("save"), _as_checkpoint_error(root):
                 if writes:
                     shards = manifest.get("shards", {})

@@ -121,7 +121,7 @@ class RunState:
             for weight, factors in self.branches.items()
         }
         values = {name: bare(value, value) for name, value in self.values.items()}
-        slow = SlowWeights(states, trained, group=self.slow.group)
+        slow = SlowWeights(states, trained, group=self.slow.group, replicas=self.slow.replicas)
         return replace(self, slow=slow, branches=branches, values=values)
 
     def shards_like(self, other: RunState) -> RunState:
@@ -143,7 +143,7 @@ class RunState:
             for weight, factors in self.branches.items()
         }
         values = {name: local_like(value, other.values[name]) for name, value in self.values.items()}
-        whole = replace(self.slow, states=states, trained=trained, group=slow.group)
+        whole = replace(self.slow, states=states, trained=trained, group=slow.group, replicas=slow.replicas)
         return replace(self, slow=whole, branches=branches, values=values)
 
     @classmethod
@@ -299,7 +299,12 @@ def decode(
         if torch.equal(values[name], start.to(values[name].dtype)):
             values[name] = start  # the file may be of a cascade in another dtype: rounding is no training
     slow = SlowWeights(
-        states, trained, manifest["parked"], averaged=manifest.get("averaged", 0), group=known.slow.group
+        states,
+        trained,
+        manifest["parked"],
+        averaged=manifest.get("averaged", 0),
+        group=known.slow.group,
+        replicas=known.slow.replicas,
     )
     prefix = "buffer/"
     buffers = {name.removeprefix(prefix): held.any_of(name) for name in list(held.left) if name.startswith(prefix)}

@@ -418,12 +418,11 @@ class Run:
         self.note_weights()
 
     def take_numbers(
-        self, group: ProcessGroup, base_file: BaseFile | None, fingerprints: Mapping[str, str], undo: Undo, empty: bool
+        self, base_file: BaseFile | None, fingerprints: Mapping[str, str], undo: Undo, empty: bool
     ) -> None:
         """Begin on shards whose parameters have got their numbers: what `start` does on one process.
 
         Args:
-            group: of the ranks that hold the shards.
             base_file: where W0 lies, if not in memory.
             fingerprints: of all parameters, whole.
             undo: takes all back.
@@ -433,7 +432,7 @@ class Run:
         rules = {name: entry.rule for name, entry in self.slow.trained.items() if entry.rule is not None}
         trained = self.trained_parameters()
         self.meta, self.base_file, self._fingerprints = None, base_file, dict(fingerprints)
-        self.slow = SlowWeights(group=group).with_trained(trained, rules)
+        self.slow = replace(self.slow, states={}, trained={}).with_trained(trained, rules)
         self.know_sites(undo, empty)
         known, parameters = {*self.slow.states, *self.slow.trained}, self.parameters_by_name()
         self._frozen = {name: checksum(value) for name, value in parameters.items() if name not in known}

@@ -122,6 +122,7 @@ class SlowWeights:
         left_out: names of the weights that the last fold did not move, because what had trained was not finite.
         averaged: number of stages whose slow weights are in the average.
         group: the processes that hold the weights in shards, of which this one has its own; None for one process.
+        replicas: how often these hold all of the weights: on a mesh of two axes (HSDP) the size of the first one.
     """
 
     states: Mapping[str, WeightState] = field(default_factory=dict)
@@ -130,16 +131,24 @@ class SlowWeights:
     left_out: frozenset[str] = frozenset()
     averaged: int = 0
     group: ProcessGroup | None = None
+    replicas: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Number of processes that hold all of the weights together: the first ones of the group do."""
+        return 1 if self.group is None else self.group.size // self.replicas
 
     def some(self, flag: bool) -> bool:
         """Whether it holds here, or on a process that holds other shards."""
         return flag if self.group is None else self.group.any(flag)
 
-    def to_shard(self, specs: Mapping[str, ShardSpec | None], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
+    def to_shard(
+        self, specs: Mapping[str, ShardSpec | None], group: ProcessGroup, replicas: int = 1, mapped: bool = False
+    ) -> SlowWeights:
         """Return the state of the shards of the weights that are here, by name; W0 stays in its file where `mapped`."""
         states = {name: state.to_shard(specs[name], mapped) for name, state in self.states.items()}
         trained = {name: entry.to_shard(specs[name]) for name, entry in self.trained.items()}
-        return replace(self, states=states, trained=trained, group=group)
+        return replace(self, states=states, trained=trained, group=group, replicas=replicas)
 
     def with_weights(
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, mapped: Mapping[str, torch.Tensor] | None = None

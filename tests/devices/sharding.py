@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,17 +184,24 @@ class Gathered:
         DTensor.full_tensor = self.before  # type: ignore[method-assign]
 
 
-def sharded(rank: int, count: int, names: list[str], files: str = "", base: str = "memory") -> dict[str, Tensor]:
+def grid(sizes: tuple[int, ...] = ()) -> DeviceMesh | None:
+    """A mesh of replicas and shards; none without sizes."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")) if sizes else None
+
+
+def sharded(
+    rank: int, count: int, names: list[str], files: str = "", base: str = "memory", mesh: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
     """With `files` the model is built on the meta device, and no rank ever holds all of it."""
     found: dict[str, Tensor] = {}
     for name in names:
         torch.manual_seed(100 + rank)
         if files:
-            cascade = fsdp.shard(adapted(name, on_meta(), base))
+            cascade = fsdp.shard(adapted(name, on_meta(), base), grid(mesh))
             assert all(each.is_meta for each in cascade.parameters())
             lx.materialize(cascade, files)
         else:
-            cascade = fsdp.shard(adapted(name))
+            cascade = fsdp.shard(adapted(name), grid(mesh))
         assert all(hasattr(each, "to_local") for each in cascade.parameters())
         optimizer = optimizer_of(cascade)
         run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
@@ -227,8 +234,8 @@ def narrow(rank: int, count: int) -> dict[str, Tensor]:
 # ---- checkpoints
 
 
-def saved(rank: int, count: int, name: str, folder: str, at: int) -> None:
-    cascade = fsdp.shard(adapted(name))
+def saved(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[int, ...] = ()) -> None:
+    cascade = fsdp.shard(adapted(name), grid(mesh))
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, at, (rank, count))
     torch.manual_seed(rank)
@@ -236,11 +243,11 @@ def saved(rank: int, count: int, name: str, folder: str, at: int) -> None:
         lx.save(cascade, folder, optimizer=optimizer, extra={"steps": at}, keep=2)
 
 
-def resumed(rank: int, count: int, folder: str, files: str = "") -> dict[str, Tensor]:
+def resumed(rank: int, count: int, folder: str, files: str = "", mesh: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """Go on from a checkpoint, sharded where there are several ranks; with `files` from a model on the meta device."""
     cascade = lx.load(folder, on_meta() if files else blocks(), args=(example(),))
     if count > 1:
-        fsdp.shard(cascade)
+        fsdp.shard(cascade, grid(mesh))
     if files:
         lx.materialize(cascade, files)
     optimizer = optimizer_of(cascade)
@@ -251,9 +258,9 @@ def resumed(rank: int, count: int, folder: str, files: str = "") -> dict[str, Te
     return {**values(cascade), "drawn": drawn}
 
 
-def saved_by_dcp(rank: int, count: int, name: str, folder: str, at: int) -> None:
+def saved_by_dcp(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[int, ...] = ()) -> None:
     """Once while the training goes on, as safetensors, and once in torch's own format."""
-    cascade = fsdp.shard(adapted(name))
+    cascade = fsdp.shard(adapted(name), grid(mesh))
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, at, (rank, count))
     torch.manual_seed(rank)

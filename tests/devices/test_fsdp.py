@@ -167,6 +167,26 @@ def test_a_checkpoint_goes_on_where_no_process_holds_the_model(
 
 
 @pytest.mark.slow
+def test_replicas_of_shards(tmp_path: Path, files: str) -> None:
+    """Two replicas of two shards: the numbers of one process, and checkpoints that hold each shard once."""
+    names = ["fresh", "gradient"]
+    wanted = {name: sharding.alone(name) for name in names}
+    for rank, found in enumerate(on_ranks(4, sharding.sharded, names, "", "memory", (2, 2), limit=100)):
+        for name in names:
+            close(found, {k: v for k, v in wanted[name].items() if not rank or not k.startswith("folded/")}, f"{name}/")
+    expected = {key: value for key, value in wanted["fresh"].items() if not key.startswith("folded/")}
+    on_ranks(4, sharding.saved, "fresh", str(tmp_path / "run"), 10, (2, 2))
+    files_of_version = sorted(file.name for file in (tmp_path / "run" / "version-00000003").iterdir())
+    assert files_of_version[1:] == [f"state-{rank:05d}-of-00002.safetensors" for rank in (1, 2)]
+    for count, mesh in ((4, (2, 2)), (1, ())):
+        for found in on_ranks(count, sharding.resumed, str(tmp_path / "run"), files, mesh):
+            close(found, expected)
+    on_ranks(4, sharding.saved_by_dcp, "fresh", str(tmp_path / "dcp"), 10, (2, 2))
+    (found,) = on_ranks(1, sharding.resumed_by_dcp, str(tmp_path / "dcp"), "safetensors")
+    close(found, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "saving", "resuming"), [("fresh", 2, (1, 4)), ("dora, olora", 4, (2,))])
 def test_a_checkpoint_of_dcp_is_cut_anew(
     tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...]
@@ -304,8 +324,8 @@ def test_one_process_holds_all_rows(tmp_path: Path) -> None:
     model, base = (nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)) for _ in range(2))
     start = {name: value.clone() for name, value in model.state_dict().items()}
     cascade = small({"train": ["1.bias"]}, model)
-    with raises(lx.StateError, "invalid-mesh", "2"):
-        fsdp.shard(cascade, init_device_mesh("cpu", (1, 1)))
+    with raises(lx.StateError, "invalid-mesh", "3"):
+        fsdp.shard(cascade, init_device_mesh("cpu", (1, 1, 1)))
     cascade(x).sum().backward()
     with raises(lx.StateError, "gradients-pending"):
         fsdp.shard(cascade)
