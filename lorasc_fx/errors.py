@@ -173,6 +173,7 @@ CODES = {
     "plan-mismatch": "the plan of a checkpoint does not fit the model",
     "planned-otherwise": "a graph was planned under another spec",
     "process-lost": "another process is gone",
+    "quantized-left-out": "(warning) quantized weights are no sites, and stay as they are",
     "quantized-not-supported": "a quantized weight cannot hold the result",
     "rank-failed": "another rank raised an error",
     "ranks-differ": "ranks have other weights, another spec or other code than the others",

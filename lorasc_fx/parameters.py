@@ -23,6 +23,7 @@ __all__ = [
     "exchange",
     "holders",
     "holders_of",
+    "shallow",
     "substituted",
 ]
 
@@ -97,6 +98,15 @@ def exchange(model: nn.Module, new: Callable[[Holder], torch.Tensor | None], und
     for holder, value in changes:
         holder.put(value)
     return [holder for holder, _ in changes]
+
+
+def shallow(module: nn.Module) -> nn.Module:
+    """Return a module of the same class and attributes that shares children and tensors, in dictionaries of its own."""
+    new = object.__new__(type(module))
+    new.__dict__ = dict(module.__dict__)
+    for store in ("_modules", "_parameters", "_buffers"):
+        new.__dict__[store] = dict(getattr(module, store))
+    return new
 
 
 @isolated

@@ -30,7 +30,8 @@ from lorasc_fx.graph import (
     shared_memory,
     trained_by,
 )
-from lorasc_fx.plan import Plan
+from lorasc_fx.plan import Plan, Reason
+from lorasc_fx.quantized import LIBRARIES, is_quantized, place_layers
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.base_model import BaseModel
@@ -94,17 +95,19 @@ def adapt(
     if from_peft:
         plan = Plan(spec_of(spec, opened))
     _check_new(opened, on_meta=True)
-    weights = named_weights(opened)
-    check_patterns(plan.spec, weights.matrices, weights.names)
     meta = MetaModel(base, groups_of(opened)) if is_on_meta(opened) else None
     if meta is not None:
         check_attributes(opened)
-    source = open_base(base, opened) if meta is None else None
     with no_inference_mode(), AllOrNothing() as undo:
+        place_layers(opened, undo)
+        weights = named_weights(opened)
+        check_patterns(plan.spec, weights.matrices, weights.names)
+        source = open_base(base, opened) if meta is None else None
         joined = settle_ties(opened, plan.spec.untie, undo, strict=True)
         cascade = _adapt(opened, args, kwargs, plan, frontend, source, undo, meta=meta, joined=joined)
         _tell_of_wide_branches(cascade.plan)
         _warn_of_frozen_sites(cascade)
+        _warn_of_quantized_weights(cascade)
         return cascade
 
 
@@ -163,8 +166,9 @@ def load_found(
     meta = MetaModel(base, groups_of(opened), found) if is_on_meta(opened) else None
     if meta is not None:
         check_attributes(opened)
-    source = open_base(base, opened) if meta is None else None
     with no_inference_mode(), AllOrNothing() as undo:
+        place_layers(opened, undo)
+        source = open_base(base, opened) if meta is None else None
         joined = settle_ties(opened, found.plan.spec.untie, undo)
         weights = named_weights(opened)
         check_base(found, weights.parameters)
@@ -330,6 +334,32 @@ def _warn_of_frozen_sites(cascade: Cascade) -> None:
             f"exclude=({', '.join(map(repr, names[:3]))},{' ...' if len(names) > 3 else ''}); to adapt it, name it in "
             "targets",
             "constant-adapted",
+        )
+
+
+def _warn_of_quantized_weights(cascade: Cascade) -> None:
+    """Warn of quantized weights that are no sites, though the spec would have them: of layers of a library that is not
+    known here, and those that are used in another way than in a product.
+    """
+    spec, parameters = cascade.plan.spec, dict(cascade.model.named_parameters())
+    refused = {each.weight: each for each in cascade.refusals if each.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING)}
+    left = list(refused) + [name for name in cascade.unreached if is_quantized(parameters[name])]
+    packed = {
+        name: buffer
+        for name, buffer in cascade.model.named_buffers()
+        if "weight" in name.rpartition(".")[2] and buffer.dim() > 1
+        if not (buffer.is_floating_point() and buffer.dtype.itemsize > 1)
+    }
+    left += [name for name in packed if not any(matches(pattern, (name,)) for pattern in spec.exclude)]
+    if left:
+        owner = cascade.model.get_submodule(left[0].rpartition(".")[0])
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in LIBRARIES}))
+        why = refused[left[0]].sentence if left[0] in refused else "no form of its layer is known"
+        warn(
+            f"{named(left)}: quantized, and without branches; the first is of {type(owner).__name__}: {why}. Quantized "
+            f"weights are adapted where torchao has quantized the weight of a linear layer, and in layers of the "
+            f"classes {kinds}; exclude these to leave them as they are",
+            "quantized-left-out",
         )
 
 

@@ -17,6 +17,7 @@ from lorasc_fx.checks import is_number
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.plan import Plan, Site
+from lorasc_fx.quantized import place_layers
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import open_base
 from lorasc_fx.runtime.experts import GivenRun, install_sum, weighted_sum
@@ -74,8 +75,9 @@ def merge(
         )
     opened = open_model(model)
     _check_new(opened)
-    source = open_base(base, opened)
     with no_inference_mode(), AllOrNothing() as undo:
+        place_layers(opened, undo)
+        source = open_base(base, opened)
         joined = settle_ties(opened, found[0].plan.spec.untie, undo)
         own = {name: fingerprint(value) for name, value in opened.named_parameters()}
         for run in found:

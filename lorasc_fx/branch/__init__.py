@@ -1,6 +1,6 @@
 """Tensor maths as modules: the trainable branches, their noise and their weights as stored. No graph in here."""
 
-from lorasc_fx.branch.base import Branch, dense, fill_factor, fresh_a, is_quantized
+from lorasc_fx.branch.base import Branch, fill_factor, fresh_a
 from lorasc_fx.branch.conv import ConvBranch
 from lorasc_fx.branch.dora import BRANCH_OF, DoraBranch, branch_class
 from lorasc_fx.branch.functions import shared_down
@@ -15,11 +15,9 @@ __all__ = [
     "MatrixBranch",
     "amplitude",
     "branch_class",
-    "dense",
     "draw",
     "fill_factor",
     "fresh_a",
     "generator",
-    "is_quantized",
     "shared_down",
 ]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.noise import generator
@@ -24,10 +23,8 @@ from lorasc_fx.spec import CascadeSpec
 
 __all__ = [
     "Branch",
-    "dense",
     "fill_factor",
     "fresh_a",
-    "is_quantized",
     "nearest_full",
 ]
 
@@ -242,17 +239,3 @@ def _inverse(a: torch.Tensor, scale: float) -> torch.Tensor:
     steady = gram + _DIAGONAL * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     inverse: torch.Tensor = torch.linalg.pinv(steady)
     return inverse / scale**2
-
-
-def is_quantized(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a quantized weight: a tensor subclass with a `dequantize` of its own, as torchao's are.
-
-    Nothing of a library is imported. Such a weight is never written to; its branch computes the unmerged delta.
-    """
-    return is_traceable_wrapper_subclass(tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
-
-
-def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of a weight as a plain tensor, in its own dtype."""
-    plain: torch.Tensor = tensor.detach().dequantize() if is_quantized(tensor) else tensor
-    return plain

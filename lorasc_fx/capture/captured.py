@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.capture.guards import Guards
-from lorasc_fx.graph import Record, copy_graph, graph_module_like, retarget, set_record
+from lorasc_fx.graph import Record, copy_graph, graph_module_like, products_with_weights, retarget, set_record
+from lorasc_fx.quantized import QuantizedLinear
 
 __all__ = ["OWNER", "Captured", "Conditions", "capture_graph", "check_drew_nothing", "read_live"]
 
@@ -126,6 +127,12 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
         return foreign[target]
 
     retarget(graph, rename)
+    layers = {
+        module.key: (f"{OWNER}.{name}", module.bias is not None)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    products_with_weights(graph, layers)
     rest._modules[OWNER] = model
     rest.training = model.training
     live = graph_module_like(rest, graph)

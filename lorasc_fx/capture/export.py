@@ -19,12 +19,12 @@ from torch import fx, nn
 from torch.fx import config
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import is_quantized
 from lorasc_fx.capture.captured import OWNER, Captured, Conditions, check_drew_nothing, read_live
 from lorasc_fx.capture.isolation import quiet
 from lorasc_fx.capture.signature import leaves, signature_of
 from lorasc_fx.graph import call_instead, drop_nodes
 from lorasc_fx.parameters import substituted
+from lorasc_fx.quantized import as_opaque_products, is_quantized
 from lorasc_fx.undo import Block, isolated
 
 __all__ = ["capture_dynamo", "capture_export"]
@@ -46,7 +46,7 @@ def capture_export(
     with quiet(grad=torch.is_grad_enabled()):
         drawn = torch.get_rng_state()
         shapes = _dynamic(signature_of(model), args, kwargs, wide)
-        with substituted(model, _stand_ins(model)), _buffer_hooks_kept(), _no_stack_traces():
+        with substituted(model, _stand_ins(model)), as_opaque_products(), _buffer_hooks_kept(), _no_stack_traces():
             program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)
         check_drew_nothing(drawn)
         program._guards_code = _by_parameter(program._guards_code, inspect.signature(root.forward))

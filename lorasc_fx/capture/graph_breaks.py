@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from lorasc_fx.capture.captured import Captured, read_live
+from lorasc_fx.capture.captured import OWNER, Captured, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
 from lorasc_fx.capture.isolation import isolation, quiet
 from lorasc_fx.errors import CaptureError
@@ -40,9 +40,9 @@ from lorasc_fx.graph import (
     weighs,
     weights_from_inputs,
 )
-from lorasc_fx.graph.copies import shallow
 from lorasc_fx.graph.forms import registered_form
-from lorasc_fx.parameters import substituted
+from lorasc_fx.parameters import shallow, substituted
+from lorasc_fx.quantized import as_opaque_products
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
 __all__ = ["GraphBreakFallback", "capture_fallback", "eager_trace"]
@@ -117,7 +117,7 @@ class GraphBreakFallback:
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Compute a call without a look before it; raises as a call does."""
         try:
-            with _dynamo_settings():
+            with _dynamo_settings(), as_opaque_products():
                 return self._call(args, kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as fault:
             raise CaptureError(
@@ -172,7 +172,9 @@ class GraphBreakFallback:
     def located(self) -> set[str]:
         """Names of the parameters that a graph reads or that are swapped."""
         read = {name for subgraph in self._subgraphs for names in subgraph.graphs for name in names if name is not None}
-        return read | self._swapped.keys()
+        graphs = [graph for subgraph in self._subgraphs for graph in subgraph.graphs.values()]
+        nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "get_attr"]
+        return read | {str(node.target).removeprefix(f"{OWNER}.") for node in nodes} | self._swapped.keys()
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self._effective is not None:

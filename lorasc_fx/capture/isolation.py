@@ -27,10 +27,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import is_quantized
 from lorasc_fx.capture.guards import Held, attribute_tensors, walk
 from lorasc_fx.capture.signature import copied, whole
 from lorasc_fx.parameters import substituted
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.undo import Block, isolated
 
 __all__ = [

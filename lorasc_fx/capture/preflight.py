@@ -26,7 +26,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from lorasc_fx.branch import is_quantized
 from lorasc_fx.capture.guards import Guards, attribute_tensors
 from lorasc_fx.capture.isolation import (
     Attributes,
@@ -41,6 +40,7 @@ from lorasc_fx.capture.isolation import (
 )
 from lorasc_fx.capture.signature import copied
 from lorasc_fx.errors import CaptureError
+from lorasc_fx.quantized import QuantizedLinear, is_quantized
 from lorasc_fx.undo import Block, grad_mode, isolated, raise_of_handler
 
 __all__ = [
@@ -411,18 +411,45 @@ _ASKS = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
 
 class _AutogradUse(TorchFunctionMode):
     """Observes whether a model computes under hooks on saved tensors of its own (`recomputes`), and whether it asks
-    tensors for their gradient state (`asks`).
+    tensors for their gradient state (`asks`); not what the quantized layers of libraries do inside (`products`).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.recomputes = self.asks = False
+        self.products: list[tuple[Any, torch.Tensor | None]] = []
+        self._inside = 0
         self._before = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._before
-        self.asks |= any(getattr(func, "__self__", None) is getter for getter in _ASKS)
+        self.asks |= not self._inside and any(getattr(func, "__self__", None) is getter for getter in _ASKS)
         return func(*args, **(kwargs or {}))
+
+    def enters(self, module: nn.Module, args: Any) -> None:
+        """Note that a product of a quantized layer begins."""
+        self._inside += 1
+
+    def leaves(self, module: nn.Module, args: Any, output: torch.Tensor | None) -> None:
+        """Note that it ends; it has no output where it raises."""
+        self._inside -= 1
+        self.products.append((args, output))
+
+    def nodes_of_products(self) -> set[Any]:
+        """Return the nodes of the autograd graph between inputs and outputs of these products."""
+        nodes = set[Any]()
+        for args, output in self.products:
+            if output is not None:
+                nodes |= backward_nodes([output]) - backward_nodes(_tensors(args))
+        return nodes
+
+
+@isolated
+def _products_observed(undo: Block[Any], model: nn.Module, use: _AutogradUse) -> None:
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            undo(module.register_forward_pre_hook(use.enters).remove)
+            undo(module.register_forward_hook(use.leaves, always_call=True).remove)
 
 
 def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observed:
@@ -431,13 +458,13 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
     with same_values(model):
         seed()
         held = attribute_tensors(model)
-        with _AutogradUse() as use, _watched_hooks(model) as observers:
+        with _AutogradUse() as use, _watched_hooks(model) as observers, _products_observed(model, use):
             output = call(*inputs, **named)
         tensors = _tensors(output)
         held += [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
         buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *held]]
         custom = torch.autograd.function.BackwardCFunction
-        nodes = [node for node in backward_nodes(tensors) if isinstance(node, custom)]
+        nodes = [node for node in backward_nodes(tensors) - use.nodes_of_products() if isinstance(node, custom)]
         reentrant = [node for node in nodes if getattr(node, "_forward_cls", None) is CheckpointFunction]
         names = {type(node).__name__.removesuffix("Backward") for node in nodes if node not in reentrant}
         functions = {f"the autograd.Function {name}" for name in names if not name.startswith("GeneratedBackwardFor_")}

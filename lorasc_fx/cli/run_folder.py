@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 import lorasc_fx as lx
-from lorasc_fx.branch import dense
 from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_config
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.integrations.progress import FILE, append
+from lorasc_fx.quantized import dense
 from lorasc_fx.runtime import list_versions
 from lorasc_fx.runtime.checkpoint_write import write_tensors
 from lorasc_fx.state import effective_rank, factors_of, norm_of, singular_values, slow_spectrum

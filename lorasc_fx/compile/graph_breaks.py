@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import Branch, is_quantized
+from lorasc_fx.branch import Branch
 from lorasc_fx.capture import (
     OWNER,
     Difference,
@@ -36,6 +36,7 @@ from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_reco
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan, Refusal
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.undo import Undo, isolated, raise_of_handler
 
 __all__ = ["insert", "make_fallback"]
@@ -279,11 +280,13 @@ class Comparison:
     Args:
         fallback: with its branches.
         branches: those that are compared; a quantized weight is merged nowhere, and its branch is none of them.
+        others: the branches of quantized weights.
         args, kwargs: of the call.
     """
 
     fallback: GraphBreakFallback
     branches: Sequence[Branch]
+    others: Sequence[Branch]
     args: Any
     kwargs: Mapping[str, Any]
 
@@ -292,9 +295,10 @@ class Comparison:
         cls, fallback: GraphBreakFallback, branches: Iterable[Branch], args: Any, kwargs: Mapping[str, Any]
     ) -> Comparison:
         """Return that of those branches whose weights are not quantized."""
-        model = fallback.model
-        plain = [branch for branch in branches if not is_quantized(model.get_parameter(branch.weight_name))]
-        return cls(fallback, plain, args, kwargs)
+        model, plain, others = fallback.model, list[Branch](), list[Branch]()
+        for branch in branches:
+            (others if is_quantized(model.get_parameter(branch.weight_name)) else plain).append(branch)
+        return cls(fallback, plain, others, args, kwargs)
 
     @torch.no_grad()
     def hidden(self, share: Mapping[torch.dtype, float]) -> list[str]:
@@ -331,7 +335,7 @@ class Comparison:
         """
         model = self.model
         weights = {branch.weight_name: model.get_parameter(branch.weight_name) for branch in self.branches}
-        with quiet(), _frozen(model), _stand_ins(self.branches):  # with gradients
+        with quiet(), _frozen(model), _stand_ins([*self.branches, *self.others]):  # with gradients
             for branch in self.branches:
                 self._probe(branch)
             with _trained(weights):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorasc_fx.branch import dense
 from lorasc_fx.peft_format import RANKS
+from lorasc_fx.quantized import dense
 from lorasc_fx.runtime.folding import ended, trained_value
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import Factors, WeightState, Which, factors_of, gain_of, has_trained, scaled, sum_of

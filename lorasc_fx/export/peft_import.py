@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lorasc_fx.adapt import adapt
-from lorasc_fx.branch import dense
 from lorasc_fx.capture import open_model
 from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import CheckpointError, nearest, path_of
@@ -41,6 +40,7 @@ from lorasc_fx.peft_format import (
     by_pattern,
     layout_of,
 )
+from lorasc_fx.quantized import dense
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.experts import install_experts
 from lorasc_fx.spec import CascadeSpec, Rule

@@ -27,12 +27,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import dense
 from lorasc_fx.capture import call_recorder, copied, isolation, quiet
 from lorasc_fx.graph import LIKE_ANOTHER, named_weights
 from lorasc_fx.parameters import substituted
 from lorasc_fx.peft_format import PREFIX, Conv, Conv1d, Parameter, Place, key_path, layout_of, wrap_counts
 from lorasc_fx.plan import Site
+from lorasc_fx.quantized import dense
 from lorasc_fx.state import Factors
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 

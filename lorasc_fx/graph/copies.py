@@ -12,17 +12,9 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.graph.record import strip
+from lorasc_fx.parameters import shallow
 
-__all__ = ["copy_graph", "graph_module_like", "own_copy", "shallow", "unshared"]
-
-
-def shallow(module: nn.Module) -> nn.Module:
-    """Return a module of the same class and attributes that shares children and tensors, in dictionaries of its own."""
-    new = object.__new__(type(module))
-    new.__dict__ = dict(module.__dict__)
-    for store in ("_modules", "_parameters", "_buffers"):
-        new.__dict__[store] = dict(getattr(module, store))
-    return new
+__all__ = ["copy_graph", "graph_module_like", "own_copy", "unshared"]
 
 
 def unshared(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -19,16 +19,19 @@ from torch import fx, nn
 from lorasc_fx.branch import Branch, fill_factor, shared_down
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph.branch_calls import CallTemplate, ReplacedCall, made_by, replaced_call, shared_input, use_of
-from lorasc_fx.graph.copies import copy_graph, graph_module_like, shallow, unshared
+from lorasc_fx.graph.copies import copy_graph, graph_module_like, unshared
 from lorasc_fx.graph.forms import Reading
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
 from lorasc_fx.graph.weights import BRANCHES, held_branches, owner_of
+from lorasc_fx.parameters import shallow
+from lorasc_fx.quantized import is_opaque_product, quantized_linear
 from lorasc_fx.undo import Commit, no_grad
 
 __all__ = [
     "GraphEditor",
     "call_instead",
     "drop_nodes",
+    "products_with_weights",
     "regions_as_modules",
     "rename_inputs",
     "retarget",
@@ -363,6 +366,21 @@ def call_instead(
     for node in calls:
         node.target = new
     return bool(calls)
+
+
+def products_with_weights(graph: fx.Graph, modules: Mapping[str, tuple[str, bool]]) -> None:
+    """Let each opaque product of a `QuantizedLinear` read the weight and bias of its module.
+
+    Args:
+        graph: is changed.
+        modules: path of each module by its key, and whether it has a bias.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_function" and is_opaque_product(node.target)]
+    for node in calls:
+        path, biased = modules[str(node.args[1])]
+        with graph.inserting_before(node):
+            held = [graph.create_node("get_attr", f"{path}.{leaf}") for leaf in ("weight", "bias")[: 1 + biased]]
+        node.target, node.args = quantized_linear, (node.args[0], *held)
 
 
 def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:

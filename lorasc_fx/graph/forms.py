@@ -26,6 +26,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.hooks import RemovableHandle
 
 from lorasc_fx.errors import PassError, SpecError, nearest
+from lorasc_fx.quantized import quantized_linear
 from lorasc_fx.spec import KINDS
 
 __all__ = [
@@ -317,6 +318,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     _grouped("aten._grouped_mm", aten._grouped_mm.default, ("self", "mat2", *_GROUPED), "aten::_grouped_mm"),
     _grouped(_FALLBACK, _FALLBACK, ("input", "weight", "offs"), _FALLBACK),
     FunctionForm("F.linear", "linear", (F.linear,), _LINEAR, 2),
+    FunctionForm("quantized_linear", "linear", (quantized_linear,), _LINEAR, 2),
     _product("torch.addmm", (torch.addmm, "addmm"), _ADDMM, plain=_ONE),
     _product("torch.mm", (torch.mm, "mm"), ("input", "weight")),
     _product("torch.matmul", (torch.matmul, operator.matmul, "matmul"), ("input", "weight")),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, is_quantized
+from lorasc_fx.branch import Branch
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.graph.branch_calls import call_template, mergeable, replaced_call
 from lorasc_fx.graph.flow import (
@@ -41,6 +41,7 @@ from lorasc_fx.graph.record import Record, Use
 from lorasc_fx.graph.targets import check_patterns, describe, matches, targeted
 from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.spec import KINDS, CascadeSpec
 
 __all__ = ["BesideUse", "Matching", "Placer", "WeightUses", "candidates", "kind_at", "match", "read", "survey"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import BRANCH_OF, Branch, branch_class, dense, is_quantized, shared_down
+from lorasc_fx.branch import BRANCH_OF, Branch, branch_class, shared_down
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph.branch_calls import branch_nodes, call_template, made_by, replaced_call, shared_input, use_of
 from lorasc_fx.graph.flow import constants, expert_index, indexed_experts, uses_of, written_between
@@ -33,6 +33,7 @@ from lorasc_fx.graph.forms import (
 from lorasc_fx.graph.record import Record, record_of
 from lorasc_fx.graph.weights import BRANCHES, Weights, module_at, named_weights, owner_of
 from lorasc_fx.plan import Site
+from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import WeightState, start_weight
 

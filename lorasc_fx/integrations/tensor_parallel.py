@@ -31,7 +31,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.adapt import _ADAPTED
-from lorasc_fx.branch import MatrixBranch, is_quantized, shared_down
+from lorasc_fx.branch import MatrixBranch, shared_down
 from lorasc_fx.branch.functions import PRODUCTS
 from lorasc_fx.capture import isolation
 from lorasc_fx.errors import LorascError, SpecError, StateError, nearest
@@ -39,6 +39,7 @@ from lorasc_fx.graph import BRANCHES, matches, named_weights
 from lorasc_fx.integrations.fsdp import whole_only
 from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Site
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, shard_axis
 from lorasc_fx.state import Side, Tree

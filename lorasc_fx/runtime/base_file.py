@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lorasc_fx.branch import is_quantized
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, path_of
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.shards import local, local_like

@@ -23,12 +23,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import dense
 from lorasc_fx.checks import is_integer
 from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Decided, Made, Variant, Variants
 from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError, named, path_of, warn
 from lorasc_fx.extras import module_of
 from lorasc_fx.plan import Plan, Refusal, Site
+from lorasc_fx.quantized import dense, give_layers_back
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, experts, folding, training_state, transition
 from lorasc_fx.runtime.base_model import BaseModel
 from lorasc_fx.runtime.folding import Requantize, Seen
@@ -722,9 +722,10 @@ class Cascade(nn.Module):
         A running stage that has trained is folded first, so that nothing is lost.
 
         Args:
-            quantized: what to do with quantized weights that have trained: `dequantize` leaves them dense; a callable
+            quantized: what to do with quantized weights that have trained: `dequantize` leaves them dense;
+                `requantize` quantizes them again by the method of their layer (bitsandbytes, HQQ, quanto); a callable
                 is given each module with its dense weight and quantizes it again, as torchao's
-                `lambda module: quantize_(module, config)` does. What was done is logged.
+                `lambda module: quantize_(module, config)` does. What was done is logged, with the error.
             which: `slow`, or their average over stages (`averaged`), a run that was added, or a sum, as of `weights`.
 
         Raises:
@@ -741,6 +742,7 @@ class Cascade(nn.Module):
             self._run.gradient_init.call_off()
             self._flags.restore(self.model)
             give_back(self._joined, undo)
+            give_layers_back(self.model, undo)
             self._drop_graphs()
             self._usage.disarm()
             self._run.let_go()

@@ -15,11 +15,11 @@ from os import PathLike
 
 import torch
 
-from lorasc_fx.branch import dense
 from lorasc_fx.checks import is_number
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, warn
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
+from lorasc_fx.quantized import dense
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs, decoded, read, refused
 from lorasc_fx.runtime.folded import has_trained_since, running_branches
 from lorasc_fx.runtime.folding import Seen, ended

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, branch_class, is_quantized
+from lorasc_fx.branch import Branch, branch_class
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
 from lorasc_fx.runtime.codec import RunState
 from lorasc_fx.runtime.folding import check_asked, check_which, ended, trained_value

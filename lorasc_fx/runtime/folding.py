@@ -15,15 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lorasc_fx.branch import dense, is_quantized
 from lorasc_fx.errors import SpecError, StateError, named, nearest
-from lorasc_fx.parameters import Holder, holders_of
+from lorasc_fx.parameters import Holder, holders_of, substituted
+from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import has_begun, trained_moved
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import SlowWeights, Which
-from lorasc_fx.undo import Commit, Undo
+from lorasc_fx.undo import Commit, Undo, no_grad
 
 _VERSIONS = itertools.count(1 << 24)
 """Of weights in place for the time of a `with`; torch counts the writes to a parameter from 0."""
@@ -325,11 +325,18 @@ def folded_each(
     check_which(call, which, run.plan.spec)
     parameters = run.parameters_by_name()
     slow, buffers = (ended(run, call), {}) if other is None else (other.slow, other.buffers)
-    check_asked(call, slow, quantized)
-    first = {id(parameter): name for name, parameter in parameters.items()}
-    for name, value in run.model.state_dict(keep_vars=True).items():
-        now = buffers[name].to(value) if name in buffers else value
-        yield name, value, partial(_folded, slow, first.get(id(value), ""), now, which)
+    names = {name: parameters[name] for name in check_asked(call, slow, quantized)}
+    changed = {
+        name: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="meta"), False)
+        for name, value in names.items()
+    }
+    with substituted(run.model, changed):  # a dense weight is saved by another name than a layer's packed numbers
+        held = run.model.state_dict(keep_vars=True)
+    first = {id(parameter): name for name, parameter in {**parameters, **changed}.items()}
+    for key, value in held.items():
+        name = first.get(id(value), "")
+        now = buffers[key].to(value) if key in buffers else parameters[name] if name in changed else value
+        yield key, now, partial(_folded, slow, name, now, which)
 
 
 def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
@@ -358,14 +365,14 @@ def release(run: Run, quantized: Requantize, which: Which, undo: Undo, other: Se
     dense = {name: slow.value(name, which, parameters[name]) for name in requantized}
     holders, written = holders_of(run.model, dense), run.present([*slow.states, *live])
     run.commit(Planned(run.plan, SlowWeights(), written, write, dense, tensors=buffers, live=live), undo)
-    requantize(holders, quantized)
+    requantize(holders, quantized, undo)
 
 
 log = logging.getLogger("lorasc_fx")
 
-Requantize = Literal["dequantize"] | Callable[[nn.Module], object] | None
-"""What a fold does to quantized weights that have trained: refuse (None), leave them dense, or call this on each of the
-modules that hold one, with the dense weight in it, to quantize it again."""
+Requantize = Literal["dequantize", "requantize"] | Callable[[nn.Module], object] | None
+"""What a fold does to quantized weights that have trained: refuse (None), leave them dense, quantize them again by the
+layer's own method, or call this on each of the modules that hold one, with the dense weight in it, to quantize it."""
 
 
 def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
@@ -375,26 +382,30 @@ def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
         StateError: there are some, and the call does not say what to do with them.
         SpecError: `how` is none of what it may be.
     """
-    if not (how is None or how == "dequantize" or callable(how)):
-        raise SpecError(f"{call}: quantized is {how!r}; give None, 'dequantize' or a callable that quantizes a module")
+    if not (how is None or how in ("dequantize", "requantize") or callable(how)):
+        raise SpecError(
+            f"{call}: quantized is {how!r}; give None, 'dequantize', 'requantize' or a callable that quantizes a module"
+        )
     names = [
         name for name, state in slow.states.items() if is_quantized(state.base) and state.unmerged("slow") is not None
     ]
     if names and how is None:
         raise StateError(
             f"{call}: {named(names, 1)} is quantized, and its numbers cannot hold what was trained; nothing was "
-            "changed. Give quantized='dequantize' for dense weights, or quantized=f, which quantizes a module again",
+            "changed. Give quantized='dequantize' for dense weights, 'requantize' to quantize them again by the method "
+            "of their layer, or quantized=f, which quantizes a module again",
             code="quantized-not-supported",
         )
     return names
 
 
-def requantize(held: Iterable[Holder], how: Requantize) -> None:
+def requantize(held: Iterable[Holder], how: Requantize, undo: Undo) -> None:
     """Quantize again where asked to, and log what was done to each weight.
 
     Args:
         held: the places in which there are dense weights now, with the quantized ones that they held.
         how: of the call.
+        undo: gets the steps that put the layers of libraries back.
 
     Raises:
         StateError: what shall quantize a module does not.
@@ -405,14 +416,18 @@ def requantize(held: Iterable[Holder], how: Requantize) -> None:
         module, leaf, old, now_dense = holder.module, holder.leaf, holder.value, exact[id(holder.value)]
         assert old is not None
         assert now_dense is not None
-        if not callable(how):
-            log.info("%s of %s was dequantized: it is %s now", leaf, type(module).__name__, now_dense.dtype)
+        kind = type(module.layer if isinstance(module, QuantizedLinear) else module).__name__
+        if how == "requantize":
+            _by_its_own_method(module, kind, now_dense, undo)
+        elif callable(how):
+            how(module)
+        else:
+            log.info("%s of %s was dequantized: it is %s now", leaf, kind, now_dense.dtype)
             continue
-        how(module)
         now = module._parameters[leaf]
         if now is None or not is_quantized(now):
             raise StateError(
-                f"release: quantized={how!r} did not quantize the {leaf} of {type(module).__name__}; "
+                f"release: quantized={how!r} did not quantize the {leaf} of {kind}; "
                 "nothing was changed. Give a callable that quantizes the module that it is given, in place",
                 code="requantization-failed",
             )
@@ -422,8 +437,28 @@ def requantize(held: Iterable[Holder], how: Requantize) -> None:
         log.info(
             "%s of %s was quantized again as %s: training moved it by %.3g %% of its norm, rounding by %.3g %%",
             leaf,
-            type(module).__name__,
-            type(now).__name__,
+            kind,
+            type(module.layer if isinstance(module, QuantizedLinear) and module.holds_layer else now).__name__,
             100 * trained,
             100 * rounded,
         )
+
+
+def _by_its_own_method(module: nn.Module, kind: str, weight: nn.Parameter, undo: Undo) -> None:
+    """Quantize a dense weight as the layer did that it has taken the place of.
+
+    Raises:
+        StateError: there is no such layer, or its method needs more than the weight.
+    """
+    row = library_of(module.layer) if isinstance(module, QuantizedLinear) else None
+    if row is None or row.requantize is None:
+        raise StateError(
+            f"release: quantized='requantize', and no method is known by which {kind} was quantized; "
+            "nothing was changed. Give quantized=f, which quantizes a module in place, as torchao's "
+            "lambda module: quantize_(module, config) does, or 'dequantize'",
+            code="requantization-failed",
+        )
+    assert isinstance(module, QuantizedLinear)
+    undo(partial(module.hold, module.layer))
+    with no_grad():
+        module.hold(row.requantize(module.layer, weight.detach()))

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, fill_factor, is_quantized
+from lorasc_fx.branch import Branch, fill_factor
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.checkpoint import version
 from lorasc_fx.runtime.fingerprint import checksum, fingerprint, source_digest

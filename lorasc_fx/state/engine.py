@@ -16,11 +16,12 @@ from dataclasses import replace
 
 import torch
 
-from lorasc_fx.branch import Branch, amplitude, draw, is_quantized
+from lorasc_fx.branch import Branch, amplitude, draw
 from lorasc_fx.branch.noise import row_sizes
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.plan import Site
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import arithmetic, exact_products

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, is_quantized
+from lorasc_fx.branch import Branch
 from lorasc_fx.errors import NonFiniteBranch, warn
 from lorasc_fx.options import RESTARTS
 from lorasc_fx.plan import Plan
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import ProcessGroup, ShardSpec, local, local_like
 from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_of, gain_of, has_trained, write_start

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from lorasc_fx.branch.base import dense
+from lorasc_fx.quantized import dense
 from lorasc_fx.state.weight import Factors, WeightState
 
 __all__ = ["effective_rank", "norm_of", "singular_values", "slow_spectrum"]

@@ -22,9 +22,9 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from lorasc_fx.branch.base import dense, is_quantized
 from lorasc_fx.branch.noise import draw
 from lorasc_fx.options import RESTARTS
+from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import Noise
 from lorasc_fx.state.products import accumulate, exact_products, summing

@@ -14,7 +14,7 @@ import torchao.quantization as torchao
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.errors import raises
+from tests.kit.errors import raises, warns
 from tests.unit.cases import loss_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
@@ -93,6 +93,7 @@ def test_branches_train_beside_quantized_weights(width: str, frontend: str) -> N
     cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend=frontend)
     assert {site.weight for site in cascade.sites} == {"up.weight", "down.weight", "head.weight"}
     assert torch.equal(cascade(inputs()), eager(inputs()))
+    assert all(factor.grad is None for factor in cascade.branches.parameters())
     start = numbers(model)
     with torch.no_grad():
         for branch in cascade.branches.values():
@@ -193,7 +194,8 @@ def test_numbers_that_are_read_in_another_way_are_refused() -> None:
     torch.manual_seed(3)
     model = Odd().eval()
     quantize(model, "int8")
-    cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend="graph-breaks")
+    with warns("quantized-left-out", "up.weight"):
+        cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend="graph-breaks")
     refused = {each.weight: each.reason for each in cascade.refusals}
     assert refused == {"up.weight": lx.plan.Reason.QUANTIZED}
     assert {site.weight for site in cascade.sites} == {"down.weight", "head.weight"}

@@ -1,0 +1,466 @@
+"""Quantized weights: what is one, and the layers of libraries that keep one in a form of their own.
+
+torchao quantizes a weight: the parameter of an nn.Linear becomes a tensor subclass, with a shape, a dtype and a
+`dequantize`. bitsandbytes, HQQ and quanto quantize a layer: a module of their own holds packed numbers, and computes
+with them in its forward. While a cascade lives, a `QuantizedLinear` stands in the place of such a layer. Its weight, a
+`QuantizedWeight`, is a tensor subclass of the first kind: it has the shape of the dense weight, and
+`F.linear(x, weight, bias)` is the layer's own forward. So there is one kind of quantized weight, whatever the library:
+the graph computes with it as it is, and the branch stands beside.
+
+What differs between libraries is a row of `LIBRARIES`: how to dequantize, and how to quantize again. No library is
+imported before a model holds a layer of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any, Self
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorasc_fx.parameters import shallow
+from lorasc_fx.undo import Block, Undo, isolated
+
+__all__ = [
+    "LIBRARIES",
+    "Library",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "as_opaque_products",
+    "dense",
+    "give_layers_back",
+    "is_opaque_product",
+    "is_quantized",
+    "library_of",
+    "place_layers",
+    "quantized_linear",
+]
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a quantized weight: a tensor subclass with a `dequantize` of its own, as torchao's are.
+
+    Such a weight is never written to; its branch computes the unmerged delta.
+    """
+    return is_traceable_wrapper_subclass(tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of a weight as a plain tensor, in its own dtype."""
+    plain: torch.Tensor = tensor.detach().dequantize() if is_quantized(tensor) else tensor
+    return plain
+
+
+# ---- the libraries
+
+
+@dataclass(frozen=True)
+class Library:
+    """How a library keeps the weight of a layer.
+
+    Args:
+        holds: whether a layer of its class has been quantized, and computes a plain product.
+        dequantize: returns the weight of a layer, dense, [out, in].
+        requantize: returns a copy of a layer that holds another weight [out, in], quantized by the layer's own method;
+            None where the method needs more than the weight.
+        attributes: of the layer, while a cascade lives.
+    """
+
+    holds: Callable[[Any], bool]
+    dequantize: Callable[[Any], torch.Tensor]
+    requantize: Callable[[Any, torch.Tensor], nn.Module] | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _dequantize_4bit(layer: Any) -> torch.Tensor:
+    weight = layer.weight
+    plain: torch.Tensor = sys.modules["bitsandbytes.functional"].dequantize_4bit(weight.data, weight.quant_state)
+    return plain
+
+
+def _requantize_4bit(layer: Any, value: torch.Tensor) -> nn.Module:
+    old, new = layer.weight, shallow(layer)
+    options = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    weight = type(old)(value, False, module=new, **{name: getattr(old, name) for name in options})
+    new.weight = weight.to(value.device)
+    return new
+
+
+def _dequantize_8bit(layer: Any) -> torch.Tensor:
+    first = layer.weight.CB is not None  # before its first call
+    numbers, scale = (layer.weight.CB, layer.weight.SCB) if first else (layer.state.CB, layer.state.SCB)
+    like = layer.bias.dtype if layer.bias is not None else torch.get_default_dtype()
+    plain: torch.Tensor = numbers.float() * (scale.float() / 127).unsqueeze(1)
+    return plain.to(like)
+
+
+def _requantize_8bit(layer: Any, value: torch.Tensor) -> nn.Module:
+    new, state = shallow(layer), copy.copy(layer.state)
+    state.CB = state.SCB = None
+    new.state = state
+    new.weight = type(layer.weight)(value.cpu(), False, has_fp16_weights=False).to(value.device)
+    return new
+
+
+def _requantize_hqq(layer: Any, value: torch.Tensor) -> nn.Module:
+    made = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(value.to(layer.compute_dtype), False)
+    config = {**layer.quant_config, "offload_meta": layer.offload_meta}
+    new: nn.Module = type(layer)(made, config, compute_dtype=layer.compute_dtype, device=layer.device)
+    new.bias = layer.bias
+    return new
+
+
+def _requantize_quanto(layer: Any, value: torch.Tensor) -> nn.Module:
+    new = shallow(layer)
+    new.weight = nn.Parameter(value, False)
+    freeze: Any = new.freeze
+    freeze()
+    return new
+
+
+LIBRARIES: dict[str, Library] = {
+    "bitsandbytes.nn.modules.Linear4bit": Library(
+        lambda layer: getattr(layer.weight, "quant_state", None) is not None,
+        _dequantize_4bit,
+        _requantize_4bit,
+        # On CPUs with bf16 instructions it packs the weight anew in eval mode, for a product that has no gradient.
+        {"support_avx512bf16_for_cpu": False},
+    ),
+    "bitsandbytes.nn.modules.Linear8bitLt": Library(
+        lambda layer: layer.weight.dtype == torch.int8 and not layer.state.has_fp16_weights,
+        _dequantize_8bit,
+        _requantize_8bit,
+    ),
+    "hqq.core.quantize.HQQLinear": Library(
+        lambda layer: layer.is_initialized(), lambda layer: layer.dequantize(), _requantize_hqq
+    ),
+    "optimum.quanto.nn.qlinear.QLinear": Library(
+        lambda layer: layer.frozen and layer.activation_qtype is None,
+        lambda layer: layer.weight.dequantize(),
+        _requantize_quanto,
+    ),
+}
+"""By the full name of the class of a layer."""
+
+
+def library_of(layer: nn.Module) -> Library | None:
+    """Return the row of a quantized layer; None for any other module."""
+    rows = (LIBRARIES.get(f"{kind.__module__}.{kind.__qualname__}") for kind in type(layer).__mro__)
+    return next((row for row in rows if row is not None and row.holds(layer)), None)
+
+
+# ---- the weight, and the module that holds it
+
+
+class QuantizedWeight(torch.Tensor):
+    """The weight [out, in] of a library's layer: without memory of its own, the layer holds its numbers.
+
+    `F.linear` with it is the layer's forward, in the layer's mode, with its gradient for the input. Any other operation
+    computes with the dequantized weight; none writes to it.
+    """
+
+    layer: Any
+
+    @staticmethod
+    def __new__(cls, layer: nn.Module, device: torch.device | None = None) -> Self:
+        """Return the weight of a layer of a library in `LIBRARIES`, on its device or another."""
+        row = library_of(layer)
+        assert row is not None
+        with torch.no_grad():
+            plain = row.dequantize(layer)
+        made: Self = torch.Tensor._make_wrapper_subclass(
+            cls, plain.shape, dtype=plain.dtype, device=plain.device if device is None else device
+        )
+        made.layer = layer
+        return made
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weight [out, in], dense."""
+        row = library_of(self.layer)
+        assert row is not None
+        with torch.no_grad():
+            return row.dequantize(self.layer).detach()
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return what the layer computes of x [..., in], with this bias [out] in the place of its own."""
+        stores = (self.layer._parameters, self.layer._buffers, vars(self.layer))
+        store: Any = next(store for store in stores if "bias" in store)
+        held = store["bias"]
+        if held is bias:
+            made: torch.Tensor = self.layer(x)
+            return made
+        try:
+            store["bias"] = bias
+            made = self.layer(x)
+            return made
+        finally:
+            store["bias"] = held
+
+    def entries(self) -> dict[str, torch.Tensor]:
+        """Return what the layer saves of its weight, by name."""
+        saved = self.layer.state_dict(keep_vars=True)
+        return {
+            name: value.detach() for name, value in saved.items() if isinstance(value, torch.Tensor) and name != "bias"
+        }
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name.startswith("layer."):
+            return self.entries()[name.removeprefix("layer.")]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __tensor_flatten__(self) -> tuple[list[str], str]:
+        return [f"layer.{name}" for name in sorted(self.entries())], type(self.layer).__name__
+
+    @staticmethod
+    def __tensor_unflatten__(*args: Any) -> torch.Tensor:
+        raise NotImplementedError("a quantized layer is not traced: its product is one call")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+            if isinstance(given["weight"], cls):
+                return given["weight"].product(given["input"], given.get("bias"))
+        with torch._C.DisableTorchFunctionSubclass():  # what is computed of it is a plain tensor
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        if func in (aten.detach.default, aten.alias.default, aten.clone.default):  # nothing writes to it
+            return _alias(args[0])
+        if func is aten._to_copy.default and kwargs.get("device") == torch.device("meta"):
+            return cls(args[0].layer, torch.device("meta"))
+        if func._schema.is_mutable:
+            raise RuntimeError(f"{func} would write into a quantized weight, which holds no numbers of its own")
+        args, kwargs = pytree.tree_map_only(cls, lambda weight: weight.dequantize(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            made = type(self)(copy.deepcopy(self.layer, memo))
+            memo[id(self)] = nn.Parameter(made, False) if isinstance(self, nn.Parameter) else made
+        copied: torch.Tensor = memo[id(self)]
+        return copied
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Return shape and library, and no numbers."""
+        return (
+            f"QuantizedWeight(shape={tuple(self.shape)}, of {type(self.layer).__module__}.{type(self.layer).__name__})"
+        )
+
+
+def _alias(weight: QuantizedWeight) -> QuantizedWeight:
+    kind = type(weight)
+    made: QuantizedWeight = torch.Tensor._make_wrapper_subclass(
+        kind, weight.shape, dtype=weight.dtype, device=weight.device
+    )
+    made.layer = weight.layer
+    return made
+
+
+_KEYS = count()
+_PLACED: WeakValueDictionary[str, QuantizedLinear] = WeakValueDictionary()
+
+
+class QuantizedLinear(nn.Linear):
+    """Stands in the model for a library's layer, which it calls; with a dense weight in place it is a linear layer.
+
+    Mode, device and saved entries are the layer's own, and attributes that it does not have are read from the layer.
+
+    Args:
+        layer: of a library in `LIBRARIES`.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        row = library_of(layer)
+        assert row is not None
+        layer.state_dict()  # bitsandbytes undoes its packing for inference where it saves
+        self.__dict__["layer"] = layer
+        self.__dict__["before"] = {name: getattr(layer, name) for name in row.attributes if hasattr(layer, name)}
+        for name in self.before:
+            setattr(layer, name, row.attributes[name])
+        self.hold(layer)
+        bias = getattr(layer, "bias", None)
+        store: Any = self._parameters if bias is None or isinstance(bias, nn.Parameter) else self._buffers
+        store["bias"] = bias
+        self.out_features, self.in_features = self.weight.shape
+        self.key = str(next(_KEYS))  # a number may become a symbol
+        _PLACED[self.key] = self
+
+    def hold(self, layer: nn.Module) -> None:
+        """Let another layer stand here."""
+        self.__dict__["layer"] = layer
+        self._parameters["weight"] = nn.Parameter(QuantizedWeight(layer), False)
+
+    @property
+    def holds_layer(self) -> bool:
+        """Whether it calls the layer; else a dense weight, or one of another library, has been put in place."""
+        return isinstance(self._parameters["weight"], QuantizedWeight)
+
+    def released(self) -> nn.Module:
+        """Return what stands in its place in the end: the layer, or a linear layer with the weight that is here."""
+        if self.holds_layer:
+            layer: nn.Module = self.layer
+            return layer
+        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        made.weight = self.weight
+        bias = self.bias
+        made.bias = nn.Parameter(bias, False) if bias is not None and not isinstance(bias, nn.Parameter) else bias
+        return made.train(self.training)
+
+    @property
+    def training(self) -> bool:
+        """The layer's mode."""
+        return bool(self.layer.training) if "layer" in self.__dict__ else True
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "layer" in self.__dict__:
+            self.layer.train(mode)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the product of the layer, or that of the dense weight in its place."""
+        if _capturing and torch.compiler.is_compiling():
+            opaque: torch.Tensor = torch.ops.lorasc_fx.quantized_linear(input, self.key)
+            return opaque
+        return quantized_linear(input, self.weight, self.bias)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "layer" in self.__dict__ and not name.startswith("__"):
+                return getattr(self.__dict__["layer"], name)
+            raise
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        if not self.holds_layer:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        before, bias = self.weight.device, getattr(self.layer, "bias", None)
+        self.layer._apply(fn)
+        if QuantizedWeight(self.layer).device != before:
+            self.hold(self.layer)
+        if (now := getattr(self.layer, "bias", None)) is not bias:
+            store: Any = self._parameters if "bias" in self._parameters else self._buffers
+            store["bias"] = now
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self.holds_layer:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        for name, value in self.layer.state_dict(keep_vars=keep_vars).items():
+            destination[prefix + name] = value
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.holds_layer:
+            self.layer._load_from_state_dict(*args, **kwargs)
+        else:
+            super()._load_from_state_dict(*args, **kwargs)
+
+
+@fx.wrap  # one node in a trace of torch.fx
+def quantized_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the product of a library's layer: of its weight as it is, or of a dense one that was put in its place.
+
+    The dense one computes in its own dtype and returns that of the input, as the layers do.
+
+    Args:
+        input: [..., in].
+        weight: [out, in], quantized or dense.
+        bias: [out].
+    """
+    if isinstance(weight, QuantizedWeight) or input.dtype == weight.dtype:
+        return F.linear(input, weight, bias)
+    bias = bias.to(weight.dtype) if bias is not None else None
+    return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
+
+
+# ---- capture: one op whose weight is found by the number of its module
+
+_capturing = 0
+
+
+@isolated
+def as_opaque_products(undo: Block[Any]) -> None:
+    """Let tracers see the product of each `QuantizedLinear` as one op, into which they do not look."""
+    global _capturing  # noqa: PLW0603 - dynamo guards it
+    _capturing += 1
+
+    def end() -> None:
+        global _capturing  # noqa: PLW0603
+        _capturing -= 1
+
+    undo(end)
+
+
+@torch.library.custom_op("lorasc_fx::quantized_linear", mutates_args=())
+def _product(input: torch.Tensor, key: str) -> torch.Tensor:
+    raise NotImplementedError("stands in graphs until their weights are read from the model")
+
+
+@_product.register_fake
+def _(input: torch.Tensor, key: str) -> torch.Tensor:
+    return input.new_empty(*input.shape[:-1], _PLACED[key].out_features)
+
+
+def is_opaque_product(target: Any) -> bool:
+    """Whether a node that calls this target has that op: of input [..., in] and the key of a module."""
+    op = torch.ops.lorasc_fx.quantized_linear
+    return target is op or target is op.default
+
+
+# ---- in a model
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                yield parent, name, child
+
+
+def place_layers(model: nn.Module, undo: Undo) -> None:
+    """Put a `QuantizedLinear` in the place of each quantized layer of a library; one at two places stays one."""
+    made: dict[int, QuantizedLinear] = {}
+    for parent, name, child in list(_places(model)):
+        if not isinstance(child, QuantizedLinear) and library_of(child) is not None:
+            if id(child) not in made:
+                made[id(child)] = QuantizedLinear(child)
+                undo(partial(_restore, made[id(child)]))
+            undo(partial(parent._modules.__setitem__, name, child))
+            parent._modules[name] = made[id(child)]
+
+
+def give_layers_back(model: nn.Module, undo: Undo) -> None:
+    """Put the layers back in their places, or a linear layer where the weight is dense now."""
+    made: dict[int, nn.Module] = {}
+    for parent, name, child in list(_places(model)):
+        if isinstance(child, QuantizedLinear):
+            if id(child) not in made:
+                made[id(child)] = child.released()
+                undo(partial(_restore, child, {key: getattr(child.layer, key) for key in child.before}))
+                _restore(child)
+            undo(partial(parent._modules.__setitem__, name, child))
+            parent._modules[name] = made[id(child)]
+
+
+def _restore(module: QuantizedLinear, attributes: Mapping[str, Any] | None = None) -> None:
+    for name, value in (module.before if attributes is None else attributes).items():
+        setattr(module.layer, name, value)
