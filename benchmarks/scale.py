@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -82,6 +83,11 @@ class Weight:
         found = LAYER.search(self.name)
         return found[0] if found else ""
 
+    @property
+    def unit(self) -> str:
+        """What FSDP2 gathers it with: its layer, or alone a matrix of none; "" for the root, which has the rest."""
+        return self.block or (self.name if len(self.shape) > 1 else "")
+
     def style(self, llama: Llama, ranks: int) -> str:
         """How tensor parallel splits it; few heads of keys and values stay whole."""
         leaf = self.leaf
@@ -129,31 +135,31 @@ class Figures:
 
 
 def fsdp2(weights: Iterable[Weight], ranks: int) -> Figures:
-    """Return the figures of `fully_shard`, a unit a layer and one for the rest.
+    """Return the figures of `fully_shard`, a unit a layer, one for each matrix of none, and the root.
 
-    A gather of n bytes sends n (N-1)/N by each rank, and so does a reduce-scatter. Layers are gathered in forward and
-    in backward, one while the next one comes; the rest once. At a transition every lora_A is gathered, for B has its
-    rows in parts and A is needed whole; and a site has a few sums of 8 bytes.
+    A gather of n bytes sends n (N-1)/N by each rank, and so does a reduce-scatter. Units are gathered in forward and in
+    backward, one while the next one comes. At a transition every lora_A is gathered, for B has its rows in parts and A
+    is needed whole; and a site has a few sums of 8 bytes.
     """
     weights = list(weights)
     share = (ranks - 1) / ranks
     base = sum(each.entries for each in weights)
     first = sum(each.factors[0] for each in weights)
     trained = sum(sum(each.factors) for each in weights)
-    blocks: dict[str, float] = {}
+    units: dict[str, float] = {}
     for each in weights:
-        blocks[each.block] = blocks.get(each.block, 0) + WEIGHT * each.entries + FACTOR * sum(each.factors)
-    layers = [size for name, size in blocks.items() if name]
+        units[each.unit] = units.get(each.unit, 0) + WEIGHT * each.entries + FACTOR * sum(each.factors)
+    sizes = list({**units, "": 0.0}.values())  # in the order of the model, without the root
     sites = [each for each in weights if each.rank]
     return Figures(
         base=WEIGHT * base / ranks,
         factors=FACTOR * trained / ranks,
         gradients=FACTOR * trained / ranks,
         optimizer=STATES * FACTOR * trained / ranks,
-        gathered=blocks[""] + 2 * max(layers),
+        gathered=units[""] + max(one + other for one, other in pairwise(sizes)),
         host=WEIGHT * sum(each.entries for each in sites) / ranks,
-        forward=share * sum(blocks.values()),
-        backward=share * (sum(layers) + FACTOR * trained),
+        forward=share * sum(units.values()),
+        backward=share * (sum(units.values()) + FACTOR * trained),
         transition=share * FACTOR * first + sums(len(sites), ranks),
     )
 
@@ -249,9 +255,10 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "Activations are not counted: they are those of the frozen model and of the branches' inputs.",
         'With `base="file"` W0 is mapped from the files of the model, and needs no host memory.',
         "",
-        "FSDP2: each layer is a unit, and all else is one. A gather of n bytes sends n (N-1)/N by each rank, and so",
-        "does the reduce-scatter of gradients; frozen weights have none. Layers are gathered in forward and again in",
-        "backward, the next one while one computes; the rest once a step. What is sent does not depend on the tokens.",
+        "FSDP2: each layer is a unit, and so are the embedding and the head. A gather of n bytes sends n (N-1)/N by",
+        "each rank, and so does the reduce-scatter of gradients; frozen weights have none. Units are gathered in",
+        "forward and again in backward, the next one while one computes. What is sent does not depend on the tokens.",
+        "FSDP2 cuts rows and pads them; lora_A, of fewer rows than ranks, is cut by its inputs.",
         "",
         "Tensor parallel: a sum over all ranks of n bytes sends 2 n (N-1)/N by each rank. Every row-wise product is",
         "one such sum, and every input that column-wise products share, [tokens, width]; branches add sums of",

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 from lorasc_fx.capture import leaves
 from lorasc_fx.compile import Variant
@@ -273,7 +274,16 @@ def whole_only(spec: CascadeSpec, call: str) -> Iterator[tuple[str, Any, Any, st
 
 
 def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh, undo: Undo) -> Shards:
-    """Let FSDP take the parameters of each unit, and those of none as the root."""
+    """Let FSDP take the parameters of each unit, and those of none as the root.
+
+    It cuts the first axis, and where that is shorter than the ranks it pads: lora_A [rank, in] is cut by inputs then.
+    """
+    parts = mesh.size(mesh.ndim - 1)
+    thin = {
+        id(branch.lora_A)
+        for branch in cascade._run.by_key.values()
+        if branch.lora_A.dim() == 2 and branch.rank % parts and branch.lora_A.shape[1] % parts == 0
+    }
     for module in cascade.modules():
         undo(partial(module._parameters.update, dict(module._parameters)))
         undo(partial(_unmark, module))
@@ -290,7 +300,13 @@ def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh,
         others = {
             parameter for parameter in cascade.parameters() if units.get(id(parameter)) != name
         }  # those of other units, cut or not
-        cut_up = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=others)
+        cut_up = fully_shard(
+            unit,
+            mesh=mesh,
+            reshard_after_forward=True,
+            shard_placement_fn=lambda parameter: Shard(1) if id(parameter) in thin else None,
+            ignored_params=others,
+        )
         if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":  # which has no mean
             cut_up.set_force_sum_reduction_for_comms(True)
     del originals

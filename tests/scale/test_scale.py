@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorasc_fx as lx
 from benchmarks.scale import PAGE, RANK, STYLES, Llama, fsdp2, page, tensor_parallel, weights_of
+from lorasc_fx.integrations import fsdp
 from lorasc_fx.integrations import tensor_parallel as parts
 from tests.kit.seams import SEAMS
 from tests.kit.state import weight_states
@@ -47,10 +48,10 @@ def test_parameters_by_hand() -> None:
     assert figures.factors == figures.gradients == figures.optimizer / 2 == 4 * trained / 8
     assert figures.host == 2 * 80 * linear / 8
     layer = 2 * (linear + 2 * wide) + 4 * RANK * ends
-    rest = 2 * (2 * wide * vocabulary + wide)
-    assert figures.gathered == rest + 2 * layer
-    assert figures.forward == pytest.approx(7 / 8 * (80 * layer + rest))
-    assert figures.backward == pytest.approx(7 / 8 * (80 * layer + 4 * trained))
+    end, root = 2 * wide * vocabulary, 2 * wide  # embedding and head, and the last norm
+    assert figures.gathered == root + layer + end
+    assert figures.forward == pytest.approx(7 / 8 * (80 * layer + 2 * end + root))
+    assert figures.backward == pytest.approx(7 / 8 * (80 * layer + 2 * end + root + 4 * trained))
     into = 6 * wide + between
     assert figures.transition == pytest.approx(7 / 8 * 4 * 80 * RANK * into, rel=1e-3)
 
@@ -66,11 +67,14 @@ class Sent(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented
         name = func.__name__.partition(".")[0]
+        share = (self.ranks - 1) / self.ranks
         if "c10d" in func.namespace and name in ("all_reduce", "allreduce_", "all_gather_into_tensor"):
             given = args[0] if isinstance(args[0], Tensor) else args[0][0]
             size = given.numel() * given.element_size()
-            share = (self.ranks - 1) / self.ranks
             self.bytes += 2 * share * size if "reduce" in name else share * size * self.ranks
+            self.seen[name] += 1
+        elif "c10d" in func.namespace and name in ("_allgather_base_", "_reduce_scatter_base_"):
+            self.bytes += share * max(each.numel() * each.element_size() for each in args[:2])
             self.seen[name] += 1
         elif "c10d" in func.namespace and name not in ("wait_tensor", "_wrap_tensor_autograd"):
             raise AssertionError(f"{func} is an exchange that nobody expects")
@@ -113,6 +117,59 @@ def test_tensor_parallel_sends_and_holds_what_the_formulas_say(ranks: int, monke
         cascade.transition(optimizer)
     assert transition.seen.keys() == {"allreduce_"}
     assert 0 < transition.bytes < 2 * expected.transition
+
+
+@pytest.fixture
+def many() -> Iterator[int]:
+    dist.init_process_group("fake", rank=0, world_size=64, store=FakeStore())
+    yield 64
+    dist.destroy_process_group()
+
+
+SPEC = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=RANK, noise=lx.Noise(0.1), placement="beside")
+
+
+def test_a_wide_llama_on_the_meta_device_is_cut_for_64_ranks(many: int) -> None:
+    """Two of the 80 layers of the 70B-like model, without memory: what a rank would hold."""
+    llama = Llama(num_hidden_layers=2)
+    cascade = lx.adapt(llama.on_meta(2), kwargs={"input_ids": torch.zeros(1, 8, dtype=torch.long)}, spec=SPEC)
+    fsdp.shard(cascade)
+    expected = fsdp2(weights_of(llama), many)
+    assert all(each.is_meta for each in cascade.parameters())
+    assert sum(_bytes(each) for each in cascade.model.parameters()) == expected.base
+    assert sum(_bytes(each) for each in cascade.branches.parameters()) == expected.factors
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_fsdp_sends_and_holds_what_the_formulas_say(many: int, layers: int) -> None:
+    """A narrow llama on 64 ranks, of which the others do nothing: a step and a transition, and the collectives."""
+    llama = Llama(128, 256, layers, 4, 2, 128)
+    sizes = {**vars(llama), "pad_token_id": 0, "tie_word_embeddings": False, "use_cache": False}
+    model, ids = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16), torch.randint(0, 64, (1, 8))
+    cascade = fsdp.shard(lx.adapt(model, kwargs={"input_ids": ids}, spec=SPEC))
+    expected = fsdp2(weights_of(llama), many)
+    assert sum(_bytes(each) for each in cascade.model.parameters()) == expected.base
+    assert sum(_bytes(each) for each in cascade.branches.parameters()) == expected.factors
+    assert sum(state.base.nbytes for state in weight_states(cascade).values()) == expected.host
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
+    with Sent(many) as forward:
+        logits = cascade(input_ids=ids).logits
+    with Sent(many) as backward:
+        logits.float().sum().backward()
+    for parameter in cascade.branches.parameters():  # sums with what the other ranks have not sent are no numbers
+        parameter.grad.to_local().fill_(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    with Sent(many) as transition:
+        cascade.transition(optimizer)
+    units, sites = layers + 3, 7 * layers  # embedding, head and root are units as well
+    assert forward.seen == {"_allgather_base_": units}
+    assert backward.seen == {"_allgather_base_": units, "_reduce_scatter_base_": layers}
+    assert transition.seen["all_gather_into_tensor"] == sites  # lora_A
+    assert 6 * sites <= transition.seen["allreduce_"] < 6 * sites + 10
+    assert forward.bytes == pytest.approx(expected.forward)
+    assert backward.bytes == pytest.approx(expected.backward)
+    assert transition.bytes == pytest.approx(expected.transition, rel=1e-2)
 
 
 def _bytes(parameter: Any) -> int:
