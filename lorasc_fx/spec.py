@@ -170,6 +170,8 @@ class CascadeSpec:
         start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
             residual while the stage trains: its largest singular triplets (`pissa`, 2404.02948), its smallest ones
             (`milora`, 2406.09044), or the first columns and rows of its QR decomposition (`olora`, 2406.01775).
+        carry_rank: rank at which the delta that earlier stages added to a quantized weight is carried beside it, by the
+            nearest pair of factors of that rank; by default as it is, up to the rank of the matrix.
         use_dora: each row of a weight has a trainable magnitude, `W' = diag(m / |W + s B A|) (W + s B A)` (2402.09353);
             for products and convolutions, in place of their ops.
         optimizer_state: of the branches at a transition: `reset`, `kept`, or the share in (0, 1) of the smallest
@@ -201,6 +203,7 @@ class CascadeSpec:
     noise: Noise = field(default_factory=Noise)
     restart_A: str = "fresh"
     start: str = "lora"
+    carry_rank: int | None = None
     use_dora: bool = False
     optimizer_state: Literal["reset", "kept"] | float = "reset"
     slow_train: bool = True
@@ -225,6 +228,8 @@ class CascadeSpec:
         _choice("restart", self.restart, tuple(RESTARTS))
         _choice("restart_A", self.restart_A, tuple(NEXT_A))
         _choice("start", self.start, tuple(STARTS))
+        if self.carry_rank is not None:
+            _rank("carry_rank", self.carry_rank)
         _choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         if not isinstance(self.noise, Noise):
             raise SpecError(f"noise is {self.noise!r}; give lorasc_fx.Noise(strength)")

@@ -370,7 +370,7 @@ def _summed(own: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -
     slow = View(tuple(coefficients), total)
     views = {"slow": slow, "start": slow, f"stage/{stage}": slow}
     after = WeightState(own.name, own.base, own.stacked, own.transposed, tuple(experts), views, noises=tuple(noises))
-    return after.collapsed() if after.crowded else after
+    return after.compact()
 
 
 def _holds_dense(name: str, part: Part) -> bool:

@@ -222,8 +222,9 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
     if gone:
         can = [end for end in (0, *ended) if not _looked_up(slow, end)[2]]
         raise StateError(
-            f"{call}: stage {stage} is gone for {named(gone)}: experts that outgrow their weight are "
-            "summed into one dense delta, and what is trained in full is kept a stage at a time only while it is "
+            f"{call}: stage {stage} is gone for {named(gone)}: experts that outgrow their weight, or the rank at which "
+            "a quantized one carries them, are summed, and what is trained in full is kept a stage at a time only "
+            "while it is "
             f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all",
             code="stage-not-kept",
         )

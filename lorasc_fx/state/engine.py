@@ -214,7 +214,7 @@ def end_stage(
             moved = not state.every(not has_trained(branch, state))
             live = factors_of(branch, state.base.device, state) if moved else None
             gain = gain_of(branch, state, spec, stage, noisy) if moved else None
-            folded = state.absorb(stage, live, pace, spec.restart, share, gain)
+            folded = state.absorb(stage, live, pace, spec.restart, share, gain, spec.carry_rank)
             fault = "" if state.every(fits(folded)) else f"takes it beyond {state.base.dtype}"
             after = None if fault else folded
         if fault and spec.on_nonfinite == "raise":
@@ -228,7 +228,7 @@ def end_stage(
             )
             left_out.add(state.name)
     if after is None:
-        after = state.absorb(stage, None, pace, spec.restart, share)
+        after = state.absorb(stage, None, pace, spec.restart, share, carry_rank=spec.carry_rank)
     if noisy and spec.noise.keep and spec.noise.strength:
         size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
         after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))

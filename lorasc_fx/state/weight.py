@@ -13,6 +13,7 @@ Under DoRA a stage multiplies the rows of all that was there before it. With p t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -44,6 +45,8 @@ __all__ = [
 ]
 
 Which = Literal["slow", "fast", "base", "averaged"]
+
+log = logging.getLogger("lorasc_fx")
 
 
 class Side(Enum):
@@ -371,6 +374,7 @@ class WeightState(Tree):
         restart: str,
         share: float | None = None,
         gain: torch.Tensor | None = None,
+        carry_rank: int | None = None,
     ) -> WeightState:
         """Return the state after the slow update: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (algorithm.md).
 
@@ -382,6 +386,7 @@ class WeightState(Tree):
             pace, restart: of the spec, in this stage.
             share: of S_t in the average.
             gain: row scale [out] of a branch with magnitudes.
+            carry_rank: of the spec.
         """
         experts, old, moved, row_scale = self.experts, self.slow, self.start, None
         if live is not None and gain is not None:
@@ -404,8 +409,7 @@ class WeightState(Tree):
         views |= {f"stage/{end}": view for end, view in ends.items()} | {f"stage/{stage}": slow}
         if (average := self._averaged(slow, share)) is not None:
             views["average"] = average
-        after = replace(self, experts=experts, views=views, gone=gone, initial=None)
-        return after.collapsed() if after.crowded else after
+        return replace(self, experts=experts, views=views, gone=gone, initial=None).compact(carry_rank)
 
     def _averaged(self, slow: View, share: float | None) -> View | None:
         """Return what the average becomes: `average + share * (S_t - average)`; None where it is S_t."""
@@ -416,8 +420,7 @@ class WeightState(Tree):
     def added(self, experts: Sequence[Expert], coefficients: Sequence[float]) -> WeightState:
         """Return the state with experts that were trained elsewhere in what it is now, not in the ends of stages."""
         views = {name: view if "/" in name else view.extended(coefficients) for name, view in self.views.items()}
-        after = replace(self, experts=(*self.experts, *experts), views=views)
-        return after.collapsed() if after.crowded else after
+        return replace(self, experts=(*self.experts, *experts), views=views).compact()
 
     def with_noise(self, kept: KeptNoise) -> WeightState:
         """Return the state in which this noise stays."""
@@ -451,14 +454,25 @@ class WeightState(Tree):
         """Number of outputs: the length of a row scale."""
         return self.matrix[-1 if self.transposed else -2]
 
-    @property
-    def crowded(self) -> bool:
-        """Whether the experts together hold more numbers than the weight itself, or than the dense delta that is there
-        already; those of a quantized one stay.
+    def compact(self, carry_rank: int | None = None) -> WeightState:
+        """Return the state with its experts summed, where there are too many of them.
+
+        Args:
+            carry_rank: of the spec, for quantized weights.
         """
-        if is_quantized(self.base):
-            return False
+        return self.collapsed(carry_rank) if self._crowded(carry_rank) else self
+
+    def _carried(self, carry_rank: int | None) -> int:
+        """Return the rank at which the delta of a quantized weight is carried: that of its matrix at most."""
+        return min(*self.matrix[-2:], *(() if carry_rank is None else (carry_rank,)))
+
+    def _crowded(self, carry_rank: int | None) -> bool:
+        """Whether the experts together hold more numbers than the weight itself, or than the dense delta that is there
+        already; of a quantized weight, whether their ranks are more than it carries.
+        """
         ranks = sum(expert.rank for expert in self.experts)
+        if is_quantized(self.base):
+            return ranks > self._carried(carry_rank)
         if self.slow.dense is not None:
             return ranks > 0
         rows, columns = self.matrix[-2:]
@@ -467,18 +481,50 @@ class WeightState(Tree):
             rows, columns = whole[0], math.prod(whole[1:])
         return ranks * (rows + columns) > rows * columns
 
-    def collapsed(self) -> WeightState:
-        """Return the same state with its experts summed into one dense delta for each view that differs."""
-        slow = View((), self._sum(self.slow))
-        start = View((), self._sum(self.start)) if self.start_differs else slow
+    def collapsed(self, carry_rank: int | None = None) -> WeightState:
+        """Return the same state with its experts summed for each view that differs: into one dense delta, or for a
+        quantized weight, beside which a branch computes, into one expert of the rank that it carries.
+        """
+        live = {name: view for name, view in self.views.items() if "/" not in name}
+        if not self.start_differs:
+            del live["start"]
+        experts: tuple[Expert, ...] = ()
+        if is_quantized(self.base):
+            stage = max(expert.stage for expert in self.experts)
+            experts = tuple(self._low_rank(view, self._carried(carry_rank), stage) for view in live.values())
+            summed = {name: View(tuple(float(name == other) for other in live)) for name in live}
+        else:
+            summed = {name: View((), self._sum(view)) for name, view in live.items()}
+        slow = summed["slow"]
         last = max((expert.stage for expert in self.experts if expert.row_scale is not None), default=0)
         ends = self.ends
         now = [end for end, view in ends.items() if view.coefficients == self.slow.coefficients and end >= last]
         gone = max((self.gone, *(end for end in ends if end not in now)))
-        views = {"slow": slow, "start": start} | {f"stage/{end}": slow for end in now}
-        if "average" in self.views:
-            views["average"] = View((), self._sum(self.views["average"]))
-        return replace(self, experts=(), views=views, gone=gone, row_scale=self.scale())
+        views = {"start": slow, **summed} | {f"stage/{end}": slow for end in now}
+        return replace(self, experts=experts, views=views, gone=gone, row_scale=self.scale())
+
+    def _low_rank(self, view: View, rank: int, stage: int) -> Expert:
+        """Return the nearest expert of this rank at most to the delta of a view, by the SVD of `b a`, which is never
+        formed: that of the core `R_b R_a^T` of two QR decompositions (Eckart and Young, 1936).
+        """
+        dtype, pairs = summing(self.base.dtype), self._pairs(view)
+        if not pairs:
+            b, a = self.experts[0].b[..., :0], self.experts[0].a[..., :0, :]
+            return Expert(b.to(dtype), a.to(dtype), stage)
+        pair = sum_of(pairs, torch.float64, pairs[0][1].b.device)
+        left, core = torch.linalg.qr(pair.b)
+        right, other = torch.linalg.qr(pair.a.mT)
+        u, values, v = torch.linalg.svd(core @ other.mT, full_matrices=False)
+        size = float(values.norm())
+        kept = min(rank, int((values > size * torch.finfo(torch.float64).eps * max(self.matrix[-2:])).sum()))
+        if (lost := float(values[kept:].norm())) > 1e-6 * size:
+            log.info(
+                "%s carries its delta at rank %d: %.3g %% of its norm is left out", self.name, kept, 100 * lost / size
+            )
+        root = values[:kept].sqrt()
+        return Expert(
+            (left @ u[:, :kept] * root).to(dtype), (root.unsqueeze(-1) * (v[:kept] @ right.mT)).to(dtype), stage
+        )
 
     def _sum(self, view: View) -> torch.Tensor:
         dtype, before = summing(self.base.dtype), view.dense

@@ -16,7 +16,7 @@ from tests.kit.errors import raises
 FIELDS = (
     "targets, exclude, train, untie, rules, rank, lora_alpha, use_rslora, dropout, ranks, train_A, "
     "nearest_full_gradient, lr_ratio, train_rules, average, average_decay, placement, pace, restart, noise, restart_A, "
-    "start, use_dora, optimizer_state, slow_train, on_nonfinite, seed"
+    "start, carry_rank, use_dora, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 

@@ -27,6 +27,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"pace": (0.5, None)}, ("invalid-value", "2", "None")),
     ({"train_A": 0}, ("invalid-value", "train_A", "0")),
     ({"nearest_full_gradient": None}, ("invalid-value", "nearest_full_gradient", "None")),
+    ({"carry_rank": 0}, ("invalid-value", "carry_rank", "0")),
     ({"lr_ratio": 0}, ("invalid-value", "lr_ratio")),
     ({"lr_ratio": math.nan}, ("invalid-value", "lr_ratio")),
     ({"average": "mean"}, ("invalid-value", "average", "mean", "ema")),

@@ -219,3 +219,70 @@ def test_a_checkpoint_goes_on(width: str, tmp_path: Path) -> None:
     other.up.weight = copy.deepcopy(net("int4" if width == "int8" else "int8").up.weight)
     with raises(lx.CheckpointError, "checkpoint-other-base", "up"):
         lx.load(tmp_path, other, (inputs(),))
+
+
+def nearest(delta: torch.Tensor, rank: int) -> torch.Tensor:
+    left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    return left[:, :rank] * values[:rank] @ right[:rank]
+
+
+def ranks(cascade: lx.Cascade) -> dict[str, int]:
+    pairs = {site.weight: cascade.branches[site.key].unmerged_A for site in cascade.sites}
+    return {name: 0 if a is None else len(a) for name, a in pairs.items()}
+
+
+@BOTH
+def test_the_delta_of_a_quantized_weight_is_carried_at_a_rank(width: str, tmp_path: Path) -> None:
+    """Against the truncated SVD of what each stage ends with; without it, a stage added its rank to every call."""
+    model = net(width)
+    spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, carry_rank=3)
+    cascade = lx.adapt(model, (inputs(),), spec=spec)
+    quantized = [site for site in cascade.sites if site.weight != "head.weight"]
+    deltas = {site.weight: torch.zeros(site.shape, dtype=torch.float64) for site in quantized}
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for stage in cascade.stages(4, optimizer):
+        for _ in range(2):
+            loss_of(cascade(inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for site in quantized:
+            total = deltas[site.weight] + 0.5 * delta(cascade, site).double()
+            deltas[site.weight] = nearest(total, 3) if stage.number > 1 else total
+    assert ranks(cascade) == {"up.weight": 3, "down.weight": 3, "head.weight": 0}
+    base = numbers(net(width))
+    with cascade.weights("slow"):
+        for name, value in deltas.items():
+            torch.testing.assert_close(model.get_parameter(name), base[name] + value.float(), rtol=0, atol=1e-6)
+    lx.save(cascade, tmp_path)
+    again = lx.load(tmp_path, net(width), (inputs(),))
+    assert torch.equal(again(inputs()), cascade(inputs()))
+    with raises(lx.StateError, "stage-not-kept", "up.weight"):
+        cascade.rewind(1, optimizer)
+
+
+@pytest.mark.parametrize("options", [{}, {"restart": "fast"}, {"average": "swa"}], ids=str)
+def test_ranks_beyond_the_matrix_are_left_out_without_loss(options: dict[str, Any]) -> None:
+    model = net("int8")
+    spec = lx.CascadeSpec(rank=8, lora_alpha=12.0, pace=0.5, exclude=("head",), **options)
+    cascade = lx.adapt(model, (inputs(),), spec=spec)
+    fast = slow = start = numbers(model)
+    ends = []
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in cascade.stages(5, optimizer):
+        for _ in range(2):
+            loss_of(cascade(inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved = {site.weight: delta(cascade, site) for site in cascade.sites}
+        fast = {name: value + moved.get(name, 0) for name, value in start.items()}
+        slow = {name: slow[name] + 0.5 * (fast[name] - slow[name]) for name in slow}
+        start = fast if options.get("restart") == "fast" else slow
+        ends.append(slow)
+    assert ranks(cascade)["down.weight"] == 16  # of 40
+    assert ranks(cascade)["up.weight"] == 32
+    with cascade.weights("slow"):
+        torch.testing.assert_close(model(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+    if options.get("average"):
+        mean = {name: torch.stack([end[name] for end in ends]).mean(0) for name in slow}
+        with cascade.weights("averaged"):
+            torch.testing.assert_close(model(inputs()), plain(mean)(inputs()), rtol=0, atol=2e-5)
