@@ -21,6 +21,7 @@ SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
 CONFIGS: dict[str, Callable[[], Any]] = {
     "int8": torchao.Int8WeightOnlyConfig,
     "int4": lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(16)),
+    "fp8": torchao.Float8WeightOnlyConfig,
 }
 BOTH = pytest.mark.parametrize("width", CONFIGS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lorasc_fx.quantized import LIBRARIES, Library, QuantizedLinear, library_of
 from tests.kit.errors import raises, warns
 from tests.unit.cases import loss_of
 from tests.unit.quantized_layers import LAYERS, Packed, is_missing
-from tests.unit.test_quantized import SPEC, Net, delta, inputs, plain, train
+from tests.unit.test_quantized import CONFIGS, SPEC, Net, delta, inputs, plain, train
 
 CASES = pytest.mark.parametrize(
     "case",
@@ -268,6 +269,15 @@ def test_a_copy_has_layers_of_its_own() -> None:
     assert first.layer is not second.layer  # type: ignore[union-attr]
     assert second.weight.layer is second.layer  # type: ignore[union-attr]
     assert torch.equal(copied(inputs()), cascade(inputs()))
+
+
+def test_the_page_has_a_row_of_each_case() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quantized.md").read_text()
+    for case in [*LAYERS, *(f"torchao {width}" for width in CONFIGS)]:
+        if case != "packed":
+            assert re.search(rf"^\| {re.escape(case)} \| \d\S* \| (0\.\d+ \| ){{2}}\de-0\d \|", page, re.MULTILINE), (
+                case
+            )
 
 
 class Foreign(nn.Module):
