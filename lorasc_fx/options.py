@@ -48,6 +48,9 @@ class Start(abc.ABC):
     from_weight: ClassVar[bool] = True
     """Whether factors are taken out of the weight, which then holds the residual `W - s B_0 A_0` while a stage runs."""
 
+    of_delta: ClassVar[bool] = False
+    """Whether they are taken out of what the weight differs by from W0, and not out of the weight itself."""
+
     @abc.abstractmethod
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return B_0 [..., out, k] and A_0 [..., k, in] of a matrix [..., out, in], with k of at most `rank`.
@@ -93,6 +96,23 @@ class OloraStart(Start):
         return left[..., :rank], right[..., :rank, :]
 
 
+class LoftqStart(Start):
+    """LoftQ (2310.08659), with one step: the r largest singular triplets of what quantization took from the weight.
+
+    W0 is the quantized weight Q, and the slow delta begins as the nearest matrix of rank r to `W - Q`, where W are the
+    numbers before; the branch starts from it, so that Q stays as it is. Later stages start from the r largest triplets
+    of the delta. A weight without a delta starts as in LoRA.
+    """
+
+    of_delta: ClassVar[bool] = True
+
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `U sqrt(v / s)` and `sqrt(v / s) V^T` of the first r values that are not zero up to rounding."""
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        count = min(rank, int((values > 1e-5 * values[..., :1]).sum(-1).min()))
+        return split_evenly(left[..., :count], values[..., :count], right[..., :count, :], scale)
+
+
 def split_evenly(
     left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,6 +126,7 @@ STARTS: Mapping[str, Start] = {
     "pissa": PissaStart(),
     "olora": OloraStart(),
     "milora": MiloraStart(),
+    "loftq": LoftqStart(),
 }
 """By the value of `CascadeSpec.start`."""
 

@@ -170,6 +170,8 @@ class CascadeSpec:
         start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
             residual while the stage trains: its largest singular triplets (`pissa`, 2404.02948), its smallest ones
             (`milora`, 2406.09044), or the first columns and rows of its QR decomposition (`olora`, 2406.01775).
+            `loftq` (2310.08659) starts beside a quantized weight from the nearest pair to what quantization took from
+            it; `adapt` is given the files of the model before by `base`.
         carry_rank: rank at which the delta that earlier stages added to a quantized weight is carried beside it, by the
             nearest pair of factors of that rank; by default as it is, up to the rank of the matrix.
         use_dora: each row of a weight has a trainable magnitude, `W' = diag(m / |W + s B A|) (W + s B A)` (2402.09353);

@@ -70,6 +70,22 @@ class BaseFile:
                 found[name] = own
         return found
 
+    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Return the numbers of a weight before it was quantized.
+
+        Raises:
+            CheckpointError: they are not there, or of another shape.
+        """
+        key = self._key(name)
+        (tensor,) = _tensors(self.files[key], [key])
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"base: {key} of {self.files[key]} is {list(tensor.shape)}, and {name} is {list(shape)}. Give the "
+                "files of the model that was quantized",
+                code="wrong-shape",
+            )
+        return tensor
+
     def check(self, call: str) -> None:
         """Raise StateError where a file was written to since; one that was deleted or replaced is still mapped."""
         for path, (device, inode, *rest) in self.stamps.items():

@@ -15,7 +15,7 @@ from lorasc_fx.branch import Branch, fill_factor
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
-from lorasc_fx.quantized import is_quantized
+from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.checkpoint import version
 from lorasc_fx.runtime.fingerprint import checksum, fingerprint, source_digest
@@ -24,8 +24,8 @@ from lorasc_fx.runtime.materialize import MetaModel
 from lorasc_fx.runtime.optim import check_holds, groups, put_state
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
-from lorasc_fx.spec import TrainRule
-from lorasc_fx.state import Part, SlowWeights
+from lorasc_fx.spec import CascadeSpec, TrainRule
+from lorasc_fx.state import Expert, Part, SlowWeights
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
 __all__ = ["SPARE", "Gradients", "Planned", "Run"]
@@ -222,7 +222,7 @@ class Run:
         quantized = next((name for name in new if is_quantized(parameters[name])), None)
         for asked, option, what, instead in (
             (noise.strength, f"noise.strength is {noise.strength}", "noise", "0"),
-            (self.plan.spec.factor_start.from_weight, f"start is {start!r}", "the residual", "start='lora'"),
+            (_takes_out_of_weight(self.plan.spec), f"start is {start!r}", "the residual", "start='lora' or 'loftq'"),
         ):
             if asked and quantized is not None:
                 raise SpecError(
@@ -233,6 +233,8 @@ class Run:
         known = {name: parameters[name] for name in new}
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
+        if self.plan.spec.factor_start.of_delta and quantized is not None and not empty:
+            slow = self._with_corrections(slow, known)
         starting = {name: branches[name] for name in new if name in branches and not empty}
         slow, factors = slow.begin_stage(self.plan, starting)
         written = known if (noise.strength or factors) and not slow.idle else {}
@@ -242,6 +244,30 @@ class Run:
         if noise.strength and noise.redraw == "step":
             self.steps.arm(self._redraw)
         self.replicas.see(len(self.branches), self.trainable)
+
+    def _with_corrections(self, slow: SlowWeights, known: Mapping[str, nn.Parameter]) -> SlowWeights:
+        """Return slow weights that begin with the nearest delta of a site's rank to what quantization took (LoftQ).
+
+        Raises:
+            SpecError: no file has the numbers of before.
+            CheckpointError: it does not have one of them.
+        """
+        states = dict(slow.states)
+        for name, value in known.items():
+            if not is_quantized(value):
+                continue
+            if self.base_file is None:
+                raise SpecError(
+                    f"start is 'loftq', which needs the numbers of {name} before it was quantized: give base, the "
+                    "safetensors file or folder of the model that was quantized",
+                    code="no-base-file",
+                )
+            before, state = self.base_file.read(name, value.shape), states[name]
+            left, values, right = torch.linalg.svd(before.double() - dense(value).double().cpu(), full_matrices=False)
+            rank = self.plan.by_weight[name].rank
+            b, a = (left[:, :rank] * values[:rank]).float(), right[:rank].float()
+            states[name] = state.added([Expert(b.to(value.device), a.to(value.device))], [1.0])
+        return replace(slow, states=states)
 
     def commit(self, planned: Planned, undo: Undo | None = None) -> None:
         """Write planned values and take them over, all or nothing: the one place that writes to model and branches.
@@ -393,7 +419,7 @@ class Run:
         for name, branch in self.branches_by_weight().items():
             state = slow.states.get(name)
             if state is not None and is_quantized(state.base):
-                pair = state.unmerged("slow" if slow.idle else "start")
+                pair = state.unmerged("slow") if slow.idle else state.beside
                 branch.set_unmerged(*((pair.b, pair.a) if pair is not None else (None, None)))
 
     def let_go(self) -> None:
@@ -741,6 +767,10 @@ class _Exclusive(Block[None]):
 
     def _begin(self) -> None:
         self._check()
+
+
+def _takes_out_of_weight(spec: CascadeSpec) -> bool:
+    return spec.factor_start.from_weight and not spec.factor_start.of_delta
 
 
 def _write_resting(slow: SlowWeights, plan: Plan, name: str, out: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from lorasc_fx.branch.noise import row_sizes
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.plan import Site
-from lorasc_fx.quantized import is_quantized
+from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import arithmetic, exact_products
@@ -126,6 +126,8 @@ def begin_stage(
         a, b = full_tensor(a), torch.zeros_like(started.lora_B)
         if noisy and spec.factor_start.from_weight:
             exact = state.exact("fast", arithmetic(state.base.dtype), device=branch.lora_A.device)
+            if spec.factor_start.of_delta:
+                exact = exact - dense(state.base).to(exact)
             a, b = factors_out_of(state.whole(exact, Side.WEIGHT), started, spec, a)
             if state.shard is not None:  # a decomposition is not the same bits on all machines
                 a, b = state.shard.group.of_first(a), state.shard.group.of_first(b)

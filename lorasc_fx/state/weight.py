@@ -354,6 +354,19 @@ class WeightState(Tree):
         return sum_of(pairs, pairs[0][1].b.dtype, pairs[0][1].b.device) if pairs else None
 
     @property
+    def beside(self) -> Factors | None:
+        """What the branch of a quantized weight computes beside it while the stage runs: what the stages added, less
+        what the branch started from.
+        """
+        pair, taken = self.unmerged("start"), self.taken_out
+        if pair is None or taken is None:
+            return pair
+        rest, _ = nearest_pair(
+            sum_of([(1.0, pair), (1.0, taken)], torch.float64, pair.b.device), None, 1e-5 * pair.bound
+        )
+        return Factors(rest.b.to(pair.b.dtype), rest.a.to(pair.a.dtype)) if rest.rank else None
+
+    @property
     def taken_out(self) -> Factors | None:
         """What is added to the start of the running stage so that its branch adds nothing: `- s B_0 A_0`."""
         taken = self.initial.factors if self.initial is not None else None
@@ -500,31 +513,20 @@ class WeightState(Tree):
         ends = self.ends
         now = [end for end, view in ends.items() if view.coefficients == self.slow.coefficients and end >= last]
         gone = max((self.gone, *(end for end in ends if end not in now)))
-        views = {"start": slow, **summed} | {f"stage/{end}": slow for end in now}
+        views = {"slow": slow, "start": slow, **summed} | {f"stage/{end}": slow for end in now}
         return replace(self, experts=experts, views=views, gone=gone, row_scale=self.scale())
 
     def _low_rank(self, view: View, rank: int, stage: int) -> Expert:
-        """Return the nearest expert of this rank at most to the delta of a view, by the SVD of `b a`, which is never
-        formed: that of the core `R_b R_a^T` of two QR decompositions (Eckart and Young, 1936).
-        """
+        """Return the nearest expert of this rank at most to the delta of a view."""
         dtype, pairs = summing(self.base.dtype), self._pairs(view)
         if not pairs:
             b, a = self.experts[0].b[..., :0], self.experts[0].a[..., :0, :]
             return Expert(b.to(dtype), a.to(dtype), stage)
-        pair = sum_of(pairs, torch.float64, pairs[0][1].b.device)
-        left, core = torch.linalg.qr(pair.b)
-        right, other = torch.linalg.qr(pair.a.mT)
-        u, values, v = torch.linalg.svd(core @ other.mT, full_matrices=False)
-        size = float(values.norm())
-        kept = min(rank, int((values > size * torch.finfo(torch.float64).eps * max(self.matrix[-2:])).sum()))
-        if (lost := float(values[kept:].norm())) > 1e-6 * size:
-            log.info(
-                "%s carries its delta at rank %d: %.3g %% of its norm is left out", self.name, kept, 100 * lost / size
-            )
-        root = values[:kept].sqrt()
-        return Expert(
-            (left @ u[:, :kept] * root).to(dtype), (root.unsqueeze(-1) * (v[:kept] @ right.mT)).to(dtype), stage
-        )
+        found, share = nearest_pair(sum_of(pairs, torch.float64, pairs[0][1].b.device), rank)
+        if share > 1e-6:
+            text = "%s carries its delta at rank %d: %.3g %% of its norm is left out"
+            log.info(text, self.name, found.rank, 100 * share)
+        return Expert(found.b.to(dtype), found.a.to(dtype), stage)
 
     def _sum(self, view: View) -> torch.Tensor:
         dtype, before = summing(self.base.dtype), view.dense
@@ -634,6 +636,24 @@ def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: t
     elif pairs[0][0] != 1:
         b = b * pairs[0][0]
     return Factors(_row_major(b), _row_major(a))
+
+
+def nearest_pair(pair: Factors, rank: int | None, floor: float = 0.0) -> tuple[Factors, float]:
+    """Return the nearest pair of a rank (Eckart and Young, 1936), and what share of the norm it leaves out.
+
+    By the SVD of `b a`, which is never formed: that of the core `R_b R_a^T` of two QR decompositions. Singular values
+    up to `floor`, and those that are zero up to rounding, are left out as well.
+    """
+    left, core = torch.linalg.qr(pair.b)
+    right, other = torch.linalg.qr(pair.a.mT)
+    u, values, v = torch.linalg.svd(core @ other.mT, full_matrices=False)
+    size = float(values.norm())
+    least = max(floor, size * torch.finfo(values.dtype).eps * max(len(left), len(right)))
+    kept = int((values > least).sum())
+    kept = kept if rank is None else min(rank, kept)
+    root = values[:kept].sqrt()
+    b, a = left @ u[:, :kept] * root, root.unsqueeze(-1) * (v[:kept] @ right.mT)
+    return Factors(b, a), float(values[kept:].norm()) / size if size else 0.0
 
 
 def _row_major(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchao.quantization as torchao
+from safetensors.torch import save_file
 from torch import nn
 
 import lorasc_fx as lx
@@ -287,3 +288,46 @@ def test_ranks_beyond_the_matrix_are_left_out_without_loss(options: dict[str, An
         mean = {name: torch.stack([end[name] for end in ends]).mean(0) for name in slow}
         with cascade.weights("averaged"):
             torch.testing.assert_close(model(inputs()), plain(mean)(inputs()), rtol=0, atol=2e-5)
+
+
+@BOTH
+def test_loftq_starts_from_what_quantization_took(width: str, tmp_path: Path) -> None:
+    """Against the SVD of the residual (2310.08659, one step): Q stays, and the branch begins as the nearest pair."""
+    torch.manual_seed(3)
+    full = Net().eval()
+    before = {name: value.detach().clone() for name, value in full.state_dict().items()}
+    save_file(before, tmp_path / "model.safetensors")
+    spec = lx.CascadeSpec(rank=4, lora_alpha=6.0, pace=0.5, start="loftq", exclude=("head",))
+    with raises(lx.SpecError, "no-base-file", "loftq", "up.weight"):
+        lx.adapt(net(width), (inputs(),), spec=spec)
+    model = net(width)
+    quantized, start = numbers(model), numbers(model)
+    cascade = lx.adapt(model, (inputs(),), spec=spec, base=tmp_path)
+    for site in cascade.sites:
+        branch, took = cascade.branches[site.key], nearest(before[site.weight] - quantized[site.weight], 4).float()
+        torch.testing.assert_close(delta(cascade, site), took, rtol=0, atol=1e-6)
+        assert branch.unmerged_A is None
+        start[site.weight] = start[site.weight] + took
+    torch.testing.assert_close(cascade(inputs()), plain(start)(inputs()), rtol=0, atol=2e-5)
+    with cascade.weights("base"):
+        far = (model(inputs()) - full(inputs())).norm()
+    assert (cascade(inputs()) - full(inputs())).norm() < far
+    slow = start
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in cascade.stages(3, optimizer):
+        held = {site.weight: slow[site.weight] - delta(cascade, site) for site in cascade.sites}
+        torch.testing.assert_close(cascade(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+        for _ in range(3):
+            loss_of(cascade(inputs())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        fast = {site.weight: held[site.weight] + delta(cascade, site) for site in cascade.sites}
+        torch.testing.assert_close(cascade(inputs()), plain({**slow, **fast})(inputs()), rtol=0, atol=2e-5)
+        slow = {**slow, **{name: slow[name] + 0.5 * (value - slow[name]) for name, value in fast.items()}}
+    with cascade.weights("slow"):
+        torch.testing.assert_close(model(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+    lx.save(cascade, tmp_path / "run")
+    again = lx.load(tmp_path / "run", net(width), (inputs(),))  # the file is not needed any more
+    torch.testing.assert_close(again(inputs()), cascade(inputs()), rtol=0, atol=1e-6)
+    again.release(quantized="dequantize")
+    torch.testing.assert_close(again.model(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
