@@ -34,6 +34,7 @@ from lorasc_fx.integrations.segments import (
     unit_of,
 )
 from lorasc_fx.runtime import Cascade, folding
+from lorasc_fx.runtime.run import Planned
 from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.undo import AllOrNothing, Undo
@@ -96,6 +97,10 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
         run.take_shards(run.slow.to_shard(specs, ranks, replicas, run.base_file is not None), hooked=False)
         run.note_frozen()
+        if run.holds_numbers:  # as a transition writes them: products and sums of shards round in another order
+            moved = [name for name, state in run.slow.states.items() if state.changed or state.initial is not None]
+            names = run.slow.states if run.plan.spec.noise.strength else moved
+            run.commit(Planned(run.plan, run.slow, run.present(names)), undo)
 
         def called() -> bool:
             if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
