@@ -304,7 +304,8 @@ class CascadeSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dictionaries and numbers, for JSON and TOML (a None is left out)."""
-        return {option.name: _plain(getattr(self, option.name)) for option in fields(self)}
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: _plain(value) for name, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CascadeSpec:
