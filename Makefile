@@ -14,7 +14,7 @@ CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
 OTHER := .venv-torch-$(VERSION)
 
-.PHONY: help venv demo demo-text test test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
+.PHONY: help venv demo demo-images test test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -27,11 +27,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
 	@touch $@
 
-demo: $(STAMP) ## methods side by side on an image model and a small data set (experiments/demo.toml)
+demo: $(STAMP) ## methods side by side on a small data set of texts (experiments/demo.toml)
 	$(BIN)/python -m experiments.demo
 
-demo-text: $(STAMP) ## the same for a text model
-	$(BIN)/python -m experiments.demo --text
+demo-images: $(STAMP) ## the same for a convolutional network (experiments/demo_images.toml)
+	$(BIN)/python -m experiments.demo experiments/demo_images.toml
 
 test: $(STAMP) ## everything that is not slow
 	$(BIN)/python -m pytest -m "not slow" $(WORKERS)

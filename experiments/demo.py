@@ -1,4 +1,4 @@
-"""`python -m experiments.demo [--text | CONFIG.toml]`: compare methods, then prove that folded weights are plain.
+"""`python -m experiments.demo [CONFIG.toml]`: compare methods, then prove that folded weights are plain.
 
 The comparison is `lorasc-fx compare experiments/demo.toml`. It keeps the folded weights of LoRASC as safetensors; a new
 process, which knows nothing of the cascade, loads them with strict=True into the original class and has to predict the
@@ -29,8 +29,7 @@ HERE = Path(__file__).resolve().parent
 
 def main(arguments: list[str]) -> int:
     began = time.monotonic()
-    files = [Path(argument) for argument in arguments if argument != "--text"]
-    path = files[0] if files else HERE / ("demo_text.toml" if "--text" in arguments else "demo.toml")
+    path = Path(arguments[0]) if arguments else HERE / "demo.toml"
     try:
         config = load_config(path)
         folder = RunFolder(Path(config.output))
@@ -49,7 +48,7 @@ def main(arguments: list[str]) -> int:
     files = [each.resolve() for each in (path, weights, weights.with_suffix(".json"))]
     proof = [sys.executable, "-m", "experiments.demo", "--prove", *map(str, files)]
     code = subprocess.run(proof, check=False, cwd=HERE.parent).returncode
-    print(f"{time.monotonic() - began:.0f} s in all")
+    print(f"{time.monotonic() - began:.0f} s in all. What the method does on other data: docs/evidence.md")
     return code
 
 

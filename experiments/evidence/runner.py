@@ -106,13 +106,12 @@ def cells_of(protocol: dict[str, Any], lines: Lines) -> Iterator[Cell]:
             for name in names:
                 if name not in known:
                     raise SpecError(f"{PROTOCOL.name}, phase {phase['name']!r}: there is no {kind} {name!r}")
-        for seed in phase["seeds"]:
-            for task in phase["tasks"]:
-                for size in phase["sizes"]:
-                    for budget in phase["budgets"]:
-                        for method in methods:
-                            for rate in _rates(protocol, phase, lines, (task, size, budget, method)):
-                                yield Cell(protocol["version"], phase["name"], task, size, budget, method, rate, seed)
+        for task, size, budget, seed in itertools.product(
+            phase["tasks"], phase["sizes"], phase["budgets"], phase["seeds"]
+        ):
+            for method in methods:
+                for rate in _rates(protocol, phase, lines, (task, size, budget, method)):
+                    yield Cell(protocol["version"], phase["name"], task, size, budget, method, rate, seed)
 
 
 def _rates(

@@ -116,6 +116,8 @@ class TrainConfig:
     """Learning rate of AdamW."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm, taken over all trained parameters; 0 leaves them as they are."""
     warmup: int = 10
     """Steps of linear warm-up, at the start of each stage."""
     decay: Decay = "cosine"
@@ -139,7 +141,7 @@ class TrainConfig:
         for name in ("stages", "batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise SpecError(f"train.{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("steps", "warmup", "threads", "checkpoint_every", "weight_decay"):
+        for name in ("steps", "warmup", "threads", "checkpoint_every", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SpecError(f"train.{name} is {getattr(self, name)}; give 0 or more")
         if self.threads > 1024:

@@ -284,6 +284,9 @@ def train_steps(
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value} at step {done}; a lower learning rate or a longer warm-up may help")
         loss.backward()
+        if setup.config.train.max_grad_norm:
+            trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            nn.utils.clip_grad_norm_(trained, setup.config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         rate = optimizer.param_groups[0]["lr"]

@@ -36,8 +36,8 @@ def small(config: dict[str, dict[str, object]], folder: Path, **tables: dict[str
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("demo.toml", {"train": 64, "validation": 32, "test": 200, "shift_test": 50, "image_size": 32}),
-        ("demo_text.toml", {"train": 64, "validation": 32, "test": 100, "shift_test": 20, "max_length": 16}),
+        ("demo.toml", {"train": 64, "validation": 32, "test": 100, "shift_test": 20, "max_length": 16}),
+        ("demo_images.toml", {"train": 64, "validation": 32, "test": 200, "shift_test": 50, "image_size": 32}),
     ],
 )
 def test_the_demo(
@@ -71,7 +71,7 @@ def test_the_demo(
     assert json.loads(weights.with_suffix(".json").read_text())["method"] == "lorasc"
 
 
-@pytest.mark.parametrize("name", ["demo.toml", "demo_text.toml"])
+@pytest.mark.parametrize("name", ["demo.toml", "demo_images.toml"])
 def test_the_demos_configurations_are_read(name: str) -> None:
     config = load_config(ROOT / "experiments" / name)
     assert config.compare.keep_weights == ("lorasc",)
