@@ -15,6 +15,7 @@ __all__ = ["dcp", "fsdp", "progress", "tensor_parallel", "transformers"]
 _MODULES = (
     "dcp",
     "fsdp",
+    "lightning",
     "progress",
     "tensor_parallel",
     "transformers",

@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
 
-from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.extras import require
+from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.runtime import Cascade, transition
 from lorasc_fx.runtime.optim import check_holds
 from lorasc_fx.schedules import Plateau, StageSchedule
@@ -31,7 +30,6 @@ from transformers.utils.generic import find_labels  # noqa: E402
 
 __all__ = ["CascadeCallback"]
 
-Evaluated = Literal["slow", "fast", "trained"]
 Scheduled = Literal["training", "stage"]
 
 _PLATEAU = "lorasc_fx.plateau"
@@ -55,7 +53,7 @@ _BEHIND = (
 """Arguments by which a Trainer changes a model behind the captured graphs: its Python, its dtype, or its weights."""
 
 
-class CascadeCallback(TrainerCallback):  # type: ignore[misc]
+class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     """Makes the transitions of a cascade that a Trainer trains, after the optimizer's step and before the next forward.
 
     Give the Trainer the cascade and this callback: `Trainer(model=cascade, callbacks=[CascadeCallback(cascade)], ...)`.
@@ -92,32 +90,15 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         evaluate: Evaluated = "slow",
         schedule: Scheduled = "training",
     ) -> None:
-        given = {"epochs": epochs, "steps": steps, "plateau": plateau}
-        asked = [name for name, value in given.items() if value is not None]
-        if len(asked) > 1:
-            raise SpecError(
-                f"CascadeCallback: {' and '.join(asked)} both say when a stage ends; give one of them",
-                code="conflicting-options",
-            )
-        for name, count in (("epochs", epochs), ("steps", steps)):
-            if count is not None and (not is_integer(count, 1)):
-                raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
-        for name, value, kind in (("evaluate", evaluate, Evaluated), ("schedule", schedule, Scheduled)):
-            if value not in get_args(kind):
-                raise SpecError(f"CascadeCallback: {name} is {value!r}; give one of {', '.join(get_args(kind))}")
-        cascade._run.check_alive("CascadeCallback")
-        self.cascade, self.evaluate, self.schedule = cascade, evaluate, schedule
-        self.epochs, self.steps = epochs if asked else 1, steps
-        self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
+        super().__init__(cascade, epochs=epochs, steps=steps, plateau=plateau, evaluate=evaluate)
+        if schedule not in get_args(Scheduled):
+            raise SpecError(f"CascadeCallback: schedule is {schedule!r}; give one of {', '.join(get_args(Scheduled))}")
+        self.schedule = schedule
         self._trainer: Any = None
         self._over = False
         self._batches: Any = None
-        self._which: str | None = None
-        self._placed: contextlib.AbstractContextManager[object] | None = None
         self._reference: _Reference | None = None
         self._other_reference = False
-        if evaluate == "trained":
-            cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
         vars(cascade)["_get_name"] = cascade.model._get_name  # by which a Trainer knows whether it shifts labels
         cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model
 
@@ -219,8 +200,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 with AllOrNothing(run.lock):
                     transition.restart(run, optimizer)
         else:
-            with run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
-                transition.next_stage(run, optimizer, idle=True)
+            self._end_last(optimizer)
 
     # ---- inside
 
@@ -234,28 +214,6 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         if self.plateau is not None and (saved := state.stateful_callbacks.get(_PLATEAU)) is not None:
             self.plateau.load_state_dict(saved["plateau"])
             self._over = saved["over"]
-
-    @contextlib.contextmanager
-    def _placing(self, which: str) -> Iterator[None]:
-        """Put weights in place for a `with`; those that this callback has put there before are back at its end."""
-        before, users = self._which, self._which is None and self.cascade._run.placed is not None
-        if which == "trained" or (users and which != _REFERENCE):  # the user's own `weights(...)` stands
-            yield
-            return
-        self._put(which)
-        try:
-            yield
-        finally:
-            self._put(before)
-
-    def _put(self, which: str | None) -> None:
-        held, self._placed, self._which = self._placed, None, None
-        if held is not None:
-            held.__exit__(None, None, None)
-        if which is not None:
-            placed = self.cascade.weights(which)
-            placed.__enter__()
-            self._placed, self._which = placed, which
 
     def _take_places(self) -> None:
         """Take the places of what TRL's trainers have put there by now: a forward, and a second copy of the base."""

@@ -177,6 +177,15 @@ def test_a_package_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch)
         getattr(lx.integrations, name)
 
 
+def test_lightning_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lightning", "lightning.pytorch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "lorasc_fx.integrations.lightning", raising=False)
+    monkeypatch.delitem(vars(lx.integrations), "lightning", raising=False)
+    with raises(lx.errors.MissingExtra, "missing-extra", "lightning"):
+        _ = lx.integrations.lightning
+
+
 def test_a_loop_that_is_not_there() -> None:
     assert {"progress", "transformers"} <= set(dir(lx.integrations))
     with pytest.raises(

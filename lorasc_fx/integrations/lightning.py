@@ -1,0 +1,129 @@
+"""A cascade in Lightning's Trainer: held by a LightningModule, or made of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lorasc_fx.errors import MissingExtra, SpecError, StateError
+from lorasc_fx.extras import module_of
+from lorasc_fx.integrations.stages import Evaluated, StageEnds
+from lorasc_fx.runtime import Cascade, transition
+from lorasc_fx.runtime.optim import check_holds
+
+try:
+    pytorch = module_of("loops", "lightning.pytorch")
+except MissingExtra as fault:  # the extra has lightning-fabric alone
+    raise MissingExtra("this needs the package 'lightning', which is not installed: pip install lightning") from fault
+
+__all__ = ["CascadeCallback", "as_module"]
+
+
+class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-defined]
+    """Makes the transitions of a cascade in a LightningModule, after the optimizer's step, before validation and save.
+
+    `Trainer(callbacks=[CascadeCallback(module.cascade)], ...)`. Validation, test and prediction see the slow weights.
+    Checkpoints hold the state of the cascade, without W0, and `fit(ckpt_path=...)` goes on from them. A stage that the
+    end of the training cuts short is folded.
+
+    Args:
+        cascade: that the LightningModule holds.
+        epochs: a stage ends with every so many epochs; 1 if nothing else is given, as in the paper.
+        steps: a stage ends with every so many optimizer steps.
+        evaluate: what validations, tests and predictions see: the `slow` weights, the `fast` ones, or the cascade as it
+            is `trained` at this moment, noise included.
+
+    Raises:
+        SpecError: two ways of ending stages, a count below 1, or several optimizers.
+        StateError: the LightningModule does not hold the cascade, or the optimizer not the branches.
+    """
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        evaluate: Evaluated = "slow",
+    ) -> None:
+        super().__init__(cascade, epochs=epochs, steps=steps, evaluate=evaluate)
+        self._done = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the training can go as it was asked for."""
+        if self.cascade not in pl_module.modules():
+            raise StateError(
+                f"CascadeCallback: {type(pl_module).__name__} does not hold the cascade that the callback was given; "
+                "make it an attribute of the LightningModule, or fit lorasc_fx.integrations.lightning.as_module",
+                code="other-model",
+            )
+        check_holds(self._optimizer(trainer), self.cascade._run.trainable())
+        transition.end_idle(self.cascade._run)
+        self._done = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, *about: Any) -> None:
+        """End a stage by its count of steps or epochs."""
+        stepped, self._done = trainer.global_step > self._done, trainer.global_step
+        by_steps = self.steps is not None and stepped and trainer.global_step % self.steps == 0
+        last = self.epochs is not None and trainer.is_last_batch
+        if by_steps or (last and (trainer.current_epoch + 1) % (self.epochs or 1) == 0):
+            self.cascade.transition(self._optimizer(trainer))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Fold a stage that was cut short."""
+        if transition.has_begun(self.cascade._run):
+            self._end_last(self._optimizer(trainer))
+
+    def _begin(self, *about: Any) -> None:
+        """Put the weights in place that an evaluation is to see."""
+        if self.evaluate != "trained" and self.cascade._run.placed is None:
+            self._put(self.evaluate)
+
+    def _end(self, *about: Any) -> None:
+        """Put the weights of the training back."""
+        self._put(None)
+
+    on_validation_start = on_test_start = on_predict_start = _begin
+    on_validation_end = on_test_end = on_predict_end = on_exception = _end
+
+    def _optimizer(self, trainer: Any) -> Any:
+        if len(trainer.optimizers) != 1:
+            raise SpecError(
+                f"CascadeCallback: the LightningModule has {len(trainer.optimizers)} optimizers; give it one, which "
+                "holds the branches: torch.optim.AdamW(cascade.param_groups(lr=...))",
+                code="conflicting-options",
+            )
+        return trainer.optimizers[0]
+
+
+def as_module(cascade: Cascade) -> Any:
+    """Return a LightningModule with the methods and attributes of the one that was adapted, whose `self(...)` is a call
+    of the cascade, and whose parameters are the cascade's.
+
+    Modules that the steps call by name (`self.net(x)`) compute without branches: adapt such a module in its place.
+
+    Args:
+        cascade: `lorasc_fx.adapt(module, ...)`, of a LightningModule.
+
+    Raises:
+        SpecError: it was made of another model.
+    """
+    model = cascade.model
+    if not isinstance(model, pytorch.LightningModule):
+        raise SpecError(f"as_module: this is a cascade of {type(model).__name__}; give one of a LightningModule")
+    kind: Any = type(model)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.cascade(*args, **kwargs)
+
+    def attribute(self: Any, name: str) -> Any:
+        modules = vars(self)["_modules"]
+        return modules["cascade"] if name == "cascade" else getattr(modules["cascade"].model, name)
+
+    made: Any = type(kind.__name__, (kind,), {"forward": forward, "__getattr__": attribute, "__module__": __name__})
+    module = made.__new__(made)
+    own = nn.Module()
+    own.cascade = cascade
+    vars(module).update({**vars(model), **vars(own)})
+    return module

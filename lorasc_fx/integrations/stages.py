@@ -1,0 +1,80 @@
+"""What the callbacks of trainers have in common: when a stage ends, and which weights an evaluation sees."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+
+from lorasc_fx.checks import is_integer
+from lorasc_fx.errors import SpecError
+from lorasc_fx.runtime import Cascade, transition
+from lorasc_fx.schedules import Plateau
+
+__all__ = ["Evaluated", "StageEnds"]
+
+Evaluated = Literal["slow", "fast", "trained"]
+
+
+class StageEnds:
+    """A cascade in a trainer, the rule by which its stages end, and the weights that are in place meanwhile."""
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        *,
+        epochs: int | None,
+        steps: int | None,
+        evaluate: Evaluated,
+        plateau: Plateau | int | None = None,
+    ) -> None:
+        given = {"epochs": epochs, "steps": steps, "plateau": plateau}
+        asked = [name for name, value in given.items() if value is not None]
+        if len(asked) > 1:
+            raise SpecError(
+                f"CascadeCallback: {' and '.join(asked)} both say when a stage ends; give one of them",
+                code="conflicting-options",
+            )
+        for name, count in (("epochs", epochs), ("steps", steps)):
+            if count is not None and (not is_integer(count, 1)):
+                raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
+        if evaluate not in get_args(Evaluated):
+            raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; give one of {', '.join(get_args(Evaluated))}")
+        cascade._run.check_alive("CascadeCallback")
+        self.cascade, self.evaluate = cascade, evaluate
+        self.epochs, self.steps = epochs if asked else 1, steps
+        self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
+        self._which: str | None = None
+        self._placed: contextlib.AbstractContextManager[object] | None = None
+        if evaluate == "trained":
+            cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
+
+    @contextlib.contextmanager
+    def _placing(self, which: str) -> Iterator[None]:
+        """Put weights in place for a `with`; those that this callback has put there before are back at its end."""
+        before, users = self._which, self._which is None and self.cascade._run.placed is not None
+        if which == "trained" or (users and which in get_args(Evaluated)):  # the user's own `weights(...)` stands
+            yield
+            return
+        self._put(which)
+        try:
+            yield
+        finally:
+            self._put(before)
+
+    def _put(self, which: str | None) -> None:
+        held, self._placed, self._which = self._placed, None, None
+        if held is not None:
+            held.__exit__(None, None, None)
+        if which is not None:
+            placed = self.cascade.weights(which)
+            placed.__enter__()
+            self._placed, self._which = placed, which
+
+    def _end_last(self, optimizer: torch.optim.Optimizer) -> None:
+        """Fold the stage that the end of the training has cut short."""
+        run = self.cascade._run
+        with run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
+            transition.next_stage(run, optimizer, idle=True)
