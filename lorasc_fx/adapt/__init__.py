@@ -342,13 +342,18 @@ def _warn_of_quantized_weights(cascade: Cascade) -> None:
     known here, and those that are used in another way than in a product.
     """
     spec, parameters = cascade.plan.spec, dict(cascade.model.named_parameters())
-    refused = {each.weight: each for each in cascade.refusals if each.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING)}
+    complex_ones = {name for name, value in parameters.items() if value.is_complex()}
+    refused = {
+        each.weight: each
+        for each in cascade.refusals
+        if each.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING) and each.weight not in complex_ones
+    }
     left = list(refused) + [name for name in cascade.unreached if is_quantized(parameters[name])]
     packed = {
         name: buffer
         for name, buffer in cascade.model.named_buffers()
         if "weight" in name.rpartition(".")[2] and buffer.dim() > 1
-        if not (buffer.is_floating_point() and buffer.dtype.itemsize > 1)
+        if not buffer.is_complex() and not (buffer.is_floating_point() and buffer.dtype.itemsize > 1)
     }
     left += [name for name in packed if not any(matches(pattern, (name,)) for pattern in spec.exclude)]
     if left:
