@@ -294,16 +294,13 @@ def _tasks(results: Results) -> list[str]:
                 found = [run for run in runs if run is not None]
                 if len(found) < len(runs):
                     continue
-                rate = results.rate(task, phase["sizes"][0], budget, method, "loss")
-                grid = results.protocol["rates"]["full" if METHODS[method].full else "branches"]
-                edge = " (edge)" if rate in (grid[0], grid[-1]) else ""
                 losses = [run["test"]["loss"] for run in found if not run["diverged"]]
                 rows.append(
                     [
                         task,
                         budget,
                         method,
-                        f"{rate:g}{edge}",
+                        _rate(results, task, budget, method),
                         _mean([score(run, "accuracy", "test") for run in found]),
                         f"{statistics.fmean(losses):.3f}" if losses else "diverged",
                         _mean([score(run, "accuracy", "shifts") for run in found]),
@@ -483,7 +480,28 @@ def _rates(results: Results, folder: Path) -> list[str]:
         "",
         "![rates](evidence-rates.svg)",
         "",
+        "The rates of the lowest validation loss, which the finalists and the demo use:",
+        "",
+        f"| task | budget | {' | '.join(shown)} |",
+        f"|---|---|{'---|' * len(shown)}",
+        *(
+            f"| {task} | {budget} | {' | '.join(_rate(results, task, budget, method) for method in shown)} |"
+            for task, budget in curves
+        ),
+        "",
     ]
+
+
+def _rate(results: Results, task: str, budget: str, method: str) -> str:
+    """Return the rate of the lowest validation loss, with a mark where it is the first or the last of the grid."""
+    rate, grid = (
+        results.rate(task, results.phase("grid")["sizes"][0], budget, method, "loss"),
+        results.protocol["rates"],
+    )
+    if rate is None:
+        return "-"
+    ends = grid["full" if METHODS[method].full else "branches"]
+    return f"{rate:g}{' (edge)' if rate in (ends[0], ends[-1]) else ''}"
 
 
 def _deltas(results: Results) -> list[str]:

@@ -91,7 +91,7 @@ class Branch(nn.Module, abc.ABC):
 
     def norms(self, weight: torch.Tensor, shard: ShardSpec | None = None) -> torch.Tensor:
         """Return the length of each row [out] of the adapted weight, where magnitudes scale them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no magnitudes")
 
     def whole(self) -> Branch:
         """Return a copy whose factors are plain tensors, whole. Of a sharded one every rank must call this."""

@@ -16,7 +16,18 @@ from lorasc_fx.peft_format import RANKS
 from lorasc_fx.quantized import dense
 from lorasc_fx.runtime.folding import ended, trained_value
 from lorasc_fx.runtime.run import Run
-from lorasc_fx.state import Factors, WeightState, Which, factors_of, gain_of, has_trained, scaled, sum_of
+from lorasc_fx.state import (
+    Factors,
+    WeightState,
+    Which,
+    factors_of,
+    gain_of,
+    has_trained,
+    scaled,
+    sum_of,
+    svd_of,
+    truncated,
+)
 
 __all__ = ["Change", "CutOff", "change_of", "compressed", "factored", "nothing", "padded"]
 
@@ -50,7 +61,7 @@ def factored(delta: torch.Tensor) -> Factors:
     left, values, right = torch.linalg.svd(delta.double().cpu(), full_matrices=False)
     noise = torch.finfo(delta.dtype).eps * max(delta.shape[-2:]) * values.amax(-1, keepdim=True)
     rank = max(1, int((values > noise).sum(-1).max()))
-    return _pair(left, values, right, rank)
+    return truncated(left, values, right, rank)
 
 
 def compressed(pair: Factors, rank: int) -> tuple[Factors, CutOff]:
@@ -58,15 +69,13 @@ def compressed(pair: Factors, rank: int) -> tuple[Factors, CutOff]:
 
     For stacked factors the rank is that of each matrix, and the error that of all of them together.
     """
-    left, upper = torch.linalg.qr(pair.b)
-    right, lower = torch.linalg.qr(pair.a.mT)
-    inner, values, outer = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    left, values, right = svd_of(pair)
     before, norm = pair.a.shape[-2], float(values.norm())
     if rank >= before:
         return pair, CutOff(before, before, 0.0, norm)
     kept = min(rank, values.shape[-1])
     cut = CutOff(before, kept, float(values[..., kept:].norm()), norm)
-    return _pair(left @ inner, values, outer @ right.mT, kept), cut
+    return truncated(left, values, right, kept), cut
 
 
 def padded(pair: Factors, rank: int) -> Factors:
@@ -74,12 +83,6 @@ def padded(pair: Factors, rank: int) -> Factors:
     more = rank - pair.a.shape[-2]
     b = torch.nn.functional.pad(pair.b, (0, more))
     return Factors(b, torch.nn.functional.pad(pair.a, (0, 0, 0, more)))
-
-
-def _pair(left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, rank: int) -> Factors:
-    """Return `left * values @ right`, cut to a rank, with the values shared out evenly."""
-    root = values[..., :rank].sqrt()
-    return Factors(left[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * right[..., :rank, :])
 
 
 @dataclass

@@ -25,6 +25,8 @@ from lorasc_fx.state.weight import (
     Which,
     scaled,
     sum_of,
+    svd_of,
+    truncated,
 )
 
 __all__ = [
@@ -56,4 +58,6 @@ __all__ = [
     "start_weight",
     "sum_of",
     "summing",
+    "svd_of",
+    "truncated",
 ]

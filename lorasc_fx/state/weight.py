@@ -24,7 +24,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 
 from lorasc_fx.branch.noise import draw
-from lorasc_fx.options import RESTARTS
+from lorasc_fx.options import RESTARTS, split_evenly
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import Noise
@@ -42,6 +42,8 @@ __all__ = [
     "Which",
     "scaled",
     "sum_of",
+    "svd_of",
+    "truncated",
 ]
 
 Which = Literal["slow", "fast", "base", "averaged"]
@@ -641,19 +643,30 @@ def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: t
 def nearest_pair(pair: Factors, rank: int | None, floor: float = 0.0) -> tuple[Factors, float]:
     """Return the nearest pair of a rank (Eckart and Young, 1936), and what share of the norm it leaves out.
 
-    By the SVD of `b a`, which is never formed: that of the core `R_b R_a^T` of two QR decompositions. Singular values
-    up to `floor`, and those that are zero up to rounding, are left out as well.
+    Singular values up to `floor`, and those that are zero up to rounding, are left out as well.
     """
-    left, core = torch.linalg.qr(pair.b)
-    right, other = torch.linalg.qr(pair.a.mT)
-    u, values, v = torch.linalg.svd(core @ other.mT, full_matrices=False)
+    left, values, right = svd_of(pair)
     size = float(values.norm())
-    least = max(floor, size * torch.finfo(values.dtype).eps * max(len(left), len(right)))
+    least = max(floor, size * torch.finfo(values.dtype).eps * max(len(left), right.shape[-1]))
     kept = int((values > least).sum())
     kept = kept if rank is None else min(rank, kept)
-    root = values[:kept].sqrt()
-    b, a = left @ u[:, :kept] * root, root.unsqueeze(-1) * (v[:kept] @ right.mT)
-    return Factors(b, a), float(values[kept:].norm()) / size if size else 0.0
+    return truncated(left, values, right, kept), float(values[kept:].norm()) / size if size else 0.0
+
+
+def svd_of(pair: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the SVD `left diag(values) right` of `b a` or of a stack of them, of min(r, rows, columns) values.
+
+    `b a` is never formed: it is that of the core `R_b R_a^T` of two QR decompositions.
+    """
+    left, upper = torch.linalg.qr(pair.b)
+    right, lower = torch.linalg.qr(pair.a.mT)
+    inner, values, outer = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    return left @ inner, values, outer @ right.mT
+
+
+def truncated(left: torch.Tensor, values: torch.Tensor, right: torch.Tensor, rank: int) -> Factors:
+    """Return the pair of a rank from an SVD, with the root of each value in either factor."""
+    return Factors(*split_evenly(left[..., :rank], values[..., :rank], right[..., :rank, :], 1.0))
 
 
 def _row_major(tensor: torch.Tensor) -> torch.Tensor:

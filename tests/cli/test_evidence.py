@@ -109,6 +109,15 @@ def test_methods_that_train_alike_share_a_run() -> None:
         run(linear_task(), [METHODS["lora"], METHODS["recipe"]], TRAINING, 40, 30, 0.03, 3)
 
 
+def test_which_weights_are_averaged_or_chosen_from() -> None:
+    ends = (20, 40, 60)
+    moments = {name: METHODS[name].moments(ends, 60) for name in ("lora", "lora-average", "lora-early", "recipe")}
+    assert moments["lora"] == ()
+    assert moments["lora-average"] == (36, 42, 48, 54, 60)  # of the second half
+    assert moments["lora-early"] == (6, 12, 18, 24, 30, 36, 42, 48, 54, 60)
+    assert moments["recipe"] == ends
+
+
 def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
     lines = runner.Lines(path)

@@ -6,10 +6,11 @@ from itertools import islice
 
 import pytest
 import torch
+from torch import nn
 
 from lorasc_fx.cli.config import Config, TrainConfig
 from lorasc_fx.cli.data import Splits, image_examples
-from lorasc_fx.cli.training import Setup
+from lorasc_fx.cli.training import Interrupt, Setup, train_steps
 from lorasc_fx.errors import SpecError
 from tests.kit.errors import raises
 
@@ -43,3 +44,26 @@ def test_every_epoch_sees_every_example_once_and_goes_on_anywhere() -> None:
     assert epochs[0].tolist() != epochs[1].tolist()
     assert next(setup(64, batch_size=16).batches(6)).labels.tolist() != labels[0].tolist()
     assert next(setup(64, batch_size=16).batches(5, 6)).labels.tolist() == labels[6].tolist()
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.01])
+def test_gradients_are_scaled_down_to_a_norm_over_all_parameters(largest: float) -> None:
+    """The step of SGD with rate 1 is the gradient: of plain torch's, its direction and no more than the norm."""
+    own = setup(8, steps=1, batch_size=8, warmup=0, floor=1.0, max_grad_norm=largest)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    before = torch.cat([value.detach().flatten() for value in model.parameters()])
+    (batch,) = islice(own.batches(0), 1)
+    loss = nn.functional.cross_entropy(model(*batch.args), batch.labels)
+    gradient = torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(model.parameters()))])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    list(train_steps(model, optimizer, own.schedule(optimizer, None, [1]), own, 0, [1], interrupt=Interrupt()))
+    step = before - torch.cat([value.detach().flatten() for value in model.parameters()])
+    assert gradient.norm() > 0.1
+    wanted = gradient * (largest / gradient.norm()) if largest else gradient
+    torch.testing.assert_close(step, wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_a_negative_norm() -> None:
+    with raises(SpecError, "invalid-value", "train.max_grad_norm", "-1"):
+        TrainConfig(max_grad_norm=-1.0)
