@@ -233,7 +233,12 @@ class Run:
         known = {name: parameters[name] for name in new}
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
-        if self.plan.spec.factor_start.of_delta and quantized is not None and not empty:
+        if self.plan.spec.factor_start.of_delta and not empty:
+            if not any(is_quantized(state.base) for state in slow.states.values()):
+                raise SpecError(
+                    f"start is {start!r}, which is for quantized weights, and none of the sites' is: give start='lora'",
+                    code="conflicting-options",
+                )
             slow = self._with_corrections(slow, known)
         starting = {name: branches[name] for name in new if name in branches and not empty}
         slow, factors = slow.begin_stage(self.plan, starting)

@@ -331,3 +331,12 @@ def test_loftq_starts_from_what_quantization_took(width: str, tmp_path: Path) ->
     torch.testing.assert_close(again(inputs()), cascade(inputs()), rtol=0, atol=1e-6)
     again.release(quantized="dequantize")
     torch.testing.assert_close(again.model(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+
+
+def test_loftq_without_quantized_weights_is_refused() -> None:
+    """It would train as LoRA without a word."""
+    plain = nn.Linear(32, 4)
+    with raises(lx.SpecError, "conflicting-options", "loftq", "quantized"):
+        lx.adapt(plain, (inputs(),), spec=lx.CascadeSpec(rank=2, start="loftq"))
+    assert type(plain) is nn.Linear
+    lx.adapt(plain, (inputs(),), spec=lx.CascadeSpec(rank=2))
