@@ -344,6 +344,7 @@ class Guards:
         self._entries: list[tuple[dict[Any, Any], Any, Any]] = []  # alone in their loop: Python is quicker so
         self._items: list[tuple[Any, Any, Any]] = []
         self._traced: list[tuple[Any, Any, Any, bool]] = []
+        self._hooks: list[tuple[dict[Any, Any], int, Any]] = []  # by place
         self._keys: list[tuple[Callable[[], Any], Any]] = []
         self._others: list[tuple[Callable[[], Any], Any]] = []
         self._versions: list[tuple[torch.Tensor, int, str]] = []
@@ -376,8 +377,11 @@ class Guards:
             self._empty.append(where)
         for key, value in values.items():
             if isinstance(where, (dict, list)) and (_by_value(value) or isinstance(value, _OBJECTS)):
-                self._traced.append((where, key, value, _by_value(value)))
-            if type(where) is dict:
+                if held.ordered:
+                    self._hooks.append((where, key, value))
+                else:
+                    self._traced.append((where, key, value, _by_value(value)))
+            if type(where) is dict and not held.ordered:
                 self._entries.append((where, key, value))
             elif isinstance(where, (list, types.MappingProxyType)) and value is not _MISSING:
                 self._items.append((where, key, value))
@@ -430,6 +434,9 @@ class Guards:
                 return False
             now = where[key]
             if now is not expected and not (by_value and type(now) is type(expected) and now == expected):
+                return False
+        for where, place, expected in self._hooks:
+            if list(where.values())[place] is not expected:
                 return False
         return True
 

@@ -35,6 +35,8 @@ NARROW = [
     form for form in FORMS if isinstance(form, FunctionForm) and dict(form.options).get("by") == "aten::_grouped_mm"
 ]
 """Rows of ops that take no fp64: test_grouped has their cases."""
+QUANTIZED = [form for form in FORMS if form.name == "quantized_linear"]
+"""The row of layers of libraries, which take no fp64 either: tests/unit/test_quantized_layers.py has its cases."""
 
 
 def parts(graph_module: fx.GraphModule) -> tuple[set[str], dict[str, Reason], tuple[str, ...]]:
@@ -93,14 +95,14 @@ def test_sites_refusals_and_unreached_are_all_matrices(case: Case, mode: str) ->
 def test_every_row_of_the_table_has_a_case() -> None:
     seen = {form for case in CASES for uses in case.sites.values() for _, form in uses}
     on_weights = {ON_WEIGHT, ON_INDEXED_EXPERT} if COMPUTED_INDEX else {ON_WEIGHT}
-    assert seen == {form.name for form in FORMS if form not in NARROW} | on_weights
+    assert seen == {form.name for form in FORMS if form not in NARROW + QUANTIZED} | on_weights
 
 
 def test_every_target_of_a_row_has_a_case() -> None:
     nodes = [node for case in CASES for node in case.own().graph.nodes if node.op.startswith("call_")]
     seen = {node.target for node in nodes} | {getattr(node.target, "_name", "") for node in nodes}
     targets = {target for form in FORMS if isinstance(form, FunctionForm) for target in form.targets}
-    assert targets - {target for form in NARROW for target in form.targets} <= seen
+    assert targets - {target for form in NARROW + QUANTIZED for target in form.targets} <= seen
 
 
 @pytest.mark.parametrize(
