@@ -344,7 +344,7 @@ class Guards:
         self._entries: list[tuple[dict[Any, Any], Any, Any]] = []  # alone in their loop: Python is quicker so
         self._items: list[tuple[Any, Any, Any]] = []
         self._traced: list[tuple[Any, Any, Any, bool]] = []
-        self._hooks: list[tuple[dict[Any, Any], int, Any]] = []  # by place
+        self._hooks: list[tuple[Any, int, Any]] = []  # by place
         self._keys: list[tuple[Callable[[], Any], Any]] = []
         self._others: list[tuple[Callable[[], Any], Any]] = []
         self._versions: list[tuple[torch.Tensor, int, str]] = []
