@@ -322,18 +322,9 @@ def _grid_best(
     results: Results, phase: dict[str, Any], task: str, size: int, budget: str, method: str
 ) -> list[dict[str, Any]] | None:
     """Return the runs of all seeds at the rate of the lowest mean validation loss; None until the grid is complete."""
-    best: tuple[float, list[dict[str, Any]]] | None = None
-    for rate in results.protocol["rates"]["full" if METHODS[method].full else "branches"]:
-        runs = [results.result(phase["name"], task, size, budget, method, rate, seed) for seed in phase["seeds"]]
-        found = [run for run in runs if run is not None]
-        if len(found) < len(runs):
-            return None
-        if any(run["diverged"] for run in found):
-            continue
-        mean = statistics.fmean(run["validation"]["loss"] for run in found)
-        if best is None or mean < best[0]:
-            best = (mean, found)
-    return best[1] if best is not None else None
+    rate = runner.best_rate(results.protocol, results.lines, task, size, budget, method, "loss", phase["name"])
+    runs = runner.runs_of(results.protocol, results.lines, phase, task, size, budget, method)
+    return None if rate is None or runs is None else runs[rate]
 
 
 def _of_phase(
@@ -493,15 +484,13 @@ def _rates(results: Results, folder: Path) -> list[str]:
 
 
 def _rate(results: Results, task: str, budget: str, method: str) -> str:
-    """Return the rate of the lowest validation loss, with a mark where it is the first or the last of the grid."""
-    rate, grid = (
-        results.rate(task, results.phase("grid")["sizes"][0], budget, method, "loss"),
-        results.protocol["rates"],
-    )
+    """Return the rate of the lowest validation loss, with a mark where it is the first or the last of its grid."""
+    phase = results.phase("grid")
+    rate = results.rate(task, phase["sizes"][0], budget, method, "loss")
     if rate is None:
         return "-"
-    ends = grid["full" if METHODS[method].full else "branches"]
-    return f"{rate:g}{' (edge)' if rate in (ends[0], ends[-1]) else ''}"
+    grid = runner.grid_of(results.protocol, results.lines, phase, task, phase["sizes"][0], budget, method)
+    return f"{rate:g}{' (edge)' if rate in (grid[0], grid[-1]) else ''}"
 
 
 def _deltas(results: Results) -> list[str]:

@@ -18,7 +18,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from experiments.evidence.methods import METHODS
 from experiments.evidence.train import Training, run
 from lorasc_fx.errors import SpecError
 
-__all__ = ["Cell", "Lines", "cells_of", "main"]
+__all__ = ["Cell", "Lines", "best_rate", "cells_of", "grid_of", "main", "runs_of"]
 
 HERE = Path(__file__).parent
 PROTOCOL, RESULTS = HERE / "protocol.toml", HERE / "results.jsonl"
@@ -60,9 +60,10 @@ class Lines:
 
     Args:
         path: of the file; it need not be there.
+        protocol: whose runs are wanted; those of the versions that it `counts` are its own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, protocol: dict[str, Any]) -> None:
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         if text and not text.endswith("\n"):  # a line that a stop cut short
@@ -71,7 +72,10 @@ class Lines:
         self.found: dict[Cell, dict[str, Any]] = {}
         for line in text.splitlines():
             entry = json.loads(line)
-            self.found[Cell(**entry["cell"])] = entry
+            cell = Cell(**entry["cell"])
+            if cell.version in protocol["counts"]:
+                cell = replace(cell, version=protocol["version"])
+            self.found[cell] = entry
 
     def add(self, cell: Cell, result: dict[str, Any]) -> None:
         """Append a result."""
@@ -118,33 +122,75 @@ def _rates(
     protocol: dict[str, Any], phase: dict[str, Any], lines: Lines, cell: tuple[str, int, str, str]
 ) -> list[float]:
     task, size, budget, method = cell
-    grid = protocol["rates"]["full" if METHODS[method].full else "branches"]
+    if phase["rates"] == "fixed":
+        return list(protocol["rates"]["full" if METHODS[method].full else "branches"])
     if phase["rates"] == "grid":
-        return list(grid)
+        return grid_of(protocol, lines, phase, *cell)
     chosen = phase["rates"].removeprefix("best of ") if phase["rates"].startswith("best of ") else method
     best = [best_rate(protocol, lines, task, size, budget, chosen, by) for by in ("loss", "accuracy")]
     return sorted({rate for rate in best if rate is not None})
 
 
-def best_rate(
-    protocol: dict[str, Any], lines: Lines, task: str, size: int, budget: str, method: str, by: str
-) -> float | None:
-    """Return the rate of the best mean validation loss or accuracy in the phase `grid`; None until all are there."""
-    phase = next(phase for phase in protocol["phases"] if phase["name"] == "grid")
-    found = {}
-    for rate in protocol["rates"]["full" if METHODS[method].full else "branches"]:
-        runs = [
-            lines.found.get(Cell(protocol["version"], "grid", task, size, budget, method, rate, seed))
-            for seed in phase["seeds"]
-        ]
-        if None in runs:
+def grid_of(
+    protocol: dict[str, Any], lines: Lines, phase: dict[str, Any], task: str, size: int, budget: str, method: str
+) -> list[float]:
+    """Return the rates of a grid that are known so far: those beyond it follow while the largest is a best one."""
+    if METHODS[method].full:
+        return list(protocol["rates"]["full"])
+    rates = list(protocol["rates"]["branches"])
+    for rate in protocol["rates"]["beyond"]:
+        runs = _by_rate(protocol, lines, phase, rates, task, size, budget, method)
+        if runs is None or rates[-1] not in {_best(runs, by) for by in ("loss", "accuracy")}:
+            break
+        rates.append(rate)
+    return rates
+
+
+def _by_rate(
+    protocol: dict[str, Any],
+    lines: Lines,
+    phase: dict[str, Any],
+    rates: Sequence[float],
+    task: str,
+    size: int,
+    budget: str,
+    method: str,
+) -> dict[float, list[dict[str, Any]]] | None:
+    """Return the results of all seeds by rate; None until all are there."""
+    found: dict[float, list[dict[str, Any]]] = {}
+    for rate, seed in itertools.product(rates, phase["seeds"]):
+        entry = lines.found.get(Cell(protocol["version"], phase["name"], task, size, budget, method, rate, seed))
+        if entry is None:
             return None
-        values = [each["result"] for each in runs if each is not None]
-        if any(value["diverged"] for value in values):
-            continue
-        mean = statistics.fmean(value["validation"][by] for value in values)
-        found[rate] = -mean if by == "loss" else mean
-    return max(found, key=lambda rate: (found[rate], -rate)) if found else None
+        found.setdefault(rate, []).append(entry["result"])
+    return found
+
+
+def _best(runs: dict[float, list[dict[str, Any]]], by: str) -> float | None:
+    """Return the rate of the best mean validation loss or accuracy, the smaller of equals; never one that diverged."""
+    means = {
+        rate: statistics.fmean(result["validation"][by] for result in results) * (-1 if by == "loss" else 1)
+        for rate, results in runs.items()
+        if not any(result["diverged"] for result in results)
+    }
+    return max(means, key=lambda rate: (means[rate], -rate)) if means else None
+
+
+def runs_of(
+    protocol: dict[str, Any], lines: Lines, phase: dict[str, Any], task: str, size: int, budget: str, method: str
+) -> dict[float, list[dict[str, Any]]] | None:
+    """Return the results of a phase's grid by rate; None until all are there."""
+    cell = (task, size, budget, method)
+    return _by_rate(protocol, lines, phase, grid_of(protocol, lines, phase, *cell), *cell)
+
+
+def best_rate(
+    protocol: dict[str, Any], lines: Lines, task: str, size: int, budget: str, method: str, by: str, phase: str = "grid"
+) -> float | None:
+    """Return the rate of the best mean validation loss or accuracy in the grid of a phase; None until all are there."""
+    about = next(each for each in protocol["phases"] if each["name"] == phase)
+    runs = runs_of(protocol, lines, about, task, size, budget, method)
+    return None if runs is None else _best(runs, by)
 
 
 @functools.cache
@@ -215,7 +261,7 @@ def check(protocol: dict[str, Any], lines: Lines) -> int:
 def main(arguments: list[str]) -> int:
     """Run a command; return the exit code."""
     protocol = tomllib.loads(PROTOCOL.read_text(encoding="utf-8"))
-    lines = Lines(RESULTS)
+    lines = Lines(RESULTS, protocol)
     command, *rest = arguments or ["status"]
     try:
         if command == "run":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tomllib
 from collections.abc import Callable
@@ -22,9 +23,10 @@ from experiments.evidence.train import Training, run
 
 TINY: dict[str, Any] = {
     "version": 7,
+    "counts": [6],
     "training": {"batch_size": 8, "gradient_clipping": 1.0, "warmup": 1, "cycles": 3},
     "budgets": {"short": 6},
-    "rates": {"branches": [0.001, 0.01], "full": [0.001]},
+    "rates": {"branches": [0.001, 0.01], "beyond": [], "full": [0.001]},
     "statistics": {"resamples": 200},
     "phases": [
         {
@@ -73,7 +75,7 @@ def linear_task() -> Task:
 
 def test_the_protocol_names_what_is_there() -> None:
     protocol = tomllib.loads(runner.PROTOCOL.read_text(encoding="utf-8"))
-    cells = list(runner.cells_of(protocol, runner.Lines(Path("none"))))
+    cells = list(runner.cells_of(protocol, runner.Lines(Path("none"), protocol)))
     assert len(cells) == len(set(cells)) > 1000
     waiting = {"finalists", "design"}  # for the rates of the grid
     assert {cell.phase for cell in cells} == {phase["name"] for phase in protocol["phases"]} - waiting
@@ -120,14 +122,14 @@ def test_which_weights_are_averaged_or_chosen_from() -> None:
 
 def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
-    lines = runner.Lines(path)
+    lines = runner.Lines(path, TINY)
     grid = list(runner.cells_of(TINY, lines))
     assert len(grid) == 8
     for cell in grid:
         lines.add(cell, *runner._made([cell], TINY))
     text = path.read_text(encoding="utf-8")
     path.write_text(text + text[:50], encoding="utf-8")  # a line that a kill cut short
-    again = runner.Lines(path)
+    again = runner.Lines(path, TINY)
     assert set(again.found) == set(grid)
     finalists = [cell for cell in runner.cells_of(TINY, again) if cell.phase == "finalists"]
     assert {cell.method for cell in finalists} == {"lora", "recipe"}
@@ -136,7 +138,7 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: p
     assert runner.check(TINY, again) == 0
     assert "the same, bit for bit" in capsys.readouterr().out
 
-    page.write(TINY, runner.Lines(path), tmp_path)
+    page.write(TINY, runner.Lines(path, TINY), tmp_path)
     written = (tmp_path / "evidence.md").read_text(encoding="utf-8")
     assert f"{len(again.found)} of {len(again.found)} runs" in written
     assert "| better | recipe - lora | short | loss |" in written
@@ -150,7 +152,7 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: p
 
 
 def test_the_best_rate_is_of_validation_and_never_one_that_diverged(tmp_path: Path) -> None:
-    lines = runner.Lines(tmp_path / "results.jsonl")
+    lines = runner.Lines(tmp_path / "results.jsonl", TINY)
     values = {(0.001, 0): (0.5, 0.8), (0.001, 1): (0.5, 0.8), (0.01, 0): (0.4, 0.7), (0.01, 1): (0.7, 0.99)}
     for (rate, seed), (loss, accuracy) in values.items():
         cell = runner.Cell(7, "grid", "teacher-4", 16, "short", "lora", rate, seed)
@@ -160,6 +162,24 @@ def test_the_best_rate_is_of_validation_and_never_one_that_diverged(tmp_path: Pa
     lines.found[runner.Cell(7, "grid", "teacher-4", 16, "short", "lora", 0.01, 1)]["result"]["diverged"] = True
     assert runner.best_rate(TINY, lines, "teacher-4", 16, "short", "lora", "accuracy") == 0.001
     assert json.loads(lines.path.read_text(encoding="utf-8").splitlines()[0])["cell"]["phase"] == "grid"
+
+
+def test_a_grid_goes_on_while_its_largest_rate_is_a_best_one(tmp_path: Path) -> None:
+    protocol = TINY | {"rates": {"branches": [0.001, 0.01], "beyond": [0.03, 0.1], "full": [0.001]}}
+    lines = runner.Lines(tmp_path / "results.jsonl", protocol)
+
+    def known(loss: dict[float, float]) -> list[float]:
+        for (rate, value), seed in itertools.product(loss.items(), (0, 1)):
+            cell = runner.Cell(6, "grid", "teacher-4", 16, "short", "lora", rate, seed)  # of a version that counts
+            lines.add(cell, {"diverged": False, "validation": {"loss": value, "accuracy": 0.5}})
+        again = runner.Lines(lines.path, protocol)
+        return sorted({cell.rate for cell in runner.cells_of(protocol, again) if cell.method == "lora"})
+
+    assert known({}) == [0.001, 0.01]
+    assert known({0.001: 0.5, 0.01: 0.4}) == [0.001, 0.01, 0.03]
+    assert known({0.03: 0.45}) == [0.001, 0.01, 0.03]
+    assert known({0.03: 0.3}) == [0.001, 0.01, 0.03, 0.1]
+    assert known({0.1: 0.9}) == [0.001, 0.01, 0.03, 0.1]
 
 
 def test_statistics_by_hand() -> None:
@@ -175,7 +195,7 @@ def test_statistics_by_hand() -> None:
 def test_the_factorial_design_and_the_map_have_their_tables(tmp_path: Path) -> None:
     """Every cell has the accuracy that its parts add up to, so that the effects of the design are known."""
     protocol = tomllib.loads(runner.PROTOCOL.read_text(encoding="utf-8"))
-    lines = runner.Lines(tmp_path / "results.jsonl")
+    lines = runner.Lines(tmp_path / "results.jsonl", protocol)
     for _ in range(2):  # the design's rates are known once the grid is there
         for cell in list(runner.cells_of(protocol, lines)):
             parts = set(cell.method.split("+")[1:])
