@@ -194,6 +194,9 @@ class Cascade(nn.Module):
         if call.key is None:
             variant, count = self._variants.symbolic(self.training)
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
+        if self._usage.in_pipeline(run, self):
+            with self.weights(_METHOD_WEIGHTS["generate"]):
+                return self.forward(*args, **kwargs)
         self._usage.check_mode(run, self.training)
         run.replicas.see(len(self.branches), run.trainable)
         run.compare_replicas()

@@ -31,6 +31,8 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _UNFOLDED_SAVES = {("transformers.trainer", "_save"), ("accelerate.accelerator", "save_model")}
 """Functions, by module and name, that write the state dict of the model that they were given as its weights."""
 
+_PIPELINE = ("transformers.pipelines.base", "forward")
+"""The function, by module and name, in which a pipeline calls its model."""
 
 _AVERAGES = ("torch.optim.swa_utils", "timm.utils.model_ema")
 """Modules of averages of parameters, which begin with a copy of the model."""
@@ -117,13 +119,27 @@ class UsageWatch:
         """Warn of a call in eval mode that sees noise, unless it is a training step of a model trained in eval mode."""
         if training or (torch.is_grad_enabled() and not self._train_mode):
             return
-        if not run.plan.spec.noise.strength or run.slow.idle or "evaluated-with-noise" in run.warned:
+        if not _noisy(run) or "evaluated-with-noise" in run.warned:
             return
         run.warned.once(
             "evaluated-with-noise",
             f"the cascade was called in eval mode inside stage {run.plan.stage}, and its weights hold noise. "
             'Evaluate inside `with cascade.weights("slow"):`, or "fast"; or after `release`',
         )
+
+    def in_pipeline(self, run: Run, cascade: nn.Module) -> bool:
+        """Whether a pipeline of transformers computes with the cascade while its weights hold noise.
+
+        It calls `generate` or the model itself, by its task, and both shall have the same weights.
+        """
+        if torch.is_grad_enabled() or run.inside_weights or not _noisy(run):
+            return False
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _PIPELINE:
+                return getattr(frame.f_locals.get("self"), "model", None) is cascade
+            frame = frame.f_back
+        return False
 
     def check_saved(self, run: Run) -> None:
         """Warn of a trainer that writes the state dict of the cascade as if it were that of a model."""
@@ -196,6 +212,11 @@ def _differs(run: Run) -> bool:
     running = not run.slow.idle and (spec.noise.strength > 0 or spec.factor_start.from_weight)
     unmerged = any(run.slow.states[name].experts for name in run.quantized)
     return running or unmerged or run.slow.moved(run.branches_by_weight())
+
+
+def _noisy(run: Run) -> bool:
+    """Whether the weights hold noise now."""
+    return bool(run.plan.spec.noise.strength) and not run.slow.idle
 
 
 def _inside_package() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 import lorasc_fx as lx
 from tests.kit.state import branches_of, weight_state
@@ -119,3 +119,16 @@ def with_weights(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     plain = copy.deepcopy(model)
     plain.load_state_dict({name: value.clone() for name, value in values.items()}, strict=False)
     return plain.eval()
+
+
+WORDS = [f"w{number}" for number in range(37)]
+
+
+def tokenizer() -> Any:
+    """A tokenizer of the words above, made here, as nothing is downloaded."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{word: number + 3 for number, word in enumerate(WORDS)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
