@@ -167,7 +167,7 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     if "probe" in config.compare.methods and ruled:
         raise SpecError(
             f"compare.methods has 'probe', which trains at one rate (compare.rates), and spec.train_rules gives "
-            f"{ruled[0]!r} a rate of its ruled: drop one of the two",
+            f"{ruled[0]!r} a rate of its own: drop one of the two",
             code="conflicting-options",
         )
     folder = RunFolder(Path(config.output))
