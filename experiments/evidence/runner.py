@@ -88,9 +88,13 @@ class Lines:
 
 @functools.cache
 def code_version() -> str:
-    """Return the commit that the runs were made with, with a mark where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    """Return the commit that the runs were made with, with a mark where files differ from it, but for the results."""
+    told = functools.partial(subprocess.run, cwd=HERE.parents[1], capture_output=True, text=True, check=True)
+    commit = told(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip()
+    changed = told(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS.relative_to(HERE.parents[1])}"]
+    )
+    return f"{commit}-dirty" if changed.stdout else commit
 
 
 def cells_of(protocol: dict[str, Any], lines: Lines) -> Iterator[Cell]:
