@@ -1,8 +1,8 @@
 """What comes before the first step: the import, `adapt` and `load`, and what a call of a small model costs.
 
-`adapt` runs the model and its graph, three forwards and two backwards, to see that they do the same, and exports it; so
-it stands beside `torch.export.export` alone, for these sizes only, a forward and a backward. `load` has no inputs: the
-first call makes the graph.
+`adapt` runs the model and its graph, three forwards and where their autograd graphs differ two backwards, to see that
+they do the same, and exports it; so it stands beside `torch.export.export` alone, for these sizes only, a forward and a
+backward. `load` has no inputs: the first call makes the graph.
 """
 
 from __future__ import annotations

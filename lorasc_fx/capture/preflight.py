@@ -6,7 +6,8 @@ branch of Python on `requires_grad`, or the type of an output. So the model runs
 with it, in values and gradients, before it is taken.
 
 Each gradient is reduced to a few random projections as soon as it is there, so that none is kept. Projections are
-linear, so that a weight whose gradient comes in several parts (reentrant checkpoints) is handled as well.
+linear, so that a weight whose gradient comes in several parts (reentrant checkpoints) is handled as well. Where the
+autograd graphs of both runs are the same, so are the gradients, and no backward pass is run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from lorasc_fx.capture.autograd_graph import Description, describe
 from lorasc_fx.capture.guards import Guards, attribute_tensors
 from lorasc_fx.capture.isolation import (
     Attributes,
@@ -186,8 +188,8 @@ class Disagreement(RuntimeError):
 @dataclass(frozen=True)
 class Observed:
     """What a run showed: types and tensors of the output, and of the arguments after the call; the buffers then; which
-    modules have hooks that return nothing (`observers`); and projections of the gradients of weights and inputs, None
-    where the backward pass raised (`broken`) or none was run.
+    modules have hooks that return nothing (`observers`); the autograd graph, None where not all of it is visible; and
+    projections of the gradients of weights and inputs, None where the backward pass raised (`broken`) or none was run.
     """
 
     output: tuple[Any, list[torch.Tensor]]
@@ -197,16 +199,17 @@ class Observed:
     recomputes: bool
     asks: bool
     observers: tuple[str, ...]
+    autograd: Description | None
     gradients: Mapping[str, torch.Tensor] | None
     broken: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preflight:
     """What runs of the eager model showed.
 
     Args:
-        seen: the run against which graphs are held.
+        seen: the run against which graphs are held; one with gradients takes its place where they are asked for.
         restless: attributes that Python sets anew at each call.
         draws: whether its Python draws from the generators of Python or numpy, unless it seeds them itself.
         assigned: place and key of the Python state that forward sets at each call, to whatever value.
@@ -328,17 +331,21 @@ def check_agrees(
     grad = preflight.grad is not False
     try:
         with quiet(), fake_mode(model), same_attributes(model), grad_mode(grad):
-            ours = _observed(graph, model, args, kwargs)
+            ours = _observed(graph, model, args, kwargs, like=preflight.seen)
     except MemoryError:
         raise
     except Exception as fault:
         raise_of_handler(fault)
         raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault
     difference = _difference(ours, preflight.seen)
+    if difference is None and preflight.seen.autograd is not None and ours.autograd != preflight.seen.autograd:
+        with quiet(), fake_mode(model), same_attributes(model), grad_mode(grad):
+            preflight.seen = _observed(model, model, args, kwargs, backward=True)
+        difference = _difference(ours, preflight.seen)
     if difference is None:
         return
     with quiet(), fake_mode(model), same_attributes(model), grad_mode(grad):
-        again = _observed(model, model, args, kwargs)
+        again = _observed(model, model, args, kwargs, backward=True)
     if _difference(again, preflight.seen) is None:
         raise Disagreement(graph, difference, grad)
 
@@ -410,13 +417,14 @@ _ASKS = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
 
 
 class _AutogradUse(TorchFunctionMode):
-    """Observes whether a model computes under hooks on saved tensors of its own (`recomputes`), and whether it asks
-    tensors for their gradient state (`asks`); not what the quantized layers of libraries do inside (`products`).
+    """Observes whether a model computes under hooks on saved tensors of its own (`recomputes`), whether it asks tensors
+    for their gradient state (`asks`), and whether it may put hooks on tensors or on their nodes (`hooks`); not what the
+    quantized layers of libraries do inside (`products`).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.recomputes = self.asks = False
+        self.recomputes = self.asks = self.hooks = False
         self.products: list[tuple[Any, torch.Tensor | None]] = []
         self._inside = 0
         self._before = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -424,6 +432,7 @@ class _AutogradUse(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._before
         self.asks |= not self._inside and any(getattr(func, "__self__", None) is getter for getter in _ASKS)
+        self.hooks |= func is torch.Tensor.register_hook or getattr(func, "__self__", None) is torch.Tensor.grad_fn
         return func(*args, **(kwargs or {}))
 
     def enters(self, module: nn.Module, args: Any) -> None:
@@ -452,8 +461,23 @@ def _products_observed(undo: Block[Any], model: nn.Module, use: _AutogradUse) ->
             undo(module.register_forward_hook(use.leaves, always_call=True).remove)
 
 
-def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observed:
-    """Run once, in the gradient mode that is on, and where gradients are on backward as well."""
+def _observed(
+    call: Callable[..., Any],
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    like: Observed | None = None,
+    backward: bool = False,
+) -> Observed:
+    """Run once, in the gradient mode that is on.
+
+    Args:
+        call: the model, or its graph.
+        model, args, kwargs: of the run.
+        like: another run. Backward runs where gradients are on and the autograd graph is not that of `like`; without
+            `like`, where not all of the graph is visible.
+        backward: whether backward runs in any case.
+    """
     inputs, named = copied(args, kwargs)
     with same_values(model):
         seed()
@@ -469,11 +493,13 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
         names = {type(node).__name__.removesuffix("Backward") for node in nodes if node not in reentrant}
         functions = {f"the autograd.Function {name}" for name in names if not name.startswith("GeneratedBackwardFor_")}
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
-        gradients, broken = (
-            _gradients(tensors, model, (inputs, named))
-            if torch.is_grad_enabled() and not without_values
-            else (None, "")
-        )
+        differentiates = torch.is_grad_enabled() and not without_values
+        leaves = {f"input {index}": tensor for index, tensor in enumerate(_tensors((inputs, named)))}
+        parameters = dict(model.named_parameters())
+        visible = differentiates and not (backward or use.hooks or use.recomputes or written_by(model))
+        autograd = describe(_differentiable(tensors), parameters, leaves) if visible else None
+        same = autograd is not None and (like is None or autograd == like.autograd)
+        gradients, broken = _gradients(tensors, leaves | parameters) if differentiates and not same else (None, "")
     output_seen, arguments = (
         (_types(value), [tensor.detach() for tensor in _tensors(value)]) for value in (output, (inputs, named))
     )
@@ -486,6 +512,7 @@ def _observed(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
         recomputes,
         use.asks,
         tuple(sorted(observers)),
+        autograd,
         gradients,
         broken,
     )
@@ -519,16 +546,16 @@ def _watched_hooks(undo: Block[Any], model: nn.Module) -> set[str]:
     return observers
 
 
+def _differentiable(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [output for output in outputs if output.is_floating_point() or output.is_complex()]
+
+
 def _gradients(
-    outputs: list[torch.Tensor], model: nn.Module, given: Any
+    outputs: list[torch.Tensor], leaves: Mapping[str, torch.Tensor]
 ) -> tuple[Mapping[str, torch.Tensor] | None, str]:
-    """Return projections of the gradients of weights and inputs, or why the backward pass raises: an eager model may
-    have none.
-    """
-    floating = [output for output in outputs if output.is_floating_point() or output.is_complex()]
+    """Return projections of the gradients of leaves, or why the backward pass raises: an eager model may have none."""
     try:
-        inputs = {f"input {index}": tensor for index, tensor in enumerate(_tensors(given))}
-        return projected_gradients(floating, inputs | dict(model.named_parameters())), ""
+        return projected_gradients(_differentiable(outputs), leaves), ""
     except MemoryError:
         raise
     except Exception as fault:

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.errors import CheckpointError, StateError, nearest
+from lorasc_fx.fingerprint import Buffer, data_of, fingerprint, fingerprint_of
 from lorasc_fx.runtime.base_file import renamed
-from lorasc_fx.runtime.fingerprint import Buffer, data_of, fingerprint, fingerprint_of
 from lorasc_fx.runtime.folded import Change, FoldedWeights
 
 __all__ = ["DTYPES", "Entry", "Shard", "entry_of", "extended", "head_of", "matched", "read_shard", "write_tensor"]
@@ -82,7 +82,7 @@ class Entry:
         return tensor
 
     def fingerprint(self, file: BinaryIO) -> str:
-        """Return what `lorasc_fx.runtime.fingerprint` says of the tensor; of a dtype without a name here, nothing."""
+        """Return what `lorasc_fx.fingerprint` says of the tensor; of a dtype without a name here, nothing."""
         dtype = DTYPES.get(self.dtype)
         return "" if dtype is None else fingerprint_of(dtype, self.shape, self.blocks(file))
 

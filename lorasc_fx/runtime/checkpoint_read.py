@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from lorasc_fx.errors import CheckpointError, named, path_of
+from lorasc_fx.fingerprint import fingerprint, text_digest
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import (
     FORMAT,
@@ -36,7 +37,6 @@ from lorasc_fx.runtime.checkpoint import (
     way_back,
 )
 from lorasc_fx.runtime.codec import RunState, decode, install
-from lorasc_fx.runtime.fingerprint import fingerprint, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.undo import Undo

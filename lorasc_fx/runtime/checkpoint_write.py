@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError
+from lorasc_fx.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime import training_state
 from lorasc_fx.runtime.checkpoint import (
     FORMAT,
@@ -38,7 +39,6 @@ from lorasc_fx.runtime.checkpoint import (
     versions,
 )
 from lorasc_fx.runtime.codec import RunState, Tensors, encode
-from lorasc_fx.runtime.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.optim import check_numbers
 from lorasc_fx.runtime.run import Run

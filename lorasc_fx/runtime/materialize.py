@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, named, nearest
+from lorasc_fx.fingerprint import Buffer, data_of, fingerprint_of
 from lorasc_fx.parameters import exchange
 from lorasc_fx.runtime.base_file import opened, renamed, shards_of
-from lorasc_fx.runtime.fingerprint import Buffer, data_of, fingerprint_of
 from lorasc_fx.shards import ShardSpec, local
 from lorasc_fx.undo import Undo
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, fill_factor
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named
+from lorasc_fx.fingerprint import checksum, fingerprint, source_digest
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.checkpoint import version
-from lorasc_fx.runtime.fingerprint import checksum, fingerprint, source_digest
 from lorasc_fx.runtime.gradient import GradientInitialization
 from lorasc_fx.runtime.materialize import MetaModel
 from lorasc_fx.runtime.optim import check_holds, groups, put_state

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from lorasc_fx.errors import CheckpointError
+from lorasc_fx.fingerprint import data_of, fingerprint, text_digest
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write
 from lorasc_fx.runtime.checkpoint import MANIFEST, canonical, file_names, sanitized
-from lorasc_fx.runtime.fingerprint import data_of, fingerprint, text_digest
 from lorasc_fx.runtime.run import Gradients, Planned, Run
 from lorasc_fx.undo import Undo
 

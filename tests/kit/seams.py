@@ -10,7 +10,7 @@ from typing import Any
 
 import lorasc_fx as lx
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import graph_breaks
+from lorasc_fx.capture import graph_breaks, preflight
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
 from lorasc_fx.integrations import progress, tensor_parallel
@@ -25,6 +25,7 @@ _MODULES = sys.modules  # `lorasc_fx.adapt` is the function, to a path by attrib
 
 SEAMS: dict[str, tuple[Any, str]] = {
     "capture": (compiler, "capture"),
+    "backward": (preflight, "projected_gradients"),
     "outside use": (_MODULES["lorasc_fx.compile.graph_breaks"].Comparison, "hidden"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
+from lorasc_fx.fingerprint import checksum, device_sum, file_digest, text_digest
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.runtime import Flags, Stage, read, transition
 from lorasc_fx.runtime import experts as elsewhere
 from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
-from lorasc_fx.runtime.fingerprint import checksum, device_sum, file_digest, text_digest
 from lorasc_fx.runtime.folded import of_checkpoint
 from lorasc_fx.runtime.manifest import LONGEST
 from lorasc_fx.runtime.run import SPARE

@@ -138,7 +138,7 @@ def file_digest(path: Path) -> str:
 @cache
 def source_digest() -> str:
     """Return the SHA-256 of the package's own source: a version's name does not tell two checkouts apart."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    root, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode())
         digest.update(path.read_bytes())
