@@ -61,7 +61,7 @@ CODES = {
     "child-replaced": "a submodule of the cascade was assigned from outside",
     "circular-passes": "passes require each other in a circle",
     "classes-differ": "a shifted data set has other classes than the training data",
-    "concurrent-save": "another process is writing a checkpoint into this folder",
+    "concurrent-save": "another process is writing there",
     "conflicting-options": "two options, or arguments, exclude each other",
     "constant-adapted": "(warning) a frozen weight, perhaps a constant, has become a site",
     "damaged-file": "a file of a run is damaged",

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture import bind, leaves, quiet, signature_of, whole
 from lorasc_fx.compile import Variant
-from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, path_of
-from lorasc_fx.export.safetensors_files import beside
+from lorasc_fx.errors import CaptureError, ExportError, SpecError, path_of
 from lorasc_fx.extras import require
+from lorasc_fx.files import replacing
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
@@ -53,7 +53,7 @@ def pt2(
     Raises:
         SpecError: another ending.
         CaptureError: the model has graph breaks, or torch.export does not take its graph.
-        CheckpointError: the path cannot be written.
+        ExportError: the path cannot be written.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
     out = path_of(path)
@@ -62,7 +62,7 @@ def pt2(
             f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it", code="wrong-file-ending"
         )
     made = program(cascade, args, kwargs, folded=folded, which=which, call="export.pt2")
-    with beside(out) as room:
+    with replacing(out) as room:
         torch.export.save(made, room)
     return out
 
@@ -94,7 +94,7 @@ def onnx(
         MissingExtra: onnx or onnxscript is not installed.
         SpecError: another ending.
         CaptureError: the model has graph breaks, or has an operator that torch.onnx does not know.
-        CheckpointError: the path cannot be written.
+        ExportError: the path cannot be written.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
     out = path_of(path)
@@ -123,7 +123,7 @@ def onnx(
             for written in sorted(Path(room).iterdir(), reverse=True):  # the numbers first, then the graph
                 os.replace(written, out.parent / written.name)
     except OSError as fault:
-        raise CheckpointError(
+        raise ExportError(
             f"{out}: was not written: {fault.strerror or fault}; what was there stays", code="write-failed"
         ) from fault
     return out

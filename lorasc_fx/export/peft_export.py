@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,10 +26,10 @@ from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.export.peft_factors import Change, CutOff, change_of, nothing
 from lorasc_fx.export.peft_places import Saved, places_of, save_whole
+from lorasc_fx.files import replacing
 from lorasc_fx.peft_format import CONFIG, TENSORS, Conv1d, Place, wrap_counts
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_model import name_of, task_type_of
-from lorasc_fx.runtime.checkpoint_write import sync
 from lorasc_fx.runtime.folding import check_which
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import arithmetic
@@ -157,13 +154,17 @@ def peft(
     )
     tensors = _whole(run, saved, change) | _factors(run, places, change, dtype)
 
-    def fill(new: Path) -> None:
+    out = path_of(folder)
+    _check_folder(out)
+    with replacing(out) as new:
+        new.mkdir()
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors lets its owner alone read it
-
-    _replace_folder(path_of(folder), fill)
-    written = PeftAdapter(path_of(folder), ranks, change.cut, saved.modules)
+        for path in out.iterdir() if out.is_dir() else ():  # the user's own files stay
+            if path.name not in (CONFIG, TENSORS, "adapter_model.bin"):
+                _copy(path, new / path.name)
+    written = PeftAdapter(out, ranks, change.cut, saved.modules)
     for line in str(written).splitlines()[1:]:
         log.info("export.peft: %s", line.strip())
     for name, group in places.items():
@@ -333,48 +334,14 @@ def _leaking(model: nn.Module, places: Iterable[Place]) -> dict[str, str]:
     }
 
 
-def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, and put it in the place of `folder` when it is whole, with the user's files there.
-
-    Raises:
-        ExportError: the folder is no adapter's and not empty, or cannot be written; what was there stays.
-    """
-    given, folder = folder, Path(os.path.realpath(folder))
+def _check_folder(folder: Path) -> None:
+    """Raise ExportError for a file, or for a folder that is neither empty nor an adapter's."""
     if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{given} is a file; give the name of a folder", code="path-in-the-way")
+        raise ExportError(f"{folder} is a file; give the name of a folder", code="path-in-the-way")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise ExportError(
-            f"{given} holds other files and no {CONFIG}; give an empty folder, or a new one", code="path-in-the-way"
+            f"{folder} holds other files and no {CONFIG}; give an empty folder, or a new one", code="path-in-the-way"
         )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as fault:
-        raise ExportError(
-            f"{given} cannot be written: {fault.strerror}; what was there stays", code="not-writable"
-        ) from fault
-    new, old = beside / "new", beside / "old"
-    try:
-        new.mkdir()
-        write(new)
-        for path in new.iterdir():
-            sync(path)
-        if folder.is_dir():
-            for path in folder.iterdir():
-                if path.name not in (CONFIG, TENSORS, "adapter_model.bin"):
-                    _copy(path, new / path.name)
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        sync(folder.parent)
-    except (OSError, SafetensorError) as fault:
-        raise ExportError(f"{given} was not written: {fault}; what was there stays", code="write-failed") from fault
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -6,11 +6,9 @@ copied byte for byte; no model is needed.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -20,12 +18,13 @@ import torch
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
 from lorasc_fx.export.base_files import Entry, Shard, entry_of, extended, head_of, matched, read_shard, write_tensor
+from lorasc_fx.files import replacing
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import INDEX, SINGLE, shards_of
 from lorasc_fx.runtime.folded import Change, FoldedWeights, of_run
 from lorasc_fx.runtime.folding import folded_each
 
-__all__ = ["Progress", "beside", "fold_files", "safetensors"]
+__all__ = ["Progress", "fold_files", "safetensors"]
 
 Values = dict[str, Callable[[], torch.Tensor]]
 
@@ -67,7 +66,8 @@ def safetensors(
     Raises:
         StateError: the path is the base, or a folder that is there already; after `release`, inside `weights`, or
             inside a backward; or a quantized weight is to be written.
-        CheckpointError: base is not what was adapted, or the path cannot be written. Nothing is left there.
+        CheckpointError: base is not what was adapted.
+        ExportError: the path cannot be written. Nothing is left there.
         NonFiniteBranch: the running branch of a site holds inf or nan.
     """
     out, call = path_of(path), "export.safetensors"
@@ -87,7 +87,7 @@ def safetensors(
             entries.append(entry_of(name, now))
             values[name] = new
         tell = _teller(progress, sum(entry.size for entry in entries))
-        with beside(out) as room:
+        with replacing(out) as room:
             if out.suffix == ".safetensors":
                 _write(room, entries, values, tell)
             else:
@@ -136,8 +136,6 @@ def _write(path: Path, entries: list[Entry], values: Values, tell: Callable[[int
         for name in order:
             write_tensor(file, values[name]())
             tell(sizes[name])
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress | None) -> Path:
@@ -150,7 +148,8 @@ def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress
         progress: called with the number of bytes that were compared or written, and of all.
 
     Raises:
-        CheckpointError: the base cannot be read, is another one than was adapted, or `out` cannot be written.
+        CheckpointError: the base cannot be read, or is another one than was adapted.
+        ExportError: `out` cannot be written.
         StateError: `out` is the base, or a folder that is there already. Nothing was written.
     """
     shards = [read_shard(path) for path in shards_of(base)]
@@ -159,7 +158,7 @@ def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress
     tell = _teller(progress, 2 * sum(entry.size for shard in shards for entry in shard.entries))
     changes, added = matched(weights, base, shards, tell)
     shards = extended(shards, added)
-    with beside(out) as room:
+    with replacing(out) as room:
         if single:
             _write_like(shards[0], changes, added, room, tell)
             return out
@@ -193,35 +192,6 @@ def check_free(out: Path, base: Path | None = None) -> None:
         raise StateError(f"{out} is the base, and is not overwritten; give another place", code="path-in-the-way")
 
 
-@contextlib.contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """Yield the path of a file or folder that takes the place of `out` when it is whole, and is removed otherwise.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    room = out.with_name(f".{out.name}.partial-{os.getpid()}{out.suffix}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield room
-        os.replace(room, out)
-    except OSError as fault:
-        _remove(room)
-        reason = fault.strerror or str(fault)
-        raise CheckpointError(f"{out}: was not written: {reason}; what was there stays", code="write-failed") from fault
-    except BaseException:
-        _remove(room)
-        raise
-
-
-def _remove(room: Path) -> None:
-    if room.is_dir():
-        shutil.rmtree(room, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            room.unlink()
-
-
 def _write_like(
     shard: Shard,
     changes: Mapping[str, Change],
@@ -249,5 +219,3 @@ def _write_like(
                     )
                 write_tensor(target, value)
             tell(entry.size)
-        target.flush()
-        os.fsync(target.fileno())

@@ -1,21 +1,18 @@
 """Writing a version: into a temporary folder, which is synced and then renamed.
 
-One writer at a time, by a lock that the system releases when its holder dies. So the next save deletes the
-temporary folders that a killed writer left. A version is renamed before it is deleted, so that a
-partial one never has a name that loads. Only files of ours are deleted, never a folder with its content: other
-programs may write into the same folder.
+The next save deletes the temporary folders that a killed writer left, under the lock of `files.one_writer`. A version
+is renamed before it is deleted, so that a partial one never has a name that loads. Only files of ours are deleted,
+never a folder with its content: other programs may write into the same folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from safetensors.torch import save_file
 
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError
+from lorasc_fx.files import make_folder, one_writer, sync
 from lorasc_fx.fingerprint import file_digest, text_digest
 from lorasc_fx.runtime import training_state
 from lorasc_fx.runtime.checkpoint import (
@@ -44,22 +42,17 @@ from lorasc_fx.runtime.optim import check_numbers
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import ProcessGroup, local, shard_axis
 from lorasc_fx.state.engine import all_finite
-from lorasc_fx.undo import Block, isolated
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "LOCK",
     "check_between_steps",
     "check_finite",
     "contents",
-    "sync",
     "write_tensors",
     "write_version",
 ]
 
+LOCK = ".lock"
 _WRITING, _LEAVING = ".writing-", ".leaving-"
 _TEMPORARY = re.compile(r"\.(writing|leaving)-[0-9a-f]{32}")
 _PARTIAL = re.compile(r"\.tmp\w{6}")
@@ -108,7 +101,7 @@ def write_version(
                     tensors |= beside or {}
                 if is_first:
                     make_folder(root)
-                    if held.enter_context(exclusive(root)):
+                    if held.enter_context(one_writer(root / LOCK, root)):
                         clear_interrupted(root)
                     version, temporary_folder = root / next_name(root), temporary(root)
                     made = temporary_folder
@@ -275,37 +268,6 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def make_folder(root: Path) -> None:
-    """Make a folder, and sync those that hold the new entries: its own, and those of parents that were missing too."""
-    new = [made for made in (root, *root.parents) if not made.exists()]
-    root.mkdir(parents=True, exist_ok=True)
-    for made in reversed(new):
-        sync(made.parent)
-
-
-@isolated
-def exclusive(undo: Block[Any], root: Path) -> bool:
-    """Keep other writers out of a folder, and say whether that is possible: some file systems know no locks.
-
-    Without a lock two writers still do no harm: a version's name is given once, and the later one fails at it.
-    """
-    handle = os.open(root, os.O_RDONLY)
-    undo(partial(os.close, handle))
-    try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        locked = fcntl is not None
-    except BlockingIOError as fault:
-        raise CheckpointError(
-            f"{root}: another save is writing into this folder at this moment; give each run a folder of its own, "
-            "and save from one process of a run",
-            code="concurrent-save",
-        ) from fault
-    except OSError:
-        locked = False
-    return locked
-
-
 def temporary(root: Path) -> Path:
     """Return the path of a new temporary folder."""
     return root / f"{_WRITING}{uuid.uuid4().hex}"
@@ -355,12 +317,3 @@ def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
         )
     except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):
         return False
-
-
-def sync(path: Path) -> None:
-    """Have the system put a file or folder on its disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

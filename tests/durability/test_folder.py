@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,30 +113,37 @@ class Slowly:
         return self.fault
 
 
+def me() -> tuple[str, str]:
+    return f"process {os.getpid()}", f"host {socket.gethostname()}"
+
+
 def test_two_writers_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     going = Run(SPEC).started()
     slowly = Slowly(monkeypatch, tmp_path)
     before = names(tmp_path)
-    with raises(lx.CheckpointError, "concurrent-save", tmp_path):
+    with raises(lx.CheckpointError, "concurrent-save", tmp_path, *me()):
         going.save(tmp_path)
     assert names(tmp_path) == before
-    assert len(before) == 1
+    assert [name[:9] for name in before] == [".lock", ".writing-"]
     assert slowly.finish() is None
     assert names(tmp_path) == ["version-00000001"]
     assert going.save(tmp_path).name == "version-00000002"
     assert names(tmp_path) == ["version-00000002"]
 
 
+def unlocked(*_: Any) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
 def test_two_writers_at_once_where_files_have_no_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The later one fails at the name; and nobody's half is taken for a dead one's."""
-
-    def unlocked(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
+    """The file alone decides; without it the later one fails at the name, and nobody's half is taken for a dead's."""
     monkeypatch.setattr(fcntl, "flock", unlocked)
     going = Run(SPEC).started()
     going.step()
     slowly = Slowly(monkeypatch, tmp_path)
+    with raises(lx.CheckpointError, "concurrent-save", tmp_path / ".lock", *me()):
+        going.save(tmp_path)
+    (tmp_path / ".lock").unlink()
     assert going.save(tmp_path).name == "version-00000001"
     assert len(names(tmp_path)) == 2
     fault = slowly.finish()
@@ -140,6 +151,70 @@ def test_two_writers_at_once_where_files_have_no_locks(monkeypatch: pytest.Monke
     assert names(tmp_path) == ["version-00000001"]
     assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
     assert going.save(tmp_path).name == "version-00000002"
+
+
+def test_whose_lock_is_taken_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the system's locks, whose owner is gone; without them that of a dead process of this host, and no other."""
+    going = Run(SPEC).started()
+    dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout
+    own, lock = socket.gethostname(), tmp_path / ".lock"
+    owners = [
+        (own, dead, True),
+        (own, "1", False),
+        (f"not-{own}", dead, False),
+        (own, "9" * 30, True),
+        (own, "[]", True),
+    ]
+    for locks in (True, False):
+        if not locks:
+            monkeypatch.setattr(fcntl, "flock", unlocked)
+        for host, process, taken in owners:
+            lock.write_text(f'{{"host": "{host}", "process": {process}, "since": "2026-11-27"}}')
+            if taken or locks:
+                going.save(tmp_path)
+                assert len(names(tmp_path)) == 1
+            else:
+                with raises(lx.CheckpointError, "concurrent-save", f"process {process.strip()}", host, "2026-11-27"):
+                    going.save(tmp_path)
+                lock.unlink()
+    for damaged in ("", "half", "[1]"):
+        lock.write_text(damaged)
+        going.save(tmp_path)
+
+
+def held(lock: Path) -> Iterator[None]:
+    """The lock file of another process, which is killed after the first `next`."""
+    holds = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command, pipe = [sys.executable, "-c", holds, lock], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+        process.kill()
+    yield
+
+
+def test_an_export_has_one_writer_and_clears_what_killed_ones_left(tmp_path: Path) -> None:
+    """One that was killed between two renames has left the old folder under another name: it comes back."""
+    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+    cascade.branches["0/weight"].lora_B.data.fill_(0.1)
+    out, file = tmp_path / "adapter", tmp_path / "folded.safetensors"
+    lx.export.peft(cascade, out)
+    (out / "mine").write_text("x")
+    holder = held(tmp_path / ".adapter.lock")
+    next(holder)
+    before = names(out)
+    with raises(lx.export.ExportError, "concurrent-save", out, "another process"):
+        lx.export.peft(cascade, out)
+    assert names(out) == before
+    next(holder)
+    out.rename(tmp_path / ".adapter.leaving-1")
+    (tmp_path / ".adapter.writing-1").mkdir()
+    (tmp_path / ".folded.safetensors.writing-1.safetensors").write_text("half")
+    lx.export.peft(cascade, out)
+    lx.export.safetensors(cascade, file)
+    assert names(tmp_path) == ["adapter", "folded.safetensors"]
+    assert names(out) == before
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])

@@ -1,0 +1,188 @@
+"""Files and folders that appear whole or not at all, written by one process at a time.
+
+What is written lies under a temporary name beside its place, is synced, and is then renamed. A lock file says who
+writes: host, process and time. The system releases the lock when its owner dies, and so the next writer deletes what a
+killed one left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lorasc_fx.errors import CheckpointError, ExportError, LorascError
+from lorasc_fx.undo import Block, isolated
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["make_folder", "one_writer", "replacing", "sync"]
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file or folder on its disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(root: Path) -> None:
+    """Make a folder, and sync those that hold the new entries: its own, and those of parents that were missing too."""
+    new = [made for made in (root, *root.parents) if not made.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for made in reversed(new):
+        sync(made.parent)
+
+
+@isolated
+def one_writer(undo: Block[Any], file: Path, place: Path, kind: type[LorascError] = CheckpointError) -> bool:
+    """Keep other writers out of a place while a block runs, and return whether the file system locks files.
+
+    The lock of the system decides: it is free as soon as its owner is dead. Where a file system has no locks, what the
+    file says decides: an owner on this host that is dead is taken over, and one on another host is not.
+
+    Args:
+        file: the lock file, which is there while somebody writes.
+        place: that is written, for messages.
+        kind: of the error.
+
+    Raises:
+        kind: somebody else writes there; names process, host and time.
+        OSError: the file cannot be made.
+    """
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            owner, locked = _owner(handle), fcntl is not None
+            try:
+                if fcntl is not None:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as fault:
+                raise _occupied(place, owner, "", kind) from fault
+            except OSError:
+                locked = False
+            if not locked and not _dead(owner):
+                raise _occupied(place, owner, f"; if that process is gone, delete {file}", kind)
+            if _names(file, handle):
+                break
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # of a file that its owner deleted meanwhile
+    undo(partial(os.close, handle))
+    undo(partial(file.unlink, missing_ok=True))
+    now = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
+    with contextlib.suppress(OSError):  # a full disk: what comes next says so
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}).encode(), 0)
+    return locked
+
+
+def _owner(handle: int) -> dict[str, Any]:
+    """Return what a lock file says of its owner: host, process and since when; nothing where it does not."""
+    try:
+        owner = json.loads(os.pread(handle, 4096, 0))
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) and owner.keys() == {"host", "process", "since"} else {}
+
+
+def _dead(owner: dict[str, Any]) -> bool:
+    """Whether the owner of a lock file is known to be gone, or there is none."""
+    if owner and (owner["host"] != socket.gethostname() or os.name == "nt"):
+        return False
+    try:
+        if owner:
+            os.kill(owner["process"], 0)
+    except (ProcessLookupError, TypeError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return not owner
+
+
+def _occupied(place: Path, owner: dict[str, Any], more: str, kind: type[LorascError]) -> LorascError:
+    who = f"process {owner['process']} on host {owner['host']}, since {owner['since']}," if owner else "another process"
+    return kind(
+        f"{place}: {who} is writing there; give each run a place of its own, and write from one process of a run{more}",
+        code="concurrent-save",
+    )
+
+
+def _names(file: Path, handle: int) -> bool:
+    """Whether a path still names the file that is open."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Yield the path of a file or folder to write, which takes the place of `out` when the block ends; if it raises,
+    what was there stays.
+
+    Raises:
+        ExportError: it cannot be written, or somebody else writes there at this moment.
+    """
+    place = Path(os.path.realpath(out)) if out.is_dir() else out
+    number = uuid.uuid4().hex
+    new = place.with_name(f".{place.name}.writing-{number}{place.suffix}")
+    old = place.with_name(f".{place.name}.leaving-{number}")
+    try:
+        make_folder(place.parent)
+        with one_writer(place.with_name(f".{place.name}.lock"), out, ExportError) as locked:
+            if locked:
+                _clear(place)
+            try:
+                yield new
+                for path in [*new.rglob("*"), new]:
+                    if path.is_file() or path.is_dir():
+                        sync(path)
+                if place.is_dir():
+                    place.rename(old)
+                try:
+                    new.replace(place)
+                except BaseException:
+                    if old.exists():
+                        old.rename(place)
+                    raise
+                sync(place.parent)
+            finally:
+                _remove(new)
+                _remove(old)
+    except (OSError, SafetensorError) as fault:
+        why = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
+        raise ExportError(f"{out}: was not written: {why}; what was there stays", code="write-failed") from fault
+
+
+def _clear(place: Path) -> None:
+    """Delete what killed writers left beside a place; a folder that one had moved away is put back."""
+    for path in place.parent.iterdir():
+        if path.name.startswith(f".{place.name}.leaving-") and not place.exists():
+            path.rename(place)
+        elif path.name.startswith((f".{place.name}.writing-", f".{place.name}.leaving-")):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
