@@ -419,6 +419,13 @@ def _check_new(model: nn.Module, on_meta: bool = False) -> None:
             raise CaptureError(
                 f"{name} is on the meta device, without numbers: give the model its weights first", code="meta-model"
             )
+        if hasattr(parameter, "to_local") or hasattr(parameter, "ds_id"):
+            raise StateError(
+                f"{name} is cut over processes already (FSDP, tensor parallelism, DeepSpeed's ZeRO-3): adapt the whole "
+                "model, perhaps on the meta device, and then cut the cascade by lorasc_fx.integrations.fsdp.shard or "
+                "tensor_parallel.parallelize",
+                code="already-sharded",
+            )
         if parameter.is_inference():
             raise CaptureError(
                 f"{name} was made in torch.inference_mode, and nothing can train it: make it outside",

@@ -372,6 +372,14 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "only",
                 code="data-parallel",
             )
+        for name in ("fsdp", "deepspeed"):
+            if getattr(args, name, None):
+                raise SpecError(
+                    f"CascadeCallback: {name} is {getattr(args, name)!r}; it would cut the cascade's parameters behind "
+                    "its transitions. Leave it out: started by torchrun, the Trainer uses DistributedDataParallel. For "
+                    "models that no process holds whole, write a loop around lorasc_fx.integrations.fsdp.shard",
+                    code="trainer-option-not-supported",
+                )
         if self.schedule == "stage":
             self._check_schedule(args)
         for name in _BEHIND:

@@ -199,7 +199,7 @@ class Cascade(nn.Module):
                 return self.forward(*args, **kwargs)
         self._usage.check_mode(run, self.training)
         run.replicas.see(len(self.branches), run.trainable)
-        run.compare_replicas()
+        run.check_replicas(type(self))
         return (self._variants.find(call) or self._capture(call)).run(call)
 
     def _variant_of(

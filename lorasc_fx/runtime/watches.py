@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -14,7 +15,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.shards import local
 
-__all__ = ["PendingWatch", "Replicas", "StepWatch", "Warned"]
+__all__ = ["PendingWatch", "Replicas", "StepWatch", "Warned", "check_wrappers"]
+
+_ENGINES = {
+    "DeepSpeedEngine": "deepspeed.runtime.engine",
+    "FullyShardedDataParallel": "torch.distributed.fsdp.fully_sharded_data_parallel",
+}
+"""Wrappers that keep the parameters themselves, by the name of the class, with their modules."""
 
 
 class Warned:
@@ -208,3 +215,25 @@ class Replicas:
 
 def _no_wrapper() -> None:
     return None
+
+
+def check_wrappers(cascade: type[nn.Module]) -> None:
+    """Refuse a training call of a cascade, of this class, whose parameters FSDP or DeepSpeed cuts or copies.
+
+    Raises:
+        StateError: `fully_shard`, FullyShardedDataParallel or DeepSpeed's engine holds it.
+    """
+    found = "fully_shard" if hasattr(cascade, "_get_fsdp_state") else None
+    frame = sys._getframe(1) if found is None and any(name in sys.modules for name in _ENGINES.values()) else None
+    while frame is not None:
+        if frame.f_code.co_name == "forward":
+            kinds = type(frame.f_locals.get("self")).__mro__
+            found = next((kind.__name__ for kind in kinds if _ENGINES.get(kind.__name__) == kind.__module__), found)
+        frame = frame.f_back
+    if found is not None:
+        raise StateError(
+            f"forward: {found} holds the cascade, and has cut or copied its parameters, so that no transition could "
+            "write them. Call lorasc_fx.integrations.fsdp.shard(cascade) instead, in a training loop of yours (with "
+            "accelerate: prepare the data, not the cascade), or wrap the cascade by DistributedDataParallel",
+            code="wrapper-not-supported",
+        )

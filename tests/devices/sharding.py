@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -387,8 +388,24 @@ def unlike(rank: int, count: int) -> None:
 # ---- what is refused
 
 
+def by_others(tokens: Tensor) -> None:
+    """FSDP around the cascade as accelerate and the Trainer put it there, and around the model before."""
+    cascade = adapted("fresh")
+    with raises(lx.StateError, "wrapper-not-supported", "FullyShardedDataParallel", "integrations.fsdp.shard"):
+        FullyShardedDataParallel(cascade, device_id=torch.device("cpu"), use_orig_params=True)(tokens)
+    cascade = adapted("fresh")
+    fully_shard(cascade)
+    with raises(lx.StateError, "wrapper-not-supported", "fully_shard", "integrations.fsdp.shard"):
+        cascade(tokens)
+    model = blocks()
+    fully_shard(model.layers[1])
+    with raises(lx.StateError, "already-sharded", "layers.1.mix", "integrations.fsdp.shard"):
+        lx.adapt(model, args=(tokens,), spec=lx.CascadeSpec(rank=2))
+
+
 def refused(rank: int, count: int, folder: str) -> None:
     tokens = example()
+    by_others(tokens)
     cascade = fsdp.shard(adapted("fresh"))
     optimizer = optimizer_of(cascade)
     for call in (

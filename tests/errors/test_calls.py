@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle  # noqa: TID251  # that a cascade is refused is what is tested
 import re
+import sys
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -577,3 +579,28 @@ def test_a_path_with_a_nul_byte(call: str) -> None:
     step(cascade, optimizer)
     with unchanged(cascade, optimizer), raises(lx.SpecError, "invalid-value"):
         PATHS[call](cascade)
+
+
+def test_deepspeeds_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It steps copies of the parameters, and under ZeRO-3 cuts them; it is known by its class, and not imported."""
+
+    class DeepSpeedEngine(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any) -> Any:
+            return self.module(*args)
+
+    DeepSpeedEngine.__module__ = "deepspeed.runtime.engine"
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.engine", ModuleType("deepspeed.runtime.engine"))
+    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+    engine = DeepSpeedEngine(cascade)
+    with raises(lx.StateError, "wrapper-not-supported", "DeepSpeedEngine", "integrations.fsdp.shard"):
+        engine(inputs(2, 5))
+    with torch.no_grad():
+        assert torch.equal(engine(inputs(2, 5)), cascade(inputs(2, 5)))
+    model = mlp()
+    model[0].weight.ds_id = 0
+    with raises(lx.StateError, "already-sharded", "0.weight", "integrations.fsdp.shard"):
+        lx.adapt(model, args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,14 @@ def test_two_processes_are_one(work: Any, spec: lx.CascadeSpec, tmp_path: Path) 
             torch.testing.assert_close(found[name], value, atol=1e-6 if name == "evaluated" else 1e-10, rtol=0)
 
 
-def test_a_trainer_goes_on_on_two_processes(tmp_path: Path) -> None:
-    """Stopped in the middle of the second stage, and resumed: what one process gives that nobody stopped."""
+def test_a_trainer_goes_on_on_any_number_of_processes(tmp_path: Path) -> None:
+    """Stopped on two in the middle of the second stage, and resumed: what one process gives that nobody stopped."""
     (one,) = on_ranks(1, by_trainer, free_port(), str(tmp_path / "one"), SPEC, 0, group=False)
     on_ranks(2, by_trainer, free_port(), str(tmp_path / "two"), SPEC, 6, group=False)
-    both = on_ranks(2, by_trainer, free_port(), str(tmp_path / "two"), SPEC, 0, group=False)
-    for found in both:
+    shutil.copytree(tmp_path / "two", tmp_path / "other")
+    ended = on_ranks(2, by_trainer, free_port(), str(tmp_path / "two"), SPEC, 0, group=False)
+    ended += on_ranks(1, by_trainer, free_port(), str(tmp_path / "other"), SPEC, 0, group=False)
+    for found in ended:
         assert found["stage"] == one["stage"]
         for name, value in one.items():
             torch.testing.assert_close(found[name], value, atol=1e-6 if name == "evaluated" else 1e-10, rtol=0)

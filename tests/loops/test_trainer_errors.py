@@ -68,6 +68,15 @@ def test_what_changes_the_model_behind_its_graphs(tmp_path: Path, more: dict[str
         Trainer(model=cascade, args=arguments(tmp_path, **more), callbacks=[CallbackOf(cascade)])
 
 
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_arguments_that_cut_the_parameters(tmp_path: Path, name: str) -> None:
+    """A Trainer takes them on several processes alone, so that the event is called here."""
+    cascade, args = adapted(SPEC), arguments(tmp_path)
+    setattr(args, name, True)
+    with raises(lx.SpecError, "trainer-option-not-supported", name, "integrations.fsdp.shard"):
+        CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
+
+
 @pytest.mark.parametrize("name", ["sync_ref_model", "cast_lm_head_to_fp32"])
 def test_arguments_of_trl_that_write_into_the_model(tmp_path: Path, name: str) -> None:
     cascade, args = adapted(SPEC), arguments(tmp_path)
