@@ -9,6 +9,9 @@ from pathlib import Path
 # Before torch is imported anywhere. Two workers with two threads each would be slower on two cores, and one thread sums
 # in one order. The workers of xdist inherit this.
 os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+# Torch caches what an op does to fake tensors, which pays where many layers are alike. In a model of a few ops, to fill
+# the cache is a fifth of an export. Processes that tests start inherit this too.
+os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 # A test that would download is a test that fails here, at once and by name.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What a machine was measured to do belongs to its user, not to a test.

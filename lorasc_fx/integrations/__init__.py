@@ -1,6 +1,6 @@
 """Other people's training loops and devices: a module each, imported when it is asked for, with what it is about.
 
-`transformers` and `lightning` hold a `CascadeCallback`, for their Trainers; `progress` holds `telling`, for a loop of
+`transformers` and `lightning` hold a `CascadeCallback`, for their Trainers; `progress` holds `track`, for a loop of
 your own: bars, metrics and TensorBoard. `fsdp` shards a cascade over several processes (FSDP2); `tensor_parallel`
 splits weights over them by columns and rows; `dcp` gives the state of a cascade to torch.distributed.checkpoint.
 """

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-__all__ = ["FILE", "Metrics", "Reporter", "Told", "append", "console", "reporting", "telling"]
+__all__ = ["FILE", "Metrics", "Reporter", "Tracker", "append", "console", "reporting", "track"]
 
 FILE = "metrics.jsonl"
 _EVENTS = "tensorboard"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Told:
-    """Is told of each step of a loop; `telling` makes it."""
+class Tracker:
+    """Counts the steps of a loop, and shows and keeps their numbers; `track` makes it."""
 
     def __init__(self, reporter: Reporter, metrics: Metrics | None, every: int, done: int) -> None:
         self._reporter, self._metrics, self._every = reporter, metrics, every
@@ -65,15 +65,15 @@ class Told:
 
 
 @contextlib.contextmanager
-def telling(
+def track(
     steps: int,
     *,
     title: str = "train",
     folder: str | PathLike[str] | None = None,
     every: int = 1,
     done: int = 0,
-) -> Iterator[Told]:
-    """Tell of a loop: stage, step, loss, steps a second and time left, as a bar on a terminal, as lines elsewhere.
+) -> Iterator[Tracker]:
+    """Show the stage, step, loss, steps a second and time left of a loop: a bar on a terminal, lines elsewhere.
 
     Args:
         steps: of the whole training.
@@ -88,12 +88,12 @@ def telling(
     """
     for name, count in (("steps", steps), ("every", every)):
         if not is_integer(count, 1):
-            raise SpecError(f"telling: {name} is {count!r}; give an integer of 1 or more")
+            raise SpecError(f"track: {name} is {count!r}; give an integer of 1 or more")
     with contextlib.ExitStack() as held:
         reporter = held.enter_context(reporting())
         metrics = held.enter_context(Metrics(path_of(folder))) if folder is not None else None
         reporter.begin(title, steps, done)
-        yield Told(reporter, metrics, every, done)
+        yield Tracker(reporter, metrics, every, done)
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:
@@ -151,15 +151,15 @@ def _strange(value: Any) -> bool:
 
 
 class Reporter(ABC):
-    """Told of each task and step."""
+    """Shows tasks and steps."""
 
     @abstractmethod
     def begin(self, title: str, steps: int, done: int = 0) -> None:
-        """Start a task of so many steps, the first ones done already."""
+        """Start a task of `steps` steps, of which `done` are done already."""
 
     @abstractmethod
     def step(self, done: int, stage: str, loss: float) -> None:
-        """So many steps are done; the stage that runs, and the last loss."""
+        """Show the number of steps that are done, the running stage and the last loss."""
 
     @abstractmethod
     def say(self, text: str) -> None:

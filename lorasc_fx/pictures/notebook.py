@@ -53,10 +53,10 @@ def _bars(names: Sequence[str], plan: Plan, placements: Mapping[str, str], refus
         site = plan.by_weight.get(name)
         colour = STYLES[placements[name]][0] if name in placements else STYLES["site"][0] if site is not None else MUTED
         tall = 4.0 if site is None else 4 + (HEIGHT - 4) * site.rank / most
-        told = f"{name}: {refused[name]}" if site is None else f"{name}, rank {site.rank} {placements.get(name, '')}"
+        title = f"{name}: {refused[name]}" if site is None else f"{name}, rank {site.rank} {placements.get(name, '')}"
         bars.append(
             f'<rect x="{place * step:.2f}" y="{HEIGHT - tall:.1f}" width="{max(0.8 * step, 0.5):.2f}" '
-            f'height="{tall:.1f}" fill="{colour}"><title>{html.escape(told.strip())}</title></rect>'
+            f'height="{tall:.1f}" fill="{colour}"><title>{html.escape(title.strip())}</title></rect>'
         )
     what = f"{len(plan.sites)} of {len(chosen)} weight matrices are adapted; the height of a bar is the rank."
     return (

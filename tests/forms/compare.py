@@ -14,10 +14,10 @@ from torch import nn
 
 
 def seed(value: int) -> None:
-    """Seed every generator that a model may draw from."""
+    """Seed every generator that a model on the CPU may draw from; torch.manual_seed queues seeds for others too."""
     random.seed(value)
     np.random.seed(value)
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)
 
 
 def tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.integrations.progress import telling
+from lorasc_fx.integrations.progress import track
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
 from tests.kit.state import Stage
@@ -27,7 +27,7 @@ def train(**how: Any) -> list[float]:
     cascade = lx.adapt(nn.Linear(5, 3), args=(torch.ones(2, 5),), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     losses = []
-    with telling(steps=6, **how) as told:
+    with track(steps=6, **how) as progress:
         for stage in cascade.stages(2, optimizer):
             for _ in range(3):
                 loss = cascade(torch.randn(4, 5)).square().mean()
@@ -35,9 +35,9 @@ def train(**how: Any) -> list[float]:
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
-                told.step(stage, loss.item(), lr=0.1)
-            told.say(f"stage {stage.index} has ended")
-            told.log(validation=0.25 * stage.index)
+                progress.step(stage, loss.item(), lr=0.1)
+            progress.say(f"stage {stage.index} has ended")
+            progress.log(validation=0.25 * stage.index)
     return losses
 
 
@@ -86,9 +86,9 @@ def test_a_terminal_shows_stage_step_loss_and_rate(monkeypatch: pytest.MonkeyPat
 
 def test_a_run_that_goes_on_and_numbers_that_json_has_not(tmp_path: Path) -> None:
     for done in (0, 2):
-        with telling(steps=4, folder=tmp_path, done=done) as told:
+        with track(steps=4, folder=tmp_path, done=done) as progress:
             for loss in (math.inf, 0.5):
-                told.step(Stage(1, 1, 1), loss)
+                progress.step(Stage(1, 1, 1), loss)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, None), (2, 0.5), (3, None), (4, 0.5)]
 
@@ -98,6 +98,6 @@ def test_counts(how: dict[str, int]) -> None:
     name, count = list(how.items())[-1]
     with (
         raises(lx.SpecError, "invalid-value", name, count),
-        telling(**how),  # type: ignore[arg-type]
+        track(**how),  # type: ignore[arg-type]
     ):
         pass

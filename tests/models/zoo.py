@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from tests.models.entry import Entry
+from tests.models.zoo_hf_signals import SERIES, SPEECH, TEXT
 from tests.models.zoo_hf_text import HF_TEXT
-from tests.models.zoo_hf_vision import HF_VISION
+from tests.models.zoo_hf_vision import DENSE, IMAGES
 from tests.models.zoo_timm import TIMM
 from tests.models.zoo_torchvision import TORCHVISION
 
 LIBRARIES: dict[str, tuple[Entry, ...]] = {
     "timm": tuple(TIMM),
     "torchvision": tuple(TORCHVISION),
-    "transformers": (*HF_TEXT, *HF_VISION),
+    "transformers": (*HF_TEXT, *IMAGES, *DENSE, *SPEECH, *TEXT, *SERIES),
 }
 ZOO: dict[str, Entry] = {entry.name: entry for entries in LIBRARIES.values() for entry in entries}
 

@@ -1,14 +1,82 @@
-"""Builds text models of transformers from small configurations, and the arguments of a call."""
+"""How the entries of transformers are made: by the names of model classes, and settings that make them small."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from tests.models.entry import Call, Entry
+
+Maker = Callable[[], Any]
+
+
+def model(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    """Return a builder of a model class, by its name, of settings of its configuration."""
+
+    def build() -> nn.Module:
+        model_class = getattr(transformers, name)
+        return model_class(model_class.config_class(**copy.deepcopy(settings)))
+
+    return build
+
+
+def hf(
+    name: str,
+    class_name: str,
+    inputs: Callable[[bool], Call],
+    *,
+    source: str = "",
+    unused: Mapping[str, str] | None = None,
+    tolerance: float = 1e-12,
+    because: str = "",
+    **settings: Any,
+) -> Entry:
+    """Return the entry `hf_NAME`, whose modeling file is `modeling_NAME` unless `source` names another."""
+    file = source or f"modeling_{name}"
+    return Entry(f"hf_{name}", file, model(class_name, **settings), inputs, unused or {}, tolerance, because)
+
+
+def real(*shape: int, scale: float = 1.0) -> Maker:
+    """Return a maker of normal numbers."""
+    return lambda: scale * torch.randn(*shape, dtype=torch.float64)
+
+
+def whole(high: int, *shape: int, low: int = 0) -> Maker:
+    """Return a maker of whole numbers below `high`."""
+    return lambda: torch.randint(low, high, shape)
+
+
+def fixed(value: Any) -> Maker:
+    """Return a maker of always the same value."""
+    return lambda: torch.tensor(value) if isinstance(value, list) else value
+
+
+def given(labels: dict[str, Maker] | None = None, **always: Maker) -> Callable[[bool], Call]:
+    """Return a maker of keyword arguments: `always`, and `labels` in train mode."""
+
+    def make(training: bool) -> Call:
+        makers = always | (labels or {} if training else {})
+        return (), {name: maker() for name, maker in makers.items()}
+
+    return make
+
+
+def boxes(count: int, images: int = 2, classes: int = 3) -> Maker:
+    """Return a maker of a detector's labels: classes, and boxes as relative centres and sizes."""
+
+    def make() -> list[dict[str, torch.Tensor]]:
+        drawn = [0.2 + 0.3 * torch.rand(count, 4, dtype=torch.float64) for _ in range(images)]
+        return [{"class_labels": torch.randint(0, classes, (count,)), "boxes": each} for each in drawn]
+
+    return make
+
+
+# ---- text
 
 SMALL = {
     "hidden_size": 32,
@@ -35,7 +103,7 @@ def text(
     because: str = "",
     **settings: Any,
 ) -> Entry:
-    """Return an entry that trains with labels and runs without them in eval mode.
+    """Return the entry of a text model, which trains with labels and runs without them in eval mode.
 
     Args:
         name: of the entry; the modeling file is `modeling_NAME` unless `source` names another.
@@ -46,12 +114,6 @@ def text(
         settings: of the configuration.
     """
 
-    def build() -> nn.Module:
-        import transformers
-
-        model_class = getattr(transformers, class_name)
-        return model_class(model_class.config_class(**{**small, **settings}))
-
     def inputs(training: bool) -> Call:
         arguments = _tokens(length)
         if class_name.endswith(("ForConditionalGeneration", "MTModel")):
@@ -61,6 +123,7 @@ def text(
         arguments |= extra or {}
         return (), {name: value for name, value in arguments.items() if value is not None}
 
+    build = model(class_name, **{**small, **settings})
     return Entry(name, source or f"modeling_{name}", build, inputs, unused or {}, tolerance, because)
 
 
