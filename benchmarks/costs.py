@@ -110,7 +110,7 @@ def _leave(cascade: lx.Cascade, wrapper: Any, ours: Found, theirs: Found) -> Non
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -125,4 +125,4 @@ def clocked(into: list[Seconds], run: Callable[[], Any]) -> Any:
 
 
 def _least(seconds: list[Seconds]) -> dict[str, float]:
-    return {"cpu": min(each.cpu for each in seconds), "wall": min(each.wall for each in seconds)}
+    return {"cpu": min(second.cpu for second in seconds), "wall": min(second.wall for second in seconds)}

@@ -64,7 +64,7 @@ def _beside(work: Work, options: dict[str, Choice], rounds: int) -> dict[str, An
         counts[name] = len(cascade.sites)
         rivals[f"ours {name}"] = Rival(cascade, work, frozen.inputs)
         rivals[f"peft {name}"] = Rival(wrapper, work, frozen.inputs)
-    times = alternate({name: Turn(each.prepare, each.step) for name, each in rivals.items()}, rounds)
+    times = alternate({name: Turn(rival.prepare, rival.step) for name, rival in rivals.items()}, rounds)
     return {
         name: {
             "sites": counts[name],
@@ -106,12 +106,12 @@ def state_size(transitions: int = 14, rank: int = STATE_RANK, work: Work = WORKS
 
 def _sizes(cascade: lx.Cascade, done: int) -> dict[str, float]:
     states = list(cascade._run.slow.states.values())
-    factors = {each.b for state in states for each in state.experts}
-    factors |= {each.a for state in states for each in state.experts}
+    factors = {expert.b for state in states for expert in state.experts}
+    factors |= {expert.a for state in states for expert in state.experts}
     dense = {each for state in states for each in (state.slow.dense, state.start.dense) if each is not None}
     return {
         "transitions": done,
-        "experts": sum(each.nbytes for each in factors),
+        "experts": sum(factor.nbytes for factor in factors),
         "dense": sum(each.nbytes for each in dense),
         "base": sum(state.base.nbytes for state in states),
     }

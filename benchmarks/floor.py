@@ -39,7 +39,8 @@ def low_rank_flops(forward: Callable[[], torch.Tensor], model: nn.Module, sites:
         forward()
     recorder.check_all_met()
     return 3 * sum(
-        each.flops * each.site.rank // each.features + 2 * each.size * each.site.rank for each in recorder.meetings
+        meeting.flops * meeting.site.rank // meeting.features + 2 * meeting.size * meeting.site.rank
+        for meeting in recorder.meetings
     )
 
 

@@ -47,10 +47,10 @@ def alternate(turns: Mapping[str, Turn], rounds: int) -> dict[str, Turns]:
     """
     cpu: dict[str, list[float]] = {name: [] for name in turns}
     wall: dict[str, list[float]] = {name: [] for name in turns}
-    for each in turns.values():
+    for turn in turns.values():
         for _ in range(WARM):
-            each.prepare()
-            each.run()
+            turn.prepare()
+            turn.run()
     names = list(turns)
     for index in range(rounds):
         gc.collect()

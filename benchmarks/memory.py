@@ -40,8 +40,8 @@ def allowed_bytes(forward: Callable[[], torch.Tensor], model: nn.Module, sites: 
 
     found = _saved(recorded, model)
     recorder.check_all_met()
-    for each in recorder.meetings:
-        storage = each.x.untyped_storage()
+    for meeting in recorder.meetings:
+        storage = meeting.x.untyped_storage()
         found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
 

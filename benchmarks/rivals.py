@@ -55,7 +55,9 @@ class Rival:
         """Do what an optimizer would between steps: no gradients are left, and what is trained counts as changed."""
         for each in (*self.model.parameters(), *self.inputs.values()):
             each.grad = None
-        torch.autograd.graph.increment_version([each for each in self.model.parameters() if each.requires_grad])
+        torch.autograd.graph.increment_version(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        )
 
     def step(self) -> None:
         """Run forward and backward, down to the inputs."""
@@ -64,7 +66,7 @@ class Rival:
 
 def can_drop() -> bool:
     """Return whether our branches have a dropout to ask for."""
-    return any(each.name == "dropout" for each in fields(lx.CascadeSpec))
+    return any(field.name == "dropout" for field in fields(lx.CascadeSpec))
 
 
 def adapted(
@@ -132,7 +134,7 @@ def make_all(work: Work, forced: Mapping[str, Mapping[str, Any]] | None = None) 
 
 def entries(model: nn.Module) -> int:
     """Return the number of trainable entries."""
-    return sum(each.numel() for each in model.parameters() if each.requires_grad)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def check_same_work(work: Work, ours: nn.Module, theirs: nn.Module) -> None:

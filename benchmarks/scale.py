@@ -143,21 +143,21 @@ def fsdp2(weights: Iterable[Weight], ranks: int) -> Figures:
     """
     weights = list(weights)
     share = (ranks - 1) / ranks
-    base = sum(each.entries for each in weights)
-    first = sum(each.factors[0] for each in weights)
-    trained = sum(sum(each.factors) for each in weights)
+    base = sum(weight.entries for weight in weights)
+    first = sum(weight.factors[0] for weight in weights)
+    trained = sum(sum(weight.factors) for weight in weights)
     units: dict[str, float] = {}
-    for each in weights:
-        units[each.unit] = units.get(each.unit, 0) + WEIGHT * each.entries + FACTOR * sum(each.factors)
+    for weight in weights:
+        units[weight.unit] = units.get(weight.unit, 0) + WEIGHT * weight.entries + FACTOR * sum(weight.factors)
     sizes = list({**units, "": 0.0}.values())  # in the order of the model, without the root
-    sites = [each for each in weights if each.rank]
+    sites = [weight for weight in weights if weight.rank]
     return Figures(
         base=WEIGHT * base / ranks,
         factors=FACTOR * trained / ranks,
         gradients=FACTOR * trained / ranks,
         optimizer=STATES * FACTOR * trained / ranks,
         gathered=units[""] + max(one + other for one, other in pairwise(sizes)),
-        host=WEIGHT * sum(each.entries for each in sites) / ranks,
+        host=WEIGHT * sum(site.entries for site in sites) / ranks,
         forward=share * sum(units.values()),
         backward=share * (sum(units.values()) + FACTOR * trained),
         transition=share * FACTOR * first + sums(len(sites), ranks),
@@ -174,29 +174,29 @@ def tensor_parallel(weights: Iterable[Weight], ranks: int, llama: Llama, tokens:
     """
     weights = list(weights)
     share, reduced = (ranks - 1) / ranks, 2 * (ranks - 1) / ranks
-    split = {each.name: each.style(llama, ranks) for each in weights}
+    split = {weight.name: weight.style(llama, ranks) for weight in weights}
     base = factors = host = forward = backward = 0.0
-    first = next(each.block for each in weights if each.block)
+    first = next(weight.block for weight in weights if weight.block)
     inputs = {(first, "attention")}  # below which nothing trains: it wants no gradient
-    for each in weights:
-        style, (a, b) = split[each.name], each.factors
+    for weight in weights:
+        style, (a, b) = split[weight.name], weight.factors
         parts = ranks if style else 1
-        base += each.entries / parts
-        host += each.entries / parts if each.rank else 0
+        base += weight.entries / parts
+        host += weight.entries / parts if weight.rank else 0
         factors += a / (ranks if style == "rowwise" else 1) + b / (ranks if style == "colwise" else 1)
         if style == "rowwise":
-            forward += reduced * WEIGHT * tokens * (each.shape[0] + each.rank)
+            forward += reduced * WEIGHT * tokens * (weight.shape[0] + weight.rank)
         if style == "colwise":
-            backward += reduced * WEIGHT * tokens * each.rank
-            read = "attention" if each.leaf in ("q_proj", "k_proj", "v_proj") else each.leaf.replace("gate", "up")
-            if (each.block, read) not in inputs:
-                inputs.add((each.block, read))
-                backward += reduced * WEIGHT * tokens * each.shape[1]
-        if style == "colwise" and not each.block:
-            forward += share * WEIGHT * tokens * each.shape[0]
-        if not style and each.leaf in ("k_proj", "v_proj"):
+            backward += reduced * WEIGHT * tokens * weight.rank
+            read = "attention" if weight.leaf in ("q_proj", "k_proj", "v_proj") else weight.leaf.replace("gate", "up")
+            if (weight.block, read) not in inputs:
+                inputs.add((weight.block, read))
+                backward += reduced * WEIGHT * tokens * weight.shape[1]
+        if style == "colwise" and not weight.block:
+            forward += share * WEIGHT * tokens * weight.shape[0]
+        if not style and weight.leaf in ("k_proj", "v_proj"):
             backward += share * WEIGHT * tokens * llama.hidden_size
-    sites = sum(1 for each in weights if each.rank)
+    sites = sum(1 for weight in weights if weight.rank)
     return Figures(
         base=WEIGHT * base,
         factors=FACTOR * factors,
@@ -218,7 +218,7 @@ def sums(sites: int, ranks: int) -> float:
 def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
     """Return docs/scale.md."""
     weights = weights_of(llama)
-    base, trained = sum(each.entries for each in weights), sum(sum(each.factors) for each in weights)
+    base, trained = sum(weight.entries for weight in weights), sum(sum(weight.factors) for weight in weights)
     columns = [
         (f"{how}, {count} ranks", figures)
         for count in ranks

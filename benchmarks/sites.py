@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
             tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             site = next((self._sites[_address(t)] for t in tensors if _address(t) in self._sites), None)
             if site is not None:
-                x = next(each for each in tensors if _address(each) not in self._owned)
+                x = next(tensor for tensor in tensors if _address(tensor) not in self._owned)
                 flops = _flops(func, args, kwargs or {}, out)
                 features = out.shape[1 if site.kind == "conv" else -1]
                 self.meetings.append(Meeting(site, x, flops, features, out.numel()))
@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
 
     def check_all_met(self) -> None:
         """Raise RuntimeError where a site met no product."""
-        met = {each.site.weight for each in self.meetings}
+        met = {meeting.site.weight for meeting in self.meetings}
         missing = [site.weight for site in self._sites.values() if site.weight not in met]
         if missing:
             raise RuntimeError(

@@ -116,7 +116,7 @@ def call(rounds: int) -> dict[str, Any]:
     for name, backward in zip(CALLS, (False, True), strict=True):
         times = alternate({key: Turn(_nothing, partial(run, each, backward)) for key, each in rivals.items()}, rounds)
         found[name] = {
-            "seconds": {key: min(each.cpu) / REPEATS for key, each in times.items()},
+            "seconds": {key: min(time.cpu) / REPEATS for key, time in times.items()},
             "ratios": {f"ours/{other}": ratio(times["ours"], times[other]) for other in ("eager", "peft")},
         }
     return found

@@ -34,7 +34,7 @@ def measured(work: Work, rounds: int, forced: Mapping[str, Mapping[str, Any]] | 
     """
     rivals = make_all(work, forced)
     pairs = [*PAIRS, *(("ours", name) for name in forced or {})]
-    times = alternate({name: Turn(each.prepare, each.step) for name, each in rivals.items()}, rounds)
+    times = alternate({name: Turn(rival.prepare, rival.step) for name, rival in rivals.items()}, rounds)
     ours, frozen = rivals["ours"].model, rivals["frozen"]
     assert isinstance(ours, lx.Cascade)
     frozen.prepare()
@@ -43,12 +43,12 @@ def measured(work: Work, rounds: int, forced: Mapping[str, Mapping[str, Any]] | 
         "front end": ours.frontend,
         "sites": len(ours.sites),
         "entries": entries(ours),
-        "seconds": {name: each.to_dict() for name, each in times.items()},
+        "seconds": {name: time.to_dict() for name, time in times.items()},
         "ratios": {f"{one}/{other}": ratio(times[one], times[other]) for one, other in pairs},
         "floor": floor_ratio(frozen.step, frozen.loss, frozen.model, ours.sites),
         "predicted": predicted(ours),
         "activation": {
-            **{name: activation_bytes(each.loss, each.model) for name, each in rivals.items()},
+            **{name: activation_bytes(rival.loss, rival.model) for name, rival in rivals.items()},
             "allowed": allowed_bytes(frozen.loss, frozen.model, ours.sites),
         },
         "activation with dropout": _with_dropout(work, frozen),

@@ -96,7 +96,7 @@ def train(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
 
 def _read(cascade: lx.Cascade) -> list[torch.Tensor]:
     states = cascade._run.slow.states.values()
-    factors = [factor for state in states for each in state.experts for factor in (each.b, each.a)]
+    factors = [factor for state in states for expert in state.experts for factor in (expert.b, expert.a)]
     return [*(state.base for state in states), *factors]
 
 
@@ -105,8 +105,8 @@ def _product(state: WeightState) -> Callable[[], object]:
     base, target = state.base.reshape(state.matrix), torch.empty(state.matrix, dtype=state.base.dtype)
     if not state.experts:
         return lambda: target.copy_(base)
-    b = torch.cat([each.b for each in state.experts], -1).to(dtype)
-    a = torch.cat([each.a for each in state.experts], -2).to(dtype)
+    b = torch.cat([expert.b for expert in state.experts], -1).to(dtype)
+    a = torch.cat([expert.a for expert in state.experts], -2).to(dtype)
     product = torch.baddbmm if state.stacked else torch.addmm
     if base.dtype == dtype:
         return lambda: product(base, b, a, out=target)

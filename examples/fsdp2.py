@@ -43,9 +43,9 @@ def main(steps: int = 15, stages: int = 3, batch: int = 32) -> float:
 
     spec = lx.CascadeSpec(rank=4, train=("head.*",), pace=0.7, noise=lx.Noise(0.1))
     cascade = lx.adapt(model, args=(points[:2].to(device),), spec=spec)
-    whole = sum(each.numel() for each in cascade.parameters())
+    whole = sum(parameter.numel() for parameter in cascade.parameters())
     lx.integrations.fsdp.shard(cascade)  # before the optimizer
-    here = sum(each.to_local().numel() for each in cascade.parameters())  # type: ignore[operator]
+    here = sum(parameter.to_local().numel() for parameter in cascade.parameters())  # type: ignore[operator]
     if rank == 0:
         print(f"{here} of {whole} numbers are on this process")
 

@@ -20,7 +20,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def backward(ctx, grad):
     with torch.enable_grad():
-        inputs = [each.detach().requires_grad_() for each in ctx.saved_tensors]
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         return torch.autograd.grad(gelu(linear(*inputs)), inputs, grad)
 
 

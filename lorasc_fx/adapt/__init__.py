@@ -344,9 +344,9 @@ def _warn_of_quantized_weights(cascade: Cascade) -> None:
     spec, parameters = cascade.plan.spec, dict(cascade.model.named_parameters())
     complex_ones = {name for name, value in parameters.items() if value.is_complex()}
     refused = {
-        each.weight: each
-        for each in cascade.refusals
-        if each.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING) and each.weight not in complex_ones
+        refusal.weight: refusal
+        for refusal in cascade.refusals
+        if refusal.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING) and refusal.weight not in complex_ones
     }
     left = list(refused) + [name for name in cascade.unreached if is_quantized(parameters[name])]
     packed = {

@@ -30,7 +30,7 @@ def cascade_html(
         refusals: of the weights that are not adapted.
     """
     head, *lines = text.splitlines()
-    refused = {each.weight: each.reason.value for each in refusals}
+    refused = {refusal.weight: refusal.reason.value for refusal in refusals}
     sites = [
         (site.weight, " × ".join(map(str, site.shape)), site.kind, str(site.rank), placements.get(site.weight, ""))
         for site in plan.sites

@@ -106,7 +106,7 @@ class BaseModel:
         strings = [held.get(key) for key in ("library", "name", "dtype")]
         options = held.get("options")
         known = isinstance(options, dict) and set(held) == {"library", "name", "dtype", "options"}
-        if not known or not all(isinstance(each, str) and each.isprintable() and each for each in strings):
+        if not known or not all(isinstance(string, str) and string.isprintable() and string for string in strings):
             raise ValueError("'model' is not the name of a base: library, name, dtype and options")
         found = cls(**held)
         if found.library not in _EXTRAS or found.dtype not in _DTYPES:

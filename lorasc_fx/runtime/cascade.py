@@ -291,7 +291,7 @@ class Cascade(nn.Module):
         self.branches.update(new)
         self._refusals = made.refusals
         self._run.take_sites(made.plan, made.refusals)
-        decided = made.plan.by_weight.keys() | {each.weight for each in made.refusals}
+        decided = made.plan.by_weight.keys() | {refusal.weight for refusal in made.refusals}
         self._unreached = tuple(name for name in self._unreached if name in made.unreached and name not in decided)
         self._run.know_sites(undo)
         if new:

@@ -200,7 +200,7 @@ def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callab
     """
     run.check_alive("to")
     parameters, trained = run.parameters_by_name(), run.trained_parameters()
-    held = [*(each.data for each in parameters.values()), *run.model.buffers(), *run.branches.parameters()]
+    held = [*(parameter.data for parameter in parameters.values()), *run.model.buffers(), *run.branches.parameters()]
     if all(_stays(each.data, fn(each.data)) for each in held):
         return None
     run.check_ready("to")

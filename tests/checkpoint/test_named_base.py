@@ -312,8 +312,8 @@ class Hub(BaseHTTPRequestHandler):
             answer = {"url": f"http://{self.headers['Host']}/me/run"}
         elif self.path.endswith("/preupload/main"):
             kinds = [
-                {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for each in json.loads(body)["files"]
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
             ]
             answer = {"files": kinds}
         elif self.path.endswith("/commit/main"):

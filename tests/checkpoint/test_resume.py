@@ -454,13 +454,13 @@ def test_a_resume_that_fails_leaves_gradients_and_what_they_are_for(tmp_path: Pa
     loss_of(cascade(run.x)).backward()
     gathered, gradients = (
         raw(list(gathered_gradients(cascade).values())),
-        [raw(each.grad) for each in cascade.branches.parameters()],
+        [raw(parameter.grad) for parameter in cascade.branches.parameters()],
     )
     assert gathered
     with raises(lx.CheckpointError, "optimizer-differs"):
         cascade.resume(optimizer, scheduler_that_fails(optimizer))
     assert raw(list(gathered_gradients(cascade).values())) == gathered
-    assert [raw(each.grad) for each in cascade.branches.parameters()] == gradients
+    assert [raw(parameter.grad) for parameter in cascade.branches.parameters()] == gradients
     optimizer.step()
     with raises(lx.CheckpointError, "optimizer-differs"):
         cascade.resume(optimizer, scheduler_that_fails(optimizer))

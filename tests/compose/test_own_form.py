@@ -138,7 +138,7 @@ def test_without_it_the_weight_is_refused() -> None:
         handle = register_form(SKEWED) if registered else None
         cascade = lx.adapt(net(), args=(X,), spec=SPEC)
         assert ("1.kernel" in {site.weight for site in cascade.sites}) is registered
-        assert ("1.kernel" in {each.weight for each in cascade.refusals}) is not registered
+        assert ("1.kernel" in {refusal.weight for refusal in cascade.refusals}) is not registered
         if handle is not None:
             handle.remove()
     assert not REGISTERED

@@ -146,10 +146,10 @@ def test_rivals_start_from_the_same_function_and_train_as_much() -> None:
     # conv 3x3 from 3 to 6 channels, fc from 384 to 20, head from 20 to 4; rank 8
     assert entries(rivals["ours"].model) == entries(rivals["peft"].model) == 8 * (27 + 6 + 384 + 20 + 20 + 4)
     assert entries(rivals["frozen"].model) == entries(rivals["folded"].model) == 0
-    for each in rivals.values():
-        each.prepare()
-        each.step()
-        assert all(value.grad is not None for value in each.inputs.values())
+    for rival in rivals.values():
+        rival.prepare()
+        rival.step()
+        assert all(value.grad is not None for value in rival.inputs.values())
 
 
 def test_unequal_work_is_refused() -> None:
@@ -161,7 +161,7 @@ def test_unequal_work_is_refused() -> None:
 
 def test_what_is_trained_counts_as_changed_between_steps() -> None:
     ours = make("ours", TINY, TINY.build(), TINY.batch())
-    trained = next(each for each in ours.model.parameters() if each.requires_grad)
+    trained = next(parameter for parameter in ours.model.parameters() if parameter.requires_grad)
     before = trained._version
     ours.step()
     ours.prepare()
@@ -180,7 +180,7 @@ def test_rivals_take_turns() -> None:
     turns = {name: Turn(lambda: None, lambda name=name: said.append(name)) for name in "abc"}
     times = alternate(turns, rounds=2)
     assert "".join(said) == "".join(name * WARM for name in "abc") + "abc" + "cba"
-    assert all(len(each.cpu) == len(each.wall) == 2 for each in times.values())
+    assert all(len(time.cpu) == len(time.wall) == 2 for time in times.values())
 
 
 def test_activation_memory_of_a_case_by_hand() -> None:
@@ -210,8 +210,8 @@ def test_a_grouped_product_meets_its_rows() -> None:
         with Recorder(model, [site]) as recorder:
             product(x, model.experts, ends)
         recorder.check_all_met()
-        assert sum(each.flops for each in recorder.meetings) == 2 * 6 * 16 * 24
-        assert all(each.features == 24 for each in recorder.meetings)
+        assert sum(meeting.flops for meeting in recorder.meetings) == 2 * 6 * 16 * 24
+        assert all(meeting.features == 24 for meeting in recorder.meetings)
 
 
 def test_experts_keep_what_is_allowed() -> None:

@@ -52,9 +52,9 @@ def test_every_key_of_the_configuration_is_told() -> None:
             found.append((table, key))
             assert len(told) > 10, key
     kinds = {table: getattr(config, kind) for kind, table in site_pages.TABLES.items()}
-    own = [(table, each.name) for table, kind in kinds.items() for each in dataclasses.fields(kind)]
+    own = [(table, field.name) for table, kind in kinds.items() for field in dataclasses.fields(kind)]
     assert found == [("", "output"), *own]
-    assert {each.name for each in dataclasses.fields(config.Config)} == {"output", *kinds, "spec"}
+    assert {field.name for field in dataclasses.fields(config.Config)} == {"output", *kinds, "spec"}
 
 
 def test_what_builds_it_is_pinned() -> None:

@@ -34,7 +34,7 @@ class Bfgs(torch.optim.LBFGS):
     """Takes the gradients that are there; its state is lists of tensors under the first parameter."""
 
     def __init__(self, cascade: lx.Cascade) -> None:
-        every = [each for group in cascade.param_groups(lr=0.1) for each in group["params"]]
+        every = [parameter for group in cascade.param_groups(lr=0.1) for parameter in group["params"]]
         super().__init__(every, lr=0.1, max_iter=1, history_size=3)
 
     def step(self, closure: Any = None) -> Any:

@@ -66,7 +66,7 @@ class LineAt:
         times: int = 1,
     ) -> None:
         self.at, self.act, self.count, self.all_lines, self.last = at, act, 0, all_lines, at + times - 1
-        self.files = tuple(str(ROOT / each) for each in files)
+        self.files = tuple(str(ROOT / file) for file in files)
 
     def __enter__(self) -> LineAt:
         self.before = sys.gettrace()

@@ -138,7 +138,7 @@ def test_weights_that_are_multiplied_entry_by_entry_or_complex(frontend: str) ->
             return self.last(((x * self.gate).to(torch.complex64) @ self.mix).real)
 
     cascade = lx.adapt(Multiplies(), (X,), spec=lx.CascadeSpec(rank=2), frontend=frontend)
-    told = {each.weight: each.sentence for each in cascade.refusals}
+    told = {refusal.weight: refusal.sentence for refusal in cascade.refusals}
     assert told.keys() == {"gate", "mix"}
     assert told["gate"].endswith(") uses it neither in a matrix product or convolution nor as a table")
     assert told["mix"] == "holds torch.complex64, and branches are real"

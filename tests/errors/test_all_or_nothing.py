@@ -74,15 +74,15 @@ class Budget(TorchDispatchMode):
         self.left = most
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {each.untyped_storage()._cdata for each in leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+        given = {leaf.untyped_storage()._cdata for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
-        for each in leaves(result):
-            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in given:
-                size = each.untyped_storage().nbytes()
+        for leaf in leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+                size = leaf.untyped_storage().nbytes()
                 if size > self.left:
                     raise MemoryError("no more")
                 self.left -= size
-                weakref.finalize(each.untyped_storage(), self.give_back, size)
+                weakref.finalize(leaf.untyped_storage(), self.give_back, size)
         return result
 
     def give_back(self, size: int) -> None:

@@ -402,12 +402,12 @@ def test_a_branch_that_is_skipped(restart_A: Any, how: Any, factor: str) -> None
     spoil(cascade, factor, float("nan"))
     for entry in optimizer.state[getattr(cascade.branches["2/weight"], factor)].values():
         entry.fill_(float("nan"))  # as the step would have left it
-    stages = {name: [each.stage for each in state.experts] for name, state in weight_states(cascade).items()}
+    stages = {name: [expert.stage for expert in state.experts] for name, state in weight_states(cascade).items()}
     folded = cascade.folded_graph()
     assert bool(folded(X).isfinite().all())
     cascade.transition(optimizer)
     for name, state in weight_states(cascade).items():
-        after = [each.stage for each in state.experts]
+        after = [expert.stage for expert in state.experts]
         dense = state.is_dense
         assert dense or after == stages[name] + ([] if name == "2.weight" else [2])
     for _ in range(3):

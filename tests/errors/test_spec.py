@@ -163,7 +163,7 @@ def test_names_of_peft() -> None:
     with raises(lx.SpecError, "unknown-name", "Noise", "r"):
         lx.Noise(r=1)  # type: ignore[call-arg]
     config = peft_names()
-    for name in config - {each.name for each in fields(lx.CascadeSpec)}:
+    for name in config - {field.name for field in fields(lx.CascadeSpec)}:
         with raises(lx.SpecError, "unknown-name", repr(name)):
             lx.CascadeSpec(**{name: None})
 
@@ -175,7 +175,7 @@ def peft_names() -> set[str]:
         "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
         "alpha_pattern", "task_type", "inference_mode", "fan_in_fan_out", "target_parameters",
     }  # fmt: skip
-    assert found <= {each.name for each in fields(peft.LoraConfig)}
+    assert found <= {field.name for field in fields(peft.LoraConfig)}
     return found
 
 

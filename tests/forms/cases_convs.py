@@ -26,7 +26,9 @@ class Bank(nn.Module):
 
 def bank(layer: type[nn.Module], *options: dict[str, Any]) -> Callable[[], nn.Module]:
     """Return a maker of layers from 4 channels to 6, kernel 3 unless an option says else."""
-    return lambda: Bank(*(layer(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, **each}) for each in options))
+    return lambda: Bank(
+        *(layer(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, **option}) for option in options)
+    )
 
 
 def layers(count: int) -> dict[str, str]:

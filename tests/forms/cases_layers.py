@@ -86,7 +86,7 @@ def lengths() -> tuple[Tensor, Tensor]:
 
 
 def recurs(name: str, build: Any, inputs: Any, sites: dict[str, str], **more: Any) -> Case:
-    return Case(name, build, inputs, sites, opaque=tuple(each for each in sites if "head" not in each), **more)
+    return Case(name, build, inputs, sites, opaque=tuple(site for site in sites if "head" not in site), **more)
 
 
 HEAD = linear("head.weight")

@@ -31,8 +31,8 @@ def tensors(output: Any) -> Iterator[torch.Tensor]:
         for value in output:
             yield from tensors(value)
     elif is_dataclass(output):
-        for each in fields(output):
-            yield from tensors(getattr(output, each.name))
+        for field in fields(output):
+            yield from tensors(getattr(output, field.name))
 
 
 def loss_of(output: Any) -> torch.Tensor:

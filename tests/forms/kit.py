@@ -223,7 +223,7 @@ def released(case: Case, cascade: lx.Cascade, twin: nn.Module, base: Any, before
         assert float((value.detach() - slow[name]).abs().max()) <= 1e-12 * scale, f"{name} is not folded"
     follow(twin, model)
     for value, (_, _, flag) in zip(
-        (each for _, each in twin.named_parameters(remove_duplicate=False)), before[1], strict=True
+        (parameter for _, parameter in twin.named_parameters(remove_duplicate=False)), before[1], strict=True
     ):
         value.requires_grad_(flag)  # torch picks kernels by it
     training = case.modes[-1]
@@ -237,7 +237,7 @@ def by_formula(cascade: lx.Cascade, twin: nn.Module, call: Call) -> tuple[Any, d
     values, factors = {}, {}
     for site in cascade.sites:
         branch = cascade.branches[site.key]
-        a, b = (each.detach().clone().requires_grad_() for each in (branch.lora_A, branch.lora_B))
+        a, b = (factor.detach().clone().requires_grad_() for factor in (branch.lora_A, branch.lora_B))
         values[site.weight] = held[site.weight] + delta(site, a, b)
         factors[site.weight] = (a, b)
     seed(6)

@@ -131,7 +131,7 @@ def weight_states(holder: lx.Cascade | fx.GraphModule) -> dict[str, WeightState]
     return {
         name: WeightState(
             state.base,
-            tuple(Expert(each.stage, each.b, each.a) for each in state.experts),
+            tuple(Expert(expert.stage, expert.b, expert.a) for expert in state.experts),
             state.slow.coefficients,
             state.start.coefficients,
             state.views["average"].coefficients if "average" in state.views else None,
@@ -157,7 +157,7 @@ def change_state(graph_module: fx.GraphModule, name: str, **changes: Any) -> Non
     record = record_of(graph_module)
     state = record.slow.states[name]
     if "experts" in changes:
-        changes["experts"] = tuple(StageExpert(each.b, each.a, each.stage) for each in changes["experts"])
+        changes["experts"] = tuple(StageExpert(expert.b, expert.a, expert.stage) for expert in changes["experts"])
     views = dict(state.views)
     for view in {"slow", "start", "average"} & changes.keys():
         views[view] = dataclasses.replace(views.get(view, View()), coefficients=changes.pop(view))
@@ -203,7 +203,7 @@ def _values(thing: Any) -> Any:
 
 def made_weight(base: Tensor, experts: Sequence[Expert] = (), slow: Sequence[float] = ()) -> StateOfWeight:
     """A slow state of the package's own, for functions that take one; slow and start are the same."""
-    kept, view = tuple(StageExpert(each.b, each.a, each.stage) for each in experts), View(tuple(slow))
+    kept, view = tuple(StageExpert(expert.b, expert.a, expert.stage) for expert in experts), View(tuple(slow))
     return StateOfWeight("w", base, experts=kept, views={"slow": view, "start": view})
 
 

@@ -218,7 +218,7 @@ def test_weights_without_entries_are_refused_by_name(placement: Any, frontend: s
     expected = model(x)
     cascade = lx.adapt(model, (x,), spec=spec(placement=placement, noise=lx.Noise(0.1, where="all")), frontend=frontend)
     assert [site.weight for site in cascade.sites] == ["some.weight"]
-    assert [str(each) for each in cascade.refusals] == [
+    assert [str(refusal) for refusal in cascade.refusals] == [
         "none_in: empty (of shape (3, 0), holds no numbers)",
         "none_out: empty (of shape (0, 5), holds no numbers)",
     ]
@@ -259,7 +259,7 @@ def test_convolutions_of_one_channel(name: str, placement: Any) -> None:
     loss_of(output).backward()
     factors, added = {}, {}
     for key, branch in branches_of(cascade).items():
-        a, b = (each.detach().clone().requires_grad_() for each in (branch.lora_A, branch.lora_B))
+        a, b = (factor.detach().clone().requires_grad_() for factor in (branch.lora_A, branch.lora_B))
         factors[key], added[key] = (a, b), (ALPHA / RANK * b @ a).view(held[key].shape)
     loss_of(functional_call(model, {**base, **{k: base[k] + v for k, v in added.items()}}, (x,))).backward()
     for key, (a, b) in factors.items():

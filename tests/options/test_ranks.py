@@ -32,7 +32,7 @@ def adapted(frontend: str = "symbolic", **options: Any) -> tuple[lx.Cascade, tor
 def test_stages_are_a_chain_of_pefts_adapters_of_these_ranks(frontend: str) -> None:
     theirs: nn.Module = copy.deepcopy(mlp())
     cascade, optimizer = adapted(frontend)
-    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     calls = batches(25, 4, 5)
     for stage, rank in zip(cascade.stages(5, optimizer), (4, 2, 3, 1, 1), strict=True):
         assert {branch.rank for branch in branches(cascade).values()} == {rank}
@@ -46,7 +46,7 @@ def test_stages_are_a_chain_of_pefts_adapters_of_these_ranks(frontend: str) -> N
         expected = train(adapter, torch.optim.AdamW(trainable(adapter), lr=1e-2), part)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
         theirs = adapter.merge_and_unload()
-    assert {id(each) for group in optimizer.param_groups for each in group["params"]} == held
+    assert {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} == held
     for name, value in cascade.release().state_dict().items():
         torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-9, msg=name)
 
@@ -83,7 +83,7 @@ def test_state_of_the_optimizer_is_dropped_where_the_rank_changes(make: Any, sta
     cascade, _ = adapted(ranks=(3, 3, 2), optimizer_state=state)
     optimizer = make(cascade.param_groups(lr=1e-2))
     for number, _ in enumerate(cascade.stages(3, optimizer), start=1):
-        own = [each for branch in branches(cascade).values() for each in branch.parameters()]
+        own = [parameter for branch in branches(cascade).values() for parameter in branch.parameters()]
         assert all(bool(optimizer.state.get(each)) == (number == 2 and state != "reset") for each in own)
         train(cascade, optimizer, batches(2, 4, 5))
 
@@ -298,7 +298,7 @@ def test_the_pass_in_a_graph_that_owns_its_weights() -> None:
     spec = lx.CascadeSpec(ranks=RANKS, lora_alpha=4.5, pace=0.5)
     graph = Pipeline([MatchSites(spec), InsertBranches()])(torch.fx.symbolic_trace(mlp())).graph_module
     cascade, _ = adapted("symbolic", pace=0.5)
-    held = [id(each) for each in graph.branches.parameters()]
+    held = [id(parameter) for parameter in graph.branches.parameters()]
     for seed in range(3):
         for branch, other in zip(graph.branches.children(), branches(cascade).values(), strict=True):
             draw = torch.randn(branch.lora_B.shape, generator=torch.Generator().manual_seed(seed)).double()
@@ -309,7 +309,7 @@ def test_the_pass_in_a_graph_that_owns_its_weights() -> None:
         cascade.transition(None)
         torch.testing.assert_close(graph(X), cascade(X), rtol=0, atol=1e-12)
         assert [branch.rank for branch in graph.branches.children()] == [RANKS[seed + 1]] * 3
-    assert [id(each) for each in graph.branches.parameters()] == held
+    assert [id(parameter) for parameter in graph.branches.parameters()] == held
 
 
 def test_a_plan_whose_rank_is_not_that_of_its_stage() -> None:

@@ -70,7 +70,7 @@ def test_rates_of_groups() -> None:
         ("train:*", 0.25),
         ("train:4.bias", 0.5),
     ]
-    held = {group["name"]: [id(each) for each in group["params"]] for group in groups}
+    held = {group["name"]: [id(parameter) for parameter in group["params"]] for group in groups}
     named = dict(cascade.model.named_parameters())
     assert held["train"] == [id(named["4.weight"])]
     assert held["train:*"] == [id(named["0.bias"])]

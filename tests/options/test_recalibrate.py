@@ -95,10 +95,10 @@ def test_kinds_of_batches() -> None:
     expected = plain(cascade, "slow")
     labels = torch.zeros(4)
     kinds: list[tuple[Any, Any]] = [
-        ([(each, labels) for each in IMAGES], None),
-        ([[each, labels] for each in IMAGES], None),
-        ([{"input": each} for each in IMAGES], None),
-        ([{"image": each, "label": labels} for each in IMAGES], lambda held, batch: held(batch["image"])),
+        ([(image, labels) for image in IMAGES], None),
+        ([[image, labels] for image in IMAGES], None),
+        ([{"input": image} for image in IMAGES], None),
+        ([{"image": image, "label": labels} for image in IMAGES], lambda held, batch: held(batch["image"])),
         (iter(IMAGES), None),
     ]
     for given, call in kinds:

@@ -138,7 +138,9 @@ def test_its_state_is_json() -> None:
 def test_a_group_that_comes_later_and_a_rate_that_is_a_tensor() -> None:
     cascade, _ = adapted()
     groups = cascade.param_groups(lr=0.1)
-    optimizer = torch.optim.AdamW([{**each, "lr": torch.tensor(each["lr"])} for each in groups[:2]], capturable=False)
+    optimizer = torch.optim.AdamW(
+        [{**group, "lr": torch.tensor(group["lr"])} for group in groups[:2]], capturable=False
+    )
     scheduler = lx.StageSchedule(optimizer, cascade, warmup=WARMUP)
     rate = optimizer.param_groups[0]["lr"]
     assert rate.item() == pytest.approx(0.1 / 4)

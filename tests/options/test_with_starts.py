@@ -25,8 +25,8 @@ PACE = 0.5
 
 def numbers(cascade: lx.Cascade) -> dict[str, dict[str, torch.Tensor]]:
     return {
-        name: {key: value.detach().clone() for key, value in each.named_parameters()}
-        for name, each in branches(cascade).items()
+        name: {key: value.detach().clone() for key, value in branch.named_parameters()}
+        for name, branch in branches(cascade).items()
     }
 
 

@@ -82,7 +82,7 @@ def test_the_branch_is_the_formula(row: str, dtype: torch.dtype) -> None:
     found = inserted(x)
     branches = branches_of(inserted)
     factors = {
-        name: [each.detach().double().requires_grad_() for each in (branches[name].lora_A, branches[name].lora_B)]
+        name: [factor.detach().double().requires_grad_() for factor in (branches[name].lora_A, branches[name].lora_B)]
         for name in ("up", "down")
     }
     (up_a, up_b), (down_a, down_b) = factors.values()

@@ -342,5 +342,7 @@ def test_a_size_that_the_graph_computes_is_given_to_the_branch() -> None:
 def test_refusals_are_data_not_branches() -> None:
     case = BY_NAME["module_max_norm"]
     inserted = insert(case.own(), case.spec)
-    assert {each.weight: each.reason for each in record_of(inserted).refusals} == {"table.weight": Reason.MUTATED}
+    assert {refusal.weight: refusal.reason for refusal in record_of(inserted).refusals} == {
+        "table.weight": Reason.MUTATED
+    }
     assert set(branches_of(inserted)) == set(case.sites)

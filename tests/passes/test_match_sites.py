@@ -43,7 +43,7 @@ def parts(graph_module: fx.GraphModule) -> tuple[set[str], dict[str, Reason], tu
     """Sites, refusals, unreached."""
     record = record_of(graph_module)
     assert record.plan is not None
-    refused = {each.weight: each.reason for each in record.refusals}
+    refused = {refusal.weight: refusal.reason for refusal in record.refusals}
     return {site.weight for site in record.plan.sites}, refused, record.unreached
 
 
@@ -151,13 +151,13 @@ def test_every_target_of_a_row_has_a_case() -> None:
 )
 def test_a_refusal_says_why(case: str, weight: str, sentence: str) -> None:
     record = record_of(MatchSites(BY_NAME[case].spec)(BY_NAME[case].own()).graph_module)
-    assert [str(each) for each in record.refusals if each.weight == weight] == [sentence]
+    assert [str(refusal) for refusal in record.refusals if refusal.weight == weight] == [sentence]
 
 
 def test_a_weight_that_no_target_means_is_told() -> None:
     case = BY_NAME["functional_keywords"]
     record = record_of(MatchSites(CascadeSpec(targets=("conv",)))(case.own()).graph_module)
-    assert [str(each) for each in record.refusals] == ["w2: not-targeted (matches no target of the spec)"]
+    assert [str(refusal) for refusal in record.refusals] == ["w2: not-targeted (matches no target of the spec)"]
 
 
 class _Two(nn.Module):

@@ -218,13 +218,13 @@ def test_the_verifier_holds_merged_branches() -> None:
     first, second = list(branch_nodes(graph_module))[:2]
     weight = first.args[1]
     first.args = (first.args[0], second.args[1], *first.args[2:])
-    assert any("computes with k.weight" in each for each in faults(graph_module))
+    assert any("computes with k.weight" in fault for fault in faults(graph_module))
     first.args = (first.args[0], weight, *first.args[2:])
     first.kwargs = {"op": "addmm"}
-    assert any("has {'op': 'addmm'}" in each for each in faults(graph_module))
+    assert any("has {'op': 'addmm'}" in fault for fault in faults(graph_module))
     first.kwargs = {"op": "linear"}
     first.target, target = second.target, first.target
-    assert any("calls branches.k/weight" in each for each in faults(graph_module))
+    assert any("calls branches.k/weight" in fault for fault in faults(graph_module))
     first.target = target
     del first.meta["lorasc_fx.replaced_call"]
     with raises(VerifyError, "graph-not-verified", "after a foreign pass"):
@@ -237,15 +237,15 @@ def test_the_verifier_holds_shared_inputs() -> None:
     first, second = [node for node in branch_nodes(graph_module) if shared_input(node) is not None][:2]
     own = first.args[1]
     first.args = (first.args[0], second.args[1])
-    assert any("gets what the lora_A of k/weight makes, not its own" in each for each in faults(graph_module))
+    assert any("gets what the lora_A of k/weight makes, not its own" in fault for fault in faults(graph_module))
     first.args = (first.args[0], own)
     group = shared_input(first).group
     x = group.args[0]
     group.args = (next(node for node in graph_module.graph.nodes if node.op == "placeholder"), group.args[1])
-    assert any("does not read the input of" in each for each in faults(graph_module))
+    assert any("does not read the input of" in fault for fault in faults(graph_module))
     group.args = (x, group.args[1])
     first.kwargs = {}
-    assert any("does not read the input of" in each for each in faults(graph_module))
+    assert any("does not read the input of" in fault for fault in faults(graph_module))
 
 
 def test_keys_name_modules_of_the_graph() -> None:

@@ -45,7 +45,9 @@ def chosen(graph_module: fx.GraphModule, spec: CascadeSpec) -> set[str]:
 
 
 def reasons(graph_module: fx.GraphModule, spec: CascadeSpec) -> dict[str, Reason]:
-    return {each.weight: each.reason for each in record_of(MatchSites(spec)(graph_module).graph_module).refusals}
+    return {
+        refusal.weight: refusal.reason for refusal in record_of(MatchSites(spec)(graph_module).graph_module).refusals
+    }
 
 
 @pytest.mark.parametrize(
@@ -260,11 +262,11 @@ def test_nothing_is_passed_over_in_silence(case: Case, mode: str) -> None:
         assert record.plan is not None
         told = [
             *(site.weight for site in record.plan.sites),
-            *(each.weight for each in record.refusals),
+            *(refusal.weight for refusal in record.refusals),
             *record.unreached,
         ]
         assert sorted(told) == sorted(name for name, value in case.model.named_parameters() if value.dim() > 1)
-        assert all(each.sentence for each in record.refusals)
+        assert all(refusal.sentence for refusal in record.refusals)
 
 
 def test_the_cases_hold_every_reason() -> None:

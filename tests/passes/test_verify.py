@@ -836,7 +836,7 @@ def test_whatever_is_done_to_arguments_is_answered_by_sentences(case: Case, plac
         if node not in near or node.op in ("placeholder", "output"):
             continue
         args, kwargs = node.args, node.kwargs
-        places = [place for place, each in enumerate(args) if isinstance(each, fx.Node)]
+        places = [place for place, argument in enumerate(args) if isinstance(argument, fx.Node)]
         tries: list[tuple[Any, ...]] = [args[:-1], (), (*args, None)]
         for place in places:
             for other in (None, 3, source.choice(nodes[: nodes.index(node)] or nodes)):

@@ -62,7 +62,7 @@ def trained_by_peft(name: str, folder: Path, **config: Any) -> peft.PeftModel:
     """Train an adapter a few steps by peft, and save it."""
     torch.manual_seed(3)
     theirs = peft.get_peft_model(made(BUILD[name]), peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **config}))
-    optimizer = torch.optim.AdamW([each for each in theirs.parameters() if each.requires_grad], lr=0.05)
+    optimizer = torch.optim.AdamW([parameter for parameter in theirs.parameters() if parameter.requires_grad], lr=0.05)
     args = INPUTS[name]()
     for _ in range(4):
         loss_of(seeded(theirs, args)).backward()

@@ -212,7 +212,10 @@ def test_groups_and_weights_stored_as_in_out() -> None:
     for model, frontend in zip(convs, ("auto", "symbolic"), strict=True):
         calls, plain = batches(5, 2, 4, 5, 6), copy.deepcopy(model.double())
         cascade = adapted(model, calls[0], frontend)
-        own = [each.detach().clone().requires_grad_() for each in next(iter(branches(cascade).values())).parameters()]
+        own = [
+            parameter.detach().clone().requires_grad_()
+            for parameter in next(iter(branches(cascade).values())).parameters()
+        ]
         losses = [
             train(scaled_by_hand(plain, *own), make("sgd", own), calls),
             train(cascade, optimizer_of(cascade, "sgd"), calls),

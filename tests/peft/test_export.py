@@ -249,5 +249,5 @@ def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path, monkeypa
     lx.export.peft(cascade, folder)
     assert (folder / "adapter_model.safetensors").read_bytes() != first
     assert (folder / "README.md").read_text(encoding="utf-8") == "mine"
-    assert [each.name for each in tmp_path.iterdir()] == ["adapter"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert_loads(cascade, "suffixes", folder)

@@ -45,7 +45,7 @@ def layers(theirs: peft.PeftModel) -> dict[str, tuple[nn.Parameter, nn.Parameter
 def take(adapter: peft.PeftModel | lx.Cascade) -> Pairs:
     """Copies of the factors (B, A) by weight name, in the dtype that the package keeps them in."""
     if isinstance(adapter, lx.Cascade):
-        held = {name: (each.lora_B, each.lora_A) for name, each in branches(adapter).items()}
+        held = {name: (branch.lora_B, branch.lora_A) for name, branch in branches(adapter).items()}
     else:
         held = layers(adapter)
     return {name: (b.detach().clone(), a.detach().clone()) for name, (b, a) in held.items()}
@@ -65,7 +65,7 @@ def misrounded(found: nn.Module, start: nn.Module, pairs: list[Pairs]) -> float:
     for name in NAMES:
         base = start.get_parameter(name).detach()
         exact, size = base.double(), base.double().abs()
-        for b, a in (each[name] for each in pairs):
+        for b, a in (pair[name] for pair in pairs):
             exact = exact + SCALE * b.double() @ a.double()
             size = size + SCALE * b.double().abs() @ a.double().abs()
         slack = 4 * 2.0**-24 * size

@@ -52,7 +52,9 @@ def test_losses_are_those_of_qlora(case: str, tmp_path: Path) -> None:
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(cascade.branches[site.key].lora_A)
     ours = torch.optim.AdamW(cascade.param_groups(lr=1e-2, weight_decay=0.0))
-    other = torch.optim.AdamW([each for each in theirs.parameters() if each.requires_grad], lr=1e-2, weight_decay=0.0)
+    other = torch.optim.AdamW(
+        [parameter for parameter in theirs.parameters() if parameter.requires_grad], lr=1e-2, weight_decay=0.0
+    )
     losses = [(step(cascade, ours), step(theirs, other)) for _ in range(10)]
     for mine, its in losses:
         assert mine == pytest.approx(its, rel=1e-6)

@@ -235,4 +235,4 @@ def test_folders_that_are_something_else(tmp_path: Path) -> None:
         lx.export.peft(cascade, tmp_path / "file")
     with raises(ExportError, "path-in-the-way", "adapter_config.json"):
         lx.export.peft(cascade, tmp_path)
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -51,7 +51,8 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def pairs(cascade: lx.Cascade) -> dict[str, Pair]:
     return {
-        name: (each.lora_B.detach().clone(), each.lora_A.detach().clone()) for name, each in branches(cascade).items()
+        name: (branch.lora_B.detach().clone(), branch.lora_A.detach().clone())
+        for name, branch in branches(cascade).items()
     }
 
 

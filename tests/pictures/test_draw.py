@@ -151,7 +151,7 @@ def test_not_after_release(tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["igraph", "matplotlib"])
 def test_a_missing_library_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     cascade = adapted()
-    for name in [each for each in sys.modules if each.partition(".")[0] == package]:
+    for name in [module for module in sys.modules if module.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with unchanged(cascade), raises(lx.errors.MissingExtra, "missing-extra", package, "lorasc-fx[report]"):

@@ -146,7 +146,10 @@ class Plain:
         """The model with W_t and its branches, or with other weights."""
         if weights is None:
             weights = self.present() | {n: self.present()[n] + self.live(n) for n in self.pairs}
-        wide = [each.double() if each is not None and each.is_floating_point() else each for each in args]
+        wide = [
+            argument.double() if argument is not None and argument.is_floating_point() else argument
+            for argument in args
+        ]
         return functional_call(self.model, dict(weights), tuple(wide))
 
     # ---- operations

@@ -197,7 +197,7 @@ def test_a_name_that_the_first_run_excludes_and_another_trains() -> None:
     merged = lx.merge([first.cascade, second.cascade], base(), call())
     assert merged.plan.spec.exclude == ("3.weight",)
     assert merged.plan.spec.train == ("3.bias",)
-    assert {each.weight: each.reason for each in merged.refusals} == {"3.weight": lx.plan.Reason.EXCLUDED}
+    assert {refusal.weight: refusal.reason for refusal in merged.refusals} == {"3.weight": lx.plan.Reason.EXCLUDED}
 
 
 def test_collapsed_deltas_are_summed_exactly() -> None:

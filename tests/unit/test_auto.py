@@ -94,7 +94,7 @@ def test_graph_breaks_before_a_graph_that_hides_weights(
     else:
         named = lx.adapt(build(kind), (X,), spec=SPEC, frontend="symbolic")
         assert named.frontend == "symbolic"  # asked for by name, it is used as it is
-        assert {each.weight: each.reason for each in named.refusals} == dict.fromkeys(hidden, reason)
+        assert {refusal.weight: refusal.reason for refusal in named.refusals} == dict.fromkeys(hidden, reason)
 
     model = build(kind)
     cascade = lx.adapt(model, (X,), spec=SPEC)
@@ -110,7 +110,7 @@ def test_graph_breaks_before_a_graph_that_hides_weights(
     assert cascade.refusals == ()
     randomize(cascade)
     held = dict(build(kind).named_parameters())
-    values = {name: held[name] + 1.5 * (each.lora_B @ each.lora_A) for name, each in branches(cascade).items()}
+    values = {name: held[name] + 1.5 * (branch.lora_B @ branch.lora_A) for name, branch in branches(cascade).items()}
     expected = torch.func.functional_call(build(kind), values, (X,))
     found = cascade(X)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -55,7 +55,9 @@ def written(path: Path, model: nn.Module, **other: torch.Tensor | None) -> Path:
     tensors = {name: value.detach() for name, value in model.named_parameters()}
     for key, value in other.items():
         name = key.replace("__", ".")
-        tensors = {key: each for key, each in tensors.items() if key != name} | ({} if value is None else {name: value})
+        tensors = {key: tensor for key, tensor in tensors.items() if key != name} | (
+            {} if value is None else {name: value}
+        )
     save_file(tensors, path)
     return path
 

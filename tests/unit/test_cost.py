@@ -207,7 +207,7 @@ def test_rates_are_measured_once_and_kept(cache: Path, measurements: list[str]) 
     forget()
     assert measure.rates_of(CPU, torch.float32) == RATES
     assert measurements == ["torch.float32"]
-    assert [each.name for each in cache.parent.iterdir()] == ["rates.json"]
+    assert [path.name for path in cache.parent.iterdir()] == ["rates.json"]
 
 
 def test_rates_are_by_dtype_threads_and_version(
@@ -278,7 +278,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     monkeypatch.setattr(os, "replace", full)
     measure.rates_of(CPU, torch.float64)
     assert cache.read_bytes() == before
-    assert [each.name for each in cache.parent.iterdir()] == ["rates.json"]
+    assert [path.name for path in cache.parent.iterdir()] == ["rates.json"]
 
 
 def test_a_busy_machine_is_taken_for_a_usual_one(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

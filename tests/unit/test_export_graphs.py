@@ -224,7 +224,7 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     cascade.release()
     with raises(lx.StateError, "released", "export.pt2"):
         lx.export.pt2(cascade, tmp_path / "model.pt2")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["in"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
 @fx.wrap

@@ -466,9 +466,9 @@ def test_each_number_lies_at_a_multiple_of_its_size(tmp_path: Path) -> None:
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     assert length % 8 == 0
-    for name, each in json.loads(raw[8 : 8 + length]).items():
+    for name, load in json.loads(raw[8 : 8 + length]).items():
         if name != "__metadata__":
-            assert each["data_offsets"][0] % expected[name].element_size() == 0
+            assert load["data_offsets"][0] % expected[name].element_size() == 0
 
 
 # ---- one tensor in memory at a time

@@ -62,7 +62,7 @@ def run(model: Any, *args: Any, **kwargs: Any) -> Any:
 def merged(cascade: lx.Cascade, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The eager model with W + s B A, by the cascade's names."""
     held = dict(model.named_parameters())
-    values = {name: held[name] + each.scale * each.delta() for name, each in branches(cascade).items()}
+    values = {name: held[name] + branch.scale * branch.delta() for name, branch in branches(cascade).items()}
     torch.manual_seed(7)
     return torch.func.functional_call(model, values, args, kwargs)
 

@@ -88,7 +88,7 @@ def test_nothing_is_left_behind(make: type[Busy], frontend: str) -> None:
         assert everything(model) == before
         return
     assert everything(model) == before
-    reasons = {each.weight: each.reason for each in cascade.refusals}
+    reasons = {refusal.weight: refusal.reason for refusal in cascade.refusals}
     assert reasons["table.weight"] == lx.plan.Reason.MUTATED
     assert ("slow.weight" in reasons) == (make is not Busy)
     assert {site.weight for site in cascade.sites} == {"fast.weight", "head.weight"}

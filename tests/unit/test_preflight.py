@@ -53,7 +53,9 @@ def assert_goes_as_eager(make: Callable[[], nn.Module], cascade: lx.Cascade) -> 
     held = dict(twin.named_parameters())
     parameters = list(cascade.branches.parameters())
     for x in X:
-        values = {name: held[name] + 1.5 * (each.lora_B @ each.lora_A) for name, each in branches(cascade).items()}
+        values = {
+            name: held[name] + 1.5 * (branch.lora_B @ branch.lora_A) for name, branch in branches(cascade).items()
+        }
         found = seeded(cascade, x)
         expected = seeded(torch.func.functional_call, twin, values, (x,))
         assert type(found) is type(expected)

@@ -198,7 +198,7 @@ def test_numbers_that_are_read_in_another_way_are_refused() -> None:
     quantize(model, "int8")
     with warns("quantized-left-out", "up.weight"):
         cascade = lx.adapt(model, (inputs(),), spec=SPEC, frontend="graph-breaks")
-    refused = {each.weight: each.reason for each in cascade.refusals}
+    refused = {refusal.weight: refusal.reason for refusal in cascade.refusals}
     assert refused == {"up.weight": lx.plan.Reason.QUANTIZED}
     assert {site.weight for site in cascade.sites} == {"down.weight", "head.weight"}
 

@@ -314,7 +314,9 @@ def test_a_quantized_weight_that_is_read_in_another_way_is_named() -> None:
     with warns("quantized-left-out", "up.weight"):
         cascade = lx.adapt(model, (inputs(),), spec=SPEC)
     assert {site.weight for site in cascade.sites} == {"down.weight", "head.weight"}
-    assert [(each.weight, each.reason) for each in cascade.refusals] == [("up.weight", lx.plan.Reason.QUANTIZED)]
+    assert [(refusal.weight, refusal.reason) for refusal in cascade.refusals] == [
+        ("up.weight", lx.plan.Reason.QUANTIZED)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -132,7 +132,7 @@ class Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         y, *parameters = ctx.saved_tensors
-        sums = [torch.zeros_like(each) for each in parameters]
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
         for _ in range(3):
             with torch.enable_grad():
                 y = y.detach().requires_grad_()
@@ -149,7 +149,7 @@ class Equation(nn.Module):
         self.stem, self.block, self.head = nn.Linear(5, 6), Block(), nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        trained = [each for each in self.block.parameters() if each.requires_grad]
+        trained = [parameter for parameter in self.block.parameters() if parameter.requires_grad]
         return self.head(Adjoint.apply(self.stem(x), self.block, *trained))
 
 
@@ -211,7 +211,7 @@ def test_what_backward_runs_again_computes_with_the_branches(name: str) -> None:
     model = model_of(name)
     original = copy.deepcopy(model)
     cascade = lx.adapt(model, (X,), spec=SPEC, frontend="graph-breaks" if name == "Hooked" else "auto")
-    assert len(cascade.sites) == sum(each.dim() > 1 for each in model.parameters())
+    assert len(cascade.sites) == sum(parameter.dim() > 1 for parameter in model.parameters())
     randomize(cascade)
     twin = merged_twin(original, cascade)
     for _ in range(2):
@@ -379,7 +379,7 @@ def test_gradient_checkpointing_keeps_its_memory(reentrant: bool, before: bool) 
     for on in (before, True, False, True):
         model.gradient_checkpointing = on
         cascade(x)
-        factors = sum(4 * each.numel() for each in cascade.branches.parameters())
+        factors = sum(4 * parameter.numel() for parameter in cascade.branches.parameters())
         low = 10 * 4 * 2 * 256  # A x of each site outside
         assert (bytes_kept(cascade, x) <= eager + factors + low) == on
     randomize(cascade)
@@ -388,7 +388,7 @@ def test_gradient_checkpointing_keeps_its_memory(reentrant: bool, before: bool) 
     cascade.train()
     torch.manual_seed(0)
     gradients(cascade, x)
-    with_regions = [each.grad.clone() for each in cascade.branches.parameters()]
+    with_regions = [parameter.grad.clone() for parameter in cascade.branches.parameters()]
     cascade.zero_grad()
     model.gradient_checkpointing = False
     torch.manual_seed(0)
@@ -446,7 +446,7 @@ def test_torch_compile_around_it_keeps_the_branches() -> None:
     cascade = lx.adapt(model, (X,), spec=SPEC)
     randomize(cascade)
     gradients(cascade)
-    expected = [each.grad.clone() for each in cascade.branches.parameters()]
+    expected = [parameter.grad.clone() for parameter in cascade.branches.parameters()]
     cascade.zero_grad()
     gradients(torch.compile(cascade, backend="eager"))
     for one, other in zip(expected, cascade.branches.parameters(), strict=True):

@@ -48,7 +48,7 @@ def test_two_stages_are_the_formula(noise: lx.Noise) -> None:
             torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
         cascade.transition(optimizer)
         reference.end()
-        reference.begin({name: each.lora_A for name, each in branches(cascade).items()})
+        reference.begin({name: branch.lora_A for name, branch in branches(cascade).items()})
         other = torch.optim.SGD(reference.parameters(), lr=5e-2, momentum=0.9)
     for one, two in itertools.pairwise(seen):
         assert all((one[name] - two[name]).abs().min() > 0 for name in base)

@@ -23,7 +23,8 @@ def shared(graph_module: Any) -> list[bool]:
     """Whether each attention of a graph reads fewer heads of keys than of queries."""
     calls = [node for node in graph_module.graph.nodes if node.target is ATTENTION]
     found = [
-        (call.kwargs.get("enable_gqa", False), *(each.meta["val"].shape[1] for each in call.args[:3])) for call in calls
+        (call.kwargs.get("enable_gqa", False), *(argument.meta["val"].shape[1] for argument in call.args[:3]))
+        for call in calls
     ]
     assert all(keys == values and on == (keys < queries) for on, queries, keys, values in found)
     return [on for on, *_ in found]
@@ -57,7 +58,10 @@ def test_outputs_gradients_and_memory_are_those_of_eager(dtype: torch.dtype, fro
     assert attention(captured.module) == ["causal", "causal"]
     for size, length in ((2, 7), (3, 33), (1, 4)):
         given = embedded(size, length, dtype)
-        wanted = [*given.values(), *(each for name, each in model.named_parameters() if "embed_tokens" not in name)]
+        wanted = [
+            *given.values(),
+            *(parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name),
+        ]
         weights = torch.randn(size, length, 50, dtype=dtype)
         ours, theirs = (each(**given).logits for each in (captured.module, model))
         assert torch.equal(ours, theirs)

@@ -207,7 +207,9 @@ def test_other_overlaps_are_refused(case: str) -> None:
     net = make()
     before = {name: net.get_parameter(name).detach().clone() for name in told}
     cascade = lx.adapt(net, (X,), spec=spec, frontend="symbolic")
-    refusals = {each.weight: each for each in cascade.refusals if each.reason is lx.plan.Reason.SHARED_MEMORY}
+    refusals = {
+        refusal.weight: refusal for refusal in cascade.refusals if refusal.reason is lx.plan.Reason.SHARED_MEMORY
+    }
     assert refusals.keys() == told.keys()
     assert all(refusals[name].sentence.startswith(sentence) for name, sentence in told.items())
     assert all(name not in told for name in weight_states(cascade))

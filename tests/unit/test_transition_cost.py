@@ -99,7 +99,7 @@ def test_memory_beside_the_weights(dtype: torch.dtype, strength: float, options:
     The ten weights together, or a product of factors, would be more.
     """
     cascade, optimizer = wide(dtype, noise=lx.Noise(strength), **options)
-    factors = sum(each.nbytes for branch in cascade.branches.values() for each in branch.parameters())
+    factors = sum(parameter.nbytes for branch in cascade.branches.values() for parameter in branch.parameters())
     unit = LARGEST * (8 if dtype == torch.float64 else 4)
     assert factors < unit / 10
     for _ in range(3):
@@ -136,7 +136,7 @@ def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPa
         return [(name, id(value), value.data_ptr()) for name, value in cascade.named_parameters()]
 
     before, variants = places(), variant_count(cascade)
-    held = [id(each) for group in optimizer.param_groups for each in group["params"]]
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     seen = []
     for _ in cascade.stages(STAGES, optimizer):
         loss_of(cascade(X)).backward()
@@ -145,7 +145,7 @@ def test_five_stages_replace_nothing(frontend: str, monkeypatch: pytest.MonkeyPa
         seen.append(cascade.model.experts.detach().clone())
         assert places() == before
     assert places() == before
-    assert [id(each) for group in optimizer.param_groups for each in group["params"]] == held
+    assert [id(parameter) for group in optimizer.param_groups for parameter in group["params"]] == held
     assert (captures, variant_count(cascade)) == (1, variants)
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(seen))
 

@@ -66,8 +66,8 @@ def by_formula(cascade: lx.Cascade, share: float = 1.0) -> dict[str, torch.Tenso
     """W0 + share * s B A of each site, where the stage is the first."""
     held = dict(cascade.model.named_parameters())
     return {
-        name: held[name].detach() + share * 1.5 * (each.lora_B @ each.lora_A).detach()
-        for name, each in branches(cascade).items()
+        name: held[name].detach() + share * 1.5 * (branch.lora_B @ branch.lora_A).detach()
+        for name, branch in branches(cascade).items()
     }
 
 
@@ -139,7 +139,7 @@ def test_those_that_no_pattern_means_stay_tied(untie: tuple[str, ...], groups: l
     model = build(Three)
     shared = model.table.weight
     cascade = lx.adapt(model, (IDS,), spec=lx.CascadeSpec(untie=untie, **OPTIONS))
-    tied = {each.weight: {each.weight, *each.aliases} for each in cascade.sites if each.weight != "mix.weight"}
+    tied = {site.weight: {site.weight, *site.aliases} for site in cascade.sites if site.weight != "mix.weight"}
     assert sorted(map(sorted, tied.values())) == sorted(sorted(f"{name}.weight" for name in group) for group in groups)
     for group in groups:
         assert len({id(model.get_submodule(name).weight) for name in group}) == 1
