@@ -62,8 +62,6 @@ SPECS = {
         targets=("body", "head"), rank=1, pace=1.0, restart_A="gradient", optimizer_state="kept"
     ),
 }
-LONG = ("pissa, dora", "olora, fast, by step")
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in SPECS]
 
 
 class Budget(TorchDispatchMode):
@@ -90,6 +88,17 @@ class Budget(TorchDispatchMode):
 
 
 FAULTS = {"memory": (MemoryError("no more"), False), "interrupt": (Interrupted(), True)}
+KINDS, VIEWS = tuple(FAULTS), ("slow", "fast", "base")
+LONG = {"pissa, dora": "memory", "olora, fast, by step": "interrupt"}
+"""Specs whose calls have many operations: among the slow tests, by one kind of fault each."""
+
+
+def marked(spec: str, *more: Any) -> Any:
+    """A row of a table of tests, slow where its spec is."""
+    return pytest.param(spec, *more, marks=pytest.mark.slow if spec in LONG else ())
+
+
+CASES = [marked(spec, kind) for spec in SPECS for kind in KINDS if LONG.get(spec, kind) == kind]
 
 
 def made(spec: lx.CascadeSpec, stages: int = 1) -> tuple[lx.Cascade, torch.optim.Optimizer]:
@@ -128,8 +137,7 @@ def result(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> dict[str, A
     return plain | of_slow(cascade) | of_optimizer(optimizer) | {"armed": is_gathering(cascade)}
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("spec", NAMES)
+@pytest.mark.parametrize(("spec", "kind"), CASES)
 def test_transition(spec: str, kind: str) -> None:
     cascade, optimizer = made(SPECS[spec])
     twin, others = made(SPECS[spec])
@@ -172,8 +180,7 @@ def test_transition_in_a_memory_that_stays_full(keep: bool, dtype: torch.dtype) 
     assert written > 3
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("spec", NAMES)
+@pytest.mark.parametrize(("spec", "kind"), CASES)
 def test_the_first_stage_of_a_new_loop(spec: str, kind: str) -> None:
     cascade, optimizer = made(SPECS[spec])
     list(cascade.stages(1, optimizer))
@@ -186,9 +193,10 @@ def test_the_first_stage_of_a_new_loop(spec: str, kind: str) -> None:
     assert not is_parked(cascade)
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("which", ["slow", "fast", "base"])
-@pytest.mark.parametrize("spec", NAMES)
+@pytest.mark.parametrize(
+    ("spec", "which", "kind"),
+    [marked(spec, view, KINDS[(i + j) % 2]) for i, spec in enumerate(SPECS) for j, view in enumerate(VIEWS)],
+)
 def test_entering_weights(spec: str, which: Any, kind: str) -> None:
     cascade, optimizer = made(SPECS[spec])
     held = cascade.weights(which)
@@ -205,8 +213,7 @@ def test_entering_weights(spec: str, which: Any, kind: str) -> None:
     assert_same(of(cascade, optimizer), before)
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("spec", NAMES)
+@pytest.mark.parametrize(("spec", "kind"), CASES)
 def test_release(spec: str, kind: str) -> None:
     cascade, optimizer = made(SPECS[spec])
     twin, _ = made(SPECS[spec])
@@ -299,8 +306,7 @@ def test_an_operation_of_a_capture(kind: str) -> None:
 
 
 @pytest.mark.slow  # test_interrupts has some of the places
-@pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("spec", NAMES)
+@pytest.mark.parametrize(("spec", "kind"), [(spec, KINDS[i % 2]) for i, spec in enumerate(SPECS)])
 def test_adapt(spec: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = prepared(), prepared()
 
