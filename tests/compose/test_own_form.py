@@ -157,9 +157,8 @@ def test_a_graph_whose_form_is_gone_is_refused() -> None:
     with register_form(SKEWED):
         inserted = Pipeline([MatchSites(SPEC), InsertBranches()])(graph).graph_module
         node = next(each.name for each in inserted.graph.nodes if "skewed" in each.name)
-    with pytest.raises(lx.passes.VerifyError) as raised:
+    with raises(lx.passes.VerifyError, "graph-not-verified", node, "my.skewed"):
         FoldBranches()(inserted)
-    assert f"node {node} is marked as my.skewed, but is in no form" in str(raised.value)
 
 
 def test_a_form_is_asked_for_by_its_name_while_it_is_registered() -> None:
@@ -174,12 +173,12 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
         cascade = adapted()
         lx.save(cascade, tmp_path)
         expected = cascade(X)
-    with register_form(own_form.FORM), pytest.raises(lx.CheckpointError) as raised:
+    version = tmp_path / "version-00000001"
+    with (
+        register_form(own_form.FORM),
+        raises(lx.CheckpointError, "form-not-registered", version, "1.kernel", SKEWED.name),
+    ):
         lx.load(tmp_path, net(), args=(X,))
-    assert str(raised.value) == (
-        f"{tmp_path / 'version-00000001'}: 1.kernel was adapted through the form 'my.skewed', which is not registered "
-        "here; call lorasc_fx.graph.register_form with it before load"
-    )
     with register_form(own_form.FORM), register_form(SKEWED):
         assert torch.equal(lx.load(tmp_path, net(), args=(X,))(X), expected)
     with (
