@@ -64,6 +64,7 @@ CODES = {
     "concurrent-save": "another process is writing there",
     "conflicting-options": "two options, or arguments, exclude each other",
     "constant-adapted": "(warning) a frozen weight, perhaps a constant, has become a site",
+    "context-parallel-not-supported": "a call inside torch's context_parallel, which does not reach graphs",
     "damaged-file": "a file of a run is damaged",
     "data-parallel": "torch.nn.DataParallel would copy the cascade",
     "digest-mismatch": "tensors differ from the digest in their manifest",

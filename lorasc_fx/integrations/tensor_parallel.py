@@ -41,6 +41,7 @@ from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime import Cascade
+from lorasc_fx.runtime.watches import check_attention
 from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, shard_axis
 from lorasc_fx.state import Side, Tree
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode, raise_of_handler
@@ -72,6 +73,7 @@ class ParallelCall:
 
     def __call__(self, cascade: Cascade, args: Any, kwargs: Any) -> Any:
         """Return what the cascade computes, as plain tensors on every process."""
+        check_attention()
         variant, call = cascade._variant_of(args, kwargs, "forward")
         late = [name for name, factor in cascade.branches.named_parameters() if not isinstance(factor, DTensor)]
         if late:

@@ -22,7 +22,7 @@ from lorasc_fx.runtime.checkpoint import version
 from lorasc_fx.runtime.gradient import GradientInitialization
 from lorasc_fx.runtime.materialize import MetaModel
 from lorasc_fx.runtime.optim import check_holds, groups, put_state
-from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned, check_wrappers
+from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned, check_attention, check_wrappers
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.state import Expert, Part, SlowWeights
@@ -665,8 +665,8 @@ class Run:
         return {**code, **spec, "stage": f"{self.stage}, step {self.plan.step}", **sites, **digests}
 
     def check_replicas(self, kind: type[nn.Module]) -> None:
-        """Refuse wrappers that cut parameters, and compare ranks before the first training call through a
-        DistributedDataParallel, which has given all of them the first one's parameters, but not its W0.
+        """Refuse context parallelism and wrappers that cut parameters, and compare ranks before the first training call
+        through a DistributedDataParallel, which has given all of them the first one's parameters, but not its W0.
 
         Args:
             kind: the class of the cascade.
@@ -674,6 +674,7 @@ class Run:
         Raises:
             StateError: there is such a wrapper, or the ranks are not alike.
         """
+        check_attention()
         if torch.is_grad_enabled() and not self.is_sharded:
             check_wrappers(kind)
         group = self.replicas.to_compare()

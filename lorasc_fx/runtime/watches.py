@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -15,7 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.shards import local
 
-__all__ = ["PendingWatch", "Replicas", "StepWatch", "Warned", "check_wrappers"]
+__all__ = ["PendingWatch", "Replicas", "StepWatch", "Warned", "check_attention", "check_wrappers"]
+
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
+"""What torch.nn.functional has by default."""
 
 _ENGINES = {
     "DeepSpeedEngine": "deepspeed.runtime.engine",
@@ -215,6 +219,22 @@ class Replicas:
 
 def _no_wrapper() -> None:
     return None
+
+
+def check_attention() -> None:
+    """Refuse torch's context parallelism, which exchanges the attention that Python calls, and not a graph's.
+
+    Raises:
+        StateError: the call is inside `context_parallel`.
+    """
+    now = F.scaled_dot_product_attention
+    if now is not _ATTENTION and str(getattr(now, "__module__", "")).startswith("torch.distributed"):
+        raise StateError(
+            "forward: inside torch's context_parallel, which splits the attention of a running model, and not that of "
+            "a graph: each rank would attend to its own part alone. Leave it; "
+            "lorasc_fx.integrations.tensor_parallel splits attention by heads",
+            code="context-parallel-not-supported",
+        )
 
 
 def check_wrappers(cascade: type[nn.Module]) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -393,7 +394,12 @@ def by_others(tokens: Tensor) -> None:
     cascade = adapted("fresh")
     with raises(lx.StateError, "wrapper-not-supported", "FullyShardedDataParallel", "integrations.fsdp.shard"):
         FullyShardedDataParallel(cascade, device_id=torch.device("cpu"), use_orig_params=True)(tokens)
-    cascade = adapted("fresh")
+    cascade, mesh = adapted("fresh"), init_device_mesh("cpu", (dist.get_world_size(),))
+    with (
+        raises(lx.StateError, "context-parallel-not-supported", "context_parallel"),
+        context_parallel(mesh, buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1]),
+    ):
+        cascade(tokens)
     fully_shard(cascade)
     with raises(lx.StateError, "wrapper-not-supported", "fully_shard", "integrations.fsdp.shard"):
         cascade(tokens)
