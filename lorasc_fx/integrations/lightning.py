@@ -25,7 +25,8 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
 
     `Trainer(callbacks=[CascadeCallback(module.cascade)], ...)`. Validation, test and prediction see the slow weights.
     Checkpoints hold the state of the cascade, without W0, and `fit(ckpt_path=...)` goes on from them. A stage that the
-    end of the training cuts short is folded.
+    end of the training cuts short is folded. The logger gets `stage`, that of the batch, and `transition`, 1 for the
+    first batch of a stage.
 
     Args:
         cascade: that the LightningModule holds.
@@ -47,8 +48,10 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         steps: int | None = None,
         evaluate: Evaluated = "slow",
     ) -> None:
+        if not isinstance(evaluate, str):
+            raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; Lightning validates once, give slow or fast")
         super().__init__(cascade, epochs=epochs, steps=steps, evaluate=evaluate)
-        self._done = 0
+        self._done, self._stage = 0, cascade.stage
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training can go as it was asked for."""
@@ -60,10 +63,13 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
             )
         check_holds(self._optimizer(trainer), self.cascade._run.trainable())
         transition.end_idle(self.cascade._run)
-        self._done = trainer.global_step
+        self._done, self._stage = trainer.global_step, self.cascade.stage
 
     def on_train_batch_end(self, trainer: Any, *about: Any) -> None:
         """End a stage by its count of steps or epochs."""
+        stage = self.cascade.stage
+        self.log_dict({"stage": float(stage), "transition": float(stage - self._stage)})
+        self._stage = stage
         stepped, self._done = trainer.global_step > self._done, trainer.global_step
         by_steps = self.steps is not None and stepped and trainer.global_step % self.steps == 0
         last = self.epochs is not None and trainer.is_last_batch
@@ -77,8 +83,8 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
 
     def _begin(self, *about: Any) -> None:
         """Put the weights in place that an evaluation is to see."""
-        if self.evaluate != "trained" and self.cascade._run.placed is None:
-            self._put(self.evaluate)
+        if self._passes[0] != "trained" and self.cascade._run.placed is None:
+            self._put(self._passes[0])
 
     def _end(self, *about: Any) -> None:
         """Put the weights of the training back."""

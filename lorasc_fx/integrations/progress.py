@@ -112,11 +112,19 @@ class Metrics:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._step = folder, 0
+        self._stage: int | None = None
         self._writer: Any = None
 
     def log(self, **entry: Any) -> None:
-        """Add one line. Its numbers are scalars by their names, at `step`, or at the last one that was given."""
+        """Add one line. Its numbers are scalars by their names, at `step`, or at the last one that was given.
+
+        A line with the loss of a stage has `transition` as well: the stages that have ended since the line before.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
+        if "loss" in entry and "stage" in entry:
+            before = self._last_stage() if self._stage is None else self._stage
+            self._stage = entry["stage"]
+            entry["transition"] = max(0, entry["stage"] - before) if before is not None else 0
         append(self._folder / FILE, entry)
         self._step = entry.get("step", self._step)
         writer = self._opened()
@@ -131,6 +139,13 @@ class Metrics:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _last_stage(self) -> int | None:
+        """Return the stage of the last such line of a run that goes on."""
+        path = self._folder / FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        stages = (json.loads(line).get("stage") for line in reversed(lines) if '"loss"' in line)
+        return next(stages, None)
 
     def _opened(self) -> Any:
         if self._writer is None and importlib.util.find_spec("tensorboard") is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -27,7 +27,7 @@ class StageEnds:
         *,
         epochs: int | None,
         steps: int | None,
-        evaluate: Evaluated,
+        evaluate: Evaluated | Sequence[Evaluated],
         plateau: Plateau | int | None = None,
     ) -> None:
         given = {"epochs": epochs, "steps": steps, "plateau": plateau}
@@ -40,15 +40,16 @@ class StageEnds:
         for name, count in (("epochs", epochs), ("steps", steps)):
             if count is not None and (not is_integer(count, 1)):
                 raise SpecError(f"CascadeCallback: {name} is {count!r}; a stage ends after a whole number, 1 or more")
-        if evaluate not in get_args(Evaluated):
+        passes = (evaluate,) if isinstance(evaluate, str) else tuple(evaluate)
+        if not passes or len({*passes}) < len(passes) or not {*passes} <= {*get_args(Evaluated)}:
             raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; give one of {', '.join(get_args(Evaluated))}")
         cascade._run.check_alive("CascadeCallback")
-        self.cascade, self.evaluate = cascade, evaluate
+        self.cascade, self.evaluate, self._passes = cascade, evaluate, passes
         self.epochs, self.steps = epochs if asked else 1, steps
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._which: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None
-        if evaluate == "trained":
+        if "trained" in passes:
             cascade._run.warned.accept("evaluated-with-noise")  # noise is asked for
 
     @contextlib.contextmanager

@@ -8,8 +8,10 @@ own Trainer, and of no other.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,6 +36,9 @@ Scheduled = Literal["training", "stage"]
 
 _PLATEAU = "lorasc_fx.plateau"
 """Entry of the Trainer's state."""
+
+_TIME = "_model_preparation_time"
+"""The end of a name among the metrics of a pass that is none of them."""
 
 _REFERENCE = "reference"
 """Name of the weights with which a preference training compares."""
@@ -63,15 +68,19 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     spec. A stage that the end of the training cuts short is folded, but after `load_best_model_at_end`: the weights
     are then those that were found best.
 
+    Logs of the training, and so W&B and TensorBoard, have `stage`, that of the step, and `transition`, the number of
+    stages that have ended since the log before. Evaluations have each metric by the weights that it is of as well:
+    `eval_slow_loss`, `eval_fast_loss`.
+
     Args:
         cascade: the Trainer's model.
         epochs: a stage ends with every so many epochs; 1 if nothing else is given, as in the paper.
         steps: a stage ends with every so many optimizer steps.
-        plateau: a stage ends when evaluations find no lower loss any more: a `schedules.Plateau`, or its patience. Slow
-            weights stand still within a stage, so that the loss is that of the fast ones: each evaluation has a second
-            pass for it, and reports it as `eval_fast_loss`.
+        plateau: a stage ends when evaluations find no lower `eval_fast_loss`: a `schedules.Plateau`, or its patience.
+            The slow weights do not change within a stage.
         evaluate: what evaluations and predictions see: the `slow` weights, the `fast` ones, or the cascade as it is
-            `trained` at this moment, noise included.
+            `trained` at this moment, noise included. Of several, as in `("slow", "fast")`, each is a pass of its own,
+            and the first one has the predictions and `eval_loss`.
         schedule: what the Trainer's `lr_scheduler_type` and `warmup_steps` are over: the whole `training`, or each
             `stage`, by an `lx.StageSchedule` (types linear, cosine, constant, constant_with_warmup).
 
@@ -87,7 +96,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         epochs: int | None = None,
         steps: int | None = None,
         plateau: Plateau | int | None = None,
-        evaluate: Evaluated = "slow",
+        evaluate: Evaluated | Sequence[Evaluated] = "slow",
         schedule: Scheduled = "training",
     ) -> None:
         super().__init__(cascade, epochs=epochs, steps=steps, plateau=plateau, evaluate=evaluate)
@@ -96,6 +105,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self.schedule = schedule
         self._trainer: Any = None
         self._over = False
+        self._stage = cascade.stage
         self._batches: Any = None
         self._reference: _Reference | None = None
         self._other_reference = False
@@ -125,6 +135,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if args.label_names is None:
             trainer.label_names = find_labels(type(self.cascade.model))  # it looks at the name of the class as well
         trainer.evaluation_loop = self._evaluating(trainer.evaluation_loop)
+        trainer.log = self._logging(trainer.log)
         trainer.train = self._training(trainer.train)
         trainer.save_model = self._saving(trainer, trainer.save_model)
         trainer.create_optimizer = self._optimizing(trainer.create_optimizer)
@@ -167,6 +178,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             self.cascade.transition(about["optimizer"])
             self._over = False
             self._keep_plateau(state)
+        self._stage = self.cascade.stage
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """End a stage by its count of steps or epochs: before an evaluation or a checkpoint of the same step."""
@@ -180,7 +192,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         """Look at the loss."""
         if self.plateau is None or not self._trainer.is_in_train:
             return
-        name = "eval_fast_loss" if self.evaluate == "slow" else "eval_loss"
+        name = "eval_fast_loss"
         if name not in metrics:
             raise SpecError(
                 f"CascadeCallback: plateau looks at {name}, and the evaluation gives {', '.join(sorted(metrics))}; "
@@ -196,13 +208,18 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if not transition.has_begun(run):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            if self.evaluate == "slow":
+            if self._best_of(args) == "slow":
                 with AllOrNothing(run.lock):
                     transition.restart(run, optimizer)
         else:
             self._end_last(optimizer)
 
     # ---- inside
+
+    def _best_of(self, args: Any) -> str:
+        """Return the weights by which the best model was found."""
+        metric = f"_{args.metric_for_best_model}"
+        return next((which for which in get_args(Evaluated) if f"_{which}_" in metric), self._passes[0])
 
     def _keep_plateau(self, state: Any) -> None:
         """Keep what the plateau has seen in the Trainer's state, which its checkpoints hold."""
@@ -256,17 +273,35 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         ) -> Any:
             """Evaluate as the Trainer does, with the weights that are asked for in place."""
             self._take_places()
-            rest = (description, prediction_loss_only, ignore_keys)
-            with self._placing(self.evaluate):
-                found = original(dataloader, *rest, metric_key_prefix)
-            if self.plateau is not None and self.evaluate == "slow" and self._trainer.is_in_train:
-                fast = f"{metric_key_prefix}_fast"
-                with self._placing("fast"):
-                    more = original(dataloader, description, True, ignore_keys, fast)
-                found.metrics.update({name: more.metrics[name] for name in (f"{fast}_loss",) if name in more.metrics})
+            passes: dict[str, bool | None] = dict.fromkeys(self._passes, prediction_loss_only)
+            if self.plateau is not None and self._trainer.is_in_train:
+                passes.setdefault("fast", True)  # of which the plateau needs the loss alone
+            found: Any = None
+            for which, loss_only in passes.items():
+                held = copy.deepcopy(vars(self._trainer).get("_metrics"))
+                with self._placing(which):
+                    made = original(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
+                if found is None:
+                    found = made
+                elif held is not None:
+                    self._trainer._metrics = held  # where TRL's trainers sum what they measure: of the first pass
+                prefix = f"{metric_key_prefix}_"
+                named = {f"{prefix}{which}_{name.removeprefix(prefix)}": made.metrics[name] for name in made.metrics}
+                found.metrics.update({name: named[name] for name in named if not name.endswith(_TIME)})
             return found
 
         return evaluation_loop
+
+    def _logging(self, original: Any) -> Any:
+        def log(logs: dict[str, Any], *about: Any, **more: Any) -> None:
+            """Log as the Trainer does, of a step of the training with its stage."""
+            if "loss" in logs:
+                history = self._trainer.state.log_history
+                before = next((entry["stage"] for entry in reversed(history) if "stage" in entry), self._stage)
+                logs |= {"stage": self._stage, "transition": self._stage - before}
+            original(logs, *about, **more)
+
+        return log
 
     def _optimizing(self, original: Any) -> Any:
         def create_optimizer(*args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ pytest.importorskip("lightning")
 
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -105,8 +107,14 @@ def test_stages_validation_and_a_resume(make: Any, tmp_path: Path) -> None:
 
 def test_stages_by_steps_and_one_that_is_cut_short(tmp_path: Path) -> None:
     module = held()
-    trainer_of(module, tmp_path, epochs=2, steps=4).fit(module, data(20), data(8))
+    trainer = trainer_of(module, tmp_path, epochs=2, steps=4)
+    trainer.logger, trainer.log_every_n_steps = CSVLogger(tmp_path), 1
+    trainer.fit(module, data(20), data(8))
     assert module.cascade.stage == 4  # 4, 8, and the end at 10
+    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["stage"]]
+    assert [float(line["stage"]) for line in lines] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert [float(line["transition"]) for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0, 1, 0]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -123,5 +131,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         trainer_of(module, tmp_path).fit(module, data(8), data(8))
     with raises(lx.SpecError, "conflicting-options", "epochs", "steps"):
         lx.integrations.lightning.CascadeCallback(other.cascade, epochs=1, steps=2)
+    with raises(lx.SpecError, "invalid-value", "evaluate", "slow or fast"):
+        lx.integrations.lightning.CascadeCallback(other.cascade, evaluate=("slow", "fast"))
     with raises(lx.SpecError, "invalid-value", "as_module", "Net"):
         lx.integrations.lightning.as_module(other.cascade)

@@ -47,13 +47,14 @@ def test_a_folder_keeps_every_number(tmp_path: Path, capsys: pytest.CaptureFixtu
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert [line["stage"] for line in steps] == [1, 1, 1, 2, 2, 2]
+    assert [line["transition"] for line in steps] == [0, 0, 0, 1, 0, 0]
     assert [line["loss"] for line in steps] == losses
     assert [line for line in lines if "loss" not in line] == [
         {"step": 3, "validation": 0.25}, {"step": 6, "validation": 0.5},
     ]  # fmt: skip
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"stage", "loss", "lr", "validation"}
+    assert set(events.Tags()["scalars"]) == {"stage", "transition", "loss", "lr", "validation"}
     assert [each.step for each in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert [each.value for each in events.Scalars("loss")] == pytest.approx(losses)
     assert [(each.step, each.value) for each in events.Scalars("validation")] == [(3, 0.25), (6, 0.5)]
@@ -85,12 +86,13 @@ def test_a_terminal_shows_stage_step_loss_and_rate(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_that_goes_on_and_numbers_that_json_has_not(tmp_path: Path) -> None:
-    for done in (0, 2):
+    for done, stage in ((0, 1), (2, 2)):
         with track(steps=4, folder=tmp_path, done=done) as progress:
             for loss in (math.inf, 0.5):
-                progress.step(Stage(1, 1, 1), loss)
+                progress.step(Stage(stage, stage, 2), loss)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, None), (2, 0.5), (3, None), (4, 0.5)]
+    assert [line["transition"] for line in lines] == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("how", [{"steps": 0}, {"steps": 5, "every": 0}], ids=str)

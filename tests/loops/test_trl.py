@@ -156,6 +156,15 @@ def test_stages_evaluation_and_the_saved_model(tmp_path: Path) -> None:
     with torch.no_grad():
         loss = model(**batch).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
+    alone = trainer.state.log_history[-1]
+    both = trainer_of(cascade, tmp_path / "both", callback_of(cascade, evaluate=("slow", "fast")))
+    with torch.no_grad():
+        for branch in branches_of(cascade).values():
+            branch.lora_B.normal_()
+    both.evaluate()
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):  # which TRL sums by itself
+        assert both.state.log_history[-1][name] == pytest.approx(alone[name], abs=1e-6), name
+    assert both.state.log_history[-1]["eval_fast_loss"] > loss + 0.1
 
     resumed = adapted(lx.CascadeSpec(rank=2, noise=lx.Noise(0.3)))
     again = trainer_of(resumed, tmp_path, callback_of(resumed))
