@@ -20,7 +20,8 @@ from lorasc_fx.adapt.peft_spec import spec_of
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import FRONTENDS, Calls, check_binds, is_on_meta, open_model, signature_of, written_by
 from lorasc_fx.compile import Compiler, Decided
-from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, warn
+from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, path_of, warn
+from lorasc_fx.extras import module_of, require
 from lorasc_fx.graph import (
     check_patterns,
     forms_missing,
@@ -130,19 +131,29 @@ def load(
     works before that call. On several processes give inputs.
 
     Args:
-        folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to.
+        folder: that `lorasc_fx.save` or `Cascade.save_pretrained` wrote to; or the folder of a run of `lorasc-fx
+            train`, whose cascade has `preprocessing`: `args, kwargs = cascade.preprocessing(texts)`, or paths of
+            images, as the run has read them, and the names of its `classes`.
         model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted, or is on the meta
             device and gets them by `materialize`, which then takes the checkpoint's state. Without one, the base
             that `save_pretrained` has named is built, in eval mode. Only local files are read for it, unless
-            HF_HUB_OFFLINE is 0 in the environment.
+            HF_HUB_OFFLINE is 0 in the environment. The base of a run is the one of its configuration.
 
     Raises:
         CheckpointError: nothing to load, damage, or another base; the model is as it was. Without a model: the folder
             names no base, or that cannot be built here.
-        SpecError: base is `file`, and the model names no folder.
-        MissingExtra: the library of the base is not installed.
+        SpecError: base is `file`, and the model names no folder; or the base of a run cannot be built, or is a function
+            of yours, which load does not call.
+        MissingExtra: the library of the base is not installed, or of a run what `lorasc-fx` needs.
     """
-    return load_found(read(folder), model, args, kwargs, base=base)
+    found, root = read(folder), path_of(folder)
+    if found.path.parent == root or not (root / "config.toml").is_file():
+        return load_found(found, model, args, kwargs, base=base)
+    require("cli", "rich", "tyro")
+    preprocessing: Any = module_of("cli", "lorasc_fx.cli.preprocessing").Preprocessing(root)
+    cascade = load_found(found, preprocessing.base() if model is None else model, args, kwargs, base=base)
+    cascade.preprocessing = preprocessing
+    return cascade
 
 
 def load_found(

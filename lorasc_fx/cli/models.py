@@ -26,6 +26,7 @@ __all__ = [
     "MeanPooled",
     "build_model",
     "example_inputs",
+    "head_seed",
     "logits_of",
     "reading",
     "set_mode",
@@ -69,7 +70,7 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
     kind, _, name = config.name.partition(":")
     builders = {"timm": _timm, "hf": _hf, "python": _python}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed * 1_000_003 + seed)
+        torch.manual_seed(head_seed(config, seed))
         if kind in builders and name:
             return builders[kind](config, name, classes)
     if config.name.endswith(".pt2"):
@@ -77,6 +78,11 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
     raise SpecError(
         f"no model is called {config.name!r}{nearest(kind, builders)}; give {', '.join(MODELS)}", code="unknown-name"
     )
+
+
+def head_seed(config: ModelConfig, seed: int) -> int:
+    """Return the seed of torch's generator with which the model of a run is built."""
+    return config.seed * 1_000_003 + seed
 
 
 def warn_of_random_weights(config: ModelConfig) -> None:

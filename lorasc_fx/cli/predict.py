@@ -14,11 +14,12 @@ from typing import Annotated
 import torch
 import tyro
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from lorasc_fx.cli.config import Config, load_config
-from lorasc_fx.cli.data import TABLES, encoder_of, read_csv, read_image, read_table
-from lorasc_fx.cli.models import build_model, logits_of, set_mode, tokenizer_of
+from lorasc_fx.cli.config import Config
+from lorasc_fx.cli.data import TABLES, read_csv, read_table
+from lorasc_fx.cli.models import build_model, logits_of, set_mode
+from lorasc_fx.cli.preprocessing import Preprocessing
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import EVAL_BATCH, channels_last
 from lorasc_fx.errors import SpecError, StateError
@@ -46,19 +47,17 @@ def run_predict(arguments: PredictArguments) -> int:
     """
     folder = RunFolder(arguments.run)
     folder.check_run(checkpoint=False)
-    config, classes = load_config(folder.config), folder.read_classes()
+    preprocessing = Preprocessing(folder.path)
+    config, classes, images = preprocessing.config, preprocessing.classes, preprocessing.tokenizer is None
     if not folder.folded.is_file():
         raise StateError(
             f"{arguments.run} has no {folder.folded.name}: end the run with lorasc-fx train CONFIG.toml --resume, or "
             f"write the slow weights of its last checkpoint with lorasc-fx fold {arguments.run}",
             code="run-not-ended",
         )
-    tokenizer = tokenizer_of(config.model, folder.tokenizer)
-    encode = encoder_of(config.data, tokenizer)
-    model = _folded_model(config, folder.folded, len(classes), images=tokenizer is None)
-    batches = _images(arguments.inputs, config) if tokenizer is None else _texts(arguments.inputs, config)
-    for names, inputs in batches:
-        args, kwargs = encode(inputs)
+    model = _folded_model(config, folder.folded, len(classes), images=images)
+    for names, inputs in _images(arguments.inputs) if images else _texts(arguments.inputs, config):
+        args, kwargs = preprocessing(inputs)
         device = config.train.device
         with torch.no_grad():
             logits = logits_of(model(*(x.to(device) for x in args), **{key: x.to(device) for key, x in kwargs.items()}))
@@ -87,14 +86,13 @@ def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) 
     return set_mode(channels_last(model) if images else model, False)
 
 
-def _images(path: Path, config: Config) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield the image at a path, or those in a folder, by name; one at a time, as their sizes differ."""
+def _images(path: Path) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the image at a path, or those in a folder, by name."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise SpecError(f"{path} holds no files; give an image, or a folder of images", code="too-few-examples")
-    size = config.data.image_size if config.data.name.startswith("imagefolder:") else None
     for file in files:
-        yield [str(file)], read_image(file, size)[None]
+        yield [str(file)], [str(file)]
 
 
 def _texts(path: Path, config: Config) -> Iterator[tuple[list[str], list[str]]]:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import nn
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, StateError
 from lorasc_fx.extras import module_of
-from lorasc_fx.runtime.base_file import SINGLE, name_or_path, open_base, opened
+from lorasc_fx.runtime.base_file import SINGLE, BaseFile, name_or_path, open_base, opened
 from lorasc_fx.runtime.checkpoint import sanitized
+from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.run import Run
 
 __all__ = ["BaseModel", "name_of", "task_type_of"]
@@ -31,6 +32,8 @@ _EXTRAS = {"transformers": "text", "timm": "vision"}
 _DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+_MUCH = 0.1
+"""Share of the numbers of a model that is more than a new head."""
 _ATTENTION = ("eager", "sdpa")
 """Implementations that are a part of torch and transformers; others can be code from elsewhere."""
 _TASKS = {
@@ -193,27 +196,59 @@ class BaseModel:
         timm = module_of("vision", "timm")
         return Path(_hub_file(rest if source else timm.get_pretrained_cfg(self.name).hf_hub_id, SINGLE, fetch))
 
-    def new_in(self, model: nn.Module) -> list[str]:
+    def new_in(self, model: nn.Module, fingerprints: Mapping[str, str], call: str) -> list[str]:
         """Return the parameters that the files of the base have not, or in another shape, such as a new head.
 
-        None where these files are not here, or name most tensors otherwise than the model.
+        Where that is much, the files may name it otherwise: the base is built, and what it has otherwise is new.
+
+        Args:
+            model: that was adapted. Its own files are looked at where those of the name are not here.
+            fingerprints: of W0, by parameter.
+            call: for messages.
+
+        Raises:
+            StateError: the files are not here.
         """
         try:
+            parameters = dict(model.named_parameters())
+            new = _not_in(self._files(model), parameters)
+            numbers = sum(parameter.numel() for parameter in parameters.values())
+            if sum(parameters[name].numel() for name in new) <= _MUCH * numbers:
+                return new
+            built = dict(self.build(call).named_parameters())
+        except (CheckpointError, OSError, ValueError) as fault:  # of the hub: it is not in the cache
+            raise StateError(
+                f"{call}: the files of the base {self.name!r} are not here, and what they lack, such as a new head, "
+                f"cannot be told: {sanitized(str(fault), 300)}. Put them there, or use lorasc_fx.save(cascade, "
+                "folder), and give the model to lorasc_fx.load(folder, model)",
+                code="base-not-built",
+            ) from fault
+        return [name for name, own in fingerprints.items() if name not in built or fingerprint(built[name]) != own]
+
+    def _files(self, model: nn.Module) -> BaseFile:
+        """Return where the tensors of the base lie, or of the model if it was moved from there to this name."""
+        try:
             base = open_base(self._weights(), model)
-        except (CheckpointError, OSError, ValueError):  # of the hub: it is not in the cache
-            return []
+        except (CheckpointError, OSError, ValueError):
+            if (before := name_of(model)) is None or before == self.name:
+                raise
+            base = open_base(replace(self, name=before)._weights(), model)
         assert base is not None
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in set(base.files.values()):
-            with opened(path) as handle:
-                shapes |= {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        parameters = dict(model.named_parameters())
-        new = []
-        for name, parameter in parameters.items():
-            keys = [base.keys.get(each, each) for each in base.aliases[name]]
-            if all(shapes.get(key) != tuple(parameter.shape) for key in keys):
-                new.append(name)
-        return new if 2 * len(new) < len(parameters) else []
+        return base
+
+
+def _not_in(base: BaseFile, parameters: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the parameters that files have not under their names, or in another shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in set(base.files.values()):
+        with opened(path) as handle:
+            shapes |= {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+    new = []
+    for name, parameter in parameters.items():
+        keys = [base.keys.get(each, each) for each in base.aliases[name]]
+        if all(shapes.get(key) != tuple(parameter.shape) for key in keys):
+            new.append(name)
+    return new
 
 
 def name_of(model: nn.Module) -> str | None:

@@ -92,7 +92,8 @@ class Cascade(nn.Module):
     """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
 
     Children: `model`, the user's own, which stays the only owner of its weights; `branches`, one per site. Graphs are
-    made per call signature and hold no weights.
+    made per call signature and hold no weights. `preprocessing` is that of a run of the command line that was loaded,
+    else None.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Cascade(nn.Module):
         self._refusals, self._unreached = decided.refusals, decided.unreached
         self._compiler, self._example, self._flags = compiler, example, flags
         self._joined = joined
+        self.preprocessing: Any = None
         self._variants = Variants()
         self._split: Callable[[Variant], Variant] | None = None  # what shards make of each graph
         self._frontend = ""
@@ -791,7 +793,15 @@ class Cascade(nn.Module):
 
     # ---- folders that name their base
 
-    def save_pretrained(self, folder: str | PathLike[str], *, base_model: str | None = None) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | PathLike[str],
+        *,
+        base_model: str | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Write what the run has learnt, and the name of its base: `lorasc_fx.load(folder)` needs nothing more.
 
         As peft's adapters, the folder holds no data and no base, but for W0 of what is trained in full, and of what the
@@ -799,22 +809,31 @@ class Cascade(nn.Module):
         `with cascade.weights("slow"): cascade.model.save_pretrained(folder)`, or `release` before.
 
         Args:
-            folder: as of `lorasc_fx.save`. An earlier version stays if it has the state of an optimizer, which this one
-                has not.
+            folder: as of `lorasc_fx.save`.
             base_model: name or folder of the base, by default what a model of transformers (`name_or_path`) or timm
                 (`pretrained_cfg`) says of itself.
+            optimizer, scheduler, extra: as of `lorasc_fx.save`, for a folder from which a training is to go on.
 
         Returns:
             The folder of the version.
 
         Raises:
-            StateError: the base cannot be named; after `release`, inside `weights` or inside a backward, or the weights
-                are sharded.
+            StateError: the base cannot be named, or its files are not here; the newest version in the folder holds the
+                state of a training, and no optimizer is given; after `release`, inside `weights` or inside a backward,
+                or the weights are sharded.
             CheckpointError: the folder cannot be written. What was there stays.
             NonFiniteBranch: a branch holds inf or nan.
         """
         root = path_of(folder)
-        return self._write_named(root, "save_pretrained", base_model)
+        without = optimizer is None and scheduler is None and not extra
+        if without and (version := checkpoint_write.newest_of_training(root)) is not None:
+            raise StateError(
+                f"save_pretrained: {version} holds the state of a training, with which a resume goes on, and a new "
+                "version without it would come first. Give optimizer= (scheduler=, extra=) here as well, or another "
+                "folder",
+                code="state-not-saved",
+            )
+        return self._write_named(root, "save_pretrained", base_model, optimizer, scheduler, extra)
 
     def push_to_hub(
         self,
@@ -850,17 +869,28 @@ class Cascade(nn.Module):
             done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         return str(done.commit_url)
 
-    def _write_named(self, root: Path, call: str, base_model: str | None) -> Path:
+    def _write_named(
+        self,
+        root: Path,
+        call: str,
+        base_model: str | None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Write a version that names its base."""
         self._run.check_ready(call)
         base = BaseModel.of(self._run, call, base_model)
         slow, parameters = self._run.slow, self._run.parameters_by_name()
-        kept = {name: slow.states.get(name) or slow.trained.get(name) for name in base.new_in(self.model)}
+        new = base.new_in(self.model, self._run.fingerprints(), call)
+        kept = {name: slow.states.get(name) or slow.trained.get(name) for name in new}
         values = {name: parameters[name] if state is None else state.base for name, state in kept.items()}
         values |= {name: state.base for name, state in slow.trained.items()}
         beside = {f"base/{name}": dense(value).detach().to("cpu", copy=True) for name, value in values.items()}
         named = {"model": base.to_dict()}
-        return checkpoint_write.write_version(self._run, root, None, None, {}, 1, ONE_PROCESS, named, beside)
+        return checkpoint_write.write_version(
+            self._run, root, optimizer, scheduler, extra or {}, 1, ONE_PROCESS, named, beside
+        )
 
     # ---- moving
 

@@ -84,14 +84,14 @@ class Checkpoint:
 
 
 def read(folder: str | PathLike[str]) -> Checkpoint:
-    """Read the newest version of a checkpoint folder.
+    """Read the newest version of a checkpoint folder, or of the one in the folder of a run of the command line.
 
     Raises:
         CheckpointError: there is none, or it is damaged; names the file and the reason.
     """
     root = path_of(folder)
     try:
-        versions = list_versions(root)
+        versions = list_versions(root) or list_versions(root / "checkpoint")
     except OSError as fault:
         raise CheckpointError(f"{root}: cannot be read: {_why(fault)}", code="unreadable-file") from fault
     if not versions:

@@ -48,6 +48,7 @@ __all__ = [
     "check_between_steps",
     "check_finite",
     "contents",
+    "newest_of_training",
     "write_tensors",
     "write_version",
 ]
@@ -304,16 +305,28 @@ def _drop(version: Path) -> None:
 
 
 def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
-    """Whether a version has an undamaged manifest of ours, for the base and the spec of this one; and no state of an
-    optimizer if this one is of `save_pretrained`, which takes none.
-    """
+    """Whether a version has an undamaged manifest of ours, for the base and the spec of this one."""
+    other = _undamaged(version)
     try:
-        other = parsed(plain_bytes(version / MANIFEST, LONGEST))
-        return bool(
-            other["digest"] == text_digest(canonical(other))
-            and other["base"] == manifest["base"]
-            and other["plan"]["spec"] == manifest["plan"]["spec"]
-            and not ("model" in manifest and "optimizer" in other)
-        )
-    except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):
+        same = other["base"] == manifest["base"] and other["plan"]["spec"] == manifest["plan"]["spec"]
+    except (KeyError, TypeError):
         return False
+    return bool(same)
+
+
+def newest_of_training(root: Path) -> Path | None:
+    """Return the newest version in a folder, if it holds the state of a training: of an optimizer, or `extra`."""
+    for version in list_versions(root)[-1:]:
+        manifest = _undamaged(version)
+        if any(manifest.get(part) for part in ("optimizer", "scheduler", "extra")):
+            return version
+    return None
+
+
+def _undamaged(version: Path) -> dict[str, Any]:
+    """Return the manifest of a version; an empty one if it is damaged, or none of ours."""
+    try:
+        manifest = parsed(plain_bytes(version / MANIFEST, LONGEST))
+        return manifest if manifest["digest"] == text_digest(canonical(manifest)) else {}
+    except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):
+        return {}

@@ -24,6 +24,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import lorasc_fx as lx
@@ -216,16 +218,46 @@ def test_no_inputs_are_in_a_folder(tmp_path: Path) -> None:
         lx.load(tmp_path / "run").folded_graph()
 
 
-def test_the_state_of_an_optimizer_stays(tmp_path: Path) -> None:
+def test_a_resume_from_a_folder_that_names_its_base(tmp_path: Path) -> None:
+    """The newest version is the one that is loaded: one without the state of the optimizer is not written over it."""
     cascade, _ = causal(tmp_path)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-    saved = lx.save(cascade, tmp_path / "run", optimizer=optimizer)
-    for _ in range(2):
-        version = cascade.save_pretrained(tmp_path / "run")
-    assert sorted(path for path in (tmp_path / "run").iterdir() if path.is_dir()) == [saved, version]
-    lx.save(cascade, tmp_path / "run", optimizer=optimizer)
-    assert not saved.exists()
-    assert not version.exists()
+    saved = lx.save(cascade, tmp_path / "run", optimizer=optimizer, extra={"step": 3})
+    with raises(lx.StateError, "state-not-saved", saved, "optimizer="):
+        cascade.save_pretrained(tmp_path / "run")
+    assert [path for path in (tmp_path / "run").iterdir() if path.is_dir()] == [saved]
+    version = cascade.save_pretrained(tmp_path / "run", optimizer=optimizer, extra={"step": 4})
+    assert [path for path in (tmp_path / "run").iterdir() if path.is_dir()] == [version]
+    again = lx.load(tmp_path / "run")
+    assert again.resume(torch.optim.AdamW(again.param_groups(lr=0.3))) == {"step": 4}
+    cascade.save_pretrained(tmp_path / "other")
+    assert cascade.save_pretrained(tmp_path / "other").name == "version-00000002"
+
+
+def test_a_base_whose_files_have_other_names(tmp_path: Path) -> None:
+    """One tensor for each expert there, and one of all here: none of them is new, and the folder holds none."""
+    torch.manual_seed(3)
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    assert any("experts.3" in key for key in load_file(tmp_path / "base" / "model.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    cascade = lx.adapt(model, kwargs={"input_ids": IDS}, spec=lx.CascadeSpec(("*.self_attn.*",), rank=2))
+    version = in_a_second_stage(cascade.eval()).save_pretrained(tmp_path / "run")
+    assert not [key for key in load_file(version / "state.safetensors") if key.startswith("base/")]
+    with torch.no_grad():
+        assert torch.equal(lx.load(tmp_path / "run")(IDS).logits, cascade(IDS).logits)
+
+
+def test_a_base_whose_files_are_not_here(tmp_path: Path) -> None:
+    """Whether it has a new head cannot be told; a model that was moved has files of its own."""
+    cascade, _ = classifier(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "away")
+    with unchanged(cascade), raises(lx.StateError, "base-not-built", tmp_path / "base", "lorasc_fx.save"):
+        cascade.save_pretrained(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- what a folder may name
@@ -278,14 +310,16 @@ def test_only_local_files_unless_the_environment_allows_more(
     model = timm.create_model("test_resnet.r160_in1k")
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     asked: list[tuple[str, str, bool]] = []
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
     def download(repository: str, name: str, *, local_files_only: bool) -> str:
         asked.append((repository, name, local_files_only))
         return str(tmp_path / name)
 
     cascade = lx.adapt(model.eval(), (X,), spec=lx.CascadeSpec(rank=2))
-    cascade.save_pretrained(tmp_path / "run")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    cascade.save_pretrained(tmp_path / "run")
+    asked.clear()
     if value is None:
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     else:

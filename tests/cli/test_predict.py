@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.io import write_png
 
+import lorasc_fx as lx
 from experiments.data import digits
 from lorasc_fx.cli import main
 from lorasc_fx.cli.data import image_examples
+from tests.kit.errors import raises
 
 SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "32", "--data.validation", "16",
          "--data.test", "10", "--data.shifts"]  # fmt: skip
@@ -45,6 +47,12 @@ def test_images(place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest
     assert [float(row[2]) for row in found] == pytest.approx(expected.amax(-1).tolist(), abs=1e-4)
     assert main(["predict", "runs/tiny", names[0]]) == 0
     assert rows(capsys.readouterr().out) == found[:1]
+    with raises(lx.SpecError, "base-not-named", "runs/tiny", "python:tiny_model:build", "manual_seed(0)"):
+        lx.load("runs/tiny")
+    torch.manual_seed(0)  # as the message says
+    cascade = lx.load("runs/tiny", tiny_model())
+    args, _ = cascade.preprocessing(names)
+    assert torch.equal(args[0], examples.batch(torch.arange(3)).args[0])
 
 
 @pytest.mark.parametrize(
@@ -121,3 +129,35 @@ def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["predict", "runs/tiny", name]) == 2
         assert f"lorasc-fx: {message}" in capsys.readouterr().err
+    cascade = lx.load("runs/tiny")
+    args, kwargs = cascade.preprocessing(["a fine film", "a dull film"])
+    with cascade.weights("slow"), torch.no_grad():
+        shares = cascade(*args, **kwargs).softmax(-1)
+    assert cascade.preprocessing.classes == ("glad", "sad")
+    assert shares.amax(-1).tolist() == pytest.approx([float(row[2]) for row in found], abs=1e-4)
+    with raises(lx.SpecError, "invalid-value", "a fine film", "list"):
+        cascade.preprocessing("a fine film")
+    base = cascade.preprocessing.base()
+    (Path("runs/tiny") / "checkpoint").rename("alone")  # of no run any more
+    assert lx.load("alone", base).preprocessing is None
+
+
+@pytest.mark.slow
+def test_images_of_a_model_of_timm(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels, labels = digits()
+    for number, (image, label) in enumerate(zip(pixels[:60], labels[:60] % 2, strict=True)):
+        name = Path("photos", ("even", "odd")[int(label)], f"{number}.png")
+        name.parent.mkdir(parents=True, exist_ok=True)
+        write_png(image[:, : 20 + number % 5], name)  # of other sizes than that of the model
+    asked = ["--model.name", "timm:test_resnet", "--data.name", "imagefolder:photos", "--data.image_size", "32",
+             "--spec.train", "fc.*", *SHORT]  # fmt: skip
+    assert main(["train", "tiny.toml", *asked]) == 0
+    capsys.readouterr()
+    assert main(["predict", "runs/tiny", "photos/odd"]) == 0
+    found = rows(capsys.readouterr().out)
+    cascade = lx.load("runs/tiny")
+    args, kwargs = cascade.preprocessing([row[0] for row in found])
+    with cascade.weights("slow"), torch.no_grad():
+        shares = cascade(*args, **kwargs).softmax(-1)
+    assert [cascade.preprocessing.classes[index] for index in shares.argmax(-1)] == [row[1] for row in found]
+    assert shares.amax(-1).tolist() == pytest.approx([float(row[2]) for row in found], abs=2e-4)

@@ -1,0 +1,80 @@
+"""What a run folder says of its inputs: how texts or images become arguments of the model, and the class of an output.
+
+`lorasc-fx predict` and `lorasc_fx.load` of a run folder use it. The data set is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasc_fx.cli.config import Config, load_config
+from lorasc_fx.cli.data import encoder_of, read_image
+from lorasc_fx.cli.models import Arguments, build_model, head_seed, set_mode, tokenizer_of
+from lorasc_fx.cli.run_folder import RunFolder
+from lorasc_fx.errors import SpecError
+
+__all__ = ["Preprocessing"]
+
+
+class Preprocessing:
+    """Makes arguments of the model of inputs, as the run has had them: `args, kwargs = preprocessing(inputs)`.
+
+    Args:
+        folder: of the run.
+
+    Attributes:
+        classes: their names, in the order of the logits.
+        tokenizer: of a text model; None for images.
+
+    Raises:
+        StateError: the folder does not say its classes.
+        SpecError: its configuration or its tokenizer cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = RunFolder(folder)
+        self.config: Config = load_config(self._folder.config)
+        self.classes: tuple[str, ...] = self._folder.read_classes()
+        self.tokenizer: Any = tokenizer_of(self.config.model, self._folder.tokenizer)
+        self._encode = encoder_of(self.config.data, self.tokenizer)
+
+    def __call__(self, inputs: Sequence[str | PathLike[str]]) -> Arguments:
+        """Return positional and keyword arguments for a batch.
+
+        Args:
+            inputs: texts, or paths of images.
+
+        Raises:
+            SpecError: one text in place of a list, none at all, or an image that cannot be read.
+        """
+        if isinstance(inputs, (str, PathLike)) or not len(inputs):
+            raise SpecError(f"preprocessing: inputs are {inputs!r}; give a list of texts, or of paths of images")
+        if self.tokenizer is not None:
+            return self._encode(list(inputs))
+        size = self.config.data.image_size if self.config.data.name.startswith("imagefolder:") else None
+        images = [self._encode(read_image(Path(path), size)[None])[0][0] for path in inputs]
+        return (torch.cat(images).contiguous(memory_format=torch.channels_last),), {}
+
+    def base(self) -> nn.Module:
+        """Return the model that the run has adapted, in eval mode; a function that its configuration names is not
+        called.
+
+        Raises:
+            SpecError: the model or its weights are such a function, or cannot be built; see `build_model`.
+        """
+        model = self.config.model
+        for key, name in (("model.name", model.name), ("model.weights", model.weights)):
+            if name.startswith("python:"):
+                raise SpecError(
+                    f"{self._folder.path}: its {key} is {name}, a function that load does not call. Build the model as "
+                    f"the run has, after torch.manual_seed({head_seed(model, self.config.train.seed)}), and give it: "
+                    "lorasc_fx.load(folder, model)",
+                    code="base-not-named",
+                )
+        return set_mode(build_model(model, len(self.classes), self.config.train.seed), False)
