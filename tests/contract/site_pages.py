@@ -1,12 +1,13 @@
-"""The pages of the site that are made of the code, and its links out of docs/: hooks of mkdocs. Nothing of ours runs.
+"""The pages of the site that are made of the code, its notebooks, and its links out of docs/: hooks of mkdocs.
 
 The API reference has every public name, by the `__all__` of each module; the keys of the configuration are the fields
-of its dataclasses, with the text after each.
+of its dataclasses, with the text after each. Each page of docs/ with code is a notebook as well. Nothing of ours runs.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ TABLES = {"ModelConfig": "model", "DataConfig": "data", "TrainConfig": "train", 
 """Tables of a configuration whose keys are their own."""
 OUTSIDE = {"../CONTRIBUTING.md": "contributing.md", "../README.md": "index.md"}
 """Where links out of docs/ lead on the site; others become text, as the site has no files of the repository."""
+
+
+BLOCK = re.compile(r"^```python[^\S\n]*\n(.*?)^```[^\S\n]*\n?", re.MULTILINE | re.DOTALL)
+"""A block of code of a page."""
+LOCAL = re.compile(r"!?\[([^\]]*)\]\((?![a-z]+://)[^)]*\)")
+"""A link to another page, or a picture."""
 
 
 def public(path: Path) -> list[str]:
@@ -74,6 +81,28 @@ def pages() -> dict[str, str]:
     return made
 
 
+def notebooks() -> dict[str, str]:
+    """The text of the notebook of each page of docs/ with blocks of Python, by its path on the site."""
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+    return {f"notebooks/{name}.ipynb": notebook(page) for name, page in pages.items() if BLOCK.search(page)}
+
+
+def notebook(page: str) -> str:
+    """A page as a notebook: a cell for each block of Python, and one for the text between two of them."""
+    cells: list[dict[str, Any]] = []
+    for number, text in enumerate(re.split(BLOCK, page)):  # text and code by turns
+        if not text.strip():
+            continue
+        source = (text if number % 2 else LOCAL.sub(r"\1", text)).strip("\n")
+        code = {"execution_count": None, "outputs": []} if number % 2 else {}
+        kind = "code" if number % 2 else "markdown"
+        about = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}, "source": source.splitlines(True)}
+        cells.append(about | code)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    made = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+
+
 def keys() -> str:
     """The keys of the configuration: fields, types, defaults and what the source says after each."""
     tree = ast.parse((PACKAGE / "cli" / "config.py").read_text(encoding="utf-8"))
@@ -101,16 +130,20 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages."""
     from mkdocs.structure.files import File
 
-    for path, text in pages().items():
+    for path, text in (pages() | notebooks()).items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Lead links out of docs/ to pages of the site, or nowhere."""
+    """Lead links out of docs/ to pages of the site, or nowhere; name the notebook of a page below its title."""
 
     def lead(match: re.Match[str]) -> str:
         target = OUTSIDE.get(match[2].partition("#")[0])
         return match[1] if target is None else f"[{match[1]}]({target})"
 
+    path = f"notebooks/{Path(page.file.src_uri).stem}.ipynb"
+    if page.file.src_uri in {each.name for each in (ROOT / "docs").glob("*.md")} and BLOCK.search(markdown):
+        title, rest = markdown.split("\n", 1)
+        markdown = f"{title}\n\n[This page as a notebook]({path})\n{rest}"
     return re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./(?!command-line)[^)]*)\)", lead, markdown)

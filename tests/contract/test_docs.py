@@ -1,4 +1,7 @@
-"""Documentation runs: the python blocks of each page, in order, as one program in an empty folder."""
+"""Documentation runs: the python blocks of each page, in order, as one program in an empty folder.
+
+They are the cells of the page's notebook (test_site.py).
+"""
 
 import re
 import runpy  # noqa: TID251 - the blocks of our own pages
@@ -6,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.site_pages import BLOCK
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     path
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
     if path.exists()
 ]
-BLOCK = re.compile(r"^```python[^\S\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def program(page: str) -> str:
@@ -32,6 +36,8 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     code = program(page.read_text(encoding="utf-8"))
     if not code.strip():
         return  # prose only
+    if page.stem == "llm":
+        pytest.importorskip("trl")
     script = tmp_path / f"{page.stem}.py"
     script.write_text(code, encoding="utf-8")
     (tmp_path / "cwd").mkdir()

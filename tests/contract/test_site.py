@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from lorasc_fx.cli import config
 from lorasc_fx.extras import module_of
 from tests.cli.test_report_browser import BROWSERS, chromium
 from tests.contract import site_pages
+from tests.contract.test_docs import BLOCK
 
 ROOT = Path(__file__).parents[2]
 NAMES = [f"{module}.{name}" for module, own in site_pages.names_by_module().items() for name in own]
@@ -57,6 +59,20 @@ def test_every_key_of_the_configuration_is_told() -> None:
     assert {field.name for field in dataclasses.fields(config.Config)} == {"output", *kinds, "spec"}
 
 
+def test_each_page_with_code_is_a_notebook() -> None:
+    """Its cells are the text of the page and the blocks that test_docs.py runs, in this order."""
+    made = {Path(path).stem: json.loads(text)["cells"] for path, text in site_pages.notebooks().items()}
+    assert {"checkpoints", "devices", "from-peft", "llm", "loops", "quantized", "start", "text"} <= set(made)
+    for name, cells in made.items():
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        code, text = (
+            ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind] for kind in ("code", "markdown")
+        )
+        assert [f"{each}\n" for each in code] == [block[1] for block in BLOCK.finditer(page)]
+        plain = re.sub(r"!?\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", BLOCK.sub("", page))
+        assert " ".join(text).split() == plain.split()
+
+
 def test_what_builds_it_is_pinned() -> None:
     """In a file of its own: `make test` installs none of it."""
     pins = [
@@ -74,12 +90,17 @@ def test_what_builds_it_is_pinned() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="make site installs what builds it")
 def test_the_site_is_built(tmp_path: Path) -> None:
     """Strictly: a link, an anchor or a page that is not there is an error."""
+    nbformat = pytest.importorskip("nbformat")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
     anchors = {anchor for page in pages.values() for anchor in re.findall(r'id="(lorasc_fx\.[\w.]+)"', page)}
     assert not set(NAMES) - anchors
+    for name, text in site_pages.notebooks().items():
+        assert (tmp_path / name).read_text(encoding="utf-8") == text
+        assert f'href="{name}"' in (tmp_path / f"{Path(name).stem}.html").read_text(encoding="utf-8")
+        nbformat.validate(nbformat.reads(text, as_version=4))
     assert (tmp_path / "search" / "search_index.js").is_file()  # which a page reads without a server
     asked = re.compile(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"')
     assert {url for page in pages.values() for url in asked.findall(page)} == set()
