@@ -21,9 +21,9 @@ from torch import nn
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, StateError
 from lorasc_fx.extras import module_of
+from lorasc_fx.fingerprint import fingerprint
 from lorasc_fx.runtime.base_file import SINGLE, BaseFile, name_or_path, open_base, opened
 from lorasc_fx.runtime.checkpoint import sanitized
-from lorasc_fx.runtime.fingerprint import fingerprint
 from lorasc_fx.runtime.run import Run
 
 __all__ = ["BaseModel", "name_of", "task_type_of"]
