@@ -37,9 +37,14 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
         if name not in {*_UNUSED, *USED, "use_dora"} and value and value != getattr(usual, name)
     ]
     start = values["init_lora_weights"]
-    starts = {"pissa": "pissa", "olora": "olora"}
+    starts = {"pissa": "pissa", "olora": "olora", "loftq": "loftq"}
+    if start == "loftq":
+        loftq = dict(values["loftq_config"])
+        refused = [each for each in refused if not each.startswith("loftq_config=")]
+        if loftq.get("loftq_iter", 1) != 1:
+            refused.append(f"loftq_config={loftq!r} (the weights are quantized before adapt: one iteration)")
     if start is not True and (not isinstance(start, str) or start.partition("_niter_")[0] not in starts):
-        refused.append(f"init_lora_weights={start!r} (give True, 'pissa' or 'olora')")
+        refused.append(f"init_lora_weights={start!r} (give True, 'pissa', 'olora' or 'loftq')")
     if values["target_modules"] is None and not values["target_parameters"]:
         refused.append("target_modules=None (name the modules, or give 'all-linear')")
     if refused:

@@ -145,7 +145,8 @@ def entry_of(name: str, tensor: torch.Tensor) -> Entry:
     if (wrapped := is_traceable_wrapper_subclass(tensor)) or tensor.dtype not in _NAMES:
         what = type(tensor).__name__ if wrapped else tensor.dtype
         raise StateError(
-            f"safetensors: {name} is {what}, which a safetensors file cannot hold; dequantize or cast it",
+            f"safetensors: {name} is {what}, which a safetensors file cannot hold; give quantized='dequantize', "
+            "or cast it",
             code="not-serializable",
         )
     return Entry(name, _NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
 from lorasc_fx.export.base_files import Entry, Shard, entry_of, extended, head_of, matched, read_shard, write_tensor
 from lorasc_fx.files import replacing
+from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import INDEX, SINGLE, shards_of
 from lorasc_fx.runtime.folded import Change, FoldedWeights, of_run
@@ -43,6 +45,7 @@ def safetensors(
     *,
     base: str | PathLike[str] | None = None,
     which: Literal["slow", "averaged"] = "slow",
+    quantized: Literal["dequantize"] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> Path:
@@ -57,6 +60,8 @@ def safetensors(
         base: the safetensors file or folder that the model came from: what is written has its files, names, dtypes and
             metadata, and every tensor that the fold does not change is copied as it is.
         which: `slow`, or their average over stages.
+        quantized: `dequantize` to write dense tensors in place of quantized weights; else those that have trained, or
+            that a file cannot hold, are refused. Not with `base`.
         max_shard_bytes: size above which a folder's weights are split, without `base`.
         progress: called with the number of bytes that are done, and of all.
 
@@ -68,10 +73,18 @@ def safetensors(
             inside a backward; or a quantized weight is to be written.
         CheckpointError: base is not what was adapted.
         ExportError: the path cannot be written. Nothing is left there.
+        SpecError: `quantized` with `base`, or another value.
+        CheckpointError: base is not what was adapted, or the path cannot be written. Nothing is left there.
         NonFiniteBranch: the running branch of a site holds inf or nan.
     """
     out, call = path_of(path), "export.safetensors"
     with cascade._run.exclusive(call):
+        if base is not None and quantized is not None:
+            raise SpecError(
+                f"{call}: quantized and base are given, and the files of the base hold other numbers than those beside "
+                "which was trained; leave base out",
+                code="conflicting-options",
+            )
         if base is not None:
             return fold_files(of_run(cascade._run, call, which), path_of(base), out, progress)
         if not is_integer(max_shard_bytes, 1):
@@ -79,7 +92,10 @@ def safetensors(
         check_free(out)
         values: Values = {}
         entries: list[Entry] = []
-        for name, now, new in folded_each(cascade._run, call, which=which):
+        for name, now, new in folded_each(cascade._run, call, quantized, which):
+            if quantized is not None and is_quantized(now):
+                now = torch.empty(now.shape, dtype=now.dtype, device="meta")
+                new = partial(_dense, new)
             if not isinstance(now, torch.Tensor):
                 raise StateError(
                     f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor", code="not-serializable"
@@ -94,6 +110,10 @@ def safetensors(
                 room.mkdir()
                 _write_folder(room, entries, values, max_shard_bytes, tell)
         return out
+
+
+def _dense(value: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return dense(value())
 
 
 def _teller(progress: Progress | None, total: int) -> Callable[[int], None]:

@@ -55,7 +55,7 @@ def of_run(run: Run, call: str, which: Which = "slow") -> FoldedWeights:
     """
     check_which(call, which, run.plan.spec)
     slow, parameters = ended(run, call), run.parameters_by_name()
-    check_asked(call, slow, None)
+    check_asked(f"{call} into the files of a base", slow, None)
     names: dict[int, tuple[str, ...]] = {}
     for name, parameter in run.model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)

@@ -353,7 +353,7 @@ def release(run: Run, quantized: Requantize, which: Which, undo: Undo, other: Se
     check_which("release", which, run.plan.spec)
     slow, parameters = ended(run, "release") if other is None else other.slow, run.parameters_by_name()
     buffers = _buffers(run, other)
-    requantized = check_asked("release", slow, quantized)
+    requantized = check_asked("release", slow, quantized, modules=True)
     live = trained_now(run, parameters)
 
     def write(name: str, out: torch.Tensor) -> None:
@@ -375,25 +375,35 @@ Requantize = Literal["dequantize", "requantize"] | Callable[[nn.Module], object]
 layer's own method, or call this on each of the modules that hold one, with the dense weight in it, to quantize it."""
 
 
-def check_asked(call: str, slow: SlowWeights, how: Requantize) -> list[str]:
+def check_asked(call: str, slow: SlowWeights, how: Requantize, modules: bool = False) -> list[str]:
     """Return the quantized weights that a fold changes.
+
+    Args:
+        call: for messages.
+        slow: what is folded.
+        how: what the call was asked to do with them.
+        modules: whether the fold is into modules, which can be quantized again, and not into tensors.
 
     Raises:
         StateError: there are some, and the call does not say what to do with them.
         SpecError: `how` is none of what it may be.
     """
-    if not (how is None or how in ("dequantize", "requantize") or callable(how)):
-        raise SpecError(
-            f"{call}: quantized is {how!r}; give None, 'dequantize', 'requantize' or a callable that quantizes a module"
-        )
+    if not (how in (None, "dequantize") or (modules and (how == "requantize" or callable(how)))):
+        more = ", 'requantize' or a callable that quantizes a module" if modules else ""
+        raise SpecError(f"{call}: quantized is {how!r}; give None or 'dequantize'{more}")
     names = [
         name for name, state in slow.states.items() if is_quantized(state.base) and state.unmerged("slow") is not None
     ]
     if names and how is None:
         raise StateError(
             f"{call}: {named(names, 1)} is quantized, and its numbers cannot hold what was trained; nothing was "
-            "changed. Give quantized='dequantize' for dense weights, 'requantize' to quantize them again by the method "
-            "of their layer, or quantized=f, which quantizes a module again",
+            "changed. Give quantized='dequantize' for dense weights"
+            + (
+                ", 'requantize' to quantize them again by the method of their layer, or quantized=f, which quantizes a "
+                "module again"
+                if modules
+                else "; release can quantize them again (quantized='requantize'), save and export.peft keep branches"
+            ),
             code="quantized-not-supported",
         )
     return names

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torchao.quantization as torchao
-from safetensors.torch import save_file
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasc_fx as lx
@@ -121,10 +122,29 @@ def test_branches_train_beside_quantized_weights(width: str, frontend: str) -> N
 
 
 @BOTH
-def test_a_fold_refuses_unless_asked(width: str) -> None:
+def test_a_fold_refuses_unless_asked(width: str, tmp_path: Path) -> None:
     model = net(width)
     cascade = lx.adapt(model, (inputs(),), spec=SPEC)
+    file = tmp_path / "dense.safetensors"
+    with raises(lx.StateError, "not-serializable", "up.weight", "quantized='dequantize'"):
+        lx.export.safetensors(cascade, file)
+    start = numbers(model)
+    lx.export.safetensors(cascade, file, quantized="dequantize")
+    for name, value in load_file(file).items():
+        assert torch.equal(value, start[name])  # without a training as well
     slow = train(cascade)
+    for base in (None, file):
+        with raises(lx.StateError, "quantized-not-supported", "export.safetensors", "up.weight", "dequantize"):
+            lx.export.safetensors(cascade, tmp_path / "other.safetensors", base=base)
+    with raises(lx.SpecError, "conflicting-options", "base"):
+        lx.export.safetensors(cascade, tmp_path / "other.safetensors", base=file, quantized="dequantize")
+    with raises(lx.SpecError, "invalid-value", "requantize"):
+        lx.export.safetensors(cascade, tmp_path / "other.safetensors", quantized="requantize")  # type: ignore[arg-type]
+    lx.export.safetensors(cascade, tmp_path / "folder", quantized="dequantize")
+    held = load_file(tmp_path / "folder" / "model.safetensors")
+    assert {name: value.dtype for name, value in held.items()} == dict.fromkeys(slow, torch.float32)
+    for name, value in held.items():
+        torch.testing.assert_close(value, slow[name], rtol=0, atol=1e-6)
     for call in (cascade.release, cascade.folded_state_dict, cascade.folded_graph):
         with raises(lx.StateError, "quantized-not-supported", call.__name__, "up.weight"):
             call()
@@ -302,7 +322,10 @@ def test_loftq_starts_from_what_quantization_took(width: str, tmp_path: Path) ->
         lx.adapt(net(width), (inputs(),), spec=spec)
     model = net(width)
     quantized, start = numbers(model), numbers(model)
-    cascade = lx.adapt(model, (inputs(),), spec=spec, base=tmp_path)
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["up", "down"], init_lora_weights="loftq", loftq_config={"loftq_bits": 4}
+    )
+    cascade = lx.adapt(model, (inputs(),), spec=spec if width == "int8" else config, base=tmp_path)
     for site in cascade.sites:
         branch, took = cascade.branches[site.key], nearest(before[site.weight] - quantized[site.weight], 4).float()
         torch.testing.assert_close(delta(cascade, site), took, rtol=0, atol=1e-6)
