@@ -92,10 +92,10 @@ def safetensors(
         check_free(out)
         values: Values = {}
         entries: list[Entry] = []
-        for name, now, new in folded_each(cascade._run, call, quantized, which):
-            if quantized is not None and is_quantized(now):
-                now = torch.empty(now.shape, dtype=now.dtype, device="meta")
-                new = partial(_dense, new)
+        for name, held, folded in folded_each(cascade._run, call, quantized, which):
+            now, new = held, folded
+            if quantized is not None and is_quantized(held):
+                now, new = torch.empty(held.shape, dtype=held.dtype, device="meta"), partial(_dense, folded)
             if not isinstance(now, torch.Tensor):
                 raise StateError(
                     f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor", code="not-serializable"
