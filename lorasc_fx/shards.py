@@ -14,10 +14,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lorasc_fx.errors import StateError, named
 
@@ -29,6 +31,7 @@ __all__ = [
     "full_tensor",
     "local",
     "local_like",
+    "placed_gradient",
     "shard_axis",
 ]
 
@@ -70,6 +73,18 @@ def local_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if hasattr(tensor, "to_local"):
         return local(tensor)
     return ShardSpec.of(like).take(tensor) if hasattr(like, "to_local") else tensor
+
+
+def placed_gradient(parameter: Any) -> nn.Parameter:
+    """Let the gradients of a parameter that is a DTensor come in its own placements; return the parameter."""
+    if hasattr(parameter, "to_local") and parameter.requires_grad:
+        parameter.register_hook(partial(_redistributed, parameter.placements))
+    placed: nn.Parameter = parameter
+    return placed
+
+
+def _redistributed(placements: Any, gradient: Any) -> Any:
+    return gradient.redistribute(placements=placements) if hasattr(gradient, "to_local") else gradient
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from lorasc_fx.plan import Site
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.watches import check_attention
-from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, shard_axis
+from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, placed_gradient, shard_axis
 from lorasc_fx.state import Side, Tree
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode, raise_of_handler
 
@@ -93,8 +93,11 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
     full are DTensors from here on: build the optimizer after this. Transitions, `stages`, `rewind`, `weights(...)`,
     `lorasc_fx.save` and `resume` work on shards; for all else there is `gather`.
 
+    A model on the meta device is sharded without numbers; then `lorasc_fx.materialize` reads the shards of each rank.
+    Nothing has compared its graph with the eager model then.
+
     Args:
-        cascade: between two steps.
+        cascade: between two steps, or on the meta device.
         mesh: of torch.distributed, of one axis.
         plan: `colwise` or `rowwise` by globs on names of weights or of their modules, the first match counts. A weight
             that none means is replicated.
@@ -109,14 +112,16 @@ def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -
             have other weights, another spec or other code; nothing was changed.
     """
     run = cascade._run
-    run.check_ready("parallelize")
+    run.check_ready("parallelize", on_meta=True)
     _check_spec(cascade, mesh)
     places = places_of(cascade, mesh, plan)
     with no_inference_mode(), AllOrNothing() as undo:
-        weights = run.fingerprints()  # of the whole weights, while they are here
+        weights = run.fingerprints() if run.holds_numbers else {}  # of the whole weights, while they are here
         ProcessGroup.of(mesh.get_group()).check_alike("parallelize", run.facts(weights))
-        before = _example(cascade)
+        before = _example(cascade) if run.holds_numbers else []
         _shard(cascade, mesh, places, undo)
+        if not run.holds_numbers:
+            return cascade
         try:
             after = _example(cascade)
         except Exception as fault:
@@ -221,8 +226,7 @@ def _shard(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement], 
         name: ShardSpec.of(value) if isinstance(value, DTensor) and value.placements[0].is_shard() else None
         for name, value in run.parameters_by_name().items()
     }
-    group = ProcessGroup(mesh.get_group(), next(iter(run.by_key.values())).lora_A.device)
-    _take(cascade, run.slow.to_shard(specs, group), ParallelCall(mesh, set()), undo)
+    _take(cascade, run.slow.to_shard(specs, ProcessGroup.of(mesh.get_group())), ParallelCall(mesh, set()), undo)
 
 
 def _axis_of(like: DTensor, _side: Side) -> int | None:
@@ -252,14 +256,7 @@ def _dtensor(value: torch.Tensor, mesh: DeviceMesh, place: Placement) -> DTensor
 
 def _again(old: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
     """Return a parameter with another tensor in it; gradients of a DTensor get its placements."""
-    new = nn.Parameter(value, requires_grad=old.requires_grad)
-    if isinstance(value, DTensor) and old.requires_grad:
-        new.register_hook(partial(_redistributed, value.placements))
-    return new
-
-
-def _redistributed(placements: tuple[Placement, ...], gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.redistribute(placements=placements) if isinstance(gradient, DTensor) else gradient
+    return placed_gradient(nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def _exchange(cascade: Cascade, make: Callable[[nn.Parameter], nn.Parameter], undo: Undo) -> None:

@@ -210,6 +210,23 @@ def saved_in_parts(rank: int, mesh: DeviceMesh, name: str, folder: str) -> None:
     save_file(seen, Path(folder) / f"saved {rank}.safetensors")
 
 
+def from_files(rank: int, mesh: DeviceMesh, names: tuple[str, ...], folder: str) -> None:
+    """Build each of these works on the meta device, cut it there, and train what its files give."""
+    from lorasc_fx.integrations import tensor_parallel
+
+    for name in names:
+        work = WORKS[name]
+        with torch.device("meta"):
+            model = work.build().double().eval()
+        cascade = tensor_parallel.parallelize(lx.adapt(model, kwargs=work.kwargs, spec=work.spec), mesh, work.plan)
+        assert all(each.is_meta for each in cascade.parameters())
+        lx.materialize(cascade, f"{folder}/{name}.safetensors")
+        held = [each.to_local() if hasattr(each, "to_local") else each for each in model.parameters()]
+        seen = {"local model": torch.tensor([sum(each.numel() for each in held)]), **train(cascade, work)}
+        again = {f"gathered {key}": value for key, value in end(tensor_parallel.gather(cascade)).items()}
+        save_file({**seen, **again}, Path(folder) / f"{name} {rank}.safetensors")
+
+
 def end(cascade: lx.Cascade) -> dict[str, Tensor]:
     """Return the released weights."""
     return {f"released {name}": value.detach().clone() for name, value in cascade.release().state_dict().items()}
