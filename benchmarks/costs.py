@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.capture import forget
 
 from .models import Work
 from .rivals import adapted, check_same_work, wrapped
@@ -59,6 +60,7 @@ def _ours(
     work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor], found: Found, stages: int, streaming: list[Seconds]
 ) -> lx.Cascade:
     base = copy.deepcopy(model)
+    forget()
     cascade = clocked(found["adapt"], lambda: adapted(work, base, batch))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
     for _ in range(stages):
@@ -70,6 +72,7 @@ def _ours(
     with tempfile.TemporaryDirectory() as folder:
         clocked(found["save"], lambda: lx.save(cascade, Path(folder)))
         again = copy.deepcopy(model)
+        forget()
         clocked(found["load"], lambda: lx.load(folder, again, kwargs=dict(batch))).release()
     return cascade
 
@@ -100,6 +103,7 @@ def _theirs(work: Work, model: nn.Module, found: Found, stages: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         clocked(found["save"], lambda: wrapper.save_pretrained(folder))
         again = copy.deepcopy(model)
+        forget()
         clocked(found["load"], lambda: peft.PeftModel.from_pretrained(again, folder, is_trainable=True))
     return wrapper
 

@@ -2,7 +2,8 @@
 
 `adapt` runs the model and its graph, three forwards and where their autograd graphs differ two backwards, to see that
 they do the same, and exports it; so it stands beside `torch.export.export` alone, for these sizes only, a forward and a
-backward. `load` has no inputs: the first call makes the graph.
+backward; `again` is that of another model of the same state, which uses the graph of the first. `load` has no inputs:
+the first call makes the graph.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.capture import forget
 
 from .costs import clocked
 from .measure import Turn, alternate, ratio
@@ -28,7 +30,7 @@ from .transitions import Seconds, train
 
 __all__ = ["CALLS", "LAYERS", "STARTS", "WIDTH", "call", "import_seconds", "narrow", "start"]
 
-STARTS = ("forward", "backward", "export", "adapt", "load", "first call")
+STARTS = ("forward", "backward", "export", "adapt", "again", "load", "first call")
 CALLS = ("forward", "forward and backward")
 BATCH = 2
 """Examples of the batch that a model starts with."""
@@ -68,14 +70,17 @@ def start(work: Work, repeats: int) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             clocked(found["export"], lambda: torch.export.export(model, (), batch, strict=False))
-        base, again = copy.deepcopy(model), copy.deepcopy(model)
+        base, second, again = (copy.deepcopy(model) for _ in range(3))
+        forget()
         cascade = clocked(found["adapt"], partial(adapted, work, base, batch))
+        clocked(found["again"], partial(adapted, work, second, batch))
         optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
         train(cascade, optimizer)
         cascade.transition(optimizer)
         with tempfile.TemporaryDirectory() as folder:
             lx.save(cascade, Path(folder))
             loaded = clocked(found["load"], partial(lx.load, folder, again))
+        forget()
         clocked(found["first call"], partial(loaded, **batch))
     return {"title": work.title, **{name: min(each.cpu for each in found[name]) for name in STARTS}}
 

@@ -40,6 +40,7 @@ from lorasc_fx.capture.preflight import (
     run_preflight,
 )
 from lorasc_fx.capture.pt2 import sanitized
+from lorasc_fx.capture.reuse import forget
 from lorasc_fx.capture.signature import (
     Call,
     Calls,
@@ -76,6 +77,7 @@ __all__ = [
     "device_of",
     "eager_trace",
     "first_difference",
+    "forget",
     "is_on_meta",
     "isolation",
     "leaves",
@@ -224,8 +226,14 @@ def _checked(
         captured = front_end(model, *copied(args, kwargs), wide)
         for rewrite in rewrites:
             captured = replace(captured, module=rewrite(captured.module).graph_module)
-    with requiring_grad(model, trained):
-        check_agrees(captured.module, preflight, model, args, kwargs)
+    try:
+        with requiring_grad(model, trained):
+            check_agrees(captured.module, preflight, model, args, kwargs)
+    except Disagreement:
+        if not captured.reused:
+            raise
+        forget()  # something has changed that no state tells
+        return _checked(front_end, preflight, model, args, kwargs, wide, trained, rewrites)
     return captured
 
 

@@ -87,6 +87,7 @@ class Captured:
         fallback: a `GraphBreakFallback`, from the front end that finds several graphs.
         functions: names of the custom autograd Functions that the model uses.
         whole_elsewhere: whether a whole graph was refused for gradient checkpointing alone, which other modes may lack.
+        reused: whether the graph was captured for another model, or another time.
     """
 
     module: fx.GraphModule
@@ -96,6 +97,7 @@ class Captured:
     fallback: Any = None
     functions: tuple[str, ...] = ()
     whole_elsewhere: bool = False
+    reused: bool = False
 
 
 def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str = "") -> fx.GraphModule:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture.captured import OWNER, Captured, Conditions, check_drew_nothing, read_live
 from lorasc_fx.capture.isolation import quiet
+from lorasc_fx.capture.reuse import keep, kept, state_of
 from lorasc_fx.capture.signature import leaves, signature_of
 from lorasc_fx.graph import call_instead, drop_nodes
 from lorasc_fx.parameters import substituted
@@ -41,7 +42,11 @@ def capture_dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 def capture_export(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False, strict: bool = False
 ) -> Captured:
-    """Return the model's ATen graph; raises what torch.export raises."""
+    """Return the model's ATen graph, one that is kept where the state is the same; raises what torch.export raises."""
+    frontend = "dynamo" if strict else "export"
+    state = state_of(model, args, kwargs, frontend, wide)
+    if (before := kept(state)) is not None:
+        return Captured(before.on(model, OWNER), frontend, Conditions(before.guards, before.sizes), reused=True)
     root = _wrapped(model)
     with quiet(grad=torch.is_grad_enabled()):
         drawn = torch.get_rng_state()
@@ -62,7 +67,9 @@ def capture_export(
     if quantized and call_instead(live.graph, aten, F.linear, lambda node: _weight(node) in quantized):
         live.recompile()
     conditions = Conditions(guards.forward if guards is not None else None, sizes)
-    return Captured(live, "dynamo" if strict else "export", conditions)
+    if not quantized:
+        keep(state, live, OWNER, conditions.guards, sizes)
+    return Captured(live, frontend, conditions)
 
 
 def _by_parameter(guards: list[str], signature: inspect.Signature) -> list[str]:

@@ -27,7 +27,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Change", "Guards", "Held", "attribute_tensors", "walk"]
+__all__ = [
+    "LARGE",
+    "MISSING",
+    "OPAQUE",
+    "STORES",
+    "UNREAD",
+    "Change",
+    "Guards",
+    "Held",
+    "attribute_tensors",
+    "is_followed",
+    "package_of",
+    "walk",
+]
 
 LARGE = 256
 """A container with more entries is guarded by its length alone: a vocabulary, a list of samples."""
@@ -37,9 +50,9 @@ MOST = 4096
 """Containers and objects beside the modules that are followed; what lies behind the rest is guarded by identity."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_STORES = {"_parameters", "_buffers", "_modules", *_HOOKS}
+STORES = {"_parameters", "_buffers", "_modules", *_HOOKS}
 """Dictionaries of a module that are never exchanged; each has a rule of its own for what it holds."""
-_UNREAD = {
+UNREAD = {
     "_non_persistent_buffers_set",
     "_is_full_backward_hook",
     "_forward_hooks_with_kwargs",
@@ -63,11 +76,12 @@ _PLAIN = (
 _VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
 _OBJECTS = (nn.Module, torch.Tensor, dict, list, set, type, types.FunctionType, types.BuiltinFunctionType)
 """Types that dynamo can compare while it traces: by value, and by identity."""
-_OPAQUE = {"lorasc_fx", "torch", "numpy", "sympy", "lightning", "pytorch_lightning", *sys.stdlib_module_names}
+OPAQUE = {"lorasc_fx", "torch", "numpy", "sympy", "lightning", "pytorch_lightning", *sys.stdlib_module_names}
 """Packages whose objects are guarded by identity alone: they count, log and lock, and hold no settings of a model."""
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
-_MISSING = object()
+MISSING = object()
+"""Stands for an entry that is not there."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +113,21 @@ class Held:
         return f"{self.name}.{key}".lstrip(".") if self.attributes else f"{self.name}[{key!r}]"
 
     def read(self, key: Any) -> Any:
-        """Return an entry as it is now, _MISSING where there is none; a defaultdict is not asked to make one."""
+        """Return an entry as it is now, MISSING where there is none; a defaultdict is not asked to make one."""
         if self.ordered:
-            return next(itertools.islice(self.where.values(), key, None), _MISSING)
+            return next(itertools.islice(self.where.values(), key, None), MISSING)
         if isinstance(self.where, dict):
-            return dict.get(self.where, key, _MISSING)
+            return dict.get(self.where, key, MISSING)
         if isinstance(self.where, types.MappingProxyType):
-            return self.where.get(key, _MISSING)
+            return self.where.get(key, MISSING)
         if isinstance(self.where, (list, deque)):
-            return self.where[key] if key < len(self.where) else _MISSING
-        return getattr(self.where, key, _MISSING)
+            return self.where[key] if key < len(self.where) else MISSING
+        return getattr(self.where, key, MISSING)
 
     def contents(self) -> Any:
         """Return a copy of a container; of a module's attributes without parameters, buffers and modules."""
         if isinstance(self.where, dict):
-            return {key: value for key, value in self.where.items() if not self.attributes or key not in _STORES}
+            return {key: value for key, value in self.where.items() if not self.attributes or key not in STORES}
         return self.where.copy()
 
 
@@ -170,15 +184,15 @@ class _Walk:
             places = tuple(range(len(hooks)))
             yield Held(f"torch.nn.modules.module.{name}", hooks, places, restored=False, of_model=False, ordered=True)
         for kind in dict.fromkeys(kind for module in self._model.modules() for kind in type(module).__mro__):
-            if _package(kind) not in _OPAQUE:
+            if package_of(kind) not in OPAQUE:
                 keys = dict.fromkeys(("forward", *(key for key in vars(kind) if not key.startswith("__"))))
                 yield Held(kind.__qualname__, vars(kind), tuple(keys), attributes=True, restored=False, of_model=False)
 
     def _module(self, name: str, module: nn.Module, of_model: bool) -> Iterator[Held]:
-        if _package(type(module)) == "lorasc_fx":  # a cascade that a hook knows
+        if package_of(type(module)) == "lorasc_fx":  # a cascade that a hook knows
             return
         held, dot = vars(module), f"{name}." if name else ""
-        skipped = _UNREAD | _STORES | ({"training"} if self._keeps_mode else set())
+        skipped = UNREAD | STORES | ({"training"} if self._keeps_mode else set())
         plain = "forward" not in held and not any(held.get(store) for store in _HOOKS)
         kind: Any = type(module)
         read = _read_by(kind) if plain and module is not self._model else None
@@ -217,7 +231,7 @@ class _Walk:
                 yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, of_model=of_model))
         elif isinstance(value, set):
             yield from self._behind(Held(name, value, of_model=of_model))
-        elif _is_followed(value):
+        elif is_followed(value):
             if hasattr(value, "__dict__"):
                 yield from self._behind(Held(name, vars(value), tuple(vars(value)), True, of_model=of_model))
             if slots := tuple(slot for kind in type(value).__mro__ for slot in _slots(kind)):
@@ -255,7 +269,8 @@ def _code(member: Any) -> types.CodeType | None:
     return getattr(function, "__code__", None)
 
 
-def _package(kind: type) -> str:
+def package_of(kind: type) -> str:
+    """Return the name of the package of a class."""
     return str(kind.__module__).partition(".")[0]
 
 
@@ -264,11 +279,11 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(slot for slot in ((slots,) if isinstance(slots, str) else slots) if not slot.startswith("__"))
 
 
-def _is_followed(value: Any) -> bool:
+def is_followed(value: Any) -> bool:
     """Whether an object's attributes are state of the model: one of its author's classes, or a namespace."""
     if isinstance(value, (torch.Tensor, type, enum.Enum, types.ModuleType)):
         return False
-    return isinstance(value, _NAMESPACES) or _package(type(value)) not in _OPAQUE
+    return isinstance(value, _NAMESPACES) or package_of(type(value)) not in OPAQUE
 
 
 def _alike(now: Any, before: Any, depth: int = DEPTH) -> bool:
@@ -292,12 +307,12 @@ def _alike(now: Any, before: Any, depth: int = DEPTH) -> bool:
         return _alike((now.func, now.args, now.keywords), (before.func, before.args, before.keywords), depth - 1)
     if isinstance(before, types.FunctionType):
         return now.__code__ is before.__code__ and _alike(_bound(now), _bound(before), depth - 1)
-    return _is_followed(before) and hasattr(before, "__dict__") and _alike(vars(now), vars(before), depth - 1)
+    return is_followed(before) and hasattr(before, "__dict__") and _alike(vars(now), vars(before), depth - 1)
 
 
 def _bound(function: types.FunctionType) -> tuple[Any, ...]:
     """Return what a function has beside its code: defaults, and the variables around it."""
-    cells = [getattr(cell, "cell_contents", _MISSING) for cell in function.__closure__ or ()]
+    cells = [getattr(cell, "cell_contents", MISSING) for cell in function.__closure__ or ()]
     return (function.__defaults__, function.__kwdefaults__, *cells)
 
 
@@ -383,7 +398,7 @@ class Guards:
                     self._traced.append((where, key, value, _by_value(value)))
             if type(where) is dict and not held.ordered:
                 self._entries.append((where, key, value))
-            elif isinstance(where, (list, types.MappingProxyType)) and value is not _MISSING:
+            elif isinstance(where, (list, types.MappingProxyType)) and value is not MISSING:
                 self._items.append((where, key, value))
             else:
                 self._others.append((functools.partial(held.read, key), value))

@@ -10,7 +10,7 @@ from typing import Any
 
 import lorasc_fx as lx
 from lorasc_fx.branch import Branch
-from lorasc_fx.capture import graph_breaks, preflight
+from lorasc_fx.capture import graph_breaks, preflight, reuse
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
 from lorasc_fx.integrations import progress, tensor_parallel
@@ -25,6 +25,7 @@ _MODULES = sys.modules  # `lorasc_fx.adapt` is the function, to a path by attrib
 
 SEAMS: dict[str, tuple[Any, str]] = {
     "capture": (compiler, "capture"),
+    "kept graphs": (reuse, "_KEPT"),
     "backward": (preflight, "projected_gradients"),
     "outside use": (_MODULES["lorasc_fx.compile.graph_breaks"].Comparison, "hidden"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
@@ -57,6 +58,7 @@ LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "block of a sum": ((products, "BLOCK"),),
     "entries kept of each stage": ((model, "AFFORDABLE"),),
     "changes of a setting": ((variants, "OFTEN"),),
+    "graphs that are kept": ((reuse, "MOST"),),
     "captures of the fallback": ((graph_breaks, "LIMIT"),),
 }
 
