@@ -77,10 +77,11 @@ def _name(graph_module: torch.fx.GraphModule, wanted: torch.nn.Parameter) -> str
     return next(name for name, value in graph_module.named_parameters() if value is wanted)
 
 
-@pytest.mark.parametrize(
-    ("restart", "noise"), [("slow", "quiet"), ("slow", "noisy"), ("fast", "quiet"), ("fast", "kept"), ("slow", "all")]
-)
-@pytest.mark.parametrize("case", ADAPTABLE, ids=str)
+RULES = (("slow", "quiet"), ("slow", "noisy"), ("fast", "quiet"), ("fast", "kept"), ("slow", "all"))
+ROWS = [(case, *RULES[(index + offset) % len(RULES)]) for index, case in enumerate(ADAPTABLE) for offset in (0, 3)]
+
+
+@pytest.mark.parametrize(("case", "restart", "noise"), ROWS, ids=str)
 def test_transition_is_fold_then_insert(case: Case, restart: str, noise: str) -> None:
     spec = replace(case.spec, pace=0.4, restart=restart, noise=NOISES[noise])
     here, there = insert(case.own(), spec), insert(case.own(), spec)
