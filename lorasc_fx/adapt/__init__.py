@@ -18,7 +18,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.peft_spec import spec_of
 from lorasc_fx.adapt.untie import settle_ties
-from lorasc_fx.capture import FRONTENDS, Calls, check_binds, is_on_meta, open_model, signature_of, written_by
+from lorasc_fx.capture import (
+    FRONTENDS,
+    Calls,
+    check_binds,
+    is_on_meta,
+    kept_elsewhere,
+    open_model,
+    signature_of,
+    written_by,
+)
 from lorasc_fx.compile import Compiler, Decided
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, path_of, warn
 from lorasc_fx.extras import module_of, require
@@ -265,7 +274,8 @@ def _adapt(
         decided = compiler.decide(opened, plan)
     else:
         begun = time.monotonic()
-        decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
+        with kept_elsewhere(opened, source.agreeing(weights.parameters) if source is not None else {}):
+            decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
         sites, seconds = len(made.plan.sites), time.monotonic() - begun
         log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {})) if not waits else None

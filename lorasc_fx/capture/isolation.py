@@ -41,6 +41,7 @@ __all__ = [
     "is_on_meta",
     "isolated_model",
     "isolation",
+    "kept_elsewhere",
     "quiet",
     "same_attributes",
     "same_values",
@@ -151,6 +152,17 @@ _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 have had a preflight."""
 
 
+_ELSEWHERE: WeakKeyDictionary[nn.Module, Mapping[str, torch.Tensor]] = WeakKeyDictionary()
+"""Values of parameters that something else keeps, a file, so that an isolated run needs no copy of them."""
+
+
+@isolated
+def kept_elsewhere(undo: Block[Any], model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Let isolated runs of a model restore parameters from these values, by name, in place of copies of their own."""
+    undo(partial(_ELSEWHERE.pop, model, None))
+    _ELSEWHERE[model] = values
+
+
 def written_by(model: nn.Module, otherwise: frozenset[str] = frozenset()) -> frozenset[str]:
     """Return the names of the parameters that forward writes and of the buffers that it registers, of a model that has
     had a preflight.
@@ -240,7 +252,8 @@ def same_attributes(undo: Block[Any], model: nn.Module) -> Attributes:
 def same_values(undo: Block[Any], model: nn.Module) -> None:
     """Restore buffers at the end, and parameters that forward writes into.
 
-    Which ones these are is known after a first run, for which all are kept, in host memory.
+    Which ones these are is known after a first run, for which all are kept, in host memory or where `kept_elsewhere`
+    says.
     """
     paths = {module: path for path, module in model.named_modules()}
     buffers = [
@@ -251,9 +264,13 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
         )
         for module in model.modules()
     ]
-    known = _WRITTEN.get(model)
+    known, elsewhere = _WRITTEN.get(model), _ELSEWHERE.get(model, {})
     kept = {
-        name: (parameter, parameter.data, parameter.detach().to("cpu", copy=True))
+        name: (
+            parameter,
+            parameter.data,
+            elsewhere[name] if name in elsewhere else parameter.detach().to("cpu", copy=True),
+        )
         for name, parameter in model.named_parameters()
         if (known is None or name in known) and not isinstance(parameter, FakeTensor)
         if not is_quantized(parameter)  # these have few ops, and none that a forward would write with

@@ -70,6 +70,19 @@ class BaseFile:
                 found[name] = own
         return found
 
+    def agreeing(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Return those of these parameters that the files hold bit for bit, as mapped tensors."""
+        wanted: dict[Path, list[tuple[str, str]]] = {}
+        for name, parameter in parameters.items():
+            if type(parameter) is nn.Parameter and (key := self._find(name)) is not None:
+                wanted.setdefault(self.files[key], []).append((name, key))
+        return {
+            name: tensor
+            for path, pairs in wanted.items()
+            for (name, key), tensor in zip(pairs, _tensors(path, [key for _, key in pairs]), strict=True)
+            if _same_kind(tensor, held := parameters[name].detach()) and _same_bits(tensor, held)
+        }
+
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return the numbers of a weight before it was quantized.
 
@@ -97,11 +110,13 @@ class BaseFile:
                     code="base-file-changed",
                 )
 
+    def _find(self, name: str) -> str | None:
+        keys = (each if each in self.files else self.keys.get(each) for each in self.aliases.get(name, (name,)))
+        return next((key for key in keys if key is not None), None)
+
     def _key(self, name: str) -> str:
-        for each in self.aliases.get(name, (name,)):
-            key = each if each in self.files else self.keys.get(each)
-            if key is not None:
-                return key
+        if (key := self._find(name)) is not None:
+            return key
         raise CheckpointError(
             f"base: {self.path} holds no {name}{nearest(name, self.files)}. "
             f"{_ADVICE}; a weight that is new can be excluded, or trained in full",
@@ -223,11 +238,19 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
             yield name[:place], name[place:]
 
 
+def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    bits = [each.to("cpu").contiguous().flatten().view(torch.uint8) for each in (one, other)]
+    return torch.equal(*bits)
+
+
 def _check_same(place: str, tensor: torch.Tensor, name: str, held: torch.Tensor) -> None:
     """Raise CheckpointError where a tensor of a file is not, bit for bit, what the model holds."""
-    if tensor.shape != held.shape or tensor.dtype != held.dtype:
+    if not _same_kind(tensor, held):
         there, here = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (tensor, held))
         raise CheckpointError(f"{place} is {there}, the model's {name} is {here}. {_ADVICE}", code="base-differs")
-    bits = [each.to("cpu").contiguous().flatten().view(torch.uint8) for each in (tensor, held)]
-    if not torch.equal(*bits):
+    if not _same_bits(tensor, held):
         raise CheckpointError(f"{place} holds other numbers than the model's {name}. {_ADVICE}", code="base-differs")
