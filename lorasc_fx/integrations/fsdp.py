@@ -281,16 +281,8 @@ def whole_only(spec: CascadeSpec, call: str) -> Iterator[tuple[str, Any, Any, st
 
 
 def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh, undo: Undo) -> Shards:
-    """Let FSDP take the parameters of each unit, and those of none as the root.
-
-    It cuts the first axis, and where that is shorter than the ranks it pads: lora_A [rank, in] is cut by inputs then.
-    """
-    parts = mesh.size(mesh.ndim - 1)
-    thin = {
-        id(branch.lora_A)
-        for branch in cascade._run.by_key.values()
-        if branch.lora_A.dim() == 2 and branch.rank % parts and branch.lora_A.shape[1] % parts == 0
-    }
+    """Let FSDP take the parameters of each unit, and those of none as the root."""
+    axes = _axes(cascade, mesh.size(mesh.ndim - 1))
     for module in cascade.modules():
         undo(partial(module._parameters.update, dict(module._parameters)))
         undo(partial(_unmark, module))
@@ -311,7 +303,7 @@ def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh,
             unit,
             mesh=mesh,
             reshard_after_forward=True,
-            shard_placement_fn=lambda parameter: Shard(1) if id(parameter) in thin else None,
+            shard_placement_fn=lambda parameter: Shard(axes[id(parameter)]) if id(parameter) in axes else None,
             ignored_params=others,
         )
         if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":  # which has no mean
@@ -320,6 +312,27 @@ def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh,
     for module in cascade.modules():
         _unmark(module)
     return shards
+
+
+def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
+    """Return the axis along which a parameter is cut, by id, where it is not the first one.
+
+    FSDP pads an axis that does not divide by the ranks, and what is shorter than the ranks lies on a few of them: so
+    lora_A [rank, in] is cut by inputs then, and experts [experts, out, in] by the axis after, as their lora_B [experts,
+    out, rank] is.
+    """
+    axes: dict[int, int] = {}
+    model = cascade._run.parameters_by_name()
+    for branch in cascade._run.by_key.values():
+        weight, stacked = model[branch.weight_name], branch.lora_A.dim() == 3
+        inputs, first = branch.lora_A.dim() - 1, branch.lora_A.shape[0]
+        if first % parts == 0 or (stacked and branch.magnitude is not None):
+            continue
+        if branch.lora_A.shape[inputs] % parts == 0:
+            axes[id(branch.lora_A)] = inputs
+        if stacked and weight.dim() == 3:
+            axes |= {id(held): 1 for held in (weight, branch.lora_B) if held.shape[1] % parts == 0}
+    return axes
 
 
 def _unmark(module: nn.Module) -> None:

@@ -339,9 +339,9 @@ def factors_of(branch: Branch, device: torch.device, state: WeightState) -> Fact
             a = torch.cat([now.a, now.a - first.a], dim=-2)
             return Factors(b.to(device, dtype), a.to(device, dtype))
         left, right = branch.oriented()
-        axis, stacked = shard.axis if shard is not None else None, right.dim() > 2
-        left = _shard_of(left, shard) if shard is not None and axis == 0 else full_tensor(left)
-        right = _shard_of(right, shard) if shard is not None and (stacked or axis == 1) else full_tensor(right)
+        cut = {side for side in (Side.LEFT, Side.RIGHT) if state.axis(side) is not None}
+        left = _shard_of(left, shard) if shard is not None and Side.LEFT in cut else full_tensor(left)
+        right = _shard_of(right, shard) if shard is not None and Side.RIGHT in cut else full_tensor(right)
         return Factors((left * branch.scale).to(device), right.clone().to(device))
 
 

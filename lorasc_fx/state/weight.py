@@ -491,8 +491,8 @@ class WeightState(Tree):
         if self.slow.dense is not None:
             return ranks > 0
         rows, columns = self.matrix[-2:]
-        if self.shard is not None and not self.stacked:  # so that all processes come to the same
-            whole = self.shard.full_shape(self.base.shape)
+        if self.shard is not None:  # so that all processes come to the same
+            _, *whole = ((1,) if not self.stacked else ()) + self.shard.full_shape(self.base.shape)
             rows, columns = whole[0], math.prod(whole[1:])
         return ranks * (rows + columns) > rows * columns
 

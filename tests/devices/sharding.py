@@ -233,6 +233,49 @@ def narrow(rank: int, count: int) -> dict[str, Tensor]:
         return factors | {key: whole(each.detach()).clone() for key, each in cascade.model.named_parameters()}
 
 
+# ---- experts
+
+EXPERTS = {2: "uniform", 3: "filter"}
+"""Distribution of the noise by the number of experts: as many as ranks, and a number that they do not divide."""
+
+
+class Experts(nn.Module):
+    """A mixture of all experts, whose weights are stacked: [experts, in, out], the second [experts, out, in]."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.table, self.gate = nn.Embedding(11, 6), nn.Linear(6, count)
+        self.up = nn.Parameter(torch.randn(count, 6, 8) / 3)
+        self.down = nn.Parameter(torch.randn(count, 6, 8) / 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens).mean(1)
+        weights = self.gate(x).softmax(-1).t().unsqueeze(-1)
+        inner = F.gelu(torch.bmm(x.expand(len(weights), -1, -1), self.up))
+        return self.head(x + (torch.bmm(inner, self.down.transpose(1, 2)) * weights).sum(0))
+
+
+def experts(rank: int, count: int, folder: str = "") -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for number, distribution in EXPERTS.items():
+        torch.manual_seed(1)
+        noise = lx.Noise(0.1, distribution)  # type: ignore[arg-type]
+        spec = lx.CascadeSpec(rank=2, pace=0.6, noise=noise, seed=5, restart_A="kept")
+        cascade = lx.adapt(Experts(number).double(), args=(example(),), spec=spec)
+        assert {site.weight for site in cascade.sites if site.kind == "experts"} == {"up", "down"}
+        if count > 1:
+            fsdp.shard(cascade)
+            stacked = [each for each in cascade.parameters() if each.dim() == 3]
+            assert all(count * each.to_local().numel() == each.numel() for each in stacked)  # type: ignore[operator]
+        optimizer = optimizer_of(cascade)
+        run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
+        if count > 1:
+            lx.save(cascade, f"{folder}/{number}", optimizer=optimizer)
+        found |= {f"{number}/{key}": value for key, value in values(cascade).items()}
+    return found
+
+
 # ---- checkpoints
 
 

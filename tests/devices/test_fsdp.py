@@ -206,6 +206,19 @@ def test_a_checkpoint_of_dcp_is_cut_anew(
 
 
 @pytest.mark.slow
+def test_experts_have_the_numbers_of_one_process(tmp_path: Path) -> None:
+    """Cut by experts, or where their number does not divide by the ranks by the axis after: no rank holds more."""
+    expected = sharding.experts(0, 1)
+    for found in on_ranks(2, sharding.experts, str(tmp_path)):
+        close(found, expected)
+    for number in sharding.EXPERTS:
+        torch.manual_seed(1)
+        cascade = lx.load(tmp_path / str(number), sharding.Experts(number).double(), args=(sharding.example(),))
+        own = {key: value for key, value in expected.items() if key.startswith(f"{number}/")}
+        close({f"{number}/{key}": value for key, value in sharding.values(cascade).items()}, own)
+
+
+@pytest.mark.slow
 def test_ranks_that_are_not_alike_are_named_before_the_first_step() -> None:
     on_ranks(3, sharding.unlike, limit=100)
 
