@@ -1,8 +1,8 @@
-"""Memory and traffic of a 70B-like llama on 8 and 64 ranks: `python -m benchmarks.scale [--write]`.
+"""Memory and traffic of large models on 8 to 512 ranks: `python -m benchmarks.scale [--write]`.
 
-The model is built on the meta device, and so are its branches: shapes are counted, nothing is run. --write writes
+The models are built on the meta device, and so are their branches: shapes are counted, nothing is run. --write writes
 docs/scale.md, with what `benchmarks.shards` has measured. The lines of a layer are those of every layer, so that two
-layers are adapted, and eighty are counted.
+layers are adapted, and all are counted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import lorasc_fx as lx
 
@@ -35,6 +36,12 @@ WEIGHT, FACTOR = 2, 4
 """Bytes of an entry: bf16 weights, activations and their gradients; fp32 factors, as narrower weights have them."""
 STATES = 2
 """Numbers that AdamW keeps of each entry that trains."""
+STAGES = 4
+"""Stages that have ended where a checkpoint is counted: the factors of each are in it."""
+NETWORK, HOST, FILES, DRAWS = 50e9, 25e9, 2e9, 150e6
+"""What a rank does in a second, assumed: bytes that it sends (400 Gbit/s), copies from host to device, and writes to
+files; and entries of noise that a thread of its CPU draws.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,35 @@ class Llama:
     num_key_value_heads: int = 8
     vocab_size: int = 128256
 
-    def on_meta(self, layers: int) -> LlamaForCausalLM:
+    def on_meta(self, layers: int) -> PreTrainedModel:
         """Return it with so many layers, without memory."""
-        config = LlamaConfig(**{**vars(self), "num_hidden_layers": layers}, pad_token_id=0, tie_word_embeddings=False)
+        sizes = {**vars(self), "num_hidden_layers": layers, "pad_token_id": 0, "tie_word_embeddings": False}
         with torch.device("meta"):
-            return LlamaForCausalLM(config).to(torch.bfloat16)
+            return self.built(sizes).to(torch.bfloat16)
+
+    def built(self, sizes: dict[str, Any]) -> PreTrainedModel:
+        """Return the model of a configuration."""
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+@dataclass(frozen=True)
+class Mixtral(Llama):
+    """Sizes of a mixture of experts; by default those of Mixtral 8x22B."""
+
+    hidden_size: int = 6144
+    intermediate_size: int = 16384
+    num_hidden_layers: int = 56
+    num_attention_heads: int = 48
+    vocab_size: int = 32768
+    num_local_experts: int = 8
+
+    def built(self, sizes: dict[str, Any]) -> PreTrainedModel:
+        """Return the model of a configuration."""
+        return MixtralForCausalLM(MixtralConfig(**sizes))
+
+
+LARGEST = Llama(16384, 53248, 126, 128, 8, 128256)
+"""Sizes of Llama 3.1 405B."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +101,10 @@ class Weight:
     @property
     def factors(self) -> tuple[int, int]:
         """Entries of lora_A and lora_B."""
-        return (self.rank * self.shape[1], self.rank * self.shape[0]) if self.rank else (0, 0)
+        if not self.rank:
+            return (0, 0)
+        *experts, rows, columns = self.shape
+        return self.rank * math.prod(experts) * columns, self.rank * math.prod(experts) * rows
 
     @property
     def leaf(self) -> str:
@@ -130,21 +164,27 @@ class Figures:
     transition: float
 
     @property
+    def trained(self) -> float:
+        return self.factors + self.gradients + self.optimizer
+
+    @property
     def device(self) -> float:
-        return self.base + self.factors + self.gradients + self.optimizer + self.gathered
+        return self.base + self.trained + self.gathered
 
 
-def fsdp2(weights: Iterable[Weight], ranks: int) -> Figures:
+def fsdp2(weights: Iterable[Weight], ranks: int, replicas: int = 1) -> Figures:
     """Return the figures of `fully_shard`, a unit a layer, one for each matrix of none, and the root.
+
+    With replicas, `ranks` hold the weights once, and gradients of what is here are summed over the replicas (HSDP).
 
     A gather of n bytes sends n (N-1)/N by each rank, and so does a reduce-scatter. Units are gathered in forward and in
     backward, one while the next one comes. At a transition every lora_A is gathered, for B has its rows in parts and A
-    is needed whole; and a site has a few sums of 8 bytes.
+    is needed whole, except where both are cut by experts; and a site has a few sums of 8 bytes.
     """
     weights = list(weights)
     share = (ranks - 1) / ranks
     base = sum(weight.entries for weight in weights)
-    first = sum(weight.factors[0] for weight in weights)
+    first = sum(weight.factors[0] for weight in weights if len(weight.shape) < 3 or weight.shape[0] % ranks)
     trained = sum(sum(weight.factors) for weight in weights)
     units: dict[str, float] = {}
     for weight in weights:
@@ -159,8 +199,9 @@ def fsdp2(weights: Iterable[Weight], ranks: int) -> Figures:
         gathered=units[""] + max(one + other for one, other in pairwise(sizes)),
         host=WEIGHT * sum(site.entries for site in sites) / ranks,
         forward=share * sum(units.values()),
-        backward=share * (sum(units.values()) + FACTOR * trained),
-        transition=share * FACTOR * first + sums(len(sites), ranks),
+        backward=share * (sum(units.values()) + FACTOR * trained)
+        + 2 * (replicas - 1) / replicas * FACTOR * trained / ranks,
+        transition=share * FACTOR * first + sums(len(sites), ranks * replicas),
     )
 
 
@@ -213,6 +254,143 @@ def tensor_parallel(weights: Iterable[Weight], ranks: int, llama: Llama, tokens:
 def sums(sites: int, ranks: int) -> float:
     """Return what the sums of a transition send, six of 8 bytes a site: three for the noise, and three decisions."""
     return 2 * (ranks - 1) / ranks * sites * 6 * 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model on ranks: so many hold the weights once, in so many replicas."""
+
+    model: Llama
+    title: str
+    ranks: int
+    replicas: int = 1
+
+    @property
+    def column(self) -> str:
+        """Head of its column."""
+        how = f"HSDP {self.replicas} x {self.ranks}" if self.replicas > 1 else f"FSDP2, {self.ranks}"
+        return f"{self.title}, {how}"
+
+
+LARGER = (
+    Layout(LARGEST, "405B", 64), Layout(LARGEST, "405B", 64, 8),
+    Layout(Mixtral(), "8x22B", 8), Layout(Mixtral(), "8x22B", 64), Layout(Mixtral(), "8x22B", 8, 64),
+)  # fmt: skip
+
+
+def larger(layouts: Iterable[Layout] = LARGER) -> list[str]:
+    """Return the lines of the tables of larger models."""
+    layouts = list(layouts)
+    every = {layout.model: weights_of(layout.model) for layout in layouts}
+    figures = [fsdp2(every[layout.model], layout.ranks, layout.replicas) for layout in layouts]
+    pairs = zip(layouts, figures, strict=True)
+    moves = [Moves.of(every[layout.model], found, layout.ranks) for layout, found in pairs]
+    sizes = "; ".join(
+        f"{layout.title}: {sum(weight.entries for weight in every[layout.model]):,} parameters, "
+        f"{sum(sum(weight.factors) for weight in every[layout.model]):,} train"
+        for layout in {layout.title: layout for layout in layouts}.values()
+    )
+    head = ["| | " + " | ".join(layout.column for layout in layouts) + " |", "| --- |" + " ---: |" * len(layouts)]
+    held = {
+        "weights, bf16": "base",
+        "factors, gradients, AdamW": "trained",
+        "gathered for a while": "gathered",
+        "**together on the device**": "device",
+        "host: W0 of the sites": "host",
+        "**sent in a forward**": "forward",
+        "**sent in a backward**": "backward",
+        "**sent at a transition**": "transition",
+    }
+    moved = {
+        "copied from host to device at a transition": "copied",
+        "**time of a transition without noise**": "transition",
+        "time to draw noise": "drawing",
+        "sent by peft + FSDP2 to merge": "merge",
+        "its time": "merging",
+        f"a rank's part of a checkpoint after {STAGES} stages": "written",
+        "**its time**": "checkpoint",
+        "that of peft + FSDP2": "adapter",
+        "time of that": "writing",
+    }
+    return [
+        "## Larger models",
+        "",
+        "Counted as above, for models like Llama 3.1 405B and Mixtral 8x22B, whose router, attention and stacked",
+        f"experts are sites (rank {RANK} of each expert). {sizes}.",
+        "HSDP R x N: N ranks hold the weights once, in R replicas, over which the gradients of a shard are summed.",
+        "On 8 ranks each holds whole experts; 64 cut them by the axis after.",
+        "",
+        *head,
+        *(
+            f"| {told} | " + " | ".join(_told(getattr(one, name)) for one in figures) + " |"
+            for told, name in held.items()
+        ),
+        "",
+        "Times are bytes over bandwidths that are assumed: "
+        f"a rank sends {NETWORK / 1e9:.0f} GB/s, copies {HOST / 1e9:.0f} GB/s",
+        f"from host to device, and writes {FILES / 1e9:.0f} GB/s to files. Computing and latencies are not counted.",
+        "At a transition a rank copies its W0 to the device and writes W there. peft merges whole weights, which FSDP2",
+        "gathers with the factors. A checkpoint holds the running factors, AdamW's states, and the factors of each",
+        "stage that has ended; that of peft, the adapter and AdamW's states, sharded.",
+        f"Each rank draws the noise of whole weights and cuts it, {DRAWS / 1e6:.0f} million entries a second on a",
+        "thread: at this size that is most of a transition, and it grows with the model, not with the ranks.",
+        "",
+        *head,
+        *(f"| {told} | " + " | ".join(one.text(name) for one in moves) + " |" for told, name in moved.items()),
+        "",
+    ]
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Bytes that a rank moves at a transition and for a checkpoint, and what peft on FSDP2 would move.
+
+    Args:
+        sent, copied: at a transition, to other ranks and from host to device.
+        drawn: entries of noise.
+        merge: sent where peft merges.
+        written, adapter: of a checkpoint, here and of peft.
+    """
+
+    sent: float
+    copied: float
+    drawn: float
+    merge: float
+    written: float
+    adapter: float
+
+    @classmethod
+    def of(cls, weights: Iterable[Weight], figures: Figures, ranks: int) -> Moves:
+        """Return them."""
+        weights = list(weights)
+        sites = sum(weight.entries for weight in weights if weight.rank)
+        factors = FACTOR * sum(sum(weight.factors) for weight in weights)
+        return cls(
+            sent=figures.transition,
+            copied=figures.host,
+            drawn=sites,
+            merge=(ranks - 1) / ranks * (WEIGHT * sites + factors),
+            written=(1 + STATES + STAGES) * factors / ranks,
+            adapter=(1 + STATES) * factors / ranks,
+        )
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Times by name."""
+        return {
+            "transition": self.sent / NETWORK + self.copied / HOST,
+            "drawing": self.drawn / DRAWS,
+            "merging": self.merge / NETWORK,
+            "checkpoint": self.written / FILES,
+            "writing": self.adapter / FILES,
+        }
+
+    def text(self, name: str) -> str:
+        """Return bytes or a time."""
+        seconds = self.seconds.get(name)
+        if seconds is None:
+            return _told(getattr(self, name))
+        return f"{seconds:.2f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
@@ -269,6 +447,7 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "and standard deviations and decisions are six sums of 8 bytes a site. FSDP2 gathers each lora_A once, as",
         "rows of S need it whole.",
         "",
+        *larger(),
         *table(json.loads(RESULTS.read_text(encoding="utf-8"))),
     ]
     return "\n".join(lines) + "\n"

@@ -17,7 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorasc_fx as lx
-from benchmarks.scale import PAGE, RANK, STYLES, Llama, fsdp2, page, tensor_parallel, weights_of
+from benchmarks.scale import (
+    LARGEST,
+    PAGE,
+    RANK,
+    STYLES,
+    Llama,
+    Mixtral,
+    Moves,
+    fsdp2,
+    page,
+    tensor_parallel,
+    weights_of,
+)
 from lorasc_fx.integrations import fsdp
 from lorasc_fx.integrations import tensor_parallel as parts
 from tests.kit.seams import SEAMS
@@ -129,15 +141,32 @@ def many() -> Iterator[int]:
 SPEC = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=RANK, noise=lx.Noise(0.1), placement="beside")
 
 
-def test_a_wide_llama_on_the_meta_device_is_cut_for_64_ranks(many: int) -> None:
-    """Two of the 80 layers of the 70B-like model, without memory: what a rank would hold."""
-    llama = Llama(num_hidden_layers=2)
-    cascade = lx.adapt(llama.on_meta(2), kwargs={"input_ids": torch.zeros(1, 8, dtype=torch.long)}, spec=SPEC)
+@pytest.mark.parametrize("model", [Llama(num_hidden_layers=2), Mixtral(num_hidden_layers=2)], ids=["70B", "8x22B"])
+def test_wide_models_on_the_meta_device_are_cut_for_64_ranks(model: Llama, many: int) -> None:
+    """Two layers of the large models, without memory: what a rank would hold. The router's 8 rows lie on 8 ranks."""
+    cascade = lx.adapt(model.on_meta(2), kwargs={"input_ids": torch.zeros(1, 8, dtype=torch.long)}, spec=SPEC)
     fsdp.shard(cascade)
-    expected = fsdp2(weights_of(llama), many)
+    expected = fsdp2(weights_of(model), many)
     assert all(each.is_meta for each in cascade.parameters())
-    assert sum(_bytes(each) for each in cascade.model.parameters()) == expected.base
-    assert sum(_bytes(each) for each in cascade.branches.parameters()) == expected.factors
+    rows = 0 if type(model) is Llama else 2 * (1 - 8 / many)
+    held = sum(_bytes(each) for each in cascade.model.parameters())
+    assert held == expected.base + rows * 2 * model.hidden_size
+    held = sum(_bytes(each) for each in cascade.branches.parameters())
+    assert held == expected.factors + rows * 4 * RANK
+
+
+def test_larger_models_by_hand() -> None:
+    """Parameters of Llama 3.1 405B and Mixtral 8x22B; replicas add the sum of a shard's gradients, and nothing else."""
+    assert sum(each.entries for each in weights_of(LARGEST)) == 405_853_388_800
+    weights = weights_of(Mixtral())
+    assert sum(each.entries for each in weights) == 140_630_071_296
+    once, often = fsdp2(weights, 8), fsdp2(weights, 8, 64)
+    assert often.device == once.device
+    assert often.forward == once.forward
+    assert often.backward - once.backward == pytest.approx(2 * 63 / 64 * once.gradients)
+    assert Moves.of(weights, once, 8).seconds["merging"] * 50e9 == pytest.approx(
+        7 / 8 * (8 * once.host + 8 * once.factors)
+    )
 
 
 @pytest.mark.parametrize("layers", [2, 3])
