@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Sequence
@@ -139,6 +140,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         trainer.train = self._training(trainer.train)
         trainer.save_model = self._saving(trainer, trainer.save_model)
         trainer.create_optimizer = self._optimizing(trainer.create_optimizer)
+        self._keep_state_dicts(trainer)
         given = made_by.get("ref_model")
         self._other_reference = given is not None and given is not self._reference
         if hasattr(trainer, "compute_ref_log_probs"):
@@ -233,8 +235,14 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             self._over = saved["over"]
 
     def _take_places(self) -> None:
-        """Take the places of what TRL's trainers have put there by now: a forward, and a second copy of the base."""
+        """Take the places of what trainers have put there by now: TRL's a forward, and a second copy of the base, and
+        those of sentence-transformers the model in their losses, some of which are made with no other.
+        """
         trainer = self._trainer
+        losses = getattr(trainer, "loss", None)
+        for loss in losses.values() if isinstance(losses, dict) else [losses]:
+            if isinstance(loss, torch.nn.Module):
+                self._take_model_of(loss)
         _replace_fused_head(self.cascade)
         _replace_switch(self.cascade)
         held = getattr(trainer, "ref_model", None)
@@ -245,6 +253,14 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if held is not None:
             vars(self.reference).pop("forward", None)
             trainer.ref_model = self.reference
+
+    def _take_model_of(self, module: torch.nn.Module) -> None:
+        """Put the cascade in the place of the user's model, in this module and those in it."""
+        for name, child in list(module.named_children()):
+            if child is self.cascade.model:
+                setattr(module, name, self.cascade)
+            elif child is not self.cascade:
+                self._take_model_of(child)
 
     def _comparing(self, original: Any) -> Any:
         def compute_ref_log_probs(model: Any, inputs: Any) -> Any:
@@ -368,6 +384,24 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                     trainer.model = self.cascade
 
         return save_model
+
+    def _keep_state_dicts(self, trainer: Any) -> None:
+        """Let checkpoints of a sentence-transformers trainer hold the state dict of the cascade, as those of others do.
+
+        Its own are models by `save_pretrained`, and an error in reading the best one back is a line in the log.
+        """
+        if type(trainer)._save.__module__ != "sentence_transformers.base.trainer":
+            return
+        original = trainer._save
+
+        def save(output_dir: str | None = None, state_dict: Any = None) -> None:
+            """Write a checkpoint's state dict, or the user's model."""
+            write = functools.partial(Trainer._save, trainer) if trainer.model is self.cascade else original
+            write(output_dir, state_dict)
+
+        trainer._save = save
+        trainer._load_from_checkpoint = functools.partial(Trainer._load_from_checkpoint, trainer)
+        trainer._load_best_model = functools.partial(Trainer._load_best_model, trainer)
 
     def _check_model(self, model: Any) -> None:
         if model is not self.cascade:

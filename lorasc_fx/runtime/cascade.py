@@ -45,7 +45,9 @@ log = logging.getLogger("lorasc_fx")
 
 _CAPTURING = Lock()
 
-_METHOD_WEIGHTS: Mapping[str, Which] = {"generate": "fast", "encode": "fast"}
+_METHOD_WEIGHTS: Mapping[str, Which] = dict.fromkeys(
+    ("generate", "encode", "encode_query", "encode_document", "predict", "rank"), "fast"
+)
 """Weights that methods of the user's model run with."""
 
 WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
@@ -143,8 +145,8 @@ class Cascade(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the user's model: `config`, `device` and what else trainers read of a model.
 
-        Submodules are left out: called by themselves they compute without branches. `generate` and `encode` have the
-        fast weights in place while they run, unless `weights` has put others there.
+        Submodules are left out: called by themselves they compute without branches. `generate`, `encode` and `predict`
+        have the fast weights in place while they run, unless `weights` has put others there.
 
         Raises:
             AttributeError: neither the cascade nor the model has it, or it is a submodule.

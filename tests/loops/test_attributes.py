@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_generate_computes_with_the_fast_weights_or_those_in_place() -> None:
     with cascade.weights("slow"):
         assert torch.equal(cascade.generate(IDS, max_new_tokens=6, do_sample=False), expected["slow"])
     assert all(torch.equal(value, noisy[name]) for name, value in cascade.model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_query", "encode_document", "predict", "rank"])
+def test_methods_that_compute_have_the_fast_weights(method: str) -> None:
+    """Those of sentence-transformers."""
+
+    class Encoder(nn.Linear):
+        def own(self, x: torch.Tensor) -> torch.Tensor:
+            return self(x)
+
+    setattr(Encoder, method, Encoder.own)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(1.0), targets=("linear",))
+    cascade = lx.adapt(Encoder(5, 3).double(), (x,), spec=spec)
+    randomize(cascade, 1)
+    values = merged(cascade)
+    for which, name in {None: "fast weight", "slow": "weight"}.items():
+        with cascade.weights(which) if which else contextlib.nullcontext():
+            found = getattr(cascade, method)(x)
+        torch.testing.assert_close(found, x @ values[name].T + cascade.model.bias)
 
 
 def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path) -> None:
