@@ -106,7 +106,7 @@ CODES = {
     "late-sites": "(warning) sites were added after the optimizer was made",
     "layout-differs": "a graph reads a weight in another layout than its branch has",
     "lazy-module": "a parameter has no shape yet",
-    "learning-rate-ignored": "the optimizer of the Trainer has other learning rates than the spec asks for",
+    "learning-rate-ignored": "the optimizer has other learning rates than the spec asks for",
     "live-model": "a pass for graphs that own their weights was given a graph of a live model",
     "loss-not-finite": "the loss is inf or nan",
     "meta-constant": "a tensor on the meta device is neither a parameter nor a buffer",

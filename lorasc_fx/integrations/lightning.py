@@ -10,7 +10,7 @@ from lorasc_fx.errors import MissingExtra, SpecError, StateError
 from lorasc_fx.extras import module_of
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.runtime import Cascade, transition
-from lorasc_fx.runtime.optim import check_holds
+from lorasc_fx.runtime.optim import check_holds, check_rates
 
 try:
     pytorch = module_of("loops", "lightning.pytorch")
@@ -61,8 +61,10 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
                 "make it an attribute of the LightningModule, or fit lorasc_fx.integrations.lightning.as_module",
                 code="other-model",
             )
-        check_holds(self._optimizer(trainer), self.cascade._run.trainable())
-        transition.end_idle(self.cascade._run)
+        run, optimizer = self.cascade._run, self._optimizer(trainer)
+        check_holds(optimizer, run.trainable())
+        check_rates(run.plan.spec, optimizer, run.trainable())
+        transition.end_idle(run)
         self._done, self._stage = trainer.global_step, self.cascade.stage
 
     def on_train_batch_end(self, trainer: Any, *about: Any) -> None:

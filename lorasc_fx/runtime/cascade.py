@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial, wraps
 from os import PathLike
 from pathlib import Path
@@ -792,6 +793,51 @@ class Cascade(nn.Module):
     def disable_adapter(self) -> AbstractContextManager[Cascade]:
         """Put the base's weights in place for the time of a `with`: `weights("base")`."""
         return self.weights("base")
+
+    # ---- the names under which timm asks a model how to group its parameters
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Return the layer of a parameter of the cascade, by its name: of a branch that of its weight.
+
+        timm's `create_optimizer_v2(cascade, layer_decay=...)` asks for it; its schedulers scale the learning rates.
+
+        Args:
+            coarse: as of the model's own `group_matcher`. A model without one is grouped as timm groups such a model.
+
+        Raises:
+            StateError: after `release`. MissingExtra: timm is not installed.
+        """
+        self._run.check_alive("group_matcher", on_meta=True)
+        model: Any = self.model
+        if hasattr(model, "group_matcher"):
+            matcher = model.group_matcher(coarse)
+            layers = module_of("vision", "timm.models").group_parameters(model, matcher, reverse=True)
+        else:
+            layers = module_of("vision", "timm.optim").auto_group_layers(self.model)
+        by_name = {f"model.{name}": layer for name, layer in layers.items()}
+        by_name |= {name: layers[weight] for name, weight in self._weight_names().items() if weight in layers}
+        last = max(layers.values(), default=0)
+        return lambda name: by_name.get(name, last)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that the model wants without weight decay, in the cascade, with the
+        factors of such weights. timm's `create_optimizer_v2` asks for it.
+
+        Raises:
+            StateError: after `release`.
+        """
+        self._run.check_alive("no_weight_decay", on_meta=True)
+        own: Iterable[str] = getattr(self.model, "no_weight_decay", set)()
+        names = {f"model.{name}": name for name, _ in self.model.named_parameters()} | self._weight_names()
+        return {name for name, weight in names.items() if any(fnmatch(weight, pattern) for pattern in own)}
+
+    def _weight_names(self) -> dict[str, str]:
+        """The names of the branches' parameters in the cascade, each with that of its weight."""
+        return {
+            f"branches.{key}.{name}": branch.weight_name
+            for key, branch in self._run.by_key.items()
+            for name, _ in branch.named_parameters()
+        }
 
     # ---- folders that name their base
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.errors import StateError, named
+from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.shards import dtensor_like, full_tensor, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 
-__all__ = ["check_holds", "check_numbers", "treated_state"]
+__all__ = ["check_holds", "check_numbers", "check_rates", "stepping", "treated_state"]
 
 _SECOND_MOMENTS = {
     "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "row_var", "col_var", "variance",
@@ -25,6 +25,8 @@ _POSITIVE = {
     "step_size", "_step_count", "eta", "mu",
 }  # fmt: skip
 _SHARES = {"betas", "rho", "mu_product"}
+_COPIES = {"lookahead_slow_buff"}
+"""Entries of a state that are copies of the parameter: after a transition, of one that is no more."""
 
 
 def check_numbers(held: Any, place: str, key: str = "", finite: bool = True) -> None:
@@ -79,6 +81,36 @@ def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
         )
 
 
+def check_rates(spec: CascadeSpec, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an optimizer with one learning rate for all that trains, where the spec asks for several.
+
+    Raises:
+        SpecError: says how to build it.
+    """
+    if spec.lr_ratio == 1.0 and all(rule.lr is None for rule in spec.train_rules):
+        return
+    own = {id(parameter) for parameter in parameters.values()}
+    rates = {
+        float(group.get("initial_lr", group["lr"]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in own
+    }
+    if len(rates) == 1:
+        raise SpecError(
+            f"the optimizer has the learning rate {rates.pop():g} for all that trains, and the spec asks for several "
+            "(lr_ratio, train_rules): build it from cascade.param_groups(lr=...), in timm by "
+            "create_optimizer_v2(cascade, param_group_fn=lambda cascade: cascade.param_groups(lr=...))",
+            code="learning-rate-ignored",
+        )
+
+
+def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that steps and holds the state; in timm's Lookahead it is the one inside."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
+    return inner
+
+
 def treated_state(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], how: Literal["reset", "kept"] | float
 ) -> dict[nn.Parameter, Any]:
@@ -87,27 +119,31 @@ def treated_state(
     `reset` is the state of a parameter that was never stepped; a number is a share to prune by magnitude (ReLoRA,
     2307.05695): what is among that share of the smallest entries in any state tensor of the parameter's shape becomes
     zero in all of them. Adam's second moment is never pruned where the first is kept: lora_A, whose gradient is zero
-    while lora_B is, would step by exp_avg / eps.
+    while lora_B is, would step by exp_avg / eps. Copies of the parameter are never kept.
     """
     treated: dict[nn.Parameter, Any] = {}
     for parameter in parameters:
-        state = optimizer.state.get(parameter)
-        if not state or how == "kept":
+        state = stepping(optimizer).state.get(parameter)
+        if not state:
             continue
+        kept = {name: value for name, value in state.items() if name not in _COPIES}
         if how == "reset":
             treated[parameter] = {}
-        else:
-            treated[parameter] = _pruned(state, parameter, float(how))
+        elif how != "kept":
+            treated[parameter] = _pruned(kept, parameter, float(how))
+        elif len(kept) < len(state):
+            treated[parameter] = kept
     return treated
 
 
 def put_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Any]) -> None:
     """Give the optimizer these states; an empty one is taken away, so that the next step starts it anew."""
+    table = stepping(optimizer).state
     for parameter, state in states.items():
         if state:
-            optimizer.state[parameter] = state
+            table[parameter] = state
         else:
-            optimizer.state.pop(parameter, None)
+            table.pop(parameter, None)
 
 
 def _pruned(state: Mapping[str, Any], parameter: nn.Parameter, ratio: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.checkpoint import version
 from lorasc_fx.runtime.gradient import GradientInitialization
 from lorasc_fx.runtime.materialize import MetaModel
-from lorasc_fx.runtime.optim import check_holds, groups, put_state
+from lorasc_fx.runtime.optim import check_holds, check_rates, groups, put_state, stepping
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned, check_attention, check_wrappers
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
@@ -312,7 +312,8 @@ class Run:
                 undo(partial(holder.put, holder.value) if holder.is_there else partial(holder.store.pop, holder.key, 0))
                 holder.put(buffer)
             if (optimizer := planned.optimizer) is not None:
-                before = {parameter: optimizer.state[parameter] for parameter in planned.states}
+                table = stepping(optimizer).state
+                before = {parameter: table[parameter] for parameter in planned.states}
                 undo(partial(put_state, optimizer, before))
                 put_state(optimizer, planned.states)
             fill(planned.parameters, write, put_back, undo)
@@ -489,7 +490,9 @@ class Run:
     def begin_loop(self, optimizer: torch.optim.Optimizer) -> None:
         """Check that a loop over stages can begin, and note that there is one."""
         self.check_ready("stages", sharded=True, parallel=True)
-        check_holds(optimizer, self.trainable())
+        trainable = self.trainable()
+        check_holds(optimizer, trainable)
+        check_rates(self.plan.spec, optimizer, trainable)
         self.looped = True
 
     # ---- gradients that a checkpoint finds: a run that is saved between backward and step, or accumulates, loses none

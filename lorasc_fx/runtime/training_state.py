@@ -27,7 +27,7 @@ from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.runtime.checkpoint import RNG, differences, sanitized
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.manifest import optimizer_index
-from lorasc_fx.runtime.optim import check_holds, check_numbers
+from lorasc_fx.runtime.optim import check_holds, check_numbers, stepping
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
 from lorasc_fx.undo import Commit
@@ -152,8 +152,9 @@ def _give(
     manifest, tensors = checkpoint.manifest, checkpoint.tensors
     with Commit(run.lock) as undo:
         if optimizer is not None and state is not None:
-            for name in ("state", "param_groups"):
-                undo(partial(setattr, optimizer, name, getattr(optimizer, name)))
+            for each in (optimizer, stepping(optimizer)):
+                for name in ("state", "param_groups"):
+                    undo(partial(setattr, each, name, getattr(each, name)))
             optimizer.load_state_dict(state)
             gathers, pending = bool(manifest["turning"]), manifest.get("pending", ())
             gradients = run.gradients_in(tensors, pending, gathers, str(checkpoint.path))

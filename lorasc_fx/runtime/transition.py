@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +49,7 @@ def next_stage(
     moved = before.moved(branches)
     own = [parameter for branch in branches.values() for parameter in branch.parameters()]
     anew = _left_out(after, branches, trained) + _resized(planned, branches)
-    state = _after_fold(optimizer, plan, own, anew) if optimizer is not None else {}
+    state = _after_fold(optimizer, plan, own, trained.values(), anew) if optimizer is not None else {}
 
     def end() -> None:
         experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
@@ -167,12 +167,20 @@ def _left_out(
 
 
 def _after_fold(
-    optimizer: torch.optim.Optimizer, plan: Plan, own: list[nn.Parameter], anew: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    own: Iterable[nn.Parameter],
+    trained: Iterable[nn.Parameter],
+    anew: Iterable[nn.Parameter],
 ) -> dict[nn.Parameter, Any]:
     """Return the optimizer's state for the next stage, where it changes: what made a branch inf or nan is no start, and
     what has another shape none either.
     """
-    return treated_state(optimizer, own, plan.spec.optimizer_state) | treated_state(optimizer, anew, "reset")
+    return (
+        treated_state(optimizer, trained, "kept")
+        | treated_state(optimizer, own, plan.spec.optimizer_state)
+        | treated_state(optimizer, anew, "reset")
+    )
 
 
 def end_idle(run: Run) -> None:

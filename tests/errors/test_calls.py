@@ -63,6 +63,8 @@ RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "merge_and_unload": lambda cascade, _, __: cascade.merge_and_unload(),
     "disable_adapter": lambda cascade, _, __: cascade.disable_adapter().__enter__(),
     "print_trainable_parameters": lambda cascade, _, __: cascade.print_trainable_parameters(),
+    "group_matcher": lambda cascade, _, __: cascade.group_matcher(),
+    "no_weight_decay": lambda cascade, _, __: cascade.no_weight_decay(),
     "save_pretrained": lambda cascade, _, path: cascade.save_pretrained(path / "run"),
     "push_to_hub": lambda cascade, _, __: cascade.push_to_hub("me/run", api=object()),
 }

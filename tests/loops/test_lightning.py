@@ -129,6 +129,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
     module.automatic_optimization = False
     with raises(lx.SpecError, "conflicting-options", "2"):
         trainer_of(module, tmp_path).fit(module, data(8), data(8))
+    rates = Module()
+    rates.net = lx.adapt(rates.net, (X, LABELS), spec=lx.CascadeSpec(rank=2, lr_ratio=4.0))
+    callback = lx.integrations.lightning.CascadeCallback(rates.net)
+    with raises(lx.SpecError, "learning-rate-ignored", "0.02"):
+        lightning.Trainer(max_epochs=1, callbacks=[callback], default_root_dir=tmp_path, accelerator="cpu").fit(
+            rates, data(8)
+        )
     with raises(lx.SpecError, "conflicting-options", "epochs", "steps"):
         lx.integrations.lightning.CascadeCallback(other.cascade, epochs=1, steps=2)
     with raises(lx.SpecError, "invalid-value", "evaluate", "slow or fast"):
