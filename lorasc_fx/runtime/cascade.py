@@ -813,7 +813,7 @@ class Cascade(nn.Module):
             matcher = model.group_matcher(coarse)
             layers = module_of("vision", "timm.models").group_parameters(model, matcher, reverse=True)
         else:
-            layers = module_of("vision", "timm.optim").auto_group_layers(self.model)
+            layers = module_of("vision", "timm.optim").auto_group_layers(model)
         by_name = {f"model.{name}": layer for name, layer in layers.items()}
         by_name |= {name: layers[weight] for name, weight in self._weight_names().items() if weight in layers}
         last = max(layers.values(), default=0)
