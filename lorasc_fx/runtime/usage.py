@@ -34,7 +34,7 @@ _UNFOLDED_SAVES = {("transformers.trainer", "_save"), ("accelerate.accelerator",
 _PIPELINE = ("transformers.pipelines.base", "forward")
 """The function, by module and name, in which a pipeline calls its model."""
 
-_AVERAGES = ("torch.optim.swa_utils", "timm.utils.model_ema")
+_AVERAGES = ("torch.optim.swa_utils", "timm.utils.model_ema", "ultralytics.utils.torch_utils")
 """Modules of averages of parameters, which begin with a copy of the model."""
 
 _ARMED: weakref.WeakSet[UsageWatch] = weakref.WeakSet()
