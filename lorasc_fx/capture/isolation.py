@@ -240,6 +240,14 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, (set, torch.Size, torch.dtype, torch.device)) and bool(one == other)
 
 
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are known to have the same bits."""
+    odd = type(one) is not torch.Tensor or one.is_meta or one.is_quantized or one.layout is not torch.strided
+    if odd or one.is_conj() or one.is_neg():
+        return False
+    return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other)))
+
+
 @isolated
 def same_attributes(undo: Block[Any], model: nn.Module) -> Attributes:
     """Restore attributes at the end; yields them as they were."""
@@ -300,8 +308,8 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
                     module._buffers.update(objects)
                 for name, value in values.items():
                     buffer = module._buffers[name]
-                    if buffer is not None and buffer.shape == value.shape:
-                        buffer.copy_(value)
+                    if buffer is not None and buffer.shape == value.shape and not _same_bits(buffer, value):
+                        buffer.copy_(value)  # and only then, as an autograd graph of before may have kept the buffer
         _WRITTEN[model] = frozenset(written)
 
     undo(put_back)

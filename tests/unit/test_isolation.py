@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import config
 
 import lorasc_fx as lx
@@ -151,6 +152,31 @@ def test_a_counter_in_an_object_counts_on() -> None:
     for _ in range(3):
         cascade(x)
     assert model.space.calls == 3
+
+
+class Positions(nn.Module):
+    """A look-up by a buffer, which autograd keeps for the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 5), nn.Linear(5, 3)
+        self.register_buffer("ids", torch.arange(9))
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        hidden = x + self.table(self.ids[: x.shape[1]])
+        return self.head(hidden + hidden if twice else hidden)
+
+
+@pytest.mark.parametrize("frontend", ["export", "dynamo"])
+def test_a_graph_is_made_between_a_forward_and_its_backward(frontend: Any) -> None:
+    """As a contrastive loss calls it, of two texts: the buffer is not written, which its first graph has kept."""
+    torch.manual_seed(0)
+    plain, x = Positions(), torch.randn(2, 4, 5)
+    cascade = lx.adapt(copy.deepcopy(plain), (x,), spec=lx.CascadeSpec(rank=2, train=("head.bias",)), frontend=frontend)
+    for model in (plain, cascade):
+        (model(x).square().sum() + model(x[:, :3], twice=True).square().sum()).backward()
+    assert variant_count(cascade) == 2
+    torch.testing.assert_close(cascade.model.head.bias.grad, plain.head.bias.grad)
 
 
 @pytest.mark.skipif(not hasattr(config, "do_not_emit_stack_traces"), reason="torch 2.9 has no such switch")
