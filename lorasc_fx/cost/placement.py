@@ -85,13 +85,10 @@ class Cheapest:
             dtype = dtype_of(node)
             assert dtype is not None
             rates = self.rates(device, dtype)
-            before += beside(rates, use, self._sharing(x) if isinstance(use, LinearUse) else 1)
+            sharing = max(1, sum(self._shares(user, x) for user in x.users))  # branches beside that share its product
+            before += beside(rates, use, sharing if isinstance(use, LinearUse) else 1)
             after += merged(rates, use)
         return "merged" if before - after > max(MARGIN * before, LEAST) else "beside"
-
-    def _sharing(self, x: fx.Node) -> int:
-        """Return how many targeted products read this node: their branches beside would share its product."""
-        return max(1, sum(self._shares(user, x) for user in x.users))
 
     def _shares(self, node: fx.Node, x: fx.Node) -> bool:
         reading = _reading(node)

@@ -19,7 +19,6 @@ import math
 import operator
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -301,7 +300,9 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
     scaled = list(consumers(weight, constant, is_passed=lambda node, reads: name_of(node) in SCALES))
     if any(_as_weight(consumer) for consumer in scaled):
         return scaled
-    looked_up = list(consumers(weight, constant, is_use=partial(_is_looked_up, constant)))
+    looked_up = list(
+        consumers(weight, constant, is_use=lambda node, reads: looks_up(node, constant) and node.args[0] in reads)
+    )
     return looked_up if any(kind_of(consumer) for consumer in looked_up) else alone
 
 
@@ -323,10 +324,6 @@ def kind_of(consumer: Consumer) -> str | None:
 def _fits(node: fx.Node, reads: Collection[fx.Node]) -> bool:
     form = form_of(node, None)
     return isinstance(form, FunctionForm) and any(form.fits(node, source) for source in reads)
-
-
-def _is_looked_up(constant: Collection[fx.Node], node: fx.Node, reads: Collection[fx.Node]) -> bool:
-    return looks_up(node, constant) and node.args[0] in reads
 
 
 def _as_weight(consumer: Consumer) -> bool:

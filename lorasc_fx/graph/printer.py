@@ -27,12 +27,9 @@ def text(graph: fx.Graph | fx.GraphModule) -> str:
 def _line(node: fx.Node, symbols: dict[str, str]) -> str:
     arguments = [_show(argument) for argument in node.args]
     arguments += [f"{name}={_show(value)}" for name, value in node.kwargs.items()]
-    target = "" if node.op == "output" else f"[{_target(node)}]"
+    name = node.target if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
+    target = "" if node.op == "output" else f"[{name}]"
     return f"%{node.name}{_type(node.meta.get('val'), symbols)} = {node.op}{target}({', '.join(arguments)})"
-
-
-def _target(node: fx.Node) -> str:
-    return str(node.target) if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
 
 
 def _show(value: Any) -> str:

@@ -402,15 +402,11 @@ def _nothing_is_written_in_between(view: View) -> Iterator[str]:
         shared = shared_input(node)
         x = shared.x if shared is not None else node.args[1] if len(node.args) > 1 else None
         inputs = [node for node in (x, base) if isinstance(node, fx.Node)]
-        for first, last in ((base, node),) if shared is None else ((base, node), _ordered(base, shared.group)):
+        for first, last in ((base, node),) if shared is None else ((base, node), sorted((base, shared.group))):
             writer = written_between(first, last, inputs)
             if writer is not None:
                 yield f"node {writer.name} writes into what {base.name} and its branch node {node.name} read in turn"
                 break
-
-
-def _ordered(one: fx.Node, other: fx.Node) -> tuple[fx.Node, fx.Node]:
-    return (one, other) if one < other else (other, one)
 
 
 def _weights_are_the_stages(view: View) -> Iterator[str]:

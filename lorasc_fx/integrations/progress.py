@@ -98,7 +98,8 @@ def track(
 
 def append(path: Path, entry: dict[str, Any]) -> None:
     """Add one line to a file of metrics; JSON has no inf and no nan, and they become null."""
-    plain = {name: None if _strange(value) else value for name, value in entry.items()}
+    infinite = {name for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
+    plain = {name: None if name in infinite else value for name, value in entry.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(plain) + "\n")
 
@@ -159,10 +160,6 @@ class Metrics:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
-
-
-def _strange(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 class Reporter(ABC):

@@ -661,7 +661,7 @@ class Cascade(nn.Module):
     def _estimate_statistics(
         self, norms: list[_BatchNorm], batches: Iterable[Any], call: Callable[[Cascade, Any], Any]
     ) -> None:
-        before = _statistics(norms)
+        before = [(buffer, buffer.detach().clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
 
         def put_back() -> None:
             for buffer, value in before:
@@ -1120,11 +1120,6 @@ def _averaging(undo: Block[Any], cascade: Cascade, norms: list[_BatchNorm]) -> N
         undo(partial(setattr, norm, "momentum", norm.momentum))
         norm.momentum = None
     cascade.train()
-
-
-def _statistics(norms: Iterable[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the buffers of these modules, each with a copy of its value."""
-    return [(buffer, buffer.detach().clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 def _without_graph(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from lorasc_fx.runtime.materialize import MetaModel
 from lorasc_fx.runtime.optim import check_holds, check_rates, groups, put_state, stepping
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned, check_attention, check_wrappers
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
-from lorasc_fx.spec import CascadeSpec, TrainRule
+from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import Expert, Part, SlowWeights
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
@@ -211,7 +211,8 @@ class Run:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
         undo(self.pending.restorer())
         parameters = self.parameters_by_name()
-        noise, start = self.plan.spec.noise, self.plan.spec.start
+        noise, start, factor_start = self.plan.spec.noise, self.plan.spec.start, self.plan.spec.factor_start
+        takes_residual = factor_start.from_weight and not factor_start.of_delta
         names = [site.weight for site in self.sites]
         if noise.strength and noise.where == "all":
             others = {
@@ -222,7 +223,7 @@ class Run:
         quantized = next((name for name in new if is_quantized(parameters[name])), None)
         for asked, option, what, instead in (
             (noise.strength, f"noise.strength is {noise.strength}", "noise", "0"),
-            (_takes_out_of_weight(self.plan.spec), f"start is {start!r}", "the residual", "start='lora' or 'loftq'"),
+            (takes_residual, f"start is {start!r}", "the residual", "start='lora' or 'loftq'"),
         ):
             if asked and quantized is not None:
                 raise SpecError(
@@ -233,7 +234,7 @@ class Run:
         known = {name: parameters[name] for name in new}
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
-        if self.plan.spec.factor_start.of_delta and not empty:
+        if factor_start.of_delta and not empty:
             if not any(is_quantized(state.base) for state in slow.states.values()):
                 raise SpecError(
                     f"start is {start!r}, which is for quantized weights, and none of the sites' is: give start='lora'",
@@ -299,7 +300,7 @@ class Run:
             elif name not in slow.trained:  # whose value is put back from a copy
                 planned.slow.write_value(name, "base", out)
 
-        write = planned.write or partial(_write_resting, planned.slow, planned.plan)
+        write = planned.write or (lambda name, out: planned.slow.write_resting(name, planned.plan, out))
         with no_grad():
             for weight, values in planned.factors.items():
                 branches[weight].to_rank(planned.plan.by_weight[weight])
@@ -781,14 +782,6 @@ class _Exclusive(Block[None]):
 
     def _begin(self) -> None:
         self._check()
-
-
-def _takes_out_of_weight(spec: CascadeSpec) -> bool:
-    return spec.factor_start.from_weight and not spec.factor_start.of_delta
-
-
-def _write_resting(slow: SlowWeights, plan: Plan, name: str, out: torch.Tensor) -> None:
-    slow.write_resting(name, plan, out)
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:

@@ -436,7 +436,8 @@ def extract_tensors(value: Any) -> Extracted:
             raise ValueError("Circular reference detected")
         above = (*above, id(value))
         if isinstance(value, Mapping):
-            return {key: plain(inner, (*place, _as_json(key)), above) for key, inner in value.items()}
+            texts = {key: key if isinstance(key, str) else json.dumps(key) for key in value}  # as JSON writes them
+            return {key: plain(inner, (*place, texts[key]), above) for key, inner in value.items()}
         return [plain(inner, (*place, index), above) for index, inner in enumerate(value)]
 
     return Extracted(plain(value, (), ()), notes, tensors)
@@ -463,8 +464,3 @@ def insert_tensors(value: Any, notes: Sequence[Mapping[str, Any]], tensors: Mapp
         else:
             inner[last] = float(note["number"])
     return whole
-
-
-def _as_json(key: Any) -> str:
-    """Return the string that JSON makes of a key."""
-    return key if isinstance(key, str) else json.dumps(key)

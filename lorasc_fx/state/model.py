@@ -291,7 +291,7 @@ class SlowWeights:
 
     def _as_run(self, state: WeightState) -> WeightState:
         """Return the state from which the running stage started: when idle, the slow weights."""
-        return state.with_views(start=state.slow) if self.idle else state
+        return replace(state, views={**state.views, "start": state.slow}) if self.idle else state
 
 
 @dataclass(frozen=True)

@@ -187,11 +187,6 @@ class KeptNoise:
     amplitude: float
 
 
-def _base_view() -> dict[str, View]:
-    view = View()
-    return {"slow": view, "start": view}
-
-
 @dataclass(frozen=True)
 class WeightState(Tree):
     """W0 with what the stages added.
@@ -216,7 +211,7 @@ class WeightState(Tree):
     stacked: bool = False
     transposed: bool = False
     experts: tuple[Expert, ...] = ()
-    views: Mapping[str, View] = field(default_factory=_base_view)
+    views: Mapping[str, View] = field(default_factory=lambda: dict.fromkeys(("slow", "start"), View()))
     gone: int = 0
     row_scale: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
     noises: tuple[KeptNoise, ...] = ()
@@ -245,10 +240,6 @@ class WeightState(Tree):
         if which == "averaged":
             return self.views.get("average", self.slow)
         return self.start if which == "fast" else self.slow
-
-    def with_views(self, **views: View) -> WeightState:
-        """Return the state with other views of these names."""
-        return replace(self, views={**self.views, **views})
 
     @property
     def ends(self) -> Mapping[int, View]:
