@@ -33,6 +33,7 @@ __all__ = [
     "local_like",
     "placed_gradient",
     "shard_axis",
+    "zeros_like",
 ]
 
 
@@ -72,7 +73,26 @@ def local_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return the shard of a tensor that this process holds of one like it; of a plain one all."""
     if hasattr(tensor, "to_local"):
         return local(tensor)
-    return ShardSpec.of(like).take(tensor) if hasattr(like, "to_local") else tensor
+    return ShardSpec.of(like).take(tensor) if shard_axis(like) is not None else tensor
+
+
+def zeros_like(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return zeros of another shape; for a DTensor one that is placed as it is, where the cut axis is as long."""
+    if not hasattr(tensor, "to_local"):
+        zeros: torch.Tensor = tensor.new_zeros(shape)
+        return zeros
+    axis, here, stride = shard_axis(tensor), list(shape), torch.empty(shape, device="meta").stride()
+    if axis is not None:
+        here[axis] = tensor.to_local().shape[axis]
+    made: torch.Tensor = type(tensor.data).from_local(
+        local(tensor).new_zeros(here),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+    return made
 
 
 def placed_gradient(parameter: Any) -> nn.Parameter:

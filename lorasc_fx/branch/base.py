@@ -18,7 +18,7 @@ from torch import fx, nn
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.plan import Site
-from lorasc_fx.shards import ShardSpec, full_tensor, local
+from lorasc_fx.shards import ShardSpec, full_tensor, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = [
@@ -161,7 +161,7 @@ class Branch(nn.Module, abc.ABC):
         self.scale = site.scale
         for factor, shape in zip((self.lora_A, self.lora_B), site.factor_shapes, strict=True):
             if tuple(factor.shape) != shape:
-                fill_factor(factor, factor.new_zeros(shape))
+                fill_factor(factor, zeros_like(factor.detach(), shape))
 
     def next_a(self, site: Site, spec: CascadeSpec, stage: int) -> torch.Tensor:
         """Return lora_A as the stage starts it, of the site's rank, by the spec's restart_A."""
@@ -201,8 +201,12 @@ def fill_factor(factor: nn.Parameter, value: torch.Tensor) -> None:
             factor.copy_(value)
         return
     factor.grad = None
-    factor.data = torch.empty(0, dtype=torch.float16, device=value.device)
-    factor.data = value.detach()
+    held: Any = factor
+    data: Any
+    for data in (value.detach().half(), value.detach()):
+        held.data = data
+        if hasattr(data, "to_local"):  # `.data` exchanges no more of a DTensor than what C++ holds
+            held._local_tensor, held._spec = data._local_tensor, data._spec
 
 
 _DIAGONAL = 1e-8

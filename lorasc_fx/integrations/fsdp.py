@@ -50,7 +50,7 @@ ON_SHARDS = {
 weights, which are not sharded.
 """
 NEEDS_WHOLE: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "ranks": ("a parameter that was cut keeps its shape", ("shard", "parallelize")),
+    "ranks": ("FSDP2 keeps the shape of a parameter that it has cut", ("shard",)),
     "nearest_full_gradient": ("each rank computes with its share of the factors", ("parallelize",)),
     "restart_A": ("for 'gradient' no rank computes the gradient of a whole weight", ("parallelize",)),
     "use_dora": ("no rank has whole rows of a product", ("parallelize",)),

@@ -126,6 +126,12 @@ WORKS = {
             optimizer_state=0.5,
         ),
     ),
+    "mlp, ranks": Work(
+        Mlp,
+        {"x": X},
+        {"gate": "colwise", "up": "colwise", "down": "rowwise", "head": "rowwise"},
+        lx.CascadeSpec(ranks=(3, 1, 2), pace=0.5, noise=lx.Noise(0.2), restart_A="kept", use_rslora=True),
+    ),
     "gpt": Work(
         Gpt,
         {"ids": TOKENS},

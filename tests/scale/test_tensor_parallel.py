@@ -15,9 +15,10 @@ from tests.scale.ranks import spawn
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "names", [("mlp", "mlp, kept", "mlp, pissa", "mlp, averaged", "gpt"), ("llama",)], ids=["small", "llama"]
-)
+SMALL = ("mlp", "mlp, kept", "mlp, pissa", "mlp, averaged", "mlp, ranks", "gpt")
+
+
+@pytest.mark.parametrize("names", [SMALL, ("llama",)], ids=["small", "llama"])
 def test_it_computes_what_one_process_computes(names: tuple[str, ...], tmp_path: Path) -> None:
     spawn(in_parts, names, str(tmp_path))
     for name in names:
@@ -56,7 +57,7 @@ def test_models_of_the_meta_device_get_their_shards_from_files(tmp_path: Path) -
                 torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-12, msg=f"{name}: {key}")
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp, pissa", "mlp, averaged"])
+@pytest.mark.parametrize("name", ["mlp", "mlp, pissa", "mlp, averaged", "mlp, ranks"])
 def test_a_checkpoint_of_parts_goes_on_in_parts_and_on_one_process(name: str, tmp_path: Path) -> None:
     spawn(saved_in_parts, name, str(tmp_path))
     work, seen = WORKS[name], load_file(tmp_path / "saved 1.safetensors")
