@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +20,7 @@ import torch
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.extras import require
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
+from lorasc_fx.quantized import QuantizedLinear, library_of
 from lorasc_fx.runtime import Cascade, transition
 from lorasc_fx.runtime.optim import check_holds
 from lorasc_fx.schedules import Plateau, StageSchedule
@@ -112,6 +113,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._other_reference = False
         vars(cascade)["_get_name"] = cascade.model._get_name  # by which a Trainer knows whether it shifts labels
         cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model
+        vars(cascade)["_hf_peft_config_loaded"] = True  # a Trainer trains no quantized model without adapters
 
     @property
     def reference(self) -> torch.nn.Module:
@@ -376,7 +378,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             if _internal_call:
                 original(output_dir, _internal_call=True)
                 return
-            with self._placing("slow"):
+            with self._placing("slow"), _naming_dense(self.cascade.model):
                 trainer.model = self.cascade.model
                 try:
                     original(output_dir)
@@ -473,6 +475,31 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "'constant' or 'constant_with_warmup', and warmup_steps as a number of steps",
                 code="conflicting-options",
             )
+
+
+@contextlib.contextmanager
+def _naming_dense(model: Any) -> Iterator[None]:
+    """Let the configuration of a model that bitsandbytes has quantized name the modules whose weights are dense now.
+
+    What has trained is dense in a saved model, and transformers would take all modules for quantized ones.
+    """
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if getattr(config, "quant_method", None) != "bitsandbytes":
+        yield
+        return
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    before, config.llm_int8_skip_modules = (
+        config.llm_int8_skip_modules,
+        [
+            name
+            for name, module in linear
+            if library_of(module) is None and not (isinstance(module, QuantizedLinear) and module.holds_layer)
+        ],
+    )
+    try:
+        yield
+    finally:
+        config.llm_int8_skip_modules = before
 
 
 def _replace_fused_head(cascade: Cascade) -> None:

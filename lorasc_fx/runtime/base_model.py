@@ -32,6 +32,8 @@ _EXTRAS = {"transformers": "text", "timm": "vision"}
 _DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+_QUANTIZED = {"bitsandbytes": "BitsAndBytesConfig", "quanto": "QuantoConfig"}
+"""Classes of transformers that say how a base is quantized as it is loaded, by method; they hold plain values."""
 _MUCH = 0.1
 """Share of the numbers of a model that is more than a new head."""
 _ATTENTION = ("eager", "sdpa")
@@ -88,9 +90,18 @@ class BaseModel:
             return cls(library, given, dtype, _timm_options(model, given, call))
         assert config is not None
         attention = getattr(config, "_attn_implementation", None)
+        about = json.loads(config.to_json_string(use_diff=True))
+        method = about.get("quantization_config", {}).get("quant_method")
+        if method not in (None, *_QUANTIZED) and not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", 0):
+            raise StateError(
+                f"{call}: the base cannot be named: {method} has quantized it as it was loaded, and it is built again "
+                f"for {' and '.join(_QUANTIZED)} alone. Use lorasc_fx.save(cascade, folder), and give the model to "
+                "lorasc_fx.load(folder, model)",
+                code="base-not-named",
+            )
         options = {
             "class": type(model).__name__,
-            "config": json.loads(config.to_json_string(use_diff=True)),
+            "config": about,
             "attention": attention if attention in _ATTENTION else None,
         }
         return cls(library, given, dtype, options)
@@ -156,16 +167,23 @@ class BaseModel:
         if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
             raise ValueError(f"it has no model {sanitized(self.options['class'])}")
         kind: Any = found
-        attention = {"attn_implementation": self.options["attention"]} if self.options["attention"] else {}
+        more: dict[str, Any] = {}
+        if self.options["attention"]:
+            more["attn_implementation"] = self.options["attention"]
+        about, safe = dict(self.options["config"]), {"local_files_only": not _may_fetch(), "trust_remote_code": False}
+        how = about.get("quantization_config")
+        if how and "quantization_config" not in kind.config_class.get_config_dict(self.name, **safe)[0]:
+            del about["quantization_config"]  # the files are not quantized: it was done as they were loaded
+            name = _QUANTIZED[how["quant_method"]]
+            more["quantization_config"] = getattr(library, name).from_dict(how)
         return kind.from_pretrained(
             self.name,
-            config=kind.config_class.from_dict(dict(self.options["config"])),
+            config=kind.config_class.from_dict(about),
             dtype=_DTYPES[self.dtype],
-            local_files_only=not _may_fetch(),
-            trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
-            **attention,
+            **safe,
+            **more,
         )
 
     def _timm(self, library: Any) -> Any:

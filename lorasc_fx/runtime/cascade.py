@@ -950,6 +950,7 @@ class Cascade(nn.Module):
             undo(partial(self.__dict__.update, _variants=self._variants, _example=self._example))
             undo(folding.tensors_writer(self._run, self))
             if recurse:
+                folding.replace_quantized(self.model, fn)
                 self.model._apply(fn)
                 self.branches._apply(folding.wide(fn))
             self._drop_graphs()

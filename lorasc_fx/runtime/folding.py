@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.errors import SpecError, StateError, named, nearest
 from lorasc_fx.parameters import Holder, holders_of, substituted
@@ -256,12 +257,35 @@ def tensors_writer(run: Run, cascade: nn.Module) -> Callable[[], None]:
     return write
 
 
+def replace_quantized(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Move or cast weights that are tensor subclasses, as new parameters: torch swaps the old ones with theirs, which
+    it refuses where a weak reference to one is held.
+    """
+    new: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in () if isinstance(module, QuantizedLinear) else [*module._parameters.items()]:
+            if parameter is not None and is_quantized(parameter):
+                if id(parameter) not in new:
+                    new[id(parameter)] = nn.Parameter(fn(parameter.detach()), False)
+                module._parameters[name] = new[id(parameter)]
+
+
 def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
     """Whether a tensor was left as it is, or only copied to where it is: torch does so for the device `cpu:0`."""
-    if after is before or type(before) is not torch.Tensor or type(after) is not torch.Tensor:
-        return after is before
+    if after is before:
+        return True
+    if is_traceable_wrapper_subclass(before) and type(after) is type(before):  # a quantized weight
+        names, how = before.__tensor_flatten__()
+        other, its_how = after.__tensor_flatten__()
+        alike = (names, how, before.dtype) == (other, its_how, after.dtype)
+        return alike and all(_stays(getattr(before, name), getattr(after, name)) for name in names)
+    if type(before) is not torch.Tensor or type(after) is not torch.Tensor:
+        return False
     place = (before.device, before.dtype, before.is_pinned())
-    return place == (after.device, after.dtype, after.is_pinned()) and torch.equal(before, after)
+    if place != (after.device, after.dtype, after.is_pinned()):
+        return False
+    bits = [each.view(torch.uint8) if each.dtype.itemsize == 1 else each for each in (before, after)]
+    return torch.equal(*bits)  # of fp8 torch compares no numbers
 
 
 def _put_resting(run: Run, live: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
