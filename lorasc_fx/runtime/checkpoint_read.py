@@ -279,8 +279,8 @@ def check_digests(checkpoint: Checkpoint, own: Mapping[str, str], names: Iterabl
         CheckpointError: names the parameters that are missing, foreign, or differ.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
-    own = {name: digest for name, digest in own.items() if name in base}
-    if odd := base_differs(base, own, [name for name in names if name not in checkpoint.moved]):
+    own, moved = {name: digest for name, digest in own.items() if name in base}, checkpoint.moved
+    if odd := base_differs(base, own, [name for name in names if name not in moved]):
         raise CheckpointError(
             f"{checkpoint.path}: this is another base: the model {odd}; load onto the weights that were adapted",
             code="checkpoint-other-base",

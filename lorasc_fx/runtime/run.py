@@ -327,7 +327,8 @@ class Run:
         self.plan, self.slow = planned.plan, planned.slow
         now = self.present(planned.parameters)  # FSDP exchanges parameters itself
         written = [name for name in now if self.is_sharded or now[name] is planned.parameters[name]]
-        self.note_weights([*written, *(name for name in planned.slow.states if name not in slow.states)])
+        new = [name for name in planned.slow.states if name not in slow.states]
+        self.note_weights(dict.fromkeys((*written, *new)))
         self._set_unmerged()
 
     def _put_gradients(self, planned: Planned) -> None:
