@@ -203,7 +203,8 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             code="no-process-group",
         )
     if run.slow.group is not None:
-        raise StateError("shard: this cascade is sharded already", code="already-sharded")
+        how = "by tensor parallelism, and FSDP2 around that is not there" if run.is_parallel else "already"
+        raise StateError(f"shard: this cascade is sharded {how}", code="already-sharded")
     if (
         mesh is not None
         and mesh.ndim > 1

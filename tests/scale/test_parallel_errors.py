@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import tensor_parallel
+from lorasc_fx.integrations import fsdp, tensor_parallel
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
@@ -128,6 +128,8 @@ def test_what_a_cascade_in_parts_does_not_do(parted: lx.Cascade, mesh: DeviceMes
     ):
         with raises(lx.StateError, "sharded", call, "tensor_parallel.gather"):
             does()
+    with raises(lx.StateError, "already-sharded", "tensor parallelism"):
+        fsdp.shard(parted)
     with raises(lx.StateError, "not-sharded"):
         tensor_parallel.gather(mlp())
 
