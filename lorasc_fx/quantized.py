@@ -145,6 +145,10 @@ LIBRARIES: dict[str, Library] = {
     "hqq.core.quantize.HQQLinear": Library(
         lambda layer: layer.is_initialized(), lambda layer: layer.dequantize(), _requantize_hqq
     ),
+    # GPTQ: packed numbers that are the result of an optimization, which is not made again here.
+    "gptqmodel.nn_modules.qlinear.torch.TorchLinear": Library(
+        lambda layer: layer.adapter is None, lambda layer: layer.dequantize_weight().T.contiguous()
+    ),
     "optimum.quanto.nn.qlinear.QLinear": Library(
         lambda layer: layer.frozen and layer.activation_qtype is None,
         lambda layer: layer.weight.dequantize(),

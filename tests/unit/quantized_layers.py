@@ -61,7 +61,10 @@ LIBRARIES[f"{Packed.__module__}.{Packed.__qualname__}"] = Library(
 )
 
 
-NEEDS = {"bitsandbytes": "bitsandbytes", "hqq": "hqq.core.quantize", "quanto": "optimum.quanto", "packed": "torch"}
+NEEDS = {
+    "bitsandbytes": "bitsandbytes", "gptq": "gptqmodel.nn_modules.qlinear.torch", "hqq": "hqq.core.quantize",
+    "quanto": "optimum.quanto", "packed": "torch",
+}  # fmt: skip
 """What is imported for cases whose names begin so."""
 
 
@@ -106,6 +109,25 @@ def _quanto(kind: str) -> Quantize:
     return quantize
 
 
+def _gptq(bits: int, group: int = 32) -> Quantize:
+    """Numbers that are rounded, in the layer by which a model of GPTQ computes; the algorithm finds better ones."""
+
+    def quantize(linear: nn.Linear) -> nn.Module:
+        blocks = linear.weight.detach().unflatten(1, (-1, group))
+        scales = blocks.abs().amax(2) / (2 ** (bits - 1) - 1)
+        sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "group_size": group}
+        layer = _library("gptq").TorchLinear(bits=bits, sym=True, desc_act=False, bias=True, **sizes)
+        groups = torch.arange(linear.in_features, dtype=torch.int32) // group
+        layer.pack(linear, scales, torch.full_like(scales, 2 ** (bits - 1)), groups)
+        for name, value in [*layer.named_buffers()]:
+            layer.register_buffer(name, value.clone())  # it packs in inference mode
+        layer.post_init()
+        made: nn.Module = layer.float()
+        return made
+
+    return quantize
+
+
 LAYERS: dict[str, Quantize] = {
     "packed": Packed,
     "bitsandbytes nf4, double": _bitsandbytes(4, quant_type="nf4", compress_statistics=True),
@@ -120,6 +142,10 @@ LAYERS: dict[str, Quantize] = {
     "quanto int4": _quanto("qint4"),
     "quanto fp8": _quanto("qfloat8"),
 }
+
+
+FIXED: dict[str, Quantize] = {"gptq 8": _gptq(8), "gptq 4": _gptq(4)}
+"""Layers that are not quantized again."""
 
 
 def is_missing(case: str) -> str:

@@ -16,11 +16,17 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.unit.cases import loss_of
-from tests.unit.quantized_layers import LAYERS, is_missing
+from tests.unit.quantized_layers import FIXED, LAYERS, is_missing
 from tests.unit.test_quantized import CONFIGS
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
-PACKAGES = {"bitsandbytes": "bitsandbytes", "hqq": "hqq", "quanto": "optimum-quanto", "torchao": "torchao"}
+PACKAGES = {
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "gptqmodel",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "torchao": "torchao",
+}
 
 
 class Model(nn.Module):
@@ -37,7 +43,7 @@ class Model(nn.Module):
 def _by_layer(case: str) -> Callable[[nn.Module], None]:
     def quantize(model: nn.Module) -> None:
         for name in ("up", "down"):
-            setattr(model, name, LAYERS[case](model.get_submodule(name)))  # type: ignore[arg-type]
+            setattr(model, name, {**LAYERS, **FIXED}[case](model.get_submodule(name)))  # type: ignore[arg-type]
 
     return quantize
 
@@ -91,8 +97,9 @@ def row(case: str, quantize: Callable[[nn.Module], None], again: Any) -> str:
     cascade.release(quantized=again)
     requantized = (cascade.model(x) - wanted).norm() / size
     package = PACKAGES[case.partition(" ")[0]]
-    how = '`"requantize"`' if again == "requantize" else "a callable"
-    return f"| {case} | {version(package)} | {rounding:.2g} | {moved:.2g} | {folded:.0e} | {requantized:.2g} | {how} |"
+    how = "a callable" if callable(again) else "not" if again == "dequantize" else '`"requantize"`'
+    last = "" if again == "dequantize" else f"{requantized:.2g}"
+    return f"| {case} | {version(package)} | {rounding:.2g} | {moved:.2g} | {folded:.0e} | {last} | {how} |"
 
 
 def main() -> None:
@@ -101,6 +108,7 @@ def main() -> None:
     cases: dict[str, tuple[Callable[[nn.Module], None], Any]] = {
         case: (_by_layer(case), "requantize") for case in LAYERS if case != "packed" and not is_missing(case)
     }
+    cases |= {case: (_by_layer(case), "dequantize") for case in FIXED if not is_missing(case)}
     cases |= {f"torchao {width}": (_by_torchao(width), _again(width)) for width in CONFIGS}
     text = PAGE.read_text()
     for case, (quantize, again) in cases.items():
