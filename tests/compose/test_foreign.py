@@ -250,8 +250,8 @@ def base_decomposed(module: fx.GraphModule) -> None:
     base = at(module, "linear")
     x, weight, bias = base.args
     with module.graph.inserting_before(base):
-        turned = module.graph.call_function(aten.t.default, (weight,))
-    instead(base, aten.addmm.default, (bias, x, turned))
+        transposed = module.graph.call_function(aten.t.default, (weight,))
+    instead(base, aten.addmm.default, (bias, x, transposed))
 
 
 @case(

@@ -1,4 +1,4 @@
-"""Products: every spelling of a matrix that multiplies an input, on either side, turned or not; stacks of matrices."""
+"""Products: every spelling of a matrix that multiplies an input, on either side or transposed; stacks of matrices."""
 
 from __future__ import annotations
 
@@ -225,15 +225,15 @@ def traces_fp32() -> bool:
 
 
 class Sorted(nn.Module):
-    """Rows that a router sorts by expert, as transformers does it; `turned` is how the up projection is stored."""
+    """Rows that a router sorts by expert, as transformers does it; `transposed` is how the up projection is stored."""
 
-    def __init__(self, turned: bool) -> None:
+    def __init__(self, transposed: bool) -> None:
         import transformers.integrations.moe  # noqa: F401  (it makes the op)
 
         super().__init__()
-        self.turned, self.router = turned, nn.Linear(5, 3)
+        self.transposed, self.router = transposed, nn.Linear(5, 3)
         self.up, self.down = nn.Parameter(torch.randn(3, 8, 5)), nn.Parameter(torch.randn(3, 5, 4))
-        if turned:
+        if transposed:
             self.up = nn.Parameter(torch.randn(3, 5, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class Sorted(nn.Module):
         weights, chosen = self.router(x).softmax(-1).topk(2, -1)
         expert, order = torch.sort(chosen.reshape(-1))
         ends = torch.cumsum(torch.histc(expert.float(), bins=3, min=0, max=2), 0, dtype=torch.int32)
-        up = self.up if self.turned else self.up.transpose(-2, -1)
+        up = self.up if self.transposed else self.up.transpose(-2, -1)
         gate, value = grouped(x[order // 2], up, ends).chunk(2, -1)
         found = grouped(F.silu(gate) * value, self.down.mT, ends) * weights.reshape(-1)[order, None]
         return found[torch.argsort(order)].view(-1, 2, 5).sum(1)
@@ -313,8 +313,8 @@ EXPERTS += [
         tolerance=1e-6,
         refuses=() if traces_fp32() else ("export", "dynamo"),
     ),
-    Case("experts_sorted", lambda: Sorted(turned=False), rand((9, 5)), _ROUTED),
-    Case("experts_sorted_turned", lambda: Sorted(turned=True), rand((9, 5)), _ROUTED, shapes={"up": (3, 2, 5)}),
+    Case("experts_sorted", lambda: Sorted(transposed=False), rand((9, 5)), _ROUTED),
+    Case("experts_sorted_turned", lambda: Sorted(transposed=True), rand((9, 5)), _ROUTED, shapes={"up": (3, 2, 5)}),
     Case("experts_routed", Routed, rand((9, 5)), _ROUTED),
     Case("experts_gathered", Gathered, rand((9, 5)), _ROUTED),
     Case(

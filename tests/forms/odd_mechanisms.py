@@ -27,7 +27,7 @@ class Spectral(nn.Module):
 
 
 class Reverse(torch.autograd.Function):
-    """The identity, whose gradient is turned around."""
+    """The identity, whose gradient is transposed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:

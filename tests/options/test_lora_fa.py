@@ -71,7 +71,7 @@ def test_the_correction_under_autocast_is_that_of_full_precision() -> None:
 
 
 def test_the_corrected_step_is_the_nearest_to_the_full_one() -> None:
-    """`min over dB of |s dB A - G|`, by least squares in fp64, for a weight used whole, in slices, and turned."""
+    """`min over dB of |s dB A - G|`, by least squares in fp64, for a weight used whole, in slices, and transposed."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 6)).double()
     full = copy.deepcopy(model)

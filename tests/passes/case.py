@@ -63,7 +63,7 @@ class Case:
         return {weight: uses for weight, (_, uses) in sites_in(self.found).items()}
 
     @property
-    def turned(self) -> tuple[str, ...]:
+    def transposed(self) -> tuple[str, ...]:
         """Sites whose weight is stored [in, out]."""
         return tuple(weight for weight, (told, _) in sites_in(self.found).items() if "in_out" in told)
 

@@ -160,7 +160,7 @@ def _grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 
 
 def _grouped(self: Any, x: Tensor) -> Tensor:
-    """Rows that an input sorts by expert: stacks as they are stored, turned around, and beside another use."""
+    """Rows that an input sorts by expert: stacks as they are stored, transposed, and beside another use."""
     ends = torch.stack([(x > 0).sum() * 0 + 2, (x > 0).any() * 3, (x > 0).any() * 6]).int()
     x = _grouped_product(x, self.w0, ends).tanh()
     x = _grouped_product(x, self.w1.transpose(-2, -1), ends).tanh()

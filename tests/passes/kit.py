@@ -72,7 +72,7 @@ def deltas(graph_module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def product(site: Site, b: Tensor, a: Tensor) -> Tensor:
-    """`B @ A`, of each expert or slice, turned around where the weight is stored [in, out], in the shape of the
+    """`B @ A`, of each expert or slice, transposed where the weight is stored [in, out], in the shape of the
     weight.
     """
     if site.slices:

@@ -158,7 +158,7 @@ OPS: dict[str, Callable[[Masked, Tensor], Tensor]] = {
     "part": lambda m, x: steps(x)[None, 1::2].repeat(3, 1)[:, :, None] - torch.arange(4, 20, 3),
     "backwards": lambda m, x: torch.arange(9, -9, -2)[:, None] * 3 + 2 >= steps(x),
     "row": lambda m, x: (gap(x)[:1] + 1).expand(4, -1) * -2,
-    "turned": lambda m, x: (gap(x)[None] * steps(x)[:1]).transpose(-1, 0),
+    "transposed": lambda m, x: (gap(x)[None] * steps(x)[:1]).transpose(-1, 0),
     "differences": lambda m, x: torch.diff(gap(x) * 5, dim=0, prepend=gap(x)[:1] * 5 - 5),
     "none before": lambda m, x: torch.diff(steps(x) * 5),
     "a leap": lambda m, x: torch.diff(steps(x), prepend=steps(x)[:1]),

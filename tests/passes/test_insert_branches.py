@@ -111,11 +111,11 @@ def test_branches_are_those_of_the_plan(case: Case) -> None:
         site, parameter = sites_of(inserted)[weight], weights_of(inserted)[weight]
         columns, rows = parameter[0].numel(), parameter.shape[0]
         if case.kind(weight) == "experts":
-            outputs, columns = parameter.shape[:0:-1] if weight in case.turned else parameter.shape[1:]
+            outputs, columns = parameter.shape[:0:-1] if weight in case.transposed else parameter.shape[1:]
             assert branch.lora_A.shape == (rows, site.rank, columns)
             assert branch.lora_B.shape == (rows, outputs, site.rank)
         else:
-            columns, rows = (rows, columns) if weight in case.turned else (columns, rows)
+            columns, rows = (rows, columns) if weight in case.transposed else (columns, rows)
             pairs = len(case.slices.get(weight, (rows,)))
             assert branch.lora_A.shape == (pairs * site.rank, columns)
             assert branch.lora_B.shape == (rows, site.rank)

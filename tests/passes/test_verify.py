@@ -605,11 +605,11 @@ DAMAGE: dict[str, dict[str, Row]] = {
         ),
     },
     "aten_products": {
-        "turned branch": (
+        "transposed branch": (
             branch("w0", lambda matrix: setattr(matrix, "transposed", False)),
             ("the branch of w0 is stored transposed against its layout, in_out",),
         ),
-        "turned weight": (turned_weight, ("node addmm reads w0 as out_in, planned as in_out",)),
+        "transposed weight": (turned_weight, ("node addmm reads w0 as out_in, planned as in_out",)),
     },
     "aten_lookups": {
         "lost padding row": (
@@ -618,7 +618,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
         ),
     },
     "aten_routed": {
-        "turned experts": (
+        "transposed experts": (
             branch("w1", turned_factors),
             (
                 "lora_A of w1 is (3, 3, 5), planned as (3, 3, 4)",
@@ -741,14 +741,14 @@ DAMAGE: dict[str, dict[str, Row]] = {
             state(slow=(0.5, 0.5)),
             ("the slow state of 0.weight has 1 experts, but 2 slow and 1 start coefficients",),
         ),
-        "expert turned around": (
+        "expert transposed": (
             expert(lambda only: only._replace(b=only.b.t(), a=only.a.t())),
             (
                 "the slow state of 0.weight has an expert of stage 1 of (1, 6) and (24, 1), which is no delta of "
                 "(6, 24)",
             ),
         ),
-        "dense delta turned around": (
+        "dense delta transposed": (
             state(dense_slow=torch.zeros(24, 6)),
             ("the slow state of 0.weight has a dense delta of (24, 6), which is none of (6, 24)",),
         ),

@@ -148,7 +148,7 @@ def ours_of(model: nn.Module, args: Sequence[Any], targets: Iterable[str], front
 
 
 def pairs_of(cascade: lx.Cascade) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The factors (b, a) by weight name, with `b @ a` as the weight is stored: [in, out] has the pair turned around."""
+    """The factors (b, a) by weight name, with `b @ a` as the weight is stored: [in, out] has the pair transposed."""
     pairs = {}
     for site in cascade.sites:
         branch = branches(cascade)[site.weight]

@@ -72,10 +72,10 @@ class Convs(nn.Module):
 class Experts(nn.Module):
     """Stacked experts, as transformers keeps them, in both layouts."""
 
-    def __init__(self, turned: bool) -> None:
+    def __init__(self, transposed: bool) -> None:
         super().__init__()
-        self.is_transposed = turned
-        up, down = ((6, 8), (8, 6)) if turned else ((8, 6), (6, 8))
+        self.is_transposed = transposed
+        up, down = ((6, 8), (8, 6)) if transposed else ((8, 6), (6, 8))
         self.up, self.down = nn.Parameter(torch.randn(3, *up) / 3), nn.Parameter(torch.randn(3, *down) / 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,11 +89,11 @@ class Mixture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.into, self.gate = nn.Linear(5, 6), Gate()
-        self.plain, self.turned = Experts(False), Experts(True)
+        self.plain, self.transposed = Experts(False), Experts(True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.into(x)
-        out: torch.Tensor = self.gate(x) * (self.plain(x) + self.turned(x))
+        out: torch.Tensor = self.gate(x) * (self.plain(x) + self.transposed(x))
         return out
 
 

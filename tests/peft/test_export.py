@@ -76,8 +76,8 @@ def test_stacked_experts_and_bare_parameters(tmp_path: Path) -> None:
         "gate.rows",
         "plain.up",
         "plain.down",
-        "turned.up",
-        "turned.down",
+        "transposed.up",
+        "transposed.down",
     ]
 
 

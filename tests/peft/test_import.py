@@ -46,7 +46,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "mixture",
         {
             "target_modules": ["into"],
-            "target_parameters": ["gate.rows", "plain.up", "plain.down", "turned.up", "turned.down"],
+            "target_parameters": ["gate.rows", "plain.up", "plain.down", "transposed.up", "transposed.down"],
         },
     ),
     "llama": ("llama", {"target_modules": LINEARS, "lora_dropout": 0.1}),

@@ -138,10 +138,10 @@ class Fused(nn.Module):
         super().__init__()
         torch.manual_seed(8)
         self.conv, self.linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(20, 6)
-        self.turned, self.qkv = nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(12, 7))
+        self.transposed, self.qkv = nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(12, 7))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.linear(self.conv(x).mean(-1).flatten(1)) @ self.turned
+        hidden = self.linear(self.conv(x).mean(-1).flatten(1)) @ self.transposed
         query, key, value = self.qkv.chunk(3)
         return (hidden @ query.t()) * (hidden @ key.t()) + hidden @ value.t()
 

@@ -417,19 +417,19 @@ def test_a_convolution_is_read_off_its_node(rows: bool) -> None:
 
 
 class Mixed(nn.Module):
-    """Each op that the model counts by its multiply-adds: three convolutions, a turned one, attention, two products."""
+    """Each op that is counted by its multiply-adds: four convolutions (one transposed), attention, two products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.wide, self.deep = nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, groups=64)
-        self.thin, self.turned = nn.Conv2d(64, 32, 1), nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.thin, self.transposed = nn.Conv2d(64, 32, 1), nn.ConvTranspose2d(32, 16, 2, stride=2)
         self.out = nn.Linear(32, 24)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = self.thin(self.deep(self.wide(x)))
         rows = y.flatten(2).transpose(1, 2)
         seen = nn.functional.scaled_dot_product_attention(rows[:, None], rows[:, None], rows[:, None])
-        return self.turned(y), self.out(seen), rows @ rows.transpose(1, 2)
+        return self.transposed(y), self.out(seen), rows @ rows.transpose(1, 2)
 
 
 MIXED = (2, 64, 14, 13)

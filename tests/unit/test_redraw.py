@@ -87,13 +87,13 @@ def test_filter_noise_is_flat_loras() -> None:
 
     from transformers.pytorch_utils import Conv1D
 
-    turned = nn.Sequential(Conv1D(4, 3000)).double()  # [3000, 4]: the rows are its columns
+    transposed = nn.Sequential(Conv1D(4, 3000)).double()  # [3000, 4]: the rows are its columns
     with torch.no_grad():
-        turned[0].weight.mul_(torch.tensor([1.0, 2.0, 30.0, 0.1]))
-    base = turned[0].weight.detach().clone()
-    cascade = lx.adapt(turned, (torch.randn(2, 3000).double(),), spec=lx.CascadeSpec(rank=2, noise=FLAT))
+        transposed[0].weight.mul_(torch.tensor([1.0, 2.0, 30.0, 0.1]))
+    base = transposed[0].weight.detach().clone()
+    cascade = lx.adapt(transposed, (torch.randn(2, 3000).double(),), spec=lx.CascadeSpec(rank=2, noise=FLAT))
     assert cascade.sites[0].layout == "in_out"
-    unit = (turned[0].weight.detach() - base) / (0.05 * base.norm(dim=0) / 3000**0.5)
+    unit = (transposed[0].weight.detach() - base) / (0.05 * base.norm(dim=0) / 3000**0.5)
     assert ((unit.std(dim=0) - 1).abs() < 5 / 6000**0.5).all()
 
 

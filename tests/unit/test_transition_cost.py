@@ -192,7 +192,7 @@ def test_five_stages_are_compiled_once_by_inductor() -> None:
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "contiguous": lambda tensor: tensor.contiguous(),
     "channels last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
-    "turned": lambda tensor: tensor.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
+    "transposed": lambda tensor: tensor.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
     "every second": lambda tensor: tensor.repeat_interleave(2, dim=0)[::2],
 }
 
