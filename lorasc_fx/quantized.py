@@ -129,6 +129,13 @@ def _requantize_quanto(layer: Any, value: torch.Tensor) -> nn.Module:
     return new
 
 
+def _dequantize_awq(layer: Any) -> torch.Tensor:
+    dequantize: Any = vars(sys.modules[type(layer).__module__])["dequantize_gemm"]
+    packed = (layer.qweight, layer.qzeros, layer.scales, layer.bits, layer.group_size)
+    plain: torch.Tensor = dequantize(*packed)
+    return plain.T.contiguous()
+
+
 LIBRARIES: dict[str, Library] = {
     "bitsandbytes.nn.modules.Linear4bit": Library(
         lambda layer: getattr(layer.weight, "quant_state", None) is not None,
@@ -145,7 +152,10 @@ LIBRARIES: dict[str, Library] = {
     "hqq.core.quantize.HQQLinear": Library(
         lambda layer: layer.is_initialized(), lambda layer: layer.dequantize(), _requantize_hqq
     ),
-    # GPTQ: packed numbers that are the result of an optimization, which is not made again here.
+    # GPTQ and AWQ: packed numbers that are the result of an optimization, which is not made again here.
+    "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear": Library(
+        lambda layer: layer.adapter is None, _dequantize_awq
+    ),
     "gptqmodel.nn_modules.qlinear.torch.TorchLinear": Library(
         lambda layer: layer.adapter is None, lambda layer: layer.dequantize_weight().T.contiguous()
     ),

@@ -63,7 +63,7 @@ LIBRARIES[f"{Packed.__module__}.{Packed.__qualname__}"] = Library(
 
 NEEDS = {
     "bitsandbytes": "bitsandbytes", "gptq": "gptqmodel.nn_modules.qlinear.torch", "hqq": "hqq.core.quantize",
-    "quanto": "optimum.quanto", "packed": "torch",
+    "quanto": "optimum.quanto", "packed": "torch", "awq": "gptqmodel.nn_modules.qlinear.torch_awq",
 }  # fmt: skip
 """What is imported for cases whose names begin so."""
 
@@ -144,7 +144,18 @@ LAYERS: dict[str, Quantize] = {
 }
 
 
-FIXED: dict[str, Quantize] = {"gptq 8": _gptq(8), "gptq 4": _gptq(4)}
+def _awq(linear: nn.Linear, group: int = 32) -> nn.Module:
+    """Rounded numbers in AWQ's layer, which computes in half precision."""
+    scales = linear.weight.detach().unflatten(1, (-1, group)).abs().amax(2) / 7
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "group_size": group}
+    layer: Any = _library("awq").AwqTorchLinear(bits=4, sym=True, desc_act=False, bias=True, **sizes)
+    layer.pack(linear, scales.half(), torch.full_like(scales, 8).half())
+    layer.post_init()
+    made: nn.Module = layer
+    return made
+
+
+FIXED: dict[str, Quantize] = {"gptq 8": _gptq(8), "gptq 4": _gptq(4), "awq 4": _awq}
 """Layers that are not quantized again."""
 
 

@@ -21,6 +21,7 @@ from tests.unit.test_quantized import CONFIGS
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
 PACKAGES = {
+    "awq": "gptqmodel",
     "bitsandbytes": "bitsandbytes",
     "gptq": "gptqmodel",
     "hqq": "hqq",
@@ -63,10 +64,10 @@ def _again(width: str) -> Any:
     return lambda layer: torchao.quantize_(layer, CONFIGS[width]())
 
 
-def trained(quantize: Callable[[nn.Module], None]) -> tuple[lx.Cascade, torch.Tensor]:
+def trained(quantize: Callable[[nn.Module], None], dtype: torch.dtype) -> tuple[lx.Cascade, torch.Tensor]:
     """Return a cascade of two stages on the quantized model, and the inputs."""
     torch.manual_seed(0)
-    model, x = Model(), torch.randn(64, 256)
+    model, x = Model().to(dtype), torch.randn(64, 256).to(dtype)
     quantize(model)
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=4, pace=1.0))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
@@ -82,16 +83,17 @@ def trained(quantize: Callable[[nn.Module], None]) -> tuple[lx.Cascade, torch.Te
 def row(case: str, quantize: Callable[[nn.Module], None], again: Any) -> str:
     """Return the row of a case; distances are of outputs, relative to the norm of the trained ones."""
     torch.manual_seed(0)
-    plain = Model()
+    dtype = torch.float16 if case.startswith("awq") else torch.float32
+    plain = Model().to(dtype)
     with torch.enable_grad():
-        cascade, x = trained(quantize)
+        cascade, x = trained(quantize, dtype)
     size = cascade(x).norm()
     with cascade.weights("base"):
         base = cascade.model(x)
     rounding = (base - plain(x)).norm() / plain(x).norm()
     moved = (cascade(x) - base).norm() / size
     wanted = cascade(x)
-    dense = Model()
+    dense = Model().to(dtype)
     dense.load_state_dict(cascade.folded_state_dict(quantized="dequantize"))
     folded = (dense(x) - wanted).norm() / size
     cascade.release(quantized=again)
