@@ -11,8 +11,8 @@ import contextlib
 import datetime
 import json
 import os
+import platform
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator
 from functools import partial
@@ -89,7 +89,7 @@ def one_writer(undo: Block[Any], file: Path, place: Path, kind: type[LorascError
     now = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
     with contextlib.suppress(OSError):  # a full disk: what comes next says so
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}).encode(), 0)
+        os.pwrite(handle, json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode(), 0)
     return locked
 
 
@@ -104,7 +104,7 @@ def _owner(handle: int) -> dict[str, Any]:
 
 def _dead(owner: dict[str, Any]) -> bool:
     """Whether the owner of a lock file is known to be gone, or there is none."""
-    if owner and (owner["host"] != socket.gethostname() or os.name == "nt"):
+    if owner and (owner["host"] != platform.node() or os.name == "nt"):
         return False
     try:
         if owner:
