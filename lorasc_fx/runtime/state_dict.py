@@ -64,13 +64,13 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
     way = "take another checkpoint"
     manifest, plan = checkpoint_read.manifest_of(bytes(data_of(packed.cpu().contiguous())), Path(where, MANIFEST), way)
     tensors = {name: tensor for name, tensor in table.items() if name != KEY}
+    for sentence in checkpoint_read.plan_faults(plan, tensors):
+        raise CheckpointError(f"{where}: {sentence}; {way}")
     ranks = _cut(tensors, manifest.get("shards", {}), len(manifest["files"]))
     if list(map(digest_of, ranks)) != list(manifest["files"].values()):
         raise CheckpointError(
             f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}", code="digest-mismatch"
         )
-    for sentence in checkpoint_read.plan_faults(plan, tensors):
-        raise CheckpointError(f"{where}: {sentence}; {way}")
     return checkpoint_read.Checkpoint(Path(where), manifest, tensors, plan)
 
 
