@@ -132,7 +132,10 @@ def test_a_module_that_holds_a_cascade() -> None:
 
 
 EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] = {
-    "missing": (lambda state: state.pop("branch/first.weight/lora_A"), ("invalid-checkpoint", "branch/first.weight/lora_A")),
+    "missing": (
+        lambda state: state.pop("branch/first.weight/lora_A"),
+        ("invalid-checkpoint", "branch/first.weight/lora_A"),
+    ),
     "foreign": (lambda state: state.update({"model.first.weight": X}), ("digest-mismatch",)),
     "changed": (lambda state: state["branch/first.weight/lora_A"].add_(1), ("digest-mismatch",)),
     "no manifest": (lambda state: state.pop("lorasc_fx.manifest"), ("not-a-state-dict", "lorasc_fx.manifest")),

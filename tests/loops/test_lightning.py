@@ -7,19 +7,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
 from tests.loops.kit import merged, net, rows, with_weights
-
-pytest.importorskip("lightning")
-
-import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

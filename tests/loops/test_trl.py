@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trl
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lorasc_fx as lx
 from tests.kit.state import branches_of, variant_count
 from tests.loops.kit import WORDS, llama, losses, tokenizer
-
-trl = pytest.importorskip("trl")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -125,8 +125,10 @@ BY_TRAINER = {
 }
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("checkpointing", ["none", "before adapt", *BY_TRAINER])
+@pytest.mark.parametrize(
+    ("checkpointing", "packing"),
+    [*itertools.product(["none", "before adapt", *BY_TRAINER], [False]), ("none", True), ("not reentrant", True)],
+)
 def test_the_losses_are_those_of_peft(checkpointing: str, packing: bool, tmp_path: Path) -> None:
     """One stage at pace 1, in the same trainer, whose fused head computes the loss of the peft model."""
     cascade = adapted(LORA, checkpointing=checkpointing == "before adapt")
