@@ -70,7 +70,7 @@ def pages() -> dict[str, str]:
         "reference/lorasc_fx.md": f"# lorasc_fx\n\n{summary(PACKAGE / '__init__.py')}\n\n"
         + reference("lorasc_fx", names["lorasc_fx"]),
         "reference/toml.md": keys(),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "]("),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "]("),
     }
     for module, path in MODULES.items():
