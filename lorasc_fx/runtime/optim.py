@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -82,13 +83,11 @@ def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
 
 
 def check_rates(spec: CascadeSpec, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse an optimizer with one learning rate for all that trains, where the spec asks for several.
+    """Refuse an optimizer with one learning rate for all that trains, where the spec asks for others beside it.
 
     Raises:
         SpecError: says how to build it.
     """
-    if spec.lr_ratio == 1.0 and all(rule.lr is None for rule in spec.train_rules):
-        return
     own = {id(parameter) for parameter in parameters.values()}
     rates = {
         float(group.get("initial_lr", group["lr"]))
@@ -96,9 +95,13 @@ def check_rates(spec: CascadeSpec, optimizer: torch.optim.Optimizer, parameters:
         for parameter in group["params"]
         if id(parameter) in own
     }
-    if len(rates) == 1:
+    if len(rates) != 1:
+        return
+    rate = rates.pop()
+    asked = [rate * spec.lr_ratio, *(rule.lr for rule in spec.train_rules if rule.lr is not None)]
+    if not all(math.isclose(other, rate, rel_tol=1e-6) for other in asked):
         raise SpecError(
-            f"the optimizer has the learning rate {rates.pop():g} for all that trains, and the spec asks for several "
+            f"the optimizer has the learning rate {rate:g} for all that trains, and the spec asks for several "
             "(lr_ratio, train_rules): build it from cascade.param_groups(lr=...), in timm by "
             "create_optimizer_v2(cascade, param_group_fn=lambda cascade: cascade.param_groups(lr=...))",
             code="learning-rate-ignored",

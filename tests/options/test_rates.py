@@ -120,3 +120,15 @@ def test_rates_of_a_tied_parameter_by_any_of_its_names() -> None:
     spec = lx.CascadeSpec(train=("0.bias",), train_rules=(lx.TrainRule("2.bias", lr=0.5, slow=False),))
     cascade = lx.adapt(model, (X,), spec=spec)
     assert [(group["name"], group["lr"]) for group in cascade.param_groups(lr=0.1)][2:] == [("train:2.bias", 0.5)]
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.5])
+def test_rates_that_happen_to_be_equal_are_taken(lr: float) -> None:
+    """An optimizer of `param_groups` is right, also at a rate of 0, or where a rule gives the rate of all others."""
+    rule = lx.TrainRule("0.*", lr=0.5)
+    more = {"lr_ratio": 16.0} if lr == 0.0 else {"train": ("0.*",), "targets": ("1.*",), "train_rules": (rule,)}
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    cascade = lx.adapt(model, args=(torch.randn(2, 3),), spec=lx.CascadeSpec(rank=2, **more))
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=lr))
+    assert {group["lr"] for group in optimizer.param_groups} == {lr}
+    assert len(list(cascade.stages(1, optimizer))) == 1
