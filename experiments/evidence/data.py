@@ -351,7 +351,7 @@ def _images(
         return Task(
             name, 8, _last_blocks(10), pool, validation, test, shifts | {"other-writers": held_out}, frozen_norm=True
         )
-    first, held_out = other_part.at(torch.arange(1500)), other_part.at(torch.arange(1500, 2000))
+    first, held_out = other_part.at(torch.arange(1500)), other_part.at(torch.arange(1500, len(other_part)))
     model = _trained_before(name, _last_blocks(10), first, steps=300, lr=1e-3)
     return Task(name, 8, model, pool, validation, test, source=held_out, frozen_norm=True)
 

@@ -1,5 +1,6 @@
 """What is built and shipped: the list of packages, the wheel, the sdist, and that they work away from the checkout."""
 
+import email
 import hashlib
 import re
 import shutil
@@ -102,7 +103,7 @@ def copy_of_the_source(out: Path) -> Path:
     out.mkdir()
     for name in ("lorasc_fx", "passes"):
         shutil.copytree(ROOT / name, out / name, symlinks=True, ignore=skip)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, out / name)
     return out
 
@@ -135,12 +136,25 @@ def test_wheel_holds_the_code_and_nothing_else(built: Built) -> None:
     assert names == code_as_imported()
 
 
+def test_links_of_the_package_page_are_absolute(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        page = email.message_from_bytes(archive.read(metadata))
+    assert page["Description-Content-Type"] == "text/markdown"
+    links = re.findall(r"\]\(([^)]*)\)", page.get_payload())
+    source = PYPROJECT["project"]["urls"]["Source"] + "/blob/main/"
+    of_files = [link.removeprefix(source) for link in links if link.startswith(source)]
+    assert len(of_files) > 10
+    assert [path for path in of_files if not (ROOT / path).exists()] == []
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
 def test_sdist_holds_passes_and_what_a_build_needs(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
         assert not [member.name for member in archive if member.issym()]
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "passes").rglob("*.py")} <= names
-    assert {"pyproject.toml", "README.md", "LICENSE", "lorasc_fx/py.typed"} <= names
+    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "lorasc_fx/py.typed"} <= names
 
 
 def test_wheel_of_the_sdist_is_the_wheel(built: Built) -> None:
