@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -23,11 +24,6 @@ from safetensors import SafetensorError
 
 from lorasc_fx.errors import CheckpointError, ExportError, LorascError
 from lorasc_fx.undo import Block, isolated
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["make_folder", "one_writer", "replacing", "sync"]
 
@@ -68,10 +64,9 @@ def one_writer(undo: Block[Any], file: Path, place: Path, kind: type[LorascError
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            owner, locked = _owner(handle), fcntl is not None
+            owner, locked = _owner(handle), True
             try:
-                if fcntl is not None:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as fault:
                 raise _occupied(place, owner, "", kind) from fault
             except OSError:
@@ -104,7 +99,7 @@ def _owner(handle: int) -> dict[str, Any]:
 
 def _dead(owner: dict[str, Any]) -> bool:
     """Whether the owner of a lock file is known to be gone, or there is none."""
-    if owner and (owner["host"] != platform.node() or os.name == "nt"):
+    if owner and owner["host"] != platform.node():
         return False
     try:
         if owner:

@@ -161,7 +161,7 @@ def load(
     require("cli", "rich", "tyro")
     preprocessing: Any = module_of("cli", "lorasc_fx.cli.preprocessing").Preprocessing(root)
     cascade = load_found(found, preprocessing.base() if model is None else model, args, kwargs, base=base)
-    cascade.preprocessing = preprocessing
+    cascade._preprocessing = preprocessing
     return cascade
 
 

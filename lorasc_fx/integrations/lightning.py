@@ -10,7 +10,6 @@ from lorasc_fx.errors import MissingExtra, SpecError, StateError
 from lorasc_fx.extras import module_of
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.runtime import Cascade, transition
-from lorasc_fx.runtime.optim import check_holds, check_rates
 
 try:
     pytorch = module_of("loops", "lightning.pytorch")
@@ -62,8 +61,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
                 code="other-model",
             )
         run, optimizer = self.cascade._run, self._optimizer(trainer)
-        check_holds(optimizer, run.trainable())
-        check_rates(run.plan.spec, optimizer, run.trainable())
+        run.begin_loop(optimizer, "CascadeCallback")
         transition.end_idle(run)
         self._done, self._stage = trainer.global_step, self.cascade.stage
 

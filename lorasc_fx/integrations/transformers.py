@@ -22,7 +22,6 @@ from lorasc_fx.extras import require
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.quantized import QuantizedLinear, library_of
 from lorasc_fx.runtime import Cascade, transition
-from lorasc_fx.runtime.optim import check_holds
 from lorasc_fx.schedules import Plateau, StageSchedule
 from lorasc_fx.undo import AllOrNothing
 
@@ -171,8 +170,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 code="conflicting-options",
             )
         run, optimizer = self.cascade._run, about["optimizer"]
-        check_holds(optimizer, run.trainable())
-        self._check_rates(optimizer)
+        run.begin_loop(optimizer, "CascadeCallback")
         transition.end_idle(run)
         self._take_plateau(state)
 
@@ -412,28 +410,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "callback was given; give both the same (and no model_init)",
                 code="other-model",
             )
-
-    def _check_rates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer of one learning rate where the spec asks for several: the Trainer's own is one."""
-        spec = self.cascade.plan.spec
-        if spec.lr_ratio == 1.0 and all(rule.lr is None for rule in spec.train_rules):
-            return
-        found = {
-            id(each): group.get("initial_lr", group["lr"])
-            for group in optimizer.param_groups
-            for each in group["params"]
-        }
-        first = self.cascade.param_groups(lr=1.0)[0]  # lora_A, or lora_B where that is not trained
-        asked = self.cascade.param_groups(lr=found[id(first["params"][0])] / first["lr"])
-        for group in asked:
-            for each in group["params"]:
-                if not math.isclose(found[id(each)], group["lr"], rel_tol=1e-6):
-                    raise SpecError(
-                        f"CascadeCallback: {group['name']} is to have the learning rate {group['lr']:g} (lr_ratio, "
-                        f"train_rules), and has {found[id(each)]:g} in the Trainer's optimizer; give it "
-                        "optimizers=(torch.optim.AdamW(cascade.param_groups(lr=...)), None)",
-                        code="learning-rate-ignored",
-                    )
 
     def _check_arguments(self, args: Any) -> None:
         if args.n_gpu > 1:

@@ -95,8 +95,7 @@ class Cascade(nn.Module):
     """The adapted model. `lorasc_fx.adapt` makes it; calling it computes `y = W_t x + b + s B_t A_t x` at every site.
 
     Children: `model`, the user's own, which stays the only owner of its weights; `branches`, one per site. Graphs are
-    made per call signature and hold no weights. `preprocessing` is that of a run of the command line that was loaded,
-    else None.
+    made per call signature and hold no weights.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class Cascade(nn.Module):
         self._refusals, self._unreached = decided.refusals, decided.unreached
         self._compiler, self._example, self._flags = compiler, example, flags
         self._joined = joined
-        self.preprocessing: Any = None
+        self._preprocessing: Any = None
         self._variants = Variants()
         self._split: Callable[[Variant], Variant] | None = None  # what shards make of each graph
         self._frontend = ""
@@ -366,6 +365,13 @@ class Cascade(nn.Module):
     def refused_frontends(self) -> tuple[tuple[str, str], ...]:
         """Names and reasons of the front ends that `auto` tried before."""
         return self._refused_frontends
+
+    @property
+    def preprocessing(self) -> Any:
+        """That of a run of the command line that was loaded; else that attribute of the user's model, or None."""
+        if self._preprocessing is None and hasattr(self.model, "preprocessing"):
+            return self.__getattr__("preprocessing")
+        return self._preprocessing
 
     @property
     def placements(self) -> dict[str, str]:

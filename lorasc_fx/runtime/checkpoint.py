@@ -105,9 +105,6 @@ def _holds_files(path: Path) -> bool:
         return False
 
 
-_FLAGS = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # not every system has each
-
-
 def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> bytes:
     """Return the content of a plain file.
 
@@ -124,16 +121,16 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
         raise CheckpointError(
             f"{path}: is a link; a checkpoint holds its files itself: copy the file there", code="not-a-file"
         )
-    flags = sum(getattr(os, name, 0) for name in (*_FLAGS, *(() if links else ("O_NOFOLLOW",))))
-    handle = os.open(path, os.O_RDONLY | flags)  # not blocking: a pipe is refused, not waited for
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a pipe is refused, not waited for
+    handle = os.open(path, flags if links else flags | os.O_NOFOLLOW)
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(
                 f"{path}: is no plain file; a folder, a pipe or a device is not read", code="not-a-file"
             )
-        limit = most if most is not None else _memory()
-        if limit is not None and found.st_size > limit:
+        limit = most if most is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if found.st_size > limit:
             why = "such a file has" if most is not None else "this machine has memory for"
             raise CheckpointError(f"{path}: has {found.st_size} bytes, {why} {limit} at most", code="file-too-large")
         try:
@@ -146,14 +143,6 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
             ) from fault
     finally:
         os.close(handle)
-
-
-def _memory() -> int | None:
-    """Return the bytes of memory of this machine; None if unknown."""
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def sanitized(name: object, most: int = 80) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -82,13 +82,17 @@ def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
         )
 
 
-def check_rates(spec: CascadeSpec, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+def check_rates(optimizer: torch.optim.Optimizer, asked: Callable[[float], Sequence[Mapping[str, Any]]]) -> None:
     """Refuse an optimizer with one learning rate for all that trains, where the spec asks for others beside it.
 
+    Args:
+        optimizer: whose rates count as they were before a scheduler changed them.
+        asked: returns the groups that an optimizer of the spec has, by the learning rate of lora_A (`groups`).
+
     Raises:
-        SpecError: says how to build it.
+        SpecError: names the first group that is to have another rate.
     """
-    own = {id(parameter) for parameter in parameters.values()}
+    own = {id(parameter) for group in asked(0.0) for parameter in group["params"]}
     rates = {
         float(group.get("initial_lr", group["lr"]))
         for group in optimizer.param_groups
@@ -98,14 +102,15 @@ def check_rates(spec: CascadeSpec, optimizer: torch.optim.Optimizer, parameters:
     if len(rates) != 1:
         return
     rate = rates.pop()
-    asked = [rate * spec.lr_ratio, *(rule.lr for rule in spec.train_rules if rule.lr is not None)]
-    if not all(math.isclose(other, rate, rel_tol=1e-6) for other in asked):
-        raise SpecError(
-            f"the optimizer has the learning rate {rate:g} for all that trains, and the spec asks for several "
-            "(lr_ratio, train_rules): build it from cascade.param_groups(lr=...), in timm by "
-            "create_optimizer_v2(cascade, param_group_fn=lambda cascade: cascade.param_groups(lr=...))",
-            code="learning-rate-ignored",
-        )
+    for group in asked(rate):
+        if not math.isclose(group["lr"], rate, rel_tol=1e-6):
+            raise SpecError(
+                f"{group['name']} is to have the learning rate {group['lr']:g} (lr_ratio, train_rules), and the "
+                f"optimizer has {rate:g} for all that trains: build it from cascade.param_groups(lr=...), in timm by "
+                "create_optimizer_v2(cascade, param_group_fn=lambda cascade: cascade.param_groups(lr=...)), and give a "
+                "Trainer of transformers optimizers=(optimizer, None)",
+                code="learning-rate-ignored",
+            )
 
 
 def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -486,15 +486,17 @@ class Run:
         """Return the groups of an optimizer, which holds the present branches; see `Cascade.param_groups`."""
         self.check_alive("param_groups")
         self.grouped = True
+        return self._groups(lr, options)
+
+    def _groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
         trained = [(parameter, self.slow.trained[name].rule) for name, parameter in self.trained_parameters().items()]
         return groups(self.plan.spec, self.by_key.values(), trained, lr, options)
 
-    def begin_loop(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check that a loop over stages can begin, and note that there is one."""
-        self.check_ready("stages", sharded=True, parallel=True)
-        trainable = self.trainable()
-        check_holds(optimizer, trainable)
-        check_rates(self.plan.spec, optimizer, trainable)
+    def begin_loop(self, optimizer: torch.optim.Optimizer, call: str = "stages") -> None:
+        """Check that a loop over stages can begin, and note that there is one; `call` is its name in messages."""
+        self.check_ready(call, sharded=True, parallel=True)
+        check_holds(optimizer, self.trainable())
+        check_rates(optimizer, lambda lr: self._groups(lr, {}))
         self.looped = True
 
     # ---- gradients that a checkpoint finds: a run that is saved between backward and step, or accumulates, loses none
