@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from experiments.evidence import runner
 from experiments.evidence.methods import METHODS
+from experiments.evidence.trace import plot
 
 __all__ = ["Difference", "design_effects", "difference_over_tasks", "holm", "write"]
 
@@ -221,6 +222,7 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         *_tasks(results),
         *_design(results),
         *_restarts(results),
+        *plot(folder),
         *_map(results),
         *_ranks(results),
         *_others(results),

@@ -1,4 +1,4 @@
-"""`python -m experiments.evidence run | check | page | status`: make the runs of the protocol, and the page from them.
+"""`python -m experiments.evidence run | trace | check | page | status`: make the runs of the protocol, and the page.
 
 A run that was made is not made again, so that Ctrl-C at any time loses only what is running. Runs are made by two
 processes of one thread each.
@@ -29,7 +29,7 @@ from experiments.evidence.methods import METHODS
 from experiments.evidence.train import Training, run
 from lorasc_fx.errors import SpecError
 
-__all__ = ["Cell", "Lines", "best_rate", "cells_of", "grid_of", "main", "runs_of"]
+__all__ = ["Cell", "Lines", "best_rate", "cells_of", "grid_of", "main", "runs_of", "training_of"]
 
 HERE = Path(__file__).parent
 PROTOCOL, RESULTS = HERE / "protocol.toml", HERE / "results.jsonl"
@@ -212,11 +212,15 @@ def _made(cells: Sequence[Cell], protocol: dict[str, Any]) -> list[dict[str, Any
     """Make runs that one training serves; in a process of its own."""
     torch.set_num_threads(1)
     cell = cells[0]
-    about = protocol["training"]
-    training = Training(about["batch_size"], about["warmup"], about["cycles"], about["gradient_clipping"])
     steps = protocol["budgets"][cell.budget]
     methods = [METHODS[each.method] for each in cells]
-    return run(_task(cell.task), methods, training, cell.size, steps, cell.rate, cell.seed)
+    return run(_task(cell.task), methods, training_of(protocol), cell.size, steps, cell.rate, cell.seed)
+
+
+def training_of(protocol: dict[str, Any]) -> Training:
+    """Return what every run of a protocol has in common."""
+    about = protocol["training"]
+    return Training(about["batch_size"], about["warmup"], about["cycles"], about["gradient_clipping"])
 
 
 def make(protocol: dict[str, Any], lines: Lines, only: Iterable[str] = ()) -> None:
@@ -272,6 +276,10 @@ def main(arguments: list[str]) -> int:
             make(protocol, lines, rest)
         elif command == "check":
             return check(protocol, lines)
+        elif command == "trace":
+            from experiments.evidence.trace import trace
+
+            trace(protocol, lines)
         elif command == "page":
             from experiments.evidence.page import write
 
@@ -282,7 +290,7 @@ def main(arguments: list[str]) -> int:
                 own = [cell for cell in cells if cell.phase == phase["name"]]
                 print(f"{phase['name']}: {sum(cell in lines.found for cell in own)} of {len(own)} known runs")
         else:
-            print(f"evidence: unknown command {command!r}; run, check, page or status", file=sys.stderr)
+            print(f"evidence: unknown command {command!r}; run, trace, check, page or status", file=sys.stderr)
             return 2
     except SpecError as fault:
         print(f"evidence: {fault}", file=sys.stderr)

@@ -52,7 +52,14 @@ class Training:
 
 
 def run(
-    task: Task, methods: Sequence[Method], training: Training, size: int, steps: int, rate: float, seed: int
+    task: Task,
+    methods: Sequence[Method],
+    training: Training,
+    size: int,
+    steps: int,
+    rate: float,
+    seed: int,
+    observe: Callable[[int, float, Callable[[], dict[str, float]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train once, and return what is measured of each method.
 
@@ -62,6 +69,8 @@ def run(
         steps: optimizer steps.
         rate: full learning rate.
         seed: of the training examples, their order, the new head, the branches and the noise.
+        observe: called after each step with the steps done, the training loss of its batch, and a function that returns
+            the size and the stable rank of the change so far, as `delta` in the result.
 
     Raises:
         ValueError: two methods do not train alike.
@@ -113,6 +122,8 @@ def run(
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
+        if observe is not None:
+            observe(done, loss.item(), lambda: _deltas(before, trained()))
         if done in moments:
             states[done] = trained()
         if done in ends and stages is not None and method.stages:

@@ -17,6 +17,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from experiments.evidence import data, page, runner, train
+from experiments.evidence import trace as traced
 from experiments.evidence.data import TASKS, Part, Task
 from experiments.evidence.methods import METHODS, rate_factor
 from experiments.evidence.train import Training, run
@@ -212,6 +213,29 @@ def test_the_factorial_design_and_the_map_have_their_tables(tmp_path: Path) -> N
     written = (tmp_path / "evidence.md").read_text(encoding="utf-8")
     assert "No runs yet" not in written
     assert "| digits | long | LoRA | 60.0 | 50.0 | 20 % |" in written
+
+
+def test_a_trace_ends_at_the_result_of_its_runs(tmp_path: Path) -> None:
+    grid = TINY["phases"][0]
+    protocol = {**TINY, "phases": [grid, {**grid, "name": "restarts", "seeds": [3]}]}
+    lines = runner.Lines(tmp_path / "results.jsonl", protocol)
+    part = {"accuracy": 0.5, "loss": 1.0, "calibration": 0.1}
+    for cell in runner.cells_of(protocol, lines):
+        lines.found[cell] = {"result": {"diverged": False, "validation": part}, "code": "none"}
+    traced.trace(protocol, lines, tmp_path / "trace.json")
+    found = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["teacher-4"]
+    assert set(found) == {"lora", "recipe", "recipe-kept-state"}
+    training = runner.training_of(protocol)
+    for method, parts in found.items():
+        (result,) = run(TASKS["teacher-4"](), [METHODS[method]], training, 16, 6, 0.001, 3)
+        assert len(parts["loss"]) == 6
+        assert parts["loss"][-1] == pytest.approx(result["loss"], abs=1e-5)
+        averaged = METHODS[method].average != "none"  # whose result is of the mean, and the trace of the weights now
+        for name in ("norm", "rank"):
+            assert len(parts[name]) == 3
+            assert (parts[name][-1] == pytest.approx(result["delta"][name], abs=1e-5)) == (not averaged)
+    assert "evidence-restarts.svg" in "".join(traced.plot(tmp_path, tmp_path / "trace.json"))
+    assert (tmp_path / "evidence-restarts.svg").exists()
 
 
 def test_a_growing_rank_trains_the_rows_so_far() -> None:
