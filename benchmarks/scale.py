@@ -22,6 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import lorasc_fx as lx
+from lorasc_fx.branch.noise import BLOCK, WIDE, block_of
 
 from .shards import RESULTS, table
 
@@ -105,6 +106,15 @@ class Weight:
             return (0, 0)
         *experts, rows, columns = self.shape
         return self.rank * math.prod(experts) * columns, self.rank * math.prod(experts) * rows
+
+    def drawn(self, ranks: int) -> int:
+        """Entries of noise that a rank draws, the one that draws most: those of the blocks that its shard meets."""
+        axis = 0 if len(self.shape) < 3 or self.shape[0] % ranks == 0 else 1
+        total, block = self.shape[axis], block_of(torch.Size(self.shape))[axis]
+        count = -(-total // ranks)
+        ends = ((first, min(first + count, total)) for first in range(0, total, count))
+        most = max(min(-(-end // block) * block, total) - first // block * block for first, end in ends)
+        return self.entries // total * most
 
     @property
     def leaf(self) -> str:
@@ -332,8 +342,9 @@ def larger(layouts: Iterable[Layout] = LARGER) -> list[str]:
         "At a transition a rank copies its W0 to the device and writes W there. peft merges whole weights, which FSDP2",
         "gathers with the factors. A checkpoint holds the running factors, AdamW's states, and the factors of each",
         "stage that has ended; that of peft, the adapter and AdamW's states, sharded.",
-        f"Each rank draws the noise of whole weights and cuts it, {DRAWS / 1e6:.0f} million entries a second on a",
-        "thread: at this size that is most of a transition, and it grows with the model, not with the ranks.",
+        f"Each rank draws the noise of the blocks, {BLOCK // WIDE} rows of {WIDE} columns, that its shards meet, "
+        f"{DRAWS / 1e6:.0f} million entries a second",
+        "on a thread: at this size that is most of a transition.",
         "",
         *head,
         *(f"| {told} | " + " | ".join(one.text(name) for one in moves) + " |" for told, name in moved.items()),
@@ -368,7 +379,7 @@ class Moves:
         return cls(
             sent=figures.transition,
             copied=figures.host,
-            drawn=sites,
+            drawn=sum(weight.drawn(ranks) for weight in weights if weight.rank),
             merge=(ranks - 1) / ranks * (WEIGHT * sites + factors),
             written=(1 + STATES + STAGES) * factors / ranks,
             adapter=(1 + STATES) * factors / ranks,
@@ -443,7 +454,7 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "[tokens, rank]. Where heads of keys and values are fewer than ranks, k and v stay whole on each rank, and",
         "their gradients are gathered by heads. What is sent grows with the tokens.",
         "",
-        "A transition moves no weight: W0, B and S lie in the same parts, noise is drawn whole by its address and cut,",
+        "A transition moves no weight: W0, B and S lie in the same parts, noise is drawn for the shard alone,",
         "and standard deviations and decisions are six sums of 8 bytes a site. FSDP2 gathers each lora_A once, as",
         "rows of S need it whole.",
         "",

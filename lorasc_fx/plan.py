@@ -221,6 +221,8 @@ class Plan:
                     code="format-not-supported",
                 )
             sites = tuple(_checked(_site(entry)) for entry in data["sites"])
+            if "noise" in data["spec"]:
+                data["spec"]["noise"] = {"key": "weight", **data["spec"]["noise"]}  # before the field was there
             spec = CascadeSpec.from_dict(data["spec"])
             for rank in (spec.rank, *spec.ranks, *(rule.rank for rule in spec.rules if rule.rank is not None)):
                 _count("rank", rank)

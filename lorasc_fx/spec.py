@@ -51,6 +51,7 @@ PLACEMENTS = ("beside", "merged", "weight")
 """Where a branch computes (docs/design.md)."""
 
 Redraw = Literal["stage", "step"]
+Key = Literal["block", "weight"]
 Where = Literal["sites", "all"]
 OnNonFinite = Literal["raise", "skip"]
 Placement = Literal["auto", "beside", "merged", "weight"]
@@ -71,6 +72,8 @@ class Noise:
         where: on the `sites`, or on `all` weight matrices that are not trained in full.
         redraw: once a `stage`, or after each optimizer `step`, as in Flat-LoRA: the weights are written anew from W0
             each time, at the cost of a fold.
+        key: what has a random stream of its own: each `block` of a weight, so that a rank draws what its shard holds,
+            or the whole `weight`, as in checkpoints of before. The numbers differ.
     """
 
     strength: float = 0.0
@@ -78,6 +81,7 @@ class Noise:
     keep: bool = False
     where: Where = "sites"
     redraw: Redraw = "stage"
+    key: Key = "block"
 
     def __post_init__(self) -> None:
         _number("noise.strength", self.strength)
@@ -86,6 +90,7 @@ class Noise:
         _choice("noise.distribution", self.distribution, tuple(DISTRIBUTIONS))
         _choice("noise.where", self.where, get_args(Where))
         _choice("noise.redraw", self.redraw, get_args(Redraw))
+        _choice("noise.key", self.key, get_args(Key))
         _flag("noise.keep", self.keep)
         check_noise(self.keep, self.redraw, self.distribution)
 

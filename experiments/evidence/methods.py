@@ -172,7 +172,7 @@ def spec_of(method: Method, rank: int, cycles: int, train: tuple[str, ...], seed
     """Return the spec of a method with branches."""
     factor = method.rank_factor or cycles
     base: dict[str, Any] = {"pace": 1.0, **method.spec}
-    noise = lx.Noise(method.noise, redraw="step") if method.noise else lx.Noise()
+    noise = lx.Noise(method.noise, redraw="step", key="weight") if method.noise else lx.Noise()
     return lx.CascadeSpec(
         rank=rank * factor, lora_alpha=2.0 * rank * factor, train=train, noise=noise, seed=seed, **base
     )

@@ -7,6 +7,7 @@ Source: NoisyTune (2202.12024) for the form; algorithm.md, row "noise". By rows:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 
 import torch
@@ -16,6 +17,9 @@ from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import Noise
 
 __all__ = ["amplitude", "draw", "generator", "row_sizes"]
+
+BLOCK, WIDE = 32768, 1024
+"""Entries of a block of noise, and of its last axis, at most. Part of the key: other numbers here are other noise."""
 
 
 def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generator:
@@ -81,10 +85,46 @@ def draw(
 ) -> torch.Tensor:
     """Return the unscaled noise of this address, in fp32 on the CPU.
 
-    Step 0 is the start of the stage. With a shard the shape is that of the shard, whose noise is cut out of that of the
-    whole weight.
+    Step 0 is the start of the stage. With a shard the shape is that of the shard, whose numbers are those that it has
+    in the whole weight: of blocks that lie in it in part, the rest is drawn and dropped.
     """
+    distribution, purpose = DISTRIBUTIONS[noise.distribution], f"noise of step {step}" if step else "noise"
+    full = shape if shard is None else shard.full_shape(shape)
+    if noise.key == "weight":
+        drawn = distribution.draw(full, generator(seed, stage, purpose, name))
+        return drawn if shard is None else shard.take(drawn).clone()
+    firsts = [0] * len(full)
     if shard is not None:
-        return shard.take(draw(noise, seed, stage, name, shard.full_shape(shape), step)).clone()
-    source = generator(seed, stage, f"noise of step {step}" if step else "noise", name)
-    return DISTRIBUTIONS[noise.distribution].draw(shape, source)
+        firsts[shard.axis] = shard.first
+    out = torch.empty(shape)
+    axes = [_pieces(*each) for each in zip(firsts, shape, full, block_of(full), strict=True)]
+    for pieces in itertools.product(*axes) if out.numel() else ():
+        index, sizes, places, parts = zip(*pieces, strict=True)
+        source = generator(seed, stage, f"block {index} of {purpose}", name)
+        out[places] = distribution.draw(torch.Size(sizes), source)[parts]
+    return out
+
+
+def _pieces(first: int, here: int, full: int, size: int) -> list[tuple[int, int, slice, slice]]:
+    """Return the blocks in which `first` to `first + here` of an axis lie: the number and the length of each, where it
+    lies here, and the part of it that does.
+    """
+    found = []
+    for number in range(first // size, -(-(first + here) // size)):
+        start, length = number * size, min(size, full - number * size)
+        low, high = max(start, first), min(start + length, first + here)
+        found.append((number, length, slice(low - first, high - first), slice(low - start, high - start)))
+    return found
+
+
+def block_of(shape: torch.Size) -> tuple[int, ...]:
+    """Return the shape of the blocks whose noise has streams of their own: [32, 1024] of a large matrix.
+
+    Of `BLOCK` entries at most, long in the last axes, of which `WIDE` entries at most: a shard of few rows, of some
+    columns or of one expert is made of few blocks that are not its own.
+    """
+    block, room = list[int](), BLOCK
+    for length in reversed(shape):
+        block.append(max(1, min(length, WIDE, room)))
+        room //= block[-1]
+    return tuple(reversed(block))

@@ -44,7 +44,7 @@ __all__ = ["folded_state_dict", "shard"]
 ON_SHARDS = {
     "targets", "exclude", "train", "untie", "rules", "rank", "lora_alpha", "use_rslora", "placement", "pace", "start",
     "restart", "slow_train", "seed", "noise", "strength", "keep", "where", "train_A", "lr_ratio", "train_rules",
-    "average", "average_decay", "redraw", "on_nonfinite", "distribution", "optimizer_state", "carry_rank",
+    "average", "average_decay", "redraw", "key", "on_nonfinite", "distribution", "optimizer_state", "carry_rank",
 }  # fmt: skip
 """Fields of a spec, and of its noise, that mean the same on shards, whatever they hold; `carry_rank` is of quantized
 weights, which are not sharded.

@@ -3,8 +3,8 @@
 Shards are torch's DTensors. A column-wise weight [out, in] is split along out, and so are its bias and lora_B, while
 lora_A is replicated; a row-wise one is split along in, and so is lora_A, while lora_B is replicated (Megatron-LM,
 1909.08053, section 3). The graph runs on DTensors, so that torch's own rules say which sums are exchanged, forward and
-backward. The slow state is sharded as the weights are: a transition moves no weight between processes. Noise is drawn
-for the whole weight, by its address, and cut, so that it is that of one process.
+backward. The slow state is sharded as the weights are: a transition moves no weight between processes. Noise is a
+function of the place in the weight, so that it is that of one process.
 
 Products with sharded weights go as Megatron-LM has them, whatever torch would think cheapest: an input that column-wise
 weights share is replicated, and its gradient is summed once; the output of a row-wise weight is summed at once. A plain

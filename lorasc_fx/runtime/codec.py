@@ -357,7 +357,7 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], held: _Taken) -> Weig
     if "average" in entry:
         views["average"] = View(_vector(entry["average"]), dense.get("average"))
     noises = tuple(
-        KeptNoise(Noise(**kept["noise"]), kept["seed"], kept["stage"], float(kept["amplitude"]))
+        KeptNoise(Noise(**{"key": "weight", **kept["noise"]}), kept["seed"], kept["stage"], float(kept["amplitude"]))
         for kept in entry["kept"]
     )
     after = replace(
