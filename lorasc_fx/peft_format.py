@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -21,21 +23,23 @@ from lorasc_fx.state import Factors
 
 __all__ = [
     "CONFIG",
-    "FOREIGN",
-    "IDLE",
-    "LAYOUTS",
+    "CONV",
+    "CONV1D",
+    "ENDS",
+    "IGNORED",
+    "PARAMETER",
     "PREFIX",
     "RANKS",
+    "READ",
     "TENSORS",
-    "USED",
-    "Conv",
-    "Conv1d",
+    "UNSUPPORTED",
     "Layout",
-    "Parameter",
-    "Place",
+    "Target",
     "by_pattern",
     "key_path",
+    "keys_of",
     "layout_of",
+    "parameter_layout",
     "wrap_counts",
 ]
 
@@ -45,7 +49,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as max_lora_rank, but for 1."""
 
-IDLE = {
+IGNORED = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
@@ -53,7 +57,7 @@ IDLE = {
 }  # fmt: skip
 """Keys of an adapter's file that say nothing of the numbers, or what the names of the tensors say again."""
 
-FOREIGN = {
+UNSUPPORTED = {
     "alora_invocation_tokens": "an activated LoRA changes some tokens only",
     "arrow_config": "Arrow routes between adapters",
     "corda_config": "CorDA changes the base",
@@ -69,7 +73,7 @@ FOREIGN = {
 }
 """Features that make an adapter something else than `W + s B A`, with the reason."""
 
-USED = {
+READ = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "r", "rank_pattern",
     "target_parameters", "use_rslora",
 }  # fmt: skip
@@ -81,161 +85,90 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kind of layer stores A and B; this one, of `nn.Linear`, stores them as we do."""
+    """How a kind of layer stores A and B; by default as we do.
 
-    @property
-    def keys(self) -> tuple[str, str]:
-        """Last parts of the keys of A and B in an adapter file."""
-        return "lora_A.weight", "lora_B.weight"
+    Args:
+        keys: last parts of the keys of A and B in an adapter file.
+        transposed: the weight is [in, out], or a stack of experts [experts, in, out].
+        is_conv: A is a convolution of the same kernel, B one of kernel 1.
+        is_parameter: the weight is one of peft's `target_parameters`: any parameter, replaced while its module runs. A
+            stack of experts has one pair; the ranks of A are ordered by expert, those of B by rank.
+    """
 
-    def fits(self, module: nn.Module, axes: int) -> bool:
-        """Whether peft adapts the `weight` of this module, which has so many axes, in this layout."""
-        return isinstance(module, nn.Linear)
+    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    transposed: bool = False
+    is_conv: bool = False
+    is_parameter: bool = False
 
     def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (A, B) of a weight of this shape."""
-        return pair.a, pair.b
+        rank = pair.a.shape[-2]
+        a, b = (pair.b.mT, pair.a.mT) if self.transposed else (pair.a, pair.b)
+        if a.dim() == 3:
+            b = b.permute(1, 2, 0)
+        shape_a, shape_b = self.shapes(shape, rank)
+        return a.reshape(shape_a), b.reshape(shape_b)
 
     def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
         """Return our factors of a weight of this shape: the inverse of `to_peft`."""
-        return Factors(lora_b, lora_a)
-
-    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B at this rank."""
-        return (rank, math.prod(shape[1:])), (shape[0], rank)
-
-    def magnitude(self, magnitude: torch.Tensor, axes: int) -> torch.Tensor:
-        """Return DoRA's magnitudes [out] as peft stores them for a weight of so many axes."""
-        return magnitude
-
-
-@dataclass(frozen=True)
-class Transposed(Layout):
-    """Layers whose weight is [in, out]."""
-
-    def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Layout`."""
-        return pair.b.t(), pair.a.t()
-
-    def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
-        """See `Layout`."""
-        return Factors(lora_a.t().contiguous(), lora_b.t().contiguous())
-
-    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """See `Layout`."""
-        return (rank, shape[0]), (shape[1], rank)
-
-
-@dataclass(frozen=True)
-class Conv1d(Transposed):
-    """transformers' Conv1D, which is a linear layer."""
-
-    def fits(self, module: nn.Module, axes: int) -> bool:
-        """See `Layout`."""
-        classes = type(module).__mro__
-        return axes == 2 and any(
-            kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in classes
-        )
-
-
-@dataclass(frozen=True)
-class Embedding(Transposed):
-    """`nn.Embedding`, whose factors are parameters and no layers."""
-
-    @property
-    def keys(self) -> tuple[str, str]:
-        """See `Layout`."""
-        return "lora_embedding_A", "lora_embedding_B"
-
-    def fits(self, module: nn.Module, axes: int) -> bool:
-        """See `Layout`."""
-        return isinstance(module, nn.Embedding)
-
-
-@dataclass(frozen=True)
-class Conv(Layout):
-    """Convolutions without groups: A is a convolution of the same kernel, B one of kernel 1."""
-
-    def fits(self, module: nn.Module, axes: int) -> bool:
-        """See `Layout`; peft's delta of a grouped convolution mixes the groups."""
-        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1
-
-    def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Layout`."""
-        shape_a, shape_b = self.shapes(shape, pair.a.shape[-2])
-        return pair.a.reshape(shape_a), pair.b.reshape(shape_b)
-
-    def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
-        """See `Layout`."""
-        return Factors(lora_b.flatten(1), lora_a.flatten(1))
-
-    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """See `Layout`."""
-        return (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
-
-    def magnitude(self, magnitude: torch.Tensor, axes: int) -> torch.Tensor:
-        """See `Layout`."""
-        return magnitude.view(1, -1, *(1 for _ in range(axes - 2)))
-
-
-@dataclass(frozen=True)
-class Parameter(Layout):
-    """peft's `target_parameters`: any parameter, replaced while its module runs; a stack of experts in one pair.
-
-    The ranks of A are ordered by expert, those of B by rank.
-
-    Args:
-        transposed: experts are stored as [experts, in, out], as the module's `is_transposed` says.
-    """
-
-    transposed: bool = False
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Parameter:
-        """Return the layout of a module's own parameters."""
-        return cls(bool(getattr(module, "is_transposed", False)))
-
-    def fits(self, module: nn.Module, axes: int) -> bool:
-        """See `Layout`; it is asked for by name only."""
-        return False
-
-    def to_peft(self, pair: Factors, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Layout`."""
-        if len(shape) != 3:
-            return super().to_peft(pair, shape)
-        inner, outer = (pair.b.mT, pair.a.mT) if self.transposed else (pair.a, pair.b)
-        return inner.flatten(0, 1), outer.permute(1, 2, 0).flatten(1)
-
-    def from_peft(self, lora_a: torch.Tensor, lora_b: torch.Tensor, shape: Sequence[int]) -> Factors:
-        """See `Layout`."""
-        if len(shape) != 3:
-            return super().from_peft(lora_a, lora_b, shape)
-        inner = lora_a.reshape(shape[0], -1, lora_a.shape[-1])
-        outer = lora_b.reshape(lora_b.shape[0], -1, shape[0]).permute(2, 0, 1)
-        b, a = (inner.mT, outer.mT) if self.transposed else (outer, inner)
+        a, b = lora_a.flatten(1), lora_b.flatten(1)
+        if self.is_parameter and len(shape) == 3:
+            a = a.reshape(shape[0], -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, shape[0]).permute(2, 0, 1)
+        if self.transposed:
+            a, b = b.mT, a.mT
         return Factors(b.contiguous(), a.contiguous())
 
     def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """See `Layout`."""
-        if len(shape) != 3:
-            return super().shapes(shape, rank)
-        experts, out, inner = (shape[0], shape[2], shape[1]) if self.transposed else shape
-        return (experts * rank, inner), (out, rank * experts)
+        """Return the shapes of A and B at this rank."""
+        if self.is_conv:
+            return (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
+        *stack, out, inner = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+        return (math.prod(stack) * rank, inner), (out, rank * math.prod(stack))
+
+    def magnitude(self, magnitude: torch.Tensor, axes: int) -> torch.Tensor:
+        """Return DoRA's magnitudes [out] as peft stores them for a weight of so many axes."""
+        return magnitude.view(1, -1, *(1 for _ in range(axes - 2))) if self.is_conv else magnitude
 
 
-LAYOUTS = (Embedding(), Conv(), Layout(), Conv1d())
-"""Of the layers that peft adapts by the module's name."""
+LINEAR = Layout()
+CONV1D = Layout(transposed=True)
+"""transformers' Conv1D, which is a linear layer."""
+EMBEDDING = Layout(("lora_embedding_A", "lora_embedding_B"), transposed=True)
+CONV = Layout(is_conv=True)
+PARAMETER = Layout(is_parameter=True)
+
+_LAYOUTS: tuple[tuple[tuple[type[nn.Module], ...], Layout], ...] = (
+    ((nn.Linear,), LINEAR),
+    ((nn.Embedding,), EMBEDDING),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONV),
+)
+"""Of torch's layers that peft adapts by the module's name."""
+
+ENDS = {key: index for layout in (LINEAR, EMBEDDING) for index, key in enumerate(layout.keys)}
+"""Whether the last part of a key is that of an A (0) or of a B (1)."""
 
 
-def layout_of(module: nn.Module, leaf: str, axes: int) -> Layout | None:
-    """Return the layout in which peft adapts a weight of so many axes by its module's name; None where it does not."""
-    if leaf != "weight":
+def layout_of(module: nn.Module, axes: int) -> Layout | None:
+    """Return the layout in which peft adapts the `weight`, of so many axes, of a module; None where it does not.
+
+    peft's delta of a grouped convolution mixes the groups.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups != 1:
         return None
-    return next((layout for layout in LAYOUTS if layout.fits(module, axes)), None)
+    for kind in type(module).__mro__:
+        if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+            return CONV1D if axes == 2 else None
+    return next((layout for kinds, layout in _LAYOUTS if isinstance(module, kinds)), None)
+
+
+def parameter_layout(module: nn.Module, axes: int) -> Layout:
+    """Return the layout of a module's own parameter; stacked experts may be transposed (`is_transposed`)."""
+    return replace(PARAMETER, transposed=axes == 3 and bool(getattr(module, "is_transposed", False)))
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """A parameter that peft adapts.
 
     Args:
@@ -256,47 +189,46 @@ class Place:
     @property
     def is_parameter(self) -> bool:
         """Whether it is one of peft's `target_parameters`, and not the weight of a module that peft replaces."""
-        return isinstance(self.layout, Parameter)
+        return self.layout.is_parameter
 
     @property
     def pattern(self) -> str:
         """What peft matches rank_pattern and alpha_pattern against."""
         return self.name if self.is_parameter else self.path
 
-    def keys(self, model: nn.Module, places: Sequence[Place]) -> tuple[str, str, str]:
-        """Return the keys of A, B and DoRA's magnitudes in an adapter of all these places.
 
-        peft wraps a module once for each of its `target_parameters`, the first one innermost.
-        """
+def keys_of(model: nn.Module, targets: Iterable[Target]) -> dict[Target, tuple[str, str, str]]:
+    """Return the keys of A, B and DoRA's magnitudes of each target, in an adapter of all of them.
+
+    peft wraps a module once for each of its `target_parameters`, the first one innermost.
+    """
+    targets = list(targets)
+    wraps = wrap_counts(targets)
+    wrapped = {(target.path, target.leaf) for target in targets if target.is_parameter}
+    keys = {}
+    for target in targets:
         depth = 0
-        if self.is_parameter:
-            leaves = {place.leaf for place in places if place.path == self.path and place.is_parameter}
-            module = model.get_submodule(self.path)
-            order = [name for name, _ in module.named_parameters(recurse=False) if name in leaves]
-            depth = len(order) - 1 - order.index(self.leaf)
-        stem = f"{PREFIX}{key_path(self.path, wrap_counts(places))}.{'base_layer.' * depth}"
-        a, b = self.layout.keys
-        return f"{stem}{a}", f"{stem}{b}", f"{stem}lora_magnitude_vector"
+        if target.is_parameter:
+            parameters = model.get_submodule(target.path).named_parameters(recurse=False)
+            order = [leaf for leaf, _ in parameters if (target.path, leaf) in wrapped]
+            depth = len(order) - 1 - order.index(target.leaf)
+        stem = f"{PREFIX}{key_path(target.path, wraps)}.{'base_layer.' * depth}"
+        a, b = target.layout.keys
+        keys[target] = f"{stem}{a}", f"{stem}{b}", f"{stem}lora_magnitude_vector"
+    return keys
 
 
-def wrap_counts(places: Iterable[Place]) -> dict[str, int]:
+def wrap_counts(targets: Iterable[Target]) -> Counter[str]:
     """Return how often peft wraps each module for parameters of its own, by path."""
-    counts: dict[str, int] = {}
-    for place in places:
-        if place.is_parameter:
-            counts[place.path] = counts.get(place.path, 0) + 1
-    return counts
+    return Counter(target.path for target in targets if target.is_parameter)
 
 
 def key_path(path: str, wraps: Mapping[str, int]) -> str:
     """Return a module's path once peft has wrapped modules above it: `wraps` says which, and how often each."""
-    parts: list[str] = []
     names = path.split(".")
-    for count, name in enumerate(names, start=1):
-        parts.append(name)
-        if count < len(names):
-            parts += ["base_layer"] * wraps.get(".".join(names[:count]), 0)
-    return ".".join(parts)
+    above = (".".join(names[:count]) for count in range(1, len(names)))
+    parts = ([name, *["base_layer"] * wraps.get(outer, 0)] for name, outer in zip(names, above, strict=False))
+    return ".".join([*chain.from_iterable(parts), names[-1]])
 
 
 Value = TypeVar("Value")
@@ -304,5 +236,5 @@ Value = TypeVar("Value")
 
 def by_pattern(patterns: Mapping[str, Value], name: str, otherwise: Value) -> Value:
     """Return the value of the first pattern that means a module, or parameter, of this name."""
-    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(found, otherwise)
+    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, otherwise)

@@ -15,12 +15,12 @@ from typing import Any
 from torch import nn
 
 from lorasc_fx.errors import SpecError, UnknownTarget
-from lorasc_fx.peft_format import FOREIGN, IDLE, USED, by_pattern
+from lorasc_fx.peft_format import IGNORED, READ, UNSUPPORTED, by_pattern
 from lorasc_fx.spec import CascadeSpec, Rule
 
 __all__ = ["spec_of"]
 
-_UNUSED = IDLE - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"}
+_UNUSED = IGNORED - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"}
 
 
 def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
@@ -32,15 +32,15 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
     values = {option.name: getattr(config, option.name) for option in dataclasses.fields(config)}
     usual = type(config)()
     refused = [
-        f"{name}={value!r}" + (f" ({FOREIGN[name]})" if name in FOREIGN else "")
+        f"{name}={value!r}" + (f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else "")
         for name, value in values.items()
-        if name not in {*_UNUSED, *USED, "use_dora"} and value and value != getattr(usual, name)
+        if name not in {*_UNUSED, *READ, "use_dora"} and value and value != getattr(usual, name)
     ]
     start = values["init_lora_weights"]
     starts = {"pissa": "pissa", "olora": "olora", "loftq": "loftq"}
     if start == "loftq":
         loftq = dict(values["loftq_config"])
-        refused = [each for each in refused if not each.startswith("loftq_config=")]
+        refused = [option for option in refused if not option.startswith("loftq_config=")]
         if loftq.get("loftq_iter", 1) != 1:
             refused.append(f"loftq_config={loftq!r} (the weights are quantized before adapt: one iteration)")
     if start is not True and (not isinstance(start, str) or start.partition("_niter_")[0] not in starts):

@@ -25,9 +25,9 @@ from torch import nn
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.export.peft_factors import Change, CutOff, change_of, nothing
-from lorasc_fx.export.peft_places import Saved, places_of, save_whole
+from lorasc_fx.export.peft_targets import Saved, save_whole, targets_of
 from lorasc_fx.files import replacing
-from lorasc_fx.peft_format import CONFIG, TENSORS, Conv1d, Place, wrap_counts
+from lorasc_fx.peft_format import CONFIG, CONV1D, TENSORS, Target, keys_of, wrap_counts
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_model import name_of, task_type_of
 from lorasc_fx.runtime.folding import check_which
@@ -136,23 +136,23 @@ def peft(
     if uniform_rank:
         change.at_one_rank()
     sites = [site for site in run.sites if site.weight in change.pairs]
-    places, unreached = places_of(model, sites, *cascade.example)
-    every = [place for group in places.values() for place in group]
-    saved, unsaved = save_whole(model, change.trained, every)
-    refused = change.refused | unreached | _leaking(model, every) | _nested(every) | unsaved
+    by_weight, unreached = targets_of(model, sites, *cascade.example)
+    targets = [target for group in by_weight.values() for target in group]
+    saved, unsaved = save_whole(model, change.trained, targets)
+    refused = change.refused | unreached | _leaking(model, targets) | _nested(targets) | unsaved
     if refused:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
         raise ExportError(f"export.peft: no adapter of peft expresses this cascade; nothing was written:{reasons}")
     ranks = change.ranks
     config = _config(
         model,
-        {place: ranks[name] for name, group in places.items() for place in group},
+        {target: ranks[name] for name, group in by_weight.items() for target in group},
         saved.modules,
         saved.biases,
         **_named(model, task_type, base_model, saved.modules),
         use_dora=bool(change.magnitudes),
     )
-    tensors = _whole(run, saved, change) | _factors(run, places, change, dtype)
+    tensors = _whole(run, saved, change) | _factors(run, by_weight, change, dtype)
 
     out = path_of(folder)
     _check_folder(out)
@@ -167,10 +167,10 @@ def peft(
     written = PeftAdapter(out, ranks, change.cut, saved.modules)
     for line in str(written).splitlines()[1:]:
         log.info("export.peft: %s", line.strip())
-    for name, group in places.items():
+    for name, group in by_weight.items():
         if len(group) > 1:
             warn(
-                f"{name} is tied, and peft keeps a pair for each of {' and '.join(place.path for place in group)}: "
+                f"{name} is tied, and peft keeps a pair for each of {' and '.join(target.path for target in group)}: "
                 "right as an adapter, but its merge adds them all. Merge by cascade.release() instead",
                 "tied-weight-exported-twice",
             )
@@ -187,20 +187,18 @@ def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
 
 
 def _factors(
-    run: Run, places: Mapping[str, Sequence[Place]], change: Change, dtype: torch.dtype | None
+    run: Run, by_weight: Mapping[str, Sequence[Target]], change: Change, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of all pairs by their keys."""
-    every = [place for group in places.values() for place in group]
+    keys = keys_of(run.model, [target for targets in by_weight.values() for target in targets])
     tensors: dict[str, torch.Tensor] = {}
-    for name, group in places.items():
+    for name, targets in by_weight.items():
         base = run.slow.states[name].base
-        for place in group:
-            key_a, key_b, key_magnitude = place.keys(run.model, every)
-            lora_a, lora_b = place.layout.to_peft(change.pairs[name], base.shape)
-            found = {key_a: lora_a, key_b: lora_b}
+        for target in targets:
+            parts = [*target.layout.to_peft(change.pairs[name], base.shape)]
             if name in change.magnitudes:
-                found[key_magnitude] = place.layout.magnitude(change.magnitudes[name], base.dim())
-            for key, tensor in found.items():
+                parts.append(target.layout.magnitude(change.magnitudes[name], base.dim()))
+            for key, tensor in zip(keys[target], parts, strict=False):
                 tensors[key] = tensor.to(dtype or arithmetic(base.dtype)).clone(memory_format=torch.contiguous_format)
     return tensors
 
@@ -208,7 +206,7 @@ def _factors(
 def _whole(run: Run, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
     """Return the tensors of what is saved whole, by their keys."""
     held: dict[str, torch.Tensor] = {**run.parameters_by_name(), **dict(run.model.named_buffers())}
-    found = {}
+    tensors = {}
     for key, name in saved.keys.items():
         if name in change.trained:
             value = change.trained[name]
@@ -216,17 +214,17 @@ def _whole(run: Run, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
             value = run.slow.value(name, "slow", held[name])
         else:
             value = held[name].detach()
-        found[key] = value.to("cpu", copy=True).contiguous()
-    return found
+        tensors[key] = value.to("cpu", copy=True).contiguous()
+    return tensors
 
 
-def _nested(places: Sequence[Place]) -> dict[str, str]:
+def _nested(targets: Sequence[Target]) -> dict[str, str]:
     """Return the parameters of a module that peft wraps inside another such module, where it does not find them."""
     return {
-        place.name: f"peft wraps {outer} for its parameters, and does not find those of {place.path} inside it"
-        for place in places
-        for outer in wrap_counts(places)
-        if place.is_parameter and place.path.startswith(f"{outer}.")
+        target.name: f"peft wraps {outer} for its parameters, and does not find those of {target.path} inside it"
+        for target in targets
+        for outer in wrap_counts(targets)
+        if target.is_parameter and target.path.startswith(f"{outer}.")
     }
 
 
@@ -268,7 +266,7 @@ def _span(ranks: Iterable[int]) -> str:
 
 def _config(
     model: nn.Module,
-    ranks: Mapping[Place, int],
+    ranks: Mapping[Target, int],
     saved: Sequence[str],
     biases: bool,
     **more: Any,
@@ -280,19 +278,19 @@ def _config(
 
     Args:
         model: its base.
-        ranks: by place.
+        ranks: by target.
         saved: modules that are saved whole.
         biases: of adapted modules are in the file.
         more: other keys.
     """
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    patterns = {f"^{re.escape(place.pattern)}": rank for place, rank in ranks.items() if rank != usual}
-    by_name = [place.path for place in ranks if not place.is_parameter]
+    patterns = {f"^{re.escape(target.pattern)}": rank for target, rank in ranks.items() if rank != usual}
+    by_name = [target.path for target in ranks if not target.is_parameter]
     config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": None,
         "bias": "lora_only" if biases else "none",
-        "fan_in_fan_out": any(isinstance(place.layout, Conv1d) for place in ranks),
+        "fan_in_fan_out": any(target.layout is CONV1D for target in ranks),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -310,7 +308,7 @@ def _config(
         "use_dora": False,
         "use_rslora": False,
     }
-    if parameters := [place.name for place in ranks if place.is_parameter]:
+    if parameters := [target.name for target in ranks if target.is_parameter]:
         config["target_parameters"] = parameters
     return config | more
 
@@ -323,9 +321,9 @@ def _targets(model: nn.Module, paths: Sequence[str]) -> list[str] | str:
     return list(paths)
 
 
-def _leaking(model: nn.Module, places: Iterable[Place]) -> dict[str, str]:
+def _leaking(model: nn.Module, targets: Iterable[Target]) -> dict[str, str]:
     """Return the `target_parameters` whose name means another parameter to peft as well, which takes ends of names."""
-    wanted = [place.name for place in places if place.is_parameter]
+    wanted = [target.name for target in targets if target.is_parameter]
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return {
         name: f"its name means {other} to peft as well"

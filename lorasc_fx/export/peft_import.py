@@ -10,7 +10,7 @@ import glob
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,17 +28,18 @@ from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.options import SCALES
 from lorasc_fx.peft_format import (
     CONFIG,
-    FOREIGN,
-    IDLE,
-    LAYOUTS,
+    ENDS,
+    IGNORED,
     PREFIX,
     RANKS,
+    READ,
     TENSORS,
-    USED,
-    Parameter,
-    Place,
+    UNSUPPORTED,
+    Target,
     by_pattern,
+    keys_of,
     layout_of,
+    parameter_layout,
 )
 from lorasc_fx.quantized import dense
 from lorasc_fx.runtime import Cascade
@@ -139,7 +140,7 @@ def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str,
         if len(held) < len(group) or any(not _same(held[0], pair) for pair in held[1:]):
             raise CheckpointError(
                 f"{adapter.folder}: {' and '.join(group)} are one weight, and the adapter changes "
-                f"{' and '.join(pair.place.name for pair in held)}, each by itself; untie them: spec with "
+                f"{' and '.join(pair.target.name for pair in held)}, each by itself; untie them: spec with "
                 f"untie=({group[-1]!r},)",
                 code="tied-weights-differ",
             )
@@ -158,11 +159,11 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
     reasons = {refusal.weight: f"{refusal.reason.value} ({refusal.sentence})" for refusal in cascade.refusals}
     experts, left_out = {}, []
     for name, pair in changes.items():
-        own = canonical[name]
-        if run.plan.site(own) is None:
-            left_out.append(f"{own} is not adapted here: {reasons.get(own, 'no call has used it yet')}")
+        weight = canonical[name]
+        if run.plan.site(weight) is None:
+            left_out.append(f"{weight} is not adapted here: {reasons.get(weight, 'no call has used it yet')}")
             continue
-        experts[own] = [(1.0, Factors(pair.factors.b * pair.scale, pair.factors.a))]
+        experts[weight] = [(1.0, Factors(pair.factors.b * pair.scale, pair.factors.a))]
     trained, buffers = {}, {}
     for name, value in adapter.whole.items():
         if name not in canonical:
@@ -248,10 +249,10 @@ def read_config(folder: Path) -> AdapterConfig:
             code="adapter-not-supported",
         )
     for key, value in data.items():
-        if key in FOREIGN and value:
-            raise CheckpointError(f"{path}: {key} is {_short(value)}: {FOREIGN[key]}", code="adapter-not-supported")
-        if value and key not in {*IDLE, *USED, *FOREIGN}:
-            hint = nearest(key, {*IDLE, *USED, *FOREIGN})
+        if key in UNSUPPORTED and value:
+            raise CheckpointError(f"{path}: {key} is {_short(value)}: {UNSUPPORTED[key]}", code="adapter-not-supported")
+        if value and key not in {*IGNORED, *READ, *UNSUPPORTED}:
+            hint = nearest(key, {*IGNORED, *READ, *UNSUPPORTED})
             raise CheckpointError(
                 f"{path}: {key!r} is {_short(value)}, a key that this version does not know{hint}; "
                 "it may change what the adapter computes",
@@ -263,18 +264,65 @@ def read_config(folder: Path) -> AdapterConfig:
             f"{path}: init_lora_weights is {_short(start)}, which changes the base weights themselves",
             code="adapter-not-supported",
         )
+    values = {name: _checked(path, name, data.get(name), name) for name in _FIELDS}
+    for name, kind in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        for pattern, value in values[name].items():
+            _check_pattern(path, name, pattern)
+            _checked(path, f"{name}[{pattern!r}]", value, kind)
     return AdapterConfig(
         path,
-        _count(path, "r", data.get("r", 8)),
-        _positive(path, "lora_alpha", data.get("lora_alpha", 8)),
-        {key: _count(path, f"rank_pattern[{key!r}]", value) for key, value in _patterns(path, "rank_pattern", data)},
-        {key: _positive(path, f"alpha_pattern[{key!r}]", v) for key, v in _patterns(path, "alpha_pattern", data)},
-        _one_of(path, "use_rslora", data.get("use_rslora", False), (False, True)),
-        _share(path, data.get("lora_dropout", 0.0)),
-        _strings(path, "modules_to_save", data),
-        _strings(path, "target_parameters", data),
-        _one_of(path, "bias", data.get("bias", "none"), ("none", "all", "lora_only")),
+        rank=values["r"],
+        lora_alpha=float(values["lora_alpha"]),
+        ranks=values["rank_pattern"],
+        alphas={pattern: float(value) for pattern, value in values["alpha_pattern"].items()},
+        use_rslora=values["use_rslora"],
+        dropout=float(values["lora_dropout"]),
+        saved=tuple(values["modules_to_save"]),
+        parameters=tuple(values["target_parameters"]),
+        bias=values["bias"],
     )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+_FIELDS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "r": (8, lambda value: is_integer(value, 1), "a rank is an integer of 1 or more"),
+    "lora_alpha": (8, lambda value: is_number(value) and 0 < value < 1e30, "it scales the factors: a number above 0"),
+    "rank_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
+    "alpha_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
+    "use_rslora": (False, lambda value: isinstance(value, bool), "give true or false"),
+    "lora_dropout": (0.0, lambda value: is_number(value) and 0 <= value < 1, "give a share in [0, 1)"),
+    "modules_to_save": ([], _are_names, "give a list of names"),
+    "target_parameters": ([], _are_names, "give a list of names"),
+    "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "give none, all or lora_only"),
+}
+"""What the import reads of a configuration: the value where none, or null, is given, what is valid, and in words."""
+
+
+def _checked(path: Path, name: str, value: Any, field: str) -> Any:
+    """Return a value that is valid for a field."""
+    default, is_valid, rule = _FIELDS[field]
+    if value is None:
+        return default
+    if not is_valid(value):
+        raise CheckpointError(f"{path}: {name} is {_short(value)}; {rule}", code="invalid-adapter")
+    return value
+
+
+def _check_pattern(path: Path, name: str, pattern: str) -> None:
+    """Refuse what is no regular expression, and one that could keep a search busy for long."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as fault:
+        raise CheckpointError(
+            f"{path}: {name}: {_short(pattern)} is no regular expression: {fault}", code="invalid-adapter"
+        ) from fault
+    if len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+        raise CheckpointError(
+            f"{path}: {name}: {_short(pattern)} repeats too much to be searched for safely", code="invalid-adapter"
+        )
 
 
 def _short(value: Any) -> str:
@@ -282,75 +330,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _count(path: Path, name: str, value: Any) -> int:
-    if not is_integer(value, 1):
-        raise CheckpointError(
-            f"{path}: {name} is {_short(value)}; a rank is an integer of 1 or more", code="invalid-adapter"
-        )
-    return value
-
-
-def _positive(path: Path, name: str, value: Any) -> float:
-    if not is_number(value) or not 0 < value < 1e30:
-        raise CheckpointError(
-            f"{path}: {name} is {_short(value)}; it scales the factors: a number above 0", code="invalid-adapter"
-        )
-    return float(value)
-
-
-def _share(path: Path, value: Any) -> float:
-    if not is_number(value) or not 0 <= value < 1:
-        raise CheckpointError(f"{path}: lora_dropout is {_short(value)}, not a share in [0, 1)", code="invalid-adapter")
-    return float(value)
-
-
-def _one_of(path: Path, name: str, value: Any, known: tuple[Any, ...]) -> Any:
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in known):
-        raise CheckpointError(
-            f"{path}: {name} is {_short(value)}, not one of {', '.join(map(str, known))}", code="invalid-adapter"
-        )
-    return value
-
-
-def _strings(path: Path, name: str, data: Mapping[str, Any]) -> tuple[str, ...]:
-    value = data.get(name) or []
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise CheckpointError(f"{path}: {name} is {_short(value)}, not a list of names", code="invalid-adapter")
-    return tuple(value)
-
-
-def _patterns(path: Path, name: str, data: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the patterns and their values; one that could keep a search busy for long is refused."""
-    value = data.get(name) or {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: {name} is {_short(value)}, not a table", code="invalid-adapter")
-    for key in value:
-        repeats = re.findall(r"(?<!\\)[*+{]", key)
-        try:
-            re.compile(key)
-        except (re.error, OverflowError, RecursionError) as fault:
-            raise CheckpointError(
-                f"{path}: {name}: {_short(key)} is no regular expression: {fault}", code="invalid-adapter"
-            ) from fault
-        if len(repeats) > 3 or re.search(r"\)[*+{]", key):
-            raise CheckpointError(
-                f"{path}: {name}: {_short(key)} repeats too much to be searched for safely", code="invalid-adapter"
-            )
-    return list(value.items())
-
-
 _HEADS = ("classifier", "score", "qa_outputs")
 """What peft adds to modules_to_save for a task, whether the model has it or not."""
-
-_ENDS = {key: index for layout in LAYOUTS for index, key in enumerate(layout.keys)}
-"""Whether the last part of a key is that of an A (0) or of a B (1)."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Of one place: the factors as peft has them, in our layout without the scale, and what scales them."""
+    """Of one target: the factors as peft has them, in our layout without the scale, and what scales them."""
 
-    place: Place
+    target: Target
     rank: int
     lora_alpha: float
     scale: float
@@ -389,24 +377,23 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         raise CheckpointError(f"{path}: is not there{hint}", code="file-not-found")
     try:
         with safe_open(path, framework="pt") as handle:
-            reader = _Reader(
-                path, config, model, {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
-            )
-            pairs, whole, copies = reader.sorted()
-            found = {
-                place.name: reader.pair(place, *(handle.get_tensor(key) for key in keys))
-                for place, keys in pairs.items()
+            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
+            reader = _Reader(path, config, model, shapes)
+            factors, whole, copies = reader.sorted()
+            pairs = {
+                target.name: reader.pair(target, *(handle.get_tensor(key) for key in keys))
+                for target, keys in factors.items()
             }
             values = {name: handle.get_tensor(key) for key, name in whole.items()}
             for key, name in copies.items():
                 reader.check_copy(key, name, handle.get_tensor(key))
     except (OSError, SafetensorError) as fault:
         raise CheckpointError(f"{path}: cannot be read: {fault}", code="unreadable-file") from fault
-    return Adapter(folder, config, found, values)
+    return Adapter(folder, config, pairs, values)
 
 
 class _Reader:
-    """Says of each key of the file what it is for."""
+    """Holds the keys of a file against those that peft writes for this model."""
 
     def __init__(
         self, path: Path, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
@@ -416,73 +403,72 @@ class _Reader:
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.held = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
         self.saved = [path for path in self.modules if any(path.endswith(end) for end in config.saved)]
+        self.targets = [target for path, module in self.modules.items() for target in self._targets(path, module)]
+        self.factors = {
+            key: (target, index)
+            for target, keys in keys_of(model, self.targets).items()
+            for index, key in enumerate(keys[:2])
+        }
 
-    def sorted(self) -> tuple[dict[Place, tuple[str, str]], dict[str, str], dict[str, str]]:
-        """Return the keys of the factors by place, those of what was trained in full, and those of copies of the base,
+    def _targets(self, path: str, module: nn.Module) -> list[Target]:
+        """Return what peft may adapt of a module's own parameters, under this configuration."""
+        parameters = dict(module.named_parameters(recurse=False))
+        ends = tuple(f".{name}" for name in self.config.parameters)
+        asked = [leaf for leaf in parameters if f".{path}.{leaf}".endswith(ends)]
+        if asked:
+            return [Target(path, leaf, parameter_layout(module, parameters[leaf].dim())) for leaf in asked]
+        weight = parameters.get("weight")
+        layout = layout_of(module, weight.dim()) if weight is not None else None
+        return [Target(path, "weight", layout)] if layout is not None else []
+
+    def sorted(self) -> tuple[dict[Target, list[str]], dict[str, str], dict[str, str]]:
+        """Return the keys of the factors by target, those of what was trained in full, and those of copies of the base,
         both with names.
         """
-        factors: dict[Place, dict[int, str]] = {}
+        factors: dict[Target, dict[int, str]] = {}
         whole: dict[str, str] = {}
         copies: dict[str, str] = {}
         for key, shape in self.shapes.items():
-            if not key.startswith(PREFIX):
-                raise CheckpointError(
-                    f"{self.path}: {key!r} does not start with {PREFIX!r}, as keys of peft do", code="invalid-adapter"
-                )
-            name = key.removeprefix(PREFIX)
-            end = next((key_end for key_end in _ENDS if name.endswith(f".{key_end}")), None)
-            if end is not None:
-                place = self._place(key, name.removesuffix(f".{end}"))
-                if end not in place.layout.keys:
-                    raise CheckpointError(
-                        f"{self.path}: {key!r} is not how peft keeps a pair of {place.path}", code="invalid-adapter"
-                    )
-                factors.setdefault(place, {})[_ENDS[end]] = key
+            if key in self.factors:
+                target, index = self.factors[key]
+                factors.setdefault(target, {})[index] = key
                 continue
-            plain = self._plain(name)
-            if plain is None:
-                what = "DoRA's magnitudes" if "lora_magnitude_vector" in name else "nothing of the model, nor factors"
+            name = self._plain(key)
+            if name is None:
+                raise self._unknown(key)
+            if shape != tuple(self.held[name].shape):
                 raise CheckpointError(
-                    f"{self.path}: {key!r} is {what}{nearest(name, self.held)}", code="adapter-does-not-fit"
-                )
-            if shape != tuple(self.held[plain].shape):
-                raise CheckpointError(
-                    f"{self.path}: {key!r} is {list(shape)}, "
-                    f"and {plain} of the model is {list(self.held[plain].shape)}",
+                    f"{self.path}: {key!r} is {list(shape)}, and {name} of the model is {list(self.held[name].shape)}",
                     code="adapter-does-not-fit",
                 )
-            is_bias = self.config.bias != "none" and plain.endswith("bias")
-            in_saved = any(plain.startswith(f"{module}.") for module in self.saved)
-            (whole if is_bias or in_saved else copies)[key] = plain
-        pairs = {}
-        for place, keys in factors.items():
-            if len(keys) != 2:
-                raise CheckpointError(
-                    f"{self.path}: {place.path} has one factor, {next(iter(keys.values()))!r}, not two",
-                    code="invalid-adapter",
-                )
-            self._check(place, keys[0], keys[1])
-            pairs[place] = (keys[0], keys[1])
+            is_bias = self.config.bias != "none" and name.endswith("bias")
+            in_saved = any(name.startswith(f"{module}.") for module in self.saved)
+            (whole if is_bias or in_saved else copies)[key] = name
+        pairs = {target: [keys[index] for index in sorted(keys)] for target, keys in factors.items()}
+        for target, pair in pairs.items():
+            self._check(target, pair)
         if not pairs:
             raise CheckpointError(f"{self.path}: holds no factors", code="invalid-adapter")
         self._check_saved(set(whole.values()))
         return pairs, whole, copies
 
-    def pair(self, place: Place, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Pair:
-        """Return a place's factors in our layout."""
-        rank, alpha = self.config.rank_of(place.pattern), self.config.alpha_of(place.pattern)
+    def pair(self, target: Target, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Pair:
+        """Return a target's factors in our layout."""
+        rank, alpha = self.config.rank_of(target.pattern), self.config.alpha_of(target.pattern)
         scale = SCALES[self.config.use_rslora].scale(rank, alpha)
-        weight = self.parameters[place.name]
+        weight = self.parameters[target.name]
         if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
             raise CheckpointError(
-                f"{self.path}: the factors of {place.path} are {lora_a.dtype}, not floating numbers",
+                f"{self.path}: the factors of {target.path} are {lora_a.dtype}, not floating numbers",
                 code="invalid-adapter",
             )
         width = torch.float64 if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) else torch.float32
-        factors = place.layout.from_peft(lora_a.to(width), lora_b.to(width), weight.shape)
+        factors = target.layout.from_peft(lora_a.to(width), lora_b.to(width), weight.shape)
         if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
-            raise CheckpointError(f"{self.path}: the factors of {place.path} hold inf or nan", code="non-finite-tensor")
-        return Pair(place, rank, alpha, scale, factors)
+            raise CheckpointError(
+                f"{self.path}: the factors of {target.path} hold inf or nan", code="non-finite-tensor"
+            )
+        return Pair(target, rank, alpha, scale, factors)
 
     def check_copy(self, key: str, name: str, value: torch.Tensor) -> None:
         """Refuse a copy of a base weight that is another: peft writes embeddings along with their adapters."""
@@ -493,75 +479,74 @@ class _Reader:
                 code="checkpoint-other-base",
             )
 
-    def _place(self, key: str, wrapped: str) -> Place:
-        """Return the place of a pair, whose path may say how often peft has wrapped its modules."""
-        depth = len(re.search(r"(\.base_layer)*$", wrapped)[0]) // len(".base_layer")  # type: ignore[index]
-        path = wrapped
-        if path not in self.modules:
-            path = ".".join(part for part in wrapped.split(".") if part != "base_layer")
-            depth = depth if path in self.modules else 0
-        else:
-            depth = 0
-        module = self.modules.get(path)
+    def _unknown(self, key: str) -> CheckpointError:
+        """Return what is wrong with a key that peft does not write for this model."""
+        if not key.startswith(PREFIX):
+            return CheckpointError(
+                f"{self.path}: {key!r} does not start with {PREFIX!r}, as keys of peft do", code="invalid-adapter"
+            )
+        name = key.removeprefix(PREFIX)
+        end = next((end for end in ENDS if name.endswith(f".{end}")), None)
+        if end is None:
+            what = "DoRA's magnitudes" if "lora_magnitude_vector" in name else "nothing of the model, nor factors"
+            return CheckpointError(
+                f"{self.path}: {key!r} is {what}{nearest(name, self.held)}", code="adapter-does-not-fit"
+            )
+        path = _unwrapped(name.removesuffix(f".{end}"))
+        module, parent = self.modules.get(path), self.modules.get(path.rpartition(".")[0])
         if module is None:
-            raise CheckpointError(
+            return CheckpointError(
                 f"{self.path}: {key!r}: the model has no module {path}{nearest(path, self.modules)}",
                 code="adapter-does-not-fit",
             )
-        own = [name for name, _ in module.named_parameters(recurse=False)]
-        ends = tuple(f".{name}" for name in self.config.parameters)
-        asked = [leaf for leaf in own if f".{path}.{leaf}".endswith(ends)] if ends else []
-        if asked:
-            if depth >= len(asked):
-                raise CheckpointError(
-                    f"{self.path}: {key!r}: peft does not wrap {path} so often", code="invalid-adapter"
-                )
-            leaf = asked[len(asked) - 1 - depth]
-            return Place(path, leaf, Parameter.of(module))
-        if isinstance(module, nn.MultiheadAttention):
-            raise CheckpointError(
-                f"{self.path}: {path} is an adapter of a whole nn.MultiheadAttention, of which peft itself merges the "
-                "change of out_proj twice; train its parameters by target_parameters",
+        if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
+            return CheckpointError(
+                f"{self.path}: {key!r} is of an adapter of a whole nn.MultiheadAttention, of which peft itself merges "
+                "the change of out_proj twice; train its parameters by target_parameters",
                 code="adapter-not-supported",
             )
-        weight = self.parameters.get(f"{path}.weight")
-        layout = layout_of(module, "weight", weight.dim()) if weight is not None else None
-        if layout is None:
-            grouped = ", whose change mixes the groups" if getattr(module, "groups", 1) != 1 else ""
-            raise CheckpointError(
-                f"{self.path}: {key!r}: {path} is a {type(module).__name__}{grouped}; nothing of it can "
-                "hold this adapter",
-                code="adapter-does-not-fit",
+        if any(target.path == path for target in self.targets):
+            return CheckpointError(
+                f"{self.path}: {key!r} is not how peft keeps a pair of {path}", code="invalid-adapter"
             )
-        return Place(path, "weight", layout)
+        grouped = ", whose change mixes the groups" if getattr(module, "groups", 1) != 1 else ""
+        return CheckpointError(
+            f"{self.path}: {key!r}: {path} is a {type(module).__name__}{grouped}; nothing of it can hold this adapter",
+            code="adapter-does-not-fit",
+        )
 
-    def _check(self, place: Place, key_a: str, key_b: str) -> None:
-        shape = tuple(self.parameters[place.name].shape)
-        rank = self.config.rank_of(place.pattern)
-        if len(shape) != 2 and place.is_parameter and len(shape) != 3:
+    def _check(self, target: Target, keys: Sequence[str]) -> None:
+        if len(keys) != 2:
             raise CheckpointError(
-                f"{self.path}: {key_a!r}: {place.name} has {len(shape)} axes; peft adapts 2 or 3",
+                f"{self.path}: {target.path} has one factor, {keys[0]!r}, not two", code="invalid-adapter"
+            )
+        shape = tuple(self.parameters[target.name].shape)
+        rank = self.config.rank_of(target.pattern)
+        if target.is_parameter and len(shape) not in (2, 3):
+            raise CheckpointError(
+                f"{self.path}: {keys[0]!r}: {target.name} has {len(shape)} axes; peft adapts 2 or 3",
                 code="adapter-not-supported",
             )
         if rank > max(shape[0], math.prod(shape[1:]), RANKS[-1]):
             raise CheckpointError(
-                f"{self.path}: {place.name} is {list(shape)}, and rank {rank} is more than it can use",
+                f"{self.path}: {target.name} is {list(shape)}, and rank {rank} is more than it can use",
                 code="adapter-does-not-fit",
             )
-        for key, wanted in zip((key_a, key_b), place.layout.shapes(shape, rank), strict=True):
+        for key, wanted in zip(keys, target.layout.shapes(shape, rank), strict=True):
             if self.shapes[key] != wanted:
                 raise CheckpointError(
-                    f"{self.path}: {key!r} is {list(self.shapes[key])}; for {place.name} {list(shape)} at rank {rank} "
+                    f"{self.path}: {key!r} is {list(self.shapes[key])}; for {target.name} {list(shape)} at rank {rank} "
                     f"of the configuration it is {list(wanted)}",
                     code="adapter-does-not-fit",
                 )
 
-    def _plain(self, name: str) -> str | None:
+    def _plain(self, key: str) -> str | None:
         """Return the model's own name of a tensor that is no factor, or None."""
-        without = ".".join(part for part in name.split(".") if part != "base_layer")
-        return next((plain for plain in (name, without) if plain in self.held), None)
+        name = key.removeprefix(PREFIX)
+        names = (name, _unwrapped(name)) if key.startswith(PREFIX) else ()
+        return next((plain for plain in names if plain in self.held), None)
 
-    def _check_saved(self, found: set[str]) -> None:
+    def _check_saved(self, names: set[str]) -> None:
         """Refuse an adapter that lacks what its configuration says it trained in full."""
         for end in self.config.saved:
             meant = [path for path in self.saved if path.endswith(end)]
@@ -572,9 +557,14 @@ class _Reader:
                 )
             for path in meant:
                 wanted = [name for name in self.parameters if name.startswith(f"{path}.")]
-                lacking = next((name for name in wanted if name not in found), None)
+                lacking = next((name for name in wanted if name not in names), None)
                 if lacking is not None:
                     raise CheckpointError(
                         f"{self.path}: has no {lacking}, which modules_to_save says was trained",
                         code="adapter-incomplete",
                     )
+
+
+def _unwrapped(name: str) -> str:
+    """Return a name without what peft adds where it has wrapped modules."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")

@@ -30,45 +30,53 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.capture import call_recorder, copied, isolation, quiet
 from lorasc_fx.graph import LIKE_ANOTHER, named_weights
 from lorasc_fx.parameters import substituted
-from lorasc_fx.peft_format import PREFIX, Conv, Conv1d, Parameter, Place, key_path, layout_of, wrap_counts
+from lorasc_fx.peft_format import (
+    CONV1D,
+    PARAMETER,
+    PREFIX,
+    Target,
+    key_path,
+    layout_of,
+    parameter_layout,
+    wrap_counts,
+)
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense
 from lorasc_fx.state import Factors
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
-__all__ = ["Saved", "places_of", "save_whole"]
+__all__ = ["Saved", "save_whole", "targets_of"]
 
 
-def places_of(
+def targets_of(
     model: nn.Module, sites: Iterable[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, tuple[Place, ...]], dict[str, str]]:
-    """Return the places at which peft adapts each site's weight (a tied one has several), and the reasons of the rest.
+) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
+    """Return what peft adapts for each site's weight (a tied one has several), and the reasons of the others.
 
     The model runs twice on the arguments, without a trace, and each module of interest once more in fp64.
     """
     sites = list(sites)
     finder = _Finder.of(model, calls_of(model, [site.weight for site in sites], args, kwargs))
-    found: dict[str, tuple[Place, ...]] = {}
+    by_weight: dict[str, tuple[Target, ...]] = {}
     refused: dict[str, str] = {}
     for site in sites:
-        places = finder.places(site)
-        if isinstance(places, str):
-            refused[site.weight] = places
+        targets = finder.targets(site)
+        if isinstance(targets, str):
+            refused[site.weight] = targets
         else:
-            found[site.weight] = places
-    faults = read_through(model, [place.path for group in found.values() for place in group], args, kwargs)
-    for name, places in list(found.items()):
-        fault = next((faults[place.path] for place in places if place.path in faults), None)
+            by_weight[site.weight] = targets
+    faults = read_through(model, [target.path for targets in by_weight.values() for target in targets], args, kwargs)
+    for name, targets in list(by_weight.items()):
+        fault = next((faults[target.path] for target in targets if target.path in faults), None)
         if fault is not None:
             refused[name] = fault
-            del found[name]
-    every = [place for places in found.values() for place in places]
-    if any(place.is_parameter for place in every):  # peft takes none of them beside fan_in_fan_out
-        for name, places in found.items():
-            found[name] = tuple(
-                replace(place, layout=Parameter()) if isinstance(place.layout, Conv1d) else place for place in places
+            del by_weight[name]
+    if any(target.is_parameter for targets in by_weight.values() for target in targets):
+        for name, targets in by_weight.items():  # peft takes no parameters beside fan_in_fan_out
+            by_weight[name] = tuple(
+                replace(target, layout=PARAMETER) if target.layout is CONV1D else target for target in targets
             )
-    return found, refused
+    return by_weight, refused
 
 
 @dataclass(frozen=True)
@@ -106,20 +114,20 @@ class _Finder:
         encoders = tuple(path for path, module in modules.items() if _passes_over(module))
         return cls(modules, paths, holders, encoders, calls)
 
-    def places(self, site: Site) -> tuple[Place, ...] | str:
-        """Return where peft adapts a site's weight, or why it does not."""
+    def targets(self, site: Site) -> tuple[Target, ...] | str:
+        """Return what peft adapts for a site's weight, or why it adapts nothing."""
         called = [(path, leaf) for path, leaf in self.holders[site.weight] if path in self.calls.first]
         if not called:
             return self._read_by(site.weight)
-        found = []
+        targets = []
         for path, leaf in called:
-            place = self._place(site, path, leaf)
-            if isinstance(place, str):
-                return place
-            found.append(place)
-        return self._read_by(site.weight) if site.weight in self.calls.reader else tuple(found)
+            target = self._target(site, path, leaf)
+            if isinstance(target, str):
+                return target
+            targets.append(target)
+        return self._read_by(site.weight) if site.weight in self.calls.reader else tuple(targets)
 
-    def _place(self, site: Site, path: str, leaf: str) -> Place | str:
+    def _target(self, site: Site, path: str, leaf: str) -> Target | str:
         module = self.modules[path]
         if len(self.paths[id(module)]) > 1:
             return f"its module is held as {' and as '.join(self.paths[id(module)])}, and peft adapts one of them"
@@ -127,12 +135,12 @@ class _Finder:
             return "in eval mode torch's fused TransformerEncoderLayer does not call what peft adapts"
         if not path:
             return "it is a parameter of the top module, which peft cannot wrap"
-        layout = layout_of(module, leaf, len(site.shape))
+        layout = layout_of(module, len(site.shape)) if leaf == "weight" else None
         if layout is not None:
-            place = Place(path, leaf, layout)
-            fault = fault_of(place, module, self.calls.first[path])
+            target = Target(path, leaf, layout)
+            fault = fault_of(target, module, self.calls.first[path])
             if fault is None:
-                return place
+                return target
         elif getattr(module, "groups", 1) != 1:
             fault = "peft's adapter of a grouped convolution mixes the groups"
         else:
@@ -141,7 +149,7 @@ class _Finder:
             return fault
         if isinstance(module, (nn.RNNBase, ParametrizationList)):
             return f"{type(module).__name__} keeps it where peft's adapter of a parameter does not reach"
-        return Place(path, leaf, Parameter.of(module))
+        return Target(path, leaf, parameter_layout(module, len(site.shape)))
 
     def _read_by(self, weight: str) -> str:
         reader = self.calls.reader.get(weight, "another module")
@@ -163,34 +171,34 @@ class Saved:
     biases: bool
 
 
-def save_whole(model: nn.Module, trained: Iterable[str], places: Sequence[Place]) -> tuple[Saved, dict[str, str]]:
+def save_whole(model: nn.Module, trained: Iterable[str], targets: Sequence[Target]) -> tuple[Saved, dict[str, str]]:
     """Return what peft saves for the parameters trained in full, and the reasons of those that it cannot.
 
     Args:
         model: the user's own.
         trained: names of the parameters.
-        places: that are adapted.
+        targets: that are adapted.
     """
-    weights, wraps = named_weights(model), wrap_counts(places)
+    weights, wraps = named_weights(model), wrap_counts(targets)
     modules = dict(model.named_modules(remove_duplicate=False))
-    adapted = {place.path: place for place in places}
+    adapted = dict.fromkeys(target.path for target in targets)
     refused: dict[str, str] = {}
     whole: dict[str, str] = {}
     biases: dict[str, str] = {}
-    for own in trained:
-        for name in weights.names[own]:
+    for parameter in trained:
+        for name in weights.names[parameter]:
             path, _, leaf = name.rpartition(".")
             if path in adapted and leaf == "bias":
                 depth = "base_layer." * wraps.get(path, 1)
-                biases[f"{PREFIX}{key_path(path, wraps)}.{depth}bias"] = own
+                biases[f"{PREFIX}{key_path(path, wraps)}.{depth}bias"] = parameter
             elif not path:
-                refused[own] = "it is a parameter of the top module, and peft saves modules whole"
+                refused[parameter] = "it is a parameter of the top module, and peft saves modules whole"
             elif inside := next((other for other in adapted if _within(other, path)), None):
-                refused[own] = f"its module holds {inside}, which is adapted, and peft saves modules whole"
+                refused[parameter] = f"its module holds {inside}, which is adapted, and peft saves modules whole"
             elif any(_within(path, other) for other in wraps):
-                refused[own] = "peft wraps a module above it, and finds it no more"
+                refused[parameter] = "peft wraps a module above it, and finds it no more"
             else:
-                whole.setdefault(path, own)
+                whole.setdefault(path, parameter)
     for path in modules:  # peft takes every module whose path ends so
         meant = next((other for other in whole if path.endswith(other) and path != other), None)
         if meant is None or path in whole:
@@ -357,26 +365,26 @@ class _AttributeProbe(nn.Module):
         return getattr(inside, name)
 
 
-def fault_of(place: Place, module: nn.Module, call: Call) -> str | None:
-    """Return what is wrong with peft's adapter at this place, as words for people, or None.
+def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
+    """Return what is wrong with peft's adapter of this target, as words for people, or None.
 
     Args:
-        place: whose layout is peft's for a module by its name.
-        module: at that place.
+        target: whose layout is peft's for a module by its name.
+        module: of the target.
         call: arguments that the module was called with.
     """
     values = {name: dense(value.detach()).double() for name, value in module.named_parameters()}
-    weight = values[place.leaf]
-    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    weight = values[target.leaf]
+    shapes = (weight.shape[0], 2), (2, math.prod(weight.shape[1:]))
     source = torch.Generator().manual_seed(0)
-    b, a = (torch.randn(shape, generator=source, dtype=torch.float64) for shape in ((rows, 2), (2, columns)))
+    b, a = (torch.randn(shape, generator=source, dtype=torch.float64) for shape in shapes)
     pair = Factors(b.to(weight.device), a.to(weight.device))
     delta = (pair.b @ pair.a).view(weight.shape)
     try:
         with quiet(grad=False):  # what peft would build draws random numbers, and may warn
             base = _run(module, values, call)
-            full = _run(module, values | {place.leaf: weight + delta}, call)
-            adapted = base + _term(place, module, pair, weight, _wide(call).args[0])
+            full = _run(module, values | {target.leaf: weight + delta}, call)
+            adapted = base + _term(target, module, pair, weight, _wide(call).args[0])
             moved, gap = (float((full - other).abs().max()) for other in (base, adapted))
     except Exception as fault:  # whatever the module's own code raises, peft's adapter of it would be no better off
         raise_of_handler(fault)
@@ -407,9 +415,9 @@ def _wide(call: Call) -> Call:
     return Call(*pytree.tree_map(widen, copied(call.args, call.kwargs)))
 
 
-def _term(place: Place, module: nn.Module, pair: Factors, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _term(target: Target, module: nn.Module, pair: Factors, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return what peft's layer adds to the module's output, built as peft builds it."""
-    lora_a, lora_b = place.layout.to_peft(pair, weight.shape)
+    lora_a, lora_b = target.layout.to_peft(pair, weight.shape)
     if isinstance(module, nn.Embedding):
         looked_up = F.embedding(
             x,
@@ -422,12 +430,12 @@ def _term(place: Place, module: nn.Module, pair: Factors, weight: torch.Tensor, 
         )
         scale = getattr(module, "embed_scale", None)
         return looked_up @ lora_b.t() * (1.0 if scale is None else scale)
-    if isinstance(place.layout, Conv):
+    if target.layout.is_conv:
         kind: Any = type(module)
         out, rank, *ones = lora_b.shape
         down = kind(weight.shape[1], rank, module.kernel_size, module.stride, module.padding, bias=False)
         up = kind(rank, out, tuple(ones), tuple(ones), bias=False)
         with substituted(down, {"weight": lora_a}), substituted(up, {"weight": lora_b}):
-            found: torch.Tensor = up(down(x))
-            return found
+            term: torch.Tensor = up(down(x))
+            return term
     return F.linear(F.linear(x, lora_a), lora_b)
