@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +15,7 @@ from lorasc_fx.cli.run_folder import RunFolder, check_output
 from lorasc_fx.cli.training import Setup
 from lorasc_fx.errors import SpecError, StateError, nearest, warn
 from lorasc_fx.export.safetensors_files import fold_files
-from lorasc_fx.integrations.progress import console
+from lorasc_fx.integrations.progress import reporting
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import list_versions, read
 from lorasc_fx.runtime.folded import of_checkpoint
@@ -93,8 +89,9 @@ def run_fold(arguments: FoldArguments) -> int:
         folder.check_run()
         check_output(output, folder=output.suffix != ".safetensors")
         _, cascade, weights = open_run(arguments.run)
-        with _bytes_written(f"fold {arguments.run}") as progress:
-            lx.export.safetensors(cascade, output, which=arguments.which, progress=progress)
+        with reporting() as reporter:
+            reporter.begin(f"fold {arguments.run}")
+            lx.export.safetensors(cascade, output, which=arguments.which, progress=reporter.copied)
         print(f"{output}: {arguments.which} {weights}")
         return 0
     path = folder.checkpoint if folder.config.is_file() else arguments.run
@@ -106,9 +103,10 @@ def run_fold(arguments: FoldArguments) -> int:
         )
     check_output(output, folder=not single)
     checkpoint = read(path)
-    with _bytes_written(f"fold {path}") as progress:
+    with reporting() as reporter:
+        reporter.begin(f"fold {path}")
         folded = of_checkpoint(checkpoint, arguments.which)
-        fold_files(folded, arguments.base, output, progress)
+        fold_files(folded, arguments.base, output, reporter.copied)
     if folded.running is not None:
         _warn_of_running(str(checkpoint.path), checkpoint.plan, folded.running)
     print(f"{output}: {arguments.which} weights of {checkpoint.path}, in the layout of {arguments.base}")
@@ -162,52 +160,14 @@ def run_export(arguments: ExportArguments) -> int:
     check_output(arguments.output, folder=folder)
     _, cascade, weights = open_run(arguments.run)
     options: dict[str, Any] = {"which": arguments.which}
-    with _bytes_written(f"write {arguments.output}") as progress:
+    with reporting() as reporter:
+        reporter.begin(f"write {arguments.output}")
         if adapter:
             options |= {"max_rank": arguments.max_rank, "uniform_rank": arguments.uniform_rank}
         elif arguments.to == "safetensors":
-            options["progress"] = progress
+            options["progress"] = reporter.copied
         written = getattr(lx.export, arguments.to)(cascade, arguments.output, **options)
     if adapter:
         print(written)
     print(f"{arguments.output}: {arguments.which} {weights}")
     return 0
-
-
-_SECONDS_BETWEEN_LINES = 10.0
-
-
-@contextmanager
-def _bytes_written(title: str) -> Iterator[Callable[[int, int], object]]:
-    """Yield a callback that takes the bytes done and their total."""
-    screen = console()
-    if not screen.is_terminal:
-        yield _lines(title)
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Column
-
-    title_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a long path leaves the bar its place
-    columns = (
-        TextColumn("{task.description}", markup=False, table_column=title_column),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=screen, transient=True, expand=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _lines(title: str) -> Callable[[int, int], object]:
-    """Print a line every few seconds."""
-    last = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES:
-            last = now
-            print(f"{title}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stdout, flush=True)
-
-    return tell

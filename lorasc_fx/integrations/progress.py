@@ -9,7 +9,6 @@ import math
 import os
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -25,7 +24,7 @@ require("cli", "rich")
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 __all__ = ["FILE", "Metrics", "Reporter", "Tracker", "append", "console", "reporting", "track"]
 
@@ -162,20 +161,53 @@ class Metrics:
         self.close()
 
 
-class Reporter(ABC):
-    """Shows tasks and steps."""
+class Reporter:
+    """Shows what is done of a task: by a bar, or without one by a line every few seconds."""
 
-    @abstractmethod
-    def begin(self, title: str, steps: int, done: int = 0) -> None:
-        """Start a task of `steps` steps, of which `done` are done already."""
+    def __init__(self, bar: Progress | None = None) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+        self._title, self._steps, self._first = "", 0, 0
+        self._started = self._last = 0.0
 
-    @abstractmethod
+    def begin(self, title: str, steps: int | None = None, done: int = 0) -> None:
+        """Start a task of `steps` steps, of which `done` are done already; without steps, one of bytes."""
+        self._title, self._steps, self._first = title, steps or 0, done
+        self._started = self._last = time.monotonic()
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(title, total=steps, completed=done, text="")
+        elif steps is not None:
+            self.say(f"{title}: {steps - done} steps")
+
     def step(self, done: int, stage: str, loss: float) -> None:
         """Show the number of steps that are done, the running stage and the last loss."""
+        now = time.monotonic()
+        rate = (done - self._first) / (now - self._started) if now > self._started else 0.0
+        text = f"step {done}/{self._steps} {stage} loss {loss:.3f}, {rate:.1f} steps/s"
+        self._show(now, done, self._steps, text)
 
-    @abstractmethod
+    def copied(self, done: int, total: int) -> None:
+        """Show the number of bytes that are done, of all."""
+        self._show(time.monotonic(), done, total, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
+    def _show(self, now: float, done: int, total: int, text: str) -> None:
+        left = (total - done) * (now - self._started) / max(1, done - self._first)
+        text = f"{text}, {left:.0f} s left"
+        if self._bar is not None:
+            assert self._task is not None
+            self._bar.update(self._task, completed=done, total=total, text=text)
+        elif now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = now
+            self.say(f"{self._title}: {text}")
+
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print a line, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, soft_wrap=True)
+        else:
+            print(text, file=sys.stdout, flush=True)
 
 
 def console() -> Console:
@@ -188,63 +220,19 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[Reporter]:
-    """Return the reporter that suits standard output."""
+    """Return a reporter on standard output: with a bar on a terminal."""
     screen = console()
     if not screen.is_terminal:
-        yield _Lines()
+        yield Reporter()
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
 
+    title = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # a long path leaves the bar its place
     columns = (
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=title),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[stage]}"),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[text]}", markup=False),
     )
-    with Progress(*columns, console=screen, transient=True) as progress:
-        yield _Bar(progress)
-
-
-class _Bar(Reporter):
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=None, visible=False, stage="", loss="", rate="")
-
-    def begin(self, title: str, steps: int, done: int = 0) -> None:
-        self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(title, total=steps, completed=done, stage="", loss="", rate="")
-
-    def step(self, done: int, stage: str, loss: float) -> None:
-        self._progress.update(self._task, completed=done, stage=stage, loss=f"loss {loss:.3f}")
-        speed = self._progress.tasks[0].speed
-        self._progress.update(self._task, rate=f"{speed:.1f}/s" if speed else "")
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, soft_wrap=True)
-
-
-class _Lines(Reporter):
-    def __init__(self) -> None:
-        self._title, self._steps, self._first = "", 0, 0
-        self._started = self._last = time.monotonic()
-
-    def begin(self, title: str, steps: int, done: int = 0) -> None:
-        self._title, self._steps, self._first = title, steps, done
-        self._started = self._last = time.monotonic()
-        self.say(f"{title}: {steps - done} steps")
-
-    def step(self, done: int, stage: str, loss: float) -> None:
-        now = time.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES:
-            return
-        self._last = now
-        seconds = (now - self._started) / max(1, done - self._first)
-        rate, left = 1 / seconds if seconds else 0.0, seconds * (self._steps - done)
-        text = f"step {done}/{self._steps} {stage} loss {loss:.3f}"
-        self.say(f"{self._title}: {text}, {rate:.1f} steps/s, {left:.0f} s left")
-
-    def say(self, text: str) -> None:
-        print(text, file=sys.stdout, flush=True)
+    with Progress(*columns, console=screen, transient=True, expand=True) as progress:
+        yield Reporter(progress)

@@ -389,7 +389,7 @@ def test_a_fold_that_fails_on_its_way_leaves_nothing(tmp_path: Path, monkeypatch
 
 def test_progress_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte twice, compared and written; on a terminal a bar, elsewhere lines."""
-    monkeypatch.setattr("lorasc_fx.cli.export._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("lorasc_fx.integrations.progress._SECONDS_BETWEEN_LINES", 0.0)
     save_file(mlp().state_dict(), tmp_path / "base.safetensors")
     cascade = stepped(small(), 1, running=False)
     lx.save(cascade, tmp_path / "checkpoint")
@@ -401,7 +401,7 @@ def test_progress_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert told[-1] == (2 * size, 2 * size)
     fold(tmp_path, "base.safetensors")
     said = capsys.readouterr().out
-    assert f"fold {tmp_path}/checkpoint: 0.0 of 0.0 GB\n" in said
+    assert f"fold {tmp_path}/checkpoint: 0.0 of 0.0 GB, 0 s left\n" in said
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", "400")  # room for a bar beside a long path
