@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture import bind, leaves, quiet, signature_of, whole
 from lorasc_fx.compile import Variant
-from lorasc_fx.errors import CaptureError, ExportError, SpecError, path_of
+from lorasc_fx.errors import CaptureError, SpecError, path_of
 from lorasc_fx.extras import require
 from lorasc_fx.files import replacing
 from lorasc_fx.runtime import Cascade
@@ -75,9 +74,10 @@ def onnx(
     *,
     folded: bool = True,
     which: Literal["slow", "averaged"] = "slow",
-    opset: int | None = None,
 ) -> Path:
     """Write the graph of eval mode as an ONNX file, with the sizes open that the captured graph leaves open.
+
+    The version of the operators is torch's choice; for another give `program(...)` to torch.onnx.export.
 
     Args:
         cascade: goes on as it was.
@@ -85,7 +85,6 @@ def onnx(
         args, kwargs: inputs whose graph is wanted; without, those of `adapt`.
         folded: the slow weights and the captured nodes; otherwise the running cascade, branches and noise included.
         which: of a folded one: `slow` weights, or their average over stages.
-        opset: version of the operators; torch's own choice if not given.
 
     Returns:
         The path.
@@ -104,7 +103,7 @@ def onnx(
     made = program(cascade, args, kwargs, folded=folded, which=which, call="export.onnx")
     try:
         with quiet():
-            found = torch.onnx.export(made, dynamo=True, opset_version=opset, verbose=False)
+            exported = torch.onnx.export(made, dynamo=True, verbose=False)
     except Exception as fault:  # torch.onnx raises what its parts raise
         raise_of_handler(fault)
         first: BaseException = fault
@@ -115,17 +114,14 @@ def onnx(
             f"export.onnx: torch.onnx does not take this graph: {reason[0]}; change the model there",
             code="export-refused",
         ) from fault
-    assert found is not None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as room:
-            found.save(Path(room, out.name))
-            for written in sorted(Path(room).iterdir(), reverse=True):  # the numbers first, then the graph
-                os.replace(written, out.parent / written.name)
-    except OSError as fault:
-        raise ExportError(
-            f"{out}: was not written: {fault.strerror or fault}; what was there stays", code="write-failed"
-        ) from fault
+    assert exported is not None
+    with replacing(out) as new, tempfile.TemporaryDirectory(prefix=new.name, dir=new.parent) as folder:
+        graph = Path(folder, out.name)
+        exported.save(graph)
+        for weights in Path(folder).glob("*.data"):
+            with replacing(out.with_name(weights.name)) as new_weights:
+                weights.rename(new_weights)
+        graph.rename(new)
     return out
 
 
