@@ -22,8 +22,8 @@ from . import curves, report, start
 from .costs import costs
 from .files import write
 from .measure import pin
-from .models import WORKS
-from .resident import can_measure, resident_all
+from .models import STARTED, WORKS
+from .resident import STARTS, can_measure, resident_all
 from .steps import measured
 
 HERE = Path(__file__).parent
@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         costs(WORKS["tiny"], 1)  # imports, and what is done once in a process
         measured_now["costs"] = {name: _costs(name, options.repeats) for name in names}
     if "start" in parts:
-        measured_now["start"] = _start(names, options.repeats, options.rounds)
+        more = [] if options.names or options.quick else list(STARTED)
+        measured_now["start"] = _start([*names, *more], options)
     if "curves" in parts:
         measured_now["curves"] = _curves(options.rounds, options.quick)
     if whole or options.write:
@@ -58,7 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="names", help=f"models, of {', '.join(WORKS)}; all of them by default"
+        "names",
+        nargs="*",
+        metavar="names",
+        help=f"models, of {', '.join(WORKS)}; all of them by default. With --only start also {', '.join(STARTED)}",
     )
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
@@ -68,9 +72,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round of each, to see that it runs")
     parser.add_argument("--write", action="store_true", help="write a part into the files as well")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.names if name not in WORKS]
+    known = [*WORKS, *STARTED] if options.only == "start" else list(WORKS)
+    unknown = [name for name in options.names if name not in known]
     if unknown:
-        parser.error(f"no model {unknown[0]!r}; there are {', '.join(WORKS)}")
+        parser.error(f"no model {unknown[0]!r}; there are {', '.join(known)}")
     if options.quick:
         options.rounds, options.repeats = 1, 1
     return options
@@ -94,14 +99,16 @@ def _costs(name: str, repeats: int) -> dict[str, Any]:
     return row
 
 
-def _start(names: list[str], repeats: int, rounds: int) -> dict[str, Any]:
+def _start(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Measure what comes before the first step; what needs no model of the table stands under `once`."""
     start.start(WORKS["tiny"], 1)  # imports, and what is done once in a process
-    found: dict[str, Any] = {"once": {"import": start.import_seconds(max(repeats, 2)), "call": start.call(rounds)}}
+    imports, calls = start.import_seconds(max(options.repeats, 2)), start.call(options.rounds)
+    found: dict[str, Any] = {"once": {"import": imports, "call": calls}}
     print(f"\n{report.call_table(found['once'])}", flush=True)
     for name in names:
-        found[name] = start.start(WORKS[name], repeats)
+        found[name] = start.start((WORKS | STARTED)[name], options.repeats)
         gc.collect()
+        found[name]["memory"] = resident_all(name, options.threads, STARTS) if can_measure() else {}
         print(f"\n{report.start_table({name: found[name]})}", flush=True)
     return found
 

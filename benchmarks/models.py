@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["STACK", "WORKS", "Work", "classes", "hidden"]
+__all__ = ["STACK", "STARTED", "WORKS", "Work", "classes", "hidden"]
 
 
 def classes(output: Any) -> torch.Tensor:
@@ -68,10 +68,10 @@ def _tiny() -> nn.Module:
     return model
 
 
-def _vit() -> nn.Module:
+def _vit(name: str = "vit_small_patch16_224") -> nn.Module:
     import timm
 
-    return timm.create_model("vit_small_patch16_224", num_classes=100).train()
+    return timm.create_model(name, num_classes=100).train()
 
 
 def _resnet() -> nn.Module:
@@ -103,6 +103,20 @@ def _llama(layers: int) -> Callable[[], nn.Module]:
         return transformers.LlamaModel(config).train()
 
     return build
+
+
+def _llama_1b() -> nn.Module:
+    """Return a Llama of the sizes of TinyLlama (2401.02385), in bfloat16."""
+    import transformers
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=22, vocab_size=32000, use_cache=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return transformers.LlamaForCausalLM(config).train()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _mixtral() -> nn.Module:
@@ -198,3 +212,21 @@ WORKS = {
     ),
 }
 """By the name that the command takes; `tiny` is there to try the benchmark itself, and is in no table."""
+
+STARTED = {
+    "vit-b": Work(
+        "ViT-B, linears",
+        lambda: _vit("vit_base_patch16_224"),
+        _batch("x", 2, 3, 224, 224),
+        ("*.qkv", "*.attn.proj", "*.fc1", "*.fc2"),
+        {"target_modules": r"(.*\.)?(qkv|attn\.proj|fc1|fc2)"},
+    ),
+    "llama-1b": Work(
+        "Llama 1.1B, bf16",
+        _llama_1b,
+        lambda: {"input_ids": torch.randint(0, 32000, (2, 128))},
+        _LLAMA,
+        _LLAMA_PEFT,
+    ),
+}
+"""Models of which only the start is measured: their steps take long on a CPU."""

@@ -152,7 +152,8 @@ def _started(rows: Rows) -> str:
 CPU seconds of `adapt` and of a `load` without inputs, on two examples, beside a forward, a backward and
 `torch.export.export` alone. `adapt` has three forwards in it, by which the graph is held against the model, and two
 backwards where their autograd graphs differ; *again* is `adapt` of another model in the same state; *first call* makes
-the graph after `load`.
+the graph after `load`. *Added* is what `adapt` adds to a process at its peak, with W0 in memory, and by
+`base=FOLDER` with W0 in files.
 
 {start_table({name: row for name, row in rows.items() if name != "once"})}
 
@@ -169,8 +170,13 @@ def start_table(rows: Rows) -> str:
         yield row["title"]
         yield from (f"{row[name]:.2f}" for name in STARTS)
         yield f"{row['adapt'] / (1.5 * row['export'] + 3 * row['forward'] + row['backward']):.2f}"
+        memory = row.get("memory", {})
+        kept = memory.get("start", {})
+        yield from (_mib(kept.get(what)) for what in ("weights", "sites", "added"))
+        yield _mib(memory.get("start-file", {}).get("added"))
 
-    head = ("model", *STARTS, "adapt / (1.5 export + 3 forward + backward)")
+    bound, added = "adapt / (1.5 export + 3 forward + backward)", ("MiB added", "added, base=FOLDER")
+    head = ("model", *STARTS, bound, "MiB of weights", "of sites", *added)
     return table(head, map(cells, rows.values()))
 
 

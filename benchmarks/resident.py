@@ -2,21 +2,27 @@
 
 The peak of a process is one number for all that it did, so each rival has a process, and the peak is set back after the
 rival was built. What is reported is the whole process: interpreter and libraries, weights, W0, gradients, activations.
+With `start` or `start-file` as the rival it is what `adapt` adds at its peak to a process that holds the model.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["can_measure", "resident", "resident_all"]
+__all__ = ["STARTS", "can_measure", "resident", "resident_all", "started"]
 
 RIVALS = ("frozen", "ours", "peft", "full")
+STARTS = ("start", "start-file")
+"""What keeps W0 while `adapt` is measured: memory, or the files that the model was saved to."""
 
 _REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -53,8 +59,50 @@ def resident(name: str, rival: str, threads: int) -> dict[str, int]:
     return {"built": built, "step": _peak()}
 
 
+def started(name: str, rival: str, threads: int) -> dict[str, int]:
+    """Return bytes: `weights` of the model, `sites` (W0), and `added` by `adapt` at its peak, for one of STARTS.
+
+    The model has run before, and another was adapted, so that the memory of libraries is none of it.
+    """
+    from safetensors.torch import save_model
+
+    import lorasc_fx as lx
+
+    from .measure import pin
+    from .models import STARTED, WORKS
+    from .rivals import RANK, adapted
+
+    pin(threads)
+    adapted(WORKS["tiny"], WORKS["tiny"].build(), WORKS["tiny"].batch()).release()
+    work = (WORKS | STARTED)[name]
+    model, batch = work.build(), work.batch()
+    batch = {key: value[:2] for key, value in batch.items()}
+    spec = lx.CascadeSpec(targets=work.targets, rank=RANK)
+    with tempfile.TemporaryDirectory() as folder:
+        if rival == "start-file":
+            save_model(model, f"{folder}/model.safetensors")
+        work.loss(model(**batch)).backward()
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        _set_back()
+        before = _peak()
+        cascade = lx.adapt(model, kwargs=batch, spec=spec, base=folder if rival == "start-file" else "memory")
+        after = _peak()
+    weights = {site.weight for site in cascade.plan.sites}
+    parameters = dict(model.named_parameters())
+    return {
+        "weights": sum(value.nbytes for value in parameters.values()),
+        "sites": sum(parameters[weight].nbytes for weight in weights),
+        "added": after - before,
+    }
+
+
 def resident_all(name: str, threads: int, rivals: Sequence[str] = RIVALS) -> dict[str, dict[str, int]]:
-    """Return `resident` of each rival, from children; as many at a time as there are cores, since none is timed."""
+    """Return `resident` of each rival, or `started`, from children.
+
+    As many at a time as there are cores, since none is timed.
+    """
 
     def ask(rival: str) -> dict[str, int]:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.resident", name, rival, str(threads)]
@@ -66,4 +114,5 @@ def resident_all(name: str, threads: int, rivals: Sequence[str] = RIVALS) -> dic
 
 
 if __name__ == "__main__":
-    print(json.dumps(resident(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    ask = started if sys.argv[2] in STARTS else resident
+    print(json.dumps(ask(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

@@ -65,21 +65,21 @@ def start(work: Work, repeats: int) -> dict[str, Any]:
     batch = {name: value[:BATCH] for name, value in work.batch().items()}
     work.loss(model(**batch)).backward()
     for _ in range(repeats):
+        forget()
         loss = clocked(found["forward"], lambda: work.loss(model(**batch)))
         clocked(found["backward"], loss.backward)
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             clocked(found["export"], lambda: torch.export.export(model, (), batch, strict=False))
-        base, second, again = (copy.deepcopy(model) for _ in range(3))
-        forget()
-        cascade = clocked(found["adapt"], partial(adapted, work, base, batch))
-        clocked(found["again"], partial(adapted, work, second, batch))
+        cascade = clocked(found["adapt"], partial(adapted, work, copy.deepcopy(model), batch))
+        clocked(found["again"], partial(adapted, work, copy.deepcopy(model), batch))
         optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
         train(cascade, optimizer)
         cascade.transition(optimizer)
         with tempfile.TemporaryDirectory() as folder:
             lx.save(cascade, Path(folder))
-            loaded = clocked(found["load"], partial(lx.load, folder, again))
+            del cascade, optimizer
+            loaded = clocked(found["load"], partial(lx.load, folder, copy.deepcopy(model)))
         forget()
         clocked(found["first call"], partial(loaded, **batch))
     return {"title": work.title, **{name: min(each.cpu for each in found[name]) for name in STARTS}}
