@@ -48,8 +48,15 @@ def main(arguments: list[str]) -> int:
     files = [each.resolve() for each in (path, weights, weights.with_suffix(".json"))]
     proof = [sys.executable, "-m", "experiments.demo", "--prove", *map(str, files)]
     code = subprocess.run(proof, check=False, cwd=HERE.parent).returncode
-    print(f"{time.monotonic() - began:.0f} s in all. What the method does on other data: docs/evidence.md")
+    print(f"{time.monotonic() - began:.0f} s in all. What the method does on other data (docs/evidence.md):")
+    print(evidence())
     return code
+
+
+def evidence() -> str:
+    """Return what docs/evidence.md says in short."""
+    text = (HERE.parent / "docs" / "evidence.md").read_text(encoding="utf-8")
+    return text.partition("## In short\n")[2].partition("\n## ")[0].strip()
 
 
 def prove(config_file: str, weights: str, result: str) -> int:

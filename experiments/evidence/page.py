@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,16 @@ class Results:
                 columns.append(column)
         return numpy.array(columns).T if columns else None
 
+    def complete(self, claim: dict[str, Any], budget: str, by: str) -> bool:
+        """Whether all runs that decide on a claim are there; those of the grid are, where a finalist has a rate."""
+        phase = self.phase("finalists")
+        return all(
+            self.finalist(task, phase["sizes"][0], budget, claim[who], by, seed) is not None
+            for task in phase["tasks"]
+            for seed in phase["seeds"]
+            for who in ("method", "against")
+        )
+
     def _sensitivity(self, claim: dict[str, Any], budget: str) -> NDArray[Any] | None:
         phase, columns = self.phase("grid"), []
         for task in phase["tasks"]:
@@ -217,6 +227,7 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         "Runs at chosen rates become known when their grid is complete; a comparison is shown once all its seeds are",
         "there.",
         "",
+        *_in_short(results),
         *_claims(results),
         *_grid(results),
         *_tasks(results),
@@ -240,42 +251,84 @@ def _section(title: str, about: str, header: Sequence[str], rows: Sequence[Seque
     return [f"## {title}", "", about, "", *table, ""]
 
 
-def _claims(results: Results) -> list[str]:
-    entries: list[tuple[dict[str, Any], str, str, Difference]] = []
+@dataclass(frozen=True)
+class _Claim:
+    """A claim of the protocol in one budget, with the rate chosen by one measure; p and verdict are by the loss."""
+
+    claim: dict[str, Any]
+    budget: str
+    by: str
+    scores: NDArray[Any]
+    difference: Difference
+    complete: bool
+    p: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        if self.p is None:
+            return ""
+        if not self.complete:
+            return f"{self.difference.tasks} tasks so far"
+        return "undecided" if self.p >= 0.05 else "supported" if self.difference.value > 0 else "refuted"
+
+    @property
+    def tasks(self) -> tuple[float, float]:
+        """The mean differences of the worst and of the best task."""
+        means = self.scores.mean(axis=0)
+        return float(means.min()), float(means.max())
+
+
+def _decided(results: Results) -> list[_Claim]:
+    """Return the claims whose runs are there."""
+    entries = []
     for claim in results.protocol["claims"]:
         for budget in claim["budgets"]:
             for by in SELECTIONS:
                 scores = results.paired(claim, budget, by)
                 if scores is not None:
-                    resamples = results.protocol["statistics"]["resamples"]
-                    entries.append((claim, budget, by, difference_over_tasks(scores, resamples)))
-    main = [entry for entry in entries if entry[2] == "loss"]
-    corrected = dict(zip(map(id, main), holm([entry[3].p for entry in main]), strict=True))
+                    difference = difference_over_tasks(scores, results.protocol["statistics"]["resamples"])
+                    complete = claim["metric"] == "sensitivity" or results.complete(claim, budget, by)
+                    entries.append(_Claim(claim, budget, by, scores, difference, complete))
+    corrected = iter(holm([entry.difference.p for entry in entries if entry.by == "loss"]))
+    return [replace(entry, p=next(corrected)) if entry.by == "loss" else entry for entry in entries]
+
+
+def _in_short(results: Results) -> list[str]:
+    """Return a line for each claim; the demo prints them."""
+    lines = []
+    for entry in _decided(results):
+        if entry.by == "loss":
+            name, budget = entry.claim["name"], entry.budget
+            worst, best = entry.tasks
+            lines.append(
+                f"- {name}, {budget} budget: {entry.difference}, by task {worst:+.2f} to {best:+.2f}: {entry.verdict}"
+            )
+    return ["## In short", "", *(lines or ["No runs yet."]), ""]
+
+
+def _claims(results: Results) -> list[str]:
     rows = []
-    for entry in entries:
-        claim, budget, by, difference = entry
-        p = corrected.get(id(entry))
-        verdict = "" if p is None else "undecided" if p >= 0.05 else "supported" if difference.value > 0 else "refuted"
+    for entry in _decided(results):
         rows.append(
             [
-                claim["name"],
-                f"{claim['method']} - {claim['against']}",
-                budget,
-                by,
-                str(difference),
-                "" if p is None else f"{p:.3f}",
-                str(difference.tasks),
-                verdict,
+                entry.claim["name"],
+                f"{entry.claim['method']} - {entry.claim['against']}",
+                entry.budget,
+                entry.by,
+                str(entry.difference),
+                *(f"{value:+.2f}" for value in entry.tasks),
+                "" if entry.p is None else f"{entry.p:.3f}",
+                str(entry.difference.tasks),
+                entry.verdict,
             ]
         )
     about = (
         "Interquartile mean over tasks of paired differences, in points of accuracy (or of loss, with the sign turned "
-        "so that more is better), with 95 % bootstrap intervals over seeds. p is corrected by Holm; the verdict is the "
-        "protocol's."
+        "so that more is better), with 95 % bootstrap intervals over seeds; worst and best are means of one task. p is "
+        "corrected by Holm; the verdict is the protocol's."
     )
-    return _section(
-        "Claims", about, ["claim", "methods", "budget", "rate by", "difference", "p", "tasks", "verdict"], rows
-    )
+    header = ["claim", "methods", "budget", "rate by", "difference", "worst", "best", "p", "tasks", "verdict"]
+    return _section("Claims", about, header, rows)
 
 
 def _grid(results: Results) -> list[str]:

@@ -57,6 +57,7 @@ TINY: dict[str, Any] = {
         for metric in ("accuracy", "loss", "sensitivity")
     ],
 }
+DECIDES = ("finalists", "recipe", "short")
 TRAINING = Training(batch_size=8, warmup=1, cycles=3, clip=1.0)
 
 
@@ -212,7 +213,16 @@ def test_the_factorial_design_and_the_map_have_their_tables(tmp_path: Path) -> N
     page.write(protocol, lines, tmp_path)
     written = (tmp_path / "evidence.md").read_text(encoding="utf-8")
     assert "No runs yet" not in written
+    short = written.partition("## In short")[2].partition("##")[0]
+    assert short.count("\n- ") == sum(len(claim["budgets"]) for claim in protocol["claims"])
+    assert "tasks so far" not in short
     assert "| digits | long | LoRA | 60.0 | 50.0 | 20 % |" in written
+    results, claim = page.Results(protocol, lines), protocol["claims"][0]
+    assert results.complete(claim, "short", "loss")
+    of_recipe = (cell for cell in lines.found if (cell.phase, cell.method, cell.budget) == DECIDES)
+    del lines.found[next(of_recipe)]
+    assert not results.complete(claim, "short", "loss")  # and there is no verdict
+    assert results.complete(claim, "long", "loss")
 
 
 def test_a_trace_ends_at_the_result_of_its_runs(tmp_path: Path) -> None:
