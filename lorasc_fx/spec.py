@@ -6,7 +6,7 @@ learning rate after a restart open. The defaults are our reading of it (docs/met
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -93,6 +93,20 @@ class Noise:
         _choice("noise.key", self.key, get_args(Key))
         _flag("noise.keep", self.keep)
         check_noise(self.keep, self.redraw, self.distribution)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is any."""
+        return self.strength > 0
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether it is drawn anew after each optimizer step."""
+        return self.is_on and self.redraw == "step"
+
+    def on_others(self, names: Iterable[str]) -> list[str]:
+        """Return those of the weights without a branch that have noise."""
+        return list(names) if self.is_on and self.where == "all" else []
 
 
 @known_fields

@@ -115,15 +115,15 @@ def start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
         plan: of the stage.
         added: weights whose branches are new.
     """
-    if plan.spec.noise.strength and plan.spec.noise.redraw == "step":
+    if plan.spec.noise.follows_steps:
         raise PassError(
             "insert-branches: noise.redraw='step' needs a training step; use a Cascade", code="needs-training-step"
         )
     named, slow = named_weights(graph.owner), graph.record.slow
     branches = {branch.weight_name: branch for branch in graph.branches.values()}
     names = dict.fromkeys((*added, *(site.weight for site in plan.sites if site.weight not in slow.states)))
-    if names and plan.spec.noise.strength and plan.spec.noise.where == "all":
-        names |= dict.fromkeys(without_branch(graph, plan))
+    if names:
+        names |= dict.fromkeys(plan.spec.noise.on_others(without_branch(graph, plan)))
     parameters = {name: named.parameters[name] for name in names}
     slow = slow.with_weights(parameters, plan, {name: value.detach() for name, value in parameters.items()})
     slow, factors = slow.begin_stage(plan, {weight: branches[weight] for weight in added})
@@ -133,6 +133,6 @@ def start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
                 parameter.copy_(values[name])
     for weight in names:
         state = slow.states[weight]
-        if plan.spec.noise.strength or state.initial or state.start_differs:
+        if plan.spec.noise.is_on or state.initial or state.start_differs:
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))
     graph.record = replace(graph.record, slow=slow)

@@ -16,7 +16,7 @@ from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import Noise
 
-__all__ = ["amplitude", "draw", "generator", "row_sizes"]
+__all__ = ["amplitude", "draw", "generator", "noise_size"]
 
 BLOCK, WIDE = 32768, 1024
 """Entries of a block of noise, and of its last axis, at most. Part of the key: other numbers here are other noise."""
@@ -57,20 +57,22 @@ def _std_of_all(weight: torch.Tensor, shard: ShardSpec) -> float:
     return top * shard.std(weight / top) if 0 < top < math.inf else top
 
 
-def row_sizes(
+def noise_size(
     noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool, shard: ShardSpec | None = None
-) -> torch.Tensor:
-    """Return `strength * |W_i| / sqrt(n)` of each row i of n entries, of a shape that broadcasts over the weight.
+) -> torch.Tensor | float:
+    """Return what a draw is multiplied by: the `amplitude`, or of a distribution by rows `strength * |W_i| / sqrt(n)`
+    of each row i of n entries, of a shape that broadcasts over the weight.
 
-    With a shard the weight is that of W. All-reduced then where rows are cut: every rank must call this at
-    the same point.
+    With a shard the weight is that of W. All-reduced then: every rank must call this at the same point.
 
     Args:
-        noise: of the distribution `filter`.
+        noise: of the spec.
         weight: [out, ...], [in, out] if `transposed`; with an axis of experts before if `stacked`.
         stacked, transposed: how it is stored.
         shard: of W, which the weight is.
     """
+    if not DISTRIBUTIONS[noise.distribution].by_rows:
+        return amplitude(noise, weight, shard)
     row_axis = (1 if stacked else 0) + (1 if transposed else 0)
     rest = [axis for axis in range(1 if stacked else 0, weight.dim()) if axis != row_axis]
     sizes: torch.Tensor = torch.linalg.vector_norm(weight, dim=rest, keepdim=True)

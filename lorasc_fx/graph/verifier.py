@@ -432,7 +432,7 @@ def _is_start(parameter: nn.Parameter, state: WeightState, spec: CascadeSpec, st
     if is_quantized(parameter) or is_quantized(state.base):
         both = is_quantized(parameter) and is_quantized(state.base)
         return both and torch.equal(dense(parameter), dense(state.base))
-    plain = not (spec.noise.strength or state.experts or state.noises or state.initial or state.start_differs)
+    plain = not (spec.noise.is_on or state.experts or state.noises or state.initial or state.start_differs)
     plain = plain and state.scale() is None
     if plain and state.start.dense is None and parameter.data_ptr() == state.base.data_ptr():
         return True  # the very memory

@@ -101,7 +101,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         run.note_frozen()
         if run.holds_numbers:  # as a transition writes them: products and sums of shards round in another order
             moved = [name for name, state in run.slow.states.items() if state.changed or state.initial is not None]
-            names = run.slow.states if run.plan.spec.noise.strength else moved
+            names = run.slow.states if run.plan.spec.noise.is_on else moved
             run.commit(Planned(run.plan, run.slow, run.present(names)), undo)
 
         def called() -> bool:
@@ -272,7 +272,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
 
 def whole_only(spec: CascadeSpec, call: str) -> Iterator[tuple[str, Any, Any, str]]:
     """Yield each option of a spec that a call refuses on shards: its name, its value, the default, and why."""
-    pairs = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.strength else [])
+    pairs = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.is_on else [])
     for prefix, options, defaults in pairs:
         for item in fields(options):
             value, default = getattr(options, item.name), getattr(defaults, item.name)

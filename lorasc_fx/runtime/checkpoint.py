@@ -46,7 +46,7 @@ __all__ = [
     "way_back",
 ]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
 RNG = "rng/torch"

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -37,8 +37,9 @@ from lorasc_fx.runtime.checkpoint import (
     way_back,
 )
 from lorasc_fx.runtime.codec import RunState, decode, install
+from lorasc_fx.runtime.format_1 import from_format_1
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
-from lorasc_fx.runtime.run import Run
+from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.undo import Undo
 
 __all__ = [
@@ -49,10 +50,12 @@ __all__ = [
     "check_digests",
     "check_plan",
     "decoded",
+    "gradients_of",
     "manifest_of",
     "plan_faults",
     "read",
     "refused",
+    "renamed",
     "restore",
 ]
 
@@ -74,8 +77,7 @@ class Checkpoint:
     @property
     def frontend(self) -> str:
         """The front end that was asked for."""
-        name = str(self.manifest["frontend"])
-        return "graph-breaks" if name == "pieces" else name  # its name of before
+        return str(self.manifest["frontend"])
 
     @property
     def moved(self) -> set[str]:
@@ -99,11 +101,11 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
             f"{root}: no checkpoint in this folder; give the one that save was given", code="no-checkpoint"
         )
     path = versions[-1]
-    manifest, plan = _read_manifest(path / MANIFEST)
+    manifest, plan, name_of = _read_manifest(path / MANIFEST)
     files = [_read_tensors(path / name, digest) for name, digest in manifest["files"].items()]
     _check_files(path, manifest["files"])
     try:
-        tensors = _joined(files, manifest.get("shards", {}))
+        tensors = _joined([renamed(file, name_of) for file in files], manifest.get("shards", {}))
     except ValueError as fault:
         raise CheckpointError(f"{path}: {fault}; {way_back(path)}") from fault
     for sentence in plan_faults(plan, tensors):
@@ -111,7 +113,7 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     return Checkpoint(path, manifest, tensors, plan)
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
+def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan, Callable[[str], str]]:
     try:
         data = plain_bytes(path, LONGEST)
     except (OSError, ValueError) as fault:
@@ -121,8 +123,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
     return manifest_of(data, path, way_back(path.parent))
 
 
-def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan]:
-    """Return the manifest that these bytes are, checked, and its plan.
+def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan, Callable[[str], str]]:
+    """Return the manifest that these bytes are, checked, its plan, and what returns today's name of a tensor.
 
     Args:
         data: JSON.
@@ -137,16 +139,17 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
     except ValueError as fault:
         raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way}", code="unreadable-file") from fault
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-    if not isinstance(manifest, dict) or type(found) is not int or found != FORMAT:
+    if not isinstance(manifest, dict) or type(found) is not int or found not in (1, FORMAT):
         raise CheckpointError(
-            f"{path}: format {sanitized(repr(found))}; this version reads format {FORMAT}; "
+            f"{path}: format {sanitized(repr(found))}; this version reads formats 1 and {FORMAT}; "
             "load it by the lorasc-fx that wrote it",
             code="format-not-supported",
         )
     try:
-        check_kinds(manifest)
         if manifest.get("digest") != text_digest(canonical(manifest)):
             raise ValueError("differs from its own digest; the file is damaged, or was edited")
+        manifest, name_of = from_format_1(manifest) if found == 1 else (manifest, str)
+        check_kinds(manifest)
         plan = Plan.from_json(json.dumps(manifest["plan"]))
         check_fields(manifest, plan)
     except CheckpointError as fault:
@@ -157,7 +160,19 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
         raise CheckpointError(
             f"{path}: cannot be read: it is nested too deeply; {way}", code="unreadable-file"
         ) from fault
-    return manifest, plan
+    return manifest, plan, name_of
+
+
+def renamed(tensors: Mapping[str, torch.Tensor], name_of: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """Return tensors by their names of today.
+
+    Raises:
+        ValueError: two would have one name.
+    """
+    table = {name_of(name): tensor for name, tensor in tensors.items()}
+    if len(table) < len(tensors):
+        raise ValueError("holds a tensor under two names")
+    return table
 
 
 def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
@@ -351,20 +366,14 @@ def check_plan(
             )
 
 
-def decoded(checkpoint: Checkpoint, known: RunState | None = None) -> RunState:
-    """Return the state that a checkpoint holds.
-
-    Args:
-        checkpoint: as read.
-        known: see `codec.decode`; by default what the plan says, without a model.
+def decoded(checkpoint: Checkpoint, taker: RunState | None = None) -> RunState:
+    """Return the state that a checkpoint holds, for a cascade that is to take it over if there is one (`codec.decode`).
 
     Raises:
         CheckpointError: it is not what a checkpoint of its plan holds.
     """
-    plan, manifest, tensors = checkpoint.plan, checkpoint.manifest, checkpoint.tensors
     with refused(checkpoint):
-        known = RunState.planned(plan, manifest, tensors) if known is None else known
-        return decode(manifest, tensors, plan, known, str(checkpoint.path))
+        return decode(checkpoint.manifest, checkpoint.tensors, checkpoint.plan, str(checkpoint.path), taker)
 
 
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
@@ -375,13 +384,20 @@ def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
     Raises:
         CheckpointError: they do not fit; the cascade is as it was.
     """
-    held = RunState.of(run)
-    known = held.without_numbers() if run.is_sharded else held
-    state = decoded(checkpoint, known.at_ranks(checkpoint.plan))
-    if run.is_sharded:
-        state = state.shards_like(held)
+    state = decoded(checkpoint, RunState.of(run))
     with refused(checkpoint):
         install(run, state, str(checkpoint.path), undo)
+
+
+def gradients_of(run: Run, checkpoint: Checkpoint) -> Planned:
+    """Return the commit of the gradients that a checkpoint holds, to which a cascade was restored.
+
+    Raises:
+        CheckpointError: a gradient of no parameter that is trained here, or of another shape or dtype than its own.
+    """
+    gathers, unapplied = checkpoint.manifest["waits_for_gradient"], checkpoint.manifest.get("unapplied_gradients", ())
+    gradients = run.gradients_in(checkpoint.tensors, unapplied, gathers, str(checkpoint.path))
+    return Planned(run.plan, run.slow, gradients=gradients, gathers=gathers)
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def contents(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return the tensors of a version, of sharded ones the part that is here, and its manifest; nothing is written."""
     meta, tensors, axes = encode(RunState.of(run))
-    gradients, meta["pending"] = run.gradients()
+    gradients, meta["unapplied_gradients"] = run.gradients()
     streams, meta["rng"] = training_state.random_state()
     parts: dict[str, Any] = {"extra": extra, **named}
     try:
@@ -192,7 +192,7 @@ def contents(
             "base": run.fingerprints(),
             **meta,
             **taken.value,
-            "outside": taken.notes,
+            "tensor_references": taken.references,
         }
         manifest = json.loads(json.dumps(manifest, allow_nan=False))
     except (TypeError, ValueError) as fault:

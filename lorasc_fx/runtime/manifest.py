@@ -11,13 +11,15 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from lorasc_fx.checks import is_number
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import file_names, is_our_file, sanitized
+from lorasc_fx.state import Expert, Side
 
-__all__ = ["LONGEST", "VIEWS", "check_fields", "check_kinds", "parsed"]
+__all__ = ["EXPERT_FIELDS", "LONGEST", "VIEWS", "check_fields", "check_kinds", "parsed"]
 
 LONGEST = 1 << 26
 """Bytes that a manifest has at most; parsed, JSON takes some twenty times as much."""
@@ -29,15 +31,15 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "frontend": (str, "the name of a front end"),
     "slow": (dict, "a table of slow states"),
     "trained": (list, "a list of names"),
-    "past": (dict, "a table of stages"),
-    "parked": (bool, "true or false"),
-    "turning": (bool, "true or false"),
+    "stage_ends": (dict, "a table of stages"),
+    "idle": (bool, "true or false"),
+    "waits_for_gradient": (bool, "true or false"),
     "rng": (dict, "a table of random generators"),
     "extra": (dict, "a table"),
 }
 _OPTIONAL: Mapping[str, tuple[type, str]] = {
-    "pending": (list, "a list of names"),
-    "outside": (list, "a list of notes"),
+    "unapplied_gradients": (list, "a list of names"),
+    "tensor_references": (list, "a list of references"),
     "versions": (dict, "a table of versions"),
     "rules": (dict, "a table of rules"),
     "averaged": (int, "a number of stages"),
@@ -49,9 +51,11 @@ _OPTIONAL: Mapping[str, tuple[type, str]] = {
 _SAVED = {"optimizer": {"class": str, "groups": list, "numbers": dict}, "scheduler": {"class": str, "state": dict}}
 _DIGEST = re.compile("[0-9a-f]{64}")
 VIEWS = ("slow", "start", "average")
-"""Views of a slow state that are coefficient vectors of its entry; the ends of stages stand in its "past"."""
-_STATE = ("stages", "slow", "start", "kept", "past")
-"""What an entry must have; it may have the other views, and in "turns" the stages of row scales."""
+"""Views of a slow state that are coefficient vectors of its entry; the ends of stages stand in its "stage_ends"."""
+EXPERT_FIELDS: Mapping[str, Side] = {item.name: item.metadata[Side] for item in fields(Expert) if Side in item.metadata}
+"""Tensors of an expert, which are named by their field, and how they lie beside the weight."""
+_STATE = ("experts", "slow", "start", "noises", "stage_ends", "gone")
+"""What an entry must have; it may have the other views."""
 _NOISE = ("noise", "seed", "stage", "amplitude")
 
 
@@ -120,10 +124,10 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan) -> None:
         raise ValueError("'trained' is no list of names, each once")
     for name, state in manifest["slow"].items():
         _check_state(sanitized(name), state, plan.stage)
-    for name, stages in manifest["past"].items():
+    for name, stages in manifest["stage_ends"].items():
         if name not in trained:
-            raise ValueError(f"'past': {sanitized(name)} is not trained in full")
-        _check_past(sanitized(name), stages, plan.stage)
+            raise ValueError(f"'stage_ends': {sanitized(name)} is not trained in full")
+        _check_ends(sanitized(name), stages, plan.stage)
     if not plan.spec.keeps_average and any("average" in state for state in manifest["slow"].values()):
         raise ValueError("'slow' holds an average, and the spec keeps none")
     if not 0 <= manifest.get("averaged", 0) < max(plan.stage, 1) or (
@@ -135,52 +139,44 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan) -> None:
             raise ValueError(
                 f"'rules': {sanitized(name)} has {sanitized(index)}, which is no rule of the spec's train_rules"
             )
-    if manifest["turning"] and not plan.spec.next_a.needs_gradient:
-        raise ValueError(f"'turning' is true, and restart_A is {plan.spec.restart_A!r}")
+    if manifest["waits_for_gradient"] and not plan.spec.next_a.needs_gradient:
+        raise ValueError(f"'waits_for_gradient' is true, and restart_A is {plan.spec.restart_A!r}")
     _check_random(manifest["rng"])
-    for key in ("pending", "empty_buffers", "versions", "shared_buffers"):
+    for key in ("unapplied_gradients", "empty_buffers", "versions", "shared_buffers"):
         held = manifest.get(key, ())
         for name in held.values() if isinstance(held, dict) else held:
             if not isinstance(name, str):
                 raise ValueError(f"{key!r} holds names, not {sanitized(repr(name))}")
-    for note in manifest.get("outside", ()):
-        if not _is_note(note):
-            raise ValueError(f"'outside': {sanitized(repr(note))} is no note of what stands outside of JSON")
+    for reference in manifest.get("tensor_references", ()):
+        if not _is_reference(reference):
+            raise ValueError(
+                f"'tensor_references': {sanitized(repr(reference))} is no reference to what JSON cannot hold"
+            )
     if "optimizer" in manifest:
         _check_optimizer(manifest["optimizer"])
 
 
 def _check_state(name: str, state: Any, stage: int) -> None:
-    if not isinstance(state, dict) or not {*_STATE} <= {*state} <= {*_STATE, *VIEWS, "turns"}:
+    if not isinstance(state, dict) or not {*_STATE} <= {*state} <= {*_STATE, *VIEWS}:
         raise ValueError(f"'slow': {name} needs {', '.join(_STATE)}, and nothing else")
-    if any(not isinstance(part, list) for part in state.values()):
+    if any(not isinstance(part, list) for key, part in state.items() if key != "gone"):
         raise ValueError(f"'slow': {name} holds what is no list")
-    if any(number != 0 and not _counts(number, stage) for number in state["stages"]):  # 0: trained elsewhere
-        raise ValueError(f"'slow': {name} has experts of stages that were not: {sanitized(state['stages'])}")
+    for expert in state["experts"]:
+        _check_expert(name, expert, stage)
     vectors = [key for key in VIEWS if key in state]
     if any(not is_number(number) for key in vectors for number in state[key]):
         raise ValueError(f"'slow': {name} has coefficients that are no finite numbers")
-    if any(len(state[key]) != len(state["stages"]) for key in vectors):
-        counts = ", ".join(f"{len(state[key])} {key}" for key in ("stages", *vectors))
+    if any(len(state[key]) != len(state["experts"]) for key in vectors):
+        counts = ", ".join(f"{len(state[key])} {key}" for key in ("experts", *vectors))
         raise ValueError(f"'slow': {name} has {counts}; there is one of each for every expert")
-    _check_past(name, [pair[0] if isinstance(pair, list) and len(pair) == 2 else None for pair in state["past"]], stage)
-    for _, slow in state["past"]:
-        if slow is not None and not (
-            isinstance(slow, list) and len(slow) <= len(state["slow"]) and all(map(is_number, slow))
-        ):
-            raise ValueError(
-                f"'slow': {name} had, at the end of an earlier stage, what are no coefficients of its experts"
-            )
-    for scaling in state.get("turns", ()):
-        if not (
-            isinstance(scaling, list)
-            and len(scaling) == 2
-            and _counts(scaling[0], stage)
-            and type(scaling[1]) is int
-            and 0 <= scaling[1] <= len(state["stages"])
-        ):
-            raise ValueError(f"'slow': {name} scaled its rows in stages that were not: {sanitized(state['turns'])}")
-    for kept in state["kept"]:
+    if state["gone"] != 0 and not _counts(state["gone"], stage):
+        raise ValueError(f"'slow': {name} has lost stages that were not: {sanitized(state['gone'])}")
+    ends = [pair if isinstance(pair, list) and len(pair) == 2 else (None, ()) for pair in state["stage_ends"]]
+    _check_ends(name, [*([state["gone"]] if state["gone"] else []), *(end for end, _ in ends)], stage)
+    for _, slow in ends:
+        if not isinstance(slow, list) or len(slow) > len(state["slow"]) or not all(map(is_number, slow)):
+            raise ValueError(f"'slow': {name} had at the end of a stage what are no coefficients of its experts")
+    for kept in state["noises"]:
         if not isinstance(kept, dict) or sorted(kept) != sorted(_NOISE) or not isinstance(kept["noise"], dict):
             raise ValueError(f"'slow': {name} keeps noise that needs {', '.join(_NOISE)}, and nothing else")
         seed = kept["seed"]
@@ -192,12 +188,27 @@ def _check_state(name: str, state: Any, stage: int) -> None:
             raise ValueError(f"'slow': {name} keeps noise of amplitude {sanitized(kept['amplitude'])}")
 
 
-def _check_past(name: str, stages: Any, stage: int) -> None:
+def _check_expert(name: str, expert: Any, stage: int) -> None:
+    """Check the stage of an expert (0: trained elsewhere), and the names of its tensors: without factors it has rank
+    0.
+    """
+    if not isinstance(expert, dict) or {*expert} != {"stage", "tensors"} or not isinstance(expert["tensors"], list):
+        raise ValueError(f"'slow': {name} has an expert without stage and tensors: {sanitized(repr(expert))}")
+    if type(expert["stage"]) is not int or not 0 <= expert["stage"] <= stage:
+        raise ValueError(f"'slow': {name} has an expert of a stage that was not: {sanitized(expert['stage'])}")
+    tensors = expert["tensors"]
+    if any(tensors.count(key) > 1 or key not in EXPERT_FIELDS for key in tensors) or ("a" in tensors) != (
+        "b" in tensors
+    ):
+        raise ValueError(f"'slow': {name} has an expert of these tensors: {sanitized(tensors)}")
+
+
+def _check_ends(name: str, stages: Any, stage: int) -> None:
     """Check the numbers of stages that have ended: unique, in order, and not after the running stage."""
     if not isinstance(stages, list) or any(not _counts(number, stage) for number in stages):
-        raise ValueError(f"'past': {name} has ends of stages that were not: {sanitized(stages)}")
+        raise ValueError(f"'stage_ends': {name} has ends of stages that were not: {sanitized(stages)}")
     if any(one >= other for one, other in itertools.pairwise(stages)):
-        raise ValueError(f"'past': {name} has ends of stages out of order: {sanitized(stages)}")
+        raise ValueError(f"'stage_ends': {name} has ends of stages out of order: {sanitized(stages)}")
 
 
 def _counts(value: Any, most: int) -> bool:
@@ -228,19 +239,24 @@ def _is_numpy(state: Any) -> bool:
         return False
     if not isinstance(state["state"], dict) or set(state["state"]) != {"key", "pos"}:
         return False
-    key, place = state["state"].get("key"), state["state"].get("pos")
+    key, position = state["state"].get("key"), state["state"].get("pos")
     words = isinstance(key, list) and len(key) == 624 and all(type(word) is int and 0 <= word < 2**32 for word in key)
     spare = type(state.get("has_gauss")) is int and state["has_gauss"] in (0, 1) and is_number(state.get("gauss"))
-    return words and spare and type(place) is int and 0 <= place <= 624
+    return words and spare and type(position) is int and 0 <= position <= 624
 
 
-def _is_note(note: Any) -> bool:
-    if not isinstance(note, dict) or not isinstance(note.get("place"), list) or len(note) != 2:
+def _is_reference(reference: Any) -> bool:
+    if not isinstance(reference, dict) or not isinstance(reference.get("path"), list) or len(reference) != 2:
         return False
-    place = note["place"]
-    way = all(isinstance(step, str) or (type(step) is int and step >= 0) for step in place)
-    what = note.get("number") in ("inf", "-inf", "nan") or str(note.get("tensor", "")).startswith("outside/")
-    return way and what and len(place) > 1 and place[0] in ("extra", "optimizer", "scheduler")
+    path = reference["path"]
+    keys = all(isinstance(key, str) or (type(key) is int and key >= 0) for key in path)
+    tensor = str(reference.get("tensor", ""))
+    return (
+        keys
+        and (reference.get("number") in ("inf", "-inf", "nan") or tensor.startswith("reference/"))
+        and len(path) > 1
+        and path[0] in ("extra", "optimizer", "scheduler")
+    )
 
 
 def _check_optimizer(saved: Mapping[str, Any]) -> None:

@@ -214,15 +214,13 @@ class Run:
         noise, start, factor_start = self.plan.spec.noise, self.plan.spec.start, self.plan.spec.factor_start
         takes_residual = factor_start.from_weight and not factor_start.of_delta
         names = [site.weight for site in self.sites]
-        if noise.strength and noise.where == "all":
-            others = {
-                name: value for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point()
-            }
-            names += [name for name in others if name not in {*self.slow.trained, *self.without_noise, *names}]
+        without = {*self.slow.trained, *self.without_noise, *names}
+        matrices = (name for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point())
+        names += [name for name in noise.on_others(matrices) if name not in without]
         new = [name for name in names if name not in self.slow.states]
         quantized = next((name for name in new if is_quantized(parameters[name])), None)
         for asked, option, what, instead in (
-            (noise.strength, f"noise.strength is {noise.strength}", "noise", "0"),
+            (noise.is_on, f"noise.strength is {noise.strength}", "noise", "0"),
             (takes_residual, f"start is {start!r}", "the residual", "start='lora' or 'loftq'"),
         ):
             if asked and quantized is not None:
@@ -243,11 +241,11 @@ class Run:
             slow = self._with_corrections(slow, known)
         starting = {name: branches[name] for name in new if name in branches and not empty}
         slow, factors = slow.begin_stage(self.plan, starting)
-        written = known if (noise.strength or factors) and not slow.idle else {}
+        written = known if (noise.is_on or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not self.is_sharded or self.is_parallel:  # FSDP has other hooks
             self.pending.arm(self.trainable().values())
-        if noise.strength and noise.redraw == "step":
+        if noise.follows_steps:
             self.steps.arm(self._redraw)
         self.replicas.see(len(self.branches), self.trainable)
 

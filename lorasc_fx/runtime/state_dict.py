@@ -62,15 +62,22 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
             code="not-a-state-dict",
         )
     way = "take another checkpoint"
-    manifest, plan = checkpoint_read.manifest_of(bytes(data_of(packed.cpu().contiguous())), Path(where, MANIFEST), way)
+    data = bytes(data_of(packed.cpu().contiguous()))
+    manifest, plan, name_of = checkpoint_read.manifest_of(data, Path(where, MANIFEST), way)
     tensors = {name: tensor for name, tensor in table.items() if name != KEY}
     for sentence in checkpoint_read.plan_faults(plan, tensors):
         raise CheckpointError(f"{where}: {sentence}; {way}")
-    ranks = _cut(tensors, manifest.get("shards", {}), len(manifest["files"]))
+    shards = manifest.get("shards", {})
+    axes = {name: shards[name_of(name)] for name in tensors if name_of(name) in shards}
+    ranks = _cut(tensors, axes, len(manifest["files"]))
     if list(map(digest_of, ranks)) != list(manifest["files"].values()):
         raise CheckpointError(
             f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}", code="digest-mismatch"
         )
+    try:
+        tensors = checkpoint_read.renamed(tensors, name_of)
+    except ValueError as fault:
+        raise CheckpointError(f"{where}: {fault}; {way}") from fault
     return checkpoint_read.Checkpoint(Path(where), manifest, tensors, plan)
 
 
@@ -90,9 +97,7 @@ def take_over(run: Run, found: checkpoint_read.Checkpoint, undo: Undo) -> None:
     _check_alike(run.plan, found)
     run.commit(Planned(run.plan, run.slow, gradients=Gradients(), gathers=False), undo)
     checkpoint_read.restore(run, found, undo)
-    gathers, pending = bool(found.manifest["turning"]), found.manifest.get("pending", ())
-    gradients = run.gradients_in(found.tensors, pending, gathers, str(found.path))
-    run.commit(Planned(run.plan, run.slow, gradients=gradients, gathers=gathers), undo)
+    run.commit(checkpoint_read.gradients_of(run, found), undo)
 
 
 def _base_differs(found: checkpoint_read.Checkpoint, run: Run) -> str:
@@ -128,7 +133,7 @@ def _cut(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], count: in
     for rank in range(count):
         own = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
         for name, axis in axes.items():
-            if name in tensors and axis < tensors[name].dim():
+            if axis < tensors[name].dim():
                 total = tensors[name].shape[axis]
                 chunk = -(-total // count)
                 first = min(rank * chunk, total)

@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,10 @@ from lorasc_fx.branch import generator
 from lorasc_fx.checks import is_number
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.runtime.checkpoint import RNG, differences, sanitized
-from lorasc_fx.runtime.checkpoint_read import Checkpoint
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, gradients_of
 from lorasc_fx.runtime.manifest import optimizer_index
 from lorasc_fx.runtime.optim import check_holds, check_numbers, stepping
-from lorasc_fx.runtime.run import Planned, Run
+from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
 from lorasc_fx.undo import Commit
 
@@ -122,14 +122,14 @@ def with_tensors(checkpoint: Checkpoint, where: str) -> dict[str, Any]:
     """Return the manifest with the tensors and numbers that JSON does not hold in their places, each used."""
     manifest = checkpoint.manifest
     parts = {key: manifest[key] for key in ("optimizer", "scheduler", "extra") if key in manifest}
-    notes = manifest.get("outside", ())
+    references = manifest.get("tensor_references", ())
     try:
-        whole = insert_tensors(parts, notes, checkpoint.tensors)
+        whole = insert_tensors(parts, references, checkpoint.tensors)
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as fault:
         what = f"{type(fault).__name__}: {sanitized(str(fault))}"
         raise CheckpointError(f"{where}: tensors and numbers outside of JSON have no place in it: {what}") from fault
-    used = {note.get("tensor") for note in notes}
-    odd = next((name for name in checkpoint.tensors if name.startswith("outside/") and name not in used), None)
+    used = {reference.get("tensor") for reference in references}
+    odd = next((name for name in checkpoint.tensors if name.startswith("reference/") and name not in used), None)
     if odd is not None:
         raise CheckpointError(f"{where}: holds {sanitized(repr(odd))}, which has no place in it")
     return {**manifest, **whole}
@@ -156,12 +156,7 @@ def _give(
                 for name in ("state", "param_groups"):
                     undo(partial(setattr, each, name, getattr(each, name)))
             optimizer.load_state_dict(state)
-            gathers, pending = bool(manifest["turning"]), manifest.get("pending", ())
-            gradients = run.gradients_in(tensors, pending, gathers, str(checkpoint.path))
-            run.commit(
-                Planned(run.plan, run.slow, gradients=gradients, optimizer=optimizer, gathers=gathers),
-                undo,
-            )
+            run.commit(replace(gradients_of(run, checkpoint), optimizer=optimizer), undo)
         if scheduler is not None:
             undo(partial(scheduler.load_state_dict, deepcopy(scheduler.state_dict())))
             scheduler.load_state_dict(then)
@@ -394,10 +389,10 @@ _HELD = {
 
 @dataclass(frozen=True)
 class Extracted:
-    """The value without them; a note for each; the tensors, by the names that the notes give."""
+    """The value without them; a reference for each; the tensors, by the names that the references give."""
 
     value: Any
-    notes: list[dict[str, Any]] = field(default_factory=list)
+    references: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -417,18 +412,18 @@ def extract_tensors(value: Any) -> Extracted:
     Raises:
         ValueError: a container holds itself.
     """
-    notes: list[dict[str, Any]] = []
+    references: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}
     names: dict[int, str] = {}
 
-    def plain(value: Any, place: tuple[str | int, ...], above: tuple[int, ...]) -> Any:
+    def plain(value: Any, path: tuple[str | int, ...], above: tuple[int, ...]) -> Any:
         if isinstance(value, torch.Tensor) and is_storable(value):
-            name = names.setdefault(id(value), f"outside/{len(names)}")
+            name = names.setdefault(id(value), f"reference/{len(names)}")
             tensors[name] = tensors.get(name, value).detach().clone()
-            notes.append({"place": place, "tensor": name})
+            references.append({"path": path, "tensor": name})
             return None
         if isinstance(value, float) and not math.isfinite(value):
-            notes.append({"place": place, "number": repr(float(value))})
+            references.append({"path": path, "number": repr(float(value))})
             return None
         if not isinstance(value, (Mapping, list, tuple)):
             return value
@@ -437,30 +432,30 @@ def extract_tensors(value: Any) -> Extracted:
         above = (*above, id(value))
         if isinstance(value, Mapping):
             texts = {key: key if isinstance(key, str) else json.dumps(key) for key in value}  # as JSON writes them
-            return {key: plain(inner, (*place, texts[key]), above) for key, inner in value.items()}
-        return [plain(inner, (*place, index), above) for index, inner in enumerate(value)]
+            return {key: plain(inner, (*path, texts[key]), above) for key, inner in value.items()}
+        return [plain(inner, (*path, index), above) for index, inner in enumerate(value)]
 
-    return Extracted(plain(value, (), ()), notes, tensors)
+    return Extracted(plain(value, (), ()), references, tensors)
 
 
-def insert_tensors(value: Any, notes: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> Any:
+def insert_tensors(value: Any, references: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> Any:
     """Return what `extract_tensors` was given, with lists for tuples and strings for keys, as JSON has them.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError: the notes are not of this value.
+        KeyError, IndexError, TypeError, ValueError: the references are not of this value.
     """
     whole = copy.deepcopy(value)
     made: dict[str, torch.Tensor] = {}
-    for note in notes:
-        *way, last = note["place"]
+    for reference in references:
+        *keys, last = reference["path"]
         inner = whole
-        for key in way:
+        for key in keys:
             inner = inner[key]
         if inner[last] is not None:
-            raise ValueError(f"the place {note['place']} is taken")
-        if "tensor" in note:
-            name = note["tensor"]
+            raise ValueError(f"the place {reference['path']} is taken")
+        if "tensor" in reference:
+            name = reference["tensor"]
             inner[last] = made.setdefault(name, tensors[name].clone())
         else:
-            inner[last] = float(note["number"])
+            inner[last] = float(reference["number"])
     return whole

@@ -96,7 +96,7 @@ class UsageWatch:
             return
         if _inside_package() or not _differs(run):
             return
-        stage, noise = run.plan.stage, bool(run.plan.spec.noise.strength)
+        stage, noise = run.plan.stage, run.plan.spec.noise.is_on
         if code == "model-called-inside-stage":
             run.warned.once(
                 "model-called-inside-stage",
@@ -209,14 +209,14 @@ def _differs(run: Run) -> bool:
     if run.exchanged():
         return False  # torch.func.functional_call puts others in their places
     spec = run.plan.spec
-    running = not run.slow.idle and (spec.noise.strength > 0 or spec.factor_start.from_weight)
+    running = not run.slow.idle and (spec.noise.is_on or spec.factor_start.from_weight)
     unmerged = any(run.slow.states[name].experts for name in run.quantized)
     return running or unmerged or run.slow.moved(run.branches_by_weight())
 
 
 def _noisy(run: Run) -> bool:
     """Whether the weights hold noise now."""
-    return bool(run.plan.spec.noise.strength) and not run.slow.idle
+    return run.plan.spec.noise.is_on and not run.slow.idle
 
 
 def _inside_package() -> bool:

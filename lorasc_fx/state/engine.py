@@ -17,9 +17,8 @@ from dataclasses import replace
 import torch
 
 from lorasc_fx.branch import Branch, amplitude, draw
-from lorasc_fx.branch.noise import row_sizes
+from lorasc_fx.branch.noise import noise_size
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
-from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec, full_tensor, local
@@ -67,21 +66,42 @@ def write_start(out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage:
     """Write what `start_weight` returns into `out`, in place: of extra memory there is the noise, and where `out` is
     narrower than the arithmetic the exact weight (without noise a block of it).
     """
-    dtype = arithmetic(state.base.dtype)
-    if state.base.dtype not in (out.dtype, dtype):  # a narrow weight that was cast since: still of its own dtype
+    if state.base.dtype not in (out.dtype, arithmetic(state.base.dtype)):  # a narrow weight that was cast since
         out.copy_(start_weight(state, spec, stage, noisy, out.device, step))
-    elif not (noisy and spec.noise.strength):
-        state.write(out, "fast", dtype, state.taken_out)
     else:
+        stage_noise(spec, noisy).write_start(out, state, spec, stage, step)
+
+
+class StageNoise:
+    """The noise on a weight while a stage runs (`CascadeSpec.noise`): here there is none, as where no stage runs."""
+
+    def write_start(self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int) -> None:
+        """Write the weight that the stage starts from, or has after a step, less what the branch took out of it."""
+        state.write(out, "fast", arithmetic(state.base.dtype), state.taken_out)
+
+    def kept(self, state: WeightState, spec: CascadeSpec, stage: int) -> tuple[KeptNoise, ...]:
+        """Return what stays in the slow weights when the stage ends."""
+        return ()
+
+
+class DrawnNoise(StageNoise):
+    """Noise of the key (seed, stage, step, weight), which is drawn again wherever it is needed."""
+
+    def write_start(self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int) -> None:
+        """Write the weight with its noise, whose size is that of the weight before anything was taken out.
+
+        Raises:
+            SpecError: the weight has no finite size, or the noise takes it beyond its dtype.
+        """
+        dtype = arithmetic(state.base.dtype)
         exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         # Drawn before anything is written: where there is no memory for it, the weight is as it was.
         key, shard = (spec.noise, spec.seed, stage, state.name, exact.shape, step), state.shard
         noise = draw(*key, shard).to(exact) if not state.noises else None
         state.write(exact, "fast", dtype)
-        by_rows = DISTRIBUTIONS[spec.noise.distribution].by_rows
-        rows = row_sizes(spec.noise, exact, state.stacked, state.transposed, shard) if by_rows else None
-        size = amplitude(spec.noise, exact, shard) if rows is None else float(rows.max()) if rows.numel() else 0.0
-        if not math.isfinite(size):
+        size = noise_size(spec.noise, exact, state.stacked, state.transposed, shard)
+        top = size if isinstance(size, float) else float(size.max()) if size.numel() else 0.0
+        if not math.isfinite(top):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}, and {state.name} holds inf or nan, or numbers too far apart"
                 f": no noise has a size for it. Exclude it (exclude=({state.name!r},)), or give 0",
@@ -89,18 +109,30 @@ def write_start(out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage:
             )
         if state.initial is not None:
             state.write(exact, "fast", dtype, state.taken_out)
-        if size:
+        if top:
             if noise is None:  # in the room that the kept noise had
                 noise = draw(*key, shard).to(exact)
-            exact += noise.mul_(size if rows is None else rows)
+            exact += noise.mul_(size)
         if exact is not out:
             out.copy_(exact)
-        if size > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):
+        if top > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):
             raise SpecError(
                 f"noise.strength is {spec.noise.strength}: in stage {stage} it takes {state.name} beyond {out.dtype}. "
                 f"Give less, or exclude it (exclude=({state.name!r},))",
                 code="noise-out-of-range",
             )
+
+    def kept(self, state: WeightState, spec: CascadeSpec, stage: int) -> tuple[KeptNoise, ...]:
+        """Return its key and amplitude, if the spec keeps noise."""
+        if not spec.noise.keep:
+            return ()
+        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
+        return (KeptNoise(spec.noise, spec.seed, stage, size),)
+
+
+def stage_noise(spec: CascadeSpec, noisy: bool) -> StageNoise:
+    """Return the strategy of `noise`; without any where a stage does not run."""
+    return DrawnNoise() if noisy and spec.noise.is_on else StageNoise()
 
 
 def begin_stage(
@@ -231,10 +263,7 @@ def end_stage(
             left_out.add(state.name)
     if after is None:
         after = state.absorb(stage, None, pace, spec.restart, share, carry_rank=spec.carry_rank)
-    if noisy and spec.noise.keep and spec.noise.strength:
-        size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
-        after = after.with_noise(KeptNoise(spec.noise, spec.seed, stage, size))
-    return after
+    return replace(after, noises=(*after.noises, *stage_noise(spec, noisy).kept(state, spec, stage)))
 
 
 def fits(state: WeightState) -> bool:

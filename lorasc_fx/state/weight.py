@@ -428,10 +428,6 @@ class WeightState(Tree):
         views = {name: view if "/" in name else view.extended(coefficients) for name, view in self.views.items()}
         return replace(self, experts=(*self.experts, *experts), views=views).compact()
 
-    def with_noise(self, kept: KeptNoise) -> WeightState:
-        """Return the state in which this noise stays."""
-        return replace(self, noises=(*self.noises, kept))
-
     def at(self, stage: int) -> WeightState | None:
         """Return the state at the end of a stage (0: W0), as both slow and start; None where its experts are gone.
 

@@ -297,6 +297,10 @@ def slow(**fields: Any) -> Edit:
     return lambda manifest: manifest["slow"]["body.weight"].update(fields)
 
 
+def expert(**fields: Any) -> Edit:
+    return lambda manifest: manifest["slow"]["body.weight"]["experts"][0].update(fields)
+
+
 def of(**fields: Any) -> Edit:
     return lambda manifest: manifest.update(fields)
 
@@ -306,7 +310,7 @@ EDITED: dict[str, Edit] = {
     "pace": lambda each: each["plan"]["spec"].update(pace=0.9),
     "coefficients": slow(slow=[1.0]),
     "base": lambda each: each["base"].update({"body.weight": "0" * 64}),
-    "parked": of(parked=True),
+    "idle": of(idle=True),
     "a field more": of(more=1),
     "another digest": of(digest="0" * 64),
     "no digest": lambda each: each.pop("digest"),
@@ -327,15 +331,10 @@ def test_another_layout_of_the_manifest_is_not_damage(version: Path) -> None:
     assert lx.load(version.parent, Small(), args=(X,)).stage == 3
 
 
-def test_the_front_end_by_its_name_of_before(version: Path) -> None:
-    forge(version, lambda manifest: manifest.update(frontend="pieces"))
-    assert lx.load(version.parent, Small(), args=(X,)).frontend == "graph-breaks"
-
-
-KEYS = ("plan", "files", "base", "frontend", "slow", "trained", "parked", "rng", "extra")
+KEYS = ("plan", "files", "base", "frontend", "slow", "trained", "idle", "rng", "extra")
 MANIFESTS: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
     "plain": [
-        *((of(format=found), ("format-not-supported", found)) for found in (2, 0, "1", None, 1.5)),
+        *((of(format=found), ("format-not-supported", found)) for found in (3, 0, "1", None, 1.5)),
         *((functools.partial(lambda key, each: each.pop(key), key), ("invalid-checkpoint", key)) for key in KEYS),
         (of(files=[]), ("invalid-checkpoint", "files")),
         (lambda each: each["files"].update({"../../etc/passwd": "0" * 64}), ("invalid-checkpoint", "../../etc/passwd")),
@@ -346,8 +345,8 @@ MANIFESTS: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
         (lambda each: each["extra"].update(x=DEEP), ("unreadable-file",)),
         (lambda each: each["extra"].update(x=float("nan")), ("unreadable-file", "NaN")),
         (
-            lambda each: each["outside"].append({"place": ["base", "x"], "number": "inf"}),
-            ("invalid-checkpoint", "outside"),
+            lambda each: each["tensor_references"].append({"path": ["base", "x"], "number": "inf"}),
+            ("invalid-checkpoint", "tensor_references"),
         ),
         (lambda each: each["rng"]["python"][1].__setitem__(-1, 700), ("invalid-checkpoint", "rng", "Python")),
         (lambda each: each["rng"]["numpy"]["state"].update(pos=10**6), ("invalid-checkpoint", "rng", "numpy")),
@@ -358,16 +357,22 @@ MANIFESTS: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
         (lambda each: each["slow"].update({"head.weight": {}}), ("invalid-checkpoint", "slow", "head.weight")),
         (slow(slow=[10**400, 0]), ("invalid-checkpoint", "body.weight", "coefficients")),
         (slow(start=["x", "y"]), ("invalid-checkpoint", "body.weight", "coefficients")),
-        (slow(slow=[0.5]), ("invalid-checkpoint", "body.weight", "2 stages, 1 slow, 2 start")),
-        (slow(stages=[1, 99]), ("invalid-checkpoint", "body.weight", "stages", [1, 99])),
-        (slow(stages=[1, 2, 3]), ("invalid-checkpoint", "body.weight", "3 stages, 2 slow, 2 start")),
-        (slow(stages=["one", "two"]), ("invalid-checkpoint", "body.weight", "stages", ["one", "two"])),
-        (slow(kept=[3]), ("invalid-checkpoint", "body.weight", "noise, seed, stage, amplitude")),
+        (slow(slow=[0.5]), ("invalid-checkpoint", "body.weight", "2 experts, 1 slow, 2 start")),
+        (expert(stage=99), ("invalid-checkpoint", "body.weight", "stage", 99)),
+        (expert(stage="one"), ("invalid-checkpoint", "body.weight", "stage", "one")),
+        (expert(tensors=["b"]), ("invalid-checkpoint", "body.weight", "tensors", ["b"])),
+        (expert(tensors=["b", "a", "c"]), ("invalid-checkpoint", "body.weight", "tensors", "c")),
+        (expert(more=1), ("invalid-checkpoint", "body.weight", "more")),
+        (slow(experts=[]), ("invalid-checkpoint", "body.weight", "0 experts, 2 slow, 2 start")),
+        (slow(gone=9), ("invalid-checkpoint", "body.weight", 9)),
+        (slow(stage_ends=[[1, [0.5, 0.5, 0.5]]]), ("invalid-checkpoint", "body.weight", "coefficients")),
+        (slow(stage_ends=[[2, []], [1, []]]), ("invalid-checkpoint", "body.weight", "out of order")),
+        (slow(noises=[3]), ("invalid-checkpoint", "body.weight", "noise, seed, stage, amplitude")),
         (
-            lambda each: each["slow"]["body.weight"]["kept"][0].pop("noise"),
+            lambda each: each["slow"]["body.weight"]["noises"][0].pop("noise"),
             ("invalid-checkpoint", "body.weight", "noise, seed, stage"),
         ),
-        (of(trained=["head.weight"]), ("invalid-checkpoint", "past", "head.bias")),
+        (of(trained=["head.weight"]), ("invalid-checkpoint", "stage_ends", "head.bias")),
         (of(averaged=1), ("invalid-checkpoint", "averaged")),
         (of(rules={"head.bias": 0}), ("invalid-checkpoint", "rules", "head.bias")),
         (slow(average=[1.0, 1.0]), ("invalid-checkpoint", "average")),
@@ -384,10 +389,6 @@ MANIFESTS: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
         (site(rank=2), ("invalid-plan", "ranks", "stage 3")),
         (site(train_A=1), ("invalid-plan", "train_A")),
         (site(ranks=[2, 0]), ("invalid-plan", "rank is 0")),
-    ],
-    "dora": [
-        (slow(turns=turns), ("invalid-checkpoint", "body.weight", "rows", turns))
-        for turns in ([[7, 0]], [[1, 3]], [[1]], [["1", 0]])
     ],
 }
 
@@ -480,9 +481,9 @@ def test_a_tensor(kind: str, change: Edit, expected: tuple[object, ...], made: C
     ("kind", "name"),
     [
         *(("plain", name) for name in (*HELD, "rng/torch") if not name.startswith("dense/")),
-        ("pissa", "began/body.weight/b"),
-        ("dora", "began/body.weight/m"),
-        ("dora", "turn/body.weight/0"),
+        ("pissa", "initial/body.weight/b"),
+        ("dora", "initial/body.weight/magnitude"),
+        ("dora", "expert/body.weight/0/row_scale"),
         ("dora", "branch/body.weight/lora_magnitude_vector"),
     ],
 )
@@ -512,7 +513,7 @@ DISAGREE: list[tuple[Edit, tuple[object, ...]]] = [
         ("invalid-checkpoint", "body.weight"),
     ),
     (
-        lambda each: each["slow"]["body.weight"]["kept"][0]["noise"].update(strength=-1),
+        lambda each: each["slow"]["body.weight"]["noises"][0]["noise"].update(strength=-1),
         ("invalid-checkpoint", "SpecError"),
     ),
     (of(frontend="scripted"), ("unknown-front-end", "scripted")),
@@ -629,13 +630,13 @@ def group(index: int, **fields: Any) -> Edit:
     return lambda manifest: manifest["optimizer"]["groups"][index].update(fields)
 
 
-def outside(number: str, *place: Any) -> Edit:
+def outside(number: str, *path: Any) -> Edit:
     """Note a number that JSON has none of."""
 
     def edit(manifest: Any) -> None:
-        holder = functools.reduce(lambda held, key: held[key], place[:-1], manifest)
-        holder[place[-1]] = None
-        manifest["outside"].append({"place": [*place], "number": number})
+        holder = functools.reduce(lambda held, key: held[key], path[:-1], manifest)
+        holder[path[-1]] = None
+        manifest["tensor_references"].append({"path": [*path], "number": number})
 
     return edit
 
@@ -658,7 +659,7 @@ RESUMES: list[tuple[Edit, tuple[object, ...]]] = [
     (lambda each: each["optimizer"]["groups"][0].pop("lr"), ("optimizer-differs", "lr")),
     (group(0, params=[1, 0]), ("optimizer-differs",)),
     (
-        lambda each: each["outside"].append({"place": ["extra", "epoch"], "number": "inf"}),
+        lambda each: each["tensor_references"].append({"path": ["extra", "epoch"], "number": "inf"}),
         ("invalid-checkpoint", "ValueError"),
     ),
 ]
@@ -680,7 +681,7 @@ STATES: list[tuple[Edit, tuple[object, ...]]] = [
         tensor("gradient/model.head.bias", torch.ones(3)),
         ("invalid-checkpoint", "gradient/model.head.bias", "torch.float32"),
     ),
-    (tensor("outside/9", torch.ones(3)), ("invalid-checkpoint", "outside/9")),
+    (tensor("reference/9", torch.ones(3)), ("invalid-checkpoint", "reference/9")),
 ]
 FORGED_RESUMES = [*((forge, *row) for row in RESUMES), *((forge_tensors, *row) for row in STATES)]
 

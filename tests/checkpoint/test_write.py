@@ -391,7 +391,7 @@ def test_what_is_in_a_version(tmp_path: Path) -> None:
     folder = going.save(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "state.safetensors"]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["plan"]["stage"] == 2
     assert manifest["extra"] == {"losses": going.losses}
     assert set(manifest["base"]) == {name for name, _ in going.cascade.model.named_parameters()}

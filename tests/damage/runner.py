@@ -38,7 +38,10 @@ RUNS = ("exec", "compile", "import", "pickle.", "marshal.", "subprocess.", "sock
         "shutil.")  # fmt: skip
 
 
-SAID = ("frontend", "base", "slow", "trained", "parked", "turning", "extra", "optimizer", "scheduler", "outside")
+SAID = (
+    "frontend", "base", "slow", "trained", "idle", "waits_for_gradient", "extra", "optimizer", "scheduler",
+    "tensor_references",
+)  # fmt: skip
 
 
 class Small(nn.Module):
@@ -115,12 +118,12 @@ def says(folder: Path, again: Path) -> str:
         return "plan"
     for manifest in manifests:
         for state in manifest["slow"].values():
-            state["kept"] = [{**kept, "noise": vars(Noise(**kept["noise"]))} for kept in state["kept"]]
+            state["noises"] = [{**kept, "noise": vars(Noise(**kept["noise"]))} for kept in state["noises"]]
         for what in ("optimizer", "scheduler"):  # a field that nobody knows is not looked at
             known = ("class", "groups", "numbers", "state")
             manifest[what] = {key: value for key, value in manifest.get(what, {}).items() if key in known}
         manifest["trained"].sort()
-        manifest.get("outside", []).sort(key=json.dumps)  # what stands outside of JSON, in no order
+        manifest.get("tensor_references", []).sort(key=json.dumps)  # in no order
         for group in manifest["optimizer"]["groups"]:
             group.pop("decoupled_weight_decay", None)  # AdamW sets it itself, whatever it is given
     for key in SAID:

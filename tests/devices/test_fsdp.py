@@ -531,7 +531,7 @@ def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path:
     assert loaded.resume(resumed) == {"steps": 3}
     torch.testing.assert_close(loaded(x), wanted, rtol=0, atol=0)
     apart = dcp.state_dict(loaded, optimizer=resumed)  # of one process, without the generators of each rank
-    assert state.keys() - apart.keys() == {"outside/0"}
+    assert state.keys() - apart.keys() == {"reference/0"}
     assert not any(isinstance(value, DTensor) for value in apart.values())
 
 

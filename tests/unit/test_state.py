@@ -100,7 +100,7 @@ def test_a_shard_of_the_state_is_the_state_of_the_shard(
 
 
 def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
-    """It scales rows and adds nothing: format 1 has the scale, and no expert for it."""
+    """It scales rows and adds nothing: a file has the scale, and no factors for it."""
     spec = CascadeSpec(use_dora=True, rank=1)
     plan = Plan(spec, (Site("w", "linear", (6, 4), 1, spec.lora_alpha, use_dora=True),)).at_stage(5)
     pair = Factors(numbers(6, 1), numbers(1, 4))
@@ -116,9 +116,12 @@ def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
     initial = InitialFactors(magnitude=numbers(6))
     held = SlowWeights({"w": dataclasses.replace(state, initial=initial)})
     manifest, written, _ = encode(RunState(plan, held, {"w": branch}, {}, {}, {}))
-    assert [name for name in written if name.startswith("expert/")] == ["expert/w/0/b", "expert/w/0/a"]
-    assert manifest["slow"]["w"]["turns"] == [[1, 0], [2, 0], [3, 1], [4, 1]]
-    found = decode(manifest, written, plan, RunState.planned(plan, manifest, written), "here").slow.states["w"]
+    tensors = [[], ["b", "a"], [], []]
+    assert [expert["tensors"] for expert in manifest["slow"]["w"]["experts"]] == [
+        [*own, "row_scale"] for own in tensors
+    ]
+    assert [name for name in written if name.endswith(("/b", "/a"))] == ["expert/w/1/b", "expert/w/1/a"]
+    found = decode(manifest, written, plan, "here").slow.states["w"]
     again = dataclasses.replace(found, base=state.base)
     for stage in (1, 2, 3, 4):
         one, other = state.at(stage), again.at(stage)
