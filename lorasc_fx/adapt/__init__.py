@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.adapt.peft_spec import spec_of
 from lorasc_fx.adapt.untie import settle_ties
+from lorasc_fx.branch import Decided
 from lorasc_fx.capture import (
     FRONTENDS,
     Calls,
@@ -28,7 +29,7 @@ from lorasc_fx.capture import (
     signature_of,
     written_by,
 )
-from lorasc_fx.compile import Compiler, Decided
+from lorasc_fx.compile import Compiler
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, path_of, warn
 from lorasc_fx.extras import module_of, require
 from lorasc_fx.graph import (
@@ -280,8 +281,7 @@ def _adapt(
         log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {})) if not waits else None
     written = partial(written_by, opened, frozenset(moved).intersection(weights.parameters))
-    branches = nn.ModuleDict(dict(decided.branches))
-    run = Run(opened, branches, decided.plan, frontend, base_file=source, meta=meta, written=written)
+    run = Run(opened, decided, frontend, base_file=source, meta=meta, written=written)
     if into is None:
         kind = cascade_class(opened, compiler.calls.signature)
         cascade = kind(run, compiler, decided, example, flags, joined)

@@ -1,6 +1,6 @@
 """Tensor maths as modules: the trainable branches, their noise and their weights as stored. No graph in here."""
 
-from lorasc_fx.branch.base import Branch, fill_factor, fresh_a
+from lorasc_fx.branch.base import Branch, Decided, fill_factor, fresh_a
 from lorasc_fx.branch.conv import ConvBranch
 from lorasc_fx.branch.dora import BRANCH_OF, DoraBranch, branch_class
 from lorasc_fx.branch.functions import shared_down
@@ -11,6 +11,7 @@ __all__ = [
     "BRANCH_OF",
     "Branch",
     "ConvBranch",
+    "Decided",
     "DoraBranch",
     "MatrixBranch",
     "amplitude",

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import abc
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +19,13 @@ from torch import fx, nn
 
 from lorasc_fx.branch.functions import draw_seed
 from lorasc_fx.branch.noise import generator
-from lorasc_fx.plan import Site
+from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.shards import ShardSpec, full_tensor, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
 
 __all__ = [
     "Branch",
+    "Decided",
     "fill_factor",
     "fresh_a",
     "nearest_full",
@@ -243,3 +246,13 @@ def _inverse(a: torch.Tensor, scale: float) -> torch.Tensor:
     steady = gram + _DIAGONAL * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     inverse: torch.Tensor = torch.linalg.pinv(steady)
     return inverse / scale**2
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What is known of the weights, in all graphs so far."""
+
+    plan: Plan
+    branches: Mapping[str, Branch]
+    refusals: tuple[Refusal, ...]
+    unreached: tuple[str, ...]

@@ -2,6 +2,6 @@
 
 from lorasc_fx.capture import Call
 from lorasc_fx.compile.compiler import Compiler
-from lorasc_fx.compile.variants import NOT_COMPILED, Decided, Made, Variant, Variants
+from lorasc_fx.compile.variants import NOT_COMPILED, Growable, Made, Variant, Variants
 
-__all__ = ["NOT_COMPILED", "Call", "Compiler", "Decided", "Made", "Variant", "Variants"]
+__all__ = ["NOT_COMPILED", "Call", "Compiler", "Growable", "Made", "Variant", "Variants"]

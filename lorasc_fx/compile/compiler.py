@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.capture import (
     OWNER,
     Calls,
@@ -23,7 +23,7 @@ from lorasc_fx.capture import (
     written_by,
 )
 from lorasc_fx.compile.graph_breaks import insert, make_fallback
-from lorasc_fx.compile.variants import Decided, Made, Variant
+from lorasc_fx.compile.variants import Made, Variant
 from lorasc_fx.errors import CaptureError, NoSites
 from lorasc_fx.graph import (
     Record,

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
-from weakref import WeakMethod
+from weakref import ref
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.capture import (
     OWNER,
     Difference,
@@ -29,7 +29,7 @@ from lorasc_fx.capture import (
     run_preflight,
     whole,
 )
-from lorasc_fx.compile.variants import Made, Variant
+from lorasc_fx.compile.variants import Growable, Made, Variant
 from lorasc_fx.cost import Cheapest, Expectation, expect
 from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
 from lorasc_fx.graph import BRANCHES, Record, named_weights, record_of, set_record, survey
@@ -67,17 +67,14 @@ class Growing:
     plan: Plan
     branches: dict[str, Branch]
     refusals: tuple[Refusal, ...]
-    grow: WeakMethod[Callable[[Made], None]] | None = None
-    running: WeakMethod[Callable[[], Plan]] | None = None
+    run: Callable[[], Growable | None] = lambda: None
     tried: set[Hashable] = field(default_factory=set)
     expected: Expectation = field(default_factory=Expectation)
 
     def go_on(self) -> None:
         """Take over the stage and step of the running plan, whose ranks the branches have."""
-        running = self.running() if self.running is not None else None
-        if running is not None:
-            now = running()
-            self.plan = replace(self.plan.at_stage(now.stage), step=now.step)
+        if (run := self.run()) is not None:
+            self.plan = replace(self.plan.at_stage(run.plan.stage), step=run.plan.step)
 
     def rewrite(self, live: fx.GraphModule) -> fx.GraphModule:
         """Return the subgraph with branches; report new sites to the cascade."""
@@ -85,9 +82,8 @@ class Growing:
         made = insert(live, self.plan, self.branches, self.refusals)
         assert isinstance(made.variant.module, fx.GraphModule)
         self.expected += expect(live, made.variant.module)
-        grow = self.grow() if self.grow is not None else None
-        if grow is not None and set(made.branches) != set(self.branches):
-            grow(made)
+        if (run := self.run()) is not None and set(made.branches) != set(self.branches):
+            run.grow(made)
         self.plan, self.branches, self.refusals = made.plan, dict(made.branches), made.refusals
         return made.variant.module
 
@@ -119,9 +115,8 @@ class Growing:
         matching = survey(fallback.graphs, record, self.plan.spec, kinds, Cheapest(self.plan.spec))
         held = missing_branches(matching.plan, self.branches, weights.parameters)
         swapped = {branch.weight_name: branch for branch in held.values() if branch.weight_name in kinds}
-        grow = self.grow() if self.grow is not None else None
-        if grow is not None and set(held) != set(self.branches):
-            grow(Made(matching.plan, held, matching.refusals, matching.unreached, Variant(fallback, "graph-breaks")))
+        if (run := self.run()) is not None and set(held) != set(self.branches):
+            run.grow(Decided(matching.plan, held, matching.refusals, matching.unreached))
         fallback.swap({**fallback.swapped, **swapped})
         self.plan, self.branches, self.refusals = matching.plan, held, matching.refusals
 
@@ -195,8 +190,8 @@ def make_fallback(
                 code="hidden-weight-use",
             )
 
-    def attach(grow: Callable[[Made], None], running: Callable[[], Plan]) -> None:
-        growing.grow, growing.running = WeakMethod(grow), WeakMethod(running)
+    def attach(run: Growable) -> None:
+        growing.run = ref(run)
         fallback.look_before_calls(lambda args, kwargs: growing.look(fallback, args, kwargs))
 
     expected, swapped = growing.expected, dict.fromkeys(fallback.swapped, "weight")

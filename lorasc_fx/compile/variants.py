@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Decided
 from lorasc_fx.capture import Call, Conditions
 from lorasc_fx.errors import StateError, warn
 from lorasc_fx.graph import as_function, hooks_of, takes_leaves
-from lorasc_fx.plan import Plan, Refusal
+from lorasc_fx.plan import Plan
 
-__all__ = ["NOT_COMPILED", "Decided", "Made", "Variant", "Variants"]
+__all__ = ["NOT_COMPILED", "Growable", "Made", "Variant", "Variants"]
 
 LIMIT = 32
 OFTEN = 8
@@ -35,21 +35,30 @@ NOT_COMPILED: list[Callable[..., Any]] = []
 the first Variants: the import of dynamo takes most of a second."""
 
 
+class Growable(Protocol):
+    """What has a plan of the running stage, and takes over sites that come with a new graph: the state of a run."""
+
+    plan: Plan
+
+    def grow(self, decided: Decided) -> None:
+        """Take over plan, branches, refusals and unreached weights."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One adapted graph; `module` is called with a call's own arguments.
 
-    A `universal` one serves every signature (dynamo chooses the graphs of a fallback); `attach` gives it the
-    callback for new sites of later calls and the source of the running plan, and `detach` restores the modules of the
-    model. `placements` tells of each weight where its branch computes in this graph (`beside`, `merged`, `weight`), and
-    `expected` how long a training step takes over that of the frozen model, None where that is not known.
+    A `universal` one serves every signature (dynamo chooses the graphs of a fallback); `attach` gives it what later
+    calls bring new sites to, and `detach` restores the modules of the model. `placements` tells of each weight where
+    its branch computes in this graph (`beside`, `merged`, `weight`), and `expected` how long a training step takes over
+    that of the frozen model, None where that is not known.
     """
 
     module: Callable[..., Any]
     frontend: str
     conditions: Conditions = field(default_factory=Conditions)
     universal: bool = False
-    attach: Callable[[Callable[[Made], None], Callable[[], Plan]], None] | None = None
+    attach: Callable[[Growable], None] | None = None
     detach: Callable[[], None] | None = None
     placements: Mapping[str, str] = field(default_factory=dict)
     expected: float | None = None
@@ -75,16 +84,6 @@ class Variant:
             return function(*call.leaves) if len(call.leaves) == inputs else module(*call.args, **call.kwargs)
 
         return run
-
-
-@dataclass(frozen=True)
-class Decided:
-    """What is known of the weights, in all graphs so far."""
-
-    plan: Plan
-    branches: Mapping[str, Branch]
-    refusals: tuple[Refusal, ...]
-    unreached: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -207,9 +206,10 @@ class Variants:
             if variant.detach is not None:
                 variant.detach()
 
-    def copy(self) -> Variants:
-        """Return a store of the same variants, in tables of its own."""
-        return Variants({key: list(variants) for key, variants in self.held.items()}, list(self.plain), self.changed)
+    def restorer(self) -> Callable[[], None]:
+        """Return what brings back the variants of this moment."""
+        held, plain = {key: list(variants) for key, variants in self.held.items()}, list(self.plain)
+        return partial(vars(self).update, held=held, plain=plain)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variants:
         """Return an empty store: a graph reads the model and the branches that it was made with."""

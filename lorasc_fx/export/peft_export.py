@@ -30,7 +30,7 @@ from lorasc_fx.files import replacing
 from lorasc_fx.peft_format import CONFIG, CONV1D, TENSORS, Target, keys_of, wrap_counts
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_model import name_of, task_type_of
-from lorasc_fx.runtime.folding import check_which
+from lorasc_fx.runtime.experts import check_which
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import arithmetic
 

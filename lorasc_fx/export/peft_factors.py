@@ -14,8 +14,9 @@ import torch
 
 from lorasc_fx.peft_format import RANKS
 from lorasc_fx.quantized import dense
-from lorasc_fx.runtime.folding import ended, trained_value
+from lorasc_fx.runtime.folding import trained_value
 from lorasc_fx.runtime.run import Run
+from lorasc_fx.runtime.transition import ended
 from lorasc_fx.state import (
     Factors,
     WeightState,

@@ -24,15 +24,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.branch import Decided
 from lorasc_fx.checks import is_integer
-from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Decided, Made, Variant, Variants
-from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError, named, path_of, warn
+from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Variants
+from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError, named, path_of
 from lorasc_fx.extras import module_of
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.quantized import dense, give_layers_back
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, experts, folding, training_state, transition
 from lorasc_fx.runtime.base_model import BaseModel
-from lorasc_fx.runtime.folding import Requantize, Seen
+from lorasc_fx.runtime.experts import Seen
+from lorasc_fx.runtime.folding import Requantize
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.state_dict import KEY, from_state_dict, take_over, to_state_dict
 from lorasc_fx.runtime.usage import UsageWatch, check_not_averaged
@@ -51,7 +53,6 @@ _METHOD_WEIGHTS: Mapping[str, Which] = dict.fromkeys(
 )
 """Weights that methods of the user's model run with."""
 
-WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
 _SHOWN = 8
 """Refusals and unreached weights that `print(cascade)` names."""
 
@@ -111,8 +112,6 @@ class Cascade(nn.Module):
         self.model, self.branches = run.model, run.branches
         self.training = run.model.training
         self._run, self._usage = run, UsageWatch()
-        self._run.leave_alone(decided.refusals)
-        self._refusals, self._unreached = decided.refusals, decided.unreached
         self._compiler, self._example, self._flags = compiler, example, flags
         self._joined = joined
         self._preprocessing: Any = None
@@ -224,10 +223,9 @@ class Cascade(nn.Module):
 
     def _split_by(self, split: Callable[[Variant], Variant], undo: Undo) -> None:
         """Put the graph that `split` makes of it in the place of each graph, also of those that are still to come."""
-        variants = self._variants
-        undo(partial(vars(variants).update, held=variants.held, plain=variants.plain))
+        undo(self._variants.restorer())
         undo(partial(setattr, self, "_split", self._split))
-        variants.exchange(split)
+        self._variants.exchange(split)
         self._split = split
 
     def _capture(self, call: Call) -> Variant:
@@ -240,7 +238,7 @@ class Cascade(nn.Module):
     def _make_variant(self, call: Call) -> Variant | None:
         """Capture, then take over what came of it; None where another thread has started another stage meanwhile."""
         plan, wide, begun = self._run.plan, self._variants.known(call), time.monotonic()
-        given = (plan, self._run.by_key, self._refusals)
+        given = (plan, self._run.by_key, self._run.refusals)
         try:
             made = self._compiler.make(self.model, *given, call.args, call.kwargs, wide)
             disagreements = self._compiler.faults(made.variant) if not self._frontend else []
@@ -264,7 +262,8 @@ class Cascade(nn.Module):
         with Commit(self._run.lock) as undo:
             if self._run.plan is not plan:
                 return None
-            self._grow(made, undo)
+            undo(self._variants.restorer())
+            self._run.grow(made, undo)
             self._add(call, made)
             return made.variant
 
@@ -278,41 +277,11 @@ class Cascade(nn.Module):
         """Keep a variant; the first one that the cascade has had says which front end took the model."""
         self._variants.add(call, made.variant, self.training)
         if made.variant.attach is not None:
-            made.variant.attach(self._grow, self._running)
+            made.variant.attach(self._run)
         if not self._frontend:
             self._frontend, self._refused_frontends = made.variant.frontend, made.refused_frontends
         if self._example is None:  # loaded without inputs
             self._example = pytree.tree_map_only(torch.Tensor, _without_graph, (call.args, call.kwargs))
-
-    def _grow(self, made: Made, undo: Undo | None = None) -> None:
-        """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
-        if undo is None:
-            with Commit(self._run.lock) as own:
-                self._grow(made, own)
-            return
-        undo(self._held())
-        new = {name: branch for name, branch in made.branches.items() if name not in self.branches}
-        self.branches.update(new)
-        self._refusals = made.refusals
-        self._run.take_sites(made.plan, made.refusals)
-        decided = made.plan.by_weight.keys() | {refusal.weight for refusal in made.refusals}
-        self._unreached = tuple(name for name in self._unreached if name in made.unreached and name not in decided)
-        self._run.know_sites(undo)
-        if new:
-            weights = [branch.weight_name for branch in new.values()]
-            if not self._run.grouped and not self._run.pending.accumulated:
-                log.info("%d sites came with a new variant: %s", len(new), weights)
-                return
-            warn(
-                f"{len(new)} sites came with a call that no earlier one was like: {named(weights)}. The optimizer does "
-                "not hold their branches: add_param_group them, or call the cascade once in each mode and with each "
-                "kind of arguments before you make the optimizer",
-                "late-sites",
-            )
-
-    def _running(self) -> Plan:
-        """Return the plan of the running stage: a callback of the variants."""
-        return self._run.plan
 
     # ---- what was decided
 
@@ -329,12 +298,12 @@ class Cascade(nn.Module):
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """The weight matrices that are not adapted, each with its reason."""
-        return self._refusals
+        return self._run.refusals
 
     @property
     def unreached(self) -> tuple[str, ...]:
         """The weight matrices that no captured graph has used yet."""
-        return self._unreached
+        return self._run.unreached
 
     @property
     def stage(self) -> int:
@@ -593,8 +562,8 @@ class Cascade(nn.Module):
             NonFiniteBranch: a running branch of the other run holds inf or nan.
         """
         self._run.check_ready("add")
-        if not isinstance(name, str) or not name or name in (*WHICH, "stage"):
-            raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(WHICH)}")
+        if not isinstance(name, str) or not name or name in (*experts.WHICH, "stage"):
+            raise SpecError(f"add: the name is {name!r}; give one that is not among {', '.join(experts.WHICH)}")
         given = experts.GivenRun.of(run._run if isinstance(run, Cascade) else run, repr(name), "add")
         with self._run.exclusive("add"):
             experts.add(self._run, name, given)
@@ -602,7 +571,7 @@ class Cascade(nn.Module):
     @property
     def views(self) -> tuple[str, ...]:
         """The names that `weights` knows: slow, fast and base weights, averaged ones if they are kept, added runs."""
-        own = [name for name in WHICH if name != "averaged" or self._run.plan.spec.keeps_average]
+        own = [name for name in experts.WHICH if name != "averaged" or self._run.plan.spec.keeps_average]
         return (*own, *self._run.added)
 
     def weights(
@@ -628,7 +597,7 @@ class Cascade(nn.Module):
             SpecError: a sum without names, with what is no number, beyond the dtype of a weight, or with rows scaled by
                 DoRA.
         """
-        return _weights(self, which, stage)
+        return folding.placed(self._run, which, stage, self)
 
     def recalibrate(self, batches: Iterable[Any], call: Callable[[Cascade, Any], Any] | None = None) -> None:
         """Estimate the running statistics of batch norms anew, for the weights that are in place.
@@ -725,9 +694,9 @@ class Cascade(nn.Module):
 
     def _folds(self, which: str | Mapping[str, float], call: str) -> tuple[Which, Seen | None]:
         """Return what a fold is of: slow or averaged weights, or in their place those of runs that were added."""
-        if (other := _other(self._run, which, call, folded=True)) is not None:
+        if (other := experts.seen(self._run, which, call, folded=True)) is not None:
             return "slow", other
-        folding.check_which(call, str(which), self._run.plan.spec, (*folding.FOLDED, *self._run.added))
+        experts.check_which(call, str(which), self._run.plan.spec, (*experts.FOLDED, *self._run.added))
         return ("averaged" if which == "averaged" else "slow"), None
 
     def release(self, quantized: Requantize = None, *, which: str | Mapping[str, float] = "slow") -> nn.Module:
@@ -748,7 +717,8 @@ class Cascade(nn.Module):
             NonFiniteBranch: a branch holds inf or nan; nothing was changed.
         """
         with self._run.exclusive("release", ends_stage=True), Commit() as undo:
-            undo(self._held())
+            undo(self._run.restorer())
+            undo(partial(setattr, self, "_variants", self._variants))
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run))
             which, other = self._folds(which, "release")
@@ -766,21 +736,6 @@ class Cascade(nn.Module):
         """Detach and drop all graphs; the next call makes new ones."""
         self._variants.detach()
         self._variants = Variants()
-
-    def _held(self) -> Callable[[], None]:
-        """Return what brings back the decisions, branches and graphs of this moment."""
-        restore_run, branches = self._run.restorer(), dict(self.branches.items())
-        decided = (self._variants, self._refusals, self._unreached)
-        variants = self._variants.copy()
-
-        def restore() -> None:
-            restore_run()
-            self._variants, self._refusals, self._unreached = decided
-            self._variants.held, self._variants.plain = variants.held, variants.plain
-            for key in [key for key in self.branches if key not in branches]:
-                del self.branches[key]
-
-        return restore
 
     # ---- the names that peft has for these
 
@@ -1063,48 +1018,6 @@ class Cascade(nn.Module):
         """Take over a checkpoint that was read, by itself or as a part of a larger block."""
         checkpoint_read.restore(self._run, found, undo)
         self._loaded = found
-
-
-@isolated
-def _weights(undo: Block[Any], cascade: Cascade, which: str | Mapping[str, float] | None, stage: int | None) -> Cascade:
-    """Put other weights in place; see `Cascade.weights`."""
-    run = cascade._run
-    run.check_alive("weights")
-    if stage is not None and which is not None:
-        raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two", code="conflicting-options")
-    added = isinstance(which, Mapping) or (isinstance(which, str) and which in run.added)
-    if stage is None and not added:
-        folding.check_which(f"weights({which!r})", str(which), run.plan.spec, (*WHICH, *run.added))
-    with run.exclusive("weights", sharded=not added, parallel=not added):
-        parameters = run.parameters_by_name()
-        live = folding.trained_now(run, parameters)
-        own: Which = next((each for each in WHICH if each == which), "slow" if stage or added else "base")
-        other = _other(run, which, f"weights({which!r})") if added else None
-        if stage is not None:
-            other = Seen(transition.at_stage(run.slow, stage, "weights"))
-        held = folding.Held.of(run, parameters)
-        undo(partial(folding.rest, run, parameters, live, held))
-        folding.place(run, own, parameters, live, other, stage if stage is not None else str(which))
-        held.note_placed()
-    return cascade
-
-
-def _other(run: Run, which: Any, call: str, folded: bool = False) -> Seen | None:
-    """Return the weights of a run that was added, or of a sum; None where the run's own are meant.
-
-    Raises:
-        SpecError: a sum without names. StateError: a name that is not known.
-    """
-    if isinstance(which, str) and which in run.added:
-        return experts.seen(run, {which: 1}, call, folded)
-    if not isinstance(which, Mapping):
-        return None
-    weights: Mapping[str, float] = which
-    if not weights:
-        raise SpecError(f"{call}: names no run; give numbers by the names of runs that were added, or 'slow'")
-    for name in weights:
-        folding.check_which(call, name, run.plan.spec, ("slow", *run.added))
-    return experts.seen(run, weights, call, folded)
 
 
 def give_back(joined: Joined, undo: Undo) -> None:

@@ -23,7 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from lorasc_fx.branch import Branch, branch_class
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.parameters import Holder, buffer_holders, buffer_layout
 from lorasc_fx.plan import Plan, Site
@@ -79,6 +81,21 @@ class RunState:
         values = {name: parameters[name].detach() for name in run.slow.trained}
         buffers = {name: value.detach() for name, value in run.model_state().items()}
         return cls(run.plan, run.slow, branches, values, buffers, buffer_layout(run.model), run.gradient_init.armed)
+
+    def running_branches(self) -> dict[str, Branch]:
+        """Return the running branches, by weight: their numbers, whatever the way they compute."""
+        branches: dict[str, Branch] = {}
+        for site in self.plan.sites:
+            factors = self.branches[site.weight]
+            like = factors["lora_A"].new_zeros(()).expand(site.shape)
+            branches[site.weight] = branch_class(site)(site, self.plan.spec.seed, self.plan.stage, like)
+            for name, value in factors.items():
+                setattr(branches[site.weight], name, nn.Parameter(value, False))
+        return branches
+
+    def has_begun(self, branches: Mapping[str, Branch]) -> bool:
+        """Whether the running stage, of these branches, has trained."""
+        return self.slow.moved(branches) or trained_moved(self.slow, self.values)
 
     def without_values(self) -> tuple[list[WeightState], dict[str, Trained]]:
         """Return bare states of whole weights, and parameters trained in full, on the meta device."""

@@ -10,26 +10,39 @@ rounded weight of any run is read. Relatives: model soups (2203.05482), task ari
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
+from typing import Any
 
 import torch
 
 from lorasc_fx.checks import is_number
-from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, warn
+from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, nearest, warn
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import dense
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs, decoded, read, refused
-from lorasc_fx.runtime.folded import has_trained_since, running_branches
-from lorasc_fx.runtime.folding import Seen, ended
 from lorasc_fx.runtime.run import Planned, Run
-from lorasc_fx.state import Expert, Factors, Part, SlowWeights, Trained, View, WeightState, arithmetic, summing
+from lorasc_fx.runtime.transition import ended
+from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.state import Expert, Factors, Part, SlowWeights, Trained, View, WeightState, Which, arithmetic, summing
 from lorasc_fx.state.engine import fits
 from lorasc_fx.state.model import host
 from lorasc_fx.undo import Undo
 
-__all__ = ["GivenRun", "add", "install_experts", "install_slow", "install_sum", "seen", "weighted_sum"]
+__all__ = [
+    "FOLDED",
+    "WHICH",
+    "GivenRun",
+    "Seen",
+    "add",
+    "check_which",
+    "install_experts",
+    "install_slow",
+    "install_sum",
+    "seen",
+    "weighted_sum",
+]
 
 
 def install_experts(
@@ -199,8 +212,8 @@ def part_of_file(checkpoint: Checkpoint, name: str, bases: Mapping[str, torch.Te
     """
     state = decoded(checkpoint)
     with refused(checkpoint):
-        branches, slow = running_branches(state), state.slow
-    if has_trained_since(state, branches):
+        branches, slow = state.running_branches(), state.slow
+    if state.has_begun(branches):
         bases = {key: host(bases[key]) for key in (*slow.states, *slow.trained)}
         states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
         trained = {key: replace(entry, base=bases[key]) for key, entry in slow.trained.items()}
@@ -246,20 +259,56 @@ def _other_kind(call: str, name: str, weight: str) -> SpecError:
     )
 
 
-def seen(run: Run, weights: Mapping[str, float], call: str, folded: bool) -> Seen:
-    """Return the weights of one run that was added, or a sum of several, on W0 of this one: `W0 + sum_i w_i S_i`.
+WHICH: tuple[Which, ...] = ("slow", "fast", "base", "averaged")
+FOLDED: tuple[Which, ...] = ("slow", "averaged")
+"""What a fold can leave in the weights."""
 
-    Of one run alone they have the bits of its own fold.
+
+def check_which(call: str, which: str, spec: CascadeSpec, known: Sequence[str] = FOLDED) -> None:
+    """Raise StateError for weights of no such name, and for averaged ones where the spec keeps no average."""
+    if which not in known:
+        raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}", code="unknown-name")
+    if which == "averaged" and not spec.keeps_average:
+        raise StateError(
+            f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'", code="no-average"
+        )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Weights of another state than the present one, such as that of a stage that has ended, or of another run.
+
+    Args:
+        slow: the state; its slow weights count.
+        buffers: of the model, and parameters that forward writes, by name, as far as they belong to it.
+    """
+
+    slow: SlowWeights
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def seen(run: Run, which: Any, call: str, folded: bool = False) -> Seen | None:
+    """Return the weights of a run that was added, or a sum of several on W0 of this one, `W0 + sum_i w_i S_i`; None
+    where `which` means the run's own. Of one run alone they have the bits of its own fold.
 
     Args:
         run: that they were added to.
-        weights: by name; `slow` are those of the run itself.
+        which: the name of a run that was added, or weights by such names; `slow` are those of the run itself.
         call: for messages.
         folded: whether a running stage of the run itself that has trained is counted.
 
     Raises:
-        SpecError: a weight that is no finite number, a sum beyond the dtype of a weight, or with rows scaled by DoRA.
+        StateError: a name that is not known.
+        SpecError: a sum without names, a weight that is no finite number, a sum beyond the dtype of a weight, or with
+            rows scaled by DoRA.
     """
+    weights: Mapping[str, float] = {which: 1} if isinstance(which, str) and which in run.added else which
+    if not isinstance(weights, Mapping):
+        return None
+    if not weights:
+        raise SpecError(f"{call}: names no run; give numbers by the names of runs that were added, or 'slow'")
+    for name in weights:
+        check_which(call, name, run.plan.spec, ("slow", *run.added))
     for name, weight in weights.items():
         if not is_number(weight):
             raise SpecError(f"{call}: {name!r} has the weight {weight!r}; give finite numbers")

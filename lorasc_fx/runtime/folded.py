@@ -7,18 +7,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import nn
 
-from lorasc_fx.branch import Branch, branch_class
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
-from lorasc_fx.runtime.codec import RunState
-from lorasc_fx.runtime.folding import check_asked, check_which, ended, trained_value
+from lorasc_fx.runtime.experts import check_which
+from lorasc_fx.runtime.folding import check_asked, trained_value
 from lorasc_fx.runtime.run import Run
-from lorasc_fx.runtime.transition import trained_moved
+from lorasc_fx.runtime.transition import ended
 from lorasc_fx.state import Which, check_finite
 
-__all__ = ["Change", "FoldedWeights", "has_trained_since", "of_checkpoint", "of_run", "running_branches"]
+__all__ = ["Change", "FoldedWeights", "of_checkpoint", "of_run"]
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From W0 to the folded weight of the same shape, dtype and device."""
@@ -83,8 +81,8 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     check_which(f"fold {checkpoint.path}", which, plan.spec)
     state = decoded(checkpoint)
     with refused(checkpoint):
-        branches = running_branches(state)
-    slow, begun = state.slow, has_trained_since(state, branches)
+        branches = state.running_branches()
+    slow, begun = state.slow, state.has_begun(branches)
     trained = slow
     if begun:
         for branch in branches.values():
@@ -105,25 +103,6 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
     base, unended = dict(checkpoint.manifest["base"]), plan.stage if begun else None
     return FoldedWeights(str(checkpoint.path), base, changes, whole, state.buffers, aliases, unended)
-
-
-def running_branches(state: RunState) -> dict[str, Branch]:
-    """Return the running branches of a decoded state, by weight: their numbers, whatever the way they compute."""
-    plan = state.plan
-    branches: dict[str, Branch] = {}
-    for site in plan.sites:
-        factors = state.branches[site.weight]
-        like = factors["lora_A"].new_zeros(()).expand(site.shape)
-        branch = branch_class(site)(site, plan.spec.seed, plan.stage, like)
-        for name, value in factors.items():
-            setattr(branch, name, nn.Parameter(value, False))
-        branches[site.weight] = branch
-    return branches
-
-
-def has_trained_since(state: RunState, branches: Mapping[str, Branch]) -> bool:
-    """Whether the running stage of a decoded state has trained."""
-    return state.slow.moved(branches) or trained_moved(state.slow, state.values)
 
 
 def _cast(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

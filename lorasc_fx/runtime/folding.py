@@ -8,23 +8,25 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorasc_fx.errors import SpecError, StateError, named, nearest
+from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.parameters import Holder, holders_of, substituted
 from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
+from lorasc_fx.runtime.experts import WHICH, Seen, check_which, seen
 from lorasc_fx.runtime.run import Planned, Run
-from lorasc_fx.runtime.transition import has_begun, trained_moved
+from lorasc_fx.runtime.transition import at_stage, ended, trained_moved
 from lorasc_fx.shards import local
-from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import SlowWeights, Which
-from lorasc_fx.undo import Commit, Undo, no_grad
+from lorasc_fx.undo import Block, Commit, Undo, isolated, no_grad
+
+Value = TypeVar("Value")
 
 _VERSIONS = itertools.count(1 << 24)
 """Of weights in place for the time of a `with`; torch counts the writes to a parameter from 0."""
@@ -32,34 +34,42 @@ _VERSIONS = itertools.count(1 << 24)
 __all__ = [
     "Held",
     "Requantize",
-    "Seen",
     "cast_weights",
     "check_asked",
-    "check_which",
-    "ended",
     "folded_each",
     "folded_state",
-    "place",
+    "placed",
     "release",
     "requantize",
-    "rest",
     "tensors_writer",
     "trained_now",
     "wide",
 ]
 
-FOLDED: tuple[Which, ...] = ("slow", "averaged")
-"""What a fold can leave in the weights."""
 
-
-def check_which(call: str, which: str, spec: CascadeSpec, known: Sequence[str] = FOLDED) -> None:
-    """Raise StateError for weights of no such name, and for averaged ones where the spec keeps no average."""
-    if which not in known:
-        raise StateError(f"{call}: give one of {', '.join(known)}{nearest(str(which), known)}", code="unknown-name")
-    if which == "averaged" and not spec.keeps_average:
-        raise StateError(
-            f"{call}: the spec keeps no average of the slow weights; give it average='ema' or 'swa'", code="no-average"
-        )
+@isolated
+def placed(
+    undo: Block[Any], run: Run, which: str | Mapping[str, float] | None, stage: int | None, value: Value
+) -> Value:
+    """Put other weights in place; see `Cascade.weights`. Returns `value`, which is what `with ... as` gets."""
+    run.check_alive("weights")
+    if stage is not None and which is not None:
+        raise StateError(f"weights({which!r}, stage={stage!r}): give one of the two", code="conflicting-options")
+    added = isinstance(which, Mapping) or (isinstance(which, str) and which in run.added)
+    if stage is None and not added:
+        check_which(f"weights({which!r})", str(which), run.plan.spec, (*WHICH, *run.added))
+    with run.exclusive("weights", sharded=not added, parallel=not added):
+        parameters = run.parameters_by_name()
+        live = trained_now(run, parameters)
+        other = seen(run, which, f"weights({which!r})")
+        if stage is not None:
+            other = Seen(at_stage(run.slow, stage, "weights"))
+        meant: Which = next((name for name in WHICH if name == which), "slow")
+        held = Held.of(run, parameters)
+        undo(partial(_put_back, run, parameters, live, held))
+        _place(run, meant, parameters, live, other, stage if stage is not None else str(which))
+        held.note_placed()
+    return value
 
 
 def trained_now(run: Run, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -67,26 +77,24 @@ def trained_now(run: Run, parameters: Mapping[str, nn.Parameter]) -> dict[str, t
     return {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
 
 
-def place(
+def _place(
     run: Run,
     which: Which,
     parameters: Mapping[str, nn.Parameter],
     live: Mapping[str, torch.Tensor],
-    other: Seen | None = None,
-    placed: str | int | None = None,
+    other: Seen | None,
+    label: str | int,
 ) -> None:
-    """Write slow, fast or base weights into the user's parameters; `live` are the trained ones as they are.
-
-    With an `other` state they are those of it, with its buffers; `placed` is what it is called.
+    """Write slow, fast, averaged or base weights into the user's parameters, or those of an `other` state with its
+    buffers; `live` are the trained ones as they are.
     """
-    past = None if other is None else other.slow
-    slow, branches, plan = past or run.slow, run.branches_by_weight(), run.plan
+    slow, branches, plan = run.slow if other is None else other.slow, run.branches_by_weight(), run.plan
     buffers = _buffers(run, other)
     run.keep_buffers([buffer for buffer, _ in buffers])
 
     def write(name: str, out: torch.Tensor) -> None:
         if name in slow.trained:
-            follows = past is not None or slow.trained[name].follows(plan.spec)
+            follows = other is not None or slow.trained[name].follows(plan.spec)
             out.copy_(trained_value(slow, name, which, live[name], follows))
         else:
             slow.write_value(name, which, out, branches.get(name), plan)
@@ -94,21 +102,7 @@ def place(
     quantized = run.quantized if which != "base" else ()
     dense = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in quantized}
     written = run.present([*slow.states, *slow.trained])
-    label = which if placed is None else placed
     run.commit(Planned(plan, run.slow, written, write, dense, tensors=buffers, placed=label, live=live))
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Weights of another state than the present one, such as that of a stage that has ended, or of another run.
-
-    Args:
-        slow: the state; its slow weights count.
-        buffers: of the model, and parameters that forward writes, by name, as far as they belong to it.
-    """
-
-    slow: SlowWeights
-    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def _buffers(run: Run, other: Seen | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -120,7 +114,7 @@ def _buffers(run: Run, other: Seen | None) -> list[tuple[torch.Tensor, torch.Ten
 
 @dataclass(frozen=True)
 class Held:
-    """The parameters that `place` writes: where modules hold them, their memory, and its versions for autograd."""
+    """The parameters that `placed` writes: where modules hold them, their memory, and its versions for autograd."""
 
     places: list[Holder]
     memory: tuple[tuple[nn.Parameter, torch.Tensor], ...]
@@ -158,14 +152,14 @@ class Held:
                 parameter.data = memory
 
 
-def rest(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor], held: Held) -> None:
+def _put_back(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor], held: Held) -> None:
     """Write back what the parameters hold while the stage trains; where that raises, once more.
 
     Raises:
         StateError: a weight was written inside `weights`; all of them are back.
     """
     written = {name: parameters[name] for name in [*run.slow.states, *run.slow.trained]}
-    planned = Planned(run.plan, run.slow, written, partial(_put_resting, run, live), tensors=run.statistics, live=live)
+    planned = Planned(run.plan, run.slow, written, tensors=run.statistics, live=live)
 
     def put_back() -> None:
         held.put_back()
@@ -288,13 +282,6 @@ def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
     return torch.equal(*bits)  # of fp8 torch compares no numbers
 
 
-def _put_resting(run: Run, live: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
-    if name in live:
-        out.copy_(live[name])
-    else:
-        run.slow.write_resting(name, run.plan, out)
-
-
 def trained_value(slow: SlowWeights, name: str, which: Which, live: torch.Tensor, follows: bool = True) -> torch.Tensor:
     """Return a parameter that is trained in full as the slow, fast, averaged or base weights have it."""
     entry = slow.trained[name]
@@ -303,25 +290,6 @@ def trained_value(slow: SlowWeights, name: str, which: Which, live: torch.Tensor
     if which == "averaged" and entry.average is not None:
         return entry.average.to(live.dtype)
     return entry.slow.to(live.dtype) if which != "fast" and follows else live
-
-
-def ended(run: Run, call: str) -> SlowWeights:
-    """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written.
-
-    Warns where a first stage that no loop over stages began loses a part of what it has trained.
-    """
-    slow, branches, trained = run.slow, run.branches_by_weight(), run.trained_parameters()
-    if not has_begun(run):
-        return slow
-    after, pace = slow.after_stage(run.plan, branches, trained), run.plan.spec.pace_at(run.plan.stage)
-    if pace < 1 and run.plan.stage == 1 and not run.looped:
-        run.warned.once(
-            "pace-below-one",
-            f"{call}: stage 1 has trained and is folded now, and only {pace:g} of what it has trained is kept: the "
-            "pace of the spec. Train in `for stage in cascade.stages(...)`; to keep all of it without stages give "
-            'pace=1.0, or save inside `with cascade.weights("fast"):`',
-        )
-    return after
 
 
 def folded_state(

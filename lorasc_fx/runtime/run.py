@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.branch import Branch, fill_factor
-from lorasc_fx.errors import CheckpointError, SpecError, StateError, named
+from lorasc_fx.branch import Branch, Decided, fill_factor
+from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, warn
 from lorasc_fx.fingerprint import checksum, fingerprint, source_digest
 from lorasc_fx.parameters import Holder, exchange
-from lorasc_fx.plan import Plan, Reason, Refusal, Site
+from lorasc_fx.plan import Plan, Reason, Site
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.checkpoint import version
@@ -29,6 +30,8 @@ from lorasc_fx.state import Expert, Part, SlowWeights
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
 __all__ = ["SPARE", "Gradients", "Planned", "Run"]
+
+log = logging.getLogger("lorasc_fx")
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,7 @@ class Run:
 
     Args:
         model: the user's own.
-        branches: by key, the child of the cascade.
-        plan: of the running stage.
+        decided: the plan of the running stage, the branches, and the weights without one.
         frontend: the front end that was asked for.
         base_file: where W0 lies, if not in memory.
         meta: what is known of a model on the meta device, until it has its numbers.
@@ -101,15 +103,16 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        branches: nn.ModuleDict,
-        plan: Plan,
+        decided: Decided,
         frontend: str,
         *,
         base_file: BaseFile | None = None,
         meta: MetaModel | None = None,
         written: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
-        self.model, self.branches, self.plan, self.frontend = model, branches, plan, frontend
+        self.model, self.frontend = model, frontend
+        self.branches = nn.ModuleDict(dict(decided.branches))  # by key; the child of the cascade
+        self.plan, self.refusals, self.unreached = decided.plan, decided.refusals, decided.unreached
         self.lock = Lock()  # held while weights are read or written; never while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()
@@ -121,7 +124,6 @@ class Run:
         self.released = False
         self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
         self.base_file, self.meta, self.written = base_file, meta, written
-        self.without_noise: frozenset[str] = frozenset()  # weights that the spec excludes, or in memory of others
         self.parallel: Callable[[Any, Any, Any], Any] | None = None  # computes a call on DTensors
         self.grouped = False  # param_groups was called: an optimizer holds the present branches
         self.looped = False  # stages was called
@@ -197,15 +199,29 @@ class Run:
         if self.holds_numbers:
             self.know_sites(undo, empty)
 
-    def take_sites(self, plan: Plan, refusals: tuple[Refusal, ...]) -> None:
-        """Take over a plan that has more sites; `know_sites` makes them known."""
-        self.plan = plan
-        self.leave_alone(refusals)
-
-    def leave_alone(self, refusals: tuple[Refusal, ...]) -> None:
-        """Note the weights that get no noise: those that the spec excludes, and those in memory of others."""
-        reasons = (Reason.EXCLUDED, Reason.SHARED_MEMORY)
-        self.without_noise = frozenset(refusal.weight for refusal in refusals if refusal.reason in reasons)
+    def grow(self, decided: Decided, undo: Undo | None = None) -> None:
+        """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
+        if undo is None:
+            with Commit(self.lock) as block:
+                self.grow(decided, block)
+            return
+        undo(self.restorer())
+        new = {name: branch for name, branch in decided.branches.items() if name not in self.branches}
+        self.branches.update(new)
+        self.plan, self.refusals = decided.plan, decided.refusals
+        known = decided.plan.by_weight.keys() | {refusal.weight for refusal in decided.refusals}
+        self.unreached = tuple(name for name in self.unreached if name in decided.unreached and name not in known)
+        self.know_sites(undo)
+        weights = [branch.weight_name for branch in new.values()]
+        if new and not self.grouped and not self.pending.accumulated:
+            log.info("%d sites came with a new variant: %s", len(new), weights)
+        elif new:
+            warn(
+                f"{len(new)} sites came with a call that no earlier one was like: {named(weights)}. The optimizer does "
+                "not hold their branches: add_param_group them, or call the cascade once in each mode and with each "
+                "kind of arguments before you make the optimizer",
+                "late-sites",
+            )
 
     def know_sites(self, undo: Undo, empty: bool = False) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
@@ -214,7 +230,8 @@ class Run:
         noise, start, factor_start = self.plan.spec.noise, self.plan.spec.start, self.plan.spec.factor_start
         takes_residual = factor_start.from_weight and not factor_start.of_delta
         names = [site.weight for site in self.sites]
-        without = {*self.slow.trained, *self.without_noise, *names}
+        reasons = (Reason.EXCLUDED, Reason.SHARED_MEMORY)
+        without = {*self.slow.trained, *names, *(one.weight for one in self.refusals if one.reason in reasons)}
         matrices = (name for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point())
         names += [name for name in noise.on_others(matrices) if name not in without]
         new = [name for name in names if name not in self.slow.states]
@@ -298,7 +315,13 @@ class Run:
             elif name not in slow.trained:  # whose value is put back from a copy
                 planned.slow.write_value(name, "base", out)
 
-        write = planned.write or (lambda name, out: planned.slow.write_resting(name, planned.plan, out))
+        def write_resting(name: str, out: torch.Tensor) -> None:
+            if name in planned.live:
+                out.copy_(planned.live[name])
+            else:
+                planned.slow.write_resting(name, planned.plan, out)
+
+        write = planned.write or write_resting
         with no_grad():
             for weight, values in planned.factors.items():
                 branches[weight].to_rank(planned.plan.by_weight[weight])
@@ -368,18 +391,20 @@ class Run:
             self.commit(Planned(after, self.slow, self.weights_by_name()), undo)
 
     def restorer(self) -> Callable[[], None]:
-        """Return what brings back plan, slow weights and flags, which weights are in place, their checksums, and which
-        gradients wait for a step. Values are not among it (`commit`).
+        """Return what brings back what was decided, slow weights and flags, which weights are in place, their
+        checksums, and which gradients wait for a step. Values are not among it (`commit`).
         """
         decided = (self.plan, self.slow, self.base_file, self.parallel, self.released, self.added)
-        noted, without_noise = (self._checksums, self._objects, self._frozen), self.without_noise
-        meta, fingerprints = self.meta, self._fingerprints
+        noted, branches = (self._checksums, self._objects, self._frozen), set(self.branches)
+        meta, fingerprints, left = self.meta, self._fingerprints, (self.refusals, self.unreached)
         placed = (self.placed, self.placed_checksums)
         watches = (self.pending.restorer(), self.gradient_init.restorer())
 
         def restore() -> None:
             self.plan, self.slow, self.base_file, self.parallel, self.released, self.added = decided
-            self.without_noise = without_noise
+            self.refusals, self.unreached = left
+            for key in self.branches.keys() - branches:
+                del self.branches[key]
             self.meta, self._fingerprints = meta, fingerprints
             self._checksums, self._objects, self._frozen = noted
             self.placed, self.placed_checksums = placed

@@ -28,7 +28,7 @@ from lorasc_fx.shards import local, local_like
 from lorasc_fx.state import SlowWeights, Trained, WeightState
 from lorasc_fx.undo import Commit
 
-__all__ = ["at_stage", "begin", "check_optimizer", "end_idle", "has_begun", "next_stage", "restart", "rewind"]
+__all__ = ["at_stage", "begin", "check_optimizer", "end_idle", "ended", "has_begun", "next_stage", "restart", "rewind"]
 
 log = logging.getLogger("lorasc_fx")
 
@@ -263,3 +263,22 @@ def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> Non
         log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
 
     _begin_anew(run, optimizer, planned, after, end)
+
+
+def ended(run: Run, call: str) -> SlowWeights:
+    """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written.
+
+    Warns where a first stage that no loop over stages began loses a part of what it has trained.
+    """
+    slow, branches, trained = run.slow, run.branches_by_weight(), run.trained_parameters()
+    if not has_begun(run):
+        return slow
+    after, pace = slow.after_stage(run.plan, branches, trained), run.plan.spec.pace_at(run.plan.stage)
+    if pace < 1 and run.plan.stage == 1 and not run.looped:
+        run.warned.once(
+            "pace-below-one",
+            f"{call}: stage 1 has trained and is folded now, and only {pace:g} of what it has trained is kept: the "
+            "pace of the spec. Train in `for stage in cascade.stages(...)`; to keep all of it without stages give "
+            'pace=1.0, or save inside `with cascade.weights("fast"):`',
+        )
+    return after

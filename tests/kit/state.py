@@ -320,7 +320,7 @@ def unpark(cascade: lx.Cascade) -> None:
 
 
 def replace_plan(cascade: lx.Cascade, plan: lx.Plan) -> None:
-    cascade._run.take_sites(plan, cascade.refusals)
+    cascade._run.plan = plan
 
 
 def forget_warnings(cascade: lx.Cascade) -> None:
