@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -194,48 +195,44 @@ def read_csv(path: Path, *wanted: str) -> tuple[list[str], ...]:
     Raises:
         SpecError: the file cannot be read, lacks a column, or has a row with an empty or a missing cell.
     """
-    cells: tuple[list[str], ...] = tuple([] for _ in wanted)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = list(reader.fieldnames or ())
-            for column in wanted:
-                if column not in columns:
-                    known = ", ".join(columns) or "no columns"
-                    raise SpecError(
-                        f"{path}:1: no column {column!r}{nearest(column, columns)}; it has {known}; "
-                        "data.text_column and data.label_column choose others",
-                        code="unknown-name",
-                    )
-            for row in reader:
-                for column, column_cells in zip(wanted, cells, strict=True):
-                    if not row[column]:
-                        raise SpecError(
-                            f"{path}:{reader.line_num}: the cell {column!r} is empty; fill it, or take the row out",
-                            code="empty-cell",
-                        )
-                    column_cells.append(row[column])
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as fault:
         raise SpecError(f"{path}: this file cannot be read: {fault.strerror}", code="unreadable-file") from fault
     except UnicodeDecodeError as fault:
-        raise SpecError(
-            f"{path}:{_undecodable_line(path)}: this is not UTF-8 text; save it as UTF-8", code="not-utf8"
-        ) from fault
+        line = fault.object[: fault.start].count(b"\n") + 1
+        raise SpecError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8", code="not-utf8") from fault
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    columns: tuple[list[str], ...] = tuple([] for _ in wanted)
+    try:
+        _check_columns(f"{path}:1", wanted, list(reader.fieldnames or ()))
+        for row in reader:
+            for name, cells in zip(wanted, columns, strict=True):
+                cells.append(_filled(f"{path}:{reader.line_num}", name, row[name]))
     except csv.Error as fault:
         at_end = "end of data" in str(fault)  # else the line that is being read is not counted yet
         raise SpecError(
             f"{path}:{reader.line_num + (not at_end)}: this is not CSV: {fault}", code="invalid-csv"
         ) from fault
-    return cells
+    return columns
 
 
-def _undecodable_line(path: Path) -> int:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError:
-            return number
-    return 1
+def _check_columns(source: str, wanted: Sequence[str], columns: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in columns:
+            known = ", ".join(columns) or "no columns"
+            raise SpecError(
+                f"{source}: no column {name!r}{nearest(name, columns)}; it has {known}; "
+                "data.text_column, data.image_column and data.label_column choose others",
+                code="unknown-name",
+            )
+
+
+def _filled(source: str, name: str, cell: Any) -> Any:
+    """Return a cell that is not empty."""
+    if cell is None or cell == "":
+        raise SpecError(f"{source}: the cell {name!r} is empty; fill it, or take the row out", code="empty-cell")
+    return cell
 
 
 def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None) -> tuple[list[Any], ...]:
@@ -261,27 +258,17 @@ def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None
             table = datasets.load_dataset(kind, **files, cache_dir=cache, keep_in_memory=True)
         if isinstance(table, datasets.DatasetDict):
             raise SpecError(f"disk:{path} holds the splits {', '.join(table)}; give one of them, as disk:{path}/SPLIT")
-        for name in wanted:
-            if name not in table.column_names:
-                known = ", ".join(table.column_names) or "no columns"
-                raise SpecError(
-                    f"{kind}:{path}: no column {name!r}{nearest(name, table.column_names)}; it has {known}; "
-                    "data.text_column, data.image_column and data.label_column choose others",
-                    code="unknown-name",
-                )
+        _check_columns(f"{kind}:{path}", wanted, table.column_names)
         if image_size is not None:
             table = table.cast_column(wanted[0], datasets.Image())
         columns = []
         for name in wanted:
-            image = image_size is not None and name == wanted[0]
-            names, cells = getattr(table.features[name], "names", None), []
-            for row, cell in enumerate((entry[name] for entry in table.select_columns([name])), start=1):
-                if cell is None or cell == "" or (names and cell < 0):  # -1 is a class that is not known
-                    raise SpecError(
-                        f"{kind}:{path}: row {row}: the cell {name!r} is empty; fill it, or take the row out",
-                        code="empty-cell",
-                    )
-                cells.append(_pixels(cell, image_size) if image else names[cell] if names else cell)
+            is_image = image_size is not None and name == wanted[0]
+            classes, cells = getattr(table.features[name], "names", None), []
+            for row, entry in enumerate(table.select_columns([name]), start=1):
+                known = None if classes and entry[name] == -1 else entry[name]  # -1 is a class that is not known
+                cell = _filled(f"{kind}:{path}: row {row}", name, known)
+                cells.append(_pixels(cell, image_size) if is_image else classes[cell] if classes else cell)
             columns.append(cells)
     return tuple(columns)
 
@@ -406,7 +393,11 @@ def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
     """Check the data set that a user function returned."""
     try:
         inputs, labels = returned
-        _check_inputs(inputs)
+        if isinstance(inputs, Tensor):
+            if inputs.dtype != torch.uint8 or inputs.dim() != 4 or inputs.shape[1] not in (1, 3):
+                raise ValueError(f"a tensor {list(inputs.shape)} of {inputs.dtype}")
+        elif not all(isinstance(text, str) for text in inputs):
+            raise TypeError("inputs that are neither a tensor nor texts")
         if len(labels) != len(inputs):
             raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels")
     except (TypeError, ValueError) as fault:
@@ -416,14 +407,6 @@ def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
             code="invalid-data-function",
         ) from fault
     return inputs, list(labels)
-
-
-def _check_inputs(inputs: Any) -> None:
-    if isinstance(inputs, Tensor):
-        if inputs.dtype != torch.uint8 or inputs.dim() != 4 or inputs.shape[1] not in (1, 3):
-            raise ValueError(f"a tensor {list(inputs.shape)} of {inputs.dtype}")
-    elif not all(isinstance(text, str) for text in inputs):
-        raise TypeError("inputs that are neither a tensor nor texts")
 
 
 def _shuffled(total: int, seed: int, *sizes: int) -> tuple[Tensor, ...]:
