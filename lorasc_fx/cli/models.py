@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "example_inputs",
     "head_seed",
     "logits_of",
+    "put_weights",
     "reading",
     "set_mode",
     "tokenizer_of",
@@ -180,7 +182,7 @@ def _timm(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
         raise SpecError(f"timm has no model {name!r}{nearest(name, timm.list_models())}", code="unknown-name")
     model: nn.Module = timm.create_model(name, **({} if classes is None else {"num_classes": classes}))
     head = getattr(model, "pretrained_cfg", {}).get("classifier", "")
-    _load_weights(model, config.weights, head if isinstance(head, str) else "")
+    _load_weights(model, config, head if isinstance(head, str) else "")
     return model
 
 
@@ -199,7 +201,7 @@ def _hf(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
         else:
             encoder = transformers.AutoModel.from_pretrained(folder, **options)
             model = MeanPooled(encoder, about.hidden_size, classes or 2)
-    _load_weights(model, config.weights)
+    _load_weights(model, config)
     return model
 
 
@@ -250,42 +252,44 @@ def _python(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
             f"python:{name}: the function returned {type(model).__name__}; it has to return an nn.Module",
             code="wrong-function-result",
         )
-    _load_weights(model, config.weights)
+    _load_weights(model, config)
     return model
 
 
-def _load_weights(model: nn.Module, source: str, head: str = "") -> None:
-    """Put pretrained weights into a model, all or none.
+def _load_weights(model: nn.Module, config: ModelConfig, head: str = "") -> None:
+    """Put pretrained weights into a model, if the configuration names some.
 
     Args:
         model: the model.
-        source: a `.safetensors` file, `python:package.module:function`, or empty for none.
+        config: of it.
         head: name of the module that may differ: where a shape there is another, the model keeps its own new values.
 
     Raises:
         SpecError: an unknown source, a file that cannot be read, or weights that do not fit.
     """
-    if not source:
+    if not config.weights:
         return
-    state, weights = model.state_dict(), _weights(model, source)
-    missing, extra = sorted(set(state) - set(weights)), sorted(set(weights) - set(state))
-    if missing or extra:
-        name = (missing or extra)[0]
-        what = "lacks" if missing else "has, and the model has not,"
+    weights = dict(_weights(model, config.weights))
+    for name, value in model.state_dict().items():
+        if head and name.startswith(f"{head}.") and name in weights and weights[name].shape != value.shape:
+            weights[name] = value
+    put_weights(model, config, weights, config.weights)
+
+
+def put_weights(model: nn.Module, config: ModelConfig, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Put the weights of a source into a model that was built for them by a configuration.
+
+    Raises:
+        SpecError: they are not those of this model.
+    """
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as fault:
+        reason = textwrap.shorten(str(fault).splitlines()[1], 200, placeholder=" ...")  # of several the first
         raise SpecError(
-            f"{source} does not fit the model: it {what} {name!r} (and {len(missing) + len(extra) - 1} more); "
-            "give weights of this very model, or leave model.weights out",
+            f"{source} does not fit the model that {config.name} builds now: {reason} Give weights of this very model",
             code="weights-do-not-fit",
-        )
-    new = {name for name in state if head and name.startswith(f"{head}.") and state[name].shape != weights[name].shape}
-    for name in state:
-        if name not in new and state[name].shape != weights[name].shape:
-            raise SpecError(
-                f"{source} does not fit the model: {name!r} is {list(weights[name].shape)} there and "
-                f"{list(state[name].shape)} here; give weights of this very model",
-                code="weights-do-not-fit",
-            )
-    model.load_state_dict({name: state[name] if name in new else weights[name] for name in state}, strict=True)
+        ) from fault
 
 
 def _weights(model: nn.Module, source: str) -> Mapping[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.data import TABLES, read_csv, read_table
-from lorasc_fx.cli.models import build_model, logits_of, set_mode
+from lorasc_fx.cli.models import build_model, logits_of, put_weights, set_mode
 from lorasc_fx.cli.preprocessing import Preprocessing
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import EVAL_BATCH, channels_last
@@ -42,8 +42,8 @@ def run_predict(arguments: PredictArguments) -> int:
     """Print the predictions and return the exit code.
 
     Raises:
-        StateError: the folder holds no run, no folded weights, or weights that the model cannot hold.
-        SpecError: an input cannot be read, or there is none.
+        StateError: the folder holds no run, or no folded weights.
+        SpecError: the model cannot hold the weights; an input cannot be read, or there is none.
     """
     folder = RunFolder(arguments.run)
     folder.check_run(checkpoint=False)
@@ -70,16 +70,10 @@ def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) 
     """Return the original model with folded weights in it, in eval mode."""
     model = build_model(replace(config.model, weights=""), classes).to(config.train.device)
     values = load_file(weights, device=config.train.device)
-    try:
-        model.load_state_dict(values, strict=True)
-    except RuntimeError as fault:
-        raise StateError(
-            f"{weights} does not fit the model that {config.model.name} builds now: {str(fault).splitlines()[-1]}",
-            code="weights-do-not-fit",
-        ) from fault
+    put_weights(model, config.model, values, weights)
     tied = [name for name, value in model.state_dict().items() if not torch.equal(value, values[name])]
     if tied:
-        raise StateError(
+        raise SpecError(
             f"{weights} holds two values for {tied[0]}, which the run untied (spec.untie) and {config.model.name} ties",
             code="weights-do-not-fit",
         )
