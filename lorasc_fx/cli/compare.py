@@ -116,7 +116,6 @@ class Result:
 
     def write(self, folder: Path) -> None:
         """Write the file of this run."""
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{Run(self.method, self.seed, self.lr).name}.json"
         write_whole(path, json.dumps(dataclasses.asdict(self)) + "\n")
 

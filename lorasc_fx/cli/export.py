@@ -25,25 +25,27 @@ __all__ = ["FORMATS", "ExportArguments", "FoldArguments", "open_run", "run_expor
 Which = Literal["slow", "averaged"]
 
 
-def open_run(run: Path) -> tuple[Setup, lx.Cascade, str]:
+def open_run(run: Path, output: Path, *, folder: bool) -> tuple[lx.Cascade, str]:
     """Build the run's model again and load its last checkpoint; return a description of its weights as well.
 
     Raises:
         StateError: the folder holds no run, or no checkpoint yet.
+        SpecError: the output file, or folder, cannot be written.
     """
-    folder = RunFolder(run)
-    folder.check_run()
-    setup = Setup.of(load_config(folder.config))
+    files = RunFolder(run)
+    files.check_run()
+    check_output(output, folder=folder)
+    setup = Setup.of(load_config(files.config))
     seed = setup.config.train.seed
     model, sample = setup.model(seed), setup.sample()
-    cascade = lx.load(folder.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
+    cascade = lx.load(files.checkpoint, model, args=sample.args, kwargs=sample.kwargs)
     ends = list(itertools.accumulate(setup.stage_steps(setup.config.train.stages), initial=0))
     step = int(cascade.resume()["step"])
     if step not in ends:
         cascade._run.warned.accept("pace-below-one")
         _warn_of_running(f"{run} at step {step} of {ends[-1]}", cascade.plan, cascade.stage)
     running = "" if step in ends else ", its running stage folded as it is"
-    return setup, cascade, f"weights at step {step} of {ends[-1]}{running}"
+    return cascade, f"weights at step {step} of {ends[-1]}{running}"
 
 
 def _warn_of_running(source: str, plan: Plan, stage: int) -> None:
@@ -86,9 +88,7 @@ def run_fold(arguments: FoldArguments) -> int:
         )
     if arguments.base is None:
         output = arguments.output or folder.folded
-        folder.check_run()
-        check_output(output, folder=output.suffix != ".safetensors")
-        _, cascade, weights = open_run(arguments.run)
+        cascade, weights = open_run(arguments.run, output, folder=output.suffix != ".safetensors")
         with reporting() as reporter:
             reporter.begin(f"fold {arguments.run}")
             lx.export.safetensors(cascade, output, which=arguments.which, progress=reporter.copied)
@@ -156,9 +156,7 @@ def run_export(arguments: ExportArguments) -> int:
             code="conflicting-options",
         )
     folder = adapter or (arguments.to == "safetensors" and arguments.output.suffix != ".safetensors")
-    RunFolder(arguments.run).check_run()
-    check_output(arguments.output, folder=folder)
-    _, cascade, weights = open_run(arguments.run)
+    cascade, weights = open_run(arguments.run, arguments.output, folder=folder)
     options: dict[str, Any] = {"which": arguments.which}
     with reporting() as reporter:
         reporter.begin(f"write {arguments.output}")

@@ -225,7 +225,6 @@ def run_report(arguments: ReportArguments) -> int:
         ended = not arguments.watch or bool(record.result)
         if ended or len(record.lines) != seen:
             check_output(output, folder=False)
-            output.parent.mkdir(parents=True, exist_ok=True)
             write_whole(output, page(record, 0.0 if ended else arguments.watch))
         if seen < 0 or ended:
             print(f"{output}: the report of {record.name}" + ("" if ended else ", which is still training"), flush=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from torch import Tensor
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_config
 from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.files import replacing
 from lorasc_fx.integrations.progress import FILE, append
 from lorasc_fx.quantized import dense
 from lorasc_fx.runtime import list_versions
@@ -279,10 +279,9 @@ def check_output(path: Path, *, folder: bool) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a file whole, or not at all."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def read_lines(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:

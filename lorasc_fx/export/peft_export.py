@@ -157,13 +157,15 @@ def peft(
     out = path_of(folder)
     _check_folder(out)
     with replacing(out) as new:
-        new.mkdir()
+        if out.is_dir():  # the user's own files stay
+            shutil.copytree(out, new, symlinks=True)
+        else:
+            new.mkdir()
+        for name in (CONFIG, TENSORS, "adapter_model.bin"):
+            (new / name).unlink(missing_ok=True)
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         shutil.copymode(new / CONFIG, new / TENSORS)  # safetensors lets its owner alone read it
-        for path in out.iterdir() if out.is_dir() else ():  # the user's own files stay
-            if path.name not in (CONFIG, TENSORS, "adapter_model.bin"):
-                _copy(path, new / path.name)
     written = PeftAdapter(out, ranks, change.cut, saved.modules)
     for line in str(written).splitlines()[1:]:
         log.info("export.peft: %s", line.strip())
@@ -340,10 +342,3 @@ def _check_folder(folder: Path) -> None:
         raise ExportError(
             f"{folder} holds other files and no {CONFIG}; give an empty folder, or a new one", code="path-in-the-way"
         )
-
-
-def _copy(path: Path, target: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.copytree(path, target, symlinks=True)
-    else:
-        shutil.copy2(path, target, follow_symlinks=False)

@@ -7,7 +7,6 @@ more than the model's own shapes allow.
 from __future__ import annotations
 
 import glob
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +42,9 @@ from lorasc_fx.peft_format import (
 )
 from lorasc_fx.quantized import dense
 from lorasc_fx.runtime import Cascade
+from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.experts import install_experts
+from lorasc_fx.runtime.manifest import parsed
 from lorasc_fx.spec import CascadeSpec, Rule
 from lorasc_fx.state import Factors
 
@@ -229,17 +230,12 @@ def read_config(folder: Path) -> AdapterConfig:
     """
     path = folder / CONFIG
     try:
-        if path.stat().st_size > LONGEST:
-            raise CheckpointError(
-                f"{path}: is larger than {LONGEST >> 20} MiB, which no adapter's configuration is",
-                code="file-too-large",
-            )
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parsed(plain_bytes(path, LONGEST, links=True))
     except OSError as fault:
         raise CheckpointError(
             f"{path}: cannot be read: {fault.strerror}; give the folder of a peft adapter", code="unreadable-file"
         ) from fault
-    except (ValueError, RecursionError) as fault:
+    except ValueError as fault:
         raise CheckpointError(f"{path}: is no JSON: {fault}", code="invalid-adapter") from fault
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: is a {type(data).__name__}, not a table", code="invalid-adapter")
@@ -250,18 +246,20 @@ def read_config(folder: Path) -> AdapterConfig:
         )
     for key, value in data.items():
         if key in UNSUPPORTED and value:
-            raise CheckpointError(f"{path}: {key} is {_short(value)}: {UNSUPPORTED[key]}", code="adapter-not-supported")
+            raise CheckpointError(
+                f"{path}: {key} is {sanitized(value)}: {UNSUPPORTED[key]}", code="adapter-not-supported"
+            )
         if value and key not in {*IGNORED, *READ, *UNSUPPORTED}:
             hint = nearest(key, {*IGNORED, *READ, *UNSUPPORTED})
             raise CheckpointError(
-                f"{path}: {key!r} is {_short(value)}, a key that this version does not know{hint}; "
+                f"{path}: {key!r} is {sanitized(value)}, a key that this version does not know{hint}; "
                 "it may change what the adapter computes",
                 code="adapter-not-supported",
             )
     start = data.get("init_lora_weights", True)
     if start not in _STARTS:
         raise CheckpointError(
-            f"{path}: init_lora_weights is {_short(start)}, which changes the base weights themselves",
+            f"{path}: init_lora_weights is {sanitized(start)}, which changes the base weights themselves",
             code="adapter-not-supported",
         )
     values = {name: _checked(path, name, data.get(name), name) for name in _FIELDS}
@@ -307,7 +305,7 @@ def _checked(path: Path, name: str, value: Any, field: str) -> Any:
     if value is None:
         return default
     if not is_valid(value):
-        raise CheckpointError(f"{path}: {name} is {_short(value)}; {rule}", code="invalid-adapter")
+        raise CheckpointError(f"{path}: {name} is {sanitized(value)}; {rule}", code="invalid-adapter")
     return value
 
 
@@ -317,17 +315,12 @@ def _check_pattern(path: Path, name: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as fault:
         raise CheckpointError(
-            f"{path}: {name}: {_short(pattern)} is no regular expression: {fault}", code="invalid-adapter"
+            f"{path}: {name}: {sanitized(pattern)} is no regular expression: {fault}", code="invalid-adapter"
         ) from fault
     if len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
         raise CheckpointError(
-            f"{path}: {name}: {_short(pattern)} repeats too much to be searched for safely", code="invalid-adapter"
+            f"{path}: {name}: {sanitized(pattern)} repeats too much to be searched for safely", code="invalid-adapter"
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 _HEADS = ("classifier", "score", "qa_outputs")

@@ -74,7 +74,6 @@ def safetensors(
         CheckpointError: base is not what was adapted.
         ExportError: the path cannot be written. Nothing is left there.
         SpecError: `quantized` with `base`, or another value.
-        CheckpointError: base is not what was adapted, or the path cannot be written. Nothing is left there.
         NonFiniteBranch: the running branch of a site holds inf or nan.
     """
     out, call = path_of(path), "export.safetensors"

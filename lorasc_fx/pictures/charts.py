@@ -22,15 +22,13 @@ def loss_over_steps(losses: Sequence[tuple[int, float]], transitions: Sequence[i
     """Draw the training loss, as logged and smoothed, with a line at each transition."""
     steps, values = zip(*losses, strict=True)
     with figure(WIDTH, HEIGHT) as drawn:
-        axes = _axes(drawn, "step", "loss")
-        _mark(axes, transitions)
+        axes = _axes_of_steps(drawn, "loss", transitions)
         mean = smoothed(values) if len(values) >= FEW else []
         faint = {"alpha": 0.35, "linewidth": 0.9} if mean else {"marker": "o", "markersize": 3}
         axes.plot(steps, values, color=SERIES[0], **faint)
         if mean:
             axes.plot(steps, mean, color=SERIES[0])
-        positive = min(values) > 0
-        if positive and max(values) > 50 * min(values):
+        if 0 < 50 * min(values) < max(values):
             axes.set_yscale("log")
         where = ", ".join(map(str, transitions)) if transitions else "none yet"
         caption = (
@@ -57,8 +55,7 @@ def rate_over_steps(rates: Sequence[tuple[int, float]], transitions: Sequence[in
     """Draw the learning rate, as logged, with a line at each transition."""
     steps, values = zip(*rates, strict=True)
     with figure(WIDTH, HEIGHT) as drawn:
-        axes = _axes(drawn, "step", "learning rate")
-        _mark(axes, transitions)
+        axes = _axes_of_steps(drawn, "learning rate", transitions)
         axes.plot(steps, values, color=SERIES[1])
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -69,32 +66,37 @@ def rate_over_steps(rates: Sequence[tuple[int, float]], transitions: Sequence[in
         return finished(drawn, "rate", "Learning rate over steps, as logged", caption, themed=True)
 
 
-def _mark(axes: Any, transitions: Sequence[int]) -> None:
-    """Draw a line at each transition, with the number of the stage that ends where there are few."""
+def _axes_of_steps(drawn: Any, up: str, transitions: Sequence[int]) -> Any:
+    """Return axes with a line at each transition, and the number of the stage that ends where there are few."""
+    axes = _axes(drawn, "step", up)
     for number, step in enumerate(transitions, start=1):
         axes.axvline(step, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
         if len(transitions) <= 12:
             top = axes.get_xaxis_transform()
             axes.text(step, 1.01, str(number), ha="center", va="bottom", fontsize=9, color=MUTED, transform=top)
+    return axes
 
 
-def slow_and_fast(rows: Sequence[tuple[int, float | None, float | None]], key: str, what: str) -> Picture:
-    """Draw a measure of slow and fast weights at the end of each stage: rows of (stage, slow, fast)."""
+def slow_and_fast(points: Sequence[tuple[int, float | None, float | None]], key: str, what: str) -> Picture:
+    """Draw a measure of slow and fast weights at the end of each stage, from (stage, slow, fast)."""
     with figure(WIDTH, HEIGHT) as drawn:
         axes = _axes(drawn, "stage", what)
         caption = []
-        for place, (name, column) in enumerate((("slow", 1), ("fast", 2))):
-            points = [(row[0], row[column]) for row in rows if row[column] is not None]
-            if not points:
-                continue
-            stages, values = zip(*points, strict=True)
-            style = {"marker": MARKERS[place], "linestyle": DASHES[place], "markersize": 5}
-            axes.plot(stages, values, color=SERIES[place], label=f"{name} weights", **style)
-            caption.append(f"{name}: " + ", ".join(f"{value:.4g}" for value in values))
-        axes.set_xticks(_whole([row[0] for row in rows]))
+        for index, name in enumerate(("slow", "fast")):
+            curve = [(stage, values[index]) for stage, *values in points if values[index] is not None]
+            if curve:
+                axes.plot(*zip(*curve, strict=True), label=f"{name} weights", markersize=5, **_style(index))
+                caption.append(f"{name}: " + ", ".join(f"{value:.4g}" for _, value in curve))
+        axes.set_xticks(_ticks([stage for stage, *_ in points]))
         axes.legend(loc="best", fontsize=9)
         title = f"{what.capitalize()} of slow beside fast weights, at the end of each stage"
         return finished(drawn, key, title, "; ".join(caption) + ".", themed=True)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Return what tells one curve from others, without its colour too."""
+    series = {"marker": MARKERS, "linestyle": DASHES, "color": SERIES}
+    return {name: choices[index % len(choices)] for name, choices in series.items()}
 
 
 def by_site(values: Mapping[int, Sequence[float | None]], key: str, what: str, sites: int) -> Picture:
@@ -111,41 +113,33 @@ def by_site(values: Mapping[int, Sequence[float | None]], key: str, what: str, s
             *edges, field, cmap=colours, edgecolors="face", linewidth=0.4, vmin=0, vmax=max(known, default=1) or 1
         )
         axes.set(xlim=(0.5, sites + 0.5), ylim=(len(stages) + 0.5, 0.5))
-        axes.set_xticks(_whole(range(1, sites + 1)))
-        axes.set_yticks(
-            _whole(range(1, len(stages) + 1)), [str(stages[n - 1]) for n in _whole(range(1, len(stages) + 1))]
-        )
+        axes.set_xticks(_ticks(range(1, sites + 1)))
+        rows = _ticks(range(1, len(stages) + 1))
+        axes.set_yticks(rows, [str(stages[row - 1]) for row in rows])
         box = axes.get_position()
         bar = drawn.add_axes((box.x1 + 0.03, box.y0, 0.03, box.height))
         drawn.colorbar(drawing, cax=bar).outline.set_visible(False)
         bar.tick_params(labelsize=9, length=3)
         means = [
-            f"stage {stage}: mean {sum(found) / len(found):.4g}, largest {max(found):.4g}"
+            f"stage {stage}: mean {sum(finite) / len(finite):.4g}, largest {max(finite):.4g}"
             for stage in stages[:: max(1, len(stages) // 8)]
-            if (found := [number for number in values[stage] if number is not None])
+            if (finite := [number for number in values[stage] if number is not None])
         ]
         caption = f"{sites} sites. " + "; ".join(means) + ". The table below has every number."
         return finished(drawn, key, f"{what.capitalize()} of each expert, by site and stage", caption, themed=True)
 
 
-def spectra(found: Mapping[str, Sequence[float]]) -> Picture:
+def spectra(deltas: Mapping[str, Sequence[float]]) -> Picture:
     """Draw the singular values of some deltas, largest first, on a logarithmic axis."""
-    with figure(WIDTH, HEIGHT + 15.0 * len(found)) as drawn:
-        axes = _axes(drawn, "singular value number", "singular value", foot=15.0 * len(found))
+    with figure(WIDTH, HEIGHT + 15.0 * len(deltas)) as drawn:
+        axes = _axes(drawn, "singular value number", "singular value", foot=15.0 * len(deltas))
         caption = []
-        for place, (name, values) in enumerate(found.items()):
-            floor = max(values) * 1e-8
-            positive = [number for number in values if number > floor]
-            style = {
-                "marker": MARKERS[place % len(MARKERS)],
-                "linestyle": DASHES[place % len(DASHES)],
-                "markersize": 3.5,
-            }
-            colour = SERIES[place % len(SERIES)]
-            axes.plot(range(1, len(positive) + 1), positive, color=colour, label=_short(name), **style)
+        for index, (name, values) in enumerate(deltas.items()):
+            positive = [number for number in values if number > max(values) * 1e-8]
+            axes.plot(range(1, len(positive) + 1), positive, label=_short(name), markersize=3.5, **_style(index))
             caption.append(f"{name}: {len(positive)} values from {positive[0]:.3g} to {positive[-1]:.3g}")
         axes.set_yscale("log")
-        axes.set_xticks(_whole(range(1, max(len(values) for values in found.values()) + 1)))
+        axes.set_xticks(_ticks(range(1, max(len(values) for values in deltas.values()) + 1)))
         axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.2), fontsize=9, borderaxespad=0)
         title = "Spectrum of the final slow delta, the sites of the largest norms"
         return finished(drawn, "spectrum", title, "; ".join(caption) + ".", themed=True)
@@ -164,11 +158,10 @@ def _axes(drawn: Any, across: str, up: str, foot: float = 0.0, right: float = 10
     return axes
 
 
-def _whole(numbers: Sequence[int]) -> list[int]:
-    """Return at most ten whole numbers to mark on an axis."""
+def _ticks(numbers: Sequence[int]) -> list[int]:
+    """Return at most eight of these numbers, to mark on an axis."""
     numbers = sorted(set(numbers))
-    step = max(1, math.ceil(len(numbers) / 8))
-    return numbers[::step]
+    return numbers[:: max(1, math.ceil(len(numbers) / 8))]
 
 
 def _short(name: str) -> str:
