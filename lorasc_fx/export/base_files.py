@@ -75,10 +75,10 @@ class Entry:
     def read(self, file: BinaryIO) -> torch.Tensor:
         """Return the tensor, in memory of its own."""
         tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        view, place = memoryview(data_of(tensor)).cast("B"), 0
+        view, offset = memoryview(data_of(tensor)).cast("B"), 0
         for block in self.blocks(file):
-            view[place : place + len(block)] = block
-            place += len(block)
+            view[offset : offset + len(block)] = block
+            offset += len(block)
         return tensor
 
     def fingerprint(self, file: BinaryIO) -> str:
@@ -159,14 +159,11 @@ def head_of(entries: Iterable[Entry], metadata: Mapping[str, str]) -> tuple[byte
     """
     order = sorted(entries, key=lambda entry: (-DTYPES[entry.dtype].itemsize, entry.name))
     table: dict[str, object] = {"__metadata__": dict(metadata)}
-    place = 0
+    offset = 0
     for entry in order:
-        table[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [place, place + entry.size],
-        }
-        place += entry.size
+        offsets = [offset, offset + entry.size]
+        table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        offset += entry.size
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, [entry.name for entry in order]
@@ -187,15 +184,90 @@ _WIDER = {
 
 
 @dataclass
-class _Found:
-    names: dict[str, str] = field(default_factory=dict)  # of parameters, by key
-    wider: dict[str, torch.dtype] = field(default_factory=dict)  # that the model was adapted in, by key
-    foreign: list[tuple[Path, Entry, str]] = field(default_factory=list)  # keys that are none by their name
-    added: set[str] = field(default_factory=set)  # parameters that the files lack, or have in another shape
+class _Matching:
+    """Which tensor of the files is which parameter, by their bytes.
+
+    Args:
+        weights: of the fold.
+        base: the path that was given, for messages.
+        names: of parameters, by the names of the tensors.
+        wider: dtypes that the model was adapted in, by the names of the tensors, which have narrower ones.
+        unnamed: tensors that no parameter has the name of, with their fingerprints.
+        added: parameters that the files lack, or have in another shape.
+    """
+
+    weights: FoldedWeights
+    base: Path
+    names: dict[str, str] = field(default_factory=dict)
+    wider: dict[str, torch.dtype] = field(default_factory=dict)
+    unnamed: list[tuple[Path, Entry, str]] = field(default_factory=list)
+    added: set[str] = field(default_factory=set)
+
+    def take(self, path: Path, entry: Entry, file: BinaryIO, name: str | None) -> None:
+        """Take one tensor of a file, whose name is that of a parameter or no one's."""
+        weights, digest = self.weights, entry.fingerprint(file)
+        expected = weights.base.get(name or "")
+        if name is None or expected is None:
+            self.unnamed.append((path, entry, digest))
+        elif digest == expected:
+            self.names[entry.name] = name
+        elif dtype := _wide(entry, file).get(expected):
+            self.names[entry.name], self.wider[entry.name] = name, dtype
+        elif name in weights.whole and entry.name == name and entry.shape != tuple(weights.whole[name].shape):
+            self.added.add(name)
+        elif entry.name in weights.base or entry.name in weights.aliases:
+            raise CheckpointError(
+                f"base: {entry.name} of {path} holds other numbers than the {name} that was adapted "
+                f"({weights.where}); give the files of the model that was adapted",
+                code="base-differs",
+            )
+        else:  # a prefix that fits by chance
+            self.unnamed.append((path, entry, digest))
+
+    def match_unnamed(self, keys: Iterable[str]) -> None:
+        """Find changed weights that have other names in the files, and other names of tied ones, by their bytes."""
+        weights = self.weights
+        by_digest: dict[str, list[tuple[Path, Entry]]] = {}
+        expected = {weights.base[name] for name in weights.changes if name in weights.base}
+        for path, entry, digest in self.unnamed:
+            by_digest.setdefault(digest, []).append((path, entry))
+            if self.wider:
+                with path.open("rb") as file:
+                    for other, dtype in _wide(entry, file).items():
+                        by_digest.setdefault(other, []).append((path, entry))
+                        if other in expected:
+                            self.wider[entry.name] = dtype
+        named = {*self.names.values(), *self.added}
+        missing = [name for name in weights.changes if name not in named]
+        for name in weights.changes:
+            if name in self.added:
+                continue
+            entries = by_digest.get(weights.base.get(name, "-"), [])
+            rivals = [other for other in missing if weights.base[other] == weights.base[name]]
+            distinct = all(_distinct(path, entry) for path, entry in entries)
+            if name in named:
+                entries = entries if distinct else []
+            elif not entries and name in weights.whole:
+                self.added.add(name)
+            elif not entries:
+                raise CheckpointError(
+                    f"base: {self.base} holds no tensor with the numbers that {name} had before ({weights.where})"
+                    f"{nearest(name, keys)}. Give the files of the model that was adapted; what they do not hold, or "
+                    "hold in another layout, lorasc_fx.export.safetensors(cascade, folder) writes without a base",
+                    code="base-tensor-missing",
+                )
+            elif len(rivals) > 1 or not (distinct or len(entries) == 1):
+                others = ", ".join(entry.name for _, entry in entries)
+                raise CheckpointError(
+                    f"base: {name} goes by another name in {self.base}, and cannot be recognized by its numbers: "
+                    f"{others} all hold the same; rename the tensors there as the model names them",
+                    code="base-ambiguous",
+                )
+            self.names |= dict.fromkeys((entry.name for _, entry in entries), name)
 
 
 def matched(
-    weights: FoldedWeights, base: Path, shards: Sequence[Shard], tell: Callable[[int], None]
+    weights: FoldedWeights, base: Path, shards: Sequence[Shard], done: Callable[[int], None]
 ) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
     """Return what is to change, and what to add, by the names of the files; every tensor is read once.
 
@@ -205,30 +277,29 @@ def matched(
         weights: of the fold.
         base: the path that was given, for messages.
         shards: the files.
-        tell: is called with each tensor's size, when it was read.
+        done: is called with each tensor's size, when it was read.
 
     Raises:
         CheckpointError: the files are another base, or hold no tensor that a changed weight was.
     """
     keys = {entry.name: shard.path for shard in shards for entry in shard.entries}
     names = _by_name(weights, keys)
-    found, changes = _Found(), dict[str, Change]()
+    matching, changes = _Matching(weights, base), dict[str, Change]()
     for shard in shards:
         with shard.path.open("rb") as file:
             for entry in shard.entries:
                 name = names.get(entry.name)
-                if name is not None and name in weights.buffers:
-                    if change := _buffer(weights.buffers[name], entry, file):
-                        changes[entry.name] = change
-                else:
-                    _look(weights, entry, file, shard.path, name, found)
-                tell(entry.size)
-    _unnamed(weights, base, keys, found)
-    for key, name in found.names.items():
+                if name is None or name not in weights.buffers:
+                    matching.take(shard.path, entry, file, name)
+                elif change := _buffer(weights.buffers[name], entry, file):
+                    changes[entry.name] = change
+                done(entry.size)
+    matching.match_unnamed(keys)
+    for key, name in matching.names.items():
         if name in weights.changes:
-            dtype = found.wider.get(key)
+            dtype = matching.wider.get(key)
             changes[key] = weights.changes[name] if dtype is None else partial(_rounded, weights.changes[name], dtype)
-    return changes, {name: weights.whole[name] for name in found.added}
+    return changes, {name: weights.whole[name] for name in matching.added}
 
 
 def _rounded(change: Change, dtype: torch.dtype, base: torch.Tensor) -> torch.Tensor:
@@ -241,30 +312,7 @@ def _by_name(weights: FoldedWeights, keys: Mapping[str, Path]) -> dict[str, str]
     known = {*weights.base, *weights.aliases, *weights.buffers}
     elsewhere = renamed(known, dict(keys))
     first = {name: weights.aliases.get(name, (name,))[0] for name in known}
-    found = {key: first[name] for name, key in elsewhere.items()}
-    return found | {name: first[name] for name in known if name in keys}
-
-
-def _look(weights: FoldedWeights, entry: Entry, file: BinaryIO, path: Path, name: str | None, found: _Found) -> None:
-    """Note what one tensor of a file is."""
-    digest = entry.fingerprint(file)
-    expected = weights.base.get(name or "")
-    if name is None or expected is None:
-        found.foreign.append((path, entry, digest))
-    elif digest == expected:
-        found.names[entry.name] = name
-    elif dtype := _wide(entry, file).get(expected):
-        found.names[entry.name], found.wider[entry.name] = name, dtype
-    elif name in weights.whole and entry.name == name and entry.shape != tuple(weights.whole[name].shape):
-        found.added.add(name)
-    elif entry.name in weights.base or entry.name in weights.aliases:
-        raise CheckpointError(
-            f"base: {entry.name} of {path} holds other numbers than the {name} that was adapted "
-            f"({weights.where}); give the files of the model that was adapted",
-            code="base-differs",
-        )
-    else:  # a prefix that fits by chance
-        found.foreign.append((path, entry, digest))
+    return {key: first[name] for name, key in elsewhere.items()} | {name: first[name] for name in known if name in keys}
 
 
 def _wide(entry: Entry, file: BinaryIO) -> dict[str, torch.dtype]:
@@ -272,48 +320,6 @@ def _wide(entry: Entry, file: BinaryIO) -> dict[str, torch.dtype]:
     wider = _WIDER.get(DTYPES.get(entry.dtype, torch.bool), ())
     tensor = entry.read(file) if wider else torch.empty(0)
     return {fingerprint(tensor.to(dtype)): dtype for dtype in wider}
-
-
-def _unnamed(weights: FoldedWeights, base: Path, keys: Mapping[str, Path], found: _Found) -> None:
-    """Find changed weights that have other names in the files, and other names of tied ones, by their bytes."""
-    alike: dict[str, list[tuple[Path, Entry]]] = {}
-    expected = {weights.base[name] for name in weights.changes if name in weights.base}
-    for path, entry, digest in found.foreign:
-        alike.setdefault(digest, []).append((path, entry))
-        if found.wider:
-            with path.open("rb") as file:
-                for other, dtype in _wide(entry, file).items():
-                    alike.setdefault(other, []).append((path, entry))
-                    if other in expected:
-                        found.wider[entry.name] = dtype
-    named = {*found.names.values(), *found.added}
-    missing = [name for name in weights.changes if name not in named]
-    for name in weights.changes:
-        places = alike.get(weights.base.get(name, "-"), [])
-        rivals = [other for other in missing if weights.base[other] == weights.base[name]]
-        distinct = all(_distinct(path, entry) for path, entry in places)
-        if name in found.added:
-            continue
-        if name in named:
-            places = places if distinct else []
-        elif not places and name in weights.whole:
-            found.added.add(name)
-            continue
-        elif not places:
-            raise CheckpointError(
-                f"base: {base} holds no tensor with the numbers that {name} had before ({weights.where})"
-                f"{nearest(name, keys)}. Give the files of the model that was adapted; what they do not hold, or hold "
-                "in another layout, lorasc_fx.export.safetensors(cascade, folder) writes without a base",
-                code="base-tensor-missing",
-            )
-        elif len(rivals) > 1 or not (distinct or len(places) == 1):
-            others = ", ".join(entry.name for _, entry in places)
-            raise CheckpointError(
-                f"base: {name} goes by another name in {base}, and cannot be recognized by its numbers: {others} all "
-                "hold the same; rename the tensors there as the model names them",
-                code="base-ambiguous",
-            )
-        found.names |= dict.fromkeys((entry.name for _, entry in places), name)
 
 
 def _distinct(path: Path, entry: Entry) -> bool:

@@ -92,22 +92,22 @@ def safetensors(
         values: Values = {}
         entries: list[Entry] = []
         for name, held, folded in folded_each(cascade._run, call, quantized, which):
-            now, new = held, folded
-            if quantized is not None and is_quantized(held):
-                now, new = torch.empty(held.shape, dtype=held.dtype, device="meta"), partial(_dense, folded)
-            if not isinstance(now, torch.Tensor):
+            if not isinstance(held, torch.Tensor):
                 raise StateError(
-                    f"{call}: {name} of the state dict is {type(now).__name__}, and no tensor", code="not-serializable"
+                    f"{call}: {name} of the state dict is {type(held).__name__}, and no tensor",
+                    code="not-serializable",
                 )
-            entries.append(entry_of(name, now))
-            values[name] = new
-        tell = _teller(progress, sum(entry.size for entry in entries))
-        with replacing(out) as room:
+            dequantized = quantized is not None and is_quantized(held)
+            shape = torch.empty(held.shape, dtype=held.dtype, device="meta")
+            entries.append(entry_of(name, shape if dequantized else held))
+            values[name] = partial(_dense, folded) if dequantized else folded
+        done = _counter(progress, sum(entry.size for entry in entries))
+        with replacing(out) as new:
             if out.suffix == ".safetensors":
-                _write(room, entries, values, tell)
+                _write(new, entries, values, done)
             else:
-                room.mkdir()
-                _write_folder(room, entries, values, max_shard_bytes, tell)
+                new.mkdir()
+                _write_folder(new, entries, values, max_shard_bytes, done)
         return out
 
 
@@ -115,31 +115,31 @@ def _dense(value: Callable[[], torch.Tensor]) -> torch.Tensor:
     return dense(value())
 
 
-def _teller(progress: Progress | None, total: int) -> Callable[[int], None]:
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
     """Return what is called with the size of each tensor that is done, and reports their sum."""
-    done = 0
+    bytes_done = 0
 
-    def tell(size: int) -> None:
-        nonlocal done
-        done += size
+    def done(size: int) -> None:
+        nonlocal bytes_done
+        bytes_done += size
         if progress is not None:
-            progress(done, total)
+            progress(bytes_done, total)
 
-    return tell
+    return done
 
 
-def _write_folder(folder: Path, entries: list[Entry], values: Values, most: int, tell: Callable[[int], None]) -> None:
+def _write_folder(folder: Path, entries: list[Entry], values: Values, most: int, done: Callable[[int], None]) -> None:
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(other.size for other in shards[-1]) + entry.size > most:
             shards.append([])
         shards[-1].append(entry)
     if len(shards) == 1:
-        _write(folder / SINGLE, entries, values, tell)
+        _write(folder / SINGLE, entries, values, done)
         return
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        _write(folder / name, shard, values, tell)
+        _write(folder / name, shard, values, done)
     index = {
         "metadata": {"total_size": sum(entry.size for entry in entries)},
         "weight_map": {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard},
@@ -147,14 +147,14 @@ def _write_folder(folder: Path, entries: list[Entry], values: Values, most: int,
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(path: Path, entries: list[Entry], values: Values, tell: Callable[[int], None]) -> None:
+def _write(path: Path, entries: list[Entry], values: Values, done: Callable[[int], None]) -> None:
     head, order = head_of(entries, {"format": "pt"})
     sizes = {entry.name: entry.size for entry in entries}
     with path.open("wb") as file:
         file.write(head)
         for name in order:
             write_tensor(file, values[name]())
-            tell(sizes[name])
+            done(sizes[name])
 
 
 def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress | None) -> Path:
@@ -174,27 +174,27 @@ def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress
     shards = [read_shard(path) for path in shards_of(base)]
     single = base.is_file() and base.suffix != ".json"
     check_free(out, base)
-    tell = _teller(progress, 2 * sum(entry.size for shard in shards for entry in shard.entries))
-    changes, added = matched(weights, base, shards, tell)
+    done = _counter(progress, 2 * sum(entry.size for shard in shards for entry in shard.entries))
+    changes, added = matched(weights, base, shards, done)
     shards = extended(shards, added)
-    with replacing(out) as room:
+    with replacing(out) as new:
         if single:
-            _write_like(shards[0], changes, added, room, tell)
+            _write_like(shards[0], changes, added, new, done)
             return out
-        room.mkdir()
+        new.mkdir()
         folder = base if base.is_dir() else base.parent
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
-                shutil.copyfile(path, room / path.name)
-        if added and (room / INDEX).exists():
-            index = json.loads((room / INDEX).read_text(encoding="utf-8"))
+                shutil.copyfile(path, new / path.name)
+        if added and (new / INDEX).exists():
+            index = json.loads((new / INDEX).read_text(encoding="utf-8"))
             index["weight_map"] |= dict.fromkeys(added, shards[-1].path.name)
             index.setdefault("metadata", {})["total_size"] = sum(
                 entry.size for shard in shards for entry in shard.entries
             )
-            (room / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for shard in shards:
-            _write_like(shard, changes, added, room / shard.path.name, tell)
+            _write_like(shard, changes, added, new / shard.path.name, done)
     return out
 
 
@@ -216,7 +216,7 @@ def _write_like(
     changes: Mapping[str, Change],
     added: Mapping[str, torch.Tensor],
     path: Path,
-    tell: Callable[[int], None],
+    done: Callable[[int], None],
 ) -> None:
     """Write one file: its own header, and one tensor after the other, computed or copied."""
     with shard.path.open("rb") as source, path.open("wb") as target:
@@ -237,4 +237,4 @@ def _write_like(
                         f"{value.dtype} in the fold; the checkpoint was edited, take one that save wrote"
                     )
                 write_tensor(target, value)
-            tell(entry.size)
+            done(entry.size)
