@@ -8,17 +8,19 @@ Source: peft 0.21, `tuners/lora/layer.py`, `tuners/lora/config.py`, `utils/other
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from lorasc_fx.spec import CascadeSpec, Rule
 from lorasc_fx.state import Factors
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "key_path",
     "keys_of",
     "layout_of",
+    "lora_spec",
     "parameter_layout",
     "wrap_counts",
 ]
@@ -229,6 +232,31 @@ def key_path(path: str, wraps: Mapping[str, int]) -> str:
     above = (".".join(names[:count]) for count in range(1, len(names)))
     parts = ([name, *["base_layer"] * wraps.get(outer, 0)] for name, outer in zip(names, above, strict=False))
     return ".".join([*chain.from_iterable(parts), names[-1]])
+
+
+def lora_spec(
+    pairs: Mapping[str, tuple[int, float]], usual: tuple[int, float], train: Iterable[str], **options: Any
+) -> CascadeSpec:
+    """Return a spec that adapts these weights and trains these parameters in full.
+
+    Args:
+        pairs: rank and lora_alpha by the weight's name.
+        usual: rank and lora_alpha without a rule.
+        train: names of parameters.
+        options: other fields of the spec.
+    """
+    return CascadeSpec(
+        targets=tuple(map(glob.escape, pairs)),
+        train=tuple(dict.fromkeys(map(glob.escape, train))),
+        rules=tuple(
+            Rule(glob.escape(name), rank, float(alpha))
+            for name, (rank, alpha) in pairs.items()
+            if (rank, alpha) != usual
+        ),
+        rank=usual[0],
+        lora_alpha=float(usual[1]),
+        **options,
+    )
 
 
 Value = TypeVar("Value")

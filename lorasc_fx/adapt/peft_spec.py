@@ -7,7 +7,6 @@ _maybe_include_all_linear_layers`.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from lorasc_fx.errors import SpecError, UnknownTarget
-from lorasc_fx.peft_format import IGNORED, READ, UNSUPPORTED, by_pattern
-from lorasc_fx.spec import CascadeSpec, Rule
+from lorasc_fx.peft_format import IGNORED, READ, UNSUPPORTED, by_pattern, lora_spec
+from lorasc_fx.spec import CascadeSpec
 
 __all__ = ["spec_of"]
 
@@ -58,23 +57,19 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
         raise UnknownTarget(f"spec: target_modules={values['target_modules']!r} mean no module with a weight")
     names += values["target_parameters"] or []
     ranks, alphas = values["rank_pattern"] or {}, values["alpha_pattern"] or {}
-    rules = []
+    pairs = {}
     for name in names:
         path = name.removesuffix(".weight")
-        pair = by_pattern(ranks, path, values["r"]), by_pattern(alphas, path, values["lora_alpha"])
-        if pair != (values["r"], values["lora_alpha"]):
-            rules.append(Rule(glob.escape(name), pair[0], float(pair[1])))
+        pairs[name] = by_pattern(ranks, path, values["r"]), by_pattern(alphas, path, values["lora_alpha"])
     parameters = dict(model.named_parameters())
     train = [name for name in parameters if name.rpartition(".")[0] in saved]
     if values["bias"] != "none":
         biased = [f"{path}.bias" for path in targets] if values["bias"] == "lora_only" else list(parameters)
-        train += [name for name in biased if name.endswith("bias") and name in parameters and name not in train]
-    return CascadeSpec(
-        targets=tuple(map(glob.escape, names)),
-        train=tuple(map(glob.escape, train)),
-        rules=tuple(rules),
-        rank=values["r"],
-        lora_alpha=float(values["lora_alpha"]),
+        train += [name for name in biased if name.endswith("bias") and name in parameters]
+    return lora_spec(
+        pairs,
+        (values["r"], values["lora_alpha"]),
+        train,
         use_rslora=bool(values["use_rslora"]),
         use_dora=bool(values["use_dora"]),
         dropout=float(values["lora_dropout"]),
@@ -88,19 +83,19 @@ def _targets(values: Mapping[str, Any], model: nn.Module) -> list[str]:
     layers, pattern = values["layers_to_transform"], values["layers_pattern"]
     layers = [layers] if isinstance(layers, int) else layers
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    found = []
+    paths = []
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not path or not isinstance(weight, nn.Parameter) or weight.dim() < 2 or _means(excluded, path):
             continue
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
             if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not output:
-                found.append(path)
+                paths.append(path)
         elif (wanted is not None and _means(wanted, path)) and (
             layers is None or isinstance(wanted, str) or _layer_of(path, pattern) in layers
         ):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def _means(patterns: str | Iterable[str], path: str) -> bool:

@@ -97,17 +97,17 @@ def warn_of_random_weights(config: ModelConfig) -> None:
         )
 
 
-def tokenizer_of(config: ModelConfig, kept: Path | None = None) -> Any:
+def tokenizer_of(config: ModelConfig, saved: Path | None = None) -> Any:
     """Return the tokenizer of a text model, as transformers makes it; None for a model that takes images.
 
     Args:
         config: of the model.
-        kept: a folder with a tokenizer that is read in place of the model's, if it is there.
+        saved: a folder with a tokenizer that is read in place of the model's, if it is there.
     """
     if not config.name.startswith("hf:"):
         return None
     transformers = module_of("text", "transformers")
-    folder = kept if kept is not None and kept.is_dir() else _hf_folder(config.name[3:])
+    folder = saved if saved is not None and saved.is_dir() else _hf_folder(config.name[3:])
     with reading(config.name, "transformers", code="unreadable-model"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if tokenizer.pad_token is None:

@@ -74,9 +74,8 @@ def compressed(pair: Factors, rank: int) -> tuple[Factors, CutOff]:
     before, norm = pair.a.shape[-2], float(values.norm())
     if rank >= before:
         return pair, CutOff(before, before, 0.0, norm)
-    kept = min(rank, values.shape[-1])
-    cut = CutOff(before, kept, float(values[..., kept:].norm()), norm)
-    return truncated(left, values, right, kept), cut
+    rank = min(rank, values.shape[-1])
+    return truncated(left, values, right, rank), CutOff(before, rank, float(values[..., rank:].norm()), norm)
 
 
 def padded(pair: Factors, rank: int) -> Factors:
@@ -126,13 +125,17 @@ class Change:
             self.pairs = {name: padded(pair, one) for name, pair in self.pairs.items()}
 
 
-def _add_scaled(change: Change, state: WeightState, terms: Sequence[tuple[float, Factors]], rows: torch.Tensor) -> None:
-    """Note `diag(rows) W0 + b a` as `diag(rows) (W0 + diag(1 / rows) b a)`: the pair, and the norms that this has."""
-    pair = scaled(_total(terms) or nothing(state), 1 / rows, state.transposed)
+def _add_scaled(
+    change: Change, state: WeightState, terms: Sequence[tuple[float, Factors]], row_scale: torch.Tensor
+) -> None:
+    """Note `diag(d) W0 + b a` as `diag(d) (W0 + diag(1 / d) b a)`, of a row scale d: the pair, and the norms that this
+    has.
+    """
+    pair = scaled(_total(terms) or nothing(state), 1 / row_scale, state.transposed)
     weight = dense(state.base).double().cpu()
     total = weight + (pair.b @ pair.a).view_as(weight)
-    own = total.mT if state.transposed else total
-    change.pairs[state.name], change.magnitudes[state.name] = pair, rows * own.flatten(1).norm(dim=1)
+    norms = (total.mT if state.transposed else total).flatten(1).norm(dim=1)
+    change.pairs[state.name], change.magnitudes[state.name] = pair, row_scale * norms
 
 
 def _total(terms: Sequence[tuple[float, Factors]]) -> Factors | None:
@@ -162,18 +165,17 @@ def change_of(run: Run, which: Which) -> Change:
         _, delta, terms = state.terms(at if live is None else "fast", live, gain)
         if delta is not None and bool(delta.any()):
             terms.append((1.0, factored(delta)))
-        rows = state.scale(gain)
-        if rows is None and terms and run.plan.spec.row_scale.trained:  # experts that came from elsewhere
-            rows = torch.ones(state.out, dtype=torch.float64)
+        row_scale = state.scale(gain)
+        if row_scale is None and terms and run.plan.spec.row_scale.trained:  # experts that came from elsewhere
+            row_scale = torch.ones(state.out, dtype=torch.float64)
         if state.noises:
             change.refused[name] = "it keeps the noise of a stage (noise.keep), which has no low rank"
-        elif rows is not None and not bool(rows.all()):
+        elif row_scale is not None and not bool(row_scale.all()):
             change.refused[name] = "a row of it was scaled to 0, which no magnitude does"
-        elif rows is not None:
-            _add_scaled(change, state, terms, rows)
+        elif row_scale is not None:
+            _add_scaled(change, state, terms, row_scale)
         elif (pair := _total(terms)) is not None:
             change.pairs[name] = pair
     for name, value in run.trained_parameters().items():
-        found = trained_value(slow, name, which, value)
-        change.trained[name] = found.detach().to("cpu", value.dtype)
+        change.trained[name] = trained_value(slow, name, which, value).detach().to("cpu", value.dtype)
     return change

@@ -6,7 +6,6 @@ more than the model's own shapes allow.
 
 from __future__ import annotations
 
-import glob
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +37,7 @@ from lorasc_fx.peft_format import (
     by_pattern,
     keys_of,
     layout_of,
+    lora_spec,
     parameter_layout,
 )
 from lorasc_fx.quantized import dense
@@ -45,7 +45,7 @@ from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.experts import install_experts
 from lorasc_fx.runtime.manifest import parsed
-from lorasc_fx.spec import CascadeSpec, Rule
+from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Factors
 
 __all__ = ["from_peft", "peft_spec"]
@@ -105,18 +105,10 @@ def peft_spec(folder: str | PathLike[str], model: nn.Module) -> CascadeSpec:
 
 def _spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
     config, canonical = adapter.config, named_weights(model).canonical
-    usual = (config.rank, config.lora_alpha)
-    rules = [
-        Rule(glob.escape(name), pair.rank, pair.lora_alpha)
-        for name, pair in adapter.pairs.items()
-        if (pair.rank, pair.lora_alpha) != usual
-    ]
-    return CascadeSpec(
-        targets=tuple(glob.escape(name) for name in adapter.pairs),
-        train=tuple(dict.fromkeys(glob.escape(canonical[name]) for name in adapter.whole if name in canonical)),
-        rules=tuple(rules),
-        rank=config.rank,
-        lora_alpha=config.lora_alpha,
+    return lora_spec(
+        {name: (pair.rank, pair.lora_alpha) for name, pair in adapter.pairs.items()},
+        (config.rank, config.lora_alpha),
+        (canonical[name] for name in adapter.whole if name in canonical),
         use_rslora=config.use_rslora,
         dropout=config.dropout,
     )
@@ -150,8 +142,7 @@ def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str,
 
 
 def _same(one: Pair, other: Pair) -> bool:
-    pairs = ((one.factors.b, other.factors.b), (one.factors.a, other.factors.a))
-    return one.scale == other.scale and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+    return torch.equal(one.factors.b, other.factors.b) and torch.equal(one.factors.a, other.factors.a)
 
 
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
@@ -164,7 +155,7 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
         if run.plan.site(weight) is None:
             left_out.append(f"{weight} is not adapted here: {reasons.get(weight, 'no call has used it yet')}")
             continue
-        experts[weight] = [(1.0, Factors(pair.factors.b * pair.scale, pair.factors.a))]
+        experts[weight] = [(1.0, pair.factors)]
     trained, buffers = {}, {}
     for name, value in adapter.whole.items():
         if name not in canonical:
@@ -329,12 +320,11 @@ _HEADS = ("classifier", "score", "qa_outputs")
 
 @dataclass(frozen=True)
 class Pair:
-    """Of one target: the factors as peft has them, in our layout without the scale, and what scales them."""
+    """Of one target: rank and lora_alpha as peft has them, and our factors, with the scale in `b`."""
 
     target: Target
     rank: int
     lora_alpha: float
-    scale: float
     factors: Factors
 
 
@@ -461,7 +451,7 @@ class _Reader:
             raise CheckpointError(
                 f"{self.path}: the factors of {target.path} hold inf or nan", code="non-finite-tensor"
             )
-        return Pair(target, rank, alpha, scale, factors)
+        return Pair(target, rank, alpha, Factors(factors.b * scale, factors.a))
 
     def check_copy(self, key: str, name: str, value: torch.Tensor) -> None:
         """Refuse a copy of a base weight that is another: peft writes embeddings along with their adapters."""

@@ -127,9 +127,9 @@ def as_module(cascade: Cascade) -> Any:
         modules = vars(self)["_modules"]
         return modules["cascade"] if name == "cascade" else getattr(modules["cascade"].model, name)
 
-    made: Any = type(kind.__name__, (kind,), {"forward": forward, "__getattr__": attribute, "__module__": __name__})
-    module = made.__new__(made)
-    own = nn.Module()
-    own.cascade = cascade
-    vars(module).update({**vars(model), **vars(own)})
+    attributes = {"forward": forward, "__getattr__": attribute, "__module__": __name__}
+    subclass: Any = type(kind.__name__, (kind,), attributes)
+    module, holder = subclass.__new__(subclass), nn.Module()
+    holder.cascade = cascade
+    vars(module).update({**vars(model), **vars(holder)})
     return module

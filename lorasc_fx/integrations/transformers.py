@@ -292,19 +292,21 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             passes: dict[str, bool | None] = dict.fromkeys(self._passes, prediction_loss_only)
             if self.plateau is not None and self._trainer.is_in_train:
                 passes.setdefault("fast", True)  # of which the plateau needs the loss alone
-            found: Any = None
+            first: Any = None
             for which, loss_only in passes.items():
-                held = copy.deepcopy(vars(self._trainer).get("_metrics"))
+                sums = copy.deepcopy(vars(self._trainer).get("_metrics"))
                 with self._placing(which):
-                    made = original(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
-                if found is None:
-                    found = made
-                elif held is not None:
-                    self._trainer._metrics = held  # where TRL's trainers sum what they measure: of the first pass
+                    output = original(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
+                if first is None:
+                    first = output
+                elif sums is not None:
+                    self._trainer._metrics = sums  # where TRL's trainers sum what they measure: of the first pass
                 prefix = f"{metric_key_prefix}_"
-                named = {f"{prefix}{which}_{name.removeprefix(prefix)}": made.metrics[name] for name in made.metrics}
-                found.metrics.update({name: named[name] for name in named if not name.endswith(_TIME)})
-            return found
+                metrics = {
+                    f"{prefix}{which}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics
+                }
+                first.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
+            return first
 
         return evaluation_loop
 
@@ -497,11 +499,13 @@ def _replace_fused_head(cascade: Cascade) -> None:
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        own = type(cascade).forward
+        plain = type(cascade).forward
         if not fused_lm_head:
             asked = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            return own(cascade, *args, **kwargs, **{name: value for name, value in asked.items() if value is not None})
-        logits = own(cascade, *args, **kwargs).logits.float() / temperature
+            return plain(
+                cascade, *args, **kwargs, **{name: value for name, value in asked.items() if value is not None}
+            )
+        logits = plain(cascade, *args, **kwargs).logits.float() / temperature
         if shift_labels is None:
             assert labels is not None
             logits, shift_labels = logits[:, :-1], labels[:, 1:]
@@ -557,15 +561,15 @@ def _calling_trainer() -> tuple[Any, dict[str, Any]]:
 
     No event is given the Trainer, and one Trainer is meant.
     """
-    frame, found, given = inspect.currentframe(), None, dict[str, Any]()
+    frame, trainer, arguments = inspect.currentframe(), None, dict[str, Any]()
     while frame is not None:
-        held = frame.f_locals.get("self")
-        if isinstance(held, Trainer) and (found is None or held is found):
-            found = held
-            given |= frame.f_locals if frame.f_code.co_name == "__init__" else {}
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and (trainer is None or caller is trainer):
+            trainer = caller
+            arguments |= frame.f_locals if frame.f_code.co_name == "__init__" else {}
         frame = frame.f_back
-    if found is not None:
-        return found, given
+    if trainer is not None:
+        return trainer, arguments
     raise StateError(
         "CascadeCallback: nobody that called on_init_end is a Trainer; it works in one only", code="no-trainer"
     )

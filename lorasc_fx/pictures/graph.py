@@ -246,11 +246,10 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
         near = _around(seeds, radius)
         shown = [node for node in graph_module.graph.nodes if node in near]
         symbols: dict[str, str] = {}
-        own = {
-            node.name: Box(_kind(node, branches, plan), _lines(node, branches, plan, symbols), _cut(node, near))
-            for node in shown
-        }
-        boxes |= {prefix + name: box for name, box in own.items()}
+        for node in shown:
+            cut = any(neighbour not in near for neighbour in (*node.all_input_nodes, *node.users))
+            lines = _lines(node, branches, plan, symbols)
+            boxes[prefix + node.name] = Box(_kind(node, branches, plan), lines, cut)
         arrows += [
             (prefix + source.name, prefix + node.name)
             for node in shown
@@ -266,21 +265,17 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
     return Scene(boxes, tuple(arrows))
 
 
-def _cut(node: fx.Node, shown: set[fx.Node]) -> bool:
-    return any(neighbour not in shown for neighbour in (*node.all_input_nodes, *node.users))
-
-
 def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
     near = set(seeds)
     front = list(seeds)
     for _ in range(radius):
-        found = []
+        reached = []
         for node in front:
             neighbours = [*node.all_input_nodes, *node.users]
             if node in seeds or len(neighbours) <= CROWD:
-                found += [neighbour for neighbour in neighbours if neighbour not in near]
+                reached += [neighbour for neighbour in neighbours if neighbour not in near]
                 near.update(neighbours)
-        front = found
+        front = reached
     return near
 
 
@@ -329,7 +324,7 @@ def _shape(node: fx.Node, symbols: dict[str, str]) -> tuple[str, ...]:
     if not isinstance(value, torch.Tensor):
         return ()
     sizes = [
-        SYMBOL.sub(lambda found: symbols.setdefault(found[0], f"s{len(symbols)}"), str(size)) for size in value.shape
+        SYMBOL.sub(lambda match: symbols.setdefault(match[0], f"s{len(symbols)}"), str(size)) for size in value.shape
     ]
     return (_short(f"{str(value.dtype).removeprefix('torch.')}[{', '.join(sizes)}]"),)
 
@@ -357,7 +352,7 @@ def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: floa
         MissingExtra: igraph is not installed.
     """
     igraph = library("igraph")
-    index = {name: place for place, name in enumerate(names)}
+    index = {name: number for number, name in enumerate(names)}
     layers = _layers(names, arrows)
     edges: list[tuple[int, int]] = []
     routes = []
@@ -370,7 +365,7 @@ def placed(names: Sequence[str], arrows: Sequence[tuple[str, str]], across: floa
     graph = igraph.Graph(len(layers), edges, directed=True)
     layout = graph.layout_sugiyama(layers=layers, hgap=across, vgap=down, maxiter=200)
     points = _apart([(float(x), float(y)) for x, y in layout.coords], len(names), across)
-    return Placed({name: points[place] for name, place in index.items()}, [[points[p] for p in r] for r in routes])
+    return Placed({name: points[index[name]] for name in names}, [[points[p] for p in route] for route in routes])
 
 
 def _apart(points: Sequence[Point], boxes: int, across: float) -> list[Point]:
@@ -380,10 +375,10 @@ def _apart(points: Sequence[Point], boxes: int, across: float) -> list[Point]:
     """
     moved = list(points)
     for height in {y for _, y in points}:
-        layer = sorted((place for place, (_, y) in enumerate(points) if y == height), key=lambda place: points[place])
-        for before, place in pairwise(layer):
-            room = across * (0.5 * (before < boxes) + 0.5 * (place < boxes)) or across / 8
-            moved[place] = (max(moved[place][0], moved[before][0] + room), height)
+        layer = sorted((index for index, (_, y) in enumerate(points) if y == height), key=lambda index: points[index])
+        for before, index in pairwise(layer):
+            room = across * (0.5 * (before < boxes) + 0.5 * (index < boxes)) or across / 8
+            moved[index] = (max(moved[index][0], moved[before][0] + room), height)
     return moved
 
 

@@ -39,7 +39,7 @@ def cascade_html(
     parts.append(_bars(names, plan, placements, refused))
     parts.append(_table(f"{len(sites)} sites", ("weight", "shape", "kind", "rank", "placement"), sites))
     if refusals:
-        rows = [(each.weight, str(each).removeprefix(f"{each.weight}: ")) for each in refusals]
+        rows = [(refusal.weight, str(refusal).removeprefix(f"{refusal.weight}: ")) for refusal in refusals]
         parts.append(_table(f"{len(rows)} weights are not adapted", ("weight", "reason"), rows))
     return "<div>" + "".join(f"<div>{part}</div>" for part in parts) + "</div>"
 
@@ -49,13 +49,13 @@ def _bars(names: Sequence[str], plan: Plan, placements: Mapping[str, str], refus
     chosen = [name for name in names if name in plan.by_weight or name in refused]
     step, most = WIDTH / max(len(chosen), 1), max((site.rank for site in plan.sites), default=1)
     bars = []
-    for place, name in enumerate(chosen):
+    for index, name in enumerate(chosen):
         site = plan.by_weight.get(name)
         colour = STYLES[placements[name]][0] if name in placements else STYLES["site"][0] if site is not None else MUTED
         tall = 4.0 if site is None else 4 + (HEIGHT - 4) * site.rank / most
         title = f"{name}: {refused[name]}" if site is None else f"{name}, rank {site.rank} {placements.get(name, '')}"
         bars.append(
-            f'<rect x="{place * step:.2f}" y="{HEIGHT - tall:.1f}" width="{max(0.8 * step, 0.5):.2f}" '
+            f'<rect x="{index * step:.2f}" y="{HEIGHT - tall:.1f}" width="{max(0.8 * step, 0.5):.2f}" '
             f'height="{tall:.1f}" fill="{colour}"><title>{html.escape(title.strip())}</title></rect>'
         )
     what = f"{len(plan.sites)} of {len(chosen)} weight matrices are adapted; the height of a bar is the rank."
@@ -66,8 +66,8 @@ def _bars(names: Sequence[str], plan: Plan, placements: Mapping[str, str], refus
 
 
 def _table(title: str, head: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(each)}</th>" for each in head)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(each)}</td>' for each in row)}</tr>" for row in rows[:SHOWN])
+    cells = "".join(f"<th>{html.escape(column)}</th>" for column in head)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows[:SHOWN])
     more = f"<div>and {len(rows) - SHOWN} more</div>" if len(rows) > SHOWN else ""
     return (
         f"<details><summary>{html.escape(title)}</summary><table><thead><tr>{cells}</tr></thead>"

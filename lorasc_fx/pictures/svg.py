@@ -95,5 +95,5 @@ def finished(drawn: Any, key: str, title: str, description: str, *, themed: bool
     )
     head = f'<svg role="img" aria-labelledby="{key}-title {key}-desc" '
     return Picture(
-        re.sub(r"<svg ([^>]*)>", lambda found: f"{head}{found[1]}>{named}", svg, count=1), title, description
+        re.sub(r"<svg ([^>]*)>", lambda match: f"{head}{match[1]}>{named}", svg, count=1), title, description
     )
