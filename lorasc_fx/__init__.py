@@ -5,7 +5,7 @@ Rarer names are where they belong: errors of passes in `passes`, `ExportError` i
 """
 
 from lorasc_fx import errors as errors
-from lorasc_fx import export, integrations, passes
+from lorasc_fx import export, integrations, passes, recipes
 from lorasc_fx import plan as plan
 from lorasc_fx import schedules as schedules
 from lorasc_fx.adapt import adapt, load
@@ -57,6 +57,7 @@ __all__ = [
     "materialize",
     "merge",
     "passes",
+    "recipes",
     "register_form",
     "save",
 ]

@@ -20,6 +20,7 @@ MODULES = {
     "graph": PACKAGE / "graph" / "__init__.py",
     "passes": ROOT / "passes" / "__init__.py",
     "plan": PACKAGE / "plan.py",
+    "recipes": PACKAGE / "recipes.py",
     "schedules": PACKAGE / "schedules.py",
 }
 """Public modules, beside the package itself and the integrations."""

@@ -1,0 +1,104 @@
+"""Spec and learning rate together, as docs/evidence.md measured them; `make evidence` makes its runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from lorasc_fx.checks import is_integer
+from lorasc_fx.errors import SpecError
+from lorasc_fx.runtime import Cascade
+from lorasc_fx.schedules import StageSchedule
+from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.spec_checks import check_fields
+
+__all__ = ["Recipe", "long_training", "lora", "small_data"]
+
+WARMUP = 5
+"""Steps of each warm-up, as measured."""
+
+
+class Recipe(NamedTuple):
+    """A spec for `adapt`, and a function that makes the schedule of its optimizer::
+
+    spec, schedule = lx.recipes.small_data(steps=300, stages=3, rank=8, train=("head.*",))
+    cascade = lx.adapt(model, args=(x,), spec=spec)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3), weight_decay=0.01)
+    scheduler = schedule(optimizer, cascade)  # scheduler.step() after each optimizer.step()
+    for stage in cascade.stages(3, optimizer):
+        ...  # 100 steps
+    """
+
+    spec: CascadeSpec
+    schedule: Callable[[torch.optim.Optimizer, Cascade], StageSchedule]
+
+
+def lora(steps: int, **options: Any) -> Recipe:
+    """LoRA: one stage, whose weights are the result, and a rate that decays to 0 over the training.
+
+    Args:
+        steps: optimizer steps of the training.
+        options: other fields of the CascadeSpec.
+
+    Raises:
+        SpecError: an option that the recipe sets, or a value that the spec refuses.
+    """
+    return _recipe("lora", {"pace": 1.0, "restart": "slow"}, options, steps, 1, decays=True)
+
+
+def small_data(steps: int, stages: int = 3, **options: Any) -> Recipe:
+    """The paper's rule: slow weights take half of each stage, the next one starts from them, and the rate stays.
+
+    Args:
+        steps: optimizer steps of the training.
+        stages: of `steps / stages` steps each.
+        options: other fields of the CascadeSpec.
+
+    Raises:
+        SpecError: an option that the recipe sets, or a value that the spec refuses.
+    """
+    return _recipe("small_data", {"pace": 0.5, "restart": "slow"}, options, steps, stages, decays=False)
+
+
+def long_training(steps: int, stages: int = 3, **options: Any) -> Recipe:
+    """Stages that go on from the fast weights, a decay to 0 in each; the slow weights are the mean of their ends.
+
+    Args:
+        steps: optimizer steps of the training.
+        stages: of `steps / stages` steps each.
+        options: other fields of the CascadeSpec.
+
+    Raises:
+        SpecError: an option that the recipe sets, or a value that the spec refuses.
+    """
+    return _recipe("long_training", {"pace": "mean", "restart": "fast"}, options, steps, stages, decays=True)
+
+
+def _recipe(
+    name: str, own: dict[str, Any], options: dict[str, Any], steps: int, stages: int, *, decays: bool
+) -> Recipe:
+    if not is_integer(stages, 1):
+        raise SpecError(f"recipes.{name}: stages is {stages!r}; give an integer of 1 or more")
+    if not is_integer(steps, stages):
+        raise SpecError(f"recipes.{name}: steps is {steps!r}, of {stages} stages; give an integer of {stages} or more")
+    taken = next((option for option in options if option in own), None)
+    if taken is not None:
+        raise SpecError(
+            f"recipes.{name}: {taken} is {own[taken]!r} in this recipe; leave it out, or give `adapt` a CascadeSpec of "
+            "your own",
+            code="conflicting-options",
+        )
+    check_fields("spec", options, CascadeSpec)
+    ends = [round(stage * steps / stages) for stage in range(stages + 1)]
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    warmup = min(WARMUP, min(lengths) - 1)
+
+    def schedule(optimizer: torch.optim.Optimizer, cascade: Cascade) -> StageSchedule:
+        if decays:
+            return StageSchedule(optimizer, cascade, lengths, warmup=warmup)
+        return StageSchedule(optimizer, None, warmup=warmup)
+
+    return Recipe(CascadeSpec(**own, **options), schedule)

@@ -1,0 +1,65 @@
+"""Recipes: their spec, and the learning rate of each step by its formula, which is the evidence's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lorasc_fx as lx
+from experiments.evidence.methods import METHODS, rate_factor, spec_of
+from tests.kit.errors import raises
+from tests.unit.cases import batches, mlp, train
+
+X = batches(1, 4, 5)[0]
+STEPS = 24
+RECIPES = {"lora": (lx.recipes.lora, 1), "paper": (lx.recipes.small_data, 3), "recipe": (lx.recipes.long_training, 3)}
+"""Each with its name in the evidence and its number of stages."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_the_evidence_measured(name: str) -> None:
+    recipe, stages = RECIPES[name]
+    spec, schedule = recipe(STEPS, rank=2, targets=("0.weight", "2.weight"), train=("4.*",), lora_alpha=4.0, seed=3)
+    measured = spec_of(METHODS[name], 2, 3, ("4.*",), 3)
+    if METHODS[name].average == "ends":  # the evidence takes the mean over the ends of stages itself
+        assert (measured.pace, measured.restart) == (1.0, "fast")
+        measured = replace(measured, pace="mean")
+    fields = ("pace", "restart", "rank", "lora_alpha", "train", "noise", "restart_A", "optimizer_state", "seed")
+    assert [getattr(spec, field) for field in fields] == [getattr(measured, field) for field in fields]
+
+    cascade = lx.adapt(mlp(), (X,), spec=spec, frontend="symbolic")
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
+    scheduler = schedule(optimizer, cascade)
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda held, *_: seen.append(held.param_groups[0]["lr"]))
+    for _ in cascade.stages(stages, optimizer):
+        for _ in range(STEPS // stages):
+            train(cascade, optimizer, [X])
+            scheduler.step()
+    expected = [rate_factor(METHODS[name], step, STEPS, 3, 5) for step in range(STEPS)]
+    assert seen == pytest.approx([0.1 * factor for factor in expected], rel=1e-12)
+
+
+def test_warm_up_and_decay_fit_into_short_stages() -> None:
+    cascade = lx.adapt(mlp(), (X,), spec=lx.recipes.long_training(7, 3)[0], frontend="symbolic")
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
+    scheduler = lx.recipes.long_training(7, 3).schedule(optimizer, cascade)
+    assert scheduler.steps == [2, 3, 2]
+    assert scheduler.warmup == 1
+    assert scheduler.factor(2, 1) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
+
+
+def test_what_a_recipe_sets_is_not_set_beside_it() -> None:
+    with raises(lx.SpecError, "conflicting-options", "small_data", "pace"):
+        lx.recipes.small_data(10, pace=1.0)
+    with raises(lx.SpecError, "unknown-name", "rnak"):
+        lx.recipes.lora(10, rnak=4)
+    with raises(lx.SpecError, "invalid-value", "lora", "steps"):
+        lx.recipes.lora(0)
+    with raises(lx.SpecError, "invalid-value", "stages"):
+        lx.recipes.long_training(10, 0)
+    with raises(lx.SpecError, "invalid-value", "steps", "2 stages"):
+        lx.recipes.small_data(1, 2)
