@@ -61,14 +61,14 @@ class BaseFile:
             if not is_quantized(parameter):
                 key = self._key(name)
                 wanted.setdefault(self.files[key], []).append((name, key))
-        found = {}
+        tensors = {}
         for path, pairs in wanted.items():
             for (name, key), tensor in zip(pairs, _tensors(path, [key for _, key in pairs]), strict=True):
                 held = parameters[name].detach()
-                own = local_like(tensor, held) if tensor.shape == held.shape else tensor
-                _check_same(f"base: {key} of {path}", own, name, local(held))
-                found[name] = own
-        return found
+                here = local_like(tensor, held) if tensor.shape == held.shape else tensor
+                _check_same(f"base: {key} of {path}", here, name, local(held))
+                tensors[name] = here
+        return tensors
 
     def agreeing(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return those of these parameters that the files hold bit for bit, as mapped tensors."""
@@ -111,7 +111,7 @@ class BaseFile:
                 )
 
     def _find(self, name: str) -> str | None:
-        keys = (each if each in self.files else self.keys.get(each) for each in self.aliases.get(name, (name,)))
+        keys = (alias if alias in self.files else self.keys.get(alias) for alias in self.aliases.get(name, (name,)))
         return next((key for key in keys if key is not None), None)
 
     def _key(self, name: str) -> str:
@@ -219,23 +219,23 @@ def _stamp(path: Path) -> tuple[int, ...]:
 def renamed(names: Iterable[str], files: Mapping[str, Path]) -> dict[str, str]:
     """Return the key of each name that is not there as such, by the one prefix that finds most of them."""
     missing = {name for name in names if name not in files}
-    found: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for key in files:
-        found.update((prefix, "") for prefix, rest in _cuts(key) if rest in missing)
+        counts.update((prefix, "") for prefix, rest in _cuts(key) if rest in missing)
     for name in missing:
-        found.update(("", prefix) for prefix, rest in _cuts(name) if rest in files)
-    if not found:
+        counts.update(("", prefix) for prefix, rest in _cuts(name) if rest in files)
+    if not counts:
         return {}
-    theirs, ours = min(found, key=lambda each: (-found[each], sum(map(len, each)), each))
+    theirs, ours = min(counts, key=lambda prefixes: (-counts[prefixes], sum(map(len, prefixes)), prefixes))
     keys = {name: theirs + name.removeprefix(ours) for name in missing if name.startswith(ours)}
     return {name: key for name, key in keys.items() if key in files}
 
 
 def _cuts(name: str) -> Iterator[tuple[str, str]]:
     """Yield the name in two, cut after each of its dots."""
-    for place, letter in enumerate(name, start=1):
+    for end, letter in enumerate(name, start=1):
         if letter == ".":
-            yield name[:place], name[place:]
+            yield name[:end], name[end:]
 
 
 def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -243,14 +243,14 @@ def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    bits = [each.to("cpu").contiguous().flatten().view(torch.uint8) for each in (one, other)]
+    bits = [tensor.to("cpu").contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
     return torch.equal(*bits)
 
 
-def _check_same(place: str, tensor: torch.Tensor, name: str, held: torch.Tensor) -> None:
+def _check_same(where: str, tensor: torch.Tensor, name: str, held: torch.Tensor) -> None:
     """Raise CheckpointError where a tensor of a file is not, bit for bit, what the model holds."""
     if not _same_kind(tensor, held):
-        there, here = (f"{list(each.shape)} {str(each.dtype).removeprefix('torch.')}" for each in (tensor, held))
-        raise CheckpointError(f"{place} is {there}, the model's {name} is {here}. {_ADVICE}", code="base-differs")
+        there, here = (f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in (tensor, held))
+        raise CheckpointError(f"{where} is {there}, the model's {name} is {here}. {_ADVICE}", code="base-differs")
     if not _same_bits(tensor, held):
-        raise CheckpointError(f"{place} holds other numbers than the model's {name}. {_ADVICE}", code="base-differs")
+        raise CheckpointError(f"{where} holds other numbers than the model's {name}. {_ADVICE}", code="base-differs")

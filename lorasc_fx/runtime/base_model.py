@@ -122,21 +122,21 @@ class BaseModel:
         known = isinstance(options, dict) and set(held) == {"library", "name", "dtype", "options"}
         if not known or not all(isinstance(string, str) and string.isprintable() and string for string in strings):
             raise ValueError("'model' is not the name of a base: library, name, dtype and options")
-        found = cls(**held)
-        if found.library not in _EXTRAS or found.dtype not in _DTYPES:
-            raise ValueError(f"'model': {sanitized(found.library)} in {sanitized(found.dtype)} is not known")
+        base = cls(**held)
+        if base.library not in _EXTRAS or base.dtype not in _DTYPES:
+            raise ValueError(f"'model': {sanitized(base.library)} in {sanitized(base.dtype)} is not known")
         kinds: dict[str, type | tuple[type, ...]] = (
             {"class": str, "config": dict, "attention": (str, type(None))}
-            if found.library == "transformers"
+            if base.library == "transformers"
             else {"num_classes": int, "file": (str, type(None))}
         )
-        if {*found.options} != {*kinds} or any(not isinstance(found.options[key], kind) for key, kind in kinds.items()):
+        if {*base.options} != {*kinds} or any(not isinstance(base.options[key], kind) for key, kind in kinds.items()):
             raise ValueError(f"'model': its options are not {', '.join(kinds)}")
-        if found.options.get("attention") not in (None, *_ATTENTION):
+        if base.options.get("attention") not in (None, *_ATTENTION):
             raise ValueError(f"'model': its attention is not one of {', '.join(_ATTENTION)}")
-        if not is_integer(found.options.get("num_classes", 0), 0):
+        if not is_integer(base.options.get("num_classes", 0), 0):
             raise ValueError("'model': its num_classes is no number of classes")
-        return found
+        return base
 
     def build(self, where: str) -> nn.Module:
         """Return the base, in eval mode. Only local files are read, unless HF_HUB_OFFLINE is 0 in the environment.
@@ -163,10 +163,10 @@ class BaseModel:
         return model.eval()
 
     def _transformers(self, library: Any) -> Any:
-        found = getattr(library, self.options["class"]) if self.options["class"] in dir(library) else None
-        if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
+        defined = getattr(library, self.options["class"]) if self.options["class"] in dir(library) else None
+        if not (isinstance(defined, type) and issubclass(defined, library.PreTrainedModel)):
             raise ValueError(f"it has no model {sanitized(self.options['class'])}")
-        kind: Any = found
+        kind: Any = defined
         more: dict[str, Any] = {}
         if self.options["attention"]:
             more["attn_implementation"] = self.options["attention"]
@@ -241,7 +241,9 @@ class BaseModel:
                 "folder), and give the model to lorasc_fx.load(folder, model)",
                 code="base-not-built",
             ) from fault
-        return [name for name, own in fingerprints.items() if name not in built or fingerprint(built[name]) != own]
+        return [
+            name for name, digest in fingerprints.items() if name not in built or fingerprint(built[name]) != digest
+        ]
 
     def _files(self, model: nn.Module) -> BaseFile:
         """Return where the tensors of the base lie, or of the model if it was moved from there to this name."""
@@ -263,7 +265,7 @@ def _not_in(base: BaseFile, parameters: Mapping[str, torch.Tensor]) -> list[str]
             shapes |= {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
     new = []
     for name, parameter in parameters.items():
-        keys = [base.keys.get(each, each) for each in base.aliases[name]]
+        keys = [base.keys.get(alias, alias) for alias in base.aliases[name]]
         if all(shapes.get(key) != tuple(parameter.shape) for key in keys):
             new.append(name)
     return new

@@ -231,9 +231,9 @@ class Cascade(nn.Module):
     def _capture(self, call: Call) -> Variant:
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set
         with AllOrNothing(_CAPTURING), no_inference_mode(), grad_mode(grad):  # tracers work on the whole process
-            while (found := self._variants.find(call) or self._make_variant(call)) is None:
+            while (variant := self._variants.find(call) or self._make_variant(call)) is None:
                 pass
-            return found
+            return variant
 
     def _make_variant(self, call: Call) -> Variant | None:
         """Capture, then take over what came of it; None where another thread has started another stage meanwhile."""
@@ -571,8 +571,8 @@ class Cascade(nn.Module):
     @property
     def views(self) -> tuple[str, ...]:
         """The names that `weights` knows: slow, fast and base weights, averaged ones if they are kept, added runs."""
-        own = [name for name in experts.WHICH if name != "averaged" or self._run.plan.spec.keeps_average]
-        return (*own, *self._run.added)
+        names = [name for name in experts.WHICH if name != "averaged" or self._run.plan.spec.keeps_average]
+        return (*names, *self._run.added)
 
     def weights(
         self, which: Which | str | Mapping[str, float] | None = None, *, stage: int | None = None
@@ -788,9 +788,9 @@ class Cascade(nn.Module):
             StateError: after `release`.
         """
         self._run.check_alive("no_weight_decay", on_meta=True)
-        own: Iterable[str] = getattr(self.model, "no_weight_decay", set)()
+        patterns: Iterable[str] = getattr(self.model, "no_weight_decay", set)()
         names = {f"model.{name}": name for name, _ in self.model.named_parameters()} | self._weight_names()
-        return {name for name, weight in names.items() if any(fnmatch(weight, pattern) for pattern in own)}
+        return {name for name, weight in names.items() if any(fnmatch(weight, pattern) for pattern in patterns)}
 
     def _weight_names(self) -> dict[str, str]:
         """The names of the branches' parameters in the cascade, each with that of its weight."""
@@ -892,8 +892,8 @@ class Cascade(nn.Module):
         base = BaseModel.of(self._run, call, base_model)
         slow, parameters = self._run.slow, self._run.parameters_by_name()
         new = base.new_in(self.model, self._run.fingerprints(), call)
-        kept = {name: slow.states.get(name) or slow.trained.get(name) for name in new}
-        values = {name: parameters[name] if state is None else state.base for name, state in kept.items()}
+        states = {name: slow.states.get(name) or slow.trained.get(name) for name in new}
+        values = {name: parameters[name] if state is None else state.base for name, state in states.items()}
         values |= {name: state.base for name, state in slow.trained.items()}
         beside = {f"base/{name}": dense(value).detach().to("cpu", copy=True) for name, value in values.items()}
         named = {"model": base.to_dict()}
@@ -979,25 +979,25 @@ class Cascade(nn.Module):
         whole = bool(table) or not prefix
         if not whole:
             missing_keys.append(prefix + KEY)
-        found = from_state_dict(table, "load_state_dict") if whole else None
-        self._to_load = found, len(missing_keys), error_msgs
+        checkpoint = from_state_dict(table, "load_state_dict") if whole else None
+        self._to_load = checkpoint, len(missing_keys), error_msgs
 
     def _load_state(self, keys: Any) -> None:
         """Take over what `_load_from_state_dict` has read, when torch has been at model and branches, which have no
         entries of their own and miss none; not where torch will raise for what it met on the way.
         """
-        (found, missing, errors), self._to_load = self._to_load, (None, 0, ())
+        (checkpoint, missing, errors), self._to_load = self._to_load, (None, 0, ())
         del keys.missing_keys[missing:]
-        if found is None or errors:
+        if checkpoint is None or errors:
             return
         run = self._run
         with run.exclusive("load_state_dict"), Commit() as undo:
             placed = {site.weight: site.placement for site in run.sites}
-            take_over(run, found, undo)
+            take_over(run, checkpoint, undo)
             if placed != {site.weight: site.placement for site in run.sites}:  # chosen on another machine
                 undo(partial(setattr, self, "_variants", self._variants))
                 self._drop_graphs()
-            self._loaded = found
+            self._loaded = checkpoint
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Allow `copy`, and refuse pickling: graphs read the model that they were made of.
@@ -1014,10 +1014,10 @@ class Cascade(nn.Module):
             code="pickled",
         )
 
-    def _take_over(self, found: checkpoint_read.Checkpoint, undo: Undo | None = None) -> None:
+    def _take_over(self, checkpoint: checkpoint_read.Checkpoint, undo: Undo | None = None) -> None:
         """Take over a checkpoint that was read, by itself or as a part of a larger block."""
-        checkpoint_read.restore(self._run, found, undo)
-        self._loaded = found
+        checkpoint_read.restore(self._run, checkpoint, undo)
+        self._loaded = checkpoint
 
 
 def give_back(joined: Joined, undo: Undo) -> None:

@@ -124,21 +124,21 @@ def plain_bytes(path: Path, most: int | None = None, links: bool = False) -> byt
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a pipe is refused, not waited for
     handle = os.open(path, flags if links else flags | os.O_NOFOLLOW)
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
             raise CheckpointError(
                 f"{path}: is no plain file; a folder, a pipe or a device is not read", code="not-a-file"
             )
         limit = most if most is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if found.st_size > limit:
+        if about.st_size > limit:
             why = "such a file has" if most is not None else "this machine has memory for"
-            raise CheckpointError(f"{path}: has {found.st_size} bytes, {why} {limit} at most", code="file-too-large")
+            raise CheckpointError(f"{path}: has {about.st_size} bytes, {why} {limit} at most", code="file-too-large")
         try:
             with os.fdopen(handle, "rb", closefd=False) as file:
-                return file.read(found.st_size)
+                return file.read(about.st_size)
         except MemoryError as fault:
             raise CheckpointError(
-                f"{path}: has {found.st_size} bytes, for which there is no memory; free some, or take a larger machine",
+                f"{path}: has {about.st_size} bytes, for which there is no memory; free some, or take a larger machine",
                 code="out-of-memory",
             ) from fault
     finally:

@@ -138,17 +138,17 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
         manifest = parsed(data)
     except ValueError as fault:
         raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way}", code="unreadable-file") from fault
-    found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-    if not isinstance(manifest, dict) or type(found) is not int or found not in (1, FORMAT):
+    written = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if not isinstance(manifest, dict) or type(written) is not int or written not in (1, FORMAT):
         raise CheckpointError(
-            f"{path}: format {sanitized(repr(found))}; this version reads formats 1 and {FORMAT}; "
+            f"{path}: format {sanitized(repr(written))}; this version reads formats 1 and {FORMAT}; "
             "load it by the lorasc-fx that wrote it",
             code="format-not-supported",
         )
     try:
         if manifest.get("digest") != text_digest(canonical(manifest)):
             raise ValueError("differs from its own digest; the file is damaged, or was edited")
-        manifest, name_of = from_format_1(manifest) if found == 1 else (manifest, str)
+        manifest, name_of = from_format_1(manifest) if written == 1 else (manifest, str)
         check_kinds(manifest)
         plan = Plan.from_json(json.dumps(manifest["plan"]))
         check_fields(manifest, plan)
@@ -253,12 +253,12 @@ def branch_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[s
         yield f"holds {sanitized(repr(odd))}, of which the plan has no site"
     for site in plan.sites:
         for name, shape in site.parameter_shapes.items():
-            found = tensors.get(f"branch/{site.weight}/{name}")
-            if found is None:
+            factor = tensors.get(f"branch/{site.weight}/{name}")
+            if factor is None:
                 yield f"has no tensor {sanitized(repr(f'branch/{site.weight}/{name}'))}"
-            elif tuple(found.shape) != shape:
+            elif tuple(factor.shape) != shape:
                 what = sanitized(repr(f"branch/{site.weight}/{name}"))
-                yield f"{what} is {tuple(found.shape)}, the plan says {shape}"
+                yield f"{what} is {tuple(factor.shape)}, the plan says {shape}"
 
 
 def _is_random(state: torch.Tensor) -> bool:
@@ -281,42 +281,42 @@ def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -
         CheckpointError: names the parameters that are missing, foreign, or differ.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
-    own = {
+    digests = {
         name: base[name] if value.is_meta else fingerprint(value) for name, value in parameters.items() if name in base
     }
-    check_digests(checkpoint, own, parameters)
+    check_digests(checkpoint, digests, parameters)
 
 
-def check_digests(checkpoint: Checkpoint, own: Mapping[str, str], names: Iterable[str]) -> None:
+def check_digests(checkpoint: Checkpoint, digests: Mapping[str, str], names: Iterable[str]) -> None:
     """Refuse fingerprints that are not those of the checkpoint's base; `names` are all parameters of the model.
 
     Raises:
         CheckpointError: names the parameters that are missing, foreign, or differ.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
-    own, moved = {name: digest for name, digest in own.items() if name in base}, checkpoint.moved
-    if odd := base_differs(base, own, [name for name in names if name not in moved]):
+    digests, moved = {name: digest for name, digest in digests.items() if name in base}, checkpoint.moved
+    if odd := base_differs(base, digests, [name for name in names if name not in moved]):
         raise CheckpointError(
             f"{checkpoint.path}: this is another base: the model {odd}; load onto the weights that were adapted",
             code="checkpoint-other-base",
         )
 
 
-def base_differs(base: Mapping[str, str], own: Mapping[str, str], names: Iterable[str]) -> str:
+def base_differs(base: Mapping[str, str], digests: Mapping[str, str], names: Iterable[str]) -> str:
     """Return what tells a model from a base: "lacks ...", "has besides ...", "differs in ..."; "" for nothing.
 
     Args:
         base: fingerprints of the base, by parameter.
-        own: those of the model, of the parameters that the base has.
+        digests: those of the model, of the parameters that the base has.
         names: all parameters of the model.
     """
     names = list(names)
-    missing = [name for name in base if name not in own]
+    missing = [name for name in base if name not in digests]
     foreign = [name for name in names if name not in base]
-    changed = [name for name, digest in own.items() if base.get(name, digest) != digest]
-    for what, found in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
-        if found:
-            return f"{what} {named(map(sanitized, found))}"
+    changed = [name for name, digest in digests.items() if base.get(name, digest) != digest]
+    for what, parameters in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
+        if parameters:
+            return f"{what} {named(map(sanitized, parameters))}"
     return ""
 
 

@@ -112,8 +112,8 @@ def write_version(
             with group.agreed("save"), _as_checkpoint_error(root):
                 if writes:
                     shards = manifest.get("shards", {})
-                    own = {name: value for name, value in tensors.items() if is_first or name in shards}
-                    digest = _write_synced(own, temporary_folder / names[group.rank])
+                    written = {name: value for name, value in tensors.items() if is_first or name in shards}
+                    digest = _write_synced(written, temporary_folder / names[group.rank])
             digests = group.gather_text(digest, "save")
             with group.agreed("save"), _as_checkpoint_error(root):
                 if is_first:

@@ -463,7 +463,7 @@ def _model_state(
     known = run.slow.states.keys() | run.slow.trained.keys()
     for name, parameter in run.parameters_by_name().items():
         if f"buffer/{name}" in held and name not in known and name not in buffers:  # forward writes it
-            own = local(parameter)
-            moves.append((own, held.take(f"buffer/{name}", tuple(own.shape), own.dtype)))
+            here = local(parameter)
+            moves.append((here, held.take(f"buffer/{name}", tuple(here.shape), here.dtype)))
     held.check_all_taken()
     return replaced

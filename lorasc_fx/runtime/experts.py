@@ -114,13 +114,13 @@ def install_slow(
     after, factors = after.begin_stage(plan, unmoved)
     tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
     replaced: list[tuple[Holder, torch.Tensor | None]] = []
-    places = buffer_holders(run.model)
+    holders = buffer_holders(run.model)
     for name, value in buffers.items():
-        buffer = places[name].value
+        buffer = holders[name].value
         if buffer is not None and value.shape == buffer.shape:
             tensors.append((buffer, value))
         else:
-            replaced.append((places[name], value.to(places[name].device, copy=True)))
+            replaced.append((holders[name], value.to(holders[name].device, copy=True)))
     written = run.present(names)
     run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
 
@@ -165,12 +165,19 @@ class GivenRun:
             return cls(f"{name}, a cascade", given.plan, given.fingerprints(), moved, given.frontend, given)
         if not isinstance(given, (str, PathLike)):
             raise SpecError(f"{call}: {name} is {type(given).__name__}; give a checkpoint folder or a cascade")
-        found = read(given)
-        return cls(f"{name}, {found.path}", found.plan, found.manifest["base"], found.moved, found.frontend, found)
+        checkpoint = read(given)
+        return cls(
+            f"{name}, {checkpoint.path}",
+            checkpoint.plan,
+            checkpoint.manifest["base"],
+            checkpoint.moved,
+            checkpoint.frontend,
+            checkpoint,
+        )
 
-    def check_base(self, own: Mapping[str, str], call: str) -> None:
+    def check_base(self, digests: Mapping[str, str], call: str) -> None:
         """Raise CheckpointError where the model is not what this run adapted."""
-        if odd := base_differs(self.base, own, [name for name in own if name not in self.moved]):
+        if odd := base_differs(self.base, digests, [name for name in digests if name not in self.moved]):
             raise CheckpointError(
                 f"{call}: {self.name}, is of another base: the model {odd}; give runs on the one base that all of them "
                 "adapted",
@@ -245,11 +252,11 @@ def add(run: Run, name: str, given: GivenRun) -> None:
             "have these weights as well, or make the cascade by lorasc_fx.load of that run, and add this one to it",
             code="sites-differ",
         )
-    kept = {key: state for key, state in part.slow.states.items() if key in known}
-    for key, state in kept.items():
+    states = {key: state for key, state in part.slow.states.items() if key in known}
+    for key, state in states.items():
         if key in slow.states and state.stacked != slow.states[key].stacked:
             raise _other_kind("add", given.name, key)
-    run.added = {**run.added, name: replace(part, slow=replace(part.slow, states=kept))}
+    run.added = {**run.added, name: replace(part, slow=replace(part.slow, states=states))}
 
 
 def _other_kind(call: str, name: str, weight: str) -> SpecError:
@@ -312,7 +319,7 @@ def seen(run: Run, which: Any, call: str, folded: bool = False) -> Seen | None:
     for name, weight in weights.items():
         if not is_number(weight):
             raise SpecError(f"{call}: {name!r} has the weight {weight!r}; give finite numbers")
-    own = run.slow
+    slow = run.slow
     parts = [run.added[name] if name in run.added else _own(run, call, folded) for name in weights]
     alone = [*weights.values()] == [1]
     scaled = next((part.name for part in parts if part.plan.spec.row_scale.trained), None)
@@ -322,16 +329,16 @@ def seen(run: Run, which: Any, call: str, folded: bool = False) -> Seen | None:
             "Give one run by its name",
             code="dora-not-supported",
         )
-    after = weighted_sum(own, parts, [*weights.values()], 1)
+    after = weighted_sum(slow, parts, [*weights.values()], 1)
     if alone:
         held = parts[0].slow
         states = {
-            name: replace(state, base=own.states[name].base)
+            name: replace(state, base=slow.states[name].base)
             for name, state in held.states.items()
-            if name in own.states
+            if name in slow.states
         }
         trained = {}
-        for name, entry in own.trained.items():
+        for name, entry in slow.trained.items():
             if name in held.trained:
                 trained[name] = Trained.of(entry.base, held.trained[name].slow, entry.rule)
             elif name in held.states:
@@ -367,11 +374,11 @@ def _own(run: Run, call: str, folded: bool) -> Part:
     return Part("slow", run.plan, _bare(slow), run.model_state())
 
 
-def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:
+def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:
     """Return `W0 + sum_i w_i S_i` for every weight that `own` knows; a run that did not adapt one has S = 0 there.
 
     Args:
-        own: slow weights of a fresh cascade on the common base, which knows every weight of every part.
+        fresh: slow weights of a fresh cascade on the common base, which knows every weight of every part.
         parts: the runs.
         weights: one a run; they need not sum to 1.
         stage: number of the stage that the sum counts as the end of.
@@ -381,16 +388,16 @@ def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[floa
     """
     terms = list(zip(weights, parts, strict=True))
     for part in parts:
-        odd = sorted({*part.slow.states, *part.slow.trained} - {*own.states, *own.trained})
+        odd = sorted({*part.slow.states, *part.slow.trained} - {*fresh.states, *fresh.trained})
         if odd:
             raise SpecError(
                 f"merge: {part.name}, keeps noise in {odd[0]}, which is no site of the first run; "
                 "give a run with noise.where='all' first",
                 code="sites-differ",
             )
-    states = {name: _summed(state, terms, stage) for name, state in own.states.items()}
+    states = {name: _summed(state, terms, stage) for name, state in fresh.states.items()}
     trained = {}
-    for name, entry in own.trained.items():
+    for name, entry in fresh.trained.items():
         total = entry.base.double() + _dense(name, entry.base, terms)
         slow = total.to(arithmetic(entry.base.dtype))
         views = {"slow": slow, "start": total.to(entry.base.dtype), f"stage/{stage}": slow}
@@ -398,27 +405,29 @@ def weighted_sum(own: SlowWeights, parts: Sequence[Part], weights: Sequence[floa
     return SlowWeights(states, trained)
 
 
-def _summed(own: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:
+def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:
     experts: list[Expert] = []
     coefficients: list[float] = []
     noises = []
     for weight, part in terms:
-        state = part.slow.states.get(own.name)
+        state = part.slow.states.get(fresh.name)
         if state is None or weight == 0:
             continue
-        if state.stacked != own.stacked:
-            raise _other_kind("merge", part.name, own.name)
+        if state.stacked != fresh.stacked:
+            raise _other_kind("merge", part.name, fresh.name)
         for coefficient, expert in zip(state.slow.coefficients, state.experts, strict=True):
             if coefficient != 0:
                 experts.append(expert)
                 coefficients.append(weight * coefficient)
         noises += [replace(noise, amplitude=weight * noise.amplitude) for noise in state.noises]
     total = None
-    if any(_holds_dense(own.name, part) for weight, part in terms if weight != 0):
-        total = _dense(own.name, own.base, terms, factors=False).view(own.matrix).to(summing(own.base.dtype))
+    if any(_holds_dense(fresh.name, part) for weight, part in terms if weight != 0):
+        total = _dense(fresh.name, fresh.base, terms, factors=False).view(fresh.matrix).to(summing(fresh.base.dtype))
     slow = View(tuple(coefficients), total)
     views = {"slow": slow, "start": slow, f"stage/{stage}": slow}
-    after = WeightState(own.name, own.base, own.stacked, own.transposed, tuple(experts), views, noises=tuple(noises))
+    after = WeightState(
+        fresh.name, fresh.base, fresh.stacked, fresh.transposed, tuple(experts), views, noises=tuple(noises)
+    )
     return after.compact()
 
 

@@ -90,10 +90,10 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
         trained = replace(slow, states={}).after_stage(plan, {}, state.values)
 
     def folded(name: str, base: torch.Tensor) -> torch.Tensor:
-        own = replace(slow, states={name: replace(slow.states[name], base=base)}, trained={})
+        one = replace(slow, states={name: replace(slow.states[name], base=base)}, trained={})
         if begun:
-            own = own.after_stage(plan, {name: branches[name]} if name in branches else {}, {})
-        return own.value(name, which, base)
+            one = one.after_stage(plan, {name: branches[name]} if name in branches else {}, {})
+        return one.value(name, which, base)
 
     changes: dict[str, Change] = {
         name: partial(folded, name) for name, weight in slow.states.items() if begun or weight.changed

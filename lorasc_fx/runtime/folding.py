@@ -64,7 +64,7 @@ def placed(
         other = seen(run, which, f"weights({which!r})")
         if stage is not None:
             other = Seen(at_stage(run.slow, stage, "weights"))
-        meant: Which = next((name for name in WHICH if name == which), "slow")
+        meant: Which = "base" if stage == 0 else next((name for name in WHICH if name == which), "slow")
         held = Held.of(run, parameters)
         undo(partial(_put_back, run, parameters, live, held))
         _place(run, meant, parameters, live, other, stage if stage is not None else str(which))
@@ -127,8 +127,8 @@ class Held:
         if run.is_sharded or run.is_parallel:
             return Held([], (), ())
         dense = [parameters[name] for name in names if not is_quantized(parameters[name])]
-        versions = tuple((each, each._version) for each in dense if not each.is_inference())
-        return Held(holders_of(run.model, names), tuple((each, each.data) for each in dense), versions)
+        versions = tuple((parameter, parameter._version) for parameter in dense if not parameter.is_inference())
+        return Held(holders_of(run.model, names), tuple((parameter, parameter.data) for parameter in dense), versions)
 
     def note_placed(self) -> None:
         """Give what is in place a version that nothing else has: no graph of other weights can be differentiated."""
@@ -196,7 +196,7 @@ def cast_weights(run: Run, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callab
     run.check_alive("to")
     parameters, trained = run.parameters_by_name(), run.trained_parameters()
     held = [*(parameter.data for parameter in parameters.values()), *run.model.buffers(), *run.branches.parameters()]
-    if all(_stays(each.data, fn(each.data)) for each in held):
+    if all(_stays(tensor.data, fn(tensor.data)) for tensor in held):
         return None
     run.check_ready("to")
     dtypes = {name: value.dtype for name, value in parameters.items()}
@@ -275,10 +275,10 @@ def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
         return alike and all(_stays(getattr(before, name), getattr(after, name)) for name in names)
     if type(before) is not torch.Tensor or type(after) is not torch.Tensor:
         return False
-    place = (before.device, before.dtype, before.is_pinned())
-    if place != (after.device, after.dtype, after.is_pinned()):
+    kind = (before.device, before.dtype, before.is_pinned())
+    if kind != (after.device, after.dtype, after.is_pinned()):
         return False
-    bits = [each.view(torch.uint8) if each.dtype.itemsize == 1 else each for each in (before, after)]
+    bits = [value.view(torch.uint8) if value.dtype.itemsize == 1 else value for value in (before, after)]
     return torch.equal(*bits)  # of fp8 torch compares no numbers
 
 

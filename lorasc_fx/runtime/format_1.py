@@ -79,8 +79,8 @@ def _entry(weight: str, entry: Mapping[str, Any], numbers: dict[str, str]) -> di
     of_then: list[int | None] = [*range(len(experts))]
     for number, (stage, before) in enumerate(entry.get("turns", ())):
         index = before + of_then.count(None)
-        own = experts[index] if index < len(experts) else {}
-        if own.get("stage") != stage or "row_scale" in own["tensors"]:
+        expert = experts[index] if index < len(experts) else {}
+        if expert.get("stage") != stage or "row_scale" in expert["tensors"]:
             vectors = [now[view] for view in VIEWS if view in now]
             for vector in vectors + [vector for end, vector in now["stage_ends"] if end >= stage]:
                 vector.insert(index, 1.0)

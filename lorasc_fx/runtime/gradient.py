@@ -93,8 +93,8 @@ class GradientInitialization:
             _, branches, _ = self._armed_by
             gradients = [branches[name].lora_B.grad for name in self._gathered]
             some = [gradient is not None and bool(local(gradient).any()) for gradient in gradients]
-            kept = group.sum_of(torch.tensor(some, dtype=torch.float64)).tolist()
-            for name in [name for name, count in zip(self._gathered, kept, strict=True) if not count]:
+            counts = group.sum_of(torch.tensor(some, dtype=torch.float64)).tolist()
+            for name in [name for name, count in zip(self._gathered, counts, strict=True) if not count]:
                 del self._gathered[name]
 
     def call_off(self) -> dict[str, torch.Tensor]:

@@ -176,16 +176,16 @@ def _check_state(name: str, state: Any, stage: int) -> None:
     for _, slow in ends:
         if not isinstance(slow, list) or len(slow) > len(state["slow"]) or not all(map(is_number, slow)):
             raise ValueError(f"'slow': {name} had at the end of a stage what are no coefficients of its experts")
-    for kept in state["noises"]:
-        if not isinstance(kept, dict) or sorted(kept) != sorted(_NOISE) or not isinstance(kept["noise"], dict):
+    for noise in state["noises"]:
+        if not isinstance(noise, dict) or sorted(noise) != sorted(_NOISE) or not isinstance(noise["noise"], dict):
             raise ValueError(f"'slow': {name} keeps noise that needs {', '.join(_NOISE)}, and nothing else")
-        seed = kept["seed"]
-        if type(seed) is not int or not 0 <= seed < 2**63 or not _counts(kept["stage"], stage):
+        seed = noise["seed"]
+        if type(seed) is not int or not 0 <= seed < 2**63 or not _counts(noise["stage"], stage):
             raise ValueError(
-                f"'slow': {name} has kept noise with an invalid (seed, stage): {sanitized([seed, kept['stage']])}"
+                f"'slow': {name} has kept noise with an invalid (seed, stage): {sanitized([seed, noise['stage']])}"
             )
-        if not is_number(kept["amplitude"]) or kept["amplitude"] < 0:
-            raise ValueError(f"'slow': {name} keeps noise of amplitude {sanitized(kept['amplitude'])}")
+        if not is_number(noise["amplitude"]) or noise["amplitude"] < 0:
+            raise ValueError(f"'slow': {name} keeps noise of amplitude {sanitized(noise['amplitude'])}")
 
 
 def _check_expert(name: str, expert: Any, stage: int) -> None:

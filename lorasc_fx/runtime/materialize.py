@@ -101,14 +101,14 @@ def check_attributes(model: nn.Module) -> None:
 
 
 def _tensors(model: nn.Module) -> list[_Tensor]:
-    found: dict[int, _Tensor] = {}
+    tensors: dict[int, _Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, value in [*module._parameters.items(), *module._buffers.items()]:
             if value is not None:
-                tensor = found.setdefault(id(value), _Tensor(value, (), True))
+                tensor = tensors.setdefault(id(value), _Tensor(value, (), True))
                 tensor.names += (f"{prefix}.{leaf}".lstrip("."),)
                 tensor.kept = tensor.kept and leaf not in module._non_persistent_buffers_set
-    return list(found.values())
+    return list(tensors.values())
 
 
 def find_numbers(
@@ -130,20 +130,20 @@ def find_numbers(
     tensors = _tensors(model)
     by_name = {name: tensor for tensor in tensors for name in tensor.names}
     _check_given(by_name, buffers)
-    shapes, places = _headers(path)
+    shapes, files_of = _headers(path)
     also = {name: group for group in groups for name in group}
-    keys = renamed(by_name, places)
+    keys = renamed(by_name, files_of)
     for tensor in tensors:
         names = dict.fromkeys([*tensor.names, *(name for alias in tensor.names for name in also.get(alias, ()))])
-        found = [name if name in places else keys[name] for name in names if name in places or name in keys]
-        own = [key for key in found if by_name.get(key, tensor) is tensor]
-        tensor.keys = list(dict.fromkeys(own or found))
+        known = [name if name in files_of else keys[name] for name in names if name in files_of or name in keys]
+        certain = [key for key in known if by_name.get(key, tensor) is tensor]
+        tensor.keys = list(dict.fromkeys(certain or known))
     _check_names(path, tensors, shapes, buffers)
     files: dict[Path, list[tuple[str, torch.Tensor]]] = {}
     for tensor in tensors:
         if tensor.keys and not any(name in buffers for name in tensor.names):
-            files.setdefault(places[tensor.keys[0]], []).append((tensor.keys[0], tensor.value))
-            _check_tied(tensor.keys, places)
+            files.setdefault(files_of[tensor.keys[0]], []).append((tensor.keys[0], tensor.value))
+            _check_tied(tensor.keys, files_of)
     given = [(by_name[name].value, value) for name, value in buffers.items()]
     filled = {id(tensor) for pairs in files.values() for _, tensor in pairs} | {id(tensor) for tensor, _ in given}
     return Numbers(files, given, [tensor.value for tensor in tensors if id(tensor.value) not in filled])
@@ -151,12 +151,12 @@ def find_numbers(
 
 def _headers(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
     """Return shape and file of each tensor of the files."""
-    shapes, places = {}, {}
+    shapes, files = {}, {}
     for shard in shards_of(path):
         with opened(shard) as handle:
             for key in handle.keys():  # noqa: SIM118 - no mapping
-                shapes[key], places[key] = tuple(handle.get_slice(key).get_shape()), shard
-    return shapes, places
+                shapes[key], files[key] = tuple(handle.get_slice(key).get_shape()), shard
+    return shapes, files
 
 
 def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Tensor]) -> None:
@@ -171,8 +171,8 @@ def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Ten
             )
         if value.shape != tensor.value.shape or value.is_meta:
             shape = "without numbers" if value.is_meta else f"{list(value.shape)}"
-            own = list(tensor.value.shape)
-            raise SpecError(f"buffers: {name!r} is {shape}, the model's is {own}; give one like it")
+            shape_here = list(tensor.value.shape)
+            raise SpecError(f"buffers: {name!r} is {shape}, the model's is {shape_here}; give one like it")
 
 
 def _check_names(
@@ -204,10 +204,10 @@ def _check_names(
         )
 
 
-def _check_tied(keys: list[str], places: Mapping[str, Path]) -> None:
+def _check_tied(keys: list[str], files: Mapping[str, Path]) -> None:
     """Refuse names of one tensor under which the files hold different numbers."""
     for other in keys[1:]:
-        with opened(places[keys[0]]) as one, opened(places[other]) as two:
+        with opened(files[keys[0]]) as one, opened(files[other]) as two:
             pairs = zip(_blocks(one, keys[0]), _blocks(two, other), strict=True)
             same = all(torch.equal(*(block.contiguous().view(torch.uint8) for block in pair)) for pair in pairs)
         if not same:
@@ -230,15 +230,15 @@ def _blocks(handle: Any, key: str) -> Iterator[torch.Tensor]:
         yield whole[start : min(first, start + rows)].flatten()
 
 
-def fingerprints_of_files(found: Numbers, names: Mapping[int, str], part: int, parts: int) -> dict[str, str]:
+def fingerprints_of_files(numbers: Numbers, names: Mapping[int, str], part: int, parts: int) -> dict[str, str]:
     """Return the fingerprints that parameters have once they hold the numbers of the files, of each `parts`-th one.
 
     Args:
-        found: where the numbers are.
+        numbers: where they are.
         names: of the parameters that are wanted, by id.
         part, parts: which of them are computed here: a rank, and the number of ranks.
     """
-    wanted = [(path, key, old) for path, pairs in found.files.items() for key, old in pairs if id(old) in names]
+    wanted = [(path, key, old) for path, pairs in numbers.files.items() for key, old in pairs if id(old) in names]
     wanted.sort(key=lambda entry: (-entry[2].numel(), names[id(entry[2])]))
     made = {}
     for path, key, old in wanted[part::parts]:
@@ -253,24 +253,24 @@ def _bytes(handle: Any, key: str, dtype: torch.dtype) -> Iterator[Buffer]:
         yield data_of(plain)
 
 
-def put_numbers(found: Numbers, model: nn.Module, device: torch.device, undo: Undo) -> None:
+def put_numbers(numbers: Numbers, model: nn.Module, device: torch.device, undo: Undo) -> None:
     """Put tensors with numbers in the place of those on the meta device, and move the rest, on one device.
 
     Of a DTensor the shard that is here is read from its file.
     """
     new: dict[int, torch.Tensor] = {}
 
-    def materialize(old: torch.Tensor, numbers: torch.Tensor) -> None:
-        new[id(old)] = with_numbers(old, numbers, device)
+    def materialize(old: torch.Tensor, value: torch.Tensor) -> None:
+        new[id(old)] = with_numbers(old, value, device)
 
     with torch.no_grad():
-        for path, pairs in found.files.items():
+        for path, pairs in numbers.files.items():
             with opened(path) as handle:
                 for key, old in pairs:
                     materialize(old, _shard_of(handle, key, old))
-        for old, numbers in found.given:
-            materialize(old, numbers)
-        for old in found.rest:
+        for old, value in numbers.given:
+            materialize(old, value)
+        for old in numbers.rest:
             if old.device != device:
                 materialize(old, local(old))
     exchange(model, lambda holder: new.get(id(holder.value)), undo)
@@ -291,11 +291,11 @@ def with_numbers(old: torch.Tensor, numbers: torch.Tensor, device: torch.device)
 def _shard_of(handle: Any, key: str, like: torch.Tensor) -> torch.Tensor:
     """Return a tensor of a file; for a DTensor the shard of it that is here."""
     if not hasattr(like, "to_local"):
-        found: torch.Tensor = handle.get_tensor(key)
-        return found
+        tensor: torch.Tensor = handle.get_tensor(key)
+        return tensor
     shard = ShardSpec.of(like)
     if not shard.count:
         return torch.empty(local(like).shape)
     cut = (*(slice(None) for _ in range(shard.axis)), slice(shard.first, shard.first + shard.count))
-    found = handle.get_slice(key)[cut]
-    return found
+    tensor = handle.get_slice(key)[cut]
+    return tensor

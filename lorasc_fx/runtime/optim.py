@@ -30,40 +30,40 @@ _COPIES = {"lookahead_slow_buff"}
 """Entries of a state that are copies of the parameter: after a transition, of one that is no more."""
 
 
-def check_numbers(held: Any, place: str, key: str = "", finite: bool = True) -> None:
+def check_numbers(held: Any, path: str, key: str = "", finite: bool = True) -> None:
     """Refuse NaN, and numbers below 0, in moments, rates and counts of an optimizer or a scheduler. A second moment may
     have overflowed to infinity, which stops its parameter and no more.
 
     Args:
         held: a state dict, or a part of one.
-        place: what it is, for messages.
+        path: what it is, for messages.
         key: its name in the table that holds it.
         finite: whether moments have to be numbers; they need not be where branches that are not finite are left out.
 
     Raises:
-        ValueError: names the place.
+        ValueError: names the path.
     """
     if isinstance(held, Mapping):
         for name, value in held.items():
-            check_numbers(value, f"{place}.{name}", str(name), finite)
+            check_numbers(value, f"{path}.{name}", str(name), finite)
     elif isinstance(held, (list, tuple)):
         for index, value in enumerate(held):
-            check_numbers(value, f"{place}[{index}]", key, finite)
+            check_numbers(value, f"{path}[{index}]", key, finite)
     elif isinstance(held, (int, float, torch.Tensor)) and key in _SECOND_MOMENTS | _FINITE | _POSITIVE | _SHARES:
         numbers = local(held) if isinstance(held, torch.Tensor) else torch.tensor(held, dtype=torch.float64)
         if numbers.is_floating_point() and numbers.element_size() == 1:
             numbers = numbers.float()  # torch compares no numbers of 8 bits
         if numbers.is_complex() and key not in _FINITE:
-            raise ValueError(f"{place} holds complex numbers")
+            raise ValueError(f"{path} holds complex numbers")
         moment = key in _SECOND_MOMENTS | _FINITE
         if (finite or not moment) and bool(numbers.isnan().any()):
-            raise ValueError(f"{place} holds NaN")
+            raise ValueError(f"{path} holds NaN")
         if key not in _SECOND_MOMENTS and (finite or not moment) and bool(numbers.isinf().any()):
-            raise ValueError(f"{place} is infinite")
+            raise ValueError(f"{path} is infinite")
         if key not in _FINITE and bool((numbers < 0).any()):
-            raise ValueError(f"{place} is below 0")
+            raise ValueError(f"{path} is below 0")
         if key in _SHARES and bool((numbers > 1).any()):
-            raise ValueError(f"{place} is above 1")
+            raise ValueError(f"{path} is above 1")
 
 
 def check_holds(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -92,12 +92,12 @@ def check_rates(optimizer: torch.optim.Optimizer, asked: Callable[[float], Seque
     Raises:
         SpecError: names the first group that is to have another rate.
     """
-    own = {id(parameter) for group in asked(0.0) for parameter in group["params"]}
+    trained = {id(parameter) for group in asked(0.0) for parameter in group["params"]}
     rates = {
         float(group.get("initial_lr", group["lr"]))
         for group in optimizer.param_groups
         for parameter in group["params"]
-        if id(parameter) in own
+        if id(parameter) in trained
     }
     if len(rates) != 1:
         return
@@ -134,13 +134,13 @@ def treated_state(
         state = stepping(optimizer).state.get(parameter)
         if not state:
             continue
-        kept = {name: value for name, value in state.items() if name not in _COPIES}
+        entries = {name: value for name, value in state.items() if name not in _COPIES}
         if how == "reset":
             treated[parameter] = {}
         elif how != "kept":
-            treated[parameter] = _pruned(kept, parameter, float(how))
-        elif len(kept) < len(state):
-            treated[parameter] = kept
+            treated[parameter] = _pruned(entries, parameter, float(how))
+        elif len(entries) < len(state):
+            treated[parameter] = entries
     return treated
 
 
@@ -178,18 +178,18 @@ def groups(
     rule with a learning rate of its own; those that are not empty.
     """
     rates = {"lora_B": lr * spec.lr_ratio}
-    found: dict[str, tuple[float, list[nn.Parameter]]] = {
+    parts: dict[str, tuple[float, list[nn.Parameter]]] = {
         name: (rates.get(name, lr), []) for name in ("lora_A", "lora_B", "lora_magnitude_vector", "train")
     }
     for branch in branches:
         for name, parameter in branch.named_parameters():
             if spec.train_A or name != "lora_A":
-                found[name][1].append(parameter)
+                parts[name][1].append(parameter)
     for parameter, rule in trained:
         name, rate = (f"train:{rule.pattern}", rule.lr) if rule is not None and rule.lr is not None else ("train", lr)
-        found.setdefault(name, (rate, []))[1].append(parameter)
+        parts.setdefault(name, (rate, []))[1].append(parameter)
     return [
         {"params": parameters, "name": name, "lr": rate, **options}
-        for name, (rate, parameters) in found.items()
+        for name, (rate, parameters) in parts.items()
         if parameters
     ]

@@ -169,8 +169,8 @@ class Run:
 
         Looked up by name: a walk over all modules takes longer than the smaller weights take to write.
         """
-        found = {name: _parameter(self.model, name) for name in names}
-        return {name: parameter for name, parameter in found.items() if parameter is not None}
+        parameters = {name: _parameter(self.model, name) for name in names}
+        return {name: parameter for name, parameter in parameters.items() if parameter is not None}
 
     def weights_by_name(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the slow weights know, as the model has them now; one that is gone is left out."""
@@ -178,10 +178,10 @@ class Run:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name here."""
-        own = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
+        parameters = {f"branches.{name}": parameter for name, parameter in self.branches.named_parameters()}
         if not self.plan.spec.train_A:
-            own = {name: parameter for name, parameter in own.items() if not name.endswith(".lora_A")}
-        return own | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
+            parameters = {name: parameter for name, parameter in parameters.items() if not name.endswith(".lora_A")}
+        return parameters | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
 
     def start(
         self,
@@ -497,8 +497,8 @@ class Run:
 
     def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
         """Keep buffers, as they are, for the end of `weights`; those that are kept already stay as they were."""
-        kept = {id(buffer) for buffer, _ in self.statistics}
-        new = [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in kept]
+        held = {id(buffer) for buffer, _ in self.statistics}
+        new = [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in held]
         self.statistics = [*self.statistics, *new]
 
     def unplace(self) -> None:
@@ -555,7 +555,7 @@ class Run:
         for name, tensor in tensors.items():
             if not name.startswith(_GRADIENT):
                 continue
-            holder, own = holders.get(name.removeprefix(_GRADIENT)), name.removeprefix(_GRADIENT)
+            holder, parameter = holders.get(name.removeprefix(_GRADIENT)), name.removeprefix(_GRADIENT)
             if holder is None:
                 raise CheckpointError(f"{where}: {name!r} is of no parameter that is trained")
             if holder.shape != tensor.shape or holder.dtype != tensor.dtype:
@@ -563,10 +563,10 @@ class Run:
                     f"{where}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, its parameter "
                     f"{tuple(holder.shape)} {holder.dtype}; it is not of this run"
                 )
-            if own.removeprefix("model.") in weights:
-                gathered[own.removeprefix("model.")] = tensor
+            if parameter.removeprefix("model.") in weights:
+                gathered[parameter.removeprefix("model.")] = tensor
             else:
-                values[own] = tensor
+                values[parameter] = tensor
         return Gradients(values, pending, gathered)
 
     @property
@@ -593,8 +593,8 @@ class Run:
         """Return a sentence for each slow state with inf or nan, and each branch unless such ones are left out."""
         if self.plan.spec.on_nonfinite == "skip":
             return self.slow.faults()
-        spoilt = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
-        return [f"the branch of {name} holds inf or nan" for name in spoilt] + self.slow.faults()
+        broken = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
+        return [f"the branch of {name} holds inf or nan" for name in broken] + self.slow.faults()
 
     @property
     def quantized(self) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
     return checkpoint_read.Checkpoint(Path(where), manifest, tensors, plan)
 
 
-def take_over(run: Run, found: checkpoint_read.Checkpoint, undo: Undo) -> None:
+def take_over(run: Run, checkpoint: checkpoint_read.Checkpoint, undo: Undo) -> None:
     """Go on from a checkpoint in a cascade that lives, of the same base and spec, as a part of a block.
 
     Gradients that wait for a step, and a stage that waits for its first gradient, are those of the checkpoint.
@@ -89,32 +89,32 @@ def take_over(run: Run, found: checkpoint_read.Checkpoint, undo: Undo) -> None:
     Raises:
         CheckpointError: another base, another spec, other sites, or values that do not fit.
     """
-    if odd := _base_differs(found, run):
+    if odd := _base_differs(checkpoint, run):
         raise CheckpointError(
-            f"{found.path}: this is another base: the model {odd}; adapt the weights that were adapted",
+            f"{checkpoint.path}: this is another base: the model {odd}; adapt the weights that were adapted",
             code="checkpoint-other-base",
         )
-    _check_alike(run.plan, found)
+    _check_alike(run.plan, checkpoint)
     run.commit(Planned(run.plan, run.slow, gradients=Gradients(), gathers=False), undo)
-    checkpoint_read.restore(run, found, undo)
-    run.commit(checkpoint_read.gradients_of(run, found), undo)
+    checkpoint_read.restore(run, checkpoint, undo)
+    run.commit(checkpoint_read.gradients_of(run, checkpoint), undo)
 
 
-def _base_differs(found: checkpoint_read.Checkpoint, run: Run) -> str:
-    moved = {*found.moved, *run.moved_parameters()}
-    base = {name: digest for name, digest in found.manifest["base"].items() if name not in moved}
+def _base_differs(checkpoint: checkpoint_read.Checkpoint, run: Run) -> str:
+    moved = {*checkpoint.moved, *run.moved_parameters()}
+    base = {name: digest for name, digest in checkpoint.manifest["base"].items() if name not in moved}
     names = [name for name in run.parameters_by_name() if name not in moved]
     return checkpoint_read.base_differs(base, run.fingerprints(), names)
 
 
-def _check_alike(now: Plan, found: checkpoint_read.Checkpoint) -> None:
+def _check_alike(now: Plan, checkpoint: checkpoint_read.Checkpoint) -> None:
     """Refuse a state of a cascade that was made otherwise."""
-    then = found.plan
+    then = checkpoint.plan
     ours, theirs = now.spec.to_dict(), then.spec.to_dict()
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
             raise CheckpointError(
-                f"{found.path}: was made with {name} = {sanitized(theirs.get(name))}, this cascade has "
+                f"{checkpoint.path}: was made with {name} = {sanitized(theirs.get(name))}, this cascade has "
                 f"{sanitized(ours.get(name))}; adapt by the same spec",
                 code="spec-differs",
             )
@@ -122,8 +122,8 @@ def _check_alike(now: Plan, found: checkpoint_read.Checkpoint) -> None:
     if odd:
         here = "is a site there, and none here" if odd[0] in then.by_weight else "is a site here, and none there"
         raise CheckpointError(
-            f"{found.path}: {sanitized(odd[0])} {here}; adapt in the same mode and with the same example inputs, or "
-            "make the cascade by lorasc_fx.load",
+            f"{checkpoint.path}: {sanitized(odd[0])} {here}; adapt in the same mode and with the same example inputs, "
+            "or make the cascade by lorasc_fx.load",
             code="sites-differ",
         )
 
@@ -131,14 +131,14 @@ def _check_alike(now: Plan, found: checkpoint_read.Checkpoint) -> None:
 def _cut(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], count: int) -> Iterator[dict[str, torch.Tensor]]:
     """Yield what each of `count` ranks has written of whole tensors: the first one also those that are not cut."""
     for rank in range(count):
-        own = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
+        written = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
         for name, axis in axes.items():
             if axis < tensors[name].dim():
                 total = tensors[name].shape[axis]
                 chunk = -(-total // count)
                 first = min(rank * chunk, total)
-                own[name] = tensors[name].narrow(axis, first, min(chunk, total - first))
-        yield own
+                written[name] = tensors[name].narrow(axis, first, min(chunk, total - first))
+        yield written
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:

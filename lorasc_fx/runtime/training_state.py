@@ -152,9 +152,9 @@ def _give(
     manifest, tensors = checkpoint.manifest, checkpoint.tensors
     with Commit(run.lock) as undo:
         if optimizer is not None and state is not None:
-            for each in (optimizer, stepping(optimizer)):
+            for holder in (optimizer, stepping(optimizer)):
                 for name in ("state", "param_groups"):
-                    undo(partial(setattr, each, name, getattr(each, name)))
+                    undo(partial(setattr, holder, name, getattr(holder, name)))
             optimizer.load_state_dict(state)
             run.commit(replace(gradients_of(run, checkpoint), optimizer=optimizer), undo)
         if scheduler is not None:
@@ -249,16 +249,16 @@ def _group(now: Mapping[str, Any], then: Mapping[str, Any], defaults: Mapping[st
     return taken | more
 
 
-def like(now: Any, then: Any, place: str) -> Any:
+def like(now: Any, then: Any, path: str) -> Any:
     """Return a value from JSON with the types of the present one: tuples and integer keys again.
 
     Raises:
-        ValueError: it is of another kind, or has other keys; names the place.
+        ValueError: it is of another kind, or has other keys; names the path.
     """
     if isinstance(now, dict):
-        return _like_table(now, then, place)
+        return _like_table(now, then, path)
     if isinstance(now, (list, tuple)):
-        return _like_list(now, then, place)
+        return _like_list(now, then, path)
     if isinstance(now, bool):
         fits = isinstance(then, bool) or then is None
     elif isinstance(now, (int, float)):
@@ -272,35 +272,34 @@ def like(now: Any, then: Any, place: str) -> Any:
     else:
         fits = isinstance(now, str) and isinstance(then, str)
     if not fits:
-        raise ValueError(f"{place} is {sanitized(repr(then))}, where {type(now).__name__} is expected")
+        raise ValueError(f"{path} is {sanitized(repr(then))}, where {type(now).__name__} is expected")
     return then
 
 
-def _like_table(now: dict[Any, Any], then: Any, place: str) -> Any:
+def _like_table(now: dict[Any, Any], then: Any, path: str) -> Any:
     if not isinstance(then, dict):
-        raise ValueError(f"{place} is {type(then).__name__}, not a table")
+        raise ValueError(f"{path} is {type(then).__name__}, not a table")
     counted = bool(now) and all(type(key) is int for key in now)
     if counted:
         keys = {name: int(name) for name in then}
         sample = next(iter(now.values()))
-        return type(now)({key: like(now.get(key, sample), then[name], f"{place}[{key}]") for name, key in keys.items()})
+        return type(now)({key: like(now.get(key, sample), then[name], f"{path}[{key}]") for name, key in keys.items()})
     odd = sorted(set(then) ^ set(now)) if now else [name for name in then if name.startswith("_")]
     if odd:
         there = "has" if odd[0] in then else "has no"
-        raise ValueError(f"{place} {there} {sanitized(repr(odd[0]))}, unlike the one that is to take it")
-    return type(now)({name: like(now.get(name), value, f"{place}.{sanitized(name)}") for name, value in then.items()})
+        raise ValueError(f"{path} {there} {sanitized(repr(odd[0]))}, unlike the one that is to take it")
+    return type(now)({name: like(now.get(name), value, f"{path}.{sanitized(name)}") for name, value in then.items()})
 
 
-def _like_list(now: list[Any] | tuple[Any, ...], then: Any, place: str) -> Any:
+def _like_list(now: list[Any] | tuple[Any, ...], then: Any, path: str) -> Any:
     if not isinstance(then, list):
-        raise ValueError(f"{place} is {type(then).__name__}, not a list")
-    fixed = isinstance(now, tuple) or place.endswith(("lr", "lrs", "momentums")) or any(map(_nested, now))
+        raise ValueError(f"{path} is {type(then).__name__}, not a list")
+    fixed = isinstance(now, tuple) or path.endswith(("lr", "lrs", "momentums")) or any(map(_nested, now))
     if fixed and len(now) != len(then):
-        raise ValueError(f"{place} has {len(then)} entries, {len(now)} are expected")
+        raise ValueError(f"{path} has {len(then)} entries, {len(now)} are expected")
     samples = now if fixed else [now[0] if now else None] * len(then)
     taken = [
-        like(sample, value, f"{place}[{index}]")
-        for index, (sample, value) in enumerate(zip(samples, then, strict=True))
+        like(sample, value, f"{path}[{index}]") for index, (sample, value) in enumerate(zip(samples, then, strict=True))
     ]
     return tuple(taken) if isinstance(now, tuple) else taken
 

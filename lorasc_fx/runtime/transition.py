@@ -47,9 +47,9 @@ def next_stage(
     planned = plan.at_stage(plan.stage + 1)
     starts = {site.weight: branches[site.weight].next_a(site, planned.spec, planned.stage) for site in planned.sites}
     moved = before.moved(branches)
-    own = [parameter for branch in branches.values() for parameter in branch.parameters()]
+    factors = [parameter for branch in branches.values() for parameter in branch.parameters()]
     anew = _left_out(after, branches, trained) + _resized(planned, branches)
-    state = _after_fold(optimizer, plan, own, trained.values(), anew) if optimizer is not None else {}
+    state = _after_fold(optimizer, plan, factors, trained.values(), anew) if optimizer is not None else {}
 
     def end() -> None:
         experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
@@ -160,16 +160,16 @@ def _left_out(
     after: SlowWeights, branches: Mapping[str, Branch], trained: Mapping[str, nn.Parameter]
 ) -> list[nn.Parameter]:
     """Return the parameters that the fold left out because they are not finite, or made a weight so."""
-    found = []
+    parameters = []
     for name in after.left_out:
-        found += list(branches[name].parameters()) if name in branches else [trained[name]]
-    return found
+        parameters += list(branches[name].parameters()) if name in branches else [trained[name]]
+    return parameters
 
 
 def _after_fold(
     optimizer: torch.optim.Optimizer,
     plan: Plan,
-    own: Iterable[nn.Parameter],
+    factors: Iterable[nn.Parameter],
     trained: Iterable[nn.Parameter],
     anew: Iterable[nn.Parameter],
 ) -> dict[nn.Parameter, Any]:
@@ -178,7 +178,7 @@ def _after_fold(
     """
     return (
         treated_state(optimizer, trained, "kept")
-        | treated_state(optimizer, own, plan.spec.optimizer_state)
+        | treated_state(optimizer, factors, plan.spec.optimizer_state)
         | treated_state(optimizer, anew, "reset")
     )
 
@@ -244,10 +244,10 @@ def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], d
     """Return the states of a stage, and the names of those that are gone."""
     states = {name: state.at(stage) for name, state in slow.states.items()}
     trained = {name: entry.at(stage) for name, entry in slow.trained.items()}
-    gone = [name for name, found in (states | trained).items() if found is None]
+    gone = [name for name, state in (states | trained).items() if state is None]
     return (
-        {name: found for name, found in states.items() if found is not None},
-        {name: found for name, found in trained.items() if found is not None},
+        {name: state for name, state in states.items() if state is not None},
+        {name: state for name, state in trained.items() if state is not None},
         gone,
     )
 

@@ -15,6 +15,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.run import Run
+from lorasc_fx.runtime.watches import callers
 
 __all__ = ["UsageWatch", "check_not_averaged"]
 
@@ -64,13 +66,14 @@ class UsageWatch:
         model = weakref.ref(run.model)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            own = model()
+            called = model()
             if not torch.compiler.is_dynamo_compiling():  # which cannot trace a look at frames
-                own = sys._getframe(1).f_locals.get("self", own)  # a shallow copy (DataParallel) has this function too
-            assert own is not None
+                # A shallow copy (DataParallel) has this function too.
+                called = sys._getframe(1).f_locals.get("self", called)
+            assert called is not None
             if not torch.compiler.is_compiling():
-                _untraced(self._check)("model-called-inside-stage", own)
-            return own._call_impl(*args, **kwargs)
+                _untraced(self._check)("model-called-inside-stage", called)
+            return called._call_impl(*args, **kwargs)
 
         handle = run.model.register_state_dict_pre_hook(self)
         if run.model._compiled_call_impl is None:
@@ -134,27 +137,20 @@ class UsageWatch:
         """
         if torch.is_grad_enabled() or run.inside_weights or not _noisy(run):
             return False
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _PIPELINE:
-                return getattr(frame.f_locals.get("self"), "model", None) is cascade
-            frame = frame.f_back
-        return False
+        frame = next((frame for frame in callers() if _function(frame) == _PIPELINE), None)
+        return frame is not None and getattr(frame.f_locals.get("self"), "model", None) is cascade
 
     def check_saved(self, run: Run) -> None:
         """Warn of a trainer that writes the state dict of the cascade as if it were that of a model."""
         if "unfolded-save" in run.warned or run.released:
             return
-        frame = sys._getframe(1)
-        while frame.f_back is not None:
-            frame = frame.f_back
-            if (frame.f_globals.get("__name__"), frame.f_code.co_name) in _UNFOLDED_SAVES:
-                run.warned.once(
-                    "unfolded-save",
-                    "a trainer saves an unfolded cascade as a model: the file holds what cascade.load_state_dict "
-                    "takes, and the user's model cannot read it. In a Trainer of transformers or trl use "
-                    "lorasc_fx.integrations.transformers.CascadeCallback; elsewhere save cascade.release()",
-                )
+        if any(_function(frame) in _UNFOLDED_SAVES for frame in callers()):
+            run.warned.once(
+                "unfolded-save",
+                "a trainer saves an unfolded cascade as a model: the file holds what cascade.load_state_dict takes, "
+                "and the user's model cannot read it. In a Trainer of transformers or trl use "
+                "lorasc_fx.integrations.transformers.CascadeCallback; elsewhere save cascade.release()",
+            )
 
     def check_end(self) -> None:
         """Warn, where the program ends, of a first stage that has trained and was neither ended, saved nor released."""
@@ -179,16 +175,19 @@ class UsageWatch:
 
 def check_not_averaged() -> None:
     """Raise StateError where a cascade is copied for an average of all parameters, each by itself."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if (module := frame.f_globals.get("__name__")) in _AVERAGES:
-            raise StateError(
-                f"an average ({module}) was given a cascade: it would average W_t with its noise, and B and A each by "
-                "itself. Give it cascade.model, and update it from cascade.model inside "
-                '`with cascade.weights("slow"):` or "fast"; or give the spec average="ema" or "swa"',
-                code="cascade-averaged",
-            )
+    module = next((name for frame in callers() if (name := _function(frame)[0]) in _AVERAGES), None)
+    if module is not None:
+        raise StateError(
+            f"an average ({module}) was given a cascade: it would average W_t with its noise, and B and A each by "
+            "itself. Give it cascade.model, and update it from cascade.model inside "
+            '`with cascade.weights("slow"):` or "fast"; or give the spec average="ema" or "swa"',
+            code="cascade-averaged",
+        )
+
+
+def _function(frame: FrameType) -> tuple[Any, str]:
+    """Return module and name of the function that runs in a frame."""
+    return frame.f_globals.get("__name__"), frame.f_code.co_name
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,19 +220,15 @@ def _noisy(run: Run) -> bool:
 
 def _inside_package() -> bool:
     """Whether the call comes from this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_code.co_filename != _HERE:
-            return True
-    return False
+    files = (frame.f_code.co_filename for frame in callers())
+    return any(file.startswith(_PACKAGE) and file != _HERE for file in files)
 
 
 def _let_go(model: weakref.ref[nn.Module], call: Any, handle: Any) -> None:
     handle.remove()
-    own = model()
-    if own is not None and own.__dict__.get("_compiled_call_impl") is call:
-        del own._compiled_call_impl
+    called = model()
+    if called is not None and called.__dict__.get("_compiled_call_impl") is call:
+        del called._compiled_call_impl
 
 
 @atexit.register

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.shards import local
 
-__all__ = ["PendingWatch", "Replicas", "StepWatch", "Warned", "check_attention", "check_wrappers"]
+__all__ = ["PendingWatch", "Replicas", "StepWatch", "Warned", "callers", "check_attention", "check_wrappers"]
 
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 """What torch.nn.functional has by default."""
@@ -221,6 +222,14 @@ def _no_wrapper() -> None:
     return None
 
 
+def callers() -> Iterator[FrameType]:
+    """Yield the frames of what has called, innermost first."""
+    frame = sys._getframe(1).f_back  # of the one that iterates
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def check_attention() -> None:
     """Refuse torch's context parallelism, which exchanges the attention that Python calls, and not a graph's.
 
@@ -243,16 +252,14 @@ def check_wrappers(cascade: type[nn.Module]) -> None:
     Raises:
         StateError: `fully_shard`, FullyShardedDataParallel or DeepSpeed's engine holds it.
     """
-    found = "fully_shard" if hasattr(cascade, "_get_fsdp_state") else None
-    frame = sys._getframe(1) if found is None and any(name in sys.modules for name in _ENGINES.values()) else None
-    while frame is not None:
-        if frame.f_code.co_name == "forward":
-            kinds = type(frame.f_locals.get("self")).__mro__
-            found = next((kind.__name__ for kind in kinds if _ENGINES.get(kind.__name__) == kind.__module__), found)
-        frame = frame.f_back
-    if found is not None:
+    wrapper = "fully_shard" if hasattr(cascade, "_get_fsdp_state") else None
+    if wrapper is None and any(name in sys.modules for name in _ENGINES.values()):
+        for frame in callers():
+            kinds = type(frame.f_locals.get("self")).__mro__ if frame.f_code.co_name == "forward" else ()
+            wrapper = next((kind.__name__ for kind in kinds if _ENGINES.get(kind.__name__) == kind.__module__), wrapper)
+    if wrapper is not None:
         raise StateError(
-            f"forward: {found} holds the cascade, and has cut or copied its parameters, so that no transition could "
+            f"forward: {wrapper} holds the cascade, and has cut or copied its parameters, so that no transition could "
             "write them. Call lorasc_fx.integrations.fsdp.shard(cascade) instead, in a training loop of yours (with "
             "accelerate: prepare the data, not the cascade), or wrap the cascade by DistributedDataParallel",
             code="wrapper-not-supported",

@@ -282,12 +282,14 @@ class SlowWeights:
 
     def faults(self) -> list[str]:
         """Return a sentence for each weight whose slow state holds inf or nan, or what does not belong together."""
-        found = [f"the slow state of {name} {fault}" for name, state in self.states.items() for fault in state.faults()]
+        sentences = [
+            f"the slow state of {name} {fault}" for name, state in self.states.items() for fault in state.faults()
+        ]
         for name, entry in self.trained.items():
             values = [value for value in (entry.slow, entry.start, entry.average) if value is not None]
             if any(_broken(value, entry.base) for value in values):
-                found.append(f"{name}, which is trained in full, holds inf or nan")
-        return found
+                sentences.append(f"{name}, which is trained in full, holds inf or nan")
+        return sentences
 
     def _as_run(self, state: WeightState) -> WeightState:
         """Return the state from which the running stage started: when idle, the slow weights."""

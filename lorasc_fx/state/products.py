@@ -57,8 +57,8 @@ def accumulate(
     entries = math.prod(out.shape[1:])
     if stacked and entries > size:
         for index, (one, start) in enumerate(zip(out, base, strict=True)):
-            own = None if pair is None else (pair[0][index], pair[1][index])
-            accumulate(one, start, dtype, None if delta is None else delta[index], own)
+            factors = None if pair is None else (pair[0][index], pair[1][index])
+            accumulate(one, start, dtype, None if delta is None else delta[index], factors)
         return
     rows = max(1, size // max(1, entries))
     room = None if out.dtype == dtype else torch.empty_like(out[:rows], dtype=dtype)

@@ -31,8 +31,8 @@ def slow_spectrum(state: WeightState) -> torch.Tensor:
     """
     if state.scale() is not None:
         delta = state.exact("slow", torch.float64) - dense(state.base).double()
-        found: torch.Tensor = torch.linalg.svdvals(delta.reshape(state.matrix))
-        return found
+        exact: torch.Tensor = torch.linalg.svdvals(delta.reshape(state.matrix))
+        return exact
     factors = state.unmerged("slow")
     if state.slow.dense is not None:
         total = state.slow.dense.double()

@@ -290,9 +290,9 @@ class WeightState(Tree):
         draws = self._draws(out)
         noise = next(draws, None)  # before anything is written: where there is no memory for it, `out` is as it was
         accumulate(out, base, dtype, delta, None if pair is None else (pair.b, pair.a), self.stacked)
-        for kept in self.noises:
+        for held in self.noises:
             assert noise is not None
-            out += noise.mul_(kept.amplitude)
+            out += noise.mul_(held.amplitude)
             noise = None  # one at a time
             noise = next(draws, None)
 
@@ -339,7 +339,7 @@ class WeightState(Tree):
         total = sum(abs(c) * expert.bound for c, expert in zip(view.coefficients, self.experts, strict=True) if c)
         if view.dense is not None and view.dense.numel():
             total += max(abs(extreme.item()) for extreme in torch.aminmax(view.dense))
-        return total + sum(8 * kept.amplitude for kept in self.noises)
+        return total + sum(8 * noise.amplitude for noise in self.noises)
 
     def unmerged(self, which: Literal["slow", "start"]) -> Factors | None:
         """Return what the stages added as one pair of factors, as for a quantized weight, which cannot hold it."""
@@ -441,7 +441,7 @@ class WeightState(Tree):
             return bare if stage == 0 or not self.gone else None
         view = ends[max(ends)]
         views = {"slow": view, "start": view} | {f"stage/{end}": past for end, past in ends.items()}
-        noises = tuple(kept for kept in self.noises if kept.stage <= stage)
+        noises = tuple(noise for noise in self.noises if noise.stage <= stage)
         experts = self.experts[: len(view.coefficients)]
         return replace(self, experts=experts, views=views, noises=noises, initial=None)
 
@@ -511,11 +511,11 @@ class WeightState(Tree):
         if not pairs:
             b, a = self.experts[0].b[..., :0], self.experts[0].a[..., :0, :]
             return Expert(b.to(dtype), a.to(dtype), stage)
-        found, share = nearest_pair(sum_of(pairs, torch.float64, pairs[0][1].b.device), rank)
+        pair, share = nearest_pair(sum_of(pairs, torch.float64, pairs[0][1].b.device), rank)
         if share > 1e-6:
             text = "%s carries its delta at rank %d: %.3g %% of its norm is left out"
-            log.info(text, self.name, found.rank, 100 * share)
-        return Expert(found.b.to(dtype), found.a.to(dtype), stage)
+            log.info(text, self.name, pair.rank, 100 * share)
+        return Expert(pair.b.to(dtype), pair.a.to(dtype), stage)
 
     def _sum(self, view: View) -> torch.Tensor:
         dtype, before = summing(self.base.dtype), view.dense
@@ -543,10 +543,10 @@ class WeightState(Tree):
         """Return the state of the shard that is here, in memory of its own; W0 stays in its file where `mapped`."""
         after = replace(self, shard=shard)
 
-        def own(value: torch.Tensor, side: Side) -> torch.Tensor:
+        def here(value: torch.Tensor, side: Side) -> torch.Tensor:
             return after.cut(value, side, copied=not (mapped and value is self.base))
 
-        return after.map(own)
+        return after.map(here)
 
     def cut(self, value: torch.Tensor, side: Side, copied: bool = True) -> torch.Tensor:
         """Return of a whole tensor that lies beside the weight what is here, in memory of its own where `copied`."""
@@ -565,28 +565,28 @@ class WeightState(Tree):
 
     def faults(self) -> list[str]:
         """Return what is wrong with what a checkpoint may hold, each as the end of a sentence about the slow state."""
-        found = []
+        sentences = []
         counts = {name: len(view.coefficients) for name, view in self.views.items() if "/" not in name}
         if not len(self.experts) == counts["slow"] == counts["start"]:
             coefficients = f"{counts['slow']} slow and {counts['start']} start coefficients"
-            found.append(f"has {len(self.experts)} experts, but {coefficients}")
+            sentences.append(f"has {len(self.experts)} experts, but {coefficients}")
         elif counts.get("average", len(self.experts)) != len(self.experts):
-            found.append(f"has {len(self.experts)} experts, but {counts['average']} coefficients of an average")
+            sentences.append(f"has {len(self.experts)} experts, but {counts['average']} coefficients of an average")
         *stack, rows, columns = self.matrix
         for expert in self.experts:
             b, a = tuple(expert.b.shape), tuple(expert.a.shape)
             rank = a[-2] if len(a) > 1 else 0
             if b != (*stack, rows, rank) or a != (*stack, rank, columns):
-                found.append(
+                sentences.append(
                     f"has an expert of stage {expert.stage} of {b} and {a}, which is no delta of {self.matrix}"
                 )
         deltas = [view.dense for view in self.views.values() if view.dense is not None]
         for delta in {id(delta): delta for delta in deltas}.values():
             if tuple(delta.shape) != self.matrix:
-                found.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
+                sentences.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
         scales = [self.row_scale, *(expert.row_scale for expert in self.experts)]
         lengths = [scale for scale in scales if scale is not None]
-        found += [
+        sentences += [
             f"scales {tuple(scale.shape)} rows, not {self.out}"
             for scale in lengths
             if tuple(scale.shape) != (self.out,)
@@ -594,8 +594,8 @@ class WeightState(Tree):
         held = [factor for expert in self.experts for factor in (expert.b, expert.a)] + deltas + lengths
         numbers = [number for view in self.views.values() for number in view.coefficients]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in held) or not all(map(math.isfinite, numbers)):
-            found.append("holds inf or nan")
-        return found
+            sentences.append("holds inf or nan")
+        return sentences
 
 
 V = TypeVar("V")
@@ -635,9 +635,9 @@ def nearest_pair(pair: Factors, rank: int | None, floor: float = 0.0) -> tuple[F
     left, values, right = svd_of(pair)
     size = float(values.norm())
     least = max(floor, size * torch.finfo(values.dtype).eps * max(len(left), right.shape[-1]))
-    kept = int((values > least).sum())
-    kept = kept if rank is None else min(rank, kept)
-    return truncated(left, values, right, kept), float(values[kept:].norm()) / size if size else 0.0
+    count = int((values > least).sum())
+    count = count if rank is None else min(rank, count)
+    return truncated(left, values, right, count), float(values[count:].norm()) / size if size else 0.0
 
 
 def svd_of(pair: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
