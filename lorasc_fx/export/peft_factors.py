@@ -14,7 +14,6 @@ import torch
 
 from lorasc_fx.peft_format import RANKS
 from lorasc_fx.quantized import dense
-from lorasc_fx.runtime.folding import trained_value
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.transition import ended
 from lorasc_fx.state import (
@@ -177,5 +176,5 @@ def change_of(run: Run, which: Which) -> Change:
         elif (pair := _total(terms)) is not None:
             change.pairs[name] = pair
     for name, value in run.trained_parameters().items():
-        change.trained[name] = trained_value(slow, name, which, value).detach().to("cpu", value.dtype)
+        change.trained[name] = slow.trained[name].value(which, value).detach().to("cpu", value.dtype)
     return change

@@ -33,7 +33,6 @@ from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.quantized import dense, give_layers_back
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, experts, folding, training_state, transition
 from lorasc_fx.runtime.base_model import BaseModel
-from lorasc_fx.runtime.experts import Seen
 from lorasc_fx.runtime.folding import Requantize
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.state_dict import KEY, from_state_dict, take_over, to_state_dict
@@ -667,9 +666,7 @@ class Cascade(nn.Module):
             which: `slow`, or their average over stages (`averaged`), a run that was added, or a sum, as of `weights`.
         """
         with self._run.exclusive("folded_state_dict"):
-            return folding.folded_state(
-                self._run, "folded_state_dict", quantized, *self._folds(which, "folded_state_dict")
-            )
+            return folding.folded_state(self._run, "folded_state_dict", quantized, which)
 
     def folded_graph(
         self,
@@ -689,15 +686,8 @@ class Cascade(nn.Module):
         example = self.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
         variant, call = self._variant_of(example[0], example[1], "folded_graph")
         with self._run.exclusive("folded_graph"):
-            state = folding.folded_state(self._run, "folded_graph", quantized, *self._folds(which, "folded_graph"))
+            state = folding.folded_state(self._run, "folded_graph", quantized, which)
         return self._compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
-
-    def _folds(self, which: str | Mapping[str, float], call: str) -> tuple[Which, Seen | None]:
-        """Return what a fold is of: slow or averaged weights, or in their place those of runs that were added."""
-        if (other := experts.seen(self._run, which, call, folded=True)) is not None:
-            return "slow", other
-        experts.check_which(call, str(which), self._run.plan.spec, (*experts.FOLDED, *self._run.added))
-        return ("averaged" if which == "averaged" else "slow"), None
 
     def release(self, quantized: Requantize = None, *, which: str | Mapping[str, float] = "slow") -> nn.Module:
         """Return the user's own model with the slow weights in it, and its flags as they were; the cascade ends.
@@ -721,8 +711,7 @@ class Cascade(nn.Module):
             undo(partial(setattr, self, "_variants", self._variants))
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run))
-            which, other = self._folds(which, "release")
-            folding.release(self._run, quantized, which, undo, other)
+            folding.release(self._run, quantized, which, undo)
             self._run.gradient_init.call_off()
             self._flags.restore(self.model)
             give_back(self._joined, undo)

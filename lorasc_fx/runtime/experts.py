@@ -9,13 +9,14 @@ rounded weight of any run is read. Relatives: model soups (2203.05482), task ari
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
 import torch
 
+from lorasc_fx.branch import Branch
 from lorasc_fx.checks import is_number
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, nearest, warn
 from lorasc_fx.parameters import Holder, buffer_holders
@@ -34,13 +35,14 @@ __all__ = [
     "FOLDED",
     "WHICH",
     "GivenRun",
-    "Seen",
+    "Weights",
     "add",
+    "added_weights",
     "check_which",
+    "folded_weights",
     "install_experts",
     "install_slow",
     "install_sum",
-    "seen",
     "weighted_sum",
 ]
 
@@ -185,47 +187,27 @@ class GivenRun:
             )
 
     def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
-        """Return the run as a part of the sum; a running stage that has trained is counted.
+        """Return the run as a part of the sum; a running stage that has trained is counted, as `release` counts it.
 
         Args:
             bases: W0 by name, on which the running stage of a folder ends.
+
+        Raises:
+            CheckpointError: a folder is not what a checkpoint of its plan holds.
+            NonFiniteBranch: a running branch holds inf or nan.
         """
         if isinstance(self.run, Run):
-            return part_of(self.run, self.name)
-        return part_of_file(self.run, self.name, bases)
-
-
-def part_of(run: Run, name: str) -> Part:
-    """Return a run as a part; a running stage that has trained is counted, as `release` counts it.
-
-    Raises:
-        NonFiniteBranch: a running branch holds inf or nan.
-    """
-    buffers = {key: buffer.detach().clone() for key, buffer in run.model_state().items()}
-    return Part(name, run.plan, _bare(ended(run, "merge")), buffers)
-
-
-def part_of_file(checkpoint: Checkpoint, name: str, bases: Mapping[str, torch.Tensor]) -> Part:
-    """Return a run that was saved as a part; a running stage that has trained is counted.
-
-    Args:
-        checkpoint: as read.
-        name: of the run, for messages.
-        bases: W0 by name, on which the running stage ends.
-
-    Raises:
-        CheckpointError: it is not what a checkpoint of its plan holds.
-        NonFiniteBranch: a running branch holds inf or nan.
-    """
-    state = decoded(checkpoint)
-    with refused(checkpoint):
-        branches, slow = state.running_branches(), state.slow
-    if state.has_begun(branches):
-        bases = {key: host(bases[key]) for key in (*slow.states, *slow.trained)}
-        states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
-        trained = {key: replace(entry, base=bases[key]) for key, entry in slow.trained.items()}
-        slow = replace(slow, states=states, trained=trained).after_stage(state.plan, branches, state.values)
-    return Part(name, state.plan, _bare(slow), state.buffers)
+            buffers = {key: buffer.detach().clone() for key, buffer in self.run.model_state().items()}
+            return Part(self.name, self.plan, _bare(ended(self.run, "merge")), buffers)
+        state = decoded(self.run)
+        with refused(self.run):
+            branches, slow = state.running_branches(), state.slow
+        if state.has_begun(branches):
+            bases = {key: host(bases[key]) for key in (*slow.states, *slow.trained)}
+            states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
+            trained = {key: replace(entry, base=bases[key]) for key, entry in slow.trained.items()}
+            slow = replace(slow, states=states, trained=trained).after_stage(state.plan, branches, state.values)
+        return Part(self.name, state.plan, _bare(slow), state.buffers)
 
 
 def _bare(slow: SlowWeights) -> SlowWeights:
@@ -282,19 +264,56 @@ def check_which(call: str, which: str, spec: CascadeSpec, known: Sequence[str] =
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Weights of another state than the present one, such as that of a stage that has ended, or of another run.
+class Weights:
+    """Weights that a call puts in place or folds: those of a run as it is, of a stage that has ended, or of other runs.
 
     Args:
-        slow: the state; its slow weights count.
-        buffers: of the model, and parameters that forward writes, by name, as far as they belong to it.
+        slow: their state.
+        which: the weights of it that are meant.
+        buffers: of the model, and parameters that forward writes, by name, as far as they belong to these weights.
+        branches: by weight name, where the running stage counts.
+        plan: of the running stage, where these are the run's own: what does not follow the slow rule is as it is then.
     """
 
     slow: SlowWeights
+    which: Which = "slow"
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    branches: Mapping[str, Branch] = field(default_factory=dict)
+    plan: Plan | None = None
+
+    def write(self, live: Mapping[str, torch.Tensor], name: str, out: torch.Tensor) -> None:
+        """Write one of them, by name; `live` are the present values of what is trained in full."""
+        if name in self.slow.trained:
+            entry = self.slow.trained[name]
+            out.copy_(entry.value(self.which, live[name], self.plan is None or entry.follows(self.plan.spec)))
+        else:
+            self.slow.write_value(name, self.which, out, self.branches.get(name), self.plan)
+
+    def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return those of quantized weights, by name, as dense tensors."""
+        return {name: self.slow.value(name, self.which, parameters[name], self.branches.get(name)) for name in names}
+
+    def moves(self, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the buffers of a run's model that belong to them, each with its value."""
+        held = run.model_state() if self.buffers else {}
+        pairs = [(held[name], value) for name, value in self.buffers.items() if name in held]
+        return [(buffer, value) for buffer, value in pairs if buffer.shape == value.shape]
 
 
-def seen(run: Run, which: Any, call: str, folded: bool = False) -> Seen | None:
+def folded_weights(run: Run, which: str | Mapping[str, float], call: str) -> Weights:
+    """Return the weights that a fold is of: slow or averaged ones, a stage that has trained counted as ended, or those
+    of runs that were added.
+
+    Raises:
+        StateError, SpecError, NonFiniteBranch: as of `Cascade.weights` and `Cascade.release`.
+    """
+    if (weights := added_weights(run, which, call, folded=True)) is not None:
+        return weights
+    check_which(call, str(which), run.plan.spec, (*FOLDED, *run.added))
+    return Weights(ended(run, call), "averaged" if which == "averaged" else "slow")
+
+
+def added_weights(run: Run, which: Any, call: str, folded: bool = False) -> Weights | None:
     """Return the weights of a run that was added, or a sum of several on W0 of this one, `W0 + sum_i w_i S_i`; None
     where `which` means the run's own. Of one run alone they have the bits of its own fold.
 
@@ -347,7 +366,7 @@ def seen(run: Run, which: Any, call: str, folded: bool = False) -> Seen | None:
         after = replace(after, states={**after.states, **states}, trained={**after.trained, **trained})
     else:
         _check_fits(after, call)
-    return Seen(after, {name: value for name, value in parts[0].buffers.items() if _agree(name, parts)})
+    return Weights(after, buffers={name: value for name, value in parts[0].buffers.items() if _agree(name, parts)})
 
 
 def _check_fits(after: SlowWeights, call: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
 from lorasc_fx.runtime.experts import check_which
-from lorasc_fx.runtime.folding import check_asked, trained_value
+from lorasc_fx.runtime.folding import check_asked
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.transition import ended
 from lorasc_fx.state import Which, check_finite
@@ -62,7 +62,7 @@ def of_run(run: Run, call: str, which: Which = "slow") -> FoldedWeights:
         for name, state in slow.states.items()
         if state.changed and not is_quantized(state.base)
     }
-    whole = {name: trained_value(slow, name, which, parameters[name].detach()) for name in slow.trained}
+    whole = {name: entry.value(which, parameters[name].detach()) for name, entry in slow.trained.items()}
     changes |= {name: partial(_cast, value) for name, value in whole.items()}
     aliases = {name: group for group in names.values() for name in group}
     buffers = {name: buffer.detach().cpu() for name, buffer in run.model_state().items()}
@@ -98,7 +98,7 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     changes: dict[str, Change] = {
         name: partial(folded, name) for name, weight in slow.states.items() if begun or weight.changed
     }
-    whole = {name: trained_value(trained, name, which, value) for name, value in state.values.items()}
+    whole = {name: trained.trained[name].value(which, value) for name, value in state.values.items()}
     changes |= {name: partial(_cast, value) for name, value in whole.items()}
     aliases = {name: group for site in plan.sites for group in [(site.weight, *site.aliases)] for name in group}
     base, unended = dict(checkpoint.manifest["base"]), plan.stage if begun else None

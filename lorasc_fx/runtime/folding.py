@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.parameters import Holder, holders_of, substituted
 from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
-from lorasc_fx.runtime.experts import WHICH, Seen, check_which, seen
+from lorasc_fx.runtime.experts import WHICH, Weights, added_weights, check_which, folded_weights
 from lorasc_fx.runtime.run import Planned, Run
-from lorasc_fx.runtime.transition import at_stage, ended, trained_moved
+from lorasc_fx.runtime.transition import at_stage, trained_moved
 from lorasc_fx.shards import local
 from lorasc_fx.state import SlowWeights, Which
 from lorasc_fx.undo import Block, Commit, Undo, isolated, no_grad
@@ -61,13 +61,27 @@ def placed(
     with run.exclusive("weights", sharded=not added, parallel=not added):
         parameters = run.parameters_by_name()
         live = trained_now(run, parameters)
-        other = seen(run, which, f"weights({which!r})")
+        weights = added_weights(run, which, f"weights({which!r})")
         if stage is not None:
-            other = Seen(at_stage(run.slow, stage, "weights"))
-        meant: Which = "base" if stage == 0 else next((name for name in WHICH if name == which), "slow")
-        held = Held.of(run, parameters)
+            weights = Weights(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
+        elif weights is None:
+            meant: Which = next(name for name in WHICH if name == which)
+            weights = Weights(run.slow, meant, branches=run.branches_by_weight(), plan=run.plan)
+        held, buffers = Held.of(run, parameters), weights.moves(run)
         undo(partial(_put_back, run, parameters, live, held))
-        _place(run, meant, parameters, live, other, stage if stage is not None else str(which))
+        run.keep_buffers([buffer for buffer, _ in buffers])
+        run.commit(
+            Planned(
+                run.plan,
+                run.slow,
+                run.present([*run.slow.states, *run.slow.trained]),
+                partial(weights.write, live),
+                weights.dense(run.quantized if weights.which != "base" else (), parameters),
+                tensors=buffers,
+                placed=stage if stage is not None else str(which),
+                live=live,
+            )
+        )
         held.note_placed()
     return value
 
@@ -75,41 +89,6 @@ def placed(
 def trained_now(run: Run, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """Return copies of the parameters trained in full, as they are here now."""
     return {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
-
-
-def _place(
-    run: Run,
-    which: Which,
-    parameters: Mapping[str, nn.Parameter],
-    live: Mapping[str, torch.Tensor],
-    other: Seen | None,
-    label: str | int,
-) -> None:
-    """Write slow, fast, averaged or base weights into the user's parameters, or those of an `other` state with its
-    buffers; `live` are the trained ones as they are.
-    """
-    slow, branches, plan = run.slow if other is None else other.slow, run.branches_by_weight(), run.plan
-    buffers = _buffers(run, other)
-    run.keep_buffers([buffer for buffer, _ in buffers])
-
-    def write(name: str, out: torch.Tensor) -> None:
-        if name in slow.trained:
-            follows = other is not None or slow.trained[name].follows(plan.spec)
-            out.copy_(trained_value(slow, name, which, live[name], follows))
-        else:
-            slow.write_value(name, which, out, branches.get(name), plan)
-
-    quantized = run.quantized if which != "base" else ()
-    dense = {name: slow.value(name, which, parameters[name], branches.get(name)) for name in quantized}
-    written = run.present([*slow.states, *slow.trained])
-    run.commit(Planned(plan, run.slow, written, write, dense, tensors=buffers, placed=label, live=live))
-
-
-def _buffers(run: Run, other: Seen | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the buffers of the model that another state has values of, each with its value."""
-    values = {} if other is None else other.buffers
-    held = run.model_state() if values else {}
-    return [(held[name], value) for name, value in values.items() if name in held and held[name].shape == value.shape]
 
 
 @dataclass(frozen=True)
@@ -282,25 +261,15 @@ def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
     return torch.equal(*bits)  # of fp8 torch compares no numbers
 
 
-def trained_value(slow: SlowWeights, name: str, which: Which, live: torch.Tensor, follows: bool = True) -> torch.Tensor:
-    """Return a parameter that is trained in full as the slow, fast, averaged or base weights have it."""
-    entry = slow.trained[name]
-    if which == "base":
-        return entry.base
-    if which == "averaged" and entry.average is not None:
-        return entry.average.to(live.dtype)
-    return entry.slow.to(live.dtype) if which != "fast" and follows else live
-
-
 def folded_state(
-    run: Run, call: str, quantized: Requantize = None, which: Which = "slow", other: Seen | None = None
+    run: Run, call: str, quantized: Requantize = None, which: str | Mapping[str, float] = "slow"
 ) -> dict[str, torch.Tensor]:
     """Return copies of the model's state dict with slow weights, its own or others; tied names share one tensor as in
     the model.
     """
     folded: dict[str, torch.Tensor] = {}
     done: dict[int, torch.Tensor] = {}
-    for name, value, new in folded_each(run, call, quantized, which, other):
+    for name, value, new in folded_each(run, call, quantized, which):
         if not isinstance(value, nn.Parameter):
             folded[name] = new()
             continue
@@ -311,13 +280,12 @@ def folded_state(
 
 
 def folded_each(
-    run: Run, call: str, quantized: Requantize = None, which: Which = "slow", other: Seen | None = None
+    run: Run, call: str, quantized: Requantize = None, which: str | Mapping[str, float] = "slow"
 ) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
     """Yield each entry of the model's state dict: its name, what it holds now, and what makes its folded value."""
-    check_which(call, which, run.plan.spec)
-    parameters = run.parameters_by_name()
-    slow, buffers = (ended(run, call), {}) if other is None else (other.slow, other.buffers)
-    names = {name: parameters[name] for name in check_asked(call, slow, quantized)}
+    weights, parameters = folded_weights(run, which, call), run.parameters_by_name()
+    buffers = weights.buffers
+    names = {name: parameters[name] for name in check_asked(call, weights.slow, quantized)}
     changed = {
         name: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="meta"), False)
         for name, value in names.items()
@@ -328,34 +296,26 @@ def folded_each(
     for key, value in held.items():
         name = first.get(id(value), "")
         now = buffers[key].to(value) if key in buffers else parameters[name] if name in changed else value
-        yield key, now, partial(_folded, slow, name, now, which)
+        yield key, now, partial(_folded, weights, name, now)
 
 
-def _folded(slow: SlowWeights, name: str, value: Any, which: Which) -> Any:
-    """Return a copy of an entry of the state dict, with the slow weights if it is the parameter of this name."""
+def _folded(weights: Weights, name: str, value: Any) -> Any:
+    """Return a copy of an entry of the state dict, with the folded weights if it is the parameter of this name."""
+    slow = weights.slow
     if name in slow.states and not (is_quantized(value) and slow.states[name].unmerged("slow") is None):
-        return slow.value(name, which, value)
+        return slow.value(name, weights.which, value)
     if name in slow.trained:
-        return trained_value(slow, name, which, value).detach().to(value.device, copy=True)
+        return slow.trained[name].value(weights.which, value).detach().to(value.device, copy=True)
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def release(run: Run, quantized: Requantize, which: Which, undo: Undo, other: Seen | None = None) -> None:
+def release(run: Run, quantized: Requantize, which: str | Mapping[str, float], undo: Undo) -> None:
     """Write slow, averaged or other weights into the user's parameters, for good, and drop W0."""
-    check_which("release", which, run.plan.spec)
-    slow, parameters = ended(run, "release") if other is None else other.slow, run.parameters_by_name()
-    buffers = _buffers(run, other)
-    requantized = check_asked("release", slow, quantized, modules=True)
+    weights, parameters = folded_weights(run, which, "release"), run.parameters_by_name()
+    dense = weights.dense(check_asked("release", weights.slow, quantized, modules=True), parameters)
     live = trained_now(run, parameters)
-
-    def write(name: str, out: torch.Tensor) -> None:
-        if name in live:
-            out.copy_(trained_value(slow, name, which, live[name]))
-        else:
-            slow.write_value(name, which, out)
-
-    dense = {name: slow.value(name, which, parameters[name]) for name in requantized}
-    holders, written = holders_of(run.model, dense), run.present([*slow.states, *live])
+    holders, written = holders_of(run.model, dense), run.present([*weights.slow.states, *live])
+    write, buffers = partial(weights.write, live), weights.moves(run)
     run.commit(Planned(run.plan, SlowWeights(), written, write, dense, tensors=buffers, live=live), undo)
     requantize(holders, quantized, undo)
 

@@ -75,6 +75,16 @@ class Trained(Tree):
         """Return what the parameter holds at the start of a stage, or when idle."""
         return self.slow.to(self.base.dtype) if idle else self.start
 
+    def value(self, which: Which, live: torch.Tensor, follows: bool = True) -> torch.Tensor:
+        """Return the slow, fast, averaged or base value; `live` is the present one, which is the slow one as well where
+        the parameter does not follow the slow rule.
+        """
+        if which == "base":
+            return self.base
+        if which == "averaged" and self.average is not None:
+            return self.average.to(live.dtype)
+        return self.slow.to(live.dtype) if which != "fast" and follows else live
+
     def follows(self, spec: CascadeSpec) -> bool:
         """Whether the parameter follows the slow rule."""
         return spec.slow_train if self.rule is None or self.rule.slow is None else self.rule.slow
