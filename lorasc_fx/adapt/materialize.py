@@ -128,11 +128,12 @@ def _into_shards(
         fingerprints |= json.loads(text)
     with group.agreed("materialize"):
         if meta.checkpoint is not None:
-            check_digests(meta.checkpoint, fingerprints, run.parameters_by_name())
+            found, parameters = meta.checkpoint, run.parameters_by_name()
+            check_digests(f"{found.path}: this is", found.manifest["base"], fingerprints, parameters, found.moved)
         put_numbers(numbers, model, device, undo)
         spec, stage = run.plan.spec, run.plan.stage
         new = {}
-        for site in run.sites:
+        for site in run.plan.sites:
             for name, factor in cascade.branches[site.key].named_parameters(recurse=False):
                 first = fresh_a(spec.seed, stage, site.weight, site.factor_shapes[0]) if name == "lora_A" else None
                 value = torch.zeros(factor.shape) if first is None else first

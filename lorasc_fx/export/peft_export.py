@@ -119,11 +119,11 @@ def peft(
         check_which("export.peft", which, run.plan.spec, ("slow", "fast", "averaged"))
         change = change_of(run, which)
     if not change.pairs and not change.refused:
-        if not (change.trained and run.sites):
+        if not (change.trained and run.plan.sites):
             raise StateError(
                 "export.peft: no site has trained, and an adapter without a change is none", code="nothing-trained"
             )
-        first = run.sites[0].weight  # peft knows no adapter that only saves modules whole
+        first = run.plan.sites[0].weight  # peft knows no adapter that only saves modules whole
         change.pairs[first] = nothing(run.slow.states[first])
     if max_rank is not None and change.magnitudes:
         raise SpecError(
@@ -135,7 +135,7 @@ def peft(
         change.at_most(max_rank)
     if uniform_rank:
         change.at_one_rank()
-    sites = [site for site in run.sites if site.weight in change.pairs]
+    sites = [site for site in run.plan.sites if site.weight in change.pairs]
     by_weight, unreached = targets_of(model, sites, *cascade.example)
     targets = [target for group in by_weight.values() for target in group]
     saved, unsaved = save_whole(model, change.trained, targets)

@@ -184,7 +184,7 @@ def _units(cascade: Cascade) -> dict[int, str]:
     units = {id(parameter): unit_of(name, parameter) for name, parameter in model.items()}
     for branch in cascade._run.by_key.values():
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
-    for variant in cascade._held_variants:
+    for variant in cascade._variants.all:
         if isinstance(graph := variant.module, fx.GraphModule):
             while sets := inseparable(graph, units):
                 units |= dict.fromkeys((number for read in sets for number in read), ROOT)
@@ -217,7 +217,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         )
     for name, value, usual, why in whole_only(spec, "shard"):
         raise StateError(f"shard: {name} is {value!r}: {why}; give {usual!r} in the spec", code="not-shardable")
-    variants = cascade._held_variants
+    variants = cascade._variants.all
     if not variants:
         raise StateError(
             "shard: there is no graph yet, or none since the cascade was moved; call it once before", code="no-graph"
@@ -257,7 +257,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     kinds: dict[str, dict[torch.dtype, str]] = {}
     graded = run.trainable()
     if spec.next_a.needs_gradient:
-        graded |= {f"model.{site.weight}": parameters[f"model.{site.weight}"] for site in run.sites}
+        graded |= {f"model.{site.weight}": parameters[f"model.{site.weight}"] for site in run.plan.sites}
     for name, parameter in graded.items():
         seen = kinds.setdefault(units[id(parameter)], {})
         seen.setdefault(parameter.dtype, name)

@@ -185,7 +185,7 @@ def _check_spec(cascade: Cascade, mesh: DeviceMesh) -> None:
             f"parallelize: the spec has {name}={value!r}: {why}; adapt without it",
             code="not-shardable",
         )
-    for variant in cascade._held_variants:
+    for variant in cascade._variants.all:
         _graph(variant.module)
 
 

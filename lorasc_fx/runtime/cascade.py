@@ -215,11 +215,6 @@ class Cascade(nn.Module):
         call = self._compiler.calls.bind(tuple(args), kwargs)
         return self._variants.find(call) or self._capture(call), call
 
-    @property
-    def _held_variants(self) -> list[Variant]:
-        """The variants of now."""
-        return self._variants.all
-
     def _split_by(self, split: Callable[[Variant], Variant], undo: Undo) -> None:
         """Put the graph that `split` makes of it in the place of each graph, also of those that are still to come."""
         undo(self._variants.restorer())
@@ -457,7 +452,7 @@ class Cascade(nn.Module):
             transition.end_idle(self._run)
         then = scheduler.step if scheduler is not None else None
         for index in range(1, count + 1):
-            yield Stage(self._run.stage, index, count)
+            yield Stage(self._run.plan.stage, index, count)
             with self._run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
                 transition.next_stage(self._run, optimizer, idle=index == count, then=then)
 
@@ -981,9 +976,9 @@ class Cascade(nn.Module):
             return
         run = self._run
         with run.exclusive("load_state_dict"), Commit() as undo:
-            placed = {site.weight: site.placement for site in run.sites}
+            placed = {site.weight: site.placement for site in run.plan.sites}
             take_over(run, checkpoint, undo)
-            if placed != {site.weight: site.placement for site in run.sites}:  # chosen on another machine
+            if placed != {site.weight: site.placement for site in run.plan.sites}:  # chosen on another machine
                 undo(partial(setattr, self, "_variants", self._variants))
                 self._drop_graphs()
             self._loaded = checkpoint

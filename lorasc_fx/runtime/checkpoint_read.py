@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -44,7 +44,6 @@ from lorasc_fx.undo import Undo
 
 __all__ = [
     "Checkpoint",
-    "base_differs",
     "branch_faults",
     "check_base",
     "check_digests",
@@ -281,43 +280,48 @@ def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -
         CheckpointError: names the parameters that are missing, foreign, or differ.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
-    digests = {
-        name: base[name] if value.is_meta else fingerprint(value) for name, value in parameters.items() if name in base
-    }
-    check_digests(checkpoint, digests, parameters)
+    check_digests(
+        f"{checkpoint.path}: this is",
+        base,
+        {
+            name: base[name] if value.is_meta else fingerprint(value)
+            for name, value in parameters.items()
+            if name in base
+        },
+        parameters,
+        checkpoint.moved,
+    )
 
 
-def check_digests(checkpoint: Checkpoint, digests: Mapping[str, str], names: Iterable[str]) -> None:
-    """Refuse fingerprints that are not those of the checkpoint's base; `names` are all parameters of the model.
+def check_digests(
+    what: str,
+    base: Mapping[str, str],
+    digests: Mapping[str, str],
+    names: Iterable[str],
+    moved: Collection[str],
+    advice: str = "load onto the weights that were adapted",
+) -> None:
+    """Refuse fingerprints of a model that are not those of a base.
+
+    Args:
+        what: is of a base, and `advice` what to do about another one, for messages.
+        base: fingerprints of the base, by parameter.
+        digests: those of the model, of the parameters that the base has.
+        names: all parameters of the model.
+        moved: parameters that are no part of a base, as forward writes them.
 
     Raises:
         CheckpointError: names the parameters that are missing, foreign, or differ.
     """
-    base: Mapping[str, str] = checkpoint.manifest["base"]
-    digests, moved = {name: digest for name, digest in digests.items() if name in base}, checkpoint.moved
-    if odd := base_differs(base, digests, [name for name in names if name not in moved]):
-        raise CheckpointError(
-            f"{checkpoint.path}: this is another base: the model {odd}; load onto the weights that were adapted",
-            code="checkpoint-other-base",
-        )
-
-
-def base_differs(base: Mapping[str, str], digests: Mapping[str, str], names: Iterable[str]) -> str:
-    """Return what tells a model from a base: "lacks ...", "has besides ...", "differs in ..."; "" for nothing.
-
-    Args:
-        base: fingerprints of the base, by parameter.
-        digests: those of the model, of the parameters that the base has.
-        names: all parameters of the model.
-    """
-    names = list(names)
-    missing = [name for name in base if name not in digests]
-    foreign = [name for name in names if name not in base]
-    changed = [name for name, digest in digests.items() if base.get(name, digest) != digest]
-    for what, parameters in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
+    missing = [name for name in base if name not in digests and name not in moved]
+    foreign = [name for name in names if name not in base and name not in moved]
+    changed = [name for name, digest in digests.items() if base.get(name, digest) != digest and name not in moved]
+    for how, parameters in (("lacks", missing), ("has besides", foreign), ("differs in", changed)):
         if parameters:
-            return f"{what} {named(map(sanitized, parameters))}"
-    return ""
+            raise CheckpointError(
+                f"{what} another base: the model {how} {named(map(sanitized, parameters))}; {advice}",
+                code="checkpoint-other-base",
+            )
 
 
 def check_plan(

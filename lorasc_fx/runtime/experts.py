@@ -18,11 +18,11 @@ import torch
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.checks import is_number
-from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, nearest, warn
+from lorasc_fx.errors import SpecError, StateError, named, nearest, warn
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import dense
-from lorasc_fx.runtime.checkpoint_read import Checkpoint, base_differs, decoded, read, refused
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, check_digests, decoded, read, refused
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import ended
 from lorasc_fx.spec import CascadeSpec
@@ -179,12 +179,8 @@ class GivenRun:
 
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
         """Raise CheckpointError where the model is not what this run adapted."""
-        if odd := base_differs(self.base, digests, [name for name in digests if name not in self.moved]):
-            raise CheckpointError(
-                f"{call}: {self.name}, is of another base: the model {odd}; give runs on the one base that all of them "
-                "adapted",
-                code="checkpoint-other-base",
-            )
+        advice = "give runs on the one base that all of them adapted"
+        check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)
 
     def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
         """Return the run as a part of the sum; a running stage that has trained is counted, as `release` counts it.

@@ -9,30 +9,26 @@ or on several, sees those of the trained parameters alone. Relative: LoRA-GA (24
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.runtime.watches import Replicas
+from lorasc_fx.runtime.watches import Fresh, Replicas, StepWatch
 from lorasc_fx.shards import ProcessGroup, full_tensor, local, local_like
 
 __all__ = ["GradientInitialization"]
 
 
-class GradientInitialization:
+class GradientInitialization(Fresh):
     """Lets the sites' weights gather gradients until the next step of the optimizer that holds the branches, and starts
     lora_A from them.
-
-    A copy of it (deepcopy, pickle) waits for nothing until it is armed.
     """
 
     def __init__(self) -> None:
+        self._steps = StepWatch()
         self._weights: dict[str, nn.Parameter] = {}
         self._gathered: dict[str, torch.Tensor] = {}
         self._watches: list[Any] = []
@@ -67,8 +63,7 @@ class GradientInitialization:
         self.call_off()
         self._armed_by = (parameters, branches, replicas)
         self._weights = {name: parameters[name] for name in branches}
-        _WAITING.add(self)
-        _see_steps()
+        self._steps.arm(self.before_step, before=True)
         for name, weight in self._weights.items():
             weight.requires_grad_(True)
             forget = _forgets_what_was_zeroed(self._gathered, name, branches[name])
@@ -100,7 +95,7 @@ class GradientInitialization:
     def call_off(self) -> dict[str, torch.Tensor]:
         """Wait no longer; return the gradients gathered so far, by weight name."""
         gathered = self._gathered
-        _WAITING.discard(self)
+        self._steps.disarm()
         for watch in self._watches:
             watch.remove()
         for weight in self._weights.values():
@@ -119,25 +114,6 @@ class GradientInitialization:
             self._gathered |= gathered
 
         return restore
-
-    def __reduce__(self) -> tuple[type[GradientInitialization], tuple[()]]:
-        return (GradientInitialization, ())
-
-
-_WAITING: weakref.WeakSet[GradientInitialization] = weakref.WeakSet()
-
-
-@functools.cache
-def _see_steps() -> None:
-    """Let those that wait see each step of any optimizer. The hook stays: torch iterates over its hooks at each
-    step, and none may be removed meanwhile.
-    """
-
-    def before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        for waiting in list(_WAITING):
-            waiting.before_step(optimizer)
-
-    register_optimizer_step_pre_hook(before_step)
 
 
 def _gathers(gathered: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], None]:

@@ -16,7 +16,7 @@ from lorasc_fx.branch import Branch, Decided, fill_factor
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, warn
 from lorasc_fx.fingerprint import checksum, fingerprint, source_digest
 from lorasc_fx.parameters import Holder, exchange
-from lorasc_fx.plan import Plan, Reason, Site
+from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.runtime.base_file import BaseFile
 from lorasc_fx.runtime.checkpoint import version
@@ -135,16 +135,6 @@ class Run:
         self._objects: dict[str, int] = {}  # ids of their parameters, as they were last seen
 
     @property
-    def sites(self) -> tuple[Site, ...]:
-        """The planned sites."""
-        return self.plan.sites
-
-    @property
-    def stage(self) -> int:
-        """Number of the running stage."""
-        return self.plan.stage
-
-    @property
     def by_key(self) -> dict[str, Branch]:
         """The branches by key."""
         return {key: branch for key, branch in self.branches.items() if isinstance(branch, Branch)}
@@ -229,7 +219,7 @@ class Run:
         parameters = self.parameters_by_name()
         noise, start, factor_start = self.plan.spec.noise, self.plan.spec.start, self.plan.spec.factor_start
         takes_residual = factor_start.from_weight and not factor_start.of_delta
-        names = [site.weight for site in self.sites]
+        names = [site.weight for site in self.plan.sites]
         reasons = (Reason.EXCLUDED, Reason.SHARED_MEMORY)
         without = {*self.slow.trained, *names, *(one.weight for one in self.refusals if one.reason in reasons)}
         matrices = (name for name, value in parameters.items() if value.dim() > 1 and value.is_floating_point())
@@ -548,7 +538,7 @@ class Run:
         Raises:
             CheckpointError: a gradient of no parameter that is trained here, or of another shape or dtype than its own.
         """
-        weights = {site.weight for site in self.sites} if gathers else set()
+        weights = {site.weight for site in self.plan.sites} if gathers else set()
         parameters, holders = self.parameters_by_name(), self.trainable()
         holders |= {f"model.{weight}": parameters[weight] for weight in weights}
         values, gathered = {}, {}
@@ -635,7 +625,7 @@ class Run:
                 "the weight back; write weights before adapt; to go on with a run, use lorasc_fx.save and load",
                 code="weights-changed-outside",
             )
-        for site in self.sites if self.slow.group is None else ():
+        for site in self.plan.sites if self.slow.group is None else ():
             for alias in site.aliases:
                 other = _parameter(self.model, alias)
                 if other is not None and other is not parameters.get(site.weight):
@@ -692,7 +682,7 @@ class Run:
         sites = {f"site {site['weight']}": json.dumps(site) for site in plan["sites"]}
         digests = {f"weight {name}": str(digest)[:12] for name, digest in weights.items()}
         digests |= {f"factor {name}": str(checksum(value)) for name, value in self.branches.named_parameters()}
-        return {**code, **spec, "stage": f"{self.stage}, step {self.plan.step}", **sites, **digests}
+        return {**code, **spec, "stage": f"{self.plan.stage}, step {self.plan.step}", **sites, **digests}
 
     def check_replicas(self, kind: type[nn.Module]) -> None:
         """Refuse context parallelism and wrappers that cut parameters, and compare ranks before the first training call

@@ -89,22 +89,18 @@ def take_over(run: Run, checkpoint: checkpoint_read.Checkpoint, undo: Undo) -> N
     Raises:
         CheckpointError: another base, another spec, other sites, or values that do not fit.
     """
-    if odd := _base_differs(checkpoint, run):
-        raise CheckpointError(
-            f"{checkpoint.path}: this is another base: the model {odd}; adapt the weights that were adapted",
-            code="checkpoint-other-base",
-        )
+    checkpoint_read.check_digests(
+        f"{checkpoint.path}: this is",
+        checkpoint.manifest["base"],
+        run.fingerprints(),
+        run.parameters_by_name(),
+        {*checkpoint.moved, *run.moved_parameters()},
+        "adapt the weights that were adapted",
+    )
     _check_alike(run.plan, checkpoint)
     run.commit(Planned(run.plan, run.slow, gradients=Gradients(), gathers=False), undo)
     checkpoint_read.restore(run, checkpoint, undo)
     run.commit(checkpoint_read.gradients_of(run, checkpoint), undo)
-
-
-def _base_differs(checkpoint: checkpoint_read.Checkpoint, run: Run) -> str:
-    moved = {*checkpoint.moved, *run.moved_parameters()}
-    base = {name: digest for name, digest in checkpoint.manifest["base"].items() if name not in moved}
-    names = [name for name in run.parameters_by_name() if name not in moved]
-    return checkpoint_read.base_differs(base, run.fingerprints(), names)
 
 
 def _check_alike(now: Plan, checkpoint: checkpoint_read.Checkpoint) -> None:

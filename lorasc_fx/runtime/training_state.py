@@ -162,7 +162,7 @@ def _give(
             scheduler.load_state_dict(then)
         undo(partial(set_random_state, *random_state()))
         set_random_state(tensors, manifest["rng"])
-        set_rank(run.stage)
+        set_rank(run.plan.stage)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.run import Run
-from lorasc_fx.runtime.watches import callers
+from lorasc_fx.runtime.watches import Fresh, callers
 
 __all__ = ["UsageWatch", "check_not_averaged"]
 
@@ -42,8 +42,8 @@ _AVERAGES = ("torch.optim.swa_utils", "timm.utils.model_ema", "ultralytics.utils
 _ARMED: weakref.WeakSet[UsageWatch] = weakref.WeakSet()
 
 
-class UsageWatch:
-    """Watches a cascade and its model; a copy (deepcopy, pickle) watches nothing.
+class UsageWatch(Fresh):
+    """Watches a cascade and its model.
 
     It is itself the state dict pre-hook of the user's model.
     """
@@ -168,9 +168,6 @@ class UsageWatch:
                 f"`for stage in cascade.stages(...)`; `cascade.release()` folds it into the model{kept}; "
                 "lorasc_fx.save keeps it for a later run",
             )
-
-    def __reduce__(self) -> tuple[type[UsageWatch], tuple[()]]:
-        return (UsageWatch, ())
 
 
 def check_not_averaged() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -12,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.shards import local
 
-__all__ = ["PendingWatch", "Replicas", "StepWatch", "Warned", "callers", "check_attention", "check_wrappers"]
+__all__ = ["Fresh", "PendingWatch", "Replicas", "StepWatch", "Warned", "callers", "check_attention", "check_wrappers"]
 
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 """What torch.nn.functional has by default."""
@@ -29,8 +30,15 @@ _ENGINES = {
 """Wrappers that keep the parameters themselves, by the name of the class, with their modules."""
 
 
-class Warned:
-    """Gives each warning once a cascade; a copy (deepcopy, pickle) has given none."""
+class Fresh:
+    """What belongs to one object in one process: a copy of it (deepcopy, pickle) is a new one."""
+
+    def __reduce__(self) -> tuple[type[Fresh], tuple[()]]:
+        return (type(self), ())
+
+
+class Warned(Fresh):
+    """Gives each warning once a cascade."""
 
     def __init__(self) -> None:
         self._codes: set[str] = set()
@@ -48,9 +56,6 @@ class Warned:
         """Never give the warning of this code: the user asked for what it warns of."""
         self._codes.add(code)
 
-    def __reduce__(self) -> tuple[type[Warned], tuple[()]]:
-        return (Warned, ())
-
 
 def _by_id() -> weakref.WeakValueDictionary[int, nn.Parameter]:
     """Return an empty table of parameters by id, with weak references: a parameter's hook holds the watch, and Python's
@@ -59,11 +64,11 @@ def _by_id() -> weakref.WeakValueDictionary[int, nn.Parameter]:
     return weakref.WeakValueDictionary()
 
 
-class PendingWatch:
+class PendingWatch(Fresh):
     """Knows gradients that no optimizer step has used, from the order of two version counters, without the optimizer.
 
     A parameter's version grows when a step writes it. Each accumulation notes the version; a gradient is pending while
-    the parameter is still at the noted one. A copy (deepcopy, pickle) watches nothing until it is armed.
+    the parameter is still at the noted one.
     """
 
     def __init__(self) -> None:
@@ -114,53 +119,50 @@ class PendingWatch:
         """The gradient that the parameter holds now waits for a step."""
         self._seen[id(parameter)] = parameter._version
 
-    def __reduce__(self) -> tuple[type[PendingWatch], tuple[()]]:
-        return (PendingWatch, ())
 
+class StepWatch(Fresh):
+    """Calls a method before or after each step of any optimizer, by torch's own hooks: any loop will do, compiled or
+    not.
 
-class StepWatch:
-    """Calls a method after each step of any optimizer, by torch's own hook: any loop will do, compiled or not.
-
-    One hook serves all of a process and stays: torch walks over its hooks in a step, where a garbage collection that
-    removed one would make the step raise. A step that a loss scaler skips is none. A copy (deepcopy, pickle) waits for
-    none until it is armed.
+    One hook of each kind serves all of a process and stays: torch walks over its hooks in a step, where a garbage
+    collection that removed one would make the step raise. A step that a loss scaler skips is none.
     """
 
-    _armed: ClassVar[weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]]] = weakref.WeakKeyDictionary()
-    """In the order in which they were armed, which is that of all ranks."""
-    _hook: ClassVar[Any] = None
+    _armed: ClassVar[dict[bool, weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]]]] = {}
+    """Those that are called before a step, and those after it, in the order in which they were armed, which is that of
+    all ranks."""
 
-    def arm(self, after_step: Callable[[torch.optim.Optimizer], None]) -> None:
-        """Call this method after each optimizer step, as long as its object lives."""
-        self._armed[self] = weakref.WeakMethod(after_step)
-        if StepWatch._hook is None:
-            StepWatch._hook = register_optimizer_step_post_hook(StepWatch._stepped)
+    def arm(self, method: Callable[[torch.optim.Optimizer], None], before: bool = False) -> None:
+        """Call this method at each optimizer step, as long as its object lives."""
+        if before not in StepWatch._armed:
+            StepWatch._armed[before] = weakref.WeakKeyDictionary()
+            register = register_optimizer_step_pre_hook if before else register_optimizer_step_post_hook
+            register(partial(StepWatch._step, before))
+        StepWatch._armed[before][self] = weakref.WeakMethod(method)
 
     def disarm(self) -> None:
         """Wait no longer."""
-        self._armed.pop(self, None)
+        for armed in StepWatch._armed.values():
+            armed.pop(self, None)
 
     @staticmethod
-    def _stepped(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        for method in tuple(StepWatch._armed.values()):
+    def _step(before: bool, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        for method in tuple(StepWatch._armed[before].values()):
             if (call := method()) is not None:
                 call(optimizer)
 
-    def __reduce__(self) -> tuple[type[StepWatch], tuple[()]]:
-        return (StepWatch, ())
 
-
-class Replicas:
+class Replicas(Fresh):
     """Knows the DistributedDataParallel that a cascade was last called through, which averages the gradients of the
     parameters that it was made with, and of no others.
 
-    It is found while its forward runs, through any number of wrappers. A copy (deepcopy, pickle) knows none.
+    It is found while its forward runs, through any number of wrappers.
     """
 
     def __init__(self) -> None:
-        self._wrapper: Callable[[], Any] = _no_wrapper
-        self._outdated: Callable[[], Any] = _no_wrapper
-        self._compared: Callable[[], Any] = _no_wrapper
+        self._wrapper: Callable[[], Any] = lambda: None
+        self._outdated: Callable[[], Any] = lambda: None
+        self._compared: Callable[[], Any] = lambda: None
         self._sites = 0
 
     def see(self, sites: int, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
@@ -213,13 +215,6 @@ class Replicas:
         total = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=wrapper.process_group)
         return total.div_(torch.distributed.get_world_size(wrapper.process_group))
-
-    def __reduce__(self) -> tuple[type[Replicas], tuple[()]]:
-        return (Replicas, ())
-
-
-def _no_wrapper() -> None:
-    return None
 
 
 def callers() -> Iterator[FrameType]:
