@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -136,19 +136,25 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         trainer = self._trainer
         if args.label_names is None:
             trainer.label_names = find_labels(type(self.cascade.model))  # it looks at the name of the class as well
-        trainer.evaluation_loop = self._evaluating(trainer.evaluation_loop)
-        trainer.log = self._logging(trainer.log)
-        trainer.train = self._training(trainer.train)
-        trainer.save_model = self._saving(trainer, trainer.save_model)
-        trainer.create_optimizer = self._optimizing(trainer.create_optimizer)
-        self._keep_state_dicts(trainer)
         given = made_by.get("ref_model")
         self._other_reference = given is not None and given is not self._reference
+        replaced: dict[str, Callable[..., Any]] = {
+            "evaluation_loop": self._evaluation_loop,
+            "log": self._log,
+            "train": self._train,
+            "save_model": self._save_model,
+            "create_optimizer": self._create_optimizer,
+        }
         if hasattr(trainer, "compute_ref_log_probs"):
-            trainer.compute_ref_log_probs = self._comparing(trainer.compute_ref_log_probs)
+            replaced["compute_ref_log_probs"] = self._compute_ref_log_probs
         if self.schedule == "stage":
-            trainer.get_train_dataloader = self._loading(trainer.get_train_dataloader)
-            trainer.create_scheduler = self._scheduling(trainer)
+            replaced |= {
+                "get_train_dataloader": self._get_train_dataloader,
+                "create_scheduler": self._create_scheduler,
+            }
+        for name, method in replaced.items():
+            setattr(trainer, name, functools.partial(method, getattr(trainer, name)))
+        self._keep_state_dicts(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Check that the training can go as it was asked for."""
@@ -262,107 +268,89 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             elif child is not self.cascade:
                 self._take_model_of(child)
 
-    def _comparing(self, original: Any) -> Any:
-        def compute_ref_log_probs(model: Any, inputs: Any) -> Any:
-            """Compute what the policy is compared with, before the training and where no reference model is held."""
-            self._take_places()
-            with self._placing(_REFERENCE) if model is self.cascade else contextlib.nullcontext():
-                return original(model, inputs)
+    def _compute_ref_log_probs(self, original: Any, model: Any, inputs: Any) -> Any:
+        """Compute what the policy is compared with, before the training and where no reference model is held."""
+        self._take_places()
+        with self._placing(_REFERENCE) if model is self.cascade else contextlib.nullcontext():
+            return original(model, inputs)
 
-        return compute_ref_log_probs
+    def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does."""
+        self._take_places()
+        return original(*args, **kwargs)
 
-    def _training(self, original: Any) -> Any:
-        def train(*args: Any, **kwargs: Any) -> Any:
-            """Train as the Trainer does."""
-            self._take_places()
+    def _evaluation_loop(
+        self,
+        original: Any,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Evaluate as the Trainer does, with the weights that are asked for in place."""
+        self._take_places()
+        passes: dict[str, bool | None] = dict.fromkeys(self._passes, prediction_loss_only)
+        if self.plateau is not None and self._trainer.is_in_train:
+            passes.setdefault("fast", True)  # of which the plateau needs the loss alone
+        first: Any = None
+        for which, loss_only in passes.items():
+            sums = copy.deepcopy(vars(self._trainer).get("_metrics"))
+            with self._placing(which):
+                output = original(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
+            if first is None:
+                first = output
+            elif sums is not None:
+                self._trainer._metrics = sums  # where TRL's trainers sum what they measure: of the first pass
+            prefix = f"{metric_key_prefix}_"
+            metrics = {f"{prefix}{which}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics}
+            first.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
+        return first
+
+    def _log(self, original: Any, logs: dict[str, Any], *about: Any, **more: Any) -> None:
+        """Log as the Trainer does, of a step of the training with its stage."""
+        if "loss" in logs:
+            history = self._trainer.state.log_history
+            before = next((entry["stage"] for entry in reversed(history) if "stage" in entry), self._stage)
+            logs |= {"stage": self._stage, "transition": self._stage - before}
+        original(logs, *about, **more)
+
+    def _create_optimizer(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer of what is trained, and not of the weights whose gradients a new stage looks at."""
+        waiting = self.cascade._run.gradient_init
+        restore = waiting.restorer()
+        waiting.call_off()
+        try:
             return original(*args, **kwargs)
+        finally:
+            restore()
 
-        return train
+    def _get_train_dataloader(self, original: Any) -> Any:
+        """Return the Trainer's batches, whose number is asked for when the scheduler is made."""
+        self._batches = original()
+        return self._batches
 
-    def _evaluating(self, original: Any) -> Any:
-        def evaluation_loop(
-            dataloader: Any,
-            description: str,
-            prediction_loss_only: bool | None = None,
-            ignore_keys: list[str] | None = None,
-            metric_key_prefix: str = "eval",
-        ) -> Any:
-            """Evaluate as the Trainer does, with the weights that are asked for in place."""
-            self._take_places()
-            passes: dict[str, bool | None] = dict.fromkeys(self._passes, prediction_loss_only)
-            if self.plateau is not None and self._trainer.is_in_train:
-                passes.setdefault("fast", True)  # of which the plateau needs the loss alone
-            first: Any = None
-            for which, loss_only in passes.items():
-                sums = copy.deepcopy(vars(self._trainer).get("_metrics"))
-                with self._placing(which):
-                    output = original(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
-                if first is None:
-                    first = output
-                elif sums is not None:
-                    self._trainer._metrics = sums  # where TRL's trainers sum what they measure: of the first pass
-                prefix = f"{metric_key_prefix}_"
-                metrics = {
-                    f"{prefix}{which}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics
-                }
-                first.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
-            return first
-
-        return evaluation_loop
-
-    def _logging(self, original: Any) -> Any:
-        def log(logs: dict[str, Any], *about: Any, **more: Any) -> None:
-            """Log as the Trainer does, of a step of the training with its stage."""
-            if "loss" in logs:
-                history = self._trainer.state.log_history
-                before = next((entry["stage"] for entry in reversed(history) if "stage" in entry), self._stage)
-                logs |= {"stage": self._stage, "transition": self._stage - before}
-            original(logs, *about, **more)
-
-        return log
-
-    def _optimizing(self, original: Any) -> Any:
-        def create_optimizer(*args: Any, **kwargs: Any) -> Any:
-            """Make the optimizer of what is trained, and not of the weights whose gradients a new stage looks at."""
-            waiting = self.cascade._run.gradient_init
-            restore = waiting.restorer()
-            waiting.call_off()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                restore()
-
-        return create_optimizer
-
-    def _loading(self, original: Any) -> Any:
-        def get_train_dataloader() -> Any:
-            """Return the Trainer's batches, whose number is asked for when the scheduler is made."""
-            self._batches = original()
-            return self._batches
-
-        return get_train_dataloader
-
-    def _scheduling(self, trainer: Any) -> Any:
-        def create_scheduler(num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-            """Make a schedule of each stage, with the Trainer's warm-up and decay."""
-            if trainer.lr_scheduler is None:
-                optimizer = optimizer or trainer.optimizer
-                steps, warmup = self._stage_steps(trainer.args), 0
-                if trainer.args.lr_scheduler_type != "constant":
-                    warmup = trainer.args.get_warmup_steps(steps or 0)
-                floor, decay = _SHAPES[trainer.args.lr_scheduler_type]
-                trainer.lr_scheduler = StageSchedule(
-                    getattr(optimizer, "optimizer", optimizer),  # accelerate's is around the one that steps
-                    self.cascade,
-                    steps,
-                    warmup=warmup,
-                    floor=floor,
-                    decay=decay,
-                )
-                trainer._created_lr_scheduler = True
-            return trainer.lr_scheduler
-
-        return create_scheduler
+    def _create_scheduler(
+        self, original: Any, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Make a schedule of each stage, with the Trainer's warm-up and decay."""
+        trainer = self._trainer
+        if trainer.lr_scheduler is None:
+            optimizer = optimizer or trainer.optimizer
+            steps, warmup = self._stage_steps(trainer.args), 0
+            if trainer.args.lr_scheduler_type != "constant":
+                warmup = trainer.args.get_warmup_steps(steps or 0)
+            floor, decay = _SHAPES[trainer.args.lr_scheduler_type]
+            trainer.lr_scheduler = StageSchedule(
+                getattr(optimizer, "optimizer", optimizer),  # accelerate's is around the one that steps
+                self.cascade,
+                steps,
+                warmup=warmup,
+                floor=floor,
+                decay=decay,
+            )
+            trainer._created_lr_scheduler = True
+        return trainer.lr_scheduler
 
     def _stage_steps(self, args: Any) -> int | None:
         """Return the optimizer steps of a stage; None where a plateau ends it."""
@@ -372,20 +360,17 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         updates = math.ceil(len(self._batches) / int(args.gradient_accumulation_steps))
         return self.epochs * max(1, updates)
 
-    def _saving(self, trainer: Any, original: Any) -> Any:
-        def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
-            """Write the user's model with the slow weights; a checkpoint gets the cascade's state dict."""
-            if _internal_call:
-                original(output_dir, _internal_call=True)
-                return
-            with self._placing("slow"), _naming_dense(self.cascade.model):
-                trainer.model = self.cascade.model
-                try:
-                    original(output_dir)
-                finally:
-                    trainer.model = self.cascade
-
-        return save_model
+    def _save_model(self, original: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the user's model with the slow weights; a checkpoint gets the cascade's state dict."""
+        if _internal_call:
+            original(output_dir, _internal_call=True)
+            return
+        with self._placing("slow"), _naming_dense(self.cascade.model):
+            self._trainer.model = self.cascade.model
+            try:
+                original(output_dir)
+            finally:
+                self._trainer.model = self.cascade
 
     def _keep_state_dicts(self, trainer: Any) -> None:
         """Let checkpoints of a sentence-transformers trainer hold the state dict of the cascade, as those of others do.
