@@ -40,7 +40,6 @@ from lorasc_fx.cli.training import (
     predict,
     train_parameters,
     train_steps,
-    trained_entries,
 )
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
 from lorasc_fx.extras import module_of
@@ -75,11 +74,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Result:
-    """The result of one run.
+class Result(Run):
+    """What one run gave.
 
     Args:
-        method, seed, lr: its run.
         steps: optimizer steps taken.
         seconds: of capture and training, without evaluation.
         parameters: trained entries.
@@ -90,9 +88,6 @@ class Result:
         diverged: the loss became inf or nan; nothing else of the run counts.
     """
 
-    method: str
-    seed: int
-    lr: float
     steps: int
     seconds: float
     parameters: int
@@ -116,8 +111,7 @@ class Result:
 
     def write(self, folder: Path) -> None:
         """Write the file of this run."""
-        path = folder / f"{Run(self.method, self.seed, self.lr).name}.json"
-        write_whole(path, json.dumps(dataclasses.asdict(self)) + "\n")
+        write_whole(folder / f"{self.name}.json", json.dumps(dataclasses.asdict(self)) + "\n")
 
     @classmethod
     def read(cls, folder: Path, run: Run) -> Result | None:
@@ -162,11 +156,11 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
             "compare.methods has 'probe', which trains what spec.train names, and spec.train is empty",
             code="conflicting-options",
         )
-    ruled = [rule.pattern for rule in config.spec.train_rules if rule.lr is not None]
-    if "probe" in config.compare.methods and ruled:
+    ruled = next((rule.pattern for rule in config.spec.train_rules if rule.lr is not None), None)
+    if "probe" in config.compare.methods and ruled is not None:
         raise SpecError(
             f"compare.methods has 'probe', which trains at one rate (compare.rates), and spec.train_rules gives "
-            f"{ruled[0]!r} a rate of its own: drop one of the two",
+            f"{ruled!r} a rate of its own: drop one of the two",
             code="conflicting-options",
         )
     folder = RunFolder(Path(config.output))
@@ -211,7 +205,8 @@ def _make(
     else:
         model = setup.adapt(run.seed, method.spec(spec, config.train.stages))
     optimizer = make_optimizer(model, run.lr, config.train.weight_decay)
-    entries, steps = trained_entries(optimizer), setup.stage_steps(stages)
+    entries = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    steps = setup.stage_steps(stages)
     cycles = setup.stage_steps(config.train.stages) if method.average == "cycles" else steps
     cascade = model if isinstance(model, lx.Cascade) else None
     schedule = setup.schedule(optimizer, None if method.average == "cycles" else cascade, cycles)

@@ -40,7 +40,6 @@ __all__ = [
     "predict",
     "train_parameters",
     "train_steps",
-    "trained_entries",
 ]
 
 EVAL_BATCH = 64
@@ -184,11 +183,6 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     else:
         groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
-
-
-def trained_entries(optimizer: torch.optim.Optimizer) -> int:
-    """Return the number of entries that an optimizer trains."""
-    return sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
 
 
 @dataclass

@@ -39,9 +39,8 @@ def unit_of(name: str, parameter: nn.Parameter) -> str:
     """Return the unit of a parameter by its name: up to its first number (`layers.3`), else the module that holds it,
     where it is a matrix (`head`); a vector outside of numbered modules is in the root unit.
     """
-    found = _NUMBER.match(name)
-    if found is not None:
-        return found.group()
+    if (numbered := _NUMBER.match(name)) is not None:
+        return numbered.group()
     return name.rpartition(".")[0] if parameter.dim() > 1 else ROOT
 
 
@@ -96,14 +95,8 @@ def _run(node: fx.Node, holder: nn.Module, value_of: Callable[[fx.Node], Any]) -
 def inseparable(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[set[int]]:
     """Return the sets of parameters (by id) of several units that one node reads, which no split can part."""
     reads = _reads(graph_module)
-    found = []
-    for node in graph_module.graph.nodes:
-        if node in reads.lazy:
-            continue
-        seen = reads.of(node)
-        if len({units[parameter] for parameter in seen} - {ROOT}) > 1:
-            found.append(seen)
-    return found
+    together = [reads.of(node) for node in graph_module.graph.nodes if node not in reads.lazy]
+    return [group for group in together if len({units[parameter] for parameter in group} - {ROOT}) > 1]
 
 
 class SegmentedGraph:
@@ -128,16 +121,16 @@ class SegmentedGraph:
         given = [*inputs, *(node.args[0] for node in self.placeholders[len(inputs) :])]
         values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
         for segment, later in zip(self.segments, self.later, strict=True):
-            made = run_segment(segment, [values[node] for node in segment.inputs])
+            outputs = run_segment(segment, [values[node] for node in segment.inputs])
             if segment is self.segments[-1]:
-                return made[-1]
-            values = {**values, **dict(zip(segment.outputs, made, strict=True))}
+                return outputs[-1]
+            values = {**values, **dict(zip(segment.outputs, outputs, strict=True))}
             values = {node: value for node, value in values.items() if node in later}
         raise AssertionError("a graph has an output node")
 
 
 def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> SegmentedGraph:
-    """SegmentedGraph a graph.
+    """Return a graph in segments.
 
     Args:
         graph_module: whose nodes read the parameters of its children.
@@ -156,8 +149,8 @@ def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Segment
     needs = [_needs(nodes, reads.lazy) for _, nodes in runs]
     segments = []
     for index, (unit, nodes) in enumerate(runs):
-        own = set(nodes)
-        inputs = tuple(node for node in needs[index] if node not in own)
+        inside = set(nodes)
+        inputs = tuple(node for node in needs[index] if node not in inside)
         later = {node for other in needs[index + 1 :] for node in other}
         outputs = tuple(node for node in nodes if node in later or node.op == "output")
         last = _last(nodes, set(outputs), reads.lazy)
@@ -174,11 +167,8 @@ class _Reads:
 
     def of(self, node: fx.Node) -> set[int]:
         """Return the parameters that a node reads, through those that compute from weights alone."""
-        found = set(self.own.get(node, ()))
-        for source in node.all_input_nodes:
-            if source in self.lazy:
-                found |= self.of(source)
-        return found
+        through = (self.of(source) for source in node.all_input_nodes if source in self.lazy)
+        return set(self.own.get(node, ())).union(*through)
 
 
 def _reads(graph_module: fx.GraphModule) -> _Reads:
@@ -198,18 +188,18 @@ def _reads(graph_module: fx.GraphModule) -> _Reads:
 
 def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, None]:
     """Return what the nodes read, seen through what computes from weights alone, in order."""
-    found: dict[fx.Node, None] = {}
+    needs: dict[fx.Node, None] = {}
 
-    def look(node: fx.Node) -> None:
+    def visit(node: fx.Node) -> None:
         for source in node.all_input_nodes:
             if source in lazy:
-                look(source)
+                visit(source)
             else:
-                found[source] = None
+                needs[source] = None
 
     for node in nodes:
-        look(node)
-    return found
+        visit(node)
+    return needs
 
 
 def _last(nodes: list[fx.Node], needed: set[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -219,11 +209,11 @@ def _last(nodes: list[fx.Node], needed: set[fx.Node], lazy: frozenset[fx.Node]) 
         for source in _needs([node], lazy):
             last[source] = node
         last.setdefault(node, node)
-    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    done: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for value, node in last.items():
         if value not in needed:
-            found[node] = (*found.get(node, ()), value)
-    return found
+            done[node] = (*done.get(node, ()), value)
+    return done
 
 
 class Unit(nn.Module):
@@ -257,8 +247,8 @@ class Shards(nn.Module):
         def run_segment(segment: Segment, values: list[Any]) -> tuple[Any, ...]:
             if segment.unit == ROOT:
                 return segment.run(graph.module, values)
-            found: tuple[Any, ...] = self.units[self.names[segment.unit]](segment, graph, *values)
-            return found
+            outputs: tuple[Any, ...] = self.units[self.names[segment.unit]](segment, graph, *values)
+            return outputs
 
         return graph.run(inputs, run_segment)
 
