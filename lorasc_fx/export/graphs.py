@@ -60,9 +60,9 @@ def pt2(
         raise SpecError(
             f"export.pt2: {out} does not end with .pt2, as torch.export.load wants it", code="wrong-file-ending"
         )
-    made = program(cascade, args, kwargs, folded=folded, which=which, call="export.pt2")
-    with replacing(out) as room:
-        torch.export.save(made, room)
+    exported = program(cascade, args, kwargs, folded=folded, which=which, call="export.pt2")
+    with replacing(out) as new:
+        torch.export.save(exported, new)
     return out
 
 
@@ -100,24 +100,24 @@ def onnx(
     if out.suffix != ".onnx":
         raise SpecError(f"export.onnx: {out} does not end with .onnx", code="wrong-file-ending")
     require("onnx", "onnx", "onnxscript")
-    made = program(cascade, args, kwargs, folded=folded, which=which, call="export.onnx")
+    exported = program(cascade, args, kwargs, folded=folded, which=which, call="export.onnx")
     try:
         with quiet():
-            exported = torch.onnx.export(made, dynamo=True, verbose=False)
+            onnx_program = torch.onnx.export(exported, dynamo=True, verbose=False)
     except Exception as fault:  # torch.onnx raises what its parts raise
         raise_of_handler(fault)
-        first: BaseException = fault
-        while first.__cause__ is not None:  # the outer ones say that something failed, not what
-            first = first.__cause__
-        reason = str(first).strip().splitlines() or [type(first).__name__]
+        cause: BaseException = fault
+        while cause.__cause__ is not None:  # the outer ones say that something failed, not what
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise CaptureError(
             f"export.onnx: torch.onnx does not take this graph: {reason[0]}; change the model there",
             code="export-refused",
         ) from fault
-    assert exported is not None
+    assert onnx_program is not None
     with replacing(out) as new, tempfile.TemporaryDirectory(prefix=new.name, dir=new.parent) as folder:
         graph = Path(folder, out.name)
-        exported.save(graph)
+        onnx_program.save(graph)
         for weights in Path(folder).glob("*.data"):
             with replacing(out.with_name(weights.name)) as new_weights:
                 weights.rename(new_weights)
@@ -145,12 +145,14 @@ def program(
     bound, named = bind(signature_of(cascade.model), *given)
     with _evaluating(cascade):
         variant, _ = cascade._variant_of(bound, named)
-        module = cascade.folded_graph(bound, named, which=which) if folded else _whole(cascade, variant, bound, named)
+        module: nn.Module = cascade
+        if folded or variant.universal:  # of graph breaks, folded_graph says where they are
+            module = cascade.folded_graph(bound, named, which=which)
         shapes = _shapes(module, variant, bound, named)
         bound, named = _as_given(signature_of(cascade.model), bound, named, given[1])
         try:
             with quiet():
-                made = torch.export.export(module, bound, named, dynamic_shapes=shapes, strict=False)
+                exported = torch.export.export(module, bound, named, dynamic_shapes=shapes, strict=False)
         except Exception as fault:  # a tracer may raise anything
             raise_of_handler(fault)
             reason = str(fault).strip().splitlines() or [type(fault).__name__]
@@ -158,15 +160,8 @@ def program(
                 f"{call}: torch.export does not take this graph: {reason[0]}; change the model there",
                 code="export-refused",
             ) from fault
-    made.example_inputs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (bound, named))
-    return made
-
-
-def _whole(cascade: Cascade, variant: Variant, args: Any, kwargs: Any) -> nn.Module:
-    """Return the cascade, whose call is one graph."""
-    if variant.universal:
-        cascade.folded_graph(args, kwargs)  # says where it breaks
-    return cascade
+    exported.example_inputs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (bound, named))
+    return exported
 
 
 def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -1,8 +1,7 @@
 """A cascade in transformers' Trainer, which is given the cascade itself as its model.
 
-The Trainer knows when a step, an epoch and an evaluation end, and a callback is told. What a callback is not told is
-when an evaluation begins and where a model is saved: so it puts itself before `evaluation_loop` and `save_model` of its
-own Trainer, and of no other.
+The Trainer calls its callbacks when a step, an epoch and an evaluation end, but not before it evaluates or saves: so
+the callback wraps `evaluation_loop`, `save_model` and some more methods of its own Trainer, and of no other.
 """
 
 from __future__ import annotations
@@ -126,10 +125,10 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             self._reference = _Reference(self)
         return self._reference
 
-    # ---- what a Trainer tells
+    # ---- events of the Trainer
 
     def on_init_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Take a place before the Trainer's evaluation and its saving."""
+        """Check the Trainer's arguments, and wrap its methods."""
         self._check_model(about["model"])
         self._check_arguments(args)
         self._trainer, made_by = _calling_trainer()
@@ -178,14 +177,14 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         run, optimizer = self.cascade._run, about["optimizer"]
         run.begin_loop(optimizer, "CascadeCallback")
         transition.end_idle(run)
-        self._take_plateau(state)
+        self._restore_plateau(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """End a stage on a plateau: after the evaluation that found it was saved as it was measured."""
         if self._over:
             self.cascade.transition(about["optimizer"])
             self._over = False
-            self._keep_plateau(state)
+            self._store_plateau(state)
         self._stage = self.cascade.stage
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
@@ -208,7 +207,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 code="metric-missing",
             )
         self._over = self.plateau.over(metrics[name]) or self._over
-        self._keep_plateau(state)
+        self._store_plateau(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Fold a stage that was cut short; after the best model was loaded, drop it, as it was not measured."""
@@ -229,26 +228,26 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         metric = f"_{args.metric_for_best_model}"
         return next((which for which in get_args(Evaluated) if f"_{which}_" in metric), self._passes[0])
 
-    def _keep_plateau(self, state: Any) -> None:
-        """Keep what the plateau has seen in the Trainer's state, which its checkpoints hold."""
+    def _store_plateau(self, state: Any) -> None:
+        """Store the plateau in the Trainer's state, which its checkpoints hold."""
         if self.plateau is not None:
             state.stateful_callbacks[_PLATEAU] = {"over": self._over, "plateau": self.plateau.state_dict()}
 
-    def _take_plateau(self, state: Any) -> None:
-        """Go on from what the Trainer's state has kept of the plateau."""
+    def _restore_plateau(self, state: Any) -> None:
+        """Restore the plateau from the Trainer's state."""
         if self.plateau is not None and (saved := state.stateful_callbacks.get(_PLATEAU)) is not None:
             self.plateau.load_state_dict(saved["plateau"])
             self._over = saved["over"]
 
-    def _take_places(self) -> None:
-        """Take the places of what trainers have put there by now: TRL's a forward, and a second copy of the base, and
-        those of sentence-transformers the model in their losses, some of which are made with no other.
+    def _replace_references(self) -> None:
+        """Replace what trainers have set up since: TRL's forward and its second copy of the base, and the model in the
+        losses of sentence-transformers.
         """
         trainer = self._trainer
         losses = getattr(trainer, "loss", None)
         for loss in losses.values() if isinstance(losses, dict) else [losses]:
             if isinstance(loss, torch.nn.Module):
-                self._take_model_of(loss)
+                self._replace_model_in(loss)
         _replace_fused_head(self.cascade)
         _replace_switch(self.cascade)
         held = getattr(trainer, "ref_model", None)
@@ -260,23 +259,23 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             vars(self.reference).pop("forward", None)
             trainer.ref_model = self.reference
 
-    def _take_model_of(self, module: torch.nn.Module) -> None:
-        """Put the cascade in the place of the user's model, in this module and those in it."""
+    def _replace_model_in(self, module: torch.nn.Module) -> None:
+        """Replace the user's model by the cascade, in this module and those in it."""
         for name, child in list(module.named_children()):
             if child is self.cascade.model:
                 setattr(module, name, self.cascade)
             elif child is not self.cascade:
-                self._take_model_of(child)
+                self._replace_model_in(child)
 
     def _compute_ref_log_probs(self, original: Any, model: Any, inputs: Any) -> Any:
         """Compute what the policy is compared with, before the training and where no reference model is held."""
-        self._take_places()
+        self._replace_references()
         with self._placing(_REFERENCE) if model is self.cascade else contextlib.nullcontext():
             return original(model, inputs)
 
     def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does."""
-        self._take_places()
+        self._replace_references()
         return original(*args, **kwargs)
 
     def _evaluation_loop(
@@ -289,7 +288,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Evaluate as the Trainer does, with the weights that are asked for in place."""
-        self._take_places()
+        self._replace_references()
         passes: dict[str, bool | None] = dict.fromkeys(self._passes, prediction_loss_only)
         if self.plateau is not None and self._trainer.is_in_train:
             passes.setdefault("fast", True)  # of which the plateau needs the loss alone
