@@ -12,7 +12,7 @@ import glob
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.spec import CascadeSpec, Rule
 from lorasc_fx.state import Factors
 
@@ -28,6 +29,7 @@ __all__ = [
     "CONV",
     "CONV1D",
     "ENDS",
+    "FIELDS",
     "IGNORED",
     "PARAMETER",
     "PREFIX",
@@ -76,11 +78,28 @@ UNSUPPORTED = {
 }
 """Features that make an adapter something else than `W + s B A`, with the reason."""
 
-READ = {
-    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "r", "rank_pattern",
-    "target_parameters", "use_rslora",
-}  # fmt: skip
-"""Keys that the import reads, and a spec is made of."""
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+FIELDS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "r": (8, lambda value: is_integer(value, 1), "a rank is an integer of 1 or more"),
+    "lora_alpha": (8, lambda value: is_number(value) and 0 < value < 1e30, "it scales the factors: a number above 0"),
+    "rank_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
+    "alpha_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
+    "use_rslora": (False, lambda value: isinstance(value, bool), "give true or false"),
+    "lora_dropout": (0.0, lambda value: is_number(value) and 0 <= value < 1, "give a share in [0, 1)"),
+    "modules_to_save": ([], _are_names, "give a list of names"),
+    "target_parameters": ([], _are_names, "give a list of names"),
+    "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "give none, all or lora_only"),
+}
+"""Keys of a configuration that the import reads: the value where none is given, what is valid, and in words. A list or
+a table may be null.
+"""
+
+READ = {*FIELDS, "init_lora_weights"}
+"""Keys that a spec is made of."""
 
 PREFIX = "base_model.model."
 """Of every key of an adapter file."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,13 +20,13 @@ from torch import nn
 
 from lorasc_fx.adapt import adapt
 from lorasc_fx.capture import open_model
-from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import CheckpointError, nearest, path_of
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.options import SCALES
 from lorasc_fx.peft_format import (
     CONFIG,
     ENDS,
+    FIELDS,
     IGNORED,
     PREFIX,
     RANKS,
@@ -253,7 +253,7 @@ def read_config(folder: Path) -> AdapterConfig:
             f"{path}: init_lora_weights is {sanitized(start)}, which changes the base weights themselves",
             code="adapter-not-supported",
         )
-    values = {name: _checked(path, name, data.get(name), name) for name in _FIELDS}
+    values = {name: _checked(path, name, data.get(name, default), name) for name, (default, *_) in FIELDS.items()}
     for name, kind in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         for pattern, value in values[name].items():
             _check_pattern(path, name, pattern)
@@ -272,28 +272,10 @@ def read_config(folder: Path) -> AdapterConfig:
     )
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-
-
-_FIELDS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
-    "r": (8, lambda value: is_integer(value, 1), "a rank is an integer of 1 or more"),
-    "lora_alpha": (8, lambda value: is_number(value) and 0 < value < 1e30, "it scales the factors: a number above 0"),
-    "rank_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
-    "alpha_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
-    "use_rslora": (False, lambda value: isinstance(value, bool), "give true or false"),
-    "lora_dropout": (0.0, lambda value: is_number(value) and 0 <= value < 1, "give a share in [0, 1)"),
-    "modules_to_save": ([], _are_names, "give a list of names"),
-    "target_parameters": ([], _are_names, "give a list of names"),
-    "bias": ("none", lambda value: value in ("none", "all", "lora_only"), "give none, all or lora_only"),
-}
-"""What the import reads of a configuration: the value where none, or null, is given, what is valid, and in words."""
-
-
 def _checked(path: Path, name: str, value: Any, field: str) -> Any:
     """Return a value that is valid for a field."""
-    default, is_valid, rule = _FIELDS[field]
-    if value is None:
+    default, is_valid, rule = FIELDS[field]
+    if value is None and isinstance(default, (list, dict)):
         return default
     if not is_valid(value):
         raise CheckpointError(f"{path}: {name} is {sanitized(value)}; {rule}", code="invalid-adapter")

@@ -56,7 +56,7 @@ def targets_of(
     The model runs twice on the arguments, without a trace, and each module of interest once more in fp64.
     """
     sites = list(sites)
-    finder = _Finder.of(model, calls_of(model, [site.weight for site in sites], args, kwargs))
+    finder = _Finder(model, calls_of(model, [site.weight for site in sites], args, kwargs))
     by_weight: dict[str, tuple[Target, ...]] = {}
     refused: dict[str, str] = {}
     for site in sites:
@@ -79,40 +79,23 @@ def targets_of(
     return by_weight, refused
 
 
-@dataclass(frozen=True)
 class _Finder:
-    """A model's modules and what a run of it showed.
+    """A model's modules, and what a run of it showed."""
 
-    Args:
-        modules: by first path.
-        paths: all paths of a module, by its identity.
-        holders: by weight, the paths of the modules that hold it, and its name in each.
-        encoders: paths of torch's encoder layers whose fused path passes adapters over.
-        calls: of the run.
-    """
-
-    modules: Mapping[str, nn.Module]
-    paths: Mapping[int, tuple[str, ...]]
-    holders: Mapping[str, tuple[tuple[str, str], ...]]
-    encoders: tuple[str, ...]
-    calls: Calls
-
-    @classmethod
-    def of(cls, model: nn.Module, calls: Calls) -> _Finder:
-        """Look at a model."""
-        paths: dict[int, tuple[str, ...]] = {}
+    def __init__(self, model: nn.Module, calls: Calls) -> None:
+        self.calls = calls
+        self.modules = dict(model.named_modules())  # by first path
+        self.paths: dict[int, tuple[str, ...]] = {}  # all paths of a module, by its identity
         for path, module in model.named_modules(remove_duplicate=False):
-            paths[id(module)] = (*paths.get(id(module), ()), path)
-        modules = dict(model.named_modules())
-        holders: dict[str, tuple[tuple[str, str], ...]] = {}
+            self.paths[id(module)] = (*self.paths.get(id(module), ()), path)
+        self.holders: dict[str, tuple[tuple[str, str], ...]] = {}  # paths and names in their modules, by weight
         canonical = named_weights(model).canonical
-        for path, module in modules.items():
+        for path, module in self.modules.items():
             for leaf, value in module._parameters.items():
                 if value is not None:
                     name = canonical[f"{path}.{leaf}".lstrip(".")]
-                    holders[name] = (*holders.get(name, ()), (path, leaf))
-        encoders = tuple(path for path, module in modules.items() if _passes_over(module))
-        return cls(modules, paths, holders, encoders, calls)
+                    self.holders[name] = (*self.holders.get(name, ()), (path, leaf))
+        self.encoders = [path for path, module in self.modules.items() if _passes_over(module)]
 
     def targets(self, site: Site) -> tuple[Target, ...] | str:
         """Return what peft adapts for a site's weight, or why it adapts nothing."""
@@ -244,12 +227,8 @@ def _passes_over(module: nn.Module) -> bool:
 # ---- whether the adapter of a module does what the delta of its weight does, found by runs of the model
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one call of a module."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""The arguments of one call of a module."""
 
 
 @dataclass
@@ -275,7 +254,7 @@ def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwar
     def enters(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         stack.append(module)
         if path not in seen.first and any(id(value) in known for value in module._parameters.values()):
-            seen.first[path] = Call(*copied(args, kwargs))
+            seen.first[path] = copied(args, kwargs)
 
     def leaves(path: str, module: nn.Module, output: Any) -> None:
         stack.pop()
@@ -384,7 +363,7 @@ def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
         with quiet(grad=False):  # what peft would build draws random numbers, and may warn
             base = _run(module, values, call)
             full = _run(module, values | {target.leaf: weight + delta}, call)
-            adapted = base + _term(target, module, pair, weight, _wide(call).args[0])
+            adapted = base + _term(target, module, pair, weight, _wide(call)[0][0])
             moved, gap = (float((full - other).abs().max()) for other in (base, adapted))
     except Exception as fault:  # whatever the module's own code raises, peft's adapter of it would be no better off
         raise_of_handler(fault)
@@ -398,8 +377,7 @@ def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
 
 
 def _run(module: nn.Module, values: dict[str, torch.Tensor], call: Call) -> torch.Tensor:
-    given = _wide(call)
-    with isolation(module, given.args, given.kwargs, substituted(module, values), grad=False) as (inputs, named):
+    with isolation(module, *_wide(call), substituted(module, values), grad=False) as (inputs, named):
         output = module(*inputs, **named)
     if not isinstance(output, torch.Tensor):
         raise TypeError(f"it returns {type(output).__name__}, not a tensor")
@@ -412,7 +390,8 @@ def _wide(call: Call) -> Call:
     def widen(leaf: Any) -> Any:
         return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
-    return Call(*pytree.tree_map(widen, copied(call.args, call.kwargs)))
+    wide: Call = pytree.tree_map(widen, copied(*call))
+    return wide
 
 
 def _term(target: Target, module: nn.Module, pair: Factors, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,7 @@ def refused(folder: Path, expected: tuple[str, ...]) -> None:
         ),
         ({"use_doora": True}, ("adapter-not-supported", "use_doora", "True", "use_dora")),
         ({"r": 0}, ("invalid-adapter", "r", "0")),
+        ({"r": None}, ("invalid-adapter", "r", "None")),
         (
             {"r": 4},
             ("adapter-does-not-fit", "up.lora_A.weight", "up.weight", "[3, 6]", "[4, 6]"),
