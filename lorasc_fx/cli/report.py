@@ -75,15 +75,9 @@ class RunRecord:
             folder.read_environment(),
         )
 
-    @cached_property
-    def losses(self) -> list[tuple[int, float]]:
-        """Steps with their losses; of a repeated step (of a resumed run) the later one."""
-        return sorted({line["step"]: line["loss"] for line in self.lines if "loss" in line}.items())
-
-    @cached_property
-    def rates(self) -> list[tuple[int, float]]:
-        """Steps with their learning rates; of a repeated step the later one."""
-        return sorted({line["step"]: line["lr"] for line in self.lines if "lr" in line}.items())
+    def by_step(self, name: str) -> list[tuple[int, float]]:
+        """Return steps with a number that was logged there; of a repeated step (of a resumed run) the later one."""
+        return sorted({line["step"]: line[name] for line in self.lines if name in line}.items())
 
     @cached_property
     def transitions(self) -> list[int]:
@@ -119,32 +113,9 @@ class RunRecord:
 
     @cached_property
     def seconds(self) -> float:
-        """Seconds of training and transitions, over all resumptions."""
-        total, last = 0.0, 0.0
-        for line in self.lines:
-            if "seconds" in line:
-                if line["seconds"] < last:
-                    total += last
-                last = line["seconds"]
-        return total + last
-
-    @cached_property
-    def expert_rows(self) -> list[dict[str, Any]]:
-        """One row per site: its number and name, and by stage norm and effective rank of its expert."""
-        latest = {(line["stage"], line["site"]): line for line in self.experts}
-        return [
-            {
-                "number": number,
-                "site": site["weight"],
-                "by_stage": {stage: latest.get((stage, site["weight"]), {}) for stage in self.expert_stages},
-            }
-            for number, site in enumerate(self.about["sites"], start=1)
-        ]
-
-    @cached_property
-    def expert_stages(self) -> list[int]:
-        """Stages of which there are experts."""
-        return sorted({line["stage"] for line in self.experts})
+        """Seconds of training and transitions, over all resumptions, each of which counts from 0."""
+        seconds = [line["seconds"] for line in self.lines if "seconds" in line]
+        return math.fsum(before for before, after in pairwise([*seconds, -1.0]) if after < before)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -264,7 +235,7 @@ def _numbers(record: RunRecord) -> list[tuple[str, str]]:
     numbers = [(part, f"{value:.1%}") for part, value in record.result.items()]
     if record.stages:
         numbers.append(("validation", f"{record.stages[-1]['validation']:.1%}"))
-    steps = record.losses[-1][0] if record.losses else 0
+    steps = max((step for step, _ in record.by_step("loss")), default=0)
     numbers += [
         ("steps", f"{steps:,}"),
         ("stages ended", f"{len(record.stages)} of {record.config.train.stages}"),
@@ -275,8 +246,9 @@ def _numbers(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _sections(record: RunRecord) -> Iterable[Section]:
-    pictures = [loss_over_steps(record.losses, record.transitions)] if record.losses else []
-    pictures += [rate_over_steps(record.rates, record.transitions)] if record.rates else []
+    losses, rates = record.by_step("loss"), record.by_step("lr")
+    pictures = [loss_over_steps(losses, record.transitions)] if losses else []
+    pictures += [rate_over_steps(rates, record.transitions)] if rates else []
     yield Section("loss-section", "Loss", (), pictures)
     yield _slow_and_fast(record)
     yield _experts(record)
@@ -306,26 +278,24 @@ def _slow_and_fast(record: RunRecord) -> Section:
 
 
 def _experts(record: RunRecord) -> Section:
-    stages, rows = record.expert_stages, record.expert_rows
-    if not stages or not rows:
+    stages = sorted({line["stage"] for line in record.experts})
+    sites = [site["weight"] for site in record.about["sites"]]
+    if not stages or not sites:
         return Section("experts", "Experts")
+    latest = {(line["stage"], line["site"]): line for line in record.experts}
+
+    def values(measure: str, stage: int) -> list[float | None]:
+        return [latest.get((stage, site), {}).get(measure) for site in sites]
+
     measures = (("norm", "norm", "norm", "norm"), ("effective_rank", "rank", "effective rank", "eff. rank"))
     pictures = [
-        by_site(
-            {stage: [row["by_stage"][stage].get(measure) for row in rows] for stage in stages}, key, what, len(rows)
-        )
+        by_site({stage: values(measure, stage) for stage in stages}, key, what, len(sites))
         for measure, key, what, _ in measures
     ]
     columns = [("no.", ""), ("site", "name")]
     columns += [(f"{short}, stage {stage}", "") for stage in stages for *_, short in measures]
-    cells = [
-        (
-            row["number"],
-            row["site"],
-            *(_number(row["by_stage"][stage].get(measure)) for stage in stages for measure, *_ in measures),
-        )
-        for row in rows
-    ]
+    numbers = [map(_number, values(measure, stage)) for stage in stages for measure, *_ in measures]
+    cells = list(zip(range(1, len(sites) + 1), sites, *numbers, strict=True))
     about = (
         "Each stage trains one expert a site, s B A. Its norm is the Frobenius norm; its effective rank is the "
         "exponential of the entropy of its singular values (Roy and Vetterli, 2007): 1 where one direction does all, "

@@ -263,7 +263,7 @@ def test_a_stopped_run_has_a_page_too_and_steps_made_twice_count_once(trained: T
     page = check_page((tmp_path / "page.html").read_text())
     assert "this run has not ended yet" in page.said("header")
     assert "Final delta" not in page.said("h2")
-    assert [step for step, _ in RunRecord.read(run).losses] == [2, 4, 6, 8, 10, 12]
+    assert [step for step, _ in RunRecord.read(run).by_step("loss")] == [2, 4, 6, 8, 10, 12]
 
 
 def test_long_tables_fold_and_names_are_shown_as_they_are(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_the_folder_of_the_page_is_made(tmp_path: Path) -> None:
 
 def test_the_loss_is_smoothed_as_the_formula_says_and_the_rate_is_drawn(tmp_path: Path) -> None:
     record = RunRecord.read(write_long_run(tmp_path / "run"))
-    values = [value for _, value in record.losses]
+    values = [value for _, value in record.by_step("loss")]
     keep = 0.5 ** (20 / len(values))
     expected = []
     for last in range(1, len(values) + 1):
