@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,7 +53,7 @@ def run_train(arguments: TrainArguments) -> int:
     steps = setup.stage_steps(config.train.stages)
     cascade, optimizer, schedule, start = _begin(setup, folder, steps, resume=resume, overwrite=overwrite)
     done, total = start, sum(steps)
-    with reporting() as reporter, Metrics(folder.path) as metrics, on_ctrl_c() as interrupt:
+    with reporting() as reporter, closing(Metrics(folder.path)) as metrics, on_ctrl_c() as interrupt:
         reporter.begin("train", total, start)
 
         def save() -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lorasc_fx.checks import is_integer
@@ -88,9 +87,9 @@ def track(
     for name, count in (("steps", steps), ("every", every)):
         if not is_integer(count, 1):
             raise SpecError(f"track: {name} is {count!r}; give an integer of 1 or more")
-    with contextlib.ExitStack() as held:
-        reporter = held.enter_context(reporting())
-        metrics = held.enter_context(Metrics(path_of(folder))) if folder is not None else None
+    with contextlib.ExitStack() as stack:
+        reporter = stack.enter_context(reporting())
+        metrics = stack.enter_context(contextlib.closing(Metrics(path_of(folder)))) if folder is not None else None
         reporter.begin(title, steps, done)
         yield Tracker(reporter, metrics, every, done)
 
@@ -127,12 +126,13 @@ class Metrics:
             entry["transition"] = max(0, entry["stage"] - before) if before is not None else 0
         append(self._folder / FILE, entry)
         self._step = entry.get("step", self._step)
-        writer = self._opened()
-        if writer is None:
-            return
-        for name, value in entry.items():
+        if self._writer is None and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder / _EVENTS))
+        for name, value in entry.items() if self._writer is not None else ():
             if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                writer.add_scalar(name, value, self._step)
+                self._writer.add_scalar(name, value, self._step)
 
     def close(self) -> None:
         """Write what TensorBoard's files still lack."""
@@ -146,19 +146,6 @@ class Metrics:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         stages = (json.loads(line).get("stage") for line in reversed(lines) if '"loss"' in line)
         return next(stages, None)
-
-    def _opened(self) -> Any:
-        if self._writer is None and importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder / _EVENTS))
-        return self._writer
-
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
 
 class Reporter:
