@@ -138,11 +138,11 @@ class Setup:
 def _check_device(device: str) -> None:
     known = ["cpu"]
     if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        known += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+        accelerator = torch.accelerator.current_accelerator()
+        known += [f"{accelerator}:{index}" for index in range(torch.accelerator.device_count())]
     try:
-        given = torch.empty(0, device=device).device
-        reason = "this device holds no numbers" if given.type == "meta" else ""
+        kind = torch.empty(0, device=device).device.type
+        reason = "this device holds no numbers" if kind == "meta" else ""
     except (RuntimeError, AssertionError) as fault:
         reason = str(fault).partition(". ")[0].splitlines()[0]
     if reason:

@@ -141,15 +141,15 @@ def program(
         StateError: after `release`, inside `weights`, or inside a backward.
     """
     cascade._run.check_ready(call)
-    given = cascade.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
-    bound, named = bind(signature_of(cascade.model), *given)
+    inputs = cascade.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
+    bound, named = bind(signature_of(cascade.model), *inputs)
     with _evaluating(cascade):
         variant, _ = cascade._variant_of(bound, named)
         module: nn.Module = cascade
         if folded or variant.universal:  # of graph breaks, folded_graph says where they are
             module = cascade.folded_graph(bound, named, which=which)
         shapes = _shapes(module, variant, bound, named)
-        bound, named = _as_given(signature_of(cascade.model), bound, named, given[1])
+        bound, named = _as_given(signature_of(cascade.model), bound, named, inputs[1])
         try:
             with quiet():
                 exported = torch.export.export(module, bound, named, dynamic_shapes=shapes, strict=False)

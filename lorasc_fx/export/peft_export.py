@@ -111,7 +111,7 @@ def peft(
             the folder holds something else, or cannot be written. Nothing was written.
         StateError: nothing was trained, after `release`, or inside `weights`.
         NonFiniteBranch: a branch holds inf or nan.
-        SpecError: an argument that cannot be meant.
+        SpecError: an invalid argument.
     """
     run, model = cascade._run, cascade.model
     _check(which, max_rank, dtype)
@@ -231,7 +231,7 @@ def _nested(targets: Sequence[Target]) -> dict[str, str]:
 
 
 def _named(
-    model: nn.Module, task_type: str | None, base_model: str | None, saved: Iterable[str]
+    model: nn.Module, task_type: str | None, base_model: str | None, saved: Sequence[str]
 ) -> dict[str, str | dict[str, str] | None]:
     """Return the keys of a configuration by which peft's Auto classes build the base.
 
@@ -241,10 +241,10 @@ def _named(
     Raises:
         SpecError: a head is not among them, which peft's class for the given task takes whole from an adapter.
     """
-    task, held = task_type if task_type is not None else task_type_of(model), set(saved)
+    task = task_type if task_type is not None else task_type_of(model)
     whole = _SAVED_WHOLE.get(task or "", ())
     heads = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in whole]
-    lacking = next((path for path in heads if path not in held), None)
+    lacking = next((path for path in heads if path not in saved), None)
     if lacking is not None and task_type is not None:
         raise SpecError(
             f"export.peft: task_type is {task_type!r}, and {lacking} is not trained in full, which peft's class for "

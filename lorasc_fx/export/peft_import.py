@@ -81,9 +81,9 @@ def from_peft(
     """
     opened = open_model(model)
     adapter = read_adapter(path_of(folder), opened)
-    asked = spec if spec is not None else _spec_of(adapter, opened)
-    changes = _changes(adapter, opened, asked)
-    cascade = adapt(opened, args, kwargs, spec=asked, frontend=frontend, base=base)
+    spec = spec if spec is not None else _spec_of(adapter, opened)
+    changes = _changes(adapter, opened, spec)
+    cascade = adapt(opened, args, kwargs, spec=spec, frontend=frontend, base=base)
     try:
         _install(cascade, adapter, changes)
     except BaseException:
@@ -127,17 +127,17 @@ def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str,
         rest = [name for name in names if name not in apart]
         groups += [[name] for name in apart] + ([rest] if rest else [])
     for group in groups:
-        held = [adapter.pairs[name] for name in group if name in adapter.pairs]
-        if not held:
+        pairs = [adapter.pairs[name] for name in group if name in adapter.pairs]
+        if not pairs:
             continue
-        if len(held) < len(group) or any(not _same(held[0], pair) for pair in held[1:]):
+        if len(pairs) < len(group) or any(not _same(pairs[0], pair) for pair in pairs[1:]):
             raise CheckpointError(
                 f"{adapter.folder}: {' and '.join(group)} are one weight, and the adapter changes "
-                f"{' and '.join(pair.target.name for pair in held)}, each by itself; untie them: spec with "
+                f"{' and '.join(pair.target.name for pair in pairs)}, each by itself; untie them: spec with "
                 f"untie=({group[-1]!r},)",
                 code="tied-weights-differ",
             )
-        changes[group[0]] = held[0]
+        changes[group[0]] = pairs[0]
     return changes
 
 
@@ -366,7 +366,7 @@ class _Reader:
         self.path, self.config, self.shapes = path, config, shapes
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.held = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
+        self.tensors = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
         self.saved = [path for path in self.modules if any(path.endswith(end) for end in config.saved)]
         self.targets = [target for path, module in self.modules.items() for target in self._targets(path, module)]
         self.factors = {
@@ -379,9 +379,9 @@ class _Reader:
         """Return what peft may adapt of a module's own parameters, under this configuration."""
         parameters = dict(module.named_parameters(recurse=False))
         ends = tuple(f".{name}" for name in self.config.parameters)
-        asked = [leaf for leaf in parameters if f".{path}.{leaf}".endswith(ends)]
-        if asked:
-            return [Target(path, leaf, parameter_layout(module, parameters[leaf].dim())) for leaf in asked]
+        named = [leaf for leaf in parameters if f".{path}.{leaf}".endswith(ends)]
+        if named:
+            return [Target(path, leaf, parameter_layout(module, parameters[leaf].dim())) for leaf in named]
         weight = parameters.get("weight")
         layout = layout_of(module, weight.dim()) if weight is not None else None
         return [Target(path, "weight", layout)] if layout is not None else []
@@ -401,9 +401,10 @@ class _Reader:
             name = self._plain(key)
             if name is None:
                 raise self._unknown(key)
-            if shape != tuple(self.held[name].shape):
+            expected = tuple(self.tensors[name].shape)
+            if shape != expected:
                 raise CheckpointError(
-                    f"{self.path}: {key!r} is {list(shape)}, and {name} of the model is {list(self.held[name].shape)}",
+                    f"{self.path}: {key!r} is {list(shape)}, and {name} of the model is {list(expected)}",
                     code="adapter-does-not-fit",
                 )
             is_bias = self.config.bias != "none" and name.endswith("bias")
@@ -437,8 +438,8 @@ class _Reader:
 
     def check_copy(self, key: str, name: str, value: torch.Tensor) -> None:
         """Refuse a copy of a base weight that is another: peft writes embeddings along with their adapters."""
-        held = dense(self.held[name].detach())
-        if not torch.equal(value.to(held.device, held.dtype), held):
+        weight = dense(self.tensors[name].detach())
+        if not torch.equal(value.to(weight.device, weight.dtype), weight):
             raise CheckpointError(
                 f"{self.path}: {key!r} is not what the model holds; the adapter is of another base",
                 code="checkpoint-other-base",
@@ -455,7 +456,7 @@ class _Reader:
         if end is None:
             what = "DoRA's magnitudes" if "lora_magnitude_vector" in name else "nothing of the model, nor factors"
             return CheckpointError(
-                f"{self.path}: {key!r} is {what}{nearest(name, self.held)}", code="adapter-does-not-fit"
+                f"{self.path}: {key!r} is {what}{nearest(name, self.tensors)}", code="adapter-does-not-fit"
             )
         path = _unwrapped(name.removesuffix(f".{end}"))
         module, parent = self.modules.get(path), self.modules.get(path.rpartition(".")[0])
@@ -509,18 +510,18 @@ class _Reader:
         """Return the model's own name of a tensor that is no factor, or None."""
         name = key.removeprefix(PREFIX)
         names = (name, _unwrapped(name)) if key.startswith(PREFIX) else ()
-        return next((plain for plain in names if plain in self.held), None)
+        return next((plain for plain in names if plain in self.tensors), None)
 
     def _check_saved(self, names: set[str]) -> None:
         """Refuse an adapter that lacks what its configuration says it trained in full."""
         for end in self.config.saved:
-            meant = [path for path in self.saved if path.endswith(end)]
-            if not meant and end not in _HEADS:
+            modules = [path for path in self.saved if path.endswith(end)]
+            if not modules and end not in _HEADS:
                 raise CheckpointError(
                     f"{self.config.path}: modules_to_save: the model has no module {end}{nearest(end, self.modules)}",
                     code="adapter-does-not-fit",
                 )
-            for path in meant:
+            for path in modules:
                 wanted = [name for name in self.parameters if name.startswith(f"{path}.")]
                 lacking = next((name for name in wanted if name not in names), None)
                 if lacking is not None:

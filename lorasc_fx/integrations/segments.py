@@ -118,8 +118,8 @@ class SegmentedGraph:
 
         Arguments that were left out have their defaults.
         """
-        given = [*inputs, *(node.args[0] for node in self.placeholders[len(inputs) :])]
-        values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
+        arguments = [*inputs, *(node.args[0] for node in self.placeholders[len(inputs) :])]
+        values: dict[fx.Node, Any] = dict(zip(self.placeholders, arguments, strict=True))
         for segment, later in zip(self.segments, self.later, strict=True):
             outputs = run_segment(segment, [values[node] for node in segment.inputs])
             if segment is self.segments[-1]:
@@ -176,8 +176,8 @@ def _reads(graph_module: fx.GraphModule) -> _Reads:
     own: dict[fx.Node, set[int]] = {}
     for node in graph_module.graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            held = operator.attrgetter(str(node.target))(graph_module)
-            inside = held.parameters() if isinstance(held, nn.Module) else [held]
+            attribute = operator.attrgetter(str(node.target))(graph_module)
+            inside = attribute.parameters() if isinstance(attribute, nn.Module) else [attribute]
             own[node] = {id(value) for value in inside if isinstance(value, nn.Parameter)}
         sources = node.all_input_nodes
         computed = bool(sources) and all(source in lazy for source in sources)
@@ -228,8 +228,8 @@ class Unit(nn.Module):
 
     def forward(self, segment: Segment, graph: SegmentedGraph, *values: Any) -> tuple[Any, ...]:
         """Return the segment's outputs; none shares memory with a weight, which is gone when this returns."""
-        held = {parameter.untyped_storage().data_ptr() for parameter in self.parameters()}
-        return tuple(_own(value, held) for value in segment.run(graph.module, values))
+        storages = {parameter.untyped_storage().data_ptr() for parameter in self.parameters()}
+        return tuple(_own(value, storages) for value in segment.run(graph.module, values))
 
 
 class Shards(nn.Module):
@@ -300,13 +300,13 @@ def resting(undo: Block[Any], branches: list[Branch]) -> None:
         branch.scale = 0.0
 
 
-def _own(value: Any, held: set[int]) -> Any:
+def _own(value: Any, storages: set[int]) -> Any:
     """Return a value that is no view: FSDP's hooks hang on it, and a view of a weight would lose its memory."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_own(item, held) for item in value)
+        return type(value)(_own(item, storages) for item in value)
     if not isinstance(value, torch.Tensor):
         return value
-    if value.untyped_storage().data_ptr() in held:
+    if value.untyped_storage().data_ptr() in storages:
         return value.clone()
     if value.requires_grad and value._base is not None:
         return apply(_NoView, value)

@@ -30,11 +30,11 @@ class StageEnds:
         evaluate: Evaluated | Sequence[Evaluated],
         plateau: Plateau | int | None = None,
     ) -> None:
-        given = {"epochs": epochs, "steps": steps, "plateau": plateau}
-        asked = [name for name, value in given.items() if value is not None]
-        if len(asked) > 1:
+        rules = {"epochs": epochs, "steps": steps, "plateau": plateau}
+        chosen = [name for name, value in rules.items() if value is not None]
+        if len(chosen) > 1:
             raise SpecError(
-                f"CascadeCallback: {' and '.join(asked)} both say when a stage ends; give one of them",
+                f"CascadeCallback: {' and '.join(chosen)} both say when a stage ends; give one of them",
                 code="conflicting-options",
             )
         for name, count in (("epochs", epochs), ("steps", steps)):
@@ -45,7 +45,7 @@ class StageEnds:
             raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}; give one of {', '.join(get_args(Evaluated))}")
         cascade._run.check_alive("CascadeCallback")
         self.cascade, self.evaluate, self._passes = cascade, evaluate, passes
-        self.epochs, self.steps = epochs if asked else 1, steps
+        self.epochs, self.steps = epochs if chosen else 1, steps
         self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._which: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None

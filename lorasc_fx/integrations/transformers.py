@@ -131,12 +131,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         """Check the Trainer's arguments, and wrap its methods."""
         self._check_model(about["model"])
         self._check_arguments(args)
-        self._trainer, made_by = _calling_trainer()
+        self._trainer, arguments = _calling_trainer()
         trainer = self._trainer
         if args.label_names is None:
             trainer.label_names = find_labels(type(self.cascade.model))  # it looks at the name of the class as well
-        given = made_by.get("ref_model")
-        self._other_reference = given is not None and given is not self._reference
+        reference = arguments.get("ref_model")
+        self._other_reference = reference is not None and reference is not self._reference
         replaced: dict[str, Callable[..., Any]] = {
             "evaluation_loop": self._evaluation_loop,
             "log": self._log,
@@ -250,12 +250,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 self._replace_model_in(loss)
         _replace_fused_head(self.cascade)
         _replace_switch(self.cascade)
-        held = getattr(trainer, "ref_model", None)
-        if self._other_reference or (held is None and not hasattr(trainer, "compute_ref_log_probs")):
+        reference = getattr(trainer, "ref_model", None)
+        if self._other_reference or (reference is None and not hasattr(trainer, "compute_ref_log_probs")):
             return
         if _REFERENCE not in self.cascade.views:
             self.cascade.add(_REFERENCE, self.cascade)
-        if held is not None:
+        if reference is not None:
             vars(self.reference).pop("forward", None)
             trainer.ref_model = self.reference
 
@@ -425,9 +425,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
 
     def _check_schedule(self, args: Any) -> None:
         if args.lr_scheduler_type not in _SHAPES or args.lr_scheduler_kwargs:
-            given = f"{args.lr_scheduler_type.value} {args.lr_scheduler_kwargs or ''}".strip()
+            scheduler = f"{args.lr_scheduler_type.value} {args.lr_scheduler_kwargs or ''}".strip()
             raise SpecError(
-                f"CascadeCallback: schedule is 'stage', and lr_scheduler_type is {given}; give one of "
+                f"CascadeCallback: schedule is 'stage', and lr_scheduler_type is {scheduler}; give one of "
                 f"{', '.join(_SHAPES)}, or optimizers=(optimizer, lx.StageSchedule(...))",
                 code="conflicting-options",
             )
@@ -485,9 +485,9 @@ def _replace_fused_head(cascade: Cascade) -> None:
     ) -> Any:
         plain = type(cascade).forward
         if not fused_lm_head:
-            asked = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            options = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             return plain(
-                cascade, *args, **kwargs, **{name: value for name, value in asked.items() if value is not None}
+                cascade, *args, **kwargs, **{name: value for name, value in options.items() if value is not None}
             )
         logits = plain(cascade, *args, **kwargs).logits.float() / temperature
         if shift_labels is None:
