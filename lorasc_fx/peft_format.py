@@ -160,15 +160,13 @@ EMBEDDING = Layout(("lora_embedding_A", "lora_embedding_B"), transposed=True)
 CONV = Layout(is_conv=True)
 PARAMETER = Layout(is_parameter=True)
 
-_LAYOUTS: tuple[tuple[tuple[type[nn.Module], ...], Layout], ...] = (
-    ((nn.Linear,), LINEAR),
-    ((nn.Embedding,), EMBEDDING),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONV),
-)
+_LAYOUTS: Mapping[type[nn.Module], Layout] = {
+    nn.Linear: LINEAR, nn.Embedding: EMBEDDING, nn.Conv1d: CONV, nn.Conv2d: CONV, nn.Conv3d: CONV,
+}  # fmt: skip
 """Of torch's layers that peft adapts by the module's name."""
 
-ENDS = {key: index for layout in (LINEAR, EMBEDDING) for index, key in enumerate(layout.keys)}
-"""Whether the last part of a key is that of an A (0) or of a B (1)."""
+ENDS = (*LINEAR.keys, *EMBEDDING.keys)
+"""Last parts of the keys of factors."""
 
 
 def layout_of(module: nn.Module, axes: int) -> Layout | None:
@@ -181,7 +179,7 @@ def layout_of(module: nn.Module, axes: int) -> Layout | None:
     for kind in type(module).__mro__:
         if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
             return CONV1D if axes == 2 else None
-    return next((layout for kinds, layout in _LAYOUTS if isinstance(module, kinds)), None)
+    return next((layout for kind, layout in _LAYOUTS.items() if isinstance(module, kind)), None)
 
 
 def parameter_layout(module: nn.Module, axes: int) -> Layout:
