@@ -1,4 +1,4 @@
-"""Pictures as SVG: rewritten graphs around sites, and the charts of a report. Drawn by matplotlib, placed by igraph.
+"""Pictures as SVG: rewritten graphs around sites (placed by igraph), and the charts of a report (drawn by matplotlib).
 
 What a notebook shows of a cascade needs neither.
 """

@@ -38,7 +38,7 @@ def loss_over_steps(losses: Sequence[tuple[int, float]], transitions: Sequence[i
         caption += f" Smoothed it ends at {mean[-1]:.4g}." if mean else ""
         lines = "Training loss over steps" + (", as logged (faint) and smoothed" if mean else "")
         title = f"{lines}; dashed lines are transitions, with the number of the stage that ends"
-        return finished(drawn, "loss", title, caption, themed=True)
+        return finished(drawn, "loss", title, caption)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -63,7 +63,7 @@ def rate_over_steps(rates: Sequence[tuple[int, float]], transitions: Sequence[in
             f"From {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}; "
             f"at most {max(values):.3g}."
         )
-        return finished(drawn, "rate", "Learning rate over steps, as logged", caption, themed=True)
+        return finished(drawn, "rate", "Learning rate over steps, as logged", caption)
 
 
 def _axes_of_steps(drawn: Any, up: str, transitions: Sequence[int]) -> Any:
@@ -90,7 +90,7 @@ def slow_and_fast(points: Sequence[tuple[int, float | None, float | None]], key:
         axes.set_xticks(_ticks([stage for stage, *_ in points]))
         axes.legend(loc="best", fontsize=9)
         title = f"{what.capitalize()} of slow beside fast weights, at the end of each stage"
-        return finished(drawn, key, title, "; ".join(caption) + ".", themed=True)
+        return finished(drawn, key, title, "; ".join(caption) + ".")
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def by_site(values: Mapping[int, Sequence[float | None]], key: str, what: str, s
             if (finite := [number for number in values[stage] if number is not None])
         ]
         caption = f"{sites} sites. " + "; ".join(means) + ". The table below has every number."
-        return finished(drawn, key, f"{what.capitalize()} of each expert, by site and stage", caption, themed=True)
+        return finished(drawn, key, f"{what.capitalize()} of each expert, by site and stage", caption)
 
 
 def spectra(deltas: Mapping[str, Sequence[float]]) -> Picture:
@@ -142,7 +142,7 @@ def spectra(deltas: Mapping[str, Sequence[float]]) -> Picture:
         axes.set_xticks(_ticks(range(1, max(len(values) for values in deltas.values()) + 1)))
         axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.2), fontsize=9, borderaxespad=0)
         title = "Spectrum of the final slow delta, the sites of the largest norms"
-        return finished(drawn, "spectrum", title, "; ".join(caption) + ".", themed=True)
+        return finished(drawn, "spectrum", title, "; ".join(caption) + ".")
 
 
 def _axes(drawn: Any, across: str, up: str, foot: float = 0.0, right: float = 10.0) -> Any:

@@ -24,7 +24,7 @@ from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest, path
 from lorasc_fx.graph import branch_nodes, call_template, text
 from lorasc_fx.graph.printer import SYMBOL
 from lorasc_fx.graph.targets import targeted
-from lorasc_fx.pictures.svg import INK, MUTED, Picture, figure, finished, library
+from lorasc_fx.pictures.svg import INK, MUTED, PAPER, Picture, element, library, named
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS
 
@@ -68,7 +68,7 @@ def draw_graphs(
         UnknownTarget: a pattern means no site.
         SpecError: the file is no SVG, or its folder is not there; or the radius is no count.
         StateError: no graph has a branch of these sites.
-        MissingExtra: matplotlib or igraph is not installed.
+        MissingExtra: igraph is not installed.
     """
     path = path_of(file)
     if path.suffix != ".svg":
@@ -83,103 +83,90 @@ def draw_graphs(
     return path
 
 
-def _picture(shown: Scene, sites: str) -> Picture:
-    patches, paths = library("matplotlib.patches"), library("matplotlib.path")
-    names = list(shown.boxes)
-    width = max(len(line) for box in shown.boxes.values() for line in box.lines) * LETTER + 2 * PAD
-    height = max(len(box.lines) for box in shown.boxes.values()) * LINE + 2 * PAD
-    where = placed(names, shown.arrows, width + GAP, height + 1.6 * GAP)
-    xs, ys = zip(*[point for path in where.arrows for point in path], *where.centres.values(), strict=True)
-    kinds = ["input" if box.kind == "output" else box.kind for box in shown.boxes.values()]
+def _picture(scene: Scene, sites: str) -> Picture:
+    width = max(len(line) for box in scene.boxes.values() for line in box.lines) * LETTER + 2 * PAD
+    height = max(len(box.lines) for box in scene.boxes.values()) * LINE + 2 * PAD
+    layout = placed(list(scene.boxes), scene.arrows, width + GAP, height + 1.6 * GAP)
+    xs, ys = zip(*[point for path in layout.arrows for point in path], *layout.centres.values(), strict=True)
+    kinds = ["input" if box.kind == "output" else box.kind for box in scene.boxes.values()]
     legend = [kind for kind in STYLES if kind in kinds]
     left, top = min(xs) - width / 2 - GAP, min(ys) - height / 2 - GAP
     across = max(max(xs) - min(xs) + width + 2 * GAP, 260.0)
     down = max(ys) - min(ys) + height + 2 * GAP
-    foot = len(legend) * 16 + 26
-    with figure(across, down + foot) as drawn:
-        axes = drawn.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(left, left + across), ylim=(top + down + foot, top))
-        axes.axis("off")
-        for (source, target), path in zip(shown.arrows, where.arrows, strict=True):
-            axes.add_patch(_arrow(path, _tall(shown.boxes[source]), _tall(shown.boxes[target]), patches, paths))
-        for name, box in shown.boxes.items():
-            _box(axes, box, where.centres[name], width, patches)
-        for row, kind in enumerate(legend):
-            edge, face, meaning = STYLES[kind]
-            y = top + down + 8 + row * 16
-            axes.add_patch(
-                patches.Rectangle((left + GAP, y - 6), 18, 11, facecolor=face, edgecolor=edge, linewidth=1.2)
-            )
-            axes.text(left + GAP + 26, y, meaning, fontsize=9, va="center", color=INK)
-        y = top + down + 8 + len(legend) * 16
-        axes.text(left + GAP, y, "dashed edge: has neighbours that are not shown", fontsize=9, va="center", color=MUTED)
-        return finished(drawn, "graph", f"Rewritten graph around {sites}", _words(shown, where))
-
-
-def _tall(box: Box) -> float:
-    return len(box.lines) * LINE + PAD
-
-
-def _box(axes: Any, box: Box, centre: tuple[float, float], width: float, patches: Any) -> None:
-    edge, face, _ = STYLES["input" if box.kind == "output" else box.kind]
-    x, y = centre
-    tall = _tall(box)
-    branch = box.kind in ("beside", "merged", "weight")
-    axes.add_patch(
-        patches.FancyBboxPatch(
-            (x - width / 2 + 4, y - tall / 2),
-            width - 8,
-            tall,
-            boxstyle="round,pad=0,rounding_size=5",
-            facecolor=face,
-            edgecolor=edge,
-            linewidth=2.0 if branch else 1.0,
-            linestyle=(0, (4, 2)) if box.cut else "solid",
-        )
+    tall = down + 16 * len(legend) + 26
+    shapes = [element("rect", {"x": left, "y": top, "width": across, "height": tall, "fill": PAPER})]
+    shapes += [
+        _arrow(path, scene.boxes[source].height, scene.boxes[target].height)
+        for (source, target), path in zip(scene.arrows, layout.arrows, strict=True)
+    ]
+    shapes += [_box(box, layout.centres[name], width) for name, box in scene.boxes.items()]
+    for row, kind in enumerate(legend):
+        edge, face, meaning = STYLES[kind]
+        x, y = left + GAP, top + down + 8 + 16 * row
+        square = {"x": x, "y": y - 6, "width": 18, "height": 11}
+        shapes.append(element("rect", square | {"fill": face, "stroke": edge, "stroke-width": 1.2}))
+        shapes.append(_text(x + 26, y, 9, meaning))
+    y = top + down + 8 + 16 * len(legend)
+    shapes.append(_text(left + GAP, y, 9, "dashed edge: has neighbours that are not shown", MUTED))
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{across:.1f}pt" height="{tall:.1f}pt" '
+        f'viewBox="{left:.1f} {top:.1f} {across:.1f} {tall:.1f}">\n'
+        '<g font-family="sans-serif">\n' + "\n".join(shapes) + "\n</g>\n</svg>\n"
     )
+    return named(svg, "graph", f"Rewritten graph around {sites}", _words(scene, layout))
+
+
+def _box(box: Box, centre: tuple[float, float], width: float) -> str:
+    x, y = centre
+    edge, face, _ = STYLES["input" if box.kind == "output" else box.kind]
+    outline = {
+        "x": x - width / 2 + 4,
+        "y": y - box.height / 2,
+        "width": width - 8,
+        "height": box.height,
+        "rx": 5,
+        "fill": face,
+        "stroke": edge,
+        "stroke-width": 2 if box.kind in ("beside", "merged", "weight") else 1,
+        "stroke-dasharray": "4 2" if box.cut else "none",
+    }
+    shapes = [element("rect", outline)]
+    letters = {"font-family": "monospace", "text-anchor": "middle"}
     for row, line in enumerate(box.lines):
-        axes.text(
-            x,
-            y + (row - (len(box.lines) - 1) / 2) * LINE,
-            line,
-            ha="center",
-            va="center",
-            fontsize=8.5,
-            family="monospace",
-            weight="bold" if row == 0 else "normal",
-            color=INK if row < 2 else MUTED,
-        )
+        weight, colour = "bold" if row == 0 else "normal", INK if row < 2 else MUTED
+        middle = y + (row - (len(box.lines) - 1) / 2) * LINE
+        shapes.append(_text(x, middle, 8.5, line, colour, **letters, **{"font-weight": weight}))
+    return "".join(shapes)
 
 
-def _arrow(points: Sequence[tuple[float, float]], above: float, below: float, patches: Any, paths: Any) -> Any:
+def _arrow(points: Sequence[tuple[float, float]], above: float, below: float) -> str:
     """Return an arrow from the lower edge of the first box (`above` high) through the points to the last (`below`)."""
     (x0, y0), (x1, y1) = points[0], points[-1]
     stops = [(x0, y0 + above / 2), *points[1:-1], (x1, y1 - below / 2)]
-    vertices, codes = [stops[0]], [paths.Path.MOVETO]
+    path = f"M {x0:.1f} {stops[0][1]:.1f}"
     for (xa, ya), (xb, yb) in pairwise(stops):
         middle = (ya + yb) / 2
-        vertices += [(xa, middle), (xb, middle), (xb, yb)]
-        codes += [paths.Path.CURVE4] * 3
-    return patches.FancyArrowPatch(
-        path=paths.Path(vertices, codes),
-        arrowstyle="-|>,head_length=4,head_width=2.2",
-        color=MUTED,
-        linewidth=0.9,
-        shrinkA=0,
-        shrinkB=0,
-        zorder=0.5,
-    )
+        path += f" C {xa:.1f} {middle:.1f} {xb:.1f} {middle:.1f} {xb:.1f} {yb:.1f}"
+    x, y = stops[-1]
+    head = f"M {x - 2.2:.1f} {y - 4:.1f} L {x:.1f} {y:.1f} L {x + 2.2:.1f} {y - 4:.1f} z"
+    line = element("path", {"d": path, "fill": "none", "stroke": MUTED, "stroke-width": 0.9})
+    return line + element("path", {"d": head, "fill": MUTED})
 
 
-def _words(shown: Scene, where: Placed) -> str:
+def _text(x: float, y: float, size: float, line: str, colour: str = INK, **style: str) -> str:
+    """Return a line of text, centred on y by the height of its capitals."""
+    return element("text", {"x": x, "y": y + 0.35 * size, "font-size": size, "fill": colour, **style}, line)
+
+
+def _words(scene: Scene, layout: Placed) -> str:
     """Return what there is to see: the branches by placement, and how much is around them."""
-    counted = Counter(box.kind for box in shown.boxes.values())
+    counted = Counter(box.kind for box in scene.boxes.values())
     counts = [f"{counted[kind]} × {STYLES[kind][2]}" for kind in ("beside", "merged", "weight") if counted[kind]]
     branches = "; ".join(
-        f"{box.lines[0]}: {box.lines[1]}" for box in shown.boxes.values() if box.kind in ("beside", "merged", "weight")
+        f"{box.lines[0]}: {box.lines[1]}" for box in scene.boxes.values() if box.kind in ("beside", "merged", "weight")
     )
     return (
-        f"{len(shown.boxes)} nodes and {len(where.arrows)} arrows from inputs (above) to outputs (below). "
+        f"{len(scene.boxes)} nodes and {len(layout.arrows)} arrows from inputs (above) to outputs (below). "
         f"{', '.join(counts)}. {branches}."
     )
 
@@ -198,6 +185,11 @@ class Box:
     kind: str
     lines: tuple[str, ...]
     cut: bool
+
+    @property
+    def height(self) -> float:
+        """Height in points."""
+        return len(self.lines) * LINE + PAD
 
 
 @dataclass(frozen=True)

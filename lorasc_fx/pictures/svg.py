@@ -1,7 +1,8 @@
-"""A matplotlib figure as SVG for people: texts that stay texts, a title and a description for those who do not see it.
+"""Pictures as SVG for people: texts that stay texts, a title and a description for those who do not see it.
 
-In a page the colours are CSS variables, of which the page has a light and a dark set; a file of its own has plain ones,
-which every viewer knows. Ids are prefixed, so that several pictures can stand in one page.
+A chart is a figure of matplotlib that stands in a page: its colours are CSS variables, of which the page has a light
+and a dark set. A drawing is made of elements and is a file of its own, with plain colours, which every viewer knows.
+Ids are prefixed, so that several pictures can stand in one page.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 
 from lorasc_fx.extras import module_of
 
-__all__ = ["INK", "MUTED", "PAPER", "SERIES", "Picture", "figure", "finished", "library"]
+__all__ = ["INK", "MUTED", "PAPER", "SERIES", "Picture", "element", "figure", "finished", "library", "named"]
 
 library = partial(module_of, "report")
 """Import a module of the extra `report` when something is drawn; raises MissingExtra with the pip command."""
@@ -71,15 +72,14 @@ def figure(width: float, height: float) -> Iterator[Any]:
         yield figures.Figure(figsize=(width / 72, height / 72), layout="none")
 
 
-def finished(drawn: Any, key: str, title: str, description: str, *, themed: bool = False) -> Picture:
-    """Return a figure as a picture.
+def finished(drawn: Any, key: str, title: str, description: str) -> Picture:
+    """Return a figure as a picture in a page.
 
     Args:
         drawn: a matplotlib figure.
         key: of the picture, before each of its ids; letters, digits and dashes.
         title: a few words, the picture's accessible name.
         description: what there is to see, for those who do not see it.
-        themed: colours are CSS variables of the page that it stands in.
     """
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -88,12 +88,24 @@ def finished(drawn: Any, key: str, title: str, description: str, *, themed: bool
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
-    for colour, name in _VARIABLES.items() if themed else ():
+    for colour, name in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{name}, {colour})")
-    named = (
+    return named(svg, key, title, description)
+
+
+def element(tag: str, attributes: Mapping[str, Any], content: str = "") -> str:
+    """Return an element of SVG; numbers are lengths in points."""
+    texts = {name: value if isinstance(value, str) else f"{value:.5g}" for name, value in attributes.items()}
+    inside = " ".join(f'{name}="{html.escape(text)}"' for name, text in texts.items())
+    return f"<{tag} {inside}>{html.escape(content)}</{tag}>"
+
+
+def named(svg: str, key: str, title: str, description: str) -> Picture:
+    """Return an SVG element as a picture with a title and a description; see `finished`."""
+    texts = (
         f'<title id="{key}-title">{html.escape(title)}</title><desc id="{key}-desc">{html.escape(description)}</desc>'
     )
     head = f'<svg role="img" aria-labelledby="{key}-title {key}-desc" '
     return Picture(
-        re.sub(r"<svg ([^>]*)>", lambda match: f"{head}{match[1]}>{named}", svg, count=1), title, description
+        re.sub(r"<svg ([^>]*)>", lambda match: f"{head}{match[1]}>{texts}", svg, count=1), title, description
     )
