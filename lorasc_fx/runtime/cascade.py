@@ -15,6 +15,7 @@ from functools import partial, wraps
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -144,7 +145,8 @@ class Cascade(nn.Module):
         """Return an attribute of the user's model: `config`, `device` and what else trainers read of a model.
 
         Submodules are left out: called by themselves they compute without branches. `generate`, `encode` and `predict`
-        have the fast weights in place while they run, unless `weights` has put others there.
+        have the fast weights in place while they run, unless `weights` has put others there. Other methods run as they
+        are, and a warning is given where they compute with an adapted weight inside a stage.
 
         Raises:
             AttributeError: neither the cascade nor the model has it, or it is a submodule.
@@ -160,10 +162,12 @@ class Cascade(nn.Module):
         value = getattr(model, name)
         if isinstance(value, nn.Module):
             raise AttributeError(
-                f"{name} is a module of the user's model, and computes without branches; take cascade.model.{name}"
+                f"{name} is a module of the user's model, and computes without branches; take cascade.model.{name}. "
+                "A Trainer needs lorasc_fx.integrations.transformers.CascadeCallback(cascade) among its callbacks"
             )
         if name not in _METHOD_WEIGHTS or not callable(value):
-            return value
+            own = isinstance(value, MethodType) and value.__self__ is model
+            return self._usage.method(value) if own else value
 
         @wraps(value)
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,8 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
-from types import FrameType
+from functools import partial, wraps
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
@@ -81,6 +82,35 @@ class UsageWatch(Fresh):
         self._remove = weakref.finalize(run, _let_go, model, call, handle)
         self._remove.atexit = False
         _ARMED.add(self)
+
+    def method(self, value: MethodType) -> Callable[..., Any]:
+        """Return a method of the model that warns where a module computes in it with a weight that is adapted.
+
+        The model's own call is not made then: `forward_features` and the like call its modules.
+        """
+
+        @wraps(value)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            run = self._run() if self._run is not None else None
+            if run is None or "model-called-inside-stage" in run.warned or torch.compiler.is_compiling():
+                return value(*args, **kwargs)
+            model = run.model
+
+            def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                self._check("model-called-inside-stage", model)
+                return module._call_impl(*args, **kwargs)
+
+            sites = {model.get_submodule(weight.rpartition(".")[0]) for weight in run.branches_by_weight()}
+            modules = [module for module in sites if module._compiled_call_impl is None]
+            for module in modules:
+                vars(module)["_compiled_call_impl"] = partial(watched, module)
+            try:
+                return value(*args, **kwargs)
+            finally:
+                for module in modules:
+                    del module._compiled_call_impl
+
+        return call
 
     def disarm(self) -> None:
         """Remove what `arm` has put onto the model."""

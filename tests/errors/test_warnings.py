@@ -234,6 +234,36 @@ def test_a_wrapped_or_a_generating_model_is_seen_too() -> None:
             model.generate(X)
 
 
+def test_a_method_that_calls_modules_of_the_model() -> None:
+    """As `forward_features` of timm: the model itself is not called."""
+
+    class Features(nn.Sequential):
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+            return self[0](x)  # type: ignore[no-any-return]
+
+        def width(self) -> int:
+            return self[0].out_features  # type: ignore[return-value]
+
+    model = Features(nn.Linear(5, 4), nn.Tanh())
+    cascade, optimizer = adapted(model=model)
+    before = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    with silent():  # before the first step cascade and model are the same
+        cascade.forward_features(X)
+    for _ in cascade.stages(1, optimizer):
+        step(cascade, optimizer)
+        with silent():
+            assert cascade.width() == 4
+            for which in ("slow", "fast"):
+                with cascade.weights(which):
+                    cascade.forward_features(X)
+        with warns("model-called-inside-stage", "stage 1", 'weights("slow")'):
+            found = cascade.forward_features(X)
+        assert torch.equal(found, model[0](X))
+        with silent():
+            cascade.forward_features(X)
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == before
+
+
 def test_nothing_stays_on_the_model() -> None:
     model = net()
     before = {name: sorted(vars(module)) for name, module in model.named_modules()}
