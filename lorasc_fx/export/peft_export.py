@@ -36,6 +36,8 @@ from lorasc_fx.state import arithmetic
 
 __all__ = ["PeftAdapter", "peft"]
 
+_WHICH = ("slow", "fast", "averaged")
+
 _SAVED_WHOLE = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -116,7 +118,7 @@ def peft(
     run, model = cascade._run, cascade.model
     _check(which, max_rank, dtype)
     with run.exclusive("export.peft"):
-        check_which("export.peft", which, run.plan.spec, ("slow", "fast", "averaged"))
+        check_which("export.peft", which, run.plan.spec, _WHICH)
         change = change_of(run, which)
     if not change.pairs and not change.refused:
         if not (change.trained and run.plan.sites):
@@ -180,8 +182,8 @@ def peft(
 
 
 def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
-    if which not in ("slow", "fast", "averaged"):
-        raise SpecError(f"export.peft: which is {which!r}; give 'slow', 'fast' or 'averaged'")
+    if which not in _WHICH:
+        raise SpecError(f"export.peft: which is {which!r}; give {' or '.join(map(repr, _WHICH))}")
     if max_rank is not None and (not is_integer(max_rank, 1)):
         raise SpecError(f"export.peft: max_rank is {max_rank!r}; a rank is an integer of 1 or more")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -222,10 +224,11 @@ def _whole(run: Run, saved: Saved, change: Change) -> dict[str, torch.Tensor]:
 
 def _nested(targets: Sequence[Target]) -> dict[str, str]:
     """Return the parameters of a module that peft wraps inside another such module, where it does not find them."""
+    wrapped = wrap_counts(targets)
     return {
         target.name: f"peft wraps {outer} for its parameters, and does not find those of {target.path} inside it"
         for target in targets
-        for outer in wrap_counts(targets)
+        for outer in wrapped
         if target.is_parameter and target.path.startswith(f"{outer}.")
     }
 
