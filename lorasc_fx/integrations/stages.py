@@ -76,6 +76,4 @@ class StageEnds:
 
     def _end_last(self, optimizer: torch.optim.Optimizer) -> None:
         """Fold the stage that the end of the training has cut short."""
-        run = self.cascade._run
-        with run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
-            transition.next_stage(run, optimizer, idle=True)
+        transition.next_stage(self.cascade._run, optimizer, idle=True)

@@ -22,9 +22,11 @@ from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, StateError
 from lorasc_fx.extras import module_of
 from lorasc_fx.fingerprint import fingerprint
+from lorasc_fx.quantized import dense
 from lorasc_fx.runtime.base_file import SINGLE, BaseFile, name_or_path, open_base, opened
 from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.run import Run
+from lorasc_fx.state import Trained, WeightState
 
 __all__ = ["BaseModel", "name_of", "task_type_of"]
 
@@ -214,7 +216,17 @@ class BaseModel:
         timm = module_of("vision", "timm")
         return Path(_hub_file(rest if source else timm.get_pretrained_cfg(self.name).hf_hub_id, SINGLE, fetch))
 
-    def new_in(self, model: nn.Module, fingerprints: Mapping[str, str], call: str) -> list[str]:
+    def tensors_beside(self, run: Run, call: str) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint holds of the base itself: W0 of what is trained in full, and of what its files have
+        not (`_new_in`).
+        """
+        slow, parameters = run.slow, run.parameters_by_name()
+        known: dict[str, WeightState | Trained] = {**slow.states, **slow.trained}
+        names = dict.fromkeys((*self._new_in(run.model, run.fingerprints(), call), *slow.trained))
+        values = {name: known[name].base if name in known else parameters[name] for name in names}
+        return {f"base/{name}": dense(value).detach().to("cpu", copy=True) for name, value in values.items()}
+
+    def _new_in(self, model: nn.Module, fingerprints: Mapping[str, str], call: str) -> list[str]:
         """Return the parameters that the files of the base have not, or in another shape, such as a new head.
 
         Where that is much, the files may name it otherwise: the base is built, and what it has otherwise is new.

@@ -15,7 +15,7 @@ from functools import partial, wraps
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Varia
 from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError, named, path_of
 from lorasc_fx.extras import module_of
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.quantized import dense, give_layers_back
+from lorasc_fx.quantized import give_layers_back
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, experts, folding, training_state, transition
 from lorasc_fx.runtime.base_model import BaseModel
 from lorasc_fx.runtime.folding import Requantize
@@ -204,7 +204,6 @@ class Cascade(nn.Module):
             with self.weights(_METHOD_WEIGHTS["generate"]):
                 return self.forward(*args, **kwargs)
         self._usage.check_mode(run, self.training)
-        run.replicas.see(len(self.branches), run.trainable)
         run.check_replicas(type(self))
         return (self._variants.find(call) or self._capture(call)).run(call)
 
@@ -452,13 +451,11 @@ class Cascade(nn.Module):
         return self._stages(count, optimizer, scheduler)
 
     def _stages(self, count: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> Iterator[Stage]:
-        with self._run.exclusive("stages", sharded=True, parallel=True):
-            transition.end_idle(self._run)
+        transition.end_idle(self._run)
         then = scheduler.step if scheduler is not None else None
         for index in range(1, count + 1):
             yield Stage(self._run.plan.stage, index, count)
-            with self._run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
-                transition.next_stage(self._run, optimizer, idle=index == count, then=then)
+            transition.next_stage(self._run, optimizer, idle=index == count, then=then)
 
     def transition(self, optimizer: torch.optim.Optimizer | None) -> None:
         """End the running stage and start the next: slow update, fold, fresh branches, new noise, optimizer state.
@@ -478,8 +475,7 @@ class Cascade(nn.Module):
             StateError: inside a backward, with gradients pending, inside `weights`, or an optimizer without the
             branches. NonFiniteBranch: a branch holds inf or nan.
         """
-        with self._run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
-            transition.next_stage(self._run, optimizer, idle=False)
+        transition.next_stage(self._run, optimizer)
 
     def rewind(self, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Go back to the slow weights of an earlier stage, and start a stage from them; what came after is dropped.
@@ -495,8 +491,7 @@ class Cascade(nn.Module):
         Raises:
             StateError: as `weights(stage=...)`, or as `transition`; nothing was changed.
         """
-        with self._run.exclusive("rewind", sharded=True, parallel=True):
-            transition.rewind(self._run, stage, optimizer)
+        transition.rewind(self._run, stage, optimizer)
 
     def resume(
         self,
@@ -878,13 +873,7 @@ class Cascade(nn.Module):
         """Write a version that names its base."""
         self._run.check_ready(call)
         base = BaseModel.of(self._run, call, base_model)
-        slow, parameters = self._run.slow, self._run.parameters_by_name()
-        new = base.new_in(self.model, self._run.fingerprints(), call)
-        states = {name: slow.states.get(name) or slow.trained.get(name) for name in new}
-        values = {name: parameters[name] if state is None else state.base for name, state in states.items()}
-        values |= {name: state.base for name, state in slow.trained.items()}
-        beside = {f"base/{name}": dense(value).detach().to("cpu", copy=True) for name, value in values.items()}
-        named = {"model": base.to_dict()}
+        named, beside = {"model": base.to_dict()}, base.tensors_beside(self._run, call)
         return checkpoint_write.write_version(
             self._run, root, optimizer, scheduler, extra or {}, 1, ONE_PROCESS, named, beside
         )
@@ -1044,10 +1033,7 @@ def _call_on_first(cascade: Cascade, batch: Any) -> Any:
 
 def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascade]:
     """Return Cascade with a forward that shows the model's signature, which trainers and tracers read."""
-
-    def forward(self: Cascade, *args: Any, **kwargs: Any) -> Any:
-        return Cascade.forward(self, *args, **kwargs)
-
+    forward = FunctionType(Cascade.forward.__code__, Cascade.forward.__globals__, "forward")
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     shown = signature.replace(parameters=[first, *signature.parameters.values()])
     vars(forward)["__signature__"] = shown

@@ -57,7 +57,8 @@ class Planned:
         plan: of the stage that runs then.
         slow: the slow weights then.
         parameters: of the model, that get other numbers, by name; a quantized one keeps its own.
-        write: writes the numbers of one of them, by name; by default those that it holds between two steps.
+        write: writes the numbers of one of them, by name; by default those that it holds between two steps, and the
+            `live` ones of what is trained in full.
         dense: values of quantized weights, by name: dense parameters take their places.
         factors: values of branches' parameters, by weight and by name, as far as they are here.
         tensors: other tensors, each with its value.
@@ -694,6 +695,7 @@ class Run:
         Raises:
             StateError: there is such a wrapper, or the ranks are not alike.
         """
+        self.replicas.see(len(self.branches), self.trainable)
         check_attention()
         if torch.is_grad_enabled() and not self.is_sharded:
             check_wrappers(kind)

@@ -34,38 +34,41 @@ log = logging.getLogger("lorasc_fx")
 
 
 def next_stage(
-    run: Run, optimizer: torch.optim.Optimizer | None, idle: bool, then: Callable[[], object] | None = None
+    run: Run, optimizer: torch.optim.Optimizer | None, idle: bool = False, then: Callable[[], object] | None = None
 ) -> None:
     """End the running stage; start the next one, or with `idle` leave the slow weights in place, without noise.
 
     `then` is called at the end; the transition is taken back if it raises.
     """
-    plan, before, begun = run.plan, run.slow, time.monotonic()
-    branches, trained = run.branches_by_weight(), run.trained_parameters()
-    check_optimizer(run, optimizer, "transition", idle)
-    after = replace(before.after_stage(plan, branches, trained), idle=idle)
-    planned = plan.at_stage(plan.stage + 1)
-    starts = {site.weight: branches[site.weight].next_a(site, planned.spec, planned.stage) for site in planned.sites}
-    moved = before.moved(branches)
-    factors = [parameter for branch in branches.values() for parameter in branch.parameters()]
-    anew = _left_out(after, branches, trained) + _resized(planned, branches)
-    state = _after_fold(optimizer, plan, factors, trained.values(), anew) if optimizer is not None else {}
+    with run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
+        plan, before, begun = run.plan, run.slow, time.monotonic()
+        branches, trained = run.branches_by_weight(), run.trained_parameters()
+        check_optimizer(run, optimizer, "transition", idle)
+        after = replace(before.after_stage(plan, branches, trained), idle=idle)
+        planned = plan.at_stage(plan.stage + 1)
+        starts = {
+            site.weight: branches[site.weight].next_a(site, planned.spec, planned.stage) for site in planned.sites
+        }
+        moved = before.moved(branches)
+        factors = [parameter for branch in branches.values() for parameter in branch.parameters()]
+        anew = _left_out(after, branches, trained) + _resized(planned, branches)
+        state = _after_fold(optimizer, plan, factors, trained.values(), anew) if optimizer is not None else {}
 
-    def end() -> None:
-        experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
-        log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
-        if unmoved:
-            run.warned.once(
-                "no-branch-moved",
-                f"stage {plan.stage} ended, and no branch has moved: their weights are as they were. In the loop call "
-                "the cascade, and not the model that it was made of; and check that optimizer.step() runs with "
-                "learning rates above 0",
-            )
-        if then is not None:
-            then()
+        def end() -> None:
+            experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - begun
+            log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
+            if unmoved:
+                run.warned.once(
+                    "no-branch-moved",
+                    f"stage {plan.stage} ended, and no branch has moved: their weights are as they were. In the loop "
+                    "call the cascade, and not the model that it was made of; and check that optimizer.step() runs "
+                    "with learning rates above 0",
+                )
+            if then is not None:
+                then()
 
-    unmoved = not moved and (optimizer is not None or trained_moved(before, trained))
-    begin(run, optimizer, planned, after, starts, state, end)
+        unmoved = not moved and (optimizer is not None or trained_moved(before, trained))
+        begin(run, optimizer, planned, after, starts, state, end)
 
 
 def restart(run: Run, optimizer: torch.optim.Optimizer | None) -> None:
@@ -185,15 +188,16 @@ def _after_fold(
 
 def end_idle(run: Run) -> None:
     """Start a stage after the last fold of a loop: write its start weights, noise included."""
-    if not run.slow.idle:
-        return
-    if has_begun(run):
-        raise StateError(
-            "stages: the branches trained after the last stage ended; call transition(optimizer) first",
-            code="stage-not-ended",
-        )
-    after, factors = replace(run.slow, idle=False).begin_stage(run.plan, run.branches_by_weight())
-    run.commit(Planned(run.plan, after, run.present([*after.states, *after.trained]), factors=factors))
+    with run.exclusive("stages", sharded=True, parallel=True):
+        if not run.slow.idle:
+            return
+        if has_begun(run):
+            raise StateError(
+                "stages: the branches trained after the last stage ended; call transition(optimizer) first",
+                code="stage-not-ended",
+            )
+        after, factors = replace(run.slow, idle=False).begin_stage(run.plan, run.branches_by_weight())
+        run.commit(Planned(run.plan, after, run.present([*after.states, *after.trained]), factors=factors))
 
 
 def has_begun(run: Run) -> bool:
@@ -254,15 +258,16 @@ def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], d
 
 def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
     """Start a stage from the slow weights of an earlier one; see `Cascade.rewind`."""
-    check_optimizer(run, optimizer, "rewind")
-    after = at_stage(run.slow, stage, "rewind")
-    unused = run.slow.idle and not run.slow.moved(run.branches_by_weight())
-    planned = run.plan if unused else run.plan.at_stage(run.plan.stage + 1)  # the noise of a number is drawn once
+    with run.exclusive("rewind", sharded=True, parallel=True):
+        check_optimizer(run, optimizer, "rewind")
+        after = at_stage(run.slow, stage, "rewind")
+        unused = run.slow.idle and not run.slow.moved(run.branches_by_weight())
+        planned = run.plan if unused else run.plan.at_stage(run.plan.stage + 1)  # the noise of a number is drawn once
 
-    def end() -> None:
-        log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
+        def end() -> None:
+            log.info("back at the end of stage %d; stage %d starts", stage, planned.stage)
 
-    _begin_anew(run, optimizer, planned, after, end)
+        _begin_anew(run, optimizer, planned, after, end)
 
 
 def ended(run: Run, call: str) -> SlowWeights:

@@ -257,7 +257,7 @@ class SlowWeights:
         trained = {}
         for name, entry in self.trained.items():
             fast = host(parameters[name])
-            if _spoilt(name, self.some(_broken(fast, entry.base)), plan):
+            if _left_out(name, self.some(_broken(fast, entry.base)), plan):
                 trained[name] = entry.averaged(entry, share)
                 left_out.add(name)
                 continue
@@ -328,7 +328,7 @@ def _broken(fast: torch.Tensor, base: torch.Tensor) -> bool:
     return bool((~torch.isfinite(fast) & torch.isfinite(base)).any())
 
 
-def _spoilt(name: str, broken: bool, plan: Plan) -> bool:
+def _left_out(name: str, broken: bool, plan: Plan) -> bool:
     """Return it, after a warning where it is so.
 
     Raises:
