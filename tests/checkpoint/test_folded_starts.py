@@ -22,7 +22,7 @@ SPECS = {
 }
 
 
-EVENTS = {"one": ("step", "step"), "four": THREE_STAGES, "parked": (*THREE_STAGES, "loop")}
+EVENTS = {"one": ("step", "step"), "four": THREE_STAGES, "idle": (*THREE_STAGES, "loop")}
 
 
 @pytest.mark.parametrize("events", EVENTS)

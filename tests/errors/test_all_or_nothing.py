@@ -29,7 +29,7 @@ from tests.kit.state import (
     SPARE,
     branches_of,
     is_gathering,
-    is_parked,
+    is_idle,
     is_released,
     placed_weights,
     weight_state,
@@ -190,7 +190,7 @@ def test_the_first_stage_of_a_new_loop(spec: str, kind: str) -> None:
 
     failures = everywhere(kind, start, cascade, optimizer)
     assert failures > 5
-    assert not is_parked(cascade)
+    assert not is_idle(cascade)
 
 
 @pytest.mark.parametrize(
@@ -326,16 +326,16 @@ def test_adapt(spec: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("spec", "parked", "kind"),
+    ("spec", "idle", "kind"),
     [
         ("noise, train", False, "memory"),
         ("noise, train", True, "interrupt"),
         ("fast, noise kept everywhere", False, "interrupt"),
     ],
 )
-def test_load(spec: str, parked: bool, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_load(spec: str, idle: bool, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     saved, optimizer = made(SPECS[spec])
-    if parked:
+    if idle:
         list(saved.stages(1, optimizer))
     lx.save(saved, tmp_path, optimizer=optimizer)
     model = Net()

@@ -40,7 +40,7 @@ from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.errors.test_all_or_nothing import SPECS, X, made, prepared, result
 from tests.kit.errors import raises
-from tests.kit.state import gathered_gradients, is_gathering, trainable, unpark, variant_for
+from tests.kit.state import end_idle, gathered_gradients, is_gathering, trainable, variant_for
 
 Call = tuple[Callable[[], Any], tuple[Any, ...]]
 """What is called, and what it may not change unless it goes through."""
@@ -80,7 +80,7 @@ def stage_of_a_loop(_: Path) -> Call:
     """What the first stage of a loop does before it is handed out."""
     cascade, optimizer = trained()
     list(cascade.stages(1, optimizer))
-    return lambda: unpark(cascade), (cascade, optimizer)
+    return lambda: end_idle(cascade), (cascade, optimizer)
 
 
 def release(_: Path) -> Call:

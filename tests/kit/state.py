@@ -37,22 +37,23 @@ __all__ = [
     "Stage",
     "TrainedState",
     "WeightState",
-    "adopt",
     "branches_of",
     "canonical",
     "change_state",
     "checksum",
     "device_sum",
     "drop_state",
+    "end_idle",
     "exact_slow",
     "file_digest",
     "folded_changes",
     "forget_warnings",
     "gathered_gradients",
     "graphs_of",
+    "install_experts",
     "is_gathering",
+    "is_idle",
     "is_parallel",
-    "is_parked",
     "is_released",
     "lock_of",
     "made_weight",
@@ -67,7 +68,6 @@ __all__ = [
     "trainable",
     "trained_in_full",
     "trained_states",
-    "unpark",
     "variant_count",
     "variant_for",
     "weight_state",
@@ -187,7 +187,7 @@ def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
     return {
         **{f"slow {name}": _values(state) for name, state in slow.states.items()},
         **{f"trained {name}": _values(state) for name, state in slow.trained.items()},
-        "parked": slow.idle,
+        "idle": slow.idle,
         "averaged": slow.averaged,
         "gathered": _values(gathered_gradients(cascade)),
     }
@@ -244,7 +244,7 @@ def is_gathering(cascade: lx.Cascade) -> bool:
     return cascade._run.gradient_init.armed
 
 
-def is_parked(cascade: lx.Cascade) -> bool:
+def is_idle(cascade: lx.Cascade) -> bool:
     """Whether no stage runs: the last one has ended."""
     return cascade._run.slow.idle
 
@@ -304,7 +304,7 @@ def folded_changes(folder: str | PathLike[str]) -> Any:
 # ---- steps that the public face does not offer by themselves
 
 
-def adopt(
+def install_experts(
     cascade: lx.Cascade,
     experts: Mapping[str, Sequence[tuple[float, Factors]]],
     trained: Mapping[str, Tensor] | None = None,
@@ -314,7 +314,7 @@ def adopt(
     elsewhere.install_experts(cascade._run, experts, trained or {}, buffers or {})
 
 
-def unpark(cascade: lx.Cascade) -> None:
+def end_idle(cascade: lx.Cascade) -> None:
     """What the first stage of a loop does before it is handed out."""
     transition.end_idle(cascade._run)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
-from tests.kit.state import adopt, weight_state, weight_states
+from tests.kit.state import install_experts, weight_state, weight_states
 from tests.peft.adapters import cascade_of, close, folded, loaded
 from tests.peft.kit import gap, seeded
 from tests.peft.models import BUILD, INPUTS, made
@@ -118,7 +118,7 @@ def test_an_expert_of_coefficient_zero_is_left_out(tmp_path: Path) -> None:
     assert set(lx.export.peft(cascade, tmp_path / "one").ranks.values()) == {1}
     weight = cascade.sites[0].weight
     pair = weight_state(cascade, weight).experts[0].pair
-    adopt(cascade, {weight: [(0.0, pair), (0.5, pair)]})
+    install_experts(cascade, {weight: [(0.0, pair), (0.5, pair)]})
     assert len(weight_state(cascade, weight).experts) == 3
     assert lx.export.peft(cascade, tmp_path / "two").ranks[weight] == 2
     assert_loads(cascade, "suffixes", tmp_path / "two")

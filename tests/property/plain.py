@@ -79,7 +79,7 @@ class Plain:
         self.values = {name: self.frozen[name].clone() for name in trained}
         self.pairs: dict[str, Pair] = {}
         self.velocity: dict[tuple[str, str], Tensor] = {}
-        self.stage, self.parked, self.moved = 1, False, False
+        self.stage, self.idle, self.moved = 1, False, False
 
     def begin(self, name: str) -> Delta:
         """A weight that no stage has changed."""
@@ -106,13 +106,13 @@ class Plain:
     # ---- values
 
     def started(self, name: str) -> Tensor:
-        """What the running stage started from, without W0; when parked, S."""
-        return self.deltas[name].slow if self.parked else self.deltas[name].start
+        """What the running stage started from, without W0; when idle, S."""
+        return self.deltas[name].slow if self.idle else self.deltas[name].start
 
     def noise(self, name: str) -> Tensor | float:
-        """N_t = strength * std(W0 + start) * U(-1/2, 1/2), or a normal of the same variance; none when parked."""
+        """N_t = strength * std(W0 + start) * U(-1/2, 1/2), or a normal of the same variance; none when idle."""
         law, delta = self.law, self.deltas[name]
-        if self.parked or not law.strength:
+        if self.idle or not law.strength:
             return 0.0
         source, shape = address(law.seed, self.stage, "noise", name), delta.base.shape
         if law.distribution == "uniform":
@@ -188,11 +188,11 @@ class Plain:
             slow = each.slow + law.pace * (fast - each.slow) if law.slow_train else fast
             self.trained[name] = Delta(each.base, slow, slow if law.restart == "slow" else fast)
 
-    def transition(self, park: bool = False, told: bool = True) -> None:
+    def transition(self, idle: bool = False, told: bool = True) -> None:
         """End the stage; `told` says whether the optimizer is part of it."""
         law = self.law
         self.slow_update()
-        self.stage, self.parked, self.moved = self.stage + 1, park, False
+        self.stage, self.idle, self.moved = self.stage + 1, idle, False
         for name, pair in self.pairs.items():
             a = self.fresh(name, pair.a.shape[0]) if law.restart_A == "fresh" else pair.a
             self.pairs[name] = Pair(a, torch.zeros_like(pair.b), pair.scale)
@@ -203,15 +203,15 @@ class Plain:
                 self.velocity[key] = pruned(self.velocity[key], law.optimizer_state)
         self.rest()
 
-    def unpark(self) -> None:
+    def end_idle(self) -> None:
         """Start the stage that comes after a loop's last one."""
-        self.parked = False
+        self.idle = False
         self.rest()
 
     def rest(self) -> None:
         """Put what is trained in full at the start of its stage."""
         for name, each in self.trained.items():
-            self.values[name] = (each.slow if self.parked else each.start).clone()
+            self.values[name] = (each.slow if self.idle else each.start).clone()
 
     def cast(self, dtype: torch.dtype) -> None:
         """Everything that lives in the parameters is rounded; W0 and S are not."""

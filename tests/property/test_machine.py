@@ -247,25 +247,25 @@ class Machine(RuleBasedStateMachine):
         self.cascade.transition(self.optimizer if told else None)
         self.plain.transition(told=told)
 
-    def trained_since_parked(self) -> bool:
-        return self.plain.parked and (self.plain.moved or any(bool(pair.b.any()) for pair in self.plain.pairs.values()))
+    def trained_since_idle(self) -> bool:
+        return self.plain.idle and (self.plain.moved or any(bool(pair.b.any()) for pair in self.plain.pairs.values()))
 
     @rule(count=st.integers(1, 2), steps=st.integers(0, 2), leave=st.booleans())
     def loop(self, count: int, steps: int, leave: bool) -> None:
         stages = self.cascade.stages(count, self.optimizer)
-        if self.trained_since_parked():
+        if self.trained_since_idle():
             with raises(lx.StateError, "stage-not-ended"):
                 next(stages)
             return
-        if self.plain.parked:
-            self.plain.unpark()
+        if self.plain.idle:
+            self.plain.end_idle()
         for stage in stages:
             assert (stage.number, stage.count) == (self.plain.stage, count)
             for seed in range(steps):
                 self.one_step(3, seed, self.with_y)
             if leave and stage.index == count:
                 break
-            self.plain.transition(park=stage.index == count)
+            self.plain.transition(idle=stage.index == count)
 
     @rule(which=st.sampled_from(["slow", "fast", "base"]), batch=st.integers(2, 4), with_y=st.booleans())
     def look(self, which: Any, batch: int, with_y: bool) -> None:

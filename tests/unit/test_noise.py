@@ -217,7 +217,7 @@ def test_an_untrained_cascade_gives_the_weights_back() -> None:
     cascade = adapted(mlp().float(), x, lx.Noise(0.9, where="all"))
     for _ in cascade.stages(3, torch.optim.SGD(cascade.param_groups(lr=0.1))):
         assert not torch.equal(values(cascade.model)["0.weight"], before["0.weight"])
-    for model in (cascade.model, cascade.release()):  # parked, and released
+    for model in (cascade.model, cascade.release()):  # idle, and released
         assert all(torch.equal(value, before[name]) for name, value in values(model).items())
 
 

@@ -62,7 +62,7 @@ def test_twenty_stages_round_once(dtype: torch.dtype, restart: str) -> None:
             fast, size[name] = start[name] + delta, size[name] + delta.abs()
             slow[name] = slow[name] + PACE * (fast - slow[name])
             start[name] = slow[name] if restart == "slow" else fast
-    parked = {name: dict(model.named_parameters())[name].detach().clone() for name in base}
+    idle = {name: dict(model.named_parameters())[name].detach().clone() for name in base}
     released = cascade.release()
     for name, value in base.items():
         exact = value.double() + slow[name]
@@ -74,7 +74,7 @@ def test_twenty_stages_round_once(dtype: torch.dtype, restart: str) -> None:
         found = dict(released.named_parameters())[name].detach()
         assert differing(found[~open_bits], exact.to(dtype)[~open_bits]) == 0
         assert differing(found, exact.float().to(dtype)) <= value.numel() // 500
-        assert torch.equal(parked[name], found)
+        assert torch.equal(idle[name], found)
         if restart == "slow":
             assert differing(chain[name], exact.to(dtype)) > 0.1 * value.numel()
 

@@ -139,7 +139,7 @@ def test_a_rewind_is_a_fresh_stage_whose_noise_and_factors_are_new() -> None:
         seen.append(noisy.model[0].weight.detach().clone())
         train(noisy, optimizer, [X])
     noisy.rewind(0, optimizer)
-    assert noisy.stage == 3  # parked: no stage 3 has run
+    assert noisy.stage == 3  # idle: no stage 3 has run
     third = noisy.model[0].weight.detach().clone()
     noisy.rewind(0, optimizer)
     assert noisy.stage == 4

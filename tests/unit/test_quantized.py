@@ -111,7 +111,7 @@ def test_branches_train_beside_quantized_weights(width: str, frontend: str) -> N
         for branch in cascade.branches.values():
             branch.lora_B.zero_()
     slow = plain(train(cascade))(inputs())
-    torch.testing.assert_close(cascade(inputs()), slow, rtol=0, atol=2e-5)  # parked: carried by the branches
+    torch.testing.assert_close(cascade(inputs()), slow, rtol=0, atol=2e-5)  # idle: carried by the branches
     with cascade.weights("slow"):
         torch.testing.assert_close(model(inputs()), slow, rtol=0, atol=2e-5)
         assert type(model.up.weight) is nn.Parameter

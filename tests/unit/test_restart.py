@@ -156,7 +156,7 @@ def test_a_stage_that_trained_the_head_only_is_folded() -> None:
     torch.testing.assert_close(cascade.release().head.weight.detach(), base + 0.5, rtol=0, atol=1e-15)
 
 
-def test_parked_heads_are_slow() -> None:
+def test_idle_heads_are_slow() -> None:
     """After `stages` the head is the slow one; the next loop goes on from where the restart rule says."""
     for restart in ("slow", "fast"):
         cascade = headed_cascade(pace=0.4, restart=restart)

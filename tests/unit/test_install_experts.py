@@ -12,7 +12,7 @@ import lorasc_fx as lx
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
-from tests.kit.state import Factors, adopt, weight_states
+from tests.kit.state import Factors, install_experts, weight_states
 from tests.unit.cases import batches, mlp, randomize
 
 
@@ -41,7 +41,7 @@ def test_slow_weights_are_the_sum(noise: float, begun: bool) -> None:
         cascade.transition(None)
     before = cascade.folded_state_dict()
     start = {name: value.detach().clone() for name, value in cascade.model.named_parameters()}
-    adopt(cascade, {name: [(0.5, one[name]), (2.0, two[name])] for name in one})
+    install_experts(cascade, {name: [(0.5, one[name]), (2.0, two[name])] for name in one})
     after = cascade.folded_state_dict()
     for name in one:
         change = 0.5 * one[name].b @ one[name].a + 2 * two[name].b @ two[name].a
@@ -59,7 +59,7 @@ def test_values_trained_in_full_and_buffers() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     cascade = cascade_of(model, train=("1",))
     new = {"1.weight": torch.arange(4.0).double()}
-    adopt(cascade, {}, new, {"1.running_mean": torch.ones(4)})
+    install_experts(cascade, {}, new, {"1.running_mean": torch.ones(4)})
     assert torch.equal(cascade.model[1].weight.detach(), new["1.weight"])
     assert torch.equal(cascade.model[1].running_mean, torch.ones(4).double())
     folded = cascade.folded_state_dict()
@@ -71,7 +71,7 @@ def test_values_trained_in_full_and_buffers() -> None:
 def test_many_experts_collapse() -> None:
     cascade, given = cascade_of(mlp()), pairs(4)
     before = cascade.folded_state_dict()
-    adopt(cascade, {name: [(1.0, pair)] for name, pair in given.items()})
+    install_experts(cascade, {name: [(1.0, pair)] for name, pair in given.items()})
     assert all(state.is_dense for state in weight_states(cascade).values())
     for name, pair in given.items():
         torch.testing.assert_close(
@@ -100,7 +100,7 @@ def test_many_experts_collapse() -> None:
 def test_what_does_not_fit(experts: Any, trained: Any, sentence: tuple[str, ...]) -> None:
     cascade = cascade_of(mlp(), train=("4.bias",))
     with unchanged(cascade), raises(lx.StateError, *sentence):
-        adopt(cascade, experts, trained)
+        install_experts(cascade, experts, trained)
 
 
 def test_a_write_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,5 +114,5 @@ def test_a_write_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(*SEAMS["rest a weight"], fails)
     with unchanged(cascade), pytest.raises(RuntimeError, match="no more"):
-        adopt(cascade, {name: [(1.0, pair)] for name, pair in pairs().items()}, {"4.bias": torch.zeros(2)})
+        install_experts(cascade, {name: [(1.0, pair)] for name, pair in pairs().items()}, {"4.bias": torch.zeros(2)})
     cascade.transition(None)
