@@ -44,7 +44,7 @@ def safetensors(
     path: str | PathLike[str],
     *,
     base: str | PathLike[str] | None = None,
-    which: Literal["slow", "averaged"] = "slow",
+    which: str | Mapping[str, float] = "slow",
     quantized: Literal["dequantize"] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
@@ -59,7 +59,8 @@ def safetensors(
             as transformers reads them.
         base: the safetensors file or folder that the model came from: what is written has its files, names, dtypes and
             metadata, and every tensor that the fold does not change is copied as it is.
-        which: `slow`, or their average over stages.
+        which: `slow`, or their average over stages (`averaged`); without `base` also a run that was added, or a sum, as
+            of `Cascade.weights`.
         quantized: `dequantize` to write dense tensors in place of quantized weights; else those that have trained, or
             that a file cannot hold, are refused. Not with `base`.
         max_shard_bytes: size above which a folder's weights are split, without `base`.

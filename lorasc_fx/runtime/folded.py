@@ -45,24 +45,25 @@ class FoldedWeights:
     running: int | None = None
 
 
-def of_run(run: Run, call: str, which: Which = "slow") -> FoldedWeights:
+def of_run(run: Run, call: str, which: str | Mapping[str, float] = "slow") -> FoldedWeights:
     """Return the folded weights of a living cascade; a running stage that has trained counts as ended.
 
     Raises:
         StateError: a quantized weight has trained, and no file of the base's layout can hold it.
     """
-    check_which(call, which, run.plan.spec)
+    check_which(call, str(which), run.plan.spec)
+    meant: Which = "averaged" if which == "averaged" else "slow"
     slow, parameters = ended(run, call), run.parameters_by_name()
     check_asked(f"{call} into the files of a base", slow, None)
     names: dict[int, tuple[str, ...]] = {}
     for name, parameter in run.model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)
     changes: dict[str, Change] = {
-        name: partial(slow.value, name, which)
+        name: partial(slow.value, name, meant)
         for name, state in slow.states.items()
         if state.changed and not is_quantized(state.base)
     }
-    whole = {name: entry.value(which, parameters[name].detach()) for name, entry in slow.trained.items()}
+    whole = {name: entry.value(meant, parameters[name].detach()) for name, entry in slow.trained.items()}
     changes |= {name: partial(_cast, value) for name, value in whole.items()}
     aliases = {name: group for group in names.values() for name in group}
     buffers = {name: buffer.detach().cpu() for name, buffer in run.model_state().items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lorasc_fx as lx
@@ -85,6 +86,8 @@ def test_a_view_is_the_fold_of_its_run(kind: str, given: str, tmp_path: Path) ->
                 assert torch.equal(host(X), host.model(X))
             same(found, expected)
         same(host.folded_state_dict(which="legal"), found)
+        file = lx.export.safetensors(host, tmp_path / "legal.safetensors", which="legal")
+        same(load_file(file), found)
     folded = host.eval().folded_graph(which="legal")
     with host.weights("legal"), torch.no_grad():
         assert torch.equal(folded(X), host.model(X))
