@@ -619,6 +619,12 @@ class Run:
         """
         parameters = self.weights_by_name()
         changed = self.changed(self._checksums)
+        if changed is None and self.slow.group is None:  # what is trained in full may have other numbers
+            bases = {name: entry.base for name, entry in self.slow.trained.items()}
+            now = {name: _parameter(self.model, name) for name in bases}
+            changed = next(
+                (name for name, base in bases.items() if getattr(now[name], "shape", None) != base.shape), None
+            )
         if self.slow.some(changed is not None):
             raise StateError(
                 f"{call}: {changed or 'a weight on another process'} was changed from outside while the cascade lives "

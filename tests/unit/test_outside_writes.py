@@ -273,6 +273,19 @@ def test_parameters_trained_in_full_change_by_right() -> None:
     torch.testing.assert_close(cascade.release()(X), wanted)
 
 
+def test_a_head_that_was_replaced_by_one_of_another_size_is_refused() -> None:
+    """As `reset_classifier` of timm does; a head of the same size is trained from then on."""
+    cascade = adapted(targets=("0.weight",), train=("4.*",))
+    cascade.model[4] = nn.Linear(6, 2).double()
+    train(cascade, optimizer_of(cascade), batches(1, 4, 5))
+    cascade.transition(None)
+    cascade.model[4] = nn.Linear(6, 3).double()
+    train(cascade, optimizer_of(cascade), batches(1, 4, 5))
+    for call in (lambda: cascade.transition(None), cascade.release, cascade.state_dict):
+        with raises(lx.StateError, "weights-changed-outside", "4.weight"):
+            call()
+
+
 def test_a_copy_is_watched_as_the_original_is() -> None:
     cascade = ended()
     wanted, twin, written = cascade(X), copy.deepcopy(cascade), copy.deepcopy(cascade)
