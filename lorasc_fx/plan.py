@@ -221,7 +221,7 @@ class Plan:
                     code="format-not-supported",
                 )
             sites = tuple(_checked(_site(entry)) for entry in data["sites"])
-            if "noise" in data["spec"]:
+            if data["spec"].get("noise", {}).get("strength"):
                 data["spec"]["noise"] = {"key": "weight", **data["spec"]["noise"]}  # before the field was there
             spec = CascadeSpec.from_dict(data["spec"])
             for rank in (spec.rank, *spec.ranks, *(rule.rank for rule in spec.rules if rule.rank is not None)):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,12 +28,14 @@ __all__ = [
     "ONE_PROCESS",
     "ProcessGroup",
     "ShardSpec",
+    "cut_into",
     "dtensor_like",
     "full_tensor",
     "local",
     "local_like",
     "placed_gradient",
     "shard_axis",
+    "shard_of",
     "zeros_like",
 ]
 
@@ -57,8 +60,28 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def shard_axis(tensor: Any) -> int | None:
     """Return the axis along which a tensor lies in shards on several ranks; None for one that is whole here."""
-    places = tensor.placements if hasattr(tensor, "to_local") else ()
-    return next((place.dim for place in places if place.is_shard()), None)
+    cuts = cuts_of(tensor) if hasattr(tensor, "to_local") else ()
+    return tensor.placements[cuts[0]].dim if cuts else None
+
+
+def cuts_of(tensor: Any) -> tuple[int, ...]:
+    """Return the axes of a DTensor's mesh over which it is cut, in the order of the cuts.
+
+    FSDP2 cuts what tensor parallelism has cut, which lies on a later axis of the mesh (`_StridedShard`).
+    """
+    axes = [axis for axis, place in enumerate(tensor.placements) if hasattr(place, "dim")]
+    return tuple(sorted(axes, key=lambda axis: hasattr(tensor.placements[axis], "split_factor")))
+
+
+def cut_into(tensor: Any) -> tuple[int, int] | None:
+    """Return the axis along which a tensor is cut, and into how many pieces; None for one that is whole here."""
+    shard = shard_of(tensor)
+    return None if shard is None else (shard.axis, len(shard.pieces))
+
+
+def shard_of(tensor: Any) -> ShardSpec | None:
+    """Return which shard of a tensor is here; None for one that is whole."""
+    return None if shard_axis(tensor) is None else ShardSpec.of(tensor)
 
 
 def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
@@ -116,10 +139,14 @@ class ProcessGroup:
     Args:
         handle: a process group of torch.distributed; None for one process.
         device: of the tensors that are exchanged.
+        replicas: how often the ranks hold all of the weights: on a mesh of two axes (HSDP) the size of the first one.
+        inner: how many ranks in a row hold parts of a weight by tensor parallelism, each of which FSDP2 cuts further.
     """
 
     handle: Any = None
     device: torch.device | str = "cpu"
+    replicas: int = 1
+    inner: int = 1
 
     @classmethod
     def of(cls, handle: Any = None) -> ProcessGroup:
@@ -139,6 +166,15 @@ class ProcessGroup:
     def size(self) -> int:
         """Number of processes."""
         return dist.get_world_size(self.handle) if self.handle is not None else 1
+
+    @property
+    def order(self) -> list[int]:
+        """The ranks that hold all of the weights together, in the order of their shards along the axes that are cut.
+
+        They are the first ones of the group; the others are replicas of these.
+        """
+        parts = self.size // self.replicas
+        return [rank for first in range(self.inner) for rank in range(first, parts, self.inner)]
 
     def all(self, flag: bool) -> bool:
         """Whether a flag is set on every rank."""
@@ -268,28 +304,45 @@ ONE_PROCESS = ProcessGroup()
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Which shard of a weight is here: `first` to `first + count` of `total` on an axis, and who holds the others."""
+    """Which shard of a weight is here: `first` to `first + count` of `total` on an axis, and who holds the others.
+
+    Args:
+        first, count, total: of the axis.
+        group: the ranks that hold all of the weight together.
+        axis: that is cut.
+        pieces: first and count on each rank of the group; by default chunks in the order of the ranks.
+    """
 
     first: int
     count: int
     total: int
     group: ProcessGroup
     axis: int = 0
+    pieces: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, tensor: Any) -> ShardSpec:
-        """Return that of a DTensor, cut along one axis of its mesh in chunks as FSDP does; all of a replicated one."""
-        mesh, places = tensor.device_mesh, tensor.placements
-        along = next((axis for axis, place in enumerate(places) if place.is_shard()), None)
-        handle = mesh.get_group(along or 0)
+        """Return that of a DTensor, cut along one axis in chunks as FSDP does, over one axis of its mesh or over two,
+        which are all ranks; all of a replicated one.
+        """
+        mesh, cuts = tensor.device_mesh, cuts_of(tensor)
+        handle = mesh.get_group(cuts[0] if cuts else 0) if len(cuts) < 2 else dist.group.WORLD
         group = ProcessGroup.of(handle) if tensor.is_meta else ProcessGroup(handle, tensor.device)
-        if along is None:
+        if not cuts:
             return cls(0, tensor.shape[0], tensor.shape[0], group)
-        cut = places[along].dim
-        total = tensor.shape[cut]
-        chunk = -(-total // mesh.size(along))
-        first = min(mesh.get_local_rank(along) * chunk, total)
-        return cls(first, min(chunk, total - first), total, group, cut)
+        axis, sizes = tensor.placements[cuts[0]].dim, [mesh.size(cut) for cut in cuts]
+        total = tensor.shape[axis]
+        here = _chunk(total, sizes, [mesh.get_local_rank(cut) for cut in cuts])
+        if len(cuts) == 1:
+            pieces = [_chunk(total, sizes, [place]) for place in range(sizes[0])]
+        else:
+            places = {int(mesh.mesh[place]): place for place in itertools.product(*map(range, mesh.shape))}
+            pieces = [_chunk(total, sizes, [places[rank][cut] for cut in cuts]) for rank in sorted(places)]
+        return cls(*here, total, group, axis, tuple(pieces))
+
+    def within(self, outer: ShardSpec | None) -> ShardSpec:
+        """Return the same shard as a part of a larger one of which it is cut."""
+        return self if outer is None else replace(self, first=self.first - outer.first, total=outer.count, pieces=())
 
     def dtensor(self, shard: torch.Tensor, like: Any) -> torch.Tensor:
         """Return the DTensor of which this shard is here, cut as the DTensor `like` is."""
@@ -310,11 +363,14 @@ class ShardSpec:
         if self.group.handle is None:
             return shard
         rows = shard.movedim(self.axis, 0)
-        padded = rows.new_zeros((-(-self.total // self.group.size), *rows.shape[1:]), device=self.group.device)
+        pieces = self.pieces or [_chunk(self.total, [self.group.size], [rank]) for rank in range(self.group.size)]
+        padded = rows.new_zeros((max(count for _, count in pieces), *rows.shape[1:]), device=self.group.device)
         padded[: self.count] = rows
         parts = [torch.empty_like(padded) for _ in range(self.group.size)]
         dist.all_gather(parts, padded, group=self.group.handle)
-        return torch.cat(parts)[: self.total].movedim(0, self.axis).contiguous().to(shard.device)
+        order = sorted(range(len(pieces)), key=lambda rank: pieces[rank])
+        gathered = torch.cat([parts[rank][: pieces[rank][1]] for rank in order])
+        return gathered.movedim(0, self.axis).contiguous().to(shard.device)
 
     def full_shape(self, shard: torch.Size) -> torch.Size:
         """Return the shape of a whole tensor whose shard has this one."""
@@ -328,3 +384,13 @@ class ShardSpec:
         exact = shard.double()
         mean = self.group.sum(exact.sum().item()) / count
         return math.sqrt(self.group.sum((exact - mean).square_().sum().item()) / (count - 1))
+
+
+def _chunk(total: int, sizes: Sequence[int], places: Sequence[int]) -> tuple[int, int]:
+    """Return first and count of what is left of an axis that is cut into chunks one time after the other."""
+    first, count = 0, total
+    for size, place in zip(sizes, places, strict=True):
+        chunk = -(-count // size)
+        start = min(place * chunk, count)
+        first, count = first + start, min(chunk, count - start)
+    return first, count

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lorasc_fx.adapt import load_found
-from lorasc_fx.errors import CheckpointError
+from lorasc_fx.errors import CheckpointError, StateError
 from lorasc_fx.runtime import Cascade, checkpoint_write, training_state
 from lorasc_fx.runtime.state_dict import KEY, digest_of, from_state_dict, packed
 from lorasc_fx.shards import ONE_PROCESS
@@ -55,6 +55,12 @@ def state_dict(
     """
     run, call = cascade._run, "state_dict"
     group = run.slow.group or ONE_PROCESS
+    if group.inner > 1:
+        raise StateError(
+            f"{call}: the weights are cut by FSDP2 and by tensor parallelism, of which DCP would need another layout; "
+            "lorasc_fx.save writes both",
+            code="sharded",
+        )
     kept = dict(extra or {})
     with group.agreed(call):
         run.check_ready(call, sharded=True, parallel=True)
@@ -69,7 +75,7 @@ def state_dict(
     own = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}
     lengths = {name: own[name].shape[axis] for name, axis in axes.items()}
     ranks = [json.loads(text) for text in group.gather_text(json.dumps(lengths), call)]
-    digests = group.gather_text(digest_of(own), call)[: run.slow.parts]
+    digests = group.gather_text(digest_of(own), call)[: len(group.order)]
     mesh = next((value.device_mesh for value in cascade.parameters() if isinstance(value, DTensor)), None)
     replicated = [Replicate()] * (mesh.ndim - 1 if mesh is not None else 0)
     state: dict[str, torch.Tensor] = {KEY: packed(manifest, digests)} if group.rank == 0 else {}
@@ -78,7 +84,7 @@ def state_dict(
             state[name] = value
             continue
         axis, shape = axes[name], list(value.shape)
-        shape[axis] = sum(lengths_there[name] for lengths_there in ranks[: run.slow.parts])
+        shape[axis] = sum(lengths_there[name] for lengths_there in ranks[: len(group.order)])
         stride = torch.empty(shape, device="meta").stride()
         state[name] = DTensor.from_local(
             value, mesh, [*replicated, Shard(axis)], run_check=False, shape=torch.Size(shape), stride=stride

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lorasc_fx.capture import leaves
 from lorasc_fx.compile import Variant
@@ -35,7 +35,7 @@ from lorasc_fx.integrations.segments import (
 )
 from lorasc_fx.runtime import Cascade, folding
 from lorasc_fx.runtime.run import Planned
-from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor
+from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, local, shard_axis, shard_of
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.undo import AllOrNothing, Undo
 
@@ -73,7 +73,8 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     Args:
         cascade: that was adapted, or loaded; the parameters lie on the device of this process, or on the meta device.
         mesh: of one axis, over the ranks that hold the shards, all of them by default; or of two, of replicas and of
-            the ranks that hold the shards of each (HSDP).
+            the ranks that hold the shards of each (HSDP). Of a cascade that `parallelize` has cut the first axis of a
+            mesh of two, whose second one that was given: each part is cut further, along the same axis of the weight.
 
     Returns:
         The cascade. Each parameter is now a DTensor of which a rank holds some rows.
@@ -85,19 +86,24 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     """
     run = cascade._run
     with run.exclusive("shard", sharded=True, parallel=True, on_meta=True), AllOrNothing() as undo:
-        ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
-        replicas = 1 if mesh is None or mesh.ndim == 1 else mesh.size(0)
+        alike = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
+        ranks = ProcessGroup.of() if run.is_parallel else alike
         with ranks.agreed("shard"):
             units = _units(cascade)
             graphs = _check(cascade, mesh, units)
+            axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
             weights = run.fingerprints() if run.holds_numbers else {}  # of the whole weights, while they are here
-        ranks.check_alike("shard", run.facts(weights))
+        alike.check_alike("shard", run.facts(weights))
         mesh = mesh if mesh is not None else init_device_mesh(_device_kind(cascade), (dist.get_world_size(),))
+        others = ranks.size // mesh.size(mesh.ndim - 1)
+        ranks = replace(ranks, inner=others) if run.is_parallel else replace(ranks, replicas=others)
         undo(run.restorer())
+        outer = {name: shard_of(value) for name, value in run.parameters_by_name().items()}
         unit_names = {name: units[id(parameter)] for name, parameter in cascade.named_parameters()}
-        shards = _fully_sharded(cascade, units, mesh, undo)
+        shards = _fully_sharded(cascade, units, axes, mesh, undo)
         specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
-        run.take_shards(run.slow.to_shard(specs, ranks, replicas, run.base_file is not None), hooked=False)
+        slow = run.slow.to_shard(specs, ranks, run.base_file is not None, outer)
+        run.take_shards(slow, run.parallel, hooked=False)
         run.note_frozen()
         if run.holds_numbers:  # as a transition writes them: products and sums of shards round in another order
             moved = [name for name, state in run.slow.states.items() if state.changed or state.initial is not None]
@@ -166,7 +172,7 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
         raise StateError(
             "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
         )
-    run.check_ready("folded_state_dict", sharded=True)
+    run.check_ready("folded_state_dict", sharded=True, parallel=True)
     is_first, state_dict = run.slow.group.rank == 0, {}
     for name, value, new in folding.folded_each(run, "folded_state_dict"):
         folded = new()
@@ -202,10 +208,11 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             "torch.distributed.init_process_group first",
             code="no-process-group",
         )
-    if run.slow.group is not None:
-        how = "by tensor parallelism, and FSDP2 around that is not there" if run.is_parallel else "already"
-        raise StateError(f"shard: this cascade is sharded {how}", code="already-sharded")
-    if (
+    if run.slow.group is not None and (cascade._split is not None or not run.is_parallel):
+        raise StateError("shard: this cascade is sharded already", code="already-sharded")
+    if run.is_parallel:
+        _check_grid(next(value.device_mesh for value in cascade.parameters() if isinstance(value, DTensor)), mesh)
+    elif (
         mesh is not None
         and mesh.ndim > 1
         and (mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())))
@@ -237,9 +244,10 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     parameters = {f"model.{name}": parameter for name, parameter in run.parameters_by_name().items()}
     parameters |= {f"branches.{name}": factor for name, factor in run.branches.named_parameters()}
     for name, parameter in parameters.items():
-        if not parameter.dim() or not parameter.is_contiguous() or hasattr(parameter, "to_local"):
+        cut = hasattr(parameter, "to_local") and not run.is_parallel
+        if not parameter.dim() or not parameter.is_contiguous() or cut:
             what = "has no axis" if not parameter.dim() else "is not contiguous"
-            what = "is a DTensor already" if hasattr(parameter, "to_local") else what
+            what = "is a DTensor already" if cut else what
             raise StateError(
                 f"shard: {name} {what}, and FSDP cuts the first axis of plain tensors", code="not-shardable"
             )
@@ -270,6 +278,28 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     return {number: segmented(graph, units) for number, graph in graphs.items()}
 
 
+def _check_grid(parts: DeviceMesh, mesh: DeviceMesh | None) -> None:
+    """Refuse a mesh that does not go with that of tensor parallelism: both are axes of one, of all ranks in order."""
+    world, inner = dist.get_world_size(), parts.size()
+    grid = torch.arange(world).view(-1, inner) if world % inner == 0 else None
+    row, column = divmod(dist.get_rank(), inner)
+    if (
+        grid is None
+        or mesh is None
+        or mesh.ndim != 1
+        or not torch.equal(parts.mesh.flatten(), grid[row])
+        or not torch.equal(mesh.mesh.flatten(), grid[:, column])
+        or mesh._get_root_mesh() != parts._get_root_mesh()
+    ):
+        raise StateError(
+            f"shard: this cascade is sharded by tensor parallelism over {inner} ranks of {world}; around that give the "
+            "first axis of a mesh whose second one parallelize was given: mesh = init_device_mesh(device, "
+            f"({world // inner}, {inner}), mesh_dim_names=('dp', 'tp')), parallelize(cascade, mesh['tp'], ...), "
+            "shard(cascade, mesh['dp'])",
+            code="invalid-mesh",
+        )
+
+
 def whole_only(spec: CascadeSpec, call: str) -> Iterator[tuple[str, Any, Any, str]]:
     """Yield each option of a spec that a call refuses on shards: its name, its value, the default, and why."""
     pairs = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.is_on else [])
@@ -281,9 +311,10 @@ def whole_only(spec: CascadeSpec, call: str) -> Iterator[tuple[str, Any, Any, st
                 yield f"{prefix}{item.name}", value, default, why
 
 
-def _fully_sharded(cascade: Cascade, units: Mapping[int, str], mesh: DeviceMesh, undo: Undo) -> Shards:
+def _fully_sharded(
+    cascade: Cascade, units: Mapping[int, str], axes: Mapping[int, int], mesh: DeviceMesh, undo: Undo
+) -> Shards:
     """Let FSDP take the parameters of each unit, and those of none as the root."""
-    axes = _axes(cascade, mesh.size(mesh.ndim - 1))
     for module in cascade.modules():
         undo(partial(module._parameters.update, dict(module._parameters)))
         undo(partial(_unmark, module))
@@ -324,10 +355,21 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
     """
     axes: dict[int, int] = {}
     model = cascade._run.parameters_by_name()
+    for name, parameter in cascade.named_parameters():
+        axis = shard_axis(parameter)  # of tensor parallelism: what is here is cut along the same one
+        if axis:
+            if local(parameter).shape[axis] % parts:
+                raise StateError(
+                    f"shard: {name} is {list(local(parameter).shape)} on each rank of tensor parallelism, and "
+                    f"{local(parameter).shape[axis]} does not divide by {parts} ranks, over which FSDP would cut it; "
+                    "leave it out of the plan, or take another number",
+                    code="not-divisible",
+                )
+            axes[id(parameter)] = axis
     for branch in cascade._run.by_key.values():
         weight, stacked = model[branch.weight_name], branch.lora_A.dim() == 3
         inputs, first = branch.lora_A.dim() - 1, branch.lora_A.shape[0]
-        if first % parts == 0 or (stacked and branch.magnitude is not None):
+        if first % parts == 0 or id(branch.lora_A) in axes or (stacked and branch.magnitude is not None):
             continue
         if branch.lora_A.shape[inputs] % parts == 0:
             axes[id(branch.lora_A)] = inputs

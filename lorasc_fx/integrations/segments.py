@@ -24,6 +24,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.branch.low_rank import apply
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph.flow import is_impure
+from lorasc_fx.shards import local
 from lorasc_fx.undo import Block, isolated
 
 __all__ = ["ROOT", "Segment", "SegmentedGraph", "Shards", "SplitGraph", "Unit", "inseparable", "segmented", "unit_of"]
@@ -62,13 +63,14 @@ class Segment:
     outputs: tuple[fx.Node, ...]
     last: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
-    def run(self, holder: nn.Module, values: Iterable[Any]) -> tuple[Any, ...]:
-        """Return the values of the outputs, from those of the inputs; names are read from the holder as it is now."""
+    def run(self, interpreter: fx.Interpreter, values: Iterable[Any]) -> tuple[Any, ...]:
+        """Return the values of the outputs, from those of the inputs; the interpreter computes each node."""
         held: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
 
         def value_of(node: fx.Node) -> Any:
             if node not in held:
-                held[node] = _run(node, holder, value_of)
+                args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+                held[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
             return held[node]
 
         for node in self.nodes:
@@ -76,20 +78,6 @@ class Segment:
             for done in self.last.get(node, ()):
                 held.pop(done, None)
         return tuple(held[node] for node in self.outputs)
-
-
-def _run(node: fx.Node, holder: nn.Module, value_of: Callable[[fx.Node], Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    if node.op == "output":
-        return args[0]
-    if node.op == "get_attr":
-        return operator.attrgetter(str(node.target))(holder)
-    if node.op == "call_module":
-        return operator.attrgetter(str(node.target))(holder)(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
 
 
 def inseparable(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[set[int]]:
@@ -109,6 +97,7 @@ class SegmentedGraph:
 
     def __init__(self, module: fx.GraphModule, segments: tuple[Segment, ...]) -> None:
         self.module, self.segments = module, segments
+        self.interpreter = fx.Interpreter(module)
         self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         needed = [set(segment.inputs) for segment in segments]
         self.later = [set().union(*needed[index + 1 :]) for index in range(len(segments))]
@@ -226,10 +215,10 @@ class Unit(nn.Module):
         super().__init__()
         self.holders = nn.ModuleList(holders)
 
-    def forward(self, segment: Segment, graph: SegmentedGraph, *values: Any) -> tuple[Any, ...]:
+    def forward(self, segment: Segment, interpreter: fx.Interpreter, *values: Any) -> tuple[Any, ...]:
         """Return the segment's outputs; none shares memory with a weight, which is gone when this returns."""
-        storages = {parameter.untyped_storage().data_ptr() for parameter in self.parameters()}
-        return tuple(_own(value, storages) for value in segment.run(graph.module, values))
+        storages = {local(parameter).untyped_storage().data_ptr() for parameter in self.parameters()}
+        return tuple(_own(value, storages) for value in segment.run(interpreter, values))
 
 
 class Shards(nn.Module):
@@ -241,13 +230,13 @@ class Shards(nn.Module):
         self.units = nn.ModuleList(units.values())
         self.rest = nn.ModuleList(rest)
 
-    def forward(self, graph: SegmentedGraph, *inputs: Any) -> Any:
+    def forward(self, graph: SegmentedGraph, interpreter: fx.Interpreter, *inputs: Any) -> Any:
         """Return what the graph's output node has."""
 
         def run_segment(segment: Segment, values: list[Any]) -> tuple[Any, ...]:
             if segment.unit == ROOT:
-                return segment.run(graph.module, values)
-            outputs: tuple[Any, ...] = self.units[self.names[segment.unit]](segment, graph, *values)
+                return segment.run(interpreter, values)
+            outputs: tuple[Any, ...] = self.units[self.names[segment.unit]](segment, interpreter, *values)
             return outputs
 
         return graph.run(inputs, run_segment)
@@ -283,13 +272,16 @@ class SplitGraph:
             raise StateError(
                 "torch.compile: a cascade whose weights are sharded runs as it is; call it uncompiled", code="sharded"
             )
+        return self.graph.module.graph.process_outputs(self.run(self.graph.interpreter, *self.leaves(args, kwargs)))
+
+    def run(self, interpreter: fx.Interpreter, *inputs: Any) -> Any:
+        """Return what the graph's output node has, for the leaves of a call's arguments."""
         with resting(self.branches) if self.called() else contextlib.nullcontext():
             try:
-                flat = self.shards(self.graph, *self.leaves(args, kwargs))
+                return self.shards(self.graph, interpreter, *inputs)
             except BaseException:
                 self.shards.reset_iter_state()  # type: ignore[operator]
                 raise
-        return self.graph.module.graph.process_outputs(flat)
 
 
 @isolated
@@ -306,7 +298,7 @@ def _own(value: Any, storages: set[int]) -> Any:
         return type(value)(_own(item, storages) for item in value)
     if not isinstance(value, torch.Tensor):
         return value
-    if value.untyped_storage().data_ptr() in storages:
+    if local(value).untyped_storage().data_ptr() in storages:
         return value.clone()
     if value.requires_grad and value._base is not None:
         return apply(_NoView, value)

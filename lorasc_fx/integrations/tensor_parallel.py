@@ -37,12 +37,13 @@ from lorasc_fx.capture import isolation
 from lorasc_fx.errors import LorascError, SpecError, StateError, nearest
 from lorasc_fx.graph import BRANCHES, matches, named_weights
 from lorasc_fx.integrations.fsdp import whole_only
+from lorasc_fx.integrations.segments import SplitGraph
 from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.watches import check_attention
-from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, placed_gradient, shard_axis
+from lorasc_fx.shards import ProcessGroup, full_tensor, placed_gradient, shard_axis, shard_of
 from lorasc_fx.state import Side, Tree
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode, raise_of_handler
 
@@ -82,8 +83,10 @@ class ParallelCall:
                 "cascade once in each mode and with each kind of arguments before parallelize",
                 code="variant-after-sharding",
             )
-        graph = _graph(variant.module)
-        return DTensorInterpreter(graph, self.mesh, cascade._run.placed is not None, self.logged).call(call.leaves)
+        split = variant.module if isinstance(variant.module, SplitGraph) else None
+        graph = _graph(variant.module if split is None else split.graph.module)
+        interpreter = DTensorInterpreter(graph, self.mesh, cascade._run.placed is not None, self.logged)
+        return interpreter.call(call.leaves, split)
 
 
 def parallelize(cascade: Cascade, mesh: DeviceMesh, plan: Mapping[str, Style]) -> Cascade:
@@ -154,6 +157,11 @@ def gather(cascade: Cascade) -> Cascade:
         raise StateError(
             "gather: the cascade is not sharded; call tensor_parallel.parallelize first", code="not-sharded"
         )
+    if cascade._split is not None:
+        raise StateError(
+            "gather: FSDP2 holds the parts; lorasc_fx.integrations.fsdp.folded_state_dict gives whole weights",
+            code="sharded",
+        )
     run.check_ready("gather", sharded=True, parallel=True, ends_stage=True)
     with no_inference_mode(), AllOrNothing() as undo:
         layouts = {name: value for name, value in run.parameters_by_name().items() if isinstance(value, DTensor)}
@@ -222,10 +230,7 @@ def _shard(cascade: Cascade, mesh: DeviceMesh, places: Mapping[str, Placement], 
         return value if place is None else _again(value, _dtensor(value.detach(), mesh, place))
 
     _exchange(cascade, split, undo)
-    specs = {
-        name: ShardSpec.of(value) if isinstance(value, DTensor) and value.placements[0].is_shard() else None
-        for name, value in run.parameters_by_name().items()
-    }
+    specs = {name: shard_of(value) for name, value in run.parameters_by_name().items()}
     _take(cascade, run.slow.to_shard(specs, ProcessGroup.of(mesh.get_group())), ParallelCall(mesh, set()), undo)
 
 
@@ -413,10 +418,13 @@ class DTensorInterpreter(fx.Interpreter):
         self.mesh, self.resting, self.logged = mesh, resting, logged
         self._last: dict[bool, tuple[DTensor, DTensor]] = {}  # inputs of products, as they were and as they are read
 
-    def call(self, leaves: list[Any]) -> Any:
-        """Compute the graph for the leaves of a call's arguments, and return what the model returns."""
+    def call(self, leaves: list[Any], split: SplitGraph | None = None) -> Any:
+        """Compute the graph for the leaves of a call's arguments, and return what the model returns; a graph that FSDP
+        has split, in its segments.
+        """
         with implicit_replication():
-            output = self.run(*self._replicated(leaves), enable_io_processing=False)
+            inputs = self._replicated(leaves)
+            output = split.run(self, *inputs) if split else self.run(*inputs, enable_io_processing=False)
         return self.outputs(pytree.tree_map_only(torch.Tensor, plain, output))
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError
 from lorasc_fx.files import make_folder, one_writer, sync
 from lorasc_fx.fingerprint import file_digest, text_digest
+from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import training_state
 from lorasc_fx.runtime.checkpoint import (
     FORMAT,
@@ -40,7 +41,7 @@ from lorasc_fx.runtime.codec import RunState, Tensors, encode
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.optim import check_numbers
 from lorasc_fx.runtime.run import Run
-from lorasc_fx.shards import ProcessGroup, local, shard_axis
+from lorasc_fx.shards import ProcessGroup, cut_into, local
 from lorasc_fx.state.engine import all_finite
 
 __all__ = [
@@ -81,7 +82,8 @@ def write_version(
         raise SpecError(f"keep is {keep!r}; give the number of versions that stay, an integer of 1 or more")
     is_first, is_alone = group.rank == 0, group.handle is None
     holds = is_first or run.is_sharded
-    writes = is_first or (run.is_sharded and group.rank < run.slow.parts)  # replicas hold the same
+    order = group.order if run.is_sharded else [0]
+    writes = group.rank in order  # replicas hold the same
     tensors: Tensors = {}
     manifest: dict[str, Any] = {}
     version = temporary_folder = root
@@ -108,16 +110,17 @@ def write_version(
                     made = temporary_folder
                     made.mkdir()
             temporary_folder = Path(group.gather_text(str(temporary_folder), "save")[0])
-            names, digest = file_names(run.slow.parts), ""
+            names, digest = file_names(len(order)), ""
             with group.agreed("save"), _as_checkpoint_error(root):
                 if writes:
                     shards = manifest.get("shards", {})
-                    written = {name: value for name, value in tensors.items() if is_first or name in shards}
-                    digest = _write_synced(written, temporary_folder / names[group.rank])
+                    own = {name: value for name, value in tensors.items() if is_first or name in shards}
+                    digest = _write_synced(own, temporary_folder / names[order.index(group.rank)])
             digests = group.gather_text(digest, "save")
+            written = [digests[rank] for rank in order]
             with group.agreed("save"), _as_checkpoint_error(root):
                 if is_first:
-                    _write_manifest(manifest, dict(zip(names, digests, strict=False)), temporary_folder)
+                    _write_manifest(manifest, dict(zip(names, written, strict=True)), temporary_folder)
                     temporary_folder.rename(version)
                     made = version
                     sync(root)
@@ -203,10 +206,13 @@ def contents(
         ) from fault
     _check_keys(extra)
     tensors |= gradients | streams | taken.tensors
-    if run.is_sharded:
-        later = {name: axis for name, value in tensors.items() if (axis := shard_axis(value)) is not None}
-        manifest["shards"] = axes | later
-    tensors = {name: local(tensor) for name, tensor in tensors.items()}
+    if run.slow.group is not None:
+        cuts = axes | {name: cut for name, value in tensors.items() if (cut := cut_into(value)) is not None}
+        manifest["shards"] = {name: axis for name, (axis, _) in cuts.items()}
+        first = {rank: part for part, rank in enumerate(run.slow.group.order)}.get(run.slow.group.rank, 0)
+        copies = {name: axis for name, (axis, pieces) in cuts.items() if first >= pieces}
+        tensors = {name: local(tensor) for name, tensor in tensors.items()}
+        tensors |= {name: tensors[name].narrow(axis, 0, 0) for name, axis in copies.items()}  # another rank writes it
     for name, tensor in tensors.items():
         if not training_state.is_storable(tensor):
             raise CheckpointError(
@@ -308,10 +314,10 @@ def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
     """Whether a version has an undamaged manifest of ours, for the base and the spec of this one."""
     other = _undamaged(version)
     try:
-        same = other["base"] == manifest["base"] and other["plan"]["spec"] == manifest["plan"]["spec"]
-    except (KeyError, TypeError):
+        then, now = (Plan.from_json(json.dumps(each["plan"])).spec for each in (other, manifest))
+        return bool(other["base"] == manifest["base"] and then == now)
+    except (CheckpointError, KeyError, TypeError):
         return False
-    return bool(same)
 
 
 def newest_of_training(root: Path) -> Path | None:

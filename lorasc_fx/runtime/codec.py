@@ -33,7 +33,7 @@ from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.manifest import EXPERT_FIELDS, VIEWS
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import trained_moved
-from lorasc_fx.shards import ShardSpec, local, local_like, shard_axis
+from lorasc_fx.shards import cut_into, local, local_like, shard_of
 from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trained, View, WeightState
 from lorasc_fx.undo import Undo
@@ -116,25 +116,24 @@ class RunState:
         for name, state in self.slow.states.items():
             states[name] = replace(state.to_shard(slow.states[name].shard), base=slow.states[name].base)
         for name, entry in self.slow.trained.items():
-            like = other.values[name]
-            shard = ShardSpec.of(like) if shard_axis(like) is not None else None
+            shard = shard_of(other.values[name])
             trained[name] = replace(entry.to_shard(shard), base=slow.trained[name].base)
         branches = {
             weight: {name: local_like(value, other.branches[weight][name]) for name, value in factors.items()}
             for weight, factors in self.branches.items()
         }
         values = {name: local_like(value, other.values[name]) for name, value in self.values.items()}
-        whole = replace(self.slow, states=states, trained=trained, group=slow.group, replicas=slow.replicas)
+        whole = replace(self.slow, states=states, trained=trained, group=slow.group)
         return replace(self, slow=whole, branches=branches, values=values)
 
 
-def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
+def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, tuple[int, int]]]:
     """Return the fields of the manifest, copies of the tensors as far as they are here, and of each that lies in shards
-    on several ranks the axis along which it is cut.
+    on several ranks the axis along which it is cut, and into how many.
     """
     slow, spec = state.slow, state.plan.spec
     tensors: Tensors = {}
-    axes: dict[str, int | None] = {}
+    axes: dict[str, tuple[int, int] | None] = {}
     weights: dict[str, Any] = {}
     ends: dict[str, Any] = {}
     for weight, factors in state.branches.items():
@@ -142,13 +141,13 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
     for weight, held in slow.states.items():
         weights[weight], more = _encoded(held)
         tensors |= {name: value for name, (value, _) in more.items()}
-        axes |= {name: held.axis(side) for name, (_, side) in more.items()}
+        axes |= {name: held.cut_into(side) for name, (_, side) in more.items()}
     for name, entry in slow.trained.items():
         tensors[f"trained/{name}/value"] = state.values[name]
         ends[name] = list(entry.ends)
         for view, value in entry.views.items():
             tensors[key := f"trained/{name}/{view}"] = value
-            axes[key] = shard_axis(state.values[name])
+            axes[key] = cut_into(state.values[name])
     tensors |= {f"buffer/{name}": value for name, value in state.buffers.items()}
     manifest: dict[str, Any] = {"idle": slow.idle, "trained": list(slow.trained), "slow": weights, "stage_ends": ends}
     manifest["waits_for_gradient"] = state.waits_for_gradient
@@ -157,9 +156,9 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
         manifest["rules"] = {name: spec.train_rules.index(rule) for name, rule in ruled.items()}
     if spec.keeps_average:
         manifest["averaged"] = slow.averaged
-    axes = {name: shard_axis(tensor) for name, tensor in tensors.items()} | axes
+    axes = {name: cut_into(tensor) for name, tensor in tensors.items()} | axes
     copies = {name: local(tensor).clone() for name, tensor in tensors.items()}
-    return {**manifest, **state.layout}, copies, {name: axis for name, axis in axes.items() if axis is not None}
+    return {**manifest, **state.layout}, copies, {name: cut for name, cut in axes.items() if cut is not None}
 
 
 def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, Side]]]:

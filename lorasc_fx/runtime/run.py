@@ -765,7 +765,7 @@ class Run:
             on_meta: it needs no numbers.
         """
         self.check_alive(call, on_meta=on_meta)
-        if self.is_parallel and not parallel:
+        if self.is_parallel and not parallel and (self.slow.group is None or self.slow.group.inner == 1):
             raise StateError(
                 f"{call}: the weights are sharded by tensor parallelism; call "
                 "lorasc_fx.integrations.tensor_parallel.gather(cascade) first",

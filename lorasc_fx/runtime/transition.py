@@ -241,7 +241,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             code="stage-not-kept",
         )
     # The average restarts from the slow weights of that stage.
-    return SlowWeights(states, trained, averaged=min(stage, 1), group=slow.group, replicas=slow.replicas)
+    return SlowWeights(states, trained, averaged=min(stage, 1), group=slow.group)
 
 
 def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], dict[str, Trained], list[str]]:

@@ -17,7 +17,7 @@ from lorasc_fx.errors import NonFiniteBranch, warn
 from lorasc_fx.options import RESTARTS
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import is_quantized
-from lorasc_fx.shards import ProcessGroup, ShardSpec, local, local_like
+from lorasc_fx.shards import ProcessGroup, ShardSpec, local, local_like, shard_of
 from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_of, gain_of, has_trained, write_start
 from lorasc_fx.state.products import arithmetic
@@ -117,9 +117,9 @@ class Trained(Tree):
         views = {"slow": values[stage], "start": values[stage].to(self.base.dtype), **ends}
         return replace(self, views=views)
 
-    def to_shard(self, shard: ShardSpec | None) -> Trained:
-        """Return the state of the shard of the parameter that is here, in memory of its own."""
-        return self if shard is None else self.map(lambda value, _: shard.take(value).clone())
+    def to_shard(self, shard: ShardSpec | None, outer: ShardSpec | None = None) -> Trained:
+        """Return the state of the shard of the parameter that is here, in its own memory; `outer` was here before."""
+        return self if shard is None else self.map(lambda value, _: shard.within(outer).take(value).clone())
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,6 @@ class SlowWeights:
         left_out: names of the weights that the last fold did not move, because what had trained was not finite.
         averaged: number of stages whose slow weights are in the average.
         group: the processes that hold the weights in shards, of which this one has its own; None for one process.
-        replicas: how often these hold all of the weights: on a mesh of two axes (HSDP) the size of the first one.
     """
 
     states: Mapping[str, WeightState] = field(default_factory=dict)
@@ -142,24 +141,26 @@ class SlowWeights:
     left_out: frozenset[str] = frozenset()
     averaged: int = 0
     group: ProcessGroup | None = None
-    replicas: int = 1
-
-    @property
-    def parts(self) -> int:
-        """Number of processes that hold all of the weights together: the first ones of the group do."""
-        return 1 if self.group is None else self.group.size // self.replicas
 
     def some(self, flag: bool) -> bool:
         """Whether it holds here, or on a process that holds other shards."""
         return flag if self.group is None else self.group.any(flag)
 
     def to_shard(
-        self, specs: Mapping[str, ShardSpec | None], group: ProcessGroup, replicas: int = 1, mapped: bool = False
+        self,
+        specs: Mapping[str, ShardSpec | None],
+        group: ProcessGroup,
+        mapped: bool = False,
+        outer: Mapping[str, ShardSpec | None] | None = None,
     ) -> SlowWeights:
-        """Return the state of the shards of the weights that are here, by name; W0 stays in its file where `mapped`."""
+        """Return the state of the shards of the weights that are here, by name; W0 stays in its file where `mapped`.
+
+        Where these are cut out of larger shards, `outer` is what was here before.
+        """
+        before = outer or {}
         states = {name: state.to_shard(specs[name], mapped) for name, state in self.states.items()}
-        trained = {name: entry.to_shard(specs[name]) for name, entry in self.trained.items()}
-        return replace(self, states=states, trained=trained, group=group, replicas=replicas)
+        trained = {name: entry.to_shard(specs[name], before.get(name)) for name, entry in self.trained.items()}
+        return replace(self, states=states, trained=trained, group=group)
 
     def with_weights(
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, mapped: Mapping[str, torch.Tensor] | None = None
@@ -176,7 +177,7 @@ class SlowWeights:
                 mapped[name] if name in mapped else host(value),
                 stacked=name in sites and sites[name].experts is not None,
                 transposed=name in sites and sites[name].layout == "in_out",
-                shard=ShardSpec.of(value) if hasattr(value, "to_local") else None,
+                shard=shard_of(value),
             )
             for name, value in parameters.items()
             if name not in self.states

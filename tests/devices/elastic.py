@@ -1,7 +1,11 @@
-"""A worker of torchrun that goes on from the last checkpoint, and kills itself at a drawn moment after each restart."""
+"""Ranks that train with a save after each step, go on from the last one, and kill themselves at a drawn moment; by
+torchrun as `python -m tests.devices.elastic FOLDER NAME KILLS`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import signal
@@ -9,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,16 +25,52 @@ import lorasc_fx as lx
 from lorasc_fx.integrations import fsdp
 from tests.devices import sharding
 
-UNTIL = 20
-"""Steps: the stages of `sharding.run`, and more of the last one."""
-WITHIN = 0.6
-"""Seconds after the beginning of a step within which a worker dies: in the step, a transition or a save."""
+PARTS = ("save", "transition", "step")
+UNTIL = 10
+"""Steps: two stages, and more of the last one."""
+SECONDS = "seconds.json"
+"""A file in the folder: how long the parts usually take."""
 
 
-def train(rank: int, count: int, folder: str, name: str, restart: int | None = None) -> dict[str, Tensor]:
-    """Train on shards with a save after each step; the `restart`-th time a rank dies after as many steps were saved."""
-    root, draw = Path(folder), random.Random(f"{name} {restart}")
-    victim, delay = draw.randrange(count), draw.uniform(0, WITHIN)
+class Parts:
+    """Times the parts of a training, and kills the process within one of them, at a moment that is drawn evenly.
+
+    Args:
+        root: whose journal gets a line of each kill.
+        part: in which it is killed; "" for none.
+        draw: of the moment.
+    """
+
+    def __init__(self, root: Path, part: str, draw: random.Random) -> None:
+        self.root, self.part, self.draw = root, part, draw
+        self.usual: Mapping[str, float] = json.loads((root / SECONDS).read_text()) if part else {}
+        self.seconds: dict[str, list[float]] = {name: [] for name in PARTS}
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time a block, which a kill ends; one that ends before the moment lives, and the next one is tried."""
+        ended, begun = threading.Event(), time.monotonic()
+        if part == self.part:
+            threading.Thread(
+                target=self._die, args=(ended, self.draw.uniform(0, self.usual[part])), daemon=True
+            ).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            self.seconds[part].append(time.monotonic() - begun)
+
+    def _die(self, ended: threading.Event, seconds: float) -> None:
+        if not ended.wait(seconds):
+            with open(self.root / "journal", "a", encoding="utf-8") as journal:
+                journal.write(f"{self.part}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(rank: int, count: int, folder: str, name: str, part: str = "", seed: int = 0) -> dict[str, Tensor]:
+    """Train on shards to the end, from the last checkpoint if there is one; a rank that is drawn dies in a part."""
+    draw, root = random.Random(seed), Path(folder)
+    parts = Parts(root, part if rank == draw.randrange(count) else "", draw)
     if any(root.glob("run/version-*")):
         cascade = fsdp.shard(lx.load(root / "run", sharding.blocks(), args=(sharding.example(),)))
         optimizer = sharding.optimizer_of(cascade)
@@ -37,21 +78,19 @@ def train(rank: int, count: int, folder: str, name: str, restart: int | None = N
     else:
         cascade, done = fsdp.shard(sharding.adapted(name)), 0
         optimizer = sharding.optimizer_of(cascade)
-
-    def die() -> None:
-        time.sleep(delay)
-        with open(root / "journal", "a", encoding="utf-8") as journal:
-            journal.write(f"{restart} on rank {rank}\n")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    armed = restart is None or rank != victim
     while done < UNTIL:
-        if not armed and restart is not None and done >= restart:
-            armed = True
-            threading.Thread(target=die, daemon=True).start()
-        sharding.run(cascade, optimizer, done, done + 1, (rank, count))
+        with parts("step"):
+            sharding.step(cascade, optimizer, done, (rank, count))
         done += 1
-        lx.save(cascade, root / "run", optimizer=optimizer, extra={"steps": done})
+        if sharding.ends_stage(done):
+            with parts("transition"):
+                cascade.transition(optimizer)
+        with parts("save"):
+            lx.save(cascade, root / "run", optimizer=optimizer, extra={"steps": done})
+    if rank == 0 and done == UNTIL and all(parts.seconds.values()):
+        (root / SECONDS).write_text(
+            json.dumps({name: sorted(all_)[len(all_) // 2] for name, all_ in parts.seconds.items()})
+        )
     return sharding.values(cascade)
 
 
@@ -60,7 +99,8 @@ def main(folder: str, name: str, kills: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    found = train(dist.get_rank(), dist.get_world_size(), folder, name, restart if restart < kills else None)
+    part = PARTS[restart % len(PARTS)] if restart < kills else ""
+    found = train(dist.get_rank(), dist.get_world_size(), folder, name, part, restart)
     if dist.get_rank() == 0:
         save_file({key: value.contiguous() for key, value in found.items()}, Path(folder) / "result.safetensors")
     dist.barrier()

@@ -134,22 +134,31 @@ def values(cascade: lx.Cascade) -> dict[str, Tensor]:
     return found
 
 
-def run(cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> None:
-    """Go on from `done` steps, of two backwards each; a transition after every STEPS of them."""
+def step(cascade: lx.Cascade, optimizer: Any, done: int, share: tuple[int, int]) -> None:
+    """The step after `done` steps, of two backwards."""
     source = iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, start=2 * done, share=share))
+    for _ in range(2):
+        tokens, labels = next(source)
+        (F.cross_entropy(cascade(tokens), labels) / 2).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def ends_stage(done: int) -> bool:
+    return done % STEPS == 0 and done < STAGES * STEPS
+
+
+def run(cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple[int, int]) -> None:
+    """Go on from `done` steps; a transition after every STEPS of them."""
     while done < until:
-        for _ in range(2):
-            tokens, labels = next(source)
-            (F.cross_entropy(cascade(tokens), labels) / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(cascade, optimizer, done, share)
         done += 1
-        if done % STEPS == 0 and done < STAGES * STEPS:
+        if ends_stage(done):
             cascade.transition(optimizer)
 
 
-def alone(name: str) -> dict[str, Tensor]:
-    cascade = adapted(name)
+def alone(name: str, **sizes: int) -> dict[str, Tensor]:
+    cascade = adapted(name, **sizes)
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, STAGES * STEPS, (0, 1))
     found = values(cascade)
@@ -217,6 +226,51 @@ def sharded(
         own |= back(cascade, name)
         found |= {f"{name}/{key}": value for key, value in own.items()}
     return found
+
+
+# ---- two axes: FSDP2 around tensor parallelism
+
+WIDE = {"depth": 2, "width": 8, "inner": 12}
+PLAN: dict[str, Any] = {
+    "layers.*.up": "colwise",
+    "layers.*.down": "rowwise",
+    "layers.*.mix": "rowwise",  # stored [in, out]
+    "head": "colwise",
+}
+
+
+def crossed(cascade: lx.Cascade) -> lx.Cascade:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tensor_parallel.parallelize(cascade, mesh["tp"], PLAN)
+    return fsdp.shard(cascade, mesh["dp"])
+
+
+def on_a_grid(rank: int, count: int, name: str, folder: str) -> dict[str, Tensor]:
+    """Ranks 0 and 1 see one half of each batch, 2 and 3 the other; saved in the second stage, and gone on with what was
+    saved.
+    """
+    torch.manual_seed(100 + rank)
+    cascade, share = crossed(adapted(name, **WIDE)), (rank // 2, 2)
+    assert all(isinstance(each, DTensor) for each in cascade.parameters())
+    cut = cascade.model.get_parameter("layers.1.up.weight")
+    assert 4 * cut.to_local().numel() == cut.numel()  # type: ignore[operator]
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, 7, share)
+    lx.save(cascade, folder, optimizer=optimizer, extra={"steps": 7})
+    with raises(lx.StateError, "sharded", "gather", "folded_state_dict"):
+        tensor_parallel.gather(cascade)
+    with raises(lx.StateError, "sharded", "state_dict", "lorasc_fx.save"):
+        dcp.state_dict(cascade)
+    cascade = crossed(lx.load(folder, blocks(**WIDE), args=(example(),)))
+    optimizer = optimizer_of(cascade)
+    assert cascade.resume(optimizer) == {"steps": 7}
+    run(cascade, optimizer, 7, STAGES * STEPS, share)
+    found = values(cascade)
+    with Gathered() as shapes:
+        cascade.transition(optimizer)
+    ranks = {site.rank for site in cascade.sites}
+    assert all(ranks & set(shape) or len(shape) == 1 for shape in shapes), shapes  # factors: no weight
+    return found | {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
 
 
 def narrow(rank: int, count: int) -> dict[str, Tensor]:
@@ -288,9 +342,11 @@ def saved(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[in
         lx.save(cascade, folder, optimizer=optimizer, extra={"steps": at}, keep=2)
 
 
-def resumed(rank: int, count: int, folder: str, files: str = "", mesh: tuple[int, ...] = ()) -> dict[str, Tensor]:
+def resumed(
+    rank: int, count: int, folder: str, files: str = "", mesh: tuple[int, ...] = (), **sizes: int
+) -> dict[str, Tensor]:
     """Go on from a checkpoint, sharded where there are several ranks; with `files` from a model on the meta device."""
-    cascade = lx.load(folder, on_meta() if files else blocks(), args=(example(),))
+    cascade = lx.load(folder, on_meta() if files else blocks(**sizes), args=(example(),))
     if count > 1:
         fsdp.shard(cascade, grid(mesh))
     if files:

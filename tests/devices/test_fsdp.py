@@ -17,16 +17,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lorasc_fx as lx
 from benchmarks.shards import Size, measure
 from lorasc_fx.integrations import dcp, fsdp, segments
+from lorasc_fx.shards import ShardSpec
 from tests.devices import elastic, sharding
 from tests.devices.ranks import on_ranks
 from tests.devices.test_ddp import close, group
@@ -189,6 +193,16 @@ def test_replicas_of_shards(tmp_path: Path, files: str) -> None:
 
 
 @pytest.mark.slow
+def test_fsdp_around_tensor_parallelism(tmp_path: Path) -> None:
+    """On 2 x 2 ranks, with a checkpoint that goes on there and on one process: the numbers of one process."""
+    wanted = sharding.alone("fresh", **sharding.WIDE)
+    later = {key: value for key, value in wanted.items() if not key.startswith("folded/")}
+    for rank, found in enumerate(on_ranks(4, sharding.on_a_grid, "fresh", str(tmp_path), limit=300, timeout=100)):
+        close(found, later if rank else wanted)
+    close(sharding.resumed(0, 1, str(tmp_path), **sharding.WIDE), later)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "saving", "resuming"), [("fresh", 2, (1, 4)), ("dora, olora", 4, (2,))])
 def test_a_checkpoint_of_dcp_is_cut_anew(
     tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...]
@@ -245,7 +259,7 @@ def test_a_graph_is_cut_where_it_goes_on_to_another_block() -> None:
     assert [each.unit for each in graph.segments] == ["", "table", "layers.0", "layers.1", "layers.2", "head", "table"]
     nodes = [node for each in graph.segments for node in each.nodes]
     assert len(set(nodes)) == len(nodes)
-    found = graph.run((tokens,), lambda segment, values: segment.run(module, values))
+    found = graph.run((tokens,), lambda segment, values: segment.run(graph.interpreter, values))
     assert torch.equal(module.graph.process_outputs(found), cascade(tokens))
     assert [len(each.inputs) for each in graph.segments[2:]] == [
         1,
@@ -331,6 +345,30 @@ def test_what_is_said_without_a_group() -> None:
         fsdp.shard(cascade)
     with raises(lx.StateError, "not-sharded", "cascade.folded_state_dict()"):
         fsdp.folded_state_dict(cascade)
+
+
+@pytest.mark.parametrize(
+    ("total", "pieces"), [(10, [(0, 3), (5, 3), (3, 2), (8, 2)]), (2, [(0, 1), (1, 1), (1, 0), (2, 0)])]
+)
+def test_what_tensor_parallelism_has_cut_is_cut_further(total: int, pieces: list[tuple[int, int]]) -> None:
+    """Rank 1 of 2 x 2 is second on the axis of tensor parallelism, which cuts first."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        linear = nn.Linear(3, total)
+        weight = distribute_tensor(linear.weight.detach(), mesh["tp"], [Shard(0)], src_data_rank=None)
+        linear.register_parameter("weight", nn.Parameter(weight))
+        fully_shard(linear, mesh=mesh["dp"])
+        shard = ShardSpec.of(linear.weight)
+        assert (shard.axis, shard.total, list(shard.pieces), (shard.first, shard.count)) == (
+            0,
+            total,
+            pieces,
+            pieces[1],
+        )
+        assert shard.count == linear.weight.to_local().shape[0]  # type: ignore[operator]
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("group")
@@ -658,12 +696,13 @@ def test_gradients_of_two_dtypes_in_one_block() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize(("name", "count", "kills"), [("fresh", 2, 10), ("averaged", 4, 3)])
-def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path, name: str, count: int, kills: int) -> None:
-    """Kills at drawn moments of steps, transitions and saves; the end has the bytes of a run that nobody killed."""
+def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path) -> None:
+    """In a save, a transition and a step; the end has the bytes of a run that nobody killed (`benchmarks.kills`)."""
+    name, count, kills = "fresh", 2, 3
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     wanted, *_ = on_ranks(count, elastic.train, str(tmp_path / "whole"), name, limit=100)
+    (tmp_path / "whole" / elastic.SECONDS).rename(tmp_path / "killed" / elastic.SECONDS)
     command = [
         sys.executable,
         "-W",
@@ -681,8 +720,8 @@ def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path, name
         cwd=ROOT, env=os.environ | apart, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    journal = (tmp_path / "killed" / "journal").read_text(encoding="utf-8").splitlines()
-    assert len(journal) == kills, journal
+    killed_in = (tmp_path / "killed" / "journal").read_text(encoding="utf-8").split()
+    assert 2 <= len(killed_in) <= kills, killed_in  # one that is drawn late in each part may live
     found = load_file(tmp_path / "killed" / "result.safetensors")
     assert found.keys() == wanted.keys()
     assert [key for key, value in found.items() if not torch.equal(value, wanted[key])] == []

@@ -128,8 +128,10 @@ def test_what_a_cascade_in_parts_does_not_do(parted: lx.Cascade, mesh: DeviceMes
     ):
         with raises(lx.StateError, "sharded", call, "tensor_parallel.gather"):
             does()
-    with raises(lx.StateError, "already-sharded", "tensor parallelism"):
+    with raises(lx.StateError, "invalid-mesh", "tensor parallelism", "mesh_dim_names"):
         fsdp.shard(parted)
+    with raises(lx.StateError, "invalid-mesh", "tensor parallelism"):
+        fsdp.shard(parted, mesh)
     with raises(lx.StateError, "not-sharded"):
         tensor_parallel.gather(mlp())
 
