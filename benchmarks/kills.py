@@ -27,7 +27,7 @@ from tests.devices.ranks import RankFailed, on_ranks
 __all__ = ["RESULTS", "reference", "run", "table"]
 
 RESULTS = Path(__file__).with_name("kills.json")
-NAME, RANKS, PER_RUN = "fresh", 2, 10
+NAME, RANKS, PER_RUN = "fresh", 2, 5
 """Specification of `tests.devices.sharding`, ranks, and kills of a run."""
 
 

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lorasc_fx.capture import leaves
 from lorasc_fx.compile import Variant
@@ -42,15 +43,15 @@ from lorasc_fx.undo import AllOrNothing, Undo
 __all__ = ["folded_state_dict", "shard"]
 
 ON_SHARDS = {
-    "targets", "exclude", "train", "untie", "rules", "rank", "lora_alpha", "use_rslora", "placement", "pace", "start",
-    "restart", "slow_train", "seed", "noise", "strength", "keep", "where", "train_A", "lr_ratio", "train_rules",
-    "average", "average_decay", "redraw", "key", "on_nonfinite", "distribution", "optimizer_state", "carry_rank",
+    "targets", "exclude", "train", "untie", "rules", "rank", "ranks", "lora_alpha", "use_rslora", "placement", "pace",
+    "start", "restart", "slow_train", "seed", "noise", "strength", "keep", "where", "train_A", "lr_ratio",
+    "train_rules", "average", "average_decay", "redraw", "key", "on_nonfinite", "distribution", "optimizer_state",
+    "carry_rank",
 }  # fmt: skip
 """Fields of a spec, and of its noise, that mean the same on shards, whatever they hold; `carry_rank` is of quantized
 weights, which are not sharded.
 """
 NEEDS_WHOLE: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "ranks": ("FSDP2 keeps the shape of a parameter that it has cut", ("shard",)),
     "nearest_full_gradient": ("each rank computes with its share of the factors", ("parallelize",)),
     "restart_A": ("for 'gradient' no rank computes the gradient of a whole weight", ("parallelize",)),
     "use_dora": ("no rank has whole rows of a product", ("parallelize",)),
@@ -111,6 +112,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             run.commit(Planned(run.plan, run.slow, run.present(names)), undo)
 
         def called() -> bool:
+            _refit(shards)
             if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
                 for parameter in run.trainable().values():
                     run.pending.note(parameter)
@@ -346,12 +348,39 @@ def _fully_sharded(
     return shards
 
 
+def _placement(old: FSDPParam, _: nn.Parameter) -> Shard:
+    return old.fsdp_placement
+
+
+def _refit(shards: Shards) -> None:
+    """Let FSDP take on factors that have another rank since (`ranks`): it keeps the shape of what it has cut."""
+    for unit in (shards, *shards.units):
+        group = unit._get_fsdp_state()._fsdp_param_group
+        for index, old in enumerate(group.fsdp_params if group is not None else ()):
+            parameter = old.sharded_param
+            if local(parameter).shape == old.sharded_size:
+                continue
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            if old.is_dtensor:  # of tensor parallelism
+                spec = old._unsharded_dtensor_spec
+                whole = distribute_tensor(whole, spec.mesh, spec.placements, src_data_rank=None)
+            given = (old._module_info, old.mesh_info, old.post_forward_mesh_info, old.device)
+            policies = (partial(_placement, old), old.mp_policy, OffloadPolicy())
+            new = FSDPParam(nn.Parameter(whole, parameter.requires_grad), *given, *policies)
+            old._post_load_hook_handle.remove()
+            new._setattr_on_modules(parameter)  # the same Parameter: an optimizer holds it
+            new.reset_sharded_param()
+            new.init_dtype_attrs(old.mp_policy)
+            new._param_fqn = old._param_fqn
+            group.fsdp_params[index] = new
+
+
 def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
     """Return the axis along which a parameter is cut, by id, where it is not the first one.
 
     FSDP pads an axis that does not divide by the ranks, and what is shorter than the ranks lies on a few of them: so
-    lora_A [rank, in] is cut by inputs then, and experts [experts, out, in] by the axis after, as their lora_B [experts,
-    out, rank] is.
+    lora_A [rank, in] is cut by inputs then, or where its rank changes, and experts [experts, out, in] by the axis
+    after, as their lora_B [experts, out, rank] is.
     """
     axes: dict[int, int] = {}
     model = cascade._run.parameters_by_name()
@@ -369,8 +398,17 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
     for branch in cascade._run.by_key.values():
         weight, stacked = model[branch.weight_name], branch.lora_A.dim() == 3
         inputs, first = branch.lora_A.dim() - 1, branch.lora_A.shape[0]
-        if first % parts == 0 or id(branch.lora_A) in axes or (stacked and branch.magnitude is not None):
+        resized = bool(cascade.plan.spec.ranks) and not stacked
+        if id(branch.lora_A) in axes or (stacked and branch.magnitude is not None):
             continue
+        if first % parts == 0 and not resized:
+            continue
+        if resized and branch.lora_A.shape[inputs] % parts:
+            raise StateError(
+                f"shard: with ranks by stage FSDP cuts lora_A by its inputs, and the {branch.lora_A.shape[inputs]} of "
+                f"{branch.weight_name} do not divide by {parts} ranks; exclude it, or give one rank for all stages",
+                code="not-divisible",
+            )
         if branch.lora_A.shape[inputs] % parts == 0:
             axes[id(branch.lora_A)] = inputs
         if stacked and weight.dim() == 3:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +53,14 @@ SPECS: dict[str, dict[str, Any]] = {
     "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
     "dora, olora": {"use_dora": True, "start": "olora", "exclude": ("table.*",)},
     "nearest": {"nearest_full_gradient": True, "train_A": False, "average": "swa"},
+    "ranks": {
+        "rank": 3,
+        "ranks": [3, 1, 2],
+        "exclude": ("*.back.*", "*.down.*"),  # of 21 and 9 inputs
+        "noise": {"strength": 0.1},
+        "restart_A": "kept",
+        "optimizer_state": 0.5,
+    },
     "gradient": {"restart_A": "gradient", "noise": {"strength": 0.1}},
     "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
 }
@@ -157,6 +167,7 @@ def run(cascade: lx.Cascade, optimizer: Any, done: int, until: int, share: tuple
             cascade.transition(optimizer)
 
 
+@functools.cache
 def alone(name: str, **sizes: int) -> dict[str, Tensor]:
     cascade = adapted(name, **sizes)
     optimizer = optimizer_of(cascade)
@@ -203,8 +214,14 @@ def grid(sizes: tuple[int, ...] = ()) -> DeviceMesh | None:
 def sharded(
     rank: int, count: int, names: list[str], files: str = "", base: str = "memory", mesh: tuple[int, ...] = ()
 ) -> dict[str, Tensor]:
-    """With `files` the model is built on the meta device, and no rank ever holds all of it."""
+    """With `files` the model is built on the meta device, and no rank ever holds all of it. The last rank is slow: it
+    comes late to each sum of a transition.
+    """
     found: dict[str, Tensor] = {}
+    owner, function = SEAMS["sum over ranks"]
+    real = getattr(owner, function)
+    if rank == count - 1:
+        setattr(owner, function, lambda *given: (time.sleep(0.002), real(*given))[1])
     for name in names:
         torch.manual_seed(100 + rank)
         if files:
@@ -508,9 +525,33 @@ def by_others(tokens: Tensor) -> None:
         lx.adapt(model, args=(tokens,), spec=lx.CascadeSpec(rank=2))
 
 
+def beside_accelerate(share: tuple[int, int]) -> None:
+    """Its optimizer, backward and clipping on what `shard` has cut: the bytes of a loop without it."""
+    from accelerate import Accelerator
+
+    accelerator, ends = Accelerator(cpu=True), []
+    for by_it in (True, False):
+        cascade = fsdp.shard(adapted("fresh"))
+        optimizer: Any = optimizer_of(cascade)
+        optimizer = accelerator.prepare(optimizer) if by_it else optimizer
+        source = iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, share=share))
+        for _ in range(2):
+            tokens, labels = next(source)
+            loss = F.cross_entropy(cascade(tokens), labels)
+            _ = accelerator.backward(loss) if by_it else loss.backward()
+            clip = accelerator.clip_grad_norm_ if by_it else nn.utils.clip_grad_norm_
+            clip(list(cascade.branches.parameters()), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            cascade.transition(optimizer)
+        ends.append([each.to_local().clone() for each in cascade.parameters()])  # type: ignore[operator]
+    assert all(map(torch.equal, *ends))
+
+
 def refused(rank: int, count: int, folder: str) -> None:
     tokens = example()
     by_others(tokens)
+    beside_accelerate((rank, count))
     cascade = fsdp.shard(adapted("fresh"))
     optimizer = optimizer_of(cascade)
     for call in (

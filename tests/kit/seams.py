@@ -17,6 +17,7 @@ from lorasc_fx.integrations import progress, tensor_parallel
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, transition
 from lorasc_fx.runtime import run as run_module
 from lorasc_fx.runtime.run import Run
+from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.state import SlowWeights, WeightState, model, products
 
 __all__ = ["LIMITS", "SEAMS", "lower", "seam"]
@@ -45,6 +46,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "commit": (Run, "commit"),
     "digest of the source": (run_module, "source_digest"),
     "redraw": (model, "write_start"),
+    "sum over ranks": (ProcessGroup, "_reduced"),
     "rest a weight": (SlowWeights, "write_resting"),
     "whole weight": (WeightState, "exact"),
     # integrations
