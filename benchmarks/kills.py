@@ -1,7 +1,7 @@
 """Kill a rank at drawn moments and go on: `python -m benchmarks.kills [--write] [--kills 50]`.
 
 Two ranks train a small network on FSDP2 shards in fp64, and save after each step (`tests.devices.elastic`). One of them
-is killed (SIGKILL) at a moment drawn evenly from the time that a step, a transition or a save takes; both are then
+is killed (SIGKILL) at a function call drawn evenly from those that a step, a transition or a save makes; both are then
 started anew and go on from the last checkpoint, as torchrun has it with `--max-restarts`, but forked from a process
 that has imported torch. A run has `PER_RUN` kills, and must end with the bytes of a run that nobody killed. --write
 notes each run in benchmarks/kills.json, of which `python -m benchmarks.scale --write` makes a table; what is noted is
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.devices.elastic import PARTS, SECONDS, train
+from tests.devices.elastic import CALLS, PARTS, train
 from tests.devices.ranks import RankFailed, on_ranks
 
 __all__ = ["RESULTS", "reference", "run", "table"]
@@ -31,17 +31,18 @@ NAME, RANKS, PER_RUN = "fresh", 2, 5
 """Specification of `tests.devices.sharding`, ranks, and kills of a run."""
 
 
-def reference() -> tuple[dict[str, Tensor], str]:
-    """Return the numbers of a run that nobody kills, and what it notes of the time that its parts take."""
+def reference() -> tuple[dict[str, Tensor], list[str]]:
+    """Return the numbers of a run that nobody kills, and what it notes of the calls that its parts make."""
     with tempfile.TemporaryDirectory() as folder:
         found, *_ = on_ranks(RANKS, train, folder, NAME, limit=600, timeout=100)
-        return found, Path(folder, SECONDS).read_text(encoding="utf-8")
+        return found, [Path(folder, CALLS.format(rank)).read_text(encoding="utf-8") for rank in range(RANKS)]
 
 
-def run(part: str, seed: int, kills: int, wanted: dict[str, Tensor], seconds: str) -> dict[str, Any]:
+def run(part: str, seed: int, kills: int, wanted: dict[str, Tensor], calls: list[str]) -> dict[str, Any]:
     """Return what came of a run whose ranks were killed: how often, and what differs from the reference at its end."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, SECONDS).write_text(seconds, encoding="utf-8")
+        for rank, text in enumerate(calls):
+            Path(folder, CALLS.format(rank)).write_text(text, encoding="utf-8")
         for life in range(kills + 1):
             dies = part if life < kills else ""
             try:
@@ -50,7 +51,7 @@ def run(part: str, seed: int, kills: int, wanted: dict[str, Tensor], seconds: st
                 if failed.codes.count(-signal.SIGKILL) != 1:
                     raise
                 continue
-            break  # all ended before the moment that was drawn, or none was
+            break  # all ended before the call that was drawn, or none was
         journal = Path(folder, "journal")
         counted = Counter(journal.read_text(encoding="utf-8").split() if journal.exists() else ())
         left = sorted(
@@ -66,8 +67,9 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
         "## Ranks that are killed",
         "",
         f"`python -m benchmarks.kills --write`: {RANKS} ranks on FSDP2 shards in fp64 by gloo. One gets SIGKILL at a",
-        "moment drawn evenly from the time that the part takes; both start anew from the last checkpoint, which each",
-        "step writes. A run must end with the bytes of one that nobody killed, and leave no temporary folder.",
+        "function call, Python's or a builtin, drawn evenly from those that the part makes; both start anew from the",
+        "last checkpoint, which each step writes. A run must end with the bytes of one that nobody killed, and leave",
+        "no temporary folder.",
         "`pytest -m slow tests/devices -k killed` has a few kills under torchrun.",
         "",
         "| killed in | kills | runs | that end with the same bytes |",
@@ -87,12 +89,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=50, help="in each part")
     options = parser.parse_args(arguments)
     runs = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    wanted, seconds = reference()
+    wanted, calls = reference()
     for seed in range(-(-options.kills // PER_RUN)):
         for part in PARTS:
             if any((each["part"], each["seed"]) == (part, seed) for each in runs):
                 continue
-            runs.append(run(part, seed, PER_RUN, wanted, seconds))
+            runs.append(run(part, seed, PER_RUN, wanted, calls))
             print(runs[-1], flush=True)
             if options.write:
                 RESULTS.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")

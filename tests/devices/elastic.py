@@ -10,11 +10,10 @@ import os
 import random
 import signal
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,49 +27,54 @@ from tests.devices import sharding
 PARTS = ("save", "transition", "step")
 UNTIL = 10
 """Steps: two stages, and more of the last one."""
-SECONDS = "seconds.json"
-"""A file in the folder: how long the parts usually take."""
+CALLS = "calls of rank {}.json"
+"""A file of each rank in the folder: how many calls of functions the parts make there."""
 
 
 class Parts:
-    """Times the parts of a training, and kills the process within one of them, at a moment that is drawn evenly.
+    """Counts the calls of functions that the parts of a training make, and kills the process at one of them.
 
     Args:
         root: whose journal gets a line of each kill.
+        rank: of the process.
         part: in which it is killed; "" for none.
-        draw: of the moment.
+        draw: of the call, evenly.
     """
 
-    def __init__(self, root: Path, part: str, draw: random.Random) -> None:
-        self.root, self.part, self.draw = root, part, draw
-        self.usual: Mapping[str, float] = json.loads((root / SECONDS).read_text()) if part else {}
-        self.seconds: dict[str, list[float]] = {name: [] for name in PARTS}
+    def __init__(self, root: Path, rank: int, part: str, draw: random.Random) -> None:
+        self.root, self.part, self.counts = root, part, dict[str, int]()
+        self.at = draw.randrange(json.loads((root / CALLS.format(rank)).read_text())[part]) if part else -1
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Time a block, which a kill ends; one that ends before the moment lives, and the next one is tried."""
-        ended, begun = threading.Event(), time.monotonic()
-        if part == self.part:
-            threading.Thread(
-                target=self._die, args=(ended, self.draw.uniform(0, self.usual[part])), daemon=True
-            ).start()
+        """Count the calls of a block, Python's and those of builtin functions, up to the one that was drawn."""
+        count, at = 0, self.at if part == self.part else -1
+
+        def see(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            if event in ("call", "c_call"):
+                if count == at:
+                    sys.setprofile(None)
+                    self._die()
+                count += 1
+
+        sys.setprofile(see)
         try:
             yield
         finally:
-            ended.set()
-            self.seconds[part].append(time.monotonic() - begun)
+            sys.setprofile(None)
+            self.counts[part] = count
 
-    def _die(self, ended: threading.Event, seconds: float) -> None:
-        if not ended.wait(seconds):
-            with open(self.root / "journal", "a", encoding="utf-8") as journal:
-                journal.write(f"{self.part}\n")
-            os.kill(os.getpid(), signal.SIGKILL)
+    def _die(self) -> None:
+        with open(self.root / "journal", "a", encoding="utf-8") as journal:
+            journal.write(f"{self.part}\n")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train(rank: int, count: int, folder: str, name: str, part: str = "", seed: int = 0) -> dict[str, Tensor]:
     """Train on shards to the end, from the last checkpoint if there is one; a rank that is drawn dies in a part."""
     draw, root = random.Random(seed), Path(folder)
-    parts = Parts(root, part if rank == draw.randrange(count) else "", draw)
+    parts = Parts(root, rank, part if rank == draw.randrange(count) else "", draw)
     if any(root.glob("run/version-*")):
         cascade = fsdp.shard(lx.load(root / "run", sharding.blocks(), args=(sharding.example(),)))
         optimizer = sharding.optimizer_of(cascade)
@@ -87,10 +91,8 @@ def train(rank: int, count: int, folder: str, name: str, part: str = "", seed: i
                 cascade.transition(optimizer)
         with parts("save"):
             lx.save(cascade, root / "run", optimizer=optimizer, extra={"steps": done})
-    if rank == 0 and done == UNTIL and all(parts.seconds.values()):
-        (root / SECONDS).write_text(
-            json.dumps({name: sorted(all_)[len(all_) // 2] for name, all_ in parts.seconds.items()})
-        )
+    if parts.counts.keys() == set(PARTS):
+        (root / CALLS.format(rank)).write_text(json.dumps(parts.counts))
     return sharding.values(cascade)
 
 

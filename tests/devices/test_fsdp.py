@@ -544,7 +544,8 @@ def test_a_run_is_loaded_onto_the_meta_device(
     loaded.resume(resumed)
     assert loaded.stage == 2
     for _ in range(2):
-        assert torch.equal(step(loaded, resumed), step(cascade, optimizer))
+        tolerance = 1e-5 if is_sharded else 0.0  # the size of the noise is summed in fp64
+        torch.testing.assert_close(step(loaded, resumed), step(cascade, optimizer), rtol=tolerance, atol=0)
         loaded.transition(resumed)
         cascade.transition(optimizer)
 
@@ -714,7 +715,8 @@ def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path) -> N
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     wanted, *_ = on_ranks(count, elastic.train, str(tmp_path / "whole"), name, limit=100)
-    (tmp_path / "whole" / elastic.SECONDS).rename(tmp_path / "killed" / elastic.SECONDS)
+    for rank in range(count):
+        (tmp_path / "whole" / elastic.CALLS.format(rank)).rename(tmp_path / "killed" / elastic.CALLS.format(rank))
     command = [
         sys.executable,
         "-W",
@@ -733,7 +735,7 @@ def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path) -> N
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     killed_in = (tmp_path / "killed" / "journal").read_text(encoding="utf-8").split()
-    assert 2 <= len(killed_in) <= kills, killed_in  # one that is drawn late in each part may live
+    assert killed_in == list(elastic.PARTS)
     found = load_file(tmp_path / "killed" / "result.safetensors")
     assert found.keys() == wanted.keys()
     assert [key for key, value in found.items() if not torch.equal(value, wanted[key])] == []
