@@ -32,7 +32,6 @@ from lorasc_fx.state.model import host
 from lorasc_fx.undo import Undo
 
 __all__ = [
-    "FOLDED",
     "WHICH",
     "GivenRun",
     "Weights",
@@ -41,7 +40,6 @@ __all__ = [
     "check_which",
     "folded_weights",
     "install_experts",
-    "install_slow",
     "install_sum",
     "weighted_sum",
 ]

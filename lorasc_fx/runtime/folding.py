@@ -42,7 +42,6 @@ __all__ = [
     "release",
     "requantize",
     "tensors_writer",
-    "trained_now",
     "wide",
 ]
 

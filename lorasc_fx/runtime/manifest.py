@@ -84,15 +84,11 @@ def check_kinds(manifest: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the field.
     """
-    for key in _KINDS:
-        if key not in manifest:
-            raise ValueError(f"has no {key!r}")
-    for key, (kind, what) in _KINDS.items():
-        if type(manifest[key]) is not kind:
-            raise ValueError(f"{key!r} is {type(manifest[key]).__name__}, not {what}")
-    for key, (kind, what) in _OPTIONAL.items():
+    for key, (kind, what) in {**_KINDS, **_OPTIONAL}.items():
         if key in manifest and type(manifest[key]) is not kind:
             raise ValueError(f"{key!r} is {type(manifest[key]).__name__}, not {what}")
+        if key in _KINDS and key not in manifest:
+            raise ValueError(f"has no {key!r}")
     for key, parts in _SAVED.items():
         held = manifest.get(key)
         if key in manifest and (

@@ -34,18 +34,13 @@ from lorasc_fx.undo import Commit
 
 __all__ = [
     "RANKS",
-    "Extracted",
     "extract_tensors",
-    "insert_tensors",
     "is_storable",
     "kind_of",
     "optimizer_state",
     "random_bytes",
     "random_state",
     "resume",
-    "set_random_state",
-    "set_rank_random_state",
-    "with_tensors",
 ]
 
 RANKS = "lorasc_fx.ranks"

@@ -192,15 +192,10 @@ class SlowWeights:
             new[name] = Trained(base, {"slow": base.to(arithmetic(base.dtype)), "start": base}, rules.get(name))
         return replace(self, trained=new)
 
-    def resting(self, name: str, plan: Plan, like: torch.Tensor) -> torch.Tensor:
-        """Return what the parameter of this name holds between two steps: W_t, or when idle the slow weight."""
-        value = torch.empty_like(like, requires_grad=False)
-        with torch.no_grad():
-            self.write_resting(name, plan, value)
-        return value
-
     def write_resting(self, name: str, plan: Plan, out: torch.Tensor) -> None:
-        """Write what `resting` returns into `out`; of a parameter trained in full, what its stage started from."""
+        """Write what the parameter of this name holds between two steps, W_t or when idle the slow weight, into `out`;
+        of a parameter trained in full, what its stage started from.
+        """
         if name in self.trained:
             out.copy_(self.trained[name].resting(self.idle))
         elif self.idle:

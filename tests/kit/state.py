@@ -227,8 +227,10 @@ def trained_in_full(cascade: lx.Cascade) -> dict[str, nn.Parameter]:
 
 def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
     """What the cascade holds a parameter to be between two steps."""
-    core = cascade._run
-    return core.slow.resting(name, core.plan, cascade.model.get_parameter(name))
+    value = torch.empty_like(cascade.model.get_parameter(name), requires_grad=False)
+    with torch.no_grad():
+        cascade._run.slow.write_resting(name, cascade._run.plan, value)
+    return value
 
 
 # ---- what the cascade is doing
