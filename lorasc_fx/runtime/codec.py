@@ -312,7 +312,9 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Taken) -> Weig
         views=views,
         gone=entry["gone"],
         row_scale=file.take(scale, (state.out,), finite=True) if scale in file else None,
-        noises=tuple(KeptNoise(**{**noise, "noise": Noise(**noise["noise"])}) for noise in entry["noises"]),
+        noises=tuple(
+            KeptNoise(**{**noise, "noise": Noise(**{"key": "weight", **noise["noise"]})}) for noise in entry["noises"]
+        ),
     )
 
 

@@ -74,7 +74,6 @@ def _entry(weight: str, entry: Mapping[str, Any], numbers: dict[str, str]) -> di
     now["gone"] = max((stage for stage, vector in entry["past"] if vector is None), default=0)
     now["stage_ends"] = [[stage, [*vector]] for stage, vector in entry["past"] if stage > now["gone"]]
     now |= {view: [*entry[view]] for view in VIEWS if view in entry}
-    now["noises"] = [{**kept, "noise": {"key": "weight", **kept["noise"]}} for kept in entry["kept"]]
     experts: list[dict[str, Any]] = [{"stage": stage, "tensors": ["b", "a"]} for stage in entry["stages"]]
     of_then: list[int | None] = [*range(len(experts))]
     for number, (stage, before) in enumerate(entry.get("turns", ())):

@@ -354,7 +354,7 @@ def edited(version: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
         (("slow",), "version-00000001: 'trained/0.bias/slow' is (3,), the plan says (7,); no version before"),
         (
             ("value", "slow", "start"),
-            "version-00000001: 'trained/0.bias/past/1' is (7,), the plan says (3,); no version before",
+            "version-00000001: 'trained/0.bias/stage/1' is (7,), the plan says (3,); no version before",
         ),
     ],
 )

@@ -400,7 +400,7 @@ def test_a_checkpoint_from_before_the_blocks_keeps_its_noise(tmp_path: Path) -> 
     lx.save(cascade, tmp_path)
     (path,) = tmp_path.glob(f"*/{MANIFEST}")
     manifest = json.loads(path.read_text())
-    kept = [noise for state in manifest["slow"].values() for noise in state["kept"]]
+    kept = [noise for state in manifest["slow"].values() for noise in state["noises"]]
     assert [each["noise"].pop("key") for each in kept] == ["weight"] * len(kept)
     assert manifest["plan"]["spec"]["noise"].pop("key") == "weight"
     manifest["digest"] = text_digest(canonical(manifest))
