@@ -730,8 +730,8 @@ class Cascade(nn.Module):
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
-    def merge_and_unload(self) -> nn.Module:
-        """Fold, and return the user's model: `release`."""
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = True) -> nn.Module:
+        """Fold, and return the user's model: `release`, which shows no bar and always checks for inf and nan."""
         return self.release()
 
     def disable_adapter(self) -> AbstractContextManager[Cascade]:
