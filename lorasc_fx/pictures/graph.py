@@ -88,8 +88,7 @@ def _picture(scene: Scene, sites: str) -> Picture:
     height = max(len(box.lines) for box in scene.boxes.values()) * LINE + 2 * PAD
     layout = placed(list(scene.boxes), scene.arrows, width + GAP, height + 1.6 * GAP)
     xs, ys = zip(*[point for path in layout.arrows for point in path], *layout.centres.values(), strict=True)
-    kinds = ["input" if box.kind == "output" else box.kind for box in scene.boxes.values()]
-    legend = [kind for kind in STYLES if kind in kinds]
+    legend = [kind for kind in STYLES if any(box.kind == kind for box in scene.boxes.values())]
     left, top = min(xs) - width / 2 - GAP, min(ys) - height / 2 - GAP
     across = max(max(xs) - min(xs) + width + 2 * GAP, 260.0)
     down = max(ys) - min(ys) + height + 2 * GAP
@@ -118,7 +117,7 @@ def _picture(scene: Scene, sites: str) -> Picture:
 
 def _box(box: Box, centre: tuple[float, float], width: float) -> str:
     x, y = centre
-    edge, face, _ = STYLES["input" if box.kind == "output" else box.kind]
+    edge, face, _ = STYLES[box.kind]
     outline = {
         "x": x - width / 2 + 4,
         "y": y - box.height / 2,
@@ -177,7 +176,7 @@ class Box:
 
     Args:
         kind: `beside`, `merged` or `weight`, the placement of a branch; `shared`, a stacked product of several; `site`,
-            an adapted weight; `parameter`; `input`; `output`; `op`.
+            an adapted weight; `parameter`; `input`, or output; `op`.
         lines: its name, what it does, its dtype and shape.
         cut: it has neighbours that are not shown.
     """
@@ -240,8 +239,8 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
         symbols: dict[str, str] = {}
         for node in shown:
             cut = any(neighbour not in near for neighbour in (*node.all_input_nodes, *node.users))
-            lines = _lines(node, branches, plan, symbols)
-            boxes[prefix + node.name] = Box(_kind(node, branches, plan), lines, cut)
+            kind = _kind(node, branches, plan)
+            boxes[prefix + node.name] = Box(kind, _lines(node, kind, branches, symbols), cut)
         arrows += [
             (prefix + source.name, prefix + node.name)
             for node in shown
@@ -280,27 +279,22 @@ def _kind(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> str:
         return "shared"
     if node.op == "get_attr":
         return "site" if _weight(node) in plan.by_weight else "parameter"
-    return {"placeholder": "input", "output": "output"}.get(node.op, "op")
+    return "input" if node.op in ("placeholder", "output") else "op"
 
 
-def _lines(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan, symbols: dict[str, str]) -> tuple[str, ...]:
+def _lines(node: fx.Node, kind: str, branches: dict[fx.Node, Any], symbols: dict[str, str]) -> tuple[str, ...]:
     if node in branches:
-        branch = branches[node]
-        kind = _kind(node, branches, plan)
         where = {"beside": "beside the op", "merged": "merged into the op", "weight": "on the weight"}[kind]
-        does = f"branch, rank {branch.rank}, {where}"
-        return (_short(branch.weight_name), does, *_shape(node, symbols))
-    if node.op == "get_attr":
-        return (
-            _short(_weight(node)),
-            "weight" if _kind(node, branches, plan) == "site" else "parameter",
-            *_shape(node, symbols),
-        )
-    if node.op in ("placeholder", "output"):
-        return (_short(node.name), {"placeholder": "input", "output": "output"}[node.op], *_shape(node, symbols))
-    target = node.target if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
-    does = re.sub(r"^(torch\.ops\.|torch\._C\._nn\.|torch\.nn\.functional\.|torch\.|_operator\.)", "", target)
-    return (_short(node.name), _short(does.removesuffix(".default").removeprefix("model.")), *_shape(node, symbols))
+        name, does = branches[node].weight_name, f"branch, rank {branches[node].rank}, {where}"
+    elif node.op == "get_attr":
+        name, does = _weight(node), "weight" if kind == "site" else "parameter"
+    elif kind == "input":
+        name, does = node.name, "output" if node.op == "output" else "input"
+    else:
+        target = node.target if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
+        op = re.sub(r"^(torch\.ops\.|torch\._C\._nn\.|torch\.nn\.functional\.|torch\.|_operator\.)", "", target)
+        name, does = node.name, _short(op.removesuffix(".default").removeprefix("model."))
+    return (_short(name), does, *_shape(node, symbols))
 
 
 def _weight(node: fx.Node) -> str:
