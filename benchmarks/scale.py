@@ -24,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import lorasc_fx as lx
 from lorasc_fx.branch.noise import BLOCK, WIDE, block_of
 
+from .kills import RESULTS as KILLS
+from .kills import table as kills_table
 from .shards import RESULTS, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
@@ -460,6 +462,10 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "",
         *larger(),
         *table(json.loads(RESULTS.read_text(encoding="utf-8"))),
+        "",
+        *kills_table(json.loads(KILLS.read_text(encoding="utf-8"))),
+        "",
+        "What shards refuse, with the reasons, is a table in [Several devices](devices.md#fsdp2).",
     ]
     return "\n".join(lines) + "\n"
 
