@@ -39,6 +39,9 @@ class Recipe(NamedTuple):
 def lora(steps: int, **options: Any) -> Recipe:
     """LoRA: one stage, whose weights are the result, and a rate that decays to 0 over the training.
 
+    Evidence: what the others are measured against (docs/evidence.md). It is the better one on images, and on sentiment
+    by up to a point.
+
     Args:
         steps: optimizer steps of the training.
         options: other fields of the CascadeSpec.
@@ -51,6 +54,10 @@ def lora(steps: int, **options: Any) -> Recipe:
 
 def small_data(steps: int, stages: int = 3, **options: Any) -> Recipe:
     """The paper's rule: slow weights take half of each stage, the next one starts from them, and the rate stays.
+
+    Evidence (docs/evidence.md, `paper`): points of test accuracy less LoRA, 500 examples, 3 stages, 10 seeds, for 60
+    and for 300 steps. R8 +2.3 and +1.2, 20 Newsgroups +3.7 and +2.8, authors of tweets -0.1 and +3.0; Rotten Tomatoes
+    -0.3 and -0.5, IMDB -1.2 and -0.4; MNIST -2.4 and -2.1. Over these six +0.2 [-0.6, 1.1] and +0.5 [0.2, 0.8].
 
     Args:
         steps: optimizer steps of the training.
@@ -65,6 +72,10 @@ def small_data(steps: int, stages: int = 3, **options: Any) -> Recipe:
 
 def long_training(steps: int, stages: int = 3, **options: Any) -> Recipe:
     """Stages that go on from the fast weights, a decay to 0 in each; the slow weights are the mean of their ends.
+
+    Evidence (docs/evidence.md, `recipe`): points of test accuracy less LoRA, 500 examples, 3 stages of 100 steps, 10
+    seeds. R8 +0.3, 20 Newsgroups +1.6, authors of tweets +0.4, Rotten Tomatoes -0.1, IMDB -0.3, MNIST -2.2; over these
+    six +0.0 [-0.2, 0.2], with a lower test loss on the five of texts. Stages of 20 steps lose up to 6 points (MNIST).
 
     Args:
         steps: optimizer steps of the training.

@@ -298,11 +298,9 @@ def _in_short(results: Results) -> list[str]:
     lines = []
     for entry in _decided(results):
         if entry.by == "loss":
-            name, budget = entry.claim["name"], entry.budget
             worst, best = entry.tasks
-            lines.append(
-                f"- {name}, {budget} budget: {entry.difference}, by task {worst:+.2f} to {best:+.2f}: {entry.verdict}"
-            )
+            about = f"{entry.claim['name']} ({entry.claim['method']} - {entry.claim['against']}, {entry.budget})"
+            lines.append(f"- {about}: {entry.difference}, by task {worst:+.2f} to {best:+.2f}: {entry.verdict}")
     return ["## In short", "", *(lines or ["No runs yet."]), ""]
 
 

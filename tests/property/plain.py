@@ -114,7 +114,9 @@ class Plain:
         law, delta = self.law, self.deltas[name]
         if self.idle or not law.strength:
             return 0.0
-        source, shape = address(law.seed, self.stage, "noise", name), delta.base.shape
+        shape = delta.base.shape
+        only = (0,) * len(shape)  # these weights are smaller than a block
+        source = address(law.seed, self.stage, f"block {only} of noise", name)
         if law.distribution == "uniform":
             unit = torch.rand(shape, generator=source) - 0.5
         else:
