@@ -22,14 +22,18 @@ WARMUP = 5
 
 
 class Recipe(NamedTuple):
-    """A spec for `adapt`, and a function that makes the schedule of its optimizer::
+    """What a recipe returns::
 
-    spec, schedule = lx.recipes.small_data(steps=300, stages=3, rank=8, train=("head.*",))
-    cascade = lx.adapt(model, args=(x,), spec=spec)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3), weight_decay=0.01)
-    scheduler = schedule(optimizer, cascade)  # scheduler.step() after each optimizer.step()
-    for stage in cascade.stages(3, optimizer):
-        ...  # 100 steps
+        spec, schedule = lx.recipes.small_data(steps=300, stages=3, rank=8, train=("head.*",))
+        cascade = lx.adapt(model, args=(x,), spec=spec)
+        optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3), weight_decay=0.01)
+        scheduler = schedule(optimizer, cascade)  # scheduler.step() after each optimizer.step()
+        for stage in cascade.stages(3, optimizer):
+            ...  # 100 steps
+
+    Args:
+        spec: for `adapt`.
+        schedule: makes the scheduler of the optimizer's learning rate, once the cascade is there.
     """
 
     spec: CascadeSpec

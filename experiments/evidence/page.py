@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +14,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from experiments.evidence import runner
+from experiments.evidence import runner, trace
 from experiments.evidence.methods import METHODS
-from experiments.evidence.trace import plot
 
 __all__ = ["Difference", "design_effects", "difference_over_tasks", "holm", "write"]
 
@@ -233,7 +234,7 @@ def write(protocol: dict[str, Any], lines: runner.Lines, folder: Path = DOCS) ->
         *_tasks(results),
         *_design(results),
         *_restarts(results),
-        *plot(folder),
+        *_trace(folder),
         *_map(results),
         *_ranks(results),
         *_others(results),
@@ -521,6 +522,53 @@ def _forgetting(results: Results) -> list[str]:
     return _of_phase(results, "forgetting", "Forgetting", about, ["target, source at 0 / 0.5 / 1"], row)
 
 
+def _axes(rows: int, columns: int) -> tuple[Any, Any]:
+    """Return a figure and its axes [rows, columns]."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same figure has the same bytes
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=(8, 2.2 * rows), squeeze=False)
+
+
+def _save(figure: Any, axis: str, path: Path) -> None:
+    """Write a figure whose x axes have this label."""
+    from matplotlib import pyplot
+
+    figure.supxlabel(axis)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _trace(folder: Path, path: Path = trace.PATH) -> list[str]:
+    """Draw what `trace` found around restarts, where it was run."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    titles = ("training loss, mean over 5 steps", "norm of the change over the weight's", "stable rank of the change")
+    figure, axes = _axes(len(found), len(trace.PARTS))
+    for (row, task), (column, part) in itertools.product(enumerate(found), enumerate(trace.PARTS)):
+        axis, every, width = axes[row][column], *((1, 5) if part == "loss" else (trace.EVERY, 1))
+        for method, parts in found[task].items():
+            values = parts[part]
+            means = [statistics.fmean(values[max(0, at + 1 - width) : at + 1]) for at in range(len(values))]
+            axis.plot([(at + 1) * every for at in range(len(values))], means, label=method)
+        axis.set_title(f"{task}: {titles[column]}", fontsize=7)
+        axis.tick_params(labelsize=6)
+    axes[0][0].legend(fontsize=6)
+    _save(figure, "optimizer step", folder / "evidence-restarts.svg")
+    return [
+        "Around the restarts (`python -m experiments.evidence trace`): means over 3 seeds, each method at the rate of",
+        "the lowest validation loss of the grid; described after the runs, and in no claim.",
+        "",
+        "![restarts](evidence-restarts.svg)",
+        "",
+    ]
+
+
 def _rates(results: Results, folder: Path) -> list[str]:
     phase, shown = results.phase("grid"), ("lora", "lora-cycles", "paper", "recipe")
     curves: dict[tuple[str, str], dict[str, list[float]]] = {}
@@ -539,14 +587,9 @@ def _rates(results: Results, folder: Path) -> list[str]:
                     curves.setdefault((task, budget), {})[method] = values
     if not curves:
         return ["## Rates", "", "No runs yet.", ""]
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     tasks = sorted({task for task, _ in curves})
     budgets = list(phase["budgets"])
-    figure, axes = pyplot.subplots(len(tasks), len(budgets), figsize=(8, 2.2 * len(tasks)), squeeze=False)
+    figure, axes = _axes(len(tasks), len(budgets))
     for (task, budget), methods in curves.items():
         axis = axes[tasks.index(task)][budgets.index(budget)]
         for method, values in methods.items():
@@ -555,11 +598,7 @@ def _rates(results: Results, folder: Path) -> list[str]:
         axis.set_title(f"{task}, {budget}", fontsize=9)
     axes[0][0].legend(fontsize=7)
     figure.supylabel("test accuracy in %")
-    figure.supxlabel("learning rate")
-    figure.tight_layout()
-    matplotlib.rcParams["svg.hashsalt"] = "evidence"
-    figure.savefig(folder / "evidence-rates.svg", metadata={"Date": None})
-    pyplot.close(figure)
+    _save(figure, "learning rate", folder / "evidence-rates.svg")
     return [
         "## Rates",
         "",

@@ -6,7 +6,6 @@ the grid chose, on the seeds of the phase `restarts`.
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from experiments.evidence.data import TASKS
 from experiments.evidence.methods import METHODS
 from experiments.evidence.train import run
 
-__all__ = ["METHODS_SHOWN", "plot", "trace"]
+__all__ = ["EVERY", "METHODS_SHOWN", "PARTS", "PATH", "trace"]
 
 PATH = Path(__file__).parent / "trace.json"
 METHODS_SHOWN = {"lora": "lora", "paper": "paper", "recipe": "recipe", "recipe-kept-state": "recipe"}
@@ -64,39 +63,3 @@ def _observed(
 
     run(task, [METHODS[method]], runner.training_of(protocol), *how, observe=observe)
     return seen
-
-
-def plot(folder: Path, path: Path = PATH) -> list[str]:
-    """Draw evidence-restarts.svg; return what the page says of it."""
-    if not path.exists():
-        return []
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    found = json.loads(path.read_text(encoding="utf-8"))
-    titles = ("training loss, mean over 5 steps", "norm of the change over the weight's", "stable rank of the change")
-    figure, axes = pyplot.subplots(len(found), len(PARTS), figsize=(9, 2.2 * len(found)), squeeze=False)
-    for (row, task), (column, part) in itertools.product(enumerate(found), enumerate(PARTS)):
-        axis = axes[row][column]
-        for method, parts in found[task].items():
-            values = parts[part]
-            width = 5 if part == "loss" else 1
-            values = [statistics.fmean(values[max(0, at + 1 - width) : at + 1]) for at in range(len(values))]
-            axis.plot([(at + 1) * (1 if part == "loss" else EVERY) for at in range(len(values))], values, label=method)
-        axis.set_title(f"{task}: {titles[column]}", fontsize=7)
-        axis.tick_params(labelsize=6)
-    axes[0][0].legend(fontsize=6)
-    figure.supxlabel("optimizer step", fontsize=8)
-    figure.tight_layout()
-    matplotlib.rcParams["svg.hashsalt"] = "evidence"
-    figure.savefig(folder / "evidence-restarts.svg", metadata={"Date": None})
-    pyplot.close(figure)
-    return [
-        "Around the restarts (`python -m experiments.evidence trace`): means over 3 seeds, each method at the rate of",
-        "the lowest validation loss of the grid; described after the runs, and in no claim.",
-        "",
-        "![restarts](evidence-restarts.svg)",
-        "",
-    ]

@@ -244,7 +244,7 @@ def test_a_trace_ends_at_the_result_of_its_runs(tmp_path: Path) -> None:
         for name in ("norm", "rank"):
             assert len(parts[name]) == 3
             assert (parts[name][-1] == pytest.approx(result["delta"][name], abs=1e-5)) == (not averaged)
-    assert "evidence-restarts.svg" in "".join(traced.plot(tmp_path, tmp_path / "trace.json"))
+    assert "evidence-restarts.svg" in "".join(page._trace(tmp_path, tmp_path / "trace.json"))
     assert (tmp_path / "evidence-restarts.svg").exists()
 
 

@@ -142,7 +142,10 @@ def test_links_of_the_package_page_are_absolute(built: Built) -> None:
         page = email.message_from_bytes(archive.read(metadata))
     assert page["Description-Content-Type"] == "text/markdown"
     links = re.findall(r"\]\(([^)]*)\)", page.get_payload())
-    source = PYPROJECT["project"]["urls"]["Source"] + "/blob/main/"
+    urls = PYPROJECT["project"]["urls"]
+    source = urls["Source"] + "/blob/main/"
+    assert urls["Documentation"].startswith(source)
+    assert urls["Changelog"].startswith(source)
     of_files = [link.removeprefix(source) for link in links if link.startswith(source)]
     assert len(of_files) > 10
     assert [path for path in of_files if not (ROOT / path).exists()] == []
