@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import lorasc_fx as lx
 from lorasc_fx.runtime.checkpoint_read import read
 from lorasc_fx.runtime.folded import of_checkpoint
+from lorasc_fx.runtime.format_1 import from_format_1
 from tests.checkpoint.golden import FOLDER, FORMATS, SPECS, base, inputs
 from tests.damage.mutations import MANIFEST, TENSORS, signed
 from tests.kit.errors import raises
@@ -117,3 +118,26 @@ def test_the_front_end_by_its_name_of_before(tmp_path: Path) -> None:
     manifest = json.loads((version / MANIFEST).read_bytes())
     (version / MANIFEST).write_bytes(signed({**manifest, "frontend": "pieces"}, (version / TENSORS).read_bytes()))
     assert lx.load(tmp_path, base(), args=(inputs(),)).frontend == "graph-breaks"
+
+
+def test_a_row_scale_of_format_1_without_factors_is_an_expert_of_its_stage() -> None:
+    """By hand: stages 1 and 3 have factors, stages 1 and 2 scaled rows; views from stage 2 on take all of that."""
+    views = {"slow": [0.5, 0.25], "start": [0.5, 0.25], "past": [[1, [0.5]], [2, [0.5]]]}
+    manifest, name_of = from_format_1(
+        {"slow": {"w": {"stages": [1, 3], "turns": [[1, 0], [2, 1]], "kept": [], **views}}}
+    )
+    entry = manifest["slow"]["w"]
+    assert entry["experts"] == [
+        {"stage": 1, "tensors": ["b", "a", "row_scale"]},
+        {"stage": 2, "tensors": ["row_scale"]},
+        {"stage": 3, "tensors": ["b", "a"]},
+    ]
+    assert entry["slow"] == entry["start"] == [0.5, 1.0, 0.25]
+    assert entry["stage_ends"] == [[1, [0.5]], [2, [0.5, 1.0]]]
+    renamed = {name: name_of(name) for name in ("turn/w/0", "turn/w/1", "expert/w/0/a", "expert/w/1/b")}
+    assert [*renamed.values()] == [
+        "expert/w/0/row_scale",
+        "expert/w/1/row_scale",
+        "expert/w/0/a",
+        "expert/w/2/b",
+    ]

@@ -221,8 +221,11 @@ def test_the_factorial_design_and_the_map_have_their_tables(tmp_path: Path) -> N
     assert results.complete(claim, "short", "loss")
     of_recipe = (cell for cell in lines.found if (cell.phase, cell.method, cell.budget) == DECIDES)
     del lines.found[next(of_recipe)]
-    assert not results.complete(claim, "short", "loss")  # and there is no verdict
+    assert not results.complete(claim, "short", "loss")
     assert results.complete(claim, "long", "loss")
+    verdicts = {entry.budget: entry.verdict for entry in page._decided(results) if entry.claim is claim and entry.p}
+    assert verdicts["short"] == f"{len(results.phase('finalists')['tasks']) - 1} tasks so far"
+    assert verdicts["long"] in ("supported", "refuted", "undecided")
 
 
 def test_a_trace_ends_at_the_result_of_its_runs(tmp_path: Path) -> None:
