@@ -14,10 +14,10 @@ def is_integer(value: object, least: int) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a finite number that a float can hold."""
+    """Whether a value is a finite number that a float holds exactly."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
-        return math.isfinite(value)
+        return math.isfinite(value) and float(value) == value
     except OverflowError:
         return False

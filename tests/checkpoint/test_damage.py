@@ -356,6 +356,7 @@ MANIFESTS: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
         (of(slow=[]), ("invalid-checkpoint", "slow")),
         (lambda each: each["slow"].update({"head.weight": {}}), ("invalid-checkpoint", "slow", "head.weight")),
         (slow(slow=[10**400, 0]), ("invalid-checkpoint", "body.weight", "coefficients")),
+        (slow(slow=[2**53 + 1, 0]), ("invalid-checkpoint", "body.weight", "coefficients")),
         (slow(start=["x", "y"]), ("invalid-checkpoint", "body.weight", "coefficients")),
         (slow(slow=[0.5]), ("invalid-checkpoint", "body.weight", "2 experts, 1 slow, 2 start")),
         (expert(stage=99), ("invalid-checkpoint", "body.weight", "stage", 99)),
