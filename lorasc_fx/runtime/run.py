@@ -251,6 +251,8 @@ class Run:
         slow, factors = slow.begin_stage(self.plan, starting)
         written = known if (noise.is_on or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
+        if not empty:  # else they are written next
+            self.note_weights(known.keys() - written.keys())
         if not self.is_sharded or self.is_parallel:  # FSDP has other hooks
             self.pending.arm(self.trainable().values())
         if noise.follows_steps:
@@ -339,8 +341,7 @@ class Run:
         self.plan, self.slow = planned.plan, planned.slow
         now = self.present(planned.parameters)  # FSDP exchanges parameters itself
         written = [name for name in now if self.is_sharded or now[name] is planned.parameters[name]]
-        new = [name for name in planned.slow.states if name not in slow.states]
-        self.note_weights(dict.fromkeys((*written, *new)))
+        self.note_weights(written)
         self._set_unmerged()
 
     def _put_gradients(self, planned: Planned) -> None:
