@@ -208,13 +208,13 @@ def _trained_alike(cell: Cell) -> tuple[Any, ...]:
     return cell.phase, cell.task, cell.size, cell.budget, cell.rate, cell.seed, training
 
 
-def _made(cells: Sequence[Cell], protocol: dict[str, Any]) -> list[dict[str, Any]]:
+def _made(cells: Sequence[Cell], protocol: dict[str, Any], mixes: bool) -> list[dict[str, Any]]:
     """Make runs that one training serves; in a process of its own."""
     torch.set_num_threads(1)
     cell = cells[0]
     steps = protocol["budgets"][cell.budget]
     methods = [METHODS[each.method] for each in cells]
-    return run(_task(cell.task), methods, training_of(protocol), cell.size, steps, cell.rate, cell.seed)
+    return run(_task(cell.task), methods, training_of(protocol), cell.size, steps, cell.rate, cell.seed, mixes)
 
 
 def training_of(protocol: dict[str, Any]) -> Training:
@@ -236,7 +236,8 @@ def make(protocol: dict[str, Any], lines: Lines, only: Iterable[str] = ()) -> No
             ]
             while len(running) < PROCESSES and missing:
                 group = [cell for cell in missing if _trained_alike(cell) == _trained_alike(missing[0])]
-                running[pool.submit(_made, group, protocol)] = group
+                mixes = group[0].phase == "forgetting"
+                running[pool.submit(_made, group, protocol, mixes)] = group
                 missing = [cell for cell in missing if cell not in group]
             if not running:
                 return
@@ -258,7 +259,8 @@ def check(protocol: dict[str, Any], lines: Lines) -> int:
         return 2
     cell = min(cells, key=lambda each: hashlib.sha256((each.key + code_version()).encode()).digest())
     print(f"checking {cell.key}", flush=True)
-    before, (now,) = dict(lines.found[cell]["result"]), _made([cell], protocol)
+    before = dict(lines.found[cell]["result"])
+    (now,) = _made([cell], protocol, "kept" in before)
     differing = [key for key in before if key != "cpu_s" and json.loads(json.dumps(now.get(key))) != before[key]]
     for key in differing:
         print(f"  {key}: {now.get(key)} now, {before[key]} in the line", file=sys.stderr)

@@ -59,6 +59,7 @@ def run(
     steps: int,
     rate: float,
     seed: int,
+    mixes: bool = False,
     observe: Callable[[int, float, Callable[[], dict[str, float]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train once, and return what is measured of each method.
@@ -69,6 +70,7 @@ def run(
         steps: optimizer steps.
         rate: full learning rate.
         seed: of the training examples, their order, the new head, the branches and the noise.
+        mixes: whether target and source accuracy are measured with shares of the change in (WiSE-FT).
         observe: called after each step with the steps done, the training loss of its batch, and a function that returns
             the size and the stable rank of the change so far, as `delta` in the result.
 
@@ -137,18 +139,18 @@ def run(
     for other in methods:
         kept = [states[step] for step in other.moments(ends, steps)]
         final = _chosen(kept, other, model, task) if kept else last
-        results.append(result | _measured(task, model, before, final))
+        results.append(result | _measured(task, model, before, final, mixes))
     return results
 
 
 def _measured(
-    task: Task, model: nn.Module, before: Mapping[str, Tensor], final: Mapping[str, Tensor]
+    task: Task, model: nn.Module, before: Mapping[str, Tensor], final: Mapping[str, Tensor], mixes: bool
 ) -> dict[str, Any]:
     kept = _with(model, final)
     result: dict[str, Any] = {"validation": measure(kept, task.validation), "test": measure(kept, task.test)}
     result["shifts"] = {name: measure(kept, part) for name, part in task.shifts.items()}
     result["delta"] = _deltas(before, final)
-    if task.source is not None:
+    if mixes:
         result["kept"] = _mixings(model, before, final, task)
     return result | {"diverged": not math.isfinite(result["validation"]["loss"])}
 

@@ -128,7 +128,7 @@ def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: p
     grid = list(runner.cells_of(TINY, lines))
     assert len(grid) == 8
     for cell in grid:
-        lines.add(cell, *runner._made([cell], TINY))
+        lines.add(cell, *runner._made([cell], TINY, False))
     text = path.read_text(encoding="utf-8")
     path.write_text(text + text[:50], encoding="utf-8")  # a line that a kill cut short
     again = runner.Lines(path, TINY)
