@@ -72,11 +72,10 @@ UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA draws its factors",
     "trainable_token_indices": "single rows of an embedding were trained",
     "use_bdlora": "its factors are block-diagonal",
-    "use_dora": "DoRA scales whole rows of the weight, which is no low-rank change",
     "use_qalora": "QA-LoRA pools the input",
     "velora_config": "VeLoRA is another layer",
 }
-"""Features that make an adapter something else than `W + s B A`, with the reason."""
+"""Features that make an adapter something else than `W + s B A` with or without magnitudes, with the reason."""
 
 
 def _are_names(value: Any) -> bool:
@@ -89,6 +88,7 @@ FIELDS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
     "rank_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
     "alpha_pattern": ({}, lambda value: isinstance(value, dict), "give a table"),
     "use_rslora": (False, lambda value: isinstance(value, bool), "give true or false"),
+    "use_dora": (False, lambda value: isinstance(value, bool), "give true or false"),
     "lora_dropout": (0.0, lambda value: is_number(value) and 0 <= value < 1, "give a share in [0, 1)"),
     "modules_to_save": ([], _are_names, "give a list of names"),
     "target_parameters": ([], _are_names, "give a list of names"),
@@ -148,9 +148,11 @@ class Layout:
         *stack, out, inner = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
         return (math.prod(stack) * rank, inner), (out, rank * math.prod(stack))
 
-    def magnitude(self, magnitude: torch.Tensor, axes: int) -> torch.Tensor:
-        """Return DoRA's magnitudes [out] as peft stores them for a weight of so many axes."""
-        return magnitude.view(1, -1, *(1 for _ in range(axes - 2))) if self.is_conv else magnitude
+    def magnitude_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape in which peft stores DoRA's magnitudes [out] of a weight of this shape."""
+        if self.is_conv:
+            return (1, shape[0], *(1 for _ in shape[2:]))
+        return (shape[-1 if self.transposed else -2],)
 
 
 LINEAR = Layout()

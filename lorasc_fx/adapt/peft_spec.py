@@ -33,7 +33,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
     refused = [
         f"{name}={value!r}" + (f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else "")
         for name, value in values.items()
-        if name not in {*_UNUSED, *READ, "use_dora"} and value and value != getattr(usual, name)
+        if name not in {*_UNUSED, *READ} and value and value != getattr(usual, name)
     ]
     start = values["init_lora_weights"]
     starts = {"pissa": "pissa", "olora": "olora", "loftq": "loftq"}

@@ -201,7 +201,7 @@ def _factors(
         for target in targets:
             parts = [*target.layout.to_peft(change.pairs[name], base.shape)]
             if name in change.magnitudes:
-                parts.append(target.layout.magnitude(change.magnitudes[name], base.dim()))
+                parts.append(change.magnitudes[name].view(target.layout.magnitude_shape(base.shape)))
             for key, tensor in zip(keys[target], parts, strict=False):
                 tensors[key] = tensor.to(dtype or arithmetic(base.dtype)).clone(memory_format=torch.contiguous_format)
     return tensors

@@ -1,4 +1,4 @@
-"""A LoRA adapter of peft as the first expert of a cascade, whose slow weights are then what peft merges.
+"""A LoRA or DoRA adapter of peft as the first expert of a cascade, whose slow weights are then what peft merges.
 
 The header of the safetensors file is compared with the model before a tensor is read, so that no file makes us allocate
 more than the model's own shapes allow.
@@ -46,7 +46,7 @@ from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.experts import install_experts
 from lorasc_fx.runtime.manifest import parsed
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Factors
+from lorasc_fx.state import Expert, Factors, scaled
 
 __all__ = ["from_peft", "peft_spec"]
 
@@ -63,7 +63,7 @@ def from_peft(
 ) -> Cascade:
     """Adapt a model, and take a LoRA adapter that peft trained as the first expert, with coefficient 1.
 
-    Plain LoRA, rsLoRA, patterns of ranks and alphas, linears, transformers' Conv1D, convolutions, embeddings,
+    LoRA, rsLoRA, DoRA, patterns of ranks and alphas, linears, transformers' Conv1D, convolutions, embeddings,
     parameters (`target_parameters`), `modules_to_save`, biases. JSON and safetensors are read, and nothing else.
 
     Args:
@@ -76,7 +76,7 @@ def from_peft(
         The cascade at stage 1. Its slow weights are the base with the adapter merged, exactly; its branches are new.
 
     Raises:
-        CheckpointError: the adapter is damaged, of another model, or no plain LoRA; or the spec leaves out what it
+        CheckpointError: the adapter is damaged, of another model, or no LoRA; or the spec leaves out what it
         holds. And what `adapt` raises. The model is as it was.
     """
     opened = open_model(model)
@@ -110,6 +110,7 @@ def _spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
         (config.rank, config.lora_alpha),
         (canonical[name] for name in adapter.whole if name in canonical),
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         dropout=config.dropout,
     )
 
@@ -142,7 +143,11 @@ def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str,
 
 
 def _same(one: Pair, other: Pair) -> bool:
-    return torch.equal(one.factors.b, other.factors.b) and torch.equal(one.factors.a, other.factors.a)
+    """Whether both change a weight alike; of one adapter all have magnitudes, or none has."""
+    ours, theirs = ((each.expert.b, each.expert.a, each.expert.row_scale) for each in (one, other))
+    return all(
+        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(ours, theirs, strict=True)
+    )
 
 
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) -> None:
@@ -152,10 +157,13 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Pair]) ->
     experts, left_out = {}, []
     for name, pair in changes.items():
         weight = canonical[name]
-        if run.plan.site(weight) is None:
+        site = run.plan.site(weight)
+        if site is None:
             left_out.append(f"{weight} is not adapted here: {reasons.get(weight, 'no call has used it yet')}")
-            continue
-        experts[weight] = [(1.0, pair.factors)]
+        elif pair.expert.row_scale is not None and not site.use_dora:
+            left_out.append(f"{weight} has DoRA's magnitudes; give use_dora=True")
+        else:
+            experts[weight] = [(1.0, pair.expert)]
     trained, buffers = {}, {}
     for name, value in adapter.whole.items():
         if name not in canonical:
@@ -187,7 +195,7 @@ class AdapterConfig:
         path: of the file, for messages.
         rank, lora_alpha: where no pattern says otherwise.
         ranks, alphas: by pattern.
-        use_rslora, dropout: of all.
+        use_rslora, use_dora, dropout: of all.
         saved: ends of paths of modules that are saved whole.
         parameters: names, or ends of names, of adapted parameters.
         bias: `none`, `all` or `lora_only`.
@@ -199,6 +207,7 @@ class AdapterConfig:
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     use_rslora: bool
+    use_dora: bool
     dropout: float
     saved: tuple[str, ...]
     parameters: tuple[str, ...]
@@ -217,7 +226,7 @@ def read_config(folder: Path) -> AdapterConfig:
     """Read the configuration of an adapter folder.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is not that of a plain LoRA; says what and why.
+        CheckpointError: there is none, it is damaged, or it is not that of a LoRA; says what and why.
     """
     path = folder / CONFIG
     try:
@@ -265,6 +274,7 @@ def read_config(folder: Path) -> AdapterConfig:
         ranks=values["rank_pattern"],
         alphas={pattern: float(value) for pattern, value in values["alpha_pattern"].items()},
         use_rslora=values["use_rslora"],
+        use_dora=values["use_dora"],
         dropout=float(values["lora_dropout"]),
         saved=tuple(values["modules_to_save"]),
         parameters=tuple(values["target_parameters"]),
@@ -302,12 +312,12 @@ _HEADS = ("classifier", "score", "qa_outputs")
 
 @dataclass(frozen=True)
 class Pair:
-    """Of one target: rank and lora_alpha as peft has them, and our factors, with the scale in `b`."""
+    """Of one target: rank and lora_alpha as peft has them, and the expert, with the scale in `b`."""
 
     target: Target
     rank: int
     lora_alpha: float
-    factors: Factors
+    expert: Expert
 
 
 @dataclass(frozen=True)
@@ -331,7 +341,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     """Read an adapter folder and hold it against a model.
 
     Raises:
-        CheckpointError: it is damaged, no plain LoRA, or of another model; names file and tensor.
+        CheckpointError: it is damaged, no LoRA, or of another model; names file and tensor.
     """
     config = read_config(folder)
     path = folder / TENSORS
@@ -372,7 +382,7 @@ class _Reader:
         self.factors = {
             key: (target, index)
             for target, keys in keys_of(model, self.targets).items()
-            for index, key in enumerate(keys[:2])
+            for index, key in enumerate(keys[: 3 if config.use_dora else 2])
         }
 
     def _targets(self, path: str, module: nn.Module) -> list[Target]:
@@ -418,23 +428,43 @@ class _Reader:
         self._check_saved(set(whole.values()))
         return pairs, whole, copies
 
-    def pair(self, target: Target, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Pair:
-        """Return a target's factors in our layout."""
+    def pair(
+        self, target: Target, lora_a: torch.Tensor, lora_b: torch.Tensor, magnitude: torch.Tensor | None = None
+    ) -> Pair:
+        """Return a target's expert, in our layout."""
         rank, alpha = self.config.rank_of(target.pattern), self.config.alpha_of(target.pattern)
         scale = SCALES[self.config.use_rslora].scale(rank, alpha)
         weight = self.parameters[target.name]
-        if not (lora_a.is_floating_point() and lora_b.is_floating_point()):
-            raise CheckpointError(
-                f"{self.path}: the factors of {target.path} are {lora_a.dtype}, not floating numbers",
-                code="invalid-adapter",
-            )
+        for tensor in (lora_a, lora_b, *(() if magnitude is None else (magnitude,))):
+            if not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"{self.path}: the factors of {target.path} are {tensor.dtype}, not floating numbers",
+                    code="invalid-adapter",
+                )
         width = torch.float64 if torch.float64 in (weight.dtype, lora_a.dtype, lora_b.dtype) else torch.float32
         factors = target.layout.from_peft(lora_a.to(width), lora_b.to(width), weight.shape)
         if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
             raise CheckpointError(
                 f"{self.path}: the factors of {target.path} hold inf or nan", code="non-finite-tensor"
             )
-        return Pair(target, rank, alpha, Factors(factors.b * scale, factors.a))
+        factors = Factors(factors.b * scale, factors.a)
+        if magnitude is None:
+            return Pair(target, rank, alpha, Expert(factors.b, factors.a))
+        row_scale = self._row_scale(target, factors, magnitude.double().flatten())
+        pair = scaled(factors, row_scale, target.layout.transposed)
+        return Pair(target, rank, alpha, Expert(pair.b.to(width), pair.a.to(width), row_scale=row_scale))
+
+    def _row_scale(self, target: Target, factors: Factors, magnitude: torch.Tensor) -> torch.Tensor:
+        """Return g [out] of DoRA (2402.09353): `diag(m / |W0 + s B A|) (W0 + s B A) = diag(g) W0 + diag(g) s B A`."""
+        weight = dense(self.parameters[target.name].detach()).double().cpu()
+        total = weight + (factors.b.double() @ factors.a.double()).view_as(weight)
+        row_scale: torch.Tensor = magnitude / (total.mT if target.layout.transposed else total).flatten(1).norm(dim=1)
+        if not torch.isfinite(row_scale).all():
+            raise CheckpointError(
+                f"{self.path}: DoRA's magnitudes of {target.path} hold inf or nan, or stand beside a row of zeros",
+                code="non-finite-tensor",
+            )
+        return row_scale
 
     def check_copy(self, key: str, name: str, value: torch.Tensor) -> None:
         """Refuse a copy of a base weight that is another: peft writes embeddings along with their adapters."""
@@ -454,7 +484,8 @@ class _Reader:
         name = key.removeprefix(PREFIX)
         end = next((end for end in ENDS if name.endswith(f".{end}")), None)
         if end is None:
-            what = "DoRA's magnitudes" if "lora_magnitude_vector" in name else "nothing of the model, nor factors"
+            of_dora = "DoRA's magnitudes, of nothing that is adapted with use_dora"
+            what = of_dora if "lora_magnitude_vector" in name else "nothing of the model, nor factors"
             return CheckpointError(
                 f"{self.path}: {key!r} is {what}{nearest(name, self.tensors)}", code="adapter-does-not-fit"
             )
@@ -482,9 +513,10 @@ class _Reader:
         )
 
     def _check(self, target: Target, keys: Sequence[str]) -> None:
-        if len(keys) != 2:
+        if len(keys) != (3 if self.config.use_dora else 2):
+            parts = "two factors and DoRA's magnitudes" if self.config.use_dora else "two factors"
             raise CheckpointError(
-                f"{self.path}: {target.path} has one factor, {keys[0]!r}, not two", code="invalid-adapter"
+                f"{self.path}: {target.path} has {' and '.join(map(repr, keys))}, not {parts}", code="invalid-adapter"
             )
         shape = tuple(self.parameters[target.name].shape)
         rank = self.config.rank_of(target.pattern)
@@ -498,7 +530,8 @@ class _Reader:
                 f"{self.path}: {target.name} is {list(shape)}, and rank {rank} is more than it can use",
                 code="adapter-does-not-fit",
             )
-        for key, wanted in zip(keys, target.layout.shapes(shape, rank), strict=True):
+        shapes = (*target.layout.shapes(shape, rank), target.layout.magnitude_shape(shape))
+        for key, wanted in zip(keys, shapes, strict=False):
             if self.shapes[key] != wanted:
                 raise CheckpointError(
                     f"{self.path}: {key!r} is {list(self.shapes[key])}; for {target.name} {list(shape)} at rank {rank} "

@@ -26,7 +26,7 @@ from lorasc_fx.runtime.checkpoint_read import Checkpoint, check_digests, decoded
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import ended
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Expert, Factors, Part, SlowWeights, Trained, View, WeightState, Which, arithmetic, summing
+from lorasc_fx.state import Expert, Part, SlowWeights, Trained, View, WeightState, Which, arithmetic, summing
 from lorasc_fx.state.engine import fits
 from lorasc_fx.state.model import host
 from lorasc_fx.undo import Undo
@@ -47,7 +47,7 @@ __all__ = [
 
 def install_experts(
     run: Run,
-    experts: Mapping[str, Sequence[tuple[float, Factors]]],
+    experts: Mapping[str, Sequence[tuple[float, Expert]]],
     trained: Mapping[str, torch.Tensor],
     buffers: Mapping[str, torch.Tensor],
 ) -> None:
@@ -55,8 +55,7 @@ def install_experts(
 
     Args:
         run: of a cascade.
-        experts: by weight name, pairs of a coefficient and factors, `b` [rows, r] and `a` [r, columns] as the weight is
-            stored.
+        experts: by weight name, each with its coefficient; `b` [rows, r] and `a` [r, columns] as the weight is stored.
         trained: slow values of parameters that the spec trains in full, by name.
         buffers: values of the model's buffers, by name.
 
@@ -125,7 +124,7 @@ def install_slow(
     run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
 
 
-def _with_experts(state: WeightState, experts: Sequence[tuple[float, Factors]]) -> WeightState:
+def _with_experts(state: WeightState, experts: Sequence[tuple[float, Expert]]) -> WeightState:
     """Return the state with these experts added, each with its coefficient."""
     *stack, rows, columns = state.matrix
     for _, pair in experts:
@@ -139,7 +138,7 @@ def _with_experts(state: WeightState, experts: Sequence[tuple[float, Factors]]) 
     if not experts:
         return state
     device = state.base.device
-    more = [Expert(pair.b.detach().to(device, copy=True), pair.a.detach().to(device, copy=True)) for _, pair in experts]
+    more = [expert.map(lambda value, _: value.detach().to(device, copy=True)) for _, expert in experts]
     return state.added(more, [float(coefficient) for coefficient, _ in experts])
 
 

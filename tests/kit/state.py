@@ -313,7 +313,8 @@ def install_experts(
     buffers: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Add experts from elsewhere to the slow state, and set parameters trained in full, and buffers."""
-    elsewhere.install_experts(cascade._run, experts, trained or {}, buffers or {})
+    given = {name: [(c, StageExpert(pair.b, pair.a)) for c, pair in pairs] for name, pairs in experts.items()}
+    elsewhere.install_experts(cascade._run, given, trained or {}, buffers or {})
 
 
 def end_idle(cascade: lx.Cascade) -> None:

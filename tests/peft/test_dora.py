@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
@@ -276,3 +277,77 @@ def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
         assert (expected - base(calls[0])).abs().max() > 1e-3
     with raises(lx.SpecError, "dora-not-supported", "max_rank", "2"):
         lx.export.peft(cascade, tmp_path / "cut", max_rank=2)
+
+
+def adapter_of(folder: Path) -> tuple[nn.Module, peft.PeftModel, torch.Tensor]:
+    """A base with linears and convolutions, and peft's DoRA on it, trained for some steps and saved."""
+    build, inputs, targets = CASES["conv"]
+    calls = inputs(5)
+    base = build()
+    config = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=list(targets), use_dora=True, use_rslora=True)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    optimizer = make("sgd", trainable(theirs))
+    for x in calls:
+        loss_of(theirs(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs.save_pretrained(folder)
+    return base, theirs, calls[0]
+
+
+def test_an_adapter_of_peft_is_the_first_expert(tmp_path: Path) -> None:
+    base, theirs, x = adapter_of(tmp_path / "theirs")
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    cascade = lx.from_peft(tmp_path / "theirs", base, (x,))
+    assert cascade.plan.spec.use_dora
+    assert cascade.plan.spec.use_rslora
+    torch.testing.assert_close(cascade(x), theirs(x), rtol=0, atol=1e-12)
+    merged = theirs.merge_and_unload()
+    folded = cascade.folded_state_dict()
+    for name, value in merged.named_parameters():
+        torch.testing.assert_close(folded[name], value, rtol=0, atol=1e-12, msg=name)
+        if value.dim() > 1:
+            assert (value - before[name]).norm(dim=1).min() > 1e-4  # every row was scaled, or changed
+    optimizer = optimizer_of(cascade, "sgd")
+    train(cascade, optimizer, [x])
+    cascade.transition(optimizer)
+    lx.save(cascade, tmp_path / "run")
+    plain = copy.deepcopy(base)
+    plain.load_state_dict(before)
+    with raises(lx.CheckpointError, "spec-omits-adapter", "0.weight", "use_dora"):
+        lx.from_peft(tmp_path / "theirs", plain, (x,), spec=lx.CascadeSpec())
+    loaded = lx.load(tmp_path / "run", plain, args=(x,))
+    assert all(
+        torch.equal(value, loaded.folded_state_dict()[name]) for name, value in cascade.folded_state_dict().items()
+    )
+
+
+def test_an_adapter_of_ours_comes_back(tmp_path: Path) -> None:
+    base, _, x = adapter_of(tmp_path / "theirs")
+    cascade = lx.from_peft(tmp_path / "theirs", copy.deepcopy(base), (x,))
+    optimizer = optimizer_of(cascade, "sgd")
+    train(cascade, optimizer, [x])
+    cascade.transition(optimizer)
+    lx.export.peft(cascade, tmp_path / "ours")
+    again = lx.from_peft(tmp_path / "ours", base, (x,))
+    folded = again.folded_state_dict()
+    for name, value in cascade.folded_state_dict().items():
+        torch.testing.assert_close(folded[name], value, rtol=0, atol=1e-11, msg=name)
+
+
+def test_magnitudes_that_are_damaged(tmp_path: Path) -> None:
+    base, _, x = adapter_of(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.0.lora_magnitude_vector"
+    for value, expected in (
+        (tensors[key].flatten(), ("adapter-does-not-fit", "0.weight", "[4]", "[1, 4, 1, 1]")),
+        (tensors[key] * float("nan"), ("non-finite-tensor", "magnitudes", "0")),
+        (tensors[key].long(), ("invalid-adapter", "0", "int64")),
+    ):
+        save_file({**tensors, key: value.contiguous()}, path)
+        with raises(lx.CheckpointError, *expected):
+            lx.from_peft(tmp_path, base, (x,))
+    save_file({name: value for name, value in tensors.items() if name != key}, path)
+    with raises(lx.CheckpointError, "invalid-adapter", "0", "lora_B.weight", "DoRA's magnitudes"):
+        lx.from_peft(tmp_path, base, (x,))

@@ -50,7 +50,8 @@ def refused(folder: Path, expected: tuple[str, ...]) -> None:
     ("config", "expected"),
     [
         ({"peft_type": "LOHA"}, ("adapter-not-supported", "adapter_config.json", "LOHA")),
-        ({"use_dora": True}, ("adapter-not-supported", "use_dora", "True")),
+        ({"use_dora": 1}, ("invalid-adapter", "use_dora", "1")),
+        ({"use_dora": True}, ("invalid-adapter", "up", "lora_A.weight", "DoRA's magnitudes")),
         ({"lora_bias": True}, ("adapter-not-supported", "lora_bias", "True")),
         ({"trainable_token_indices": [1]}, ("adapter-not-supported", "trainable_token_indices", "[1]")),
         (
