@@ -6,6 +6,7 @@ PYTHON ?= python3
 JOBS ?= 2
 # A worker gets a run of neighbouring tests, which share what they captured and built; who is done first takes half of what is left.
 WORKERS := -n $(JOBS) --dist worksteal
+WAITING := -n $(shell expr $(JOBS) + 1) --dist worksteal # tests that wait for processes of their own
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
@@ -46,7 +47,7 @@ test-torch: ## tests/passes, tests/unit and tests/forms under another torch: mak
 	$(OTHER)/bin/python -m pytest -m "not slow" $(WORKERS) tests/passes tests/unit tests/forms
 
 ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler
-	@$(BIN)/python -m pytest -m slow $(WORKERS) --timeout 900 || { status=$$?; \
+	@$(BIN)/python -m pytest -m slow $(WAITING) --timeout 900 || { status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "ci-slow: no test is marked slow, so this ran none; mark one or drop the target" >&2; fi; \
 	  exit $$status; }
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,47 @@ has no reason to; what stands for programs (`AS_PROGRAMS`) has to be free of the
 AS_PROGRAMS = ("loops", "cli", "contract")
 
 
+SAMPLED = {
+    "checkpoint/test_load_without_inputs.py::test_a_run_goes_on_as_if_it_had_not_stopped": 3,
+    "checkpoint/test_resume.py::test_after_stages_have_ended": 3,
+    "checkpoint/test_resume.py::test_bits_for_every_layout": 3,
+    "checkpoint/test_resume.py::test_three_stages": 3,
+    "cli/test_evidence.py::test_every_method_trains": 5,
+    "errors/test_all_or_nothing.py::test_folded_copies": 2,
+    "errors/test_all_or_nothing.py::test_load_state_dict": 2,
+    "errors/test_all_or_nothing.py::test_release": 3,
+    "errors/test_all_or_nothing.py::test_save": 2,
+    "errors/test_all_or_nothing.py::test_transition": 3,
+    "errors/test_interrupts.py::test_a_signal_at_some_lines": 3,
+    "forms/test_forms.py::test_named": 4,
+    "loops/test_trainer.py::test_a_learning_rate_of_each_stage": 3,
+    "passes/test_attention_masks.py::test_what_holds_at_every_size_goes": 3,
+    "passes/test_fold_branches.py::test_fold": 3,
+    "passes/test_insert_branches.py::test_gradients_are_those_of_the_formula": 3,
+    "passes/test_insert_branches.py::test_insert": 3,
+    "passes/test_stage_transition.py::test_transition_is_fold_then_insert": 3,
+    "peft/test_convs.py::test_adapter_and_merge_differ": 3,
+    "peft/test_tracing.py::test_ours": 3,
+    "peft/test_tracing.py::test_peft": 3,
+    "unit/test_bits.py::test_outputs_and_running_statistics_are_the_eager_models": 3,
+    "unit/test_by_hand.py::test_convolutions": 3,
+    "unit/test_conv.py::test_conv_is_the_formula": 3,
+    "unit/test_front_ends.py::test_attention_trains_in_eval_mode": 3,
+    "unit/test_front_ends.py::test_llama_with_gradient_checkpointing": 2,
+    "unit/test_graph_breaks.py::test_copies_find_their_graphs_anew": 3,
+    "unit/test_graph_breaks.py::test_it_is_the_eager_model_and_with_branches_the_merged_one": 3,
+    "unit/test_graph_breaks.py::test_two_stages_are_the_formula": 3,
+    "unit/test_isolation.py::test_nothing_is_left_behind": 3,
+    "unit/test_masks.py::test_attention_is_told_what_the_eager_model_tells_it": 3,
+    "unit/test_quantized.py::test_branches_train_beside_quantized_weights": 3,
+    "unit/test_recomputed.py::test_gradient_checkpointing_keeps_its_memory": 3,
+    "unit/test_recomputed.py::test_what_backward_runs_again_computes_with_the_branches": 3,
+    "unit/test_reuse.py::test_a_model_of_another_state": 3,
+}
+"""Tests with many rows that together take long: one row of so many is in `make test`, the others are slow."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from torch._dynamo import guards
 
@@ -54,7 +96,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     guards.profile_guard_manager = lambda *_: 0.0
     gc.freeze()  # what imports have made, half a million objects, is no garbage
     here = Path(__file__).parent
+    rows: Counter[str] = Counter()
     for item in items:
+        test = item.nodeid.partition("[")[0].removeprefix("tests/")
+        if test in SAMPLED and not item.get_closest_marker("slow"):
+            if rows[test] % SAMPLED[test]:
+                item.add_marker(pytest.mark.slow)
+            rows[test] += 1
         if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] not in AS_PROGRAMS:
             for message in USAGE:
                 item.add_marker(

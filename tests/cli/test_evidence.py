@@ -122,6 +122,7 @@ def test_which_weights_are_averaged_or_chosen_from() -> None:
     assert moments["recipe"] == ends
 
 
+@pytest.mark.slow
 def test_runs_go_on_after_a_stop_and_repeat_their_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
     lines = runner.Lines(path, TINY)
@@ -194,6 +195,7 @@ def test_statistics_by_hand() -> None:
     assert page.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # as R's p.adjust
 
 
+@pytest.mark.slow
 def test_the_factorial_design_and_the_map_have_their_tables(tmp_path: Path) -> None:
     """Every cell has the accuracy that its parts add up to, so that the effects of the design are known."""
     protocol = tomllib.loads(runner.PROTOCOL.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ from lorasc_fx.cli.data import short_name
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     from examples.plain_loop import main
 

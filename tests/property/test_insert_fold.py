@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -203,6 +204,7 @@ def test_modules_and_functions(net: tuple[nn.Module, Tensor], spec: CascadeSpec)
     check(*net, spec, "symbolic")
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(net=nets(), spec=specs())
 def test_aten(net: tuple[nn.Module, Tensor], spec: CascadeSpec) -> None:
