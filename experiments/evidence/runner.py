@@ -229,11 +229,12 @@ def make(protocol: dict[str, Any], lines: Lines, only: Iterable[str] = ()) -> No
     phases = set(only)
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
         running: dict[Future[list[dict[str, Any]]], list[Cell]] = {}
+        missing: list[Cell] = []
         while True:
-            made = {*lines.found, *itertools.chain(*running.values())}
-            missing = [
-                cell for cell in cells_of(protocol, lines) if cell not in made and (not phases or cell.phase in phases)
-            ]
+            if not missing:  # all that is known by now
+                made = {*lines.found, *itertools.chain(*running.values())}
+                known = (cell for cell in cells_of(protocol, lines) if not phases or cell.phase in phases)
+                missing = [cell for cell in known if cell not in made]
             while len(running) < PROCESSES and missing:
                 group = [cell for cell in missing if _trained_alike(cell) == _trained_alike(missing[0])]
                 mixes = group[0].phase == "forgetting"
