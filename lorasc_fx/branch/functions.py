@@ -37,6 +37,7 @@ __all__ = [
     "PRODUCTS",
     "Beside",
     "BesideConv",
+    "FrozenGrouped",
     "MergedConv",
     "MergedProduct",
     "SharedUp",
@@ -259,6 +260,27 @@ class _SharedDown(torch.autograd.Function):
             return dx, *(None for _ in factors)
         total = factor_gradient(folded(slopes).transpose(1, 2), folded(x.reshape(-1, x.shape[-1])))
         return dx, *total.split([len(a) for a in factors])
+
+
+class FrozenGrouped(torch.autograd.Function):
+    """`base`, the grouped product of x and a frozen weight: the backward makes the gradient of x and no other, by the
+    op that made the product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, base: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, product: Any
+    ) -> torch.Tensor:
+        """Return base [rows, out] of x [rows, in], weight [experts, in, out]."""
+        ctx.save_for_backward(weight, offs)
+        ctx.product = product
+        return owned(base)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
+        """Return the gradient of x [rows, in], of slope [rows, out]."""
+        weight, offs = ctx.saved_tensors
+        return None, ctx.product(slopes[0], weight.transpose(-2, -1), offs), None, None, None
 
 
 class SharedUp(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasc_fx.branch.base import Branch
-from lorasc_fx.branch.functions import PRODUCTS, Beside, MergedProduct, SharedUp
+from lorasc_fx.branch.functions import PRODUCTS, Beside, FrozenGrouped, MergedProduct, SharedUp
 from lorasc_fx.branch.low_rank import apply, by_hand, computes_in, plus
 
 __all__ = ["MatrixBranch"]
@@ -33,7 +33,7 @@ class MatrixBranch(Branch):
 
         - `forward(base, indices, lookup=True, padding_idx=...)`: `at_lookup`;
         - `forward(base, low, shared=True)`: `after_shared`;
-        - `forward(base, x, offs=..., by=...)`: `grouped`.
+        - `forward(base, x, offs=..., by=..., weight=...)`: `grouped`.
         """
         if options.pop("lookup", False):
             return self.at_lookup(first, second, **options)
@@ -90,7 +90,9 @@ class MatrixBranch(Branch):
             return apply(SharedUp, base, low.to(base.dtype), self.up.to(base.dtype), self.scale)
         return self._added(base, low)
 
-    def grouped(self, base: torch.Tensor, x: torch.Tensor, offs: torch.Tensor, by: str) -> torch.Tensor:
+    def grouped(
+        self, base: torch.Tensor, x: torch.Tensor, offs: torch.Tensor, by: str, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return `base + s B_e (A_e x)` for the rows x of expert e, beside a grouped product.
 
         Rows from `offs[-1]` on belong to no expert: they are not read, here or in the backward, and hold what the op
@@ -101,9 +103,12 @@ class MatrixBranch(Branch):
             x: [rows, in], sorted by expert.
             offs: [experts], the end of each expert's rows.
             by: qualified name of the op that makes the base op's product, as `torch.ops` has it.
+            weight: [experts, in, out], of an op whose own backward would make its gradient although it is frozen.
         """
         space, _, name = by.partition("::")
         product: Any = getattr(getattr(torch.ops, space), name)
+        if weight is not None and not weight.requires_grad and x.requires_grad and by_hand(base, x, weight):
+            base = apply(FrozenGrouped, base.detach(), x, weight, offs, product)
         a, b, short = self.lora_A.to(x.dtype), self.up.to(x.dtype), -self.rank % _ALIGNED
         if short and space == "aten":
             a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))

@@ -289,7 +289,7 @@ def _lookup(name: str, target: Any) -> FunctionForm:
     )
 
 
-def _grouped(name: str, target: Any, parameters: tuple[str, ...], by: str) -> FunctionForm:
+def _grouped(name: str, target: Any, parameters: tuple[str, ...], by: str, *more: str) -> FunctionForm:
     return FunctionForm(
         name,
         "experts",
@@ -298,7 +298,7 @@ def _grouped(name: str, target: Any, parameters: tuple[str, ...], by: str) -> Fu
         3,
         weight=parameters[1],
         x=parameters[0],
-        repeats=("offs",),
+        repeats=("offs", *more),
         needs=("offs",),  # without, or with rows that are no matrix, it is another product
         plain=(("bias", None), ("out_dtype", None)),
         options=(("by", by),),
@@ -316,7 +316,8 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     _conv("aten.conv3d", (aten.conv3d.default, aten.conv3d.padding), 5),
     _lookup("aten.embedding", aten.embedding.default),
     _grouped("aten._grouped_mm", aten._grouped_mm.default, ("self", "mat2", *_GROUPED), "aten::_grouped_mm"),
-    _grouped(_FALLBACK, _FALLBACK, ("input", "weight", "offs"), _FALLBACK),
+    # its backward makes the gradient of any weight: the branch, which knows of a frozen one, makes the input's itself
+    _grouped(_FALLBACK, _FALLBACK, ("input", "weight", "offs"), _FALLBACK, "weight"),
     FunctionForm("F.linear", "linear", (F.linear,), _LINEAR, 2),
     FunctionForm("quantized_linear", "linear", (quantized_linear,), _LINEAR, 2),
     _product("torch.addmm", (torch.addmm, "addmm"), _ADDMM, plain=_ONE),

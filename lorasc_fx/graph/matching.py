@@ -138,7 +138,8 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
                 shape = tuple(weights.parameters[weight].shape)
                 for start in _behind_branches(graph_module, node):
                     for consumer in uses_of(start, constant | {start}):
-                        _read_consumer(consumer, start, shape, uses[weight])
+                        if not _repeats_weight(graph_module, consumer):
+                            _read_consumer(consumer, start, shape, uses[weight])
         elif node.op == "call_module":
             _read_module(graph_module, node, record, weights, uses)
     return uses
@@ -154,8 +155,17 @@ def _behind_branches(graph_module: fx.GraphModule, source: fx.Node) -> list[fx.N
 
 
 def _stands_on(graph_module: fx.GraphModule, node: fx.Node, holder: fx.Node) -> bool:
+    return _is_beside(graph_module, node) and node.args == (holder,)
+
+
+def _repeats_weight(graph_module: fx.GraphModule, consumer: Consumer) -> bool:
+    """Whether a branch beside an op reads the weight of that op as well."""
+    return _is_beside(graph_module, consumer.node) and consumer.reads == (consumer.node.kwargs.get("weight"),)
+
+
+def _is_beside(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     branch = node.op == "call_module" and isinstance(module_at(graph_module, str(node.target)), Branch)
-    return branch and call_template(node) is None and node.args == (holder,)
+    return branch and call_template(node) is None
 
 
 def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], uses: WeightUses) -> None:

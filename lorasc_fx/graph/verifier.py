@@ -155,8 +155,8 @@ def _readers_of_sites_are_marked(view: View) -> Iterator[str]:
             readers, weight = [node] if sites else [], sites[0] if sites else ""
         else:
             continue
-        for reader in readers:
-            if use_of(reader) is None:
+        for reader in readers:  # what a branch reads is held against its op by _branches_stand_at_sites
+            if use_of(reader) is None and reader not in view.branches:
                 yield f"node {reader.name} reads {weight}, a site, but no pass has marked it as a use"
 
 
@@ -188,7 +188,7 @@ def _layout_of(node: fx.Node, form: FunctionForm | ModuleForm) -> str:
 def _without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
     """Return what a chain of transposes starts from, and whether it transposes it."""
     transposed = False
-    while isinstance(source, fx.Node) and source.op != "get_attr" and transposes(source, dims):
+    while isinstance(source, fx.Node) and source.all_input_nodes and transposes(source, dims):
         source, transposed = source.all_input_nodes[0], not transposed
     return source, transposed
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import moe
 
 import lorasc_fx as lx
@@ -97,6 +98,34 @@ def test_the_branch_is_the_formula(row: str, dtype: torch.dtype) -> None:
         assert_near(branches[name].lora_B.grad, b.grad, dtype)
         assert not b.grad[1].any()  # the expert without rows
         assert not branches[name].lora_B.grad[1].any()
+
+
+class Calls(TorchDispatchMode):
+    """Shapes of the weights whose gradients the op of transformers makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.transformers.grouped_mm_fallback_backward.default:
+            self.shapes.append(tuple(args[1].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_gradient_of_a_frozen_stack_is_made() -> None:
+    """Though the op's own backward makes one; x gets the bits that the op's own backward gives it."""
+    captured = capture(Grouped(FALLBACK).double().requires_grad_(False), (rows(torch.float64),), {}, "symbolic").module
+    gradients, made = [], []
+    for graph_module in (captured, insert(captured, SPEC)):
+        x = rows(torch.float64).requires_grad_()
+        with Calls() as calls:
+            graph_module(x).square().sum().backward()
+        gradients.append(x.grad)
+        made.append(sorted(calls.shapes))
+    assert made[0] == [(3, 16, 24), (3, 24, 16)]
+    assert made[1] == [(3, 3, 16), (3, 3, 24), (3, 16, 3), (3, 24, 3)]  # of A and B alone
+    assert same_bits(*gradients)  # B = 0
 
 
 def assert_near(found: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> None:

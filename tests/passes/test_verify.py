@@ -631,7 +631,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
             kwargs("grouped_mm_fallback_1_lora", lambda old: {"by": old["by"]}),
             (
                 f"branch node grouped_mm_fallback_1_lora has {{'by': {GROUPED!r}}}, but grouped_mm_fallback_1 has "
-                f"{{'by': {GROUPED!r}, 'offs': to}}",
+                f"{{'by': {GROUPED!r}, 'offs': to, 'weight': transpose}}",
             ),
         ),
         "experts read the other way": (
