@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ settings.register_profile(
     "lorasc", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lorasc")
+
+# Hundreds of processes that tests start import the package: each would compile it anew, and each worker all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Collections as rare as by default take a tenth of the time; so rare, next to none.
 gc.set_threshold(2_000, 20, 50)
