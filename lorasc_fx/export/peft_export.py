@@ -116,7 +116,7 @@ def peft(
         SpecError: an invalid argument.
     """
     run, model = cascade._run, cascade.model
-    _check(which, max_rank, dtype)
+    _check(max_rank, dtype)
     with run.exclusive("export.peft"):
         check_which("export.peft", which, run.plan.spec, _WHICH)
         change = change_of(run, which)
@@ -181,9 +181,7 @@ def peft(
     return written
 
 
-def _check(which: str, max_rank: int | None, dtype: torch.dtype | None) -> None:
-    if which not in _WHICH:
-        raise SpecError(f"export.peft: which is {which!r}; give {' or '.join(map(repr, _WHICH))}")
+def _check(max_rank: int | None, dtype: torch.dtype | None) -> None:
     if max_rank is not None and (not is_integer(max_rank, 1)):
         raise SpecError(f"export.peft: max_rank is {max_rank!r}; a rank is an integer of 1 or more")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
