@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SAMPLED
 from tests.contract.site_pages import BLOCK
 
 ROOT = Path(__file__).parents[2]
@@ -66,3 +67,9 @@ def test_the_index_names_every_page() -> None:
 
 def test_the_readme_is_a_front_page() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_what_the_suite_samples_is_there() -> None:
+    for test in SAMPLED:
+        path, _, name = test.partition("::")
+        assert f"\ndef {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8")

@@ -203,16 +203,18 @@ def test_a_rank_above_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("given", "kind", "sentence"),
     [
-        ({"which": "base"}, ("invalid-value", "which", "base")),
-        ({"max_rank": 0}, ("invalid-value", "max_rank", "0")),
-        ({"dtype": torch.int8}, ("invalid-value", "dtype", "torch.int8")),
+        ({"which": "base"}, lx.StateError, ("unknown-name", "slow", "fast", "averaged")),
+        ({"max_rank": 0}, lx.SpecError, ("invalid-value", "max_rank", "0")),
+        ({"dtype": torch.int8}, lx.SpecError, ("invalid-value", "dtype", "torch.int8")),
     ],
 )
-def test_arguments_that_cannot_be_meant(given: dict[str, Any], sentence: tuple[str, ...], tmp_path: Path) -> None:
+def test_arguments_that_cannot_be_meant(
+    given: dict[str, Any], kind: type[lx.LorascError], sentence: tuple[str, ...], tmp_path: Path
+) -> None:
     cascade = cascade_of("suffixes", stages=1)
-    with raises(lx.SpecError, *sentence):
+    with raises(kind, *sentence):
         lx.export.peft(cascade, tmp_path, **given)
 
 

@@ -198,6 +198,7 @@ def check(model: nn.Module, x: Tensor, spec: CascadeSpec, frontend: str) -> None
     assert record_of(moved).plan == record_of(again).plan
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(net=nets(), spec=specs())
 def test_modules_and_functions(net: tuple[nn.Module, Tensor], spec: CascadeSpec) -> None:
