@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "file_digest",
     "fingerprint",
     "fingerprint_of",
+    "fingerprints",
     "source_digest",
     "text_digest",
 ]
@@ -108,6 +110,15 @@ def fingerprint(tensor: torch.Tensor) -> str:
         return text_digest(f"{type(tensor).__name__}{how}{[fingerprint(getattr(tensor, name)) for name in names]}")
     plain = tensor.detach().to("cpu").contiguous()
     return fingerprint_of(plain.dtype, tuple(plain.shape), [data_of(plain)])
+
+
+def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return the fingerprint of each tensor, by name, on as many threads as torch has: hashlib lets others run."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return {name: fingerprint(tensor) for name, tensor in tensors.items()}
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(tensors, pool.map(fingerprint, tensors.values()), strict=True))
 
 
 def fingerprint_of(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Buffer]) -> str:

@@ -15,7 +15,7 @@ from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.capture import open_model
 from lorasc_fx.checks import is_number
 from lorasc_fx.errors import PassError, SpecError
-from lorasc_fx.fingerprint import fingerprint
+from lorasc_fx.fingerprint import fingerprints
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.quantized import place_layers
@@ -79,7 +79,7 @@ def merge(
         place_layers(opened, undo)
         source = open_base(base, opened)
         joined = settle_ties(opened, found[0].plan.spec.untie, undo)
-        own = {name: fingerprint(value) for name, value in opened.named_parameters()}
+        own = fingerprints(dict(opened.named_parameters()))
         for run in found:
             run.check_base(own, "merge")
         parts = [run.part(dict(opened.named_parameters())) for run in found]

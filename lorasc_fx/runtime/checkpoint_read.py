@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from lorasc_fx.errors import CheckpointError, named, path_of
-from lorasc_fx.fingerprint import fingerprint, text_digest
+from lorasc_fx.fingerprint import fingerprints, text_digest
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import (
     FORMAT,
@@ -280,17 +280,10 @@ def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -
         CheckpointError: names the parameters that are missing, foreign, or differ.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
-    check_digests(
-        f"{checkpoint.path}: this is",
-        base,
-        {
-            name: base[name] if value.is_meta else fingerprint(value)
-            for name, value in parameters.items()
-            if name in base
-        },
-        parameters,
-        checkpoint.moved,
-    )
+    here = {name: value for name, value in parameters.items() if name in base}
+    digests = {name: base[name] for name, value in here.items() if value.is_meta}
+    digests |= fingerprints({name: value for name, value in here.items() if not value.is_meta})
+    check_digests(f"{checkpoint.path}: this is", base, digests, parameters, checkpoint.moved)
 
 
 def check_digests(

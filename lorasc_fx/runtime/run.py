@@ -14,7 +14,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, Decided, fill_factor
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, warn
-from lorasc_fx.fingerprint import checksum, fingerprint, source_digest
+from lorasc_fx.fingerprint import checksum, fingerprints, source_digest
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import dense, is_quantized
@@ -660,6 +660,7 @@ class Run:
                 "checkpoint holds it: put it back, or change it before shard",
                 code="weights-changed-outside",
             )
+        new: dict[str, torch.Tensor] = {}
         for name, parameter in self.parameters_by_name().items():
             if name in moved:
                 continue
@@ -675,7 +676,8 @@ class Run:
                     )
                 self._frozen[name] = checksum(parameter)
             if name not in self._fingerprints:
-                self._fingerprints[name] = fingerprint(entry.base if entry is not None else parameter)
+                new[name] = entry.base if entry is not None else parameter
+        self._fingerprints |= fingerprints(new)
         return {name: digest for name, digest in self._fingerprints.items() if name not in moved}
 
     def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
