@@ -113,9 +113,11 @@ def fingerprint(tensor: torch.Tensor) -> str:
 
 
 def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return the fingerprint of each tensor, by name, on as many threads as torch has: hashlib lets others run."""
+    """Return the fingerprint of each tensor, by name: of tensors in host memory on as many threads as torch has, and
+    else one after the other, since each is copied there.
+    """
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 or any(tensor.device.type != "cpu" for tensor in tensors.values()):
         return {name: fingerprint(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(tensors, pool.map(fingerprint, tensors.values()), strict=True))

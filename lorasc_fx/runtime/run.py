@@ -252,7 +252,7 @@ class Run:
         written = known if (noise.is_on or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not empty:  # else they are written next
-            self.note_weights(known.keys() - written.keys())
+            self.note_weights(name for name in known if name not in written)
         if not self.is_sharded or self.is_parallel:  # FSDP has other hooks
             self.pending.arm(self.trainable().values())
         if noise.follows_steps:
