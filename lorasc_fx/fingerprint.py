@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -19,6 +19,7 @@ from lorasc_fx.shards import local
 __all__ = [
     "Buffer",
     "checksum",
+    "checksums",
     "data_of",
     "file_digest",
     "fingerprint",
@@ -28,12 +29,16 @@ __all__ = [
     "text_digest",
 ]
 
+T = TypeVar("T")
+
 Buffer = Any
 """Of the buffer protocol, which has a name in Python 3.12 only."""
 
 MULTIPLIER = 0x9E3779B97F4A7C15
 BLOCK = 1 << 22
 """Bytes that `checksum` reads at a time, on devices other than the host; on the host where they are not contiguous."""
+WORTH_THREADS = 1 << 24
+"""Bytes to read, of all tensors together, from which on threads are started for it."""
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -113,14 +118,23 @@ def fingerprint(tensor: torch.Tensor) -> str:
 
 
 def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return the fingerprint of each tensor, by name: of tensors in host memory on as many threads as torch has, and
-    else one after the other, since each is copied there.
-    """
+    """Return the fingerprint of each tensor, by name, on as many threads as torch has."""
+    return _of_each(fingerprint, tensors)
+
+
+def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the checksum of each tensor, by name, on as many threads as torch has."""
+    return _of_each(checksum, tensors)
+
+
+def _of_each(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torch.Tensor]) -> dict[str, T]:
+    """Return the digest of each tensor: in threads where there is much to read in host memory, in turn elsewhere."""
     threads = torch.get_num_threads()
-    if threads == 1 or any(tensor.device.type != "cpu" for tensor in tensors.values()):
-        return {name: fingerprint(tensor) for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == "cpu")
+    if threads == 1 or size < WORTH_THREADS or any(tensor.device.type != "cpu" for tensor in tensors.values()):
+        return {name: digest(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(tensors, pool.map(fingerprint, tensors.values()), strict=True))
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 
 def fingerprint_of(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Buffer]) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, Decided, fill_factor
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, warn
-from lorasc_fx.fingerprint import checksum, fingerprints, source_digest
+from lorasc_fx.fingerprint import checksum, checksums, fingerprints, source_digest
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import dense, is_quantized
@@ -336,7 +336,7 @@ class Run:
         if planned.placed is not None:
             self.placed = planned.placed
             now = self.present(planned.parameters)
-            self.placed_checksums = {name: checksum(parameter) for name, parameter in now.items()}
+            self.placed_checksums = checksums(now)
             return
         self.plan, self.slow = planned.plan, planned.slow
         now = self.present(planned.parameters)  # FSDP exchanges parameters itself
@@ -485,7 +485,7 @@ class Run:
         self.slow = replace(self.slow, states={}, trained={}).with_trained(trained, rules)
         self.know_sites(undo, empty)
         known, parameters = {*self.slow.states, *self.slow.trained}, self.parameters_by_name()
-        self._frozen = {name: checksum(value) for name, value in parameters.items() if name not in known}
+        self._frozen = checksums({name: value for name, value in parameters.items() if name not in known})
 
     def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
         """Keep buffers, as they are, for the end of `weights`; those that are kept already stay as they were."""
@@ -597,20 +597,18 @@ class Run:
         """Take the checksums of weights that were written here, by default of all; those of others stay."""
         parameters = self.weights_by_name()
         names = parameters if written is None else [name for name in written if name in parameters]
-        self._checksums = {**self._checksums, **{name: checksum(parameters[name]) for name in names}}
+        self._checksums = self._checksums | checksums({name: parameters[name] for name in names})
         self._objects = {**self._objects, **{name: id(parameters[name]) for name in names}}
 
     def exchanged(self) -> bool:
         """Whether other objects are in the places of the weights, as inside torch.func.functional_call."""
         return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
 
-    def changed(self, checksums: Mapping[str, int]) -> str | None:
+    def changed(self, known: Mapping[str, int]) -> str | None:
         """Return the first parameter that is gone, or no longer has the checksum that it has here."""
-        for name, known in checksums.items():
-            parameter = _parameter(self.model, name)
-            if parameter is None or checksum(parameter) != known:
-                return name
-        return None
+        held = {name: parameter for name in known if (parameter := _parameter(self.model, name)) is not None}
+        now = checksums(held)
+        return next((name for name in known if now.get(name) != known[name]), None)
 
     def check_weights(self, call: str) -> None:
         """Raise StateError where a weight holds other numbers than were written here, or is gone.
@@ -660,23 +658,20 @@ class Run:
                 "checkpoint holds it: put it back, or change it before shard",
                 code="weights-changed-outside",
             )
-        new: dict[str, torch.Tensor] = {}
-        for name, parameter in self.parameters_by_name().items():
-            if name in moved:
-                continue
-            entry = slow.states.get(name) or slow.trained.get(name)
-            if entry is None and whole:
-                if name in self._fingerprints and self.changed({name: self._frozen[name]}):
-                    del self._fingerprints[name]
-                    self.warned.once(
-                        "frozen-parameter-changed",
-                        f"{name} was changed after an earlier save. It is neither adapted nor trained, and checkpoints "
-                        "do not hold it: from now on they load onto a model that has its new numbers only. To have it "
-                        "in them, give train=(...) to the spec",
-                    )
-                self._frozen[name] = checksum(parameter)
-            if name not in self._fingerprints:
-                new[name] = entry.base if entry is not None else parameter
+        bases: dict[str, torch.Tensor] = {name: state.base for name, state in slow.states.items()}
+        bases |= {name: entry.base for name, entry in slow.trained.items()}
+        parameters = {name: value for name, value in self.parameters_by_name().items() if name not in moved}
+        frozen = checksums({name: value for name, value in parameters.items() if whole and name not in bases})
+        for name in [name for name in frozen if name in self._fingerprints and frozen[name] != self._frozen[name]]:
+            del self._fingerprints[name]
+            self.warned.once(
+                "frozen-parameter-changed",
+                f"{name} was changed after an earlier save. It is neither adapted nor trained, and checkpoints "
+                "do not hold it: from now on they load onto a model that has its new numbers only. To have it "
+                "in them, give train=(...) to the spec",
+            )
+        self._frozen |= frozen
+        new = {name: bases.get(name, value) for name, value in parameters.items() if name not in self._fingerprints}
         self._fingerprints |= fingerprints(new)
         return {name: digest for name, digest in self._fingerprints.items() if name not in moved}
 
@@ -720,7 +715,7 @@ class Run:
     def note_frozen(self) -> None:
         """Take the checksums of what no training moves again: it was moved or cast here, and its fingerprint stays."""
         parameters = self.parameters_by_name()
-        self._frozen = {name: checksum(parameters[name]) for name in self._frozen}
+        self._frozen = checksums({name: parameters[name] for name in self._frozen})
 
     def moved_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that forward itself writes (a momentum teacher); they are state, as buffers are."""
