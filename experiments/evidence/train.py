@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,9 @@ def run(
     else:
         sample = examples.at(order.index(0))
         spec = spec_of(method, task.rank, len(ends), task.head, seed)
+        if spec.use_dora:  # an embedding takes no magnitude
+            tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+            spec = replace(spec, exclude=tuple(f"{name}.weight" for name in tables))
         learner = lx.adapt(model, args=sample.inputs, spec=spec)
         parameters = list(learner.param_groups(lr=rate))
         trained = learner.folded_state_dict
