@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.low_rank import apply
@@ -218,7 +219,9 @@ class Unit(nn.Module):
     def forward(self, segment: Segment, interpreter: fx.Interpreter, *values: Any) -> tuple[Any, ...]:
         """Return the segment's outputs; none shares memory with a weight, which is gone when this returns."""
         storages = {local(parameter).untyped_storage().data_ptr() for parameter in self.parameters()}
-        return tuple(_own(value, storages) for value in segment.run(interpreter, values))
+        outputs: tuple[Any, ...] = segment.run(interpreter, values)
+        outputs = pytree.tree_map_only(torch.Tensor, partial(_own, storages=storages), outputs)
+        return outputs
 
 
 class Shards(nn.Module):
@@ -292,12 +295,8 @@ def resting(undo: Block[Any], branches: list[Branch]) -> None:
         branch.scale = 0.0
 
 
-def _own(value: Any, storages: set[int]) -> Any:
+def _own(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
     """Return a value that is no view: FSDP's hooks hang on it, and a view of a weight would lose its memory."""
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_own(item, storages) for item in value)
-    if not isinstance(value, torch.Tensor):
-        return value
     if local(value).untyped_storage().data_ptr() in storages:
         return value.clone()
     if value.requires_grad and value._base is not None:
