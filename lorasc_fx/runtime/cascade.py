@@ -37,7 +37,7 @@ from lorasc_fx.runtime.base_model import BaseModel
 from lorasc_fx.runtime.folding import Requantize
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.state_dict import KEY, from_state_dict, take_over, to_state_dict
-from lorasc_fx.runtime.usage import UsageWatch, check_not_averaged
+from lorasc_fx.runtime.usage import UsageWatch, check_not_averaged, check_plugin
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup
 from lorasc_fx.state import Which
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
@@ -150,12 +150,15 @@ class Cascade(nn.Module):
 
         Raises:
             AttributeError: neither the cascade nor the model has it, or it is a submodule.
+            StateError: accelerate's FSDP plugin asks, to cut the model.
         """
         children = self.__dict__.get("_modules", {})
         if name in children:
             return children[name]
         if "model" not in children or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name == "_no_split_modules":
+            check_plugin()
         model = children["model"]
         if not hasattr(model, name):
             raise AttributeError(f"neither the cascade nor its {type(model).__name__} has an attribute {name!r}")
@@ -967,8 +970,20 @@ class Cascade(nn.Module):
         del keys.missing_keys[missing:]
         if checkpoint is None or errors:
             return
+        self._go_on(checkpoint, "load_state_dict")
+
+    def _go_on(self, checkpoint: checkpoint_read.Checkpoint, call: str, *, sharded: bool = False) -> None:
+        """Take over a checkpoint of the same base and spec in a cascade that lives; `resume` has the rest of it.
+
+        Where the weights are sharded, every rank must call this at the same point.
+
+        Args:
+            checkpoint: as read.
+            call: for messages.
+            sharded: whether the call works on shards.
+        """
         run = self._run
-        with run.exclusive("load_state_dict"), Commit() as undo:
+        with run.exclusive(call, sharded=sharded), Commit() as undo:
             placed = {site.weight: site.placement for site in run.plan.sites}
             take_over(run, checkpoint, undo)
             if placed != {site.weight: site.placement for site in run.plan.sites}:  # chosen on another machine

@@ -26,7 +26,7 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.watches import Fresh, callers
 
-__all__ = ["UsageWatch", "check_not_averaged"]
+__all__ = ["UsageWatch", "check_not_averaged", "check_plugin"]
 
 _HERE = __file__
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -36,6 +36,9 @@ _UNFOLDED_SAVES = {("transformers.trainer", "_save"), ("accelerate.accelerator",
 
 _PIPELINE = ("transformers.pipelines.base", "forward")
 """The function, by module and name, in which a pipeline calls its model."""
+
+_PLUGIN = ("accelerate.utils.dataclasses", "set_auto_wrap_policy")
+"""The function, by module and name, with which accelerate's FSDP plugins begin: it asks a model for its blocks."""
 
 _AVERAGES = ("torch.optim.swa_utils", "timm.utils.model_ema", "ultralytics.utils.torch_utils")
 """Modules of averages of parameters, which begin with a copy of the model."""
@@ -212,6 +215,18 @@ def check_not_averaged() -> None:
         )
 
 
+def check_plugin() -> None:
+    """Raise StateError where one of accelerate's FSDP plugins asks which modules of the cascade it is to cut."""
+    if any(_function(frame) == _PLUGIN for frame in callers()):
+        raise StateError(
+            "accelerator.prepare: accelerate's FSDP plugin would cut modules that the cascade's graphs never call, and "
+            "parameters that a transition has to write. Make the Accelerator without fsdp_plugin, call "
+            "lorasc_fx.integrations.fsdp.shard(cascade), and then accelerator.prepare_model(cascade, "
+            "evaluation_mode=True), which adds no wrapper, and accelerator.prepare(optimizer, loader)",
+            code="wrapper-not-supported",
+        )
+
+
 def _function(frame: FrameType) -> tuple[Any, str]:
     """Return module and name of the function that runs in a frame."""
     return frame.f_globals.get("__name__"), frame.f_code.co_name
@@ -242,7 +257,7 @@ def _differs(run: Run) -> bool:
 
 def _noisy(run: Run) -> bool:
     """Whether the weights hold noise now."""
-    return run.plan.spec.noise.is_on and not run.slow.idle
+    return run.plan.spec.noise.is_on and not run.slow.idle and not run.inside_weights
 
 
 def _inside_package() -> bool:
