@@ -2,6 +2,10 @@
 
 The Trainer calls its callbacks when a step, an epoch and an evaluation end, but not before it evaluates or saves: so
 the callback wraps `evaluation_loop`, `save_model` and some more methods of its own Trainer, and of no other.
+
+With `fsdp` the weights are sharded when the Trainer is made, by `integrations.fsdp`, and the Trainer is told that its
+model was sharded at load time: it then adds no wrapper. What it would write by torch's state dicts is written, and read
+back, by `lorasc_fx.save`.
 """
 
 from __future__ import annotations
@@ -11,21 +15,27 @@ import copy
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.errors import CheckpointError, SpecError, StateError
 from lorasc_fx.extras import require
+from lorasc_fx.integrations import fsdp
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.quantized import QuantizedLinear, library_of
-from lorasc_fx.runtime import Cascade, transition
+from lorasc_fx.runtime import Cascade, checkpoint_read, save, transition
 from lorasc_fx.schedules import Plateau, StageSchedule
+from lorasc_fx.shards import ProcessGroup, full_tensor
 from lorasc_fx.undo import AllOrNothing
 
 require("loops", "transformers", "accelerate")
 
+from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: E402
 from transformers import Trainer, TrainerCallback  # noqa: E402 - after the sentence on how to install it
 from transformers.trainer_utils import has_length  # noqa: E402
 from transformers.utils.generic import find_labels  # noqa: E402
@@ -58,6 +68,34 @@ _BEHIND = (
 """Arguments by which a Trainer changes a model behind the captured graphs: its Python, its dtype, or its weights."""
 
 
+_FOLDER = "cascade"
+"""Folder of a `checkpoint-N` that `lorasc_fx.save` writes where the weights are sharded."""
+
+_FOLLOWED: dict[str, tuple[Any, str]] = {
+    "fsdp_version": (2, "FSDP1 flattens parameters, and a transition has to write them"),
+    "reshard_after_forward": (True, "a block's weights are freed after its part of the forward"),
+    "activation_checkpointing": (False, "it wraps modules that the graphs never call"),
+    "cpu_ram_efficient_loading": (
+        False,
+        "each process needs W0; for models that none holds whole build it on the meta device, call "
+        "lorasc_fx.integrations.fsdp.shard and lorasc_fx.materialize, and leave fsdp out",
+    ),
+    "cpu_offload": (False, "shards stay on the device, where a transition computes"),
+    "ignored_modules": (None, "all parameters are sharded"),
+}
+"""Options of accelerate's FSDP plugin that matter: the value that sharding a cascade follows, and why no other."""
+
+_UNSHARDED = {
+    "activation_checkpointing": "leave it out: shards need a whole graph; smaller batches and "
+    "gradient_accumulation_steps save memory too",
+    "fp16": "use bf16",
+    "torch_compile": "leave it out: segments of a graph run between gathers",
+    "predict_with_generate": "leave it out: the model's own methods find shards of weights only",
+    "parallelism_config": "leave it out: shard by a mesh of yours before",
+}
+"""Arguments that a Trainer of sharded weights cannot follow, with what to do."""
+
+
 class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     """Makes the transitions of a cascade that a Trainer trains, after the optimizer's step and before the next forward.
 
@@ -67,6 +105,10 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     `trainer.train(resume_from_checkpoint=...)` takes them, in a process that has adapted the same weights by the same
     spec. A stage that the end of the training cuts short is folded, but after `load_best_model_at_end`: the weights
     are then those that were found best.
+
+    With `fsdp=True` among its arguments (FSDP2) the Trainer trains shards, as made by `integrations.fsdp.shard` when
+    the Trainer is made; a cascade that was sharded before needs no argument. Their `checkpoint-N` hold a folder of
+    `lorasc_fx.save`, and go on on any number of processes, sharded or not.
 
     Logs of the training, and so W&B and TensorBoard, have `stage`, that of the step, and `transition`, the number of
     stages that have ended since the log before. Evaluations have each metric by the weights that it is of as well:
@@ -133,6 +175,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._check_arguments(args)
         self._trainer, arguments = _calling_trainer()
         trainer = self._trainer
+        self._shard(trainer)
         if args.label_names is None:
             trainer.label_names = find_labels(type(self.cascade.model))  # it looks at the name of the class as well
         reference = arguments.get("ref_model")
@@ -143,7 +186,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             "train": self._train,
             "save_model": self._save_model,
             "create_optimizer": self._create_optimizer,
+            "_load_from_checkpoint": self._load_from_checkpoint,
+            "_load_best_model": self._load_best_model,
+            "_load_optimizer_and_scheduler": self._load_optimizer_and_scheduler,
         }
+        if self._sharded:
+            replaced |= {"_save": self._save, "_save_optimizer_and_scheduler": _saved_with_the_model}
         if hasattr(trainer, "compute_ref_log_probs"):
             replaced["compute_ref_log_probs"] = self._compute_ref_log_probs
         if self.schedule == "stage":
@@ -151,9 +199,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "get_train_dataloader": self._get_train_dataloader,
                 "create_scheduler": self._create_scheduler,
             }
+        self._keep_state_dicts(trainer)
         for name, method in replaced.items():
             setattr(trainer, name, functools.partial(method, getattr(trainer, name)))
-        self._keep_state_dicts(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Check that the training can go as it was asked for."""
@@ -220,6 +268,107 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                     transition.restart(run, optimizer)
         else:
             self._end_last(optimizer)
+
+    # ---- sharded weights
+
+    @property
+    def _sharded(self) -> bool:
+        return self.cascade._run.is_sharded
+
+    def _shard(self, trainer: Any) -> None:
+        """Shard the cascade if the Trainer was given `fsdp`, and let the Trainer add no wrapper to sharded weights.
+
+        On a CPU accelerate takes no FSDP plugin; elsewhere the Trainer's accelerator has one.
+        """
+        args, cascade = trainer.args, self.cascade
+        if trainer.is_fsdp_enabled:
+            _check_plugin(trainer.accelerator.state.fsdp_plugin)
+        if not (args.fsdp or trainer.is_fsdp_enabled or self._sharded):
+            return
+        self._check_sharding(trainer)
+        if trainer.is_fsdp_enabled:
+            _drop_plugin(trainer)
+        if not self._sharded:
+            if cascade._run.holds_numbers:
+                cascade.to(args.device)
+            if not cascade._variants.all:  # the graphs of another device are gone
+                cascade._variant_of(*cascade.example)
+            fsdp.shard(cascade)
+        trainer.is_distributed_loading_by_transformers = True
+
+    def _check_sharding(self, trainer: Any) -> None:
+        args, run = trainer.args, self.cascade._run
+        for name, advice in _UNSHARDED.items():
+            if getattr(args, name, None):
+                raise SpecError(
+                    f"CascadeCallback: {name} is {getattr(args, name)!r}, and the weights are sharded; {advice}",
+                    code="trainer-option-not-supported",
+                )
+        if run.is_parallel or (run.slow.group is not None and run.slow.group.size != args.world_size):
+            raise StateError(
+                f"CascadeCallback: the cascade is sharded over other ranks than the {args.world_size} processes of "
+                "the Trainer, which gives each of them data of its own: shard it over all of them, without "
+                "tensor parallelism",
+                code="invalid-mesh",
+            )
+        if trainer.optimizer is not None and not self._sharded:
+            raise SpecError(
+                "CascadeCallback: fsdp exchanges the parameters that the optimizer of optimizers=(...) holds. Call "
+                "lorasc_fx.integrations.fsdp.shard(cascade) first, build the optimizer then, and leave fsdp out",
+                code="conflicting-options",
+            )
+
+    def _save(self, original: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write a checkpoint's shards, or on the first process the user's model, whose weights it gathers one by one.
+
+        All processes come here.
+        """
+        trainer = self._trainer
+        folder = output_dir or trainer.args.output_dir
+        if trainer.model is self.cascade:
+            state: dict[str, Any] = {}
+            if not trainer.args.save_only_model:
+                state = {"optimizer": _inner(trainer.optimizer), "scheduler": trainer.lr_scheduler}
+            save(self.cascade, Path(folder, _FOLDER), **state)
+            if trainer.args.should_save and trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(folder)
+            return
+        whole = _gathered(self.cascade.model, trainer.args.should_save)
+        if trainer.args.should_save:
+            original(folder, whole)
+
+    def _load_from_checkpoint(self, original: Any, checkpoint: str, model: Any = None) -> None:
+        """Load the cascade from a `checkpoint-N`, whichever number of processes has written it."""
+        if self._take(checkpoint):
+            return
+        if self._sharded:
+            raise CheckpointError(
+                f"{checkpoint}: was written by a Trainer whose weights were not sharded: resume it without fsdp",
+                code="no-checkpoint",
+            )
+        original(checkpoint, model)
+
+    def _load_best_model(self, original: Any) -> None:
+        """Load the cascade from the best `checkpoint-N`."""
+        if not self._take(self._trainer.state.best_model_checkpoint):
+            original()
+
+    def _take(self, checkpoint: str) -> bool:
+        """Take over what `_save` has written into a checkpoint; return whether it has."""
+        if not Path(checkpoint, _FOLDER).is_dir():
+            return False
+        ranks = ProcessGroup.of()
+        with ranks.agreed("resume_from_checkpoint"):
+            found = checkpoint_read.read(Path(checkpoint, _FOLDER))
+        self.cascade._go_on(found, "resume_from_checkpoint", sharded=True)
+        return True
+
+    def _load_optimizer_and_scheduler(self, original: Any, checkpoint: str | None) -> None:
+        """Give optimizer and scheduler the state that a checkpoint has for them."""
+        if checkpoint is None or not Path(checkpoint, _FOLDER).is_dir():
+            original(checkpoint)
+            return
+        self.cascade.resume(_inner(self._trainer.optimizer), self._trainer.lr_scheduler)
 
     # ---- inside
 
@@ -341,7 +490,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 warmup = trainer.args.get_warmup_steps(steps or 0)
             floor, decay = _SHAPES[trainer.args.lr_scheduler_type]
             trainer.lr_scheduler = StageSchedule(
-                getattr(optimizer, "optimizer", optimizer),  # accelerate's is around the one that steps
+                _inner(optimizer),
                 self.cascade,
                 steps,
                 warmup=warmup,
@@ -405,14 +554,20 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "only",
                 code="data-parallel",
             )
-        for name in ("fsdp", "deepspeed"):
-            if getattr(args, name, None):
-                raise SpecError(
-                    f"CascadeCallback: {name} is {getattr(args, name)!r}; it would cut the cascade's parameters behind "
-                    "its transitions. Leave it out: started by torchrun, the Trainer uses DistributedDataParallel. For "
-                    "models that no process holds whole, write a loop around lorasc_fx.integrations.fsdp.shard",
-                    code="trainer-option-not-supported",
-                )
+        if args.deepspeed:
+            raise SpecError(
+                f"CascadeCallback: deepspeed is {args.deepspeed!r}; it would cut the cascade's parameters behind "
+                "its transitions. Leave it out: started by torchrun, the Trainer uses DistributedDataParallel, and "
+                "with fsdp=True it shards the cascade",
+                code="trainer-option-not-supported",
+            )
+        if args.fsdp and args.fsdp_plugin_args is None:
+            raise SpecError(
+                f"CascadeCallback: fsdp_config is {args.fsdp_config!r}, which is of XLA; leave out xla",
+                code="trainer-option-not-supported",
+            )
+        if args.fsdp:
+            _check_plugin(FullyShardedDataParallelPlugin(**args.fsdp_plugin_args))
         if self.schedule == "stage":
             self._check_schedule(args)
         for name in _BEHIND:
@@ -538,6 +693,58 @@ class _Reference(torch.nn.Module):
         """Compute what the cascade computes with these weights."""
         with self._callback._placing(_REFERENCE):
             return self._callback.cascade(*args, **kwargs)
+
+
+def _check_plugin(plugin: Any) -> None:
+    """Refuse options of accelerate's FSDP plugin that sharding a cascade does not follow.
+
+    Blocks come from the graph, whatever `auto_wrap_policy` says, and no state dict of torch's is read
+    (`state_dict_type`).
+    """
+    for name, (followed, why) in _FOLLOWED.items():
+        value = getattr(plugin, name)
+        value = isinstance(value, CPUOffloadPolicy) if isinstance(value, OffloadPolicy) else value
+        if value != followed:
+            raise SpecError(
+                f"CascadeCallback: {name} of fsdp_config is {value!r}: {why}. Give {followed!r}",
+                code="trainer-option-not-supported",
+            )
+
+
+def _drop_plugin(trainer: Any) -> None:
+    """Make the Trainer's accelerator anew without its FSDP plugin, by which it would cut the model again."""
+    args = trainer.args
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by the first one, and asks for a plugin
+    vars(args).pop("_setup_devices", None)  # accelerate's state is reset where the device is asked for
+    assert args.device is not None
+    options, args.fsdp_plugin_args = args.fsdp_plugin_args, None
+    try:
+        trainer.create_accelerator_and_postprocess()
+    finally:
+        args.fsdp_plugin_args = options  # for another Trainer
+
+
+def _inner(optimizer: Any) -> Any:
+    """Return the optimizer that steps, which accelerate's is around."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _saved_with_the_model(original: Any, output_dir: str) -> None:
+    """Write no second state of optimizer and scheduler."""
+
+
+def _gathered(model: torch.nn.Module, holds: bool) -> dict[str, torch.Tensor]:
+    """Return a model's state dict, each tensor gathered, in host memory; {} on processes that hold nothing of it.
+
+    Every rank must call this at the same point. Ties stay ties.
+    """
+    tensors: dict[int, torch.Tensor] = {}
+    named = model.state_dict(keep_vars=True)
+    for value in named.values():
+        if id(value) not in tensors:
+            whole = full_tensor(value).detach()
+            tensors[id(value)] = whole.cpu() if holds else torch.empty(0)
+    return {name: tensors[id(value)] for name, value in named.items()} if holds else {}
 
 
 def _calling_trainer() -> tuple[Any, dict[str, Any]]:

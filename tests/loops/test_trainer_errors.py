@@ -68,13 +68,40 @@ def test_what_changes_the_model_behind_its_graphs(tmp_path: Path, more: dict[str
         Trainer(model=cascade, args=arguments(tmp_path, **more), callbacks=[CallbackOf(cascade)])
 
 
-@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
-def test_arguments_that_cut_the_parameters(tmp_path: Path, name: str) -> None:
-    """A Trainer takes them on several processes alone, so that the event is called here."""
+def test_deepspeed(tmp_path: Path) -> None:
+    """A Trainer takes it where it is installed, so that the event is called here."""
     cascade, args = adapted(SPEC), arguments(tmp_path)
-    setattr(args, name, True)
-    with raises(lx.SpecError, "trainer-option-not-supported", name, "integrations.fsdp.shard"):
+    args.deepspeed = True
+    with raises(lx.SpecError, "trainer-option-not-supported", "deepspeed", "fsdp=True"):
         CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"version": 1, "sync_module_states": False}, ("fsdp_version", "1", "2")),
+        ({"reshard_after_forward": False}, ("reshard_after_forward", "False", "True")),
+        ({"activation_checkpointing": True}, ("activation_checkpointing", "graphs")),
+        ({"cpu_ram_efficient_loading": True}, ("cpu_ram_efficient_loading", "materialize", "leave fsdp out")),
+        ({"cpu_offload": True}, ("cpu_offload", "True", "False")),
+        ({"xla": True}, ("fsdp_config", "xla")),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+@pytest.mark.filterwarnings("ignore:FSDP1")
+def test_options_of_fsdp(
+    config: dict[str, Any], words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Trainer takes `fsdp` on several processes alone, so that the event is called here; its plugin writes into the
+    environment.
+    """
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "false")
+    cascade = adapted(SPEC)
+    args = arguments(tmp_path, fsdp=True, fsdp_config=config)
+    with raises(lx.SpecError, "trainer-option-not-supported", *words):
+        CallbackOf(cascade).on_init_end(args, None, None, model=cascade)
+    assert not any(hasattr(value, "to_local") for value in cascade.parameters())
 
 
 @pytest.mark.parametrize("name", ["sync_ref_model", "cast_lm_head_to_fp32"])
