@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import lorasc_fx as lx
 from lorasc_fx.branch.noise import BLOCK, WIDE, block_of
 
+from .fake_ranks import RESULTS as FAKE_RANKS
+from .fake_ranks import table as fake_ranks_table
 from .kills import RESULTS as KILLS
 from .kills import table as kills_table
 from .shards import RESULTS, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 RANK, TOKENS = 16, 4096
+SPEC = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=RANK, noise=lx.Noise(0.1), placement="beside")
 LAYER = re.compile(r"\.layers\.\d+\.")
 STYLES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), "colwise"),
@@ -145,8 +148,7 @@ class Weight:
 def weights_of(llama: Llama, rank: int = RANK) -> list[Weight]:
     """Return every parameter of the model, those of the layers' linears with a branch as lorasc_fx makes it."""
     ids = torch.zeros(1, 8, dtype=torch.long)
-    spec = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=rank, noise=lx.Noise(0.1), placement="beside")
-    cascade = lx.adapt(llama.on_meta(2), kwargs={"input_ids": ids}, spec=spec)
+    cascade = lx.adapt(llama.on_meta(2), kwargs={"input_ids": ids}, spec=replace(SPEC, rank=rank))
     ranks = {LAYER.sub(".layers.N.", site.weight): site.rank for site in cascade.sites}
     return [
         Weight(name, tuple(value.shape), ranks.get(LAYER.sub(".layers.N.", name), 0))
@@ -459,6 +461,8 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "A transition moves no weight: W0, B and S lie in the same parts, noise is drawn for the shard alone,",
         "and standard deviations and decisions are six sums of 8 bytes a site. FSDP2 gathers each lora_A once, as",
         "rows of S need it whole.",
+        "",
+        *fake_ranks_table(json.loads(FAKE_RANKS.read_text(encoding="utf-8"))),
         "",
         *larger(),
         *table(json.loads(RESULTS.read_text(encoding="utf-8"))),

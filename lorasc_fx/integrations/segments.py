@@ -218,7 +218,7 @@ class Unit(nn.Module):
 
     def forward(self, segment: Segment, interpreter: fx.Interpreter, *values: Any) -> tuple[Any, ...]:
         """Return the segment's outputs; none shares memory with a weight, which is gone when this returns."""
-        storages = {local(parameter).untyped_storage().data_ptr() for parameter in self.parameters()}
+        storages = {local(parameter).untyped_storage()._cdata for parameter in self.parameters()}
         outputs: tuple[Any, ...] = segment.run(interpreter, values)
         outputs = pytree.tree_map_only(torch.Tensor, partial(_own, storages=storages), outputs)
         return outputs
@@ -297,7 +297,7 @@ def resting(undo: Block[Any], branches: list[Branch]) -> None:
 
 def _own(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
     """Return a value that is no view: FSDP's hooks hang on it, and a view of a weight would lose its memory."""
-    if local(value).untyped_storage().data_ptr() in storages:
+    if local(value).untyped_storage()._cdata in storages:  # a fake tensor has no address
         return value.clone()
     if value.requires_grad and value._base is not None:
         return apply(_NoView, value)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorasc_fx as lx
+from benchmarks.fake_ranks import PARTS, RESULTS, Sent, fake_ranks, first_rows, sharded, step
 from benchmarks.scale import (
     LARGEST,
     PAGE,
     RANK,
+    SPEC,
     STYLES,
     Llama,
     Mixtral,
@@ -68,36 +68,10 @@ def test_parameters_by_hand() -> None:
     assert figures.transition == pytest.approx(7 / 8 * 4 * 80 * RANK * into, rel=1e-3)
 
 
-class Sent(TorchDispatchMode):
-    """Counts the bytes that a rank sends, by the kind of exchange: a ring of all ranks."""
-
-    def __init__(self, ranks: int) -> None:
-        super().__init__()
-        self.ranks, self.bytes, self.seen = ranks, 0.0, Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented
-        name = func.__name__.partition(".")[0]
-        share = (self.ranks - 1) / self.ranks
-        if "c10d" in func.namespace and name in ("all_reduce", "allreduce_", "all_gather_into_tensor"):
-            given = args[0] if isinstance(args[0], Tensor) else args[0][0]
-            size = given.numel() * given.element_size()
-            self.bytes += 2 * share * size if "reduce" in name else share * size * self.ranks
-            self.seen[name] += 1
-        elif "c10d" in func.namespace and name in ("_allgather_base_", "_reduce_scatter_base_"):
-            self.bytes += share * max(each.numel() * each.element_size() for each in args[:2])
-            self.seen[name] += 1
-        elif "c10d" in func.namespace and name not in ("wait_tensor", "_wrap_tensor_autograd"):
-            raise AssertionError(f"{func} is an exchange that nobody expects")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture(params=[2, 4])
 def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
-    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
-    yield request.param
-    dist.destroy_process_group()
+    with fake_ranks(request.param):
+        yield request.param
 
 
 def test_tensor_parallel_sends_and_holds_what_the_formulas_say(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +107,8 @@ def test_tensor_parallel_sends_and_holds_what_the_formulas_say(ranks: int, monke
 
 @pytest.fixture
 def many() -> Iterator[int]:
-    dist.init_process_group("fake", rank=0, world_size=64, store=FakeStore())
-    yield 64
-    dist.destroy_process_group()
-
-
-SPEC = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=RANK, noise=lx.Noise(0.1), placement="beside")
+    with fake_ranks(64):
+        yield 64
 
 
 @pytest.mark.parametrize("model", [Llama(num_hidden_layers=2), Mixtral(num_hidden_layers=2)], ids=["70B", "8x22B"])
@@ -199,6 +169,56 @@ def test_fsdp_sends_and_holds_what_the_formulas_say(many: int, layers: int) -> N
     assert forward.bytes == pytest.approx(expected.forward)
     assert backward.bytes == pytest.approx(expected.backward)
     assert transition.bytes == pytest.approx(expected.transition, rel=1e-2)
+
+
+def check_counts(found: Mapping[str, tuple[Mapping[str, int], float]], layers: int, ranks: int) -> None:
+    """A unit is gathered once in forward and once in backward, and has one reduce-scatter if it trains. A transition
+    gathers each lora_A, and has six sums a site. There is nothing else.
+    """
+    units, sites = layers + 3, 7 * layers  # embedding, head and root are units as well
+    expected = fsdp2(weights_of(Llama(num_hidden_layers=layers)), ranks)
+    assert found["forward"] == ({"_allgather_base_": units}, pytest.approx(expected.forward))
+    assert found["backward"] == (
+        {"_allgather_base_": units, "_reduce_scatter_base_": layers},
+        pytest.approx(expected.backward),
+    )
+    assert found["AdamW's step"] == ({}, 0.0)
+    seen, sent = found["transition"]
+    assert seen == {"all_gather_into_tensor": sites, "allreduce_": 6 * sites + 4}
+    assert sent == pytest.approx(expected.transition, rel=1e-4)
+
+
+def test_a_step_and_a_transition_at_the_width_of_70b(many: int, tmp_path: Path) -> None:
+    """Two layers: weights that are gathered have shapes alone; the shards of rank 0, and the slow weights that the
+    transition makes of them, are numbers. What rank 0 gathers of lora_A is its own part for each rank.
+    """
+    spec, ids = replace(SPEC, lora_alpha=RANK, pace=0.5), torch.zeros(1, 4096, dtype=torch.long)
+    cascade = sharded(Llama().on_meta(2), ids, spec, tmp_path)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    found = step(cascade, optimizer, ids)
+    factors = {name: value.to_local().clone() for name, value in cascade.branches.named_parameters()}
+    with Sent(many) as found["transition"]:
+        cascade.transition(optimizer)
+    check_counts({name: (sent.seen, sent.bytes) for name, sent in found.items()}, 2, many)
+    started = dict(cascade.model.named_parameters())
+    noisy = {site.weight: started[site.weight].to_local().clone() for site in cascade.sites}
+    with cascade.weights("slow"):
+        for site in cascade.sites:
+            weight = cascade.model.get_parameter(site.weight)
+            a, b = (factors[f"{site.key}.{name}"] for name in ("lora_A", "lora_B"))
+            base = first_rows(site.weight, weight.shape, many).float()
+            delta = 0.5 * (b @ a.repeat(1, many))
+            slow = weight.to_local()
+            torch.testing.assert_close(slow.float(), base + delta, rtol=2**-8, atol=1e-6)
+            assert delta.abs().mean() > 0.5 * base.std()
+            noise = (noisy[site.weight].float() - slow.float()).std() / slow.float().std()
+            assert noise == pytest.approx(0.1 / 12**0.5, rel=0.05)
+
+
+def test_the_counts_of_the_page_are_those_of_the_formulas() -> None:
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert (found["layers"], found["ranks"]) == (80, 64)
+    check_counts({part: (found[part]["seen"], found[part]["bytes"]) for part in PARTS}, 80, 64)
 
 
 def _bytes(parameter: Any) -> int:
