@@ -2,8 +2,9 @@
 it.
 
 The state is that of `lorasc_fx.save` as one flat table: the manifest is one of its tensors, and what lies in shards is
-a DTensor of the shard that is here, so that no rank gathers anything. A state has as many experts as stages have ended:
-what a checkpoint holds is asked of its metadata, and the codec checks it as it checks a folder.
+a DTensor of the shard that is here, so that no rank gathers anything. Of FSDP2 around tensor parallelism each
+part is a tensor of its own, for DCP takes the shards of a DTensor to be of one size. A state has as many experts as
+stages have ended: what a checkpoint holds is asked of its metadata, and the codec checks it as it checks a folder.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lorasc_fx.adapt import load_found
-from lorasc_fx.errors import CheckpointError, StateError
+from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime import Cascade, checkpoint_write, training_state
-from lorasc_fx.runtime.state_dict import KEY, digest_of, from_state_dict, packed
+from lorasc_fx.runtime.state_dict import KEY, digest_of, from_state_dict, name_of_part, packed
 from lorasc_fx.shards import ONE_PROCESS
 from lorasc_fx.undo import raise_of_handler
 
@@ -48,19 +49,14 @@ def state_dict(
         optimizer, scheduler, extra: as of `lorasc_fx.save`.
 
     Returns:
-        Tensors by name. What lies in shards is a DTensor; all else is on the first rank alone.
+        Tensors by name. What lies in shards is a DTensor; of FSDP2 around tensor parallelism it is the part that is
+        here, by a name of its own. All else is on the first rank alone.
 
     Raises:
         CheckpointError, StateError, NonFiniteBranch: as of `lorasc_fx.save`.
     """
     run, call = cascade._run, "state_dict"
     group = run.slow.group or ONE_PROCESS
-    if group.inner > 1:
-        raise StateError(
-            f"{call}: the weights are cut by FSDP2 and by tensor parallelism, of which DCP would need another layout; "
-            "lorasc_fx.save writes both",
-            code="sharded",
-        )
     kept = dict(extra or {})
     with group.agreed(call):
         run.check_ready(call, sharded=True, parallel=True)
@@ -75,16 +71,22 @@ def state_dict(
     own = {name: value for name, value in tensors.items() if group.rank == 0 or name in axes}
     lengths = {name: own[name].shape[axis] for name, axis in axes.items()}
     ranks = [json.loads(text) for text in group.gather_text(json.dumps(lengths), call)]
-    digests = group.gather_text(digest_of(own), call)[: len(group.order)]
+    digests, order = group.gather_text(digest_of(own), call), group.order
     mesh = next((value.device_mesh for value in cascade.parameters() if isinstance(value, DTensor)), None)
     replicated = [Replicate()] * (mesh.ndim - 1 if mesh is not None else 0)
-    state: dict[str, torch.Tensor] = {KEY: packed(manifest, digests)} if group.rank == 0 else {}
+    state: dict[str, torch.Tensor] = {}
+    if group.rank == 0:
+        state[KEY] = packed(manifest, [digests[rank] for rank in order])
     for name, value in own.items():
         if name not in axes:
             state[name] = value
             continue
         axis, shape = axes[name], list(value.shape)
-        shape[axis] = sum(lengths_there[name] for lengths_there in ranks[: len(group.order)])
+        if group.inner > 1:
+            if value.shape[axis] or group.rank == 0:
+                state[name_of_part(name, order.index(group.rank), len(order))] = value
+            continue
+        shape[axis] = sum(ranks[rank][name] for rank in order)
         stride = torch.empty(shape, device="meta").stride()
         state[name] = DTensor.from_local(
             value, mesh, [*replicated, Shard(axis)], run_check=False, shape=torch.Size(shape), stride=stride

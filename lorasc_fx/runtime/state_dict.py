@@ -22,7 +22,7 @@ from lorasc_fx.runtime.checkpoint import MANIFEST, canonical, file_names, saniti
 from lorasc_fx.runtime.run import Gradients, Planned, Run
 from lorasc_fx.undo import Undo
 
-__all__ = ["KEY", "digest_of", "from_state_dict", "packed", "take_over", "to_state_dict"]
+__all__ = ["KEY", "digest_of", "from_state_dict", "name_of_part", "packed", "take_over", "to_state_dict"]
 
 KEY = "lorasc_fx.manifest"
 """Name of the tensor that holds the manifest."""
@@ -64,13 +64,15 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
     way = "take another checkpoint"
     data = bytes(data_of(packed.cpu().contiguous()))
     manifest, plan, name_of = checkpoint_read.manifest_of(data, Path(where, MANIFEST), way)
-    tensors = {name: tensor for name, tensor in table.items() if name != KEY}
+    shards, count = manifest.get("shards", {}), len(manifest["files"])
+    try:
+        tensors, pieces = _joined({name: tensor for name, tensor in table.items() if name != KEY}, shards, count)
+    except ValueError as fault:
+        raise CheckpointError(f"{where}: {fault}; {way}") from fault
     for sentence in checkpoint_read.plan_faults(plan, tensors):
         raise CheckpointError(f"{where}: {sentence}; {way}")
-    shards = manifest.get("shards", {})
     axes = {name: shards[name_of(name)] for name in tensors if name_of(name) in shards}
-    ranks = _cut(tensors, axes, len(manifest["files"]))
-    if list(map(digest_of, ranks)) != list(manifest["files"].values()):
+    if list(map(digest_of, _cut(tensors, axes, pieces, count))) != list(manifest["files"].values()):
         raise CheckpointError(
             f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}", code="digest-mismatch"
         )
@@ -124,7 +126,36 @@ def _check_alike(now: Plan, checkpoint: checkpoint_read.Checkpoint) -> None:
         )
 
 
-def _cut(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], count: int) -> Iterator[dict[str, torch.Tensor]]:
+def name_of_part(name: str, rank: int, count: int) -> str:
+    """Return the name under which a rank of `count` writes its part of a tensor, where it is a tensor of its own."""
+    return f"{name}/{rank + 1}-of-{count}"
+
+
+def _joined(
+    table: Mapping[str, torch.Tensor], shards: Mapping[str, int], count: int
+) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+    """Return whole tensors, and of those that were in parts how long the part of each of `count` ranks is.
+
+    Raises:
+        ValueError: parts do not fit along the axis of their shards.
+    """
+    tensors, pieces = dict(table), dict[str, list[int]]()
+    for name, axis in shards.items():
+        parts = [tensors.pop(name_of_part(name, rank, count), None) for rank in range(count)]
+        here = [part for part in parts if part is not None]
+        if not here:
+            continue
+        alike = {(part.dtype, part.dim(), part.shape[:axis], part.shape[axis + 1 :]) for part in here}
+        if len(alike) != 1 or axis >= here[0].dim():
+            raise ValueError(f"the shards of {sanitized(repr(name))} do not fit along axis {axis}")
+        tensors[name] = torch.cat(here, axis)
+        pieces[name] = [0 if part is None else part.shape[axis] for part in parts]
+    return tensors, pieces
+
+
+def _cut(
+    tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], pieces: Mapping[str, Sequence[int]], count: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """Yield what each of `count` ranks has written of whole tensors: the first one also those that are not cut."""
     for rank in range(count):
         written = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
@@ -133,7 +164,10 @@ def _cut(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], count: in
                 total = tensors[name].shape[axis]
                 chunk = -(-total // count)
                 first = min(rank * chunk, total)
-                written[name] = tensors[name].narrow(axis, first, min(chunk, total - first))
+                length = min(chunk, total - first)
+                if name in pieces:
+                    first, length = sum(pieces[name][:rank]), pieces[name][rank]
+                written[name] = tensors[name].narrow(axis, first, length)
         yield written
 
 

@@ -276,8 +276,6 @@ def on_a_grid(rank: int, count: int, name: str, folder: str) -> dict[str, Tensor
     lx.save(cascade, folder, optimizer=optimizer, extra={"steps": 7})
     with raises(lx.StateError, "sharded", "gather", "folded_state_dict"):
         tensor_parallel.gather(cascade)
-    with raises(lx.StateError, "sharded", "state_dict", "lorasc_fx.save"):
-        dcp.state_dict(cascade)
     cascade = crossed(lx.load(folder, blocks(**WIDE), args=(example(),)))
     optimizer = optimizer_of(cascade)
     assert cascade.resume(optimizer) == {"steps": 7}
@@ -288,6 +286,50 @@ def on_a_grid(rank: int, count: int, name: str, folder: str) -> dict[str, Tensor
     ranks = {site.rank for site in cascade.sites}
     assert all(ranks & set(shape) or len(shape) == 1 for shape in shapes), shapes  # factors: no weight
     return found | {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
+
+
+def held(cascade: lx.Cascade, optimizer: Any) -> dict[str, Tensor]:
+    """What a checkpoint keeps as it is: factors, what is trained in full, and the optimizer's state, whole."""
+    names = {id(each): name for name, each in cascade.named_parameters()}
+    found = {f"factor/{name}": whole(each.detach()).clone() for name, each in cascade.branches.named_parameters()}
+    return found | {
+        f"{key}/{names[id(each)]}": whole(value).clone()
+        for each, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def dcp_on_a_grid(rank: int, count: int, name: str, folder: str) -> dict[str, Tensor]:
+    """Saved by DCP on 2 x 2 ranks, also while the training goes on; gone on with there, and on FSDP2 alone."""
+    cascade, share = crossed(adapted(name, **WIDE)), (rank // 2, 2)
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, 7, share)
+    with Gathered() as shapes:
+        state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": 7})
+    assert not shapes
+    part = f"branch/layers.1.up.weight/lora_B/{(1, 3, 2, 4)[rank]}-of-4"  # ranks of a column follow one another
+    assert 4 * state[part].numel() == cascade.branches["layers/1/up/weight"].lora_B.numel()
+    assert rank == 0 or all(name.endswith(part[-7:]) for name in state)
+    before = held(cascade, optimizer)
+    local = [each.to_local().clone() for each in cascade.parameters()]  # type: ignore[operator]
+    writer = HuggingFaceStorageWriter(f"{folder}/safetensors", save_distributed=True)
+    future: Any = checkpoint.async_save(state, storage_writer=writer, process_group=dist.new_group())
+    run(cascade, optimizer, 7, 8, share)
+    future.result()
+    checkpoint.save(state, checkpoint_id=f"{folder}/torch")
+    found = {f"held/{key}": value for key, value in before.items()}
+    for kind, cut, share in (("torch", fsdp.shard, (rank, count)), ("safetensors", crossed, (rank // 2, 2))):
+        cascade = cut(dcp.load(READERS[kind](f"{folder}/{kind}"), blocks(**WIDE), args=(example(),)))
+        optimizer = optimizer_of(cascade)
+        assert cascade.resume(optimizer) == {"steps": 7}
+        now = held(cascade, optimizer)
+        assert now.keys() == before.keys()
+        assert all(torch.equal(now[key], value) for key, value in before.items())
+        if cut is crossed:
+            assert all(torch.equal(each.to_local(), was) for each, was in zip(cascade.parameters(), local, strict=True))  # type: ignore[operator]
+        run(cascade, optimizer, 7, STAGES * STEPS, share)
+        found |= {f"{kind}/{key}": value for key, value in values(cascade).items()}
+    return found
 
 
 def narrow(rank: int, count: int) -> dict[str, Tensor]:

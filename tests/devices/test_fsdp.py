@@ -224,6 +224,25 @@ def test_a_checkpoint_of_dcp_is_cut_anew(
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_dcp_on_a_grid(tmp_path: Path) -> None:
+    """Of FSDP2 around tensor parallelism, on 2 x 2 ranks: it goes on there with the same bits, and on FSDP2 alone and
+    on one process with the same factors and moments and the numbers of one process.
+    """
+    wanted = {key: value for key, value in sharding.alone("fresh", **sharding.WIDE).items() if "folded/" not in key}
+    for found in on_ranks(4, sharding.dcp_on_a_grid, "fresh", str(tmp_path), limit=600, timeout=200):
+        for kind in sharding.READERS:
+            close(found, wanted, f"{kind}/")
+    reader = sharding.READERS["safetensors"](str(tmp_path / "safetensors"))
+    cascade = dcp.load(reader, sharding.blocks(**sharding.WIDE), args=(sharding.example(),))
+    optimizer = sharding.optimizer_of(cascade)
+    cascade.resume(optimizer)
+    for key, value in sharding.held(cascade, optimizer).items():
+        assert torch.equal(found[f"held/{key}"], value), key
+    sharding.run(cascade, optimizer, 7, sharding.STAGES * sharding.STEPS, (0, 1))
+    close(sharding.values(cascade), wanted)
+
+
+@pytest.mark.slow
 def test_experts_have_the_numbers_of_one_process(tmp_path: Path) -> None:
     """Cut by experts, or where their number does not divide by the ranks by the axis after: no rank holds more."""
     expected = sharding.experts(0, 1)
@@ -570,13 +589,22 @@ def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path:
     optimizer.zero_grad()
     state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": 3})
     wanted = cascade(x)
-    folders = {name: str(tmp_path / name) for name in ("good", "damaged", "other", "empty")}
+    folders = {name: str(tmp_path / name) for name in ("good", "parts", "misfit", "damaged", "other", "empty")}
     changed = {**state, LORA_B: state[LORA_B] + 1}
-    for name, tensors in (("good", state), ("damaged", changed), ("other", {"weight": torch.ones(2)})):
+    rest, factor = {name: value for name, value in state.items() if name != LORA_B}, state[LORA_B].full_tensor()  # type: ignore[operator]
+    parts = {**rest, f"{LORA_B}/1-of-1": factor}  # as of FSDP2 around tensor parallelism
+    misfit = {**rest, f"{LORA_B}/1-of-1": torch.ones(())}
+    written = {"good": state, "parts": parts, "misfit": misfit, "damaged": changed, "other": {"weight": torch.ones(2)}}
+    for name, tensors in written.items():
         checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(folders[name], save_distributed=True))
     for name, code in (("damaged", "digest-mismatch"), ("other", "not-a-state-dict"), ("empty", "unreadable-file")):
         with raises(lx.CheckpointError, code, folders[name]):
             dcp.load(HuggingFaceStorageReader(folders[name]), base(), (x,))
+    with raises(lx.CheckpointError, "invalid-checkpoint", folders["misfit"], LORA_B, "axis 0"):
+        dcp.load(HuggingFaceStorageReader(folders["misfit"]), base(), (x,))
+    torch.testing.assert_close(
+        dcp.load(HuggingFaceStorageReader(folders["parts"]), base(), (x,))(x), wanted, rtol=0, atol=0
+    )
     loaded = dcp.load(HuggingFaceStorageReader(folders["good"]), base(), (x,))
     resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
     assert loaded.resume(resumed) == {"steps": 3}
