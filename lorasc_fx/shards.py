@@ -323,14 +323,21 @@ class ShardSpec:
     @classmethod
     def of(cls, tensor: Any) -> ShardSpec:
         """Return that of a DTensor, cut along one axis in chunks as FSDP does, over one axis of its mesh or over two,
-        which are all ranks; all of a replicated one.
+        which are all ranks or those of a replica; all of a replicated one.
         """
         mesh, cuts = tensor.device_mesh, cuts_of(tensor)
-        handle = mesh.get_group(cuts[0] if cuts else 0) if len(cuts) < 2 else dist.group.WORLD
+        if len(cuts) < 2:
+            handle = mesh.get_group(cuts[0] if cuts else 0)
+        elif mesh.ndim == 2:
+            handle = dist.group.WORLD
+        else:  # the ranks of a replica, whose axes are the last ones
+            mesh, cuts = mesh[mesh.mesh_dim_names[-2:]], tuple(cut - mesh.ndim + 2 for cut in cuts)
+            handle = mesh._flatten().get_group()  # made at the first call, on every rank
         group = ProcessGroup.of(handle) if tensor.is_meta else ProcessGroup(handle, tensor.device)
         if not cuts:
             return cls(0, tensor.shape[0], tensor.shape[0], group)
-        axis, sizes = tensor.placements[cuts[0]].dim, [mesh.size(cut) for cut in cuts]
+        axis, sizes = shard_axis(tensor), [mesh.size(cut) for cut in cuts]
+        assert axis is not None
         total = tensor.shape[axis]
         here = _chunk(total, sizes, [mesh.get_local_rank(cut) for cut in cuts])
         if len(cuts) == 1:

@@ -83,7 +83,7 @@ def state_dict(
             continue
         axis, shape = axes[name], list(value.shape)
         if group.inner > 1:
-            if value.shape[axis] or group.rank == 0:
+            if group.rank in order and (value.shape[axis] or group.rank == 0):  # replicas hold the same
                 state[name_of_part(name, order.index(group.rank), len(order))] = value
             continue
         shape[axis] = sum(ranks[rank][name] for rank in order)

@@ -74,8 +74,8 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     Args:
         cascade: that was adapted, or loaded; the parameters lie on the device of this process, or on the meta device.
         mesh: of one axis, over the ranks that hold the shards, all of them by default; or of two, of replicas and of
-            the ranks that hold the shards of each (HSDP). Of a cascade that `parallelize` has cut the first axis of a
-            mesh of two, whose second one that was given: each part is cut further, along the same axis of the weight.
+            the ranks that hold the shards of each (HSDP). Of a cascade that `parallelize` has cut the axes before that
+            one, which it was given as the last of a mesh: each part is cut further, along the same axis of the weight.
 
     Returns:
         The cascade. Each parameter is now a DTensor of which a rank holds some rows.
@@ -87,17 +87,22 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     """
     run = cascade._run
     with run.exclusive("shard", sharded=True, parallel=True, on_meta=True), AllOrNothing() as undo:
-        alike = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
-        ranks = ProcessGroup.of() if run.is_parallel else alike
+        is_one_axis = mesh is not None and mesh.ndim == 1 and not run.is_parallel
+        ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and is_one_axis else None)
         with ranks.agreed("shard"):
             units = _units(cascade)
             graphs = _check(cascade, mesh, units)
             axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
             weights = run.fingerprints() if run.holds_numbers else {}  # of the whole weights, while they are here
-        alike.check_alike("shard", run.facts(weights))
+        groups = [ranks]
+        if run.is_parallel and mesh is not None:  # whose parts are other ones on the ranks of another column
+            groups = [ProcessGroup.of(mesh.get_group(axis)) for axis in range(mesh.ndim)]
+        for group in groups:
+            with ranks.agreed("shard"):
+                group.check_alike("shard", run.facts(weights))
         mesh = mesh if mesh is not None else init_device_mesh(_device_kind(cascade), (dist.get_world_size(),))
-        others = ranks.size // mesh.size(mesh.ndim - 1)
-        ranks = replace(ranks, inner=others) if run.is_parallel else replace(ranks, replicas=others)
+        inner = dist.get_world_size() // mesh.size() if run.is_parallel else 1
+        ranks = replace(ranks, inner=inner, replicas=ranks.size // inner // mesh.size(mesh.ndim - 1))
         undo(run.restorer())
         outer = {name: shard_of(value) for name, value in run.parameters_by_name().items()}
         unit_names = {name: units[id(parameter)] for name, parameter in cascade.named_parameters()}
@@ -281,14 +286,14 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
 
 
 def _check_grid(parts: DeviceMesh, mesh: DeviceMesh | None) -> None:
-    """Refuse a mesh that does not go with that of tensor parallelism: both are axes of one, of all ranks in order."""
+    """Refuse a mesh that does not go with that of tensor parallelism: axes of one mesh, of all ranks in order."""
     world, inner = dist.get_world_size(), parts.size()
     grid = torch.arange(world).view(-1, inner) if world % inner == 0 else None
     row, column = divmod(dist.get_rank(), inner)
     if (
         grid is None
         or mesh is None
-        or mesh.ndim != 1
+        or mesh.ndim > 2
         or not torch.equal(parts.mesh.flatten(), grid[row])
         or not torch.equal(mesh.mesh.flatten(), grid[:, column])
         or mesh._get_root_mesh() != parts._get_root_mesh()
@@ -297,7 +302,7 @@ def _check_grid(parts: DeviceMesh, mesh: DeviceMesh | None) -> None:
             f"shard: this cascade is sharded by tensor parallelism over {inner} ranks of {world}; around that give the "
             "first axis of a mesh whose second one parallelize was given: mesh = init_device_mesh(device, "
             f"({world // inner}, {inner}), mesh_dim_names=('dp', 'tp')), parallelize(cascade, mesh['tp'], ...), "
-            "shard(cascade, mesh['dp'])",
+            "shard(cascade, mesh['dp']); with replicas the first two axes of a mesh of three",
             code="invalid-mesh",
         )
 

@@ -257,23 +257,27 @@ PLAN: dict[str, Any] = {
 
 
 def crossed(cascade: lx.Cascade) -> lx.Cascade:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    """On 2 x 2 ranks, or on 8 in two replicas of these."""
+    replicas = dist.get_world_size() // 4
+    names = ("replicate", "dp", "tp") if replicas > 1 else ("dp", "tp")
+    mesh = init_device_mesh("cpu", (replicas, 2, 2)[-len(names) :], mesh_dim_names=names)
     tensor_parallel.parallelize(cascade, mesh["tp"], PLAN)
-    return fsdp.shard(cascade, mesh["dp"])
+    return fsdp.shard(cascade, mesh[names[:-1]])
 
 
 def on_a_grid(rank: int, count: int, name: str, folder: str) -> dict[str, Tensor]:
-    """Ranks 0 and 1 see one half of each batch, 2 and 3 the other; saved in the second stage, and gone on with what was
-    saved.
-    """
+    """Two ranks in a row see one share of each batch; saved in the second stage, and gone on with what was saved."""
     torch.manual_seed(100 + rank)
-    cascade, share = crossed(adapted(name, **WIDE)), (rank // 2, 2)
+    cascade, share = crossed(adapted(name, **WIDE)), (rank // 2, count // 2)
     assert all(isinstance(each, DTensor) for each in cascade.parameters())
     cut = cascade.model.get_parameter("layers.1.up.weight")
     assert 4 * cut.to_local().numel() == cut.numel()  # type: ignore[operator]
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, 7, share)
     lx.save(cascade, folder, optimizer=optimizer, extra={"steps": 7})
+    state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": 7})
+    assert bool(state) == (rank < 4)  # the others are replicas
+    checkpoint.save(state, checkpoint_id=f"{folder}/dcp")
     with raises(lx.StateError, "sharded", "gather", "folded_state_dict"):
         tensor_parallel.gather(cascade)
     cascade = crossed(lx.load(folder, blocks(**WIDE), args=(example(),)))

@@ -197,13 +197,24 @@ def test_replicas_of_shards(tmp_path: Path, files: str) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp_around_tensor_parallelism(tmp_path: Path) -> None:
-    """On 2 x 2 ranks, with a checkpoint that goes on there and on one process: the numbers of one process."""
+@pytest.mark.parametrize("count", [4, 8])
+def test_fsdp_around_tensor_parallelism(tmp_path: Path, count: int) -> None:
+    """On 2 x 2 ranks, and on two replicas of these, with a checkpoint that goes on there and on one process: the
+    numbers of one process.
+    """
     wanted = sharding.alone("fresh", **sharding.WIDE)
     later = {key: value for key, value in wanted.items() if not key.startswith("folded/")}
-    for rank, found in enumerate(on_ranks(4, sharding.on_a_grid, "fresh", str(tmp_path), limit=300, timeout=100)):
+    for rank, found in enumerate(on_ranks(count, sharding.on_a_grid, "fresh", str(tmp_path), limit=600, timeout=200)):
         close(found, later if rank else wanted)
+    files = sorted(file.name for file in (tmp_path / "version-00000001").iterdir())
+    assert files[1:] == [f"state-{rank:05d}-of-00004.safetensors" for rank in (1, 2, 3, 4)]
     close(sharding.resumed(0, 1, str(tmp_path), **sharding.WIDE), later)
+    alone, by_dcp = (
+        load(sharding.blocks(**sharding.WIDE), args=(sharding.example(),))
+        for load in (partial(lx.load, tmp_path), partial(dcp.load, sharding.READERS["torch"](str(tmp_path / "dcp"))))
+    )
+    for one, other in zip(alone.parameters(), by_dcp.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.slow
@@ -368,16 +379,23 @@ def test_what_is_said_without_a_group() -> None:
 @pytest.mark.parametrize(
     ("total", "pieces"), [(10, [(0, 3), (5, 3), (3, 2), (8, 2)]), (2, [(0, 1), (1, 1), (1, 0), (2, 0)])]
 )
-def test_what_tensor_parallelism_has_cut_is_cut_further(total: int, pieces: list[tuple[int, int]]) -> None:
-    """Rank 1 of 2 x 2 is second on the axis of tensor parallelism, which cuts first."""
-    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+@pytest.mark.parametrize("names", [("dp", "tp"), ("replicate", "dp", "tp")])
+def test_what_tensor_parallelism_has_cut_is_cut_further(
+    names: tuple[str, ...], total: int, pieces: list[tuple[int, int]]
+) -> None:
+    """Rank 1 of 2 x 2 is second on the axis of tensor parallelism, which cuts first; and so is rank 5 of two replicas
+    of these.
+    """
+    world = 2 ** len(names)
+    dist.init_process_group("fake", rank=world - 3, world_size=world, store=FakeStore())
     try:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        mesh = init_device_mesh("cpu", (2,) * len(names), mesh_dim_names=names)
         linear = nn.Linear(3, total)
         weight = distribute_tensor(linear.weight.detach(), mesh["tp"], [Shard(0)], src_data_rank=None)
         linear.register_parameter("weight", nn.Parameter(weight))
-        fully_shard(linear, mesh=mesh["dp"])
+        fully_shard(linear, mesh=mesh[names[:-1]])
         shard = ShardSpec.of(linear.weight)
+        assert shard.group.size == 4
         assert (shard.axis, shard.total, list(shard.pieces), (shard.first, shard.count)) == (
             0,
             total,
