@@ -33,7 +33,7 @@ class RankFailed(AssertionError):
 
 
 def on_ranks(
-    count: int, work: Work, *args: Any, limit: float = 60.0, timeout: float = 30.0, group: bool = True
+    count: int, work: Work, *args: Any, limit: float = 150.0, timeout: float = 60.0, group: bool = True
 ) -> list[dict[str, torch.Tensor]]:
     """Return what `work(rank, count, *args)` returns on each of `count` processes, by rank.
 

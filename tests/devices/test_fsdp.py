@@ -55,7 +55,7 @@ __all__ = ["group"]
 )
 def test_the_numbers_of_one_process(count: int, names: list[str]) -> None:
     wanted = {name: sharding.alone(name) for name in names}
-    ranks = on_ranks(count, sharding.sharded, names, limit=100)
+    ranks = on_ranks(count, sharding.sharded, names, limit=300)
     for rank, found in enumerate(ranks):
         for name in names:
             here = {key: value for key, value in wanted[name].items() if not rank or not key.startswith("folded/")}
@@ -80,7 +80,7 @@ def files(tmp_path: Path) -> str:
 )
 def test_the_numbers_of_one_process_where_none_holds_the_model(files: str, count: int, name: str, base: str) -> None:
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
-    for found in on_ranks(count, sharding.sharded, [name], files, base, limit=100):
+    for found in on_ranks(count, sharding.sharded, [name], files, base, limit=300):
         close(found, wanted, f"{name}/")
 
 
@@ -181,7 +181,7 @@ def test_replicas_of_shards(tmp_path: Path, files: str) -> None:
     """Two replicas of two shards: the numbers of one process, and checkpoints that hold each shard once."""
     names = ["fresh", "gradient"]
     wanted = {name: sharding.alone(name) for name in names}
-    for rank, found in enumerate(on_ranks(4, sharding.sharded, names, "", "memory", (2, 2), limit=100)):
+    for rank, found in enumerate(on_ranks(4, sharding.sharded, names, "", "memory", (2, 2), limit=300)):
         for name in names:
             close(found, {k: v for k, v in wanted[name].items() if not rank or not k.startswith("folded/")}, f"{name}/")
     expected = {key: value for key, value in wanted["fresh"].items() if not key.startswith("folded/")}
@@ -268,7 +268,7 @@ def test_experts_have_the_numbers_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_that_are_not_alike_are_named_before_the_first_step() -> None:
-    on_ranks(3, sharding.unlike, limit=100)
+    on_ranks(3, sharding.unlike, limit=300)
 
 
 @pytest.mark.slow
@@ -760,7 +760,7 @@ def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path) -> N
     name, count, kills = "fresh", 2, 3
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
-    wanted, *_ = on_ranks(count, elastic.train, str(tmp_path / "whole"), name, limit=100)
+    wanted, *_ = on_ranks(count, elastic.train, str(tmp_path / "whole"), name, limit=300)
     for rank in range(count):
         (tmp_path / "whole" / elastic.CALLS.format(rank)).rename(tmp_path / "killed" / elastic.CALLS.format(rank))
     command = [
