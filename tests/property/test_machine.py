@@ -344,4 +344,4 @@ def test_operations_against_the_law() -> None:
 
 @pytest.mark.slow
 def test_operations_against_the_law_at_length() -> None:
-    run(examples=150, steps=12)
+    run(examples=100, steps=12)
