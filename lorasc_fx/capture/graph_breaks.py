@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -78,21 +78,27 @@ class GraphBreakFallback:
         self._swapped: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         self._effective: EffectiveWeights | None = None
         self._look: Callable[[Any, Mapping[str, Any]], None] | None = None
+        self._discovering = False
         compiler = inspect.unwrap(torch.compile)  # Lightning Fabric's copies the backend, onto the user's model
         self._compiled: Any = compiler(model, backend=self._take)
 
     def discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the model once as it is, and find its subgraphs; buffers and random generators stay as they were.
 
-        There may be none: dynamo leaves a loop with a break in it, and the modules of torch.nn called there, to Python.
+        Outputs of a subgraph that reads a weight require grad in this run, as they will with branches: dynamo guards
+        that, and would capture everything after them once more. There may be no subgraph: dynamo leaves a loop with a
+        break in it, and the modules of torch.nn called there, to Python.
         """
         try:
             with isolation(self.model, args, kwargs, seeded=False) as (inputs, named):
+                self._discovering = True
                 self(*inputs, **named)
         except torch._dynamo.exc.TorchDynamoException as fault:  # a fault of dynamo's own, in a model that runs
             raise_of_handler(fault)
             self._subgraphs.clear()
             self.run_eager()
+        finally:
+            self._discovering = False
 
     def rewrite_by(self, rewrite: Rewrite) -> None:
         """Run every subgraph as `rewrite` returns it, from now on."""
@@ -215,7 +221,8 @@ class GraphBreakFallback:
         def run(*inputs: Any) -> Any:
             names = self._names(inputs)
             running = subgraph.running.get(names)
-            return (self._bring(subgraph, names) if running is None else running)(*inputs)
+            outputs = (self._bring(subgraph, names) if running is None else running)(*inputs)
+            return _requiring_grad(outputs, names, inputs) if self._discovering else outputs
 
         return run
 
@@ -264,6 +271,25 @@ def capture_fallback(
     fallback = GraphBreakFallback(model)
     fallback.discover(args, kwargs)
     return Captured(fx.GraphModule(nn.Module(), fx.Graph()), "graph-breaks", fallback=fallback)
+
+
+def _requiring_grad(outputs: Sequence[Any], names: Names, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the outputs of a subgraph, such that floating ones require grad where a weight matrix is among its inputs,
+    or what requires grad.
+    """
+    tensors = [(name, value) for name, value in zip(names, inputs, strict=True) if isinstance(value, torch.Tensor)]
+    if not any(value.requires_grad or (name and value.dim() > 1) for name, value in tensors):
+        return tuple(outputs)
+    taken, one = {id(value) for value in inputs}, torch.ones((), requires_grad=True)
+    return tuple(
+        value * one.to(value.device)
+        if isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and not value.requires_grad
+        and id(value) not in taken
+        else value
+        for value in outputs
+    )
 
 
 def _last_guard() -> str:
