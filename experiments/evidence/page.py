@@ -449,7 +449,10 @@ def _test_row(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _others(results: Results) -> list[str]:
-    about = "Methods beside the finalists, each at the rate of its own grid with the lowest validation loss."
+    about = (
+        "Methods beside the finalists, each at the rate of its own grid with the lowest validation loss. "
+        "DoRA leaves out embeddings."
+    )
     return _of_phase(results, "others", "Other methods", about, ["test", "test loss"], _test_row)
 
 
