@@ -453,7 +453,28 @@ def _others(results: Results) -> list[str]:
         "Methods beside the finalists, each at the rate of its own grid with the lowest validation loss. "
         "DoRA leaves out embeddings."
     )
-    return _of_phase(results, "others", "Other methods", about, ["test", "test loss"], _test_row)
+    table = _of_phase(results, "others", "Other methods", about, ["test", "test loss"], _test_row)
+    return [*table, *_less_lora(results)]
+
+
+def _less_lora(results: Results) -> list[str]:
+    phase, grid, rows = results.phase("others"), results.phase("grid"), []
+    for budget in phase["budgets"]:
+        for of, method in [(each, name) for each in (phase, grid) for name in each["methods"] if name != "lora"]:
+            pairs: list[tuple[Any, Any]] = []
+            for task in phase["tasks"]:
+                cell = (task, phase["sizes"][0], budget)
+                ours, lora = _grid_best(results, of, *cell, method), _grid_best(results, grid, *cell, "lora")
+                pairs += zip(ours, lora, strict=True) if ours and lora else [(None, None)]
+            if (None, None) in pairs:
+                continue
+            accuracy, loss = (
+                [score(ours, metric, "test") - score(lora, metric, "test") for ours, lora in pairs]
+                for metric in ("accuracy", "loss")
+            )
+            rows.append([budget, method, f"{statistics.fmean(accuracy):+.1f}", f"{statistics.fmean(loss):+.3f}"])
+    about = "Means over these tasks and the seeds of the grid, in points of accuracy, and of loss with the sign turned."
+    return _section("Other methods less LoRA", about, ["budget", "method", "test", "test loss"], rows)
 
 
 def _restarts(results: Results) -> list[str]:

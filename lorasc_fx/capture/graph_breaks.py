@@ -222,7 +222,7 @@ class GraphBreakFallback:
             names = self._names(inputs)
             running = subgraph.running.get(names)
             outputs = (self._bring(subgraph, names) if running is None else running)(*inputs)
-            return _requiring_grad(outputs, names, inputs) if self._discovering else outputs
+            return _requiring_grad(outputs, inputs) if self._discovering else outputs
 
         return run
 
@@ -273,12 +273,12 @@ def capture_fallback(
     return Captured(fx.GraphModule(nn.Module(), fx.Graph()), "graph-breaks", fallback=fallback)
 
 
-def _requiring_grad(outputs: Sequence[Any], names: Names, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _requiring_grad(outputs: Sequence[Any], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the outputs of a subgraph, such that floating ones require grad where a weight matrix is among its inputs,
     or what requires grad.
     """
-    tensors = [(name, value) for name, value in zip(names, inputs, strict=True) if isinstance(value, torch.Tensor)]
-    if not any(value.requires_grad or (name and value.dim() > 1) for name, value in tensors):
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    if not any(value.requires_grad or (isinstance(value, nn.Parameter) and value.dim() > 1) for value in tensors):
         return tuple(outputs)
     taken, one = {id(value) for value in inputs}, torch.ones((), requires_grad=True)
     return tuple(

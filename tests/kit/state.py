@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
-from lorasc_fx.fingerprint import checksum, device_sum, file_digest, text_digest
+from lorasc_fx.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.runtime import Flags, Stage, read, transition
 from lorasc_fx.runtime import experts as elsewhere
@@ -41,6 +41,7 @@ __all__ = [
     "canonical",
     "change_state",
     "checksum",
+    "checksums",
     "device_sum",
     "drop_state",
     "end_idle",

@@ -345,6 +345,27 @@ def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
     cascade.transition(optimizer)
 
 
+def test_no_graph_is_captured_again_because_a_branch_came_before_it() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second, third = self.layers
+            x = torch.tanh(first(x))
+            torch._dynamo.graph_break()
+            x = torch.tanh(second(x))
+            torch._dynamo.graph_break()
+            return third(x)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cascade = lx.adapt(Broken(), (torch.randn(4, 5),), spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")
+    assert len(cascade.sites) == 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
 @ALL
 def test_copies_find_their_graphs_anew(name: str) -> None:
     """A copy has its own branches, weights that are swapped among them; the original does not move."""

@@ -18,7 +18,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
-from tests.kit.state import checksum, device_sum, resting_value
+from tests.kit.state import checksum, checksums, device_sum, resting_value
 from tests.unit.cases import batches, mlp, optimizer_of, randomize, train
 
 X = batches(1, 4, 5)[0]
@@ -184,6 +184,32 @@ def test_a_frozen_parameter_that_changes_between_saves_is_part_of_the_base(tmp_p
     cascade.float()
     lx.save(cascade, tmp_path)  # a cast is none of the user's changes
     lx.load(tmp_path, original, (X,))
+
+
+def test_a_write_is_seen_where_the_weights_are_read_by_threads() -> None:
+    """Tensors of 17 MB together: read by several threads, each has the checksum of one that is read alone."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(1024, 2048), nn.Linear(2048, 1024)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.last(self.first(x))
+            return out
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        cascade = lx.adapt(Wide(), (torch.randn(2, 1024),), spec=lx.CascadeSpec(rank=2), frontend="symbolic")
+        cascade.transition(None)
+        tensors = dict(cascade.model.named_parameters())
+        assert checksums(tensors) == {name: checksum(value) for name, value in tensors.items()}
+        tensors["last.weight"].data[-1, -1] += 1
+        with raises(lx.StateError, "weights-changed-outside", "last.weight"):
+            cascade.transition(None)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_same_numbers_written_again_are_no_change() -> None:
