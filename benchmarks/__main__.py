@@ -1,4 +1,4 @@
-"""The benchmark: `python -m benchmarks [names] [--only table|costs|start|curves] [--rounds N] [--quick] [--write]`.
+"""The benchmark: `python -m benchmarks [names] [--only PART] [--rounds N] [--quick] [--write]`.
 
 A run of everything writes results.json, curves.json and curves.svg in this folder, and the section of docs/costs.md. A
 part of it prints what it found, and writes it only with --write, in place of what the files hold of it.
@@ -21,13 +21,14 @@ import torch
 from . import curves, report, start
 from .costs import costs
 from .files import write
-from .measure import pin
+from .measure import keep_freed, pin
 from .models import STARTED, WORKS
+from .placement_oracle import oracle
 from .resident import STARTS, can_measure, resident_all
 from .steps import measured
 
 HERE = Path(__file__).parent
-PARTS = ("table", "costs", "start", "curves")
+PARTS = ("table", "placement", "costs", "start", "curves")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,9 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.names and options.only is None:
         parts.remove("curves")  # they have models of their own
     pin(options.threads)
+    keep_freed()
     measured_now: dict[str, Any] = {"about": report.about(options.threads, options.rounds)}
     if "table" in parts:
         measured_now["steps"] = {name: _steps(name, options) for name in names}
+    if "placement" in parts:
+        measured_now["placement"] = {name: _placement(name, options.rounds) for name in names}
     if "costs" in parts:
         costs(WORKS["tiny"], 1)  # imports, and what is done once in a process
         measured_now["costs"] = {name: _costs(name, options.repeats) for name in names}
@@ -92,6 +96,13 @@ def _steps(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def _placement(name: str, rounds: int) -> dict[str, Any]:
+    row = oracle(WORKS[name], rounds)
+    gc.collect()
+    print(f"\n{report.placement_table({name: row})}", flush=True)
+    return row
+
+
 def _costs(name: str, repeats: int) -> dict[str, Any]:
     row = costs(WORKS[name], repeats)
     gc.collect()
@@ -105,6 +116,8 @@ def _start(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
     imports, calls = start.import_seconds(max(options.repeats, 2)), start.call(options.rounds)
     found: dict[str, Any] = {"once": {"import": imports, "call": calls}}
     print(f"\n{report.call_table(found['once'])}", flush=True)
+    found["once"]["graph breaks"] = {name: start.graph_breaks(name, options.repeats) for name in start.BROKEN}
+    print(f"\n{report.graph_breaks_table(found['once'])}", flush=True)
     for name in names:
         found[name] = start.start((WORKS | STARTED)[name], options.repeats)
         gc.collect()

@@ -16,8 +16,8 @@ def write(found: Mapping[str, Any], folder: Path, page: Path, whole: bool) -> No
     """Write what was found; a part takes the place of what the files hold of it.
 
     Args:
-        found: `about`, and what was measured of `steps`, `costs`, `start` (by model) and `curves` (which have
-            `rounds` of their own).
+        found: `about`, and what was measured of `steps`, `placement`, `costs`, `start` (by model) and `curves` (which
+            have `rounds` of their own).
         folder: of the results.
         page: with the markers of `report.put`.
         whole: it is all there is; what the files held is dropped.
@@ -30,8 +30,8 @@ def write(found: Mapping[str, Any], folder: Path, page: Path, whole: bool) -> No
     before = {} if whole or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
     if before and before["about"] != about:
         raise SystemExit(f"{path.name} holds numbers of {before['about']}, these are of {about}: measure all of it")
-    parts = {part: before.get(part, {}) | found.get(part, {}) for part in ("steps", "costs", "start")}
-    results = {"about": about, **{part: rows for part, rows in parts.items() if rows or part != "start"}}
+    parts = {part: before.get(part, {}) | found.get(part, {}) for part in ("steps", "placement", "costs", "start")}
+    results = {"about": about, **{part: rows for part, rows in parts.items() if rows or part in ("steps", "costs")}}
     text = report.put(page.read_text(encoding="utf-8"), report.section(results))
     if "curves" in found:
         _dump({"about": about | {"rounds": found["curves"]["rounds"]}, **found["curves"]}, folder / "curves.json")

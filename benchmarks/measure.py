@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Turn", "Turns", "alternate", "pin", "ratio"]
+__all__ = ["Turn", "Turns", "alternate", "keep_freed", "pin", "ratio"]
 
 WARM = 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -83,3 +85,15 @@ def pin(threads: int) -> None:
     """Use so many threads, and the same random numbers every time."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+
+
+def keep_freed() -> None:
+    """Keep freed memory in the process (glibc), for every rival alike.
+
+    By default it goes back to the system where it lies at the end of the heap, and the next step pays for new pages.
+    Which rival's does depends on what the others hold, as all are in one process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

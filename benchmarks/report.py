@@ -20,7 +20,9 @@ __all__ = [
     "about",
     "call_table",
     "cost_table",
+    "graph_breaks_table",
     "memory_table",
+    "placement_table",
     "put",
     "section",
     "start_table",
@@ -58,10 +60,12 @@ One command makes all of this, `make bench`: the text, `benchmarks/results.json`
 CPU seconds of a training step over those of the same model frozen (forward, and the gradient down to the input):
 ratio of the minima (median of the ratios within a round). *Folded* is the model that `release()` gives back; its
 deviation from 1.00 is measurement noise. *Floor*: the flops of the low-rank products added to those of the frozen step.
-*Expected*: the cost model's prediction.
+*Expected*: the cost model's prediction. Memory that is freed stays in the process, for all rivals
+(`benchmarks/measure.py`).
 
 {step_table(results["steps"])}
 
+{_placed(results.get("placement", {}))}
 MiB that autograd keeps between forward and backward, without parameters and buffers. *Allowed* is what the frozen model
 keeps together with the inputs of the branches. Two columns are with adapter dropout of {DROPOUT:g}. *Resident* is the
 peak of a process that holds only this model, while it trains; interpreter and libraries are in it.
@@ -112,6 +116,34 @@ def step_table(rows: Rows) -> str:
     return table(head, map(cells, rows.values()))
 
 
+def _placed(rows: Rows) -> str:
+    """Return the table of placements; nothing where none was measured."""
+    if not rows:
+        return ""
+    return f"""\
+The step with the placements that the cost model chose, over the same with others (`benchmarks/placement_oracle.py`):
+every branch beside its op, every branch merged, and the fastest that has one group of sites in its other placement.
+
+{placement_table(rows)}
+"""
+
+
+def placement_table(rows: Rows) -> str:
+    """Return the table of placements: as chosen over the others."""
+
+    def cells(row: Mapping[str, Any]) -> Iterable[str]:
+        ratios = row["ratios"]
+        groups = [name for name in ratios if not name.startswith("all ")]
+        best = max(groups, key=lambda name: ratios[name]["paired"], default=None)
+        yield row["title"]
+        for name in ("all beside", "all merged", *([best] if best else [])):
+            yield f"{ratios[name]['minimum']:.3f} ({ratios[name]['paired']:.3f})"
+        yield f"{best}, {row['sites'][best]} sites" if best else "-"
+
+    head = ("model", "all beside", "all merged", "one group in its other placement", "which")
+    return table(head, map(cells, rows.values()))
+
+
 def memory_table(rows: Rows) -> str:
     """Return the table of memory, in MiB."""
 
@@ -157,6 +189,11 @@ the graph after `load`. *Added* is what `adapt` adds to a process at its peak, w
 
 {start_table({name: row for name, row in rows.items() if name != "once"})}
 
+Models with graph breaks, of `tests.models.zoo`: CPU seconds of `adapt`, beside dynamo's own first call of the frozen
+model with its backend `eager`.
+
+{graph_breaks_table(rows["once"])}
+
 Milliseconds of CPU of a call of a BERT of {LAYERS} layers and width {WIDTH}, where Python is most of the time:
 
 {call_table(rows["once"])}
@@ -178,6 +215,18 @@ def start_table(rows: Rows) -> str:
     bound, added = "adapt / (1.5 export + 3 forward + backward)", ("MiB added", "added, base=FOLDER")
     head = ("model", *STARTS, bound, "MiB of weights", "of sites", *added)
     return table(head, map(cells, rows.values()))
+
+
+def graph_breaks_table(once: Mapping[str, Any]) -> str:
+    """Return the table of `adapt` where the capture has graph breaks."""
+
+    def cells(name: str) -> Iterable[str]:
+        found = once["graph breaks"][name]
+        yield name
+        yield from (f"{found[key]:.2f}" for key in ("dynamo", "adapt"))
+        yield f"{found['adapt'] / found['dynamo']:.2f}"
+
+    return table(("model", "dynamo", "adapt", "adapt / dynamo"), map(cells, once["graph breaks"]))
 
 
 def call_table(once: Mapping[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """What comes before the first step: the import, `adapt` and `load`, and what a call of a small model costs.
 
+Models with graph breaks stand beside the first call that dynamo makes of them with its backend `eager`.
+
 `adapt` runs the model and its graph, three forwards and where their autograd graphs differ two backwards, to see that
 they do the same, and exports it; so it stands beside `torch.export.export` alone, for these sizes only, a forward and a
 backward; `again` is that of another model of the same state, which uses the graph of the first. `load` has no inputs:
@@ -21,6 +23,9 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.capture import forget
+from tests.forms.compare import seed
+from tests.models.entry import built
+from tests.models.zoo import ZOO
 
 from .costs import clocked
 from .measure import Turn, alternate, ratio
@@ -28,7 +33,7 @@ from .models import Work
 from .rivals import adapted, wrapped
 from .transitions import Seconds, train
 
-__all__ = ["CALLS", "LAYERS", "STARTS", "WIDTH", "call", "import_seconds", "narrow", "start"]
+__all__ = ["BROKEN", "CALLS", "LAYERS", "STARTS", "WIDTH", "call", "graph_breaks", "import_seconds", "narrow", "start"]
 
 STARTS = ("forward", "backward", "export", "adapt", "again", "load", "first call")
 CALLS = ("forward", "forward and backward")
@@ -38,6 +43,8 @@ WIDTH, LAYERS, TOKENS = 64, 12, 16
 """Of the model whose calls are measured: so narrow that Python is most of the time."""
 REPEATS = 20
 """Calls in a round."""
+BROKEN = ("yoso", "hf_whisper")
+"""Entries of `tests.models.zoo` that have graph breaks."""
 
 _IMPORT = """
 import time
@@ -83,6 +90,28 @@ def start(work: Work, repeats: int) -> dict[str, Any]:
         forget()
         clocked(found["first call"], partial(loaded, **batch))
     return {"title": work.title, **{name: min(each.cpu for each in found[name]) for name in STARTS}}
+
+
+def graph_breaks(name: str, repeats: int) -> dict[str, float]:
+    """Return the least CPU seconds of dynamo's first call and of `adapt` with graph breaks.
+
+    Args:
+        name: of an entry of the zoo.
+        repeats: fresh models.
+    """
+    entry = ZOO[name]
+    found: dict[str, list[Seconds]] = {"dynamo": [], "adapt": []}
+    for _ in range(repeats + 1):  # the first has imports in it, and what is done once in a process
+        seed(0)
+        args, kwargs = entry.inputs(True)
+        torch._dynamo.reset()
+        forget()
+        compiled = torch.compile(built(entry).requires_grad_(False), backend="eager")
+        clocked(found["dynamo"], partial(compiled, *args, **kwargs))
+        torch._dynamo.reset()
+        options = {"kwargs": kwargs, "spec": lx.CascadeSpec(rank=2), "frontend": "graph-breaks"}
+        clocked(found["adapt"], partial(lx.adapt, built(entry), args, **options))
+    return {key: min(each.cpu for each in times[1:]) for key, times in found.items()}
 
 
 def narrow() -> nn.Module:

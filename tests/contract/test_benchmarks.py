@@ -27,10 +27,11 @@ from benchmarks.floor import floor_ratio, low_rank_flops, step_flops
 from benchmarks.measure import WARM, Turn, Turns, alternate, ratio
 from benchmarks.memory import activation_bytes, allowed_bytes
 from benchmarks.models import WORKS
+from benchmarks.placement_oracle import oracle, placed
 from benchmarks.resident import can_measure, resident_all
 from benchmarks.rivals import RIVALS, adapted, check_same_work, entries, make, make_all, wrapped
 from benchmarks.sites import Recorder
-from benchmarks.start import CALLS, STARTS, call, import_seconds, start
+from benchmarks.start import CALLS, STARTS, call, graph_breaks, import_seconds, start
 from benchmarks.steps import PAIRS, measured
 
 pytestmark = pytest.mark.slow
@@ -87,8 +88,9 @@ def test_tables_have_a_cell_for_each_title(row: dict[str, Any], paid: dict[str, 
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # YOSO's own
 def test_what_comes_before_the_first_step(row: dict[str, Any], paid: dict[str, Any], tmp_path: Path) -> None:
-    once = {"import": import_seconds(1), "call": call(1)}
+    once = {"import": import_seconds(1), "call": call(1), "graph breaks": {"yoso": graph_breaks("yoso", 1)}}
     started = {"once": once, "tiny": start(TINY, 1)}
     assert set(started["tiny"]) == {"title", *STARTS}
     assert all(value > 0 for value in numbers({name: started["tiny"][name] for name in STARTS}))
@@ -100,9 +102,35 @@ def test_what_comes_before_the_first_step(row: dict[str, Any], paid: dict[str, A
         page.write_text(f"{report.BEGIN}\n{report.END}\n")
         write(part, tmp_path, page, whole)
         assert ("after `import torch`" in page.read_text()) == (not whole)
-    for made in (report.start_table({"tiny": started["tiny"]}), report.call_table(once)):
+    assert set(once["graph breaks"]["yoso"]) == {"dynamo", "adapt"}
+    for made in (
+        report.start_table({"tiny": started["tiny"]}),
+        report.call_table(once),
+        report.graph_breaks_table(once),
+    ):
         assert len({line.count("|") for line in made.splitlines()}) == 1
         assert made in page.read_text()
+
+
+def test_placements_are_held_against_the_others(row: dict[str, Any], paid: dict[str, Any]) -> None:
+    found = oracle(TINY, rounds=1)
+    assert found["sites"] == {
+        "all beside": 3,
+        "all merged": 3,
+        "6 x 3 x 3 x 3: beside, here merged": 1,
+        "20 x 384: beside, here merged": 1,
+        "4 x 20: beside, here merged": 1,
+    }
+    made = report.placement_table({"tiny": found})
+    assert len({line.count("|") for line in made.splitlines()}) == 1
+    assert made in report.section({**results(row, paid), "placement": {"tiny": found}})
+
+
+def test_a_placement_of_the_oracle_is_that_of_the_cascade() -> None:
+    weights = {"conv.weight": "merged", "fc.weight": "beside", "head.weight": "merged"}
+    with placed(weights):
+        cascade = adapted(TINY, TINY.build(), TINY.batch())
+    assert {site.weight: site.placement for site in cascade.sites} == weights
 
 
 def test_the_section_takes_the_place_of_the_last_one() -> None:
