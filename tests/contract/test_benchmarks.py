@@ -115,6 +115,7 @@ def test_what_comes_before_the_first_step(row: dict[str, Any], paid: dict[str, A
 def test_placements_are_held_against_the_others(row: dict[str, Any], paid: dict[str, Any]) -> None:
     found = oracle(TINY, rounds=1)
     assert found["sites"] == {
+        "as chosen, again": 0,
         "all beside": 3,
         "all merged": 3,
         "6 x 3 x 3 x 3: beside, here merged": 1,
