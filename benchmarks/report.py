@@ -69,7 +69,8 @@ deviation from 1.00 is measurement noise. *Floor*: the flops of the low-rank pro
 {_placed(results.get("placement", {}))}
 MiB that autograd keeps between forward and backward, without parameters and buffers. *Allowed* is what the frozen model
 keeps together with the inputs of the branches. Two columns are with adapter dropout of {DROPOUT:g}. *Resident* is the
-peak of a process that holds only this model, while it trains; interpreter and libraries are in it.
+peak of a process that holds only this model, while it trains; interpreter and libraries are in it. *base=FOLDER* is
+ours with W0 in files.
 
 {memory_table(results["steps"])}
 
@@ -156,10 +157,13 @@ def memory_table(rows: Rows) -> str:
         yield f"{kept['ours'] / kept['allowed']:.2f}"
         yield from (_mib(dropped.get(name)) for name in ("peft", "ours"))
         yield from (_mib(resident.get(name, {}).get("step")) for name in ("frozen", "full", "peft", "ours"))
+        yield _mib(resident.get("ours", {}).get("sites"))
+        yield _mib(resident.get("ours-file", {}).get("step"))
 
     head = ("model", "frozen", "full", "peft", "ours", "ours / allowed", "peft, dropout", "ours, dropout")
     return table(
-        (*head, *(f"resident: {name}" for name in ("frozen", "full", "peft", "ours"))), map(cells, rows.values())
+        (*head, *(f"resident: {name}" for name in ("frozen", "full", "peft", "ours", "W0 in it", "base=FOLDER"))),
+        map(cells, rows.values()),
     )
 
 
@@ -187,7 +191,7 @@ CPU seconds of `adapt` and of a `load` without inputs, on two examples, beside a
 `torch.export.export` alone. `adapt` has three forwards in it, by which the graph is held against the model, and two
 backwards where their autograd graphs differ; *again* is `adapt` of another model in the same state; *first call* makes
 the graph after `load`. *Added* is what `adapt` adds to a process at its peak, with W0 in memory, and by
-`base=FOLDER` with W0 in files.
+`base=FOLDER` with W0 in files; *of a forward* is what a forward alone adds, with its autograd graph.
 
 {start_table({name: row for name, row in rows.items() if name != "once"})}
 
@@ -211,11 +215,11 @@ def start_table(rows: Rows) -> str:
         yield f"{row['adapt'] / (1.5 * row['export'] + 3 * row['forward'] + row['backward']):.2f}"
         memory = row.get("memory", {})
         kept = memory.get("start", {})
-        yield from (_mib(kept.get(what)) for what in ("weights", "sites", "added"))
+        yield from (_mib(kept.get(what)) for what in ("weights", "sites", "forward", "added"))
         yield _mib(memory.get("start-file", {}).get("added"))
 
     bound, added = "adapt / (1.5 export + 3 forward + backward)", ("MiB added", "added, base=FOLDER")
-    head = ("model", *STARTS, bound, "MiB of weights", "of sites", *added)
+    head = ("model", *STARTS, bound, "MiB of weights", "of sites", "of a forward", *added)
     return table(head, map(cells, rows.values()))
 
 

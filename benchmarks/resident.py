@@ -17,10 +17,15 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lorasc_fx as lx
 
 __all__ = ["STARTS", "can_measure", "resident", "resident_all", "started"]
 
-RIVALS = ("frozen", "ours", "peft", "full")
+RIVALS = ("frozen", "ours", "ours-file", "peft", "full")
+"""`ours-file` is ours with W0 in the files that the model was saved to."""
 STARTS = ("start", "start-file")
 """What keeps W0 while `adapt` is measured: memory, or the files that the model was saved to."""
 
@@ -43,24 +48,39 @@ def _set_back() -> None:
 
 
 def resident(name: str, rival: str, threads: int) -> dict[str, int]:
-    """Return bytes: `built`, the peak while the rival is made, and `step`, the peak of three steps after that."""
+    """Return bytes: `built`, the peak while the rival is made, and `step`, the peak of three steps after that; of ours
+    also `sites`, what W0 takes.
+    """
+    from safetensors.torch import save_model
+
+    import lorasc_fx as lx
+
     from .measure import pin
     from .models import WORKS
     from .rivals import make
 
     pin(threads)
     work = WORKS[name]
-    found = make(rival, work, work.build(), work.batch())
-    built = _peak()
-    _set_back()
-    for _ in range(3):
-        found.prepare()
-        found.step()
-    return {"built": built, "step": _peak()}
+    model, batch = work.build(), work.batch()
+    with tempfile.TemporaryDirectory() as folder:
+        if rival == "ours-file":
+            save_model(model, f"{folder}/model.safetensors")
+            found = make("ours", work, model, batch, base=folder)
+        else:
+            found = make(rival, work, model, batch)
+        built = _peak()
+        _set_back()
+        for _ in range(3):
+            found.prepare()
+            found.step()
+        peak = _peak()
+    sites = {"sites": _of_sites(found.model)} if isinstance(found.model, lx.Cascade) else {}
+    return {"built": built, "step": peak, **sites}
 
 
 def started(name: str, rival: str, threads: int) -> dict[str, int]:
-    """Return bytes: `weights` of the model, `sites` (W0), and `added` by `adapt` at its peak, for one of STARTS.
+    """Return bytes: `weights` of the model, `sites` (W0), what a `forward` adds at its peak with its autograd graph,
+    and what is `added` by `adapt` at its peak, for one of STARTS.
 
     The model has run before, and another was adapted, so that the memory of libraries is none of it.
     """
@@ -87,15 +107,20 @@ def started(name: str, rival: str, threads: int) -> dict[str, int]:
         ctypes.CDLL(None).malloc_trim(0)
         _set_back()
         before = _peak()
+        model(**batch)
+        forward = _peak()
+        ctypes.CDLL(None).malloc_trim(0)
+        _set_back()
         cascade = lx.adapt(model, kwargs=batch, spec=spec, base=folder if rival == "start-file" else "memory")
         after = _peak()
-    weights = {site.weight for site in cascade.plan.sites}
-    parameters = dict(model.named_parameters())
-    return {
-        "weights": sum(value.nbytes for value in parameters.values()),
-        "sites": sum(parameters[weight].nbytes for weight in weights),
-        "added": after - before,
-    }
+    weights = sum(value.nbytes for value in model.parameters())
+    sites = _of_sites(cascade)
+    return {"weights": weights, "sites": sites, "forward": forward - before, "added": after - before}
+
+
+def _of_sites(cascade: lx.Cascade) -> int:
+    """Return the bytes of the weights that have a branch."""
+    return sum(cascade.model.get_parameter(site.weight).nbytes for site in cascade.sites)
 
 
 def resident_all(name: str, threads: int, rivals: Sequence[str] = RIVALS) -> dict[str, dict[str, int]]:

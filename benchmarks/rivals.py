@@ -72,11 +72,12 @@ def can_drop() -> bool:
 def adapted(
     work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor], dropout: float = 0.0, **options: Any
 ) -> lx.Cascade:
-    """Return the model adapted by us; `options` are of the spec."""
+    """Return the model adapted by us; `options` are of the spec, and `base` of `adapt`."""
+    base = options.pop("base", "memory")
     spec = lx.CascadeSpec(**{"targets": work.targets, "rank": RANK, "lora_alpha": float(RANK), **options})
     if dropout:
         spec = replace(spec, dropout=dropout)
-    return lx.adapt(model, kwargs=dict(batch), spec=spec)
+    return lx.adapt(model, kwargs=dict(batch), spec=spec, base=base)
 
 
 def wrapped(work: Work, model: nn.Module, dropout: float = 0.0, **options: Any) -> nn.Module:
@@ -101,7 +102,7 @@ def make(
     dropout: float = 0.0,
     **options: Any,
 ) -> Rival:
-    """Return the rival of this name; the model becomes its own. `options` are of our spec, for `ours`."""
+    """Return the rival of this name; the model becomes its own. `options` are of `adapted`, for `ours`."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "frozen": lambda: model.requires_grad_(False),
         "ours": lambda: adapted(work, model, batch, dropout, **options),

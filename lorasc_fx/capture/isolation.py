@@ -152,15 +152,22 @@ _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 have had a preflight."""
 
 
-_ELSEWHERE: WeakKeyDictionary[nn.Module, Mapping[str, torch.Tensor]] = WeakKeyDictionary()
-"""Values of parameters that something else keeps, a file, so that an isolated run needs no copy of them."""
+Same = Callable[[torch.Tensor, torch.Tensor], bool]
+
+_ELSEWHERE: WeakKeyDictionary[nn.Module, tuple[Mapping[str, torch.Tensor], Same]] = WeakKeyDictionary()
+"""Values of parameters that something else keeps, a file, so that an isolated run needs no copy of them; and what
+compares such a value with a parameter."""
 
 
 @isolated
-def kept_elsewhere(undo: Block[Any], model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Let isolated runs of a model restore parameters from these values, by name, in place of copies of their own."""
+def kept_elsewhere(
+    undo: Block[Any], model: nn.Module, values: Mapping[str, torch.Tensor], same: Same = torch.equal
+) -> None:
+    """Let isolated runs of a model restore parameters from these values, by name, in place of copies of their own;
+    `same` compares one with its parameter.
+    """
     undo(partial(_ELSEWHERE.pop, model, None))
-    _ELSEWHERE[model] = values
+    _ELSEWHERE[model] = values, same
 
 
 def written_by(model: nn.Module, otherwise: frozenset[str] = frozenset()) -> frozenset[str]:
@@ -272,7 +279,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
         )
         for module in model.modules()
     ]
-    known, elsewhere = _WRITTEN.get(model), _ELSEWHERE.get(model, {})
+    known, (elsewhere, same) = _WRITTEN.get(model), _ELSEWHERE.get(model, ({}, torch.equal))
     kept = {
         name: (
             parameter,
@@ -296,7 +303,8 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
                 moved = parameter.data_ptr() != memory.data_ptr()
                 if moved:
                     parameter.data = memory
-                if moved or not torch.equal(parameter.cpu(), value):
+                equal = same if name in elsewhere else torch.equal
+                if moved or not equal(value, parameter.cpu()):
                     parameter.copy_(value)
                     written.add(name)
             written.update(name for name, parameter, version in versions if parameter._version != version)

@@ -1,13 +1,16 @@
 """W0 as pages of the safetensors file that the model came from, in place of a copy in host memory (`base="file"`).
 
-Such a tensor is mapped, not read: its pages are the system's to load and to drop, and no file stays open. It is
-compared once, bit for bit, with what the model holds, so that W0 is the same whatever keeps it. Nothing is written to
-the file, and no other program may write to it while the cascade lives; this is checked before each call that needs W0.
+Such a tensor is mapped: the system reads its pages when they are used, we give them back after each use, and no file
+stays open. It is compared once, bit for bit, with what the model holds, so that W0 is the same whatever keeps it.
+Nothing is written to the file, and no other program may write to it while the cascade lives; this is checked before
+each call that needs W0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +29,7 @@ from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.shards import local, local_like
 
-__all__ = ["INDEX", "SINGLE", "BaseFile", "name_or_path", "open_base", "opened", "renamed", "shards_of"]
+__all__ = ["INDEX", "SINGLE", "BaseFile", "MappedPages", "name_or_path", "open_base", "opened", "renamed", "shards_of"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
@@ -63,10 +66,13 @@ class BaseFile:
                 wanted.setdefault(self.files[key], []).append((name, key))
         tensors = {}
         for path, pairs in wanted.items():
-            for (name, key), tensor in zip(pairs, _tensors(path, [key for _, key in pairs]), strict=True):
+            read = _tensors(path, [key for _, key in pairs])
+            pages = MappedPages.of([path])
+            for (name, key), tensor in zip(pairs, read, strict=True):
                 held = parameters[name].detach()
                 here = local_like(tensor, held) if tensor.shape == held.shape else tensor
-                _check_same(f"base: {key} of {path}", here, name, local(held))
+                _check_same(f"base: {key} of {path}", here, name, local(held), pages)
+                pages.release(tensor)
                 tensors[name] = here
         return tensors
 
@@ -76,12 +82,18 @@ class BaseFile:
         for name, parameter in parameters.items():
             if type(parameter) is nn.Parameter and (key := self._find(name)) is not None:
                 wanted.setdefault(self.files[key], []).append((name, key))
-        return {
-            name: tensor
-            for path, pairs in wanted.items()
-            for (name, key), tensor in zip(pairs, _tensors(path, [key for _, key in pairs]), strict=True)
-            if _same_kind(tensor, held := parameters[name].detach()) and _same_bits(tensor, held)
-        }
+        tensors = {}
+        for path, pairs in wanted.items():
+            read = _tensors(path, [key for _, key in pairs])
+            pages = MappedPages.of([path])
+            for (name, _), tensor in zip(pairs, read, strict=True):
+                if _same_kind(tensor, held := parameters[name].detach()) and pages.same_bits(tensor, held):
+                    tensors[name] = tensor
+        return tensors
+
+    def pages(self) -> MappedPages:
+        """Return the pages of the files that are mapped now."""
+        return MappedPages.of(self.stamps)
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return the numbers of a weight before it was quantized.
@@ -122,6 +134,56 @@ class BaseFile:
             f"{_ADVICE}; a weight that is new can be excluded, or trained in full",
             code="base-tensor-missing",
         )
+
+
+@dataclass(frozen=True)
+class MappedPages:
+    """Memory of this process that is mapped from files (Linux; empty elsewhere).
+
+    Args:
+        spans: addresses, begin and end.
+    """
+
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, paths: Iterable[Path]) -> MappedPages:
+        """Return what is mapped of these files."""
+        if not _MAPS.exists() or not hasattr(mmap, "MADV_DONTNEED"):
+            return cls()
+        wanted = {(os.stat(path).st_ino, os.path.realpath(path)) for path in paths if path.exists()}
+        spans = []
+        for line in _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            span, _, _, _, inode, *path = line.split(maxsplit=5)
+            if path and (int(inode), path[0]) in wanted:
+                begin, end = span.split("-")
+                spans.append((int(begin, 16), int(end, 16)))
+        return cls(tuple(spans))
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Give the pages of a mapped tensor, to which nothing was written, back to the system: the next use reads them
+        from the file again. Memory that is not mapped from the files is left alone.
+        """
+        size = mmap.PAGESIZE
+        begin = -(-tensor.data_ptr() // size) * size
+        end = (tensor.data_ptr() + tensor.nbytes) // size * size
+        if begin < end and tensor.is_contiguous() and any(low <= begin and end <= high for low, high in self.spans):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+    def same_bits(self, tensor: torch.Tensor, held: torch.Tensor) -> bool:
+        """Whether a mapped tensor is another of its shape and dtype, bit for bit; pages are released as it goes."""
+        parts = [value.contiguous().view(-1).view(torch.uint8).split(_PART) for value in (tensor, held.detach())]
+        for part, other in zip(*parts, strict=True):
+            same = torch.equal(part, other.to("cpu"))
+            self.release(part)
+            if not same:
+                return False
+        return True
+
+
+_PART = 8 << 20
+"""Bytes of a file that are compared at a time."""
+_MAPS = Path("/proc/self/maps")
 
 
 def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
@@ -242,15 +304,10 @@ def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    bits = [tensor.to("cpu").contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
-    return torch.equal(*bits)
-
-
-def _check_same(where: str, tensor: torch.Tensor, name: str, held: torch.Tensor) -> None:
+def _check_same(where: str, tensor: torch.Tensor, name: str, held: torch.Tensor, pages: MappedPages) -> None:
     """Raise CheckpointError where a tensor of a file is not, bit for bit, what the model holds."""
     if not _same_kind(tensor, held):
         there, here = (f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in (tensor, held))
         raise CheckpointError(f"{where} is {there}, the model's {name} is {here}. {_ADVICE}", code="base-differs")
-    if not _same_bits(tensor, held):
+    if not pages.same_bits(tensor, held):
         raise CheckpointError(f"{where} holds other numbers than the model's {name}. {_ADVICE}", code="base-differs")

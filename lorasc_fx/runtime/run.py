@@ -18,7 +18,7 @@ from lorasc_fx.fingerprint import checksum, checksums, fingerprints, source_dige
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import dense, is_quantized
-from lorasc_fx.runtime.base_file import BaseFile
+from lorasc_fx.runtime.base_file import BaseFile, MappedPages
 from lorasc_fx.runtime.checkpoint import version
 from lorasc_fx.runtime.gradient import GradientInitialization
 from lorasc_fx.runtime.materialize import MetaModel
@@ -314,7 +314,13 @@ class Run:
             else:
                 planned.slow.write_resting(name, planned.plan, out)
 
-        write = planned.write or write_resting
+        pages = self.base_file.pages() if self.base_file is not None else MappedPages()
+
+        def write(name: str, out: torch.Tensor) -> None:
+            (planned.write or write_resting)(name, out)
+            if name in planned.slow.states:
+                pages.release(planned.slow.states[name].base)
+
         with no_grad():
             for weight, values in planned.factors.items():
                 branches[weight].to_rank(planned.plan.by_weight[weight])

@@ -318,11 +318,13 @@ def test_the_size_of_the_state_by_hand() -> None:
 
 @pytest.mark.skipif(not can_measure(), reason="this system does not tell the peak of a process")
 def test_resident_memory_comes_from_a_process_of_its_own() -> None:
-    found = resident_all("tiny", 1, ("frozen", "start-file"))
+    found = resident_all("tiny", 1, ("frozen", "ours-file", "start-file"))
+    assert found["ours-file"]["sites"] == found["start-file"]["sites"]
     assert found["frozen"]["step"] > 50 * 2**20  # an interpreter with torch in it
     assert found["frozen"]["built"] > 50 * 2**20
     assert found["start-file"]["sites"] == 4 * (6 * 27 + 20 * 384 + 4 * 20)
     assert found["start-file"]["weights"] == found["start-file"]["sites"] + 4 * (6 + 20 + 4)
+    assert 0 <= found["start-file"]["forward"] < 50 * 2**20
     assert 0 <= found["start-file"]["added"] < 50 * 2**20  # of a model of 31 KiB, and no library is imported for it
 
 
