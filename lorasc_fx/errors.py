@@ -35,6 +35,7 @@ __all__ = [
     "named",
     "nearest",
     "path_of",
+    "reason_of",
     "warn",
 ]
 
@@ -341,6 +342,11 @@ def named(names: Iterable[str], count: int = 3) -> str:
     names = list(names)
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return f"{', '.join(names[:count])}{more}"
+
+
+def reason_of(fault: BaseException) -> str:
+    """Return why an operation failed: of the file system without the path, which the message names already."""
+    return (isinstance(fault, OSError) and fault.strerror) or str(fault)
 
 
 def path_of(path: str | os.PathLike[str]) -> Path:

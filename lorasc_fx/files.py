@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lorasc_fx.errors import CheckpointError, ExportError, LorascError
+from lorasc_fx.errors import CheckpointError, ExportError, LorascError, reason_of
 from lorasc_fx.undo import Block, isolated
 
 __all__ = ["make_folder", "one_writer", "replacing", "sync"]
@@ -162,8 +162,9 @@ def replacing(out: Path) -> Iterator[Path]:
                 _remove(new)
                 _remove(old)
     except (OSError, SafetensorError) as fault:
-        why = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
-        raise ExportError(f"{out}: was not written: {why}; what was there stays", code="write-failed") from fault
+        raise ExportError(
+            f"{out}: was not written: {reason_of(fault)}; what was there stays", code="write-failed"
+        ) from fault
 
 
 def _clear(place: Path) -> None:

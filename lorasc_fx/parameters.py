@@ -23,6 +23,7 @@ __all__ = [
     "exchange",
     "holders",
     "holders_of",
+    "names_of",
     "shallow",
     "substituted",
 ]
@@ -74,6 +75,14 @@ def holders(model: nn.Module) -> Iterator[Holder]:
                     if isinstance(value, torch.Tensor):
                         leaf = flat[index] if index < len(flat) else names.get(id(value), "")
                         yield Holder(module, leaf, attribute, index, value, value.device)
+
+
+def names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return all names of a parameter, by each of them, the first one first; a tied one has several."""
+    names: dict[int, tuple[str, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = (*names.get(id(parameter), ()), name)
+    return {name: group for group in names.values() for name in group}
 
 
 def holders_of(model: nn.Module, names: Iterable[str]) -> list[Holder]:

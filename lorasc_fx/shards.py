@@ -28,6 +28,7 @@ __all__ = [
     "ONE_PROCESS",
     "ProcessGroup",
     "ShardSpec",
+    "chunk_of",
     "cut_into",
     "dtensor_like",
     "full_tensor",
@@ -339,12 +340,12 @@ class ShardSpec:
         axis, sizes = shard_axis(tensor), [mesh.size(cut) for cut in cuts]
         assert axis is not None
         total = tensor.shape[axis]
-        here = _chunk(total, sizes, [mesh.get_local_rank(cut) for cut in cuts])
+        here = chunk_of(total, sizes, [mesh.get_local_rank(cut) for cut in cuts])
         if len(cuts) == 1:
-            pieces = [_chunk(total, sizes, [place]) for place in range(sizes[0])]
+            pieces = [chunk_of(total, sizes, [place]) for place in range(sizes[0])]
         else:
             places = {int(mesh.mesh[place]): place for place in itertools.product(*map(range, mesh.shape))}
-            pieces = [_chunk(total, sizes, [places[rank][cut] for cut in cuts]) for rank in sorted(places)]
+            pieces = [chunk_of(total, sizes, [places[rank][cut] for cut in cuts]) for rank in sorted(places)]
         return cls(*here, total, group, axis, tuple(pieces))
 
     def within(self, outer: ShardSpec | None) -> ShardSpec:
@@ -370,7 +371,7 @@ class ShardSpec:
         if self.group.handle is None:
             return shard
         rows = shard.movedim(self.axis, 0)
-        pieces = self.pieces or [_chunk(self.total, [self.group.size], [rank]) for rank in range(self.group.size)]
+        pieces = self.pieces or [chunk_of(self.total, [self.group.size], [rank]) for rank in range(self.group.size)]
         padded = rows.new_zeros((max(count for _, count in pieces), *rows.shape[1:]), device=self.group.device)
         padded[: self.count] = rows
         parts = [torch.empty_like(padded) for _ in range(self.group.size)]
@@ -393,7 +394,7 @@ class ShardSpec:
         return math.sqrt(self.group.sum((exact - mean).square_().sum().item()) / (count - 1))
 
 
-def _chunk(total: int, sizes: Sequence[int], places: Sequence[int]) -> tuple[int, int]:
+def chunk_of(total: int, sizes: Sequence[int], places: Sequence[int]) -> tuple[int, int]:
     """Return first and count of what is left of an axis that is cut into chunks one time after the other."""
     first, count = 0, total
     for size, place in zip(sizes, places, strict=True):

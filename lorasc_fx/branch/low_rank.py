@@ -199,9 +199,9 @@ def _in_rows(x: torch.Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _pixel_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x [batch, channels, h, w] in channels-last memory as folded rows [folds, places, channels], a view."""
-    return folded(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]))
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """Return x [batch, channels, h, w] as rows [places, channels]; in channels-last memory a view."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -218,34 +218,32 @@ def conv_down(a: torch.Tensor, x: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return A x [batch, rank, *space]: lora_A as a kernel [rank, in, *kernel]."""
     if not grid.is_product(a.shape[2:]):
         return grid.conv(x, a)
-    thin = a.flatten(1)
+    return _thin_product(a.flatten(1), x)
+
+
+def _thin_product(thin: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the product [batch, rank, *space] of a factor [rank, channels] and x [batch, channels, *space]."""
     if _in_rows(x):
-        return _images(down(thin, _pixel_rows(x)).transpose(1, 2), x)
+        return _images(down(thin, folded(_pixels(x))).transpose(1, 2), x)
     return torch.bmm(thin.expand(len(x), -1, -1), _flat(x)).view(len(x), len(thin), *x.shape[2:])
 
 
 def conv_up(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """Return `base + scale * B low` of base [batch, out, *space], low [batch, rank, *space], b [out, rank]."""
     if _in_rows(base):
-        rows = low.permute(0, 2, 3, 1).reshape(-1, low.shape[1])
-        tall = base.permute(0, 2, 3, 1).reshape(-1, base.shape[1])
-        return _images(torch.addmm(tall, rows, b.t(), alpha=scale), base)
+        return _images(torch.addmm(_pixels(base), _pixels(low), b.t(), alpha=scale), base)
     return torch.baddbmm(_flat(base), b.expand(len(base), -1, -1), _flat(low), alpha=scale).view(base.shape)
 
 
 def conv_down_back(b: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     """Return B^T slope [batch, rank, *space] of slope [batch, out, *space]."""
-    thin = b.t().contiguous()
-    if _in_rows(slope):
-        return _images(down(thin, _pixel_rows(slope)).transpose(1, 2), slope)
-    return torch.bmm(thin.expand(len(slope), -1, -1), _flat(slope)).view(len(slope), len(thin), *slope.shape[2:])
+    return _thin_product(b.t().contiguous(), slope)
 
 
 def conv_factor_gradient(low: torch.Tensor, slope: torch.Tensor, scale: float) -> torch.Tensor:
     """Return `scale * sum low slope`, [rank, channels], over batch and space."""
     if _in_rows(slope):
-        rows = low.permute(0, 2, 3, 1).reshape(-1, low.shape[1])
-        return factor_gradient(folded(rows).transpose(1, 2), _pixel_rows(slope), scale)
+        return factor_gradient(folded(_pixels(low)).transpose(1, 2), folded(_pixels(slope)), scale)
     return torch.bmm(_flat(low), _flat(slope).transpose(1, 2)).sum(0).mul_(scale)
 
 
@@ -268,6 +266,5 @@ def conv_input_gradient(back: torch.Tensor, x: torch.Tensor, a: torch.Tensor, gr
         return gradient.mul_(scale)
     thin = a.flatten(1)
     if _in_rows(x):
-        rows = back.permute(0, 2, 3, 1).reshape(-1, back.shape[1])
-        return _images((rows @ thin).mul_(scale), x)
+        return _images((_pixels(back) @ thin).mul_(scale), x)
     return torch.bmm(thin.t().expand(len(x), -1, -1), _flat(back)).mul_(scale).view(x.shape)

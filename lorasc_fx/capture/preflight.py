@@ -51,8 +51,8 @@ __all__ = [
     "Disagreement",
     "Preflight",
     "backward_nodes",
+    "backward_of_projection",
     "check_agrees",
-    "coefficients_of",
     "first_difference",
     "one_line",
     "projected",
@@ -114,8 +114,7 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
     with _fresh([*named.values(), *reached]):
         for name, leaf in named.items():
             leaf.register_post_accumulate_grad_hook(partial(take, name))
-        if roots:
-            torch.autograd.backward(roots, [coefficients_of(root, index) for index, root in enumerate(roots)])
+        backward_of_projection(roots)
     return projections
 
 
@@ -135,7 +134,13 @@ def _fresh(undo: Block[Any], leaves: Sequence[torch.Tensor]) -> None:
         leaf.grad, leaf._post_accumulate_grad_hooks = None, ours
 
 
-def coefficients_of(output: torch.Tensor, key: int) -> torch.Tensor:
+def backward_of_projection(outputs: Sequence[torch.Tensor]) -> None:
+    """Go backward from a random projection of outputs, of which there may be none."""
+    if outputs:
+        torch.autograd.backward(outputs, [_coefficients(output, index) for index, output in enumerate(outputs)])
+
+
+def _coefficients(output: torch.Tensor, key: int) -> torch.Tensor:
     """Return coefficients of an output's entries in a random projection, by shape and key; 0 where it is not finite."""
     drawn = _normal(output.shape, key).to(output.device, output.dtype)
     return torch.where(output.detach().isfinite(), drawn, torch.zeros_like(drawn))

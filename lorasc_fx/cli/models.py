@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorasc_fx.capture import open_model
 from lorasc_fx.cli.config import ModelConfig
-from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.errors import SpecError, nearest, reason_of
 from lorasc_fx.extras import module_of
 
 __all__ = [
@@ -304,5 +304,6 @@ def _weights(model: nn.Module, source: str) -> Mapping[str, Tensor]:
     try:
         return load_file(source)
     except (OSError, SafetensorError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
-        raise SpecError(f"{source}: these weights cannot be read: {reason}", code="unreadable-file") from fault
+        raise SpecError(
+            f"{source}: these weights cannot be read: {reason_of(fault)}", code="unreadable-file"
+        ) from fault

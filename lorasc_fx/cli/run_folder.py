@@ -153,7 +153,7 @@ class RunFolder:
             "classes": list(classes),
             "frontend": cascade.frontend,
             "parameters": sum(parameter.numel() for parameter in cascade.model.parameters()),
-            "trainable": sum(parameter.numel() for parameter in cascade._run.trainable().values()),
+            "trainable": cascade._run.trained_entries,
             "expected_step_ratio": cascade.expected_step_ratio,
             "sites": sites,
             "refusals": [

@@ -19,7 +19,7 @@ from lorasc_fx.capture import (
     Difference,
     Disagreement,
     GraphBreakFallback,
-    coefficients_of,
+    backward_of_projection,
     eager_trace,
     first_difference,
     isolation,
@@ -418,9 +418,8 @@ class Comparison:
             output = self.fallback.compute(inputs, named) if values is None else self.model(*inputs, **named)
             tensors = [leaf for leaf in pytree.tree_leaves(output, is_leaf=whole) if isinstance(leaf, torch.Tensor)]
             outputs = [leaf for leaf in tensors if leaf.is_floating_point()]
-            roots = [output for output in outputs if output.requires_grad] if backward else []
-            if roots:
-                torch.autograd.backward(roots, [coefficients_of(root, index) for index, root in enumerate(roots)])
+            if backward:
+                backward_of_projection([output for output in outputs if output.requires_grad])
         return [output.detach() for output in outputs]
 
 

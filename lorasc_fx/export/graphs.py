@@ -141,7 +141,7 @@ def program(
         StateError: after `release`, inside `weights`, or inside a backward.
     """
     cascade._run.check_ready(call)
-    inputs = cascade.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
+    inputs = cascade._inputs(args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
     with _evaluating(cascade):
         variant, _ = cascade._variant_of(bound, named)

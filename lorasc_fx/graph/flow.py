@@ -188,18 +188,25 @@ def may_alias(node: fx.Node) -> bool:
 
 def looks_up(node: fx.Node, constant: Container[fx.Node]) -> bool:
     """Whether a node takes rows out of its first argument by an index that depends on inputs."""
-    rest: list[fx.Node] = []
-    fx.node.map_arg((node.args[1:], node.kwargs), rest.append)
-    known = node.op in ("call_function", "call_method") and node.target in _SELECTIONS
-    return known and any(index not in constant for index in rest)
+    return any(index not in constant for index in _indices(node))
 
 
 def selects(node: fx.Node, derived: Container[fx.Node]) -> bool:
     """Whether a node takes a part of a weight, by an index that may depend on inputs (an expert, by a router)."""
+    return _is_selection(node) and node.args[0] in derived and not any(index in derived for index in _indices(node))
+
+
+def _is_selection(node: fx.Node) -> bool:
+    """Whether a node takes a part of its first argument by an index."""
+    return node.op in ("call_function", "call_method") and node.target in _SELECTIONS
+
+
+def _indices(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes by whose values a selection takes a part; none of another node."""
     rest: list[fx.Node] = []
-    fx.node.map_arg((node.args[1:], node.kwargs), rest.append)
-    selection = node.op in ("call_function", "call_method") and node.target in _SELECTIONS
-    return selection and node.args[0] in derived and not any(index in derived for index in rest)
+    if _is_selection(node):
+        fx.node.map_arg((node.args[1:], node.kwargs), rest.append)
+    return rest
 
 
 def reads_shape_only(node: fx.Node) -> bool:

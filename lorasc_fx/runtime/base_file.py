@@ -24,12 +24,24 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, nearest, path_of
+from lorasc_fx.parameters import names_of
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.shards import local, local_like
 
-__all__ = ["INDEX", "SINGLE", "BaseFile", "MappedPages", "name_or_path", "open_base", "opened", "renamed", "shards_of"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "BaseFile",
+    "MappedPages",
+    "headers",
+    "name_or_path",
+    "open_base",
+    "opened",
+    "renamed",
+    "shards_of",
+]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
@@ -41,7 +53,7 @@ class BaseFile:
 
     Args:
         path: the file or folder that was asked for.
-        files: of each tensor by its name there.
+        files: of each tensor by its name there, and `shapes` of each.
         keys: names there by the model's names, where a common prefix stands between the two.
         aliases: all names of a parameter, by each of them.
         stamps: of the files, as they were first seen.
@@ -49,6 +61,7 @@ class BaseFile:
 
     path: Path
     files: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, ...]]
     keys: Mapping[str, str]
     aliases: Mapping[str, tuple[str, ...]]
     stamps: Mapping[Path, tuple[int, ...]]
@@ -94,6 +107,14 @@ class BaseFile:
     def pages(self) -> MappedPages:
         """Return the pages of the files that are mapped now."""
         return MappedPages.of(self.stamps)
+
+    def lacking(self, parameters: Mapping[str, torch.Tensor]) -> list[str]:
+        """Return those of these parameters that the files have not under their names, or in another shape."""
+        return [
+            name
+            for name, parameter in parameters.items()
+            if tuple(parameter.shape) not in {self.shapes.get(self.keys.get(key, key)) for key in self.aliases[name]}
+        ]
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return the numbers of a weight before it was quantized.
@@ -198,13 +219,10 @@ def open_base(base: str | PathLike[str], model: nn.Module) -> BaseFile | None:
     if base == "memory":
         return None
     path = path_of(_named_by(model) if base == "file" else base)
-    shards = shards_of(path)
-    files = {key: shard for shard in shards for key in _keys(shard)}
-    names: dict[int, tuple[str, ...]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = (*names.get(id(parameter), ()), name)
-    aliases = {name: group for group in names.values() for name in group}
-    return BaseFile(path, files, renamed(aliases, files), aliases, {shard: _stamp(shard) for shard in shards})
+    shards, aliases = shards_of(path), names_of(model)
+    shapes, files = headers(shards)
+    stamps = {shard: _stamp(shard) for shard in shards}
+    return BaseFile(path, files, shapes, renamed(aliases, files), aliases, stamps)
 
 
 def name_or_path(model: nn.Module) -> str | None:
@@ -249,9 +267,14 @@ def shards_of(path: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _keys(path: Path) -> list[str]:
-    with opened(path) as handle:
-        return list(handle.keys())
+def headers(shards: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
+    """Return shape and file of each tensor of safetensors files, by its name there."""
+    shapes, files = {}, {}
+    for shard in shards:
+        with opened(shard) as handle:
+            for key in handle.keys():  # noqa: SIM118 - no mapping
+                shapes[key], files[key] = tuple(handle.get_slice(key).get_shape()), shard
+    return shapes, files
 
 
 def _tensors(path: Path, keys: Iterable[str]) -> list[torch.Tensor]:

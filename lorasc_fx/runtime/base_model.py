@@ -23,7 +23,7 @@ from lorasc_fx.errors import CheckpointError, StateError
 from lorasc_fx.extras import module_of
 from lorasc_fx.fingerprint import fingerprint
 from lorasc_fx.quantized import dense
-from lorasc_fx.runtime.base_file import SINGLE, BaseFile, name_or_path, open_base, opened
+from lorasc_fx.runtime.base_file import SINGLE, BaseFile, name_or_path, open_base
 from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import Trained, WeightState
@@ -241,7 +241,7 @@ class BaseModel:
         """
         try:
             parameters = dict(model.named_parameters())
-            new = _not_in(self._files(model), parameters)
+            new = self._files(model).lacking(parameters)
             numbers = sum(parameter.numel() for parameter in parameters.values())
             if sum(parameters[name].numel() for name in new) <= _MUCH * numbers:
                 return new
@@ -267,20 +267,6 @@ class BaseModel:
             base = open_base(replace(self, name=before)._weights(), model)
         assert base is not None
         return base
-
-
-def _not_in(base: BaseFile, parameters: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return the parameters that files have not under their names, or in another shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in set(base.files.values()):
-        with opened(path) as handle:
-            shapes |= {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-    new = []
-    for name, parameter in parameters.items():
-        keys = [base.keys.get(alias, alias) for alias in base.aliases[name]]
-        if all(shapes.get(key) != tuple(parameter.shape) for key in keys):
-            new.append(name)
-    return new
 
 
 def name_of(model: nn.Module) -> str | None:

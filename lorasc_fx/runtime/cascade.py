@@ -325,6 +325,12 @@ class Cascade(nn.Module):
             )
         return self._example
 
+    def _inputs(
+        self, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the inputs that a call gives; without any the example inputs."""
+        return self.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
+
     @property
     def frontend(self) -> str:
         """Name of the front end that took the model; empty before the first call after a `load` without inputs."""
@@ -383,7 +389,7 @@ class Cascade(nn.Module):
         plan, spec = self.plan, self.plan.spec
         pace = spec.pace_at(plan.stage)
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        trainable = sum(parameter.numel() for parameter in self._run.trainable().values())
+        trainable = self._run.trained_entries
         kinds = Counter(site.kind for site in self.sites)
         lines = [
             f"Cascade of {type(self.model).__name__}, "
@@ -680,8 +686,7 @@ class Cascade(nn.Module):
             quantized, which: as for `folded_state_dict`.
         """
         self._run.check_ready("folded_graph")
-        example = self.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
-        variant, call = self._variant_of(example[0], example[1], "folded_graph")
+        variant, call = self._variant_of(*self._inputs(args, kwargs), "folded_graph")
         with self._run.exclusive("folded_graph"):
             state = folding.folded_state(self._run, "folded_graph", quantized, which)
         return self._compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
@@ -728,7 +733,7 @@ class Cascade(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print the number of parameters that train, of all those of model and branches; `print(cascade)` says more."""
         self._run.check_alive("print_trainable_parameters", on_meta=True)
-        trainable = sum(parameter.numel() for parameter in self._run.trainable().values())
+        trainable = self._run.trained_entries
         total = sum(parameter.numel() for parameter in self.parameters())
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from lorasc_fx.errors import CheckpointError, named, path_of
+from lorasc_fx.branch import Branch
+from lorasc_fx.errors import CheckpointError, named, path_of, reason_of
 from lorasc_fx.fingerprint import fingerprints, text_digest
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import (
@@ -56,6 +57,8 @@ __all__ = [
     "refused",
     "renamed",
     "restore",
+    "whole_of",
+    "with_branches",
 ]
 
 _GENERATOR = re.compile(rf"{RNG}|rng/cuda/\d{{1,4}}")
@@ -117,7 +120,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan, Callable[[str], st
         data = plain_bytes(path, LONGEST)
     except (OSError, ValueError) as fault:
         raise CheckpointError(
-            f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}", code="unreadable-file"
+            f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}",
+            code="unreadable-file",
         ) from fault
     return manifest_of(data, path, way_back(path.parent))
 
@@ -185,7 +189,8 @@ def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
         return dict(sorted(load(data).items()))  # safetensors gives them in another order in each process
     except (OSError, SafetensorError) as fault:
         raise CheckpointError(
-            f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}", code="unreadable-file"
+            f"{path}: cannot be read: {_why(fault)}; {way_back(path.parent)}",
+            code="unreadable-file",
         ) from fault
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as fault:  # a dtype or size torch has not
         why = f"{type(fault).__name__}: {sanitized(str(fault))}"
@@ -211,12 +216,20 @@ def _joined(files: Sequence[Mapping[str, torch.Tensor]], shards: Mapping[str, in
         if odd:
             raise ValueError(f"its files disagree about the shards of {sanitized(repr(odd[0]))}")
     for name, axis in shards.items():
-        parts = [file[name] for file in files]
-        alike = {(part.dtype, part.shape[:axis], part.shape[axis + 1 :]) for part in parts}
-        if len(alike) != 1 or axis >= parts[0].dim():
-            raise ValueError(f"the shards of {sanitized(repr(name))} do not fit along axis {axis}")
-        tensors[name] = torch.cat(parts, axis)
+        tensors[name] = whole_of(name, [file[name] for file in files], axis)
     return tensors
+
+
+def whole_of(name: str, shards: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """Return the whole of a tensor, of its shards in order.
+
+    Raises:
+        ValueError: they do not fit along this axis.
+    """
+    alike = {(shard.dtype, shard.dim(), shard.shape[:axis], shard.shape[axis + 1 :]) for shard in shards}
+    if len(alike) != 1 or axis >= shards[0].dim():
+        raise ValueError(f"the shards of {sanitized(repr(name))} do not fit along axis {axis}")
+    return torch.cat(list(shards), axis)
 
 
 def _check_files(path: Path, files: Mapping[str, str]) -> None:
@@ -269,8 +282,7 @@ def _is_random(state: torch.Tensor) -> bool:
 
 
 def _why(fault: Exception) -> str:
-    """Return the reason without the path, which the message names already."""
-    return fault.strerror if isinstance(fault, OSError) and fault.strerror else sanitized(str(fault), 300)
+    return sanitized(reason_of(fault), 300)
 
 
 def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -371,6 +383,18 @@ def decoded(checkpoint: Checkpoint, taker: RunState | None = None) -> RunState:
     """
     with refused(checkpoint):
         return decode(checkpoint.manifest, checkpoint.tensors, checkpoint.plan, str(checkpoint.path), taker)
+
+
+def with_branches(checkpoint: Checkpoint) -> tuple[RunState, dict[str, Branch]]:
+    """Return the state that a checkpoint holds, and its running branches by weight, for which no model is built.
+
+    Raises:
+        CheckpointError: it is not what a checkpoint of its plan holds.
+    """
+    state = decoded(checkpoint)
+    with refused(checkpoint):
+        branches = state.running_branches()
+    return state, branches
 
 
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:

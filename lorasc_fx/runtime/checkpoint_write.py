@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lorasc_fx.checks import is_integer
-from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError
+from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError, reason_of
 from lorasc_fx.files import make_folder, one_writer, sync
 from lorasc_fx.fingerprint import file_digest, text_digest
 from lorasc_fx.plan import Plan
@@ -244,8 +244,7 @@ def _as_checkpoint_error(
     try:
         yield
     except (OSError, SafetensorError) as fault:
-        why = fault.strerror if isinstance(fault, OSError) and fault.strerror else fault
-        raise CheckpointError(f"{root}: {what}: {why}; what was there stays", code=code) from fault
+        raise CheckpointError(f"{root}: {what}: {reason_of(fault)}; what was there stays", code=code) from fault
 
 
 def _write_synced(tensors: Tensors, path: Path) -> str:

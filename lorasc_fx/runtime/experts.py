@@ -22,7 +22,7 @@ from lorasc_fx.errors import SpecError, StateError, named, nearest, warn
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import dense
-from lorasc_fx.runtime.checkpoint_read import Checkpoint, check_digests, decoded, read, refused
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, check_digests, read, with_branches
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import ended
 from lorasc_fx.spec import CascadeSpec
@@ -192,9 +192,8 @@ class GivenRun:
         if isinstance(self.run, Run):
             buffers = {key: buffer.detach().clone() for key, buffer in self.run.model_state().items()}
             return Part(self.name, self.plan, _bare(ended(self.run, "merge")), buffers)
-        state = decoded(self.run)
-        with refused(self.run):
-            branches, slow = state.running_branches(), state.slow
+        state, branches = with_branches(self.run)
+        slow = state.slow
         if state.has_begun(branches):
             bases = {key: host(bases[key]) for key in (*slow.states, *slow.trained)}
             states = {key: replace(weight, base=bases[key]) for key, weight in slow.states.items()}
@@ -231,7 +230,7 @@ def add(run: Run, name: str, given: GivenRun) -> None:
     for key, state in states.items():
         if key in slow.states and state.stacked != slow.states[key].stacked:
             raise _other_kind("add", given.name, key)
-    run.added = {**run.added, name: replace(part, slow=replace(part.slow, states=states))}
+    run.add(name, replace(part, slow=replace(part.slow, states=states)))
 
 
 def _other_kind(call: str, name: str, weight: str) -> SpecError:

@@ -8,8 +8,9 @@ from functools import partial
 
 import torch
 
+from lorasc_fx.parameters import names_of
 from lorasc_fx.quantized import is_quantized
-from lorasc_fx.runtime.checkpoint_read import Checkpoint, decoded, refused
+from lorasc_fx.runtime.checkpoint_read import Checkpoint, with_branches
 from lorasc_fx.runtime.experts import check_which
 from lorasc_fx.runtime.folding import check_asked
 from lorasc_fx.runtime.run import Run
@@ -55,9 +56,6 @@ def of_run(run: Run, call: str, which: str | Mapping[str, float] = "slow") -> Fo
     meant: Which = "averaged" if which == "averaged" else "slow"
     slow, parameters = ended(run, call), run.parameters_by_name()
     check_asked(f"{call} into the files of a base", slow, None)
-    names: dict[int, tuple[str, ...]] = {}
-    for name, parameter in run.model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = (*names.get(id(parameter), ()), name)
     changes: dict[str, Change] = {
         name: partial(slow.value, name, meant)
         for name, state in slow.states.items()
@@ -65,9 +63,8 @@ def of_run(run: Run, call: str, which: str | Mapping[str, float] = "slow") -> Fo
     }
     whole = {name: entry.value(meant, parameters[name].detach()) for name, entry in slow.trained.items()}
     changes |= {name: partial(_cast, value) for name, value in whole.items()}
-    aliases = {name: group for group in names.values() for name in group}
     buffers = {name: buffer.detach().cpu() for name, buffer in run.model_state().items()}
-    return FoldedWeights(call, run.fingerprints(), changes, whole, buffers, aliases)
+    return FoldedWeights(call, run.fingerprints(), changes, whole, buffers, names_of(run.model))
 
 
 def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeights:
@@ -80,9 +77,7 @@ def of_checkpoint(checkpoint: Checkpoint, which: Which = "slow") -> FoldedWeight
     """
     plan = checkpoint.plan
     check_which(f"fold {checkpoint.path}", which, plan.spec)
-    state = decoded(checkpoint)
-    with refused(checkpoint):
-        branches = state.running_branches()
+    state, branches = with_branches(checkpoint)
     slow, begun = state.slow, state.has_begun(branches)
     trained = slow
     if begun:

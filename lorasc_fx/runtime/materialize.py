@@ -19,7 +19,7 @@ from torch import nn
 from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, named, nearest
 from lorasc_fx.fingerprint import Buffer, data_of, fingerprint_of
 from lorasc_fx.parameters import exchange
-from lorasc_fx.runtime.base_file import opened, renamed, shards_of
+from lorasc_fx.runtime.base_file import headers, opened, renamed, shards_of
 from lorasc_fx.shards import ShardSpec, local, placed_gradient
 from lorasc_fx.undo import Undo
 
@@ -130,7 +130,7 @@ def find_numbers(
     tensors = _tensors(model)
     by_name = {name: tensor for tensor in tensors for name in tensor.names}
     _check_given(by_name, buffers)
-    shapes, files_of = _headers(path)
+    shapes, files_of = headers(shards_of(path))
     also = {name: group for group in groups for name in group}
     keys = renamed(by_name, files_of)
     for tensor in tensors:
@@ -147,16 +147,6 @@ def find_numbers(
     given = [(by_name[name].value, value) for name, value in buffers.items()]
     filled = {id(tensor) for pairs in files.values() for _, tensor in pairs} | {id(tensor) for tensor, _ in given}
     return Numbers(files, given, [tensor.value for tensor in tensors if id(tensor.value) not in filled])
-
-
-def _headers(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
-    """Return shape and file of each tensor of the files."""
-    shapes, files = {}, {}
-    for shard in shards_of(path):
-        with opened(shard) as handle:
-            for key in handle.keys():  # noqa: SIM118 - no mapping
-                shapes[key], files[key] = tuple(handle.get_slice(key).get_shape()), shard
-    return shapes, files
 
 
 def _check_given(by_name: Mapping[str, _Tensor], buffers: Mapping[str, torch.Tensor]) -> None:

@@ -174,6 +174,11 @@ class Run:
             parameters = {name: parameter for name, parameter in parameters.items() if not name.endswith(".lora_A")}
         return parameters | {f"model.{name}": parameter for name, parameter in self.trained_parameters().items()}
 
+    @property
+    def trained_entries(self) -> int:
+        """Number of entries that an optimizer trains."""
+        return sum(parameter.numel() for parameter in self.trainable().values())
+
     def start(
         self,
         trained: Mapping[str, nn.Parameter],
@@ -492,6 +497,10 @@ class Run:
         self.know_sites(undo, empty)
         known, parameters = {*self.slow.states, *self.slow.trained}, self.parameters_by_name()
         self._frozen = checksums({name: value for name, value in parameters.items() if name not in known})
+
+    def add(self, name: str, part: Part) -> None:
+        """Keep another run on this base by a name; one of the same name is replaced."""
+        self.added = {**self.added, name: part}
 
     def keep_buffers(self, buffers: Iterable[torch.Tensor]) -> None:
         """Keep buffers, as they are, for the end of `weights`; those that are kept already stay as they were."""

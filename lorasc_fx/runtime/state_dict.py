@@ -20,6 +20,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write
 from lorasc_fx.runtime.checkpoint import MANIFEST, canonical, file_names, sanitized
 from lorasc_fx.runtime.run import Gradients, Planned, Run
+from lorasc_fx.shards import chunk_of
 from lorasc_fx.undo import Undo
 
 __all__ = ["KEY", "digest_of", "from_state_dict", "name_of_part", "packed", "take_over", "to_state_dict"]
@@ -145,10 +146,7 @@ def _joined(
         here = [part for part in parts if part is not None]
         if not here:
             continue
-        alike = {(part.dtype, part.dim(), part.shape[:axis], part.shape[axis + 1 :]) for part in here}
-        if len(alike) != 1 or axis >= here[0].dim():
-            raise ValueError(f"the shards of {sanitized(repr(name))} do not fit along axis {axis}")
-        tensors[name] = torch.cat(here, axis)
+        tensors[name] = checkpoint_read.whole_of(name, here, axis)
         pieces[name] = [0 if part is None else part.shape[axis] for part in parts]
     return tensors, pieces
 
@@ -161,10 +159,7 @@ def _cut(
         written = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
         for name, axis in axes.items():
             if axis < tensors[name].dim():
-                total = tensors[name].shape[axis]
-                chunk = -(-total // count)
-                first = min(rank * chunk, total)
-                length = min(chunk, total - first)
+                first, length = chunk_of(tensors[name].shape[axis], [count], [rank])
                 if name in pieces:
                     first, length = sum(pieces[name][:rank]), pieces[name][rank]
                 written[name] = tensors[name].narrow(axis, first, length)

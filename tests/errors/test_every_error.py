@@ -40,7 +40,7 @@ def raised_in(source: str) -> Iterator[str]:
 
 
 def test_every_error_is_exported() -> None:
-    assert set(errors.__all__) == {*PUBLIC, "CODES", "listed", "named", "nearest", "path_of", "warn"}
+    assert set(errors.__all__) == {*PUBLIC, "CODES", "listed", "named", "nearest", "path_of", "reason_of", "warn"}
     for name in PUBLIC:
         home = next((module for module in (lx, lx.passes, lx.export) if name in module.__all__), lx.errors)
         assert getattr(home, name) is getattr(errors, name)
