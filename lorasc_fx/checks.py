@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import TypeGuard
 
-__all__ = ["is_integer", "is_number"]
-
 
 def is_integer(value: object, least: int) -> TypeGuard[int]:
     """Whether a value is an integer of at least `least`."""

@@ -8,8 +8,6 @@ from typing import Any
 
 from lorasc_fx.errors import MissingExtra
 
-__all__ = ["missing", "module_of", "require"]
-
 
 def module_of(extra: str, name: str) -> Any:
     """Import a module of an extra.

@@ -25,8 +25,6 @@ from safetensors import SafetensorError
 from lorasc_fx.errors import CheckpointError, ExportError, LorascError, reason_of
 from lorasc_fx.undo import Block, isolated
 
-__all__ = ["make_folder", "one_writer", "replacing", "sync"]
-
 
 def sync(path: Path) -> None:
     """Have the system put a file or folder on its disk."""

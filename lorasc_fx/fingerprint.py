@@ -16,19 +16,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.shards import local
 
-__all__ = [
-    "Buffer",
-    "checksum",
-    "checksums",
-    "data_of",
-    "file_digest",
-    "fingerprint",
-    "fingerprint_of",
-    "fingerprints",
-    "source_digest",
-    "text_digest",
-]
-
 T = TypeVar("T")
 
 Buffer = Any

@@ -16,29 +16,6 @@ import torch
 
 from lorasc_fx.shards import full_tensor
 
-__all__ = [
-    "AVERAGES",
-    "DISTRIBUTIONS",
-    "NEXT_A",
-    "PACES",
-    "RESTARTS",
-    "ROW_SCALES",
-    "SCALES",
-    "STARTS",
-    "Average",
-    "Distribution",
-    "GivenPace",
-    "NextA",
-    "Pace",
-    "Restart",
-    "RowScale",
-    "Scale",
-    "Start",
-    "one_of",
-    "split_evenly",
-]
-
-
 Value = TypeVar("Value")
 
 

@@ -16,18 +16,6 @@ from torch import nn
 
 from lorasc_fx.undo import Block, Undo, isolated
 
-__all__ = [
-    "Holder",
-    "buffer_holders",
-    "buffer_layout",
-    "exchange",
-    "holders",
-    "holders_of",
-    "names_of",
-    "shallow",
-    "substituted",
-]
-
 
 @dataclass(frozen=True)
 class Holder:

@@ -24,30 +24,6 @@ from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.spec import CascadeSpec, Rule
 from lorasc_fx.state import Factors
 
-__all__ = [
-    "CONFIG",
-    "CONV",
-    "CONV1D",
-    "ENDS",
-    "FIELDS",
-    "IGNORED",
-    "PARAMETER",
-    "PREFIX",
-    "RANKS",
-    "READ",
-    "TENSORS",
-    "UNSUPPORTED",
-    "Layout",
-    "Target",
-    "by_pattern",
-    "key_path",
-    "keys_of",
-    "layout_of",
-    "lora_spec",
-    "parameter_layout",
-    "wrap_counts",
-]
-
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter's folder."""
 

@@ -31,21 +31,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lorasc_fx.parameters import shallow
 from lorasc_fx.undo import Block, Undo, isolated
 
-__all__ = [
-    "LIBRARIES",
-    "Library",
-    "QuantizedLinear",
-    "QuantizedWeight",
-    "as_opaque_products",
-    "dense",
-    "give_layers_back",
-    "is_opaque_product",
-    "is_quantized",
-    "library_of",
-    "place_layers",
-    "quantized_linear",
-]
-
 
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a quantized weight: a tensor subclass with a `dequantize` of its own, as torchao's are.

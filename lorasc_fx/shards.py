@@ -24,22 +24,6 @@ from torch import nn
 
 from lorasc_fx.errors import StateError, named
 
-__all__ = [
-    "ONE_PROCESS",
-    "ProcessGroup",
-    "ShardSpec",
-    "chunk_of",
-    "cut_into",
-    "dtensor_like",
-    "full_tensor",
-    "local",
-    "local_like",
-    "placed_gradient",
-    "shard_axis",
-    "shard_of",
-    "zeros_like",
-]
-
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this process holds of a tensor, with the same memory: of a plain one all of it."""

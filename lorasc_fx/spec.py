@@ -42,8 +42,6 @@ from lorasc_fx.spec_checks import (
     known_fields,
 )
 
-__all__ = ["KINDS", "PLACEMENTS", "CascadeSpec", "Noise", "Rule", "TrainRule"]
-
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of sites that a target may name; anything else is a glob on weight names."""
 

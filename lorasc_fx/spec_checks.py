@@ -14,8 +14,6 @@ from lorasc_fx.checks import is_integer, is_number
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.options import PACES, STARTS, one_of
 
-__all__ = ["USUAL_DECAY", "check_fields", "check_noise", "check_pairs", "known_fields"]
-
 USUAL_DECAY = 0.9
 """What an exponential average keeps at a stage, where nothing else is asked."""
 

@@ -26,19 +26,6 @@ from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
-__all__ = [
-    "AllOrNothing",
-    "Block",
-    "Commit",
-    "Lock",
-    "Undo",
-    "grad_mode",
-    "isolated",
-    "no_grad",
-    "no_inference_mode",
-    "raise_of_handler",
-]
-
 T = TypeVar("T")
 P = ParamSpec("P")
 

@@ -31,8 +31,6 @@ from lorasc_fx.graph.flow import may_alias, mutates
 
 from .base import CascadePass
 
-__all__ = ["ALWAYS", "NEVER", "Affine", "AttentionMasks", "Truth", "Value", "follow"]
-
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _METADATA = torch.ops.aten._assert_tensor_metadata.default
 _SLICE = torch.ops.aten.slice.Tensor

@@ -17,8 +17,6 @@ from torch.fx.passes.infra.pass_base import PassResult
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph import GraphEditor, calls_branches, record_of, verify
 
-__all__ = ["CascadePass"]
-
 
 @dataclass(frozen=True)
 class CascadePass(abc.ABC):

@@ -13,8 +13,6 @@ from lorasc_fx.state import SlowWeights, arithmetic, check_finite
 
 from .base import CascadePass
 
-__all__ = ["FoldBranches"]
-
 
 @dataclass(frozen=True)
 class EndsStage(CascadePass):

@@ -29,8 +29,6 @@ from lorasc_fx.state import start_weight
 
 from .base import CascadePass
 
-__all__ = ["InsertBranches", "missing_branches", "nothing_to_do"]
-
 
 @dataclass(frozen=True)
 class InsertBranches(CascadePass):

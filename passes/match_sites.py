@@ -13,8 +13,6 @@ from lorasc_fx.spec import CascadeSpec
 
 from .base import CascadePass
 
-__all__ = ["MatchSites"]
-
 
 @dataclass(frozen=True)
 class MatchSites(CascadePass):

@@ -29,8 +29,6 @@ from .match_sites import MatchSites
 from .share_inputs import ShareInputs, SplitInputs
 from .stage_transition import StageTransition
 
-__all__ = ["PASSES", "Pipeline"]
-
 AnyPass = CascadePass | Callable[[fx.GraphModule], Any]
 
 PASSES: tuple[type[CascadePass], ...] = (

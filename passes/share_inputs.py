@@ -16,8 +16,6 @@ from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, entries, s
 
 from .base import CascadePass
 
-__all__ = ["ShareInputs", "SplitInputs"]
-
 
 @dataclass(frozen=True)
 class ShareInputs(CascadePass):

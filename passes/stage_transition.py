@@ -11,8 +11,6 @@ from lorasc_fx.state import begin_stage, start_weight
 
 from .fold_branches import EndsStage, absorb_branches
 
-__all__ = ["StageTransition"]
-
 
 @dataclass(frozen=True)
 class StageTransition(EndsStage):

@@ -26,8 +26,6 @@ from lorasc_fx.runtime.materialize import find_numbers, fingerprints_of_files, p
 from lorasc_fx.shards import local_like
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
 
-__all__ = ["materialize"]
-
 
 def materialize(
     cascade: Cascade,

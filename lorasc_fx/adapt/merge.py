@@ -25,8 +25,6 @@ from lorasc_fx.runtime.experts import GivenRun, install_sum, weighted_sum
 from lorasc_fx.state import Part
 from lorasc_fx.undo import AllOrNothing, no_inference_mode
 
-__all__ = ["merge"]
-
 
 def merge(
     runs: Sequence[Cascade | str | PathLike[str]],

@@ -17,8 +17,6 @@ from lorasc_fx.errors import SpecError, UnknownTarget
 from lorasc_fx.peft_format import IGNORED, READ, UNSUPPORTED, by_pattern, lora_spec
 from lorasc_fx.spec import CascadeSpec
 
-__all__ = ["spec_of"]
-
 _UNUSED = IGNORED - {"ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config"}
 
 

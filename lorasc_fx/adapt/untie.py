@@ -13,8 +13,6 @@ from lorasc_fx.parameters import exchange, holders
 from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.undo import Undo
 
-__all__ = ["settle_ties"]
-
 
 def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: bool = False) -> Joined:
     """Make a tie of parameters that are equal views of one memory, and untie what the patterns mean.

@@ -23,14 +23,6 @@ from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.shards import ShardSpec, full_tensor, local, zeros_like
 from lorasc_fx.spec import CascadeSpec
 
-__all__ = [
-    "Branch",
-    "Decided",
-    "fill_factor",
-    "fresh_a",
-    "nearest_full",
-]
-
 
 class Branch(nn.Module, abc.ABC):
     """Factors of a site; a subclass computes with them, one method for each place of a branch in a graph.

@@ -17,8 +17,6 @@ from lorasc_fx.branch.base import Branch
 from lorasc_fx.branch.functions import BesideConv, MergedConv
 from lorasc_fx.branch.low_rank import CONV, Grid, apply, by_hand, computes_in, plus
 
-__all__ = ["ConvBranch", "ConvCall", "low_rank_conv"]
-
 
 class ConvCall(NamedTuple):
     """The arguments of a convolution's call, but for its tensors.

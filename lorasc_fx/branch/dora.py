@@ -22,8 +22,6 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import ShardSpec, full_tensor
 
-__all__ = ["BRANCH_OF", "DoraBranch", "branch_class"]
-
 
 @fx.wrap  # one node in a trace of torch.fx, which records neither no_grad nor autocast
 def row_norms(

@@ -33,24 +33,6 @@ from lorasc_fx.branch.low_rank import (
 )
 from lorasc_fx.errors import StateError
 
-__all__ = [
-    "PRODUCTS",
-    "Beside",
-    "BesideConv",
-    "FrozenGrouped",
-    "MergedConv",
-    "MergedProduct",
-    "SharedUp",
-    "check_kept",
-    "draw_seed",
-    "drop",
-    "dropout_mask",
-    "merge",
-    "merged_kernel",
-    "plain_gradients",
-    "shared_down",
-]
-
 
 def draw_seed() -> int:
     """Return a seed from torch's own generator, as torch's dropout would: manual_seed and checkpointing hold for it."""

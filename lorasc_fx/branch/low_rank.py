@@ -19,28 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = [
-    "CONV",
-    "Grid",
-    "apply",
-    "by_hand",
-    "computes_in",
-    "conv_down",
-    "conv_down_back",
-    "conv_factor_gradient",
-    "conv_input_gradient",
-    "conv_kernel_gradient",
-    "conv_up",
-    "down",
-    "factor_gradient",
-    "folded",
-    "in_own_dtype",
-    "owned",
-    "plus",
-    "up",
-]
-
-
 _LEAST = 64
 """Tokens per fold below which another fold costs more than it gains."""
 

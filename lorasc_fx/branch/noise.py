@@ -16,8 +16,6 @@ from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import Noise
 
-__all__ = ["amplitude", "draw", "generator", "noise_size"]
-
 BLOCK, WIDE = 32768, 1024
 """Entries of a block of noise, and of its last axis, at most. Part of the key: other numbers here are other noise."""
 

@@ -15,8 +15,6 @@ import torch
 
 from lorasc_fx.fingerprint import checksum
 
-__all__ = ["Description", "describe"]
-
 Description = tuple[Any, ...]
 """Equal for graphs that compute the same."""
 

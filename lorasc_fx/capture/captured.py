@@ -14,9 +14,6 @@ from lorasc_fx.capture.guards import Guards
 from lorasc_fx.graph import Record, copy_graph, graph_module_like, products_with_weights, retarget, set_record
 from lorasc_fx.quantized import QuantizedLinear
 
-__all__ = ["OWNER", "Captured", "Conditions", "capture_graph", "check_drew_nothing", "read_live"]
-
-
 OWNER = "model"
 
 

@@ -24,8 +24,6 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.parameters import holders
 from lorasc_fx.undo import Undo, isolated
 
-__all__ = ["EffectiveWeights"]
-
 Effective = Callable[[torch.Tensor], torch.Tensor]
 
 SPANS = 1 << 17

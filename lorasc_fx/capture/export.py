@@ -28,8 +28,6 @@ from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import as_opaque_products, is_quantized
 from lorasc_fx.undo import Block, isolated
 
-__all__ = ["capture_dynamo", "capture_export"]
-
 _GUARDS = "_guards_fn"
 _TAKEN = (set(dir(fx.GraphModule)) | {"_code", "_graph", "meta"}) - set(dir(nn.Module))
 

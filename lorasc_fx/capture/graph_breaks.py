@@ -45,9 +45,6 @@ from lorasc_fx.parameters import shallow, substituted
 from lorasc_fx.quantized import as_opaque_products
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
-__all__ = ["GraphBreakFallback", "capture_fallback", "eager_trace"]
-
-
 LIMIT = 64
 
 Names = tuple[str | None, ...]

@@ -27,21 +27,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-__all__ = [
-    "LARGE",
-    "MISSING",
-    "OPAQUE",
-    "STORES",
-    "UNREAD",
-    "Change",
-    "Guards",
-    "Held",
-    "attribute_tensors",
-    "is_followed",
-    "package_of",
-    "walk",
-]
-
 LARGE = 256
 """A container with more entries is guarded by its length alone: a vocabulary, a list of samples."""
 DEPTH = 8

@@ -33,23 +33,6 @@ from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.undo import Block, isolated
 
-__all__ = [
-    "Attributes",
-    "device_of",
-    "fake_mode",
-    "has_values",
-    "is_on_meta",
-    "isolated_model",
-    "isolation",
-    "kept_elsewhere",
-    "quiet",
-    "same_attributes",
-    "same_values",
-    "seed",
-    "with_fake_tensors",
-    "written_by",
-]
-
 
 @isolated
 def isolation(

@@ -45,23 +45,6 @@ from lorasc_fx.errors import CaptureError
 from lorasc_fx.quantized import QuantizedLinear, is_quantized
 from lorasc_fx.undo import Block, grad_mode, isolated, raise_of_handler
 
-__all__ = [
-    "PROJECTIONS",
-    "Difference",
-    "Disagreement",
-    "Preflight",
-    "backward_nodes",
-    "backward_of_projection",
-    "check_agrees",
-    "first_difference",
-    "one_line",
-    "projected",
-    "projected_gradients",
-    "requiring_grad",
-    "run_preflight",
-]
-
-
 PROJECTIONS = 8
 
 

@@ -25,8 +25,6 @@ import torch
 
 from lorasc_fx.errors import CaptureError
 
-__all__ = ["sanitized"]
-
 _MODEL = "models/model.json"
 _CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
 _SAMPLES, _EXTRA = "data/sample_inputs/model.pt", "extra/"

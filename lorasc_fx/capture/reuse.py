@@ -33,8 +33,6 @@ from lorasc_fx.capture.signature import whole
 from lorasc_fx.fingerprint import checksum
 from lorasc_fx.graph import Record, copy_graph, graph_module_like, set_record
 
-__all__ = ["Kept", "forget", "keep", "kept", "state_of"]
-
 MOST = 16
 """Graphs that are kept; the one used least recently goes first."""
 FOLLOWED = 1 << 16

@@ -21,8 +21,6 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.errors import CaptureError
 
-__all__ = ["Call", "Calls", "bind", "copied", "know_trees", "leaves", "requires_grad", "whole"]
-
 
 def whole(value: Any) -> bool:
     """Whether a value of a type that torch takes apart refuses to be: it is then one leaf (a recurrent cache)."""

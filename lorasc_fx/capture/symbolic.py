@@ -18,8 +18,6 @@ from lorasc_fx.capture.signature import signature_of
 from lorasc_fx.graph import drop_nodes, rename_inputs
 from lorasc_fx.undo import Block, isolated
 
-__all__ = ["capture_symbolic"]
-
 _CALL = "_compiled_call_impl"
 _EXCHANGING = threading.RLock()
 _SWITCHES = "the model switches gradients or autocast on or off inside, which no symbolic graph holds"

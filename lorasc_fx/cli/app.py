@@ -19,8 +19,6 @@ from lorasc_fx.errors import LorascError, SpecError, nearest
 from lorasc_fx.extras import require
 from lorasc_fx.runtime.checkpoint import version
 
-__all__ = ["main"]
-
 COMMANDS = {
     "train": "train CONFIG.toml [--spec.rank 16 ...] [--resume]      adapt a model and write a run folder",
     "sites": "sites MODEL [--targets ...]                         show what would be adapted, and why not",

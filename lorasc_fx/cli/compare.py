@@ -45,19 +45,6 @@ from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
 from lorasc_fx.extras import module_of
 from lorasc_fx.integrations.progress import Reporter, console, reporting
 
-__all__ = [
-    "CompareArguments",
-    "Interval",
-    "Result",
-    "Run",
-    "best_rates",
-    "bootstrap_interval",
-    "compare",
-    "print_tables",
-    "run_compare",
-    "t_interval",
-]
-
 
 @dataclass(frozen=True)
 class Run:

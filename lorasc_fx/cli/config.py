@@ -21,19 +21,6 @@ from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 from lorasc_fx.spec import CascadeSpec
 
-__all__ = [
-    "CompareConfig",
-    "Config",
-    "DataConfig",
-    "ModelConfig",
-    "TrainConfig",
-    "config_to_dict",
-    "key_lines",
-    "line_of",
-    "load_config",
-    "write_config",
-]
-
 Decay = Literal["cosine", "linear"]
 Select = Literal["loss", "accuracy"]
 KeyPath = tuple[str, ...]

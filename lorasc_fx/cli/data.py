@@ -25,22 +25,6 @@ from lorasc_fx.cli.models import Arguments, reading, user_function
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 
-__all__ = [
-    "DATA",
-    "TABLES",
-    "Batch",
-    "Examples",
-    "Inputs",
-    "Splits",
-    "encoder_of",
-    "image_examples",
-    "load_data",
-    "read_csv",
-    "read_image",
-    "read_table",
-    "short_name",
-]
-
 TABLES = ("json", "parquet", "arrow")
 """Kinds of files that the package datasets reads."""
 DATA = (

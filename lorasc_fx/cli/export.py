@@ -20,8 +20,6 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import list_versions, read
 from lorasc_fx.runtime.folded import of_checkpoint
 
-__all__ = ["FORMATS", "ExportArguments", "FoldArguments", "open_run", "run_export", "run_fold"]
-
 Which = Literal["slow", "averaged"]
 
 

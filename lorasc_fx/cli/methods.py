@@ -8,8 +8,6 @@ from typing import Literal
 
 from lorasc_fx.spec import CascadeSpec, Noise
 
-__all__ = ["METHODS", "Method"]
-
 
 @dataclass(frozen=True)
 class Method:

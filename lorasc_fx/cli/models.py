@@ -21,22 +21,6 @@ from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.errors import SpecError, nearest, reason_of
 from lorasc_fx.extras import module_of
 
-__all__ = [
-    "MODELS",
-    "Arguments",
-    "MeanPooled",
-    "build_model",
-    "example_inputs",
-    "head_seed",
-    "logits_of",
-    "put_weights",
-    "reading",
-    "set_mode",
-    "tokenizer_of",
-    "user_function",
-    "warn_of_random_weights",
-]
-
 MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function", "FILE.pt2")
 
 CLASSIFIER = "ForSequenceClassification"

@@ -24,8 +24,6 @@ from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import EVAL_BATCH, channels_last
 from lorasc_fx.errors import SpecError, StateError
 
-__all__ = ["PredictArguments", "run_predict"]
-
 
 @dataclass(frozen=True)
 class PredictArguments:

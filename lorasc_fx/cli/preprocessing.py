@@ -19,8 +19,6 @@ from lorasc_fx.cli.models import Arguments, build_model, head_seed, set_mode, to
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.errors import SpecError
 
-__all__ = ["Preprocessing"]
-
 
 class Preprocessing:
     """Makes arguments of the model of inputs, as the run has had them: `args, kwargs = preprocessing(inputs)`.

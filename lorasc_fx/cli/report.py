@@ -23,8 +23,6 @@ from lorasc_fx.extras import module_of, require
 from lorasc_fx.pictures import Picture
 from lorasc_fx.pictures.charts import by_site, loss_over_steps, rate_over_steps, slow_and_fast, spectra
 
-__all__ = ["ReportArguments", "RunRecord", "page", "run_report"]
-
 
 @dataclass(frozen=True)
 class RunRecord:

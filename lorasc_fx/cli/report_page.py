@@ -1,7 +1,5 @@
 """The page of a report: a Jinja2 template with its style, in one text, so that the page needs no other file."""
 
-__all__ = ["PAGE", "STYLE"]
-
 STYLE = """
 :root { color-scheme: light dark;
   --ink: #1f2430; --muted: #68707f; --paper: #fdfdfc; --band: #f1f3f6; --rule: #d9dde3; --link: #0959a3;

@@ -29,8 +29,6 @@ from lorasc_fx.runtime import list_versions
 from lorasc_fx.runtime.checkpoint_write import write_tensors
 from lorasc_fx.state import effective_rank, factors_of, norm_of, singular_values, slow_spectrum
 
-__all__ = ["EXPERT", "SECTIONS", "RunFolder", "check_output", "read_lines", "write_whole"]
-
 SECTIONS = ("model", "data", "train", "spec")
 """Tables of the configuration that a resume may not change."""
 

@@ -14,8 +14,6 @@ from lorasc_fx.cli.models import build_model, example_inputs, set_mode
 from lorasc_fx.integrations.progress import console
 from lorasc_fx.spec import KINDS, CascadeSpec
 
-__all__ = ["SitesArguments", "run_sites"]
-
 
 @dataclass(frozen=True)
 class SitesArguments:

@@ -29,8 +29,6 @@ from lorasc_fx.cli.training import (
 from lorasc_fx.errors import NonFiniteBranch
 from lorasc_fx.integrations.progress import Metrics, reporting
 
-__all__ = ["TrainArguments", "run_train"]
-
 
 @dataclass(frozen=True)
 class TrainArguments:

@@ -28,20 +28,6 @@ from lorasc_fx.errors import SpecError, StateError, UnknownTarget, listed, neare
 from lorasc_fx.graph import matches
 from lorasc_fx.spec import CascadeSpec
 
-__all__ = [
-    "Diverged",
-    "Interrupt",
-    "Setup",
-    "Step",
-    "accuracy",
-    "channels_last",
-    "make_optimizer",
-    "on_ctrl_c",
-    "predict",
-    "train_parameters",
-    "train_steps",
-]
-
 EVAL_BATCH = 64
 
 

@@ -41,8 +41,6 @@ from lorasc_fx.passes.insert_branches import missing_branches
 from lorasc_fx.pictures import cascade_html, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 
-__all__ = ["Compiler"]
-
 _HIDDEN = (Reason.OPAQUE, Reason.MIXED_USES)
 """Reasons of a symbolic graph, which under `auto` the fallback is tried before: it does not have them."""
 

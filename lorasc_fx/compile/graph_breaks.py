@@ -39,8 +39,6 @@ from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.undo import Undo, isolated, raise_of_handler
 
-__all__ = ["insert", "make_fallback"]
-
 log = logging.getLogger("lorasc_fx")
 
 PROBE = 0.1

@@ -17,8 +17,6 @@ from lorasc_fx.errors import StateError, warn
 from lorasc_fx.graph import as_function, hooks_of, takes_leaves
 from lorasc_fx.plan import Plan
 
-__all__ = ["NOT_COMPILED", "Growable", "Made", "Variant", "Variants"]
-
 LIMIT = 32
 OFTEN = 8
 """Changes of one setting after which a warning says what each of them costs."""

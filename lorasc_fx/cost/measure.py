@@ -28,9 +28,6 @@ from lorasc_fx.branch import low_rank
 from lorasc_fx.branch.functions import Beside, merge
 from lorasc_fx.cost.model import OPS, Line, Rates, usual
 
-__all__ = ["Point", "cache_file", "disturbed", "fitted", "key_of", "measured", "rates_of"]
-
-
 BUDGET = 0.8
 """Seconds after which no other round is begun; at twice as many the machine is too busy."""
 ROUNDS = 7

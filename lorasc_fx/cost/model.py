@@ -16,23 +16,6 @@ from torch import fx
 
 from lorasc_fx.graph.flow import shape_of
 
-__all__ = [
-    "OPS",
-    "ConvUse",
-    "Line",
-    "LinearUse",
-    "Rates",
-    "Use",
-    "beside",
-    "device_of",
-    "dtype_of",
-    "merged",
-    "use_at",
-    "usual",
-    "work_of",
-]
-
-
 OPS = (
     *("down", "up", "raise", "gradient"),  # over rows [tokens, features], as in branch/low_rank.py
     *("image_down", "image_up", "image_raise", "image_gradient"),  # over images [batch, channels, *space]

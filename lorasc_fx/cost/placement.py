@@ -37,9 +37,6 @@ from lorasc_fx.graph.weights import module_at
 from lorasc_fx.plan import Site
 from lorasc_fx.spec import CascadeSpec
 
-__all__ = ["WORTH", "Cheapest", "Expectation", "expect", "is_worth_it"]
-
-
 WORTH = 1 << 25
 """Multiply-adds of an op below which its placement matters too little to measure anything."""
 MARGIN = 0.05

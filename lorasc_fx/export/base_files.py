@@ -25,8 +25,6 @@ from lorasc_fx.fingerprint import Buffer, data_of, fingerprint, fingerprint_of
 from lorasc_fx.runtime.base_file import renamed
 from lorasc_fx.runtime.folded import Change, FoldedWeights
 
-__all__ = ["DTYPES", "Entry", "Shard", "entry_of", "extended", "head_of", "matched", "read_shard", "write_tensor"]
-
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,

@@ -22,8 +22,6 @@ from lorasc_fx.files import replacing
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
-__all__ = ["onnx", "program", "pt2"]
-
 
 def pt2(
     cascade: Cascade,

@@ -34,8 +34,6 @@ from lorasc_fx.runtime.experts import check_which
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import arithmetic
 
-__all__ = ["PeftAdapter", "peft"]
-
 _WHICH = ("slow", "fast", "averaged")
 
 _SAVED_WHOLE = {

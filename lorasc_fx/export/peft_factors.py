@@ -29,8 +29,6 @@ from lorasc_fx.state import (
     truncated,
 )
 
-__all__ = ["Change", "CutOff", "change_of", "compressed", "factored", "nothing", "padded"]
-
 
 @dataclass(frozen=True)
 class CutOff:

@@ -48,8 +48,6 @@ from lorasc_fx.runtime.manifest import parsed
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Expert, Factors, scaled
 
-__all__ = ["from_peft", "peft_spec"]
-
 
 def from_peft(
     folder: str | PathLike[str],

@@ -45,8 +45,6 @@ from lorasc_fx.quantized import dense
 from lorasc_fx.state import Factors
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
-__all__ = ["Saved", "save_whole", "targets_of"]
-
 
 def targets_of(
     model: nn.Module, sites: Iterable[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any]

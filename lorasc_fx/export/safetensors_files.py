@@ -26,8 +26,6 @@ from lorasc_fx.runtime.base_file import INDEX, SINGLE, shards_of
 from lorasc_fx.runtime.folded import Change, FoldedWeights, of_run
 from lorasc_fx.runtime.folding import folded_each
 
-__all__ = ["Progress", "fold_files", "safetensors"]
-
 Values = dict[str, Callable[[], torch.Tensor]]
 
 Progress = Callable[[int, int], object]

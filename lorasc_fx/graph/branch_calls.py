@@ -22,20 +22,6 @@ from lorasc_fx.graph.forms import FunctionForm, ModuleForm, Reading, form_of, re
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Use
 from lorasc_fx.graph.weights import BRANCHES, module_at
 
-__all__ = [
-    "CallTemplate",
-    "ReplacedCall",
-    "SharedInput",
-    "branch_nodes",
-    "call_template",
-    "calls_branches",
-    "made_by",
-    "mergeable",
-    "replaced_call",
-    "shared_input",
-    "use_of",
-]
-
 
 def use_of(node: fx.Node) -> Use | None:
     """Return the use that a match marked on the node."""

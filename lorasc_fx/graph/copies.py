@@ -14,8 +14,6 @@ from torch import fx, nn
 from lorasc_fx.graph.record import strip
 from lorasc_fx.parameters import shallow
 
-__all__ = ["copy_graph", "graph_module_like", "own_copy", "unshared"]
-
 
 def unshared(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:
     """Return a shallow copy of a module and of all modules in it; what stood at two places stands there again."""

@@ -27,17 +27,6 @@ from lorasc_fx.parameters import shallow
 from lorasc_fx.quantized import is_opaque_product, quantized_linear
 from lorasc_fx.undo import Commit, no_grad
 
-__all__ = [
-    "GraphEditor",
-    "call_instead",
-    "drop_nodes",
-    "products_with_weights",
-    "regions_as_modules",
-    "rename_inputs",
-    "retarget",
-    "weights_from_inputs",
-]
-
 
 class GraphEditor:
     """A graph module under the knife, and what is known of it.

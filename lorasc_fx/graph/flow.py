@@ -30,27 +30,6 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.graph.forms import LIKE_ANOTHER, SCALES, FunctionForm, contraction, form_of, name_of, weighs
 from lorasc_fx.graph.weights import module_at
 
-__all__ = [
-    "Consumer",
-    "constants",
-    "consumers",
-    "entries",
-    "expert_index",
-    "indexed_experts",
-    "inside",
-    "is_impure",
-    "kind_of",
-    "looks_up",
-    "may_alias",
-    "mutates",
-    "reads_shape_only",
-    "shape_of",
-    "slice_read",
-    "slices_of",
-    "uses_of",
-    "written_between",
-]
-
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """Return the sizes of a node's tensor in the call that was captured; None where nothing is known of it."""

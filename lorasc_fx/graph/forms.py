@@ -29,37 +29,6 @@ from lorasc_fx.errors import PassError, SpecError, nearest
 from lorasc_fx.quantized import quantized_linear
 from lorasc_fx.spec import KINDS
 
-__all__ = [
-    "ADDED_FIRST",
-    "CONTRACTIONS",
-    "FORMS",
-    "LIKE_ANOTHER",
-    "ON_INDEXED_EXPERT",
-    "ON_WEIGHT",
-    "REGISTERED",
-    "SCALES",
-    "AnyNode",
-    "Form",
-    "FunctionForm",
-    "ModuleForm",
-    "Reading",
-    "RegisteredForm",
-    "WeightForm",
-    "built_in",
-    "contraction",
-    "form_named",
-    "form_of",
-    "forms_missing",
-    "is_form",
-    "name_of",
-    "register_form",
-    "registered_form",
-    "registered_named",
-    "targets_of",
-    "transposes",
-    "weighs",
-]
-
 
 class AnyNode(Protocol):
     """A node, or a call that a branch node has replaced."""

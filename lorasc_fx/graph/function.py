@@ -22,8 +22,6 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.graph.branch_calls import branch_nodes
 
-__all__ = ["as_function", "hooks_of", "takes_leaves"]
-
 _GLOBAL_HOOKS = (
     torch_module._global_forward_pre_hooks,
     torch_module._global_forward_hooks,

@@ -44,8 +44,6 @@ from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.spec import KINDS, CascadeSpec
 
-__all__ = ["BesideUse", "Matching", "Placer", "WeightUses", "candidates", "kind_at", "match", "read", "survey"]
-
 
 @dataclass(frozen=True)
 class BesideUse:

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["SYMBOL", "text"]
-
 SYMBOL = re.compile(r"\b[su]\d+\b")
 
 

@@ -13,8 +13,6 @@ from torch import fx
 from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.state import SlowWeights
 
-__all__ = ["Record", "Use", "at_stage", "record_of", "set_record", "strip"]
-
 _RECORD = "lorasc_fx"
 USE = "lorasc_fx.use"
 MADE_BY = "lorasc_fx.made_by"

@@ -9,8 +9,6 @@ from lorasc_fx.errors import UnknownTarget, listed, nearest
 from lorasc_fx.plan import Site
 from lorasc_fx.spec import KINDS, CascadeSpec, TrainRule
 
-__all__ = ["check_patterns", "describe", "matches", "rules_of", "trained_by"]
-
 
 def matches(pattern: str, names: Iterable[str]) -> bool:
     """Whether a glob means one of these names, or a module above one of them."""

@@ -37,8 +37,6 @@ from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import WeightState, start_weight
 
-__all__ = ["RULES", "Rule", "View", "faults", "verify"]
-
 
 @dataclass(frozen=True)
 class View:

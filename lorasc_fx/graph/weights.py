@@ -18,9 +18,6 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.graph.record import Record
 from lorasc_fx.shards import local
 
-__all__ = ["BRANCHES", "Memory", "Weights", "held_branches", "named_weights", "shared_memory"]
-
-
 BRANCHES = "branches"
 """Name of the child that holds the branches; it is not the model's."""
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from lorasc_fx.pictures.svg import MUTED, SERIES, Picture, figure, finished, library
 
-__all__ = ["by_site", "loss_over_steps", "rate_over_steps", "slow_and_fast", "smoothed", "spectra"]
-
 WIDTH, HEIGHT = 320.0, 216.0
 """Points: in a phone's column of 343 CSS pixels type of 9 points, the smallest, has 9.6 pixels."""
 FEW = 20

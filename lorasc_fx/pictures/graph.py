@@ -28,8 +28,6 @@ from lorasc_fx.pictures.svg import INK, MUTED, PAPER, Picture, element, library,
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS
 
-__all__ = ["Box", "Placed", "Scene", "chosen_sites", "draw_graphs", "placed", "scene"]
-
 LETTER, LINE = 5.1, 11.5
 """Points of a letter and of a line of the boxes' type, a monospaced one of 8.5 points."""
 PAD, GAP = 9.0, 22.0

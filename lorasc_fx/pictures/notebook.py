@@ -9,8 +9,6 @@ from lorasc_fx.pictures.graph import STYLES
 from lorasc_fx.pictures.svg import MUTED
 from lorasc_fx.plan import Plan, Refusal
 
-__all__ = ["cascade_html"]
-
 WIDTH, HEIGHT = 560, 48
 """CSS pixels of the drawing."""
 SHOWN = 50

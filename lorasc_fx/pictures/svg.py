@@ -18,8 +18,6 @@ from typing import Any
 
 from lorasc_fx.extras import module_of
 
-__all__ = ["INK", "MUTED", "PAPER", "SERIES", "Picture", "element", "figure", "finished", "library", "named"]
-
 library = partial(module_of, "report")
 """Import a module of the extra `report` when something is drawn; raises MissingExtra with the pip command."""
 

@@ -30,19 +30,6 @@ from lorasc_fx.runtime.checkpoint import plain_bytes, sanitized
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.shards import local, local_like
 
-__all__ = [
-    "INDEX",
-    "SINGLE",
-    "BaseFile",
-    "MappedPages",
-    "headers",
-    "name_or_path",
-    "open_base",
-    "opened",
-    "renamed",
-    "shards_of",
-]
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
 

@@ -28,8 +28,6 @@ from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import Trained, WeightState
 
-__all__ = ["BaseModel", "name_of", "task_type_of"]
-
 _EXTRAS = {"transformers": "text", "timm": "vision"}
 _DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)

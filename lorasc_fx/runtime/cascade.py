@@ -42,8 +42,6 @@ from lorasc_fx.shards import ONE_PROCESS, ProcessGroup
 from lorasc_fx.state import Which
 from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
 
-__all__ = ["Cascade", "Flags", "Joined", "Stage", "cascade_class", "give_back", "save"]
-
 log = logging.getLogger("lorasc_fx")
 
 _CAPTURING = Lock()

@@ -28,24 +28,6 @@ import torch
 
 from lorasc_fx.errors import CheckpointError
 
-__all__ = [
-    "FORMAT",
-    "MANIFEST",
-    "RNG",
-    "TENSORS",
-    "canonical",
-    "differences",
-    "file_names",
-    "is_our_file",
-    "list_versions",
-    "next_name",
-    "plain_bytes",
-    "sanitized",
-    "version",
-    "versions",
-    "way_back",
-]
-
 FORMAT = 2
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"

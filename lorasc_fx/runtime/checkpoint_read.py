@@ -43,24 +43,6 @@ from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parse
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.undo import Undo
 
-__all__ = [
-    "Checkpoint",
-    "branch_faults",
-    "check_base",
-    "check_digests",
-    "check_plan",
-    "decoded",
-    "gradients_of",
-    "manifest_of",
-    "plan_faults",
-    "read",
-    "refused",
-    "renamed",
-    "restore",
-    "whole_of",
-    "with_branches",
-]
-
 _GENERATOR = re.compile(rf"{RNG}|rng/cuda/\d{{1,4}}")
 _AS_IT_WAS = "build the model as it was when it was adapted"
 _ROOM = 1 << 18

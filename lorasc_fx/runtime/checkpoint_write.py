@@ -44,16 +44,6 @@ from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import ProcessGroup, cut_into, local
 from lorasc_fx.state.engine import all_finite
 
-__all__ = [
-    "LOCK",
-    "check_between_steps",
-    "check_finite",
-    "contents",
-    "newest_of_training",
-    "write_tensors",
-    "write_version",
-]
-
 LOCK = ".lock"
 _WRITING, _LEAVING = ".writing-", ".leaving-"
 _TEMPORARY = re.compile(r"\.(writing|leaving)-[0-9a-f]{32}")

@@ -38,8 +38,6 @@ from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trained, View, WeightState
 from lorasc_fx.undo import Undo
 
-__all__ = ["RunState", "Tensors", "decode", "encode", "install"]
-
 Tensors = dict[str, torch.Tensor]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

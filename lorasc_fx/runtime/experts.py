@@ -31,19 +31,6 @@ from lorasc_fx.state.engine import fits
 from lorasc_fx.state.model import host
 from lorasc_fx.undo import Undo
 
-__all__ = [
-    "WHICH",
-    "GivenRun",
-    "Weights",
-    "add",
-    "added_weights",
-    "check_which",
-    "folded_weights",
-    "install_experts",
-    "install_sum",
-    "weighted_sum",
-]
-
 
 def install_experts(
     run: Run,

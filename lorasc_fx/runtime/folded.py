@@ -17,8 +17,6 @@ from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.transition import ended
 from lorasc_fx.state import Which, check_finite
 
-__all__ = ["Change", "FoldedWeights", "of_checkpoint", "of_run"]
-
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From W0 to the folded weight of the same shape, dtype and device."""
 

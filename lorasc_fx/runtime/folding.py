@@ -31,20 +31,6 @@ Value = TypeVar("Value")
 _VERSIONS = itertools.count(1 << 24)
 """Of weights in place for the time of a `with`; torch counts the writes to a parameter from 0."""
 
-__all__ = [
-    "Held",
-    "Requantize",
-    "cast_weights",
-    "check_asked",
-    "folded_each",
-    "folded_state",
-    "placed",
-    "release",
-    "requantize",
-    "tensors_writer",
-    "wide",
-]
-
 
 @isolated
 def placed(

@@ -8,8 +8,6 @@ from typing import Any
 
 from lorasc_fx.runtime.manifest import VIEWS
 
-__all__ = ["from_format_1"]
-
 FIELDS: Mapping[str, str] = {
     "parked": "idle",
     "turning": "waits_for_gradient",

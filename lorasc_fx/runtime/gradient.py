@@ -19,8 +19,6 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.runtime.watches import Fresh, Replicas, StepWatch
 from lorasc_fx.shards import ProcessGroup, full_tensor, local, local_like
 
-__all__ = ["GradientInitialization"]
-
 
 class GradientInitialization(Fresh):
     """Lets the sites' weights gather gradients until the next step of the optimizer that holds the branches, and starts

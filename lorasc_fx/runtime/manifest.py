@@ -19,8 +19,6 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import file_names, is_our_file, sanitized
 from lorasc_fx.state import Expert, Side
 
-__all__ = ["EXPERT_FIELDS", "LONGEST", "VIEWS", "check_fields", "check_kinds", "parsed"]
-
 LONGEST = 1 << 26
 """Bytes that a manifest has at most; parsed, JSON takes some twenty times as much."""
 

@@ -23,17 +23,6 @@ from lorasc_fx.runtime.base_file import headers, opened, renamed, shards_of
 from lorasc_fx.shards import ShardSpec, local, placed_gradient
 from lorasc_fx.undo import Undo
 
-__all__ = [
-    "MetaModel",
-    "Numbers",
-    "check_attributes",
-    "find_numbers",
-    "fingerprints_of_files",
-    "groups_of",
-    "put_numbers",
-    "with_numbers",
-]
-
 _SHOWN = 5
 _BLOCK = 1 << 24
 """Bytes of a file that are read at a time where a whole tensor is looked at."""

@@ -14,8 +14,6 @@ from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.shards import dtensor_like, full_tensor, local
 from lorasc_fx.spec import CascadeSpec, TrainRule
 
-__all__ = ["check_holds", "check_numbers", "check_rates", "stepping", "treated_state"]
-
 _SECOND_MOMENTS = {
     "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "row_var", "col_var", "variance",
 }  # fmt: skip

@@ -29,8 +29,6 @@ from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import Expert, Part, SlowWeights
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
-__all__ = ["SPARE", "Gradients", "Planned", "Run"]
-
 log = logging.getLogger("lorasc_fx")
 
 

@@ -23,8 +23,6 @@ from lorasc_fx.runtime.run import Gradients, Planned, Run
 from lorasc_fx.shards import chunk_of
 from lorasc_fx.undo import Undo
 
-__all__ = ["KEY", "digest_of", "from_state_dict", "name_of_part", "packed", "take_over", "to_state_dict"]
-
 KEY = "lorasc_fx.manifest"
 """Name of the tensor that holds the manifest."""
 

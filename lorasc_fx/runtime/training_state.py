@@ -32,17 +32,6 @@ from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, dtensor_like
 from lorasc_fx.undo import Commit
 
-__all__ = [
-    "RANKS",
-    "extract_tensors",
-    "is_storable",
-    "kind_of",
-    "optimizer_state",
-    "random_bytes",
-    "random_state",
-    "resume",
-]
-
 RANKS = "lorasc_fx.ranks"
 """Key in the extra of a checkpoint that several ranks wrote: the random generators of each rank, as bytes."""
 

@@ -28,8 +28,6 @@ from lorasc_fx.shards import local, local_like
 from lorasc_fx.state import SlowWeights, Trained, WeightState
 from lorasc_fx.undo import Commit
 
-__all__ = ["at_stage", "begin", "end_idle", "ended", "has_begun", "next_stage", "restart", "rewind"]
-
 log = logging.getLogger("lorasc_fx")
 
 

@@ -26,8 +26,6 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.watches import Fresh, callers
 
-__all__ = ["UsageWatch", "check_not_averaged", "check_plugin"]
-
 _HERE = __file__
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 

@@ -18,8 +18,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.shards import local
 
-__all__ = ["Fresh", "PendingWatch", "Replicas", "StepWatch", "Warned", "callers", "check_attention", "check_wrappers"]
-
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 """What torch.nn.functional has by default."""
 

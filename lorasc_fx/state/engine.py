@@ -26,20 +26,6 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.products import arithmetic, exact_products
 from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, Side, WeightState, Which
 
-__all__ = [
-    "all_finite",
-    "begin_stage",
-    "check_finite",
-    "end_stage",
-    "factors_of",
-    "fits",
-    "gain_of",
-    "has_trained",
-    "initial_factors",
-    "start_weight",
-    "write_start",
-]
-
 _LOWER = "Lower the learning rate or clip gradients"
 _ADVICE = f"{_LOWER}, or set on_nonfinite='skip' to leave such branches out"
 

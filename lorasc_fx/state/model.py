@@ -23,8 +23,6 @@ from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_o
 from lorasc_fx.state.products import arithmetic
 from lorasc_fx.state.weight import Side, Tree, WeightState, Which, ends_of
 
-__all__ = ["AFFORDABLE", "Part", "SlowWeights", "Trained"]
-
 AFFORDABLE = 1 << 20
 """Entries trained in full of which a copy is kept at the end of each stage; more only if the branches hold as many."""
 MOST = 100

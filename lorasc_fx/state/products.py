@@ -17,8 +17,6 @@ import torch
 
 from lorasc_fx.undo import Block, isolated
 
-__all__ = ["accumulate", "arithmetic", "exact_products", "summing"]
-
 BLOCK = 1 << 21
 """Bytes of a block per thread. From 1 to 4 MiB measure the same; smaller ones cost calls, whole weights the cache."""
 

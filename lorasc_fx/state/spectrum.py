@@ -12,8 +12,6 @@ import torch
 from lorasc_fx.quantized import dense
 from lorasc_fx.state.weight import Factors, WeightState
 
-__all__ = ["effective_rank", "norm_of", "singular_values", "slow_spectrum"]
-
 
 def singular_values(factors: Factors) -> torch.Tensor:
     """Return the singular values of `b @ a` [min(rank, rows, columns)], or [experts, ...], in fp64, largest first."""

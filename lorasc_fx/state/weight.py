@@ -30,22 +30,6 @@ from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import Noise
 from lorasc_fx.state.products import accumulate, exact_products, summing
 
-__all__ = [
-    "Expert",
-    "Factors",
-    "InitialFactors",
-    "KeptNoise",
-    "Side",
-    "Tree",
-    "View",
-    "WeightState",
-    "Which",
-    "scaled",
-    "sum_of",
-    "svd_of",
-    "truncated",
-]
-
 Which = Literal["slow", "fast", "base", "averaged"]
 
 log = logging.getLogger("lorasc_fx")
