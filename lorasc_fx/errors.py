@@ -327,8 +327,8 @@ class MissingExtra(LorascError, ImportError):
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return "; nearest: 'a', 'b'" for the known names most like `name`, or an empty string if none is near."""
-    found = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
-    return "; nearest: " + ", ".join(repr(name) for name in found) if found else ""
+    near = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return "; nearest: " + ", ".join(repr(name) for name in near) if near else ""
 
 
 def listed(known: Iterable[str]) -> str:

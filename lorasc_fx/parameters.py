@@ -127,16 +127,16 @@ def buffer_holders(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Hold
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modules = dict(model.named_modules())
-    found: dict[str, Holder] = {}
+    places: dict[str, Holder] = {}
     for path, module in modules.items():
         for leaf, value in module._buffers.items():
             at = device if value is None else value.device
-            found[f"{path}.{leaf}".lstrip(".")] = Holder(module, leaf, module._buffers, leaf, value, at)
+            places[f"{path}.{leaf}".lstrip(".")] = Holder(module, leaf, module._buffers, leaf, value, at)
     for name in more:
         path, _, leaf = name.rpartition(".")
-        if name not in found and path in modules and not hasattr(modules[path], leaf):
-            found[name] = Holder(modules[path], leaf, modules[path]._buffers, leaf, None, device)
-    return found
+        if name not in places and path in modules and not hasattr(modules[path], leaf):
+            places[name] = Holder(modules[path], leaf, modules[path]._buffers, leaf, None, device)
+    return places
 
 
 def buffer_layout(model: nn.Module) -> dict[str, Any]:

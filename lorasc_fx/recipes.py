@@ -95,17 +95,17 @@ def long_training(steps: int, stages: int = 3, **options: Any) -> Recipe:
 
 
 def _recipe(
-    name: str, own: dict[str, Any], options: dict[str, Any], steps: int, stages: int, *, decays: bool
+    name: str, fixed: dict[str, Any], options: dict[str, Any], steps: int, stages: int, *, decays: bool
 ) -> Recipe:
     if not is_integer(stages, 1):
         raise SpecError(f"recipes.{name}: stages is {stages!r}; give an integer of 1 or more")
     if not is_integer(steps, stages):
         raise SpecError(f"recipes.{name}: steps is {steps!r}, of {stages} stages; give an integer of {stages} or more")
-    taken = next((option for option in options if option in own), None)
+    taken = next((option for option in options if option in fixed), None)
     if taken is not None:
         raise SpecError(
-            f"recipes.{name}: {taken} is {own[taken]!r} in this recipe; leave it out, or give `adapt` a CascadeSpec of "
-            "your own",
+            f"recipes.{name}: {taken} is {fixed[taken]!r} in this recipe; leave it out, or give `adapt` a CascadeSpec "
+            "of your own",
             code="conflicting-options",
         )
     check_fields("spec", options, CascadeSpec)
@@ -118,4 +118,4 @@ def _recipe(
             return StageSchedule(optimizer, cascade, lengths, warmup=warmup)
         return StageSchedule(optimizer, None, warmup=warmup)
 
-    return Recipe(CascadeSpec(**own, **options), schedule)
+    return Recipe(CascadeSpec(**fixed, **options), schedule)

@@ -179,8 +179,8 @@ class StageSchedule(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers, lists and the state of `base`: what `lx.save(scheduler=...)` keeps."""
-        own = {name: value for name, value in super().state_dict().items() if name not in ("_cascade", "_base")}
-        return own | {"base": self._base.state_dict() if self._base is not None else None}
+        numbers = {name: value for name, value in super().state_dict().items() if name not in ("_cascade", "_base")}
+        return numbers | {"base": self._base.state_dict() if self._base is not None else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
@@ -268,8 +268,10 @@ def shuffled_batches(
         raise SpecError(
             f"shuffled_batches: {len(data)} examples are less than a batch of {batch_size}", code="too-few-examples"
         )
-    own = generator(seed, start, "workers", "")  # or the loader would draw from torch's, once an iteration
-    return DataLoader(data, batch_sampler=_Batches(len(data), batch_size, seed, start, share), generator=own, **options)
+    of_workers = generator(seed, start, "workers", "")  # or the loader would draw from torch's, once an iteration
+    return DataLoader(
+        data, batch_sampler=_Batches(len(data), batch_size, seed, start, share), generator=of_workers, **options
+    )
 
 
 class _Batches:
@@ -280,9 +282,9 @@ class _Batches:
         self.rank, self.count = share
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, place = divmod(self.start, self.size // self.batch_size)
+        epoch, position = divmod(self.start, self.size // self.batch_size)
         while True:
             order = torch.randperm(self.size, generator=generator(self.seed, epoch, "order", "")).tolist()
-            for first in range(place * self.batch_size, self.size - self.batch_size + 1, self.batch_size):
+            for first in range(position * self.batch_size, self.size - self.batch_size + 1, self.batch_size):
                 yield order[first + self.rank : first + self.batch_size : self.count]
-            epoch, place = epoch + 1, 0
+            epoch, position = epoch + 1, 0

@@ -229,13 +229,13 @@ def raise_of_handler(fault: BaseException) -> None:
     waiting: list[Any] = [fault]
     seen: set[int] = set()
     while waiting:
-        found = waiting.pop()
-        if not isinstance(found, BaseException) or id(found) in seen:
+        error = waiting.pop()
+        if not isinstance(error, BaseException) or id(error) in seen:
             continue
-        if getattr(found, _MARK, False):
-            raise found
-        seen.add(id(found))
-        waiting += [found.__context__, found.__cause__, getattr(found, "inner_exception", None)]
+        if getattr(error, _MARK, False):
+            raise error
+        seen.add(id(error))
+        waiting += [error.__context__, error.__cause__, getattr(error, "inner_exception", None)]
 
 
 # ---- signals

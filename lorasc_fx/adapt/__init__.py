@@ -156,18 +156,18 @@ def load(
             of yours, which load does not call.
         MissingExtra: the library of the base is not installed, or of a run what `lorasc-fx` needs.
     """
-    found, root = read(folder), path_of(folder)
-    if found.path.parent == root or not (root / "config.toml").is_file():
-        return load_found(found, model, args, kwargs, base=base)
+    checkpoint, root = read(folder), path_of(folder)
+    if checkpoint.path.parent == root or not (root / "config.toml").is_file():
+        return load_found(checkpoint, model, args, kwargs, base=base)
     require("cli", "rich", "tyro")
     preprocessing: Any = module_of("cli", "lorasc_fx.cli.preprocessing").Preprocessing(root)
-    cascade = load_found(found, preprocessing.base() if model is None else model, args, kwargs, base=base)
+    cascade = load_found(checkpoint, preprocessing.base() if model is None else model, args, kwargs, base=base)
     cascade._preprocessing = preprocessing
     return cascade
 
 
 def load_found(
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     model: nn.Module | torch.export.ExportedProgram | str | PathLike[str] | None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -175,68 +175,69 @@ def load_found(
     base: str | PathLike[str] = "memory",
 ) -> Cascade:
     """Adapt a base model as a checkpoint that was read has it; see `load`."""
-    if found.frontend not in ("auto", *FRONTENDS):
+    if checkpoint.frontend not in ("auto", *FRONTENDS):
         known = ", ".join(("auto", *FRONTENDS))
         raise CheckpointError(
-            f"{found.path}: was made by the front end {found.frontend!r:.40}; known: {known}", code="unknown-front-end"
+            f"{checkpoint.path}: was made by the front end {checkpoint.frontend!r:.40}; known: {known}",
+            code="unknown-front-end",
         )
     if model is None:
-        model = _named_base(found)
+        model = _named_base(checkpoint)
     opened = open_model(model)
     _check_new(opened, on_meta=True)
-    meta = MetaModel(base, groups_of(opened), found) if is_on_meta(opened) else None
+    meta = MetaModel(base, groups_of(opened), checkpoint) if is_on_meta(opened) else None
     if meta is not None:
         check_attributes(opened)
     with no_inference_mode(), AllOrNothing() as undo:
         place_layers(opened, undo)
         source = open_base(base, opened) if meta is None else None
-        joined = settle_ties(opened, found.plan.spec.untie, undo)
+        joined = settle_ties(opened, checkpoint.plan.spec.untie, undo)
         weights = named_weights(opened)
-        check_base(found, weights.parameters)
-        check_plan(found, weights.matrices, weights.parameters)
-        _check_forms(found)
+        check_base(checkpoint, weights.parameters)
+        check_plan(checkpoint, weights.matrices, weights.parameters)
+        _check_forms(checkpoint)
         try:
-            options: Any = {"empty": True, "joined": joined, "moved": found.moved, "meta": meta}
-            cascade = _adapt(opened, args, kwargs, found.plan, found.frontend, source, undo, **options)
+            options: Any = {"empty": True, "joined": joined, "moved": checkpoint.moved, "meta": meta}
+            cascade = _adapt(opened, args, kwargs, checkpoint.plan, checkpoint.frontend, source, undo, **options)
         except (PassError, SpecError) as fault:
             raise CheckpointError(
-                f"{found.path}: its plan does not fit this model: {fault}", code="plan-mismatch"
+                f"{checkpoint.path}: its plan does not fit this model: {fault}", code="plan-mismatch"
             ) from fault
         if meta is None:
-            cascade._take_over(found, undo)
-            _check_loaded(cascade, found.path)
+            cascade._take_over(checkpoint, undo)
+            _check_loaded(cascade, checkpoint.path)
         return cascade
 
 
-def _named_base(found: Checkpoint) -> nn.Module:
+def _named_base(checkpoint: Checkpoint) -> nn.Module:
     """Build the base that a checkpoint names."""
-    where = str(found.path)
-    if "model" not in found.manifest:
+    where = str(checkpoint.path)
+    if "model" not in checkpoint.manifest:
         raise CheckpointError(
             f"{where}: names no base; give the model: lorasc_fx.load(folder, model). Folders of "
             "cascade.save_pretrained name theirs",
             code="base-not-named",
         )
     try:
-        named = BaseModel.from_dict(found.manifest["model"])
+        named = BaseModel.from_dict(checkpoint.manifest["model"])
     except ValueError as fault:
-        raise CheckpointError(f"{found.path / MANIFEST}: {fault}; {way_back(found.path)}") from fault
+        raise CheckpointError(f"{checkpoint.path / MANIFEST}: {fault}; {way_back(checkpoint.path)}") from fault
     model = named.build(where)
     parameters = dict(model.named_parameters())
-    for key, value in found.tensors.items():
-        own = parameters.get(key.removeprefix("base/")) if key.startswith("base/") else None
-        if own is not None and own.shape == value.shape and own.dtype == value.dtype:
-            own.data.copy_(value)  # of another shape or name: check_base says that the base differs
+    for key, value in checkpoint.tensors.items():
+        parameter = parameters.get(key.removeprefix("base/")) if key.startswith("base/") else None
+        if parameter is not None and parameter.shape == value.shape and parameter.dtype == value.dtype:
+            parameter.data.copy_(value)  # of another shape or name: check_base says that the base differs
     return model
 
 
-def _check_forms(found: Checkpoint) -> None:
+def _check_forms(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint whose sites were found through forms that are not registered here."""
-    sites = {site.form: site.weight for site in reversed(found.plan.sites)}
+    sites = {site.form: site.weight for site in reversed(checkpoint.plan.sites)}
     for form, hint in forms_missing(sites).items():
         raise CheckpointError(
-            f"{found.path}: {sites[form]} was adapted through the form {form!r}, which is not registered here{hint}; "
-            "call lorasc_fx.graph.register_form with it before load",
+            f"{checkpoint.path}: {sites[form]} was adapted through the form {form!r}, which is not registered "
+            f"here{hint}; call lorasc_fx.graph.register_form with it before load",
             code="form-not-registered",
         )
 

@@ -76,30 +76,30 @@ def materialize(
     path, model = path_of(files), cascade.model
     args, kwargs = cascade._example if cascade._example is not None else ((), None)
     if run.slow.group is not None:
-        place = torch.device(run.slow.group.device)
-        if device is not None and _device(device).type != place.type:
-            raise SpecError(f"materialize: device is {device!r}, and the shards are on {place}; leave it out")
+        target = torch.device(run.slow.group.device)
+        if device is not None and _device(device).type != target.type:
+            raise SpecError(f"materialize: device is {device!r}, and the shards are on {target}; leave it out")
     else:
-        place = _device(device) if device is not None else device_of(args, kwargs or {})
+        target = _device(device) if device is not None else device_of(args, kwargs or {})
 
     def real(leaf: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(leaf, device=place) if leaf.is_meta else leaf.to(place)
+        return torch.ones_like(leaf, device=target) if leaf.is_meta else leaf.to(target)
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, real, (args, kwargs))
     with no_inference_mode(), AllOrNothing() as undo:
         undo(partial(_put_back, cascade, dict(vars(cascade))))
         if run.is_sharded:
-            _into_shards(cascade, path, place, buffers or {}, undo)
+            _into_shards(cascade, path, target, buffers or {}, undo)
         else:
-            put_numbers(find_numbers(model, path, meta.groups, buffers or {}), model, place, undo)
-            found, flags = meta.checkpoint, cascade._flags
+            put_numbers(find_numbers(model, path, meta.groups, buffers or {}), model, target, undo)
+            checkpoint, flags = meta.checkpoint, cascade._flags
             source = open_base(path if meta.base == "file" else meta.base, model)
-            if found is None:
+            if checkpoint is None:
                 _adapt(model, args, kwargs, Plan(run.plan.spec), run.frontend, source, undo, into=cascade)
             else:
-                check_base(found, named_weights(model).parameters)
-                options: Any = {"empty": True, "into": cascade, "moved": found.moved}
-                _adapt(model, args, kwargs, found.plan, run.frontend, source, undo, **options)
+                check_base(checkpoint, named_weights(model).parameters)
+                options: Any = {"empty": True, "into": cascade, "moved": checkpoint.moved}
+                _adapt(model, args, kwargs, checkpoint.plan, run.frontend, source, undo, **options)
             cascade._flags = flags
         if meta.checkpoint is not None:
             cascade._take_over(meta.checkpoint, undo)
@@ -118,16 +118,18 @@ def _into_shards(
     with group.agreed("materialize"):
         numbers = find_numbers(model, path, meta.groups, buffers)
         names = {id(value): name for name, value in run.parameters_by_name().items()}
-        own = fingerprints_of_files(numbers, names, group.rank, group.size)
+        digests = fingerprints_of_files(numbers, names, group.rank, group.size)
     sizes = {f"file {file.name}": f"{file.stat().st_size} bytes" for file in numbers.files}
     group.check_alike("materialize", sizes)
     fingerprints: dict[str, str] = {}
-    for text in group.gather_text(json.dumps(own), "materialize"):
+    for text in group.gather_text(json.dumps(digests), "materialize"):
         fingerprints |= json.loads(text)
     with group.agreed("materialize"):
         if meta.checkpoint is not None:
-            found, parameters = meta.checkpoint, run.parameters_by_name()
-            check_digests(f"{found.path}: this is", found.manifest["base"], fingerprints, parameters, found.moved)
+            checkpoint, parameters = meta.checkpoint, run.parameters_by_name()
+            check_digests(
+                f"{checkpoint.path}: this is", checkpoint.manifest["base"], fingerprints, parameters, checkpoint.moved
+            )
         put_numbers(numbers, model, device, undo)
         spec, stage = run.plan.spec, run.plan.stage
         new = {}

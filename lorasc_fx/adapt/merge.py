@@ -63,8 +63,8 @@ def merge(
         raise SpecError("merge: give a list of checkpoint folders or cascades, one or more")
     shares = _shares(weights, len(runs))
     given = [run._run if isinstance(run, Cascade) else run for run in runs]
-    found = [GivenRun.of(run, f"run {number}", "merge") for number, run in enumerate(given, start=1)]
-    scaled = next((run.name for run in found if run.plan.spec.row_scale.trained), None)
+    named_runs = [GivenRun.of(run, f"run {number}", "merge") for number, run in enumerate(given, start=1)]
+    scaled = next((run.name for run in named_runs if run.plan.spec.row_scale.trained), None)
     if scaled is not None:
         raise SpecError(
             f"merge: {scaled}, has magnitudes (use_dora): its rows are scaled, and a sum of runs is one of experts. "
@@ -76,14 +76,16 @@ def merge(
     with no_inference_mode(), AllOrNothing() as undo:
         place_layers(opened, undo)
         source = open_base(base, opened)
-        joined = settle_ties(opened, found[0].plan.spec.untie, undo)
-        own = fingerprints(dict(opened.named_parameters()))
-        for run in found:
-            run.check_base(own, "merge")
-        parts = [run.part(dict(opened.named_parameters())) for run in found]
+        joined = settle_ties(opened, named_runs[0].plan.spec.untie, undo)
+        digests = fingerprints(dict(opened.named_parameters()))
+        for run in named_runs:
+            run.check_base(digests, "merge")
+        parts = [run.part(dict(opened.named_parameters())) for run in named_runs]
         plan = _plan(parts, named_weights(opened).names)
         try:
-            cascade = _adapt(opened, args, kwargs, plan, found[0].frontend, source, undo, empty=True, joined=joined)
+            cascade = _adapt(
+                opened, args, kwargs, plan, named_runs[0].frontend, source, undo, empty=True, joined=joined
+            )
         except PassError as fault:
             raise SpecError(
                 f"merge: the sites of these runs do not fit together: {fault}", code="sites-differ"

@@ -97,7 +97,7 @@ def draw(
     if shard is not None:
         firsts[shard.axis] = shard.first
     out = torch.empty(shape)
-    axes = [_pieces(*each) for each in zip(firsts, shape, full, block_of(full), strict=True)]
+    axes = [_pieces(*axis) for axis in zip(firsts, shape, full, block_of(full), strict=True)]
     for pieces in itertools.product(*axes) if out.numel() else ():
         index, sizes, places, parts = zip(*pieces, strict=True)
         source = generator(seed, stage, f"block {index} of {purpose}", name)

@@ -89,7 +89,7 @@ class _Describer:
             raise _NotVisible(name)
         if name.startswith("Cat") and any(after is None for after, _ in node.next_functions):
             raise _NotVisible(name)  # of what needs no gradient the size is hidden
-        takes = tuple([(tuple(each.shape), each.dtype, each.device) for each in node._input_metadata])
+        takes = tuple([(tuple(taken.shape), taken.dtype, taken.device) for taken in node._input_metadata])
         if (variable := getattr(node, "variable", None)) is not None:
             if variable._backward_hooks:
                 raise _NotVisible("a hook")

@@ -435,8 +435,8 @@ class Guards:
             now = where[key]
             if now is not expected and not (by_value and type(now) is type(expected) and now == expected):
                 return False
-        for where, place, expected in self._hooks:  # noqa: SIM110 - dynamo traces a loop
-            if list(where.values())[place] is not expected:
+        for where, index, expected in self._hooks:  # noqa: SIM110 - dynamo traces a loop
+            if list(where.values())[index] is not expected:
                 return False
         return True
 

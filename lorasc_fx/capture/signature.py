@@ -37,8 +37,8 @@ def whole(value: Any) -> bool:
 def know_trees(model: nn.Module) -> None:
     """Let transformers, where it is in use, register its caches with torch's pytree, as it does for its own exports."""
     if "transformers.cache_utils" in sys.modules and importlib.util.find_spec("transformers.exporters") is not None:
-        own = importlib.import_module("transformers.exporters.exporter_dynamo")  # noqa: TID251 - our own name
-        own.register_cache_pytrees_for_model(model)
+        exporter = importlib.import_module("transformers.exporters.exporter_dynamo")  # noqa: TID251 - our own name
+        exporter.register_cache_pytrees_for_model(model)
 
 
 def bind(

@@ -142,7 +142,7 @@ def _changes(adapter: Adapter, model: nn.Module, spec: CascadeSpec) -> dict[str,
 
 def _same(one: Pair, other: Pair) -> bool:
     """Whether both change a weight alike; of one adapter all have magnitudes, or none has."""
-    ours, theirs = ((each.expert.b, each.expert.a, each.expert.row_scale) for each in (one, other))
+    ours, theirs = ((pair.expert.b, pair.expert.a, pair.expert.row_scale) for pair in (one, other))
     return all(
         x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(ours, theirs, strict=True)
     )

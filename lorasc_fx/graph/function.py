@@ -38,11 +38,11 @@ def takes_leaves(graph: fx.Graph) -> bool:
 
 def hooks_of(module: fx.GraphModule) -> list[Any]:
     """Return the dictionaries of hooks on the calls of branches, those of all modules among them."""
-    own = [
+    by_branch = [
         [branch._forward_pre_hooks, branch._forward_hooks, branch._backward_pre_hooks, branch._backward_hooks]
         for branch in branch_nodes(module).values()
     ]
-    return [*_GLOBAL_HOOKS, *(hooks for of_branch in own for hooks in of_branch)]
+    return [*_GLOBAL_HOOKS, *(hooks for of_branch in by_branch for hooks in of_branch)]
 
 
 def as_function(module: fx.GraphModule) -> Callable[..., Any]:

@@ -104,8 +104,8 @@ def write_version(
             with group.agreed("save"), _as_checkpoint_error(root):
                 if writes:
                     shards = manifest.get("shards", {})
-                    own = {name: value for name, value in tensors.items() if is_first or name in shards}
-                    digest = _write_synced(own, temporary_folder / names[order.index(group.rank)])
+                    here = {name: value for name, value in tensors.items() if is_first or name in shards}
+                    digest = _write_synced(here, temporary_folder / names[order.index(group.rank)])
             digests = group.gather_text(digest, "save")
             written = [digests[rank] for rank in order]
             with group.agreed("save"), _as_checkpoint_error(root):

@@ -362,7 +362,7 @@ def factors_of(branch: Branch, device: torch.device, state: WeightState) -> Fact
 
 def _shard_of(factor: torch.Tensor, shard: ShardSpec) -> torch.Tensor:
     """Return the shard of a factor: its own where it is cut as the weight is, else of all of it, which is small."""
-    own = ShardSpec.of(factor) if hasattr(factor, "to_local") else None
-    if own is not None and (own.axis, own.pieces) == (shard.axis, shard.pieces):
+    held = ShardSpec.of(factor) if hasattr(factor, "to_local") else None
+    if held is not None and (held.axis, held.pieces) == (shard.axis, shard.pieces):
         return local(factor)
     return shard.take(full_tensor(factor))
