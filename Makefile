@@ -14,8 +14,9 @@ EXTRAS := cli,data,vision,text,demo,onnx,report,loops,tensorboard,test,bench
 CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)
 STAMP := $(VENV)/.installed
 OTHER := .venv-torch-$(VERSION)
+PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is compiled then; all of it takes a minute
 
-.PHONY: help venv demo demo-images test test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
+.PHONY: help venv demo demo-images test test-fast test-torch ci ci-slow lint format types bench coverage evidence evidence-check docs site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -25,7 +26,7 @@ venv: $(STAMP) ## .venv with the package (editable) and all its extras
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lorasc-fx needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
+	$(PIP) -e '.[$(EXTRAS)]' -c $(CONSTRAINTS)
 	@touch $@
 
 demo: $(STAMP) ## methods side by side on a small data set of texts (experiments/demo.toml)
@@ -50,6 +51,9 @@ ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler
 	@$(BIN)/python -m pytest -m slow $(WAITING) --timeout 900 || { status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "ci-slow: no test is marked slow, so this ran none; mark one or drop the target" >&2; fi; \
 	  exit $$status; }
+
+ci: $(STAMP) ## every test, slow or not: while some wait for their processes, others compute
+	$(BIN)/python -m pytest $(WAITING) --timeout 900
 
 lint: $(STAMP) ## ruff (rules and format) and the direction of imports
 	$(BIN)/ruff check $(CODE)
@@ -82,7 +86,7 @@ docs: $(STAMP) ## run every code block of README.md, CONTRIBUTING.md and docs/
 	$(BIN)/python -m pytest tests/contract/test_docs.py $(WORKERS) --timeout 900
 
 site: $(STAMP) ## the documentation as pages, in site/: every link is held, and the search works without a server
-	$(BIN)/python -m pip install --quiet -e '.[docs]' -c $(CONSTRAINTS) -c requirements/docs.txt
+	$(PIP) -e '.[docs]' -c $(CONSTRAINTS) -c requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean: ## remove .venv and what builds and tools left
