@@ -37,8 +37,8 @@ _CTC: dict[str, Any] = {"tolerance": 1e-6, "because": "the CTC loss is computed 
 _SEQUENCE: dict[str, Any] = {
     "use_cache": False,
     "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
     "encoder_attention_heads": 4,
@@ -152,8 +152,8 @@ SPEECH: tuple[Entry, ...] = (
         "SpeechT5ForSpeechToText",
         given({"labels": whole(30, 2, 6, low=3)}, input_values=real(2, 400), decoder_input_ids=whole(30, 2, 6, low=3)),
         hidden_size=32,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=1,
+        decoder_layers=1,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=48,
@@ -275,12 +275,13 @@ TEXT: tuple[Entry, ...] = (
         vision_end_token_id=36,
         text_config=_TEXT
         | {
+            "num_hidden_layers": 1,
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
             "rope_parameters": {"type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
         },
         vision_config={
-            "depth": 2,
+            "depth": 1,
             "embed_dim": 32,
             "hidden_size": 32,
             "num_heads": 4,
