@@ -1,10 +1,11 @@
 """Graphs of torch.export, kept to be used again for another model in the same state.
 
-What an export reads is told as one value, `state_of`: the classes of the modules, all Python state that guards know
+What an export reads is the key of its graph, `state_of`: the classes of the modules, all Python state that guards know
 (guards.py), by what it holds; names, shapes and ties of parameters and buffers, and the buffers' values; the inputs but
 for their values; the global variables that the code of the model's classes names, and the functions behind these;
-torch's settings and the environment. Where something in it cannot be told by value (a hook, a tensor that is neither
-parameter nor buffer, an object of a foreign library that belongs to one model), there is no state and nothing is kept.
+torch's settings and the environment. Where something in it cannot be compared by value (a hook, a tensor that is
+neither parameter nor buffer, an object of a foreign library that belongs to one model), there is no key, and nothing is
+kept.
 
 A kept graph has no weights and no model. It is held against the new model on the example, as a new one is.
 """
@@ -46,8 +47,8 @@ _VALUES = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device
 _TENSORS = (torch.Tensor, nn.Parameter)
 
 
-class _NotTold(Exception):
-    """Something that no value tells."""
+class _NoKey(Exception):
+    """Something that cannot be compared by value."""
 
 
 class _Same:
@@ -74,7 +75,7 @@ def _given(value: Any) -> Any:
 
 
 def state_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *more: Hashable) -> Hashable | None:
-    """Return all that an export of a call depends on, to be compared; None where it cannot be told.
+    """Return all that an export of a call depends on, to be compared; None where it cannot be compared.
 
     Args:
         model: as it is now.
@@ -82,20 +83,20 @@ def state_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any], *more: Hash
         more: options of the export.
     """
     try:
-        return (*more, _Teller(model).state(args, kwargs), _settings())
-    except (_NotTold, RecursionError):
+        return (*more, _KeyBuilder(model).state(args, kwargs), _settings())
+    except (_NoKey, RecursionError):
         return None
 
 
-class _Teller:
-    """Numbers the objects that a model holds in the order in which they are reached, and tells what they hold."""
+class _KeyBuilder:
+    """Numbers the objects that a model holds, in the order in which they are reached, and makes a key of them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._tensors: dict[int, str] = {}
         self._memory: dict[int, str] = {}
         self._numbers: dict[int, int] = {}
-        self._open: set[int] = set()  # what has been numbered and whose contents are still to be told
+        self._open: set[int] = set()  # what has been numbered and whose contents are still to come
         self._alive: list[Any] = []
         self._left = FOLLOWED
 
@@ -107,7 +108,7 @@ class _Teller:
         classes = dict.fromkeys(kind for module in self._model.modules() for kind in type(module).__mro__)
         forwards = tuple([(_Same(kind), _Same(vars(kind).get("forward", MISSING))) for kind in classes])
         if self._open:
-            raise _NotTold("an object that is not followed")
+            raise _NoKey("an object that is not followed")
         return (tensors, inputs, holders, attributes, forwards, tuple(self._globals(classes)))
 
     def _registered(self) -> Iterator[Hashable]:
@@ -123,34 +124,34 @@ class _Teller:
 
     def _layout(self, value: torch.Tensor) -> Hashable:
         if type(value) not in _TENSORS or value.layout is not torch.strided or value.is_meta or value.is_nested:
-            raise _NotTold("a tensor of another kind")
+            raise _NoKey("a tensor of another kind")
         sizes = (tuple(value.shape), value.stride(), value.dtype, value.device)
         return (type(value), *sizes, value.requires_grad, value.is_leaf, value.is_conj(), value.is_neg())
 
     def _inputs(self, args: Any, kwargs: Mapping[str, Any]) -> Hashable:
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
         first: dict[int, int] = {}
-        told: list[Hashable] = []
+        parts: list[Hashable] = []
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
                 if id(leaf) in self._tensors:
-                    raise _NotTold("a weight as an input")
-                told.append((first.setdefault(id(leaf), index), self._layout(leaf)))
+                    raise _NoKey("a weight as an input")
+                parts.append((first.setdefault(id(leaf), index), self._layout(leaf)))
             else:
-                told.append(self._value(leaf))
-        return (str(spec), tuple(told))
+                parts.append(self._value(leaf))
+        return (str(spec), tuple(parts))
 
     def _holder(self, held: Held) -> Hashable:
         where = held.where
         if held.ordered and len(where):
-            raise _NotTold("a hook")
+            raise _NoKey("a hook")
         of_class = isinstance(where, types.MappingProxyType)
         self._open.discard(id(where))
         number = None if of_class else self._number(where)
         self._open.discard(id(where))
         keys = tuple([(type(key), key) if isinstance(key, _VALUES) else _Same(key) for key in held.keys])
-        tell = self._shared if of_class else self._value
-        values = tuple([tell(held.read(key)) for key in held.keys])
+        key_of = self._shared if of_class else self._value
+        values = tuple([key_of(held.read(key)) for key in held.keys])
         many = isinstance(where, (list, dict, deque, set)) and len(where) > len(held.keys) and not held.attributes
         more = self._plain(where) if many else None
         return (held.name, number, type(where), keys, values, more)
@@ -164,7 +165,7 @@ class _Teller:
         return self._numbers[id(where)]
 
     def _plain(self, value: Any) -> Hashable:
-        """Tell a container of plain values by itself."""
+        """Return the key of a container of plain values."""
         if isinstance(value, dict):
             return (type(value), tuple([(self._plain(key), self._plain(item)) for key, item in value.items()]))
         if isinstance(value, (list, tuple, deque)):
@@ -179,14 +180,14 @@ class _Teller:
             return _Same(value)
         if type(value) in _VALUES:
             return (type(value), value)
-        raise _NotTold(type(value).__name__)
+        raise _NoKey(type(value).__name__)
 
     def _value(self, value: Any) -> Hashable:
         if value is MISSING or isinstance(value, (ReferenceType, RemovableHandle)):
             return type(value).__name__
         if isinstance(value, torch.Tensor):
             if id(value) not in self._tensors:
-                raise _NotTold("a tensor")
+                raise _NoKey("a tensor")
             return ("tensor", self._tensors[id(value)])
         if isinstance(value, tuple):
             return (type(value), tuple(map(self._value, value)))
@@ -206,7 +207,7 @@ class _Teller:
         attributes = self._number(vars(value)) if hasattr(value, "__dict__") else None
         slots = any(vars(kind).get("__slots__") for kind in type(value).__mro__)
         if attributes is None and not slots:
-            raise _NotTold(type(value).__name__)
+            raise _NoKey(type(value).__name__)
         return (_Same(type(value)), attributes, self._number(value) if slots else None)
 
     def _function(self, value: types.FunctionType) -> Hashable:
@@ -214,42 +215,42 @@ class _Teller:
         return (_Same(value.__code__), self._value(value.__defaults__), self._value(value.__kwdefaults__), cells)
 
     def _attributes(self, module: nn.Module) -> Hashable:
-        """Tell all attributes of a module, also those that its own forward does not read."""
-        told: list[Hashable] = []
+        """Return the keys of all attributes of a module, also of those that its own forward does not read."""
+        parts: list[Hashable] = []
         for key, value in vars(module).items():
             if key not in STORES and key not in UNREAD:
                 try:
-                    told.append((key, self._plain(value)))
-                except _NotTold:
-                    told.append((key, self._value(value)))
-        return tuple(told)
+                    parts.append((key, self._plain(value)))
+                except _NoKey:
+                    parts.append((key, self._value(value)))
+        return tuple(parts)
 
     def _shared(self, value: Any, depth: int = DEPTH) -> Hashable:
-        """Tell what is the same object for both models, a global variable or what a class holds: it may hold other
-        things by now, or have been exchanged.
+        """Return the key of what is the same object for both models, a global variable or what a class holds: it may
+        hold other things by now, or have been exchanged.
         """
         try:
             return self._plain(value)
-        except _NotTold:
+        except _NoKey:
             pass
         if isinstance(value, torch.Tensor):
             return (_Same(value), value._version)
         self._left -= 1
         if self._left < 0:
-            raise _NotTold("much that is shared")
-        told: list[Hashable] = [_Same(value), _code(value)]
+            raise _NoKey("much that is shared")
+        parts: list[Hashable] = [_Same(value), _code(value)]
         if depth and isinstance(value, (dict, types.MappingProxyType)):
-            told += [(self._shared(key, 0), self._shared(item, depth - 1)) for key, item in list(value.items())]
+            parts += [(self._shared(key, 0), self._shared(item, depth - 1)) for key, item in list(value.items())]
         elif depth and isinstance(value, (list, tuple, deque)):
-            told += [self._shared(item, depth - 1) for item in value]
+            parts += [self._shared(item, depth - 1) for item in value]
         elif depth and not isinstance(value, (types.FunctionType, type)) and is_followed(value):
             members = [item for kind in type(value).__mro__ if _own(kind) for item in vars(kind).items()]
-            told += [(key, self._shared(item, depth - 1)) for key, item in members if not key.startswith("__")]
-            told.append(self._shared(vars(value), depth - 1) if hasattr(value, "__dict__") else None)
-        return tuple(told)
+            parts += [(key, self._shared(item, depth - 1)) for key, item in members if not key.startswith("__")]
+            parts.append(self._shared(vars(value), depth - 1) if hasattr(value, "__dict__") else None)
+        return tuple(parts)
 
     def _globals(self, classes: Mapping[type, None]) -> Iterator[Hashable]:
-        """Tell the global variables that the code of classes names, and those of the functions among them."""
+        """Yield the keys of global variables that the code of classes, and of functions among them, names."""
         waiting: list[Any] = [
             function
             for kind in classes
@@ -266,7 +267,7 @@ class _Teller:
             seen.add(id(function))
             self._alive.append(function)
             if len(seen) > FOLLOWED:
-                raise _NotTold("many functions")
+                raise _NoKey("many functions")
             names = dict.fromkeys(_names(function.__code__))
             for name in names:
                 if name not in function.__globals__:
@@ -326,7 +327,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _settings() -> Hashable:
     """Return the settings of torch that decide what a model does."""
     if _get_current_function_mode_stack() or _get_current_dispatch_mode() is not None:
-        raise _NotTold("a mode")
+        raise _NoKey("a mode")
     backends = torch.backends
     kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
     return (
