@@ -14,6 +14,7 @@ import copy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,28 @@ from .models import Work
 from .rivals import adapted, wrapped
 from .transitions import Seconds, train
 
-__all__ = ["BROKEN", "CALLS", "LAYERS", "STARTS", "WIDTH", "call", "graph_breaks", "import_seconds", "narrow", "start"]
+__all__ = [
+    "BROKEN",
+    "CALLS",
+    "LAYERS",
+    "STARTS",
+    "WIDTH",
+    "call",
+    "decoder",
+    "graph_breaks",
+    "import_seconds",
+    "narrow",
+    "start",
+]
 
 STARTS = ("forward", "backward", "export", "adapt", "again", "load", "first call")
-CALLS = ("forward", "forward and backward")
+CALLS = ("forward", "forward and backward", "token of generate", "token inside weights('slow')")
 BATCH = 2
 """Examples of the batch that a model starts with."""
 WIDTH, LAYERS, TOKENS = 64, 12, 16
 """Of the model whose calls are measured: so narrow that Python is most of the time."""
 REPEATS = 20
-"""Calls in a round."""
+"""Calls in a round, and tokens that a call of `generate` makes."""
 BROKEN = ("yoso", "hf_whisper")
 """Entries of `tests.models.zoo` that have graph breaks."""
 
@@ -130,30 +143,60 @@ def narrow() -> nn.Module:
     return transformers.BertModel(config)
 
 
+def decoder() -> nn.Module:
+    """Return a Llama of 8 layers and width 64, in eval mode."""
+    import transformers
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=8, vocab_size=100)).eval()
+
+
 def call(rounds: int) -> dict[str, Any]:
-    """Return CPU seconds of a call of the narrow model by rival, and the ratios of ours to both, as plain data."""
-    model, x = narrow(), torch.randint(0, 100, (2, TOKENS))
-    work = Work("", narrow, dict, ("linear",), {"target_modules": ["query", "key", "value", "dense"]})
-    rivals = {
-        "eager": copy.deepcopy(model),
-        "peft": wrapped(work, copy.deepcopy(model)),
-        "ours": adapted(work, copy.deepcopy(model), {"input_ids": x}),
-    }
-
-    def run(rival: nn.Module, backward: bool) -> None:
-        for _ in range(REPEATS):
-            output = rival(input_ids=x)
-            if backward:
-                output[0].sum().backward()
-
-    found: dict[str, Any] = {}
-    for name, backward in zip(CALLS, (False, True), strict=True):
-        times = alternate({key: Turn(_nothing, partial(run, each, backward)) for key, each in rivals.items()}, rounds)
-        found[name] = {
-            "seconds": {key: min(time.cpu) / REPEATS for key, time in times.items()},
-            "ratios": {f"ours/{other}": ratio(times["ours"], times[other]) for other in ("eager", "peft")},
-        }
+    """Return CPU seconds of a call, or of a token, of a narrow model by rival, and the ratios of ours to both, as plain
+    data.
+    """
+    x = torch.randint(0, 100, (2, TOKENS))
+    leaves = ["query", "key", "value", "dense"]
+    found = {}
+    rivals = _narrow_rivals(narrow(), x, leaves)
+    for name, backward in zip(CALLS[:2], (False, True), strict=True):
+        found[name] = _compared(rivals, rounds, lambda rival, backward=backward: _calls(rival, x, backward))
+    leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    rivals = _narrow_rivals(decoder(), x, leaves)
+    found[CALLS[2]] = _compared(rivals, rounds, lambda rival: _tokens(rival, x))
+    cascade = rivals["ours"]
+    assert isinstance(cascade, lx.Cascade)
+    with cascade.weights("slow"):
+        found[CALLS[3]] = _compared(rivals, rounds, lambda rival: _tokens(rival, x))
     return found
+
+
+def _narrow_rivals(model: nn.Module, x: torch.Tensor, leaves: list[str]) -> dict[str, nn.Module]:
+    targets = tuple(f"*.{leaf}" for leaf in leaves)
+    work = Work("", lambda: model, dict, targets, {"target_modules": leaves})
+    peft, ours = wrapped(work, copy.deepcopy(model)), adapted(work, copy.deepcopy(model), {"input_ids": x})
+    return {"eager": model, "peft": peft.train(model.training), "ours": ours.train(model.training)}
+
+
+def _calls(rival: nn.Module, x: torch.Tensor, backward: bool) -> None:
+    for _ in range(REPEATS):
+        output = rival(input_ids=x)
+        if backward:
+            output[0].sum().backward()
+
+
+@torch.no_grad()
+def _tokens(rival: nn.Module, x: torch.Tensor) -> None:
+    generate: Any = rival.generate
+    generate(input_ids=x, max_new_tokens=REPEATS, min_new_tokens=REPEATS, do_sample=False, pad_token_id=0)
+
+
+def _compared(rivals: dict[str, nn.Module], rounds: int, run: Callable[[nn.Module], None]) -> dict[str, Any]:
+    times = alternate({key: Turn(_nothing, partial(run, each)) for key, each in rivals.items()}, rounds)
+    return {
+        "seconds": {key: min(time.cpu) / REPEATS for key, time in times.items()},
+        "ratios": {f"ours/{other}": ratio(times["ours"], times[other]) for other in ("eager", "peft")},
+    }
 
 
 def _nothing() -> None:
