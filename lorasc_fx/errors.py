@@ -67,6 +67,7 @@ CODES = {
     "constant-adapted": "(warning) a frozen weight, perhaps a constant, has become a site",
     "context-parallel-not-supported": "a call inside torch's context_parallel, which does not reach graphs",
     "damaged-file": "a file of a run is damaged",
+    "data-not-local": "a data set, or what describes it, names files of the network",
     "data-parallel": "torch.nn.DataParallel would copy the cascade",
     "digest-mismatch": "tensors differ from the digest in their manifest",
     "dora-not-supported": "DoRA cannot be applied to this weight or in this call",

@@ -48,9 +48,9 @@ class DataConfig:
     """The examples, how they are split, and the shifted test sets."""
 
     name: str = ""
-    """`csv:FILE`, `imagefolder:DIR`, `json:FILE`, `parquet:FILE`, `arrow:FILE`, `disk:DIR` (of datasets), or
-    `python:package.module:function`, which returns inputs (a list of texts, or bytes [examples, 1 or 3, height, width])
-    and a class each."""
+    """`csv:FILE`, `imagefolder:DIR`, `json:FILE`, `parquet:FILE`, `arrow:FILE`, `webdataset:FILE`, `folder:DIR`,
+    `disk:DIR` (of datasets), or `python:package.module:function`, which returns inputs (a list of texts, or bytes
+    [examples, 1 or 3, height, width]) and a class each."""
     train: int | float = 0.7
     """Examples to train on: a number of them, or a share of all, below 1."""
     validation: int | float = 0.1

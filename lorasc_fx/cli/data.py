@@ -25,11 +25,14 @@ from lorasc_fx.cli.models import Arguments, reading, user_function
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
 
-TABLES = ("json", "parquet", "arrow")
+TABLES = ("json", "parquet", "arrow", "webdataset")
 """Kinds of files that the package datasets reads."""
 DATA = (
-    "csv:FILE", "imagefolder:DIR", *(f"{kind}:FILE" for kind in TABLES), "disk:DIR", "python:package.module:function",
+    "csv:FILE", "imagefolder:DIR", *(f"{kind}:FILE" for kind in TABLES), "folder:DIR", "disk:DIR",
+    "python:package.module:function",
 )  # fmt: skip
+SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
+"""Names of folders that the package datasets takes as splits."""
 
 Inputs = Tensor | Sequence[str]
 """Pixels as bytes, [examples, 1 or 3, height, width], or texts."""
@@ -174,7 +177,7 @@ def _sizes(config: DataConfig, total: int) -> list[int]:
 
 
 def read_csv(path: Path, *wanted: str) -> tuple[list[str], ...]:
-    """Return the cells of these columns of a CSV file with a header.
+    """Return the cells of these columns of a CSV file with a header; in a `.tsv` tabs stand between cells.
 
     Raises:
         SpecError: the file cannot be read, lacks a column, or has a row with an empty or a missing cell.
@@ -186,7 +189,8 @@ def read_csv(path: Path, *wanted: str) -> tuple[list[str], ...]:
     except UnicodeDecodeError as fault:
         line = fault.object[: fault.start].count(b"\n") + 1
         raise SpecError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8", code="not-utf8") from fault
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     columns: tuple[list[str], ...] = tuple([] for _ in wanted)
     try:
         _check_columns(f"{path}:1", wanted, list(reader.fieldnames or ()))
@@ -223,13 +227,15 @@ def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None
     """Return the cells of these columns of a file or folder that the package datasets reads.
 
     Args:
-        kind: one of `TABLES`, or `disk` for a folder of `Dataset.save_to_disk`.
+        kind: one of `TABLES`; `folder` for what `datasets.load_dataset` reads from a folder, `disk` for a folder of
+            `Dataset.save_to_disk`. The last part of the path of either may be the name of a split.
         path: of the file or folder.
         wanted: names of columns; numbers of classes are returned as their names.
         image_size: if given, the first column holds images, returned as bytes [3, image_size, image_size].
 
     Raises:
-        SpecError: the file cannot be read, lacks a column, or has an empty cell.
+        SpecError: the file cannot be read, lacks a column, or has an empty cell or one of another type; the folder
+            names files of the network, or has several splits.
         MissingExtra: datasets is not installed.
     """
     datasets = module_of("data", "datasets")
@@ -237,11 +243,13 @@ def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None
     with tempfile.TemporaryDirectory() as cache, reading(f"{kind}:{path}", "datasets", code="unreadable-file"):
         if kind == "disk":
             table = datasets.load_from_disk(path)
+        elif kind == "folder":
+            table = _read_folder(Path(path), cache)
         else:
             files = {"data_files": {"train": path}, "split": "train"}
             table = datasets.load_dataset(kind, **files, cache_dir=cache, keep_in_memory=True)
         if isinstance(table, datasets.DatasetDict):
-            raise SpecError(f"disk:{path} holds the splits {', '.join(table)}; give one of them, as disk:{path}/SPLIT")
+            raise _several_splits(f"{kind}:{path}", list(table))
         _check_columns(f"{kind}:{path}", wanted, table.column_names)
         if image_size is not None:
             table = table.cast_column(wanted[0], datasets.Image())
@@ -252,17 +260,61 @@ def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None
             for row, entry in enumerate(table.select_columns([name]), start=1):
                 known = None if classes and entry[name] == -1 else entry[name]  # -1 is a class that is not known
                 cell = _filled(f"{kind}:{path}: row {row}", name, known)
+                if not is_image and not isinstance(cell, (str, int, float)):
+                    raise SpecError(
+                        f"{kind}:{path}: row {row}: the cell {name!r} is {type(cell).__name__}; give a column of texts "
+                        "or numbers"
+                    )
                 cells.append(_pixels(cell, image_size) if is_image else classes[cell] if classes else cell)
             columns.append(cells)
     return tuple(columns)
+
+
+def _read_folder(path: Path, cache: str) -> Any:
+    """Return the splits that the package datasets reads from a folder, or the one that the path ends with.
+
+    Raises:
+        SpecError: the folder names files of the network.
+    """
+    folder, split = (path, None) if path.is_dir() or not path.parent.is_dir() else (path.parent, path.name)
+    card, settings = folder / "README.md", folder / ".huggingface.yaml"
+    named = {}
+    if card.is_file():
+        named[card] = repr(module_of("data", "huggingface_hub").DatasetCard.load(card).data.to_dict().get("configs"))
+    if settings.is_file():
+        named[settings] = settings.read_text(encoding="utf-8")
+    for file, text in named.items():
+        _check_local(file, text)
+    table = module_of("data", "datasets").load_dataset(str(folder), split=split, cache_dir=cache, keep_in_memory=True)
+    return next(iter(table.values())) if split is None and len(table) == 1 else table
+
+
+def _check_local(source: object, text: str) -> None:
+    """Refuse names of files that are not on this machine."""
+    if "://" in text:
+        raise SpecError(
+            f"{source} names files of the network, and nothing is downloaded; name files of this machine",
+            code="data-not-local",
+        )
+
+
+def _several_splits(name: str, splits: Sequence[str]) -> SpecError:
+    return SpecError(
+        f"{name} holds the splits {', '.join(splits)}; give one of them, as {name}/{splits[0]}; another one can be a "
+        f'further test set: data.shifts = ["{name}/{splits[-1]}"]'
+    )
 
 
 def _read_images(folder: Path, size: int) -> tuple[Tensor, list[str]]:
     """Return the images of a folder that has one folder a class, resized.
 
     Raises:
-        SpecError: there is no such folder, a class has no images, or an image cannot be read.
+        SpecError: there is no such folder, its folders are splits, a class has no images, or an image cannot be read.
     """
+    folders = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else {}
+    splits = [name for name in SPLITS if name in folders]
+    if splits and len(splits) == len(folders) and all(any(map(Path.is_dir, it.iterdir())) for it in folders.values()):
+        raise _several_splits(f"imagefolder:{folder}", splits)
     try:
         dataset = module_of("vision", "torchvision.datasets").ImageFolder(folder)
     except OSError as fault:
@@ -345,11 +397,13 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
         raise SpecError(
             f"no data set is called {name!r}{nearest(kind, kinds)}; known: {', '.join(DATA)}", code="unknown-name"
         )
+    if kind != "python":
+        _check_local(f"data set {name}", rest)
     if kind == "csv":
         inputs, labels = read_csv(Path(rest), config.text_column, config.label_column)
     elif kind == "imagefolder":
         inputs, labels = _read_images(Path(rest), config.image_size)
-    elif kind in TABLES or kind == "disk":
+    elif kind in (*TABLES, "folder", "disk"):
         if tokenizer is None:
             inputs, labels = read_table(
                 kind, rest, config.image_column, config.label_column, image_size=config.image_size

@@ -6,7 +6,7 @@ preprocessing is that of the run: its configuration, its tokenizer, and the name
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,7 @@ from lorasc_fx.cli.preprocessing import Preprocessing
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.cli.training import EVAL_BATCH, channels_last
 from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.extras import module_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class PredictArguments:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run that has ended, or whose slow weights `lorasc-fx fold` wrote there."""
     inputs: Annotated[Path, tyro.conf.Positional]
-    """An image, a folder of images; or a file of texts, one a line, or a table (.csv, .json, .jsonl, .parquet, .arrow)
-    with the run's text column."""
+    """An image; a file of texts, one a line, or a table (.csv, .tsv, .json, .jsonl, .parquet, .arrow) with the run's
+    text column; or a folder of such files."""
 
 
 def run_predict(arguments: PredictArguments) -> int:
@@ -78,19 +79,47 @@ def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) 
     return set_mode(channels_last(model) if images else model, False)
 
 
+def _files(path: Path, endings: Collection[str], what: str) -> list[Path]:
+    """Return the file at a path, or those in a folder whose names end so, in order.
+
+    Raises:
+        SpecError: the folder holds none.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in endings)
+    if not files:
+        raise SpecError(
+            f"{path} holds no files of {what} ({', '.join(sorted(endings))}); give one, or a folder of them",
+            code="too-few-examples",
+        )
+    return files
+
+
 def _images(path: Path) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the image at a path, or those in a folder, by name."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    if not files:
-        raise SpecError(f"{path} holds no files; give an image, or a folder of images", code="too-few-examples")
-    for file in files:
+    endings = module_of("vision", "torchvision.datasets.folder").IMG_EXTENSIONS
+    for file in _files(path, endings, "images"):
         yield [str(file)], [str(file)]
 
 
 def _texts(path: Path, config: Config) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the texts of a file, with their numbers."""
+    """Yield the texts of a file, or of the files in a folder, with their numbers."""
+    for file in _files(path, (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"), "texts"):
+        texts = _read_texts(file, config)
+        for first in range(0, len(texts), EVAL_BATCH):
+            batch = texts[first : first + EVAL_BATCH]
+            yield [f"{file}:{number}" for number in range(first + 1, first + len(batch) + 1)], batch
+
+
+def _read_texts(path: Path, config: Config) -> list[str]:
+    """Return the texts of a table, or the lines of another file.
+
+    Raises:
+        SpecError: the file cannot be read, or holds none.
+    """
     kind = path.suffix.removeprefix(".").replace("jsonl", "json")
-    if kind == "csv":
+    if kind in ("csv", "tsv"):
         texts = read_csv(path, config.data.text_column)[0]
     elif kind in TABLES:
         texts = read_table(kind, str(path), config.data.text_column)[0]
@@ -102,6 +131,4 @@ def _texts(path: Path, config: Config) -> Iterator[tuple[list[str], list[str]]]:
             raise SpecError(f"{path}: these texts cannot be read: {reason}", code="unreadable-file") from fault
     if not texts:
         raise SpecError(f"{path} holds no texts; give one a line", code="too-few-examples")
-    for first in range(0, len(texts), EVAL_BATCH):
-        batch = texts[first : first + EVAL_BATCH]
-        yield [f"{path}:{number}" for number in range(first + 1, first + len(batch) + 1)], batch
+    return texts

@@ -55,7 +55,8 @@ class Preprocessing:
             raise SpecError(f"preprocessing: inputs are {inputs!r}; give a list of texts, or of paths of images")
         if self.tokenizer is not None:
             return self._encode(list(inputs))
-        size = self.config.data.image_size if self.config.data.name.startswith("imagefolder:") else None
+        data = self.config.data
+        size = None if data.name.startswith("python:") else data.image_size  # files are resized before they are kept
         images = [self._encode(read_image(Path(path), size)[None])[0][0] for path in inputs]
         return (torch.cat(images).contiguous(memory_format=torch.channels_last),), {}
 

@@ -337,6 +337,87 @@ def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
     assert [len(each) for each in (splits.train, splits.validation, splits.test)] == [14, 2, 4]
 
 
+def test_a_folder_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Shards by split, and what the card says of them."""
+    import datasets
+
+    for part, count in (("train-00000-of-00002", 12), ("train-00001-of-00002", 8), ("test-00000-of-00001", 6)):
+        rows = {"text": [f"{part} {number}" for number in range(count)], "label": [0, 1] * (count // 2)}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / f"{part}.parquet")
+    name, config = f"folder:{tmp_path}", DataConfig(train=0.5, validation=0.25, test=0.25)
+    with raises(SpecError, "invalid-value", "train, test", f"{name}/train", f'shifts = ["{name}/test"]'):
+        load_data(replace(config, name=name), letters)
+    splits = load_data(replace(config, name=f"{name}/train", shifts=(f"{name}/test",)), letters)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [10, 5, 5]
+    assert sorted(splits.shifts[f"{name}/test"].inputs) == [f"test-00000-of-00001 {number}" for number in range(6)]
+    card = "---\nlicense_link: https://example.org\nconfigs:\n- config_name: default\n  data_files: "
+    (tmp_path / "README.md").write_text(card + "data/test-*\n---\nSee https://example.org\n")
+    assert len(load_data(replace(config, name=name), letters).train) == 3  # the one split that the card names
+    (tmp_path / "README.md").write_text(card + "https://example.org/a.parquet\n---\n")
+    with raises(SpecError, "data-not-local", "README.md"):
+        load_data(replace(config, name=name), letters)
+
+
+def test_no_file_of_the_network_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"text": "a", "label": 1}\n')
+    (tmp_path / ".huggingface.yaml").write_text("configs:\n- config_name: a\n  data_files: hf://datasets/a/b.json\n")
+    for name in ("json:https://example.org/a.json", "csv:s3://a/b.csv", f"folder:{tmp_path}"):
+        with raises(SpecError, "data-not-local", name.partition(":")[2][:8]):
+            load_data(DataConfig(name=name), letters)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of datasets, which leaves metadata.csv open
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+def test_images_with_a_table_beside_them_and_in_an_archive(tmp_path: Path) -> None:
+    import tarfile
+
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(10):
+            path = tmp_path / "photos" / f"{number}.png"
+            Image.new("RGB", (9, 5), (255 * (number % 2), 0, 0)).save(path)
+            archive.add(path, path.name)
+            (tmp_path / "class.cls").write_text(str(number % 2))
+            archive.add(tmp_path / "class.cls", f"{number}.cls")
+    rows = [f"{number}.png,{('dark', 'light')[number % 2]}" for number in range(10)]
+    (tmp_path / "photos" / "metadata.csv").write_text("\n".join(["file_name,label", *rows]) + "\n")
+    config = DataConfig(train=6, validation=2, test=2, image_size=4)
+    beside = load_data(replace(config, name=f"folder:{tmp_path / 'photos'}"))
+    columns = {"image_column": "png", "label_column": "cls"}
+    inside = load_data(replace(config, name=f"webdataset:{tmp_path / 'a.tar'}", **columns))
+    assert (beside.classes, inside.classes) == (("dark", "light"), ("0", "1"))
+    for splits in (beside, inside):
+        red = splits.train.inputs[:, 0, 2, 2].tolist()  # type: ignore[call-overload]  # pixels
+        assert red == [255 * label for label in splits.train.labels.tolist()]
+
+
+def test_an_image_folder_of_splits(tmp_path: Path) -> None:
+    """Its two folders are no classes."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        images(tmp_path / split, cat=(255, 0, 0), dog=(0, 0, 255))
+    name = f"imagefolder:{tmp_path}"
+    config = DataConfig(name=name, train=4, validation=1, test=1, image_size=6)
+    with raises(SpecError, "invalid-value", "train, test", f"{name}/train"):
+        load_data(config)
+    splits = load_data(replace(config, name=f"{name}/train", shifts=(f"{name}/test",)))
+    assert splits.classes == ("cat", "dog")
+    assert len(splits.shifts[f"{name}/test"]) == 6
+
+
+def test_tabs_between_cells(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("text\tlabel\nwell, well\t0\nb\t1\n")
+    assert read_csv(tmp_path / "a.tsv", "text", "label") == (["well, well", "b"], ["0", "1"])
+
+
+def test_cells_that_are_lists(tmp_path: Path) -> None:
+    name = table(tmp_path, "json", text=["a", "b"] * 10, label=[[0, 1], [1]] * 10)
+    with raises(SpecError, "invalid-value", "row 1", "label", "list"):
+        load_data(DataConfig(name=name), letters)
+
+
 @pytest.mark.parametrize(("size", "shown"), [(0, "0"), (0.0, "0.0"), (1.0, "1.0"), (-1, "-1"), (1.5, "1.5")])
 def test_a_size_is_a_number_or_a_share(size: float, shown: str) -> None:
     with raises(SpecError, "invalid-value", "data.train", shown):

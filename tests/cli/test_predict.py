@@ -15,7 +15,9 @@ from torchvision.io import write_png
 import lorasc_fx as lx
 from experiments.data import digits
 from lorasc_fx.cli import main
-from lorasc_fx.cli.data import image_examples
+from lorasc_fx.cli.config import load_config
+from lorasc_fx.cli.data import image_examples, load_data
+from lorasc_fx.cli.preprocessing import Preprocessing
 from tests.kit.errors import raises
 
 SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "32", "--data.validation", "16",
@@ -30,6 +32,7 @@ def test_images(place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest
     assert main(["train", "tiny.toml", *SHORT]) == 0
     pixels, labels = digits()
     (place / "images" / "more").mkdir(parents=True)
+    (place / "images" / ".DS_Store").write_bytes(b"no image")
     names = ["images/a.png", "images/b.png", "images/more/c.png"]
     for name, image in zip(names, pixels, strict=False):
         write_png(image, name)
@@ -55,6 +58,24 @@ def test_images(place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest
     assert torch.equal(args[0], examples.batch(torch.arange(3)).args[0])
 
 
+def test_images_of_a_table_are_resized_as_they_were_in_training(place: Path, tmp_path: Path) -> None:
+    import datasets
+
+    torch.manual_seed(0)
+    paths = [str(tmp_path / f"{number}.png") for number in range(40)]
+    for path in paths:
+        write_png(torch.randint(256, (3, 37, 23), dtype=torch.uint8), path)  # shrunk, where ways to resize differ
+    table = datasets.Dataset.from_dict({"image": paths, "label": ["x", "y"] * 20})
+    table.cast_column("image", datasets.Image()).to_parquet("a.parquet")
+    asked = ["--data.name", "parquet:a.parquet", *SHORT, "--data.train", "20", "--data.validation", "8",
+             "--data.test", "8"]  # fmt: skip
+    assert main(["train", "tiny.toml", *asked, "--model.name", "python:tiny_model:build"]) == 0
+    splits = load_data(load_config(Path("runs/tiny/config.toml")).data)
+    seen = torch.cat([part.batch(torch.arange(len(part))).args[0] for part in splits.test_sets.values()])
+    given = Preprocessing(Path("runs/tiny"))(paths)[0][0]
+    assert all(any(torch.equal(image, other) for other in given) for image in seen)
+
+
 @pytest.mark.parametrize(
     ("damage", "inputs", "message"),
     [
@@ -63,7 +84,7 @@ def test_images(place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest
         (lambda run: save_file({"a": torch.zeros(1)}, run / "folded.safetensors"), ".",
          "runs/tiny/folded.safetensors does not fit the model that python:tiny_model:build builds now: "),
         (lambda run: None, "tiny.toml", "tiny.toml: this image cannot be read"),
-        (lambda run: Path("empty").mkdir(), "empty", "empty holds no files; give an image, or a folder of images"),
+        (lambda run: Path("empty").mkdir(), "empty", "empty holds no files of images (.bmp, "),
     ],
 )  # fmt: skip
 def test_what_is_refused(
@@ -121,6 +142,14 @@ def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("two.jsonl").write_text('{"text": "a fine film"}\n{"text": "a dull film"}\n')
     assert main(["predict", "runs/tiny", "two.jsonl"]) == 0
     assert [row[1:] for row in rows(capsys.readouterr().out)] == [row[1:] for row in found]
+    Path("many").mkdir()
+    Path("two.jsonl").rename("many/b.jsonl")
+    Path("two.txt").rename("many/a.txt")
+    Path("many/notes.md").write_text("no text to be told")
+    assert main(["predict", "runs/tiny", "many"]) == 0
+    listed = rows(capsys.readouterr().out)
+    assert [row[0] for row in listed] == ["many/a.txt:1", "many/a.txt:2", "many/b.jsonl:1", "many/b.jsonl:2"]
+    assert [row[1:] for row in listed] == [row[1:] for row in found] * 2
     Path("none.txt").write_text("\n")
     Path("odd.txt").write_bytes(b"\xff")
     for name, message in (
