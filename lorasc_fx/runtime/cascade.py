@@ -840,6 +840,8 @@ class Cascade(nn.Module):
         base_model: str | None = None,
         private: bool | None = None,
         commit_message: str = "lorasc-fx run",
+        token: str | bool | None = None,
+        revision: str | None = None,
         api: Any = None,
     ) -> str:
         """Upload what `save_pretrained` writes to a repository on the hub, which is made if it is not there.
@@ -849,7 +851,8 @@ class Cascade(nn.Module):
         Args:
             repo_id: `user/name`.
             base_model: as of `save_pretrained`.
-            private, commit_message: as of huggingface_hub.
+            private, commit_message, token: as of huggingface_hub.
+            revision: a branch, which is made if it is not there.
             api: a `huggingface_hub.HfApi` with an endpoint and token of its own.
 
         Returns:
@@ -858,13 +861,23 @@ class Cascade(nn.Module):
         Raises:
             MissingExtra: huggingface_hub is not installed.
             StateError, NonFiniteBranch: as of `save_pretrained`. What the hub refuses is huggingface_hub's to raise.
+            SpecError: both a token and an api.
         """
         self._run.check_alive("push_to_hub")
-        api = module_of("text", "huggingface_hub").HfApi() if api is None else api
+        if api is not None and token is not None:
+            raise SpecError(
+                "push_to_hub: both token and api are given, and an api has a token of its own; give one of them",
+                code="conflicting-options",
+            )
+        api = module_of("text", "huggingface_hub").HfApi(token=token) if api is None else api
         with TemporaryDirectory() as folder:
             self._write_named(Path(folder), "push_to_hub", base_model)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            done = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision
+            )
         return str(done.commit_url)
 
     def _write_named(

@@ -38,7 +38,10 @@ _PIPELINE = ("transformers.pipelines.base", "forward")
 _PLUGIN = ("accelerate.utils.dataclasses", "set_auto_wrap_policy")
 """The function, by module and name, with which accelerate's FSDP plugins begin: it asks a model for its blocks."""
 
-_AVERAGES = ("torch.optim.swa_utils", "timm.utils.model_ema", "ultralytics.utils.torch_utils")
+_AVERAGES = (
+    "torch.optim.swa_utils", "timm.utils.model_ema", "ultralytics.utils.torch_utils",
+    "lightning.pytorch.callbacks.stochastic_weight_avg", "pytorch_lightning.callbacks.stochastic_weight_avg",
+)  # fmt: skip
 """Modules of averages of parameters, which begin with a copy of the model."""
 
 _ARMED: weakref.WeakSet[UsageWatch] = weakref.WeakSet()

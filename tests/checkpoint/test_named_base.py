@@ -336,6 +336,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
     asked: list[str]
+    tokens: list[str | None]
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -344,13 +345,13 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             self.asked[-1] += f" {json.loads(body)['name']} {json.loads(body).get('visibility')}"
             answer = {"url": f"http://{self.headers['Host']}/me/run"}
-        elif self.path.endswith("/preupload/main"):
+        elif "/preupload/" in self.path:
             kinds = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                 for file in json.loads(body)["files"]
             ]
             answer = {"files": kinds}
-        elif self.path.endswith("/commit/main"):
+        elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -362,6 +363,7 @@ class Hub(BaseHTTPRequestHandler):
         self._answer({"id": "me/run", "sha": "abc", "siblings": []})
 
     def _answer(self, answer: dict[str, Any]) -> None:
+        self.tokens.append(self.headers.get("Authorization"))
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -375,7 +377,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, type[Hub]]]:
-    kind = type("OneHub", (Hub,), {"files": {}, "asked": []})
+    kind = type("OneHub", (Hub,), {"files": {}, "asked": [], "tokens": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -403,6 +405,23 @@ def test_a_run_on_the_hub(hub: tuple[str, type[Hub]], tmp_path: Path, monkeypatc
     again = lx.load(tmp_path / "brought")
     with torch.no_grad():
         assert torch.equal(again(*args).logits, cascade(*args).logits)
+
+
+def test_token_and_branch_are_given_as_to_peft(
+    hub: tuple[str, type[Hub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    endpoint, seen = hub
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    cascade, _ = causal(tmp_path)
+    cascade.push_to_hub("me/run", token="hf_of_somebody", revision="v1")
+    assert "/api/models/me/run/branch/v1" in seen.asked
+    assert "/api/models/me/run/commit/v1" in seen.asked
+    assert set(seen.tokens) == {"Bearer hf_of_somebody"}
+    assert sorted(seen.files) == ["version-00000001/manifest.json", "version-00000001/state.safetensors"]
+    with raises(lx.SpecError, "conflicting-options", "token", "api"):
+        cascade.push_to_hub("me/run", token="hf_of_somebody", api=huggingface_hub.HfApi(endpoint=endpoint))
 
 
 # ---- peft's Auto classes

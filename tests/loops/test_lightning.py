@@ -114,6 +114,17 @@ def test_stages_by_steps_and_one_that_is_cut_short(tmp_path: Path) -> None:
     assert [float(line["transition"]) for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0, 1, 0]
 
 
+@pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "WeightAveraging"])
+def test_an_average_is_refused_before_the_training(kind: str, tmp_path: Path) -> None:
+    module = held()
+    average = getattr(lightning.pytorch.callbacks, kind)(*([1e-2] if kind.startswith("Stochastic") else []))
+    trainer = trainer_of(module, tmp_path)
+    trainer.callbacks.append(average)
+    with raises(lx.StateError, "cascade-averaged", "cascade.model"):
+        trainer.fit(module, data(8), data(8))
+    assert trainer.global_step == 0
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     module, other = held(), held()
     trainer = trainer_of(other, tmp_path)
