@@ -56,7 +56,7 @@ def _std_of_all(weight: torch.Tensor, shard: ShardSpec) -> float:
 
 
 def noise_size(
-    noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool, shard: ShardSpec | None = None
+    noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool, shard: ShardSpec | None
 ) -> torch.Tensor | float:
     """Return what a draw is multiplied by: the `amplitude`, or of a distribution by rows `strength * |W_i| / sqrt(n)`
     of each row i of n entries, of a shape that broadcasts over the weight.

@@ -92,13 +92,14 @@ class EffectiveWeights:
     Args:
         model: whose modules read.
         effective: what is read in place of each weight, as a function of it.
-        once: keep one value of each weight for a call and its backward, for code that asks for gradients by the tensors
-            of `model.parameters()`; it takes the memory of these weights.
     """
 
-    def __init__(self, model: nn.Module, effective: Mapping[str, Effective], once: bool = False) -> None:
+    once = False
+    """Whether one value of each weight is kept for a call and its backward, for code that asks for gradients by the
+    tensors of `model.parameters()`; it takes the memory of these weights."""
+
+    def __init__(self, model: nn.Module, effective: Mapping[str, Effective]) -> None:
         self.model = model
-        self.once = once
         self._local = threading.local()
         self._spans: list[tuple[list[int], list[int]]] = []
         self._calls: WeakSet[_Call] = WeakSet()

@@ -261,9 +261,7 @@ class GraphBreakFallback:
         raise TypeError("the subgraphs of a model are not copied")
 
 
-def capture_fallback(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool = False
-) -> Captured:
+def capture_fallback(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], wide: bool) -> Captured:
     """Return the model's subgraphs; raises what the model raises."""
     fallback = GraphBreakFallback(model)
     fallback.discover(args, kwargs)

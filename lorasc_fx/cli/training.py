@@ -146,7 +146,7 @@ def channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-def train_parameters(model: nn.Module, patterns: Sequence[str], exclude: Sequence[str] = ()) -> nn.Module:
+def train_parameters(model: nn.Module, patterns: Sequence[str], exclude: Sequence[str]) -> nn.Module:
     """Let the parameters that match a pattern require gradients, and no others; return the model.
 
     Raises:

@@ -143,8 +143,8 @@ def make_fallback(
     refusals: tuple[Refusal, ...],
     args: Any,
     kwargs: Mapping[str, Any],
-    swap_all: bool = False,
-    universal: bool = True,
+    swap_all: bool,
+    universal: bool,
 ) -> Made:
     """Decide over all subgraphs at once, and insert; a weight that the Python in between uses is swapped in a call.
 

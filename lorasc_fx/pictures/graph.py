@@ -57,8 +57,8 @@ def draw_graphs(
     graphs: Sequence[fx.GraphModule],
     plan: Plan,
     file: str | PathLike[str],
-    sites: Sequence[str] = (),
-    radius: int = 2,
+    sites: Sequence[str],
+    radius: int,
 ) -> Path:
     """Draw rewritten graphs around some sites; see `Cascade.draw`.
 

@@ -44,7 +44,7 @@ class FoldedWeights:
     running: int | None = None
 
 
-def of_run(run: Run, call: str, which: str | Mapping[str, float] = "slow") -> FoldedWeights:
+def of_run(run: Run, call: str, which: str | Mapping[str, float]) -> FoldedWeights:
     """Return the folded weights of a living cascade; a running stage that has trained counts as ended.
 
     Raises:

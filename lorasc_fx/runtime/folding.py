@@ -247,7 +247,7 @@ def _stays(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 
 def folded_state(
-    run: Run, call: str, quantized: Requantize = None, which: str | Mapping[str, float] = "slow"
+    run: Run, call: str, quantized: Requantize, which: str | Mapping[str, float]
 ) -> dict[str, torch.Tensor]:
     """Return copies of the model's state dict with slow weights, its own or others; tied names share one tensor as in
     the model.

@@ -461,7 +461,7 @@ class Run:
         self.steps.disarm()
 
     def take_shards(
-        self, slow: SlowWeights, parallel: Callable[[Any, Any, Any], Any] | None = None, *, hooked: bool = True
+        self, slow: SlowWeights, parallel: Callable[[Any, Any, Any], Any] | None, *, hooked: bool = True
     ) -> None:
         """Take over slow weights whose parameters were cut over processes, or are whole again.
 
