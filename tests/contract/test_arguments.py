@@ -1,0 +1,141 @@
+"""Arguments of public functions that no other test gives: each does what its docstring says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import StepLR
+
+import lorasc_fx as lx
+from lorasc_fx.integrations import dcp as ours
+from lorasc_fx.passes import InsertBranches, MatchSites, PassOrderError, Pipeline
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.head = nn.Linear(6, 9), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = self.head(torch.tanh(self.first(x)))
+        return y if shift is None else y + shift
+
+
+X, SHIFT = torch.linspace(-1, 1, 30).view(5, 6), torch.linspace(0, 2, 20).view(5, 4)
+
+
+def loop(cascade: lx.Cascade, **call: Tensor) -> tuple[torch.optim.Optimizer, StepLR]:
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    scheduler = StepLR(optimizer, 1)
+    for _ in cascade.stages(2, optimizer, scheduler):
+        output = cascade(**call)
+        getattr(output, "logits", output).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer, scheduler
+
+
+@pytest.fixture(scope="module")
+def run() -> tuple[lx.Cascade, torch.optim.Optimizer, StepLR]:
+    """A cascade whose slow and averaged weights differ, with its optimizer and scheduler."""
+    cascade = lx.adapt(Net(), args=(X,), spec=lx.CascadeSpec(rank=2, average="swa"))
+    return cascade, *loop(cascade, x=X)
+
+
+def test_w0_from_files_and_other_inputs(run: Any, tmp_path: Path) -> None:
+    cascade, base = run[0], tmp_path / "base.safetensors"
+    save_file(Net().state_dict(), base)
+    lx.save(cascade, tmp_path / "run")
+    lx.export.peft(cascade, tmp_path / "adapter")
+    with cascade.weights("slow"):
+        wanted = cascade(X)
+    merged = lx.merge([tmp_path / "run"], Net(), args=(X,), base=base)
+    taken = lx.from_peft(tmp_path / "adapter", Net(), args=(X,), kwargs={"shift": SHIFT}, base=base)
+    assert taken.example[1].keys() == {"shift"}
+    for other, call, added in ((merged, {}, 0.0), (taken, {"shift": SHIFT}, SHIFT)):
+        with other.weights("slow"):
+            torch.testing.assert_close(other(X, **call), wanted + added, atol=1e-6, rtol=0)
+    with base.open("r+b") as file:  # W0 is read from there
+        file.seek(-1, 2)
+        file.write(b"\x41")
+    for other in (merged, taken):
+        with pytest.raises(lx.StateError) as caught:
+            other.release()
+        assert caught.value.code == "base-file-changed"
+
+
+@pytest.mark.parametrize("which", ["slow", "averaged"])
+def test_graphs_of_other_inputs(which: Any, run: Any, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    cascade = run[0]
+    with cascade.weights(which):
+        wanted = cascade(X, shift=SHIFT).detach()
+    file = lx.export.onnx(cascade, tmp_path / "net.onnx", (X,), {"shift": SHIFT}, which=which)
+    session = onnxruntime.InferenceSession(str(file))
+    assert [entry.name for entry in session.get_inputs()] == ["x", "shift"]
+    (found,) = session.run(None, {"x": X.numpy(), "shift": SHIFT.numpy()})
+    assert np.abs(found - wanted.numpy()).max() < 1e-5
+    program = torch.export.load(lx.export.pt2(cascade, tmp_path / "net.pt2", (X,), {"shift": SHIFT}, which=which))
+    torch.testing.assert_close(program.module()(X, shift=SHIFT), wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_dcp_keeps_a_scheduler(run: Any, tmp_path: Path) -> None:
+    cascade, optimizer, scheduler = run
+    dcp.save(
+        ours.state_dict(cascade, optimizer=optimizer, scheduler=scheduler), checkpoint_id=str(tmp_path), no_dist=True
+    )
+    loaded = ours.load(dcp.FileSystemReader(str(tmp_path)), Net(), args=(X,))
+    other = torch.optim.AdamW(loaded.param_groups(lr=0.05))
+    then = StepLR(other, 1)
+    loaded.resume(other, then)
+    assert (then.last_epoch, then.get_last_lr()) == (2, scheduler.get_last_lr())
+
+
+def test_a_folder_that_names_its_base_keeps_a_scheduler_and_is_pushed(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, vocab_size=30
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    call = {"input_ids": torch.arange(10).view(2, 5)}
+    cascade = lx.adapt(model, kwargs=call, spec=lx.CascadeSpec(rank=2, targets=("*query*",)))
+    optimizer, scheduler = loop(cascade, **call)
+    cascade.save_pretrained(tmp_path / "run", optimizer=optimizer, scheduler=scheduler, extra={"step": 2})
+    loaded = lx.load(tmp_path / "run")
+    other = torch.optim.AdamW(loaded.param_groups(lr=0.05))
+    then = StepLR(other, 1)
+    assert loaded.resume(other, then) == {"step": 2}
+    assert then.get_last_lr() == scheduler.get_last_lr()
+
+    named: list[str] = []
+
+    def upload(repo_id: str, folder_path: str, commit_message: str) -> Any:
+        (manifest,) = Path(folder_path).rglob("manifest.json")
+        named.extend((repo_id, commit_message, json.loads(manifest.read_text())["model"]["name"]))
+        return SimpleNamespace(commit_url="address")
+
+    api = SimpleNamespace(create_repo=lambda *args, **options: None, upload_folder=upload)
+    name = str(tmp_path / "base")
+    assert cascade.push_to_hub("me/run", base_model=name, commit_message="two stages", api=api) == "address"
+    assert named == ["me/run", "two stages", name]
+
+
+def test_a_pipeline_of_a_text_keeps_its_order() -> None:
+    text = "insert-branches,match-sites"
+    assert [each.name for each in Pipeline.parse(text).ordered()] == ["match-sites", "insert-branches"]
+    with pytest.raises(PassOrderError, match="sites-matched"):
+        Pipeline.parse(text, order="given")
+    given = Pipeline([MatchSites(lx.CascadeSpec(rank=2)), InsertBranches()], order="given")
+    assert str(Pipeline.parse(str(given), order="given")) == str(given)
