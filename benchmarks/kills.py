@@ -1,16 +1,17 @@
 """Kill a rank at drawn moments and go on: `python -m benchmarks.kills [--write] [--kills 50]`.
 
-Two ranks train a small network on FSDP2 shards in fp64, and save after each step (`tests.devices.elastic`). One of them
-is killed (SIGKILL) at a function call drawn evenly from those that a step, a transition or a save makes; both are then
-started anew and go on from the last checkpoint, as torchrun has it with `--max-restarts`, but forked from a process
-that has imported torch. A run has `PER_RUN` kills, and must end with the bytes of a run that nobody killed. --write
-notes each run in benchmarks/kills.json, of which `python -m benchmarks.scale --write` makes a table; what is noted is
-not made again.
+Two to four ranks train a small network on FSDP2 shards in fp64, and save after each step (`tests.devices.elastic`).
+One of them is killed (SIGKILL) at a function call drawn evenly from those that a step, a transition or a save makes;
+all are then started anew and go on from the last checkpoint, as torchrun has it with `--max-restarts`, but forked from
+a process that has imported torch. A run has `PER_RUN` kills, and must end with the bytes of a run on as many ranks that
+nobody killed. --write notes each run in benchmarks/kills.json, of which `python -m benchmarks.scale --write` makes a
+table; what is noted is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import signal
 import tempfile
@@ -27,26 +28,31 @@ from tests.devices.ranks import RankFailed, on_ranks
 __all__ = ["RESULTS", "reference", "run", "table"]
 
 RESULTS = Path(__file__).with_name("kills.json")
-NAME, RANKS, PER_RUN = "fresh", 2, 5
-"""Specification of `tests.devices.sharding`, ranks, and kills of a run."""
+NAME, PER_RUN = "fresh", 5
+"""Specification of `tests.devices.sharding`, and kills of a run."""
+RANKS = (2, 2, 2, 2, 2, 3, 4, 2, 3, 2)
+"""Ranks of a run, by its seed, again from the first after the last."""
 
 
-def reference() -> tuple[dict[str, Tensor], list[str]]:
+@functools.cache
+def reference(ranks: int) -> tuple[dict[str, Tensor], list[str]]:
     """Return the numbers of a run that nobody kills, and what it notes of the calls that its parts make."""
     with tempfile.TemporaryDirectory() as folder:
-        found, *_ = on_ranks(RANKS, train, folder, NAME, limit=600, timeout=100)
-        return found, [Path(folder, CALLS.format(rank)).read_text(encoding="utf-8") for rank in range(RANKS)]
+        found, *_ = on_ranks(ranks, train, folder, NAME, limit=600, timeout=100)
+        return found, [Path(folder, CALLS.format(rank)).read_text(encoding="utf-8") for rank in range(ranks)]
 
 
-def run(part: str, seed: int, kills: int, wanted: dict[str, Tensor], calls: list[str]) -> dict[str, Any]:
+def run(part: str, seed: int, kills: int) -> dict[str, Any]:
     """Return what came of a run whose ranks were killed: how often, and what differs from the reference at its end."""
+    ranks = RANKS[seed % len(RANKS)]
+    wanted, calls = reference(ranks)
     with tempfile.TemporaryDirectory() as folder:
         for rank, text in enumerate(calls):
             Path(folder, CALLS.format(rank)).write_text(text, encoding="utf-8")
         for life in range(kills + 1):
             dies = part if life < kills else ""
             try:
-                found, *_ = on_ranks(RANKS, train, folder, NAME, dies, 1000 * seed + life, limit=600, timeout=100)
+                found, *_ = on_ranks(ranks, train, folder, NAME, dies, 1000 * seed + life, limit=600, timeout=100)
             except RankFailed as failed:
                 if failed.codes.count(-signal.SIGKILL) != 1:
                     raise
@@ -58,7 +64,7 @@ def run(part: str, seed: int, kills: int, wanted: dict[str, Tensor], calls: list
             path.name for path in Path(folder, "run").iterdir() if path.name.startswith((".writing", ".leav"))
         )
     odd = [name for name, value in wanted.items() if not torch.equal(value, found[name])]
-    return {"part": part, "seed": seed, "kills": counted[part], "differ": odd, "left": left}
+    return {"part": part, "seed": seed, "ranks": ranks, "kills": counted[part], "differ": odd, "left": left}
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
@@ -66,19 +72,20 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Ranks that are killed",
         "",
-        f"`python -m benchmarks.kills --write`: {RANKS} ranks on FSDP2 shards in fp64 by gloo. One gets SIGKILL at a",
-        "function call, Python's or a builtin, drawn evenly from those that the part makes; both start anew from the",
-        "last checkpoint, which each step writes. A run must end with the bytes of one that nobody killed, and leave",
+        "`python -m benchmarks.kills --write`: FSDP2 shards in fp64 by gloo. One rank gets SIGKILL at a function call,",
+        "Python's or a builtin, drawn evenly from those that the part makes; all start anew from the last checkpoint,",
+        "which each step writes. A run must end with the bytes of one on as many ranks that nobody killed, and leave",
         "no temporary folder.",
         "`pytest -m slow tests/devices -k killed` has a few kills under torchrun.",
         "",
-        "| killed in | kills | runs | that end with the same bytes |",
-        "| --- | ---: | ---: | ---: |",
+        "| killed in | ranks | kills | runs | that end with the same bytes |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for part in PARTS:
-        own = [each for each in runs if each["part"] == part]
-        same = sum(not each["differ"] and not each["left"] for each in own)
-        lines.append(f"| a {part} | {sum(each['kills'] for each in own)} | {len(own)} | {same} |")
+        for ranks in sorted(set(RANKS)):
+            own = [each for each in runs if (each["part"], each["ranks"]) == (part, ranks)]
+            same = sum(not each["differ"] and not each["left"] for each in own)
+            lines.append(f"| a {part} | {ranks} | {sum(each['kills'] for each in own)} | {len(own)} | {same} |")
     return lines
 
 
@@ -89,12 +96,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=50, help="in each part")
     options = parser.parse_args(arguments)
     runs = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    wanted, calls = reference()
     for seed in range(-(-options.kills // PER_RUN)):
         for part in PARTS:
             if any((each["part"], each["seed"]) == (part, seed) for each in runs):
                 continue
-            runs.append(run(part, seed, PER_RUN, wanted, calls))
+            runs.append(run(part, seed, PER_RUN))
             print(runs[-1], flush=True)
             if options.write:
                 RESULTS.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")

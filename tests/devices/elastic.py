@@ -23,6 +23,7 @@ from torch import Tensor
 import lorasc_fx as lx
 from lorasc_fx.integrations import fsdp
 from tests.devices import sharding
+from tests.devices.training import ROWS
 
 PARTS = ("save", "transition", "step")
 UNTIL = 10
@@ -75,6 +76,7 @@ def train(rank: int, count: int, folder: str, name: str, part: str = "", seed: i
     """Train on shards to the end, from the last checkpoint if there is one; a rank that is drawn dies in a part."""
     draw, root = random.Random(seed), Path(folder)
     parts = Parts(root, rank, part if rank == draw.randrange(count) else "", draw)
+    share = (rank, count) if ROWS % count == 0 else (0, 1)  # each rank has the whole batch where it cannot be shared
     if any(root.glob("run/version-*")):
         cascade = fsdp.shard(lx.load(root / "run", sharding.blocks(), args=(sharding.example(),)))
         optimizer = sharding.optimizer_of(cascade)
@@ -84,7 +86,7 @@ def train(rank: int, count: int, folder: str, name: str, part: str = "", seed: i
         optimizer = sharding.optimizer_of(cascade)
     while done < UNTIL:
         with parts("step"):
-            sharding.step(cascade, optimizer, done, (rank, count))
+            sharding.step(cascade, optimizer, done, share)
         done += 1
         if sharding.ends_stage(done):
             with parts("transition"):
