@@ -141,6 +141,17 @@ class GraphEditor:
         self._names.discard(base.name)
         return node
 
+    def cut_before(self, nodes: Collection[fx.Node], cut: Any) -> None:
+        """Let a call of `cut` stand right before each of these nodes, and nowhere else."""
+        for node in self.nodes:
+            if (node.op, node.target) == ("call_function", cut) and node.next not in nodes:
+                self._erase(node)
+            elif node in nodes and node.prev.target is not cut:
+                with self.module.graph.inserting_before(node):
+                    made = self.module.graph.create_node("call_function", cut, (), {}, name=f"{node.name}_cut")
+                self._names.add(made.name)
+                self.modified = True
+
     def share(self, nodes: Sequence[fx.Node]) -> fx.Node:
         """Let branch nodes that read one input read one stacked product of it instead."""
         graph, x = self.module.graph, nodes[0].args[1]

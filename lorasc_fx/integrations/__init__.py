@@ -2,7 +2,8 @@
 
 `transformers` and `lightning` hold a `CascadeCallback`, for their Trainers; `progress` holds `track`, for a loop of
 your own: bars, metrics and TensorBoard. `fsdp` shards a cascade over several processes (FSDP2); `tensor_parallel`
-splits weights over them by columns and rows; `dcp` gives the state of a cascade to torch.distributed.checkpoint.
+splits weights over them by columns and rows; `pipelining` cuts the adapted graph into stages; `dcp` gives the state of
+a cascade to torch.distributed.checkpoint.
 """
 
 import importlib
@@ -10,12 +11,13 @@ from typing import Any
 
 from lorasc_fx.errors import nearest
 
-__all__ = ["dcp", "fsdp", "progress", "tensor_parallel", "transformers"]
+__all__ = ["dcp", "fsdp", "pipelining", "progress", "tensor_parallel", "transformers"]
 
 _MODULES = (
     "dcp",
     "fsdp",
     "lightning",
+    "pipelining",
     "progress",
     "tensor_parallel",
     "transformers",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, SplitPoint, pipeline
 
 import lorasc_fx as lx
+from lorasc_fx.integrations import pipelining
 
 SPEC = lx.CascadeSpec(rank=2, pace=0.6, noise=lx.Noise(0.1), train=("*norm*",), seed=5, restart="fast")
 WIDTH, ROWS, MICROBATCHES, STEPS = 6, 8, 2, 3
@@ -87,6 +88,38 @@ def alone() -> dict[str, Tensor]:
             optimizer.step()
             optimizer.zero_grad()
     return {**cascade.release().state_dict(), "losses": torch.stack(losses)}
+
+
+def split(rank: int, count: int, folder: str) -> dict[str, Tensor]:
+    """The graph of the whole cascade, split by torch where our pass has marked it: two stages of the cascade."""
+    rows, device = ROWS // MICROBATCHES, torch.device("cpu")
+    cascade = lx.adapt(net(), args=(batch(0)[0],), spec=SPEC)
+    optimizer, means = torch.optim.AdamW(cascade.param_groups(lr=0.02)), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 copies what it has deprecated
+        pipe = pipelining.split(cascade, ["layers.1"], args=(batch(0)[0][:rows],))
+    assert pipe.num_stages == count
+    own = {id(each): name for name, each in cascade.named_parameters()}
+    held = [own[id(each)] for each in pipe.get_stage_module(rank).parameters()]
+    here = [name for name in own.values() if is_first(name) == (rank == 0)]
+    assert sorted(held) == sorted(here)
+    schedule = Schedule1F1B(pipe.build_stage(rank, device), MICROBATCHES, loss_fn=F.cross_entropy)
+    for part in cascade.stages(2, optimizer):
+        for step in range(STEPS):
+            x, labels = batch(10 * part.number + step)
+            losses: list[Tensor] = []
+            schedule.step(*[x][rank:], target=labels if rank else None, losses=losses)
+            means += [torch.stack(losses).mean().detach()] if rank else []
+            optimizer.step()
+            optimizer.zero_grad()
+    lx.save(cascade, f"{folder}/{rank}")
+    found = {name: value for name, value in cascade.release().state_dict().items() if f"model.{name}" in held}
+    return {**found, "losses": torch.stack(means)} if means else found
+
+
+def is_first(name: str) -> bool:
+    """Whether a parameter of the cascade belongs to the first stage."""
+    return name.replace("/", ".").partition(".")[2].startswith(("embed", "layers.0"))
 
 
 def staged(rank: int, count: int, base: str, folder: str) -> dict[str, Tensor]:

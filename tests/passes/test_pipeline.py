@@ -260,12 +260,16 @@ def test_every_pass_can_be_parsed() -> None:
         "split-inputs",
         "fold-branches",
         "stage-transition",
+        "mark-cuts",
     }
     for each in PASSES:
         assert Pipeline.parse(each.name).passes == (each(),)
 
 
-KNOWN = "attention-masks, match-sites, insert-branches, share-inputs, split-inputs, fold-branches, stage-transition"
+KNOWN = (
+    "attention-masks, match-sites, insert-branches, share-inputs, split-inputs, fold-branches, stage-transition, "
+    "mark-cuts"
+)
 
 
 @pytest.mark.parametrize(
