@@ -30,6 +30,7 @@ from lorasc_fx.integrations.segments import (
     Shards,
     SplitGraph,
     Unit,
+    gathered,
     inseparable,
     segmented,
     unit_of,
@@ -38,7 +39,7 @@ from lorasc_fx.runtime import Cascade, folding
 from lorasc_fx.runtime.run import Planned
 from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, local, shard_axis, shard_of
 from lorasc_fx.spec import CascadeSpec, Noise
-from lorasc_fx.undo import AllOrNothing, Undo
+from lorasc_fx.undo import AllOrNothing, Block, Undo, isolated
 
 __all__ = ["folded_state_dict", "shard"]
 
@@ -132,7 +133,12 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
                 )
             return replace(variant, module=SplitGraph(shards, graph, leaves, called))
 
-        cascade._split_by(split, undo)
+        @isolated
+        def whole(undo: Block[Any]) -> None:
+            _refit(shards)
+            undo.enter(gathered(shards, cascade.model))
+
+        cascade._split_by(split, whole, undo)
     return cascade
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,9 +27,20 @@ from lorasc_fx.branch.low_rank import apply
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph.flow import is_impure
 from lorasc_fx.shards import local
-from lorasc_fx.undo import Block, isolated
+from lorasc_fx.undo import Block, isolated, no_inference_mode
 
-__all__ = ["ROOT", "Segment", "SegmentedGraph", "Shards", "SplitGraph", "Unit", "inseparable", "segmented", "unit_of"]
+__all__ = [
+    "ROOT",
+    "Segment",
+    "SegmentedGraph",
+    "Shards",
+    "SplitGraph",
+    "Unit",
+    "gathered",
+    "inseparable",
+    "segmented",
+    "unit_of",
+]
 
 
 ROOT = ""
@@ -233,13 +245,17 @@ class Shards(nn.Module):
         self.units = nn.ModuleList(units.values())
         self.rest = nn.ModuleList(rest)
 
+    def unit(self, name: str) -> Any:
+        """Return the module that FSDP was given for a unit."""
+        return self if name == ROOT else self.units[self.names[name]]
+
     def forward(self, graph: SegmentedGraph, interpreter: fx.Interpreter, *inputs: Any) -> Any:
         """Return what the graph's output node has."""
 
         def run_segment(segment: Segment, values: list[Any]) -> tuple[Any, ...]:
             if segment.unit == ROOT:
                 return segment.run(interpreter, values)
-            outputs: tuple[Any, ...] = self.units[self.names[segment.unit]](segment, interpreter, *values)
+            outputs: tuple[Any, ...] = self.unit(segment.unit)(segment, interpreter, *values)
             return outputs
 
         return graph.run(inputs, run_segment)
@@ -293,6 +309,64 @@ def resting(undo: Block[Any], branches: list[Branch]) -> None:
     for branch in branches:
         undo(partial(setattr, branch, "scale", branch.scale))
         branch.scale = 0.0
+
+
+@isolated
+def gathered(undo: Block[Any], shards: Shards, model: nn.Module) -> None:
+    """Let methods of the user's model run, which call its modules and no graph: the weights of a block (`layers.3`) are
+    gathered while one of its modules runs, and those of no block until the end.
+
+    Every rank must call the same modules in the same order.
+    """
+    modules, blocks = dict(model.named_modules()), _Blocks(shards)
+    units = {id(held): name for name in shards.names for held in shards.unit(name).parameters()}
+    numbered = {name for name in shards.names if _NUMBER.match(f"{name}.")}
+    for name in numbered:
+        for module in _called(modules[name]):
+            if names := sorted({units[id(held)] for held in module.parameters() if id(held) in units} & numbered):
+                table, slot = vars(module), "_compiled_call_impl"  # no hook, of which graphs know (runtime/usage.py)
+                inner = module._compiled_call_impl
+                undo(partial(table.pop, slot) if inner is None else partial(table.update, {slot: inner}))
+                table[slot] = partial(blocks.call, names, inner or module._call_impl)
+    for name in (ROOT, *(name for name in shards.names if name not in numbered)):
+        undo(shards.unit(name).reshard)
+        with no_inference_mode():
+            shards.unit(name).unshard()
+
+
+class _Blocks:
+    """Gathers units while calls run that read them, once where such calls are inside one another."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards, self.depth = shards, Counter[str]()
+
+    def call(self, names: list[str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function with the weights of some units whole."""
+        with self._whole(names):
+            return function(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _whole(self, names: list[str]) -> Iterator[None]:
+        try:
+            for name in names:
+                self.depth[name] += 1
+                with no_inference_mode():  # or FSDP's buffers could not be trained with
+                    self.shards.unit(name).unshard()
+            yield
+        finally:
+            for name in names:
+                self.depth[name] -= 1
+                if not self.depth[name]:
+                    self.shards.unit(name).reshard()
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module, or in the place of one that only holds others these."""
+    if type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        yield module
+        return
+    for child in module.children():
+        yield from _called(child)
 
 
 def _own(value: torch.Tensor, storages: set[int]) -> torch.Tensor:

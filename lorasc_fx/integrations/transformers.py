@@ -86,11 +86,10 @@ _FOLLOWED: dict[str, tuple[Any, str]] = {
 """Options of accelerate's FSDP plugin that matter: the value that sharding a cascade follows, and why no other."""
 
 _UNSHARDED = {
-    "activation_checkpointing": "leave it out: shards need a whole graph; smaller batches and "
-    "gradient_accumulation_steps save memory too",
+    "activation_checkpointing": "give gradient_checkpointing=False, which TRL's trainers have on by default: shards "
+    "need a whole graph. Smaller batches and gradient_accumulation_steps save memory too",
     "fp16": "use bf16",
     "torch_compile": "leave it out: segments of a graph run between gathers",
-    "predict_with_generate": "leave it out: the model's own methods find shards of weights only",
     "parallelism_config": "leave it out: shard by a mesh of yours before",
 }
 """Arguments that a Trainer of sharded weights cannot follow, with what to do."""
@@ -150,6 +149,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._stage = cascade.stage
         self._batches: Any = None
         self._reference: _Reference | None = None
+        self._compared = _REFERENCE
         self._other_reference = False
         vars(cascade)["_get_name"] = cascade.model._get_name  # by which a Trainer knows whether it shifts labels
         cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model
@@ -402,11 +402,30 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         reference = getattr(trainer, "ref_model", None)
         if self._other_reference or (reference is None and not hasattr(trainer, "compute_ref_log_probs")):
             return
-        if _REFERENCE not in self.cascade.views:
-            self.cascade.add(_REFERENCE, self.cascade)
+        self._keep_reference()
         if reference is not None:
             vars(self.reference).pop("forward", None)
             trainer.ref_model = self.reference
+
+    def _keep_reference(self) -> None:
+        """Keep the weights with which the training compares; of shards the base, which is W0.
+
+        Raises:
+            StateError: sharded weights that have learnt something before.
+        """
+        run = self.cascade._run
+        if not self._sharded:
+            if _REFERENCE not in self.cascade.views:
+                self.cascade.add(_REFERENCE, self.cascade)
+        elif self._compared != "base":
+            if run.plan.stage > 1 or transition.has_begun(run):
+                raise StateError(
+                    "CascadeCallback: the weights are sharded, and what the cascade has learnt before this training, "
+                    "with which it is to be compared, cannot be kept beside them. Give the trainer a ref_model, or "
+                    "release the cascade first, and adapt its model anew: its base is the reference then",
+                    code="sharded",
+                )
+            self._compared = "base"
 
     def _replace_model_in(self, module: torch.nn.Module) -> None:
         """Replace the user's model by the cascade, in this module and those in it."""
@@ -419,7 +438,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     def _compute_ref_log_probs(self, original: Any, model: Any, inputs: Any) -> Any:
         """Compute what the policy is compared with, before the training and where no reference model is held."""
         self._replace_references()
-        with self._placing(_REFERENCE) if model is self.cascade else contextlib.nullcontext():
+        with self._placing(self._compared) if model is self.cascade else contextlib.nullcontext():
             return original(model, inputs)
 
     def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -691,7 +710,7 @@ class _Reference(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the cascade computes with these weights."""
-        with self._callback._placing(_REFERENCE):
+        with self._callback._placing(self._callback._compared):
             return self._callback.cascade(*args, **kwargs)
 
 

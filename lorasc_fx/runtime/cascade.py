@@ -115,6 +115,7 @@ class Cascade(nn.Module):
         self._preprocessing: Any = None
         self._variants = Variants()
         self._split: Callable[[Variant], Variant] | None = None  # what shards make of each graph
+        self._gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # in which the model's modules run
         self._frontend = ""
         self._refused_frontends: tuple[tuple[str, str], ...] = ()
         if isinstance(decided, Made) and example is not None:
@@ -143,12 +144,14 @@ class Cascade(nn.Module):
         """Return an attribute of the user's model: `config`, `device` and what else trainers read of a model.
 
         Submodules are left out: called by themselves they compute without branches. `generate`, `encode` and `predict`
-        have the fast weights in place while they run, unless `weights` has put others there. Other methods run as they
+        have the fast weights in place while they run, unless `weights` has put others there. Of weights that
+        `fsdp.shard` has cut every rank must call them, and a block is gathered while it runs. Other methods run as they
         are, and a warning is given where they compute with an adapted weight inside a stage.
 
         Raises:
             AttributeError: neither the cascade nor the model has it, or it is a submodule.
-            StateError: accelerate's FSDP plugin asks, to cut the model.
+            StateError: accelerate's FSDP plugin asks, to cut the model; a call of one of these methods where tensor
+                parallelism has cut the weights.
         """
         children = self.__dict__.get("_modules", {})
         if name in children:
@@ -172,8 +175,13 @@ class Cascade(nn.Module):
 
         @wraps(value)
         def call(*args: Any, **kwargs: Any) -> Any:
-            placed = self._run.released or self._run.inside_weights
-            with nullcontext() if placed else self.weights(_METHOD_WEIGHTS[name]):
+            run = self._run
+            if run.is_parallel:
+                run.check_ready(name)
+            if run.is_sharded and "synced_gpus" in inspect.signature(value).parameters:
+                kwargs["synced_gpus"] = True  # ranks that are done compute on until all are
+            placed = run.released or run.inside_weights
+            with nullcontext() if placed else self.weights(_METHOD_WEIGHTS[name]), self._gathered():
                 return value(*args, **kwargs)
 
         return call
@@ -219,12 +227,17 @@ class Cascade(nn.Module):
         call = self._compiler.calls.bind(tuple(args), kwargs)
         return self._variants.find(call) or self._capture(call), call
 
-    def _split_by(self, split: Callable[[Variant], Variant], undo: Undo) -> None:
-        """Put the graph that `split` makes of it in the place of each graph, also of those that are still to come."""
+    def _split_by(
+        self, split: Callable[[Variant], Variant], gathered: Callable[[], AbstractContextManager[None]], undo: Undo
+    ) -> None:
+        """Put the graph that `split` makes of it in the place of each graph, also of those that are still to come.
+
+        The modules of the model run inside `gathered`.
+        """
         undo(self._variants.restorer())
-        undo(partial(setattr, self, "_split", self._split))
+        undo(partial(vars(self).update, _split=self._split, _gathered=self._gathered))
         self._variants.exchange(split)
-        self._split = split
+        self._split, self._gathered = split, gathered
 
     def _capture(self, call: Call) -> Variant:
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set

@@ -24,7 +24,7 @@ from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import at_stage, trained_moved
 from lorasc_fx.shards import local
 from lorasc_fx.state import SlowWeights, Which
-from lorasc_fx.undo import Block, Commit, Undo, isolated, no_grad
+from lorasc_fx.undo import Block, Commit, Undo, isolated, no_grad, no_inference_mode
 
 Value = TypeVar("Value")
 
@@ -43,7 +43,8 @@ def placed(
     added = isinstance(which, Mapping) or (isinstance(which, str) and which in run.added)
     if stage is None and not added:
         check_which(f"weights({which!r})", str(which), run.plan.spec, (*WHICH, *run.added))
-    with run.exclusive("weights", sharded=not added, parallel=not added):
+    # DTensors cannot be read or written in inference mode
+    with no_inference_mode(), run.exclusive("weights", sharded=not added, parallel=not added):
         parameters = run.parameters_by_name()
         live = trained_now(run, parameters)
         weights = added_weights(run, which, f"weights({which!r})")
@@ -130,7 +131,7 @@ def _put_back(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[st
         run.commit(planned)
         run.unplace()
 
-    with Commit(run.lock) as undo:
+    with no_inference_mode(), Commit(run.lock) as undo:
         undo(put_back)
         changed = run.changed(run.placed_checksums)
         put_back()

@@ -96,7 +96,8 @@ class UsageWatch(Fresh):
         @wraps(value)
         def call(*args: Any, **kwargs: Any) -> Any:
             run = self._run() if self._run is not None else None
-            if run is None or "model-called-inside-stage" in run.warned or torch.compiler.is_compiling():
+            warned = run is None or ("model-called-inside-stage" in run.warned and not run.is_sharded)
+            if run is None or warned or torch.compiler.is_compiling():
                 return value(*args, **kwargs)
             model = run.model
 
@@ -129,9 +130,16 @@ class UsageWatch(Fresh):
 
     def _check(self, code: str, model: nn.Module) -> None:
         run = self._run() if self._run is not None else None
-        if run is None or run.model is not model or code in run.warned:
+        if run is None or run.model is not model:
             return
-        if _inside_package() or not _differs(run):
+        if run.is_sharded and code == "model-called-inside-stage" and not _inside_package() and not run.exchanged():
+            raise StateError(
+                f"{type(model).__name__}: the model of a cascade was called, or a module in it, and its weights lie in "
+                "shards on several processes: call the cascade, inside `with cascade.weights(...)` with other weights, "
+                "or a method that gathers them (cascade.generate, encode, predict)",
+                code="sharded",
+            )
+        if code in run.warned or _inside_package() or not _differs(run):
             return
         stage, noise = run.plan.stage, run.plan.spec.noise.is_on
         if code == "model-called-inside-stage":

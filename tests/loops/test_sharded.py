@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,13 +19,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+)
 
 import lorasc_fx as lx
 from lorasc_fx.integrations import fsdp, tensor_parallel
 from lorasc_fx.integrations.transformers import CascadeCallback
 from lorasc_fx.shards import full_tensor
 from tests.devices.ranks import on_ranks
+from tests.devices.sharding import Peak
 from tests.kit.errors import raises
 from tests.loops.kit import adapted, arguments, llama, net, rows, texts
 from tests.loops.test_processes import BATCH, GRADIENT, SPEC, as_torchrun, by_accelerate, free_port
@@ -237,6 +248,138 @@ def test_a_language_model_that_was_sharded_before(tmp_path: Path) -> None:
     assert not any(name in one for name in ("lm_head.weight", "saved/lm_head.weight"))  # tied
     for found in both:
         close(found, one)
+
+
+# ---- generate, and TRL's trainers
+
+PROMPTS = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def prompt(rank: int) -> Tensor:
+    """Of another length on each rank, which so ask for weights another number of times."""
+    return PROMPTS[:, : 3 + 4 * rank]
+
+
+def sampled(cascade: lx.Cascade, ids: Tensor, **how: Any) -> Tensor:
+    return cascade.generate(ids, max_length=12, do_sample=False, pad_token_id=0, **how)  # type: ignore[no-any-return]
+
+
+def generated(rank: int, count: int) -> dict[str, Tensor]:
+    """Tokens before the first call, after a stage of training with the fast and the slow weights, and of a call in
+    inference mode; each rank of several has its own prompt.
+    """
+    model = llama(use_cache=True, num_hidden_layers=4)
+    spec = lx.CascadeSpec(rank=2, lora_alpha=6.0, noise=lx.Noise(0.1))
+    cascade = lx.adapt(model, kwargs={"input_ids": PROMPTS, "attention_mask": torch.ones_like(PROMPTS)}, spec=spec)
+    whole = sum(each.numel() * each.itemsize for each in cascade.parameters())
+    if count > 1:
+        fsdp.shard(cascade)
+    ranks = (rank,) if count > 1 else (0, 1)
+    found = {f"{each}/before": sampled(cascade, prompt(each)) for each in ranks}
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    for _ in cascade.stages(2, optimizer):
+        for _ in range(3):
+            cascade(input_ids=PROMPTS, attention_mask=torch.ones_like(PROMPTS), labels=PROMPTS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for each in ranks:
+                found[f"{each}/fast"] = sampled(cascade, prompt(each))
+                with cascade.weights("slow"):
+                    found[f"{each}/slow"] = sampled(cascade, prompt(each), use_cache=False)
+                with torch.inference_mode():
+                    found[f"{each}/in inference mode"] = sampled(cascade, prompt(each)).clone()
+    if count > 1:
+        with Peak(cascade) as peak:
+            sampled(cascade, prompt(rank))
+        assert 0 < peak.most < whole / 2, (peak.most, whole)  # a layer, embedding and head
+        held = [dict(vars(module)) for module in cascade.modules()]
+        with pytest.raises(ZeroDivisionError):
+            sampled(cascade, prompt(rank), logits_processor=[lambda *_: 1 / 0])
+        assert all(hasattr(each, "to_local") for each in cascade.parameters())
+        assert [set(vars(module)) for module in cascade.modules()] == [set(each) for each in held]
+        for weights in ("slow", None):
+            with (
+                cascade.weights(weights) if weights else contextlib.nullcontext(),
+                raises(lx.StateError, "sharded", "LlamaForCausalLM", "generate"),
+            ):
+                cascade.model(PROMPTS)
+    return found
+
+
+def test_generate_has_the_tokens_of_one_process() -> None:
+    (one,) = on_ranks(1, generated)
+    for rank, found in enumerate(on_ranks(2, generated, limit=LIMIT)):
+        assert found.keys() == {name for name in one if name.startswith(f"{rank}/")}
+        for name, tokens in found.items():
+            assert torch.equal(tokens, one[name]), name
+    assert not torch.equal(one["0/before"], one["0/fast"])
+
+
+def preferred(rank: int, count: int, port: int, folder: str) -> dict[str, Tensor]:
+    """TRL's trainers, with `fsdp` where there are several processes."""
+    from tests.loops import test_trl
+
+    warnings.simplefilter("ignore")
+    as_torchrun(rank, count, port)
+    found = {}
+    how: dict[str, Any] = {"per_device_train_batch_size": 4 // count, "per_device_eval_batch_size": 4 // count}
+    how |= FSDP if count > 1 else {}
+    for name, make in {"sft": test_trl.trainer_of, "dpo": test_trl.dpo_of, "grpo": test_trl.grpo_of}.items():
+        cascade = test_trl.adapted(test_trl.NOISY)
+        callback = CascadeCallback(cascade)
+        more: dict[str, Any] = {"sft": {"eval_strategy": "epoch"}, "dpo": {"ref_model": callback.reference}}.get(
+            name, {}
+        )
+        more = {"top_k": 1, "max_steps": 2} if name == "grpo" else more  # the samples are those of the largest logits
+        if count > 1 and name == "sft":
+            other = test_trl.adapted(test_trl.NOISY)
+            with raises(lx.SpecError, "trainer-option-not-supported", "gradient_checkpointing=False"):
+                make(other, Path(folder), CascadeCallback(other), **how, gradient_checkpointing=True)
+        trainer = make(cascade, Path(folder), callback, **how, **more)
+        assert all(hasattr(each, "to_local") for each in cascade.parameters()) == (count > 1)
+        trainer.train()
+        for index, entry in enumerate(trainer.state.log_history):
+            for key in ("loss", "rewards/margins", "reward", "completions/mean_length"):
+                if key in entry:
+                    found[f"{name}/log/{index}/{key}"] = torch.tensor(float(entry[key]))
+        found |= {f"{name}/{key}": value for key, value in slow_weights(cascade).items()}
+    return found | predicted(count, folder, how)
+
+
+def predicted(count: int, folder: str, how: dict[str, Any]) -> dict[str, Tensor]:
+    """A Trainer that evaluates with `generate`."""
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    model = T5ForConditionalGeneration(T5Config(**sizes, **tokens, dropout_rate=0.0, use_cache=False))
+    generator = torch.Generator().manual_seed(4)
+    data = [
+        {name: torch.randint(3, 40, (size,), generator=generator) for name, size in (("input_ids", 7), ("labels", 5))}
+        for _ in range(8)
+    ]
+    batch = {name: torch.stack([row[name] for row in data[:4]]) for name in data[0]}
+    cascade = lx.adapt(model, kwargs=batch, spec=lx.CascadeSpec(rank=2))
+    args = Seq2SeqTrainingArguments(
+        output_dir=folder, predict_with_generate=True, generation_max_length=8, learning_rate=0.02, report_to=[],
+        use_cpu=True, num_train_epochs=2, disable_tqdm=True, save_strategy="no", **how,
+    )  # fmt: skip
+    trainer = Seq2SeqTrainer(model=cascade, args=args, train_dataset=data, callbacks=[CascadeCallback(cascade)])
+    trainer.train()
+    return {"predictions": torch.tensor(trainer.predict(data).predictions)}
+
+
+def test_the_trainers_of_trl(tmp_path: Path) -> None:
+    """In fp32, of which the sums of two processes round in another order; and predictions by `generate`."""
+    (one,) = on_ranks(1, preferred, free_port(), str(tmp_path / "one"), group=False, limit=LIMIT)
+    for found in on_ranks(2, preferred, free_port(), str(tmp_path / "two"), group=False, limit=LIMIT):
+        assert found.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(found[name], value, atol=2e-6, rtol=0, msg=lambda text, at=name: f"{at}: {text}")
+    assert any(name.startswith("grpo/log") and name.endswith("reward") for name in one)
+    base = dict(llama().float().named_parameters())
+    for name in ("sft", "dpo"):
+        moved = [(one[f"{name}/{key}"] - value).abs().max() for key, value in base.items() if "proj" in key]
+        assert min(moved) > 1e-4
 
 
 # ---- accelerate
