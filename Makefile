@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 OTHER := .venv-torch-$(VERSION)
 PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is compiled then; all of it takes a minute
 
-.PHONY: help venv demo demo-images test test-fast test-torch ci ci-slow lint format types bench coverage evidence evidence-check docs site clean
+.PHONY: help venv demo demo-images test test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -51,9 +51,6 @@ ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler
 	@$(BIN)/python -m pytest -m slow $(WAITING) --timeout 900 || { status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "ci-slow: no test is marked slow, so this ran none; mark one or drop the target" >&2; fi; \
 	  exit $$status; }
-
-ci: $(STAMP) ## every test, slow or not: while some wait for their processes, others compute
-	$(BIN)/python -m pytest $(WAITING) --timeout 900
 
 lint: $(STAMP) ## ruff (rules and format) and the direction of imports
 	$(BIN)/ruff check $(CODE)
