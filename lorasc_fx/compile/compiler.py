@@ -177,5 +177,5 @@ class Compiler:
     def draw(self, variant: Variant, plan: Plan, file: str | PathLike[str], sites: Sequence[str], radius: int) -> Path:
         """Draw the variant around some sites into an SVG file; of a fallback, the graphs that have run."""
         module = variant.module
-        graphs = module.rewritten if isinstance(module, GraphBreakFallback) else [module]
+        graphs = getattr(module, "rewritten", [module])  # of a fallback, and of what shards have split
         return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, file, sites, radius)

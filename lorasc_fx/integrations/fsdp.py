@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import OffloadPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lorasc_fx.capture import leaves
@@ -117,8 +116,12 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             names = run.slow.states if run.plan.spec.noise.is_on else moved
             run.commit(Planned(run.plan, run.slow, run.present(names)), undo)
 
+        def refit() -> None:
+            if run.plan.spec.ranks:
+                _refit(shards)
+
         def called() -> bool:
-            _refit(shards)
+            refit()
             if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
                 for parameter in run.trainable().values():
                     run.pending.note(parameter)
@@ -135,11 +138,11 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
 
         @isolated
         def whole(undo: Block[Any]) -> None:
-            _refit(shards)
+            refit()
             undo.enter(gathered(shards, cascade.model))
 
         cascade._split_by(split, whole, undo)
-    return cascade
+        return cascade  # inside: an interrupt before it undoes all
 
 
 def _device_kind(cascade: Cascade) -> str:
@@ -359,12 +362,18 @@ def _fully_sharded(
     return shards
 
 
-def _placement(old: FSDPParam, _: nn.Parameter) -> Shard:
-    return old.fsdp_placement
+def _placement(old: Any, _: nn.Parameter) -> Shard:
+    placement: Shard = old.fsdp_placement
+    return placement
 
 
 def _refit(shards: Shards) -> None:
-    """Let FSDP take on factors that have another rank since (`ranks`): it keeps the shape of what it has cut."""
+    """Let FSDP take on factors that have another rank since (`ranks`): it keeps the shape of what it has cut.
+
+    torch has no public way: `fully_shard` would make other Parameters, which no optimizer holds.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
     for unit in (shards, *shards.units):
         group = unit._get_fsdp_state()._fsdp_param_group
         for index, old in enumerate(group.fsdp_params if group is not None else ()):

@@ -281,6 +281,11 @@ class SplitGraph:
         self.shards, self.graph, self.leaves, self.called = shards, graph, leaves, called
         self.branches = [module for module in graph.module.modules() if isinstance(module, Branch)]
 
+    @property
+    def rewritten(self) -> list[fx.GraphModule]:
+        """The graph before it was split."""
+        return [self.graph.module]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the graph computes.
 

@@ -116,6 +116,7 @@ class Cascade(nn.Module):
         self._variants = Variants()
         self._split: Callable[[Variant], Variant] | None = None  # what shards make of each graph
         self._gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # in which the model's modules run
+        self._eager = False  # whether calls inside `weights` run the model itself on shards, too
         self._frontend = ""
         self._refused_frontends: tuple[tuple[str, str], ...] = ()
         if isinstance(decided, Made) and example is not None:
@@ -199,7 +200,7 @@ class Cascade(nn.Module):
         run.check_alive("forward")
         if run.parallel is not None:
             return run.parallel(self, args, kwargs)
-        if run.inside_weights and not run.is_sharded:
+        if run.inside_weights and (self._eager or not run.is_sharded):
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
             bound, named = self._compiler.bind(args, kwargs)
@@ -618,15 +619,16 @@ class Cascade(nn.Module):
         As torch.optim.swa_utils.update_bn (SWA, 1803.05407, section 3.2): the statistics are reset, and are then the
         mean over the batches, without gradients, in train mode. The model itself runs, not a captured graph, in which
         the momentum of a batch norm is a constant. Inside `weights(...)` those weights count, and the statistics of
-        before are put back at its end; elsewhere the fast weights count, and the new statistics stay.
+        before are put back at its end; elsewhere the fast weights count, and the new statistics stay. Of weights that
+        `fsdp.shard` has cut every rank must call this with as many batches, and has the statistics of its own.
 
         Args:
             batches: of inputs; a mapping is given by name, of a tuple or list the first entry.
             call: runs the cascade on a batch, where another reading is wanted.
 
         Raises:
-            StateError: the model has no such batch norm, there is no batch, inside a backward, or after `release`.
-                Whatever raises, the statistics are as they were.
+            StateError: the model has no such batch norm, there is no batch, inside a backward, after `release`, or
+                tensor parallelism has cut the weights. Whatever raises, the statistics are as they were.
         """
         self._run.check_alive("recalibrate")
         norms = [
@@ -656,7 +658,7 @@ class Cascade(nn.Module):
                 buffer.copy_(value)
 
         count = 0
-        with no_grad(), _averaging(self, norms), AllOrNothing() as undo:
+        with no_grad(), self._gathered(), _averaging(self, norms), AllOrNothing() as undo:
             undo(put_back)
             for norm in norms:
                 norm.reset_running_stats()
@@ -1024,10 +1026,17 @@ class Cascade(nn.Module):
         """Allow `copy`, and refuse pickling: graphs read the model that they were made of.
 
         Raises:
-            StateError: the caller is not Python's `copy`, or it copies for an average of parameters.
+            StateError: the caller is not Python's `copy`, it copies for an average of parameters, or it makes a deep
+                copy of weights that lie in shards.
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
             check_not_averaged()
+            if self._run.is_sharded and sys._getframe(1).f_code.co_name == "deepcopy":
+                raise StateError(
+                    "deepcopy: the weights lie in shards on several processes, which a copy would not follow: write "
+                    "a checkpoint by lorasc_fx.save, and lorasc_fx.load it onto another model",
+                    code="sharded",
+                )
             return super().__reduce_ex__(protocol)
         raise StateError(
             "a cascade cannot be pickled, by torch.save, a spawned process or otherwise: write a checkpoint by "
@@ -1055,6 +1064,8 @@ def give_back(joined: Joined, undo: Undo) -> None:
 @isolated
 def _averaging(undo: Block[Any], cascade: Cascade, norms: list[_BatchNorm]) -> None:
     """Let the norms take the mean over all batches, in train mode."""
+    undo(partial(setattr, cascade, "_eager", cascade._eager))
+    cascade._eager = True
     for module in cascade.modules():
         undo(partial(setattr, module, "training", module.training))
     for norm in norms:
