@@ -178,7 +178,8 @@ class ProcessGroup:
         if self.handle is None:
             return tensor
         held = tensor.to(self.device, copy=True)
-        dist.all_reduce(held, group=self.handle)
+        with _together():
+            dist.all_reduce(held, group=self.handle)
         return held.to(tensor.device)
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -186,7 +187,8 @@ class ProcessGroup:
         if self.handle is None:
             return tensor
         held = tensor.to(self.device, copy=True).contiguous()
-        dist.broadcast(held, dist.get_global_rank(self.handle, 0), group=self.handle)
+        with _together():
+            dist.broadcast(held, dist.get_global_rank(self.handle, 0), group=self.handle)
         return held.to(tensor.device)
 
     def max(self, number: float) -> float:
@@ -199,7 +201,8 @@ class ProcessGroup:
         if self.handle is None:
             return number
         held = torch.tensor([number], dtype=torch.float64, device=self.device)
-        dist.all_reduce(held, getattr(dist.ReduceOp, operation), group=self.handle)
+        with _together():
+            dist.all_reduce(held, getattr(dist.ReduceOp, operation), group=self.handle)
         return held.item()
 
     def gather(self, data: torch.Tensor, call: str) -> list[torch.Tensor]:
@@ -212,20 +215,13 @@ class ProcessGroup:
             return [data]
         data = data.to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        try:
+        with _together(f"{call}: "):
             dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device), group=self.handle)
             padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8, device=self.device)
             padded[: data.numel()] = data
             gathered = [torch.zeros_like(padded) for _ in sizes]
             if len(padded):
                 dist.all_gather(gathered, padded, group=self.handle)
-        except RuntimeError as fault:
-            raise StateError(
-                f"{call}: another process is gone, or has not come within the timeout of the process group: {fault}; "
-                "every rank has to make this call. Start the run anew from its last checkpoint, on any number of "
-                "processes",
-                code="process-lost",
-            ) from fault
         return [row[: int(size)].cpu() for row, size in zip(gathered, sizes, strict=True)]
 
     def gather_text(self, text: str, call: str) -> list[str]:
@@ -282,6 +278,24 @@ class ProcessGroup:
         for rank, text in enumerate(faults):
             if text:
                 raise StateError(f"{call}: rank {rank} has failed, and with it the others: {text}", code="rank-failed")
+
+
+@contextlib.contextmanager
+def _together(call: str = "") -> Iterator[None]:
+    """Name what a collective that does not end means, in the place of the backend's own error.
+
+    Raises:
+        StateError: a process is gone, or has not come within the group's timeout.
+    """
+    try:
+        yield
+    except RuntimeError as fault:
+        raise StateError(
+            f"{call}another process is gone, or has not come within the timeout of the process group: {fault}; every "
+            "rank has to make this call (transition, save, weights, ...). Start the run anew from its last checkpoint, "
+            "on any number of processes",
+            code="process-lost",
+        ) from fault
 
 
 ONE_PROCESS = ProcessGroup()
@@ -359,7 +373,8 @@ class ShardSpec:
         padded = rows.new_zeros((max(count for _, count in pieces), *rows.shape[1:]), device=self.group.device)
         padded[: self.count] = rows
         parts = [torch.empty_like(padded) for _ in range(self.group.size)]
-        dist.all_gather(parts, padded, group=self.group.handle)
+        with _together():
+            dist.all_gather(parts, padded, group=self.group.handle)
         order = sorted(range(len(pieces)), key=lambda rank: pieces[rank])
         gathered = torch.cat([parts[rank][: pieces[rank][1]] for rank in order])
         return gathered.movedim(0, self.axis).contiguous().to(shard.device)

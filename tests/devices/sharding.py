@@ -548,6 +548,28 @@ def unlike(rank: int, count: int) -> None:
                     wrap(cascade, count)
 
 
+# ---- a rank that does not come
+
+
+def late(rank: int, count: int, waits: bool) -> None:
+    """The last rank comes late to a transition: before the group's timeout, or after it."""
+    cascade = fsdp.shard(adapted("fresh"))
+    optimizer = optimizer_of(cascade)
+    step(cascade, optimizer, 0, (rank, count))
+    before = {name: each.to_local().clone() for name, each in cascade.named_parameters()}  # type: ignore[operator]
+    if rank == count - 1:
+        time.sleep(2 if waits else 12)
+    if waits:
+        cascade.transition(optimizer)
+        assert cascade.stage == 2
+        return
+    with raises(lx.StateError, "process-lost", "timeout", "last checkpoint"):
+        cascade.transition(optimizer)
+    assert cascade.stage == 1
+    for name, each in cascade.named_parameters():
+        assert torch.equal(each.to_local(), before[name]), name  # type: ignore[operator]
+
+
 # ---- what is refused
 
 

@@ -273,6 +273,13 @@ def test_ranks_that_are_not_alike_are_named_before_the_first_step() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_transition_waits_for_a_slow_rank_and_not_for_a_lost_one(waits: bool) -> None:
+    """Whose absence is an error after the group's timeout, which leaves all as it was."""
+    on_ranks(2, sharding.late, waits, timeout=60 if waits else 6, limit=120)
+
+
+@pytest.mark.slow
 def test_what_shards_refuse(tmp_path: Path) -> None:
     on_ranks(2, sharding.refused, str(tmp_path / "run"))
 
