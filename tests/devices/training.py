@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -148,10 +149,15 @@ def saved_then_killed(rank: int, count: int, name: str, folder: str, at: int, ho
     run(wrapper, cascade, optimizer, at, at + 2, (rank, count))
 
 
-def resumed(rank: int, count: int, name: str, folder: str, until: int) -> dict[str, Tensor]:
+def resumed(rank: int, count: int, name: str, folder: str, until: int, part: int = 0) -> dict[str, Tensor]:
+    """Go on on all processes, or on the first ones, so many, as a group of their own."""
+    group = dist.new_group(range(part)) if part else None
+    if rank >= (part or count):
+        return {}
+    count = part or count
     cascade = lx.load(folder, net(), args=(data()[0][0][None],))
-    wrapper, optimizer = DistributedDataParallel(cascade), optimizer_of(cascade)
-    extra = cascade.resume(optimizer)
+    wrapper, optimizer = DistributedDataParallel(cascade, process_group=group), optimizer_of(cascade)
+    extra = cascade.resume(optimizer, group=group)
     assert list(extra) == ["steps"]
     run(wrapper, cascade, optimizer, extra["steps"], until, (rank, count))
     return {**values(cascade), "drawn": torch.rand(3)}
