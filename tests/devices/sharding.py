@@ -292,6 +292,13 @@ def on_a_grid(rank: int, count: int, name: str, folder: str) -> dict[str, Tensor
     return found | {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
 
 
+def saved_on_a_grid(rank: int, count: int, name: str, folder: str) -> None:
+    cascade = crossed(adapted(name, **WIDE))
+    optimizer = optimizer_of(cascade)
+    run(cascade, optimizer, 0, 7, (rank // 2, count // 2))
+    lx.save(cascade, folder, optimizer=optimizer)
+
+
 def held(cascade: lx.Cascade, optimizer: Any) -> dict[str, Tensor]:
     """What a checkpoint keeps as it is: factors, what is trained in full, and the optimizer's state, whole."""
     names = {id(each): name for name, each in cascade.named_parameters()}

@@ -30,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lorasc_fx as lx
 from benchmarks.shards import Size, measure
+from lorasc_fx.cli import main
 from lorasc_fx.integrations import dcp, fsdp, segments
 from lorasc_fx.shards import ShardSpec
 from tests.devices import elastic, sharding
@@ -175,6 +176,24 @@ def test_a_checkpoint_goes_on_where_no_process_holds_the_model(
     for count in counts:
         for found in resumed(count, sharding.resumed, str(tmp_path / "run"), files):
             close(found, wanted)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_shards_is_folded_into_the_files_of_the_base(tmp_path: Path, files: str) -> None:
+    """By the command line, of FSDP2 and of what tensor parallelism has cut besides: the numbers of one process."""
+    for name, sizes in (("fresh", {}), ("wide", sharding.WIDE)):
+        base, run, out = (tmp_path / f"{name}{end}" for end in (".safetensors", "", " folded.safetensors"))
+        save_file(sharding.blocks(**sizes).state_dict(), base)
+        cascade = sharding.adapted("fresh", **sizes)
+        at = 7 if sizes else 10
+        sharding.run(cascade, sharding.optimizer_of(cascade), 0, at, (0, 1))
+        if sizes:
+            on_ranks(4, sharding.saved_on_a_grid, "fresh", str(run), limit=300)
+        else:
+            on_ranks(2, sharding.saved, "fresh", str(run), at)
+        assert main(["fold", str(run), "--base", str(base), "--out", str(out)]) == 0
+        close(load_file(out), cascade.folded_state_dict())
+        assert not torch.equal(load_file(out)["layers.1.up.weight"], load_file(base)["layers.1.up.weight"])
 
 
 @pytest.mark.slow
