@@ -27,27 +27,56 @@ class Turn:
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds of one rival, by round: of CPU (all threads together), and of wall time."""
+    """Seconds of one rival, by round: those that are compared, and of wall time.
 
-    cpu: tuple[float, ...]
+    Args:
+        busy: of the CPU (all threads together), or of the device.
+        wall: wall time, with the wait for the device.
+        clock: of CLOCKS, by which `busy` was measured.
+    """
+
+    busy: tuple[float, ...]
     wall: tuple[float, ...]
+    clock: str = "cpu"
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Return minimum and median of both."""
         return {
             clock: {"minimum": min(seconds), "median": statistics.median(seconds)}
-            for clock, seconds in (("cpu", self.cpu), ("wall", self.wall))
+            for clock, seconds in ((self.clock, self.busy), ("wall", self.wall))
         }
 
 
-def alternate(turns: Mapping[str, Turn], rounds: int) -> dict[str, Turns]:
+def _cpu_seconds(run: Callable[[], None]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def _cuda_seconds(run: Callable[[], None]) -> float:
+    """Return the seconds between two events on the stream, where the device waits for launches too."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+CLOCKS = {"cpu": _cpu_seconds, "cuda": _cuda_seconds}
+"""By device: seconds of a run."""
+
+
+def alternate(turns: Mapping[str, Turn], rounds: int, device: str = "cpu") -> dict[str, Turns]:
     """Return the seconds of each rival over rounds that run every one once, in turning order.
 
     Args:
         turns: by rival. Each runs `WARM` times before.
         rounds: 1 or more. Garbage is collected between them, never within.
+        device: whose clock is read.
     """
-    cpu: dict[str, list[float]] = {name: [] for name in turns}
+    busy: dict[str, list[float]] = {name: [] for name in turns}
     wall: dict[str, list[float]] = {name: [] for name in turns}
     for turn in turns.values():
         for _ in range(WARM):
@@ -60,23 +89,22 @@ def alternate(turns: Mapping[str, Turn], rounds: int) -> dict[str, Turns]:
         try:
             for name in names if index % 2 == 0 else reversed(names):
                 turns[name].prepare()
-                wall_start, cpu_start = time.perf_counter(), time.process_time()
-                turns[name].run()
-                cpu[name].append(time.process_time() - cpu_start)
+                wall_start = time.perf_counter()
+                busy[name].append(CLOCKS[device](turns[name].run))
                 wall[name].append(time.perf_counter() - wall_start)
         finally:
             gc.enable()
-    return {name: Turns(tuple(cpu[name]), tuple(wall[name])) for name in turns}
+    return {name: Turns(tuple(busy[name]), tuple(wall[name]), device) for name in turns}
 
 
 def ratio(one: Turns, other: Turns) -> dict[str, float]:
-    """Return `one / other` in CPU seconds: of the minima, of the medians, and `paired`, the median over rounds of the
-    ratio within a round, which a machine that drifts leaves alone; and `wall`, paired as well.
+    """Return `one / other` in the seconds of `busy`: of the minima, of the medians, and `paired`, the median over
+    rounds of the ratio within a round, which a machine that drifts leaves alone; and `wall`, paired as well.
     """
     return {
-        "minimum": min(one.cpu) / min(other.cpu),
-        "median": statistics.median(one.cpu) / statistics.median(other.cpu),
-        "paired": statistics.median(a / b for a, b in zip(one.cpu, other.cpu, strict=True)),
+        "minimum": min(one.busy) / min(other.busy),
+        "median": statistics.median(one.busy) / statistics.median(other.busy),
+        "paired": statistics.median(a / b for a, b in zip(one.busy, other.busy, strict=True)),
         "wall": statistics.median(a / b for a, b in zip(one.wall, other.wall, strict=True)),
     }
 

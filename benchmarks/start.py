@@ -194,7 +194,7 @@ def _tokens(rival: nn.Module, x: torch.Tensor) -> None:
 def _compared(rivals: dict[str, nn.Module], rounds: int, run: Callable[[nn.Module], None]) -> dict[str, Any]:
     times = alternate({key: Turn(_nothing, partial(run, each)) for key, each in rivals.items()}, rounds)
     return {
-        "seconds": {key: min(time.cpu) / REPEATS for key, time in times.items()},
+        "seconds": {key: min(time.busy) / REPEATS for key, time in times.items()},
         "ratios": {f"ours/{other}": ratio(times["ours"], times[other]) for other in ("eager", "peft")},
     }
 

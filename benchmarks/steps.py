@@ -21,20 +21,23 @@ DROPOUT = 0.1
 PAIRS = (("ours", "frozen"), ("peft", "frozen"), ("full", "frozen"), ("folded", "frozen"), ("ours", "peft"))
 
 
-def measured(work: Work, rounds: int, forced: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+def measured(
+    work: Work, rounds: int, forced: Mapping[str, Mapping[str, Any]] | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Return all that is measured of one model in this process, as plain data.
 
     Args:
         work: the model.
         rounds: in which the rivals take turns.
         forced: more rivals of ours, by name, with options of our spec; `ratios` has ours over each of them.
+        device: on which the model is, and whose clock is read.
 
     Raises:
         RuntimeError: ours and peft train different numbers of entries, or a site met no product.
     """
     rivals = make_all(work, forced)
     pairs = [*PAIRS, *(("ours", name) for name in forced or {})]
-    times = alternate({name: Turn(rival.prepare, rival.step) for name, rival in rivals.items()}, rounds)
+    times = alternate({name: Turn(rival.prepare, rival.step) for name, rival in rivals.items()}, rounds, device)
     ours, frozen = rivals["ours"].model, rivals["frozen"]
     assert isinstance(ours, lx.Cascade)
     frozen.prepare()

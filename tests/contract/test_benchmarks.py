@@ -209,7 +209,7 @@ def test_rivals_take_turns() -> None:
     turns = {name: Turn(lambda: None, lambda name=name: said.append(name)) for name in "abc"}
     times = alternate(turns, rounds=2)
     assert "".join(said) == "".join(name * WARM for name in "abc") + "abc" + "cba"
-    assert all(len(time.cpu) == len(time.wall) == 2 for time in times.values())
+    assert all(len(time.busy) == len(time.wall) == 2 for time in times.values())
 
 
 def test_activation_memory_of_a_case_by_hand() -> None:
