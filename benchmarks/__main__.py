@@ -1,7 +1,8 @@
 """The benchmark: `python -m benchmarks [names] [--only PART] [--rounds N] [--quick] [--write]`.
 
 A run of everything writes results.json, curves.json and curves.svg in this folder, and the section of docs/costs.md. A
-part of it prints what it found, and writes it only with --write, in place of what the files hold of it.
+part of it prints what it found, and writes it only with --write, in place of what the files hold of it. With --device
+cuda it measures steps and memory on a GPU, and writes cuda.json and a section of its own.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from configurations;
 import torch
 
 from . import curves, report, start
+from .compiled import can_compile, compiled
 from .costs import costs
 from .files import write
 from .measure import keep_freed, pin
-from .models import STARTED, WORKS
+from .models import COMPILED, STARTED, WORKS, works
 from .placement_oracle import oracle
 from .resident import STARTS, can_measure, resident_all
 from .steps import measured
 
 HERE = Path(__file__).parent
-PARTS = ("table", "placement", "costs", "start", "curves")
+PARTS = ("table", "placement", "costs", "start", "curves", "compiled")
+PARTS_OF = {"cpu": PARTS, "cuda": ("table",)}
+"""Parts that are measured on a device."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,13 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("lorasc_fx").setLevel(logging.ERROR)
     whole = not options.names and options.only is None and not options.quick
-    names = options.names or [name for name in WORKS if name != "tiny"]
-    parts = [part for part in PARTS if options.only in (None, part)]
+    names = options.names or [name for name in works(options.device) if name != "tiny"]
+    parts = [part for part in PARTS_OF[options.device] if options.only in (None, part)]
     if options.names and options.only is None:
-        parts.remove("curves")  # they have models of their own
+        parts = [part for part in parts if part != "curves"]  # they have models of their own
     pin(options.threads)
     keep_freed()
-    measured_now: dict[str, Any] = {"about": report.about(options.threads, options.rounds)}
+    measured_now: dict[str, Any] = {"about": report.about(options.threads, options.rounds, options.device)}
     if "table" in parts:
         measured_now["steps"] = {name: _steps(name, options) for name in names}
     if "placement" in parts:
@@ -56,8 +60,11 @@ def main(arguments: list[str] | None = None) -> None:
         measured_now["start"] = _start([*names, *more], options)
     if "curves" in parts:
         measured_now["curves"] = _curves(options.rounds, options.quick)
+    if "compiled" in parts:
+        compiled(WORKS["tiny"], 1)  # imports, and what is done once in a process
+        measured_now["compiled"] = {name: _compiled(name, options.rounds) for name in options.names or COMPILED}
     if whole or options.write:
-        write(measured_now, HERE, HERE.parent / "docs" / "costs.md", whole)
+        write(measured_now, HERE, HERE.parent / "docs" / "costs.md", whole, options.device)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,9 +73,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "names",
         nargs="*",
         metavar="names",
-        help=f"models, of {', '.join(WORKS)}; all of them by default. With --only start also {', '.join(STARTED)}",
+        help=f"models, of {', '.join(WORKS)}; all of them by default. With --only start also {', '.join(STARTED)}; "
+        f"with --only compiled also {', '.join(COMPILED.keys() - WORKS.keys())}, by default {', '.join(COMPILED)}",
     )
     parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--device", choices=PARTS_OF, default="cpu", help="cuda: steps and memory on a GPU, in bf16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2, help="fresh models for the costs")
     parser.add_argument("--threads", type=int, default=2)
@@ -76,20 +85,31 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round of each, to see that it runs")
     parser.add_argument("--write", action="store_true", help="write a part into the files as well")
     options = parser.parse_args(arguments)
-    known = [*WORKS, *STARTED] if options.only == "start" else list(WORKS)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            f"--device cuda: torch {torch.__version__} finds no GPU here; use a machine with one, or --device cpu"
+        )
+    if options.only not in (None, *PARTS_OF[options.device]):
+        parser.error(f"--only {options.only} is not measured on {options.device}; leave it out")
+    known = list(works(options.device) | {"start": STARTED, "compiled": COMPILED}.get(options.only, {}))
     unknown = [name for name in options.names if name not in known]
     if unknown:
         parser.error(f"no model {unknown[0]!r}; there are {', '.join(known)}")
+    if options.device == "cpu" and options.only in (None, "compiled") and not can_compile():
+        parser.error("torch.compile needs a C++ compiler: install g++, or measure one other part with --only")
     if options.quick:
         options.rounds, options.repeats = 1, 1
     return options
 
 
 def _steps(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    row = measured(WORKS[name], options.rounds, {each: {"placement": each} for each in options.placement})
+    forced = {each: {"placement": each} for each in options.placement}
+    row = measured(works(options.device)[name], options.rounds, forced, options.device)
     gc.collect()
-    row["resident"] = resident_all(name, options.threads) if can_measure() else {}
-    print(f"\n{report.step_table({name: row})}\n\n{report.memory_table({name: row})}", flush=True)
+    torch.cuda.empty_cache()  # for the processes that follow
+    can = options.device == "cuda" or can_measure()
+    row["resident"] = resident_all(name, options.threads, device=options.device) if can else {}
+    print(f"\n{report.step_table({name: row})}\n\n{report.memory_table({name: row}, options.device)}", flush=True)
     for each in options.placement:
         ratio = row["ratios"][f"ours/{each}"]
         print(f"\nours / {each} forced: {ratio['minimum']:.2f} ({ratio['paired']:.2f})", flush=True)
@@ -100,6 +120,13 @@ def _placement(name: str, rounds: int) -> dict[str, Any]:
     row = oracle(WORKS[name], rounds)
     gc.collect()
     print(f"\n{report.placement_table({name: row})}", flush=True)
+    return row
+
+
+def _compiled(name: str, rounds: int) -> dict[str, Any]:
+    row = compiled((WORKS | COMPILED)[name], rounds)
+    gc.collect()
+    print(f"\n{report.compiled_table({name: row})}", flush=True)
     return row
 
 

@@ -7,21 +7,21 @@ gradient flows to the bottom for every rival alike, and no rival pays for the de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["STACK", "STARTED", "WORKS", "Work", "classes", "hidden"]
+__all__ = ["COMPILED", "STACK", "STARTED", "WORKS", "Work", "classes", "hidden", "on", "works"]
 
 
 def classes(output: Any) -> torch.Tensor:
     """Return the cross-entropy of logits [..., classes] with class 0."""
     logits = output if isinstance(output, torch.Tensor) else output[0]
     rows = logits.flatten(0, -2)
-    return F.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long))
+    return F.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
 
 
 def hidden(output: Any) -> torch.Tensor:
@@ -230,3 +230,38 @@ STARTED = {
     ),
 }
 """Models of which only the start is measured: their steps take long on a CPU."""
+
+COMPILED = {"vit-s": WORKS["vit-s"], "stack": STACK}
+"""Models whose steps are compiled: inductor takes a minute for each, or more."""
+
+
+def on(work: Work, device: str, dtype: torch.dtype) -> Work:
+    """Return the work with its model and batch on this device, in this dtype."""
+    return replace(
+        work,
+        build=lambda: work.build().to(device, dtype),
+        batch=lambda: {name: value.to(device, dtype) for name, value in work.batch().items()},
+    )
+
+
+ON_CUDA = {
+    "vit-l": Work(
+        "ViT-L, batch 32, linears",
+        lambda: _vit("vit_large_patch16_224"),
+        _batch("x", 32, 3, 224, 224),
+        ("*.qkv", "*.attn.proj", "*.fc1", "*.fc2"),
+        {"target_modules": r"(.*\.)?(qkv|attn\.proj|fc1|fc2)"},
+    ),
+    "llama-1b": replace(
+        STARTED["llama-1b"],
+        title="Llama 1.1B, 4 x 512",
+        batch=_batch("inputs_embeds", 4, 512, 2048, scale=0.02),
+    ),
+    "tiny": WORKS["tiny"],
+}
+"""Models whose steps are measured on a GPU; `tiny` is in no table."""
+
+
+def works(device: str) -> dict[str, Work]:
+    """Return the models whose steps are measured on a device, by name: on `cuda` in bfloat16."""
+    return WORKS if device == "cpu" else {name: on(work, device, torch.bfloat16) for name, work in ON_CUDA.items()}

@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .compiled import COMPILED, PAIRS
 from .costs import ROWS
 from .placement_oracle import AGAIN
 from .rivals import RANK
@@ -18,9 +21,13 @@ from .steps import DROPOUT
 __all__ = [
     "BEGIN",
     "END",
+    "MARKERS",
+    "SECTIONS",
     "about",
     "call_table",
+    "compiled_table",
     "cost_table",
+    "cuda_section",
     "graph_breaks_table",
     "memory_table",
     "placement_table",
@@ -32,14 +39,20 @@ __all__ = [
 
 BEGIN = "<!-- `make bench` writes from here -->"
 END = "<!-- to here -->"
+MARKERS = {
+    "cpu": (BEGIN, END),
+    "cuda": ("<!-- `make bench DEVICE=cuda` writes from here -->", "<!-- to here, on cuda -->"),
+}
+"""By device: where its section of the page begins and ends."""
 
 Rows = Mapping[str, Mapping[str, Any]]
 
 
-def about(threads: int, rounds: int) -> dict[str, Any]:
+def about(threads: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
     """Return what the numbers depend on."""
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
     packages = {name: version(name) for name in ("torch", "peft", "timm", "transformers")}
-    return {"python": platform.python_version(), **packages, "cpu": _cpu(), "threads": threads, "rounds": rounds}
+    return {"python": platform.python_version(), **packages, "cpu": _cpu(), **gpu, "threads": threads, "rounds": rounds}
 
 
 def _cpu() -> str:
@@ -66,7 +79,7 @@ deviation from 1.00 is measurement noise. *Floor*: the flops of the low-rank pro
 
 {step_table(results["steps"])}
 
-{_placed(results.get("placement", {}))}
+{_placed(results.get("placement", {}))}{_compiled(results.get("compiled", {}))}
 MiB that autograd keeps between forward and backward, without parameters and buffers. *Allowed* is what the frozen model
 keeps together with the inputs of the branches. Two columns are with adapter dropout of {DROPOUT:g}. *Resident* is the
 peak of a process that holds only this model, while it trains; interpreter and libraries are in it. *base=FOLDER* is
@@ -84,16 +97,39 @@ The curves are in [benchmarks/curves.svg](../benchmarks/curves.svg), their numbe
 against the rank, against the number of sites, and after some transitions; and the size of the slow state."""
 
 
-def put(page: str, text: str) -> str:
-    """Return the page with the text between its markers.
+def cuda_section(results: Mapping[str, Any]) -> str:
+    """Return the text between the markers of the section on a GPU."""
+    made = results["about"]
+    return f"""\
+{made["gpu"]}, CUDA {made["cuda"]}; torch {made["torch"]}, peft {made["peft"]}; rank {RANK}, bf16, {made["rounds"]} \
+rounds in which the rivals take turns.
+
+Seconds of a training step between two CUDA events, over those of the same model frozen. The columns are those of the
+table above.
+
+{step_table(results["steps"])}
+
+MiB, as above; *allocated* is `torch.cuda.max_memory_allocated` of a process that holds only this model, while it
+trains.
+
+{memory_table(results["steps"], "cuda")}"""
+
+
+SECTIONS = {"cpu": section, "cuda": cuda_section}
+"""By device: the text between its markers."""
+
+
+def put(page: str, text: str, device: str = "cpu") -> str:
+    """Return the page with the text between the markers of a device.
 
     Raises:
         ValueError: the page has not each marker once, in order.
     """
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"the page needs {BEGIN!r} and {END!r}, once each")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+    begin, end = MARKERS[device]
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the page needs {begin!r} and {end!r}, once each")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -147,8 +183,44 @@ def placement_table(rows: Rows) -> str:
     return table(head, map(cells, rows.values()))
 
 
-def memory_table(rows: Rows) -> str:
-    """Return the table of memory, in MiB."""
+def _compiled(rows: Rows) -> str:
+    """Return the table of `torch.compile`; nothing where it was not measured."""
+    if not rows:
+        return ""
+    return f"""
+`torch.compile` of all three, by inductor with empty caches for each (`benchmarks/compiled.py`). Seconds of the first
+step, forward and backward, with the compilation in it, wall time and (CPU, with that of the C++ compiler). Then each
+trains and ends a stage, ours by `transition`, peft's by `merge_and_unload`, `get_peft_model` and another
+`torch.compile`: the graphs that were compiled again, and seconds of the first step after it. At last the rivals take
+turns with a step, as above.
+
+{compiled_table(rows)}
+"""
+
+
+def compiled_table(rows: Rows) -> str:
+    """Return the table of compiled models: the first step, the first after a transition, and a step."""
+
+    def seconds(counted: Mapping[str, float]) -> str:
+        return f"{counted['wall']:.2f} ({counted['cpu']:.2f})"
+
+    def cells(row: Mapping[str, Any]) -> Iterable[str]:
+        yield row["title"]
+        yield from (seconds(row["first"][name]) for name in COMPILED)
+        yield from (f"{row['transition'][name]['graphs']}" for name in ("ours", "peft"))
+        yield from (seconds(row["transition"][name]) for name in ("ours", "peft"))
+        for one, other in PAIRS:
+            ratio = row["ratios"][f"{one}/{other}"]
+            yield f"{ratio['minimum']:.2f} ({ratio['paired']:.2f})"
+
+    after = (f"{what}: {name}" for what in ("recompiled graphs", "first step after it") for name in ("ours", "peft"))
+    first, steps = (f"first step: {name}" for name in COMPILED), (f"step: {one} / {other}" for one, other in PAIRS)
+    return table(("model", *first, *after, *steps), map(cells, rows.values()))
+
+
+def memory_table(rows: Rows, device: str = "cpu") -> str:
+    """Return the table of memory, in MiB: of a process, or on a GPU of what torch has allocated there."""
+    peak = "resident" if device == "cpu" else "allocated"
 
     def cells(row: Mapping[str, Any]) -> Iterable[str]:
         kept, dropped, resident = row["activation"], row["activation with dropout"], row.get("resident", {})
@@ -162,7 +234,7 @@ def memory_table(rows: Rows) -> str:
 
     head = ("model", "frozen", "full", "peft", "ours", "ours / allowed", "peft, dropout", "ours, dropout")
     return table(
-        (*head, *(f"resident: {name}" for name in ("frozen", "full", "peft", "ours", "W0 in it", "base=FOLDER"))),
+        (*head, *(f"{peak}: {name}" for name in ("frozen", "full", "peft", "ours", "W0 in it", "base=FOLDER"))),
         map(cells, rows.values()),
     )
 

@@ -1,8 +1,9 @@
-"""Resident memory of one rival in a process of its own: `python -m benchmarks.resident MODEL RIVAL THREADS`.
+"""Memory of one rival in a process of its own: `python -m benchmarks.resident MODEL RIVAL THREADS [cuda]`.
 
 The peak of a process is one number for all that it did, so each rival has a process, and the peak is set back after the
 rival was built. What is reported is the whole process: interpreter and libraries, weights, W0, gradients, activations.
-With `start` or `start-file` as the rival it is what `adapt` adds at its peak to a process that holds the model.
+With `start` or `start-file` as the rival it is what `adapt` adds at its peak to a process that holds the model. On
+`cuda` it is what torch has allocated on the device at its peak (`torch.cuda.max_memory_allocated`).
 """
 
 from __future__ import annotations
@@ -47,20 +48,24 @@ def _set_back() -> None:
     _REFS.write_text("5", encoding="utf-8")
 
 
-def resident(name: str, rival: str, threads: int) -> dict[str, int]:
+def resident(name: str, rival: str, threads: int, device: str = "cpu") -> dict[str, int]:
     """Return bytes: `built`, the peak while the rival is made, and `step`, the peak of three steps after that; of ours
     also `sites`, what W0 takes.
     """
+    import torch
     from safetensors.torch import save_model
 
     import lorasc_fx as lx
 
     from .measure import pin
-    from .models import WORKS
+    from .models import works
     from .rivals import make
 
     pin(threads)
-    work = WORKS[name]
+    work = works(device)[name]
+    peak_of, set_back = (
+        (_peak, _set_back) if device == "cpu" else (torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats)
+    )
     model, batch = work.build(), work.batch()
     with tempfile.TemporaryDirectory() as folder:
         if rival == "ours-file":
@@ -68,12 +73,12 @@ def resident(name: str, rival: str, threads: int) -> dict[str, int]:
             found = make("ours", work, model, batch, base=folder)
         else:
             found = make(rival, work, model, batch)
-        built = _peak()
-        _set_back()
+        built = peak_of()
+        set_back()
         for _ in range(3):
             found.prepare()
             found.step()
-        peak = _peak()
+        peak = peak_of()
     sites = {"sites": _of_sites(found.model)} if isinstance(found.model, lx.Cascade) else {}
     return {"built": built, "step": peak, **sites}
 
@@ -123,21 +128,24 @@ def _of_sites(cascade: lx.Cascade) -> int:
     return sum(cascade.model.get_parameter(site.weight).nbytes for site in cascade.sites)
 
 
-def resident_all(name: str, threads: int, rivals: Sequence[str] = RIVALS) -> dict[str, dict[str, int]]:
+def resident_all(
+    name: str, threads: int, rivals: Sequence[str] = RIVALS, device: str = "cpu"
+) -> dict[str, dict[str, int]]:
     """Return `resident` of each rival, or `started`, from children.
 
-    As many at a time as there are cores, since none is timed.
+    As many at a time as there are cores, since none is timed; on a GPU, whose memory they would share, one at a time.
     """
 
     def ask(rival: str) -> dict[str, int]:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.resident", name, rival, str(threads)]
+        asked = [name, rival, str(threads), *([] if device == "cpu" else [device])]
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.resident", *asked]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
         return json.loads(done.stdout.splitlines()[-1])
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor((os.cpu_count() or 1) if device == "cpu" else 1) as pool:
         return dict(zip(rivals, pool.map(ask, rivals), strict=True))
 
 
 if __name__ == "__main__":
     ask = started if sys.argv[2] in STARTS else resident
-    print(json.dumps(ask(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    print(json.dumps(ask(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])))

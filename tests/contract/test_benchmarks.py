@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import itertools
 import json
+import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ import lorasc_fx as lx
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-from benchmarks import curves, report
+from benchmarks import __main__ as command
+from benchmarks import compiled, curves, models, report
 from benchmarks.costs import ROWS, costs
 from benchmarks.files import write
 from benchmarks.floor import floor_ratio, low_rank_flops, step_flops
@@ -28,7 +32,7 @@ from benchmarks.measure import WARM, Turn, Turns, alternate, ratio
 from benchmarks.memory import activation_bytes, allowed_bytes
 from benchmarks.models import WORKS
 from benchmarks.placement_oracle import oracle, placed
-from benchmarks.resident import can_measure, resident_all
+from benchmarks.resident import can_measure, resident, resident_all
 from benchmarks.rivals import RIVALS, adapted, check_same_work, entries, make, make_all, wrapped
 from benchmarks.sites import Recorder
 from benchmarks.start import CALLS, STARTS, call, graph_breaks, import_seconds, start
@@ -134,6 +138,159 @@ def test_a_placement_of_the_oracle_is_that_of_the_cascade() -> None:
     assert {site.weight: site.placement for site in cascade.sites} == weights
 
 
+@pytest.fixture(scope="module")
+def compiled_row() -> dict[str, Any]:
+    return compiled.compiled(TINY, rounds=1)
+
+
+@pytest.mark.skipif(not compiled.can_compile(), reason="inductor needs a C++ compiler")
+def test_compiled_models_stand_side_by_side(
+    compiled_row: dict[str, Any], row: dict[str, Any], paid: dict[str, Any]
+) -> None:
+    found = json.loads(json.dumps(compiled_row))
+    assert {name: counted["graphs"] for name, counted in found["first"].items()} == dict.fromkeys(compiled.COMPILED, 1)
+    assert found["transition"]["ours"]["graphs"] == 0
+    assert set(found["transition"]) == {"ours", "peft"}
+    seconds = [counted[clock] for counted in found["first"].values() for clock in ("cpu", "wall")]
+    assert min(seconds) > 10 * found["transition"]["ours"]["cpu"]  # a compilation, and a step
+    assert set(found["ratios"]) == {f"{one}/{other}" for one, other in compiled.PAIRS}
+    made = report.compiled_table({"tiny": found})
+    assert len({line.count("|") for line in made.splitlines()}) == 1
+    first = found["ratios"]["ours/frozen"]
+    assert f" | {first['minimum']:.2f} ({first['paired']:.2f}) | " in made
+    assert made in report.section({**results(row, paid), "compiled": {"tiny": found}})
+
+
+def test_a_graph_is_counted_when_it_is_compiled() -> None:
+    torch._dynamo.reset()
+    frozen = make("frozen", TINY, TINY.build(), TINY.batch())
+    rival = replace(frozen, model=torch.compile(frozen.model, backend="eager"))
+    more = replace(
+        rival, inputs={name: torch.cat([value.detach()] * 2).requires_grad_() for name, value in frozen.inputs.items()}
+    )
+    assert [compiled._counted(each)["graphs"] for each in (rival, rival, more, more)] == [1, 0, 1, 0]
+
+
+@pytest.mark.skipif(not compiled.can_compile(), reason="inductor needs a C++ compiler")
+def test_a_graph_that_a_timed_step_compiles_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = itertools.count()
+    monkeypatch.setattr(compiled, "_graphs", lambda: next(count))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    with pytest.raises(RuntimeError, match="tiny: the steps compiled"):
+        compiled.compiled(TINY, rounds=1)
+
+
+class Event:
+    """Stands for torch.cuda.Event: the second is recorded 250 ms after the first."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self.recorded
+        assert end.recorded
+        return 250.0
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is not there: models of `cuda` are on the CPU, in bfloat16 all the same."""
+    on = models.on
+    monkeypatch.setattr(models, "on", lambda work, device, dtype: on(work, "cpu", dtype))
+    peaks = itertools.count(1)
+    for name, value in {
+        "is_available": lambda: True,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "max_memory_allocated": lambda: next(peaks) * 2**30,
+        "get_device_name": lambda: "Stand-in 3000",
+        "Event": Event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_events_are_the_clock_of_a_gpu() -> None:
+    times = alternate({"one": Turn(lambda: None, lambda: None)}, rounds=2, device="cuda")["one"]
+    assert times.busy == (0.25, 0.25)
+    assert times.to_dict()["cuda"] == {"minimum": 0.25, "median": 0.25}
+    assert max(times.wall) < 0.25
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_has_a_file_and_a_section_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of the command, the processes apart, which cannot have the stand-in."""
+
+    def here(name: str, threads: int, device: str) -> dict[str, dict[str, int]]:
+        return {rival: resident(name, rival, threads, device) for rival in ("frozen", "full", "peft", "ours")}
+
+    folder, page = tmp_path / "benchmarks", tmp_path / "docs" / "costs.md"
+    folder.mkdir()
+    page.parent.mkdir()
+    before = PAGE.read_text(encoding="utf-8")
+    page.write_text(before, encoding="utf-8")
+    monkeypatch.setattr(command, "HERE", folder)
+    monkeypatch.setattr(command, "resident_all", here)
+    monkeypatch.setattr(command, "keep_freed", lambda: None)
+    level, threads = logging.getLogger("lorasc_fx").level, torch.get_num_threads()
+    try:
+        command.main(["tiny", "--device", "cuda", "--quick", "--write", "--threads", str(threads)])
+    finally:
+        logging.getLogger("lorasc_fx").setLevel(level)
+    assert [path.name for path in folder.iterdir()] == ["cuda.json"]
+    found = json.loads((folder / "cuda.json").read_text(encoding="utf-8"))
+    row = found["steps"]["tiny"]
+    assert found["about"]["gpu"] == "Stand-in 3000"
+    assert row["seconds"]["ours"]["cuda"] == {"minimum": 0.25, "median": 0.25}
+    # of each process the first peak is that of building, the second that of the steps
+    assert [row["resident"][name]["step"] / 2**30 for name in row["resident"]] == [2, 4, 6, 8]
+    assert row["resident"]["ours"]["sites"] == 2 * (6 * 27 + 20 * 384 + 4 * 20)  # bfloat16
+    written = page.read_text(encoding="utf-8")
+    assert "Stand-in 3000, CUDA " in written
+    assert "allocated: ours" in written
+    assert report.put(written, report.cuda_section(found), "cuda") == written
+    cut = report.MARKERS["cuda"][0]
+    assert written.split(cut)[0] == before.split(cut)[0]  # what is of the CPU stays
+    assert report.step_table(found["steps"]) in capsys.readouterr().out
+
+
+def test_what_a_device_does_not_have_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main(["--device", "cuda"])
+    assert f"--device cuda: torch {torch.__version__} finds no GPU here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for arguments, message in (
+        (["--device", "cuda", "--only", "costs"], "--only costs is not measured on cuda"),
+        (["--device", "cuda", "bert-base"], "no model 'bert-base'; there are vit-l, llama-1b, tiny"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(arguments)
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(command, "can_compile", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main(["--only", "compiled"])
+    assert "install g++" in capsys.readouterr().err
+
+
+def test_models_of_a_gpu_are_in_bfloat16_there() -> None:
+    moved = models.on(TINY, "meta", torch.bfloat16)
+    for tensor in (*moved.build().parameters(), *moved.batch().values()):
+        assert (tensor.device.type, tensor.dtype) == ("meta", torch.bfloat16)
+
+
 def test_the_section_takes_the_place_of_the_last_one() -> None:
     page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     once = report.put(page, "new")
@@ -163,7 +320,8 @@ def test_a_part_takes_the_place_of_what_was_there(row: dict[str, Any], paid: dic
 
 
 def test_the_page_has_a_place_for_the_section() -> None:
-    assert "new" in report.put(PAGE.read_text(encoding="utf-8"), "new")
+    for device in report.SECTIONS:
+        assert "new" in report.put(PAGE.read_text(encoding="utf-8"), "new", device)
 
 
 def test_rivals_start_from_the_same_function_and_train_as_much() -> None:
@@ -344,6 +502,9 @@ def test_the_page_holds_what_was_measured() -> None:
     assert set(found["steps"]) == set(found["costs"]) == named
     page = PAGE.read_text(encoding="utf-8")
     assert report.put(page, report.section(found)) == page
+    if (ROOT / "benchmarks" / "cuda.json").exists():
+        on_cuda = json.loads((ROOT / "benchmarks" / "cuda.json").read_text(encoding="utf-8"))
+        assert report.put(page, report.cuda_section(on_cuda), "cuda") == page
 
 
 def test_a_profile_tells_low_rank_products_from_those_of_the_base() -> None:
