@@ -44,7 +44,7 @@ def make_folder(root: Path) -> None:
 
 
 @isolated
-def one_writer(undo: Block[Any], file: Path, place: Path, kind: type[LorascError] = CheckpointError) -> bool:
+def one_writer(undo: Block[Any], file: Path, target: Path, kind: type[LorascError] = CheckpointError) -> bool:
     """Keep other writers out of a place while a block runs, and return whether the file system locks files.
 
     The lock of the system decides: it is free as soon as its owner is dead. Where a file system has no locks, what the
@@ -52,7 +52,7 @@ def one_writer(undo: Block[Any], file: Path, place: Path, kind: type[LorascError
 
     Args:
         file: the lock file, which is there while somebody writes.
-        place: that is written, for messages.
+        target: that is written, for messages.
         kind: of the error.
 
     Raises:
@@ -66,11 +66,11 @@ def one_writer(undo: Block[Any], file: Path, place: Path, kind: type[LorascError
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as fault:
-                raise _occupied(place, owner, "", kind) from fault
+                raise _occupied(target, owner, "", kind) from fault
             except OSError:
                 locked = False
             if not locked and not _dead(owner):
-                raise _occupied(place, owner, f"; if that process is gone, delete {file}", kind)
+                raise _occupied(target, owner, f"; if that process is gone, delete {file}", kind)
             if _names(file, handle):
                 break
         except BaseException:
@@ -109,10 +109,11 @@ def _dead(owner: dict[str, Any]) -> bool:
     return not owner
 
 
-def _occupied(place: Path, owner: dict[str, Any], more: str, kind: type[LorascError]) -> LorascError:
+def _occupied(target: Path, owner: dict[str, Any], more: str, kind: type[LorascError]) -> LorascError:
     who = f"process {owner['process']} on host {owner['host']}, since {owner['since']}," if owner else "another process"
     return kind(
-        f"{place}: {who} is writing there; give each run a place of its own, and write from one process of a run{more}",
+        f"{target}: {who} is writing there; give each run a place of its own, and write from one process of a run"
+        f"{more}",
         code="concurrent-save",
     )
 
@@ -133,29 +134,29 @@ def replacing(out: Path) -> Iterator[Path]:
     Raises:
         ExportError: it cannot be written, or somebody else writes there at this moment.
     """
-    place = Path(os.path.realpath(out)) if out.is_dir() else out
+    target = Path(os.path.realpath(out)) if out.is_dir() else out
     number = uuid.uuid4().hex
-    new = place.with_name(f".{place.name}.writing-{number}{place.suffix}")
-    old = place.with_name(f".{place.name}.leaving-{number}")
+    new = target.with_name(f".{target.name}.writing-{number}{target.suffix}")
+    old = target.with_name(f".{target.name}.leaving-{number}")
     try:
-        make_folder(place.parent)
-        with one_writer(place.with_name(f".{place.name}.lock"), out, ExportError) as locked:
+        make_folder(target.parent)
+        with one_writer(target.with_name(f".{target.name}.lock"), out, ExportError) as locked:
             if locked:
-                _clear(place)
+                _clear(target)
             try:
                 yield new
                 for path in [*new.rglob("*"), new]:
                     if path.is_file() or path.is_dir():
                         sync(path)
-                if place.is_dir():
-                    place.rename(old)
+                if target.is_dir():
+                    target.rename(old)
                 try:
-                    new.replace(place)
+                    new.replace(target)
                 except BaseException:
                     if old.exists():
-                        old.rename(place)
+                        old.rename(target)
                     raise
-                sync(place.parent)
+                sync(target.parent)
             finally:
                 _remove(new)
                 _remove(old)
@@ -165,12 +166,12 @@ def replacing(out: Path) -> Iterator[Path]:
         ) from fault
 
 
-def _clear(place: Path) -> None:
+def _clear(target: Path) -> None:
     """Delete what killed writers left beside a place; a folder that one had moved away is put back."""
-    for path in place.parent.iterdir():
-        if path.name.startswith(f".{place.name}.leaving-") and not place.exists():
-            path.rename(place)
-        elif path.name.startswith((f".{place.name}.writing-", f".{place.name}.leaving-")):
+    for path in target.parent.iterdir():
+        if path.name.startswith(f".{target.name}.leaving-") and not target.exists():
+            path.rename(target)
+        elif path.name.startswith((f".{target.name}.writing-", f".{target.name}.leaving-")):
             _remove(path)
 
 

@@ -184,11 +184,11 @@ class StageSchedule(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        own = dict(state_dict)
-        base = own.pop("base")
+        numbers = dict(state_dict)
+        base = numbers.pop("base")
         if self._base is not None:
             self._base.load_state_dict(base)
-        super().load_state_dict(own)
+        super().load_state_dict(numbers)
 
     def _full(self) -> list[float | torch.Tensor]:
         """Return the full learning rates; a group that came later has the one that it came with."""

@@ -17,8 +17,6 @@ from lorasc_fx.graph.weights import module_at
 
 from .base import CascadePass
 
-__all__ = ["MarkCuts"]
-
 
 @dataclass(frozen=True)
 class MarkCuts(CascadePass):

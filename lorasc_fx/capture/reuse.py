@@ -273,10 +273,10 @@ class _KeyBuilder:
                 if name not in function.__globals__:
                     continue
                 value = function.__globals__[name]
-                found = [value]
+                items = [value]
                 if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in OPAQUE:
-                    found += [vars(value)[other] for other in names if other in vars(value)]
-                for item in found:
+                    items += [vars(value)[other] for other in names if other in vars(value)]
+                for item in items:
                     yield (name, self._shared(item))
                     waiting += _functions(item)
             for value in map(_contents, function.__closure__ or ()):
@@ -306,11 +306,11 @@ def _functions(member: Any) -> list[types.FunctionType]:
         member = member.fget
     elif isinstance(member, (functools.cached_property, functools.partial)):
         member = member.func
-    found = []
+    functions = []
     while isinstance(member, types.FunctionType):
-        found.append(member)
+        functions.append(member)
         member = member.__dict__.get("__wrapped__")
-    return found
+    return functions
 
 
 def _patched(attributes: dict[Any, Any]) -> list[types.FunctionType]:
@@ -378,10 +378,10 @@ class Kept:
 def kept(state: Hashable | None) -> Kept | None:
     """Return the graph that was kept for a state."""
     key = (state, _environment())
-    found = _KEPT.pop(key, None) if state is not None else None
-    if found is not None:
-        _KEPT[key] = found
-    return found
+    graph = _KEPT.pop(key, None) if state is not None else None
+    if graph is not None:
+        _KEPT[key] = graph
+    return graph
 
 
 def keep(state: Hashable | None, live: fx.GraphModule, owner: str, guards: Any, sizes: Any) -> None:

@@ -240,7 +240,7 @@ def survey(
     record: Record,
     spec: CascadeSpec,
     outside: Mapping[str, str],
-    place: Placer = reference,
+    placer: Placer = reference,
 ) -> Matching:
     """Classify the weights of a model that several graphs make up; no node is marked.
 
@@ -249,7 +249,7 @@ def survey(
         record: with the plan to be followed, if any.
         spec: what is asked.
         outside: kinds of the weights that the model is seen to use, in graphs or in between; empty for other uses.
-        place: chooses the placement of a new site's branch, where the spec leaves it open.
+        placer: chooses the placement of a new site's branch, where the spec leaves it open.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
@@ -268,15 +268,15 @@ def survey(
         if weight in weights.matrices and not uses[weight].kinds:
             uses[weight].touched = True
             uses[weight].outside += [kind] if kind else []
-    return _classify(uses, weights, record, spec, place)
+    return _classify(uses, weights, record, spec, placer)
 
 
-def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec, place: Placer = reference) -> Matching:
+def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec, placer: Placer = reference) -> Matching:
     """Classify every weight matrix that the graph module's owner has.
 
     A plan in the record is followed: its sites keep their branches, what was refused stays refused, and a weight that
-    was unreached becomes a site when this graph uses it. `place` chooses the placement of a new site's branch where the
-    spec leaves it open.
+    was unreached becomes a site when this graph uses it. `placer` chooses the placement of a new site's branch where
+    the spec leaves it open.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
@@ -285,12 +285,12 @@ def match(graph_module: fx.GraphModule, record: Record, spec: CascadeSpec, place
     weights = named_weights(owner_of(graph_module, record))
     check_patterns(spec, weights.matrices, weights.names)
     uses = read(graph_module, record, weights)
-    matching = _classify(uses, weights, record, spec, place)
+    matching = _classify(uses, weights, record, spec, placer)
     return replace(matching, uses=_marks(graph_module, uses, matching.plan))
 
 
 def _classify(
-    uses: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec, place: Placer
+    uses: Mapping[str, WeightUses], weights: Weights, record: Record, spec: CascadeSpec, placer: Placer
 ) -> Matching:
     plan = record.plan if record.plan is not None else Plan(spec)
     known = plan.by_weight
@@ -317,11 +317,11 @@ def _classify(
             shape = tuple(weights.parameters[weight].shape)
             site = describe(spec, weight, kind_at(shape, seen), shape, names[1:], layout, seen.slices(shape))
             site = replace(site, form=seen.registered_form)
-            sites.append(_placed(site, seen, weights.parameters[weight], spec, place))
+            sites.append(_placed(site, seen, weights.parameters[weight], spec, placer))
     return Matching(plan.with_sites(tuple(sites)), {}, tuple(refusals), tuple(unreached))
 
 
-def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpec, place: Placer) -> Site:
+def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpec, placer: Placer) -> Site:
     """Return the site with its placement, and with dropout where the branch sees an input that can be dropped.
 
     Raises:
@@ -348,7 +348,7 @@ def _placed(site: Site, seen: WeightUses, weight: torch.Tensor, spec: CascadeSpe
         return site
     if spec.placement != "merged" and not spec.train_A:
         return site  # where only A x is kept
-    merged = spec.placement == "merged" or place(site, [use.node for use in seen.beside]) == "merged"
+    merged = spec.placement == "merged" or placer(site, [use.node for use in seen.beside]) == "merged"
     return replace(site, placement="merged") if merged else site
 
 

@@ -171,8 +171,8 @@ class Cascade(nn.Module):
                 "A Trainer needs lorasc_fx.integrations.transformers.CascadeCallback(cascade) among its callbacks"
             )
         if name not in _METHOD_WEIGHTS or not callable(value):
-            own = isinstance(value, MethodType) and value.__self__ is model
-            return self._usage.method(value) if own else value
+            of_model = isinstance(value, MethodType) and value.__self__ is model
+            return self._usage.method(value) if of_model else value
 
         @wraps(value)
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -302,14 +302,14 @@ class WeightState(Tree):
 
     def _pairs(self, view: View, gain: torch.Tensor | None = None) -> list[tuple[float, Factors]]:
         return [
-            (c, scaled(expert, _times(self._scale_since(place), gain), self.transposed))
-            for place, (c, expert) in enumerate(zip(view.coefficients, self.experts, strict=True))
+            (c, scaled(expert, _times(self._scale_since(index), gain), self.transposed))
+            for index, (c, expert) in enumerate(zip(view.coefficients, self.experts, strict=True))
             if c != 0 and expert.rank
         ]
 
-    def _scale_since(self, place: int = -1) -> torch.Tensor | None:
+    def _scale_since(self, index: int = -1) -> torch.Tensor | None:
         """Return the product of the row scales of the experts behind this place; None where there is none."""
-        scales = [expert.row_scale for expert in self.experts[place + 1 :] if expert.row_scale is not None]
+        scales = [expert.row_scale for expert in self.experts[index + 1 :] if expert.row_scale is not None]
         return torch.stack(scales).prod(0) if scales else None
 
     def scale(self, gain: torch.Tensor | None = None) -> torch.Tensor | None:
