@@ -104,7 +104,8 @@ def run_fold(arguments: FoldArguments) -> int:
     with reporting() as reporter:
         reporter.begin(f"fold {path}")
         folded = of_checkpoint(checkpoint, arguments.which)
-        fold_files(folded, arguments.base, output, reporter.copied)
+        classes = folder.read_classes() if folder.cascade.is_file() else None
+        fold_files(folded, arguments.base, output, reporter.copied, classes)
     if folded.running is not None:
         _warn_of_running(str(checkpoint.path), checkpoint.plan, folded.running)
     print(f"{output}: {arguments.which} weights of {checkpoint.path}, in the layout of {arguments.base}")

@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,15 @@ def tokenizer_of(config: ModelConfig, saved: Path | None = None) -> Any:
 def set_mode(model: nn.Module, train: bool) -> nn.Module:
     """Put a model in train or in eval mode and return it; an exported program has one mode and keeps it."""
     return model if "train" in vars(model) else model.train(train)
+
+
+def name_classes(model: nn.Module, classes: Sequence[str]) -> nn.Module:
+    """Write the names of the classes into the configuration of a classifier of transformers, and return the model."""
+    about: Any = getattr(model, "config", None)
+    if getattr(about, "num_labels", None) == len(classes):
+        about.id2label = dict(enumerate(classes))
+        about.label2id = {name: number for number, name in enumerate(classes)}
+    return model
 
 
 def logits_of(output: Any) -> Tensor:

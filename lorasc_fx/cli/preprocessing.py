@@ -15,7 +15,7 @@ from torch import nn
 
 from lorasc_fx.cli.config import Config, load_config
 from lorasc_fx.cli.data import encoder_of, read_image
-from lorasc_fx.cli.models import Arguments, build_model, head_seed, set_mode, tokenizer_of
+from lorasc_fx.cli.models import Arguments, build_model, head_seed, name_classes, set_mode, tokenizer_of
 from lorasc_fx.cli.run_folder import RunFolder
 from lorasc_fx.errors import SpecError
 
@@ -76,4 +76,5 @@ class Preprocessing:
                     "lorasc_fx.load(folder, model)",
                     code="base-not-named",
                 )
-        return set_mode(build_model(model, len(self.classes), self.config.train.seed), False)
+        built = build_model(model, len(self.classes), self.config.train.seed)
+        return set_mode(name_classes(built, self.classes), False)

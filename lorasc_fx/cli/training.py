@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.data import Batch, Examples, Splits, load_data
-from lorasc_fx.cli.models import build_model, logits_of, set_mode, tokenizer_of
+from lorasc_fx.cli.models import build_model, logits_of, name_classes, set_mode, tokenizer_of
 from lorasc_fx.errors import SpecError, StateError, UnknownTarget, listed, nearest
 from lorasc_fx.graph import matches
 from lorasc_fx.spec import CascadeSpec
@@ -66,7 +66,8 @@ class Setup:
 
     def model(self, seed: int) -> nn.Module:
         """Return a fresh model with a new head from this seed, in the mode in which it is trained."""
-        model = build_model(self.config.model, len(self.splits.classes), seed).to(self.config.train.device)
+        classes = self.splits.classes
+        model = name_classes(build_model(self.config.model, len(classes), seed), classes).to(self.config.train.device)
         if self.splits.train.images:
             channels_last(model)
         return set_mode(model, self.train_mode(model))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -30,6 +30,9 @@ Values = dict[str, Callable[[], torch.Tensor]]
 
 Progress = Callable[[int, int], object]
 """Called with the number of bytes that are done, and of all."""
+
+CONFIG = "config.json"
+"""The configuration in a folder of transformers."""
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
@@ -84,7 +87,9 @@ def safetensors(
                 code="conflicting-options",
             )
         if base is not None:
-            return fold_files(of_run(cascade._run, call, which), path_of(base), out, progress)
+            labels = getattr(getattr(cascade.model, "config", None), "id2label", None)
+            classes = list(labels.values()) if isinstance(labels, dict) else None
+            return fold_files(of_run(cascade._run, call, which), path_of(base), out, progress, classes)
         if not is_integer(max_shard_bytes, 1):
             raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give a number of bytes of 1 or more")
         check_free(out)
@@ -156,7 +161,13 @@ def _write(path: Path, entries: list[Entry], values: Values, done: Callable[[int
             done(sizes[name])
 
 
-def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress | None) -> Path:
+def fold_files(
+    weights: FoldedWeights,
+    base: Path,
+    out: Path,
+    progress: Progress | None,
+    classes: Sequence[str] | None = None,
+) -> Path:
     """Write a base's files with folded weights in them; a new head that they lack is added to the last one.
 
     Args:
@@ -164,6 +175,7 @@ def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress
         base: a safetensors file, or a folder with `model.safetensors` or its shards.
         out: the file or folder to write; a folder gets the base's other files as well (configuration, tokenizer).
         progress: called with the number of bytes that were compared or written, and of all.
+        classes: names of a classifier's classes, which a `config.json` of transformers gets.
 
     Raises:
         CheckpointError: the base cannot be read, or is another one than was adapted.
@@ -185,6 +197,8 @@ def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHTS):
                 shutil.copyfile(path, new / path.name)
+        if classes is not None and (new / CONFIG).exists():
+            _name_classes(new / CONFIG, classes)
         if added and (new / INDEX).exists():
             index = json.loads((new / INDEX).read_text(encoding="utf-8"))
             index["weight_map"] |= dict.fromkeys(added, shards[-1].path.name)
@@ -195,6 +209,29 @@ def fold_files(weights: FoldedWeights, base: Path, out: Path, progress: Progress
         for shard in shards:
             _write_like(shard, changes, added, new / shard.path.name, done)
     return out
+
+
+def _name_classes(config: Path, classes: Sequence[str]) -> None:
+    """Write the classes into a configuration of transformers that has others: their number is that of the head.
+
+    Raises:
+        CheckpointError: the configuration is not JSON.
+    """
+    try:
+        about = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise CheckpointError(
+            f"base: its {config.name} is not JSON ({fault}); give the folder of the model that was adapted",
+            code="unreadable-file",
+        ) from fault
+    if not isinstance(about, dict) or "Classification" not in str(about.get("architectures")):
+        return
+    given = about.get("id2label") or {str(number): f"LABEL_{number}" for number in range(about.get("num_labels", 2))}
+    labels = {str(number): name for number, name in enumerate(classes)}
+    if given != labels:
+        about |= {"id2label": labels, "label2id": {name: number for number, name in enumerate(classes)}}
+        about.pop("num_labels", None)
+        config.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def check_free(out: Path, base: Path | None = None) -> None:

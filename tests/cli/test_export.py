@@ -16,7 +16,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.cli.export import FORMATS
-from tests.kit.errors import warns
+from tests.kit.errors import raises, warns
 
 SHORT = ["--train.steps", "4", "--train.stages", "2", "--data.train", "16", "--data.validation", "16",
          "--data.test", "10", "--data.shifts", "--spec.train"]  # fmt: skip
@@ -134,6 +134,51 @@ def test_a_new_head_is_added_to_the_base(
         assert index["weight_map"].keys() == folded.keys()
         assert all(name in load_file(f"new/{file}") for name, file in index["weight_map"].items())
         assert index["metadata"]["total_size"] == sum(value.nbytes for value in folded.values())
+
+
+@pytest.mark.filterwarnings("ignore:Classification head")
+def test_a_classifier_of_other_classes(place: Path) -> None:
+    """A base with two classes, a run with three: transformers loads what is folded, and knows the names."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        BertConfig,
+        BertForSequenceClassification,
+        BertTokenizer,
+        pipeline,
+    )
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", "dull", "long", "film"]
+    about = BertConfig(
+        vocab_size=len(words), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    BertForSequenceClassification(about).save_pretrained("bert")
+    Path("vocab.txt").write_text("\n".join(words))
+    BertTokenizer("vocab.txt").save_pretrained("bert")
+    lines = "".join(
+        f"a {word} film,{mood}\n" for word, mood in (("fine", "glad"), ("dull", "sad"), ("long", "so")) * 20
+    )
+    Path("said.csv").write_text("text,label\n" + lines)
+    asked = ["--model.name", "hf:bert", "--data.name", "csv:said.csv", "--spec.targets", "linear", "--spec.train",
+             "classifier.*", *SHORT[:-1]]  # fmt: skip
+    assert main(["train", "tiny.toml", *asked]) == 0
+    assert main(["fold", "runs/tiny", "--base", "bert", "--output", "folded"]) == 0
+    cascade = lx.load("runs/tiny").eval()
+    lx.export.safetensors(cascade, "exported", base="bert")
+    args, kwargs = cascade.preprocessing(["a fine film", "a long film"])
+    with cascade.weights("slow"), torch.no_grad():
+        expected = cascade(*args, **kwargs).logits
+    assert expected.shape == (2, 3)
+    for folder in ("folded", "exported"):
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        assert model.config.id2label == {0: "glad", 1: "sad", 2: "so"}
+        with torch.no_grad():
+            assert torch.equal(model(**kwargs).logits, expected)
+    classify = pipeline("text-classification", model=cascade, tokenizer=cascade.preprocessing.tokenizer)
+    assert classify("a fine film")[0]["label"] in ("glad", "sad", "so")
+    Path("bert/config.json").write_text("{")
+    with raises(lx.CheckpointError, "unreadable-file", "config.json"):
+        lx.export.safetensors(cascade, "again", base="bert")
+    assert not Path("again").exists()
 
 
 def test_a_base_without_an_adapted_weight_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
