@@ -51,6 +51,9 @@ _METHOD_WEIGHTS: Mapping[str, Which] = dict.fromkeys(
 )
 """Weights that methods of the user's model run with."""
 
+_ADAPTER_METHODS = ("transformers.integrations.peft", "diffusers.loaders.peft")
+"""Modules whose methods, of each of their models, put layers of peft into it and switch them."""
+
 _SHOWN = 8
 """Refusals and unreached weights that `print(cascade)` names."""
 
@@ -150,7 +153,7 @@ class Cascade(nn.Module):
         are, and a warning is given where they compute with an adapted weight inside a stage.
 
         Raises:
-            AttributeError: neither the cascade nor the model has it, or it is a submodule.
+            AttributeError: neither the cascade nor the model has it, it is a submodule, or a method for layers of peft.
             StateError: accelerate's FSDP plugin asks, to cut the model; a call of one of these methods where tensor
                 parallelism has cut the weights.
         """
@@ -169,6 +172,12 @@ class Cascade(nn.Module):
             raise AttributeError(
                 f"{name} is a module of the user's model, and computes without branches; take cascade.model.{name}. "
                 "A Trainer needs lorasc_fx.integrations.transformers.CascadeCallback(cascade) among its callbacks"
+            )
+        if getattr(value, "__module__", None) in _ADAPTER_METHODS:
+            raise AttributeError(
+                f"{name} is for layers of peft inside a {type(model).__name__}, which the graphs of a cascade do not "
+                "call. cascade.add(name, folder) reads another run, `with cascade.weights(name):` puts it in place, "
+                "and lorasc_fx.from_peft makes a cascade of an adapter"
             )
         if name not in _METHOD_WEIGHTS or not callable(value):
             of_model = isinstance(value, MethodType) and value.__self__ is model

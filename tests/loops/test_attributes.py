@@ -66,6 +66,16 @@ def test_a_submodule_is_taken_of_the_model() -> None:
     assert not hasattr(inner, "module")
 
 
+@pytest.mark.parametrize("name", ["add_adapter", "load_adapter", "set_adapter", "disable_adapters"])
+def test_layers_of_peft_cannot_be_put_into_the_model(name: str) -> None:
+    """The graphs would read weights that have gone into them; of the model alone transformers offers these."""
+    cascade = made()
+    assert hasattr(cascade.model, name)
+    assert not hasattr(cascade, name)
+    with pytest.raises(AttributeError, match=rf"^{name} .*cascade\.add"):
+        getattr(cascade, name)
+
+
 def test_generate_computes_with_the_fast_weights_or_those_in_place() -> None:
     cascade = made()
     values = merged(cascade)
