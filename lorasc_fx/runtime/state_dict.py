@@ -60,6 +60,12 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
             "loaded before it is adapted",
             code="not-a-state-dict",
         )
+    foreign = next((name for name in table if name != KEY and "/" not in name), None)
+    if foreign is not None:  # such as a weight of the model
+        raise CheckpointError(
+            f"{where}: holds {sanitized(repr(foreign))}, which is no tensor of a cascade; take it out",
+            code="foreign-tensor",
+        )
     way = "take another checkpoint"
     data = bytes(data_of(packed.cpu().contiguous()))
     manifest, plan, name_of = checkpoint_read.manifest_of(data, Path(where, MANIFEST), way)

@@ -136,7 +136,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] 
         lambda state: state.pop("branch/first.weight/lora_A"),
         ("invalid-checkpoint", "branch/first.weight/lora_A"),
     ),
-    "foreign": (lambda state: state.update({"model.first.weight": X}), ("digest-mismatch",)),
+    "foreign": (lambda state: state.update({"model.first.weight": X}), ("foreign-tensor", "model.first.weight")),
     "changed": (lambda state: state["branch/first.weight/lora_A"].add_(1), ("digest-mismatch",)),
     "no manifest": (lambda state: state.pop("lorasc_fx.manifest"), ("not-a-state-dict", "lorasc_fx.manifest")),
     "manifest": (lambda state: state["lorasc_fx.manifest"].add_(1), ("unreadable-file",)),
