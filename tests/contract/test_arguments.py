@@ -121,7 +121,7 @@ def test_a_folder_that_names_its_base_keeps_a_scheduler_and_is_pushed(tmp_path: 
 
     named: list[str] = []
 
-    def upload(repo_id: str, folder_path: str, commit_message: str) -> Any:
+    def upload(repo_id: str, folder_path: str, commit_message: str, **options: Any) -> Any:
         (manifest,) = Path(folder_path).rglob("manifest.json")
         named.extend((repo_id, commit_message, json.loads(manifest.read_text())["model"]["name"]))
         return SimpleNamespace(commit_url="address")
