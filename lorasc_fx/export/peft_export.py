@@ -24,10 +24,11 @@ from torch import nn
 
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
-from lorasc_fx.export.peft_factors import Change, CutOff, change_of, nothing
+from lorasc_fx.export.peft_factors import Change, CutOff, change_of, merged, nothing
 from lorasc_fx.export.peft_targets import Saved, save_whole, targets_of
 from lorasc_fx.files import replacing
 from lorasc_fx.peft_format import CONFIG, CONV1D, TENSORS, Target, keys_of, wrap_counts
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_model import name_of, task_type_of
 from lorasc_fx.runtime.experts import check_which
@@ -99,8 +100,9 @@ def peft(
             patterns (vLLM).
         dtype: of the factors; by default fp64 for weights of fp64, else fp32.
         task_type: peft's, as `CAUSAL_LM`; by default that of a class of transformers, so that
-            `AutoPeftModelForCausalLM` and the like load the folder. For tasks that peft has not, and where the head of
-            a classifier is adapted, which peft's classes save whole, it is `AutoPeftModel`.
+            `AutoPeftModelForCausalLM` and the like load the folder. The head of a classifier, adapted or not, is saved
+            whole with its merged weights, as peft's classes for these tasks do. For tasks that peft has not, and where
+            nothing but a head is adapted, it is `AutoPeftModel`.
         base_model: name or path of the base, by default what a model of transformers or timm says of itself.
 
     Returns:
@@ -131,14 +133,22 @@ def peft(
             "of a smaller rank has other norms; give max_rank=None",
             code="dora-not-supported",
         )
+    sites = [site for site in run.plan.sites if site.weight in change.pairs]
+    by_weight, unreached = targets_of(model, sites, *cascade.example)
+    task = task_type if task_type is not None else task_type_of(model)
+    heads = _heads_of(run, task, change, by_weight)
+    for name, value in heads.items():
+        change.trained[name] = value
+        change.pairs.pop(name, None)
+        change.magnitudes.pop(name, None)
+        by_weight.pop(name, None)
     if max_rank is not None:
         change.at_most(max_rank)
     if uniform_rank:
         change.at_one_rank()
-    sites = [site for site in run.plan.sites if site.weight in change.pairs]
-    by_weight, unreached = targets_of(model, sites, *cascade.example)
     targets = [target for group in by_weight.values() for target in group]
     saved, unsaved = save_whole(model, change.trained, targets)
+    unreached = {name: reason for name, reason in unreached.items() if name not in heads}
     refused = change.refused | unreached | _leaking(model, targets) | _nested(targets) | unsaved
     if refused:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
@@ -149,7 +159,7 @@ def peft(
         {target: ranks[name] for name, group in by_weight.items() for target in group},
         saved.modules,
         saved.biases,
-        **_named(model, task_type, base_model, saved.modules),
+        **_named(model, task, task_type is not None, base_model, saved.modules),
         use_dora=bool(change.magnitudes),
     )
     tensors = _whole(run, saved, change) | _factors(run, by_weight, change, dtype)
@@ -229,25 +239,47 @@ def _nested(targets: Sequence[Target]) -> dict[str, str]:
     }
 
 
+def _heads_of(
+    run: Run, task: str | None, change: Change, by_weight: Mapping[str, Sequence[Target]]
+) -> dict[str, torch.Tensor]:
+    """Return the parameters of the heads that peft's class for a task saves whole, by name, with what the branches
+    added to them; none where nothing else is adapted, or an adapter cannot hold them so.
+    """
+    parameters, whole = run.parameters_by_name(), _SAVED_WHOLE.get(task or "", ())
+    paths = [f"{path}." for path, _ in run.model.named_modules() if path.rpartition(".")[2] in whole]
+    inside = [name for name in parameters if name.startswith(tuple(paths)) and name not in change.trained]
+    others = [target for name, group in by_weight.items() if name not in inside for target in group]
+    _, unsaved = save_whole(run.model, [*change.trained, *inside], others)
+    if not others or any(
+        name in unsaved or name in change.refused or is_quantized(parameters[name]) for name in inside
+    ):
+        return {}
+    states = run.slow.states
+    return {name: merged(change, states[name]) if name in states else parameters[name].detach() for name in inside}
+
+
 def _named(
-    model: nn.Module, task_type: str | None, base_model: str | None, saved: Sequence[str]
+    model: nn.Module, task: str | None, asked: bool, base_model: str | None, saved: Sequence[str]
 ) -> dict[str, str | dict[str, str] | None]:
     """Return the keys of a configuration by which peft's Auto classes build the base.
 
     Args:
+        model: the user's own.
+        task: peft's name of it.
+        asked: whether the user gave it.
+        base_model: of the base, if the user gave it.
         saved: modules that the adapter holds whole.
 
     Raises:
         SpecError: a head is not among them, which peft's class for the given task takes whole from an adapter.
     """
-    task = task_type if task_type is not None else task_type_of(model)
     whole = _SAVED_WHOLE.get(task or "", ())
     heads = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in whole]
     lacking = next((path for path in heads if path not in saved), None)
-    if lacking is not None and task_type is not None:
+    if lacking is not None and asked:
         raise SpecError(
-            f"export.peft: task_type is {task_type!r}, and {lacking} is not trained in full, which peft's class for "
-            "this task takes whole from an adapter. Leave task_type out, or train the head in full (train=...)",
+            f"export.peft: task_type is {task!r}, and an adapter cannot hold {lacking} whole, as peft's class for this "
+            "task takes it. Leave task_type out, or train the head in full (train=...)",
             code="conflicting-options",
         )
     task = None if lacking is not None else task

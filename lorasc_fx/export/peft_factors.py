@@ -129,10 +129,27 @@ def _add_scaled(
     has.
     """
     pair = scaled(_total(terms) or nothing(state), 1 / row_scale, state.transposed)
+    rows = _rows(_summed(state, pair), state)
+    change.pairs[state.name], change.magnitudes[state.name] = pair, row_scale * rows.norm(dim=1)
+
+
+def merged(change: Change, state: WeightState) -> torch.Tensor:
+    """Return a weight of an unstacked site with its change, rounded once to its dtype, on the CPU."""
+    total = _summed(state, change.pairs.get(state.name) or nothing(state))
+    if state.name in change.magnitudes:
+        rows = _rows(total, state)
+        rows *= (change.magnitudes[state.name] / rows.norm(dim=1))[:, None]  # a view: what is scaled is the total
+    return total.to(state.base.dtype)
+
+
+def _summed(state: WeightState, pair: Factors) -> torch.Tensor:
     weight = dense(state.base).double().cpu()
-    total = weight + (pair.b @ pair.a).view_as(weight)
-    norms = (total.mT if state.transposed else total).flatten(1).norm(dim=1)
-    change.pairs[state.name], change.magnitudes[state.name] = pair, row_scale * norms
+    return weight + (pair.b @ pair.a).view_as(weight)
+
+
+def _rows(weight: torch.Tensor, state: WeightState) -> torch.Tensor:
+    """Return a contiguous weight as rows [out, in], a view."""
+    return weight.mT if state.transposed else weight.flatten(1)
 
 
 def _total(terms: Sequence[tuple[float, Factors]]) -> Factors | None:

@@ -447,20 +447,45 @@ def cascade_slow_after(cascade: lx.Cascade, args: tuple[Any, ...]) -> torch.Tens
     return logits
 
 
-@pytest.mark.parametrize("train", [("classifier.*",), ()], ids=["head in full", "head adapted"])
-def test_a_classifier_of_texts(train: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train": ("classifier.*",)},
+        {},
+        {"targets": ("*.query.*",)},
+        {"use_dora": True, "exclude": ("*embeddings*",)},
+        {"noise": lx.Noise(0.3)},
+    ],
+    ids=["trained in full", "adapted", "neither", "magnitudes", "noise"],
+)
+def test_the_head_of_a_classifier_of_texts(options: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(3)
     config = BertConfig(**{**bert().config.to_dict(), "num_labels": 3})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    cascade = lx.adapt(model.eval(), kwargs={"input_ids": IDS}, spec=lx.CascadeSpec(rank=2, train=train))
+    cascade = lx.adapt(model.eval(), kwargs={"input_ids": IDS}, spec=lx.CascadeSpec(rank=2, **options))
     in_a_second_stage(cascade)
+    written = lx.export.peft(cascade, tmp_path / "adapter", max_rank=None)
+    assert written.saved == ("classifier",)
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
+    expected = cascade_slow_after(cascade, (IDS,))
+    torch.testing.assert_close(theirs(IDS).logits, expected, atol=1e-5, rtol=0)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    back = lx.from_peft(tmp_path / "adapter", base, kwargs={"input_ids": IDS})
+    torch.testing.assert_close(cascade_slow_after(back, (IDS,)), expected, atol=1e-5, rtol=0)
+
+
+def test_a_head_alone_is_an_adapter_of_no_task(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = BertConfig(**{**bert().config.to_dict(), "num_labels": 3})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    cascade = lx.adapt(model, kwargs={"input_ids": IDS}, spec=lx.CascadeSpec(("classifier.*",), rank=2))
+    in_a_second_stage(cascade)
+    with raises(lx.SpecError, "conflicting-options", "classifier", "SEQ_CLS"):
+        lx.export.peft(cascade, tmp_path / "other", task_type="SEQ_CLS")
     lx.export.peft(cascade, tmp_path / "adapter")
-    kind = peft.AutoPeftModelForSequenceClassification if train else peft.AutoPeftModel
-    if not train:
-        with raises(lx.SpecError, "conflicting-options", "classifier", "SEQ_CLS"):
-            lx.export.peft(cascade, tmp_path / "other", task_type="SEQ_CLS")
-    theirs = kind.from_pretrained(tmp_path / "adapter").eval()
+    theirs = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
     torch.testing.assert_close(theirs(IDS).logits, cascade_slow_after(cascade, (IDS,)), atol=1e-5, rtol=0)
 
 
