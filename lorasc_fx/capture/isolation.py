@@ -143,9 +143,7 @@ compares such a value with a parameter."""
 
 
 @isolated
-def kept_elsewhere(
-    undo: Block[Any], model: nn.Module, values: Mapping[str, torch.Tensor], same: Same = torch.equal
-) -> None:
+def kept_elsewhere(undo: Block[Any], model: nn.Module, values: Mapping[str, torch.Tensor], same: Same) -> None:
     """Let isolated runs of a model restore parameters from these values, by name, in place of copies of their own;
     `same` compares one with its parameter.
     """

@@ -72,7 +72,7 @@ class BaseFile:
                 held = parameters[name].detach()
                 here = local_like(tensor, held) if tensor.shape == held.shape else tensor
                 _check_same(f"base: {key} of {path}", here, name, local(held), pages)
-                pages.release(tensor)
+                pages.release(tensor)  # of which a shard may be a copy
                 tensors[name] = here
         return tensors
 
