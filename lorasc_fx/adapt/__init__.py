@@ -24,7 +24,6 @@ from lorasc_fx.capture import (
     Calls,
     check_binds,
     is_on_meta,
-    kept_elsewhere,
     open_model,
     signature_of,
     written_by,
@@ -44,7 +43,7 @@ from lorasc_fx.graph import (
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import LIBRARIES, is_quantized, place_layers
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
-from lorasc_fx.runtime.base_file import BaseFile, MappedPages, open_base
+from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.base_model import BaseModel
 from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.runtime.checkpoint import MANIFEST, way_back
@@ -276,10 +275,7 @@ def _adapt(
         decided = compiler.decide(opened, plan)
     else:
         begun = time.monotonic()
-        values = source.agreeing(weights.parameters) if source is not None else {}
-        pages = source.pages() if source is not None else MappedPages()
-        with kept_elsewhere(opened, values, pages.same_bits):
-            decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
+        decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
         sites, seconds = len(made.plan.sites), time.monotonic() - begun
         log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {})) if not waits else None

@@ -42,7 +42,8 @@ def describe(
         inputs: other leaves, by name.
     """
     try:
-        return _Describer(parameters, inputs).graph(outputs)
+        with torch._C.DisableTorchFunction():  # whoever observes what takes addresses need not see these
+            return _Describer(parameters, inputs).graph(outputs)
     except (_NotVisible, RuntimeError):  # torch refuses a saved tensor that was written since, as the backward would
         return None
 

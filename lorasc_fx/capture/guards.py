@@ -16,7 +16,7 @@ import math
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import ReferenceType
@@ -129,11 +129,16 @@ def walk(model: nn.Module) -> Iterator[Held]:
     return _Walk(model).places()
 
 
-def attribute_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Return the tensors that Python state holds, by name, without parameters and buffers."""
+def attribute_tensors(model: nn.Module, places: Iterable[Held] | None = None) -> list[tuple[str, torch.Tensor]]:
+    """Return the tensors that Python state holds, by name, without parameters and buffers.
+
+    Args:
+        model: whose state it is.
+        places: what `walk` has yielded, where that is known.
+    """
     registered = {id(value) for value in (*model.parameters(), *model.buffers())}
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
-    for held in walk(model):
+    for held in walk(model) if places is None else places:
         for key in held.keys:
             for part in _parts(held.read(key)):
                 if isinstance(part, torch.Tensor) and id(part) not in registered:

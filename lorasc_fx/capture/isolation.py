@@ -25,7 +25,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasc_fx.capture.guards import Held, attribute_tensors, walk
 from lorasc_fx.capture.signature import copied, whole
@@ -117,6 +119,12 @@ def quiet(undo: Block[Any], grad: bool = True) -> None:
     torch._C._set_grad_enabled(grad)  # the block gives it back
 
 
+@isolated
+def eager(undo: Block[Any]) -> None:
+    """Run what `torch.compile` has compiled as it was written."""
+    undo.enter(torch.compiler.set_stance("force_eager"))
+
+
 def seed(value: int = 0) -> None:
     """Seed the generators that `quiet` gives back; torch.manual_seed would reach those of an idle accelerator too."""
     random.seed(value)
@@ -133,22 +141,6 @@ _MISSING = object()
 _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 """Names of the parameters that each model's forward writes into, and of the buffers that it registers, of models that
 have had a preflight."""
-
-
-Same = Callable[[torch.Tensor, torch.Tensor], bool]
-
-_ELSEWHERE: WeakKeyDictionary[nn.Module, tuple[Mapping[str, torch.Tensor], Same]] = WeakKeyDictionary()
-"""Values of parameters that something else keeps, a file, so that an isolated run needs no copy of them; and what
-compares such a value with a parameter."""
-
-
-@isolated
-def kept_elsewhere(undo: Block[Any], model: nn.Module, values: Mapping[str, torch.Tensor], same: Same) -> None:
-    """Let isolated runs of a model restore parameters from these values, by name, in place of copies of their own;
-    `same` compares one with its parameter.
-    """
-    undo(partial(_ELSEWHERE.pop, model, None))
-    _ELSEWHERE[model] = values, same
 
 
 def written_by(model: nn.Module, otherwise: frozenset[str] = frozenset()) -> frozenset[str]:
@@ -168,10 +160,11 @@ class Attributes:
     @classmethod
     def of(cls, model: nn.Module) -> Attributes:
         """Return those of a model as they are."""
-        places = [(held, held.contents()) for held in walk(model) if held.restored]
+        held_now = list(walk(model))
+        places = [(held, held.contents()) for held in held_now if held.restored]
         tensors = [
             (tensor, tensor._version, tensor.detach().clone())
-            for _, tensor in attribute_tensors(model)
+            for _, tensor in attribute_tensors(model, held_now)
             if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
             if not (tensor.is_inference() or tensor.is_meta or tensor.is_nested)
         ]
@@ -244,12 +237,79 @@ def same_attributes(undo: Block[Any], model: nn.Module) -> Attributes:
     return attributes
 
 
+class _Writes(TorchDispatchMode):
+    """Keeps a copy of tensors, in host memory, each before an op writes into its storage.
+
+    Args:
+        tensors: by name.
+
+    Attributes:
+        kept: the copies, by name.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: dict[str, torch.Tensor] = {}
+        self._unwritten: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            self._unwritten.setdefault(_storage_of(tensor), {})[name] = tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is None:  # a higher-order op, which does not say what it writes
+            self.keep((args, named))
+        elif schema.is_mutable:
+            given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | named
+            written = (
+                each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write
+            )
+            self.keep([given.get(name) for name in written])
+        return func(*args, **named)
+
+    def keep(self, values: Any) -> None:
+        """Copy the tensors that share a storage with one of these."""
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, torch.Tensor) and torch._C._has_storage(value):
+                for name, tensor in self._unwritten.pop(_storage_of(value), {}).items():
+                    self.kept[name] = tensor.to("cpu", copy=True)
+
+
+_ADDRESSES = (
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    torch.Tensor.data_ptr,
+    torch.Tensor.untyped_storage,
+    torch.Tensor.__dlpack__,
+)
+"""What gives Python the memory of a tensor, into which it can write by other means than ops."""
+
+
+class _Addresses(TorchFunctionMode):
+    """Keeps the tensors of which Python asks for the memory."""
+
+    def __init__(self, writes: _Writes) -> None:
+        super().__init__()
+        self._writes = writes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ADDRESSES:
+            self._writes.keep(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
 @isolated
 def same_values(undo: Block[Any], model: nn.Module) -> None:
     """Restore buffers at the end, and parameters that forward writes into.
 
-    Which ones these are is known after a first run, for which all are kept, in host memory or where `kept_elsewhere`
-    says.
+    Which ones these are is known after a first run, in which each is copied to host memory before it is written;
+    `torch.compile` compiles nothing in it, as a kernel that it makes does not tell.
     """
     paths = {module: path for path, module in model.named_modules()}
     buffers = [
@@ -260,17 +320,20 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
         )
         for module in model.modules()
     ]
-    known, (elsewhere, same) = _WRITTEN.get(model), _ELSEWHERE.get(model, ({}, torch.equal))
-    kept = {
-        name: (
-            parameter,
-            parameter.data,
-            elsewhere[name] if name in elsewhere else parameter.detach().to("cpu", copy=True),
-        )
+    known = _WRITTEN.get(model)
+    memory = {
+        name: (parameter, parameter.data)
         for name, parameter in model.named_parameters()
         if (known is None or name in known) and not isinstance(parameter, FakeTensor)
         if not is_quantized(parameter)  # these have few ops, and none that a forward would write with
     }
+    lazily = {
+        name: tensor
+        for name, (_, tensor) in memory.items()
+        if known is None and type(tensor) is torch.Tensor and torch._C._has_storage(tensor)
+    }
+    writes = _Writes(lazily)
+    writes.kept |= {name: tensor.to("cpu", copy=True) for name, (_, tensor) in memory.items() if name not in lazily}
     versions = [
         (name, parameter, parameter._version)
         for name, parameter in model.named_parameters()
@@ -280,13 +343,12 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
 
     def put_back() -> None:
         with torch.no_grad():
-            for name, (parameter, memory, value) in kept.items():
-                moved = parameter.data_ptr() != memory.data_ptr()
-                if moved:
-                    parameter.data = memory
-                equal = same if name in elsewhere else torch.equal
-                if moved or not equal(value, parameter.cpu()):
-                    parameter.copy_(value)
+            for name, (parameter, tensor) in memory.items():
+                if parameter.data_ptr() != tensor.data_ptr():
+                    parameter.data = tensor
+                    written.add(name)
+                if name in writes.kept and not torch.equal(writes.kept[name], tensor.cpu()):
+                    parameter.copy_(writes.kept[name])
                     written.add(name)
             written.update(name for name, parameter, version in versions if parameter._version != version)
             for module, objects, values in buffers:
@@ -302,6 +364,10 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
         _WRITTEN[model] = frozenset(written)
 
     undo(put_back)
+    if lazily:
+        undo.enter(eager())
+        undo.enter(_Addresses(writes))
+        undo.enter(writes)
 
 
 @isolated

@@ -32,6 +32,7 @@ from lorasc_fx.capture.guards import Guards, attribute_tensors
 from lorasc_fx.capture.isolation import (
     Attributes,
     call_recorder,
+    eager,
     fake_mode,
     isolation,
     quiet,
@@ -268,7 +269,7 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         CaptureError: the model itself raises.
     """
     try:
-        with quiet(), fake_mode(model), same_attributes(model) as attributes, grad_mode(grad):
+        with quiet(), eager(), fake_mode(model), same_attributes(model) as attributes, grad_mode(grad):
             before = Guards(model)
             seen, draws = _observed(model, model, args, kwargs), False
             if written_by(model):  # known after a first run, and looked at from then on
@@ -318,7 +319,7 @@ def check_agrees(
     """
     grad = preflight.grad is not False
     try:
-        with quiet(), fake_mode(model), same_attributes(model), grad_mode(grad):
+        with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
             ours = _observed(graph, model, args, kwargs, like=preflight.seen)
     except MemoryError:
         raise
@@ -327,12 +328,12 @@ def check_agrees(
         raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault
     difference = _difference(ours, preflight.seen)
     if difference is None and preflight.seen.autograd is not None and ours.autograd != preflight.seen.autograd:
-        with quiet(), fake_mode(model), same_attributes(model), grad_mode(grad):
+        with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
             preflight.seen = _observed(model, model, args, kwargs, backward=True)
         difference = _difference(ours, preflight.seen)
     if difference is None:
         return
-    with quiet(), fake_mode(model), same_attributes(model), grad_mode(grad):
+    with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
         again = _observed(model, model, args, kwargs, backward=True)
     if _difference(again, preflight.seen) is None:
         raise Disagreement(graph, difference, grad)

@@ -76,21 +76,6 @@ class BaseFile:
                 tensors[name] = here
         return tensors
 
-    def agreeing(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Return those of these parameters that the files hold bit for bit, as mapped tensors."""
-        wanted: dict[Path, list[tuple[str, str]]] = {}
-        for name, parameter in parameters.items():
-            if type(parameter) is nn.Parameter and (key := self._find(name)) is not None:
-                wanted.setdefault(self.files[key], []).append((name, key))
-        tensors = {}
-        for path, pairs in wanted.items():
-            read = _tensors(path, [key for _, key in pairs])
-            pages = MappedPages.of([path])
-            for (name, _), tensor in zip(pairs, read, strict=True):
-                if _same_kind(tensor, held := parameters[name].detach()) and pages.same_bits(tensor, held):
-                    tensors[name] = tensor
-        return tensors
-
     def pages(self) -> MappedPages:
         """Return the pages of the files that are mapped now."""
         return MappedPages.of(self.stamps)

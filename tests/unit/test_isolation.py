@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
+from lorasc_fx.capture.isolation import same_values, written_by
+from lorasc_fx.capture.preflight import run_preflight
 from tests.kit.errors import raises
 from tests.kit.state import graphs_of, variant_count
 from tests.unit.cases import build, seeded
 
+aten = torch.ops.aten
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 GRAPHS = ("export", "dynamo", "symbolic")
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -97,6 +103,76 @@ def test_nothing_is_left_behind(make: type[Busy], frontend: str) -> None:
         torch.testing.assert_close(seeded(cascade, ids), seeded(twin, ids), rtol=0, atol=1e-12)
     torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=0, atol=1e-12)
     assert (model.calls, model.seen, model.last) == (twin.calls, twin.seen, twin.last)
+
+
+def _by_out(weight: Tensor) -> None:
+    torch.mul(weight, 0.9, out=weight)
+
+
+@torch.compile(fullgraph=True, backend="eager")
+def _compiled(weight: Tensor) -> None:
+    weight.mul_(0.9)
+
+
+WAYS: dict[str, Callable[[Tensor], object]] = {
+    "in-place": lambda weight: weight.mul_(0.9),
+    "view": lambda weight: weight.t()[1:2].mul_(0.9),
+    "out": _by_out,
+    "foreach": lambda weight: torch._foreach_mul_([weight[0], weight[1]], 0.9),
+    "numpy": lambda weight: np.multiply(weight.numpy(), 0.9, out=weight.numpy()),
+    "array": lambda weight: np.asarray(weight).__imul__(0.9),
+    "address": lambda weight: (ctypes.c_float * 35).from_address(weight.data_ptr()).__setitem__(0, 9.0),
+    "storage": lambda weight: weight.untyped_storage().__setitem__(0, 7),
+    "compiled": _compiled,
+}
+
+
+class Writes(nn.Module):
+    """Writes its own weight in one of the ways that there are."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.head = way, nn.Linear(7, 3)
+        flat = torch.randn(2 * 35)
+        self.first, self.second = (nn.Linear(5, 7, bias=False) for _ in range(2))
+        self.first.weight.data, self.second.weight.data = flat.view(2, 7, 5)  # one storage, as of an RNN's weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        WAYS[self.way](self.first.weight.detach())
+        return self.head(self.first(x) + self.second(x))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_forward_writes_is_restored_and_refused(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Writes(way), torch.randn(4, 5)
+    before = {name: (value, value.data_ptr(), value.tolist()) for name, value in model.named_parameters()}
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert {name: (value, value.data_ptr(), value.tolist()) for name, value in model.named_parameters()} == before
+    assert [(each.weight, each.reason) for each in cascade.refusals] == [("first.weight", lx.plan.Reason.MUTATED)]
+    assert {site.weight for site in cascade.sites} == {"second.weight", "head.weight"}
+
+
+class Copies(TorchDispatchMode):
+    """Counts the bytes of copies, by `to` as it is seen from within another mode."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.count += output.nbytes if func in (aten._to_copy.default, aten.to.dtype_layout) else 0
+        return output
+
+
+def test_only_weights_that_forward_writes_are_copied() -> None:
+    model, x = Follows().double(), torch.tensor([1, 4, 8])
+    with Copies() as copies, same_values(model):
+        model(x)
+    assert copies.count == 8 * sum(map(torch.numel, [model.table.weight, *model.slow.parameters()]))
+    assert written_by(model) == {"table.weight", "slow.weight", "slow.bias"}
+    with Copies() as copies:
+        run_preflight(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), (torch.randn(4, 5),), {})
+    assert copies.count == 0
 
 
 class Counts(nn.Module):
