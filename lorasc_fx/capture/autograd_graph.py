@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lorasc_fx.fingerprint import checksum
 
@@ -42,7 +43,7 @@ def describe(
         inputs: other leaves, by name.
     """
     try:
-        with torch._C.DisableTorchFunction():  # whoever observes what takes addresses need not see these
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # these addresses and ops are not the model's
             return _Describer(parameters, inputs).graph(outputs)
     except (_NotVisible, RuntimeError):  # torch refuses a saved tensor that was written since, as the backward would
         return None

@@ -175,6 +175,15 @@ def test_only_weights_that_forward_writes_are_copied() -> None:
     assert copies.count == 0
 
 
+def test_the_autograd_graph_of_the_first_run_is_visible() -> None:
+    """A number that an op saves is a tensor to autograd, and a number to whoever observes ops."""
+    call = build(lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh()))
+    call.register_forward_hook(lambda module, args, output: 0.5 * output)
+    seen = run_preflight(call, (torch.randn(4, 5).double(),), {}).seen
+    assert seen.autograd is not None
+    assert seen.gradients is None
+
+
 class Counts(nn.Module):
     """Writes into a tensor attribute in place, into an object, and into a list that a hook knows."""
 
