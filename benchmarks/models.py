@@ -224,7 +224,7 @@ STARTED = {
     "llama-1b": Work(
         "Llama 1.1B, bf16",
         _llama_1b,
-        lambda: {"input_ids": torch.randint(0, 32000, (2, 128))},
+        lambda: {"input_ids": torch.randint(0, 32000, (2, 32))},
         _LLAMA,
         _LLAMA_PEFT,
     ),

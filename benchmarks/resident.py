@@ -2,6 +2,8 @@
 
 The peak of a process is one number for all that it did, so each rival has a process, and the peak is set back after the
 rival was built. What is reported is the whole process: interpreter and libraries, weights, W0, gradients, activations.
+Large blocks have mappings of their own (`MALLOC_MMAP_THRESHOLD_`), so that a hole that is left in the heap is no part
+of it: by glibc's moving threshold it is, and how many there are depends on the number of threads.
 With `start` or `start-file` as the rival it is what `adapt` adds at its peak to a process that holds the model. On
 `cuda` it is what torch has allocated on the device at its peak (`torch.cuda.max_memory_allocated`).
 """
@@ -139,7 +141,10 @@ def resident_all(
     def ask(rival: str) -> dict[str, int]:
         asked = [name, rival, str(threads), *([] if device == "cpu" else [device])]
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.resident", *asked]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
+        settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1], env=settings
+        )
         return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor((os.cpu_count() or 1) if device == "cpu" else 1) as pool:
