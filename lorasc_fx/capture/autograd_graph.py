@@ -23,6 +23,8 @@ _OPAQUE = ("AsStrided", "BlockDiag", "CopySlices", "DelayedError", "Error", "Mkl
 """Beginnings of the names of nodes that do not show all that they keep."""
 _SAME_SHAPE = {f"{name}Backward0" for name in ("Expand", "ReshapeAlias", "Slice", "UnsafeView", "View")}
 """Nodes that hand on the gradient as it is where they change no size: tracers write `x[:]` where Python has none."""
+_SAME_BACKWARD = {"ReshapeAliasBackward0": "ViewBackward0"}
+"""Nodes by another name: where an op is observed, `reshape` is a view."""
 _SIZES = "_saved_self_sym_sizes"
 _ALIAS = "AliasBackward0"
 
@@ -97,7 +99,7 @@ class _Describer:
                 raise _NotVisible("a hook")
             return name, takes, self._names.get(id(variable))
         saved = tuple([self._value(getattr(node, key)) for key in _saved(kind)])
-        return name, takes, saved
+        return _SAME_BACKWARD.get(name, name), takes, saved
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

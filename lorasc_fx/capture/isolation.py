@@ -31,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasc_fx.capture.guards import Held, attribute_tensors, walk
 from lorasc_fx.capture.signature import copied, whole
+from lorasc_fx.errors import CaptureError, named
+from lorasc_fx.fingerprint import checksums
 from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.undo import Block, isolated
@@ -141,6 +143,11 @@ _MISSING = object()
 _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 """Names of the parameters that each model's forward writes into, and of the buffers that it registers, of models that
 have had a preflight."""
+
+
+def forget_written(model: nn.Module) -> None:
+    """Let the next run of a model be its first, as where this one has raised."""
+    _WRITTEN.pop(model, None)
 
 
 def written_by(model: nn.Module, otherwise: frozenset[str] = frozenset()) -> frozenset[str]:
@@ -257,17 +264,17 @@ class _Writes(TorchDispatchMode):
             self._unwritten.setdefault(_storage_of(tensor), {})[name] = tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
-        schema = getattr(func, "_schema", None)
-        if schema is None:  # a higher-order op, which does not say what it writes
-            self.keep((args, named))
-        elif schema.is_mutable:
-            given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | named
-            written = (
-                each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write
-            )
-            self.keep([given.get(name) for name in written])
-        return func(*args, **named)
+        given = dict(kwargs or {})
+        if not isinstance(func, torch._ops.OpOverload):  # a higher-order op: what it runs is not seen here
+            self.keep([tensor for group in self._unwritten.values() for tensor in group.values()])
+        elif func.namespace not in _DECLARED:
+            self.keep((args, given))
+        else:
+            arguments = func._schema.arguments
+            given |= {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+            aliases = {argument.name: argument.alias_info for argument in arguments}
+            self.keep([value for name, value in given.items() if name in _STATISTICS or _is_written(aliases[name])])
+        return func(*args, **(kwargs or {}))
 
     def keep(self, values: Any) -> None:
         """Copy the tensors that share a storage with one of these."""
@@ -277,14 +284,27 @@ class _Writes(TorchDispatchMode):
                     self.kept[name] = tensor.to("cpu", copy=True)
 
 
+def _is_written(alias: Any) -> bool:
+    return alias is not None and alias.is_write
+
+
+_DECLARED = {"aten", "prim", "prims"}
+"""Namespaces of ops whose schemas say what they write."""
+_STATISTICS = {"running_mean", "running_var"}
+"""Arguments of batch norms that are written, though the schemas do not say so."""
 _ADDRESSES = (
     torch.Tensor.numpy,
     torch.Tensor.__array__,
     torch.Tensor.data_ptr,
     torch.Tensor.untyped_storage,
+    torch.Tensor.storage,
+    torch.Tensor._typed_storage,
     torch.Tensor.__dlpack__,
+    torch.Tensor.apply_,
+    torch.Tensor.map_,
+    torch.Tensor.map2_,
 )
-"""What gives Python the memory of a tensor, into which it can write by other means than ops."""
+"""What writes by other means than ops, or gives Python the memory of a tensor, into which it can write so."""
 
 
 class _Addresses(TorchFunctionMode):
@@ -300,6 +320,11 @@ class _Addresses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    layout = (tensor.stride(),) if tensor.layout is torch.strided else ()
+    return tensor.data_ptr(), tensor.shape, *layout
+
+
 def _storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
@@ -310,6 +335,9 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
 
     Which ones these are is known after a first run, in which each is copied to host memory before it is written;
     `torch.compile` compiles nothing in it, as a kernel that it makes does not tell.
+
+    Raises:
+        CaptureError: at the end, for a parameter that a first run has written by means that are not seen.
     """
     paths = {module: path for path, module in model.named_modules()}
     buffers = [
@@ -332,7 +360,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
         for name, (_, tensor) in memory.items()
         if known is None and type(tensor) is torch.Tensor and torch._C._has_storage(tensor)
     }
-    writes = _Writes(lazily)
+    writes, before = _Writes(lazily), checksums(lazily)
     writes.kept |= {name: tensor.to("cpu", copy=True) for name, (_, tensor) in memory.items() if name not in lazily}
     versions = [
         (name, parameter, parameter._version)
@@ -344,7 +372,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
     def put_back() -> None:
         with torch.no_grad():
             for name, (parameter, tensor) in memory.items():
-                if parameter.data_ptr() != tensor.data_ptr():
+                if _place(parameter) != _place(tensor):
                     parameter.data = tensor
                     written.add(name)
                 if name in writes.kept and not torch.equal(writes.kept[name], tensor.cpu()):
@@ -361,6 +389,15 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
                     buffer = module._buffers[name]
                     if buffer is not None and buffer.shape == value.shape and not _same_bits(buffer, value):
                         buffer.copy_(value)  # and only then, as an autograd graph of before may have kept the buffer
+        unseen = {name: tensor for name, tensor in lazily.items() if name not in writes.kept}
+        changed = [name for name, value in checksums(unseen).items() if value != before[name]]
+        if changed:
+            raise CaptureError(
+                f"{type(model).__name__} has written into {named(changed)} in its forward by means that torch does not "
+                "see (a thread of its own, memory that it shares with numpy, an extension), so that nothing could "
+                "restore it: load the weights again, and write by operations of torch",
+                code="unseen-write",
+            )
         _WRITTEN[model] = frozenset(written)
 
     undo(put_back)

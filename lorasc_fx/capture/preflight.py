@@ -34,6 +34,7 @@ from lorasc_fx.capture.isolation import (
     call_recorder,
     eager,
     fake_mode,
+    forget_written,
     isolation,
     quiet,
     same_attributes,
@@ -295,9 +296,10 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             if not by_mode and other is not None and not grad:
                 seen = other
             return Preflight(seen, restless, draws, assigned, written, grad if by_mode else None)
-    except MemoryError:
+    except (MemoryError, CaptureError):
         raise
     except Exception as fault:
+        forget_written(model)
         raise_of_handler(fault)
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         advice = ", or give the model its weights before adapt: on the meta device nothing can look at values"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import random
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.capture.isolation import same_values, written_by
-from lorasc_fx.capture.preflight import run_preflight
+from lorasc_fx.capture.preflight import check_agrees, run_preflight
 from tests.kit.errors import raises
 from tests.kit.state import graphs_of, variant_count
 from tests.unit.cases import build, seeded
@@ -114,6 +116,21 @@ def _compiled(weight: Tensor) -> None:
     weight.mul_(0.9)
 
 
+LIBRARY = torch.library.Library("lorasc_tests", "DEF")
+LIBRARY.define("scale(Tensor weight) -> ()")
+
+
+def _scale(weight: Tensor) -> None:
+    weight.mul_(0.9)
+
+
+LIBRARY.impl("scale", _scale, "CompositeExplicitAutograd")
+
+
+def _undeclared(weight: Tensor) -> None:
+    torch.ops.lorasc_tests.scale(weight)
+
+
 WAYS: dict[str, Callable[[Tensor], object]] = {
     "in-place": lambda weight: weight.mul_(0.9),
     "view": lambda weight: weight.t()[1:2].mul_(0.9),
@@ -123,6 +140,10 @@ WAYS: dict[str, Callable[[Tensor], object]] = {
     "array": lambda weight: np.asarray(weight).__imul__(0.9),
     "address": lambda weight: (ctypes.c_float * 35).from_address(weight.data_ptr()).__setitem__(0, 9.0),
     "storage": lambda weight: weight.untyped_storage().__setitem__(0, 7),
+    "typed-storage": lambda weight: weight.storage().__setitem__(0, 7.0),
+    "apply": lambda weight: weight.apply_(lambda value: 0.9 * value),
+    "undeclared": _undeclared,
+    "statistics": lambda weight: F.batch_norm(torch.randn(4, 7), weight[:, 0], weight[:, 1].abs(), training=True),
     "compiled": _compiled,
 }
 
@@ -142,8 +163,20 @@ class Writes(nn.Module):
         return self.head(self.first(x) + self.second(x))
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_weight_that_forward_writes_is_restored_and_refused(way: str) -> None:
+def test_a_weight_that_forward_writes_is_restored(way: str) -> None:
+    model = build(lambda: Writes(way)).float()
+    before = {name: value.tolist() for name, value in model.named_parameters()}
+    with same_values(model):
+        model(torch.randn(4, 5))
+        assert model.first.weight.tolist() != before["first.weight"]
+    assert {name: value.tolist() for name, value in model.named_parameters()} == before
+    assert written_by(model) == {"first.weight"}
+
+
+@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"apply", "undeclared"}))  # which no front end takes
+def test_a_weight_that_forward_writes_is_refused(way: str) -> None:
     torch.manual_seed(0)
     model, x = Writes(way), torch.randn(4, 5)
     before = {name: (value, value.data_ptr(), value.tolist()) for name, value in model.named_parameters()}
@@ -151,6 +184,67 @@ def test_a_weight_that_forward_writes_is_restored_and_refused(way: str) -> None:
     assert {name: (value, value.data_ptr(), value.tolist()) for name, value in model.named_parameters()} == before
     assert [(each.weight, each.reason) for each in cascade.refusals] == [("first.weight", lx.plan.Reason.MUTATED)]
     assert {site.weight for site in cascade.sites} == {"second.weight", "head.weight"}
+
+
+class Turned(nn.Module):
+    """Transposes a square weight in place, and back in the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first.weight.data = self.first.weight.data.t()
+        return self.head(self.first(x))
+
+
+def test_a_weight_that_forward_transposes_is_restored() -> None:
+    torch.manual_seed(0)
+    model, x = Turned(), torch.randn(4, 5)
+    weight, stride, before = model.first.weight, model.first.weight.stride(), model.first.weight.tolist()
+    with same_values(model):
+        model(x)
+        assert weight.tolist() != before
+    assert written_by(model) == {"first.weight"}
+    assert (weight.stride(), weight.tolist()) == (stride, before)
+
+
+class Elsewhere(nn.Module):
+    """Writes its weight where torch does not see it: in a thread, or in an array that was made before."""
+
+    def __init__(self, thread: bool) -> None:
+        super().__init__()
+        self.first, self.head, self.thread = nn.Linear(5, 7), nn.Linear(7, 3), thread
+        self.array = self.first.weight.detach().numpy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.thread:
+            other = threading.Thread(target=self.first.weight.detach().mul_, args=(0.9,))
+            other.start()
+            other.join()
+        else:
+            self.array *= 0.9
+        return self.head(self.first(x))
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_write_that_nobody_sees_is_told(thread: bool) -> None:
+    model = Elsewhere(thread)
+    for _ in range(2):  # it is told each time
+        with raises(lx.CaptureError, "unseen-write", "first.weight"):
+            lx.adapt(model, (torch.randn(4, 5),), spec=SPEC)
+
+
+def test_a_first_run_that_raises_is_none() -> None:
+    """What the model writes is not known after it, so that the next one copies again."""
+    torch.manual_seed(0)
+    model = Writes("in-place")
+    before = {name: value.tolist() for name, value in model.named_parameters()}
+    with raises(lx.CaptureError, "model-refuses-inputs"):
+        lx.adapt(model, (torch.randn(4, 6),), spec=SPEC)
+    cascade = lx.adapt(model, (torch.randn(4, 5),), spec=SPEC)
+    assert {name: value.tolist() for name, value in model.named_parameters()} == before
+    assert [each.weight for each in cascade.refusals] == ["first.weight"]
 
 
 class Copies(TorchDispatchMode):
@@ -176,12 +270,15 @@ def test_only_weights_that_forward_writes_are_copied() -> None:
 
 
 def test_the_autograd_graph_of_the_first_run_is_visible() -> None:
-    """A number that an op saves is a tensor to autograd, and a number to whoever observes ops."""
+    """It is that of later runs: a number that an op saves is a number to whoever observes ops, `reshape` is a view."""
     call = build(lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh()))
-    call.register_forward_hook(lambda module, args, output: 0.5 * output)
-    seen = run_preflight(call, (torch.randn(4, 5).double(),), {}).seen
-    assert seen.autograd is not None
-    assert seen.gradients is None
+    call.register_forward_hook(lambda module, args, output: 0.5 * (output.transpose(1, 2) @ output).reshape(-1))
+    x = torch.randn(2, 4, 5).double()
+    found = run_preflight(call, (x,), {})
+    assert found.seen.autograd is not None
+    assert found.seen.gradients is None
+    check_agrees(call, found, call, (x,), {})
+    assert found.seen.gradients is None
 
 
 class Counts(nn.Module):
