@@ -293,7 +293,7 @@ def prepared() -> nn.Module:
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_an_operation_of_a_capture(kind: str) -> None:
-    """Each seventh one: captures depend on no spec, and `test_interrupts` has their lines."""
+    """Each sixth one: captures depend on no spec, and `test_interrupts` has their lines."""
     model, (fault, after) = prepared(), FAULTS[kind]
 
     def at_operation(at: int) -> FailAt:
@@ -302,7 +302,7 @@ def test_an_operation_of_a_capture(kind: str) -> None:
     def captured() -> None:
         capture(model, (X,), {}, "symbolic")
 
-    assert in_turn(at_operation, captured, (model,), (type(fault),), 7) > 30
+    assert in_turn(at_operation, captured, (model,), (type(fault),), 6) > 30
 
 
 @pytest.mark.slow  # test_interrupts has some of the places
