@@ -93,6 +93,7 @@ def test_tables_have_a_cell_for_each_title(row: dict[str, Any], paid: dict[str, 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's call
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # YOSO's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's, of it
 def test_what_comes_before_the_first_step(row: dict[str, Any], paid: dict[str, Any], tmp_path: Path) -> None:
     once = {"import": import_seconds(1), "call": call(1), "graph breaks": {"yoso": graph_breaks("yoso", 1)}}
     started = {"once": once, "tiny": start(TINY, 1)}
