@@ -24,7 +24,7 @@ _OPAQUE = ("AsStrided", "BlockDiag", "CopySlices", "DelayedError", "Error", "Mkl
 _SAME_SHAPE = {f"{name}Backward0" for name in ("Expand", "ReshapeAlias", "Slice", "UnsafeView", "View")}
 """Nodes that hand on the gradient as it is where they change no size: tracers write `x[:]` where Python has none."""
 _SAME_BACKWARD = {"ReshapeAliasBackward0": "ViewBackward0"}
-"""Nodes by another name: where an op is observed, `reshape` is a view."""
+"""Nodes that compute the same backward: under a dispatch mode torch records `reshape` as a view."""
 _SIZES = "_saved_self_sym_sizes"
 _ALIAS = "AliasBackward0"
 

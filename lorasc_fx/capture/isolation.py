@@ -145,8 +145,13 @@ _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 have had a preflight."""
 
 
+def has_run(model: nn.Module) -> bool:
+    """Whether a first run has shown what forward writes."""
+    return model in _WRITTEN
+
+
 def forget_written(model: nn.Module) -> None:
-    """Let the next run of a model be its first, as where this one has raised."""
+    """Let the next run of a model be its first, as where the first one has raised."""
     _WRITTEN.pop(model, None)
 
 

@@ -35,6 +35,7 @@ from lorasc_fx.capture.isolation import (
     eager,
     fake_mode,
     forget_written,
+    has_run,
     isolation,
     quiet,
     same_attributes,
@@ -269,6 +270,7 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     Raises:
         CaptureError: the model itself raises.
     """
+    known = has_run(model)  # of which a cascade may still ask
     try:
         with quiet(), eager(), fake_mode(model), same_attributes(model) as attributes, grad_mode(grad):
             before = Guards(model)
@@ -299,7 +301,8 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     except (MemoryError, CaptureError):
         raise
     except Exception as fault:
-        forget_written(model)
+        if not known:
+            forget_written(model)
         raise_of_handler(fault)
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         advice = ", or give the model its weights before adapt: on the meta device nothing can look at values"

@@ -161,26 +161,6 @@ def test_pages_are_given_back_after_each_use(tmp_path: Path) -> None:
         assert in_memory(path) <= least
 
 
-IN_MEMORY: list[int] = []
-
-
-class Watching(nn.Sequential):
-    """Notes at each call how much of a file is in memory."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        IN_MEMORY.append(in_memory(Path("model.safetensors")))
-        return super().forward(x)
-
-
-@pytest.mark.skipif(not MAPS.exists(), reason="no /proc to see mappings in")
-def test_the_runs_of_adapt_give_pages_back(tmp_path: Path) -> None:
-    model = Watching(nn.Linear(512, 512), nn.Linear(512, 512))
-    IN_MEMORY.clear()
-    lx.adapt(model, (inputs(2, 512),), spec=SPEC, base=written(tmp_path / "model.safetensors", model))
-    assert len(IN_MEMORY) > 1  # what a run before has compared with the file
-    assert max(IN_MEMORY) <= 2 * 8 + 64
-
-
 @pytest.mark.skipif(not MAPS.exists(), reason="no /proc to see mappings in")
 def test_only_mapped_pages_are_given_back(tmp_path: Path) -> None:
     path = written(tmp_path / "model.safetensors", nn.Linear(512, 512))

@@ -245,6 +245,9 @@ def test_a_first_run_that_raises_is_none() -> None:
     cascade = lx.adapt(model, (torch.randn(4, 5),), spec=SPEC)
     assert {name: value.tolist() for name, value in model.named_parameters()} == before
     assert [each.weight for each in cascade.refusals] == ["first.weight"]
+    with raises(lx.CaptureError, "model-refuses-inputs"):
+        run_preflight(model, (torch.randn(4, 6),), {})
+    assert written_by(model) == {"first.weight"}  # the cascade goes on with what a run that ended has shown
 
 
 class Copies(TorchDispatchMode):
