@@ -249,6 +249,25 @@ def same_attributes(undo: Block[Any], model: nn.Module) -> Attributes:
     return attributes
 
 
+_DECLARED = {"aten", "prim", "prims"}
+"""Namespaces of ops whose schemas say what they write."""
+_STATISTICS = {"running_mean", "running_var"}
+"""Arguments of batch norms that are written, though the schemas do not say so."""
+_ADDRESSES = (
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    torch.Tensor.data_ptr,
+    torch.Tensor.untyped_storage,
+    torch.Tensor.storage,
+    torch.Tensor._typed_storage,
+    torch.Tensor.__dlpack__,
+    torch.Tensor.apply_,
+    torch.Tensor.map_,
+    torch.Tensor.map2_,
+)
+"""What writes by other means than ops, or gives Python the memory of a tensor, into which it can write so."""
+
+
 class _Writes(TorchDispatchMode):
     """Keeps a copy of tensors, in host memory, each before an op writes into its storage.
 
@@ -291,25 +310,6 @@ class _Writes(TorchDispatchMode):
 
 def _is_written(alias: Any) -> bool:
     return alias is not None and alias.is_write
-
-
-_DECLARED = {"aten", "prim", "prims"}
-"""Namespaces of ops whose schemas say what they write."""
-_STATISTICS = {"running_mean", "running_var"}
-"""Arguments of batch norms that are written, though the schemas do not say so."""
-_ADDRESSES = (
-    torch.Tensor.numpy,
-    torch.Tensor.__array__,
-    torch.Tensor.data_ptr,
-    torch.Tensor.untyped_storage,
-    torch.Tensor.storage,
-    torch.Tensor._typed_storage,
-    torch.Tensor.__dlpack__,
-    torch.Tensor.apply_,
-    torch.Tensor.map_,
-    torch.Tensor.map2_,
-)
-"""What writes by other means than ops, or gives Python the memory of a tensor, into which it can write so."""
 
 
 class _Addresses(TorchFunctionMode):
