@@ -7,7 +7,7 @@ dropout keeps no mask, its backward draws it again from a seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from lorasc_fx.branch.low_rank import (
     owned,
     up,
 )
+from lorasc_fx.branch.products import product, times
 from lorasc_fx.errors import StateError
 
 
@@ -123,15 +124,6 @@ def plain_gradients(
     return (dx if mask is None else dx * mask), back.t() @ rows, slopes.t() @ (rows @ a.t())
 
 
-PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
-    "linear": F.linear,
-    "addmm": lambda x, w, bias: torch.addmm(bias, x, w),
-    "mm": lambda x, w, bias: torch.mm(x, w),
-    "matmul": lambda x, w, bias: torch.matmul(x, w),
-}
-"""The base op itself, by the name in which a node calls it, of x, weight and bias."""
-
-
 def merge(
     weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -165,7 +157,7 @@ class MergedProduct(torch.autograd.Function):
         ctx.bias_shape = bias.shape if bias is not None else ()
         ctx.save_for_backward(x, weight, a, b)
         left, right = (b, a) if op == "linear" else (a.t(), b.t())
-        return owned(PRODUCTS[op](x, merge(weight, left, right, scale, x.dtype), bias))
+        return owned(product(op, x, merge(weight, left, right, scale, x.dtype), bias))
 
     @staticmethod
     @in_own_dtype
@@ -202,9 +194,9 @@ def _merged_gradients(
         da = factor_gradient(back, near, ctx.scale).to(a.dtype)
     if ctx.needs_input_grad[0]:
         if rows.shape[0] >= weight.shape[0]:
-            dx = slopes @ merge(weight, b, a, ctx.scale, slopes.dtype)
+            dx = times(slopes, merge(weight, b, a, ctx.scale, slopes.dtype))
         else:
-            dx = up(folded(slopes @ weight.to(slopes.dtype)), back, thin, ctx.scale)
+            dx = up(folded(times(slopes, weight.to(slopes.dtype))), back, thin, ctx.scale)
     return dx, da, db
 
 
@@ -242,27 +234,6 @@ class _SharedDown(torch.autograd.Function):
             return dx, *(None for _ in factors)
         total = factor_gradient(folded(slopes).transpose(1, 2), folded(x.reshape(-1, x.shape[-1])))
         return dx, *total.split([len(a) for a in factors])
-
-
-class FrozenGrouped(torch.autograd.Function):
-    """`base`, the grouped product of x and a frozen weight: the backward makes the gradient of x and no other, by the
-    op that made the product.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, base: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, product: Any
-    ) -> torch.Tensor:
-        """Return base [rows, out] of x [rows, in], weight [experts, in, out]."""
-        ctx.save_for_backward(weight, offs)
-        ctx.product = product
-        return owned(base)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
-        """Return the gradient of x [rows, in], of slope [rows, out]."""
-        weight, offs = ctx.saved_tensors
-        return None, ctx.product(slopes[0], weight.transpose(-2, -1), offs), None, None, None
 
 
 class SharedUp(torch.autograd.Function):

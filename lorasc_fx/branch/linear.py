@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from lorasc_fx.branch.base import Branch
-from lorasc_fx.branch.functions import PRODUCTS, Beside, FrozenGrouped, MergedProduct, SharedUp
+from lorasc_fx.branch.functions import Beside, MergedProduct, SharedUp
 from lorasc_fx.branch.low_rank import apply, by_hand, computes_in, plus
+from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped
 
 _ALIGNED = 8
 """Entries of 2 bytes in the 16 bytes by which torch's grouped matmul wants every stride to be divisible."""

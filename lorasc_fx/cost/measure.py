@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from lorasc_fx.branch import low_rank
 from lorasc_fx.branch.functions import Beside, merge
+from lorasc_fx.branch.products import product
 from lorasc_fx.cost.model import OPS, Line, Rates, usual
 
 BUDGET = 0.8
@@ -141,7 +142,9 @@ def _runs(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[floa
     for places, channels, rank in ((14, 32, LOW), (28, 64, LOW), (28, 64, HIGH)):
         _kernels(put, ones(4, channels, places, places), ones(rank, channels, 3, 3))
     for width in (64, 512):
-        put("dense", width**3, 0, partial(F.linear, ones(width, width), ones(width, width)))
+        square = ones(width, width)
+        put("dense", width**3, 0, partial(F.linear, square, square))
+        put("frozen", width**3, 0, partial(product, "linear", square, square, None))
     for places, channels in ((7, 32), (28, 64)):
         x, space = ones(4, channels, places, places), 4 * places**2
         put("convolve", space * channels**2 * 9, 0, _both(x, ones(channels, channels, 3, 3), 1))
@@ -206,7 +209,7 @@ def _step(few: torch.Tensor) -> Run:
     return run
 
 
-FORMAT = 1
+FORMAT = 2
 
 log = logging.getLogger("lorasc_fx")
 

@@ -22,7 +22,9 @@ OPS = (
     *("kernel_down", "kernel_raise", "kernel_gradient"),  # convolutions with `rank` channels, over unfolded images
     *("merge", "add"),  # a weight with its delta; a gradient to another, in place
     "call",  # what a branch's forward and backward take whatever its size
-    *("dense", "convolve", "depthwise"),  # by multiply-adds: a product; a convolution and its input's gradient
+    "dense",  # by multiply-adds: a product, and
+    "frozen",  # that of a frozen weight in training (branch/products.py)
+    *("convolve", "depthwise"),  # by multiply-adds: a convolution and its input's gradient
 )
 """Names of the operations: `down` reads rows, `up` adds to rows, `raise` makes rows, `gradient` reads rows."""
 
@@ -75,7 +77,7 @@ _USUAL = {
     "merge": (3e-6, 0.15e-9, 0.016e-9),
     "add": (2e-6, 0.08e-9, 0.0),
     "call": (1.5e-4, 0.0, 0.0),
-    "dense": (5e-6, 0.015e-9, 0.0),
+    **dict.fromkeys(("dense", "frozen"), (5e-6, 0.015e-9, 0.0)),
     "convolve": (2e-5, 0.035e-9, 0.0),
     "depthwise": (2e-5, 0.5e-9, 0.0),
 }

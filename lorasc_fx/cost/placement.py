@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from lorasc_fx.branch import Branch
+from lorasc_fx.branch.products import gains
 from lorasc_fx.cost.measure import rates_of
 from lorasc_fx.cost.model import (
     CONVOLUTIONS,
@@ -125,7 +126,7 @@ class Expectation:
     Args:
         placements: by weight: `beside`, `merged` or `weight`, as it is in the graph.
         frozen: seconds of the model without branches; 0 where it is not known.
-        branches: seconds of the branches.
+        branches: seconds of the branches, less what products of frozen weights gain.
     """
 
     placements: Mapping[str, str] = field(default_factory=dict)
@@ -168,6 +169,7 @@ def expect(
         return Expectation(placements)
     frozen = sum(_frozen(machine, node, work) for node, work in works.items())
     branches = sum(_branch(machine, node, branch) for node, branch in branch_nodes(adapted).items())
+    branches -= sum(_gain(machine, node, work) for node, work in works.items())
     return Expectation(placements, frozen, branches)
 
 
@@ -195,6 +197,15 @@ def _frozen(rates: Rates, node: fx.Node, work: int) -> float:
         return 0.0
     moved = entries(node) + sum(entries(source) for source in node.all_input_nodes if source.op != "get_attr")
     return PASSES * rates.seconds("add", moved / 3) if moved else 0.0
+
+
+def _gain(rates: Rates, node: fx.Node, work: int) -> float:
+    """Return the seconds that forward and backward of a product take less, by `lorasc_fx.branch.products`."""
+    device, dtype = device_of(node), dtype_of(node)
+    if work < WORTH or device is None or not gains(node.target, device, dtype):
+        return 0.0
+    constant = any(isinstance(arg, fx.Node) and arg.op == "get_attr" for arg in node.args[:3])
+    return 2 * (rates.seconds("dense", work) - rates.seconds("frozen", work)) if constant else 0.0
 
 
 def _branch(rates: Rates, node: fx.Node, branch: Branch) -> float:

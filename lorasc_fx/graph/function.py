@@ -2,7 +2,8 @@
 
 A GraphModule looks up each weight by a path of modules, takes arguments apart again, and calls each branch with the
 machinery of hooks. The function reads a weight from the dictionary that holds it, so that one that was exchanged there
-is seen, and calls `forward` of a branch. Whoever calls it has seen that no branch has hooks.
+is seen, calls `forward` of a branch, and computes products of large frozen weights by `for_frozen`. Whoever calls it
+has seen that no branch has hooks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.fx.graph_module import _method_from_src
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.branch.products import for_frozen
 from lorasc_fx.graph.branch_calls import branch_nodes
 
 _GLOBAL_HOOKS = (
@@ -29,6 +31,8 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_hooks,
 )
 _LITERALS = (bool, int, str, type(None))
+LARGE = 1 << 16
+"""Entries of a matrix from which on `for_frozen` computes its products; smaller ones gain less than the check takes."""
 
 
 def takes_leaves(graph: fx.Graph) -> bool:
@@ -118,15 +122,30 @@ class _Source:
             called = self._name(type(module).__name__, module)
             return f"{called}.forward({arguments})" if node in self._branches else f"{called}({arguments})"
         target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload):
+        if (frozen := for_frozen(target)) is not None and not node.kwargs and self._reads_large_matrix(node):
+            target = frozen
+        elif isinstance(target, torch._ops.OpOverload):
             target = target._op  # what its __call__ calls
         return f"{self._name(getattr(node.target, '__name__', 'call'), target)}({arguments})"
 
-    def _attribute(self, target: str) -> str:
+    def _reads_large_matrix(self, node: fx.Node) -> bool:
+        """Whether an argument is a matrix of the model, or a stack of some, that is not small."""
+        read = [str(arg.target) for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"]
+        values = (getattr(*self._place(target)) for target in read)
+        return any(
+            isinstance(value, torch.Tensor) and value.dim() in (2, 3) and value.numel() >= LARGE for value in values
+        )
+
+    def _place(self, target: str) -> tuple[Any, str]:
+        """Return the object that holds an attribute of the module, and the attribute's name there."""
         path, _, leaf = target.rpartition(".")
         holder: Any = self.module
         for part in path.split(".") if path else ():
             holder = getattr(holder, part)
+        return holder, leaf
+
+    def _attribute(self, target: str) -> str:
+        holder, leaf = self._place(target)
         if isinstance(holder, nn.Module):
             for store in ("_parameters", "_buffers", "_modules"):
                 if leaf in vars(holder)[store]:

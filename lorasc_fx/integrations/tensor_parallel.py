@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.adapt import _ADAPTED
 from lorasc_fx.branch import MatrixBranch, shared_down
-from lorasc_fx.branch.functions import PRODUCTS
+from lorasc_fx.branch.products import PRODUCTS
 from lorasc_fx.capture import isolation
 from lorasc_fx.errors import LorascError, SpecError, StateError, nearest
 from lorasc_fx.graph import BRANCHES, matches, named_weights
@@ -366,7 +366,7 @@ log = logging.getLogger("lorasc_fx")
 
 
 class _Product(NamedTuple):
-    """A product: its name in `branch.functions.PRODUCTS`, where its op has input, weight and bias, and the axis of the
+    """A product: its name in `branch.products.PRODUCTS`, where its op has input, weight and bias, and the axis of the
     weight that is that of the outputs.
     """
 

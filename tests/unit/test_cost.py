@@ -48,11 +48,12 @@ LINES = {
     "add": Line(7, 1),
     "call": Line(11, 0),
     "dense": Line(0, 1),
+    "frozen": Line(0, 1),
     "convolve": Line(0, 1),
     "depthwise": Line(9, 1),
 }
 RATES = Rates(LINES)
-EVEN = Rates({**dict.fromkeys(OPS, Line(0, 1e-9)), "dense": Line(0, 1e-12)})
+EVEN = Rates({**dict.fromkeys(OPS, Line(0, 1e-9)), **dict.fromkeys(("dense", "frozen"), Line(0, 1e-12))})
 CPU = torch.device("cpu")
 
 
@@ -227,7 +228,7 @@ def test_rates_are_by_dtype_threads_and_version(
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "[]", '{"format": 99, "rates": {}}', '{"format": 1, "rates": []}'],
+    ["", "{", "[]", '{"format": 99, "rates": {}}', json.dumps({"format": measure.FORMAT, "rates": []})],
     ids=["empty", "cut", "list", "format", "no-rates"],
 )
 def test_a_damaged_file_is_written_anew(
@@ -248,7 +249,8 @@ def test_rates_that_are_none_are_measured_again(cache: Path, measurements: list[
     cache.parent.mkdir()
     held = {**RATES.to_json(), "add": [0.0, number, 0.0]}
     key = measure.key_of(CPU, torch.float32)
-    cache.write_text(json.dumps({"format": 1, "rates": {key: held, "other": RATES.to_json()}}), encoding="utf-8")
+    rates = {key: held, "other": RATES.to_json()}
+    cache.write_text(json.dumps({"format": measure.FORMAT, "rates": rates}), encoding="utf-8")
     assert measure.rates_of(CPU, torch.float32) == RATES
     assert len(measurements) == 1
     after = json.loads(cache.read_text(encoding="utf-8"))["rates"]
@@ -485,7 +487,7 @@ def test_the_summary_tells_placements_and_the_expected_step(cache: Path) -> None
     """Two products with 2^28 multiply-adds forward and backward, one of them adapted and merged."""
     cache.parent.mkdir()
     held = {measure.key_of(CPU, torch.float32): EVEN.to_json()}
-    cache.write_text(json.dumps({"format": 1, "rates": held}), encoding="utf-8")
+    cache.write_text(json.dumps({"format": measure.FORMAT, "rates": held}), encoding="utf-8")
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
     cascade = lx.adapt(model, (torch.zeros(1024, 512),), spec=lx.CascadeSpec(targets=("0",)))
     assert cascade.placements == {"0.weight": "merged"}
@@ -506,7 +508,7 @@ def test_a_guess_is_not_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_forced_placement_is_told_as_it_is(cache: Path) -> None:
     cache.parent.mkdir()
     held = {measure.key_of(CPU, torch.float32): EVEN.to_json()}
-    cache.write_text(json.dumps({"format": 1, "rates": held}), encoding="utf-8")
+    cache.write_text(json.dumps({"format": measure.FORMAT, "rates": held}), encoding="utf-8")
     x = torch.zeros(1024, 512)
     ratios = {}
     for where in ("beside", "merged", "weight"):
@@ -535,7 +537,7 @@ def test_a_small_model_is_adapted_without_a_measurement(cache: Path, measurement
 def test_graphs_of_the_fallback_are_expected_together(cache: Path) -> None:
     cache.parent.mkdir()
     held = {measure.key_of(CPU, torch.float32): EVEN.to_json()}
-    cache.write_text(json.dumps({"format": 1, "rates": held}), encoding="utf-8")
+    cache.write_text(json.dumps({"format": measure.FORMAT, "rates": held}), encoding="utf-8")
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
     args = (torch.zeros(1024, 512),)
     whole = lx.adapt(model, args, spec=lx.CascadeSpec())
