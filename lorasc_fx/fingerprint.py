@@ -23,7 +23,9 @@ Buffer = Any
 
 MULTIPLIER = 0x9E3779B97F4A7C15
 BLOCK = 1 << 22
-"""Bytes that `checksum` reads at a time, on devices other than the host; on the host where they are not contiguous."""
+"""Bytes that `checksum` reads at a time, on devices other than the host."""
+HOST_BLOCK = 1 << 21
+"""Bytes that `checksum` reads at a time on the host; the keys of more would leave the cache."""
 WORTH_THREADS = 1 << 24
 """Bytes to read, of all tensors together, from which on threads are started for it."""
 
@@ -31,8 +33,8 @@ WORTH_THREADS = 1 << 24
 def checksum(tensor: torch.Tensor) -> int:
     """Return a checksum of a tensor's dtype, shape and bits, in logical order: strides do not count.
 
-    The bits are read once, without a large copy: CRC-32 on the host, `device_sum` elsewhere. Of a tensor subclass
-    (DTensor, a quantized weight) it is that of the tensors held here; a tensor on the meta device has no bits.
+    The bits are read once, without a large copy. Of a tensor subclass (DTensor, a quantized weight) it is that of the
+    tensors held here; a tensor on the meta device has no bits.
     """
     total = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     bare = local(tensor.detach())
@@ -45,9 +47,24 @@ def checksum(tensor: torch.Tensor) -> int:
     bare = bare.reshape(1) if bare.dim() == 0 else bare
     if bare.device.type != "cpu":
         return (total * MULTIPLIER + device_sum(bare)) % (1 << 64)
-    for block in [bare] if bare.is_contiguous() else _blocks(bare, BLOCK // 16 // bare.element_size()):
-        plain = block.contiguous()  # held while it is read
-        total = zlib.crc32(data_of(plain), total)
+    for block in _blocks(bare, HOST_BLOCK // bare.element_size()):
+        total = (total * MULTIPLIER + _host_sum(block.contiguous())) % (1 << 64)
+    return total
+
+
+def _host_sum(block: torch.Tensor) -> int:
+    """Return the checksum of a vector of at most HOST_BLOCK bytes in host memory.
+
+    Words of 64 bits are multiplied by odd keys and summed, as in `device_sum`; twice, as the words begin at every four
+    bytes, for the highest bits of two words add up to nothing. The bytes that fill no word have their CRC-32.
+    """
+    held = block if block.data_ptr() % 8 == 0 else block.clone()
+    data = data_of(held)
+    total, keys = zlib.crc32(data[len(data) // 8 * 8 :]), _keys(HOST_BLOCK // 8, block.device)
+    for start in (0, 4):
+        if (count := (len(data) - start) // 8) > 0:
+            words = torch.frombuffer(data, dtype=torch.int64, count=count, offset=start)
+            total = total * MULTIPLIER + int(torch.dot(words, keys[:count]))
     return total
 
 
