@@ -45,6 +45,7 @@ from lorasc_fx.capture.isolation import (
 )
 from lorasc_fx.capture.signature import copied
 from lorasc_fx.errors import CaptureError
+from lorasc_fx.fingerprint import checksum
 from lorasc_fx.quantized import QuantizedLinear, is_quantized
 from lorasc_fx.undo import Block, grad_mode, isolated, raise_of_handler
 
@@ -176,6 +177,27 @@ class Disagreement(RuntimeError):
         self.graph, self.weights, self.grad = graph, difference.weights, grad
 
 
+LARGE = 1 << 26
+"""Bytes of an output of which no copy is kept while the next run makes its own."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What is kept of a large output: dtype, shape and a checksum of its bits."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    checksum: int
+
+    @classmethod
+    def of(cls, output: torch.Tensor) -> torch.Tensor | Digest:
+        """Return the output without its autograd graph, or what is kept of it."""
+        dense = output.layout is torch.strided and not output.is_nested and not isinstance(output, FakeTensor)
+        if not dense or output.nbytes < LARGE:
+            return output.detach()
+        return cls(output.dtype, output.shape, checksum(output))
+
+
 @dataclass(frozen=True)
 class Observed:
     """What a run showed: types and tensors of the output, and of the arguments after the call; the buffers then; which
@@ -183,7 +205,7 @@ class Observed:
     projections of the gradients of weights and inputs, None where the backward pass raised (`broken`) or none was run.
     """
 
-    output: tuple[Any, list[torch.Tensor]]
+    output: tuple[Any, list[torch.Tensor | Digest]]
     arguments: tuple[Any, list[torch.Tensor]]
     buffers: list[tuple[str, torch.Tensor]]
     functions: tuple[str, ...]
@@ -193,6 +215,11 @@ class Observed:
     autograd: Description | None
     gradients: Mapping[str, torch.Tensor] | None
     broken: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the values of all outputs are kept."""
+        return not any(isinstance(output, Digest) for output in self.output[1])
 
 
 @dataclass
@@ -294,6 +321,10 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             attributes.restore()
             with grad_mode(not grad):
                 other = _observed_or_none(model, args, kwargs)
+            if other is not None and not seen.is_whole and _difference(other, seen, gradients=False) is not None:
+                seen = _observed(model, model, args, kwargs, whole=True)
+                with grad_mode(not grad):
+                    other = _observed_or_none(model, args, kwargs, whole=True)
             by_mode = other is None or _difference(other, seen, gradients=False) is not None
             if not by_mode and other is not None and not grad:
                 seen = other
@@ -325,21 +356,26 @@ def check_agrees(
     grad = preflight.grad is not False
     try:
         with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
-            ours = _observed(graph, model, args, kwargs, like=preflight.seen)
+            ours = _observed(graph, model, args, kwargs, like=preflight.seen, whole=preflight.seen.is_whole)
     except MemoryError:
         raise
     except Exception as fault:
         raise_of_handler(fault)
         raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault
     difference = _difference(ours, preflight.seen)
+    if difference is not None and not (ours.is_whole and preflight.seen.is_whole):
+        with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
+            preflight.seen = _observed(model, model, args, kwargs, whole=True)
+            ours = _observed(graph, model, args, kwargs, like=preflight.seen, whole=True)
+        difference = _difference(ours, preflight.seen)
     if difference is None and preflight.seen.autograd is not None and ours.autograd != preflight.seen.autograd:
         with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
-            preflight.seen = _observed(model, model, args, kwargs, backward=True)
+            preflight.seen = _observed(model, model, args, kwargs, backward=True, whole=ours.is_whole)
         difference = _difference(ours, preflight.seen)
     if difference is None:
         return
     with quiet(), eager(), fake_mode(model), same_attributes(model), grad_mode(grad):
-        again = _observed(model, model, args, kwargs, backward=True)
+        again = _observed(model, model, args, kwargs, backward=True, whole=preflight.seen.is_whole)
     if _difference(again, preflight.seen) is None:
         raise Disagreement(graph, difference, grad)
 
@@ -394,12 +430,14 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sta
         return model(*inputs, **named)
 
 
-def _observed_or_none(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observed | None:
+def _observed_or_none(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool = False
+) -> Observed | None:
     """Return what a run in the other gradient mode shows; None where the model refuses to run in it, as some do that
     differentiate in forward.
     """
     try:
-        return _observed(model, model, args, kwargs)
+        return _observed(model, model, args, kwargs, whole=whole)
     except MemoryError:
         raise
     except Exception as fault:
@@ -462,6 +500,7 @@ def _observed(
     kwargs: Mapping[str, Any],
     like: Observed | None = None,
     backward: bool = False,
+    whole: bool = False,
 ) -> Observed:
     """Run once, in the gradient mode that is on.
 
@@ -471,6 +510,7 @@ def _observed(
         like: another run. Backward runs where gradients are on and the autograd graph is not that of `like`; without
             `like`, where not all of the graph is visible.
         backward: whether backward runs in any case.
+        whole: whether the values of large outputs are kept.
     """
     inputs, named = copied(args, kwargs)
     with same_values(model):
@@ -494,13 +534,12 @@ def _observed(
         autograd = describe(_differentiable(tensors), parameters, leaves) if visible else None
         same = autograd is not None and (like is None or autograd == like.autograd)
         gradients, broken = _gradients(tensors, leaves | parameters) if differentiates and not same else (None, "")
-    output_seen, arguments = (
-        (_types(value), [tensor.detach() for tensor in _tensors(value)]) for value in (output, (inputs, named))
-    )
+    outputs = [tensor.detach() if whole else Digest.of(tensor) for tensor in tensors]
+    changed = (inputs, named)
     recomputes = use.recomputes or bool(reentrant)
     return Observed(
-        output_seen,
-        arguments,
+        (_types(output), outputs),
+        (_types(changed), [tensor.detach() for tensor in _tensors(changed)]),
         buffers,
         tuple(sorted(functions)),
         recomputes,
@@ -578,7 +617,7 @@ def _difference(ours: Observed, theirs: Observed, gradients: bool = True) -> Dif
     if gradients and theirs.gradients is not None:
         if ours.gradients is None:
             return Difference(f"its backward pass raises {ours.broken}")
-        dtypes = {output.dtype for output in theirs.output[1] if output.is_floating_point()}
+        dtypes = {output.dtype for output in theirs.output[1] if output.dtype.is_floating_point}
         return _other_gradients(ours.gradients, theirs.gradients, dtypes)
     return None
 
@@ -604,9 +643,11 @@ def _other_gradients(
     return Difference(f"the gradient of {worst} is off by {wrong[worst]:.1e} of its scale{more}", tuple(wrong))
 
 
-def _apart(one: torch.Tensor, other: torch.Tensor) -> str | None:
+def _apart(one: torch.Tensor | Digest, other: torch.Tensor | Digest) -> str | None:
     if one.shape != other.shape or one.dtype != other.dtype:
         return f"{one.dtype} {tuple(one.shape)} for {other.dtype} {tuple(other.shape)}"
+    if isinstance(one, Digest) or isinstance(other, Digest):
+        return None if isinstance(one, Digest) and isinstance(other, Digest) and one == other else "another by its bits"
     without_values = isinstance(one, FakeTensor) and isinstance(other, FakeTensor)
     if without_values or one.is_nested or one.is_sparse or one.numel() == 0 or torch.equal(one, other):
         return None

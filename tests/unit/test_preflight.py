@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.capture import preflight
 from lorasc_fx.capture.preflight import Disagreement, check_agrees, first_difference, run_preflight
 from tests.kit.errors import raises
 from tests.kit.state import variant_count
@@ -524,3 +525,33 @@ def test_the_first_module_that_differs(wrong: str) -> None:
         check_agrees(graph, trial, model, *call)
     assert first_difference(caught.value, model, *call) == ("0" if wrong == "gradients" else "2") + " (Linear)"
     check_agrees(model, trial, model, *call)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-7, 1.1], ids=["bits", "rounding", "values"])
+def test_of_a_large_output_the_bits_are_compared_first(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No values are kept; only where bits differ both are run again for them."""
+    monkeypatch.setattr(preflight, "LARGE", 4 * 5 * 4)
+    torch.manual_seed(3)
+    model, runs, observed = nn.Linear(5, 5), list[str](), preflight._observed
+
+    def noted(call: Callable[..., Any], *rest: Any, **options: Any) -> preflight.Observed:
+        runs.append("model" if call is model else "graph")
+        return observed(call, *rest, **options)
+
+    monkeypatch.setattr(preflight, "_observed", noted)
+
+    def graph(x: torch.Tensor) -> torch.Tensor:
+        output = F.linear(x, model.weight, model.bias)
+        return output if factor == 1 else output * factor
+
+    call = (torch.randn(4, 5),), {}
+    trial = run_preflight(model, *call)
+    assert isinstance(trial.seen.output[1][0], preflight.Digest)
+    runs.clear()
+    if factor < 1.05:
+        check_agrees(graph, trial, model, *call)
+        assert trial.seen.is_whole == (factor != 1)
+    else:
+        with pytest.raises(Disagreement, match="an output is off by"):
+            check_agrees(graph, trial, model, *call)
+    assert runs[:3] == (["graph"] if factor == 1 else ["graph", "model", "graph"])
