@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from lorasc_fx.shards import local
 
@@ -47,8 +47,9 @@ def checksum(tensor: torch.Tensor) -> int:
     bare = bare.reshape(1) if bare.dim() == 0 else bare
     if bare.device.type != "cpu":
         return (total * MULTIPLIER + device_sum(bare)) % (1 << 64)
-    for block in _blocks(bare, HOST_BLOCK // bare.element_size()):
-        total = (total * MULTIPLIER + _host_sum(block.contiguous())) % (1 << 64)
+    with _disable_current_modes():  # nobody counts or fakes these operations
+        for block in _blocks(bare, HOST_BLOCK // bare.element_size()):
+            total = (total * MULTIPLIER + _host_sum(block.contiguous())) % (1 << 64)
     return total
 
 

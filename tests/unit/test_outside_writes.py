@@ -10,11 +10,13 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
@@ -363,3 +365,18 @@ def test_checksums_are_of_the_bits_in_order(
 def test_tensors_without_numbers_have_checksums() -> None:
     assert checksum(torch.empty(2, 3, device="meta")) != checksum(torch.empty(3, 2, device="meta"))
     assert checksum(torch.empty(0, 3)) != checksum(torch.empty(3, 0))
+
+
+def test_no_mode_sees_how_a_checksum_is_made() -> None:
+    seen: list[str] = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    tensor = torch.randn(64, 64)
+    with Counter():
+        found = checksum(tensor)
+    assert found == checksum(tensor)
+    assert set(seen) <= {"aten.detach.default"}
