@@ -138,7 +138,11 @@ def _costs(name: str, repeats: int) -> dict[str, Any]:
 
 
 def _start(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Measure what comes before the first step; what needs no model of the table stands under `once`."""
+    """Measure what comes before the first step; what needs no model of the table stands under `once`.
+
+    On one thread: the others wait for Python most of the time, and their waiting would count.
+    """
+    pin(1)
     start.start(WORKS["tiny"], 1)  # imports, and what is done once in a process
     imports, calls = start.import_seconds(max(options.repeats, 2)), start.call(options.rounds)
     found: dict[str, Any] = {"once": {"import": imports, "call": calls}}
@@ -150,6 +154,7 @@ def _start(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
         gc.collect()
         found[name]["memory"] = resident_all(name, options.threads, STARTS) if can_measure() else {}
         print(f"\n{report.start_table({name: found[name]})}", flush=True)
+    pin(options.threads)
     return found
 
 
