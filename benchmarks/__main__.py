@@ -138,20 +138,15 @@ def _costs(name: str, repeats: int) -> dict[str, Any]:
 
 
 def _start(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Measure what comes before the first step; what needs no model of the table stands under `once`.
-
-    On one thread: the others wait for Python most of the time, and their waiting would count.
-    """
+    """Measure what comes before the first step; what needs no model of the table stands under `once`."""
     pin(1)
-    start.start(WORKS["tiny"], 1)  # imports, and what is done once in a process
     imports, calls = start.import_seconds(max(options.repeats, 2)), start.call(options.rounds)
     found: dict[str, Any] = {"once": {"import": imports, "call": calls}}
     print(f"\n{report.call_table(found['once'])}", flush=True)
     found["once"]["graph breaks"] = {name: start.graph_breaks(name, options.repeats) for name in start.BROKEN}
     print(f"\n{report.graph_breaks_table(found['once'])}", flush=True)
     for name in names:
-        found[name] = start.start((WORKS | STARTED)[name], options.repeats)
-        gc.collect()
+        found[name] = start.apart(name, options.repeats)
         found[name]["memory"] = resident_all(name, options.threads, STARTS) if can_measure() else {}
         print(f"\n{report.start_table({name: found[name]})}", flush=True)
     pin(options.threads)

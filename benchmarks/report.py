@@ -259,11 +259,12 @@ def _started(rows: Rows) -> str:
     return f"""
 `import lorasc_fx` takes {seconds["lorasc_fx"]:.2f} CPU seconds after `import torch` ({seconds["torch"]:.2f}).
 
-On one thread: CPU seconds of `adapt` and of a `load` without inputs, on two examples, beside a forward, a backward and
-`torch.export.export` alone. `adapt` has three forwards in it, by which the graph is held against the model, and two
-backwards where their autograd graphs differ; *again* is `adapt` of another model in the same state; *first call* makes
-the graph after `load`. *Added* is what `adapt` adds to a process at its peak, with W0 in memory, and by
-`base=FOLDER` with W0 in files; *of a forward* is what a forward alone adds, with its autograd graph.
+On one thread, each model in a process of its own: CPU seconds of `adapt` and of a `load` without inputs, on two
+examples, beside a forward, a backward and `torch.export.export` alone. `adapt` has three forwards in it, by which the
+graph is held against the model, and two backwards where their autograd graphs differ; *again* is `adapt` of another
+model in the same state; *first call* makes the graph after `load`. *Added* is what `adapt` adds to a process at its
+peak, with W0 in memory, and by `base=FOLDER` with W0 in files; *of a forward* is what a forward alone adds, with its
+autograd graph.
 
 {start_table({name: row for name, row in rows.items() if name != "once"})}
 

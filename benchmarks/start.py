@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import subprocess
 import sys
 import tempfile
@@ -30,8 +31,8 @@ from tests.models.entry import built
 from tests.models.zoo import ZOO
 
 from .costs import clocked
-from .measure import Turn, alternate, ratio
-from .models import Work
+from .measure import Turn, alternate, keep_freed, pin, ratio
+from .models import STARTED, WORKS, Work
 from .rivals import adapted, wrapped
 from .transitions import Seconds, train
 
@@ -41,6 +42,7 @@ __all__ = [
     "LAYERS",
     "STARTS",
     "WIDTH",
+    "apart",
     "call",
     "decoder",
     "graph_breaks",
@@ -108,6 +110,16 @@ def start(work: Work, repeats: int) -> dict[str, Any]:
         del loaded
         gc.collect()
     return {"title": work.title, **{name: min(each.cpu for each in found[name]) for name in STARTS}}
+
+
+def apart(name: str, repeats: int) -> dict[str, Any]:
+    """Return `start` of a model in a process of its own, on one thread: other threads wait for Python most of the time,
+    which would count, and what a process has captured before makes it slower.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.start", name, str(repeats)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def graph_breaks(name: str, repeats: int) -> dict[str, float]:
@@ -219,3 +231,10 @@ def _compared(rivals: dict[str, nn.Module], rounds: int, run: Callable[[nn.Modul
 
 def _nothing() -> None:
     """Prepare nothing: gradients add up in place."""
+
+
+if __name__ == "__main__":
+    pin(1)
+    keep_freed()
+    start(WORKS["tiny"], 1)  # imports, and what is done once in a process
+    print(json.dumps(start((WORKS | STARTED)[sys.argv[1]], int(sys.argv[2]))))
