@@ -30,7 +30,7 @@ PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 @cache
-def is_faster() -> bool:
+def onednn_is_faster() -> bool:
     """Whether the processor has AVX-512, and is one on which MKL does not use it."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
@@ -53,9 +53,9 @@ def grouped(op: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tens
     """Return what a grouped product computes, inside an autograd Function: x [rows, in] sorted by expert, weight
     [experts, in, out], offs [experts] the end of each expert's rows. Rows of no expert are zero.
     """
-    ends = offs.tolist()
-    if not ends or not _takes(x, weight[0].t(), None):
+    if not len(weight) or not _takes(x, weight[0].t(), None):
         return op(x, weight, offs)
+    ends = offs.tolist()
     rows = zip([0, *ends[:-1]], ends, weight, strict=True)
     parts = [product("mm", x[start:end], matrix, None) for start, end, matrix in rows]
     return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.shape[2])])
@@ -76,7 +76,7 @@ def _takes(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> bo
     """Whether oneDNN computes `x rows^T + bias`: large plain tensors, which nobody differentiates, traces or counts."""
     return (
         _is_large(x, rows)
-        and is_faster()
+        and onednn_is_faster()
         and not torch.is_grad_enabled()
         and torch._C._get_mkldnn_enabled()
         and all(type(each) in (torch.Tensor, torch.nn.Parameter) for each in (x, rows))
@@ -113,11 +113,9 @@ class _FrozenProduct(torch.autograd.Function):
 
 def _frozen(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return what the op computes; with a backward by oneDNN where weight and bias are frozen and it gains."""
-    if not _is_large(x, weight if op == "linear" else weight.t()) or any(
-        each is not None and each.requires_grad for each in (weight, bias)
-    ):
-        return PRODUCTS[op](x, weight, bias)
-    if torch.is_autocast_enabled("cpu") or not by_hand(x, weight):
+    large = _is_large(x, weight if op == "linear" else weight.t())
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not large or trained or torch.is_autocast_enabled("cpu") or not by_hand(x, weight):
         return PRODUCTS[op](x, weight, bias)
     return apply(_FrozenProduct, x, weight, bias, op)
 
@@ -169,7 +167,9 @@ def for_frozen(target: Any) -> Callable[..., torch.Tensor] | None:
     where nothing is gained.
     """
     is_op = isinstance(target, torch._ops.OpOverload) or target is F.linear
-    return _FROZEN.get("aten.linear.default" if target is F.linear else str(target)) if is_op and is_faster() else None
+    if not is_op or not onednn_is_faster():
+        return None
+    return _FROZEN.get("aten.linear.default" if target is F.linear else str(target))
 
 
 def gains(target: Any, device: torch.device, dtype: torch.dtype | None) -> bool:

@@ -459,6 +459,17 @@ def test_the_frozen_step_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == pytest.approx(dense + 100 * (WIDE + TURNED) + 1e4 * DEEP, rel=1e-12)
 
 
+def test_what_oneDNN_gains_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of the two products with a weight; those of two inputs stay what they are."""
+    monkeypatch.setattr("lorasc_fx.cost.placement.WORTH", 1)
+    lines = dict.fromkeys(OPS, Line(0, 0)) | {"dense": Line(0, 3), "frozen": Line(0, 1)}
+    graph = exported(Mixed(), torch.randn(MIXED))
+    for faster in (True, False):
+        monkeypatch.setattr("lorasc_fx.branch.products.onednn_is_faster", lambda faster=faster: faster)
+        found = expect(graph, graph, lambda device, dtype: Rates(lines)).branches
+        assert found == (-2 * 2 * OUT if faster else 0)
+
+
 def test_a_branch_beside_a_grouped_product_costs_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows [40, 5] meet one matrix [5, 7] each, however many experts there are."""
     monkeypatch.setattr("lorasc_fx.cost.placement.WORTH", 1)

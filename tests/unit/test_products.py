@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         counted["backward" if bias is None else "forward"] += 1
         return onednn(x, rows, bias)
 
-    monkeypatch.setattr(products, "is_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "_onednn", count)
     return counted
 
