@@ -136,8 +136,10 @@ def test_what_is_traced_counted_cast_or_differentiated_twice_takes_plain_ops(cal
     with FlopCounterMode(display=False) as flops:
         (cascade(leaf) ** 2).sum().backward()
     assert flops.get_total_flops() >= 6 * 2 * ROWS * WIDE**2
+    beside = adapted(Net(), x, placement="beside")  # whose first product reads the input, in fp32
     with torch.autocast("cpu", torch.bfloat16):
         gradients(cascade, x)
+        gradients(beside, x)
     torch.func.grad(lambda x: cascade(x).sum())(x)
     assert not calls
 
