@@ -82,8 +82,9 @@ deviation from 1.00 is measurement noise. *Floor*: the flops of the low-rank pro
 {_placed(results.get("placement", {}))}{_compiled(results.get("compiled", {}))}
 MiB that autograd keeps between forward and backward, without parameters and buffers. *Allowed* is what the frozen model
 keeps together with the inputs of the branches. Two columns are with adapter dropout of {DROPOUT:g}. *Resident* is the
-peak of a process that holds only this model, while it trains; interpreter and libraries are in it. *base=FOLDER* is
-ours with W0 in files.
+peak of a process that holds only this model, while it trains; interpreter and libraries are in it. Ours copies W0
+before the first write, when the first stage ends, so that *ours* is of the second stage. *base=FOLDER* is ours with W0
+in files.
 
 {memory_table(results["steps"])}
 
@@ -220,7 +221,7 @@ def compiled_table(rows: Rows) -> str:
 
 def memory_table(rows: Rows, device: str = "cpu") -> str:
     """Return the table of memory, in MiB: of a process, or on a GPU of what torch has allocated there."""
-    peak = "resident" if device == "cpu" else "allocated"
+    peak, rivals = "resident" if device == "cpu" else "allocated", ("frozen", "full", "peft", "ours")
 
     def cells(row: Mapping[str, Any]) -> Iterable[str]:
         kept, dropped, resident = row["activation"], row["activation with dropout"], row.get("resident", {})
@@ -228,13 +229,14 @@ def memory_table(rows: Rows, device: str = "cpu") -> str:
         yield from (_mib(kept[name]) for name in ("frozen", "full", "peft", "ours"))
         yield f"{kept['ours'] / kept['allowed']:.2f}"
         yield from (_mib(dropped.get(name)) for name in ("peft", "ours"))
-        yield from (_mib(resident.get(name, {}).get("step")) for name in ("frozen", "full", "peft", "ours"))
+        yield from (_mib(resident.get(name, {}).get("step")) for name in rivals)
         yield _mib(resident.get("ours", {}).get("sites"))
+        yield _mib(resident.get("ours", {}).get("first"))
         yield _mib(resident.get("ours-file", {}).get("step"))
 
     head = ("model", "frozen", "full", "peft", "ours", "ours / allowed", "peft, dropout", "ours, dropout")
     return table(
-        (*head, *(f"{peak}: {name}" for name in ("frozen", "full", "peft", "ours", "W0 in it", "base=FOLDER"))),
+        (*head, *(f"{peak}: {name}" for name in (*rivals, "W0 in it", "ours, first stage", "base=FOLDER"))),
         map(cells, rows.values()),
     )
 
@@ -262,9 +264,9 @@ def _started(rows: Rows) -> str:
 On one thread, each model in a process of its own: CPU seconds of `adapt` and of a `load` without inputs, on two
 examples, beside a forward, a backward and `torch.export.export` alone. `adapt` has three forwards in it, by which the
 graph is held against the model, and two backwards where their autograd graphs differ; *again* is `adapt` of another
-model in the same state; *first call* makes the graph after `load`. *Added* is what `adapt` adds to a process at its
-peak, with W0 in memory, and by `base=FOLDER` with W0 in files; *of a forward* is what a forward alone adds, with its
-autograd graph.
+model in the same state, and *with noise* the same with noise, for which W0 is copied; *first call* makes the graph
+after `load`. *Added* is what `adapt` adds to a process at its peak, without and with noise, and by `base=FOLDER` with
+W0 in files; *of a forward* is what a forward alone adds, with its autograd graph.
 
 {start_table({name: row for name, row in rows.items() if name != "once"})}
 
@@ -291,9 +293,10 @@ def start_table(rows: Rows) -> str:
         memory = row.get("memory", {})
         kept = memory.get("start", {})
         yield from (_mib(kept.get(what)) for what in ("weights", "sites", "forward", "added"))
-        yield _mib(memory.get("start-file", {}).get("added"))
+        yield from (_mib(memory.get(name, {}).get("added")) for name in ("start-noise", "start-file"))
 
-    bound, added = "adapt / (1.5 export + 3 forward + backward)", ("MiB added", "added, base=FOLDER")
+    bound = "adapt / (1.5 export + 3 forward + backward)"
+    added = ("MiB added", "added, noise", "added, base=FOLDER")
     head = ("model", *STARTS, bound, "MiB of weights", "of sites", "of a forward", *added)
     return table(head, map(cells, rows.values()))
 

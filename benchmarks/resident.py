@@ -4,7 +4,7 @@ The peak of a process is one number for all that it did, so each rival has a pro
 rival was built. What is reported is the whole process: interpreter and libraries, weights, W0, gradients, activations.
 Large blocks have mappings of their own (`MALLOC_MMAP_THRESHOLD_`), so that a hole that is left in the heap is no part
 of it: by glibc's moving threshold it is, and how many there are depends on the number of threads.
-With `start` or `start-file` as the rival it is what `adapt` adds at its peak to a process that holds the model. On
+With one of STARTS as the rival it is what `adapt` adds at its peak to a process that holds the model. On
 `cuda` it is what torch has allocated on the device at its peak (`torch.cuda.max_memory_allocated`).
 """
 
@@ -29,8 +29,8 @@ __all__ = ["STARTS", "can_measure", "resident", "resident_all", "started"]
 
 RIVALS = ("frozen", "ours", "ours-file", "peft", "full")
 """`ours-file` is ours with W0 in the files that the model was saved to."""
-STARTS = ("start", "start-file")
-"""What keeps W0 while `adapt` is measured: memory, or the files that the model was saved to."""
+STARTS = ("start", "start-noise", "start-file")
+"""What keeps W0 while `adapt` is measured: memory, with noise a copy in it, or files that the model was saved to."""
 
 _REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -51,8 +51,9 @@ def _set_back() -> None:
 
 
 def resident(name: str, rival: str, threads: int, device: str = "cpu") -> dict[str, int]:
-    """Return bytes: `built`, the peak while the rival is made, and `step`, the peak of three steps after that; of ours
-    also `sites`, what W0 takes.
+    """Return bytes: `built`, the peak while the rival is made, and `step`, the peak of three steps after that. Of ours
+    these are steps of the second stage, as W0 is copied when the first one ends; and there are `first`, the peak of
+    steps before, and `sites`, what W0 takes.
     """
     import torch
     from safetensors.torch import save_model
@@ -76,13 +77,21 @@ def resident(name: str, rival: str, threads: int, device: str = "cpu") -> dict[s
         else:
             found = make(rival, work, model, batch)
         built = peak_of()
-        set_back()
-        for _ in range(3):
-            found.prepare()
-            found.step()
-        peak = peak_of()
-    sites = {"sites": _of_sites(found.model)} if isinstance(found.model, lx.Cascade) else {}
-    return {"built": built, "step": peak, **sites}
+
+        def peak_of_steps() -> int:
+            set_back()
+            for _ in range(3):
+                found.prepare()
+                found.step()
+            return peak_of()
+
+        peak, more = peak_of_steps(), dict[str, int]()
+        if isinstance(found.model, lx.Cascade):
+            more = {"first": peak, "sites": _of_sites(found.model)}
+            found.model.zero_grad(set_to_none=True)
+            found.model.transition(None)
+            peak = peak_of_steps()
+    return {"built": built, "step": peak, **more}
 
 
 def started(name: str, rival: str, threads: int) -> dict[str, int]:
@@ -97,14 +106,15 @@ def started(name: str, rival: str, threads: int) -> dict[str, int]:
 
     from .measure import pin
     from .models import STARTED, WORKS
-    from .rivals import RANK, adapted
+    from .rivals import NOISE, RANK, adapted
 
     pin(threads)
     adapted(WORKS["tiny"], WORKS["tiny"].build(), WORKS["tiny"].batch()).release()
     work = (WORKS | STARTED)[name]
     model, batch = work.build(), work.batch()
     batch = {key: value[:2] for key, value in batch.items()}
-    spec = lx.CascadeSpec(targets=work.targets, rank=RANK)
+    noise = lx.Noise(NOISE if rival == "start-noise" else 0.0)
+    spec = lx.CascadeSpec(targets=work.targets, rank=RANK, noise=noise)
     with tempfile.TemporaryDirectory() as folder:
         if rival == "start-file":
             save_model(model, f"{folder}/model.safetensors")

@@ -16,6 +16,7 @@ from .models import Work
 from .transitions import train
 
 __all__ = [
+    "NOISE",
     "RANK",
     "RIVALS",
     "Rival",
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 RANK = 8
+NOISE = 0.1
+"""Of the starts with noise; its strength costs nothing."""
 
 RIVALS = ("frozen", "ours", "peft", "full", "folded")
 

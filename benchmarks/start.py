@@ -4,8 +4,8 @@ Models with graph breaks stand beside the first call that dynamo makes of them w
 
 `adapt` runs the model and its graph, three forwards and where their autograd graphs differ two backwards, to see that
 they do the same, and exports it; so it stands beside `torch.export.export` alone, for these sizes only, a forward and a
-backward; `again` is that of another model of the same state, which uses the graph of the first. `load` has no inputs:
-the first call makes the graph.
+backward; `again` is that of another model of the same state, which uses the graph of the first, and `with noise` is
+that again with noise, so that W0 is copied and noise drawn. `load` has no inputs: the first call makes the graph.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.models.zoo import ZOO
 from .costs import clocked
 from .measure import Turn, alternate, keep_freed, pin, ratio
 from .models import STARTED, WORKS, Work
-from .rivals import adapted, wrapped
+from .rivals import NOISE, adapted, wrapped
 from .transitions import Seconds, train
 
 __all__ = [
@@ -51,7 +51,7 @@ __all__ = [
     "start",
 ]
 
-STARTS = ("forward", "backward", "export", "adapt", "again", "load", "first call")
+STARTS = ("forward", "backward", "export", "adapt", "again", "with noise", "load", "first call")
 CALLS = ("forward", "forward and backward", "token of generate", "token inside weights('slow')")
 BATCH = 2
 """Examples of the batch that a model starts with."""
@@ -103,6 +103,10 @@ def start(work: Work, repeats: int) -> dict[str, Any]:
             del cascade, optimizer
             gc.collect()  # what has no room in memory counts in the next
             clocked(found["again"], partial(adapted, work, copy.deepcopy(model), batch))
+            gc.collect()
+            noisy = partial(adapted, work, copy.deepcopy(model), batch, noise=lx.Noise(NOISE))
+            clocked(found["with noise"], noisy)
+            del noisy
             gc.collect()
             loaded = clocked(found["load"], partial(lx.load, folder, copy.deepcopy(model)))
         forget()

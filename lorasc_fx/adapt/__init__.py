@@ -23,6 +23,7 @@ from lorasc_fx.capture import (
     FRONTENDS,
     Calls,
     check_binds,
+    first_checksums,
     is_on_meta,
     open_model,
     signature_of,
@@ -79,9 +80,11 @@ def adapt(
             leaving no trace, to see what it does and that its graph does the same.
         spec: what is asked, see `CascadeSpec`; or a `peft.LoraConfig`, where the rest is as in `CascadeSpec()`.
         frontend: `export`, `dynamo`, `symbolic`, `graph-breaks`, or `auto`, the first that takes the model.
-        base: what keeps W0 of the sites: `memory`, a copy on the host; the path of a safetensors file, or of a folder
-            with `model.safetensors` or its shards, which is mapped and not read; or `file`, the folder that a model of
-            transformers was loaded from. These files have to hold the model's numbers, and to stay as they are.
+        base: what keeps W0 of the sites: `memory`, a copy on the host, which of weights that lie there is made before
+            something is first written to them (noise, the end of a stage, `weights`); the path of a safetensors file,
+            or of a folder with `model.safetensors` or its shards, which is mapped and not read; or `file`, the folder
+            that a model of transformers was loaded from. These files have to hold the model's numbers, and to stay as
+            they are.
 
     Returns:
         The cascade. The model's parameters now hold the start of stage 1 (with noise, if asked for) and need no
@@ -271,11 +274,13 @@ def _adapt(
     for name, parameter in weights.parameters.items():
         parameter.requires_grad_(name in trained)
     decided: Decided
+    summed: Mapping[str, int] = {}
     if waits:
         decided = compiler.decide(opened, plan)
     else:
         begun = time.monotonic()
-        decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
+        with first_checksums(opened) as summed:
+            decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
         sites, seconds = len(made.plan.sites), time.monotonic() - begun
         log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)
     example = (tuple(args), dict(kwargs or {})) if not waits else None
@@ -288,7 +293,7 @@ def _adapt(
         Cascade.__init__(cascade := into, run, compiler, decided, example, flags, joined)
     undo(cascade._usage.disarm)
     cascade._usage.arm(run)
-    run.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty)
+    run.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty, summed)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
         _ADAPTED[parameter] = ref(cascade)

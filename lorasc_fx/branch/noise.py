@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -82,8 +83,9 @@ def noise_size(
 
 def draw(
     noise: Noise, seed: int, stage: int, name: str, shape: torch.Size, step: int = 0, shard: ShardSpec | None = None
-) -> torch.Tensor:
-    """Return the unscaled noise of this address, in fp32 on the CPU.
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    """Yield the unscaled noise of this address by blocks: where each lies in the weight, and its numbers, in fp32 on
+    the CPU.
 
     Step 0 is the start of the stage. With a shard the shape is that of the shard, whose numbers are those that it has
     in the whole weight: of blocks that lie in it in part, the rest is drawn and dropped.
@@ -92,17 +94,28 @@ def draw(
     full = shape if shard is None else shard.full_shape(shape)
     if noise.key == "weight":
         drawn = distribution.draw(full, generator(seed, stage, purpose, name))
-        return drawn if shard is None else shard.take(drawn).clone()
+        yield (), drawn if shard is None else shard.take(drawn).clone()
+        return
     firsts = [0] * len(full)
     if shard is not None:
         firsts[shard.axis] = shard.first
-    out = torch.empty(shape)
     axes = [_pieces(*axis) for axis in zip(firsts, shape, full, block_of(full), strict=True)]
-    for pieces in itertools.product(*axes) if out.numel() else ():
+    for pieces in itertools.product(*axes) if math.prod(shape) else ():
         index, sizes, places, parts = zip(*pieces, strict=True)
         source = generator(seed, stage, f"block {index} of {purpose}", name)
-        out[places] = distribution.draw(torch.Size(sizes), source)[parts]
-    return out
+        yield places, distribution.draw(torch.Size(sizes), source)[parts]
+
+
+def add_noise(
+    out: torch.Tensor, blocks: Iterable[tuple[tuple[slice, ...], torch.Tensor]], size: torch.Tensor | float
+) -> None:
+    """Add what `draw` yields, times a size that broadcasts over the weight, as `out += noise * size` would.
+
+    By blocks, which stay in the cache: no tensor of the weight's shape is made.
+    """
+    sizes = size.expand(out.shape) if isinstance(size, torch.Tensor) else None
+    for places, drawn in blocks:
+        out[places].add_(drawn.to(out).mul_(sizes[places] if sizes is not None else size))
 
 
 def _pieces(first: int, here: int, full: int, size: int) -> list[tuple[int, int, slice, slice]]:

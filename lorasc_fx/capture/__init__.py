@@ -20,6 +20,7 @@ from lorasc_fx.capture.guards import Guards
 from lorasc_fx.capture.isolation import (
     call_recorder,
     device_of,
+    first_checksums,
     has_values,
     is_on_meta,
     isolated_model,
@@ -76,6 +77,7 @@ __all__ = [
     "copied",
     "device_of",
     "eager_trace",
+    "first_checksums",
     "first_difference",
     "forget",
     "is_on_meta",

@@ -162,6 +162,16 @@ def written_by(model: nn.Module, otherwise: frozenset[str] = frozenset()) -> fro
     return _WRITTEN.get(model, otherwise)
 
 
+_SUMMED: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
+
+
+@isolated
+def first_checksums(undo: Block[Any], model: nn.Module) -> dict[str, int]:
+    """Return what gets the checksums of the parameters that a first run in this block has left as they were."""
+    undo(partial(_SUMMED.pop, model, None))
+    return _SUMMED.setdefault(model, {})
+
+
 @dataclass(frozen=True)
 class Attributes:
     """The Python state of a model: the contents of its holders, and the values of the tensors in them."""
@@ -404,6 +414,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
                 code="unseen-write",
             )
         _WRITTEN[model] = frozenset(written)
+        _SUMMED.get(model, {}).update({name: before[name] for name in unseen})
 
     undo(put_back)
     if lazily:

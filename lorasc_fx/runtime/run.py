@@ -26,7 +26,7 @@ from lorasc_fx.runtime.optim import check_holds, check_rates, groups, put_state,
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned, check_attention, check_wrappers
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.state import Expert, Part, SlowWeights
+from lorasc_fx.state import Expert, Part, Room, SlowWeights, keep_base
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
 log = logging.getLogger("lorasc_fx")
@@ -183,15 +183,17 @@ class Run:
         undo: Undo,
         rules: Mapping[str, TrainRule] | None = None,
         empty: bool = False,
+        summed: Mapping[str, int] | None = None,
     ) -> None:
         """Begin: what is trained in full is known, the sites' W0 is kept, and the first stage's noise is drawn.
 
         `rules` are those of the spec's train_rules that mean some of the parameters. An `empty` one waits for a slow
-        state and branches from elsewhere: no factors are taken out of its weights.
+        state and branches from elsewhere: no factors are taken out of its weights. `summed` are known checksums of
+        parameters.
         """
         self.slow = self.slow.with_trained(trained, rules or {})
         if self.holds_numbers:
-            self.know_sites(undo, empty)
+            self.know_sites(undo, empty, summed)
 
     def grow(self, decided: Decided, undo: Undo | None = None) -> None:
         """Take over sites, refusals and branches that came with a new graph, all or nothing, or as a part of more."""
@@ -217,7 +219,7 @@ class Run:
                 "late-sites",
             )
 
-    def know_sites(self, undo: Undo, empty: bool = False) -> None:
+    def know_sites(self, undo: Undo, empty: bool = False, summed: Mapping[str, int] | None = None) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
         undo(self.pending.restorer())
         parameters = self.parameters_by_name()
@@ -255,7 +257,7 @@ class Run:
         written = known if (noise.is_on or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not empty:  # else they are written next
-            self.note_weights(name for name in known if name not in written)
+            self.note_weights((name for name in known if name not in written), summed)
         if not self.is_sharded or self.is_parallel:  # FSDP has other hooks
             self.pending.arm(self.trainable().values())
         if noise.follows_steps:
@@ -303,9 +305,11 @@ class Run:
         undo(self.restorer())
         undo(self._values_restorer(planned))
 
+        room = Room()
+
         def put_back(name: str, out: torch.Tensor) -> None:
             if name in slow.states:
-                slow.write_resting(name, plan, out)
+                slow.write_resting(name, plan, out, room)
             elif name in planned.live:
                 out.copy_(planned.live[name])
             elif name not in slow.trained:  # whose value is put back from a copy
@@ -315,11 +319,13 @@ class Run:
             if name in planned.live:
                 out.copy_(planned.live[name])
             else:
-                planned.slow.write_resting(name, planned.plan, out)
+                planned.slow.write_resting(name, planned.plan, out, room)
 
         pages = self.base_file.pages() if self.base_file is not None else MappedPages()
 
         def write(name: str, out: torch.Tensor) -> None:
+            if name in planned.slow.states:
+                keep_base(planned.slow.states[name].base, out)
             (planned.write or write_resting)(name, out)
             if name in planned.slow.states:
                 pages.release(planned.slow.states[name].base)
@@ -606,11 +612,15 @@ class Run:
         """Names of the sites whose weights are quantized."""
         return tuple(name for name, state in self.slow.states.items() if is_quantized(state.base))
 
-    def note_weights(self, written: Iterable[str] | None = None) -> None:
-        """Take the checksums of weights that were written here, by default of all; those of others stay."""
-        parameters = self.weights_by_name()
+    def note_weights(self, written: Iterable[str] | None = None, summed: Mapping[str, int] | None = None) -> None:
+        """Take the checksums of weights that were written here, by default of all, but for those that are given; those
+        of others stay.
+        """
+        parameters, given = self.weights_by_name(), summed or {}
         names = parameters if written is None else [name for name in written if name in parameters]
-        self._checksums = self._checksums | checksums({name: parameters[name] for name in names})
+        taken = {name: given[name] for name in names if name in given}
+        new = checksums({name: parameters[name] for name in names if name not in taken})
+        self._checksums = {**self._checksums, **taken, **new}
         self._objects = {**self._objects, **{name: id(parameters[name]) for name in names}}
 
     def exchanged(self) -> bool:

@@ -10,8 +10,8 @@ from lorasc_fx.state.engine import (
     has_trained,
     start_weight,
 )
-from lorasc_fx.state.model import Part, SlowWeights, Trained
-from lorasc_fx.state.products import arithmetic, summing
+from lorasc_fx.state.model import Part, SlowWeights, Trained, keep_base
+from lorasc_fx.state.products import Room, arithmetic, summing
 from lorasc_fx.state.spectrum import effective_rank, norm_of, singular_values, slow_spectrum
 from lorasc_fx.state.weight import (
     Expert,
@@ -35,6 +35,7 @@ __all__ = [
     "InitialFactors",
     "KeptNoise",
     "Part",
+    "Room",
     "Side",
     "SlowWeights",
     "Trained",
@@ -51,6 +52,7 @@ __all__ = [
     "factors_of",
     "gain_of",
     "has_trained",
+    "keep_base",
     "norm_of",
     "scaled",
     "singular_values",

@@ -17,13 +17,13 @@ from dataclasses import replace
 import torch
 
 from lorasc_fx.branch import Branch, amplitude, draw
-from lorasc_fx.branch.noise import noise_size
+from lorasc_fx.branch.noise import add_noise, noise_size
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state.products import arithmetic, exact_products
+from lorasc_fx.state.products import Room, arithmetic, exact_products
 from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, Side, WeightState, Which
 
 _LOWER = "Lower the learning rate or clip gradients"
@@ -48,20 +48,30 @@ def start_weight(
     return start
 
 
-def write_start(out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, noisy: bool, step: int) -> None:
-    """Write what `start_weight` returns into `out`, in place: of extra memory there is the noise, and where `out` is
-    narrower than the arithmetic the exact weight (without noise a block of it).
+def write_start(
+    out: torch.Tensor,
+    state: WeightState,
+    spec: CascadeSpec,
+    stage: int,
+    noisy: bool,
+    step: int,
+    room: Room | None = None,
+) -> None:
+    """Write what `start_weight` returns into `out`, in place: of extra memory there is a block of noise, and where
+    `out` is narrower than the arithmetic `room` for the exact weight (without noise a block of it).
     """
     if state.base.dtype not in (out.dtype, arithmetic(state.base.dtype)):  # a narrow weight that was cast since
         out.copy_(start_weight(state, spec, stage, noisy, out.device, step))
     else:
-        stage_noise(spec, noisy).write_start(out, state, spec, stage, step)
+        stage_noise(spec, noisy).write_start(out, state, spec, stage, step, room if room is not None else Room())
 
 
 class StageNoise:
     """The noise on a weight while a stage runs (`CascadeSpec.noise`): here there is none, as where no stage runs."""
 
-    def write_start(self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int) -> None:
+    def write_start(
+        self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int, room: Room
+    ) -> None:
         """Write the weight that the stage starts from, or has after a step, less what the branch took out of it."""
         state.write(out, "fast", arithmetic(state.base.dtype), state.taken_out)
 
@@ -73,19 +83,18 @@ class StageNoise:
 class DrawnNoise(StageNoise):
     """Noise of the key (seed, stage, step, weight), which is drawn again wherever it is needed."""
 
-    def write_start(self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int) -> None:
+    def write_start(
+        self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int, room: Room
+    ) -> None:
         """Write the weight with its noise, whose size is that of the weight before anything was taken out.
 
         Raises:
             SpecError: the weight has no finite size, or the noise takes it beyond its dtype.
         """
         dtype = arithmetic(state.base.dtype)
-        exact = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-        # Drawn before anything is written: where there is no memory for it, the weight is as it was.
-        key, shard = (spec.noise, spec.seed, stage, state.name, exact.shape, step), state.shard
-        noise = draw(*key, shard).to(exact) if not state.noises else None
+        exact = out if out.dtype == dtype else room.like(out, dtype)
         state.write(exact, "fast", dtype)
-        size = noise_size(spec.noise, exact, state.stacked, state.transposed, shard)
+        size = noise_size(spec.noise, exact, state.stacked, state.transposed, state.shard)
         top = size if isinstance(size, float) else float(size.max()) if size.numel() else 0.0
         if not math.isfinite(top):
             raise SpecError(
@@ -96,9 +105,7 @@ class DrawnNoise(StageNoise):
         if state.initial is not None:
             state.write(exact, "fast", dtype, state.taken_out)
         if top:
-            if noise is None:  # in the room that the kept noise had
-                noise = draw(*key, shard).to(exact)
-            exact += noise.mul_(size)
+            add_noise(exact, draw(spec.noise, spec.seed, stage, state.name, exact.shape, step, state.shard), size)
         if exact is not out:
             out.copy_(exact)
         if top > torch.finfo(out.dtype).max * torch.finfo(out.dtype).eps / 64 and not bool(torch.isfinite(out).all()):

@@ -20,7 +20,7 @@ from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import ProcessGroup, ShardSpec, local, local_like, shard_of
 from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_of, gain_of, has_trained, write_start
-from lorasc_fx.state.products import arithmetic
+from lorasc_fx.state.products import Room, arithmetic
 from lorasc_fx.state.weight import Side, Tree, WeightState, Which, ends_of
 
 AFFORDABLE = 1 << 20
@@ -165,14 +165,15 @@ class SlowWeights:
     ) -> SlowWeights:
         """Return the state that knows these weights as well; their present values are W0, kept on the host.
 
-        `mapped` are W0 of some of them, equal to the present values, kept where they are. Of a DTensor the state is
-        that of the shard that is here.
+        `mapped` are W0 of some of them, equal to the present values, kept where they are; of others W0 is the weight's
+        own memory where it can be (`keep_base` before a weight is written). Of a DTensor the state is that of the shard
+        that is here.
         """
         sites, mapped = plan.by_weight, mapped or {}
         new = {
             name: WeightState(
                 name,
-                mapped[name] if name in mapped else host(value),
+                mapped[name] if name in mapped else base_of(value),
                 stacked=name in sites and sites[name].experts is not None,
                 transposed=name in sites and sites[name].layout == "in_out",
                 shard=shard_of(value),
@@ -190,16 +191,16 @@ class SlowWeights:
             new[name] = Trained(base, {"slow": base.to(arithmetic(base.dtype)), "start": base}, rules.get(name))
         return replace(self, trained=new)
 
-    def write_resting(self, name: str, plan: Plan, out: torch.Tensor) -> None:
+    def write_resting(self, name: str, plan: Plan, out: torch.Tensor, room: Room | None = None) -> None:
         """Write what the parameter of this name holds between two steps, W_t or when idle the slow weight, into `out`;
-        of a parameter trained in full, what its stage started from.
+        of a parameter trained in full, what its stage started from. `room` is for one weight after the other.
         """
         if name in self.trained:
             out.copy_(self.trained[name].resting(self.idle))
         elif self.idle:
             self.write_value(name, "slow", out)
         else:
-            write_start(out, self.states[name], plan.spec, plan.stage, True, plan.step)
+            write_start(out, self.states[name], plan.spec, plan.stage, True, plan.step, room)
 
     def value(self, name: str, which: Which, like: torch.Tensor, branch: Branch | None = None) -> torch.Tensor:
         """Return weights of this name, rounded once to the dtype of `like`, on its device."""
@@ -347,3 +348,21 @@ def host(tensor: torch.Tensor) -> torch.Tensor:
     if is_quantized(tensor) or tensor.is_meta:
         return tensor.detach()
     return local(tensor).detach().to("cpu", copy=True)
+
+
+def base_of(weight: torch.Tensor) -> torch.Tensor:
+    """Return W0 of a weight: a copy in host memory; or the memory of the weight itself, of a plain parameter on the
+    host, until something is written to it.
+    """
+    on_host = type(weight) is nn.Parameter and weight.device.type == "cpu" and not weight.is_inference()
+    return weight.data if on_host and not is_quantized(weight) else host(weight)
+
+
+def keep_base(base: torch.Tensor, weight: torch.Tensor) -> None:
+    """Copy W0 if it is the weight's own memory, before something is written there. Every state that holds this tensor
+    has the copy then.
+    """
+    if is_quantized(base) or base.is_meta:
+        return
+    if base.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+        base.data = base.clone()

@@ -21,6 +21,23 @@ BLOCK = 1 << 21
 """Bytes of a block per thread. From 1 to 4 MiB measure the same; smaller ones cost calls, whole weights the cache."""
 
 
+class Room:
+    """Memory for a weight in the dtype of the arithmetic, that of one after the other: the system takes longer to give
+    a process new memory than the arithmetic takes.
+    """
+
+    def __init__(self) -> None:
+        self._held: torch.Tensor | None = None
+
+    def like(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return `torch.empty_like(weight, dtype=dtype)`; what was returned before may lie in the same memory."""
+        held, entries = self._held, weight.numel()
+        if held is None or held.numel() < entries or (held.dtype, held.device) != (dtype, weight.device):
+            self._held = held = None  # first
+            self._held = held = torch.empty(entries, dtype=dtype, device=weight.device)
+        return held.as_strided(weight.shape, torch.empty_like(weight, device="meta").stride())
+
+
 def accumulate(
     out: torch.Tensor,
     base: torch.Tensor,

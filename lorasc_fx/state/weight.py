@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
@@ -23,7 +23,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from lorasc_fx.branch.noise import draw
+from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.options import RESTARTS, split_evenly
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec
@@ -271,18 +271,10 @@ class WeightState(Tree):
         base, delta, pairs = self.terms(which, live, gain)
         pair = sum_of(pairs, dtype, out.device) if pairs else None
         delta = delta.view(self.base.shape) if delta is not None else None
-        draws = self._draws(out)
-        noise = next(draws, None)  # before anything is written: where there is no memory for it, `out` is as it was
         accumulate(out, base, dtype, delta, None if pair is None else (pair.b, pair.a), self.stacked)
-        for held in self.noises:
-            assert noise is not None
-            out += noise.mul_(held.amplitude)
-            noise = None  # one at a time
-            noise = next(draws, None)
-
-    def _draws(self, out: torch.Tensor) -> Iterator[torch.Tensor]:
         for kept in self.noises:
-            yield draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, shard=self.shard).to(out)
+            drawn = draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, shard=self.shard)
+            add_noise(out, drawn, kept.amplitude)
 
     def terms(
         self, which: Which, live: Factors | None, gain: torch.Tensor | None

@@ -253,8 +253,9 @@ def test_a_gpu_has_a_file_and_a_section_of_its_own(
     row = found["steps"]["tiny"]
     assert found["about"]["gpu"] == "Stand-in 3000"
     assert row["seconds"]["ours"]["cuda"] == {"minimum": 0.25, "median": 0.25}
-    # each process asks for the peak of building, sets it back, and asks for that of the steps
-    assert [peaks["step"] / 2**30 for peaks in row["resident"].values()] == [3, 6, 9, 12]
+    # each process asks for the peak of building, sets it back, and asks for that of the steps; ours twice, by stage
+    assert [peaks["step"] / 2**30 for peaks in row["resident"].values()] == [3, 6, 9, 14]
+    assert row["resident"]["ours"]["first"] == 12 * 2**30
     assert row["resident"]["ours"]["sites"] == 2 * (6 * 27 + 20 * 384 + 4 * 20)  # bfloat16
     written = page.read_text(encoding="utf-8")
     assert "Stand-in 3000, CUDA " in written

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
+from lorasc_fx.branch import draw
 from lorasc_fx.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.runtime import Flags, Stage, read, transition
@@ -22,6 +23,7 @@ from lorasc_fx.runtime.checkpoint import MANIFEST, TENSORS, canonical
 from lorasc_fx.runtime.folded import of_checkpoint
 from lorasc_fx.runtime.manifest import LONGEST
 from lorasc_fx.runtime.run import SPARE
+from lorasc_fx.shards import ShardSpec
 from lorasc_fx.state import Expert as StageExpert
 from lorasc_fx.state import Factors, View
 from lorasc_fx.state import WeightState as StateOfWeight
@@ -59,6 +61,7 @@ __all__ = [
     "lock_of",
     "made_weight",
     "maps_a_file",
+    "noise_drawn",
     "oldest_variant",
     "placed_weights",
     "read",
@@ -330,3 +333,15 @@ def replace_plan(cascade: lx.Cascade, plan: lx.Plan) -> None:
 def forget_warnings(cascade: lx.Cascade) -> None:
     """Let warnings that come once come again."""
     cascade._run.warned._codes.clear()
+
+
+def noise_drawn(
+    noise: lx.Noise, seed: int, stage: int, name: str, shape: Sequence[int], shard: ShardSpec | None = None
+) -> Tensor:
+    """The unscaled noise of a weight, whole or of a shard; every entry is in one block."""
+    out = torch.full(tuple(shape), torch.nan)
+    for places, values in draw(noise, seed, stage, name, torch.Size(shape), shard=shard):
+        assert out[places].isnan().all()
+        out[places] = values
+    assert not out.isnan().any()
+    return out

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch
-from lorasc_fx.branch import draw
 from lorasc_fx.graph import branch_nodes, record_of, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline
 from tests.kit.errors import raises, warns
+from tests.kit.state import noise_drawn
 from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
 from tests.passes.kit import (
     NEAR,
@@ -109,7 +109,7 @@ def test_noise_at_a_fold(case: Case, keep: bool) -> None:
             assert same_bits(folded[name], clean[name])  # nothing of the noise is left
             continue
         before = weights_of(original)[name].detach()
-        noise = 0.5 * before.std() * draw(spec.noise, spec.seed, 1, name, before.shape).double()
+        noise = 0.5 * before.std() * noise_drawn(spec.noise, spec.seed, 1, name, before.shape).double()
         assert_close(folded[name].detach(), clean[name].detach() + noise, **NEAR)
         assert noise.abs().max() > 1e-2
 

@@ -12,13 +12,13 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from lorasc_fx import CascadeSpec, Noise, PassError
-from lorasc_fx.branch import amplitude, draw
+from lorasc_fx.branch import amplitude
 from lorasc_fx.capture import capture
 from lorasc_fx.graph import branch_nodes, made_by, record_of, text, use_of
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from lorasc_fx.plan import Reason
 from tests.kit.errors import raises
-from tests.kit.state import weight_state
+from tests.kit.state import noise_drawn, weight_state
 from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
 from tests.passes.kit import (
     CLOSE,
@@ -176,7 +176,7 @@ def test_noise_is_in_the_weights_of_an_own_graph(case: Case, distribution: str) 
         if name not in sites_of(inserted):
             assert value is before[name]  # not copied, not noisy
             continue
-        u = draw(noise, 7, 1, name, value.shape).double()
+        u = noise_drawn(noise, 7, 1, name, value.shape).double()
         added[name] = 0.4 * before[name].detach().std() * u
         assert_close(value.detach(), (before[name] + added[name]).detach(), rtol=1e-14, atol=1e-15)
         assert value.requires_grad == before[name].requires_grad
@@ -201,7 +201,7 @@ def test_noise_on_all_matrices() -> None:
     assert noisy == {name for name in matrices if "fc2" not in name}
     for name in noisy:
         size = amplitude(spec.noise, before[name].detach())
-        expected = before[name].detach() + draw(spec.noise, 3, 1, name, before[name].shape).double() * size
+        expected = before[name].detach() + noise_drawn(spec.noise, 3, 1, name, before[name].shape).double() * size
         assert same_bits(after[name], expected)
     folded = weights_of(FoldBranches()(inserted).graph_module)
     assert all(same_bits(folded[name], before[name]) for name in before)

@@ -21,6 +21,7 @@ from lorasc_fx.runtime.base_file import MappedPages
 from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import of_slow, unchanged
 from tests.kit.errors import raises
+from tests.kit.seams import SEAMS, seam
 from tests.kit.state import is_released, weight_states
 
 X = inputs(2, 5)
@@ -101,7 +102,9 @@ def test_w0_is_the_files_pages_until_the_release(tmp_path: Path) -> None:
 
 
 def test_nothing_is_copied(tmp_path: Path) -> None:
-    """A W0 of 32 MiB: the memory of the process's own grows by what the branches need, and by no second weight."""
+    """A W0 of 32 MiB: the memory of the process's own grows by what the branches need, and by no second weight, though
+    noise is written.
+    """
 
     def own() -> int:
         gc.collect()
@@ -113,16 +116,88 @@ def test_nothing_is_copied(tmp_path: Path) -> None:
     size = model[0].weight.numel() * 4
     path = written(tmp_path / "base.safetensors", model)
     x = torch.randn(2, 2048)
-    lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=1), base=path).release()  # whatever a first time keeps
+    spec = lx.CascadeSpec(rank=1, noise=lx.Noise(0.1))
+    lx.adapt(model, (x,), spec=spec, base=path).release()  # whatever a first time keeps
     grown = {}
     for base in (path, "memory"):
         before = own()
-        cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=1), base=base)
+        cascade = lx.adapt(model, (x,), spec=spec, base=base)
         grown[base] = own() - before
         cascade.release()
         del cascade
     assert grown["memory"] > 0.9 * size
     assert grown[path] < 0.1 * size
+
+
+def raises_midway(cascade: lx.Cascade) -> None:
+    """A transition that has written one weight when memory is out."""
+    real, count = seam("redraw"), iter(range(99))
+
+    def failing(*args: Any, **options: Any) -> None:
+        if next(count) == 1:
+            raise MemoryError("no more")
+        real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*SEAMS["redraw"], failing)
+        with pytest.raises(MemoryError, match=r"^no more$"):
+            cascade.transition(None)
+
+
+def inside(cascade: lx.Cascade) -> None:
+    """Other weights for a while."""
+    with cascade.weights("fast"):
+        assert not torch.equal(cascade.model[0].weight, mlp()[0].weight)
+
+
+def in_new_memory(cascade: lx.Cascade) -> None:
+    """As a device or another library moves it."""
+    for parameter in cascade.model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+WRITES: dict[str, Callable[[lx.Cascade], object]] = {
+    "transition": lambda cascade: cascade.transition(None),
+    "a transition that fails": raises_midway,
+    "weights": inside,
+    "memory": in_new_memory,
+    "cast": lambda cascade: cascade.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_w0_is_the_weights_own_memory_until_something_is_written(write: str) -> None:
+    """It is copied then, and not before, and is what it was."""
+    first = dict(mlp().named_parameters())
+    spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
+    cascade = lx.adapt(mlp(), (X,), spec=spec)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    step(cascade, optimizer)
+    parameters = dict(cascade.model.named_parameters())
+    for name, state in weight_states(cascade).items():
+        assert state.base.data_ptr() == parameters[name].data_ptr(), name
+    WRITES[write](cascade)
+    base = {name: state.base for name, state in weight_states(cascade).items()}
+    assert base.keys() == set(SITES)
+    if write == "a transition that fails":  # which has written one, and was about to write another
+        assert sum(base[name].data_ptr() != parameters[name].data_ptr() for name in SITES) == 2
+    else:
+        assert all(base[name].data_ptr() != parameters[name].data_ptr() for name in SITES)
+    cascade.transition(None)
+    assert all(torch.equal(base[name], first[name]) for name in SITES)
+    deltas = {}
+    for name, state in weight_states(cascade).items():
+        pairs = zip(state.slow, state.experts, strict=True)
+        deltas[name] = torch.zeros(first[name].shape, dtype=torch.float64)
+        for coefficient, expert in pairs:
+            deltas[name] += coefficient * expert.b.double() @ expert.a.double()
+        if state.dense_slow is not None:
+            deltas[name] += state.dense_slow
+        assert deltas[name].any()
+    released = dict(cascade.release().named_parameters())
+    for name in SITES:
+        exact = first[name].double() + deltas[name]
+        torch.testing.assert_close(released[name].double(), exact, rtol=1e-6, atol=1e-7)
 
 
 class Halves(nn.Linear):

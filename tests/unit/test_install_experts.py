@@ -106,11 +106,11 @@ def test_what_does_not_fit(experts: Any, trained: Any, sentence: tuple[str, ...]
 def test_a_write_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cascade, plain, failed = cascade_of(mlp(), train=("4.bias",)), seam("rest a weight"), []
 
-    def fails(slow: Any, name: str, plan: Any, out: torch.Tensor) -> None:
+    def fails(slow: Any, name: str, *rest: Any) -> None:
         if name == "4.weight" and not failed:
             failed.append(name)
             raise RuntimeError("no more")
-        plain(slow, name, plan, out)
+        plain(slow, name, *rest)
 
     monkeypatch.setattr(*SEAMS["rest a weight"], fails)
     with unchanged(cascade), pytest.raises(RuntimeError, match="no more"):

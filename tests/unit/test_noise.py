@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import draw
 from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import ONE_PROCESS, ShardSpec
-from tests.kit.state import MANIFEST, canonical, text_digest
+from tests.kit.state import MANIFEST, canonical, noise_drawn, text_digest
 from tests.unit.cases import OPTIMIZERS, batches, by_hand, factors, mlp, optimizer_of, randomize, train
 
 STRENGTH = 0.2
@@ -364,7 +363,7 @@ def test_a_shard_draws_its_own_numbers(
 ) -> None:
     """Cut along any axis, it has the numbers of the whole weight, and draws few that it has not: parts of blocks."""
     noise, kind, drawn = lx.Noise(0.1, distribution), type(DISTRIBUTIONS[distribution]), list[int]()
-    full = draw(noise, 3, 2, "w", torch.Size(shape))
+    full = noise_drawn(noise, 3, 2, "w", shape)
     blocks = [part.flatten()[:2] for part in full.flatten(0, -2).split(16)]
     assert len({tuple(part.tolist()) for part in blocks}) == len(blocks)  # no stream twice
     real = kind.draw
@@ -379,7 +378,7 @@ def test_a_shard_draws_its_own_numbers(
             drawn.clear()
             shard = ShardSpec(first, count, total, ONE_PROCESS, axis)
             here = torch.Size((*shape[:axis], count, *shape[axis + 1 :]))
-            assert torch.equal(draw(noise, 3, 2, "w", here, shard=shard), full.narrow(axis, first, count))
+            assert torch.equal(noise_drawn(noise, 3, 2, "w", here, shard), full.narrow(axis, first, count))
             assert max(drawn, default=0) <= 32768
             assert sum(drawn) <= full.numel()
             if shape == (700, 4000) and count < total:

@@ -7,6 +7,7 @@ version counter sees half of them.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
+from tests.kit.seams import SEAMS, seam
 from tests.kit.state import checksum, checksums, device_sum, resting_value
 from tests.unit.cases import batches, mlp, optimizer_of, randomize, train
 
@@ -39,6 +41,27 @@ def ended(seed: int = 1) -> lx.Cascade:
     cascade.transition(None)
     randomize(cascade, seed + 1)
     return cascade
+
+
+@pytest.mark.parametrize(("strength", "times"), [(0.0, 2), (0.1, 3)])
+def test_a_first_adapt_sums_no_weight_more_often_than_it_needs(
+    strength: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after the first run, and with noise what that has written; what is known so is held against writes."""
+    plain, counted, model = seam("checksum"), Counter[int](), mlp()
+
+    def count(tensor: torch.Tensor) -> int:
+        counted[tensor.data_ptr()] += 1
+        return int(plain(tensor))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*SEAMS["checksum"], count)
+        cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(strength)))
+    assert [counted[model.get_parameter(site.weight).data_ptr()] for site in cascade.sites] == [times] * 3
+    cascade.transition(None)
+    through_numpy(model)
+    with raises(lx.StateError, *REFUSED):
+        cascade.transition(None)
 
 
 def with_weight_decay(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,26 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+AMD, INTEL = "vendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
+
+
+@pytest.mark.parametrize(
+    ("processor", "instructions", "faster"),
+    [(AMD, "AVX512", True), (INTEL, "AVX512", False), (AMD, "AVX2", False), (None, "AVX512", False)],
+)
+def test_the_processor_decides(
+    processor: str | None, instructions: str, faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MKL uses the AVX-512 of Intel's processors only; where none is described, torch's own ops are taken."""
+    described = tmp_path / "cpuinfo"
+    if processor is not None:
+        described.write_text(processor)
+    monkeypatch.setattr(products, "Path", lambda name: {"/proc/cpuinfo": described}[name])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.onednn_is_faster.__wrapped__() is faster
 
 
 class Net(nn.Module):
