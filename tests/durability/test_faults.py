@@ -34,8 +34,11 @@ def test_a_folder_that_may_not_be_written(server: Server) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "keep"), [("float32", False), ("float32", True), ("bfloat16", False)])
-def test_no_memory_inside_a_transition(dtype: str, keep: bool, server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "keep", "least"), [("float32", False, 0), ("float32", True, 2), ("bfloat16", False, 2)]
+)
+def test_no_memory_inside_a_transition(dtype: str, keep: bool, least: int, server: Server, tmp_path: Path) -> None:
+    """Of fp32 weights, which are written in their own memory, a transition needs so little that it may always go."""
     raised = server.run("no_memory_in_a_transition", folder=str(tmp_path), dtype=dtype, keep=keep).result
-    assert len(raised) > 1
+    assert len(raised) >= least
     assert all("can't allocate memory" in each or each.startswith("MemoryError") for each in raised)
