@@ -837,9 +837,9 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     return module._parameters.get(leaf) if module is not None else None
 
 
-SPARE = 1 << 20
-"""Bytes that are kept free for putting weights back where memory is short: for some blocks of noise, and what is
-smaller."""
+SPARE = 1 << 12
+"""Bytes that are kept free for putting weights back where memory is short: for what is small. A block of noise goes
+where the one before it was."""
 
 
 def fill(
