@@ -35,10 +35,11 @@ def test_a_folder_that_may_not_be_written(server: Server) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "keep", "least"), [("float32", False, 0), ("float32", True, 2), ("bfloat16", False, 2)]
+    ("dtype", "strength", "keep"), [("float32", 0.0, False), ("float32", 0.1, True), ("bfloat16", 0.1, False)]
 )
-def test_no_memory_inside_a_transition(dtype: str, keep: bool, least: int, server: Server, tmp_path: Path) -> None:
-    """Of fp32 weights, which are written in their own memory, a transition needs so little that it may always go."""
-    raised = server.run("no_memory_in_a_transition", folder=str(tmp_path), dtype=dtype, keep=keep).result
-    assert len(raised) >= least
+def test_no_memory_inside_a_transition(dtype: str, strength: float, keep: bool, server: Server, tmp_path: Path) -> None:
+    """Noise on fp32 weights that is not kept needs some blocks only; without noise W0 is copied."""
+    options = {"dtype": dtype, "strength": strength, "keep": keep}
+    raised = server.run("no_memory_in_a_transition", folder=str(tmp_path), **options).result
+    assert len(raised) > 1
     assert all("can't allocate memory" in each or each.startswith("MemoryError") for each in raised)
