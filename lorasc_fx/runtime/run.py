@@ -26,7 +26,7 @@ from lorasc_fx.runtime.optim import check_holds, check_rates, groups, put_state,
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned, check_attention, check_wrappers
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.state import Expert, Part, Room, SlowWeights, keep_base
+from lorasc_fx.state import Expert, Part, Scratch, SlowWeights, keep_base
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
 log = logging.getLogger("lorasc_fx")
@@ -305,11 +305,11 @@ class Run:
         undo(self.restorer())
         undo(self._values_restorer(planned))
 
-        room = Room()
+        scratch = Scratch()
 
         def put_back(name: str, out: torch.Tensor) -> None:
             if name in slow.states:
-                slow.write_resting(name, plan, out, room)
+                slow.write_resting(name, plan, out, scratch)
             elif name in planned.live:
                 out.copy_(planned.live[name])
             elif name not in slow.trained:  # whose value is put back from a copy
@@ -319,7 +319,7 @@ class Run:
             if name in planned.live:
                 out.copy_(planned.live[name])
             else:
-                planned.slow.write_resting(name, planned.plan, out, room)
+                planned.slow.write_resting(name, planned.plan, out, scratch)
 
         pages = self.base_file.pages() if self.base_file is not None else MappedPages()
 

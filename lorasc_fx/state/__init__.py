@@ -11,7 +11,7 @@ from lorasc_fx.state.engine import (
     start_weight,
 )
 from lorasc_fx.state.model import Part, SlowWeights, Trained, keep_base
-from lorasc_fx.state.products import Room, arithmetic, summing
+from lorasc_fx.state.products import Scratch, arithmetic, summing
 from lorasc_fx.state.spectrum import effective_rank, norm_of, singular_values, slow_spectrum
 from lorasc_fx.state.weight import (
     Expert,
@@ -35,7 +35,7 @@ __all__ = [
     "InitialFactors",
     "KeptNoise",
     "Part",
-    "Room",
+    "Scratch",
     "Side",
     "SlowWeights",
     "Trained",

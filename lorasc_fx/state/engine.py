@@ -23,7 +23,7 @@ from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state.products import Room, arithmetic, exact_products
+from lorasc_fx.state.products import Scratch, arithmetic, exact_products
 from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, Side, WeightState, Which
 
 _LOWER = "Lower the learning rate or clip gradients"
@@ -55,22 +55,22 @@ def write_start(
     stage: int,
     noisy: bool,
     step: int,
-    room: Room | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
     """Write what `start_weight` returns into `out`, in place: of extra memory there is a block of noise, and where
-    `out` is narrower than the arithmetic `room` for the exact weight (without noise a block of it).
+    `out` is narrower than the arithmetic `scratch` for the exact weight (without noise a block of it).
     """
     if state.base.dtype not in (out.dtype, arithmetic(state.base.dtype)):  # a narrow weight that was cast since
         out.copy_(start_weight(state, spec, stage, noisy, out.device, step))
     else:
-        stage_noise(spec, noisy).write_start(out, state, spec, stage, step, room if room is not None else Room())
+        stage_noise(spec, noisy).write_start(out, state, spec, stage, step, scratch or Scratch())
 
 
 class StageNoise:
     """The noise on a weight while a stage runs (`CascadeSpec.noise`): here there is none, as where no stage runs."""
 
     def write_start(
-        self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int, room: Room
+        self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int, scratch: Scratch
     ) -> None:
         """Write the weight that the stage starts from, or has after a step, less what the branch took out of it."""
         state.write(out, "fast", arithmetic(state.base.dtype), state.taken_out)
@@ -84,7 +84,7 @@ class DrawnNoise(StageNoise):
     """Noise of the key (seed, stage, step, weight), which is drawn again wherever it is needed."""
 
     def write_start(
-        self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int, room: Room
+        self, out: torch.Tensor, state: WeightState, spec: CascadeSpec, stage: int, step: int, scratch: Scratch
     ) -> None:
         """Write the weight with its noise, whose size is that of the weight before anything was taken out.
 
@@ -92,7 +92,7 @@ class DrawnNoise(StageNoise):
             SpecError: the weight has no finite size, or the noise takes it beyond its dtype.
         """
         dtype = arithmetic(state.base.dtype)
-        exact = out if out.dtype == dtype else room.like(out, dtype)
+        exact = out if out.dtype == dtype else scratch.like(out, dtype)
         state.write(exact, "fast", dtype)
         size = noise_size(spec.noise, exact, state.stacked, state.transposed, state.shard)
         top = size if isinstance(size, float) else float(size.max()) if size.numel() else 0.0

@@ -20,7 +20,7 @@ from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import ProcessGroup, ShardSpec, local, local_like, shard_of
 from lorasc_fx.spec import CascadeSpec, TrainRule
 from lorasc_fx.state.engine import all_finite, begin_stage, end_stage, factors_of, gain_of, has_trained, write_start
-from lorasc_fx.state.products import Room, arithmetic
+from lorasc_fx.state.products import Scratch, arithmetic
 from lorasc_fx.state.weight import Side, Tree, WeightState, Which, ends_of
 
 AFFORDABLE = 1 << 20
@@ -191,16 +191,16 @@ class SlowWeights:
             new[name] = Trained(base, {"slow": base.to(arithmetic(base.dtype)), "start": base}, rules.get(name))
         return replace(self, trained=new)
 
-    def write_resting(self, name: str, plan: Plan, out: torch.Tensor, room: Room | None = None) -> None:
+    def write_resting(self, name: str, plan: Plan, out: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Write what the parameter of this name holds between two steps, W_t or when idle the slow weight, into `out`;
-        of a parameter trained in full, what its stage started from. `room` is for one weight after the other.
+        of a parameter trained in full, what its stage started from. `scratch` is for one weight at a time.
         """
         if name in self.trained:
             out.copy_(self.trained[name].resting(self.idle))
         elif self.idle:
             self.write_value(name, "slow", out)
         else:
-            write_start(out, self.states[name], plan.spec, plan.stage, True, plan.step, room)
+            write_start(out, self.states[name], plan.spec, plan.stage, True, plan.step, scratch)
 
     def value(self, name: str, which: Which, like: torch.Tensor, branch: Branch | None = None) -> torch.Tensor:
         """Return weights of this name, rounded once to the dtype of `like`, on its device."""

@@ -21,9 +21,9 @@ BLOCK = 1 << 21
 """Bytes of a block per thread. From 1 to 4 MiB measure the same; smaller ones cost calls, whole weights the cache."""
 
 
-class Room:
-    """Memory for a weight in the dtype of the arithmetic, that of one after the other: the system takes longer to give
-    a process new memory than the arithmetic takes.
+class Scratch:
+    """A scratch buffer for one weight at a time, in the dtype of the arithmetic: page faults of a new one take longer
+    than the arithmetic.
     """
 
     def __init__(self) -> None:
