@@ -23,7 +23,7 @@ from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state.products import Scratch, arithmetic, exact_products
+from lorasc_fx.state.products import Scratch, arithmetic, cast, exact_products
 from lorasc_fx.state.weight import Factors, InitialFactors, KeptNoise, Side, WeightState, Which
 
 _LOWER = "Lower the learning rate or clip gradients"
@@ -165,7 +165,7 @@ def begin_stage(
             weight = start_weight(state, spec, stage, noisy, branch.lora_A.device)
             norms = started.norms(weight, state.shard)
             started.magnitude.copy_(state.whole(norms, Side.OUT))
-            lengths = norms.double().cpu().clone()
+            lengths = norms.cpu().double().clone()
     initial = None if taken is None and lengths is None else InitialFactors(taken, lengths)
     return replace(state, initial=initial), started
 
@@ -179,7 +179,7 @@ def gain_of(branch: Branch, state: WeightState, spec: CascadeSpec, stage: int, n
     with torch.no_grad():
         weight = start_weight(state, spec, stage, noisy, branch.lora_A.device)
         magnitude = state.cut(full_tensor(branch.magnitude), Side.OUT)
-        return (magnitude / branch.norms(weight, state.shard)).double().cpu()
+        return (magnitude / branch.norms(weight, state.shard)).cpu().double()
 
 
 def all_finite(branches: Iterable[Branch]) -> bool:
@@ -322,7 +322,7 @@ def initial_factors(branch: Branch) -> Factors:
     """Return the factors as they are, whole, in fp64 with the scale folded in, on the host: where a stage begins."""
     with torch.no_grad():
         left, right = map(full_tensor, branch.oriented())
-        return Factors((left.double() * branch.scale).cpu(), right.double().cpu().clone())
+        return Factors(left.cpu().double() * branch.scale, right.cpu().double().clone())
 
 
 def has_trained(branch: Branch, state: WeightState) -> bool:
@@ -359,7 +359,7 @@ def factors_of(branch: Branch, device: torch.device, state: WeightState) -> Fact
             now, first, dtype = initial_factors(branch).map(state.cut), initial.factors, branch.lora_A.dtype
             b = torch.cat([now.b - first.b, first.b], dim=-1)
             a = torch.cat([now.a, now.a - first.a], dim=-2)
-            return Factors(b.to(device, dtype), a.to(device, dtype))
+            return Factors(cast(b, dtype, device), cast(a, dtype, device))
         left, right = branch.oriented()
         cut = {side for side in (Side.LEFT, Side.RIGHT) if state.axis(side) is not None}
         left = _shard_of(left, shard) if shard is not None and Side.LEFT in cut else full_tensor(left)

@@ -92,9 +92,12 @@ def _block(
     stacked: bool,
 ) -> None:
     target, source = out[part], base[part]
+    held = target if room is None else room[: len(target)]
+    if delta is not None and target.device.type != "cpu":
+        # Some accelerators (MPS) have no fp64: add the wide delta on the host.
+        source, delta = source.cpu().to(held.dtype, copy=True).add_(delta[part].cpu()), None
     if room is not None and source.device != target.device and source.dtype == target.dtype:
         source = target.copy_(source)  # so that the narrow numbers travel
-    held = target if room is None else room[: len(target)]
     held.copy_(source)
     if delta is not None:
         held.add_(delta[part].to(held.device))  # a wider delta is added as it is, and the sum is rounded
@@ -116,6 +119,13 @@ def _ieee(undo: Block[Any]) -> None:
     matmul = torch.backends.cuda.matmul
     undo(partial(setattr, matmul, "fp32_precision", matmul.fp32_precision))
     matmul.fp32_precision = "ieee"
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the tensor in a dtype on a device. It is cast on the host if it comes from there or goes there: some
+    accelerators (MPS) have no fp64.
+    """
+    return tensor.to(dtype).to(device) if tensor.device.type == "cpu" else tensor.to(device).to(dtype)
 
 
 def summing(dtype: torch.dtype) -> torch.dtype:

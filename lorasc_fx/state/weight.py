@@ -28,7 +28,7 @@ from lorasc_fx.options import RESTARTS, split_evenly
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import Noise
-from lorasc_fx.state.products import accumulate, exact_products, summing
+from lorasc_fx.state.products import accumulate, cast, exact_products, summing
 
 Which = Literal["slow", "fast", "base", "averaged"]
 
@@ -596,10 +596,12 @@ def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: t
 
     Both are row-major: BLAS rounds the product of a transposed factor differently, and a checkpoint keeps no strides.
     """
+    # Experts lie on the host, the factors of a running branch beside the model: concatenate where the experts are.
+    home = pairs[0][1].b.device
     one = pairs[0][1] if len(pairs) == 1 else None
-    b = one.b if one is not None else torch.cat([factors.b for _, factors in pairs], dim=-1)
-    a = one.a if one is not None else torch.cat([factors.a for _, factors in pairs], dim=-2)
-    b, a = b.to(device=device, dtype=dtype), a.to(device=device, dtype=dtype)
+    b = one.b if one is not None else torch.cat([factors.b.to(home) for _, factors in pairs], dim=-1)
+    a = one.a if one is not None else torch.cat([factors.a.to(home) for _, factors in pairs], dim=-2)
+    b, a = cast(b, dtype, device), cast(a, dtype, device)
     if any(c != pairs[0][0] for c, _ in pairs):
         columns = [c for c, factors in pairs for _ in range(factors.b.shape[-1])]
         b = b * torch.tensor(columns, dtype=dtype, device=device)
@@ -655,9 +657,9 @@ def _times(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor
 
 
 def scaled(pair: Factors, rows: torch.Tensor | None, transposed: bool) -> Factors:
-    """Return the factors of `diag(rows) b a`, what is scaled in fp64."""
+    """Return the factors of `diag(rows) b a`; the scaled one is in fp64, on the host."""
     if rows is None:
         return pair
     if transposed:
-        return Factors(pair.b, _along(rows, pair.a.double(), True))
-    return Factors(_along(rows, pair.b.double(), False), pair.a)
+        return Factors(pair.b, _along(rows, pair.a.cpu().double(), True))
+    return Factors(_along(rows, pair.b.cpu().double(), False), pair.a)

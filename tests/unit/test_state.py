@@ -13,6 +13,7 @@ from lorasc_fx.runtime.codec import RunState, decode, encode
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Tree, View, WeightState
+from tests.kit.devices import DEVICE, fake_device
 
 
 def trees(kind: type = Tree) -> list[type]:
@@ -97,6 +98,17 @@ def test_a_shard_of_the_state_is_the_state_of_the_shard(
         here = state.to_shard(shard).exact(which, torch.float64)
         assert here.shape == shard.take(whole).shape
         torch.testing.assert_close(here, shard.take(whole), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("which", ["base", "slow", "fast", "averaged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_on_a_device_is_computed_from_experts_on_the_host(which: Any, dtype: torch.dtype) -> None:
+    with fake_device() as mode:
+        state = dataclasses.replace(full((6, 4)), noises=()).map(lambda value, _: mode.from_tensor(value))
+        out = torch.empty(6, 4, dtype=dtype, device=DEVICE)
+        live = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
+        for gain in (None, torch.empty(6, dtype=torch.float64)):
+            state.write(out, which, torch.float32, live, gain)
 
 
 def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
