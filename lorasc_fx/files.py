@@ -14,8 +14,9 @@ import json
 import os
 import platform
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,64 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def parse_json(text: str | bytes, **hooks: Callable[[str], Any]) -> Any:
+    """Return the value of a JSON text from a file, which may be damaged or forged.
+
+    Args:
+        text: the JSON.
+        hooks: `parse_float` and the like, passed to `json.loads`.
+
+    Raises:
+        ValueError: the text is not JSON, is nested too deeply, or holds an integer of too many digits.
+    """
+    try:
+        return json.loads(text, **hooks)  # type: ignore[arg-type]
+    except RecursionError as fault:
+        raise ValueError("it is nested too deeply") from fault
+
+
+def open_plain(path: Path, flags: int, kind: type[LorascError]) -> int:
+    """Open a file for writing, create it if it is missing, and return the descriptor.
+
+    A link is not followed, because this would write to a file elsewhere. Nothing has been written when this raises.
+
+    Args:
+        path: the file.
+        flags: for `os.open`, in addition to O_CREAT.
+        kind: class of the error.
+
+    Raises:
+        kind: the path is a link, a file with several names (hard links), a folder, a pipe or a device.
+        OSError: the file cannot be opened.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for its reader.
+        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError:
+        if path.is_symlink() or path.is_dir() or path.is_fifo() or path.is_socket():
+            raise _not_plain(path, kind) from None
+        raise
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        os.close(handle)
+        raise _not_plain(path, kind)
+    return handle
+
+
+def _not_plain(path: Path, kind: type[LorascError]) -> LorascError:
+    return kind(
+        f"{path}: is a link, a folder, a pipe or a device, and lorasc-fx writes a plain file of this name; nothing was "
+        "written. Delete it, or give another place",
+        code="not-a-file",
+    )
+
+
+def append_text(path: Path, text: str, kind: type[LorascError]) -> None:
+    """Append text to a file; raises as `open_plain` does."""
+    with os.fdopen(open_plain(path, os.O_WRONLY | os.O_APPEND, kind), "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def make_folder(root: Path) -> None:
@@ -56,11 +115,12 @@ def one_writer(undo: Block[Any], file: Path, target: Path, kind: type[LorascErro
         kind: of the error.
 
     Raises:
-        kind: somebody else writes there; names process, host and time.
+        kind: somebody else writes there (the message names process, host and time), or the lock file is not a plain
+            file.
         OSError: the file cannot be made.
     """
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = open_plain(file, os.O_RDWR, kind)
         try:
             owner, locked = _owner(handle), True
             try:
@@ -87,12 +147,14 @@ def one_writer(undo: Block[Any], file: Path, target: Path, kind: type[LorascErro
 
 
 def _owner(handle: int) -> dict[str, Any]:
-    """Return what a lock file says of its owner: host, process and since when; nothing where it does not."""
+    """Return the owner that a lock file names: host, process and since when; an empty table if it is unreadable."""
     try:
-        owner = json.loads(os.pread(handle, 4096, 0))
+        owner = parse_json(os.pread(handle, 4096, 0))
     except ValueError:
         return {}
-    return owner if isinstance(owner, dict) and owner.keys() == {"host", "process", "since"} else {}
+    kinds = {"host": str, "process": int, "since": str}
+    named = isinstance(owner, dict) and {key: type(value) for key, value in owner.items()} == kinds
+    return owner if named and f"{owner['host']}{owner['since']}".isprintable() else {}
 
 
 def _dead(owner: dict[str, Any]) -> bool:
@@ -102,7 +164,7 @@ def _dead(owner: dict[str, Any]) -> bool:
     try:
         if owner:
             os.kill(owner["process"], 0)
-    except (ProcessLookupError, TypeError, OverflowError):
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
         return False
@@ -121,7 +183,7 @@ def _occupied(target: Path, owner: dict[str, Any], more: str, kind: type[LorascE
 def _names(file: Path, handle: int) -> bool:
     """Whether a path still names the file that is open."""
     try:
-        return os.path.samestat(file.stat(), os.fstat(handle))
+        return os.path.samestat(file.lstat(), os.fstat(handle))
     except FileNotFoundError:
         return False
 

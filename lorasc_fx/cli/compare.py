@@ -43,6 +43,7 @@ from lorasc_fx.cli.training import (
 )
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError
 from lorasc_fx.extras import module_of
+from lorasc_fx.files import parse_json
 from lorasc_fx.integrations.progress import Reporter, console, reporting
 
 
@@ -111,7 +112,7 @@ class Result(Run):
         if not path.exists():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**parse_json(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as fault:
             raise CheckpointError(
                 f"{path} is damaged ({fault}); delete it, and this run is made again", code="damaged-file"

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.extras import module_of
+from lorasc_fx.files import replacing
 from lorasc_fx.spec import CascadeSpec
 
 Decay = Literal["cosine", "linear"]
@@ -250,7 +251,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def write_config(config: Config, path: Path) -> None:
     """Write the configuration as TOML that `load_config` reads back to an equal one."""
     tomli_w = module_of("cli", "tomli_w")
-    path.write_text(tomli_w.dumps(config_to_dict(config)), encoding="utf-8")
+    with replacing(path) as new:
+        new.write_text(tomli_w.dumps(config_to_dict(config)), encoding="utf-8")
 
 
 class _WrongKey(SpecError):

@@ -22,7 +22,7 @@ from torch import Tensor
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_config
 from lorasc_fx.errors import SpecError, StateError
-from lorasc_fx.files import replacing
+from lorasc_fx.files import append_text, parse_json, replacing
 from lorasc_fx.integrations.progress import FILE, append
 from lorasc_fx.quantized import dense
 from lorasc_fx.runtime import list_versions
@@ -165,14 +165,16 @@ class RunFolder:
 
     def write_experts(self, cascade: lx.Cascade, stage: int) -> None:
         """Append one record per site: norm and effective rank of the branch before its fold; null if not finite."""
-        with torch.no_grad(), self.experts.open("a", encoding="utf-8") as file:
+        lines = []
+        with torch.no_grad():
             for weight, branch in cascade._run.branches_by_weight().items():
                 line: dict[str, Any] = {"stage": stage, "site": weight, "norm": None, "effective_rank": None}
                 if branch.finite():
                     state = cascade._run.slow.states[weight]
                     values = singular_values(factors_of(branch, torch.device("cpu"), state))
                     line |= {"norm": norm_of(values), "effective_rank": effective_rank(values)}
-                file.write(json.dumps(line) + "\n")
+                lines.append(json.dumps(line) + "\n")
+        append_text(self.experts, "".join(lines), StateError)
 
     def write_spectrum(self, cascade: lx.Cascade) -> None:
         """Write the largest singular values of each slow delta, its norm beside that of W0, and its effective rank."""
@@ -299,7 +301,7 @@ def _record(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
 
 def _parsed(path: Path, number: int, text: bytes, keys: Sequence[str]) -> dict[str, Any]:
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except ValueError as fault:
         raise _damaged(path, number, f"is no JSON ({fault})") from fault
     _check(path, number, record, keys)

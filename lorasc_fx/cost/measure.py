@@ -28,6 +28,7 @@ from lorasc_fx.branch import low_rank
 from lorasc_fx.branch.functions import Beside, merge
 from lorasc_fx.branch.products import product
 from lorasc_fx.cost.model import OPS, Line, Rates, usual
+from lorasc_fx.files import parse_json
 
 BUDGET = 0.8
 """Seconds after which no other round is begun; at twice as many the machine is too busy."""
@@ -275,7 +276,7 @@ def _cpu() -> str:
 def _read(path: Path) -> dict[str, Any]:
     """Return what the file holds by key; nothing where there is none or it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as fault:

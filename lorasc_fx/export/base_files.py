@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.errors import CheckpointError, StateError, nearest
+from lorasc_fx.files import parse_json
 from lorasc_fx.fingerprint import Buffer, data_of, fingerprint, fingerprint_of
 from lorasc_fx.runtime.base_file import renamed
 from lorasc_fx.runtime.folded import Change, FoldedWeights
@@ -106,12 +107,13 @@ def read_shard(path: Path) -> Shard:
         with path.open("rb") as file:
             length = file.read(8)
             header = file.read(int.from_bytes(length, "little"))
-    except (OSError, SafetensorError) as fault:
+        named = parse_json(header)
+    except (OSError, SafetensorError, ValueError) as fault:
         raise CheckpointError(f"base: {path} cannot be read: {fault}", code="unreadable-file") from fault
     start = 8 + len(header)
     entries = [
         Entry(name, fields["dtype"], tuple(fields["shape"]), *(start + offset for offset in fields["data_offsets"]))
-        for name, fields in json.loads(header).items()
+        for name, fields in named.items()
         if name != "__metadata__"
     ]
     return Shard(path, length + header, tuple(sorted(entries, key=lambda entry: (entry.begin, entry.end))))

@@ -19,7 +19,7 @@ import torch
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
 from lorasc_fx.export.base_files import Entry, Shard, entry_of, extended, head_of, matched, read_shard, write_tensor
-from lorasc_fx.files import replacing
+from lorasc_fx.files import parse_json, replacing
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.runtime.base_file import INDEX, SINGLE, shards_of
@@ -218,7 +218,7 @@ def _name_classes(config: Path, classes: Sequence[str]) -> None:
         CheckpointError: the configuration is not JSON.
     """
     try:
-        about = json.loads(config.read_text(encoding="utf-8"))
+        about = parse_json(config.read_text(encoding="utf-8"))
     except ValueError as fault:
         raise CheckpointError(
             f"base: its {config.name} is not JSON ({fault}); give the folder of the model that was adapted",

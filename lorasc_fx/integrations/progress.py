@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasc_fx.checks import is_integer
-from lorasc_fx.errors import SpecError, path_of
+from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.extras import require
+from lorasc_fx.files import append_text
 from lorasc_fx.runtime import Stage
 
 require("cli", "rich")
@@ -98,8 +99,7 @@ def append(path: Path, entry: dict[str, Any]) -> None:
     """Add one line to a file of metrics; JSON has no inf and no nan, and they become null."""
     infinite = {name for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
     plain = {name: None if name in infinite else value for name, value in entry.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(plain) + "\n")
+    append_text(path, json.dumps(plain) + "\n", StateError)
 
 
 class Metrics:

@@ -6,7 +6,6 @@ A digest detects damage, not forgery: an edited manifest can have a new digest. 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 import re
@@ -15,6 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from lorasc_fx.checks import is_number
+from lorasc_fx.files import parse_json
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import file_names, is_our_file, sanitized
 from lorasc_fx.state import Expert, Side
@@ -63,10 +63,7 @@ def parsed(data: bytes) -> Any:
     Raises:
         ValueError: it is no such JSON, or nested too deeply.
     """
-    try:
-        return json.loads(data.decode("utf-8"), parse_float=_float, parse_constant=_float)
-    except RecursionError as fault:
-        raise ValueError("it is nested too deeply") from fault
+    return parse_json(data.decode("utf-8"), parse_float=_float, parse_constant=_float)
 
 
 def _float(text: str) -> float:

@@ -24,6 +24,7 @@ from torch import nn
 from lorasc_fx.branch import generator
 from lorasc_fx.checks import is_number
 from lorasc_fx.errors import CheckpointError, warn
+from lorasc_fx.files import parse_json
 from lorasc_fx.runtime.checkpoint import RNG, differences, sanitized
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, gradients_of
 from lorasc_fx.runtime.manifest import optimizer_index
@@ -352,7 +353,7 @@ def set_rank_random_state(ranks: Sequence[torch.Tensor] | None, group: ProcessGr
         drawn = int(torch.randint(2**62, ()).item())
         torch.manual_seed(generator(drawn, stage, "rank", f"{group.rank} of {group.size}").initial_seed())
     elif ranks is not None:
-        saved = json.loads(bytes(ranks[group.rank].tolist()))
+        saved = parse_json(bytes(ranks[group.rank].tolist()))
         tensors = {name: torch.tensor(state, dtype=torch.uint8) for name, state in saved["tensors"].items()}
         set_random_state(tensors, saved["meta"])
 

@@ -96,7 +96,7 @@ def test_a_mistake_that_ran_nothing_can_be_mended(place: Path, capsys: pytest.Ca
 def test_a_damaged_result_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--compare.methods", "probe", "--compare.seeds", "0"]
     assert main(["compare", "tiny.toml", *quick]) == 0
-    (place / "runs" / "tiny" / "results" / "probe-seed0-lr0.01.json").write_text("{")
+    (place / "runs" / "tiny" / "results" / "probe-seed0-lr0.01.json").write_text("[" * 9999)
     assert main(["compare", "tiny.toml", *quick]) == 2
     assert "probe-seed0-lr0.01.json is damaged" in capsys.readouterr().err
 

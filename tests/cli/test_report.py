@@ -318,6 +318,7 @@ def test_a_folder_without_a_run_to_show(
     ("file", "content", "message"),
     [
         ("metrics.jsonl", b"\xff", "line 1 is no JSON ('utf-8' codec can't decode byte 0xff"),
+        ("metrics.jsonl", b"[" * 9999, "line 1 is no JSON (it is nested too deeply)"),
         ("cascade.json", b"{}", "line 1 has no key 'model'; the file is damaged: restore it, or train anew"),
         ("experts.jsonl", b'{"stage": 1}', "line 1 has no key 'site'; the file is damaged"),
         ("spectrum.json", b'{"a": 3}', "line 1 is no JSON object; the file is damaged"),

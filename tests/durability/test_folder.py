@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +177,47 @@ def test_whose_lock_is_taken_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
                 with raises(lx.CheckpointError, "concurrent-save", f"process {process.strip()}", host, "2026-11-27"):
                     going.save(tmp_path)
                 lock.unlink()
-    for damaged in ("", "half", "[1]"):
+    for damaged in ("", "half", "[1]", "[" * 4096, "9" * 4096, '{"host": 1, "process": "x", "since": []}'):
         lock.write_text(damaged)
         going.save(tmp_path)
+
+
+def write_experts(cascade: lx.Cascade, folder: Path) -> None:
+    RunFolder(folder).write_experts(cascade, 1)
+
+
+WRITERS: dict[str, tuple[str, type[lx.LorascError], Callable[[lx.Cascade, Path], object]]] = {
+    "save": (".lock", lx.CheckpointError, lx.save),
+    "export": (".m.lock", lx.export.ExportError, lambda cascade, folder: lx.export.safetensors(cascade, folder / "m")),
+    "metrics": ("metrics.jsonl", lx.StateError, lambda cascade, folder: RunFolder(folder).log(step=1)),
+    "experts": ("experts.jsonl", lx.StateError, write_experts),
+}
+OBSTACLES: dict[str, Callable[[Path, Path], None]] = {
+    "link": lambda path, target: path.symlink_to(target),
+    "dangling link": lambda path, target: path.symlink_to(target.with_name("missing")),
+    "hard link": lambda path, target: path.hardlink_to(target),
+    "folder": lambda path, target: path.mkdir(),
+    "pipe": lambda path, target: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_links_are_not_followed_where_files_are_written(writer: str, tmp_path: Path) -> None:
+    """The names are ours, and so the user did not choose to write to where a link points."""
+    name, kind, write = WRITERS[writer]
+    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+    (tmp_path / "outside").mkdir()
+    target = tmp_path / "outside" / "precious"
+    target.write_text("years of work")
+    for number, (obstacle, place) in enumerate(OBSTACLES.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        place(folder / name, target)
+        with raises(kind, "not-a-file", folder / name, "nothing was written"):
+            write(cascade, folder)
+        assert names(folder) == [name], obstacle
+        assert names(target.parent) == ["precious"], obstacle
+        assert target.read_text() == "years of work", obstacle
 
 
 def held(lock: Path) -> Iterator[None]:

@@ -228,8 +228,8 @@ def test_rates_are_by_dtype_threads_and_version(
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "[]", '{"format": 99, "rates": {}}', json.dumps({"format": measure.FORMAT, "rates": []})],
-    ids=["empty", "cut", "list", "format", "no-rates"],
+    ["", "{", "[]", "[" * 9999, '{"format": 99, "rates": {}}', json.dumps({"format": measure.FORMAT, "rates": []})],
+    ids=["empty", "cut", "list", "deep", "format", "no-rates"],
 )
 def test_a_damaged_file_is_written_anew(
     cache: Path, measurements: list[str], caplog: pytest.LogCaptureFixture, damage: str
