@@ -456,6 +456,16 @@ def _check_new(model: nn.Module, on_meta: bool = False) -> None:
                 f"{name} was made in torch.inference_mode, and nothing can train it: make it outside",
                 code="inference-tensor",
             )
+    for name, module in model.named_modules():
+        bases = [(base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__]
+        if ("peft", "BaseTunerLayer") in bases:  # without importing peft
+            raise StateError(
+                f"{name} is a layer of peft ({type(module).__name__}), whose own lora_A and lora_B would be adapted. "
+                "Give the base model: after peft's merge_and_unload() or unload() (delete_adapter for an adapter of "
+                "load_adapter), or a fresh one. To go on from the adapter, save it by save_pretrained and call "
+                "lorasc_fx.from_peft(folder, base_model)",
+                code="already-adapted",
+            )
     if any(isinstance(module, Cascade) for module in model.modules()):
         raise StateError(
             "this model is a cascade, or holds one: call release() on it, and adapt the model that it returns",

@@ -243,6 +243,14 @@ class Run:
                     code="quantized-not-supported",
                 )
         known = {name: parameters[name] for name in new}
+        hooked = [name for name in new if name in self.plan.by_weight and _has_hooks(known[name])]
+        if hooked:
+            warn(
+                f"{named(hooked)}: a hook on this parameter (register_hook, register_post_accumulate_grad_hook) is not "
+                "called while the weight is adapted: the gradient goes to lora_A and lora_B, and the weight gets none. "
+                "Exclude the weight, train it in full (train=...), or put the hook on the branch's parameters",
+                "hook-not-called",
+            )
         mapped = self.base_file.mapped(known) if self.base_file is not None else {}
         slow, branches = self.slow.with_weights(known, self.plan, mapped), self.branches_by_weight()
         if factor_start.of_delta and not empty:
@@ -814,10 +822,16 @@ class Run:
             waiting = waiting or ["what another process holds"]
             raise StateError(
                 f"{call}: gradients are pending on {named(waiting, 1)}: they belong to the stage that ends. "
-                "Call optimizer.step() or optimizer.zero_grad() first",
+                "Call optimizer.step() or optimizer.zero_grad() first. If you did, the optimizer does not hold these "
+                "parameters: make it of cascade.param_groups(lr=...). cascade.zero_grad() drops the gradients",
                 code="gradients-pending",
             )
         self.warned.accept("training-not-kept")  # the user folds, saves or looks at the weights
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    """Whether the user has put hooks on the gradient of a parameter."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 class _Exclusive(Block[None]):

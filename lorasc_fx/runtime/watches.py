@@ -63,7 +63,7 @@ def _by_id() -> weakref.WeakValueDictionary[int, nn.Parameter]:
 
 
 class PendingWatch(Fresh):
-    """Knows gradients that no optimizer step has used, from the order of two version counters, without the optimizer.
+    """Detects gradients that no optimizer step has consumed, by comparing version counters, without the optimizer.
 
     A parameter's version grows when a step writes it. Each accumulation notes the version; a gradient is pending while
     the parameter is still at the noted one.
@@ -73,13 +73,14 @@ class PendingWatch(Fresh):
         self._handles: list[Any] = []
         self._seen: dict[int, int] = {}
         self._watched = _by_id()
+        self._counter = Uncleared()
 
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:
         """Watch these parameters as well."""
         for parameter in parameters:
             if id(parameter) not in self._watched:
                 self._watched[id(parameter)] = parameter
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self.note))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
 
     @property
     def accumulated(self) -> bool:
@@ -91,9 +92,10 @@ class PendingWatch(Fresh):
         for handle in self._handles:
             handle.remove()
         self._handles, self._watched, self._seen = [], _by_id(), {}
+        self._counter = self._counter.again()
 
     def restorer(self) -> Callable[[], None]:
-        """Return what brings this state back: which parameters are watched, and what was seen of them."""
+        """Return a function that restores this state: which parameters are watched, and what was noted of them."""
         watched, seen = tuple(self._watched.values()), dict(self._seen)
 
         def restore() -> None:
@@ -114,8 +116,75 @@ class PendingWatch(Fresh):
         ]
 
     def note(self, parameter: nn.Parameter) -> None:
-        """The gradient that the parameter holds now waits for a step."""
+        """Note that the gradient that the parameter holds now waits for a step."""
         self._seen[id(parameter)] = parameter._version
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        self._counter.count(parameter, self._seen.get(id(parameter)))
+        self.note(parameter)
+
+
+class Uncleared:
+    """Counts how often in a row one gradient was added to without being cleared, and warns once if that is often.
+
+    `zero_grad` replaces a gradient by None, so that the next one is a new tensor, of a low version. Clipping and
+    `zero_grad(set_to_none=False)` both write it in place; only its value tells them apart, which is read once, before
+    the warning.
+    """
+
+    STEPS: ClassVar[int] = 64
+    """Optimizer steps on one uncleared gradient before the warning: no training wants that."""
+    BACKWARDS: ClassVar[int] = 1024
+    """Backwards without a step before the warning: gradients of fewer may be accumulated on purpose."""
+
+    def __init__(self) -> None:
+        self._parameter: Callable[[], nn.Parameter | None] = lambda: None
+        self._version = self._steps = self._backwards = 0
+        self._done = False
+        self._check: Any = None
+
+    def again(self) -> Uncleared:
+        """Return a counter that starts from zero, and stays silent if this one has warned."""
+        if self._check is not None:
+            self._check.remove()
+        counter = Uncleared()
+        counter._done = self._done
+        return counter
+
+    def count(self, parameter: nn.Parameter, before: int | None) -> None:
+        """Count an accumulation; `before` is the parameter's version at the one before, None if there was none."""
+        if self._done or parameter.grad is None:
+            return
+        counted = self._parameter()
+        if counted is not parameter:
+            if counted is None:
+                self._parameter, self._version = weakref.ref(parameter), parameter.grad._version
+            return
+        version, self._version = self._version, parameter.grad._version
+        if self._version <= version:  # this one is cleared; the next parameter that gets a gradient may not be
+            self._parameter, self._steps, self._backwards = lambda: None, 0, 0
+            return
+        self._backwards += 1
+        self._steps += before != parameter._version
+        if self._check is None and (self._steps >= self.STEPS or self._backwards >= self.BACKWARDS):
+            self._check = parameter.register_hook(self._look)
+
+    def _look(self, _: torch.Tensor) -> None:
+        """Warn if the gradient, to which a backward is about to add, is not zero."""
+        self._check.remove()
+        self._check, parameter = None, self._parameter()
+        held = parameter.grad if parameter is not None else None
+        steps, backwards, self._steps, self._backwards = self._steps, self._backwards, 0, 0
+        if held is None or not bool(local(held).any()):
+            return
+        self._done = True
+        what = f"{steps} optimizer steps" if steps else f"{backwards} backwards without an optimizer step"
+        warn(
+            f"gradients of a cascade were not cleared in {what}, so that all of them add up. Call "
+            "optimizer.zero_grad() with an optimizer made of cascade.param_groups(lr=...), or cascade.zero_grad(): "
+            "zero_grad of the model that was adapted does not reach the branches",
+            "gradients-not-cleared",
+        )
 
 
 class StepWatch(Fresh):

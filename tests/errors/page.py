@@ -46,6 +46,8 @@ The logger `lorasc_fx` holds at INFO what was done and how long it took.
   and in entries, and no target names the weight in full: a constant written as a layer. A frozen backbone is silent.
 - A parameter that is neither adapted nor trained was changed after a save: later checkpoints load onto its new numbers
   only.
+- A weight that is adapted has a hook on its gradient, which it no longer gets.
+- Gradients were not cleared in 64 optimizer steps in a row, or in 1024 backwards without a step.
 - A site came with a call after the optimizer was made.
 - A branch, or a parameter trained in full, was left out of a fold because it is not finite (`on_nonfinite="skip"`).
 - More than 32 variants were captured; `merge` found buffers that differ; a checkpoint was written by other versions;

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.utils import prune
 
 import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 from tests.errors.models import Net, adapted, inputs, mlp, step
 from tests.errors.state import unchanged
-from tests.kit.errors import raises
+from tests.kit.errors import raises, warns
 
 X = inputs(2, 5)
+
+
+def parametrized(model: nn.Module) -> str:
+    nn.utils.parametrizations.weight_norm(model[0])  # type: ignore[index]
+    return "0.parametrizations.weight.original1"
+
+
+def pruned(model: nn.Module) -> str:
+    prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[index, no-untyped-call]
+    return "0.weight_orig"
 
 
 KNOWN = "known: '0.weight', '2.weight', '3.weight'"
@@ -424,6 +436,34 @@ def test_adapting_twice() -> None:
     for holder, held in ((cascade, "this model"), (nn.Sequential(cascade), "this model")):
         with unchanged(cascade), raises(lx.StateError, "already-adapted", held):
             lx.adapt(holder, args=(X,), frontend="symbolic")
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrap"),
+    [
+        ("register_hook", lambda model: "0.weight"),
+        ("register_post_accumulate_grad_hook", lambda model: "0.weight"),
+        ("register_hook", parametrized),
+        ("register_hook", pruned),
+    ],
+)
+def test_hooks_on_a_parameter(kind: str, wrap: Callable[[nn.Module], str]) -> None:
+    """What is adapted gets no gradient, so that its hooks are never called; what trains in full calls them."""
+    called: list[str] = []
+    model = mlp()
+    name = wrap(model)
+    hooked = {key: model.get_parameter(key) for key in (name, "3.weight")}
+    handles = [getattr(value, kind)(lambda _, key=key: called.append(key)) for key, value in hooked.items()]
+    spec = lx.CascadeSpec(rank=2, train=("3.weight",))
+    with warns("hook-not-called", f"{name}: a hook"):
+        cascade = lx.adapt(model, args=(X,), spec=spec)
+    called.clear()  # the first run of the model has gradients too
+    cascade(X).sum().backward()
+    assert called == ["3.weight"]
+    cascade.zero_grad()
+    model = cascade.release()
+    handles[0].remove()
+    lx.adapt(model, args=(X,), spec=spec)  # silent
 
 
 def test_after_release_it_is_fine_again() -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.errors import lacking
+from tests.kit.errors import lacking, raises
+from tests.kit.seams import lower
 from tests.kit.state import branches_of, forget_warnings
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -301,6 +302,57 @@ def test_copies_pickles_and_tracers_of_the_model() -> None:
         assert replica(X) is X
         assert torch.equal(torch.export.export(model, (X,)).module()(X), expected)
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
+
+
+# ---- gradients that nothing clears
+
+
+def accumulate(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, loop: str) -> None:
+    cascade(X).square().sum().backward()
+    if loop == "in place":
+        torch.nn.utils.clip_grad_norm_(cascade.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return
+    if loop == "clipped":
+        torch.nn.utils.clip_grad_norm_(cascade.parameters(), 1.0)
+    if loop != "no step":
+        optimizer.step()
+    cascade.model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("loop", "expected"),
+    [("model", "64 optimizer steps"), ("clipped", "64 optimizer steps"), ("in place", None), ("no step", "80 backw")],
+)
+@pytest.mark.parametrize("spec", [QUIET, lx.CascadeSpec(rank=2, targets=("0",), train=("2.*",))])
+def test_gradients_that_add_up(
+    spec: lx.CascadeSpec, loop: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The usual `model.zero_grad()` of a loop clears what the model trains itself, and no branch."""
+    lower(monkeypatch, "backwards without a step", 80)
+    with silent():
+        cascade, optimizer = adapted(spec)
+        for _ in range(65):
+            accumulate(cascade, optimizer, loop)
+    with warns("gradients-not-cleared", expected, "zero_grad") if expected else silent():
+        for _ in range(20):
+            accumulate(cascade, optimizer, loop)
+    with silent():
+        for _ in range(70):
+            accumulate(cascade, optimizer, loop)
+
+
+def test_an_optimizer_without_the_branches() -> None:
+    """Its step and its zero_grad leave the branches' gradients as they are: the error names that cause too."""
+    model = net()
+    cascade, _ = adapted(model=model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(cascade, optimizer)
+    with raises(lx.StateError, "gradients-pending", "cascade.param_groups", "cascade.zero_grad()"):
+        cascade.release()
+    cascade.zero_grad()
+    assert cascade.release() is model
 
 
 # ---- sites that come late

@@ -14,7 +14,7 @@ from lorasc_fx.capture import graph_breaks, preflight, reuse
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
 from lorasc_fx.integrations import progress, tensor_parallel
-from lorasc_fx.runtime import checkpoint_read, checkpoint_write, transition
+from lorasc_fx.runtime import checkpoint_read, checkpoint_write, transition, watches
 from lorasc_fx.runtime import run as run_module
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.shards import ProcessGroup
@@ -57,6 +57,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
+    "backwards without a step": ((watches.Uncleared, "BACKWARDS"),),
     "manifest bytes": ((checkpoint_write, "LONGEST"), (checkpoint_read, "LONGEST")),
     "block of a sum": ((products, "BLOCK"),),
     "entries kept of each stage": ((model, "AFFORDABLE"),),

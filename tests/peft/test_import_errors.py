@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -190,3 +191,17 @@ def test_a_whole_attention(tmp_path: Path) -> None:
     peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules=["self_attn"])).save_pretrained(tmp_path)
     with raises(lx.CheckpointError, "adapter-not-supported", "self_attn"):
         lx.from_peft(tmp_path, build(), (torch.zeros(1, 3, 4),))
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_a_model_with_layers_of_peft(injected: bool) -> None:
+    """peft's own lora_A and lora_B are no sites, also in a model that is no PeftModel (`load_adapter`)."""
+    base, config, args = made(BUILD["words"]), peft.LoraConfig(r=2, target_modules=["up"]), INPUTS["words"]()
+    wrapped: Any = peft.get_peft_model(base, config)  # type: ignore[arg-type]
+    model, name = (base, "up") if injected else (wrapped, f"{P}up")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with raises(lx.StateError, "already-adapted", f"{name} is a layer of peft", "lorasc_fx.from_peft"):
+        lx.adapt(model, args)
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    wrapped.unload()
+    assert lx.adapt(base, args).sites
