@@ -34,10 +34,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 RANK, TOKENS = 16, 4096
 SPEC = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=RANK, noise=lx.Noise(0.1), placement="beside")
 LAYER = re.compile(r"\.layers\.\d+\.")
-STYLES = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), "colwise"),
-    **dict.fromkeys(("o_proj", "down_proj"), "rowwise"),
-}
 WEIGHT, FACTOR = 2, 4
 """Bytes of an entry: bf16 weights, activations and their gradients; fp32 factors, as narrower weights have them."""
 STATES = 2
@@ -137,13 +133,6 @@ class Weight:
         """What FSDP2 gathers it with: its layer, or alone a matrix of none; "" for the root, which has the rest."""
         return self.block or (self.name if len(self.shape) > 1 else "")
 
-    def style(self, llama: Llama, ranks: int) -> str:
-        """How tensor parallel splits it; few heads of keys and values stay whole."""
-        leaf = self.leaf
-        if leaf in ("k_proj", "v_proj") and llama.num_key_value_heads % ranks:
-            return ""
-        return STYLES.get(leaf, "")
-
 
 def weights_of(llama: Llama, rank: int = RANK) -> list[Weight]:
     """Return every parameter of the model, those of the layers' linears with a branch as lorasc_fx makes it."""
@@ -216,52 +205,6 @@ def fsdp2(weights: Iterable[Weight], ranks: int, replicas: int = 1) -> Figures:
         backward=share * (sum(units.values()) + FACTOR * trained)
         + 2 * (replicas - 1) / replicas * FACTOR * trained / ranks,
         transition=share * FACTOR * first + sums(len(sites), ranks * replicas),
-    )
-
-
-def tensor_parallel(weights: Iterable[Weight], ranks: int, llama: Llama, tokens: int = TOKENS) -> Figures:
-    """Return the figures of `lorasc_fx.integrations.tensor_parallel`, column-wise into a layer and row-wise out of it.
-
-    A sum over the ranks of n bytes (an all-reduce) sends 2 n (N-1)/N by each rank. In forward that is the output
-    [tokens, out] of each row-wise weight and what its lora_A makes, [tokens, rank]; in backward the gradient of each
-    input that column-wise weights share, [tokens, in], and that of what their lora_A made. The logits are gathered.
-    Where keys and values are whole, their gradients are gathered by heads. A transition exchanges sums and flags.
-    """
-    weights = list(weights)
-    share, reduced = (ranks - 1) / ranks, 2 * (ranks - 1) / ranks
-    split = {weight.name: weight.style(llama, ranks) for weight in weights}
-    base = factors = host = forward = backward = 0.0
-    first = next(weight.block for weight in weights if weight.block)
-    inputs = {(first, "attention")}  # below which nothing trains: it wants no gradient
-    for weight in weights:
-        style, (a, b) = split[weight.name], weight.factors
-        parts = ranks if style else 1
-        base += weight.entries / parts
-        host += weight.entries / parts if weight.rank else 0
-        factors += a / (ranks if style == "rowwise" else 1) + b / (ranks if style == "colwise" else 1)
-        if style == "rowwise":
-            forward += reduced * WEIGHT * tokens * (weight.shape[0] + weight.rank)
-        if style == "colwise":
-            backward += reduced * WEIGHT * tokens * weight.rank
-            read = "attention" if weight.leaf in ("q_proj", "k_proj", "v_proj") else weight.leaf.replace("gate", "up")
-            if (weight.block, read) not in inputs:
-                inputs.add((weight.block, read))
-                backward += reduced * WEIGHT * tokens * weight.shape[1]
-        if style == "colwise" and not weight.block:
-            forward += share * WEIGHT * tokens * weight.shape[0]
-        if not style and weight.leaf in ("k_proj", "v_proj"):
-            backward += share * WEIGHT * tokens * llama.hidden_size
-    sites = sum(1 for weight in weights if weight.rank)
-    return Figures(
-        base=WEIGHT * base,
-        factors=FACTOR * factors,
-        gradients=FACTOR * factors,
-        optimizer=STATES * FACTOR * factors,
-        gathered=0.0,
-        host=WEIGHT * host,
-        forward=forward,
-        backward=backward,
-        transition=sums(sites, ranks),
     )
 
 
@@ -412,14 +355,7 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
     """Return docs/scale.md."""
     weights = weights_of(llama)
     base, trained = sum(weight.entries for weight in weights), sum(sum(weight.factors) for weight in weights)
-    columns = [
-        (f"{how}, {count} ranks", figures)
-        for count in ranks
-        for how, figures in (
-            ("FSDP2", fsdp2(weights, count)),
-            ("tensor parallel", tensor_parallel(weights, count, llama)),
-        )
-    ]
+    columns = [(f"FSDP2, {count} ranks", fsdp2(weights, count)) for count in ranks]
     rows = [
         ("weights, bf16", "base"), ("lora_A and lora_B, fp32", "factors"), ("their gradients", "gradients"),
         ("AdamW's states", "optimizer"), ("gathered for a while", "gathered"), ("**together on the device**", "device"),
@@ -452,11 +388,6 @@ def page(llama: Llama, ranks: Iterable[int] = (8, 64)) -> str:
         "each rank, and so does the reduce-scatter of gradients; frozen weights have none. Units are gathered in",
         "forward and again in backward, the next one while one computes. What is sent does not depend on the tokens.",
         "FSDP2 cuts rows and pads them; lora_A, of fewer rows than ranks, is cut by its inputs.",
-        "",
-        "Tensor parallel: a sum over all ranks of n bytes sends 2 n (N-1)/N by each rank. Every row-wise product is",
-        "one such sum, and every input that column-wise products share, [tokens, width]; branches add sums of",
-        "[tokens, rank]. Where heads of keys and values are fewer than ranks, k and v stay whole on each rank, and",
-        "their gradients are gathered by heads. What is sent grows with the tokens.",
         "",
         "A transition moves no weight: W0, B and S lie in the same parts, noise is drawn for the shard alone,",
         "and standard deviations and decisions are six sums of 8 bytes a site. FSDP2 gathers each lora_A once, as",

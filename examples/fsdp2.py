@@ -1,22 +1,15 @@
-"""A cascade whose weights are sharded: `torchrun --nproc-per-node 2 -m examples.fsdp2`; with tensor parallelism inside,
-`torchrun --nproc-per-node 4 -m examples.fsdp2 2`.
-"""
+"""A cascade whose weights are sharded by FSDP2: `torchrun --nproc-per-node 2 -m examples.fsdp2`."""
 
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import lorasc_fx as lx
-
-PLAN: dict[str, lx.integrations.tensor_parallel.Style] = {"blocks.*.1": "colwise", "blocks.*.3": "rowwise"}
-"""How tensor parallelism cuts the linears of a block."""
 
 
 class Mixer(nn.Module):
@@ -38,17 +31,7 @@ class Mixer(nn.Module):
         return self.head(x)
 
 
-def parallelize(cascade: lx.Cascade, mesh: DeviceMesh) -> lx.Cascade:
-    """Do what the `parallelize` functions of trainers like torchtitan do with a model, by the names of the mesh's axes:
-    `tp` cuts products, `shard` and `replicate` the weights around that.
-    """
-    names = mesh.mesh_dim_names or ()
-    if "tp" in names:
-        lx.integrations.tensor_parallel.parallelize(cascade, mesh["tp"], PLAN)
-    return lx.integrations.fsdp.shard(cascade, mesh[tuple(name for name in names if name != "tp")])
-
-
-def main(tp: int = 1, steps: int = 15, stages: int = 3, batch: int = 32) -> float:
+def main(steps: int = 15, stages: int = 3, batch: int = 32) -> float:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
@@ -61,14 +44,13 @@ def main(tp: int = 1, steps: int = 15, stages: int = 3, batch: int = 32) -> floa
     spec = lx.CascadeSpec(rank=4, train=("head.*",), pace=0.7, noise=lx.Noise(0.1))
     cascade = lx.adapt(model, args=(points[:2].to(device),), spec=spec)
     whole = sum(parameter.numel() for parameter in cascade.parameters())
-    sizes = {"shard": count // tp, **({"tp": tp} if tp > 1 else {})}
-    parallelize(cascade, init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
+    lx.integrations.fsdp.shard(cascade)
     here = sum(parameter.to_local().numel() for parameter in cascade.parameters())  # type: ignore[operator]
     if rank == 0:
         print(f"{here} of {whole} numbers are on this process")
 
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=5e-3))
-    batches = iter(lx.schedules.shuffled_batches(data, batch, share=(rank // tp, count // tp)))  # a share for each row
+    batches = iter(lx.schedules.shuffled_batches(data, batch, share=(rank, count)))
     loss = torch.zeros((), device=device)
     for stage in cascade.stages(stages, optimizer):  # each process folds its own rows
         for _ in range(steps):
@@ -91,4 +73,4 @@ def main(tp: int = 1, steps: int = 15, stages: int = 3, batch: int = 32) -> floa
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    main()

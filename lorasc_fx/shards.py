@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from lorasc_fx.errors import StateError, named
 
@@ -45,23 +42,8 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def shard_axis(tensor: Any) -> int | None:
     """Return the axis along which a tensor lies in shards on several ranks; None for one that is whole here."""
-    cuts = cuts_of(tensor) if hasattr(tensor, "to_local") else ()
-    return tensor.placements[cuts[0]].dim if cuts else None
-
-
-def cuts_of(tensor: Any) -> tuple[int, ...]:
-    """Return the axes of a DTensor's mesh over which it is cut, in the order of the cuts.
-
-    FSDP2 cuts what tensor parallelism has cut, which lies on a later axis of the mesh (`_StridedShard`).
-    """
-    axes = [axis for axis, place in enumerate(tensor.placements) if hasattr(place, "dim")]
-    return tuple(sorted(axes, key=lambda axis: hasattr(tensor.placements[axis], "split_factor")))
-
-
-def cut_into(tensor: Any) -> tuple[int, int] | None:
-    """Return the axis along which a tensor is cut, and into how many pieces; None for one that is whole here."""
-    shard = shard_of(tensor)
-    return None if shard is None else (shard.axis, len(shard.pieces))
+    placements = tensor.placements if hasattr(tensor, "to_local") else ()
+    return next((placement.dim for placement in placements if hasattr(placement, "dim")), None)
 
 
 def shard_of(tensor: Any) -> ShardSpec | None:
@@ -103,18 +85,6 @@ def zeros_like(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
     return made
 
 
-def placed_gradient(parameter: Any) -> nn.Parameter:
-    """Let the gradients of a parameter that is a DTensor come in its own placements; return the parameter."""
-    if hasattr(parameter, "to_local") and parameter.requires_grad:
-        parameter.register_hook(partial(_redistributed, parameter.placements))
-    placed: nn.Parameter = parameter
-    return placed
-
-
-def _redistributed(placements: Any, gradient: Any) -> Any:
-    return gradient.redistribute(placements=placements) if hasattr(gradient, "to_local") else gradient
-
-
 @dataclass(frozen=True)
 class ProcessGroup:
     """The ranks that work on one cascade, and what they exchange besides gradients. By default it is one process alone.
@@ -125,13 +95,11 @@ class ProcessGroup:
         handle: a process group of torch.distributed; None for one process.
         device: of the tensors that are exchanged.
         replicas: how often the ranks hold all of the weights: on a mesh of two axes (HSDP) the size of the first one.
-        inner: how many ranks in a row hold parts of a weight by tensor parallelism, each of which FSDP2 cuts further.
     """
 
     handle: Any = None
     device: torch.device | str = "cpu"
     replicas: int = 1
-    inner: int = 1
 
     @classmethod
     def of(cls, handle: Any = None) -> ProcessGroup:
@@ -154,12 +122,11 @@ class ProcessGroup:
 
     @property
     def order(self) -> list[int]:
-        """The ranks that hold all of the weights together, in the order of their shards along the axes that are cut.
+        """The ranks that hold all of the weights together, in the order of their shards.
 
         They are the first ones of the group; the others are replicas of these.
         """
-        parts = self.size // self.replicas
-        return [rank for first in range(self.inner) for rank in range(first, parts, self.inner)]
+        return list(range(self.size // self.replicas))
 
     def all(self, flag: bool) -> bool:
         """Whether a flag is set on every rank."""
@@ -309,7 +276,6 @@ class ShardSpec:
         first, count, total: of the axis.
         group: the ranks that hold all of the weight together.
         axis: that is cut.
-        pieces: first and count on each rank of the group; by default chunks in the order of the ranks.
     """
 
     first: int
@@ -317,38 +283,18 @@ class ShardSpec:
     total: int
     group: ProcessGroup
     axis: int = 0
-    pieces: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, tensor: Any) -> ShardSpec:
-        """Return that of a DTensor, cut along one axis in chunks as FSDP does, over one axis of its mesh or over two,
-        which are all ranks or those of a replica; all of a replicated one.
-        """
-        mesh, cuts = tensor.device_mesh, cuts_of(tensor)
-        if len(cuts) < 2:
-            handle = mesh.get_group(cuts[0] if cuts else 0)
-        elif mesh.ndim == 2:
-            handle = dist.group.WORLD
-        else:  # the ranks of a replica, whose axes are the last ones
-            mesh, cuts = mesh[mesh.mesh_dim_names[-2:]], tuple(cut - mesh.ndim + 2 for cut in cuts)
-            handle = mesh._flatten().get_group()  # made at the first call, on every rank
+        """Return the shard spec of a DTensor that FSDP sharded along one axis, or of a replicated one."""
+        mesh, axis = tensor.device_mesh, shard_axis(tensor)
+        across = next((place for place, each in enumerate(tensor.placements) if hasattr(each, "dim")), 0)
+        handle = mesh.get_group(across)
         group = ProcessGroup.of(handle) if tensor.is_meta else ProcessGroup(handle, tensor.device)
-        if not cuts:
+        if axis is None:
             return cls(0, tensor.shape[0], tensor.shape[0], group)
-        axis, sizes = shard_axis(tensor), [mesh.size(cut) for cut in cuts]
-        assert axis is not None
         total = tensor.shape[axis]
-        here = chunk_of(total, sizes, [mesh.get_local_rank(cut) for cut in cuts])
-        if len(cuts) == 1:
-            pieces = [chunk_of(total, sizes, [place]) for place in range(sizes[0])]
-        else:
-            places = {int(mesh.mesh[place]): place for place in itertools.product(*map(range, mesh.shape))}
-            pieces = [chunk_of(total, sizes, [places[rank][cut] for cut in cuts]) for rank in sorted(places)]
-        return cls(*here, total, group, axis, tuple(pieces))
-
-    def within(self, outer: ShardSpec | None) -> ShardSpec:
-        """Return the same shard as a part of a larger one of which it is cut."""
-        return self if outer is None else replace(self, first=self.first - outer.first, total=outer.count, pieces=())
+        return cls(*chunk_of(total, mesh.size(across), mesh.get_local_rank(across)), total, group, axis)
 
     def dtensor(self, shard: torch.Tensor, like: Any) -> torch.Tensor:
         """Return the DTensor of which this shard is here, cut as the DTensor `like` is."""
@@ -369,14 +315,13 @@ class ShardSpec:
         if self.group.handle is None:
             return shard
         rows = shard.movedim(self.axis, 0)
-        pieces = self.pieces or [chunk_of(self.total, [self.group.size], [rank]) for rank in range(self.group.size)]
-        padded = rows.new_zeros((max(count for _, count in pieces), *rows.shape[1:]), device=self.group.device)
+        size = self.group.size
+        padded = rows.new_zeros((-(-self.total // size), *rows.shape[1:]), device=self.group.device)
         padded[: self.count] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.group.size)]
+        parts = [torch.empty_like(padded) for _ in range(size)]
         with _together():
             dist.all_gather(parts, padded, group=self.group.handle)
-        order = sorted(range(len(pieces)), key=lambda rank: pieces[rank])
-        gathered = torch.cat([parts[rank][: pieces[rank][1]] for rank in order])
+        gathered = torch.cat([part[: chunk_of(self.total, size, rank)[1]] for rank, part in enumerate(parts)])
         return gathered.movedim(0, self.axis).contiguous().to(shard.device)
 
     def full_shape(self, shard: torch.Size) -> torch.Size:
@@ -393,11 +338,8 @@ class ShardSpec:
         return math.sqrt(self.group.sum((exact - mean).square_().sum().item()) / (count - 1))
 
 
-def chunk_of(total: int, sizes: Sequence[int], places: Sequence[int]) -> tuple[int, int]:
-    """Return first and count of what is left of an axis that is cut into chunks one time after the other."""
-    first, count = 0, total
-    for size, place in zip(sizes, places, strict=True):
-        chunk = -(-count // size)
-        start = min(place * chunk, count)
-        first, count = first + start, min(chunk, count - start)
-    return first, count
+def chunk_of(total: int, size: int, rank: int) -> tuple[int, int]:
+    """Return the first index and the number of entries of a rank's chunk, as `torch.chunk` divides an axis."""
+    chunk = -(-total // size)
+    first = min(rank * chunk, total)
+    return first, min(chunk, total - first)

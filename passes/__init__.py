@@ -14,7 +14,6 @@ from .attention_masks import AttentionMasks
 from .base import CascadePass
 from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
-from .mark_cuts import MarkCuts
 from .match_sites import MatchSites
 from .pipeline import PASSES, Pipeline
 from .share_inputs import ShareInputs, SplitInputs
@@ -26,7 +25,6 @@ __all__ = [
     "CascadePass",
     "FoldBranches",
     "InsertBranches",
-    "MarkCuts",
     "MatchSites",
     "NoSites",
     "PassOrderError",

@@ -25,7 +25,6 @@ from .attention_masks import AttentionMasks
 from .base import CascadePass
 from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches
-from .mark_cuts import MarkCuts
 from .match_sites import MatchSites
 from .share_inputs import ShareInputs, SplitInputs
 from .stage_transition import StageTransition
@@ -40,7 +39,6 @@ PASSES: tuple[type[CascadePass], ...] = (
     SplitInputs,
     FoldBranches,
     StageTransition,
-    MarkCuts,
 )
 """Passes that `Pipeline.parse` knows."""
 

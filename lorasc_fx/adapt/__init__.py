@@ -447,8 +447,7 @@ def _check_new(model: nn.Module, on_meta: bool = False) -> None:
         if hasattr(parameter, "to_local") or hasattr(parameter, "ds_id"):
             raise StateError(
                 f"{name} is cut over processes already (FSDP, tensor parallelism, DeepSpeed's ZeRO-3): adapt the whole "
-                "model, perhaps on the meta device, and then cut the cascade by lorasc_fx.integrations.fsdp.shard or "
-                "tensor_parallel.parallelize",
+                "model, perhaps on the meta device, and then cut the cascade by lorasc_fx.integrations.fsdp.shard",
                 code="already-sharded",
             )
         if parameter.is_inference():

@@ -39,7 +39,7 @@ def materialize(
     The model then runs on the example inputs, and branches, noise and placements start, as if it had been loaded before
     `adapt`. Numbers are cast to the model's dtypes. All or nothing.
 
-    A cascade that `integrations.fsdp.shard` or `tensor_parallel.parallelize` has sharded gets the shards of each rank:
+    A cascade that `integrations.fsdp.shard` has sharded gets the shards of each rank:
     a rank reads its part of each tensor, and all of one share of the tensors, block by block, for their fingerprints.
     Every rank must call this. The model is not run: the graph is that of its shapes.
 

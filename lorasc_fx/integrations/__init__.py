@@ -1,9 +1,8 @@
 """Other people's training loops and devices: a module each, imported when it is asked for, with what it is about.
 
 `transformers` and `lightning` hold a `CascadeCallback`, for their Trainers; `progress` holds `track`, for a loop of
-your own: bars, metrics and TensorBoard. `fsdp` shards a cascade over several processes (FSDP2); `tensor_parallel`
-splits weights over them by columns and rows; `pipelining` cuts the adapted graph into stages; `dcp` gives the state of
-a cascade to torch.distributed.checkpoint.
+your own: bars, metrics and TensorBoard. `fsdp` shards a cascade over several processes (FSDP2); `dcp`
+gives the state of a cascade to torch.distributed.checkpoint.
 """
 
 import importlib
@@ -11,15 +10,13 @@ from typing import Any
 
 from lorasc_fx.errors import nearest
 
-__all__ = ["dcp", "fsdp", "pipelining", "progress", "tensor_parallel", "transformers"]
+__all__ = ["dcp", "fsdp", "progress", "transformers"]
 
 _MODULES = (
     "dcp",
     "fsdp",
     "lightning",
-    "pipelining",
     "progress",
-    "tensor_parallel",
     "transformers",
 )
 

@@ -2,9 +2,8 @@
 it.
 
 The state is that of `lorasc_fx.save` as one flat table: the manifest is one of its tensors, and what lies in shards is
-a DTensor of the shard that is here, so that no rank gathers anything. Of FSDP2 around tensor parallelism each
-part is a tensor of its own, for DCP takes the shards of a DTensor to be of one size. A state has as many experts as
-stages have ended: what a checkpoint holds is asked of its metadata, and the codec checks it as it checks a folder.
+a DTensor of the shard that is here, so that no rank gathers anything. A state has as many experts as stages have
+ended: what a checkpoint holds is asked of its metadata, and the codec checks it as it checks a folder.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from lorasc_fx.adapt import load_found
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.runtime import Cascade, checkpoint_write, training_state
-from lorasc_fx.runtime.state_dict import KEY, digest_of, from_state_dict, name_of_part, packed
+from lorasc_fx.runtime.state_dict import KEY, digest_of, from_state_dict, packed
 from lorasc_fx.shards import ONE_PROCESS
 from lorasc_fx.undo import raise_of_handler
 
@@ -49,8 +48,7 @@ def state_dict(
         optimizer, scheduler, extra: as of `lorasc_fx.save`.
 
     Returns:
-        Tensors by name. What lies in shards is a DTensor; of FSDP2 around tensor parallelism it is the part that is
-        here, by a name of its own. All else is on the first rank alone.
+        Tensors by name. Sharded tensors are DTensors. All other tensors are on the first rank only.
 
     Raises:
         CheckpointError, StateError, NonFiniteBranch: as of `lorasc_fx.save`.
@@ -59,7 +57,7 @@ def state_dict(
     group = run.slow.group or ONE_PROCESS
     kept = dict(extra or {})
     with group.agreed(call):
-        run.check_ready(call, sharded=True, parallel=True)
+        run.check_ready(call, sharded=True)
         if run.is_sharded:
             checkpoint_write.check_between_steps(run, call)
         checkpoint_write.check_finite(run)
@@ -82,10 +80,6 @@ def state_dict(
             state[name] = value
             continue
         axis, shape = axes[name], list(value.shape)
-        if group.inner > 1:
-            if group.rank in order and (value.shape[axis] or group.rank == 0):  # replicas hold the same
-                state[name_of_part(name, order.index(group.rank), len(order))] = value
-            continue
         shape[axis] = sum(ranks[rank][name] for rank in order)
         stride = torch.empty(shape, device="meta").stride()
         state[name] = DTensor.from_local(

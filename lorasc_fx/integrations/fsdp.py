@@ -8,8 +8,8 @@ computed from its rows of B and all of A, so that no weight is gathered (algorit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 from lorasc_fx.capture import leaves
 from lorasc_fx.compile import Variant
@@ -36,29 +36,10 @@ from lorasc_fx.integrations.segments import (
 )
 from lorasc_fx.runtime import Cascade, folding
 from lorasc_fx.runtime.run import Planned
-from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, local, shard_axis, shard_of
-from lorasc_fx.spec import CascadeSpec, Noise
+from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, local
 from lorasc_fx.undo import AllOrNothing, Block, Undo, isolated
 
 __all__ = ["folded_state_dict", "shard"]
-
-ON_SHARDS = {
-    "targets", "exclude", "train", "untie", "rules", "rank", "ranks", "lora_alpha", "use_rslora", "placement", "pace",
-    "start", "restart", "slow_train", "seed", "noise", "strength", "keep", "where", "train_A", "lr_ratio",
-    "train_rules", "average", "average_decay", "redraw", "key", "on_nonfinite", "distribution", "optimizer_state",
-    "carry_rank",
-}  # fmt: skip
-"""Fields of a spec, and of its noise, that mean the same on shards, whatever they hold; `carry_rank` is of quantized
-weights, which are not sharded.
-"""
-NEEDS_WHOLE: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "nearest_full_gradient": ("each rank computes with its share of the factors", ("parallelize",)),
-    "restart_A": ("for 'gradient' no rank computes the gradient of a whole weight", ("parallelize",)),
-    "use_dora": ("no rank has whole rows of a product", ("parallelize",)),
-    "dropout": ("each process would drop other entries", ("parallelize",)),
-}
-"""The other fields, each with the reason why a value besides its default is refused, and the calls that refuse it;
-restart_A="kept" is not."""
 
 
 def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
@@ -74,8 +55,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     Args:
         cascade: that was adapted, or loaded; the parameters lie on the device of this process, or on the meta device.
         mesh: of one axis, over the ranks that hold the shards, all of them by default; or of two, of replicas and of
-            the ranks that hold the shards of each (HSDP). Of a cascade that `parallelize` has cut the axes before that
-            one, which it was given as the last of a mesh: each part is cut further, along the same axis of the weight.
+            the ranks that hold the shards of each (HSDP).
 
     Returns:
         The cascade. Each parameter is now a DTensor of which a rank holds some rows.
@@ -86,30 +66,22 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             the cascade of this process is as it was; another process may have gone on.
     """
     run = cascade._run
-    with run.exclusive("shard", sharded=True, parallel=True, on_meta=True), AllOrNothing() as undo:
-        is_one_axis = mesh is not None and mesh.ndim == 1 and not run.is_parallel
-        ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and is_one_axis else None)
+    with run.exclusive("shard", sharded=True, on_meta=True), AllOrNothing() as undo:
+        ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
         with ranks.agreed("shard"):
             units = _units(cascade)
             graphs = _check(cascade, mesh, units)
             axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
             weights = run.fingerprints() if run.holds_numbers else {}  # of the whole weights, while they are here
-        groups = [ranks]
-        if run.is_parallel and mesh is not None:  # whose parts are other ones on the ranks of another column
-            groups = [ProcessGroup.of(mesh.get_group(axis)) for axis in range(mesh.ndim)]
-        for group in groups:
-            with ranks.agreed("shard"):
-                group.check_alike("shard", run.facts(weights))
+        with ranks.agreed("shard"):
+            ranks.check_alike("shard", run.facts(weights))
         mesh = mesh if mesh is not None else init_device_mesh(_device_kind(cascade), (dist.get_world_size(),))
-        inner = dist.get_world_size() // mesh.size() if run.is_parallel else 1
-        ranks = replace(ranks, inner=inner, replicas=ranks.size // inner // mesh.size(mesh.ndim - 1))
+        ranks = replace(ranks, replicas=ranks.size // mesh.size(mesh.ndim - 1))
         undo(run.restorer())
-        outer = {name: shard_of(value) for name, value in run.parameters_by_name().items()}
         unit_names = {name: units[id(parameter)] for name, parameter in cascade.named_parameters()}
         shards = _fully_sharded(cascade, units, axes, mesh, undo)
         specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
-        slow = run.slow.to_shard(specs, ranks, run.base_file is not None, outer)
-        run.take_shards(slow, run.parallel, hooked=False)
+        run.take_shards(run.slow.to_shard(specs, ranks, run.base_file is not None))
         run.note_frozen()
         if run.holds_numbers:  # as a transition writes them: products and sums of shards round in another order
             moved = [name for name, state in run.slow.states.items() if state.changed or state.initial is not None]
@@ -188,7 +160,7 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
         raise StateError(
             "folded_state_dict: this cascade is not sharded; call cascade.folded_state_dict()", code="not-sharded"
         )
-    run.check_ready("folded_state_dict", sharded=True, parallel=True)
+    run.check_ready("folded_state_dict", sharded=True)
     is_first, state_dict = run.slow.group.rank == 0, {}
     for name, value, new in folding.folded_each(run, "folded_state_dict"):
         folded = new()
@@ -224,11 +196,9 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             "torch.distributed.init_process_group first",
             code="no-process-group",
         )
-    if run.slow.group is not None and (cascade._split is not None or not run.is_parallel):
+    if run.slow.group is not None:
         raise StateError("shard: this cascade is sharded already", code="already-sharded")
-    if run.is_parallel:
-        _check_grid(next(value.device_mesh for value in cascade.parameters() if isinstance(value, DTensor)), mesh)
-    elif (
+    if (
         mesh is not None
         and mesh.ndim > 1
         and (mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())))
@@ -238,8 +208,6 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             "all ranks in their order, of replicas and of shards",
             code="invalid-mesh",
         )
-    for name, value, usual, why in whole_only(spec, "shard"):
-        raise StateError(f"shard: {name} is {value!r}: {why}; give {usual!r} in the spec", code="not-shardable")
     variants = cascade._variants.all
     if not variants:
         raise StateError(
@@ -260,7 +228,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     parameters = {f"model.{name}": parameter for name, parameter in run.parameters_by_name().items()}
     parameters |= {f"branches.{name}": factor for name, factor in run.branches.named_parameters()}
     for name, parameter in parameters.items():
-        cut = hasattr(parameter, "to_local") and not run.is_parallel
+        cut = hasattr(parameter, "to_local")
         if not parameter.dim() or not parameter.is_contiguous() or cut:
             what = "has no axis" if not parameter.dim() else "is not contiguous"
             what = "is a DTensor already" if cut else what
@@ -292,39 +260,6 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
                 code="not-shardable",
             )
     return {number: segmented(graph, units) for number, graph in graphs.items()}
-
-
-def _check_grid(parts: DeviceMesh, mesh: DeviceMesh | None) -> None:
-    """Refuse a mesh that does not go with that of tensor parallelism: axes of one mesh, of all ranks in order."""
-    world, inner = dist.get_world_size(), parts.size()
-    grid = torch.arange(world).view(-1, inner) if world % inner == 0 else None
-    row, column = divmod(dist.get_rank(), inner)
-    if (
-        grid is None
-        or mesh is None
-        or mesh.ndim > 2
-        or not torch.equal(parts.mesh.flatten(), grid[row])
-        or not torch.equal(mesh.mesh.flatten(), grid[:, column])
-        or mesh._get_root_mesh() != parts._get_root_mesh()
-    ):
-        raise StateError(
-            f"shard: this cascade is sharded by tensor parallelism over {inner} ranks of {world}; around that give the "
-            "first axis of a mesh whose second one parallelize was given: mesh = init_device_mesh(device, "
-            f"({world // inner}, {inner}), mesh_dim_names=('dp', 'tp')), parallelize(cascade, mesh['tp'], ...), "
-            "shard(cascade, mesh['dp']); with replicas the first two axes of a mesh of three",
-            code="invalid-mesh",
-        )
-
-
-def whole_only(spec: CascadeSpec, call: str) -> Iterator[tuple[str, Any, Any, str]]:
-    """Yield each option of a spec that a call refuses on shards: its name, its value, the default, and why."""
-    pairs = [("", spec, CascadeSpec())] + ([("noise.", spec.noise, Noise())] if spec.noise.is_on else [])
-    for prefix, options, defaults in pairs:
-        for item in fields(options):
-            value, default = getattr(options, item.name), getattr(defaults, item.name)
-            why, calls = NEEDS_WHOLE.get(item.name, ("", ()))
-            if call in calls and value != default and (item.name, value) != ("restart_A", "kept"):
-                yield f"{prefix}{item.name}", value, default, why
 
 
 def _fully_sharded(
@@ -381,9 +316,6 @@ def _refit(shards: Shards) -> None:
             if local(parameter).shape == old.sharded_size:
                 continue
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            if old.is_dtensor:  # of tensor parallelism
-                spec = old._unsharded_dtensor_spec
-                whole = distribute_tensor(whole, spec.mesh, spec.placements, src_data_rank=None)
             given = (old._module_info, old.mesh_info, old.post_forward_mesh_info, old.device)
             policies = (partial(_placement, old), old.mp_policy, OffloadPolicy())
             new = FSDPParam(nn.Parameter(whole, parameter.requires_grad), *given, *policies)
@@ -404,22 +336,11 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
     """
     axes: dict[int, int] = {}
     model = cascade._run.parameters_by_name()
-    for name, parameter in cascade.named_parameters():
-        axis = shard_axis(parameter)  # of tensor parallelism: what is here is cut along the same one
-        if axis:
-            if local(parameter).shape[axis] % parts:
-                raise StateError(
-                    f"shard: {name} is {list(local(parameter).shape)} on each rank of tensor parallelism, and "
-                    f"{local(parameter).shape[axis]} does not divide by {parts} ranks, over which FSDP would cut it; "
-                    "leave it out of the plan, or take another number",
-                    code="not-divisible",
-                )
-            axes[id(parameter)] = axis
     for branch in cascade._run.by_key.values():
         weight, stacked = model[branch.weight_name], branch.lora_A.dim() == 3
         inputs, first = branch.lora_A.dim() - 1, branch.lora_A.shape[0]
         resized = bool(cascade.plan.spec.ranks) and not stacked
-        if id(branch.lora_A) in axes or (stacked and branch.magnitude is not None):
+        if stacked and branch.magnitude is not None:
             continue
         if first % parts == 0 and not resized:
             continue

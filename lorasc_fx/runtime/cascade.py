@@ -154,8 +154,7 @@ class Cascade(nn.Module):
 
         Raises:
             AttributeError: neither the cascade nor the model has it, it is a submodule, or a method for layers of peft.
-            StateError: accelerate's FSDP plugin asks, to cut the model; a call of one of these methods where tensor
-                parallelism has cut the weights.
+            StateError: accelerate's FSDP plugin asks, to cut the model.
         """
         children = self.__dict__.get("_modules", {})
         if name in children:
@@ -186,8 +185,6 @@ class Cascade(nn.Module):
         @wraps(value)
         def call(*args: Any, **kwargs: Any) -> Any:
             run = self._run
-            if run.is_parallel:
-                run.check_ready(name)
             if run.is_sharded and "synced_gpus" in inspect.signature(value).parameters:
                 kwargs["synced_gpus"] = True  # ranks that are done compute on until all are
             placed = run.released or run.inside_weights
@@ -207,8 +204,6 @@ class Cascade(nn.Module):
         """
         run = self._run
         run.check_alive("forward")
-        if run.parallel is not None:
-            return run.parallel(self, args, kwargs)
         if run.inside_weights and (self._eager or not run.is_sharded):
             return self.model(*args, **kwargs)
         if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot hash a signature
@@ -533,7 +528,7 @@ class Cascade(nn.Module):
         """After `lorasc_fx.load`: give optimizer, scheduler and random generators their saved state; return `extra`.
 
         Where a process group of torch.distributed is initialized, every rank must call this: under
-        DistributedDataParallel after the wrapper was made, on shards after `shard` or `parallelize`. The number of
+        DistributedDataParallel after the wrapper was made, on shards after `shard`. The number of
         ranks need not be that of the run which saved. On the same number each rank gets its own random generators
         back, on another number a stream that is a function of the first rank's, of the rank and of the number.
 
@@ -548,7 +543,7 @@ class Cascade(nn.Module):
         """
         ranks = self._run.slow.group or ProcessGroup.of(group)
         with ranks.agreed("resume"):
-            self._run.check_ready("resume", sharded=True, parallel=True)
+            self._run.check_ready("resume", sharded=True)
             if (loaded := self._loaded) is None:
                 raise StateError(
                     "resume: this cascade was not loaded; make it by lorasc_fx.load(folder, model)",
@@ -561,7 +556,7 @@ class Cascade(nn.Module):
                 "that all of them see, and let nobody write into it meanwhile",
                 code="versions-differ",
             )
-        with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True, parallel=True):
+        with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
             return training_state.resume(self._run, loaded, optimizer, scheduler, ranks)
 
     # ---- weights
@@ -636,8 +631,8 @@ class Cascade(nn.Module):
             call: runs the cascade on a batch, where another reading is wanted.
 
         Raises:
-            StateError: the model has no such batch norm, there is no batch, inside a backward, after `release`, or
-                tensor parallelism has cut the weights. Whatever raises, the statistics are as they were.
+            StateError: the model has no such batch norm, there is no batch, inside a backward, or after `release`.
+                Whatever raises, the statistics are as they were.
         """
         self._run.check_alive("recalibrate")
         norms = [

@@ -41,7 +41,7 @@ from lorasc_fx.runtime.codec import RunState, Tensors, encode
 from lorasc_fx.runtime.manifest import LONGEST, parsed
 from lorasc_fx.runtime.optim import check_numbers
 from lorasc_fx.runtime.run import Run
-from lorasc_fx.shards import ProcessGroup, cut_into, local
+from lorasc_fx.shards import ProcessGroup, local, shard_axis
 from lorasc_fx.state.engine import all_finite
 
 LOCK = ".lock"
@@ -84,7 +84,7 @@ def write_version(
                 if not is_alone:
                     check_between_steps(run, "save")
                 if holds:
-                    held.enter_context(run.exclusive("save", sharded=True, parallel=True))
+                    held.enter_context(run.exclusive("save", sharded=True))
                     check_finite(run)
             if not is_alone:
                 extra = {**extra, training_state.RANKS: group.gather(training_state.random_bytes(), "save")}
@@ -197,12 +197,9 @@ def contents(
     _check_keys(extra)
     tensors |= gradients | streams | taken.tensors
     if run.slow.group is not None:
-        cuts = axes | {name: cut for name, value in tensors.items() if (cut := cut_into(value)) is not None}
-        manifest["shards"] = {name: axis for name, (axis, _) in cuts.items()}
-        first = {rank: part for part, rank in enumerate(run.slow.group.order)}.get(run.slow.group.rank, 0)
-        copies = {name: axis for name, (axis, pieces) in cuts.items() if first >= pieces}
+        sharded = {name: axis for name, value in tensors.items() if (axis := shard_axis(value)) is not None}
+        manifest["shards"] = axes | sharded
         tensors = {name: local(tensor) for name, tensor in tensors.items()}
-        tensors |= {name: tensors[name].narrow(axis, 0, 0) for name, axis in copies.items()}  # another rank writes it
     for name, tensor in tensors.items():
         if not training_state.is_storable(tensor):
             raise CheckpointError(

@@ -33,7 +33,7 @@ from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.manifest import EXPERT_FIELDS, VIEWS
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.transition import trained_moved
-from lorasc_fx.shards import cut_into, local, local_like, shard_of
+from lorasc_fx.shards import local, local_like, shard_axis, shard_of
 from lorasc_fx.spec import Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Trained, View, WeightState
 from lorasc_fx.undo import Undo
@@ -125,13 +125,11 @@ class RunState:
         return replace(self, slow=whole, branches=branches, values=values)
 
 
-def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, tuple[int, int]]]:
-    """Return the fields of the manifest, copies of the tensors as far as they are here, and of each that lies in shards
-    on several ranks the axis along which it is cut, and into how many.
-    """
+def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
+    """Return the fields of the manifest, copies of this rank's tensors, and the axis of each sharded tensor."""
     slow, spec = state.slow, state.plan.spec
     tensors: Tensors = {}
-    axes: dict[str, tuple[int, int] | None] = {}
+    axes: dict[str, int | None] = {}
     weights: dict[str, Any] = {}
     ends: dict[str, Any] = {}
     for weight, factors in state.branches.items():
@@ -139,13 +137,13 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, tuple[in
     for weight, held in slow.states.items():
         weights[weight], more = _encoded(held)
         tensors |= {name: value for name, (value, _) in more.items()}
-        axes |= {name: held.cut_into(side) for name, (_, side) in more.items()}
+        axes |= {name: held.axis(side) for name, (_, side) in more.items()}
     for name, entry in slow.trained.items():
         tensors[f"trained/{name}/value"] = state.values[name]
         ends[name] = list(entry.ends)
         for view, value in entry.views.items():
             tensors[key := f"trained/{name}/{view}"] = value
-            axes[key] = cut_into(state.values[name])
+            axes[key] = shard_axis(state.values[name])
     tensors |= {f"buffer/{name}": value for name, value in state.buffers.items()}
     manifest: dict[str, Any] = {"idle": slow.idle, "trained": list(slow.trained), "slow": weights, "stage_ends": ends}
     manifest["waits_for_gradient"] = state.waits_for_gradient
@@ -154,9 +152,9 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, tuple[in
         manifest["rules"] = {name: spec.train_rules.index(rule) for name, rule in ruled.items()}
     if spec.keeps_average:
         manifest["averaged"] = slow.averaged
-    axes = {name: cut_into(tensor) for name, tensor in tensors.items()} | axes
+    axes = {name: shard_axis(tensor) for name, tensor in tensors.items()} | axes
     copies = {name: local(tensor).clone() for name, tensor in tensors.items()}
-    return {**manifest, **state.layout}, copies, {name: cut for name, cut in axes.items() if cut is not None}
+    return {**manifest, **state.layout}, copies, {name: axis for name, axis in axes.items() if axis is not None}
 
 
 def _encoded(state: WeightState) -> tuple[dict[str, Any], dict[str, tuple[torch.Tensor, Side]]]:

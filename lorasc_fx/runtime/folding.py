@@ -44,7 +44,7 @@ def placed(
     if stage is None and not added:
         check_which(f"weights({which!r})", str(which), run.plan.spec, (*WHICH, *run.added))
     # DTensors cannot be read or written in inference mode
-    with no_inference_mode(), run.exclusive("weights", sharded=not added, parallel=not added):
+    with no_inference_mode(), run.exclusive("weights", sharded=not added):
         parameters = run.parameters_by_name()
         live = trained_now(run, parameters)
         weights = added_weights(run, which, f"weights({which!r})")
@@ -89,7 +89,7 @@ class Held:
     def of(run: Run, parameters: Mapping[str, nn.Parameter]) -> Held:
         """Return those of a run. Of sharded weights there are none: FSDP itself exchanges them."""
         names = [*run.slow.states, *run.slow.trained]
-        if run.is_sharded or run.is_parallel:
+        if run.is_sharded:
             return Held([], (), ())
         dense = [parameters[name] for name in names if not is_quantized(parameters[name])]
         versions = tuple((parameter, parameter._version) for parameter in dense if not parameter.is_inference())

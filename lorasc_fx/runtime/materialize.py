@@ -20,7 +20,7 @@ from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, listed, n
 from lorasc_fx.fingerprint import Buffer, data_of, fingerprint_of
 from lorasc_fx.parameters import exchange
 from lorasc_fx.runtime.base_file import headers, opened, renamed, shards_of
-from lorasc_fx.shards import ShardSpec, local, placed_gradient
+from lorasc_fx.shards import ShardSpec, local
 from lorasc_fx.undo import Undo
 
 _SHOWN = 5
@@ -261,7 +261,7 @@ def with_numbers(old: torch.Tensor, numbers: torch.Tensor, device: torch.device)
     value = torch.empty_strided(held.size(), held.stride(), dtype=old.dtype, device=device)
     value.copy_(numbers)
     if hasattr(old, "to_local"):
-        return placed_gradient(nn.Parameter(ShardSpec.of(old).dtensor(value, old), old.requires_grad))
+        return nn.Parameter(ShardSpec.of(old).dtensor(value, old), old.requires_grad)
     value = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
     vars(value).update(vars(old))
     return value

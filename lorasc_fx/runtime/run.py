@@ -123,7 +123,6 @@ class Run:
         self.released = False
         self.placed_checksums: dict[str, int] = {}  # of the weights that weights() has put in place
         self.base_file, self.meta, self.written = base_file, meta, written
-        self.parallel: Callable[[Any, Any, Any], Any] | None = None  # computes a call on DTensors
         self.grouped = False  # param_groups was called: an optimizer holds the present branches
         self.looped = False  # stages was called
         self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)
@@ -266,7 +265,7 @@ class Run:
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not empty:  # else they are written next
             self.note_weights((name for name in known if name not in written), summed)
-        if not self.is_sharded or self.is_parallel:  # FSDP has other hooks
+        if not self.is_sharded:  # FSDP has other hooks
             self.pending.arm(self.trainable().values())
         if noise.follows_steps:
             self.steps.arm(self._redraw)
@@ -409,14 +408,14 @@ class Run:
         """Return what brings back what was decided, slow weights and flags, which weights are in place, their
         checksums, and which gradients wait for a step. Values are not among it (`commit`).
         """
-        decided = (self.plan, self.slow, self.base_file, self.parallel, self.released, self.added)
+        decided = (self.plan, self.slow, self.base_file, self.released, self.added)
         noted, branches = (self._checksums, self._objects, self._frozen), set(self.branches)
         meta, fingerprints, left = self.meta, self._fingerprints, (self.refusals, self.unreached)
         placed = (self.placed, self.placed_checksums)
         watches = (self.pending.restorer(), self.gradient_init.restorer())
 
         def restore() -> None:
-            self.plan, self.slow, self.base_file, self.parallel, self.released, self.added = decided
+            self.plan, self.slow, self.base_file, self.released, self.added = decided
             self.refusals, self.unreached = left
             for key in self.branches.keys() - branches:
                 del self.branches[key]
@@ -474,20 +473,13 @@ class Run:
         self.pending.disarm()
         self.steps.disarm()
 
-    def take_shards(
-        self, slow: SlowWeights, parallel: Callable[[Any, Any, Any], Any] | None, *, hooked: bool = True
-    ) -> None:
-        """Take over slow weights whose parameters were cut over processes, or are whole again.
+    def take_shards(self, slow: SlowWeights) -> None:
+        """Replace the slow weights by those of this rank's shards, after FSDP has sharded the parameters.
 
-        Args:
-            slow: of what is here.
-            parallel: computes a call, where the weights are tensor-parallel.
-            hooked: gradients come by the hooks of parameters, as they do not from FSDP.
+        Hooks on parameters are removed, because FSDP does not call them.
         """
-        self.slow, self.parallel = slow, parallel
+        self.slow = slow
         self.pending.disarm()
-        if hooked:
-            self.pending.arm(self.trainable().values())
         self.note_weights()
 
     def take_numbers(
@@ -536,7 +528,7 @@ class Run:
 
     def begin_loop(self, optimizer: torch.optim.Optimizer, call: str = "stages") -> None:
         """Check that a loop over stages can begin, and note that there is one; `call` is its name in messages."""
-        self.check_ready(call, sharded=True, parallel=True)
+        self.check_ready(call, sharded=True)
         check_holds(optimizer, self.trainable())
         check_rates(optimizer, lambda lr: self._groups(lr, {}))
         self.looped = True
@@ -590,13 +582,8 @@ class Run:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a process holds only its share of the weights, as under FSDP and tensor parallelism."""
+        """Whether a process holds only its share of the weights, as under FSDP."""
         return self.slow.group is not None
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether tensor parallelism has sharded the weights."""
-        return self.parallel is not None
 
     @property
     def holds_numbers(self) -> bool:
@@ -682,7 +669,7 @@ class Run:
         Raises:
             StateError: such a one was written since the weights were sharded: no process has the whole of it.
         """
-        slow, moved, whole = self.slow, self.moved_parameters(), self.slow.group is None and self.parallel is None
+        slow, moved, whole = self.slow, self.moved_parameters(), self.slow.group is None
         if slow.group is not None and (name := self.changed(self._frozen)) is not None:
             raise StateError(
                 f"save: {name} was changed since the weights were sharded. It is neither adapted nor trained, and no "
@@ -780,7 +767,6 @@ class Run:
         call: str,
         *,
         sharded: bool = False,
-        parallel: bool = False,
         ends_stage: bool = False,
         on_meta: bool = False,
     ) -> None:
@@ -789,17 +775,10 @@ class Run:
         Args:
             call: name of the method, for messages.
             sharded: the call works where FSDP holds the weights.
-            parallel: it works where tensor parallelism has cut them.
             ends_stage: it ends the running stage, which no gradient may outlive.
             on_meta: it needs no numbers.
         """
         self.check_alive(call, on_meta=on_meta)
-        if self.is_parallel and not parallel and (self.slow.group is None or self.slow.group.inner == 1):
-            raise StateError(
-                f"{call}: the weights are sharded by tensor parallelism; call "
-                "lorasc_fx.integrations.tensor_parallel.gather(cascade) first",
-                code="sharded",
-            )
         if self.is_sharded and not sharded:
             raise StateError(
                 f"{call}: the weights are sharded over processes, where there is transition, stages, rewind, weights, "

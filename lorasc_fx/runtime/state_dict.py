@@ -70,14 +70,11 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
     data = bytes(data_of(packed.cpu().contiguous()))
     manifest, plan, name_of = checkpoint_read.manifest_of(data, Path(where, MANIFEST), way)
     shards, count = manifest.get("shards", {}), len(manifest["files"])
-    try:
-        tensors, pieces = _joined({name: tensor for name, tensor in table.items() if name != KEY}, shards, count)
-    except ValueError as fault:
-        raise CheckpointError(f"{where}: {fault}; {way}") from fault
+    tensors = {name: tensor for name, tensor in table.items() if name != KEY}
     for sentence in checkpoint_read.plan_faults(plan, tensors):
         raise CheckpointError(f"{where}: {sentence}; {way}")
     axes = {name: shards[name_of(name)] for name in tensors if name_of(name) in shards}
-    if list(map(digest_of, _cut(tensors, axes, pieces, count))) != list(manifest["files"].values()):
+    if list(map(digest_of, _cut(tensors, axes, count))) != list(manifest["files"].values()):
         raise CheckpointError(
             f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}", code="digest-mismatch"
         )
@@ -131,42 +128,13 @@ def _check_alike(now: Plan, checkpoint: checkpoint_read.Checkpoint) -> None:
         )
 
 
-def name_of_part(name: str, rank: int, count: int) -> str:
-    """Return the name under which a rank of `count` writes its part of a tensor, where it is a tensor of its own."""
-    return f"{name}/{rank + 1}-of-{count}"
-
-
-def _joined(
-    table: Mapping[str, torch.Tensor], shards: Mapping[str, int], count: int
-) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """Return whole tensors, and of those that were in parts how long the part of each of `count` ranks is.
-
-    Raises:
-        ValueError: parts do not fit along the axis of their shards.
-    """
-    tensors, pieces = dict(table), dict[str, list[int]]()
-    for name, axis in shards.items():
-        parts = [tensors.pop(name_of_part(name, rank, count), None) for rank in range(count)]
-        here = [part for part in parts if part is not None]
-        if not here:
-            continue
-        tensors[name] = checkpoint_read.whole_of(name, here, axis)
-        pieces[name] = [0 if part is None else part.shape[axis] for part in parts]
-    return tensors, pieces
-
-
-def _cut(
-    tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], pieces: Mapping[str, Sequence[int]], count: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield what each of `count` ranks has written of whole tensors: the first one also those that are not cut."""
+def _cut(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the tensors that each of `count` ranks wrote: its shards, and on the first rank all that is not sharded."""
     for rank in range(count):
         written = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
         for name, axis in axes.items():
             if axis < tensors[name].dim():
-                first, length = chunk_of(tensors[name].shape[axis], [count], [rank])
-                if name in pieces:
-                    first, length = sum(pieces[name][:rank]), pieces[name][rank]
-                written[name] = tensors[name].narrow(axis, first, length)
+                written[name] = tensors[name].narrow(axis, *chunk_of(tensors[name].shape[axis], count, rank))
         yield written
 
 

@@ -38,7 +38,7 @@ def next_stage(
 
     `then` is called at the end; the transition is taken back if it raises.
     """
-    with run.exclusive("transition", sharded=True, parallel=True, ends_stage=True):
+    with run.exclusive("transition", sharded=True, ends_stage=True):
         plan, before, begun = run.plan, run.slow, time.monotonic()
         branches, trained = run.branches_by_weight(), run.trained_parameters()
         check_optimizer(run, optimizer, "transition", idle)
@@ -186,7 +186,7 @@ def _after_fold(
 
 def end_idle(run: Run) -> None:
     """Start a stage after the last fold of a loop: write its start weights, noise included."""
-    with run.exclusive("stages", sharded=True, parallel=True):
+    with run.exclusive("stages", sharded=True):
         if not run.slow.idle:
             return
         if has_begun(run):
@@ -256,7 +256,7 @@ def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], d
 
 def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
     """Start a stage from the slow weights of an earlier one; see `Cascade.rewind`."""
-    with run.exclusive("rewind", sharded=True, parallel=True):
+    with run.exclusive("rewind", sharded=True):
         check_optimizer(run, optimizer, "rewind")
         after = at_stage(run.slow, stage, "rewind")
         unused = run.slow.idle and not run.slow.moved(run.branches_by_weight())

@@ -199,7 +199,7 @@ class UsageWatch(Fresh):
         run = self._run() if self._run is not None else None
         if run is None or "training-not-kept" in run.warned or run.looped or not run.holds_numbers:
             return
-        if run.is_sharded or run.is_parallel or run.plan.stage > 1:
+        if run.is_sharded or run.plan.stage > 1:
             return
         if run.slow.moved(run.branches_by_weight()):
             pace = run.plan.spec.pace_at(1)
@@ -254,7 +254,7 @@ def _differs(run: Run) -> bool:
     """
     if run.released or run.inside_weights or not run.holds_numbers:
         return False
-    if run.is_sharded or run.is_parallel:
+    if run.is_sharded:
         return False
     if run.exchanged():
         return False  # torch.func.functional_call puts others in their places

@@ -302,8 +302,8 @@ def check_attention() -> None:
     if now is not _ATTENTION and str(getattr(now, "__module__", "")).startswith("torch.distributed"):
         raise StateError(
             "forward: inside torch's context_parallel, which splits the attention of a running model, and not that of "
-            "a graph: each rank would attend to its own part alone. Leave it; "
-            "lorasc_fx.integrations.tensor_parallel splits attention by heads",
+            "a graph: each rank would attend to its own part alone. Leave it, "
+            "and use activation checkpointing for long sequences",
             code="context-parallel-not-supported",
         )
 

@@ -370,6 +370,6 @@ def factors_of(branch: Branch, device: torch.device, state: WeightState) -> Fact
 def _shard_of(factor: torch.Tensor, shard: ShardSpec) -> torch.Tensor:
     """Return the shard of a factor: its own where it is cut as the weight is, else of all of it, which is small."""
     held = ShardSpec.of(factor) if hasattr(factor, "to_local") else None
-    if held is not None and (held.axis, held.pieces) == (shard.axis, shard.pieces):
+    if held is not None and held.axis == shard.axis:
         return local(factor)
     return shard.take(full_tensor(factor))

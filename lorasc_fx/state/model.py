@@ -115,9 +115,9 @@ class Trained(Tree):
         views = {"slow": values[stage], "start": values[stage].to(self.base.dtype), **ends}
         return replace(self, views=views)
 
-    def to_shard(self, shard: ShardSpec | None, outer: ShardSpec | None = None) -> Trained:
-        """Return the state of the shard of the parameter that is here, in its own memory; `outer` was here before."""
-        return self if shard is None else self.map(lambda value, _: shard.within(outer).take(value).clone())
+    def to_shard(self, shard: ShardSpec | None) -> Trained:
+        """Return the state of this rank's shard of the parameter, in its own memory."""
+        return self if shard is None else self.map(lambda value, _: shard.take(value).clone())
 
 
 @dataclass(frozen=True)
@@ -144,20 +144,10 @@ class SlowWeights:
         """Whether it holds here, or on a process that holds other shards."""
         return flag if self.group is None else self.group.any(flag)
 
-    def to_shard(
-        self,
-        specs: Mapping[str, ShardSpec | None],
-        group: ProcessGroup,
-        mapped: bool = False,
-        outer: Mapping[str, ShardSpec | None] | None = None,
-    ) -> SlowWeights:
-        """Return the state of the shards of the weights that are here, by name; W0 stays in its file where `mapped`.
-
-        Where these are cut out of larger shards, `outer` is what was here before.
-        """
-        before = outer or {}
+    def to_shard(self, specs: Mapping[str, ShardSpec | None], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
+        """Return the state of this rank's shards of the weights, by name. If `mapped`, W0 stays in its file."""
         states = {name: state.to_shard(specs[name], mapped) for name, state in self.states.items()}
-        trained = {name: entry.to_shard(specs[name], before.get(name)) for name, entry in self.trained.items()}
+        trained = {name: entry.to_shard(specs[name]) for name, entry in self.trained.items()}
         return replace(self, states=states, trained=trained, group=group)
 
     def with_weights(

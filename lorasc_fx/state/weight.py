@@ -515,14 +515,9 @@ class WeightState(Tree):
         """Return the axis along which a tensor of this side is cut, as the weight is; None where it is whole."""
         return None if self.shard is None else side.axis(self.shard.axis, self.stacked, self.transposed)
 
-    def cut_into(self, side: Side) -> tuple[int, int] | None:
-        """Return that axis, and into how many pieces it is cut; None where the tensor is whole."""
-        axis = self.axis(side)
-        return None if self.shard is None or axis is None else (axis, len(self.shard.pieces))
-
     def to_shard(self, shard: ShardSpec | None, mapped: bool = False) -> WeightState:
         """Return the state of the shard that is here, in memory of its own; W0 stays in its file where `mapped`."""
-        part = replace(self, shard=None if shard is None else shard.within(self.shard))
+        part = replace(self, shard=shard)
 
         def here(value: torch.Tensor, side: Side) -> torch.Tensor:
             return part.cut(value, side, copied=not (mapped and value is self.base))

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import dcp, fsdp, tensor_parallel
+from lorasc_fx.integrations import dcp, fsdp
 from tests.devices.training import ROWS, STAGES, STEPS, data
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
@@ -245,104 +245,6 @@ def sharded(
     return found
 
 
-# ---- two axes: FSDP2 around tensor parallelism
-
-WIDE = {"depth": 2, "width": 8, "inner": 12}
-PLAN: dict[str, Any] = {
-    "layers.*.up": "colwise",
-    "layers.*.down": "rowwise",
-    "layers.*.mix": "rowwise",  # stored [in, out]
-    "head": "colwise",
-}
-
-
-def crossed(cascade: lx.Cascade) -> lx.Cascade:
-    """On 2 x 2 ranks, or on 8 in two replicas of these."""
-    replicas = dist.get_world_size() // 4
-    names = ("replicate", "dp", "tp") if replicas > 1 else ("dp", "tp")
-    mesh = init_device_mesh("cpu", (replicas, 2, 2)[-len(names) :], mesh_dim_names=names)
-    tensor_parallel.parallelize(cascade, mesh["tp"], PLAN)
-    return fsdp.shard(cascade, mesh[names[:-1]])
-
-
-def on_a_grid(rank: int, count: int, name: str, folder: str) -> dict[str, Tensor]:
-    """Two ranks in a row see one share of each batch; saved in the second stage, and gone on with what was saved."""
-    torch.manual_seed(100 + rank)
-    cascade, share = crossed(adapted(name, **WIDE)), (rank // 2, count // 2)
-    assert all(isinstance(each, DTensor) for each in cascade.parameters())
-    cut = cascade.model.get_parameter("layers.1.up.weight")
-    assert 4 * cut.to_local().numel() == cut.numel()  # type: ignore[operator]
-    optimizer = optimizer_of(cascade)
-    run(cascade, optimizer, 0, 7, share)
-    lx.save(cascade, folder, optimizer=optimizer, extra={"steps": 7})
-    state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": 7})
-    assert bool(state) == (rank < 4)  # the others are replicas
-    checkpoint.save(state, checkpoint_id=f"{folder}/dcp")
-    with raises(lx.StateError, "sharded", "gather", "folded_state_dict"):
-        tensor_parallel.gather(cascade)
-    cascade = crossed(lx.load(folder, blocks(**WIDE), args=(example(),)))
-    optimizer = optimizer_of(cascade)
-    assert cascade.resume(optimizer) == {"steps": 7}
-    run(cascade, optimizer, 7, STAGES * STEPS, share)
-    found = values(cascade)
-    with Gathered() as shapes:
-        cascade.transition(optimizer)
-    ranks = {site.rank for site in cascade.sites}
-    assert all(ranks & set(shape) or len(shape) == 1 for shape in shapes), shapes  # factors: no weight
-    return found | {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
-
-
-def saved_on_a_grid(rank: int, count: int, name: str, folder: str) -> None:
-    cascade = crossed(adapted(name, **WIDE))
-    optimizer = optimizer_of(cascade)
-    run(cascade, optimizer, 0, 7, (rank // 2, count // 2))
-    lx.save(cascade, folder, optimizer=optimizer)
-
-
-def held(cascade: lx.Cascade, optimizer: Any) -> dict[str, Tensor]:
-    """What a checkpoint keeps as it is: factors, what is trained in full, and the optimizer's state, whole."""
-    names = {id(each): name for name, each in cascade.named_parameters()}
-    found = {f"factor/{name}": whole(each.detach()).clone() for name, each in cascade.branches.named_parameters()}
-    return found | {
-        f"{key}/{names[id(each)]}": whole(value).clone()
-        for each, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def dcp_on_a_grid(rank: int, count: int, name: str, folder: str) -> dict[str, Tensor]:
-    """Saved by DCP on 2 x 2 ranks, also while the training goes on; gone on with there, and on FSDP2 alone."""
-    cascade, share = crossed(adapted(name, **WIDE)), (rank // 2, 2)
-    optimizer = optimizer_of(cascade)
-    run(cascade, optimizer, 0, 7, share)
-    with Gathered() as shapes:
-        state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": 7})
-    assert not shapes
-    part = f"branch/layers.1.up.weight/lora_B/{(1, 3, 2, 4)[rank]}-of-4"  # ranks of a column follow one another
-    assert 4 * state[part].numel() == cascade.branches["layers/1/up/weight"].lora_B.numel()
-    assert rank == 0 or all(name.endswith(part[-7:]) for name in state)
-    before = held(cascade, optimizer)
-    local = [each.to_local().clone() for each in cascade.parameters()]  # type: ignore[operator]
-    writer = HuggingFaceStorageWriter(f"{folder}/safetensors", save_distributed=True)
-    future: Any = checkpoint.async_save(state, storage_writer=writer, process_group=dist.new_group())
-    run(cascade, optimizer, 7, 8, share)
-    future.result()
-    checkpoint.save(state, checkpoint_id=f"{folder}/torch")
-    found = {f"held/{key}": value for key, value in before.items()}
-    for kind, cut, share in (("torch", fsdp.shard, (rank, count)), ("safetensors", crossed, (rank // 2, 2))):
-        cascade = cut(dcp.load(READERS[kind](f"{folder}/{kind}"), blocks(**WIDE), args=(example(),)))
-        optimizer = optimizer_of(cascade)
-        assert cascade.resume(optimizer) == {"steps": 7}
-        now = held(cascade, optimizer)
-        assert now.keys() == before.keys()
-        assert all(torch.equal(now[key], value) for key, value in before.items())
-        if cut is crossed:
-            assert all(torch.equal(each.to_local(), was) for each, was in zip(cascade.parameters(), local, strict=True))  # type: ignore[operator]
-        run(cascade, optimizer, 7, STAGES * STEPS, share)
-        found |= {f"{kind}/{key}": value for key, value in values(cascade).items()}
-    return found
-
-
 def narrow(rank: int, count: int) -> dict[str, Tensor]:
     """A base in bf16 with branches in fp32; the slow weights after a stage, and what they are made of."""
     cascade = lx.adapt(blocks().bfloat16(), args=(example(),), spec=lx.CascadeSpec(rank=2, pace=0.5))
@@ -527,9 +429,6 @@ def measured(rank: int, count: int) -> dict[str, Tensor]:
 
 HOWS: dict[str, Callable[[lx.Cascade, int], object]] = {
     "shard": lambda cascade, count: fsdp.shard(cascade),
-    "parallelize": lambda cascade, count: tensor_parallel.parallelize(
-        cascade, init_device_mesh("cpu", (count,)), {"0": "colwise", "1": "rowwise"}
-    ),
     "DistributedDataParallel": lambda cascade, count: DistributedDataParallel(cascade)(torch.ones(2, 5)),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import os
 import re
@@ -24,15 +23,13 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lorasc_fx as lx
 from benchmarks.shards import Size, measure
 from lorasc_fx.cli import main
 from lorasc_fx.integrations import dcp, fsdp, segments
-from lorasc_fx.shards import ShardSpec
 from tests.devices import elastic, sharding
 from tests.devices.ranks import on_ranks
 from tests.devices.test_ddp import close, group
@@ -180,20 +177,15 @@ def test_a_checkpoint_goes_on_where_no_process_holds_the_model(
 
 @pytest.mark.slow
 def test_a_checkpoint_of_shards_is_folded_into_the_files_of_the_base(tmp_path: Path, files: str) -> None:
-    """By the command line, of FSDP2 and of what tensor parallelism has cut besides: the numbers of one process."""
-    for name, sizes in (("fresh", {}), ("wide", sharding.WIDE)):
-        base, run, out = (tmp_path / f"{name}{end}" for end in (".safetensors", "", " folded.safetensors"))
-        save_file(sharding.blocks(**sizes).state_dict(), base)
-        cascade = sharding.adapted("fresh", **sizes)
-        at = 7 if sizes else 10
-        sharding.run(cascade, sharding.optimizer_of(cascade), 0, at, (0, 1))
-        if sizes:
-            on_ranks(4, sharding.saved_on_a_grid, "fresh", str(run), limit=300)
-        else:
-            on_ranks(2, sharding.saved, "fresh", str(run), at)
-        assert main(["fold", str(run), "--base", str(base), "--out", str(out)]) == 0
-        close(load_file(out), cascade.folded_state_dict())
-        assert not torch.equal(load_file(out)["layers.1.up.weight"], load_file(base)["layers.1.up.weight"])
+    """By the command line: the numbers of one process."""
+    base, run, out = (tmp_path / name for name in ("base.safetensors", "run", "folded.safetensors"))
+    save_file(sharding.blocks().state_dict(), base)
+    cascade = sharding.adapted("fresh")
+    sharding.run(cascade, sharding.optimizer_of(cascade), 0, 10, (0, 1))
+    on_ranks(2, sharding.saved, "fresh", str(run), 10)
+    assert main(["fold", str(run), "--base", str(base), "--out", str(out)]) == 0
+    close(load_file(out), cascade.folded_state_dict())
+    assert not torch.equal(load_file(out)["layers.1.up.weight"], load_file(base)["layers.1.up.weight"])
 
 
 @pytest.mark.slow
@@ -217,27 +209,6 @@ def test_replicas_of_shards(tmp_path: Path, files: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [4, 8])
-def test_fsdp_around_tensor_parallelism(tmp_path: Path, count: int) -> None:
-    """On 2 x 2 ranks, and on two replicas of these, with a checkpoint that goes on there and on one process: the
-    numbers of one process.
-    """
-    wanted = sharding.alone("fresh", **sharding.WIDE)
-    later = {key: value for key, value in wanted.items() if not key.startswith("folded/")}
-    for rank, found in enumerate(on_ranks(count, sharding.on_a_grid, "fresh", str(tmp_path), limit=600, timeout=200)):
-        close(found, later if rank else wanted)
-    files = sorted(file.name for file in (tmp_path / "version-00000001").iterdir())
-    assert files[1:] == [f"state-{rank:05d}-of-00004.safetensors" for rank in (1, 2, 3, 4)]
-    close(sharding.resumed(0, 1, str(tmp_path), **sharding.WIDE), later)
-    alone, by_dcp = (
-        load(sharding.blocks(**sharding.WIDE), args=(sharding.example(),))
-        for load in (partial(lx.load, tmp_path), partial(dcp.load, sharding.READERS["torch"](str(tmp_path / "dcp"))))
-    )
-    for one, other in zip(alone.parameters(), by_dcp.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "saving", "resuming"), [("fresh", 2, (1, 4)), ("dora, olora", 4, (2,))])
 def test_a_checkpoint_of_dcp_is_cut_anew(
     tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...]
@@ -252,25 +223,6 @@ def test_a_checkpoint_of_dcp_is_cut_anew(
     if saving == 2:
         (found,) = resumed(1, sharding.resumed_by_dcp, str(tmp_path), "safetensors")
         close(found, wanted)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_dcp_on_a_grid(tmp_path: Path) -> None:
-    """Of FSDP2 around tensor parallelism, on 2 x 2 ranks: it goes on there with the same bits, and on FSDP2 alone and
-    on one process with the same factors and moments and the numbers of one process.
-    """
-    wanted = {key: value for key, value in sharding.alone("fresh", **sharding.WIDE).items() if "folded/" not in key}
-    for found in on_ranks(4, sharding.dcp_on_a_grid, "fresh", str(tmp_path), limit=600, timeout=200):
-        for kind in sharding.READERS:
-            close(found, wanted, f"{kind}/")
-    reader = sharding.READERS["safetensors"](str(tmp_path / "safetensors"))
-    cascade = dcp.load(reader, sharding.blocks(**sharding.WIDE), args=(sharding.example(),))
-    optimizer = sharding.optimizer_of(cascade)
-    cascade.resume(optimizer)
-    for key, value in sharding.held(cascade, optimizer).items():
-        assert torch.equal(found[f"held/{key}"], value), key
-    sharding.run(cascade, optimizer, 7, sharding.STAGES * sharding.STEPS, (0, 1))
-    close(sharding.values(cascade), wanted)
 
 
 @pytest.mark.slow
@@ -374,13 +326,24 @@ REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tupl
 }
 
 
-def test_each_option_works_on_shards_or_says_why_not() -> None:
-    options = {item.name for kind in (lx.CascadeSpec, lx.Noise) for item in dataclasses.fields(kind)}
-    assert options == fsdp.ON_SHARDS | set(fsdp.NEEDS_WHOLE)
-    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
-    for name, (why, calls) in fsdp.NEEDS_WHOLE.items():
-        where = " and ".join(f"`{call}`" for call in calls)
-        assert re.search(rf"^\| `{name}.*\| {where} \| .*{why.split()[-1]} \|$", page, re.M), name
+class Later(nn.Module):
+    """Uses a second layer in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if self.training else x
+
+
+@pytest.mark.usefixtures("group")
+def test_a_late_call_that_adapts_another_weight_is_refused() -> None:
+    cascade = fsdp.shard(small({}, Later().eval()))
+    cascade.train()
+    with raises(lx.StateError, "variant-after-sharding", "second.weight"):
+        cascade(torch.randn(2, 5))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -401,37 +364,6 @@ def test_what_is_said_without_a_group() -> None:
         fsdp.shard(cascade)
     with raises(lx.StateError, "not-sharded", "cascade.folded_state_dict()"):
         fsdp.folded_state_dict(cascade)
-
-
-@pytest.mark.parametrize(
-    ("total", "pieces"), [(10, [(0, 3), (5, 3), (3, 2), (8, 2)]), (2, [(0, 1), (1, 1), (1, 0), (2, 0)])]
-)
-@pytest.mark.parametrize("names", [("dp", "tp"), ("replicate", "dp", "tp")])
-def test_what_tensor_parallelism_has_cut_is_cut_further(
-    names: tuple[str, ...], total: int, pieces: list[tuple[int, int]]
-) -> None:
-    """Rank 1 of 2 x 2 is second on the axis of tensor parallelism, which cuts first; and so is rank 5 of two replicas
-    of these.
-    """
-    world = 2 ** len(names)
-    dist.init_process_group("fake", rank=world - 3, world_size=world, store=FakeStore())
-    try:
-        mesh = init_device_mesh("cpu", (2,) * len(names), mesh_dim_names=names)
-        linear = nn.Linear(3, total)
-        weight = distribute_tensor(linear.weight.detach(), mesh["tp"], [Shard(0)], src_data_rank=None)
-        linear.register_parameter("weight", nn.Parameter(weight))
-        fully_shard(linear, mesh=mesh[names[:-1]])
-        shard = ShardSpec.of(linear.weight)
-        assert shard.group.size == 4
-        assert (shard.axis, shard.total, list(shard.pieces), (shard.first, shard.count)) == (
-            0,
-            total,
-            pieces,
-            pieces[1],
-        )
-        assert shard.count == linear.weight.to_local().shape[0]  # type: ignore[operator]
-    finally:
-        dist.destroy_process_group()
 
 
 def test_axes_that_ranks_do_not_divide() -> None:
@@ -634,22 +566,14 @@ def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path:
     optimizer.zero_grad()
     state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": 3})
     wanted = cascade(x)
-    folders = {name: str(tmp_path / name) for name in ("good", "parts", "misfit", "damaged", "other", "empty")}
+    folders = {name: str(tmp_path / name) for name in ("good", "damaged", "other", "empty")}
     changed = {**state, LORA_B: state[LORA_B] + 1}
-    rest, factor = {name: value for name, value in state.items() if name != LORA_B}, state[LORA_B].full_tensor()  # type: ignore[operator]
-    parts = {**rest, f"{LORA_B}/1-of-1": factor}  # as of FSDP2 around tensor parallelism
-    misfit = {**rest, f"{LORA_B}/1-of-1": torch.ones(())}
-    written = {"good": state, "parts": parts, "misfit": misfit, "damaged": changed, "other": {"weight": torch.ones(2)}}
+    written = {"good": state, "damaged": changed, "other": {"weight": torch.ones(2)}}
     for name, tensors in written.items():
         checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(folders[name], save_distributed=True))
     for name, code in (("damaged", "digest-mismatch"), ("other", "not-a-state-dict"), ("empty", "unreadable-file")):
         with raises(lx.CheckpointError, code, folders[name]):
             dcp.load(HuggingFaceStorageReader(folders[name]), base(), (x,))
-    with raises(lx.CheckpointError, "invalid-checkpoint", folders["misfit"], LORA_B, "axis 0"):
-        dcp.load(HuggingFaceStorageReader(folders["misfit"]), base(), (x,))
-    torch.testing.assert_close(
-        dcp.load(HuggingFaceStorageReader(folders["parts"]), base(), (x,))(x), wanted, rtol=0, atol=0
-    )
     loaded = dcp.load(HuggingFaceStorageReader(folders["good"]), base(), (x,))
     resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
     assert loaded.resume(resumed) == {"steps": 3}
@@ -817,15 +741,14 @@ def test_ranks_that_are_killed_are_started_anew_by_torchrun(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_example_runs_by_torchrun() -> None:
-    """On 2 x 2 ranks, by its `parallelize`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "-m", "examples.fsdp2", "2"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+        [*command, "-m", "examples.fsdp2"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^stage 3 of 3: loss [01]\.\d+ on 4 processes$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^stage 3 of 3: loss [01]\.\d+ on 2 processes$", done.stdout, re.MULTILINE), done.stdout
     here, whole = map(int, re.search(r"^(\d+) of (\d+) numbers", done.stdout, re.MULTILINE).groups())  # type: ignore[union-attr]
-    assert whole / 4 < here < 0.3 * whole  # norms, embedding and head are cut over two ranks alone
+    assert whole / 2 <= here < 0.51 * whole
 
 
 @pytest.mark.usefixtures("group")

@@ -16,7 +16,6 @@ CLASSES = [name for name in errors.__all__ if isinstance(getattr(errors, name), 
 BY_WORDS = {
     "base-ambiguous",
     "loss-not-finite",
-    "parallel-run-failed",
     "run-has-no-data",
     "run-not-ended",
     "training-not-kept",

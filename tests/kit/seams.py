@@ -13,7 +13,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.capture import graph_breaks, preflight, reuse
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import peft_export, safetensors_files
-from lorasc_fx.integrations import progress, tensor_parallel
+from lorasc_fx.integrations import progress
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, transition, watches
 from lorasc_fx.runtime import run as run_module
 from lorasc_fx.runtime.run import Run
@@ -53,7 +53,6 @@ SEAMS: dict[str, tuple[Any, str]] = {
     # integrations
     "console": (progress, "console"),
     "find a package": (progress.importlib.util, "find_spec"),  # type: ignore[attr-defined]
-    "compare processes": (tensor_parallel, "_check_same"),
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {

@@ -56,7 +56,6 @@ __all__ = [
     "install_experts",
     "is_gathering",
     "is_idle",
-    "is_parallel",
     "is_released",
     "lock_of",
     "made_weight",
@@ -257,11 +256,6 @@ def is_idle(cascade: lx.Cascade) -> bool:
 
 def is_released(cascade: lx.Cascade) -> bool:
     return cascade._run.released
-
-
-def is_parallel(cascade: lx.Cascade) -> bool:
-    """Whether tensor parallelism has sharded the weights."""
-    return cascade._run.parallel is not None
 
 
 def maps_a_file(cascade: lx.Cascade) -> bool:

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import lorasc_fx as lx
-from lorasc_fx.integrations import fsdp, tensor_parallel
+from lorasc_fx.integrations import fsdp
 from lorasc_fx.integrations.transformers import CascadeCallback
 from lorasc_fx.shards import full_tensor
 from tests.devices.ranks import on_ranks
@@ -462,13 +462,6 @@ def refused(rank: int, count: int, port: int, folder: str) -> None:
     dist.barrier()
     with raises(lx.errors.CheckpointError, "no-checkpoint", "checkpoint-2", "without fsdp"):
         make(cascade, **FSDP).train(resume_from_checkpoint=str(Path(folder, "run", "checkpoint-2")))
-
-    mesh = init_device_mesh("cpu", (count,))
-    example = {"x": torch.zeros(3, 6).double(), "labels": torch.zeros(3, dtype=torch.long)}
-    whole = lx.adapt(net(0.0, torch.float64), kwargs=example, spec=lx.CascadeSpec(rank=2), frontend="export")
-    parallel = tensor_parallel.parallelize(whole, mesh, {"first": "colwise"})
-    with raises(lx.StateError, "invalid-mesh", "tensor parallelism"):
-        make(parallel)
 
     args = arguments(Path(folder, "run"), **FSDP)
     for _ in range(2):  # two Trainers of the same arguments

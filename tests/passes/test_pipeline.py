@@ -260,16 +260,12 @@ def test_every_pass_can_be_parsed() -> None:
         "split-inputs",
         "fold-branches",
         "stage-transition",
-        "mark-cuts",
     }
     for each in PASSES:
         assert Pipeline.parse(each.name).passes == (each(),)
 
 
-KNOWN = (
-    "attention-masks, match-sites, insert-branches, share-inputs, split-inputs, fold-branches, stage-transition, "
-    "mark-cuts"
-)
+KNOWN = "attention-masks, match-sites, insert-branches, share-inputs, split-inputs, fold-branches, stage-transition"
 
 
 @pytest.mark.parametrize(

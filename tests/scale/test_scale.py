@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,23 +20,17 @@ from benchmarks.scale import (
     PAGE,
     RANK,
     SPEC,
-    STYLES,
     Llama,
     Mixtral,
     Moves,
     fsdp2,
     page,
-    tensor_parallel,
     weights_of,
 )
 from lorasc_fx.integrations import fsdp
-from lorasc_fx.integrations import tensor_parallel as parts
-from tests.kit.seams import SEAMS
 from tests.kit.state import weight_states
 
 pytestmark = pytest.mark.slow
-
-SMALL = Llama(32, 48, 3, 4, 2, 64)
 
 
 def test_the_page_is_what_the_command_prints() -> None:
@@ -66,43 +59,6 @@ def test_parameters_by_hand() -> None:
     assert figures.backward == pytest.approx(7 / 8 * (80 * layer + 2 * end + root + 4 * trained))
     into = 6 * wide + between
     assert figures.transition == pytest.approx(7 / 8 * 4 * 80 * RANK * into, rel=1e-3)
-
-
-@pytest.fixture(params=[2, 4])
-def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
-    with fake_ranks(request.param):
-        yield request.param
-
-
-def test_tensor_parallel_sends_and_holds_what_the_formulas_say(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small llama, whose other ranks do nothing; on four of them its two heads of keys and values stay whole."""
-    monkeypatch.setattr(*SEAMS["compare processes"], lambda before, after: None)
-    sizes = {**vars(SMALL), "pad_token_id": 0, "tie_word_embeddings": False, "use_cache": False}
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
-    ids = torch.randint(0, 64, (2, 8))
-    spec = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=3, noise=lx.Noise(0.1), placement="beside")
-    cascade = lx.adapt(model, kwargs={"input_ids": ids}, spec=spec)
-    weights = weights_of(SMALL, rank=3)
-    plan = {f"*{each.leaf}": STYLES[each.leaf] for each in weights if each.style(SMALL, ranks)}
-    parts.parallelize(cascade, init_device_mesh("cpu", (ranks,)), plan)  # type: ignore[arg-type]
-    expected = tensor_parallel(weights, ranks, SMALL, tokens=16)
-
-    assert sum(_bytes(each) for each in cascade.model.parameters()) == expected.base
-    assert sum(_bytes(each) for each in cascade.branches.parameters()) == expected.factors
-    assert sum(state.base.nbytes for state in weight_states(cascade).values()) == expected.host
-    with Sent(ranks) as forward:
-        logits = cascade(input_ids=ids).logits
-    with Sent(ranks) as backward:
-        logits.float().sum().backward()
-    assert forward.bytes == pytest.approx(expected.forward)
-    assert backward.bytes == pytest.approx(expected.backward)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
-    optimizer.step()
-    optimizer.zero_grad()
-    with Sent(ranks) as transition:
-        cascade.transition(optimizer)
-    assert transition.seen.keys() == {"allreduce_"}
-    assert 0 < transition.bytes < 2 * expected.transition
 
 
 @pytest.fixture
