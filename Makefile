@@ -6,6 +6,8 @@ PYTHON ?= python3
 JOBS ?= 2
 # A worker gets a run of neighbouring tests, which share what they captured and built; who is done first takes half of what is left.
 WORKERS := -n $(JOBS) --dist worksteal
+# Of its own, because the simulated accelerator stays registered for the life of a process.
+ACCELERATOR := $(BIN)/python -m pytest tests/accelerator $(WORKERS)
 WAITING := -n $(shell expr $(JOBS) + 1) --dist worksteal # tests that wait for processes of their own
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ STAMP := $(VENV)/.installed
 OTHER := .venv-torch-$(VERSION)
 PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is compiled then; all of it takes a minute
 
-.PHONY: help venv demo demo-images test test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
+.PHONY: help venv demo demo-images test test-device test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -37,6 +39,11 @@ demo-images: $(STAMP) ## the same for a convolutional network (experiments/demo_
 
 test: $(STAMP) ## everything that is not slow
 	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
+	$(ACCELERATOR) -m "not slow"
+
+test-device: $(STAMP) ## tests/accelerator on real hardware: make test-device DEVICE=cuda
+	@test -n "$(DEVICE)" || { echo "test-device: give the device, as in: make test-device DEVICE=cuda" >&2; exit 2; }
+	LORASC_FX_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest tests/accelerator
 
 test-fast: $(STAMP) ## stops at the first failure; last failures first
 	$(BIN)/python -m pytest -m "not slow" $(WORKERS) -x --ff -q
@@ -51,6 +58,7 @@ ci-slow: $(STAMP) ## the tests marked slow; some need Chromium or a C++ compiler
 	@$(BIN)/python -m pytest -m slow $(WAITING) --timeout 900 || { status=$$?; \
 	  if [ $$status -eq 5 ]; then echo "ci-slow: no test is marked slow, so this ran none; mark one or drop the target" >&2; fi; \
 	  exit $$status; }
+	$(ACCELERATOR) -m slow
 
 lint: $(STAMP) ## ruff (rules and format) and the direction of imports
 	$(BIN)/ruff check $(CODE)

@@ -107,6 +107,13 @@ SAMPLED = {
 """Tests with many rows that together take long: one row of so many is in `make test`, the others are slow."""
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests/accelerator out unless it alone is asked for: its device stays registered for the whole process."""
+    folder = Path(__file__).parent / "accelerator"
+    asked = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
+    return (collection_path == folder and not all(path.is_relative_to(folder) for path in asked)) or None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from torch._dynamo import guards

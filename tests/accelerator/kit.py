@@ -1,0 +1,140 @@
+"""The same scenario on the CPU and on a device, and the comparison of what it shows.
+
+`LORASC_FX_TEST_DEVICE=cuda` runs the tests on real hardware: no device is simulated, and results are compared by
+tolerance, because other kernels round differently.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import lorasc_fx as lx
+from tests.accelerator.device import NAME, ops
+from tests.accelerator.models import build, loss_of
+
+DEVICE = os.environ.get("LORASC_FX_TEST_DEVICE", NAME)
+SIMULATED = DEVICE == NAME
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
+OTHER = f"{DEVICE}:1"
+
+simulated_only = pytest.mark.skipif(not SIMULATED, reason="counters and switches are those of the simulated device")
+
+
+def move(tree: Any, device: str | torch.device) -> Any:
+    """Return the tree with its tensors on another device."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters and buffers of a module, on the host."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
+
+
+def assert_same(one: Any, other: Any, what: str = "") -> None:
+    """Compare the tensors of two trees: bit for bit on the simulated device, by tolerance on a real one."""
+    assert pytree.tree_structure(one) == pytree.tree_structure(other), what
+    for (path, left), right in zip(pytree.tree_flatten_with_path(one)[0], pytree.tree_leaves(other), strict=True):
+        where = f"{what}{pytree.keystr(path)}"
+        if not isinstance(left, Tensor):
+            assert left == right, where
+        elif SIMULATED:
+            a, b = left.cpu(), right.cpu()
+            assert (a.dtype, a.shape) == (b.dtype, b.shape), where
+            assert torch.equal(a, b), f"{where}: {int((a != b).sum())} of {a.numel()} entries differ"
+        else:
+            torch.testing.assert_close(right.cpu(), left.cpu(), **TOLERANCE)
+
+
+class Side:
+    """A model, its inputs, its cascade and its optimizer on one device."""
+
+    def __init__(
+        self, name: str, device: str, spec: lx.CascadeSpec, dtype: torch.dtype = torch.float32, adapted: bool = True
+    ) -> None:
+        self.name, self.device, self.spec, self.dtype = name, torch.device(device), spec, dtype
+        self.model, (self.args, self.kwargs), self.labels = move_all(build(name, dtype), device)
+        self.shown: list[tuple[str, Any]] = []
+        if adapted:
+            self.adopt(lx.adapt(self.model, self.args, self.kwargs, spec=spec))
+
+    def adopt(self, cascade: lx.Cascade) -> lx.Cascade:
+        """Go on with this cascade, and with an optimizer for it."""
+        self.cascade = cascade
+        # A large eps: a tiny gradient, which real hardware rounds differently, must not become a full step.
+        self.optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2), eps=1e-3)
+        return cascade
+
+    def twin(self, device: str | torch.device | None = None, adapted: bool = True) -> Side:
+        """The same start anew, here or on another device."""
+        return Side(self.name, str(device or self.device), self.spec, self.dtype, adapted)
+
+    def show(self, label: str, tree: Any) -> None:
+        """Keep a copy of tensors, to be compared with those of the other side."""
+        self.shown.append(
+            (label, pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), tree))
+        )
+
+    def call(self, module: nn.Module | None = None) -> Any:
+        output = (module or self.cascade)(*self.args, **self.kwargs)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.optimizer.zero_grad()
+            loss_of(self.call(), self.labels).backward()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def transition(self) -> None:
+        self.step()
+        self.cascade.transition(self.optimizer)
+
+    def to(self, device: str | torch.device) -> None:
+        """Move the cascade, the inputs and the state of the optimizer."""
+        self.device = torch.device(device)
+        self.cascade.to(device)
+        self.args, self.kwargs, self.labels = move((self.args, self.kwargs, self.labels), device)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # which moves it to the parameters' device
+
+    def is_at_home(self) -> bool:
+        """Whether all parameters and buffers are on the device of this side."""
+        home = torch.empty(0, device=self.device).device
+        return all(tensor.device == home for tensor in (*self.cascade.parameters(), *self.cascade.buffers()))
+
+
+def move_all(built: tuple[nn.Module, Any, Tensor], device: str) -> tuple[nn.Module, Any, Tensor]:
+    model, inputs, labels = built
+    return model.to(device), move(inputs, device), labels.to(device)
+
+
+Scenario = Callable[[Side], None]
+
+
+def compare(name: str, spec: lx.CascadeSpec, *scenarios: Scenario, device: str = DEVICE, **options: Any) -> None:
+    """Run scenarios one after the other on the CPU and on the device, and compare all that they show."""
+    host, there = Side(name, "cpu", spec, **options), Side(name, device, spec, **options)
+    for scenario in scenarios:
+        scenario(host)
+        scenario(there)
+        for (label, one), (_, other) in zip(host.shown, there.shown, strict=True):
+            assert_same(one, other, f"{scenario.__name__}: {label}")
+        assert there.is_at_home(), f"{scenario.__name__} left something on another device"
+        host.shown.clear(), there.shown.clear()
+
+
+@contextmanager
+def counted() -> Iterator[Mapping[str, int]]:
+    """Count what the simulated device does; the numbers are there after the block."""
+    counts: dict[str, int] = {}
+    ops.reset_counters()
+    yield counts
+    counts.update(ops.counters())

@@ -1,0 +1,141 @@
+"""Tiny models, and inputs for them. Dropout is off, because masks of the device and of the CPU differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Inputs = tuple[tuple[Tensor, ...], dict[str, Tensor]]
+CLASSES, VOCABULARY, BATCH = 4, 64, 4
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 20), nn.Linear(20, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.second(F.relu(self.first(x)))))
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2, padding=1, padding_mode="circular")
+        self.up, self.head = nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.grouped(F.relu(self.norm(self.first(x)))))
+        return self.head(self.up(x).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.head = nn.Linear(12, 16), nn.Linear(16, CLASSES)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Tied(nn.Module):
+    """The head is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.embedding(ids))))
+
+
+class Dropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.dropout, self.head = nn.Linear(12, 20), nn.Dropout(0.3), nn.Linear(20, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dropout(F.relu(self.first(x))))
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def resnet() -> nn.Module:
+    import timm
+
+    return timm.create_model("test_resnet", num_classes=CLASSES, pretrained=False)
+
+
+def _rows(*shape: int) -> Callable[[], Inputs]:
+    return lambda: ((torch.randn(BATCH, *shape),), {})
+
+
+def _ids(**more: Any) -> Callable[[], Inputs]:
+    return lambda: ((), {"input_ids": torch.randint(3, VOCABULARY, (BATCH, 6)), **more})
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
+    "mlp": (Mlp, _rows(12)),
+    "conv": (ConvNet, _rows(3, 8, 8)),
+    "attention": (Attention, _rows(5, 12)),
+    "tied": (Tied, lambda: ((torch.randint(VOCABULARY, (BATCH, 6)),), {})),
+    "bert": (bert, _ids()),
+    "llama": (llama, _ids(use_cache=False)),
+    "gpt2": (gpt2, _ids(use_cache=False)),
+    "resnet": (resnet, _rows(3, 32, 32)),
+    "dropout": (Dropout, _rows(12)),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Inputs, Tensor]:
+    """Return a model, inputs and labels, on the host. The same name gives the same numbers."""
+    torch.manual_seed(3)
+    module, inputs = MODELS[name]
+    model = module().to(dtype)
+    args, kwargs = inputs()
+    labels = torch.randint(CLASSES, (BATCH,))
+    cast = tuple(value.to(dtype) if value.is_floating_point() else value for value in args)
+    return model.train(), (cast, kwargs), labels
+
+
+def loss_of(output: Any, labels: Tensor) -> Tensor:
+    """The cross entropy of a model's output, of the last position of a sequence."""
+    logits = output if isinstance(output, Tensor) else output.logits
+    return F.cross_entropy((logits[:, -1] if logits.dim() == 3 else logits).float(), labels)
