@@ -27,6 +27,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch
+from lorasc_fx.graph.branch_calls import call_template, replaced_call
 from lorasc_fx.graph.forms import LIKE_ANOTHER, SCALES, FunctionForm, contraction, form_of, name_of, weighs
 from lorasc_fx.graph.weights import module_at
 
@@ -148,7 +149,8 @@ def consumers(
             made = (made or is_passed(user, sources)) and not any(
                 derived[source] and mutates(user, source) for source in sources
             )
-            apart = user.target in _LOOKUPS or is_use(user, sources)
+            # a merged branch stands for its op: it is a use even if the input is constant
+            apart = user.target in _LOOKUPS or call_template(user) is not None or is_use(user, sources)
             if user.users and not apart and user.op != "output" and (made or selects(user, derived)):
                 derived[user] = any(derived[source] for source in sources) and may_alias(user)
                 waiting.append(user)
@@ -294,6 +296,9 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
 
 def kind_of(consumer: Consumer) -> str | None:
     """Return the kind of site that a consumer makes of its weight, itself or in a region that it runs, or None."""
+    replaced = replaced_call(consumer.node)
+    if replaced is not None and replaced.form is not None:
+        return replaced.form.kind
     kind = contraction(consumer.node, consumer.reads)
     if kind is not None:
         return kind

@@ -32,6 +32,18 @@ class Shared(nn.Module):
         return self.shared(torch.tanh(self.back(self.shared(x))))
 
 
+class NullToken(nn.Module):
+    """Layers that are also applied to constants of forward, as for a null token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Linear(5, 6), nn.Conv1d(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        null = self.conv(torch.ones(1, 1, 5, dtype=x.dtype)).sum() * self.embed(torch.full((1, 5), 0.5, dtype=x.dtype))
+        return self.embed(x) * null + self.conv(x.unsqueeze(1)).sum()
+
+
 class Tied(nn.Module):
     """Two linears with one weight and biases of their own."""
 
@@ -276,6 +288,13 @@ CASES: tuple[Case, ...] = (
         "0.weight=conv1d 1.weight=conv1d_1 2.weight=linear",
     ),
     Case("aten_shared", Shared, randn(3, 5), aten, "shared.weight=linear,linear_2 back.weight=linear_1"),
+    Case(
+        "aten_null_token",
+        NullToken,
+        randn(3, 5),
+        aten,
+        "embed.weight=linear,linear_1 conv.weight=conv1d,conv1d_1",
+    ),
     Case(
         "aten_tied",
         Tied,
