@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasc_fx.capture.captured import OWNER, Captured, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
-from lorasc_fx.capture.isolation import isolation, quiet
+from lorasc_fx.capture.isolation import isolation, quiet, written_by
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import (
     ADDED_FIRST,
@@ -42,7 +42,7 @@ from lorasc_fx.graph import (
 )
 from lorasc_fx.graph.forms import registered_form
 from lorasc_fx.parameters import shallow, substituted
-from lorasc_fx.quantized import as_opaque_products
+from lorasc_fx.quantized import as_opaque_products, is_quantized
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
 LIMIT = 64
@@ -82,9 +82,9 @@ class GraphBreakFallback:
     def discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the model once as it is, and find its subgraphs; buffers and random generators stay as they were.
 
-        Outputs of a subgraph that reads a weight require grad in this run, as they will with branches: dynamo guards
-        that, and would capture everything after them once more. There may be no subgraph: dynamo leaves a loop with a
-        break in it, and the modules of torch.nn called there, to Python.
+        Weights require gradients in this run, inside the subgraphs, as they will with branches. dynamo guards on
+        `requires_grad` of a subgraph's outputs, and would otherwise capture everything after them once more. There may
+        be no subgraph: dynamo leaves a loop with a break in it, and the modules of torch.nn called there, to Python.
         """
         try:
             with isolation(self.model, args, kwargs, seeded=False) as (inputs, named):
@@ -218,8 +218,13 @@ class GraphBreakFallback:
         def run(*inputs: Any) -> Any:
             names = self._names(inputs)
             running = subgraph.running.get(names)
-            outputs = (self._bring(subgraph, names) if running is None else running)(*inputs)
-            return _requiring_grad(outputs, inputs) if self._discovering else outputs
+            running = self._bring(subgraph, names) if running is None else running
+            if not self._discovering:
+                return running(*inputs)
+            written = written_by(self.model)  # these get no branch, and a leaf that requires grad cannot be written
+            named = [value for value, name in zip(inputs, names, strict=True) if name not in (None, *written)]
+            with _weights_require_grad(value for value in named if isinstance(value, nn.Parameter)):
+                return running(*inputs)
 
         return run
 
@@ -268,23 +273,13 @@ def capture_fallback(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     return Captured(fx.GraphModule(nn.Module(), fx.Graph()), "graph-breaks", fallback=fallback)
 
 
-def _requiring_grad(outputs: Sequence[Any], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the outputs of a subgraph, such that floating ones require grad where a weight matrix is among its inputs,
-    or what requires grad.
-    """
-    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    if not any(value.requires_grad or (isinstance(value, nn.Parameter) and value.dim() > 1) for value in tensors):
-        return tuple(outputs)
-    taken, one = {id(value) for value in inputs}, torch.ones((), requires_grad=True)
-    return tuple(
-        value * one.to(value.device)
-        if isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and not value.requires_grad
-        and id(value) not in taken
-        else value
-        for value in outputs
-    )
+@isolated
+def _weights_require_grad(undo: Block[Any], weights: Iterable[torch.Tensor]) -> None:
+    """Let matrices require gradients inside the block, as if each had a branch."""
+    for weight in weights:
+        if weight.dim() > 1 and weight.is_floating_point() and not (weight.requires_grad or is_quantized(weight)):
+            undo(partial(weight.requires_grad_, False))
+            weight.requires_grad_(True)
 
 
 def _last_guard() -> str:

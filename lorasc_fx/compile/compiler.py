@@ -24,7 +24,7 @@ from lorasc_fx.capture import (
 )
 from lorasc_fx.compile.graph_breaks import insert, make_fallback
 from lorasc_fx.compile.variants import Made, Variant
-from lorasc_fx.errors import CaptureError, NoSites
+from lorasc_fx.errors import CaptureError, PassError
 from lorasc_fx.graph import (
     Record,
     at_stage,
@@ -42,7 +42,7 @@ from lorasc_fx.pictures import cascade_html, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 
 _HIDDEN = (Reason.OPAQUE, Reason.MIXED_USES)
-"""Reasons of a symbolic graph, which under `auto` the fallback is tried before: it does not have them."""
+"""Reasons, at a node, of a symbolic graph that graph breaks do not have: `auto` then tries the fallback first."""
 
 
 def _refused(
@@ -130,20 +130,23 @@ class Compiler:
         refusals = _refused(model, plan, refusals, Reason.MUTATED, written)
         if captured.fallback is not None:
             return _of_fallback(captured, plan, branches, refusals, args, kwargs)
-        whole, fault = None, None
+        whole: Made | None = None
+        fault: PassError | None = None
         try:
             whole = insert(captured.module, plan, branches, refusals)
             variant = replace(whole.variant, frontend=captured.frontend, conditions=captured.conditions)
             whole = replace(whole, variant=variant, refused_frontends=captured.refused)
-            hidden = next((str(refusal) for refusal in whole.refusals if refusal.reason in _HIDDEN), "")
-        except NoSites as none:
-            hidden, fault = str(none).splitlines()[-1].strip(), none
+            hidden = next(
+                (str(refusal) for refusal in whole.refusals if refusal.reason in _HIDDEN and refusal.node), ""
+            )
+        except PassError as raised:  # NoSites, or a branch that exists already cannot be placed in this graph
+            hidden, fault = str(raised).splitlines()[-1].strip(), raised
         if hidden and self.frontend == "auto" and captured.frontend == "symbolic":
             try:
                 fallback = capture(model, args, kwargs, "graph-breaks", wide, trained)
                 made = _of_fallback(fallback, plan, branches, refusals, args, kwargs)
                 return replace(made, refused_frontends=(*captured.refused, ("symbolic", hidden)))
-            except (CaptureError, NoSites):  # what the symbolic graph said stands
+            except (CaptureError, PassError):  # what the symbolic graph said stands
                 pass
         if whole is None:
             assert fault is not None

@@ -148,7 +148,7 @@ class _Source:
         holder, leaf = self._place(target)
         if isinstance(holder, nn.Module):
             for store in ("_parameters", "_buffers", "_modules"):
-                if leaf in vars(holder)[store]:
+                if leaf in vars(holder).get(store, ()):  # a script module keeps its tensors elsewhere
                     return f"{self._name('held', vars(holder))}[{store!r}][{leaf!r}]"
         return f"{self._name('getattr', getattr)}({self._name('holder', holder)}, {leaf!r})"
 

@@ -39,7 +39,7 @@ from lorasc_fx.graph.forms import (
 )
 from lorasc_fx.graph.record import Record, Use
 from lorasc_fx.graph.targets import check_patterns, describe, matches, targeted
-from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of
+from lorasc_fx.graph.weights import Weights, module_at, named_weights, owner_of, scripted_weights
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.spec import KINDS, CascadeSpec
@@ -61,6 +61,7 @@ class WeightUses:
     """The uses of one weight in a graph: its get_attr nodes, and the nodes that read it.
 
     `layer`: it is the weight of a linear, conv or embedding module of torch.nn.
+    `script`: path of the TorchScript module that holds it, or "".
     """
 
     sources: list[fx.Node] = field(default_factory=list)
@@ -70,6 +71,7 @@ class WeightUses:
     opaque: list[fx.Node] = field(default_factory=list)
     written: list[fx.Node] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    script: str = ""
     rows: list[Slice | None] = field(default_factory=list)
     touched: bool = False
     layer: bool = False
@@ -124,9 +126,17 @@ def kind_at(shape: tuple[int, ...], seen: WeightUses) -> str:
     return "experts" if kind == "linear" and len(shape) == 3 else kind
 
 
+def _no_uses(owner: nn.Module, weights: Weights) -> dict[str, WeightUses]:
+    """Return what is known of each weight before a graph is read."""
+    uses: dict[str, WeightUses] = defaultdict(WeightUses)
+    for name, script in scripted_weights(owner).items():
+        uses[weights.canonical[name]].script = script
+    return uses
+
+
 def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict[str, WeightUses]:
     """Return the uses of each weight matrix that the graph reads, by the weight's name."""
-    uses: dict[str, WeightUses] = defaultdict(WeightUses)
+    uses = _no_uses(owner_of(graph_module, record), weights)
     constant = constants(graph_module.graph)
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node.target.startswith(record.prefix):
@@ -232,7 +242,8 @@ class Matching:
 def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
     """Return the weights to which the spec may give a branch, before a graph shows how they are used."""
     weights = named_weights(owner)
-    return frozenset(name for name in weights.matrices if _refuse(spec, weights, name, WeightUses()) is None)
+    uses = _no_uses(owner, weights)
+    return frozenset(name for name in weights.matrices if _refuse(spec, weights, name, uses[name]) is None)
 
 
 def survey(
@@ -257,7 +268,7 @@ def survey(
     owner = owner_of(graph_modules[0], record)
     weights = named_weights(owner)
     check_patterns(spec, weights.matrices, weights.names)
-    uses: dict[str, WeightUses] = defaultdict(WeightUses)
+    uses = _no_uses(owner, weights)
     for path, module in owner.named_modules():
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)):
             uses[weights.canonical.get(f"{path}.weight".lstrip("."), "")].layer = True
@@ -415,6 +426,9 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, seen: WeightUses) 
         return Refusal(weight, "", Reason.NOT_TARGETED, "matches no target of the spec")
     if not parameter.numel():
         return Refusal(weight, "", Reason.EMPTY, f"of shape {tuple(parameter.shape)}, holds no numbers")
+    if seen.script:  # how torch.export sees inside depends on how often the module has run
+        sentence = f"it is inside the TorchScript module {seen.script}; give the nn.Module that it was made of"
+        return Refusal(weight, "", Reason.OPAQUE, sentence)
     if not parameter.is_floating_point():
         why = "and branches are real" if parameter.is_complex() else "which has no gradient"
         return Refusal(weight, "", Reason.NOT_FLOATING, f"holds {parameter.dtype}, {why}")

@@ -80,9 +80,19 @@ def owner_of(graph_module: fx.GraphModule, record: Record) -> nn.Module:
 def module_at(root: nn.Module, target: str) -> nn.Module | None:
     """Return the module of this dotted name, or None."""
     module: nn.Module | None = root
-    for part in target.split("."):
-        module = module._modules.get(part) if module is not None else None
+    for part in target.split("."):  # the dictionaries of a script module have no `get`
+        module = module._modules[part] if module is not None and part in module._modules else None
     return module
+
+
+def scripted_weights(owner: nn.Module) -> dict[str, str]:
+    """Return the parameters inside TorchScript modules, each with the path of the outermost such module."""
+    found: dict[str, str] = {}
+    for path, module in owner.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.jit.ScriptModule):
+            for leaf, _ in module.named_parameters(remove_duplicate=False):
+                found.setdefault(f"{path}.{leaf}".lstrip("."), path)
+    return found
 
 
 @dataclass(frozen=True)
@@ -178,10 +188,16 @@ def shared_memory(model: nn.Module) -> dict[str, str]:
 
 
 def _plain_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors that modules hold as plain attributes, or in a list, tuple or dict that is one."""
+    """Yield the tensors that modules hold as plain attributes, or in a list, tuple or dict that is one.
+
+    Skips attributes that a forward pre-hook computes before each call, which `torch.nn.utils.spectral_norm` makes
+    aliases of the parameter until then.
+    """
     for prefix, module in model.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        computed = [getattr(hook, "name", None) for hook in hooks]  # torch.nn.utils names the attribute so
         for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules"):
+            if name in ("_parameters", "_buffers", "_modules") or name in computed:
                 continue
             items = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)

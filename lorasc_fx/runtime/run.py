@@ -825,9 +825,9 @@ class _Exclusive(Block[None]):
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     *path, leaf = name.split(".")
     module: nn.Module | None = model
-    for part in path:
-        module = module._modules.get(part) if module is not None else None
-    return module._parameters.get(leaf) if module is not None else None
+    for part in path:  # the dictionaries of a script module have no `get`
+        module = module._modules[part] if module is not None and part in module._modules else None
+    return module._parameters[leaf] if module is not None and leaf in module._parameters else None
 
 
 SPARE = 1 << 12

@@ -32,6 +32,7 @@ from tests.forms.odd_mechanisms import (
     patched,
 )
 from tests.forms.odd_networks import (
+    AdaptiveSoftmax,
     Autoencoder,
     Decoder,
     Detector,
@@ -120,7 +121,15 @@ ODD: list[Case] = [
         refuses=("symbolic",),
     ),
     Case("stateful", Stateful, rand((3, 5)), lin("inner", "outer"), refuses=NOT),
-    Case("scripted", scripted, X, lin("first"), unreached=("act.0.weight",), refuses=("export", "dynamo")),
+    Case("scripted", scripted, X, lin("first"), {"act.0.weight": Reason.OPAQUE}, refuses=("export", "dynamo")),
+    Case(
+        "adaptive_softmax",
+        AdaptiveSoftmax,
+        lambda: (*X(), torch.tensor([1, 7, 4, 8])),
+        lin("body", "loss.head", "loss.tail.0.0", "loss.tail.0.1", "loss.tail.1.0", "loss.tail.1.1"),
+        opaque=tuple(f"loss.{name}.weight" for name in ("head", "tail.0.0", "tail.0.1", "tail.1.0", "tail.1.1")),
+        refuses=("export", "dynamo"),
+    ),
     Case("listed", Listed, X, linear("weights.0", "weights.1", "weights.2", "named.key", "named.value")),
     Case(
         "spectral",

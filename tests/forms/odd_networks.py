@@ -255,6 +255,17 @@ def scripted() -> nn.Module:
     return Holder()
 
 
+class AdaptiveSoftmax(nn.Module):
+    """A softmax in clusters, whose forward branches on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.loss = nn.Linear(5, 8), nn.AdaptiveLogSoftmaxWithLoss(8, 9, [3, 6], div_value=2.0)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.loss(self.body(x), target)
+
+
 class Listed(nn.Module):
     """Weights in a ParameterList and a ParameterDict, used in loops."""
 

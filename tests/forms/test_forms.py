@@ -4,13 +4,15 @@ B = 0, with branches, and released; or the front end refuses them in one line.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lorasc_fx as lx
 from tests.forms.cases import CASES
-from tests.forms.kit import NAMED, Case, check
+from tests.forms.compare import assert_same
+from tests.forms.kit import NAMED, SPEC, Case, check, randomize, run
 from tests.forms.odd_models import ODD
 from tests.kit.errors import raises
 
@@ -29,6 +31,18 @@ def test_auto(case: Case) -> None:
     first = case.taken_by
     assert cascade.frontend == first
     assert [name for name, _ in cascade.refused_frontends] == list(NAMED[: NAMED.index(first)])
+
+
+def test_auto_loads_what_it_has_adapted(tmp_path: Path) -> None:
+    """Where a symbolic graph calls modules whole, auto adapts by graph breaks, and so does a load."""
+    case = next(case for case in ODD if case.name == "adaptive_softmax")
+    args, kwargs = case.call()
+    cascade = lx.adapt(case.model(), args, kwargs, spec=SPEC)
+    randomize(cascade, 0.1)
+    lx.save(cascade, tmp_path)
+    again = lx.load(tmp_path, case.model(), args, kwargs)
+    assert again.frontend == cascade.frontend == case.taken_by
+    assert_same(run(again, case.call()), run(cascade, case.call()))
 
 
 def pairs() -> list[Any]:

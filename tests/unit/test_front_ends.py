@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 import lorasc_fx as lx
+from lorasc_fx.plan import Reason
 from tests.kit.errors import raises
 from tests.unit.cases import batches, branches, loss_of, randomize
 
@@ -121,6 +123,34 @@ def test_calls_are_the_eager_models(name: str, training: bool) -> None:
     for args, kwargs in calls:
         found, expected = run(cascade, *args, **kwargs), merged(cascade, eager, *args, **kwargs)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+COMPILERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "script": torch.jit.script,
+    "trace": lambda module: torch.jit.trace(module, torch.ones(2, 7, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> None:
+    model = net()
+    model.drop = COMPILERS[compiler](nn.Sequential(nn.Linear(7, 7), nn.ReLU()).double())
+    x = batches(1, 4, 5)[0]
+    cascade = lx.adapt(model, (x,), spec=SPEC, frontend=name)
+    assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
+    assert cascade.unreached == ()
+    (refusal,) = cascade.refusals
+    assert (refusal.weight, refusal.reason) == ("drop.0.weight", Reason.OPAQUE)
+    assert "TorchScript module drop;" in refusal.sentence
+    randomize(cascade)
+    body, head = (model.get_parameter(name) + each.scale * each.delta() for name, each in branches(cascade).items())
+    hidden = model.drop(torch.tanh(F.linear(x, body, model.body.bias)))
+    expected = F.linear(hidden, head, model.head.bias)
+    torch.testing.assert_close(run(cascade, x), expected, rtol=0, atol=1e-12)
+    loss_of(run(cascade, x)).backward()
+    assert all(branch.lora_B.grad.any() for branch in branches(cascade).values())
 
 
 class Recomputed(nn.Module):

@@ -247,6 +247,33 @@ def test_it_is_the_eager_model_and_with_branches_the_merged_one(name: str, train
         assert_same_gradients(own, theirs, parameters)
 
 
+class Masks(nn.Module):
+    """Resizes, after a break, a tensor that `.data` cut off from the weight, and masks the weight with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, mask = self.body.weight, self.body.weight.data.new()
+        torch._dynamo.graph_break()
+        mask = mask.resize_((weight.size(0), 1)).bernoulli_(0.8) / 0.8
+        return self.head(torch.tanh(F.linear(x, mask * weight)))
+
+
+def test_what_data_has_cut_off_from_autograd_stays_so() -> None:
+    """A tensor that requires gradients cannot be resized."""
+    torch.manual_seed(17)
+    model = Masks().double()
+    eager = copy.deepcopy(model)
+    cascade = adapted(model)
+    assert [site.weight for site in cascade.sites] == ["body.weight", "head.weight"]
+    randomize(cascade)
+    own, theirs = run(cascade, inputs()), run(merged(eager, cascade), inputs())
+    torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
+    assert_same_gradients(own, theirs, list(cascade.branches.parameters()))
+
+
 @ALL
 def test_two_stages_are_the_formula(name: str) -> None:
     """Training moves every branch; transition, weights, the folded state dict and release follow S = pace * s B A."""

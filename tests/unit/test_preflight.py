@@ -6,6 +6,7 @@ import copy
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import lorasc_fx as lx
 from lorasc_fx.capture import preflight
@@ -288,18 +290,32 @@ def test_draws_in_python(draw: Callable[[], float]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`?torch.nn.utils")
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "called"])
 @pytest.mark.parametrize(
     ("norm", "own"),
-    [(nn.utils.weight_norm, "weight_v"), (nn.utils.spectral_norm, "weight_orig")],
-    ids=["weight", "spectral"],
+    [
+        (nn.utils.weight_norm, "weight_v"),
+        (nn.utils.spectral_norm, "weight_orig"),
+        (lambda module: prune.l1_unstructured(module, "weight", 3), "weight_orig"),
+    ],
+    ids=["weight", "spectral", "pruned"],
 )
-def test_old_norms_of_weights_are_one_graph(norm: Callable[[nn.Module], nn.Module], own: str) -> None:
+def test_weights_that_old_hooks_compute_are_one_graph(
+    norm: Callable[[nn.Module], nn.Module], own: str, fresh: bool, tmp_path: Path
+) -> None:
+    """Whether the model has run or not: a hook's attribute may alias its parameter before the first call."""
+
     def make() -> nn.Module:
-        return nn.Sequential(norm(nn.Linear(5, 7)), nn.Tanh(), nn.Linear(7, 3)).eval()
+        model = nn.Sequential(norm(nn.Linear(5, 7)), nn.Tanh(), nn.Linear(7, 3)).eval()
+        if not fresh:
+            model(torch.ones(2, 5))
+        return model
 
     cascade = lx.adapt(build(make), (X[0],), spec=SPEC)
     assert cascade.frontend == "export"
     assert {site.weight for site in cascade.sites} == {f"0.{own}", "2.weight"}
+    lx.save(cascade, tmp_path)
+    assert len(lx.load(tmp_path, build(make)).sites) == 2
     assert_goes_as_eager(make, cascade)
 
 
