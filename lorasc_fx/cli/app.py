@@ -32,11 +32,25 @@ COMMANDS = {
 
 _MODULES = {"fold": "export"}
 
+_LOADING = {
+    "torchao": "Failed to load ",
+    "torchao.kernel.intmm": "Warning: Detected no triton",
+    "torch.utils._pytree": "%s is an Enum subclass",
+}
+"""By logger, how the warnings begin that torchao causes when transformers imports it. No command uses torchao."""
+
+
+def _keep(record: logging.LogRecord) -> bool:
+    """Return whether a record is none of `_LOADING`."""
+    return not str(record.msg).startswith(_LOADING[record.name])
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s")  # warnings of the package, to standard error
+    for name in _LOADING:
+        logging.getLogger(name).addFilter(_keep)
     try:
         return _command(arguments)
     except LorascError as fault:

@@ -28,13 +28,14 @@ import lorasc_fx as lx
 from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.data import short_name
 from lorasc_fx.cli.methods import METHODS
-from lorasc_fx.cli.models import set_mode, warn_of_random_weights
+from lorasc_fx.cli.models import set_mode
 from lorasc_fx.cli.run_folder import RunFolder, write_whole
 from lorasc_fx.cli.training import (
     Diverged,
     Interrupt,
     Setup,
     accuracy,
+    describe,
     make_optimizer,
     on_ctrl_c,
     predict,
@@ -166,7 +167,7 @@ def compare(config: Config, *, overwrite: bool = False) -> list[Result] | None:
     results = {run: Result.read(folder.results, run) for run in runs}
     if None in results.values():
         setup = setup or Setup.of(config)
-        warn_of_random_weights(config.model)
+        describe(setup)
         with reporting() as reporter, on_ctrl_c() as interrupt:
             for number, run in enumerate(runs, start=1):
                 if results[run] is None and not interrupt.asked:

@@ -496,7 +496,7 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
     kinds = [known.partition(":")[0] for known in DATA]
     if kind not in kinds or not rest:
         prefix = "imagefolder" if Path(name).is_dir() else _KINDS.get(Path(name).suffix.lower())
-        meant = nearest(kind, kinds) if rest or not prefix else f"; did you mean '{prefix}:{name}'?"
+        meant = nearest(kind, kinds) if rest or not prefix else f"; did you mean '{prefix}:{name}'"
         raise SpecError(f"no data set is called {name!r}{meant}; known: {', '.join(DATA)}", code="unknown-name")
     if kind != "python":
         _check_local(f"data set {name}", rest)

@@ -53,17 +53,26 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
         MissingExtra: the package that has the model is not installed.
         CaptureError: a .pt2 file that cannot be read.
     """
+    check_name(config)
     kind, _, name = config.name.partition(":")
-    builders = {"timm": _timm, "hf": _hf, "python": _python}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(head_seed(config, seed))
-        if kind in builders and name:
-            return builders[kind](config, name, classes)
-    if config.name.endswith(".pt2"):
-        return open_model(config.name)
-    raise SpecError(
-        f"no model is called {config.name!r}{nearest(kind, builders)}; give {', '.join(MODELS)}", code="unknown-name"
-    )
+        if kind in _BUILDERS and name:
+            return _BUILDERS[kind](config, name, classes)
+    return open_model(config.name)
+
+
+def check_name(config: ModelConfig) -> None:
+    """Check that a name is of a known kind.
+
+    Raises:
+        SpecError: it is not.
+    """
+    kind, _, name = config.name.partition(":")
+    if (kind in _BUILDERS and name) or config.name.endswith(".pt2"):
+        return
+    meant = nearest(kind, _BUILDERS) or (f"; did you mean 'hf:{kind}' or 'timm:{kind}'" if kind and not name else "")
+    raise SpecError(f"no model is called {config.name!r}{meant}; known: {', '.join(MODELS)}", code="unknown-name")
 
 
 def head_seed(config: ModelConfig, seed: int) -> int:
@@ -249,6 +258,11 @@ def _python(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     return model
 
 
+_BUILDERS: dict[str, Callable[[ModelConfig, str, int | None], nn.Module]] = {
+    "timm": _timm, "hf": _hf, "python": _python,
+}  # fmt: skip
+
+
 def _load_weights(model: nn.Module, config: ModelConfig, head: str = "") -> None:
     """Put pretrained weights into a model, if the configuration names some.
 
@@ -291,6 +305,15 @@ def _weights(model: nn.Module, source: str) -> Mapping[str, Tensor]:
         return weights
     if not source.endswith(".safetensors"):
         raise SpecError(f"model.weights is {source!r}; give a .safetensors file or python:package.module:function")
+    return read_weights(source)
+
+
+def read_weights(source: str | Path) -> Mapping[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

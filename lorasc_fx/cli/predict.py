@@ -6,35 +6,56 @@ preprocessing is that of the run: its configuration, its tokenizer, and the name
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-from safetensors.torch import load_file
 from torch import nn
 
-from lorasc_fx.cli.config import Config
+from lorasc_fx.cli.config import Config, DataConfig
 from lorasc_fx.cli.data import TABLES, read_csv, read_table
-from lorasc_fx.cli.models import build_model, logits_of, put_weights, set_mode
+from lorasc_fx.cli.models import build_model, logits_of, put_weights, read_weights, set_mode
 from lorasc_fx.cli.preprocessing import Preprocessing
 from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cli.training import EVAL_BATCH, channels_last
-from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.cli.training import EVAL_BATCH, channels_last, check_device
+from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.extras import module_of
+
+MATRIX = 12
+"""Classes that a confusion matrix shows, at most; of more the most frequent confusions are listed."""
+
+Inputs = tuple[list[str], list[str], list[str]]
+"""Names, texts or paths, and classes; the class is empty where it is not known."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a table."""
+
+    text_column: str | None = None
+    """Column that holds the text; the run's, if not given."""
+    label_column: str | None = None
+    """Column that holds the class, which scores the predictions; the run's, if not given and there."""
 
 
 @dataclass(frozen=True)
 class PredictArguments:
-    """Print a line for each image or text: its name, the predicted class and the probability, separated by tabs."""
+    """Print a line for each image or text: its name, the predicted class and the probability, separated by tabs.
 
-    run: Annotated[Path, tyro.conf.Positional]
+    Where the classes are known, the accuracy and a confusion matrix follow on standard error.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a run that has ended, or whose slow weights `lorasc-fx fold` wrote there."""
-    inputs: Annotated[Path, tyro.conf.Positional]
-    """An image; a file of texts, one a line, or a table (.csv, .tsv, .json, .jsonl, .parquet, .arrow) with the run's
-    text column; or a folder of such files."""
+    inputs: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE-OR-FOLDER")]
+    """An image; a file of texts, one a line, or a table (.csv, .tsv, .json, .jsonl, .parquet, .arrow) with a column of
+    texts; or a folder of such files. A blank line of a file of texts gets a line without a class."""
+    data: Columns = field(default_factory=Columns)
 
 
 def run_predict(arguments: PredictArguments) -> int:
@@ -54,21 +75,77 @@ def run_predict(arguments: PredictArguments) -> int:
             f"write the slow weights of its last checkpoint with lorasc-fx fold {arguments.run}",
             code="run-not-ended",
         )
+    device = config.train.device
+    check_device(device)
+    read = _images(arguments.inputs, classes) if images else _texts(arguments.inputs, config.data, arguments.data)
     model = _folded_model(config, folder.folded, len(classes), images=images)
-    for names, inputs in _images(arguments.inputs) if images else _texts(arguments.inputs, config):
-        args, kwargs = preprocessing(inputs)
-        device = config.train.device
-        with torch.no_grad():
-            logits = logits_of(model(*(x.to(device) for x in args), **{key: x.to(device) for key, x in kwargs.items()}))
-        for name, row in zip(names, logits.float().softmax(-1), strict=True):
-            print(f"{name}\t{classes[int(row.argmax())]}\t{row.max():.4f}")
+    counts: Counter[tuple[str, str]] = Counter()  # of (class, predicted class)
+    for names, inputs, labels in read:
+        given = [position for position, entry in enumerate(inputs) if entry.strip()]
+        said = [("", "")] * len(inputs)
+        if given:
+            args, kwargs = preprocessing([inputs[position] for position in given])
+            moved = {key: value.to(device) for key, value in kwargs.items()}
+            with torch.no_grad():
+                logits = logits_of(model(*(value.to(device) for value in args), **moved))
+            for position, row in zip(given, logits.float().softmax(-1), strict=True):
+                said[position] = classes[int(row.argmax())], f"{row.max():.4f}"
+        for name, label, (found, share) in zip(names, labels, said, strict=True):
+            print(f"{name}\t{found}\t{share}")
+            if label and found:
+                counts[label, found] += 1
+    for line in score_lines(counts, classes):
+        print(line, file=sys.stderr)
     return 0
+
+
+def score_lines(counts: Counter[tuple[str, str]], classes: Sequence[str]) -> list[str]:
+    """Return the accuracy, the counts of each class and the confusion matrix as lines.
+
+    Args:
+        counts: examples by (class, predicted class).
+        classes: of the run. Examples of another class are counted as wrong.
+    """
+    labels = {label for label, _ in counts}
+    if not labels & set(classes):
+        known = f"; the run has {named(classes, 5)}" if labels else ""
+        return [f"no score: none of the labels ({named(sorted(labels), 5)}) is a class of the run{known}"] * bool(
+            labels
+        )
+    total, right = counts.total(), sum(count for (label, found), count in counts.items() if label == found)
+    lines = [f"accuracy {right / total:.3f}: {right} of {total} labelled examples"]
+    other = sorted(labels - set(classes))
+    if other:
+        lines.append(f"labels that are no class of the run count as wrong: {named(other, 5)}")
+    rows = [*classes, *other]
+    if len(rows) <= MATRIX:
+        table = [["class", *classes, "examples", "right"]]
+        for label in rows:
+            cells = [counts[label, found] for found in classes]
+            share = f"{counts[label, label] / sum(cells):.3f}" if sum(cells) else "-"
+            table.append([label, *map(str, cells), str(sum(cells)), share])
+        lines.append("examples of each class (rows) by the predicted class (columns):")
+    else:
+        table = [["class", "examples", "right", "predicted"]]
+        for label in rows:
+            examples = sum(count for (each, _), count in counts.items() if each == label)
+            predicted = sum(count for (_, found), count in counts.items() if found == label)
+            share = f"{counts[label, label] / examples:.3f}" if examples else "-"
+            table.append([label, str(examples), share, str(predicted)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *cells in table:
+        lines.append("  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+    if len(rows) > MATRIX:
+        wrong = Counter({pair: count for pair, count in counts.items() if pair[0] != pair[1]})
+        shown = [f"{label} as {found} ({count})" for (label, found), count in wrong.most_common(MATRIX)]
+        lines += [f"most frequent confusions: {', '.join(shown)}"] if shown else []
+    return lines
 
 
 def _folded_model(config: Config, weights: Path, classes: int, *, images: bool) -> nn.Module:
     """Return the original model with folded weights in it, in eval mode."""
     model = build_model(replace(config.model, weights=""), classes).to(config.train.device)
-    values = load_file(weights, device=config.train.device)
+    values = {name: value.to(config.train.device) for name, value in read_weights(weights).items()}
     put_weights(model, config.model, values, weights)
     tied = [name for name, value in model.state_dict().items() if not torch.equal(value, values[name])]
     if tied:
@@ -96,39 +173,47 @@ def _files(path: Path, endings: Collection[str], what: str) -> list[Path]:
     return files
 
 
-def _images(path: Path) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the image at a path, or those in a folder, by name."""
+def _images(path: Path, classes: Sequence[str]) -> Iterator[Inputs]:
+    """Yield the image at a path, or those in a folder. Where each lies in a folder of a class, that is its class."""
     endings = module_of("vision", "torchvision.datasets.folder").IMG_EXTENSIONS
-    for file in _files(path, endings, "images"):
-        yield [str(file)], [str(file)]
+    files = _files(path, endings, "images")
+    labelled = all(file.parent.name in classes for file in files)
+    for file in files:
+        yield [str(file)], [str(file)], [file.parent.name if labelled else ""]
 
 
-def _texts(path: Path, config: Config) -> Iterator[tuple[list[str], list[str]]]:
+def _texts(path: Path, config: DataConfig, columns: Columns) -> Iterator[Inputs]:
     """Yield the texts of a file, or of the files in a folder, with their numbers."""
     for file in _files(path, (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow"), "texts"):
-        texts = _read_texts(file, config)
-        for first in range(0, len(texts), EVAL_BATCH):
-            batch = texts[first : first + EVAL_BATCH]
-            yield [f"{file}:{number}" for number in range(first + 1, first + len(batch) + 1)], batch
+        texts, labels = _read_texts(file, config, columns)
+        numbers = [f"{file}:{number}" for number in range(1, len(texts) + 1)]
+        for start in range(0, len(texts), EVAL_BATCH):
+            part = slice(start, start + EVAL_BATCH)
+            yield numbers[part], texts[part], labels[part]
 
 
-def _read_texts(path: Path, config: Config) -> list[str]:
-    """Return the texts of a table, or the lines of another file.
+def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[str], list[str]]:
+    """Return the texts and classes of a table, or the lines of another file; an unknown class is empty.
 
     Raises:
         SpecError: the file cannot be read, or holds none.
     """
-    kind = path.suffix.removeprefix(".").replace("jsonl", "json")
+    kind = path.suffix.lower().removeprefix(".").replace("jsonl", "json")
+    text, label = columns.text_column or config.text_column, columns.label_column or config.label_column
+    optional = columns.label_column is None
+    labels: list[str] = []
     if kind in ("csv", "tsv"):
-        texts = read_csv(path, config.data.text_column)[0]
+        texts, labels = read_csv(path, text, label, optional=optional)
     elif kind in TABLES:
-        texts = read_table(kind, str(path), config.data.text_column)[0]
+        texts, cells = read_table(kind, str(path), text, label, optional=optional)
+        labels = [str(cell) for cell in cells]
     else:
         try:
-            texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: `paste` knows no other ends
         except (OSError, UnicodeDecodeError) as fault:
             reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
             raise SpecError(f"{path}: these texts cannot be read: {reason}", code="unreadable-file") from fault
-    if not texts:
+        texts = lines if lines[-1] else lines[:-1]
+    if not any(map(str.strip, texts)):
         raise SpecError(f"{path} holds no texts; give one a line", code="too-few-examples")
-    return texts
+    return texts, labels or [""] * len(texts)

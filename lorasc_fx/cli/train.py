@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ import tyro
 
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config
-from lorasc_fx.cli.models import set_mode, warn_of_random_weights
-from lorasc_fx.cli.run_folder import RunFolder
+from lorasc_fx.cli.models import set_mode
+from lorasc_fx.cli.run_folder import RunFolder, read_lines
 from lorasc_fx.cli.training import (
     Diverged,
     Setup,
-    Step,
     accuracy,
+    describe,
     make_optimizer,
     on_ctrl_c,
     predict,
@@ -47,35 +48,38 @@ def run_train(arguments: TrainArguments) -> int:
     folder = RunFolder(Path(config.output))
     folder.check(config, resume=resume, overwrite=overwrite)
     setup = Setup.of(config)
-    warn_of_random_weights(config.model)
+    describe(setup)
     steps = setup.stage_steps(config.train.stages)
     cascade, optimizer, schedule, start = _begin(setup, folder, steps, resume=resume, overwrite=overwrite)
+    _describe_cascade(cascade)
     done, total = start, sum(steps)
     with reporting() as reporter, closing(Metrics(folder.path)) as metrics, on_ctrl_c() as interrupt:
-        reporter.begin("train", total, start)
 
         def save() -> None:
             lx.save(cascade, folder.checkpoint, optimizer=optimizer, scheduler=schedule, extra={"step": done})
 
-        def validate(step: Step, which: Literal["slow", "fast"]) -> float:
+        def validate(which: Literal["slow", "fast"], suffix: str, **at: int) -> float:
             mode, examples = cascade.training, setup.splits.validation
             cascade.eval()
             with cascade.weights(which) as model:
                 logits = predict(model, examples, config.train.device)
             cascade.train(mode)
             share, loss = accuracy(logits, examples), F.cross_entropy(logits, examples.labels).item()
-            suffix = "" if which == "slow" else "_fast"
-            entry = {f"validation{suffix}": share, f"validation_loss{suffix}": loss}
-            metrics.log(step=step.done, stage=step.stage, **entry)
+            metrics.log(**at, **{f"validation{suffix}": share, f"validation_loss{suffix}": loss})
             return share
 
+        before = validate("slow", "_before", step=0) if start == 0 else _validation_before(folder)
+        if before is not None:
+            most = setup.splits.validation.labels.bincount().max().item() / len(setup.splits.validation)
+            reporter.say(f"validation before training {before:.3f} (always the most frequent class: {most:.3f})")
+        reporter.begin("train", total, start)
         try:
             for step in train_steps(
                 cascade, optimizer, schedule, setup, config.train.seed, steps, interrupt=interrupt, start=start
             ):
                 done = step.done
                 if step.folded:
-                    share = validate(step, "slow")
+                    share = validate("slow", "", step=done, stage=step.stage)
                     reporter.say(f"stage {step.stage}/{len(steps)} ends at step {done}: validation {share:.3f}")
                     save()
                     continue
@@ -83,7 +87,7 @@ def run_train(arguments: TrainArguments) -> int:
                 if done % config.train.log_every == 0 or step.ends_stage:
                     metrics.log(step=done, stage=step.stage, loss=step.loss, lr=step.lr, seconds=step.seconds)
                 if step.ends_stage:
-                    validate(step, "fast")
+                    validate("fast", "_fast", step=done, stage=step.stage)
                     folder.write_experts(cascade, step.stage)
                 elif config.train.checkpoint_every and done % config.train.checkpoint_every == 0:
                     save()
@@ -104,6 +108,24 @@ def run_train(arguments: TrainArguments) -> int:
         reporter.say(" ".join(f"{part} {share:.3f}" for part, share in shares.items()))
         reporter.say(f"folded weights: {folder.folded}")
     return 0
+
+
+def _describe_cascade(cascade: lx.Cascade) -> None:
+    """Print what is adapted, and how many parameters are trained."""
+    trained = cascade._run.trained_entries
+    total = sum(parameter.numel() for parameter in cascade.model.parameters())
+    reasons = Counter(refusal.reason.value for refusal in cascade.refusals)
+    refused = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    print(
+        f"weights adapted: {len(cascade.sites)}{f' (not adapted: {refused})' if refused else ''}; "
+        f"{trained:,} parameters trained, {trained / total:.2%} of the model's {total:,}",
+        flush=True,
+    )
+
+
+def _validation_before(folder: RunFolder) -> float | None:
+    """Return the accuracy before training that a resumed run has recorded, if it has."""
+    return next((line["validation_before"] for line in read_lines(folder.metrics) if "validation_before" in line), None)
 
 
 def _begin(

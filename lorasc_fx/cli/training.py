@@ -9,6 +9,7 @@ import bisect
 import itertools
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +23,25 @@ from torch import Tensor, nn
 
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config
-from lorasc_fx.cli.data import Batch, Examples, Splits, load_data
-from lorasc_fx.cli.models import build_model, logits_of, name_classes, set_mode, tokenizer_of
-from lorasc_fx.errors import SpecError, StateError, UnknownTarget, listed, nearest
+from lorasc_fx.cli.data import Batch, Examples, Splits, load_data, short_name
+from lorasc_fx.cli.models import (
+    build_model,
+    check_name,
+    logits_of,
+    name_classes,
+    set_mode,
+    tokenizer_of,
+    warn_of_random_weights,
+)
+from lorasc_fx.errors import SpecError, StateError, UnknownTarget, listed, named, nearest
 from lorasc_fx.graph import matches
 from lorasc_fx.spec import CascadeSpec
 
 EVAL_BATCH = 64
+
+
+RARE = 2
+"""A class with fewer training examples is warned of."""
 
 
 class Diverged(StateError):
@@ -60,7 +73,8 @@ class Setup:
         """
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
-        _check_device(config.train.device)
+        check_device(config.train.device)
+        check_name(config.model)  # before the data: of a wrong name it is not known whether it takes texts
         tokenizer = tokenizer_of(config.model)
         return cls(config, load_data(config.data, tokenizer), tokenizer)
 
@@ -122,7 +136,31 @@ class Setup:
         return lx.StageSchedule(optimizer, cascade, steps, warmup=config.warmup, floor=config.floor, decay=config.decay)
 
 
-def _check_device(device: str) -> None:
+def describe(setup: Setup) -> None:
+    """Print the splits and the classes, and warn of random weights and of classes with hardly any example."""
+    splits = setup.splits
+    warn_of_random_weights(setup.config.model)
+    parts = {"train": splits.train, "validation": splits.validation, **splits.test_sets}
+    sizes = ", ".join(f"{name} {len(examples)}" for name, examples in parts.items())
+    counts = dict(
+        zip(splits.classes, splits.train.labels.bincount(minlength=len(splits.classes)).tolist(), strict=True)
+    )
+    print(f"examples of {short_name(setup.config.data.name)}: {sizes}")
+    print(
+        f"{len(counts)} classes in train: {named((f'{name} {count}' for name, count in counts.items()), 10)}",
+        flush=True,
+    )
+    rare = [f"{name!r} ({count})" for name, count in counts.items() if count < RARE]
+    if rare:
+        print(
+            f"lorasc-fx: WARNING: fewer than {RARE} training examples of the classes {named(rare, 5)}: they are hardly "
+            "learned. Add examples, or take these classes out",
+            file=sys.stderr,
+        )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine lacks."""
     known = ["cpu"]
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
@@ -281,7 +319,7 @@ def train_steps(
 
 
 def _check_logits(logits: Tensor, examples: Examples) -> None:
-    needed = int(examples.labels.max()) + 1
+    needed = len(examples.classes)
     if logits.dim() != 2 or logits.shape[1] < needed:
         raise SpecError(
             f"the model returns logits {list(logits.shape)}; [batch, classes] is needed, with {needed} classes",
@@ -290,10 +328,16 @@ def _check_logits(logits: Tensor, examples: Examples) -> None:
 
 
 def predict(model: nn.Module, examples: Examples, device: str = "cpu") -> Tensor:
-    """Return the logits of all examples, [examples, classes]."""
+    """Return the logits of all examples, [examples, classes].
+
+    Raises:
+        SpecError: the model does not give one logit a class.
+    """
     with torch.no_grad():
         batches = (batch.to(device) for batch in examples.batches(EVAL_BATCH))
-        return torch.cat([logits_of(model(*batch.args, **batch.kwargs)).float().cpu() for batch in batches])
+        logits = torch.cat([logits_of(model(*batch.args, **batch.kwargs)).float().cpu() for batch in batches])
+    _check_logits(logits, examples)
+    return logits
 
 
 def accuracy(logits: Tensor, examples: Examples) -> float:

@@ -157,6 +157,7 @@ for name, arguments in {calls!r}:
     from lorasc_fx.cli import main
     print(main(arguments))
     del sys.modules[name]
+import transformers.quantizers  # imports torchao, as each command with a text model does
 """
 NEEDED = {
     "tyro": ("cli", ["sites", "timm:resnet18"]),

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from experiments.data import blur, digits, imdb, mnist5k, noise, rotten_tomatoes
-from lorasc_fx.cli.config import DataConfig
+from lorasc_fx.cli.config import Config, DataConfig
 from lorasc_fx.cli.data import Splits, encoder_of, image_examples, load_data, read_csv
+from lorasc_fx.cli.training import Setup, describe
 from lorasc_fx.errors import SpecError
 from tests.kit.errors import raises
 
@@ -272,6 +273,25 @@ def test_labels_that_are_no_classes(tmp_path: Path, labels: list[str], message: 
         return
     with raises(SpecError, *message):
         load_data(config, letters)
+
+
+@pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 0)])
+def test_a_class_with_hardly_any_training_example_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int, count: int
+) -> None:
+    """Its one example is in the training split of seed 0, and not in that of seed 1."""
+    labels = ["odd one", *(f"class{number % 12:02}" for number in range(89))]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *(f"a text,{label}" for label in labels)]) + "\n")
+    data = DataConfig(name=f"csv:{tmp_path / 'a.csv'}", train=72, validation=8, test=8, seed=seed)
+    splits = load_data(data, letters)
+    describe(Setup(Config(data=data), splits))
+    said = capsys.readouterr()
+    counts = splits.train.labels.bincount(minlength=13).tolist()
+    assert said.out.splitlines() == [
+        f"examples of {data.name}: train 72, validation 8, test 8",
+        f"13 classes in train: {', '.join(f'class{n:02} {counts[n]}' for n in range(10))} and 3 more",
+    ]
+    assert f"WARNING: fewer than 2 training examples of the classes 'odd one' ({count}): they" in said.err
 
 
 def test_a_csv_with_a_byte_order_mark(tmp_path: Path) -> None:

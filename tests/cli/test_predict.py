@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from experiments.data import digits
 from lorasc_fx.cli import main
 from lorasc_fx.cli.config import load_config
 from lorasc_fx.cli.data import image_examples, load_data
+from lorasc_fx.cli.predict import score_lines
 from lorasc_fx.cli.preprocessing import Preprocessing
 from tests.kit.errors import raises
 
@@ -83,6 +85,8 @@ def test_images_of_a_table_are_resized_as_they_were_in_training(place: Path, tmp
         (lambda run: (run / "cascade.json").unlink(), ".", "runs/tiny does not say its classes"),
         (lambda run: save_file({"a": torch.zeros(1)}, run / "folded.safetensors"), ".",
          "runs/tiny/folded.safetensors does not fit the model that python:tiny_model:build builds now: "),
+        (lambda run: (run / "folded.safetensors").write_bytes(b"no"), ".",
+         "runs/tiny/folded.safetensors: these weights cannot be read: "),
         (lambda run: None, "tiny.toml", "tiny.toml: this image cannot be read"),
         (lambda run: Path("empty").mkdir(), "empty", "empty holds no files of images (.bmp, "),
     ],
@@ -133,18 +137,43 @@ def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in Path("bert").glob("*token*"):  # nor the model's tokenizer: the run has one
         file.unlink()
     Path("bert/vocab.txt").unlink(missing_ok=True)
-    Path("two.txt").write_text("a fine film\n\na dull film\n")
+    # A line for each line of the file, whatever else Python takes for the end of a line.
+    Path("two.txt").write_bytes("\ufeffa fine film\x0c\r\n\n \t\n\x85\u2028a dull film".encode())
     assert main(["predict", "runs/tiny", "two.txt"]) == 0
-    found = rows(capsys.readouterr().out)
-    assert [row[:2] for row in found] == [["two.txt:1", "glad"], ["two.txt:2", "sad"]]
+    said = capsys.readouterr()
+    listed = rows(said.out)
+    assert [row[:2] for row in listed] == [
+        ["two.txt:1", "glad"], ["two.txt:2", ""], ["two.txt:3", ""], ["two.txt:4", "sad"]
+    ]  # fmt: skip
+    assert said.err == ""
+    found = [listed[0], listed[3]]
     assert main(["predict", "runs/tiny", "new.csv"]) == 0
-    assert [row[1:] for row in rows(capsys.readouterr().out)[:2]] == [row[1:] for row in found]
+    said = capsys.readouterr()
+    assert [row[1:] for row in rows(said.out)[:2]] == [row[1:] for row in found]
+    matrix = """accuracy 1.000: 40 of 40 labelled examples
+examples of each class (rows) by the predicted class (columns):
+class  glad  sad  examples  right
+glad     20    0        20  1.000
+sad       0   20        20  1.000
+"""
+    assert said.err == matrix
+    Path("other.csv").write_text("said,mood\na fine film,glad\na dull film,sad\n")
+    assert main(["predict", "runs/tiny", "other.csv"]) == 2
+    assert "no column 'text'; it has said, mood; data.text_column, data.im" in capsys.readouterr().err
+    columns = ["--data.text-column", "said"]
+    assert main(["predict", "runs/tiny", "other.csv", *columns]) == 0
+    said = capsys.readouterr()
+    assert ([row[1:] for row in rows(said.out)], said.err) == ([row[1:] for row in found], "")
+    assert main(["predict", "runs/tiny", "other.csv", *columns, "--data.label-column", "mood"]) == 0
+    assert "accuracy 1.000: 2 of 2 labelled examples" in capsys.readouterr().err
+    assert main(["predict", "runs/tiny", "other.csv", *columns, "--data.label-column", "moot"]) == 2
+    assert "no column 'moot'; nearest: 'mood'" in capsys.readouterr().err
     Path("two.jsonl").write_text('{"text": "a fine film"}\n{"text": "a dull film"}\n')
     assert main(["predict", "runs/tiny", "two.jsonl"]) == 0
     assert [row[1:] for row in rows(capsys.readouterr().out)] == [row[1:] for row in found]
     Path("many").mkdir()
     Path("two.jsonl").rename("many/b.jsonl")
-    Path("two.txt").rename("many/a.txt")
+    Path("many/a.txt").write_text("a fine film\na dull film\n")
     Path("many/notes.md").write_text("no text to be told")
     assert main(["predict", "runs/tiny", "many"]) == 0
     listed = rows(capsys.readouterr().out)
@@ -171,6 +200,30 @@ def test_texts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lx.load("alone", base).preprocessing is None
 
 
+def test_scores() -> None:
+    counts = Counter({("a", "a"): 3, ("a", "b"): 1, ("c", "b"): 2})
+    assert score_lines(counts, ("a", "b")) == [
+        "accuracy 0.500: 3 of 6 labelled examples",
+        "labels that are no class of the run count as wrong: c",
+        "examples of each class (rows) by the predicted class (columns):",
+        "class  a  b  examples  right",
+        "a      3  1         4  0.750",
+        "b      0  0         0      -",
+        "c      0  2         2  0.000",
+    ]
+    assert score_lines(Counter(), ("a", "b")) == []
+    assert score_lines(Counter({("1", "a"): 3}), ("a", "b")) == [
+        "no score: none of the labels (1) is a class of the run; the run has a, b"
+    ]
+    many = tuple("abcdefghijklmnop")
+    assert score_lines(Counter({("a", "a"): 3, ("a", "b"): 1, ("c", "b"): 2}), many)[1:4] == [
+        "class  examples  right  predicted",
+        "a             4  0.750          3",
+        "b             0      -          3",
+    ]
+    assert score_lines(counts, many)[-1] == "most frequent confusions: c as b (2), a as b (1)"
+
+
 @pytest.mark.slow
 def test_images_of_a_model_of_timm(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pixels, labels = digits()
@@ -183,7 +236,10 @@ def test_images_of_a_model_of_timm(place: Path, capsys: pytest.CaptureFixture[st
     assert main(["train", "tiny.toml", *asked]) == 0
     capsys.readouterr()
     assert main(["predict", "runs/tiny", "photos/odd"]) == 0
-    found = rows(capsys.readouterr().out)
+    said = capsys.readouterr()
+    found = rows(said.out)
+    right = sum(row[1] == "odd" for row in found)
+    assert f": {right} of {len(found)} labelled examples" in said.err
     cascade = lx.load("runs/tiny")
     args, kwargs = cascade.preprocessing([row[0] for row in found])
     with cascade.weights("slow"), torch.no_grad():

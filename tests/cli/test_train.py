@@ -18,6 +18,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.cli.config import load_config
+from lorasc_fx.cli.data import load_data
 from lorasc_fx.cli.training import Setup
 from tests.kit.errors import warns
 
@@ -59,6 +60,20 @@ def test_a_run_folder_is_whole(
     assert {"test", "blur", "mnist5k"} < result.keys()
     said = capsys.readouterr().out
     assert "stage 3/3 ends at step 12: validation" in said
+    splits, classes, sites, before = said.splitlines()[:4]
+    assert splits == "examples of digits: train 64, validation 32, test 100, blur 50, mnist5k 50"
+    counts = load_data(load_config(run / "config.toml").data).train.labels.bincount().tolist()
+    assert classes == "10 classes in train: " + ", ".join(f"{name} {count}" for name, count in enumerate(counts))
+    trained = 3 * (6 + 27) + 3 * (8 + 6) + 330  # two branches of rank 3, and the head
+    assert sites == (
+        f"weights adapted: 2 (not adapted: 1 trained-in-full); {trained} parameters trained, 83.22% of the model's 566"
+    )
+    first = lines(run)[0]
+    assert first["step"] == 0
+    assert before.startswith(f"validation before training {first['validation_before']:.3f} (always the most frequent")
+    assert main(["train", "tiny.toml", "--spec.rank", "3", "--resume"]) == 0
+    assert before in capsys.readouterr().out  # read from the records, not computed again
+    assert [line for line in lines(run) if "validation_before" in line] == [first]
     model = tiny_model()
     model.load_state_dict(weights(run / "folded.safetensors"), strict=True)
     assert main(["fold", "runs/tiny", "--output", "again.safetensors"]) == 0
@@ -144,7 +159,7 @@ def test_after_a_loss_that_is_not_finite_a_run_is_made_again(place: Path, capsys
 def test_a_model_with_too_few_classes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "few.py").write_text("import tiny_model\n\ndef build():\n    return tiny_model.build(4)\n")
     assert main(["train", "tiny.toml", "--model.name", "python:few:build"]) == 2
-    assert "the model returns logits [8, 4]; [batch, classes] is needed, with 10 classes" in capsys.readouterr().err
+    assert "the model returns logits [32, 4]; [batch, classes] is needed, with 10 classes" in capsys.readouterr().err
 
 
 def test_an_exported_program_is_trained(
