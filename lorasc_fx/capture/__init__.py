@@ -29,6 +29,7 @@ from lorasc_fx.capture.isolation import (
     with_fake_tensors,
     written_by,
 )
+from lorasc_fx.capture.least_sizes import Axis, least_sizes
 from lorasc_fx.capture.preflight import (
     Difference,
     Disagreement,
@@ -61,6 +62,7 @@ from lorasc_fx.undo import grad_mode, raise_of_handler
 __all__ = [
     "FRONTENDS",
     "OWNER",
+    "Axis",
     "Call",
     "Calls",
     "Captured",
@@ -82,6 +84,7 @@ __all__ = [
     "forget",
     "is_on_meta",
     "isolation",
+    "least_sizes",
     "leaves",
     "one_line",
     "open_model",

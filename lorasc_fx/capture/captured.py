@@ -24,7 +24,8 @@ class Conditions:
     Args:
         guards: raises AssertionError for inputs, given as their leaves, that the graph is not for; None for no more
             than the key of a call.
-        sizes: of each leaf that is a tensor, the sizes that are constants of the graph; None for the other leaves.
+        sizes: of each leaf that is a tensor, the sizes that are constants of the graph, and None for each dynamic one;
+            None for the other leaves.
         state: guards on the model's Python state.
         grad: gradient mode of the calls; None where the model computes the same in both.
         requires_grad: of each leaf, where the model asks tensors for it; None where it does not.
@@ -45,17 +46,21 @@ class Conditions:
         return True
 
     def accepts_sizes(self, leaves: list[Any]) -> bool:
-        """Whether inputs have the sizes that are constants of the graph; plain enough for dynamo to trace."""
+        """Whether inputs have the sizes that are constants of the graph, and 2 or more where it is dynamic.
+
+        torch.export takes for granted that a dynamic size is neither 0 nor 1. It keeps no guard for what Python asks
+        about these two, so they are captured on their own. Plain enough for dynamo to trace.
+        """
         for leaf, sizes in zip(leaves, self.sizes, strict=False):
             if isinstance(leaf, torch.Tensor) and sizes is not None:
                 for size, fixed in zip(leaf.shape, sizes, strict=True):
-                    if fixed is not None and size != fixed:
+                    if size < 2 if fixed is None else size != fixed:
                         return False
         return True
 
     def accepts(self, leaves: list[Any]) -> bool:
         """Whether the graph is for inputs of these sizes and gradient flags."""
-        if not self.accepts_gradients(leaves):
+        if not (self.accepts_gradients(leaves) and self.accepts_sizes(leaves)):
             return False
         if self.guards is None:
             return True
@@ -64,6 +69,18 @@ class Conditions:
         except AssertionError:
             return False
         return True
+
+    def refuses_small_sizes(self, leaves: list[Any]) -> bool:
+        """Whether inputs have other sizes than the graph, and these are 0 or 1 on one of the two sides."""
+        pairs = [
+            (size, 2 if fixed is None else fixed)
+            for leaf, sizes in zip(leaves, self.sizes, strict=False)
+            if isinstance(leaf, torch.Tensor) and sizes is not None
+            for size, fixed in zip(leaf.shape, sizes, strict=True)
+            if fixed is not None or size < 2
+        ]
+        other = [min(pair) for pair in pairs if pair[0] != pair[1]]
+        return bool(other) and max(other) < 2
 
     def hold(self, traced: bool = False) -> bool:
         """Whether gradient mode and the model's Python state are those of the graph; `traced` by dynamo."""

@@ -131,6 +131,10 @@ class GraphBreakFallback:
             ) from fault
         except torch._dynamo.exc.BackendCompilerFailed as fault:
             raise fault.inner_exception from fault
+        except torch._dynamo.exc.TorchRuntimeError:  # an op refuses the sizes: let the model say so itself
+            with isolation(self.model, args, kwargs, grad=torch.is_grad_enabled(), seeded=False) as (inputs, named):
+                self.model(*inputs, **named)
+            raise
 
     def swap(self, swapped: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
         """Let the model read `f(weight)` in place of these weights while it runs, in graphs and in between."""

@@ -380,6 +380,24 @@ def check_agrees(
         raise Disagreement(graph, difference, grad)
 
 
+def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a graph computes what its model computes on one call without gradients, or raises.
+
+    A graph that computes something where the model raises does not agree.
+    """
+    try:
+        with quiet(grad=False), eager(), fake_mode(model), same_attributes(model):
+            ours = _observed(graph, model, args, kwargs, whole=True)
+    except MemoryError:
+        raise
+    except Exception as fault:
+        raise_of_handler(fault)
+        return True
+    with quiet(grad=False), eager(), fake_mode(model), same_attributes(model):
+        theirs = _observed_or_none(model, args, kwargs, whole=True)
+    return theirs is not None and _difference(ours, theirs, gradients=False) is None
+
+
 def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Return the first module, in the order of calls, whose output a graph does not compute, or whose weights have
     other gradients in it.
@@ -433,8 +451,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sta
 def _observed_or_none(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], whole: bool = False
 ) -> Observed | None:
-    """Return what a run in the other gradient mode shows; None where the model refuses to run in it, as some do that
-    differentiate in forward.
+    """Return what a run shows; None if the model raises. Some models that differentiate in forward do so in one of the
+    two gradient modes.
     """
     try:
         return _observed(model, model, args, kwargs, whole=whole)

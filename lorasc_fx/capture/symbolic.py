@@ -168,6 +168,10 @@ def _has_tensor(value: Any) -> bool:
 
 
 def _checks_a_constant(node: fx.Node) -> bool:
-    """Whether the node is fx's check that an argument still has the value it was traced with; the key holds that."""
+    """Whether the node is fx's check that an argument still has the value it was traced with; the key holds that.
+
+    An assert of the model has another message, and stays.
+    """
     checks = (fx._symbolic_trace._assert_is_none, torch._assert)
-    return node.op == "call_function" and node.target in checks
+    message = str(node.args[-1]) if node.args else ""
+    return node.op == "call_function" and node.target in checks and "has been specialized to have value" in message

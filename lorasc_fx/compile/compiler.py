@@ -13,12 +13,14 @@ from torch import fx, nn
 from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.capture import (
     OWNER,
+    Axis,
     Calls,
     Captured,
     Conditions,
     GraphBreakFallback,
     bind,
     capture,
+    least_sizes,
     read_live,
     written_by,
 )
@@ -33,6 +35,7 @@ from lorasc_fx.graph import (
     matches,
     named_weights,
     own_copy,
+    refuse_smaller,
     shared_memory,
     survey,
 )
@@ -154,10 +157,21 @@ class Compiler:
         return whole
 
     def fold(
-        self, variant: Variant, model: nn.Module, stage: int, values: Mapping[str, Any], args: Any, kwargs: Any
-    ) -> fx.GraphModule:
-        """Return the variant's captured graph, whose branches are those of a stage, with these values as constants of
-        its own.
+        self,
+        variant: Variant,
+        model: nn.Module,
+        stage: int,
+        values: Mapping[str, Any] | None,
+        args: Any,
+        kwargs: Any,
+    ) -> tuple[fx.GraphModule, dict[Axis, int]]:
+        """Return the variant's captured graph without branches, and the smallest sizes that it may be called with.
+
+        Args:
+            variant: whose graph is meant.
+            model, args, kwargs: of the call that it was captured for.
+            stage: of the branches.
+            values: constants of its own for the graph, which then refuses smaller sizes. None to read the live model.
         """
         if isinstance(variant.module, GraphBreakFallback):
             raise CaptureError(
@@ -168,7 +182,13 @@ class Compiler:
         assert isinstance(variant.module, fx.GraphModule)
         at_stage(variant.module, stage)  # the plan of the stage that it was made in may have other ranks
         folded = FoldBranches()(variant.module).graph_module
-        return own_copy(folded, OWNER, values)
+        least = {} if variant.frontend == "graph" else least_sizes(folded, model, args, kwargs)
+        if values is None:
+            return folded, least
+        own = own_copy(folded, OWNER, values)
+        refuse_smaller(own.graph, [node.name for node in own.graph.nodes if node.op == "placeholder"], least)
+        own.recompile()
+        return own, least
 
     def html(
         self, text: str, model: nn.Module, plan: Plan, variant: Variant | None, refusals: tuple[Refusal, ...]

@@ -122,11 +122,18 @@ class Variants:
         return next(iter(self.all), None)
 
     def known(self, call: Call) -> bool:
-        """Whether there is a variant for such calls and this state, of other sizes; if not, count what changed."""
+        """Whether there is a variant for such calls and this state, of other sizes; if not, count what changed.
+
+        Sizes of 0 and 1 do not count: each is captured on its own, so more dynamic sizes would not help.
+        """
         held = self.held.get(call.key, ())
-        for conditions in (variant.conditions for variant in held):
-            if conditions.hold() and conditions.accepts_gradients(call.leaves):
-                return True
+        fitting = [
+            variant.conditions
+            for variant in held
+            if variant.conditions.hold() and variant.conditions.accepts_gradients(call.leaves)
+        ]
+        if fitting:
+            return not all(conditions.refuses_small_sizes(call.leaves) for conditions in fitting)
         state = held[-1].conditions.state if held else None
         changes = state.changes() if state is not None else ()
         if changes:

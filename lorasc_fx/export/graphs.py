@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture import bind, leaves, quiet, signature_of, whole
+from lorasc_fx.capture import bind, least_sizes, leaves, quiet, signature_of, whole
 from lorasc_fx.compile import Variant
-from lorasc_fx.errors import CaptureError, SpecError, path_of
+from lorasc_fx.errors import CaptureError, SpecError, path_of, warn
 from lorasc_fx.extras import require
 from lorasc_fx.files import replacing
+from lorasc_fx.graph import refuse_smaller
 from lorasc_fx.runtime import Cascade
 from lorasc_fx.undo import Block, isolated, raise_of_handler
 
@@ -75,6 +77,9 @@ def onnx(
 ) -> Path:
     """Write the graph of eval mode as an ONNX file, with the sizes open that the captured graph leaves open.
 
+    ONNX has no check of sizes. If the model computes something else than the graph at a size of 0 or 1, a warning says
+    so, and the metadata of the file has the smallest sizes: `least_sizes`, as JSON by input and axis.
+
     The version of the operators is torch's choice; for another give `program(...)` to torch.onnx.export.
 
     Args:
@@ -98,7 +103,7 @@ def onnx(
     if out.suffix != ".onnx":
         raise SpecError(f"export.onnx: {out} does not end with .onnx", code="wrong-file-ending")
     require("onnx", "onnx", "onnxscript")
-    exported = program(cascade, args, kwargs, folded=folded, which=which, call="export.onnx")
+    exported, least = _program(cascade, args, kwargs, folded, which, "export.onnx")
     try:
         with quiet():
             onnx_program = torch.onnx.export(exported, dynamo=True, verbose=False)
@@ -113,6 +118,15 @@ def onnx(
             code="export-refused",
         ) from fault
     assert onnx_program is not None
+    if least:
+        sizes = json.dumps(least)
+        onnx_program.model.metadata_props["least_sizes"] = sizes
+        warn(
+            f"export.onnx: the smallest sizes by input and axis are {sizes}. Below them the model computes something "
+            "else than its graph, and ONNX cannot refuse them: check sizes before you run the file, or export the "
+            "model again with example inputs of a smaller size",
+            "smaller-sizes-not-refused",
+        )
     with replacing(out) as new, tempfile.TemporaryDirectory(prefix=new.name, dir=new.parent) as folder:
         graph = Path(folder, out.name)
         onnx_program.save(graph)
@@ -138,14 +152,28 @@ def program(
         CaptureError: the model has graph breaks, or torch.export does not take its graph.
         StateError: after `release`, inside `weights`, or inside a backward.
     """
+    return _program(cascade, args, kwargs, folded, which, call)[0]
+
+
+def _program(
+    cascade: Cascade,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+    folded: bool,
+    which: Literal["slow", "averaged"],
+    call: str,
+) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, int]]]:
+    """Return the program, and by input and axis the smallest sizes that it checks."""
     cascade._run.check_ready(call)
     inputs = cascade._inputs(args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
     with _evaluating(cascade):
         variant, _ = cascade._variant_of(bound, named)
         module: nn.Module = cascade
-        if folded or variant.universal:  # of graph breaks, folded_graph says where they are
-            module = cascade.folded_graph(bound, named, which=which)
+        if folded or variant.universal:  # of graph breaks, it says where they are
+            module, least = cascade._folded(bound, named, None, which)
+        else:
+            _, least = cascade._compiler.fold(variant, cascade.model, cascade.stage, None, bound, named)
         shapes = _shapes(module, variant, bound, named)
         bound, named = _as_given(signature_of(cascade.model), bound, named, inputs[1])
         try:
@@ -158,8 +186,16 @@ def program(
                 f"{call}: torch.export does not take this graph: {reason[0]}; change the model there",
                 code="export-refused",
             ) from fault
+    if not variant.conditions.sizes:  # torch.export traced its checks of sizes just now
+        least = least_sizes(exported.module(), module, bound, named)  # type: ignore[arg-type]  # it is a GraphModule
+    names = [str(name) for name in exported.graph_signature.user_inputs]
+    refuse_smaller(exported.graph, names, least)  # torch drops a check of what it takes for granted
+    exported.graph_module.recompile()
     exported.example_inputs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (bound, named))
-    return exported
+    by_name: dict[str, dict[int, int]] = {}
+    for (index, axis), size in least.items():
+        by_name.setdefault(names[index], {})[axis] = size
+    return exported, by_name
 
 
 def _shapes(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

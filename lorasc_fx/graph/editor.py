@@ -390,6 +390,30 @@ def retarget(graph: fx.Graph, rename: Callable[[fx.Node], str]) -> None:
             node.target = rename(node)
 
 
+def refuse_smaller(graph: fx.Graph, inputs: Sequence[str], least: Mapping[tuple[int, int], int]) -> None:
+    """Let a graph raise RuntimeError if an axis of an input is smaller than it may be.
+
+    Args:
+        graph: of ATen operators; is changed.
+        inputs: names of the placeholders that are inputs, in order.
+        least: smallest size, by the number of the input and of the axis.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    first = [node for node in graph.nodes if node.op == "placeholder"][-1].next
+    for (index, axis), size in least.items():
+        source = nodes[inputs[index]]
+        sentence = (
+            f"axis {axis} of {source.name} has to be {size} or more: below that the model does something else than its "
+            "graph. Export the model with example inputs of that size"
+        )
+        with graph.inserting_before(first):
+            read = graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
+            holds = graph.call_function(operator.ge, (read, size))
+            graph.call_function(torch.ops.aten._assert_scalar.default, (holds, sentence)).meta["val"] = None
+        read.meta["val"] = source.meta["val"].shape[axis]
+        holds.meta["val"] = read.meta["val"] >= size
+
+
 def rename_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
     """Give the inputs these names, in order, by which a call may pass them; as they are if there are not as many."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]

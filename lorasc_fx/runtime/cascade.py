@@ -27,8 +27,8 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
 from lorasc_fx.checks import is_integer
-from lorasc_fx.compile import NOT_COMPILED, Call, Compiler, Made, Variant, Variants
-from lorasc_fx.errors import CheckpointError, PassError, SpecError, StateError, named, path_of
+from lorasc_fx.compile import NOT_COMPILED, Axis, Call, Compiler, Made, Variant, Variants
+from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, path_of
 from lorasc_fx.extras import module_of
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.quantized import give_layers_back
@@ -201,6 +201,7 @@ class Cascade(nn.Module):
         Raises:
             StateError: after `release`.
             CaptureError: a new signature that no front end takes.
+            Exception: what the model itself raises for these arguments.
         """
         run = self._run
         run.check_alive("forward")
@@ -262,6 +263,11 @@ class Cascade(nn.Module):
             if self._frontend:
                 raise
             raise self._does_not_fit([str(fault)]) from fault
+        except CaptureError as fault:
+            run, own = self._run, fault.__cause__ if fault.code == "model-refuses-inputs" else None
+            if own is None or not run.holds_numbers or run.is_sharded:  # fake tensors have reasons of their own
+                raise
+            raise own from None  # a call raises what the model raises
         if disagreements:
             raise self._does_not_fit(disagreements)
         if self._split is not None:
@@ -497,8 +503,8 @@ class Cascade(nn.Module):
             optimizer: holds the branches; None if there is none to be treated.
 
         Raises:
-            StateError: inside a backward, with gradients pending, inside `weights`, or an optimizer without the
-            branches. NonFiniteBranch: a branch holds inf or nan.
+            StateError: inside a backward, with gradients pending, inside `weights`, an optimizer without the branches,
+            or training has made a buffer inf or nan. NonFiniteBranch: a branch holds inf or nan.
         """
         transition.next_stage(self._run, optimizer)
 
@@ -701,9 +707,17 @@ class Cascade(nn.Module):
         Args:
             args, kwargs: inputs whose graph is wanted; without, those of `adapt`. The model's present mode counts.
             quantized, which: as for `folded_state_dict`.
+
+        The graph raises RuntimeError for a size of 0 or 1 at which it would compute something else than the model.
         """
+        return self._folded(*self._inputs(args, kwargs), quantized, which)[0]
+
+    def _folded(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Literal["dequantize"] | None, which: Any
+    ) -> tuple[nn.Module, dict[Axis, int]]:
+        """Return the folded graph, and the smallest size of each axis that does not take all sizes."""
         self._run.check_ready("folded_graph")
-        variant, call = self._variant_of(*self._inputs(args, kwargs), "folded_graph")
+        variant, call = self._variant_of(args, kwargs, "folded_graph")
         with self._run.exclusive("folded_graph"):
             state = folding.folded_state(self._run, "folded_graph", quantized, which)
         return self._compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
@@ -721,8 +735,8 @@ class Cascade(nn.Module):
             which: `slow`, or their average over stages (`averaged`), a run that was added, or a sum, as of `weights`.
 
         Raises:
-            StateError: gradients are pending, it was released before, or quantized weights have trained and `quantized`
-                does not say what to do.
+            StateError: gradients are pending, it was released before, training has made a buffer inf or nan, or
+                quantized weights have trained and `quantized` does not say what to do.
             NonFiniteBranch: a branch holds inf or nan; nothing was changed.
         """
         with self._run.exclusive("release", ends_stage=True), Commit() as undo:
@@ -1135,8 +1149,8 @@ def save(
         CheckpointError: the folder cannot be written, another save writes into it, or extra or scheduler hold what
             neither JSON nor safetensors can. What was there stays.
         SpecError: keep is less than 1.
-        StateError: after `release`, inside `weights`, or inside a backward; on several ranks where gradients wait for a
-            step, or another rank has failed or is gone.
+        StateError: after `release`, inside `weights`, or inside a backward; training has made a buffer inf or nan; on
+            several ranks where gradients wait for a step, or another rank has failed or is gone.
         NonFiniteBranch: a branch holds inf or nan.
     """
     wrapper = cascade if isinstance(cascade, DistributedDataParallel) else None

@@ -518,7 +518,7 @@ def test_a_new_signature_that_the_model_refuses(frontend: str) -> None:
     cascade = lx.adapt(Picky(), args=(X,), spec=SPEC, frontend=frontend)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
     cascade.eval()
-    with unchanged(cascade, optimizer), raises(lx.CaptureError, "model-refuses-inputs", "Picky", "ValueError"):
+    with unchanged(cascade, optimizer), pytest.raises(ValueError, match="no gradients here"):
         cascade(X)
     cascade.train()
     step(cascade, optimizer)

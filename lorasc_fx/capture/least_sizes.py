@@ -1,0 +1,67 @@
+"""Find the smallest sizes at which a graph with dynamic sizes computes what its model computes.
+
+torch.export takes for granted that a dynamic size is 2 or more, but what it returns does not refuse 0 and 1. A cascade
+captures such calls on their own. A graph that leaves the cascade cannot, so it is tried at these sizes once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lorasc_fx.capture.preflight import agrees
+from lorasc_fx.capture.signature import whole
+from lorasc_fx.graph import takes_leaves
+
+Axis = tuple[int, int]
+"""Number of an input, among the leaves of the arguments, and one of its axes."""
+
+
+def least_sizes(
+    graph: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[Axis, int]:
+    """Return the smallest right size of each dynamic axis, 1 or 2; an axis that takes all sizes is left out.
+
+    Axes of one symbol shrink together. Each symbol is tried alone, at 1 and at 0, and at 1 beside the others that may
+    be 1. Runs leave no trace in the model.
+
+    Args:
+        graph: as captured, and without branches; reads the live model.
+        model, args, kwargs: of the call that the graph is of.
+    """
+    leaves, tree = pytree.tree_flatten((args, dict(kwargs)), is_leaf=whole)
+    values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+    if not takes_leaves(graph.graph) or len(values) != len(leaves):
+        return {}
+    dynamic: dict[Axis, Any] = {
+        (index, axis): size.node.expr
+        for index, value in enumerate(values)
+        if isinstance(value, torch.Tensor)
+        for axis, size in enumerate(value.shape)
+        if isinstance(size, torch.SymInt)
+    }
+    sizes = {expr: leaves[index].shape[axis] for (index, axis), expr in dynamic.items() if expr.is_Symbol}
+
+    def is_right(smaller: Mapping[Any, int]) -> bool:
+        shrunk = list(leaves)
+        for (index, axis), expr in dynamic.items():
+            size = expr.subs(sizes | smaller)
+            if size.is_Integer and 0 <= size < shrunk[index].shape[axis]:
+                shrunk[index] = shrunk[index].narrow(axis, 0, int(size))
+        return agrees(graph, model, *pytree.tree_unflatten(shrunk, tree))
+
+    least: dict[Any, int] = {}
+    ones: dict[Any, int] = {}
+    for symbol in sizes:
+        one = {symbol: 1}
+        if not is_right(one) or (ones and not is_right(ones | one)):
+            least[symbol] = 2
+            continue
+        ones |= one
+        if not is_right({symbol: 0}):
+            least[symbol] = 1
+    return {axis: least[expr] for axis, expr in dynamic.items() if expr in least}
