@@ -165,6 +165,7 @@ def _program(
 ) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, int]]]:
     """Return the program, and by input and axis the smallest sizes that it checks."""
     cascade._run.check_ready(call)
+    cascade._run.check_buffers(call)
     inputs = cascade._inputs(args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
     with _evaluating(cascade):

@@ -137,6 +137,7 @@ def check_between_steps(run: Run, call: str) -> None:
 
 def check_finite(run: Run) -> None:
     """Refuse to keep what a load would refuse; the version before is worth more."""
+    run.check_buffers("save")
     if run.plan.spec.on_nonfinite == "raise" and run.slow.some(not all_finite(run.by_key.values())):
         broken = next(
             (name for name, branch in run.branches_by_weight().items() if not branch.finite()), "another rank"

@@ -26,7 +26,7 @@ from lorasc_fx.runtime.optim import check_holds, check_rates, groups, put_state,
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned, check_attention, check_wrappers
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
 from lorasc_fx.spec import TrainRule
-from lorasc_fx.state import Expert, Part, Scratch, SlowWeights, keep_base
+from lorasc_fx.state import Expert, Part, Scratch, SlowWeights, keep_base, sums_are_finite
 from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
 
 log = logging.getLogger("lorasc_fx")
@@ -127,6 +127,7 @@ class Run:
         self.looped = False  # stages was called
         self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
+        self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite at the start
         self._fingerprints: dict[str, str] = {}
         self._frozen: dict[str, int] = {}  # checksums of the parameters that no training moves, as they had theirs
         self._checksums: dict[str, int] = {}  # of the weights, as they were last written here or first seen
@@ -221,6 +222,10 @@ class Run:
     def know_sites(self, undo: Undo, empty: bool = False, summed: Mapping[str, int] | None = None) -> None:
         """Keep W0 of the sites, and start their stage: what `adapt` and a new variant end with."""
         undo(self.pending.restorer())
+        if not self._finite:
+            buffers = _floating_buffers(self.model)
+            all_finite = sums_are_finite(list(buffers.values()))
+            self._finite = {name: value.shape for name, value in buffers.items() if all_finite or _is_finite(value)}
         parameters = self.parameters_by_name()
         noise, start, factor_start = self.plan.spec.noise, self.plan.spec.start, self.plan.spec.factor_start
         takes_residual = factor_start.from_weight and not factor_start.of_delta
@@ -602,6 +607,25 @@ class Run:
         broken = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
         return [f"the branch of {name} holds inf or nan" for name in broken] + self.slow.faults()
 
+    def check_buffers(self, call: str) -> None:
+        """Raise StateError if a buffer holds inf or nan, and was finite when the model was adapted.
+
+        A mask with -inf may stay, and so may a buffer that forward has made anew in another size. All-reduced where
+        weights are sharded.
+        """
+        buffers = _floating_buffers(self.model)
+        known = {name: value for name, value in buffers.items() if self._finite.get(name) == value.shape}
+        broken = None
+        if not sums_are_finite(list(known.values())):
+            broken = next((name for name, value in known.items() if not _is_finite(value)), None)
+        if self.slow.some(broken is not None):
+            raise StateError(
+                f"{call}: the buffer {broken or 'of another process'} holds inf or nan, and was finite when the model "
+                "was adapted; nothing was changed or written. Find the batch that did it, and go on from the last "
+                "checkpoint, or estimate running statistics anew by cascade.recalibrate(batches)",
+                code="non-finite-state",
+            )
+
     @property
     def quantized(self) -> tuple[str, ...]:
         """Names of the sites whose weights are quantized."""
@@ -820,6 +844,20 @@ class _Exclusive(Block[None]):
 
     def _begin(self) -> None:
         self._check()
+
+
+def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the local values of the buffers that can hold inf or nan, by name."""
+    return {
+        name: local(buffer)
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point() and buffer.dtype.itemsize > 1 and buffer.layout is torch.strided
+        if not (buffer.is_meta or buffer.is_nested)
+    }
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:

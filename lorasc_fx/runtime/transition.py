@@ -42,6 +42,7 @@ def next_stage(
         plan, before, begun = run.plan, run.slow, time.monotonic()
         branches, trained = run.branches_by_weight(), run.trained_parameters()
         check_optimizer(run, optimizer, "transition", idle)
+        run.check_buffers("transition")
         after = replace(before.after_stage(plan, branches, trained), idle=idle)
         planned = plan.at_stage(plan.stage + 1)
         starts = {
@@ -272,7 +273,11 @@ def ended(run: Run, call: str) -> SlowWeights:
     """Return the slow state with the running stage folded, if it has trained; else as it is. Nothing is written.
 
     Warns where a first stage that no loop over stages began loses a part of what it has trained.
+
+    Raises:
+        StateError: training has made a buffer inf or nan.
     """
+    run.check_buffers(call)
     slow, branches, trained = run.slow, run.branches_by_weight(), run.trained_parameters()
     if not has_begun(run):
         return slow

@@ -9,6 +9,7 @@ from lorasc_fx.state.engine import (
     gain_of,
     has_trained,
     start_weight,
+    sums_are_finite,
 )
 from lorasc_fx.state.model import Part, SlowWeights, Trained, keep_base
 from lorasc_fx.state.products import Scratch, arithmetic, summing
@@ -60,6 +61,7 @@ __all__ = [
     "start_weight",
     "sum_of",
     "summing",
+    "sums_are_finite",
     "svd_of",
     "truncated",
 ]

@@ -11,7 +11,7 @@ as the change, and exactly zero before the first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -183,20 +183,22 @@ def gain_of(branch: Branch, state: WeightState, spec: CascadeSpec, stage: int, n
 
 
 def all_finite(branches: Iterable[Branch]) -> bool:
-    """Whether no entry of any factor is inf or nan: one pass over them, and one look at the device.
-
-    A finite sum says so; one that is not may have overflowed, and every entry is looked at.
-    """
+    """Whether no entry of any factor is inf or nan; every factor is looked at if a sum is not finite."""
     branches = list(branches)
-    if not branches:
-        return True
+    factors = [factor for branch in branches for factor in branch.parameters()]
+    return sums_are_finite(factors) or all(branch.finite() for branch in branches)
+
+
+def sums_are_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the sums of these tensors are finite: one pass over them, and one look at each device.
+
+    Then all their entries are finite. A sum that is not finite may have overflowed.
+    """
     with torch.no_grad():
-        sums = [local(factor).sum() for branch in branches for factor in branch.parameters()]
+        sums = [local(tensor).sum() for tensor in tensors]
         devices = {total.device for total in sums}
         by_device = [torch.stack([total for total in sums if total.device == device]) for device in devices]
-        if all(math.isfinite(totals.sum().item()) for totals in by_device):
-            return True
-        return all(branch.finite() for branch in branches)
+        return all(math.isfinite(totals.sum().item()) for totals in by_device)
 
 
 def check_finite(branch: Branch, spec: CascadeSpec, stage: int) -> None:
