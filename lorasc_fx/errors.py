@@ -213,7 +213,6 @@ CODES = {
     "unknown-target": "a pattern matches no weight",
     "unreadable-file": "a file cannot be read",
     "unreadable-model": "transformers cannot read a model folder",
-    "unsafe-pt2": "a .pt2 file could do more than describe a model",
     "unseen-write": "forward wrote into a weight by other means than operations of torch",
     "variant-after-sharding": "a graph was needed after the weights were split or sharded",
     "versions-differ": "the processes read different versions of a checkpoint",

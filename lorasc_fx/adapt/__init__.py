@@ -63,7 +63,7 @@ _ADAPTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def adapt(
-    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str],
+    model: nn.Module | torch.export.ExportedProgram,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -74,7 +74,7 @@ def adapt(
     """Adapt a model by cascaded low-rank branches, without touching its source.
 
     Args:
-        model: an nn.Module, a GraphModule, an ExportedProgram, or the path of a .pt2 file. One on the meta device is
+        model: an nn.Module, a GraphModule or an ExportedProgram. One on the meta device is
             adapted without memory, and gets its numbers by `materialize`; until then the cascade only shows its plan.
         args, kwargs: example inputs; their sizes do not matter, their types do. The model runs a few times on them,
             leaving no trace, to see what it does and that its graph does the same.
@@ -126,7 +126,7 @@ def adapt(
 
 def load(
     folder: str | PathLike[str],
-    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str] | None = None,
+    model: nn.Module | torch.export.ExportedProgram | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -170,7 +170,7 @@ def load(
 
 def load_found(
     checkpoint: Checkpoint,
-    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str] | None,
+    model: nn.Module | torch.export.ExportedProgram | None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,

@@ -28,7 +28,7 @@ from lorasc_fx.undo import AllOrNothing, no_inference_mode
 
 def merge(
     runs: Sequence[Cascade | str | PathLike[str]],
-    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str],
+    model: nn.Module | torch.export.ExportedProgram,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,

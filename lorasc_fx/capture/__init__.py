@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from os import PathLike
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ from lorasc_fx.capture.preflight import (
     requiring_grad,
     run_preflight,
 )
-from lorasc_fx.capture.pt2 import sanitized
 from lorasc_fx.capture.reuse import forget
 from lorasc_fx.capture.signature import (
     Call,
@@ -56,7 +54,7 @@ from lorasc_fx.capture.signature import (
     whole,
 )
 from lorasc_fx.capture.symbolic import capture_symbolic
-from lorasc_fx.errors import CaptureError, nearest, path_of
+from lorasc_fx.errors import CaptureError, nearest
 from lorasc_fx.undo import grad_mode, raise_of_handler
 
 __all__ = [
@@ -243,30 +241,13 @@ def _checked(
 
 
 def open_model(model: Any) -> nn.Module:
-    """Return the module to adapt: a module as it is, a program's graph module, or that of a .pt2 file.
-
-    Nothing from the file is run: one with pickled parts, or more in its texts than names and arithmetic, is refused.
+    """Return the module to adapt: a module as it is, or the graph module of an exported program.
 
     Raises:
-        CaptureError: it is none of these, or the file cannot be read, or holds what would be run.
+        CaptureError: it is neither.
     """
     if isinstance(model, torch.export.ExportedProgram):
         return model.module()
-    if isinstance(model, (str, PathLike)):
-        path = path_of(model)
-        if not path.is_file():
-            raise CaptureError(f"{path} is not a file; give a .pt2 that torch.export.save wrote", code="file-not-found")
-        try:
-            with quiet(torch.is_grad_enabled()):  # torch 2.9 warns of its own buffers
-                return torch.export.load(sanitized(path)).module()
-        except CaptureError:
-            raise
-        except Exception as fault:
-            raise_of_handler(fault)
-            raise CaptureError(
-                f"{path} cannot be read as a .pt2, write it anew by torch.export.save: {one_line(fault)}",
-                code="unreadable-file",
-            ) from fault
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise CaptureError(
             f"model is a {type(model).__name__} of TorchScript, whose code neither torch.export nor torch.fx reads; "
@@ -275,7 +256,8 @@ def open_model(model: Any) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(
-            f"model is {type(model).__name__}; give an nn.Module, a GraphModule, an ExportedProgram, or a .pt2 path",
+            f"model is {type(model).__name__}; give an nn.Module, a GraphModule, or an ExportedProgram. "
+            "torch.export.load(path) reads one from a .pt2 file; it unpickles, so use it for files that you trust",
             code="not-a-model",
         )
     return model

@@ -33,7 +33,7 @@ class ModelConfig:
 
     name: str = ""
     """`timm:NAME`, `hf:FOLDER` (`hf:package:NAME` is the one inside an installed package),
-    `python:package.module:function`, or a `.pt2` file."""
+    or `python:package.module:function`."""
     weights: str = ""
     """Pretrained weights: a `.safetensors` file, `python:package.module:function` (is called with the model, and
     returns them by name), or empty (as the model comes)."""

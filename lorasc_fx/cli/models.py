@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasc_fx.capture import open_model
 from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.errors import SpecError, nearest, reason_of
 from lorasc_fx.extras import module_of
 
-MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function", "FILE.pt2")
+MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function")
 
 CLASSIFIER = "ForSequenceClassification"
 """End of the names of transformers' classes of text classifiers."""
@@ -51,15 +50,12 @@ def build_model(config: ModelConfig, classes: int | None, seed: int = 0) -> nn.M
     Raises:
         SpecError: an unknown kind or name, weights that do not fit, or a function that cannot be called.
         MissingExtra: the package that has the model is not installed.
-        CaptureError: a .pt2 file that cannot be read.
     """
     check_name(config)
     kind, _, name = config.name.partition(":")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(head_seed(config, seed))
-        if kind in _BUILDERS and name:
-            return _BUILDERS[kind](config, name, classes)
-    return open_model(config.name)
+        return _BUILDERS[kind](config, name, classes)
 
 
 def check_name(config: ModelConfig) -> None:
@@ -69,7 +65,7 @@ def check_name(config: ModelConfig) -> None:
         SpecError: it is not.
     """
     kind, _, name = config.name.partition(":")
-    if (kind in _BUILDERS and name) or config.name.endswith(".pt2"):
+    if kind in _BUILDERS and name:
         return
     meant = nearest(kind, _BUILDERS) or (f"; did you mean 'hf:{kind}' or 'timm:{kind}'" if kind and not name else "")
     raise SpecError(f"no model is called {config.name!r}{meant}; known: {', '.join(MODELS)}", code="unknown-name")

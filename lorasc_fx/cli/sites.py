@@ -20,7 +20,7 @@ class SitesArguments:
     """Show every weight matrix of a model: site, refusal with its reason, or unreached."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """`timm:NAME`, `hf:FOLDER`, `hf:package:NAME`, `python:package.module:function`, or a `.pt2` file."""
+    """`timm:NAME`, `hf:FOLDER`, `hf:package:NAME`, or `python:package.module:function`."""
     targets: tuple[str, ...] = KINDS
     """Kinds (`linear`, `conv`) or globs on weight names."""
     exclude: tuple[str, ...] = ()

@@ -51,7 +51,7 @@ from lorasc_fx.state import Expert, Factors, scaled
 
 def from_peft(
     folder: str | PathLike[str],
-    model: nn.Module | torch.export.ExportedProgram | str | PathLike[str],
+    model: nn.Module | torch.export.ExportedProgram,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,

@@ -123,7 +123,6 @@ def test_example_inputs_of_timm_are_its_own() -> None:
         ("python:own_models:tinny", ("unknown-name", "own_models", "tinny", "nearest: 'tiny'")),
         ("python:own_models:number", ("unknown-name", "own_models", "number")),
         ("python:own_models:broken", ("wrong-function-result", "python:own_models:broken", "str")),
-        ("absent.pt2", ("file-not-found", "absent.pt2")),
     ],
 )
 def test_wrong_models_are_said(own_module: types.ModuleType, name: str, expected: tuple[str, ...]) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from lorasc_fx.cli import main
 
@@ -21,17 +18,6 @@ def test_sites_refusals_and_counts(place: Path, capsys: pytest.CaptureFixture[st
     assert "99" in said  # 3 * (6 + 27)
     assert "trained-in-full" in said
     assert "141 trainable entries in branches" in said  # 99 + 3 * (8 + 6)
-
-
-def test_sites_of_an_exported_program(
-    place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
-) -> None:
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(tiny_model(), (torch.rand(2, 3, 12, 12),), dynamic_shapes=({0: batch},))
-    torch.export.save(program, place / "tiny.pt2")
-    capsys.readouterr()
-    assert main(["sites", "tiny.pt2", "--input", "2", "3", "12", "12"]) == 0
-    assert "3 sites of tiny.pt2" in capsys.readouterr().out
 
 
 def test_sites_of_a_text_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

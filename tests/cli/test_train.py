@@ -162,16 +162,6 @@ def test_a_model_with_too_few_classes(place: Path, capsys: pytest.CaptureFixture
     assert "the model returns logits [32, 4]; [batch, classes] is needed, with 10 classes" in capsys.readouterr().err
 
 
-def test_an_exported_program_is_trained(
-    place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]
-) -> None:
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(tiny_model(), (torch.rand(2, 3, 12, 12),), dynamic_shapes=shapes)
-    torch.export.save(program, place / "tiny.pt2")
-    assert main(["train", "tiny.toml", "--model.name", "tiny.pt2"]) == 0
-    tiny_model().load_state_dict(weights(place / "runs" / "tiny" / "folded.safetensors"), strict=True)
-
-
 def test_checkpoints_between_stages(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "tiny.toml", "--train.checkpoint-every", "5", "--train.lr", "0.02"]) == 0
     assert main(["fold", "runs/tiny"]) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -400,23 +399,6 @@ def test_a_model_that_is_none() -> None:
     for model, name in ((mlp, "function"), (None, "NoneType"), (fx.symbolic_trace(mlp()).graph, "Graph")):
         with raises(lx.CaptureError, "not-a-model", name):
             lx.adapt(model, args=(X,))
-
-
-def test_a_pt2_that_is_missing(tmp_path: Path) -> None:
-    path = tmp_path / "absent.pt2"
-    for given in (path, str(path)):
-        with raises(lx.CaptureError, "file-not-found", path):
-            lx.adapt(given, args=(X,))
-
-
-def test_a_pt2_that_cannot_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "broken.pt2"
-    whole = tmp_path / "whole.pt2"
-    torch.export.save(torch.export.export(mlp(), (X,)), whole)
-    for content in (b"", b"no archive", whole.read_bytes()[: whole.stat().st_size // 2]):
-        path.write_bytes(content)
-        with raises(lx.CaptureError, "unreadable-file", path):
-            lx.adapt(path, args=(X,))
 
 
 def twice(model: nn.Module, name: str) -> None:

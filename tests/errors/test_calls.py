@@ -564,7 +564,6 @@ PATHS: dict[str, Callable[[lx.Cascade], Any]] = {
     "save_pretrained": lambda cascade: cascade.save_pretrained(NUL),
     "load": lambda _: lx.load(NUL, mlp(), (X,)),
     "merge": lambda _: lx.merge([NUL], mlp(), (X,)),
-    "adapt": lambda _: lx.adapt(NUL, (X,)),
     "base": lambda _: lx.adapt(mlp(), (X,), base=NUL),
     "materialize": lambda _: lx.materialize(lx.adapt(mlp().to("meta"), (X.to("meta"),)), NUL),
     "from_peft": lambda _: lx.from_peft(NUL, mlp(), (X,)),

@@ -74,11 +74,6 @@ def exported(model: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(model, inputs(), dynamic_shapes=shapes)
 
 
-def saved(model: nn.Module, place: Path) -> Path:
-    torch.export.save(exported(model), place / "model.pt2")
-    return place / "model.pt2"
-
-
 def simplified(model: nn.Module) -> fx.GraphModule:
     """A graph that another pass has rewritten: batch norms folded into convolutions, dead code gone, a node renamed."""
     model.conv, model.norm = fuse_conv_bn_eval(model.conv, model.norm), nn.Identity()
@@ -106,8 +101,6 @@ KINDS: dict[str, tuple[Callable[[nn.Module, Path], Any], set[str]]] = {
     "export_decomposed": (lambda model, place: exported(model).run_decompositions().module(), SITES),
     "unflattened": (lambda model, place: torch.export.unflatten(exported(model)), SITES),
     "program": (lambda model, place: exported(model), SITES),
-    "file": (saved, SITES),
-    "file_name": (lambda model, place: str(saved(model, place)), SITES),
     "make_fx": (lambda model, place: proxied(model), {"_param_constant0", "_param_constant3", "_param_constant4"}),
     "fused": (lambda model, place: simplified(model), SITES),
     "nested": (lambda model, place: nn.ModuleDict({"inner": fx.symbolic_trace(model)})["inner"], SITES),
