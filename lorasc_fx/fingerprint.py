@@ -151,9 +151,13 @@ def fingerprint_of(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[
 
 
 def data_of(plain: torch.Tensor) -> Buffer:
-    """Return the bytes of a contiguous tensor in host memory, not copied: what is written there is the tensor's."""
+    """Return the bytes of a contiguous tensor in host memory. The buffer shares and keeps alive the tensor's memory."""
     size = plain.numel() * plain.element_size()
-    return (ctypes.c_char * size).from_address(plain.data_ptr()) if size else bytearray()
+    if not size:
+        return bytearray()
+    data: Any = (ctypes.c_char * size).from_address(plain.data_ptr())
+    data.tensor = plain  # ctypes keeps only the address: a temporary tensor would be freed
+    return data
 
 
 def text_digest(text: str) -> str:

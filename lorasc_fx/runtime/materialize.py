@@ -228,8 +228,7 @@ def fingerprints_of_files(numbers: Numbers, names: Mapping[int, str], part: int,
 
 def _bytes(handle: Any, key: str, dtype: torch.dtype) -> Iterator[Buffer]:
     for block in _blocks(handle, key):
-        plain = block.to(dtype).contiguous()  # held while its bytes are read
-        yield data_of(plain)
+        yield data_of(block.to(dtype).contiguous())
 
 
 def put_numbers(numbers: Numbers, model: nn.Module, device: torch.device, undo: Undo) -> None:

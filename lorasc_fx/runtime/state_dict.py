@@ -67,7 +67,8 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
             code="foreign-tensor",
         )
     way = "take another checkpoint"
-    data = bytes(data_of(packed.cpu().contiguous()))
+    table = {name: tensor.cpu() for name, tensor in table.items()}  # experts stay on the host
+    data = bytes(data_of(table[KEY].contiguous()))
     manifest, plan, name_of = checkpoint_read.manifest_of(data, Path(where, MANIFEST), way)
     shards, count = manifest.get("shards", {}), len(manifest["files"])
     tensors = {name: tensor for name, tensor in table.items() if name != KEY}

@@ -82,6 +82,27 @@ def test_a_run_goes_on_from_its_state_dict(fields: dict[str, Any], at: int, tmp_
             assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+class OnDevice(Tensor):
+    """Stands for a tensor on a device: the host can read a copy, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.__name__ in ("__get__", "dim", "cpu"), func
+        with torch._C.DisableTorchFunctionSubclass():
+            return args[0].as_subclass(Tensor).clone() if func.__name__ == "cpu" else func(*args)
+
+
+@pytest.mark.parametrize("fields", SPECS.values(), ids=SPECS)
+def test_a_state_on_a_device_is_moved_to_the_host(fields: dict[str, Any]) -> None:
+    loop, resumed = Loop(fields), Loop(fields)
+    loop.go(0, 8)
+    state = loop.cascade.state_dict()
+    resumed.cascade.load_state_dict({name: value.as_subclass(OnDevice) for name, value in state.items()})
+    again = resumed.cascade.state_dict()
+    assert again.keys() == state.keys()
+    assert all(type(again[name]) is Tensor and torch.equal(again[name], value) for name, value in state.items())
+
+
 def test_the_state_holds_no_weight_of_the_base_and_no_noise() -> None:
     loop = Loop(SPECS["noise"])
     loop.go(0, 8)
