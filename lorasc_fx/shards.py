@@ -107,8 +107,10 @@ class ProcessGroup:
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         handle = dist.group.WORLD if handle is None else handle
-        is_nccl = dist.get_backend(handle) == "nccl"
-        return cls(handle, torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu")
+        kinds = dist.Backend.backend_capability.get(dist.get_backend(handle), ["cpu"])
+        if "cpu" in kinds:
+            return cls(handle, torch.device("cpu"))
+        return cls(handle, torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device()))
 
     @property
     def rank(self) -> int:

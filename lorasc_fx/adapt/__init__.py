@@ -432,7 +432,20 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], names: M
         )
 
 
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate keeps the module's own weights on the meta device between calls."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) is True for each in (hook, *getattr(hook, "hooks", ())))
+
+
 def _check_new(model: nn.Module, on_meta: bool = False) -> None:
+    if offloaded := [name for name, module in model.named_modules() if _is_offloaded(module)]:
+        raise CaptureError(
+            f"accelerate offloads the weights of {named(offloaded)} to the host or to disk, and puts them on the "
+            "device for a call only: a branch cannot train beside them. Load the model without offloading: leave "
+            "'cpu' and 'disk' out of device_map, or put the whole model on the host with device_map={'': 'cpu'}",
+            code="meta-model",
+        )
     for name, held in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(held):
             raise CaptureError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from lorasc_fx.accelerator import generator_states
 from lorasc_fx.capture.guards import Guards
 from lorasc_fx.graph import Record, copy_graph, graph_module_like, products_with_weights, retarget, set_record
 from lorasc_fx.quantized import QuantizedLinear
@@ -165,16 +166,16 @@ def _put(module: nn.Module, name: str, value: Any) -> None:
     store[name] = value
 
 
-def check_drew_nothing(before: torch.Tensor) -> None:
+def check_drew_nothing(before: Mapping[str, torch.Tensor]) -> None:
     """Refuse a trace that has drawn random numbers of torch: no call of its graph would draw others.
 
     Args:
-        before: state of the generator before the trace.
+        before: states of the generators before the trace.
 
     Raises:
         RuntimeError: it has.
     """
-    if not torch.equal(torch.get_rng_state(), before):
+    if any(not torch.equal(state, before.get(name, state)) for name, state in generator_states().items()):
         raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
 
 

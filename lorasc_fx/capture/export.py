@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.fx import config
 from torch.utils import _pytree as pytree
 
+from lorasc_fx.accelerator import generator_states
 from lorasc_fx.capture.captured import OWNER, Captured, Conditions, check_drew_nothing, read_live
 from lorasc_fx.capture.isolation import quiet
 from lorasc_fx.capture.reuse import keep, kept, state_of
@@ -47,7 +48,7 @@ def capture_export(
         return Captured(before.on(model, OWNER), frontend, Conditions(before.guards, before.sizes), reused=True)
     root = _wrapped(model)
     with quiet(grad=torch.is_grad_enabled()):
-        drawn = torch.get_rng_state()
+        drawn = generator_states()
         shapes = _dynamic(signature_of(model), args, kwargs, wide)
         with substituted(model, _stand_ins(model)), as_opaque_products(), _buffer_hooks_kept(), _no_stack_traces():
             program = torch.export.export(root, args, dict(kwargs), dynamic_shapes=shapes, strict=strict)

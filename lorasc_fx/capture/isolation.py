@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorasc_fx.accelerator import generator_states, seed_generators, set_generator_states
 from lorasc_fx.capture.guards import Held, attribute_tensors, walk
 from lorasc_fx.capture.signature import copied, whole
 from lorasc_fx.errors import CaptureError, named
@@ -110,7 +111,7 @@ def quiet(undo: Block[Any], grad: bool = True) -> None:
         undo(partial(numpy.random.set_state, numpy.random.get_state()))
     undo(partial(logging.disable, logging.root.manager.disable))
     undo(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
-    undo.enter(torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()))
+    undo(partial(set_generator_states, generator_states()))
     undo.enter(warnings.catch_warnings())
     said = io.StringIO()  # an export that fails prints its graph; the reason is in the error
     undo.enter(contextlib.redirect_stdout(said))
@@ -128,14 +129,12 @@ def eager(undo: Block[Any]) -> None:
 
 
 def seed(value: int = 0) -> None:
-    """Seed the generators that `quiet` gives back; torch.manual_seed would reach those of an idle accelerator too."""
+    """Seed the generators that `quiet` restores."""
     random.seed(value)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(value)
-    torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(value)
+    seed_generators(value)
 
 
 _MISSING = object()

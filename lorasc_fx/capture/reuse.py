@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
+from lorasc_fx.accelerator import autocast_state
 from lorasc_fx.capture.guards import DEPTH, MISSING, OPAQUE, STORES, UNREAD, Held, is_followed, package_of, walk
 from lorasc_fx.capture.signature import whole
 from lorasc_fx.fingerprint import checksum
@@ -329,10 +330,9 @@ def _settings() -> Hashable:
     if _get_current_function_mode_stack() or _get_current_dispatch_mode() is not None:
         raise _NoKey("a mode")
     backends = torch.backends
-    kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
     return (
         *(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
-        *[(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds],
+        autocast_state(),
         *(torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()),
         *(backends.mha.get_fastpath_enabled(), backends.mkldnn.enabled, backends.cudnn.enabled),
         *(backends.cuda.flash_sdp_enabled(), backends.cuda.mem_efficient_sdp_enabled()),

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 
+from lorasc_fx.accelerator import autocast_state, generator_states
 from lorasc_fx.capture.captured import Captured, check_drew_nothing, read_live
 from lorasc_fx.capture.isolation import quiet
 from lorasc_fx.capture.signature import signature_of
@@ -37,7 +38,7 @@ def capture_symbolic(
     constants = {name: value for name, value in given.arguments.items() if not _has_tensor(value)}
     tracer = _Tracer()
     with quiet(grad=torch.is_grad_enabled()):
-        drawn = torch.get_rng_state()
+        drawn = generator_states()
         graph = tracer.trace(model, concrete_args=constants)
         check_drew_nothing(drawn)
     drop_nodes(graph, _checks_a_constant)
@@ -136,9 +137,7 @@ class _Modes(TorchFunctionMode):
 
 def _modes() -> tuple[Any, ...]:
     """Return the calling thread's inference mode, and its autocast."""
-    kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
-    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-    return (torch.is_inference_mode_enabled(), *autocast)
+    return (torch.is_inference_mode_enabled(), autocast_state())
 
 
 @isolated

@@ -267,8 +267,9 @@ class MeanWeights:
         self._count += 1
         for name, value in state.items():
             if value.is_floating_point():
-                before = self._mean.get(name, torch.zeros_like(value, dtype=torch.float64))
-                self._mean[name] = before + (value.double() - before) / self._count
+                exact = value.cpu().double()  # some accelerators have no float64
+                before = self._mean.get(name, torch.zeros_like(exact))
+                self._mean[name] = before + (exact - before) / self._count
 
     def put(self, model: nn.Module) -> nn.Module:
         """Put the mean into a model, if there is one, and return the model."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import lorasc_fx as lx
+from lorasc_fx.accelerator import name_of
 from lorasc_fx.cli.config import Config, config_to_dict, load_config, write_config
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.files import append_text, parse_json, replacing
@@ -186,7 +187,7 @@ class RunFolder:
                 deltas[weight] = {
                     "values": values.flatten().sort(descending=True).values[:SINGULAR_VALUES].tolist(),
                     "norm": norm_of(values),
-                    "base_norm": dense(state.base).double().norm().item(),
+                    "base_norm": dense(state.base).cpu().double().norm().item(),
                     "effective_rank": effective_rank(values) if values.shape[-1] else 0.0,
                 }
         write_whole(self.spectrum, json.dumps(deltas) + "\n")
@@ -324,12 +325,13 @@ def _damaged(path: Path, number: int, what: str) -> StateError:
 
 
 def _environment() -> dict[str, Any]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return {
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": name_of(accelerator) if accelerator is not None else None,
         "packages": {name: _version(name) for name in _PACKAGES},
     }
 

@@ -358,13 +358,13 @@ class Comparison:
                 log.info("%s with graph breaks: backward raises %s", type(model).__name__, one_line(fault))
                 return tuple(expected)
             narrow = COARSE if self.coarse else max(SUSPECT[weight.dtype] for weight in weights.values())
-            most = max(float(gradient.double().norm()) for pair in expected.values() for gradient in pair)
+            most = max(float(gradient.cpu().double().norm()) for pair in expected.values() for gradient in pair)
             wrong: dict[str, None] = {}
             for branch in self.branches:
                 for factor, right in zip(_factors(branch), expected.get(branch.weight_name, ()), strict=False):
                     gradient = torch.zeros_like(right) if factor.grad is None else factor.grad
-                    far = float((gradient - right).double().norm())
-                    if far > narrow * (float(right.double().norm()) + FLOOR * most):
+                    far = float((gradient - right).cpu().double().norm())
+                    if far > narrow * (float(right.cpu().double().norm()) + FLOOR * most):
                         wrong[branch.weight_name] = None
         return tuple(wrong)
 
@@ -495,4 +495,4 @@ def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> f
     """Return the squared distance of outputs; infinite where values decided over their shapes."""
     if [output.shape for output in some] != [output.shape for output in others]:
         return float("inf")
-    return sum(float((one - other).double().square().sum()) for one, other in zip(some, others, strict=True))
+    return sum(float((one - other).cpu().double().square().sum()) for one, other in zip(some, others, strict=True))

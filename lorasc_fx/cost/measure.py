@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lorasc_fx.accelerator import name_of
 from lorasc_fx.branch import low_rank
 from lorasc_fx.branch.functions import Beside, merge
 from lorasc_fx.branch.products import product
@@ -258,8 +259,7 @@ def cache_file() -> Path:
 def key_of(device: torch.device, dtype: torch.dtype) -> str:
     """Return what rates depend on: version of torch, device, number of threads, dtype."""
     on_cpu = device.type == "cpu"
-    device_name = None if on_cpu else getattr(torch.get_device_module(device), "get_device_name", None)
-    name = _cpu() if on_cpu else f"{device.type} {device_name(device) if device_name is not None else ''}"
+    name = _cpu() if on_cpu else name_of(device)
     threads = f"{torch.get_num_threads()} threads" if on_cpu else "-"
     return " | ".join((f"torch {torch.__version__}", name, threads, str(dtype).removeprefix("torch.")))
 

@@ -56,7 +56,7 @@ def factored(delta: torch.Tensor) -> Factors:
 
     Singular values below the rounding of the sum that made the delta are no part of it.
     """
-    left, values, right = torch.linalg.svd(delta.double().cpu(), full_matrices=False)
+    left, values, right = torch.linalg.svd(delta.cpu().double(), full_matrices=False)
     noise = torch.finfo(delta.dtype).eps * max(delta.shape[-2:]) * values.amax(-1, keepdim=True)
     rank = max(1, int((values > noise).sum(-1).max()))
     return truncated(left, values, right, rank)
@@ -143,7 +143,7 @@ def merged(change: Change, state: WeightState) -> torch.Tensor:
 
 
 def _summed(state: WeightState, pair: Factors) -> torch.Tensor:
-    weight = dense(state.base).double().cpu()
+    weight = dense(state.base).cpu().double()
     return weight + (pair.b @ pair.a).view_as(weight)
 
 

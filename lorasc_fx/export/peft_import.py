@@ -454,7 +454,7 @@ class _Reader:
 
     def _row_scale(self, target: Target, factors: Factors, magnitude: torch.Tensor) -> torch.Tensor:
         """Return g [out] of DoRA (2402.09353): `diag(m / |W0 + s B A|) (W0 + s B A) = diag(g) W0 + diag(g) s B A`."""
-        weight = dense(self.parameters[target.name].detach()).double().cpu()
+        weight = dense(self.parameters[target.name].detach()).cpu().double()
         total = weight + (factors.b.double() @ factors.a.double()).view_as(weight)
         row_scale: torch.Tensor = magnitude / (total.mT if target.layout.transposed else total).flatten(1).norm(dim=1)
         if not torch.isfinite(row_scale).all():

@@ -350,12 +350,14 @@ def fault_of(target: Target, module: nn.Module, call: Call) -> str | None:
         module: of the target.
         call: arguments that the module was called with.
     """
-    values = {name: dense(value.detach()).double() for name, value in module.named_parameters()}
+    # On the host: some accelerators (MPS) have no fp64.
+    values = {name: value.cpu() for name, value in module.named_buffers()}
+    values |= {name: dense(value.detach()).cpu().double() for name, value in module.named_parameters()}
     weight = values[target.leaf]
     shapes = (weight.shape[0], 2), (2, math.prod(weight.shape[1:]))
     source = torch.Generator().manual_seed(0)
     b, a = (torch.randn(shape, generator=source, dtype=torch.float64) for shape in shapes)
-    pair = Factors(b.to(weight.device), a.to(weight.device))
+    pair = Factors(b, a)
     delta = (pair.b @ pair.a).view(weight.shape)
     try:
         with quiet(grad=False):  # what peft would build draws random numbers, and may warn
@@ -383,10 +385,12 @@ def _run(module: nn.Module, values: dict[str, torch.Tensor], call: Call) -> torc
 
 
 def _wide(call: Call) -> Call:
-    """Return copies of a call's arguments, floating ones in fp64."""
+    """Return copies of a call's arguments on the host, floating ones in fp64."""
 
     def widen(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.cpu().double() if leaf.is_floating_point() else leaf.cpu()
 
     wide: Call = pytree.tree_map(widen, copied(*call))
     return wide

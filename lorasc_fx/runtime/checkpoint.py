@@ -31,7 +31,6 @@ from lorasc_fx.errors import CheckpointError
 FORMAT = 2
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
-RNG = "rng/torch"
 
 _NAME = re.compile(r"(?:version|step)-([0-9]{8,})")
 """A version is numbered by the count of saves. Earlier releases wrote `step-`, which other programs write as well."""

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from lorasc_fx.accelerator import RNG
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import CheckpointError, named, path_of, reason_of
 from lorasc_fx.fingerprint import fingerprints, text_digest
@@ -30,7 +31,6 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.runtime.checkpoint import (
     FORMAT,
     MANIFEST,
-    RNG,
     canonical,
     list_versions,
     plain_bytes,
@@ -43,7 +43,7 @@ from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parse
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.undo import Undo
 
-_GENERATOR = re.compile(rf"{RNG}|rng/cuda/\d{{1,4}}")
+_GENERATOR = re.compile(rf"{RNG}|rng/[a-z0-9_]{{1,32}}/\d{{1,4}}")
 _AS_IT_WAS = "build the model as it was when it was adapted"
 _ROOM = 1 << 18
 """Entries that a branch may have however small its weight is."""

@@ -444,14 +444,13 @@ def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], f
         if weight == 0:
             continue
         if name in part.slow.trained:
-            total += weight * (part.slow.trained[name].slow.double().cpu() - base.double().cpu())
+            total += weight * (part.slow.trained[name].slow.cpu().double() - base.cpu().double())
         elif (state := part.slow.states.get(name)) is not None:
             if factors:
-                total += weight * (
-                    replace(state, base=base).exact("slow", torch.float64).cpu() - dense(base).double().cpu()
-                )
+                slow = replace(state, base=base).exact("slow", torch.float64, device=total.device)
+                total += weight * (slow - dense(base).cpu().double())
             elif state.slow.dense is not None:
-                total += weight * state.slow.dense.double().cpu().view(base.shape)
+                total += weight * state.slow.dense.cpu().double().view(base.shape)
     return total
 
 

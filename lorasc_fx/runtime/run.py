@@ -294,7 +294,7 @@ class Run:
                     code="no-base-file",
                 )
             before, state = self.base_file.read(name, value.shape), states[name]
-            left, values, right = torch.linalg.svd(before.double() - dense(value).double().cpu(), full_matrices=False)
+            left, values, right = torch.linalg.svd(before.double() - dense(value).cpu().double(), full_matrices=False)
             rank = self.plan.by_weight[name].rank
             b, a = (left[:, :rank] * values[:rank]).float(), right[:rank].float()
             states[name] = state.added([Expert(b.to(value.device), a.to(value.device))], [1.0])
@@ -883,7 +883,9 @@ def fill(
 
     A quantized weight is not written to: its branch computes the unmerged delta (`Run.commit`).
     """
-    spare = [torch.empty(SPARE, dtype=torch.uint8)]  # room for putting back, where memory stays short
+    # Memory for restoring the weights if no more can be had, on the host and wherever a weight is.
+    devices = {torch.device("cpu")} | {local(each).device for each in parameters.values()}
+    spare = [torch.empty(SPARE, dtype=torch.uint8, device=device) for device in devices]
     with torch.no_grad():
         for name, parameter in parameters.items():
             if not is_quantized(parameter):

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorasc_fx.accelerator import generator_states, set_generator_states
 from lorasc_fx.branch import generator
 from lorasc_fx.checks import is_number
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.files import parse_json
-from lorasc_fx.runtime.checkpoint import RNG, differences, sanitized
+from lorasc_fx.runtime.checkpoint import differences, sanitized
 from lorasc_fx.runtime.checkpoint_read import Checkpoint, gradients_of
 from lorasc_fx.runtime.manifest import optimizer_index
 from lorasc_fx.runtime.optim import check_holds, check_numbers, stepping
@@ -298,15 +299,9 @@ def _nested(value: Any) -> bool:
     return isinstance(value, (dict, list, tuple))
 
 
-_CUDA = "rng/cuda/"
-
-
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return their states as tensors and JSON: of those that have been used, or may have been."""
-    tensors = {RNG: torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states = torch.cuda.get_rng_state_all()
-        tensors |= {f"{_CUDA}{index}": state for index, state in enumerate(states)}
+    tensors = generator_states()
     meta: dict[str, Any] = {"python": random.getstate()}
     if "numpy.random" in sys.modules:  # until it is imported, nothing was drawn
         meta["numpy"] = _as_lists(sys.modules["numpy.random"].get_state(legacy=False))
@@ -323,11 +318,7 @@ def set_random_state(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any
     random.setstate((version, tuple(words), gauss))
     if "numpy" in meta and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(meta["numpy"])
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index in range(count):
-        if f"{_CUDA}{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"{_CUDA}{index}"], index)
-    torch.set_rng_state(tensors[RNG])
+    set_generator_states(tensors)
 
 
 def random_bytes() -> torch.Tensor:

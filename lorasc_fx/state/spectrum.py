@@ -15,7 +15,7 @@ from lorasc_fx.state.weight import Factors, WeightState
 
 def singular_values(factors: Factors) -> torch.Tensor:
     """Return the singular values of `b @ a` [min(rank, rows, columns)], or [experts, ...], in fp64, largest first."""
-    b, a = factors.b.detach().double(), factors.a.detach().double()
+    b, a = factors.b.detach().cpu().double(), factors.a.detach().cpu().double()
     _, left = torch.linalg.qr(b)
     _, right = torch.linalg.qr(a.transpose(-2, -1))
     values: torch.Tensor = torch.linalg.svdvals(left @ right.transpose(-2, -1))
@@ -28,14 +28,14 @@ def slow_spectrum(state: WeightState) -> torch.Tensor:
     A delta that was collapsed into a dense one is decomposed as it is.
     """
     if state.scale() is not None:
-        delta = state.exact("slow", torch.float64) - dense(state.base).double()
+        delta = state.exact("slow", torch.float64, device=torch.device("cpu")) - dense(state.base).cpu().double()
         exact: torch.Tensor = torch.linalg.svdvals(delta.reshape(state.matrix))
         return exact
     factors = state.unmerged("slow")
     if state.slow.dense is not None:
-        total = state.slow.dense.double()
+        total = state.slow.dense.cpu().double()
         if factors is not None:
-            total = total + factors.b.double() @ factors.a.double()
+            total = total + factors.b.cpu().double() @ factors.a.cpu().double()
         values: torch.Tensor = torch.linalg.svdvals(total)
         return values
     if factors is None:

@@ -106,7 +106,7 @@ class Factors(Tree):
     @cached_property
     def bound(self) -> float:
         """A number that no entry of `b @ a` exceeds: the product of their norms (Cauchy and Schwarz)."""
-        b, a = (torch.linalg.vector_norm(factor, dtype=torch.float64).item() for factor in (self.b, self.a))
+        b, a = (torch.linalg.vector_norm(factor.cpu(), dtype=torch.float64).item() for factor in (self.b, self.a))
         return b * a if math.isfinite(b * a) else math.inf
 
 
@@ -330,10 +330,9 @@ class WeightState(Tree):
         pair, taken = self.unmerged("start"), self.taken_out
         if pair is None or taken is None:
             return pair
-        rest, _ = nearest_pair(
-            sum_of([(1.0, pair), (1.0, taken)], torch.float64, pair.b.device), None, 1e-5 * pair.bound
-        )
-        return Factors(rest.b.to(pair.b.dtype), rest.a.to(pair.a.dtype)) if rest.rank else None
+        total = sum_of([(1.0, pair), (1.0, taken)], torch.float64, torch.device("cpu"))
+        rest, _ = nearest_pair(total, None, 1e-5 * pair.bound)
+        return rest.map(lambda factor, _: cast(factor, pair.b.dtype, pair.b.device)) if rest.rank else None
 
     @property
     def taken_out(self) -> Factors | None:
@@ -487,11 +486,12 @@ class WeightState(Tree):
         if not pairs:
             b, a = self.experts[0].b[..., :0], self.experts[0].a[..., :0, :]
             return Expert(b.to(dtype), a.to(dtype), stage)
-        pair, share = nearest_pair(sum_of(pairs, torch.float64, pairs[0][1].b.device), rank)
+        pair, share = nearest_pair(sum_of(pairs, torch.float64, torch.device("cpu")), rank)
         if share > 1e-6:
             text = "%s carries its delta at rank %d: %.3g %% of its norm is left out"
             log.info(text, self.name, pair.rank, 100 * share)
-        return Expert(pair.b.to(dtype), pair.a.to(dtype), stage)
+        device = pairs[0][1].b.device
+        return Expert(cast(pair.b, dtype, device), cast(pair.a, dtype, device), stage)
 
     def _sum(self, view: View) -> torch.Tensor:
         dtype, before = summing(self.base.dtype), view.dense

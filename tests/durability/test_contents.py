@@ -21,6 +21,7 @@ from lorasc_fx.schedules import shuffled_batches
 from tests.checkpoint.runs import THREE_STAGES, Going, Run, X, interrupted, whole
 from tests.errors.models import Net, loss_of
 from tests.errors.state import assert_same, raw, unchanged
+from tests.kit.devices import pretend_accelerator
 from tests.kit.errors import raises, warns
 
 PLAIN = lx.CascadeSpec(targets=("conv", "body", "head"), rank=1, pace=0.4)
@@ -176,29 +177,23 @@ def test_numpys_generator(tmp_path: Path) -> None:
     assert [np.random.standard_normal(), np.random.rand(), np.random.randint(1 << 30)] == expected
 
 
-def test_the_generators_of_the_devices_that_are_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without a device here: what torch.cuda is asked for, and told."""
-    going = Run(PLAIN).started()
-    states = [torch.arange(16, dtype=torch.uint8) + index for index in range(3)]
-    told: dict[int, bytes] = {}
-
-    def devices(count: int, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        patch.setattr(torch.cuda, "is_initialized", lambda: count > 0)
-        patch.setattr(torch.cuda, "device_count", lambda: count)
-        patch.setattr(torch.cuda, "get_rng_state_all", lambda: states[:count])
-        patch.setattr(torch.cuda, "set_rng_state", lambda state, device: told.update({device: raw(state)}))
-
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_the_generators_of_the_devices_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    saved = [torch.Generator().manual_seed(index) for index in range(2)]
     with monkeypatch.context() as patch:
-        devices(2, patch)
-        going.save(tmp_path)
+        pretend_accelerator(patch, kind, saved)
+        Run(PLAIN).started().save(tmp_path)
     cascade = lx.load(tmp_path, Net(), args=(X,))
     for count in (0, 1, 3):
-        told.clear()
-        with monkeypatch.context() as patch:
-            devices(count, patch)
-            cascade.resume()
-        assert told == {index: raw(states[index]) for index in range(min(count, 2))}
+        here = [torch.Generator().manual_seed(99) for _ in range(count)]
+        for other in ("xpu" if kind == "cuda" else "cuda", kind):
+            with monkeypatch.context() as patch:
+                pretend_accelerator(patch, other, here)
+                cascade.resume()
+            seeds = [index if index < 2 and other == kind else 99 for index in range(count)]
+            assert [generator.initial_seed() for generator in here] == seeds
 
 
 # ---- extra

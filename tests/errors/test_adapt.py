@@ -7,8 +7,10 @@ import random
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import fx, nn
 from torch.nn.utils import prune
 
@@ -362,6 +364,24 @@ def test_the_fallback_leaves_generators_and_buffers_alone(frontend: str) -> None
         assert id(buffer) == buffers[name][0], name
         assert torch.equal(buffer, buffers[name][1]), name
     assert [module.training for module in model.children()] == [False, False, True]
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk", "two hooks"])
+def test_a_model_whose_weights_accelerate_offloads(place: str, tmp_path: Path) -> None:
+    model = mlp()
+    if place == "disk":
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    else:
+        accelerate.cpu_offload(model, execution_device="cpu")
+    if place == "two hooks":
+        for module in model.modules():
+            add_hook_to_module(module, ModelHook(), append=True)
+    output = model(X)
+    before = {name: id(each) for name, each in model.named_parameters()}
+    with raises(lx.CaptureError, "meta-model", "0, 2, 3", "device_map"):
+        lx.adapt(model, (X,))
+    assert {name: id(each) for name, each in model.named_parameters() if each.requires_grad} == before
+    assert torch.equal(model(X), output)
 
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])

@@ -19,8 +19,11 @@ from torch.fx import config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.capture.isolation import same_values, written_by
+from lorasc_fx.capture import reuse, symbolic
+from lorasc_fx.capture.isolation import isolation, same_values, written_by
 from lorasc_fx.capture.preflight import check_agrees, run_preflight
+from lorasc_fx.shards import ProcessGroup
+from tests.kit.devices import pretend_accelerator
 from tests.kit.errors import raises
 from tests.kit.state import graphs_of, variant_count
 from tests.unit.cases import build, seeded
@@ -161,6 +164,47 @@ class Writes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         WAYS[self.way](self.first.weight.detach())
         return self.head(self.first(x) + self.second(x))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_isolated_runs_draw_the_same_from_the_generators_of_an_accelerator(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generators = [torch.Generator().manual_seed(5) for _ in range(1 if kind == "mps" else 2)]
+    pretend_accelerator(monkeypatch, kind, generators)
+    model, before, draws = nn.Linear(2, 2), [generator.get_state() for generator in generators], []
+    for _ in range(2):
+        with isolation(model, (), {}):
+            draws.append([torch.rand(4, generator=generator).tolist() for generator in generators])
+        after = [generator.get_state() for generator in generators]
+        assert all(map(torch.equal, after, before))
+    assert draws[0] == draws[1]
+
+
+def test_autocast_of_an_accelerator_is_one_of_the_settings_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kept graph was exported under other settings; a symbolic trace that switches them is refused."""
+    pretend_accelerator(monkeypatch, "xpu", [torch.Generator()])
+    before = reuse._settings(), symbolic._modes()
+    torch.set_autocast_enabled("xpu", True)
+    try:
+        assert all(now != then for now, then in zip((reuse._settings(), symbolic._modes()), before, strict=True))
+    finally:
+        torch.set_autocast_enabled("xpu", False)
+    assert (reuse._settings(), symbolic._modes()) == before
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("gloo", "cpu"), ("nccl", "cuda:3"), ("xccl", "xpu:3"), ("hccl", "hpu:3"), ("cpu:gloo,cuda:nccl", "cpu")],
+)
+def test_a_process_group_exchanges_tensors_on_its_own_device(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda handle: backend)
+    monkeypatch.setitem(torch.distributed.Backend.backend_capability, "hccl", ["hpu"])
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: SimpleNamespace(current_device=lambda: 3))
+    assert ProcessGroup.of(object()).device == torch.device(device)
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
