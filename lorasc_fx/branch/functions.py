@@ -264,6 +264,20 @@ class SharedUp(torch.autograd.Function):
         return gradient, back, db, None
 
 
+class DenseGradient(torch.autograd.Function):
+    """Returns its input; the gradient becomes dense. Lookups with sparse=True make a sparse one, which no view takes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        """Return the tensor itself."""
+        return owned(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the dense gradient."""
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
+
 def merged_kernel(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:

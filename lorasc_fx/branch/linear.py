@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasc_fx.branch.base import Branch
-from lorasc_fx.branch.functions import Beside, MergedProduct, SharedUp
+from lorasc_fx.branch.functions import Beside, DenseGradient, MergedProduct, SharedUp
 from lorasc_fx.branch.low_rank import apply, by_hand, computes_in, plus
 from lorasc_fx.branch.products import PRODUCTS, FrozenGrouped
 
@@ -58,7 +58,8 @@ class MatrixBranch(Branch):
         else:
             delta = self.up[expert] @ self.lora_A[expert]
             delta = delta.transpose(-2, -1) if self.transposed else delta
-        return plus(weight, delta.to(weight.dtype), self.scale)
+        total = plus(weight, delta.to(weight.dtype), self.scale)
+        return apply(DenseGradient, total) if total.dim() == 2 and by_hand(weight) else total
 
     def in_place(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str

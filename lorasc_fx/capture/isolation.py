@@ -23,9 +23,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import nn, overrides
+from torch._higher_order_ops import utils as higher_order
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,8 +126,33 @@ def quiet(undo: Block[Any], grad: bool = True) -> None:
 
 @isolated
 def eager(undo: Block[Any]) -> None:
-    """Run what `torch.compile` has compiled as it was written."""
+    """Run what `torch.compile` has compiled as it was written.
+
+    Control flow operators (torch.cond, while_loop, scan) still compile their bodies. Otherwise the weights that a body
+    reads from its closure would get no gradients.
+    """
     undo.enter(torch.compiler.set_stance("force_eager"))
+    compile_body = getattr(higher_order, "_hop_compile_and_call", None)
+    if compile_body is not None:  # torch 2.9 has another structure
+        undo(partial(setattr, higher_order, "_hop_compile_and_call", compile_body))
+        higher_order._hop_compile_and_call = partial(_with_compiler, compile_body)
+
+
+def _with_compiler(compile_body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a control flow operator, outside the modes of this package: dynamo cannot compile its body under them."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("default"))
+        while isinstance(mode := _python_dispatch._get_current_dispatch_mode(), OurMode):
+            if isinstance(mode, _Writes):
+                mode.keep_all()
+            stack.enter_context(_python_dispatch._pop_mode_temporarily())
+        while isinstance(overrides._get_current_function_mode(), OurMode):
+            stack.enter_context(overrides._pop_mode_temporarily())
+        return compile_body(*args, **kwargs)
+
+
+class OurMode:
+    """Marks the modes of this package, which only observe."""
 
 
 def seed(value: int = 0) -> None:
@@ -277,7 +304,7 @@ _ADDRESSES = (
 """What writes by other means than ops, or gives Python the memory of a tensor, into which it can write so."""
 
 
-class _Writes(TorchDispatchMode):
+class _Writes(OurMode, TorchDispatchMode):
     """Keeps a copy of tensors, in host memory, each before an op writes into its storage.
 
     Args:
@@ -299,7 +326,7 @@ class _Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         if not isinstance(func, torch._ops.OpOverload):  # a higher-order op: what it runs is not seen here
-            self.keep([tensor for group in self._unwritten.values() for tensor in group.values()])
+            self.keep_all()
         elif func.namespace not in _DECLARED:
             self.keep((args, given))
         else:
@@ -308,6 +335,10 @@ class _Writes(TorchDispatchMode):
             aliases = {argument.name: argument.alias_info for argument in arguments}
             self.keep([value for name, value in given.items() if name in _STATISTICS or _is_written(aliases[name])])
         return func(*args, **(kwargs or {}))
+
+    def keep_all(self) -> None:
+        """Copy every tensor, before code runs whose writes are not seen."""
+        self.keep([tensor for group in self._unwritten.values() for tensor in group.values()])
 
     def keep(self, values: Any) -> None:
         """Copy the tensors that share a storage with one of these."""
@@ -321,7 +352,7 @@ def _is_written(alias: Any) -> bool:
     return alias is not None and alias.is_write
 
 
-class _Addresses(TorchFunctionMode):
+class _Addresses(OurMode, TorchFunctionMode):
     """Keeps the tensors of which Python asks for the memory."""
 
     def __init__(self, writes: _Writes) -> None:

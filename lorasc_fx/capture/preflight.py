@@ -31,6 +31,7 @@ from lorasc_fx.capture.autograd_graph import Description, describe
 from lorasc_fx.capture.guards import Guards, attribute_tensors
 from lorasc_fx.capture.isolation import (
     Attributes,
+    OurMode,
     call_recorder,
     eager,
     fake_mode,
@@ -400,8 +401,20 @@ def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], k
 
 def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Return the first module, in the order of calls, whose output a graph does not compute, or whose weights have
-    other gradients in it.
+    other gradients in it; the model's own class if that cannot be found.
     """
+    try:
+        first = _first_difference(fault, model, args, kwargs)
+    except MemoryError:
+        raise
+    except Exception as raised:  # as where dynamo compiles a module's call, whose hooks it cannot trace
+        raise_of_handler(raised)
+        first = ""
+    return f"{first} ({type(model.get_submodule(first)).__name__})" if first else type(model).__name__
+
+
+def _first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Return the path of that module, or ""."""
     begun: list[str] = []
     ended: list[tuple[str, list[torch.Tensor]]] = []
 
@@ -416,16 +429,14 @@ def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...
         model(*inputs, **named)
     if fault.weights:
         owners = {name.rpartition(".")[0] for name in fault.weights}
-        first = next((name for name in begun if name and name in owners), "")
-    else:
-        made = _Made()
-        with isolation(model, args, kwargs, made, grad=fault.grad) as (inputs, named):
-            try:
-                fault.graph(*inputs, **named)
-            except Exception as raised:  # what it makes before it raises is looked at
-                raise_of_handler(raised)
-        first = next((name for name, parts in ended if name and not all(map(made.has, parts))), "")
-    return f"{first} ({type(model.get_submodule(first)).__name__})" if first else type(model).__name__
+        return next((name for name in begun if name and name in owners), "")
+    made = _Made()
+    with isolation(model, args, kwargs, made, grad=fault.grad) as (inputs, named):
+        try:
+            fault.graph(*inputs, **named)
+        except Exception as raised:  # what it makes before it raises is looked at
+            raise_of_handler(raised)
+    return next((name for name, parts in ended if name and not all(map(made.has, parts))), "")
 
 
 def one_line(fault: Exception) -> str:
@@ -466,7 +477,7 @@ def _observed_or_none(
 _ASKS = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
 
 
-class _AutogradUse(TorchFunctionMode):
+class _AutogradUse(OurMode, TorchFunctionMode):
     """Observes whether a model computes under hooks on saved tensors of its own (`recomputes`), whether it asks tensors
     for their gradient state (`asks`), and whether it may put hooks on tensors or on their nodes (`hooks`); not what the
     quantized layers of libraries do inside (`products`).
@@ -541,6 +552,8 @@ def _observed(
         buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *held]]
         custom = torch.autograd.function.BackwardCFunction
         nodes = [node for node in backward_nodes(tensors) - use.nodes_of_products() if isinstance(node, custom)]
+        # control flow operators are ops of a graph, with a backward of their own
+        nodes = [node for node in nodes if not _module_of(node).startswith("torch._higher_order_ops.")]
         reentrant = [node for node in nodes if getattr(node, "_forward_cls", None) is CheckpointFunction]
         names = {type(node).__name__.removesuffix("Backward") for node in nodes if node not in reentrant}
         functions = {f"the autograd.Function {name}" for name in names if not name.startswith("GeneratedBackwardFor_")}
@@ -567,6 +580,11 @@ def _observed(
         gradients,
         broken,
     )
+
+
+def _module_of(node: Any) -> str:
+    """Return the name of the Python module that defines the autograd.Function of a node, or ""."""
+    return getattr(getattr(node, "_forward_cls", None), "__module__", "")
 
 
 _HOOKS_OF = {"torch", "lorasc_fx", "transformers", "timm", "peft", "accelerate", "lightning", "pytorch_lightning"}

@@ -107,6 +107,19 @@ class Sparse(nn.Module):
         return torch.sparse.mm(adjacency, self.second(torch.relu(torch.sparse.mm(adjacency, x @ self.first))))
 
 
+class ControlFlow(nn.Module):
+    """Torch's operator for branches, whose bodies read weights of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.either, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(
+            torch.cond(x.sum() > 0, lambda x: self.either(x).sin(), lambda x: self.either(-x).tanh(), (x,))
+        )
+
+
 class Ragged(nn.Module):
     """A list of sequences of different lengths."""
 

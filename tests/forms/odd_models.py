@@ -11,6 +11,7 @@ from lorasc_fx.plan import Reason
 from tests.forms.kit import Case, linear, rand
 from tests.forms.odd_mechanisms import (
     Adversarial,
+    ControlFlow,
     Droppers,
     Energy,
     Frozen,
@@ -143,6 +144,7 @@ ODD: list[Case] = [
     Case("halves", Halves, rand((4, 8)), lin("body", "head")),
     Case("recursive", Recursive, rand((3, 5, 5)), lin("join", "head"), refuses=("symbolic",)),
     Case("sparse", Sparse, adjacency, linear("first") | lin("second"), refuses=("export", "dynamo")),
+    Case("control_flow", ControlFlow, X, lin("either", "head"), refuses=("symbolic",), modes=(True,)),
     Case(
         "ragged",
         Ragged,

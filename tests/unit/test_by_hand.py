@@ -17,6 +17,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch.functions import Beside, BesideConv, MergedConv, MergedProduct, SharedUp, shared_down
 from lorasc_fx.branch.low_rank import Grid
 from tests.kit.state import branches_of
+from tests.unit.cases import loss_of, randomize
 
 SCALE = 0.7
 D = torch.float64
@@ -408,3 +409,32 @@ def test_the_gradient_start_sees_a_merged_weight(placement: str) -> None:
     for one, other in zip(*factors_of, strict=True):
         assert one.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+class Lookup(nn.Module):
+    """Rows of a table, by a layer of torch, and a head tied to it."""
+
+    def __init__(self, layer: type[nn.Module], sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = layer(9, 5, sparse=sparse).double(), nn.Linear(5, 3).double()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids)).sin()
+
+
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize(("layer", "placement"), [(nn.EmbeddingBag, "auto"), (nn.Embedding, "weight")])
+def test_a_sparse_lookup_trains_as_a_dense_one(layer: type[nn.Module], placement: str, frontend: str) -> None:
+    """Where a branch stands on the table, it gets the table's gradient, which is dense."""
+    ids, gradients = torch.tensor([[1, 4, 8], [0, 4, 2]]), []
+    for sparse in (True, False):
+        spec = lx.CascadeSpec(rank=2, placement=placement)
+        cascade = lx.adapt(Lookup(layer, sparse), (ids,), spec=spec, frontend=frontend)
+        assert [site.weight for site in cascade.sites] == ["table.weight", "head.weight"]
+        randomize(cascade)
+        loss_of(cascade(ids)).backward()
+        gradients.append([factor.grad for factor in cascade.branches.parameters()])
+    for own, dense in zip(*gradients, strict=True):
+        assert dense.any()
+        torch.testing.assert_close(own, dense, rtol=0, atol=1e-12)
