@@ -15,10 +15,12 @@ interrupted in the middle of its `finally`.
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import CodeType, FrameType, TracebackType
@@ -34,10 +36,14 @@ Undo = Callable[[Callable[[], object]], None]
 
 
 class Lock:
-    """A re-entrant lock; a copy (deepcopy, pickle) is a new one."""
+    """A re-entrant lock; a copy (deepcopy, pickle) is a new one.
+
+    A forked process has only the thread that forked. A lock that another thread held is free there.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        _LOCKS.add(self)
 
     def acquire(self, seconds: float) -> bool:
         """Wait so long at most; return whether the lock is this thread's."""
@@ -47,8 +53,27 @@ class Lock:
         """Give it back."""
         self._lock.release()
 
+    def after_fork(self) -> None:
+        """Free the lock in a forked process if a thread held it that does not exist there.
+
+        Weights that this thread had half written are found by their checksums (`Run.check_weights`).
+        """
+        if self._lock.acquire(blocking=False):  # free, or held by the thread that forked, which goes on to release it
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+
     def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
         return (Lock, ())
+
+
+_LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+PROCESS = Lock()
+"""Held while a capture changes state of the whole process: standard streams, random generators, stances of torch.
+
+A thread that needs this lock and that of a cascade takes this one first.
+"""
 
 
 class Block(Generic[T]):
@@ -73,6 +98,7 @@ class Block(Generic[T]):
         self._grad: bool | None = None
         self.place: tuple[CodeType, int] | None = None  # of the with statement, where the block also begins and ends
         self.busy = False  # while it begins or ends
+        self.thread = threading.get_ident()
 
     def __call__(self, step: Callable[[], object]) -> None:
         """Run this step, before those that were given earlier, when the block is undone."""
@@ -344,3 +370,17 @@ def _must_wait(frame: FrameType | None) -> bool:
 
 
 _EDGES: tuple[CodeType, ...] = (Block.__enter__.__code__, Block.__exit__.__code__)
+
+
+def _after_fork() -> None:
+    """Drop in a forked process what belongs to threads that do not exist there."""
+    here = threading.get_ident()
+    for lock in list(_LOCKS):
+        lock.after_fork()
+    _WAITING.clear()  # a signal is not pending in the new process
+    _OPEN[:] = [block for block in _OPEN if block.thread == here]
+    if not _OPEN:
+        _give_handlers_back()
+
+
+os.register_at_fork(after_in_child=_after_fork)

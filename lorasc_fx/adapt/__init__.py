@@ -52,7 +52,7 @@ from lorasc_fx.runtime.checkpoint_read import Checkpoint
 from lorasc_fx.runtime.materialize import MetaModel, check_attributes, groups_of
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
+from lorasc_fx.undo import PROCESS, AllOrNothing, Undo, no_inference_mode
 
 __all__ = ["adapt", "load"]
 
@@ -279,7 +279,7 @@ def _adapt(
         decided = compiler.decide(opened, plan)
     else:
         begun = time.monotonic()
-        with first_checksums(opened) as summed:
+        with AllOrNothing(PROCESS), first_checksums(opened) as summed:
             decided = made = compiler.make(opened, plan, {}, (), *bound, wide=False)
         sites, seconds = len(made.plan.sites), time.monotonic() - begun
         log.info("adapted: variant 1 by %s, %d sites, in %.2f s", made.variant.frontend, sites, seconds)

@@ -11,10 +11,11 @@ graph/flow.py does in graphs, until they meet an input.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasc_fx.capture.captured import OWNER, Captured, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
-from lorasc_fx.capture.isolation import isolation, quiet, written_by
+from lorasc_fx.capture.isolation import Shared, isolation, no_fastpath, own_warnings, quiet, written_by
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import (
     ADDED_FIRST,
@@ -43,7 +44,7 @@ from lorasc_fx.graph import (
 from lorasc_fx.graph.forms import registered_form
 from lorasc_fx.parameters import shallow, substituted
 from lorasc_fx.quantized import as_opaque_products, is_quantized
-from lorasc_fx.undo import Block, isolated, raise_of_handler
+from lorasc_fx.undo import PROCESS, AllOrNothing, Block, isolated, raise_of_handler
 
 LIMIT = 64
 
@@ -313,19 +314,33 @@ class _Region(nn.Module):
         )
 
 
-@isolated
-def _dynamo_settings(undo: Block[Any]) -> None:
-    """Fail where dynamo would go on without graphs, and silence its warnings of graph breaks, which are expected."""
-    for logger in (logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")):
-        undo(partial(logger.setLevel, logger.level))
+@contextlib.contextmanager
+def _no_graph_break_messages() -> Iterator[None]:
+    """Silence dynamo's messages about graph breaks, which are expected; inside `own_warnings`."""
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._dynamo.variables.tensor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
         logger.setLevel(logging.ERROR)
-    undo(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
-    torch.backends.mha.set_fastpath_enabled(False)
-    undo.enter(warnings.catch_warnings())
     # dynamo reads .grad of what a subgraph gets from another, and makes tensors of arrays that are tensors by then
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     warnings.filterwarnings("ignore", message=".*should not be instantiated. Methods on autograd functions")
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+_quiet_dynamo = Shared(_no_graph_break_messages)
+
+
+@isolated
+def _dynamo_settings(undo: Block[Any]) -> None:
+    """Fail where dynamo would go on without graphs, and so without branches."""
+    if torch._dynamo.eval_frame._stance.stance in ("force_eager", "eager_on_recompile"):
+        undo.enter(AllOrNothing(PROCESS))  # the stance of a capture in another thread goes; one of the user stays
+        undo.enter(torch.compiler.set_stance("default"))
+    for shared in (own_warnings, _quiet_dynamo, no_fastpath):
+        undo.enter(shared)
     undo.enter(
         torch._dynamo.config.patch(
             fail_on_recompile_limit_hit=True,

@@ -9,13 +9,14 @@ a value (`.item()`, a branch on a sum) raises.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
+import os
 import random
 import sys
+import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode
 
 from lorasc_fx.accelerator import generator_states, seed_generators, set_generator_states
 from lorasc_fx.capture.guards import Held, attribute_tensors, walk
@@ -38,7 +39,7 @@ from lorasc_fx.errors import CaptureError, named
 from lorasc_fx.fingerprint import checksums
 from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import is_quantized
-from lorasc_fx.undo import Block, isolated
+from lorasc_fx.undo import PROCESS, AllOrNothing, Block, isolated
 
 
 @isolated
@@ -101,26 +102,155 @@ def call_recorder(
         undo(module.register_forward_hook(partial(after, path), always_call=True).remove)
 
 
+class Shared:
+    """A change of process-wide state that several threads need at once, undone when the last of them leaves.
+
+    Each of them would otherwise restore what it found, which may be what another thread has set.
+
+    Args:
+        change: returns a context manager that makes the change. It may be left in another thread than it was entered
+            in, so it must not be a `Block`, which restores the grad mode of its thread.
+    """
+
+    def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._change = change
+        self._guard = threading.Lock()
+        self._threads: list[int] = []  # that are inside, once for each time
+        self._manager: AbstractContextManager[Any] | None = None
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def __enter__(self) -> None:
+        with self._guard:
+            if self._manager is None:
+                self._manager = self._change()
+                self._manager.__enter__()
+            self._threads.append(threading.get_ident())
+
+    def __exit__(self, *_: object) -> None:
+        with self._guard:
+            self._threads.remove(threading.get_ident())
+            self._restore()
+
+    def _restore(self) -> None:
+        if not self._threads and self._manager is not None:
+            manager, self._manager = self._manager, None
+            manager.__exit__(None, None, None)
+
+    def _after_fork(self) -> None:
+        """Forget the threads that do not exist in a forked process."""
+        self._guard = threading.Lock()
+        self._threads[:] = [thread for thread in self._threads if thread == threading.get_ident()]
+        self._restore()
+
+
+@contextlib.contextmanager
+def _fastpath_off() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _logs_off() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(before)
+
+
+@contextlib.contextmanager
+def _warnings_off() -> Iterator[None]:
+    warnings.simplefilter("ignore")
+    ignore = warnings.filters[0]
+    yield
+    if ignore in warnings.filters:  # other threads may still be inside `own_warnings`
+        warnings.filters.remove(ignore)  # type: ignore[attr-defined]
+
+
+no_fastpath = Shared(_fastpath_off)
+"""Turns off torch's fused path of attention, which has no gradient."""
+own_warnings = Shared(warnings.catch_warnings)
+"""Drops warning filters at the end that were added inside."""
+_no_logs, _no_warnings = Shared(_logs_off), Shared(_warnings_off)
+
+
+class _Muted:
+    """A standard stream without the output of one thread; other threads, which may print, write to the stream.
+
+    Attributes:
+        thread: whose output is dropped; None if no output is.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.thread: int | None = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """Write the text, unless the muted thread does."""
+        return len(text) if threading.get_ident() == self.thread else self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write the lines, unless the muted thread does."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@isolated
+def _muted(undo: Block[Any], name: str) -> None:
+    """Drop what this thread writes to the standard stream of this name."""
+    stream = getattr(sys, name)
+    muted = _Muted(stream)
+
+    def unmute() -> None:
+        muted.thread = None  # a handler of logs that was made inside may hold it
+        if getattr(sys, name) is muted:
+            setattr(sys, name, stream)
+
+    undo(unmute)
+    setattr(sys, name, muted)
+
+
+@isolated
+def _same_torch_stacks(undo: Block[Any]) -> None:
+    """Restore this thread's torch.func levels, modes and autocast; a tracer that raises may leave entries behind."""
+    functions, dispatches = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+
+    def pop_modes() -> None:
+        while torch._C._len_torch_function_stack() > functions:
+            torch._C._pop_torch_function_stack()
+        while torch._C._len_torch_dispatch_stack() > dispatches:
+            _pop_mode()
+
+    accelerator = torch.accelerator.current_accelerator()
+    for device in {"cpu", accelerator.type if accelerator is not None else "cpu"}:
+        undo(partial(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device)))
+        undo(partial(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device)))
+    undo(pop_modes)
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    undo(partial(torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth, depth))
+
+
 @isolated
 def quiet(undo: Block[Any], grad: bool = True) -> None:
     """Restore random generators, and suppress the output and logs of tracers.
 
-    Gradients are on, or off, as `grad` says, whatever the caller has.
+    Gradients are on, or off, as `grad` says, whatever the caller has. Blocks of other threads wait for this one.
     """
+    undo.enter(AllOrNothing(PROCESS))
     numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
     undo(partial(random.setstate, random.getstate()))
     if numpy is not None:
         undo(partial(numpy.random.set_state, numpy.random.get_state()))
-    undo(partial(logging.disable, logging.root.manager.disable))
-    undo(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
     undo(partial(set_generator_states, generator_states()))
-    undo.enter(warnings.catch_warnings())
-    said = io.StringIO()  # an export that fails prints its graph; the reason is in the error
-    undo.enter(contextlib.redirect_stdout(said))
-    undo.enter(contextlib.redirect_stderr(said))
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused path has no gradient
+    for shared in (_no_logs, no_fastpath, own_warnings, _no_warnings):
+        undo.enter(shared)
+    undo.enter(_muted("stdout"))  # an export that fails prints its graph; the reason is in the error
+    undo.enter(_muted("stderr"))
+    undo.enter(_same_torch_stacks())  # left first, since operations of the other steps would run inside what is left
     torch._C._set_grad_enabled(grad)  # the block gives it back
 
 

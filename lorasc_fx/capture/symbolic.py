@@ -20,7 +20,6 @@ from lorasc_fx.graph import drop_nodes, rename_inputs
 from lorasc_fx.undo import Block, isolated
 
 _CALL = "_compiled_call_impl"
-_EXCHANGING = threading.RLock()
 _SWITCHES = "the model switches gradients or autocast on or off inside, which no symbolic graph holds"
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -142,8 +141,7 @@ def _modes() -> tuple[Any, ...]:
 
 @isolated
 def _exchanged_functions(undo: Block[Any]) -> None:
-    """Record functions registered by `torch.fx.wrap` as one call each; one trace at a time."""
-    undo.enter(_EXCHANGING)
+    """Record functions registered by `torch.fx.wrap` as one call each. The caller is inside `quiet`, one at a time."""
     _symbolic_trace._patch_wrapped_functions(undo.enter(_symbolic_trace._new_patcher()))
 
 

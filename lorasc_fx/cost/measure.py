@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import statistics
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from lorasc_fx.branch.functions import Beside, merge
 from lorasc_fx.branch.products import product
 from lorasc_fx.cost.model import OPS, Line, Rates, usual
 from lorasc_fx.files import parse_json
+from lorasc_fx.undo import AllOrNothing, Lock
 
 BUDGET = 0.8
 """Seconds after which no other round is begun; at twice as many the machine is too busy."""
@@ -216,13 +216,13 @@ FORMAT = 2
 log = logging.getLogger("lorasc_fx")
 
 _KNOWN: dict[str, Rates] = {}
-_LOCK = threading.Lock()
+_LOCK = Lock()
 
 
 def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
     """Return the rates of a device for a dtype: those known, those of the cache file, or measured now."""
     key = key_of(device, dtype)
-    with _LOCK:
+    with AllOrNothing(_LOCK):
         if key not in _KNOWN:
             path = cache_file()
             rates = Rates.from_json(_read(path).get(key))

@@ -40,11 +40,9 @@ from lorasc_fx.runtime.state_dict import KEY, from_state_dict, take_over, to_sta
 from lorasc_fx.runtime.usage import UsageWatch, check_not_averaged, check_plugin
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup
 from lorasc_fx.state import Which
-from lorasc_fx.undo import AllOrNothing, Block, Commit, Lock, Undo, grad_mode, isolated, no_grad, no_inference_mode
+from lorasc_fx.undo import PROCESS, AllOrNothing, Block, Commit, Undo, grad_mode, isolated, no_grad, no_inference_mode
 
 log = logging.getLogger("lorasc_fx")
-
-_CAPTURING = Lock()
 
 _METHOD_WEIGHTS: Mapping[str, Which] = dict.fromkeys(
     ("generate", "encode", "encode_query", "encode_document", "predict", "rank"), "fast"
@@ -247,7 +245,7 @@ class Cascade(nn.Module):
 
     def _capture(self, call: Call) -> Variant:
         grad = torch.is_grad_enabled()  # which leaving the inference mode would set
-        with AllOrNothing(_CAPTURING), no_inference_mode(), grad_mode(grad):  # tracers work on the whole process
+        with AllOrNothing(PROCESS), no_inference_mode(), grad_mode(grad):  # tracers work on the whole process
             while (variant := self._variants.find(call) or self._make_variant(call)) is None:
                 pass
             return variant
