@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import inspect
 import io
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasc_fx.cli.config import DataConfig
-from lorasc_fx.cli.models import Arguments, reading, user_function
+from lorasc_fx.cli.models import Arguments, reading, user_code, user_function
 from lorasc_fx.errors import SpecError, named, nearest
 from lorasc_fx.extras import module_of
 
@@ -479,7 +480,16 @@ def _encode_texts(tokenizer: Any, max_length: int) -> Encode:
 
 
 def encoder_of(config: DataConfig, tokenizer: Any) -> Encode:
-    """Return the preprocessing of texts, or of images where there is no tokenizer."""
+    """Return the preprocessing of texts, or of images where there is no tokenizer.
+
+    Raises:
+        SpecError: the model takes fewer tokens than the configuration asks for.
+    """
+    most = getattr(tokenizer, "model_max_length", math.inf)  # huge where the tokenizer does not know
+    if config.max_length > most:
+        raise SpecError(
+            f"data.max_length is {config.max_length}, and the model takes {most} tokens at most; give {most} or less"
+        )
     return _encode_images(config.image_size) if tokenizer is None else _encode_texts(tokenizer, config.max_length)
 
 
@@ -513,7 +523,10 @@ def _load(name: str, config: DataConfig, tokenizer: Any) -> Examples:
         else:
             inputs, labels = read_table(kind, rest, config.text_column, config.label_column)
     else:
-        inputs, labels = _returned(name, user_function(name)())
+        function = user_function(name)
+        with user_code(name):
+            returned = function()
+        inputs, labels = _returned(name, returned)
     if not len(labels):
         raise SpecError(f"{name}: it holds no examples; give at least one of each class", code="too-few-examples")
     if isinstance(inputs, Tensor) and tokenizer is not None:
@@ -579,9 +592,12 @@ def _shuffled(total: int, seed: int, *sizes: int) -> tuple[Tensor, ...]:
 def _shift(name: str, config: DataConfig, whole: Examples, test: Examples, tokenizer: Any) -> Examples:
     if name.startswith("python:"):
         change = user_function(name)
-        if inspect.signature(change).parameters:
+        with user_code(name):
+            parameters = inspect.signature(change).parameters
+        if parameters:
             some = test.take(torch.arange(min(len(test), config.shift_test)))
-            changed = change(some.inputs)
+            with user_code(name):
+                changed = change(some.inputs)
             return replace(some, inputs=_returned(name, (changed, some.labels))[0])
     if name == config.name:
         raise SpecError(f"data.shifts has {name}, which is the data set itself; give others, or none")

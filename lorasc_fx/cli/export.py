@@ -139,7 +139,7 @@ def run_export(arguments: ExportArguments) -> int:
     """Write the format and return the exit code.
 
     Raises:
-        SpecError: unknown format, or ranks for one that has none.
+        SpecError: unknown format, a file name with another ending, or ranks for a format that has none.
         StateError: the folder holds no run, or no checkpoint yet.
         MissingExtra: a package that writes the format is not installed.
     """
@@ -155,6 +155,14 @@ def run_export(arguments: ExportArguments) -> int:
             code="conflicting-options",
         )
     folder = adapter or (arguments.to == "safetensors" and arguments.output.suffix != ".safetensors")
+    check_output(arguments.output, folder=folder)
+    ending = {"pt2": ".pt2", "onnx": ".onnx"}.get(arguments.to, arguments.output.suffix)
+    if arguments.output.suffix != ending:  # before the run is built, which takes long
+        raise SpecError(
+            f"--output is {arguments.output}, and a file of --to {arguments.to} ends with {ending}: give "
+            f"{arguments.output.with_suffix(ending)}",
+            code="wrong-file-ending",
+        )
     cascade, weights = open_run(arguments.run, arguments.output, folder=folder)
     options: dict[str, Any] = {"which": arguments.which}
     with reporting() as reporter:

@@ -6,8 +6,10 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lorasc_fx.cli.config import ModelConfig
-from lorasc_fx.errors import SpecError, nearest, reason_of
+from lorasc_fx.errors import LorascError, SpecError, nearest, reason_of
 from lorasc_fx.extras import module_of
 
 MODELS = ("timm:NAME", "hf:FOLDER", "hf:package:NAME", "python:package.module:function")
 
 CLASSIFIER = "ForSequenceClassification"
 """End of the names of transformers' classes of text classifiers."""
+_INSTALLED = re.compile(r"[/\\]lib[/\\]python3|<frozen|[/\\]lorasc_fx[/\\]")
 Arguments = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 """Positional and keyword arguments of a model."""
 
@@ -67,7 +70,11 @@ def check_name(config: ModelConfig) -> None:
     kind, _, name = config.name.partition(":")
     if kind in _BUILDERS and name:
         return
-    meant = nearest(kind, _BUILDERS) or (f"; did you mean 'hf:{kind}' or 'timm:{kind}'" if kind and not name else "")
+    if kind in _BUILDERS:
+        meant = "; the name after the colon is missing"
+    else:
+        kinds = f"; did you mean 'hf:{kind}' or 'timm:{kind}'" if kind and ":" not in config.name else ""
+        meant = nearest(kind, _BUILDERS) or kinds
     raise SpecError(f"no model is called {config.name!r}{meant}; known: {', '.join(MODELS)}", code="unknown-name")
 
 
@@ -135,6 +142,8 @@ def example_inputs(config: ModelConfig, model: nn.Module, shape: tuple[int, ...]
     Raises:
         SpecError: the shape is not known.
     """
+    if min(shape, default=0) < 0:
+        raise SpecError(f"--input is {list(shape)}; sizes are 0 or more")
     if shape:
         return (torch.rand(shape),), {}
     if config.name.startswith("hf:"):
@@ -160,10 +169,8 @@ def user_function(name: str) -> Callable[..., Any]:
         raise SpecError(f"{name}: give python:package.module:function")
     if os.getcwd() not in sys.path:  # as `python -m` does: the user's module stands where the command is run
         sys.path.insert(0, os.getcwd())
-    try:
+    with user_code(name, code="import-failed"):
         module = importlib.import_module(module_name)  # noqa: TID251 - the name that the user gave
-    except ModuleNotFoundError as fault:
-        raise SpecError(f"{name}: {fault}", code="import-failed") from fault
     function: Any = getattr(module, function_name, None)
     if not callable(function):
         known = [known for known in vars(module) if not known.startswith("_")]
@@ -172,6 +179,20 @@ def user_function(name: str) -> Callable[..., Any]:
             code="unknown-name",
         )
     return function  # type: ignore[no-any-return]  # callable
+
+
+@contextmanager
+def user_code(name: str, code: str | None = None) -> Iterator[None]:
+    """Turn an error of the user's own code into a SpecError that names the line."""
+    try:
+        yield
+    except LorascError:
+        raise
+    except Exception as fault:
+        # The innermost line that is neither of this package nor of an installed one.
+        ours = [line for line in traceback.extract_tb(fault.__traceback__) if not _INSTALLED.search(line.filename)]
+        where = f" ({ours[-1].filename}:{ours[-1].lineno})" if ours and not isinstance(fault, SyntaxError) else ""
+        raise SpecError(f"{name}: {type(fault).__name__}: {fault}{where}", code=code) from fault
 
 
 def _timm(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
@@ -238,13 +259,15 @@ def _hf_folder(name: str) -> Path:
 
 def _python(config: ModelConfig, name: str, classes: int | None) -> nn.Module:
     function = user_function(config.name)
-    parameters = inspect.signature(function).parameters.values()
+    with user_code(config.name):
+        parameters = inspect.signature(function).parameters.values()
     if classes is None and any(parameter.default is parameter.empty for parameter in parameters):
         raise SpecError(
             f"python:{name}: this command calls the function without arguments; give each a default",
             code="function-needs-arguments",
         )
-    model = function(classes) if parameters and classes is not None else function()
+    with user_code(config.name):
+        model = function(classes) if parameters and classes is not None else function()
     if not isinstance(model, nn.Module):
         raise SpecError(
             f"python:{name}: the function returned {type(model).__name__}; it has to return an nn.Module",
@@ -297,8 +320,9 @@ def put_weights(model: nn.Module, config: ModelConfig, weights: Mapping[str, Ten
 
 def _weights(model: nn.Module, source: str) -> Mapping[str, Tensor]:
     if source.startswith("python:"):
-        weights: Mapping[str, Tensor] = user_function(source)(model)
-        return weights
+        function = user_function(source)
+        with user_code(source):
+            return dict(function(model))
     if not source.endswith(".safetensors"):
         raise SpecError(f"model.weights is {source!r}; give a .safetensors file or python:package.module:function")
     return read_weights(source)

@@ -133,8 +133,9 @@ def score_lines(counts: Counter[tuple[str, str]], classes: Sequence[str]) -> lis
             share = f"{counts[label, label] / examples:.3f}" if examples else "-"
             table.append([label, str(examples), share, str(predicted)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for first, *cells in table:
-        lines.append("  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+    for row in table:
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *padded[1:]]))
     if len(rows) > MATRIX:
         wrong = Counter({pair: count for pair, count in counts.items() if pair[0] != pair[1]})
         shown = [f"{label} as {found} ({count})" for (label, found), count in wrong.most_common(MATRIX)]

@@ -55,8 +55,6 @@ class RunRecord:
         """
         folder = RunFolder(run)
         folder.check_run(checkpoint=False)
-        if folder.results.exists():
-            raise StateError(f"{run} holds a comparison; a report shows one run, of lorasc-fx train", code="not-a-run")
         if not folder.cascade.is_file() or not folder.metrics.is_file():
             raise StateError(
                 f"{run} has nothing to show yet: {folder.cascade.name} or {folder.metrics.name} is not there. A run "

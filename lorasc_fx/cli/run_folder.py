@@ -82,13 +82,19 @@ class RunFolder:
         return self.metrics.exists() or self.saved or any(self.results.glob("*.json"))
 
     def check_run(self, *, checkpoint: bool = True) -> None:
-        """Check that the folder holds a run, by default with a checkpoint.
+        """Check that the folder holds a run of `train`, by default with a checkpoint.
 
         Raises:
             StateError: it does not.
         """
         if not self.config.is_file():
             raise StateError(f"{self.path} holds no run: there is no {self.config.name} in it", code="not-a-run")
+        if self.results.exists():
+            raise StateError(
+                f"{self.path} holds a comparison, and this command takes one run, of lorasc-fx train. "
+                f"lorasc-fx compare {self.config} prints its tables",
+                code="not-a-run",
+            )
         if checkpoint and not self.saved:
             raise StateError(
                 f"{self.path} holds no checkpoint yet; a run writes its first one at the end of its first stage",

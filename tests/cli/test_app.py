@@ -18,6 +18,14 @@ from lorasc_fx.errors import MissingExtra
 from lorasc_fx.extras import module_of
 from tests.cli.long_run import write_long_run
 
+FAULTY = """def boom(*given):
+    raise ValueError("of the user")
+def two(a, b):
+    pass
+def none(model):
+    pass
+"""
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -54,6 +62,30 @@ from tests.cli.long_run import write_long_run
         (["sites", "python:tiny_model:build"], "give the shape of its input, as --input 2 3 64 64"),
         (["sites", "python:tiny_model:build", "--input", "2", "5"], "refuses the example inputs"),
         (["sites", "timm:absent"], "timm has no model 'absent'"),
+        (["sites", "python:tiny_model:build", "--input", "-1", "5"], "--input is [-1, 5]; sizes are 0 or more"),
+        (["sites", "hf:"], "no model is called 'hf:'; the name after the colon is missing; known: timm:NAME, hf:FOLD"),
+        (
+            ["train", "tiny.toml", "--model.name", "bert-base"],
+            "no model is called 'bert-base'; did you mean 'hf:bert-base' or 'timm:bert-base'; known: ",
+        ),
+        (["train", "tiny.toml", "--model.name", "python:wrong:syntax"], "python:wrong:syntax: SyntaxError: "),
+        (["train", "tiny.toml", "--model.name", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
+        (["train", "tiny.toml", "--model.name", "python:faulty:two"], "two: TypeError: two() missing 1 required"),
+        (["train", "tiny.toml", "--model.name", "python:builtins:dict"], "ValueError: no signature found for builtin"),
+        (
+            ["train", "tiny.toml", "--model.weights", "python:faulty:boom"],
+            "boom: ValueError: of the user (faulty.py:2)",
+        ),
+        (
+            ["train", "tiny.toml", "--model.weights", "python:faulty:none"],
+            "TypeError: 'NoneType' object is not iterable",
+        ),
+        (["train", "tiny.toml", "--data.name", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
+        (["train", "tiny.toml", "--data.shifts", "python:faulty:boom"], "boom: ValueError: of the user (faulty.py:2)"),
+        (
+            ["export", "absent", "--to", "onnx", "--output", "a.pt2"],
+            "--output is a.pt2, and a file of --to onnx ends with .onnx: give a.onnx",
+        ),
         (["fold", "absent"], "absent holds no run: there is no config.toml in it"),
         (["train", "tiny.toml", "--spec.rnk", "3"], "Perhaps you meant"),
     ],
@@ -61,9 +93,12 @@ from tests.cli.long_run import write_long_run
 def test_what_the_user_got_wrong_is_a_sentence_and_2(
     place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    (place / "wrong.py").write_text("def f(:\n")
+    (place / "faulty.py").write_text(FAULTY)
+    sys.modules.pop("faulty", None)
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert message in " ".join((said.err + said.out).replace("│", " ").split())
+    assert message in " ".join((said.err + said.out).replace("│", " ").replace(f"{place}/", "").split())
     assert "Traceback" not in said.err + said.out
     assert not (place / "runs").exists()  # nothing was begun
 

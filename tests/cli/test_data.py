@@ -121,6 +121,8 @@ def test_the_tokenizer_of_a_model_pads_to_its_longest() -> None:
     assert kwargs["input_ids"].shape == (2, 24)
     assert kwargs["attention_mask"].sum(1).tolist() == [5, 24]
     assert examples.batch(torch.tensor([0])).kwargs["input_ids"].shape == (1, 8)
+    with raises(SpecError, "invalid-value", "data.max_length", "513", "512 tokens"):
+        encoder_of(replace(config, max_length=513), tokenizer)
 
 
 @pytest.mark.parametrize(("side", "most"), [("right", 20), ("left", 20), ("right", 5), ("left", 24)])

@@ -297,7 +297,10 @@ def damaged(run: Path) -> None:
     [
         (lambda run: None, "absent holds no run: there is no config.toml in it"),
         (begin, "absent has nothing to show yet: cascade.json or metrics.jsonl is not there"),
-        (lambda run: (begin(run), (run / "results").mkdir()), "absent holds a comparison; a report shows one run"),
+        (
+            lambda run: (begin(run), (run / "results").mkdir()),
+            "absent holds a comparison, and this command takes one run",
+        ),
         (damaged, "absent/metrics.jsonl: line 2 is no JSON (Expecting value: "),
         (
             lambda run: (damaged(run), (run / "metrics.jsonl").write_text("[]")),
