@@ -825,8 +825,9 @@ class Run:
             waiting = waiting or ["what another process holds"]
             raise StateError(
                 f"{call}: gradients are pending on {named(waiting, 1)}: they belong to the stage that ends. "
-                "Call optimizer.step() or optimizer.zero_grad() first. If you did, the optimizer does not hold these "
-                "parameters: make it of cascade.param_groups(lr=...). cascade.zero_grad() drops the gradients",
+                "Call optimizer.step() or optimizer.zero_grad() first. If you did, the optimizer holds other Parameter "
+                "objects (a move to some devices makes new ones): build it from cascade.param_groups(lr=...), after "
+                "any move. cascade.zero_grad() drops the gradients",
                 code="gradients-pending",
             )
         self.warned.accept("training-not-kept")  # the user folds, saves or looks at the weights

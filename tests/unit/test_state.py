@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from lorasc_fx.branch.linear import MatrixBranch
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.runtime.codec import RunState, decode, encode
+from lorasc_fx.runtime.run import SPARE, fill
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.state import Expert, Factors, InitialFactors, KeptNoise, Side, SlowWeights, Tree, View, WeightState
+from lorasc_fx.state.engine import factors_of, initial_factors
+from lorasc_fx.state.spectrum import singular_values
+from lorasc_fx.state.weight import scaled
 from tests.kit.devices import DEVICE, fake_device
 
 
@@ -109,6 +114,27 @@ def test_a_weight_on_a_device_is_computed_from_experts_on_the_host(which: Any, d
         live = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
         for gain in (None, torch.empty(6, dtype=torch.float64)):
             state.write(out, which, torch.float32, live, gain)
+
+
+def test_fp64_on_the_host_of_what_lies_on_a_device() -> None:
+    with fake_device():
+        pair = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
+        assert singular_values(pair).dtype == scaled(pair, torch.empty(6), False).b.dtype == torch.float64
+        branch = MatrixBranch(Site("w", "linear", (6, 4), 2, 4.0), 0, 1, torch.empty(6, 4, device=DEVICE))
+        first = initial_factors(branch)
+        assert (first.b.dtype, first.b.device.type, first.b.shape) == (torch.float64, "cpu", (6, 2))
+        state = WeightState("w", torch.empty(6, 4), initial=InitialFactors(first))
+        assert factors_of(branch, torch.device(DEVICE), state).b.shape == (6, 4)
+
+
+def test_room_for_restoring_weights_is_where_they_are() -> None:
+    steps: list[Any] = []
+    with fake_device():
+        weights = {str(device): torch.nn.Parameter(torch.empty(3, device=device)) for device in ("cpu", DEVICE)}
+        fill(weights, lambda name, out: None, lambda name, out: None, steps.append)
+        room = steps[0].args[-1]
+        assert sorted(str(each.device) for each in room) == ["cpu", DEVICE]
+        assert {each.nbytes for each in room} == {SPARE}
 
 
 def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
