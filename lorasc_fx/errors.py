@@ -72,6 +72,7 @@ CODES = {
     "digest-mismatch": "tensors differ from the digest in their manifest",
     "dora-not-supported": "DoRA cannot be applied to this weight or in this call",
     "double-backward": "a second derivative needs the input of a branch that was not kept",
+    "dropout-not-applied": "(warning) a training step ran in eval mode, and dropout was asked for",
     "empty-cell": "a cell of a table is empty, or its class is -1",
     "empty-pipeline": "a pipeline has no pass",
     "evaluated-with-noise": "(warning) the cascade was called in eval mode, and its weights hold noise",

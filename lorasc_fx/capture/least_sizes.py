@@ -37,16 +37,16 @@ def least_sizes(
     values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
     if not takes_leaves(graph.graph) or len(values) != len(leaves):
         return {}
+    shapes: list[tuple[Any, ...]] = [tuple(value.shape) if isinstance(value, torch.Tensor) else () for value in values]
     dynamic: dict[Axis, Any] = {
         (index, axis): size.node.expr
-        for index, value in enumerate(values)
-        if isinstance(value, torch.Tensor)
-        for axis, size in enumerate(value.shape)
+        for index, shape in enumerate(shapes)
+        for axis, size in enumerate(shape)
         if isinstance(size, torch.SymInt)
     }
     sizes = {expr: leaves[index].shape[axis] for (index, axis), expr in dynamic.items() if expr.is_Symbol}
 
-    def is_right(smaller: Mapping[Any, int]) -> bool:
+    def is_right(smaller: dict[Any, int]) -> bool:
         shrunk = list(leaves)
         for (index, axis), expr in dynamic.items():
             size = expr.subs(sizes | smaller)

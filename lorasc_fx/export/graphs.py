@@ -188,7 +188,7 @@ def _program(
                 code="export-refused",
             ) from fault
     if not variant.conditions.sizes:  # torch.export traced its checks of sizes just now
-        least = least_sizes(exported.module(), module, bound, named)  # type: ignore[arg-type]  # it is a GraphModule
+        least = least_sizes(exported.module(), module, bound, named)
     names = [str(name) for name in exported.graph_signature.user_inputs]
     refuse_smaller(exported.graph, names, least)  # torch drops a check of what it takes for granted
     exported.graph_module.recompile()

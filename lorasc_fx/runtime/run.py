@@ -110,7 +110,7 @@ class Run:
         written: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.model, self.frontend = model, frontend
-        self.branches = nn.ModuleDict(dict(decided.branches))  # by key; the child of the cascade
+        self.branches = nn.ModuleDict(dict(decided.branches)).train(model.training)  # by key; the child of the cascade
         self.plan, self.refusals, self.unreached = decided.plan, decided.refusals, decided.unreached
         self.lock = Lock()  # held while weights are read or written; never while the user's model runs
         self.slow = SlowWeights()
@@ -204,6 +204,7 @@ class Run:
         undo(self.restorer())
         new = {name: branch for name, branch in decided.branches.items() if name not in self.branches}
         self.branches.update(new)
+        self.branches.train(self.branches.training)  # a new module is in train mode
         self.plan, self.refusals = decided.plan, decided.refusals
         known = decided.plan.by_weight.keys() | {refusal.weight for refusal in decided.refusals}
         self.unreached = tuple(name for name in self.unreached if name in decided.unreached and name not in known)

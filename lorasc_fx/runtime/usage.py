@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from lorasc_fx.errors import StateError
+from lorasc_fx.errors import StateError, named
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.watches import Fresh, callers
 
@@ -161,8 +162,16 @@ class UsageWatch(Fresh):
     # ---- calls and saves of the cascade
 
     def check_mode(self, run: Run, training: bool) -> None:
-        """Warn of a call in eval mode that sees noise, unless it is a training step of a model trained in eval mode."""
-        if training or (torch.is_grad_enabled() and not self._train_mode):
+        """Warn of a call in eval mode that sees noise, and of one that trains without the dropout that was asked for.
+
+        A call with gradients may be an evaluation without torch.no_grad: whether it trains is known at its backward. A
+        model that came in eval mode is trained in it, so such a call sees noise rightly.
+        """
+        if training:
+            return
+        if torch.is_grad_enabled() and "dropout-not-applied" not in run.warned:
+            run.pending.at_backward = self._check_dropout
+        if torch.is_grad_enabled() and not self._train_mode:
             return
         if not _noisy(run) or "evaluated-with-noise" in run.warned:
             return
@@ -170,6 +179,29 @@ class UsageWatch(Fresh):
             "evaluated-with-noise",
             f"the cascade was called in eval mode inside stage {run.plan.stage}, and its weights hold noise. "
             'Evaluate inside `with cascade.weights("slow"):`, or "fast"; or after `release`',
+        )
+
+    def _check_dropout(self) -> None:
+        """Warn of a backward in eval mode if there is dropout. The modules are looked at once for a cascade."""
+        run = self._run() if self._run is not None else None
+        if run is None or run.branches.training:
+            return
+        asked = [f"dropout={run.plan.spec.dropout:g} of the spec"] if run.plan.spec.dropout else []
+        asked += [
+            f"{name}={value:g} of {path or type(run.model).__name__}"
+            for path, module in run.model.named_modules()
+            for name, value in vars(module).items()
+            if "drop" in name or (name == "p" and isinstance(module, _DropoutNd))
+            if isinstance(value, float) and value > 0 and not module.training
+        ]
+        if not asked:
+            run.warned.accept("dropout-not-applied")
+            return
+        run.warned.once(
+            "dropout-not-applied",
+            f"a training step ran in eval mode, in which dropout does nothing: {named(asked)}. Models of "
+            "from_pretrained come in eval mode. Call train() of the cascade before training (model.train() if that is "
+            "its name), or set dropout to 0",
         )
 
     def in_pipeline(self, run: Run, cascade: nn.Module) -> bool:

@@ -70,6 +70,7 @@ class PendingWatch(Fresh):
     """
 
     def __init__(self) -> None:
+        self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient arrives
         self._handles: list[Any] = []
         self._seen: dict[int, int] = {}
         self._watched = _by_id()
@@ -120,6 +121,9 @@ class PendingWatch(Fresh):
         self._seen[id(parameter)] = parameter._version
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
+        if self.at_backward is not None:
+            check, self.at_backward = self.at_backward, None
+            check()
         self._counter.count(parameter, self._seen.get(id(parameter)))
         self.note(parameter)
 
