@@ -262,8 +262,8 @@ class Cascade(nn.Module):
                 raise
             raise self._does_not_fit([str(fault)]) from fault
         except CaptureError as fault:
-            run, own = self._run, fault.__cause__ if fault.code == "model-refuses-inputs" else None
-            if own is None or not run.holds_numbers or run.is_sharded:  # fake tensors have reasons of their own
+            own = fault.__cause__ if fault.code == "model-refuses-inputs" else None
+            if own is None or type(own).__module__.startswith(("torch.fx.", "torch._subclasses.")):  # of fake tensors
                 raise
             raise own from None  # a call raises what the model raises
         if disagreements:
