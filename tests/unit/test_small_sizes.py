@@ -13,7 +13,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.compile import Compiler
 from tests.kit.errors import warns
-from tests.kit.state import variant_count
+from tests.kit.state import variant_count, variant_for
 
 SPEC = lx.CascadeSpec(rank=2)
 Forward = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -207,3 +207,10 @@ def test_a_batch_norm_that_sees_one_value_raises_what_the_model_raises(frontend:
         pixels == 5 and batch == 1 for batch, pixels in calls
     ]
     assert all(bool(buffer.isfinite().all()) for buffer in model.buffers())
+
+
+def test_one_image_keeps_height_and_width_constant() -> None:
+    """Graphs with dynamic height and width are slow to capture, and one image of a known size needs none."""
+    cascade = lx.adapt(nn.Conv2d(2, 3, 5), (torch.randn(4, 2, 5, 5),), spec=SPEC)
+    images = [torch.randn(1, 2, 5, 5), torch.randn(1, 2, 7, 7)]
+    assert [variant_for(cascade, (x,)).conditions.sizes[0][2:] for x in images] == [(5, 5), (None, None)]
