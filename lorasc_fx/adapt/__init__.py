@@ -224,7 +224,8 @@ def _named_base(checkpoint: Checkpoint) -> nn.Module:
         named = BaseModel.from_dict(checkpoint.manifest["model"])
     except ValueError as fault:
         raise CheckpointError(f"{checkpoint.path / MANIFEST}: {fault}; {way_back(checkpoint.path)}") from fault
-    model = named.build(where)
+    beside = sum(value.numel() for key, value in checkpoint.tensors.items() if key.startswith("base/"))
+    model = named.build(where, len(checkpoint.manifest["base"]), beside)
     parameters = dict(model.named_parameters())
     for key, value in checkpoint.tensors.items():
         parameter = parameters.get(key.removeprefix("base/")) if key.startswith("base/") else None

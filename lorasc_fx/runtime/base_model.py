@@ -7,23 +7,34 @@ safetensors.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+import math
 import os
+import re
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from lorasc_fx.checks import is_integer
 from lorasc_fx.errors import CheckpointError, StateError
 from lorasc_fx.extras import module_of
 from lorasc_fx.fingerprint import fingerprint
 from lorasc_fx.quantized import dense
-from lorasc_fx.runtime.base_file import SINGLE, BaseFile, name_or_path, open_base
+from lorasc_fx.runtime.base_file import SINGLE, BaseFile, headers, name_or_path, open_base, shards_of
 from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.state import Trained, WeightState
@@ -34,10 +45,24 @@ _DTYPES = {
 }
 _QUANTIZED = {"bitsandbytes": "BitsAndBytesConfig", "quanto": "QuantoConfig"}
 """Classes of transformers that say how a base is quantized as it is loaded, by method; they hold plain values."""
+_PREQUANTIZED = (*_QUANTIZED, "awq", "compressed-tensors", "gptq", "hqq", "torchao")
+"""Methods of quantized files that are read by installed packages; others fetch kernels from the hub."""
 _MUCH = 0.1
 """Share of the numbers of a model that is more than a new head."""
 _ATTENTION = ("eager", "sdpa")
 """Implementations that are a part of torch and transformers; others can be code from elsewhere."""
+_IMPLEMENTATIONS = {"attn_implementation": _ATTENTION, "experts_implementation": ("eager", "batched_mm", "grouped_mm")}
+"""Settings of a configuration that can name code on the hub, by a part of their key, and the values that do not."""
+_CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "use_pretrained_backbone")
+"""Settings of a configuration by which transformers would fetch code or weights from elsewhere."""
+_COUNT = re.compile("layer|label|expert|group|head|depth|stage|block|position")
+"""Keys of a configuration whose number transformers may count up to in Python, before there is a tensor."""
+_MOST_COUNTED, _MOST = 1 << 17, 1 << 31
+"""Largest number under such a key, and under another one, unless the base's own config.json has it."""
+_MODULES_EACH = 16
+"""Modules, parameters and buffers that a model has for each of its parameters, at most; a layer of Llama has 3."""
+_FEW, _SMALL = 1000, 1 << 26
+"""Of a model with few parameters; entries of buffers and of new heads that no file has."""
 _TASKS = {
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
     "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM",
@@ -91,12 +116,14 @@ class BaseModel:
         assert config is not None
         attention = getattr(config, "_attn_implementation", None)
         about = json.loads(config.to_json_string(use_diff=True))
+        about.pop("auto_map", None)  # the class is one of the library
         method = about.get("quantization_config", {}).get("quant_method")
-        if method not in (None, *_QUANTIZED) and not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", 0):
+        pre_quantized = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
+        if method not in (None, *(_PREQUANTIZED if pre_quantized else _QUANTIZED)):
             raise StateError(
                 f"{call}: the base cannot be named: {method} has quantized it as it was loaded, and it is built again "
-                f"for {' and '.join(_QUANTIZED)} alone. Use lorasc_fx.save(cascade, folder), and give the model to "
-                "lorasc_fx.load(folder, model)",
+                f"for {' and '.join(_QUANTIZED)} alone, and from quantized files of {', '.join(_PREQUANTIZED)}. Use "
+                "lorasc_fx.save(cascade, folder), and give the model to lorasc_fx.load(folder, model)",
                 code="base-not-named",
             )
         options = {
@@ -134,23 +161,35 @@ class BaseModel:
             raise ValueError(f"'model': its options are not {', '.join(kinds)}")
         if base.options.get("attention") not in (None, *_ATTENTION):
             raise ValueError(f"'model': its attention is not one of {', '.join(_ATTENTION)}")
+        for path, value in _settings_of(base.options.get("config", {})):
+            _check_setting(path, value)
         if not is_integer(base.options.get("num_classes", 0), 0):
             raise ValueError("'model': its num_classes is no number of classes")
         return base
 
-    def build(self, where: str) -> nn.Module:
+    def build(self, where: str, parameters: int, entries: int = 0) -> nn.Module:
         """Return the base, in eval mode. Only local files are read, unless HF_HUB_OFFLINE is 0 in the environment.
 
+        Args:
+            where: for messages.
+            parameters: number of parameters that the base has. A larger model is not built, whatever its configuration
+                says, which may be forged.
+            entries: of those parameters that are not in the files of the base, such as a new head.
+
         Raises:
-            CheckpointError: it cannot be built: no such model, or no such files.
+            CheckpointError: it cannot be built: no such model, no such files, or it would be larger than these.
             MissingExtra: the library is not installed.
         """
         library = module_of(_EXTRAS[self.library], self.library)
         random = torch.random.fork_rng(devices=[])  # a head that the name has not is filled at random
         try:
             with random:
+                weights = self._weights(fetch=_may_fetch())
+                size = _Size(parameters, self._entries(weights) + entries)
                 model: nn.Module = (
-                    self._transformers(library) if self.library == "transformers" else self._timm(library)
+                    self._transformers(library, size)
+                    if self.library == "transformers"
+                    else self._timm(library, weights, size)
                 )
         except Exception as fault:
             cause = (str(fault).strip() or type(fault).__name__).splitlines()[0]
@@ -162,7 +201,20 @@ class BaseModel:
             ) from fault
         return model.eval()
 
-    def _transformers(self, library: Any) -> Any:
+    def _entries(self, weights: Path) -> int:
+        """Return the number of entries that the files of the base hold, as dense tensors."""
+        if self.library == "timm" and not (weights.name.endswith(".safetensors") and weights.is_file()):
+            raise FileNotFoundError(f"{sanitized(str(weights))} is no safetensors file")
+        try:
+            shapes, _ = headers(shards_of(weights))
+        except (CheckpointError, OSError):
+            if not _may_fetch():
+                raise
+            return sys.maxsize  # they are fetched as the model is built
+        packed = 16 if self.options.get("config", {}).get("quantization_config") else 1  # two bits in an int32, say
+        return packed * sum(map(math.prod, shapes.values()))
+
+    def _transformers(self, library: Any, size: _Size) -> Any:
         defined = getattr(library, self.options["class"]) if self.options["class"] in dir(library) else None
         if not (isinstance(defined, type) and issubclass(defined, library.PreTrainedModel)):
             raise ValueError(f"it has no model {sanitized(self.options['class'])}")
@@ -171,8 +223,12 @@ class BaseModel:
         if self.options["attention"]:
             more["attn_implementation"] = self.options["attention"]
         about, safe = dict(self.options["config"]), {"local_files_only": not _may_fetch(), "trust_remote_code": False}
+        own = kind.config_class.get_config_dict(self.name, **safe)[0]
+        _check_numbers(about, own)
+        with torch.device("meta"), size.held():
+            kind(kind.config_class.from_dict(copy.deepcopy(about)))
         how = about.get("quantization_config")
-        if how and "quantization_config" not in kind.config_class.get_config_dict(self.name, **safe)[0]:
+        if how and "quantization_config" not in own:
             del about["quantization_config"]  # the files are not quantized: it was done as they were loaded
             name = _QUANTIZED[how["quant_method"]]
             more["quantization_config"] = getattr(library, name).from_dict(how)
@@ -186,18 +242,16 @@ class BaseModel:
             **more,
         )
 
-    def _timm(self, library: Any) -> Any:
+    def _timm(self, library: Any, weights: Path, size: _Size) -> Any:
         source, _, rest = self.name.rpartition(":")
-        weights = self._weights(fetch=_may_fetch())
-        if not weights.name.endswith(".safetensors") or not weights.is_file():
-            raise FileNotFoundError(f"{sanitized(str(weights))} is no safetensors file")
         name, overlay = self.name, {}
         if source == "hf-hub":
             _hub_file(rest, "config.json", _may_fetch())
             name = f"local-dir:{weights.parent}"
         elif not source:
             overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
-        model = library.create_model(name, pretrained=True, num_classes=self.options["num_classes"], **overlay)
+        with size.held():
+            model = library.create_model(name, pretrained=True, num_classes=self.options["num_classes"], **overlay)
         return model.to(_DTYPES[self.dtype])
 
     def _weights(self, fetch: bool = False) -> Path:
@@ -243,7 +297,7 @@ class BaseModel:
             numbers = sum(parameter.numel() for parameter in parameters.values())
             if sum(parameters[name].numel() for name in new) <= _MUCH * numbers:
                 return new
-            built = dict(self.build(call).named_parameters())
+            built = dict(self.build(call, len(parameters), numbers).named_parameters())
         except (CheckpointError, OSError, ValueError) as fault:  # of the hub: it is not in the cache
             raise StateError(
                 f"{call}: the files of the base {self.name!r} are not here, and what they lack, such as a new head, "
@@ -265,6 +319,78 @@ class BaseModel:
             base = open_base(replace(self, name=before)._weights(), model)
         assert base is not None
         return base
+
+
+class _Size:
+    """Limits for a model that is being built.
+
+    Args:
+        parameters: number of parameters.
+        entries: of all of them.
+    """
+
+    def __init__(self, parameters: int, entries: int) -> None:
+        self._modules = _FEW + _MODULES_EACH * parameters
+        self._entries = {"parameters": 2 * entries + _SMALL, "buffers": 2 * entries + _SMALL}  # timm makes heads twice
+        self._thread = threading.get_ident()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Raise ValueError as soon as a model that this thread builds becomes larger than its files can fill.
+
+        A tensor that is too large has no memory yet: the system gives it as it is filled.
+        """
+        hooks = (
+            register_module_parameter_registration_hook(partial(self._count, "parameters")),
+            register_module_buffer_registration_hook(partial(self._count, "buffers")),
+            register_module_module_registration_hook(partial(self._count, "")),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _count(self, kind: str, module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        self._modules -= 1
+        if kind and value is not None and not nn.parameter.is_lazy(value):
+            self._entries[kind] -= value.numel()
+        if self._modules < 0 or min(self._entries.values()) < 0:
+            raise ValueError("its configuration asks for a larger model than its files hold")
+
+
+def _settings_of(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a configuration, each with the keys that lead to it."""
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        yield f"{path}.{key}", value
+        if isinstance(value, (dict, list)):
+            yield from _settings_of(value, f"{path}.{key}")
+
+
+def _check_setting(path: str, value: Any) -> None:
+    """Raise ValueError for a setting by which transformers would fetch code, or weights, of somebody else."""
+    key = path.rpartition(".")[2]
+    refused = key in _CODE and bool(value)
+    for part, known in _IMPLEMENTATIONS.items():
+        if part in path:  # one for each part of a model is a table under such a key
+            refused |= not (isinstance(value, (dict, bool)) or value in (None, *known))
+    if key == "quantization_config" and value is not None:
+        refused |= not isinstance(value, dict) or value.get("quant_method") not in _PREQUANTIZED
+    if refused:
+        raise ValueError(
+            f"'model': its config has {sanitized(path[1:])} = {sanitized(value)}, which can be code of somebody else"
+        )
+
+
+def _check_numbers(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number so large that a model cannot have it, unless the base's own files have it."""
+    known = dict(_settings_of(own))
+    for path, value in _settings_of(config):
+        most = _MOST_COUNTED if _COUNT.search(path) else _MOST
+        if isinstance(value, (int, float)) and abs(value) > most and known.get(path) != value:
+            raise ValueError(f"its config has {sanitized(path[1:])} = {sanitized(value)}; the most is {most}")
 
 
 def name_of(model: nn.Module) -> str | None:

@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     BertForMaskedLM,
     MixtralConfig,
     MixtralForCausalLM,
+    modeling_utils,
 )
 
 import lorasc_fx as lx
@@ -290,7 +292,7 @@ def forge(version: Path, **changes: Any) -> None:
         ({"options": {"class": "pipeline", "config": {}, "attention": None}}, ("base-not-built", "pipeline")),
         ({"options": {"class": "os", "config": {}, "attention": None}}, ("base-not-built", "os")),
         ({"options": {"class": "LlamaForCausalLM", "config": {}, "attention": "me/kernel"}}, ("invalid-checkpoint",)),
-        ({"options": {"class": "BertModel", "config": {}, "attention": None}}, ("checkpoint-other-base",)),
+        ({"options": {"class": "BertModel", "config": {}, "attention": None}}, ("base-not-built", "a larger model")),
         ({"library": "timm", "options": {"num_classes": -1, "file": None}}, ("invalid-checkpoint", "num_classes")),
         ({"library": "timm", "options": {"num_classes": 3, "file": "w.pth"}}, ("base-not-built", "w.pth")),
     ],
@@ -300,6 +302,64 @@ def test_a_forged_name(changes: dict[str, Any], expected: tuple[str, ...], named
     forge(version, **changes)
     with raises(lx.CheckpointError, *expected):
         lx.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"attn_implementation": "me/kernel"}, ("invalid-checkpoint", "attn_implementation")),
+        ({"_attn_implementation": "me/kernel"}, ("invalid-checkpoint", "_attn_implementation")),
+        ({"_attn_implementation_internal": "me/kernel"}, ("invalid-checkpoint", "internal")),
+        ({"attn_implementation": {"": "sdpa", "text_config": "me/kernel"}}, ("invalid-checkpoint", "text_config")),
+        ({"attn_implementation": ["me/kernel"]}, ("invalid-checkpoint", "attn_implementation")),
+        ({"text_config": {"deep": [{"attn_implementation": "me/kernel"}]}}, ("invalid-checkpoint", "deep.0")),
+        ({"experts_implementation": "me/kernel"}, ("invalid-checkpoint", "experts_implementation")),
+        ({"auto_map": {"AutoModel": "code.Model"}}, ("invalid-checkpoint", "auto_map")),
+        ({"vision_config": {"trust_remote_code": True}}, ("invalid-checkpoint", "trust_remote_code")),
+        ({"use_pretrained_backbone": True}, ("invalid-checkpoint", "use_pretrained_backbone")),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, ("invalid-checkpoint", "quantization_config")),
+        ({"text_config": {"quantization_config": {}}}, ("invalid-checkpoint", "quantization_config")),
+        ({"num_hidden_layers": 100_000, "layer_types": None}, ("base-not-built", "a larger model")),
+        ({"num_hidden_layers": 10**12, "layer_types": None}, ("base-not-built", "num_hidden_layers")),
+        ({"num_labels": 10**10}, ("base-not-built", "num_labels")),
+        ({"intermediate_size": 10**9}, ("base-not-built", "a larger model")),
+        ({"vocab_size": 10**15}, ("base-not-built", "vocab_size")),
+        ({"hidden_size": 10**400}, ("base-not-built", "hidden_size")),
+    ],
+)
+def test_a_forged_configuration(
+    settings: dict[str, Any], expected: tuple[str, ...], named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No kernel is asked for, and no layer built that the files of the base cannot fill."""
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *_, **__: pytest.fail("asks for code"))
+    version = shutil.copytree(named, tmp_path / "run" / named.name)
+    options = json.loads((version / "manifest.json").read_bytes())["model"]["options"]
+    forge(version, options={**options, "attention": None, "config": {**options["config"], **settings}})
+    begun = time.process_time()
+    with raises(lx.CheckpointError, *expected):
+        lx.load(tmp_path / "run")
+    assert time.process_time() - begun < 2.0
+
+
+def test_a_forged_number_of_classes(tmp_path: Path) -> None:
+    """timm builds its models with memory, which no head takes here."""
+    cascade, _ = image(tmp_path)
+    version = cascade.save_pretrained(tmp_path / "run")
+    options = json.loads((version / "manifest.json").read_bytes())["model"]["options"]
+    forge(version, options={**options, "num_classes": 10**6})
+    with raises(lx.CheckpointError, "base-not-built", "a larger model"):
+        lx.load(tmp_path / "run")
+
+
+def test_large_numbers_of_the_files_themselves(tmp_path: Path) -> None:
+    """Long contexts, and settings of code that the class of the library does not need."""
+    llama(num_hidden_layers=1, max_position_embeddings=10**7).save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
+    cascade = lx.adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), kwargs={"input_ids": IDS})
+    version = cascade.save_pretrained(tmp_path / "run")
+    assert "auto_map" not in (version / "manifest.json").read_text()
+    assert lx.load(tmp_path / "run").model.config.max_position_embeddings == 10**7
 
 
 @pytest.mark.parametrize(("value", "local"), [(None, True), ("1", True), ("", True), ("0", False), ("off", False)])
