@@ -105,13 +105,17 @@ class BaseFile:
         return tensor
 
     def check(self, call: str) -> None:
-        """Raise StateError where a file was written to since; one that was deleted or replaced is still mapped."""
+        """Raise StateError if a file was written to since; one that was deleted or replaced is still mapped.
+
+        A change of permissions or of hard links looks the same.
+        """
         for path, (device, inode, *rest) in self.stamps.items():
             now = _stamp(path) if path.exists() else None
             if now is not None and now[:2] == (device, inode) and [*now[2:]] != rest:
                 raise StateError(
-                    f"{call}: {path} was written to while the cascade lives, and W0 is read from it (base=...). "
-                    "Load the model and the newest checkpoint anew, and write to other files",
+                    f"{call}: {path} was written to while the cascade lives (or its permissions or links changed), and "
+                    "W0 is read from it (base=...). Load the model and the newest checkpoint anew, and write to other "
+                    "files",
                     code="base-file-changed",
                 )
 
@@ -270,7 +274,8 @@ def opened(path: Path) -> Iterator[Any]:
 
 def _stamp(path: Path) -> tuple[int, ...]:
     now = os.stat(path)
-    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+    # A program can put mtime back after a write (rsync -t, cp -p, touch -r), but not ctime.
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
 def renamed(names: Iterable[str], files: Mapping[str, Path]) -> dict[str, str]:

@@ -9,6 +9,7 @@ or on several, sees those of the trained parameters alone. Relative: LoRA-GA (24
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,6 +101,14 @@ class GradientInitialization(Fresh):
             weight.requires_grad_(False)
         self._weights, self._gathered, self._watches, self._armed_by = {}, {}, [], ()
         return gathered
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientInitialization:
+        """Return one that waits for the same step, with the weights and branches of the copy: torch copies no hooks."""
+        new = GradientInitialization()
+        if self._armed_by:
+            new.arm(*copy.deepcopy(self._armed_by, memo))
+            new._gathered |= copy.deepcopy(self._gathered, memo)
+        return new
 
     def restorer(self) -> Callable[[], None]:
         """Return what brings this state back, with the gradients gathered so far."""

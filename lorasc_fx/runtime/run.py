@@ -337,8 +337,9 @@ class Run:
         pages = self.base_file.pages() if self.base_file is not None else MappedPages()
 
         def write(name: str, out: torch.Tensor) -> None:
-            if name in planned.slow.states:
-                keep_base(planned.slow.states[name].base, out)
+            for states in (slow.states, planned.slow.states):  # the first to put W0 back, also after a release
+                if name in states:
+                    keep_base(states[name].base, out)
             (planned.write or write_resting)(name, out)
             if name in planned.slow.states:
                 pages.release(planned.slow.states[name].base)
@@ -407,6 +408,8 @@ class Run:
             self.plan = after
             return
         with Commit(self.lock) as undo:
+            if self.base_file is not None:
+                self.base_file.check("noise.redraw")
             self.check_weights("noise.redraw")
             self.commit(Planned(after, self.slow, self.weights_by_name()), undo)
 
@@ -749,6 +752,11 @@ class Run:
         group = self.replicas.to_compare()
         if group is not None:
             ProcessGroup.of(group).check_alike("DistributedDataParallel", self.facts(self._checksums))
+
+    def note_fingerprints(self, digests: Mapping[str, str]) -> None:
+        """Take over the fingerprints of W0 that came with a checkpoint, if those of before are known."""
+        if self._fingerprints:
+            self._fingerprints = {**self._fingerprints, **digests}
 
     @property
     def fingerprinted(self) -> bool:

@@ -349,8 +349,9 @@ def base_of(weight: torch.Tensor) -> torch.Tensor:
 
 
 def keep_base(base: torch.Tensor, weight: torch.Tensor) -> None:
-    """Copy W0 if it is the weight's own memory, before something is written there. Every state that holds this tensor
-    has the copy then.
+    """Copy W0 if it is the weight's own memory. Call this before each write to the weight.
+
+    The copy replaces the data of `base`, so every state that holds this tensor reads the copy.
     """
     if is_quantized(base) or base.is_meta:
         return

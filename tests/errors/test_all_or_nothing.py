@@ -21,7 +21,7 @@ import lorasc_fx as lx
 from lorasc_fx.capture import capture
 from lorasc_fx.passes import InsertBranches
 from tests.errors.inject import FailAt, Interrupted, failing, in_turn
-from tests.errors.models import Net, inputs, step
+from tests.errors.models import Net, adapted, inputs, step
 from tests.errors.state import assert_same, of, of_model, of_optimizer, of_slow, unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
@@ -222,6 +222,17 @@ def test_release(spec: str, kind: str) -> None:
     state = cascade.model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
     assert is_released(cascade)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_release_of_a_first_stage(kind: str) -> None:
+    """Nothing was written to the weights before, and W0 is their own memory."""
+    cascade, optimizer = adapted(lx.CascadeSpec(rank=1))
+    step(cascade, optimizer)
+    expected = cascade.folded_state_dict()
+    assert everywhere(kind, cascade.release, cascade, optimizer) > 10
+    state = cascade.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("kind", FAULTS)

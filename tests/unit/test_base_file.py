@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -454,12 +455,29 @@ def test_a_file_that_is_written_to_is_noticed(tmp_path: Path) -> None:
     cascade.transition(optimizer)
     cascade.release()
 
-    path = written(tmp_path / "again.safetensors", mlp())
-    cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=path)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+    for size in (1, 0):  # of the same size, with its mtime put back, as by cp -p or rsync --inplace -t
+        path = written(tmp_path / "again.safetensors", mlp())
+        cascade = lx.adapt(mlp(), (X,), spec=SPEC, base=path)
+        optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
+        step(cascade, optimizer)
+        before = path.stat()
+        with path.open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(bytes(4 + size))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with unchanged(cascade, optimizer), raises(lx.StateError, "base-file-changed", "transition", path):
+            cascade.transition(optimizer)
+
+
+def test_a_file_that_is_written_to_is_noticed_when_noise_is_drawn_anew(tmp_path: Path) -> None:
+    path = written(tmp_path / "base.safetensors", mlp())
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1, redraw="step"))
+    cascade = lx.adapt(mlp(), (X,), spec=spec, base=path)
+    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05))
     step(cascade, optimizer)
-    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0" + b"\0")
-    with unchanged(cascade, optimizer), raises(lx.StateError, "base-file-changed", "transition", path):
+    path.write_bytes(path.read_bytes()[:-4] + bytes(4))
+    with raises(lx.StateError, "base-file-changed", "noise.redraw", path):
+        step(cascade, optimizer)
         cascade.transition(optimizer)
 
 

@@ -308,6 +308,21 @@ def test_the_gradient_start_is_the_cascades_own_trajectory() -> None:
     torch.testing.assert_close(train(cascade, optimizer, calls[1:]), expected[1:], rtol=0, atol=1e-10)
 
 
+def test_a_copy_waits_for_the_first_gradient_too() -> None:
+    calls = batches(2, 4, 5)
+    cascade = lx.adapt(mlp(), (calls[0],), spec=lx.CascadeSpec(rank=2, restart_A="gradient"))
+    optimizer = optimizer_of(cascade, "sgd")
+    cascade.transition(optimizer)
+    loss_of(cascade(calls[0])).backward()
+    optimizer.zero_grad()
+    copied = copy.deepcopy(cascade)
+    for each in (cascade, copied):
+        train(each, optimizer_of(each, "sgd"), calls)
+        assert all(weight.grad is None and not weight.requires_grad for weight in each.model.parameters())
+    for ours, theirs in zip(cascade.branches.parameters(), copied.branches.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_scheduler_steps_once_a_stage() -> None:
     cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
