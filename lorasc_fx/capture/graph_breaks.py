@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasc_fx.capture.captured import OWNER, Captured, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
-from lorasc_fx.capture.isolation import Shared, isolation, no_fastpath, own_warnings, quiet, written_by
+from lorasc_fx.capture.isolation import Shared, isolation, no_fastpath, own_warnings, written_by
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import (
     ADDED_FIRST,
@@ -197,8 +197,8 @@ class GraphBreakFallback:
         """Return why no one graph holds the whole model: file, line and reason of the first graph break, or another."""
         if self.eager:
             return "the model runs as it is, by its own Python"
-        with quiet(), _dynamo_settings():
-            explained = torch._dynamo.explain(self.model)(*args, **kwargs)
+        with isolation(self.model, args, kwargs) as (inputs, named), _dynamo_settings():  # it runs the model
+            explained = torch._dynamo.explain(self.model)(*inputs, **named)
         for reason in explained.break_reasons:
             if reason.user_stack:
                 frame = reason.user_stack[-1]

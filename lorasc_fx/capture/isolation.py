@@ -37,7 +37,7 @@ from lorasc_fx.capture.guards import Held, attribute_tensors, walk
 from lorasc_fx.capture.signature import copied, whole
 from lorasc_fx.errors import CaptureError, named
 from lorasc_fx.fingerprint import checksums
-from lorasc_fx.parameters import substituted
+from lorasc_fx.parameters import exchange, substituted
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.undo import PROCESS, AllOrNothing, Block, isolated
 
@@ -330,10 +330,15 @@ def first_checksums(undo: Block[Any], model: nn.Module) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Attributes:
-    """The Python state of a model: the contents of its holders, and the values of the tensors in them."""
+    """The Python state of a model: the contents of its holders, and the values of the tensors in them.
+
+    Args:
+        places: each holder, and a copy of its contents.
+        tensors: each tensor with its version, a copy of its values, and whether it had an autograd history.
+    """
 
     places: list[tuple[Held, Any]]
-    tensors: list[tuple[torch.Tensor, int, torch.Tensor]]
+    tensors: list[tuple[torch.Tensor, int, torch.Tensor, bool]]
 
     @classmethod
     def of(cls, model: nn.Module) -> Attributes:
@@ -341,7 +346,7 @@ class Attributes:
         held_now = list(walk(model))
         places = [(held, held.contents()) for held in held_now if held.restored]
         tensors = [
-            (tensor, tensor._version, tensor.detach().clone())
+            (tensor, tensor._version, tensor.detach().clone(), tensor.grad_fn is not None)
             for _, tensor in attribute_tensors(model, held_now)
             if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
             if not (tensor.is_inference() or tensor.is_meta or tensor.is_nested)
@@ -362,9 +367,17 @@ class Attributes:
         return sorted(names)
 
     def restore(self) -> None:
-        """Restore the contents of every holder, and the values of every tensor."""
-        for held, before in self.places:
-            where = held.where
+        """Restore the contents of every holder, and the values and the missing history of every tensor."""
+        detached: dict[int, torch.Tensor] = {}
+        for tensor, version, value, has_history in self.tensors:
+            if tensor._version != version:
+                with torch.no_grad():
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
+                if not has_history and (without := _without_history(tensor)) is not tensor:
+                    detached[id(tensor)] = without
+        for held, contents in self.places:
+            where, before = held.where, _exchanged(contents, detached)
             if isinstance(where, dict):
                 for key in [key for key in held.contents() if key not in before]:
                     del where[key]
@@ -376,10 +389,33 @@ class Attributes:
             elif len(where) != len(before) or not _same(held.contents(), before):
                 where.clear()
                 where.extend(before) if isinstance(where, (list, deque)) else where.update(before)
-        for tensor, version, value in self.tensors:
-            if tensor._version != version and not torch.equal(tensor, value):
-                with torch.no_grad():
-                    tensor.copy_(value)
+
+
+def _exchanged(contents: Any, new: Mapping[int, torch.Tensor]) -> Any:
+    """Return the contents of a holder with other tensors in the places of some, by id."""
+    if not new:
+        return contents
+    if isinstance(contents, dict):
+        return {key: new.get(id(value), value) for key, value in contents.items()}
+    return type(contents)(new.get(id(value), value) for value in contents)
+
+
+def _without_history(tensor: torch.Tensor) -> torch.Tensor:
+    """Detach a tensor that a forward with gradients has written into, in place.
+
+    Torch detaches no view in place: it gets a new TensorImpl on the same memory. If something else holds the old one,
+    return a new tensor, which is to take the place of this one.
+    """
+    if tensor.grad_fn is None:
+        return tensor
+    if not tensor._is_view():
+        return tensor.detach_()
+    new = tensor.detach()
+    try:
+        torch.utils.swap_tensors(tensor, new)
+    except RuntimeError:
+        return new
+    return tensor
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -504,9 +540,14 @@ def _storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def _for_good(step: Callable[[], object]) -> None:
+    """Drop the step that would undo a change."""
+
+
 @isolated
 def same_values(undo: Block[Any], model: nn.Module) -> None:
-    """Restore buffers at the end, and parameters that forward writes into.
+    """Restore buffers at the end, and parameters that forward writes into: values, and that they have no autograd
+    history. A buffer that has one, from a call before, has a copy without in its place while the model runs.
 
     Which ones these are is known after a first run, in which each is copied to host memory before it is written;
     `torch.compile` compiles nothing in it, as a kernel that it makes does not tell.
@@ -514,12 +555,16 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
     Raises:
         CaptureError: at the end, for a parameter that a first run has written by means that are not seen.
     """
+    with_history = {id(value): value.detach().clone() for value in model.buffers() if value.grad_fn is not None}
+    if with_history:  # a backward through the run would go on into the graph of that call
+        exchange(model, lambda holder: with_history.get(id(holder.value)), undo)
+    clean = [parameter for parameter in model.parameters() if parameter.grad_fn is None]
     paths = {module: path for path, module in model.named_modules()}
     buffers = [
         (
             module,
             dict(module._buffers),
-            {name: value.clone() for name, value in module._buffers.items() if value is not None},
+            {name: value.detach().clone() for name, value in module._buffers.items() if value is not None},
         )
         for module in model.modules()
     ]
@@ -553,6 +598,8 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
                 if name in writes.kept and not torch.equal(writes.kept[name], tensor.cpu()):
                     parameter.copy_(writes.kept[name])
                     written.add(name)
+            for parameter in clean:
+                _without_history(parameter)
             written.update(name for name, parameter, version in versions if parameter._version != version)
             for module, objects, values in buffers:
                 if isinstance(module._buffers, dict):  # a script module keeps its own
@@ -564,6 +611,9 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
                     buffer = module._buffers[name]
                     if buffer is not None and buffer.shape == value.shape and not _same_bits(buffer, value):
                         buffer.copy_(value)  # and only then, as an autograd graph of before may have kept the buffer
+            views = {id(value): new for value in model.buffers() if (new := _without_history(value)) is not value}
+            if views:
+                exchange(model, lambda holder: views.get(id(holder.value)), _for_good)
         unseen = {name: tensor for name, tensor in lazily.items() if name not in writes.kept}
         changed = [name for name, value in checksums(unseen).items() if value != before[name]]
         if changed:

@@ -362,6 +362,69 @@ def test_tensors_and_objects_among_attributes(frontend: str) -> None:
     assert variant_count(cascade) == 1
 
 
+class Cache(nn.Module):
+    """Writes keys with their gradients into a cache that it holds in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.head = how, nn.Linear(5, 3), nn.Linear(3, 2)
+        cache = torch.zeros(2, 4, 3)[1] if "view" in how else torch.zeros(4, 3)
+        if "buffer" in how:
+            self.register_buffer("cache", cache)
+        else:
+            self.cache = {"parameter": nn.Parameter(cache, False), "list": [cache], "dict": {0: cache}}.get(how, cache)
+
+    @property
+    def held(self) -> Tensor:
+        cache = self.cache[0] if self.how in ("list", "dict") else self.cache
+        assert isinstance(cache, Tensor)
+        return cache
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        self.held[places] = self.a(x)
+        return self.head(self.held.clone())
+
+
+CACHES = ("buffer", "buffer, a view", "attribute", "attribute, a view", "parameter", "list", "dict")
+
+
+@pytest.mark.parametrize("how", CACHES)
+def test_a_cache_gets_no_history_of_an_isolated_run(how: str) -> None:
+    model, x, places = Cache(how), torch.randn(2, 5), torch.tensor([0, 1])
+    before = model.held
+    with isolation(model, (x, places), {}) as (args, kwargs):
+        model(*args, **kwargs).sum().backward()
+    assert model.held is before
+    assert (before.grad_fn, before.requires_grad, before.count_nonzero().item()) == (None, False, 0)
+
+
+@pytest.mark.parametrize("how", CACHES[:2])
+def test_the_history_of_a_buffer_stays(how: str) -> None:
+    """Of a call whose backward is still to come."""
+    model, x, places = Cache(how), torch.randn(2, 5), torch.tensor([0, 1])
+    output = model(x, places)
+    before, history, value = model.cache, model.cache.grad_fn, model.cache.detach().clone()
+    with isolation(model, (x + 1, places), {}) as (args, kwargs):
+        model(*args, **kwargs).sum().backward()
+    assert model.cache is before
+    assert model.cache.grad_fn is history
+    assert torch.equal(model.cache, value)
+    model.zero_grad()
+    output.sum().backward()
+    torch.testing.assert_close(model.a.weight.grad, model.head.weight.sum(0)[:, None] * x.sum(0))
+
+
+@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+def test_a_cache_with_gradients_trains(frontend: str) -> None:
+    torch.manual_seed(0)
+    model, x, places = Cache("buffer"), torch.randn(2, 5), torch.tensor([0, 1])
+    plain = copy.deepcopy(model)
+    cascade = lx.adapt(model, (x, places), spec=lx.CascadeSpec(("head",), rank=2, train=("a.*",)), frontend=frontend)
+    for each in (plain, cascade):
+        each(x, places).square().sum().backward()
+    torch.testing.assert_close(model.a.weight.grad, plain.a.weight.grad)
+
+
 class Meters(nn.Module):
     def __init__(self) -> None:
         super().__init__()
