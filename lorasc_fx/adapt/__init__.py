@@ -147,7 +147,8 @@ def load(
             train`, whose cascade has `preprocessing`: `args, kwargs = cascade.preprocessing(texts)`, or paths of
             images, as the run has read them, and the names of its `classes`.
         model, args, kwargs, base: as for `adapt`; the model holds the weights that were adapted, or is on the meta
-            device and gets them by `materialize`, which then takes the checkpoint's state. Without one, the base
+            device and gets them by `materialize`, which then takes the checkpoint's state. What is trained in full may
+            hold other values, such as a new head: it gets those of the checkpoint. Without a model, the base
             that `save_pretrained` has named is built, in eval mode. Only local files are read for it, unless
             HF_HUB_OFFLINE is 0 in the environment. The base of a run is the one of its configuration.
 

@@ -21,7 +21,6 @@ from lorasc_fx.parameters import exchange
 from lorasc_fx.plan import Plan
 from lorasc_fx.runtime import Cascade, check_base
 from lorasc_fx.runtime.base_file import open_base
-from lorasc_fx.runtime.checkpoint_read import check_digests
 from lorasc_fx.runtime.materialize import find_numbers, fingerprints_of_files, put_numbers, with_numbers
 from lorasc_fx.shards import local_like
 from lorasc_fx.undo import AllOrNothing, Undo, no_inference_mode
@@ -126,10 +125,7 @@ def _into_shards(
         fingerprints |= json.loads(text)
     with group.agreed("materialize"):
         if meta.checkpoint is not None:
-            checkpoint, parameters = meta.checkpoint, run.parameters_by_name()
-            check_digests(
-                f"{checkpoint.path}: this is", checkpoint.manifest["base"], fingerprints, parameters, checkpoint.moved
-            )
+            check_base(meta.checkpoint, run.parameters_by_name(), fingerprints)
         put_numbers(numbers, model, device, undo)
         spec, stage = run.plan.spec, run.plan.stage
         new = {}

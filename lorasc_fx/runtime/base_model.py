@@ -37,7 +37,6 @@ from lorasc_fx.quantized import dense
 from lorasc_fx.runtime.base_file import SINGLE, BaseFile, headers, name_or_path, open_base, shards_of
 from lorasc_fx.runtime.checkpoint import sanitized
 from lorasc_fx.runtime.run import Run
-from lorasc_fx.state import Trained, WeightState
 
 _EXTRAS = {"transformers": "text", "timm": "vision"}
 _DTYPES = {
@@ -269,13 +268,12 @@ class BaseModel:
         return Path(_hub_file(rest if source else timm.get_pretrained_cfg(self.name).hf_hub_id, SINGLE, fetch))
 
     def tensors_beside(self, run: Run, call: str) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint holds of the base itself: W0 of what is trained in full, and of what its files have
-        not (`_new_in`).
+        """Return W0 of what the files of the base do not have (`_new_in`), by its name in a checkpoint. A checkpoint
+        holds W0 of what is trained in full anyway.
         """
-        slow, parameters = run.slow, run.parameters_by_name()
-        known: dict[str, WeightState | Trained] = {**slow.states, **slow.trained}
-        names = dict.fromkeys((*self._new_in(run.model, run.fingerprints(), call), *slow.trained))
-        values = {name: known[name].base if name in known else parameters[name] for name in names}
+        states, parameters = run.slow.states, run.parameters_by_name()
+        names = [name for name in self._new_in(run.model, run.fingerprints(), call) if name not in run.slow.trained]
+        values = {name: states[name].base if name in states else parameters[name] for name in names}
         return {f"base/{name}": dense(value).detach().to("cpu", copy=True) for name, value in values.items()}
 
     def _new_in(self, model: nn.Module, fingerprints: Mapping[str, str], call: str) -> list[str]:

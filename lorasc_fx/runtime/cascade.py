@@ -957,7 +957,8 @@ class Cascade(nn.Module):
         return self
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return copies of all that a resume needs, without W0 and without noise, which is drawn again from its key.
+        """Return copies of all that a resume needs, without noise, which is drawn again from its key, and without W0,
+        except W0 of what is trained in full.
 
         These are branches, experts, coefficients, the stage, what is trained in full, buffers, gradients that wait for
         a step, and random generators (which `resume` takes). The optimizer has a state dict of its own, and

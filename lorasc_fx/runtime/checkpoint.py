@@ -3,8 +3,8 @@
 The tensors are in one file, or in one of each rank that holds shards: then each file has its shards, in the order of
 ranks, and the first one all else.
 
-W0 is not copied. A fingerprint of each base parameter refuses another base and names what differs. Loading runs no code
-from a file.
+W0 is not copied, except W0 of what is trained in full. A fingerprint of each base parameter refuses another base and
+names what differs. Loading runs no code from a file.
 
 A file that is mapped, or opened a second time by its path, may have changed since its digest was taken; one that is cut
 short while it is mapped ends the process. So a file is opened once and read, and digest and content come from the same

@@ -68,6 +68,12 @@ class Checkpoint:
         """Names of the model's buffers, and of the parameters that forward writes."""
         return {name.removeprefix("buffer/") for name in self.tensors if name.startswith("buffer/")}
 
+    @property
+    def bases(self) -> dict[str, torch.Tensor]:
+        """W0 of the parameters trained in full, by name."""
+        held = {name: self.tensors.get(f"base/{name}") for name in self.manifest["trained"]}
+        return {name: value for name, value in held.items() if value is not None}
+
 
 def read(folder: str | PathLike[str]) -> Checkpoint:
     """Read the newest version of a checkpoint folder, or of the one in the folder of a run of the command line.
@@ -267,17 +273,40 @@ def _why(fault: Exception) -> str:
     return sanitized(reason_of(fault), 300)
 
 
-def check_base(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a model that is not the checkpoint's base; of what is on the meta device only names are known.
+def check_base(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, torch.Tensor],
+    digests: Mapping[str, str] | None = None,
+    moved: Collection[str] = (),
+    advice: str = "load onto the weights that were adapted",
+) -> None:
+    """Refuse a model that is not the checkpoint's base.
+
+    The values of what the checkpoint holds itself do not matter: W0 of what was trained in full, which it puts in.
+    Of what is on the meta device only names are known.
+
+    Args:
+        checkpoint: as read.
+        parameters: of the model, by name.
+        digests: fingerprints of their W0, if they are known.
+        moved: more names of parameters that forward writes.
+        advice: what to do about another base, for messages.
 
     Raises:
         CheckpointError: names the parameters that are missing, foreign, or differ.
     """
     base: Mapping[str, str] = checkpoint.manifest["base"]
-    here = {name: value for name, value in parameters.items() if name in base}
-    digests = {name: base[name] for name, value in here.items() if value.is_meta}
-    digests |= fingerprints({name: value for name, value in here.items() if not value.is_meta})
-    check_digests(f"{checkpoint.path}: this is", base, digests, parameters, checkpoint.moved)
+    own = {}
+    for name, value in checkpoint.bases.items():
+        parameter = parameters.get(name)
+        if parameter is not None and (parameter.shape, parameter.dtype) == (value.shape, value.dtype):
+            own[name] = value
+    if digests is None:
+        here = {name: value for name, value in parameters.items() if name in base and name not in own}
+        digests = {name: base[name] for name, value in here.items() if value.is_meta}
+        digests |= fingerprints({name: value for name, value in here.items() if not value.is_meta})
+    digests = {**digests, **fingerprints(own)}
+    check_digests(f"{checkpoint.path}: this is", base, digests, parameters, {*checkpoint.moved, *moved}, advice)
 
 
 def check_digests(
@@ -390,6 +419,7 @@ def restore(run: Run, checkpoint: Checkpoint, undo: Undo | None = None) -> None:
     state = decoded(checkpoint, RunState.of(run))
     with refused(checkpoint):
         install(run, state, str(checkpoint.path), undo)
+    run.note_fingerprints({name: checkpoint.manifest["base"][name] for name in checkpoint.bases})
 
 
 def gradients_of(run: Run, checkpoint: Checkpoint) -> Planned:

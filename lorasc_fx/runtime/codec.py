@@ -13,7 +13,7 @@ where there is one. Names of tensors (format 2; `format_1` reads those of before
 | `initial/WEIGHT/b`, `a`, `magnitude` | initial factors and magnitudes |
 | `trained/NAME/value`, `slow`, `start`, `average`, `stage/K` | a parameter trained in full, and its views |
 | `buffer/NAME` | a buffer, or a parameter that forward writes |
-| `base/NAME` | W0 of a parameter, where the base is named and may not have it by this name (a new head) |
+| `base/NAME` | W0 of a parameter trained in full; if the base is named, also of what its files do not have |
 """
 
 from __future__ import annotations
@@ -109,13 +109,17 @@ class RunState:
         return states, trained
 
     def placed_like(self, other: RunState) -> RunState:
-        """Return this state with the W0 of another one of the same weights, and of its shards those that are here."""
+        """Return this state with the W0 of another one of the same weights, and of its shards those that are here.
+
+        W0 of a parameter trained in full stays its own, if it is known.
+        """
         slow, states, trained = other.slow, {}, {}
         for name, state in self.slow.states.items():
             states[name] = replace(state.to_shard(slow.states[name].shard), base=slow.states[name].base)
         for name, entry in self.slow.trained.items():
-            shard = shard_of(other.values[name])
-            trained[name] = replace(entry.to_shard(shard), base=slow.trained[name].base)
+            trained[name] = entry.to_shard(shard_of(other.values[name]))
+            if entry.base.is_meta:
+                trained[name] = replace(trained[name], base=slow.trained[name].base)
         branches = {
             weight: {name: local_like(value, other.branches[weight][name]) for name, value in factors.items()}
             for weight, factors in self.branches.items()
@@ -144,6 +148,8 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
         for view, value in entry.views.items():
             tensors[key := f"trained/{name}/{view}"] = value
             axes[key] = shard_axis(state.values[name])
+        tensors[key := f"base/{name}"] = entry.base
+        axes[key] = shard_axis(state.values[name])
     tensors |= {f"buffer/{name}": value for name, value in state.buffers.items()}
     manifest: dict[str, Any] = {"idle": slow.idle, "trained": list(slow.trained), "slow": weights, "stage_ends": ends}
     manifest["waits_for_gradient"] = state.waits_for_gradient
@@ -231,7 +237,8 @@ def decode(
         keys = [f"stage/{stage}" for stage in manifest["stage_ends"].get(name, ())]
         keys += ["average"] if f"trained/{name}/average" in file else []
         views |= {key: file.take(f"trained/{name}/{key}", shape, dtype) for key in keys}
-        trained[name] = replace(entry, views=views)
+        base = file.take(f"base/{name}", shape, entry.base.dtype) if f"base/{name}" in file else entry.base
+        trained[name] = replace(entry, base=base, views=views)
         start = trained[name].resting(manifest["idle"])
         if torch.equal(values[name], start.to(values[name].dtype)):
             values[name] = start  # the file may be of a cascade in another dtype: rounding is no training

@@ -251,6 +251,9 @@ def _is_reference(reference: Any) -> bool:
 
 
 def _check_optimizer(saved: Mapping[str, Any]) -> None:
+    host = saved.get("host", [])
+    if not isinstance(host, list) or any(not isinstance(name, str) for name in host):
+        raise ValueError("'optimizer': 'host' is no list of names")
     count = 0
     for group in saved["groups"]:
         if not isinstance(group, dict) or not isinstance(group.get("params"), list):

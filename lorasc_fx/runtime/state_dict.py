@@ -1,4 +1,4 @@
-"""The state dict of a cascade: what `lorasc_fx.save` writes, without W0, as one flat table of tensors.
+"""The state dict of a cascade: what `lorasc_fx.save` writes, as one flat table of tensors.
 
 The manifest is one of the tensors: its JSON as bytes. It is checked as one from a folder is, and a cascade that lives
 takes the state over as a whole. torch's own entries, of model and branches, hold W_t with its noise: no cascade can be
@@ -94,12 +94,11 @@ def take_over(run: Run, checkpoint: checkpoint_read.Checkpoint, undo: Undo) -> N
     Raises:
         CheckpointError: another base, another spec, other sites, or values that do not fit.
     """
-    checkpoint_read.check_digests(
-        f"{checkpoint.path}: this is",
-        checkpoint.manifest["base"],
-        run.fingerprints(),
+    checkpoint_read.check_base(
+        checkpoint,
         run.parameters_by_name(),
-        {*checkpoint.moved, *run.moved_parameters()},
+        run.fingerprints(),
+        run.moved_parameters(),
         "adapt the weights that were adapted",
     )
     _check_alike(run.plan, checkpoint)

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,6 +142,8 @@ def _give(
                 for name in ("state", "param_groups"):
                     undo(partial(setattr, holder, name, getattr(holder, name)))
             optimizer.load_state_dict(state)
+            host = manifest["optimizer"].get("host", ())
+            keep_as_saved(optimizer, state["state"], host, _saved_dtypes(run, checkpoint))
             run.commit(replace(gradients_of(run, checkpoint), optimizer=optimizer), undo)
         if scheduler is not None:
             undo(partial(scheduler.load_state_dict, deepcopy(scheduler.state_dict())))
@@ -152,17 +154,24 @@ def _give(
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return an optimizer's state as tensors and JSON."""
+    """Return an optimizer's state as tensors and JSON, which names the tensors that are on the host beside parameters
+    that are not: torch moves these when it loads them.
+    """
     state = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
+    host: list[str] = []
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer/{index}/{name}"] = value.detach().clone()
+                if value.device.type == "cpu" and parameters[index].device.type != "cpu":
+                    host.append(f"{index}/{name}")
             else:
                 numbers.setdefault(str(index), {})[name] = value
-    return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "numbers": numbers}
+    meta = {"class": type(optimizer).__name__, "groups": state["param_groups"], "numbers": numbers}
+    return tensors, {**meta, "host": host} if host else meta
 
 
 def _state_for(
@@ -193,6 +202,63 @@ def _state_for(
                 entries[key] = dtensor_like(value, parameters[index])
     groups = [_group(group, old, optimizer.defaults) for group, old in zip(now, then, strict=True)]
     return {"state": state, "param_groups": groups}
+
+
+def _saved_dtypes(run: Run, checkpoint: Checkpoint) -> dict[nn.Parameter, torch.dtype]:
+    """Return the dtype that each trained parameter had when the checkpoint was written."""
+    saved = {
+        parameter: checkpoint.tensors.get(f"branch/{weight}/{name}")
+        for weight, branch in run.branches_by_weight().items()
+        for name, parameter in branch.named_parameters()
+    }
+    saved |= {
+        parameter: checkpoint.tensors.get(f"trained/{name}/value")
+        for name, parameter in run.trained_parameters().items()
+    }
+    return {parameter: tensor.dtype for parameter, tensor in saved.items() if tensor is not None}
+
+
+def keep_as_saved(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[int, Any],
+    host: Collection[str],
+    dtypes: Mapping[nn.Parameter, torch.dtype],
+) -> None:
+    """Give the tensors of an optimizer's state their saved dtypes, and keep on the host what was there.
+
+    `Optimizer.load_state_dict` moves all of them except `step` to the dtype and the device of the parameter. The dtype
+    is right only for a moment in the dtype of its parameter, if the parameter has another one now.
+
+    Args:
+        optimizer: has loaded the state.
+        state: as it was saved, by the index of the parameter.
+        host: names of tensors that were on the host, and their parameters were not (`optimizer_state`).
+        dtypes: of the parameters when they were saved.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    table = stepping(optimizer).state
+    for index, entries in state.items():
+        parameter = parameters[index]
+        before = dtypes.get(parameter)
+        follows = before if before != parameter.dtype else None
+        loaded = table.get(parameter, {})
+        for key in loaded.keys() & entries.keys():
+            on_host = key != "step" and f"{index}/{key}" in host
+            loaded[key] = _as_saved(loaded[key], entries[key], follows, on_host)
+
+
+def _as_saved(loaded: Any, saved: Any, follows: torch.dtype | None, on_host: bool) -> Any:
+    """Return what was loaded in its saved dtypes, except tensors of the dtype `follows`, which stay."""
+    if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor) and loaded.shape == saved.shape:
+        dtype = loaded.dtype if saved.dtype == follows else saved.dtype
+        device = torch.device("cpu") if on_host else loaded.device
+        return loaded if (loaded.dtype, loaded.device) == (dtype, device) else saved.to(device, dtype)
+    if isinstance(loaded, dict) and isinstance(saved, Mapping):
+        known = loaded.keys() & saved.keys()
+        return loaded | {key: _as_saved(loaded[key], saved[key], follows, on_host) for key in known}
+    if isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):
+        return [_as_saved(one, other, follows, on_host) for one, other in zip(loaded, saved, strict=True)]
+    return loaded
 
 
 def _check_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:

@@ -587,7 +587,7 @@ def test_a_plan_of_another_model(name: str, version: Path) -> None:
 BASES: list[tuple[Edit, str]] = [
     (lambda model: model.norm.weight[0].add_(1e-6), "differs in norm.weight"),
     (lambda model: model.body.weight.add_(1), "differs in body.weight"),
-    (lambda model: model.head.bias.neg_(), "differs in head.bias"),
+    (lambda model: model.norm.bias.add_(1), "differs in norm.bias"),
     (lambda model: model.half(), "differs in body.weight, body.bias, norm.weight and 4 more"),
     (lambda model: setattr(model, "body", nn.Linear(5, 6)), "differs in body.weight, body.bias"),
     (lambda model: delattr(model, "norm"), "lacks norm.weight, norm.bias"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.checkpoint.runs import THREE_STAGES, Run, adamw, interrupted, whole
+from lorasc_fx.runtime.training_state import keep_as_saved, optimizer_state
+from tests.checkpoint.runs import THREE_STAGES, Run, X, adamw, interrupted, whole
 from tests.errors.models import Net, inputs, loss_of
-from tests.errors.state import assert_same, raw
+from tests.errors.state import assert_same, of_slow, raw, unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
-from tests.kit.state import gathered_gradients
+from tests.kit.state import MANIFEST, gathered_gradients
 
 PLAIN = lx.CascadeSpec(targets=("conv", "body", "head"), rank=1, pace=0.4)
 SPECS: dict[str, lx.CascadeSpec] = {
@@ -238,6 +240,54 @@ def test_optimizers(name: str, how: Any, tmp_path: Path) -> None:
     make = OPTIMIZERS[name]
     run = Run(spec, optimizer=lambda cascade: make(cascade.param_groups(**make.keywords), **make.keywords))
     assert_equal_to_whole(run, THREE_STAGES, (2, 4, 9), tmp_path)
+
+
+class Narrow(torch.optim.Optimizer):
+    """Momentum in int8, with a scale of its own in fp64, and a list of tensors."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if not (state := self.state[parameter]):
+                    state["moment"] = torch.zeros(parameter.shape, dtype=torch.int8)
+                    state["more"] = [torch.ones((), dtype=torch.float64), torch.zeros(2, dtype=torch.int16)]
+                moment = state["moment"] * state["more"][0] * 0.9 + parameter.grad.double()
+                state["more"][0] = moment.abs().max().clamp_min(1e-12) / 127
+                state["moment"] = (moment / state["more"][0]).round().to(torch.int8)
+                parameter.sub_((group["lr"] * state["moment"] * state["more"][0]).to(parameter.dtype))
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(torch.optim.NAdam, torch.float64), (torch.optim.ASGD, torch.bfloat16), (Narrow, torch.float32)],
+)
+def test_states_of_another_dtype_than_their_parameter(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch's load_state_dict casts them all to the dtype of the parameter."""
+    x = inputs(5, 3, 4, 4).to(dtype)
+    run = Run(SPECS["train"], lambda: Net().to(dtype), x, optimizer=lambda c: make(c.param_groups(lr=0.02), lr=0.02))
+    assert_equal_to_whole(run, THREE_STAGES[:6], (2,), tmp_path)
+
+
+def test_states_that_were_on_the_host_stay_there() -> None:
+    """As mu_product of a NAdam on a GPU, for which the meta device stands here."""
+    parameter = nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer, other = torch.optim.NAdam([parameter]), torch.optim.NAdam([parameter])
+    entries = {"step": torch.tensor(1.0), "mu_product": torch.tensor(0.5), "exp_avg": torch.zeros(2, device="meta")}
+    optimizer.state[parameter] = entries
+    tensors, meta = optimizer_state(optimizer)
+    assert meta["host"] == ["0/step", "0/mu_product"]
+    loaded = {"state": {0: {name: tensors[f"optimizer/0/{name}"] for name in entries}}, "param_groups": meta["groups"]}
+    other.load_state_dict(loaded)
+    keep_as_saved(other, loaded["state"], meta["host"], {})
+    assert {name: value.device for name, value in other.state[parameter].items()} == {
+        name: value.device for name, value in entries.items()
+    }
 
 
 SCHEDULERS: dict[str, Any] = {
@@ -500,3 +550,35 @@ def test_a_run_in_another_dtype_than_the_model_has_not_trained(idle: bool, tmp_p
     assert not torch.equal(loaded.model[1].bias, loaded.model[1].bias.float().double())
     if idle:
         assert [stage.number for stage in loaded.stages(1, adamw(loaded))] == [2]
+
+
+def with_head(seed: int) -> Net:
+    """A base whose head is drawn anew, as by a script that sets no seed."""
+    model = Net()
+    torch.manual_seed(seed)
+    model.head.reset_parameters()
+    return model
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_head_that_is_drawn_anew_is_the_one_of_the_checkpoint(waits: bool, tmp_path: Path) -> None:
+    seeds = iter((1, 1, 2, 3))  # of the whole run, of the one that is interrupted, and of the two that go on
+    run = Run(SPECS["train, fast"], build=lambda: with_head(next(seeds)), waits=waits)
+    assert_equal_to_whole(run, THREE_STAGES[:7], (2, 5), tmp_path)
+    assert not list(seeds)
+
+
+def test_a_state_dict_brings_its_head_along(tmp_path: Path) -> None:
+    cascade, other = (lx.adapt(with_head(seed), (X,), spec=SPECS["train"], frontend="symbolic") for seed in (1, 2))
+    first, second = (lx.save(each, tmp_path / name) for name, each in (("a", cascade), ("b", other)))
+    other.load_state_dict(cascade.state_dict())
+    assert_same(of_slow(other), of_slow(cascade))
+    with other.weights("base"):
+        assert torch.equal(other.model.head.weight, with_head(1).head.weight)
+    third = lx.save(other, tmp_path / "c")
+    of = {version: json.loads((version / MANIFEST).read_text())["base"] for version in (first, second, third)}
+    assert of[third] == of[first] != of[second]
+    grown = with_head(3)
+    grown.head = nn.Linear(7, 5)
+    with unchanged(grown), raises(lx.CheckpointError, "checkpoint-other-base", "differs in head.weight, head.bias"):
+        lx.load(tmp_path / "a", grown, args=(X,))

@@ -314,11 +314,20 @@ def saved(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[in
         lx.save(cascade, folder, optimizer=optimizer, extra={"steps": at}, keep=2)
 
 
+def drawn_anew(model: nn.Module, rank: int) -> nn.Module:
+    """Other values of what is trained in full, on each rank, as of a script that sets no seed."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(1 + rank)
+    return model
+
+
 def resumed(
     rank: int, count: int, folder: str, files: str = "", mesh: tuple[int, ...] = (), **sizes: int
 ) -> dict[str, Tensor]:
     """Go on from a checkpoint, sharded where there are several ranks; with `files` from a model on the meta device."""
-    cascade = lx.load(folder, on_meta() if files else blocks(**sizes), args=(example(),))
+    cascade = lx.load(folder, on_meta() if files else drawn_anew(blocks(**sizes), rank), args=(example(),))
     if count > 1:
         fsdp.shard(cascade, grid(mesh))
     if files:
@@ -351,7 +360,7 @@ def saved_by_dcp(rank: int, count: int, name: str, folder: str, at: int, mesh: t
 
 def resumed_by_dcp(rank: int, count: int, folder: str, kind: str, files: str = "") -> dict[str, Tensor]:
     reader = READERS[kind](f"{folder}/{kind}")
-    cascade = dcp.load(reader, on_meta() if files else blocks(), args=(example(),))
+    cascade = dcp.load(reader, on_meta() if files else drawn_anew(blocks(), rank), args=(example(),))
     if count > 1:
         fsdp.shard(cascade)
     if files:
