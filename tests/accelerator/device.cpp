@@ -11,8 +11,8 @@
 // Random numbers. Each device has its own generator, whose numbers differ from the CPU's for the same seed.
 //
 // Counters (kernels, copies with their bytes, waits for values) and switches (no fp64, a memory limit) are operators of
-// the library `simulated`; device.py makes a Python module of them. Not simulated: asynchronous execution, streams,
-// events, pinned memory, timing.
+// the library `simulated`; device.py makes a Python module of them. Not simulated: asynchronous execution,
+// streams, pinned memory, timing.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -204,7 +204,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     setDevice(device);
     return before;
   }
-  // There is one stream per device.
+  // There is one stream per device, on which all is done when a call returns: events have nothing to record.
   c10::Stream getStream(c10::Device device) const override {
     return c10::Stream(c10::Stream::DEFAULT, {kSimulated, c10::DeviceIndex(index_of(device))});
   }
@@ -214,6 +214,11 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
   void synchronizeDevice(c10::DeviceIndex) const override {}
+  void record(void**, const c10::Stream&, c10::DeviceIndex, c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override {}
+  void destroyEvent(void*, c10::DeviceIndex) const noexcept override {}
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
 };
 static c10::impl::DeviceGuardImplRegistrar guard_registrar(kSimulated, new Guard());

@@ -132,6 +132,8 @@ def _let_parameters_move() -> None:
 
     For a PrivateUse1 device torch makes new Parameters, which separates tied ones and those that an optimizer holds.
     """
+    import torch._dynamo  # which at its first import looks at the function that is replaced here
+
     compatible = torch._has_compatible_shallow_copy_type
     data = torch._C.TensorBase.data
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +25,14 @@ DEVICE = os.environ.get("LORASC_FX_TEST_DEVICE", NAME)
 SIMULATED = DEVICE == NAME
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
 OTHER = f"{DEVICE}:1"
+"""The second device, which is not the current one."""
 
 simulated_only = pytest.mark.skipif(not SIMULATED, reason="counters and switches are those of the simulated device")
+
+
+two_devices = pytest.mark.skipif(
+    not SIMULATED and torch.accelerator.device_count() < 2, reason=f"there is one device of {DEVICE}"
+)
 
 
 def move(tree: Any, device: str | torch.device) -> Any:
@@ -57,6 +64,8 @@ def assert_same(one: Any, other: Any, what: str = "") -> None:
 class Side:
     """A model, its inputs, its cascade and its optimizer on one device."""
 
+    folder: Path
+
     def __init__(
         self, name: str, device: str, spec: lx.CascadeSpec, dtype: torch.dtype = torch.float32, adapted: bool = True
     ) -> None:
@@ -64,7 +73,12 @@ class Side:
         self.model, (self.args, self.kwargs), self.labels = move_all(build(name, dtype), device)
         self.shown: list[tuple[str, Any]] = []
         if adapted:
-            self.adopt(lx.adapt(self.model, self.args, self.kwargs, spec=spec))
+            self.adopt(lx.adapt(*self.inputs, spec=spec))
+
+    @property
+    def inputs(self) -> tuple[Any, Any, Any]:
+        """The arguments of `adapt` and its relatives: a model, and its inputs."""
+        return self.model, self.args, self.kwargs
 
     def adopt(self, cascade: lx.Cascade) -> lx.Cascade:
         """Go on with this cascade, and with an optimizer for it."""
@@ -73,9 +87,9 @@ class Side:
         self.optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2), eps=1e-3)
         return cascade
 
-    def twin(self, device: str | torch.device | None = None, adapted: bool = True) -> Side:
-        """The same start anew, here or on another device."""
-        return Side(self.name, str(device or self.device), self.spec, self.dtype, adapted)
+    def twin(self, device: str | None = None, adapted: bool = False) -> Side:
+        """The same start anew, here or on another device; not adapted yet, or adapted."""
+        return Side(self.name, device or str(self.device), self.spec, self.dtype, adapted)
 
     def show(self, label: str, tree: Any) -> None:
         """Keep a copy of tensors, to be compared with those of the other side."""
@@ -84,7 +98,7 @@ class Side:
         )
 
     def call(self, module: nn.Module | None = None) -> Any:
-        output = (module or self.cascade)(*self.args, **self.kwargs)
+        output = (self.cascade if module is None else module)(*self.args, **self.kwargs)
         return output if isinstance(output, Tensor) else output.logits
 
     def step(self, count: int = 1) -> None:
@@ -119,9 +133,14 @@ def move_all(built: tuple[nn.Module, Any, Tensor], device: str) -> tuple[nn.Modu
 Scenario = Callable[[Side], None]
 
 
-def compare(name: str, spec: lx.CascadeSpec, *scenarios: Scenario, device: str = DEVICE, **options: Any) -> None:
+def compare(
+    name: str, spec: lx.CascadeSpec, *scenarios: Scenario, device: str = DEVICE, folder: Path | None = None
+) -> None:
     """Run scenarios one after the other on the CPU and on the device, and compare all that they show."""
-    host, there = Side(name, "cpu", spec, **options), Side(name, device, spec, **options)
+    host, there = Side(name, "cpu", spec), Side(name, device, spec)
+    if folder is not None:
+        host.folder, there.folder = folder / "host", folder / "device"
+        host.folder.mkdir(), there.folder.mkdir()
     for scenario in scenarios:
         scenario(host)
         scenario(there)
@@ -138,3 +157,33 @@ def counted() -> Iterator[Mapping[str, int]]:
     ops.reset_counters()
     yield counts
     counts.update(ops.counters())
+
+
+@contextmanager
+def without_fp64() -> Iterator[None]:
+    """Let the simulated device refuse fp64, as Apple's MPS does."""
+    ops.set_without_fp64(True)
+    try:
+        yield
+    finally:
+        ops.set_without_fp64(False)
+
+
+def at_each_allocation(call: Callable[[], Any], check: Callable[[], Any]) -> int:
+    """Let a call run out of memory at each allocation that can be the first to fail; return how often it did.
+
+    Args:
+        call: what runs out of memory.
+        check: called after each failure.
+    """
+    limit, failures = ops.in_use(0), 0
+    while True:
+        ops.set_memory_limit(limit)
+        try:
+            call()
+            return failures
+        except torch.OutOfMemoryError:
+            limit, failures = ops.refused(), failures + 1
+        finally:
+            ops.set_memory_limit(-1)
+        check()

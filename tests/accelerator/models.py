@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Inputs = tuple[tuple[Tensor, ...], dict[str, Tensor]]
-CLASSES, VOCABULARY, BATCH = 4, 64, 4
+# So many classes that two experts of rank 2 do not outgrow a head, and no stage is gone.
+CLASSES, VOCABULARY, BATCH = 12, 64, 4
 
 
 class Mlp(nn.Module):
@@ -25,9 +26,9 @@ class Mlp(nn.Module):
 class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.grouped = nn.Conv2d(8, 8, 3, groups=2, padding=1, padding_mode="circular")
-        self.up, self.head = nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Linear(6, CLASSES)
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.grouped = nn.Conv2d(16, 16, 3, groups=2, padding=1, padding_mode="circular")
+        self.up, self.head = nn.ConvTranspose2d(16, 14, 2, stride=2), nn.Linear(14, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.grouped(F.relu(self.norm(self.first(x)))))
@@ -71,7 +72,7 @@ def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40,
         max_position_embeddings=16, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return BertForSequenceClassification(config)
@@ -81,8 +82,8 @@ def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=24, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=40, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -91,7 +92,7 @@ def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
+        vocab_size=VOCABULARY, n_positions=32, n_embd=24, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return GPT2LMHeadModel(config)

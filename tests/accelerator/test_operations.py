@@ -1,0 +1,211 @@
+"""All that can be done with a cascade in the middle of its third stage, when there is a past and a branch has moved."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lorasc_fx as lx
+from tests.accelerator.kit import DEVICE, OTHER, Side, assert_same, compare, tensors, two_devices
+
+SPECS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "noise": {"noise": lx.Noise(0.1)},
+    "noise of each step": {"noise": lx.Noise(0.1, redraw="step")},
+    "noise that stays": {"noise": lx.Noise(0.1, keep=True, distribution="normal")},
+    "dora": {"use_dora": True},
+    "pissa": {"start": "pissa"},
+    "average": {"average": "ema", "restart": "fast"},
+    "train": {"train": ("*.bias",)},
+    "ranks": {"rank": 3, "ranks": (3, 1, 2), "optimizer_state": "kept"},
+}
+
+
+# What the package refuses on each device alike: experts that outgrow two token types, DoRA on embeddings and transposed
+# convolutions. peft has no kept noise, no grouped convolution and no attention, and warns of tied weights.
+EXCLUDED = {"bert": ("*token_type*",)}
+EXCLUDED_BY_DORA = {
+    "bert": ("*embeddings*",),
+    "conv": ("up.weight",),
+    "llama": ("*embed_tokens*",),
+    "tied": ("embedding.*",),
+}
+NOT_BY_PEFT = {"noise that stays", "conv", "attention", "tied"}
+
+
+def spec_of(spec: str, name: str = "mlp") -> lx.CascadeSpec:
+    excluded = (EXCLUDED_BY_DORA if spec == "dora" else EXCLUDED).get(name, ())
+    more = {"train": ("*layernorm.weight",)} if (spec, name) == ("train", "llama") else {}
+    return lx.CascadeSpec(**{"rank": 2, "exclude": excluded, **SPECS[spec], **more})
+
+
+PLACES = ("cpu", DEVICE)
+
+
+def middle(side: Side) -> None:
+    for _ in range(2):
+        side.transition()
+    side.step(2)
+    side.show("state", tensors(side.cascade))
+
+
+def earlier(side: Side) -> int:
+    """A stage that is still known. PiSSA's experts outgrow these small weights and are summed: stage 1 is gone then."""
+    return 1 if side.spec.start == "lora" else 2
+
+
+def parameters(side: Side) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in side.cascade.named_parameters()}
+
+
+def weights(side: Side) -> None:
+    before = parameters(side)
+    for which in side.cascade.views:
+        with side.cascade.weights(which), torch.no_grad():
+            side.show(f"weights({which!r})", side.call())
+    with side.cascade.weights(stage=earlier(side)), torch.no_grad():
+        side.show("weights(stage=...)", side.call())
+    after = parameters(side)
+    assert all(torch.equal(before[name], after[name]) for name in before), "the running weights are back"
+
+
+def methods(side: Side) -> None:
+    if side.name == "llama":
+        side.show("generate", side.cascade.generate(**side.kwargs, max_new_tokens=3, do_sample=False))
+    if side.name == "conv":
+        side.cascade.recalibrate([side.args[0], side.args[0] + 1])
+        side.show("recalibrate", tensors(side.cascade))
+
+
+def folded(side: Side) -> None:
+    side.show("folded_state_dict", side.cascade.folded_state_dict())
+    with torch.no_grad():
+        side.show("folded_graph", side.call(side.cascade.folded_graph()))
+    lx.export.safetensors(side.cascade, side.folder / "folded.safetensors")
+    side.show("export.safetensors", load_file(side.folder / "folded.safetensors"))
+
+
+def adapter(side: Side) -> None:
+    lx.export.peft(side.cascade, side.folder / "peft")
+    side.show("export.peft", load_file(side.folder / "peft" / "adapter_model.safetensors"))
+    twin = side.twin()
+    side.show("from_peft", tensors(lx.from_peft(side.folder / "peft", *twin.inputs)))
+
+
+def graphs(side: Side) -> None:
+    import onnxruntime
+
+    with torch.no_grad():
+        side.show("export.program", side.call(lx.export.program(side.cascade).module()))
+        side.show(
+            "export.pt2", side.call(torch.export.load(lx.export.pt2(side.cascade, side.folder / "a.pt2")).module())
+        )
+    session = onnxruntime.InferenceSession(lx.export.onnx(side.cascade, side.folder / "a.onnx"))
+    given = [value.cpu().numpy() for value in (*side.args, *side.kwargs.values()) if isinstance(value, torch.Tensor)]
+    names = [each.name for each in session.get_inputs()]
+    side.show(
+        "export.onnx", [torch.from_numpy(each) for each in session.run(None, dict(zip(names, given, strict=True)))]
+    )
+
+
+def checkpoint(side: Side) -> None:
+    lx.save(side.cascade, side.folder / "run", optimizer=side.optimizer)
+    side.step()
+    for place in PLACES:
+        twin = side.twin(place)
+        twin.adopt(lx.load(side.folder / "run", *twin.inputs)).resume(twin.optimizer)
+        twin.step()
+        assert_same(tensors(twin.cascade), tensors(side.cascade), "a loaded run goes on as the saved one: ")
+        twin.transition()
+        side.show("loaded, next stage", tensors(twin.cascade))
+
+
+def state_dict(side: Side) -> None:
+    file = io.BytesIO()
+    torch.save(side.cascade.state_dict(), file)
+    tables = [side.cascade.state_dict()]
+    for place in PLACES:
+        file.seek(0)
+        tables.append(torch.load(file, map_location=place, weights_only=True))  # noqa: TID251 - as trainers do
+    for place in PLACES:
+        twin = side.twin(place, adapted=True)
+        for table in tables:
+            twin.adopt(twin.cascade).load_state_dict(table)
+            twin.step()
+            side.show("next step", tensors(twin.cascade))
+    for _, shown in side.shown:
+        assert_same(side.shown[0][1], shown, "from each source and in each place: ")
+
+
+def places(side: Side) -> None:
+    home = str(side.device)
+    for place in ("cpu", OTHER, home) if home != "cpu" else ("cpu",) * 3:
+        side.to(place)
+        assert side.is_at_home()
+        side.transition()
+        side.step()
+        side.show("moved", tensors(side.cascade))
+
+
+def runs(side: Side) -> None:
+    lx.save(side.cascade, side.folder / "saved")
+    for place in PLACES:
+        other = side.twin(place, adapted=True)
+        other.labels = other.labels.flip(0)
+        other.transition()
+        side.cascade.add("other", other.cascade)
+        with side.cascade.weights("other"), torch.no_grad():
+            side.show("weights of an added run", side.call())
+        if side.spec.use_dora:
+            continue  # sums are refused
+        with side.cascade.weights({"other": 0.5, "slow": 0.25}), torch.no_grad():
+            side.show("sum of runs", side.call())
+        twin = side.twin(place)
+        merged = lx.merge([side.cascade, other.cascade, side.folder / "saved"], *twin.inputs)
+        side.show("merge", tensors(merged))
+
+
+def rewind(side: Side) -> None:
+    side.cascade.rewind(earlier(side), side.optimizer)
+    side.step()
+    side.show("rewound", tensors(side.cascade))
+    side.transition()
+    side.show("next stage", tensors(side.cascade))
+
+
+def release(side: Side) -> None:
+    side.show("released", tensors(side.cascade.release()))
+
+
+OPERATIONS = (middle, weights, methods, folded, adapter, state_dict, checkpoint, runs, rewind, release)
+
+NAMES = ("conv", "llama", "attention", "tied", "bert")
+
+
+@pytest.mark.filterwarnings("ignore:merge. 2 buffers differ:lorasc_fx.errors.LorascWarning")
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
+def test_in_the_middle_of_a_stage(name: str, spec: str, tmp_path: Path) -> None:
+    operations = [each for each in OPERATIONS if each is not adapter or not {name, spec} & NOT_BY_PEFT]
+    compare(name, spec_of(spec, name), *operations, folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["conv", "llama"])
+def test_methods_of_a_model(name: str) -> None:
+    compare(name, spec_of("noise"), middle, methods, rewind)
+
+
+@two_devices
+@pytest.mark.parametrize("spec", ["plain", pytest.param("noise", marks=pytest.mark.slow), "dora", "train"])
+def test_moves(spec: str) -> None:
+    compare("mlp", spec_of(spec), middle, places)
+
+
+@pytest.mark.parametrize("name", ["mlp", pytest.param("bert", marks=pytest.mark.slow)])
+def test_exported_graphs(name: str, tmp_path: Path) -> None:
+    compare(name, lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), middle, graphs, folder=tmp_path)

@@ -1,0 +1,205 @@
+"""Training on a device: which one, in which precision, at what cost, and from which random numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorasc_fx as lx
+from lorasc_fx.capture.preflight import Disagreement, check_agrees, run_preflight
+from tests.accelerator.kit import (
+    DEVICE,
+    OTHER,
+    SIMULATED,
+    Side,
+    assert_same,
+    compare,
+    counted,
+    simulated_only,
+    tensors,
+    two_devices,
+)
+from tests.accelerator.models import Mlp, build, loss_of
+
+NOISY = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1))
+
+
+def run(side: Side) -> None:
+    for _ in side.cascade.stages(2, side.optimizer):
+        side.step(2)
+        side.show("trained", tensors(side.cascade))
+        with side.cascade.weights("fast"), torch.no_grad():
+            side.show("fast weights", side.call())
+    side.show("ended", tensors(side.cascade))
+
+
+# ---- devices
+
+
+@two_devices
+@pytest.mark.parametrize("name", ["mlp", "conv", pytest.param("llama", marks=pytest.mark.slow)])
+def test_a_device_that_is_not_the_current_one(name: str) -> None:
+    used = torch.accelerator.memory_allocated(DEVICE)
+    compare(name, NOISY, run, device=OTHER)
+    assert torch.accelerator.current_device_index() == 0
+    # Keys of checksums, one set a process, are made on the current device.
+    assert not SIMULATED or torch.accelerator.memory_allocated(DEVICE) - used < 10 << 20
+
+
+class Split(Mlp):
+    """A model on two devices: each layer takes its input to where it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            x = torch.relu(layer(x.to(layer.weight.device)))
+        return self.head(x.to(self.head.weight.device))
+
+
+@two_devices
+def test_a_model_on_two_devices() -> None:
+    shown = []
+    for first, second in (("cpu", "cpu"), (DEVICE, OTHER), ("cpu", DEVICE)):
+        torch.manual_seed(0)
+        model, x, labels = Split(), torch.randn(4, 12), torch.randint(12, (4,))
+        model.first.to(first), model.second.to(second), model.head.to(first)
+        cascade = lx.adapt(model, args=(x.to(first),), spec=NOISY)
+        assert {str(branch.lora_A.device.type) for branch in cascade.branches.values()} == {
+            torch.device(first).type,
+            torch.device(second).type,
+        }
+        optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2), eps=1e-3)
+        for _ in cascade.stages(2, optimizer):
+            loss_of(cascade(x.to(first)), labels.to(first)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        shown.append(tensors(cascade))
+    assert_same(shown[0], shown[1])
+    assert_same(shown[0], shown[2])
+
+
+# ---- precision
+
+
+def scaled(side: Side, dtype: torch.dtype) -> None:
+    # The first losses overflow in fp16, and their steps are skipped.
+    scaler = torch.amp.GradScaler(side.device.type, init_scale=2.0**20, growth_interval=2)
+    for _ in side.cascade.stages(2, side.optimizer):
+        for _ in range(3):
+            with torch.autocast(side.device.type, dtype):
+                loss = loss_of(side.call(), side.labels)
+            scaler.scale(loss).backward()
+            scaler.step(side.optimizer)
+            scaler.update()
+            side.optimizer.zero_grad()
+        side.show("trained", tensors(side.cascade))
+    side.show("scale", scaler.get_scale())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("llama", marks=pytest.mark.slow), "conv"])
+def test_autocast_with_a_scaler(name: str, dtype: torch.dtype) -> None:
+    scenario = partial(scaled, dtype=dtype)
+    scenario.__name__ = f"scaled in {dtype}"  # type: ignore[attr-defined]
+    compare(name, NOISY, scenario)
+
+
+# ---- costs
+
+FROZEN: dict[str, tuple[str, torch.dtype, lx.CascadeSpec]] = {
+    "plain": ("mlp", torch.float32, lx.CascadeSpec(rank=2)),
+    "dora": ("mlp", torch.float32, lx.CascadeSpec(rank=2, use_dora=True)),
+    "adapter dropout": ("mlp", torch.float32, lx.CascadeSpec(rank=2, dropout=0.1)),
+    "Llama in bf16": ("llama", torch.bfloat16, lx.CascadeSpec(rank=2)),
+    "BERT": ("bert", torch.float32, lx.CascadeSpec(rank=2)),
+}
+
+
+@simulated_only
+@pytest.mark.parametrize("case", FROZEN)
+def test_a_step_neither_copies_nor_waits(case: str) -> None:
+    name, dtype, spec = FROZEN[case]
+    side = Side(name, DEVICE, spec, dtype)
+    side.transition()
+    side.step()
+    with counted() as counts:
+        side.step(2)
+    assert counts["kernels"] > 10
+    assert not {"to_device", "to_host", "across", "waits"} & counts.keys(), counts
+
+
+@simulated_only
+@pytest.mark.parametrize("spec", [lx.CascadeSpec(rank=2), NOISY, lx.CascadeSpec(rank=2, use_dora=True)], ids=str)
+def test_weights_and_factors_stay_at_their_addresses(spec: lx.CascadeSpec, tmp_path: Path) -> None:
+    side = Side("mlp", DEVICE, spec)
+
+    def addresses() -> dict[str, int]:
+        return {name: parameter.data_ptr() for name, parameter in side.cascade.named_parameters()}
+
+    before = addresses()
+    for _ in range(2):
+        side.transition()
+    side.step()
+    for which in ("slow", "fast", "base"):
+        with side.cascade.weights(which):
+            inside = addresses()
+        assert inside == before, which
+    lx.save(side.cascade, tmp_path, optimizer=side.optimizer)
+    side.cascade.rewind(1, side.optimizer)
+    side.cascade.load_state_dict(side.cascade.state_dict())
+    assert addresses() == before
+
+
+# ---- random numbers
+
+
+def states() -> list[Tensor]:
+    module = torch.get_device_module(DEVICE)
+    return [torch.get_rng_state(), *(module.get_rng_state(index) for index in range(module.device_count()))]
+
+
+@pytest.mark.parametrize("name", ["dropout", "mlp"])
+def test_adapt_leaves_all_generators_as_they_were(name: str) -> None:
+    model, (args, kwargs), _ = build(name)
+    model.to(DEVICE)
+    torch.manual_seed(5)
+    before = states()
+    lx.adapt(model, tuple(arg.to(DEVICE) for arg in args), kwargs, spec=NOISY)
+    assert all(map(torch.equal, states(), before))
+
+
+def test_a_graph_with_dropout_draws_what_the_model_draws() -> None:
+    model, (args, _), _ = build("dropout")
+    x = args[0].to(DEVICE)
+    model.to(DEVICE)
+    torch.manual_seed(1)
+    expected = model(x)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
+    torch.manual_seed(1)
+    assert torch.equal(cascade(x), expected)
+
+
+def test_a_wrong_graph_of_a_model_with_dropout_is_found() -> None:
+    model, (args, _), _ = build("dropout")
+    call = (model.to(DEVICE), (args[0].to(DEVICE),), {})
+    preflight = run_preflight(*call)
+    check_agrees(model, preflight, *call)
+    with pytest.raises(Disagreement, match="an output is off by"):
+        check_agrees(lambda x: 1.5 * model(x), preflight, *call)
+
+
+def test_a_resumed_run_draws_the_same_masks(tmp_path: Path) -> None:
+    side = Side("dropout", DEVICE, NOISY)
+    torch.manual_seed(7)
+    side.transition()
+    side.step()
+    lx.save(side.cascade, tmp_path, optimizer=side.optimizer)
+    side.step(2)
+    torch.manual_seed(8)
+    twin = side.twin()
+    twin.adopt(lx.load(tmp_path, *twin.inputs)).resume(twin.optimizer)
+    twin.step(2)
+    assert_same(tensors(twin.cascade), tensors(side.cascade))
