@@ -8,6 +8,7 @@ default; docs/errors.md lists every code. `nearest` is the one place that sugges
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import os
 import sys
@@ -205,7 +206,7 @@ CODES = {
     "too-many-variants": "(warning) more variants were captured than are kept",
     "torchscript-model": "the model is TorchScript",
     "trainer-option-not-supported": "an option of the Trainer that the cascade cannot follow",
-    "training-not-kept": "(warning) the program ends and what was trained was neither folded nor saved",
+    "training-not-kept": "(warning) the program ends, or the cascade is gone, and what was trained is lost",
     "unfolded-save": "(warning) a trainer saves the state dict of an unfolded cascade",
     "unknown-device": "torch does not know the device, or this machine has it not",
     "unknown-front-end": "a checkpoint names a front end that does not exist",
@@ -362,7 +363,8 @@ def path_of(path: str | os.PathLike[str]) -> Path:
 
 def warn(message: str, code: str) -> None:
     """Warn at the line of the user's program: the first frame that is neither of this package nor of torch."""
-    skipped = (_PACKAGE, os.path.dirname(sys.modules["torch"].__file__ or "") + os.sep, contextlib.__file__)
+    torch_folder = os.path.dirname(sys.modules["torch"].__file__ or "") + os.sep
+    skipped = (_PACKAGE, torch_folder, contextlib.__file__, copy.__file__)
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(skipped):
         frame, level = frame.f_back, level + 1

@@ -39,7 +39,7 @@ gc.set_threshold(2_000, 20, 50)
 os.fsync = lambda handle: None
 
 USAGE = (
-    "the model of a cascade was called inside",
+    "the model of a cascade was (called|copied|pickled) inside",
     "the state dict of a cascade's model was read inside",
     "the cascade was called in eval mode inside",
     r"stage \d+ ended, and no branch has moved",
@@ -51,6 +51,9 @@ USAGE = (
 """Warnings about the use of a cascade. Tests of numerics look inside a stage, and end it, at moments at which a program
 has no reason to; what stands for programs (`AS_PROGRAMS`) has to be free of these warnings."""
 AS_PROGRAMS = ("loops", "cli", "contract")
+DROPPED = "a cascade was garbage collected without release"
+"""Given where a test ends before its model does, or its locals are cleared in that order; tests/errors/test_dropped.py
+asks for it."""
 
 
 SAMPLED = {
@@ -134,6 +137,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(
                     pytest.mark.filterwarnings(f"ignore:{message}:lorasc_fx.errors.LorascWarning"), append=False
                 )
+        item.add_marker(pytest.mark.filterwarnings(f"ignore:{DROPPED}:lorasc_fx.errors.LorascWarning"), append=False)
 
 
 @pytest.fixture

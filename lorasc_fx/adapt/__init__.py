@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -46,9 +47,9 @@ from lorasc_fx.quantized import LIBRARIES, is_quantized, place_layers
 from lorasc_fx.runtime import Cascade, Flags, cascade_class, check_base, check_plan, read
 from lorasc_fx.runtime.base_file import BaseFile, open_base
 from lorasc_fx.runtime.base_model import BaseModel
-from lorasc_fx.runtime.cascade import Joined
 from lorasc_fx.runtime.checkpoint import MANIFEST, way_back
 from lorasc_fx.runtime.checkpoint_read import Checkpoint
+from lorasc_fx.runtime.dropped import Joined
 from lorasc_fx.runtime.materialize import MetaModel, check_attributes, groups_of
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.spec import CascadeSpec
@@ -292,14 +293,25 @@ def _adapt(
         kind = cascade_class(opened, compiler.calls.signature)
         cascade = kind(run, compiler, decided, example, flags, joined)
     else:
+        undo(into._guard.arm)
+        into._guard.disarm()  # of the run without numbers
         Cascade.__init__(cascade := into, run, compiler, decided, example, flags, joined)
     undo(cascade._usage.disarm)
-    cascade._usage.arm(run)
+    cascade._usage.arm(run, cascade)
+    undo(cascade._guard.disarm)
+    cascade._guard.arm()
     run.start(trained, undo, rules_of(plan.spec, trained, weights.names), empty, summed)
     undo(partial(_forget, weights.parameters.values()))
     for parameter in weights.parameters.values():
         _ADAPTED[parameter] = ref(cascade)
     return cascade
+
+
+def _is_adapted(parameter: nn.Parameter) -> bool:
+    """Whether a living cascade has adapted the model of a parameter."""
+    found = _ADAPTED.get(parameter)
+    cascade = found() if found is not None else None
+    return cascade is not None and not cascade._run.released
 
 
 def _forget(parameters: Iterable[nn.Parameter]) -> None:
@@ -349,7 +361,7 @@ def _warn_of_frozen_sites(cascade: Cascade) -> None:
 
     Where most sites were frozen, the user froze a backbone to adapt it.
     """
-    trainable, sites = cascade._flags.requires_grad, cascade.sites
+    trainable, sites = cascade._guard.flags.requires_grad, cascade.sites
     frozen = [site for site in sites if not trainable.get(site.weight, True)]
     few = 2 * len(frozen) < len(sites)
     few = few and 2 * sum(math.prod(site.shape) for site in frozen) < sum(math.prod(site.shape) for site in sites)
@@ -485,10 +497,10 @@ def _check_new(model: nn.Module, on_meta: bool = False) -> None:
             "this model is a cascade, or holds one: call release() on it, and adapt the model that it returns",
             code="already-adapted",
         )
+    if any(_is_adapted(parameter) for parameter in model.parameters()):
+        gc.collect()  # a cascade that was dropped may be a part of a reference cycle
     for name, parameter in model.named_parameters():
-        found = _ADAPTED.get(parameter)
-        cascade = found() if found is not None else None
-        if cascade is not None and not cascade._run.released:
+        if _is_adapted(parameter):
             raise StateError(
                 f"this model is adapted already (its {name} belongs to a living cascade): "
                 "call release() on that one first",

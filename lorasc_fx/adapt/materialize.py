@@ -91,7 +91,7 @@ def materialize(
             _into_shards(cascade, path, target, buffers or {}, undo)
         else:
             put_numbers(find_numbers(model, path, meta.groups, buffers or {}), model, target, undo)
-            checkpoint, flags = meta.checkpoint, cascade._flags
+            checkpoint, flags = meta.checkpoint, cascade._guard.flags
             source = open_base(path if meta.base == "file" else meta.base, model)
             if checkpoint is None:
                 _adapt(model, args, kwargs, Plan(run.plan.spec), run.frontend, source, undo, into=cascade)
@@ -99,7 +99,7 @@ def materialize(
                 check_base(checkpoint, named_weights(model).parameters)
                 options: Any = {"empty": True, "into": cascade, "moved": checkpoint.moved}
                 _adapt(model, args, kwargs, checkpoint.plan, run.frontend, source, undo, **options)
-            cascade._flags = flags
+            cascade._guard.flags = flags
         if meta.checkpoint is not None:
             cascade._take_over(meta.checkpoint, undo)
             _check_loaded(cascade, meta.checkpoint.path)

@@ -10,7 +10,7 @@ from torch import nn
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import Memory, matches
 from lorasc_fx.parameters import exchange, holders
-from lorasc_fx.runtime.cascade import Joined
+from lorasc_fx.runtime.dropped import Joined
 from lorasc_fx.undo import Undo
 
 
@@ -21,7 +21,7 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
     once. The first place keeps its object.
 
     Returns:
-        What `lorasc_fx.runtime.cascade.give_back` needs at the end.
+        What `lorasc_fx.runtime.dropped.DropGuard` needs at the end.
 
     Raises:
         SpecError: `strict`, and a pattern means no tied parameter.

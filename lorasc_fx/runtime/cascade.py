@@ -31,9 +31,9 @@ from lorasc_fx.compile import NOT_COMPILED, Axis, Call, Compiler, Made, Variant,
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, path_of
 from lorasc_fx.extras import module_of
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.quantized import give_layers_back
 from lorasc_fx.runtime import checkpoint_read, checkpoint_write, experts, folding, training_state, transition
 from lorasc_fx.runtime.base_model import BaseModel
+from lorasc_fx.runtime.dropped import DropGuard, Flags, Joined
 from lorasc_fx.runtime.folding import Requantize
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.runtime.state_dict import KEY, from_state_dict, take_over, to_state_dict
@@ -55,9 +55,6 @@ _ADAPTER_METHODS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 _SHOWN = 8
 """Refusals and unreached weights that `print(cascade)` names."""
 
-Joined = tuple[tuple[nn.Module, str, nn.Parameter], ...]
-"""Places in modules, each with the parameter that was there before it became a tie."""
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -66,29 +63,6 @@ class Stage:
     number: int
     index: int
     count: int
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What `release` restores: requires_grad of every parameter, training of every module."""
-
-    requires_grad: Mapping[str, bool]
-    training: Mapping[str, bool]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Flags:
-        """Read the flags of a model."""
-        return cls(
-            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-            {name: module.training for name, module in model.named_modules()},
-        )
-
-    def restore(self, model: nn.Module) -> None:
-        """Restore the flags; parameters and modules that are new keep their own."""
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
-        for name, module in model.named_modules():
-            module.training = self.training.get(name, module.training)
 
 
 class Cascade(nn.Module):
@@ -111,8 +85,7 @@ class Cascade(nn.Module):
         self.model, self.branches = run.model, run.branches
         self.training = run.model.training
         self._run, self._usage = run, UsageWatch()
-        self._compiler, self._example, self._flags = compiler, example, flags
-        self._joined = joined
+        self._compiler, self._example = compiler, example
         self._preprocessing: Any = None
         self._variants = Variants()
         self._split: Callable[[Variant], Variant] | None = None  # what shards make of each graph
@@ -126,6 +99,8 @@ class Cascade(nn.Module):
         self._to_load: tuple[Any, int, Sequence[str]] = None, 0, ()  # a state, the keys missing before it, and errors
         register: Any = self.register_load_state_dict_post_hook  # torch has no annotations for it
         register(Cascade._load_state)
+        # Last, so that the cascade's other references to the model are gone before the guard looks whether it lives.
+        self._guard = DropGuard(run, self._usage, flags, joined)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; the model and the branches stay those of `adapt`, of which graphs and folds are.
@@ -741,14 +716,15 @@ class Cascade(nn.Module):
             undo(self._run.restorer())
             undo(partial(setattr, self, "_variants", self._variants))
             undo(partial(Flags.of(self.model).restore, self.model))
-            undo(partial(self._usage.arm, self._run))
+            undo(partial(self._usage.arm, self._run, self))
+            undo(self._guard.arm)
             folding.release(self._run, quantized, which, undo)
             self._run.gradient_init.call_off()
-            self._flags.restore(self.model)
-            give_back(self._joined, undo)
-            give_layers_back(self.model, undo)
+            self._guard.flags.restore(self.model)
+            self._guard.give_back(self.model, undo)
             self._drop_graphs()
             self._usage.disarm()
+            self._guard.disarm()
             self._run.let_go()
             return self.model
 
@@ -1038,6 +1014,7 @@ class Cascade(nn.Module):
                 undo(partial(setattr, self, "_variants", self._variants))
                 self._drop_graphs()
             self._loaded = checkpoint
+            run.note_kept()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Allow `copy`, and refuse pickling: graphs read the model that they were made of.
@@ -1065,17 +1042,7 @@ class Cascade(nn.Module):
         """Take over a checkpoint that was read, by itself or as a part of a larger block."""
         checkpoint_read.restore(self._run, checkpoint, undo)
         self._loaded = checkpoint
-
-
-def give_back(joined: Joined, undo: Undo) -> None:
-    """Put the parameters that became ties back, on the memory that their tie has now."""
-    for module, leaf, value in joined:
-        shared = module._parameters[leaf]
-        if shared is not None:
-            undo(partial(setattr, value, "data", value.data))
-            undo(partial(setattr, module, leaf, shared))
-            value.data = shared.data
-            setattr(module, leaf, value)
+        self._run.note_kept()
 
 
 @isolated

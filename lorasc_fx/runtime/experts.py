@@ -147,6 +147,7 @@ class GivenRun:
         """Read a folder, or look at a living run."""
         if isinstance(given, Run):
             given.check_ready(call)
+            given.note_kept()
             moved = given.moved_parameters()
             return cls(f"{name}, a cascade", given.plan, given.fingerprints(), moved, given.frontend, given)
         if not isinstance(given, (str, PathLike)):

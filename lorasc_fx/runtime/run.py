@@ -128,6 +128,7 @@ class Run:
         self.added: Mapping[str, Part] = {}  # other runs on this base, by name (`experts.add`)
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were before weights()
         self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite at the start
+        self._kept: int | None = None  # versions of the branches, as they were last folded or written
         self._fingerprints: dict[str, str] = {}
         self._frozen: dict[str, int] = {}  # checksums of the parameters that no training moves, as they had theirs
         self._checksums: dict[str, int] = {}  # of the weights, as they were last written here or first seen
@@ -650,6 +651,10 @@ class Run:
         """Whether other objects are in the places of the weights, as inside torch.func.functional_call."""
         return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
 
+    def changed_weights(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Return the names of the weights, among these, that hold other numbers than were written here."""
+        return [name for name, value in checksums(dict(parameters)).items() if value != self._checksums.get(name)]
+
     def changed(self, known: Mapping[str, int]) -> str | None:
         """Return the first parameter that is gone, or no longer has the checksum that it has here."""
         held = {name: parameter for name in known if (parameter := _parameter(self.model, name)) is not None}
@@ -840,6 +845,23 @@ class Run:
                 code="gradients-pending",
             )
         self.warned.accept("training-not-kept")  # the user folds, saves or looks at the weights
+        if call not in _KEEPS_NOTHING:
+            self.note_kept()
+
+    def note_kept(self) -> None:
+        """Note that what is trained now is in a file, a state dict or another run."""
+        self._kept = sum(parameter._version for parameter in self.branches.parameters())
+
+    def loses_training(self) -> bool:
+        """Whether something was trained that is nowhere else, and goes with the run. On shards this is a guess."""
+        if not self.holds_numbers:
+            return False
+        if self.is_sharded:
+            return self.grouped and self._kept is None
+        if self._kept == sum(parameter._version for parameter in self.branches.parameters()):
+            return False
+        unmerged = any(self.slow.states[name].experts for name in self.quantized)
+        return unmerged or self.slow.moved(self.branches_by_weight())
 
 
 def _has_hooks(parameter: nn.Parameter) -> bool:
@@ -877,6 +899,11 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
         module = module._modules[part] if module is not None and part in module._modules else None
     return module._parameters[leaf] if module is not None and leaf in module._parameters else None
 
+
+_KEEPS_NOTHING = {
+    "add", "load_state_dict", "resume", "rewind", "shard", "stages", "to", "transition", "weights",
+}  # fmt: skip
+"""Calls that look at the weights or change them, and leave what the running stage has trained in the cascade only."""
 
 SPARE = 1 << 12
 """Bytes that are kept free for putting weights back where memory is short: for what is small. A block of noise goes

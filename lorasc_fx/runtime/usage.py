@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lorasc_fx.errors import StateError, named
+from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.watches import Fresh, callers
 
@@ -51,10 +51,12 @@ _ARMED: weakref.WeakSet[UsageWatch] = weakref.WeakSet()
 class UsageWatch(Fresh):
     """Watches a cascade and its model.
 
-    It is itself the state dict pre-hook of the user's model.
+    It is itself the state dict pre-hook of the user's model. So a copy or a pickle of the model copies it too, and that
+    is how it sees them.
     """
 
     def __init__(self) -> None:
+        self._cascade: weakref.ref[nn.Module] | None = None
         self._run: weakref.ref[Run] | None = None
         self._remove: weakref.finalize[Any, Run] | None = None
         self._train_mode = (
@@ -63,11 +65,11 @@ class UsageWatch(Fresh):
 
     # ---- calls and saves of the user's model
 
-    def arm(self, run: Run) -> None:
+    def arm(self, run: Run, cascade: nn.Module) -> None:
         """Watch the model of this run until `disarm`, or until the run is gone."""
         if self._remove is not None:
             return
-        self._run = weakref.ref(run)
+        self._run, self._cascade = weakref.ref(run), weakref.ref(cascade)
         self._train_mode |= run.model.training
         model = weakref.ref(run.model)
 
@@ -127,12 +129,45 @@ class UsageWatch(Fresh):
 
     def __call__(self, module: nn.Module, _prefix: str, _keep_vars: bool) -> None:
         """Check a call of the model's `state_dict`."""
+        run = self._run() if self._run is not None else None
+        if run is not None and run.inside_weights and run.placed != "base":
+            run.note_kept()
         self._check("model-saved-inside-stage", module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UsageWatch:
+        """Check a deep copy of the model, unless it is a part of one of the cascade."""
+        cascade = self._cascade() if self._cascade is not None else None
+        if id(cascade) not in memo:
+            self._check_copied("copied")
+        return UsageWatch()
+
+    def __reduce__(self) -> tuple[type[Fresh], tuple[()]]:
+        """Check a pickle of the model, by `torch.save` or otherwise."""
+        self._check_copied("pickled")
+        return super().__reduce__()
+
+    def _check_copied(self, how: str) -> None:
+        """Warn of each copy: the best model so far is often kept by one."""
+        run = self._run() if self._run is not None else None
+        if run is None or _inside_package():
+            return
+        if run.inside_weights and run.placed != "base":
+            run.note_kept()
+        if not _differs(run):
+            return
+        noise = ", with noise" if run.plan.spec.noise.is_on else ""
+        warn(
+            f"the model of a cascade was {how} inside stage {run.plan.stage}: the copy holds the weights that the "
+            f"stage started from{noise}, and not what the stage has trained. Copy it inside "
+            '`with cascade.weights("fast"):` or "slow", keep cascade.folded_state_dict(), or copy it after '
+            "cascade.release()",
+            "model-saved-inside-stage",
+        )
 
     def _check(self, code: str, model: nn.Module) -> None:
         run = self._run() if self._run is not None else None
-        if run is None or run.model is not model:
-            return
+        if run is None or (run.model is not model and run.model._parameters is not model._parameters):
+            return  # a shallow copy has the same dictionary
         if run.is_sharded and code == "model-called-inside-stage" and not _inside_package() and not run.exchanged():
             raise StateError(
                 f"{type(model).__name__}: the model of a cascade was called, or a module in it, and its weights lie in "

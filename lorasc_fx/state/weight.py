@@ -219,6 +219,10 @@ class WeightState(Tree):
         """Whether the running stage started from other weights than the slow ones."""
         return not self.start.same(self.slow)
 
+    def differs_from_slow(self, noisy: bool) -> bool:
+        """Whether the parameter holds other numbers than the slow weights while the stage runs."""
+        return noisy or self.initial is not None or self.start_differs
+
     def view(self, which: Which) -> View:
         """Return the view of slow, fast or averaged weights; the fast ones are `start` and the running branch."""
         if which == "averaged":

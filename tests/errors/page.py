@@ -36,10 +36,11 @@ The logger `lorasc_fx` holds at INFO what was done and how long it took.
   `pace` below 1, and neither `stages` nor `transition` was called: that share of what it has trained is kept.
 - `lorasc-fx fold` or `export` meets a run, or a checkpoint, whose running stage has trained and never ended: it is
   folded as it is, and the `pace` of the spec counts.
-- The program ends, and what a first stage has trained was neither folded nor saved.
+- The program ends, and what a first stage has trained was neither folded nor saved; or a cascade is garbage collected
+  while its model lives, and what the running stage has trained goes with it.
 - The cascade is called in eval mode inside a stage with noise; `weights("slow")` and `weights("fast")` hold none.
-- The user's model is called, or its `state_dict()` is read, inside a stage: it lacks the running branches, and may hold
-  noise. Calls of its submodules are not seen.
+- The user's model is called, copied (`deepcopy`) or pickled (`torch.save`), or its `state_dict()` is read, inside a
+  stage: it lacks the running branches, and may hold noise. Calls of its submodules are not seen.
 - A Trainer of transformers or trl, or accelerate's `save_model`, writes the state dict of a cascade as if it were that
   of a model.
 - `adapt` made a site of a weight that had `requires_grad=False`, where such sites are fewer than half of all, in number

@@ -18,7 +18,6 @@ BY_WORDS = {
     "loss-not-finite",
     "run-has-no-data",
     "run-not-ended",
-    "training-not-kept",
     "unknown-device",
 }
 """Codes whose tests see words only: on the standard error of a command, or of another process."""

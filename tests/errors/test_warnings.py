@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle  # noqa: TID251  # that a watched model pickles is what is tested
 import subprocess
 import sys
@@ -209,8 +210,8 @@ def test_training_in_eval_mode_without_the_dropout(
         assert torch.equal(cascade(X), cascade(X))
     with warns("dropout-not-applied", *names) if names else silent():
         step(cascade, optimizer)
-    monkeypatch.setattr(nn.Module, "named_modules", None)
-    with silent():
+    with silent(), monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "named_modules", None)
         step(cascade, optimizer)
 
 
@@ -325,19 +326,36 @@ def test_nothing_stays_on_the_model() -> None:
 
 
 def test_copies_pickles_and_tracers_of_the_model() -> None:
-    """Each computes what the model computes, without a word; so does `torch.compile`."""
+    """Each computes what the model computes; copies and pickles of it, which stay so, are warned of each time."""
     model = net()
     cascade, optimizer = adapted(NOISY, model)
     step(cascade, optimizer)
     with warns("model-called-inside-stage", "stage 1"):
         expected = model(X)
     forget_warnings(cascade)
+    copies: dict[str, Callable[[], Any]] = {
+        "copied": lambda: copy.deepcopy({"model": model})["model"],
+        "pickled": lambda: pickle.loads(pickle.dumps(model)),  # noqa: S301
+        "pickled ": lambda: torch.save(model, io.BytesIO()),
+        "read": lambda: copy.copy(model).state_dict(),
+    }
+    for how, act in copies.items():
+        for _ in range(1 if how == "read" else 2):
+            with warns("model-saved-inside-stage", how, "stage 1", "with noise"):
+                twin = act()
+        if isinstance(twin, nn.Module):
+            with silent():
+                twin.state_dict()
+                assert torch.equal(twin(X), expected)
+    forget_warnings(cascade)
+    with silent(), cascade.weights("fast"):
+        for act in copies.values():
+            act()
+    quiet = adapted(model=net())[0].model  # before the first step the copy lacks nothing
     with silent():
-        twin = copy.deepcopy(model)
-        twin.state_dict()
-        assert torch.equal(twin(X), expected)
-        assert torch.equal(pickle.loads(pickle.dumps(model))(X), expected)  # noqa: S301
-        assert torch.equal(copy.deepcopy(cascade).model(X), expected)
+        copy.deepcopy(quiet)
+        whole = copy.deepcopy(cascade)
+        assert torch.equal(whole.model(X), expected)
         assert torch.equal(torch.fx.symbolic_trace(model)(X), expected)
         replica = model._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._modules = {}
@@ -469,11 +487,12 @@ def step(cascade, optimizer):
     optimizer.step()
     optimizer.zero_grad()
 
-lost, untrained, saved, gone, staged = (new() for _ in range(5))
-for each in (lost, saved, gone):
+lost, untrained, saved, gone, dropped, staged = (new() for _ in range(6))
+for each in (lost, saved, gone, dropped):
     step(*each)
 lx.save(saved[0], FOLDER)
-del gone, each
+model = dropped[0].model
+del gone, dropped, each
 for stage in staged[0].stages(1, staged[1]):
     step(*staged)
 """
@@ -484,3 +503,5 @@ def test_a_program_that_ends_with_a_trained_first_stage(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "always", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr.count("LorascWarning: the program ends, and what stage 1") == 1, done.stderr
+    assert done.stderr.count("LorascWarning: a cascade was garbage collected without release()") == 1, done.stderr
+    assert done.stderr.count("Warning") == 2, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ def merged(cascade: lx.Cascade) -> dict[str, Tensor]:
 
 def with_weights(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     """A copy of a model that has these numbers, and nothing of ours."""
-    plain = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lx.errors.LorascWarning)  # the copied numbers are replaced at once
+        plain = copy.deepcopy(model)
     plain.load_state_dict({name: value.clone() for name, value in values.items()}, strict=False)
     return plain.eval()
 
