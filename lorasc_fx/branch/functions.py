@@ -265,7 +265,7 @@ class SharedUp(torch.autograd.Function):
 
 
 class DenseGradient(torch.autograd.Function):
-    """Returns its input; the gradient becomes dense. Lookups with sparse=True make a sparse one, which no view takes."""
+    """Returns its input, and makes the gradient dense: lookups with sparse=True give a sparse one, without views."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:

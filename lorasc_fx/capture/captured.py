@@ -100,7 +100,7 @@ class Captured:
         conditions: the calls that the graph is for.
         refused: names and reasons of the front ends that were tried before.
         fallback: a `GraphBreakFallback`, from the front end that finds several graphs.
-        functions: names of the custom autograd Functions that the model uses.
+        functions: what only the model's own Python does, see `Preflight`.
         whole_elsewhere: whether a whole graph was refused for gradient checkpointing alone, which other modes may lack.
         reused: whether the graph was captured for another model, or another time.
     """

@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn, overrides
+from torch._compile import _disable_dynamo
 from torch._higher_order_ops import utils as higher_order
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -239,12 +240,15 @@ def quiet(undo: Block[Any], grad: bool = True) -> None:
     """Restore random generators, and suppress the output and logs of tracers.
 
     Gradients are on, or off, as `grad` says, whatever the caller has. Blocks of other threads wait for this one.
+    `torch.seed()` draws its seed from the generator, so that a model which calls it repeats itself.
     """
     undo.enter(AllOrNothing(PROCESS))
     numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
     undo(partial(random.setstate, random.getstate()))
     if numpy is not None:
         undo(partial(numpy.random.set_state, numpy.random.get_state()))
+    undo(partial(setattr, torch, "seed", torch.seed))
+    torch.seed = partial(_seed_from_generator, torch.seed, threading.get_ident())
     undo(partial(set_generator_states, generator_states()))
     for shared in (_no_logs, no_fastpath, own_warnings, _no_warnings):
         undo.enter(shared)
@@ -252,6 +256,16 @@ def quiet(undo: Block[Any], grad: bool = True) -> None:
     undo.enter(_muted("stderr"))
     undo.enter(_same_torch_stacks())  # left first, since operations of the other steps would run inside what is left
     torch._C._set_grad_enabled(grad)  # the block gives it back
+
+
+@_disable_dynamo  # it breaks the graph at torch.seed too
+def _seed_from_generator(reseed: Callable[[], int], thread: int) -> int:
+    """Seed all generators by a number that the default one draws, and return it; other threads call `reseed`."""
+    if threading.get_ident() != thread:
+        return reseed()
+    number = int(torch.randint(1 << 62, ()))
+    torch.manual_seed(number)
+    return number
 
 
 @isolated

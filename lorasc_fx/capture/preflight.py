@@ -245,7 +245,7 @@ class Preflight:
 
     @property
     def functions(self) -> tuple[str, ...]:
-        """Names of the custom autograd Functions through which gradients go."""
+        """What only the model's own Python does: custom autograd Functions through which gradients go, new seeds."""
         return self.seen.functions
 
     @property
@@ -279,7 +279,7 @@ class Preflight:
         if self.draws:
             raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
         if self.functions:
-            raise RuntimeError(f"the model uses {self.functions[0]}, whose backward a traced graph does not keep")
+            raise RuntimeError(f"the model uses {self.functions[0]}")
         if self.recomputes:
             raise RuntimeError(
                 "the model recomputes in backward what it does not keep (gradient checkpointing), and a traced graph "
@@ -547,6 +547,7 @@ def _observed(
         held = attribute_tensors(model)
         with _AutogradUse() as use, _watched_hooks(model) as observers, _products_observed(model, use):
             output = call(*inputs, **named)
+        reseeded = torch.initial_seed() != 0  # which `seed` has set
         tensors = _tensors(output)
         held += [(name, value) for name, value in model.named_parameters() if name in written_by(model)]
         buffers = [(name, value.detach().clone()) for name, value in [*model.named_buffers(), *held]]
@@ -556,7 +557,10 @@ def _observed(
         nodes = [node for node in nodes if not _module_of(node).startswith("torch._higher_order_ops.")]
         reentrant = [node for node in nodes if getattr(node, "_forward_cls", None) is CheckpointFunction]
         names = {type(node).__name__.removesuffix("Backward") for node in nodes if node not in reentrant}
-        functions = {f"the autograd.Function {name}" for name in names if not name.startswith("GeneratedBackwardFor_")}
+        names = {name for name in names if not name.startswith("GeneratedBackwardFor_")}
+        functions = {f"the autograd.Function {name}, whose backward a traced graph does not keep" for name in names}
+        if reseeded:  # dynamo would keep the seed as a constant
+            functions.add("torch.seed or torch.manual_seed in forward, and a traced graph would keep one seed")
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         differentiates = torch.is_grad_enabled() and not without_values
         leaves = {f"input {index}": tensor for index, tensor in enumerate(_tensors((inputs, named)))}

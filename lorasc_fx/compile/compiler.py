@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch, Decided
@@ -21,12 +22,13 @@ from lorasc_fx.capture import (
     bind,
     capture,
     least_sizes,
+    one_line,
     read_live,
     written_by,
 )
 from lorasc_fx.compile.graph_breaks import insert, make_fallback
 from lorasc_fx.compile.variants import Made, Variant
-from lorasc_fx.errors import CaptureError, PassError
+from lorasc_fx.errors import CaptureError, LorascError, PassError, VerifyError
 from lorasc_fx.graph import (
     Record,
     at_stage,
@@ -43,7 +45,12 @@ from lorasc_fx.passes import AttentionMasks, FoldBranches
 from lorasc_fx.passes.insert_branches import missing_branches
 from lorasc_fx.pictures import cascade_html, draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
+from lorasc_fx.undo import raise_of_handler
 
+_FAULT = (
+    "{name} was captured, but its graph cannot be adapted: {fault}. Try another front end (frontend=...), or exclude "
+    "the weights of the part that is named; a fault that the model does not raise itself is one of lorasc-fx to report"
+)
 _HIDDEN = (Reason.OPAQUE, Reason.MIXED_USES)
 """Reasons, at a node, of a symbolic graph that graph breaks do not have: `auto` then tries the fallback first."""
 
@@ -125,7 +132,33 @@ class Compiler:
         kwargs: Any,
         wide: bool,
     ) -> Made:
-        """Capture the call and insert the branches, into graphs that nobody else holds yet."""
+        """Capture the call and insert the branches, into graphs that nobody else holds yet.
+
+        Raises:
+            CaptureError: among others, for what torch or the model raises on the way.
+        """
+        try:
+            return self._make(model, plan, branches, refusals, args, kwargs, wide)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except LorascError as fault:
+            if isinstance(fault, VerifyError) and not plan.sites:  # of a saved plan, it tells what does not fit
+                raise CaptureError(_FAULT.format(name=type(model).__name__, fault=fault)) from fault
+            raise
+        except Exception as fault:
+            raise_of_handler(fault)
+            raise CaptureError(_FAULT.format(name=type(model).__name__, fault=one_line(fault))) from fault
+
+    def _make(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        branches: Mapping[str, Branch],
+        refusals: tuple[Refusal, ...],
+        args: Any,
+        kwargs: Any,
+        wide: bool,
+    ) -> Made:
         refusals = _refused(model, plan, refusals, Reason.SHARED_MEMORY, shared_memory(model))
         trained = _trained(model, plan, refusals)
         captured = capture(model, args, kwargs, self.frontend, wide, trained, rewrites=(AttentionMasks(),))

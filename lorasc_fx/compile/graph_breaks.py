@@ -242,6 +242,7 @@ def settle(fallback: GraphBreakFallback, growing: Growing, args: Any, kwargs: Ma
         wrong = _wrong_gradients(fallback, growing, args, kwargs)
         if not wrong:
             return
+    Comparison.of(fallback, growing.branches.values(), args, kwargs).check_repeats({})
     first = first_difference(Disagreement(fallback, Difference("", wrong), grad=True), fallback.model, args, kwargs)
     raise CaptureError(
         f"{type(fallback.model).__name__}: {named(wrong)} would not get the gradients that the eager model gives; the "
@@ -340,16 +341,19 @@ class Comparison:
         """Return what `wrong_gradients` does, from one delta for each branch."""
         model = self.model
         weights = {branch.weight_name: model.get_parameter(branch.weight_name) for branch in self.branches}
-        with quiet(), _frozen(model), _stand_ins([*self.branches, *self.others]):  # with gradients
+        full = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with quiet(), _trained(full), _stand_ins([*self.branches, *self.others]):  # with gradients
             for branch in self.branches:
                 self._probe(branch, probe)
+            merged = _merged(model, self.branches)
             with _trained(weights):
                 try:
-                    self._run(_merged(model, self.branches), backward=True)
+                    self._run(merged, backward=True)
                 except MemoryError:
                     raise
                 except Exception as fault:  # as of a model that differentiates inside, and frees its graph in eval mode
                     raise_of_handler(fault)
+                    self._check_not_frozen(fault, merged)
                     log.info("%s itself has no gradients: %s", type(model).__name__, one_line(fault))
                     return ()
                 given = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
@@ -379,6 +383,29 @@ class Comparison:
                     if far > narrow * (float(right.cpu().double().norm()) + FLOOR * most):
                         wrong[branch.weight_name] = None
         return tuple(wrong)
+
+    def _check_not_frozen(self, fault: Exception, merged: Mapping[str, torch.Tensor]) -> None:
+        """Raise CaptureError if the backward pass, which has raised, works with all parameters trainable."""
+        parameters = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_floating_point() and not is_quantized(parameter)
+        }
+        try:
+            with _trained(parameters):
+                self._run(merged, backward=True)
+        except MemoryError:
+            raise
+        except Exception as again:
+            raise_of_handler(again)
+            return
+        name = type(self.model).__name__
+        raise CaptureError(
+            f"the backward pass of {name} raises {one_line(fault)}, because parameters without a branch are frozen: it "
+            "asks for the gradients of all parameters of a region (its own gradient checkpointing). Switch that off, "
+            "use torch.utils.checkpoint, or train these parameters in full (train=...)",
+            code="wrong-gradient",
+        ) from fault
 
     @property
     def model(self) -> nn.Module:
@@ -424,14 +451,19 @@ class Comparison:
             # Under autocast the dtype of an output says little: fp32 may be computed from products in bf16.
             narrow = max((share.get(output.dtype, CERTAIN) for output in theirs if not self.coarse), default=CERTAIN)
             same = _distance(theirs, ours) <= narrow**2 * _distance(theirs, base) + 1e-30  # NaN is not
-            if not same and _distance(theirs, self._run(merged)):
-                raise CaptureError(
-                    f"{type(self.model).__name__} does not repeat its output under one seed (does it seed by the "
-                    "clock?), so what its Python does with its weights cannot be checked; make it repeat itself, say "
-                    "by dropouts of 0",
-                    code="model-not-repeatable",
-                )
+            if not same:
+                self.check_repeats(merged)
         return not same
+
+    def check_repeats(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Raise CaptureError if two runs of the model with these weights differ, although they start from one seed."""
+        if _distance(self._run(values), self._run(values)):
+            raise CaptureError(
+                f"{type(self.model).__name__} does not repeat its output under one seed (does its forward seed a "
+                "generator by the clock, or by Generator.seed()?), so what its Python does with its weights cannot be "
+                "checked; make it repeat itself, for example by dropouts of 0",
+                code="model-not-repeatable",
+            )
 
     def _run(self, values: Mapping[str, torch.Tensor] | None, backward: bool = False) -> list[torch.Tensor]:
         """Run the model with these weights, or without any the fallback, once with one seed, leave buffers as they
@@ -480,15 +512,6 @@ def _trained(undo: Undo, weights: Mapping[str, nn.Parameter]) -> None:
         undo(partial(setattr, weight, "grad", weight.grad))
         undo(partial(weight.requires_grad_, weight.requires_grad))
         weight.requires_grad_(True).grad = None
-
-
-@isolated
-def _frozen(undo: Undo, model: nn.Module) -> None:
-    """Freeze the parameters of the model inside the block."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            undo(partial(parameter.requires_grad_, True))
-            parameter.requires_grad_(False)
 
 
 @isolated

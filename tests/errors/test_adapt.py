@@ -19,6 +19,7 @@ from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 from tests.errors.models import Net, adapted, inputs, mlp, step
 from tests.errors.state import unchanged
 from tests.kit.errors import raises, warns
+from tests.kit.seams import SEAMS
 
 X = inputs(2, 5)
 
@@ -487,6 +488,15 @@ def test_after_the_cascade_is_gone_it_is_fine_again() -> None:
     gc.collect()
     again, _ = adapted(model=model)
     assert len(again.sites) == 3
+
+
+@pytest.mark.parametrize("fault", [RecursionError("too deep"), lx.passes.VerifyError("too deep")], ids=repr)
+def test_a_fault_after_the_capture_is_a_capture_error(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(*SEAMS["insert"], fail)
+    refuse(lx.CaptureError, ("not-captured", "Sequential was captured", "too deep"), mlp(), frontend="symbolic")
 
 
 def test_a_failed_adapt_leaves_nothing_behind() -> None:

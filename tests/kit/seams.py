@@ -26,6 +26,7 @@ _MODULES = sys.modules  # `lorasc_fx.adapt` is the function, to a path by attrib
 
 SEAMS: dict[str, tuple[Any, str]] = {
     "capture": (compiler, "capture"),
+    "insert": (compiler, "insert"),
     "checksum": (_MODULES["lorasc_fx.fingerprint"], "checksum"),
     "kept graphs": (reuse, "_KEPT"),
     "backward": (preflight, "projected_gradients"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -329,6 +331,74 @@ def test_a_weight_that_only_a_closure_holds_in_backward_is_refused() -> None:
 
     with raises(lx.CaptureError, "wrong-gradient", "Closure", "second.weight", "stem (Linear)"):
         lx.adapt(Closure(), (X.float(),), spec=SPEC)
+
+
+class Region(torch.autograd.Function):
+    """Gradient checkpointing of one's own, as in diffusion models: differentiates by all parameters of a region."""
+
+    @staticmethod
+    def forward(ctx: Any, region: Callable[..., Any], x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.region, ctx.x, ctx.parameters = region, x, list(parameters)
+        with torch.no_grad():
+            return region(x)
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.region(x)
+        return (None, *torch.autograd.grad(output, [x, *ctx.parameters], slope))
+
+
+class Regional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(Region.apply(self.body, self.stem(x), *self.body.parameters()))
+
+
+def test_a_region_that_differentiates_by_frozen_parameters_is_refused() -> None:
+    """The frozen bias has no gradient; trained in full it has, and the region computes with the branch."""
+    torch.manual_seed(0)
+    model, twin = Regional().double(), Regional().double()
+    model.body.bias.grad = torch.ones(6, dtype=torch.float64)
+    with raises(lx.CaptureError, "wrong-gradient", "Regional", "does not require grad", "train="):
+        lx.adapt(model, (X,), spec=SPEC)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.body.bias.grad.eq(1).all()
+    model.zero_grad()
+    twin.load_state_dict(model.state_dict())
+    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, lora_alpha=3.0, train=("body.bias",)))
+    randomize(cascade)
+    merged = merged_twin(twin, cascade)
+    for each in (cascade, merged):
+        gradients(each)
+    assert_gradients(cascade, merged)
+    torch.testing.assert_close(model.body.bias.grad, merged.body.bias.grad, rtol=0, atol=1e-12)
+
+
+class Reseeds(nn.Module):
+    """Draws a seed for its dropout, to repeat it later, as reversible networks do."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.stem, self.head = source, nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(torch.seed() if self.source == "seed" else time.monotonic_ns())
+        return self.head(F.dropout(self.stem(x), 0.4))
+
+
+def test_a_model_that_seeds_the_generator_anew() -> None:
+    """torch.seed is followed; of a seed from elsewhere the refusal tells."""
+    cascade = lx.adapt(Reseeds("seed").double(), (X,), spec=SPEC)
+    assert [site.weight for site in cascade.sites] == ["stem.weight", "head.weight"]
+    assert not torch.equal(cascade(X), cascade(X))  # every call draws its own
+    gradients(cascade)
+    with raises(lx.CaptureError, "model-not-repeatable", "Reseeds", "dropouts of 0"):
+        lx.adapt(Reseeds("clock").double(), (X,), spec=SPEC)
 
 
 # ---- memory
