@@ -39,6 +39,7 @@ from lorasc_fx.capture.preflight import (
     one_line,
     requiring_grad,
     run_preflight,
+    without_gradients,
 )
 from lorasc_fx.capture.reuse import forget
 from lorasc_fx.capture.signature import (
@@ -92,6 +93,7 @@ __all__ = [
     "run_preflight",
     "signature_of",
     "whole",
+    "without_gradients",
     "written_by",
 ]
 

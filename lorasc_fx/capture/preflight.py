@@ -99,7 +99,7 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
 
     named = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and leaf.is_leaf}
     reached = [node.variable for node in backward_nodes(roots) if hasattr(node, "variable")]
-    with _fresh([*named.values(), *reached]):
+    with without_gradients([*named.values(), *reached]):
         for name, leaf in named.items():
             leaf.register_post_accumulate_grad_hook(partial(take, name))
         backward_of_projection(roots)
@@ -107,7 +107,7 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
 
 
 @isolated
-def _fresh(undo: Block[Any], leaves: Sequence[torch.Tensor]) -> None:
+def without_gradients(undo: Block[Any], leaves: Sequence[torch.Tensor]) -> None:
     """Remove gradients and accumulation hooks of leaves inside the block."""
 
     def give_back(leaf: Any, gradient: torch.Tensor | None, hooks: Any, ours: dict[int, Any]) -> None:

@@ -28,6 +28,7 @@ from lorasc_fx.capture import (
     requiring_grad,
     run_preflight,
     whole,
+    without_gradients,
 )
 from lorasc_fx.compile.variants import Growable, Made, Variant
 from lorasc_fx.cost import Cheapest, Expectation, expect
@@ -37,7 +38,7 @@ from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, ShareInputs
 from lorasc_fx.passes.insert_branches import missing_branches, nothing_to_do
 from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.quantized import is_quantized
-from lorasc_fx.undo import Undo, isolated, raise_of_handler
+from lorasc_fx.undo import Block, Undo, isolated, raise_of_handler
 
 log = logging.getLogger("lorasc_fx")
 
@@ -506,12 +507,12 @@ def _holding(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tensor]) -
 
 
 @isolated
-def _trained(undo: Undo, weights: Mapping[str, nn.Parameter]) -> None:
-    """Train the weights inside the block; their gradients and flags are restored afterwards."""
+def _trained(undo: Block[Any], weights: Mapping[str, nn.Parameter]) -> None:
+    """Train the weights inside the block; their gradients, flags and hooks are restored afterwards."""
+    undo.enter(without_gradients(list(weights.values())))
     for weight in weights.values():
-        undo(partial(setattr, weight, "grad", weight.grad))
         undo(partial(weight.requires_grad_, weight.requires_grad))
-        weight.requires_grad_(True).grad = None
+        weight.requires_grad_(True)
 
 
 @isolated
