@@ -377,6 +377,8 @@ def test_a_region_that_differentiates_by_frozen_parameters_is_refused() -> None:
         gradients(each)
     assert_gradients(cascade, merged)
     torch.testing.assert_close(model.body.bias.grad, merged.body.bias.grad, rtol=0, atol=1e-12)
+    cascade.zero_grad()
+    cascade.release()
 
 
 class Reseeds(nn.Module):
