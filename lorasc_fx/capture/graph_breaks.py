@@ -14,11 +14,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import CodeType
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 from torch import fx, nn
@@ -78,7 +81,9 @@ class GraphBreakFallback:
         self._look: Callable[[Any, Mapping[str, Any]], None] | None = None
         self._discovering = False
         compiler = inspect.unwrap(torch.compile)  # Lightning Fabric's copies the backend, onto the user's model
-        self._compiled: Any = compiler(model, backend=self._take)
+        backend = _Backend(ref(self))
+        self._compiled: Any = compiler(model, backend=backend)
+        finalize(self, backend.invalidate)
 
     def discover(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the model once as it is, and find its subgraphs; buffers and random generators stay as they were.
@@ -89,6 +94,7 @@ class GraphBreakFallback:
         """
         try:
             with isolation(self.model, args, kwargs, seeded=False) as (inputs, named):
+                _reset_codes_without_entries()
                 self._discovering = True
                 self(*inputs, **named)
         except torch._dynamo.exc.TorchDynamoException as fault:  # a fault of dynamo's own, in a model that runs
@@ -123,13 +129,6 @@ class GraphBreakFallback:
         try:
             with _dynamo_settings(), as_opaque_products():
                 return self._call(args, kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit as fault:
-            raise CaptureError(
-                f"{type(self.model).__name__} was captured anew {LIMIT} times, and dynamo would run it without "
-                f"branches. The last graph did not fit because of {_last_guard()}. Pad inputs to fewer sizes, keep no "
-                "growing state in Python, or adapt a part of the model",
-                code="too-many-captures",
-            ) from fault
         except torch._dynamo.exc.BackendCompilerFailed as fault:
             raise fault.inner_exception from fault
         except torch._dynamo.exc.TorchRuntimeError:  # an op refuses the sizes: let the model say so itself
@@ -216,22 +215,30 @@ class GraphBreakFallback:
         """The subgraphs as they run."""
         return [running for subgraph in self._subgraphs for running in subgraph.running.values()]
 
-    def _take(self, source: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+    def take(self, source: fx.GraphModule) -> Callable[..., Any]:
+        """Return what dynamo runs in place of a subgraph. Dynamo's cache keeps it, and it must not keep the model."""
         subgraph = _Subgraph(source)
         self._subgraphs.append(subgraph)
+        owner, held = ref(self), ref(subgraph)
 
         def run(*inputs: Any) -> Any:
-            names = self._names(inputs)
-            running = subgraph.running.get(names)
-            running = self._bring(subgraph, names) if running is None else running
-            if not self._discovering:
-                return running(*inputs)
-            written = written_by(self.model)  # these get no branch, and a leaf that requires grad cannot be written
-            named = [value for value, name in zip(inputs, names, strict=True) if name not in (None, *written)]
-            with _weights_require_grad(value for value in named if isinstance(value, nn.Parameter)):
-                return running(*inputs)
+            fallback, subgraph = owner(), held()
+            assert fallback is not None
+            assert subgraph is not None
+            return fallback._run(subgraph, inputs)
 
         return run
+
+    def _run(self, subgraph: _Subgraph, inputs: tuple[Any, ...]) -> Any:
+        names = self._names(inputs)
+        running = subgraph.running.get(names)
+        running = self._bring(subgraph, names) if running is None else running
+        if not self._discovering:
+            return running(*inputs)
+        written = written_by(self.model)  # these get no branch, and a leaf that requires grad cannot be written
+        named = [value for value, name in zip(inputs, names, strict=True) if name not in (None, *written)]
+        with _weights_require_grad(value for value in named if isinstance(value, nn.Parameter)):
+            return running(*inputs)
 
     def _names(self, inputs: tuple[Any, ...]) -> Names:
         return tuple(self._name(value) for value in inputs)
@@ -287,11 +294,71 @@ def _weights_require_grad(undo: Block[Any], weights: Iterable[torch.Tensor]) -> 
             weight.requires_grad_(True)
 
 
-def _last_guard() -> str:
-    """Return the guard that failed last in the code that dynamo has captured most often."""
-    failures = max(torch._dynamo.utils.guard_failures.values(), key=len, default=["its inputs"])
-    guard = str(failures[-1]).splitlines()[0].partition(" #")[0].strip()
-    return guard.partition(": ")[2] or guard
+class _Backend:
+    """The backend of one fallback. Dynamo keeps it in the cache of each code object that it compiles.
+
+    All models of a class share the cache of its methods, and the limits in dynamo's configuration count all entries.
+    So these limits are lifted, and the entries of each backend are counted here.
+    """
+
+    def __init__(self, owner: ref[GraphBreakFallback]) -> None:
+        self._owner = owner
+
+    def __call__(self, source: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        """Take over a subgraph."""
+        fallback = self._owner()
+        assert fallback is not None
+        self._check_limit(type(fallback.model).__name__)
+        return fallback.take(source)
+
+    def _check_limit(self, model: str) -> None:
+        """Raise CaptureError if this code was compiled too often for the same modules, as dynamo counts it."""
+        frame: Any = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx
+        entries = [entry for entry in _entries_of(frame.f_code) if self._owns(entry)]
+        alike = sum(torch._dynamo.cache_size._has_same_id_matched_objs(frame, entry) for entry in entries)
+        if alike < LIMIT and len(entries) < 4 * LIMIT:
+            return
+        guards = torch._dynamo.utils.guard_failures.get(frame.f_code, ["its inputs"])
+        guard = str(guards[-1]).splitlines()[0].partition(" #")[0].strip()
+        raise CaptureError(
+            f"{model} was captured anew {LIMIT} times. The last graph did not fit because of "
+            f"{guard.partition(': ')[2] or guard}. Pad inputs to fewer sizes, keep no growing state in Python, or "
+            "adapt a part of the model",
+            code="too-many-captures",
+        )
+
+    def _owns(self, entry: Any) -> bool:
+        return getattr(entry.backend, "compiler_fn", None) is self  # torch.compile wraps a backend
+
+    def invalidate(self) -> None:
+        """Let dynamo drop the code that it has compiled for this backend; what others have compiled stays."""
+        deleted = torch._dynamo.guards.DeletedGuardManagerWrapper
+        for code in _compiled_codes():
+            for entry in _entries_of(code):
+                guards = entry.guard_manager
+                if self._owns(entry) and not isinstance(guards, deleted):
+                    guards.extra_state.invalidate(guards.cache_entry, deleted("the cascade is gone"))
+
+
+def _compiled_codes() -> list[CodeType]:
+    """Return the code objects that dynamo has looked at."""
+    codes = [code() for code in list(torch._dynamo.convert_frame.input_codes.seen)]
+    return [code for code in codes if code is not None]
+
+
+def _entries_of(code: CodeType) -> list[Any]:
+    """Return dynamo's cache entries of a code object."""
+    entries: list[Any] = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
+    return entries
+
+
+def _reset_codes_without_entries() -> None:
+    """Free the caches in which all entries are invalidated; dynamo keeps such entries, and counts them."""
+    deleted = torch._dynamo.guards.DeletedGuardManagerWrapper
+    for code in _compiled_codes():
+        entries = _entries_of(code)
+        if entries and all(isinstance(entry.guard_manager, deleted) for entry in entries):
+            torch._C._dynamo.eval_frame.reset_code(code)
 
 
 class _Region(nn.Module):
@@ -335,7 +402,7 @@ _quiet_dynamo = Shared(_no_graph_break_messages)
 
 @isolated
 def _dynamo_settings(undo: Block[Any]) -> None:
-    """Fail where dynamo would go on without graphs, and so without branches."""
+    """Let dynamo compile all that it comes to: otherwise it would go on without graphs, and so without branches."""
     if torch._dynamo.eval_frame._stance.stance in ("force_eager", "eager_on_recompile"):
         undo.enter(AllOrNothing(PROCESS))  # the stance of a capture in another thread goes; one of the user stays
         undo.enter(torch.compiler.set_stance("default"))
@@ -344,8 +411,8 @@ def _dynamo_settings(undo: Block[Any]) -> None:
     undo.enter(
         torch._dynamo.config.patch(
             fail_on_recompile_limit_hit=True,
-            recompile_limit=LIMIT,
-            accumulated_recompile_limit=4 * LIMIT,
+            recompile_limit=sys.maxsize,  # `_Backend` has limits of its own
+            accumulated_recompile_limit=sys.maxsize,
             use_numpy_random_stream=True,  # numpy's own, not draws of torch in its place
             skip_nnmodule_hook_guards=False,  # hooks come and go after the capture, too
             allow_unspec_int_on_nn_module=True,  # a counter is no reason for a graph of each of its values

@@ -1072,7 +1072,8 @@ def _call_on_first(cascade: Cascade, batch: Any) -> Any:
 
 def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascade]:
     """Return Cascade with a forward that shows the model's signature, which trainers and tracers read."""
-    forward = FunctionType(Cascade.forward.__code__, Cascade.forward.__globals__, "forward")
+    # Code of its own: torch.compile counts the graphs of each code object, and stops compiling at a few.
+    forward = FunctionType(Cascade.forward.__code__.replace(), Cascade.forward.__globals__, "forward")
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     shown = signature.replace(parameters=[first, *signature.parameters.values()])
     vars(forward)["__signature__"] = shown

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
@@ -471,6 +474,66 @@ def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     with raises(lx.CaptureError, "too-many-captures", "Numbers", "4"):
         call_all()
     assert right >= 3
+
+
+class Recomputed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def block(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.second(hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.block, self.first(x), use_reentrant=False)
+
+
+def test_any_number_of_models_of_a_class_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the limit of dynamo's cache for itself; what the user has compiled stays, and the dead leave nothing."""
+    compiled, theirs, x = [], Recomputed(), torch.randn(4, 5)
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    own = torch.compile(theirs, backend=backend)
+    expected, count = own(x), len(compiled)
+    lower(monkeypatch, "captures of the fallback", 3)
+    cascades, models = [], []
+    for _ in range(5):  # all of them alive
+        cascades.append(lx.adapt(Recomputed(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks"))
+        cascades[-1](x).sum().backward()
+        models.append(ref(cascades[-1].model))
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
+    assert sum(entry.code is not None for entry in entries(Recomputed.forward.__code__)) == 1 + 5
+    cascades.clear()
+    gc.collect()
+    assert not any(model() for model in models)
+    assert sum(entry.code is not None for entry in entries(Recomputed.forward.__code__)) == 1
+    assert torch.equal(own(x), expected)
+    assert len(compiled) == count
+    del own
+    torch._C._dynamo.eval_frame.reset_code(Recomputed.forward.__code__)
+    for _ in range(3):  # one after the other
+        cascade = lx.adapt(Recomputed(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
+        assert len(entries(Recomputed.forward.__code__)) == 1
+        del cascade
+        gc.collect()
+
+
+def test_torch_compile_around_any_number_of_cascades() -> None:
+    """dynamo stops compiling a function of which it has compiled some versions, and each cascade has its own."""
+    compiled, x = [], torch.randn(4, 5)
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    for number in range(1, 4):
+        cascade = lx.adapt(nn.Linear(5, 3), (x,), spec=lx.CascadeSpec(rank=1), frontend="symbolic")
+        with torch._dynamo.config.patch(recompile_limit=2):
+            torch.testing.assert_close(torch.compile(cascade, backend=backend)(x), cascade(x))
+        assert len(compiled) == number
 
 
 @ALL
