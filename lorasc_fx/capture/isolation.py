@@ -388,7 +388,7 @@ class Attributes:
                 with torch.no_grad():
                     if not torch.equal(tensor, value):
                         tensor.copy_(value)
-                if not has_history and (without := _without_history(tensor)) is not tensor:
+                if not has_history and (without := without_history(tensor)) is not tensor:
                     detached[id(tensor)] = without
         for held, contents in self.places:
             where, before = held.where, _exchanged(contents, detached)
@@ -414,7 +414,7 @@ def _exchanged(contents: Any, new: Mapping[int, torch.Tensor]) -> Any:
     return type(contents)(new.get(id(value), value) for value in contents)
 
 
-def _without_history(tensor: torch.Tensor) -> torch.Tensor:
+def without_history(tensor: torch.Tensor) -> torch.Tensor:
     """Detach a tensor that a forward with gradients has written into, in place.
 
     Torch detaches no view in place: it gets a new TensorImpl on the same memory. If something else holds the old one,
@@ -613,7 +613,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
                     parameter.copy_(writes.kept[name])
                     written.add(name)
             for parameter in clean:
-                _without_history(parameter)
+                without_history(parameter)
             written.update(name for name, parameter, version in versions if parameter._version != version)
             for module, objects, values in buffers:
                 if isinstance(module._buffers, dict):  # a script module keeps its own
@@ -625,7 +625,7 @@ def same_values(undo: Block[Any], model: nn.Module) -> None:
                     buffer = module._buffers[name]
                     if buffer is not None and buffer.shape == value.shape and not _same_bits(buffer, value):
                         buffer.copy_(value)  # and only then, as an autograd graph of before may have kept the buffer
-            views = {id(value): new for value in model.buffers() if (new := _without_history(value)) is not value}
+            views = {id(value): new for value in model.buffers() if (new := without_history(value)) is not value}
             if views:
                 exchange(model, lambda holder: views.get(id(holder.value)), _for_good)
         unseen = {name: tensor for name, tensor in lazily.items() if name not in writes.kept}

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +42,7 @@ from lorasc_fx.capture.isolation import (
     same_attributes,
     same_values,
     seed,
+    without_history,
     written_by,
 )
 from lorasc_fx.capture.signature import copied
@@ -569,6 +570,10 @@ def _observed(
         autograd = describe(_differentiable(tensors), parameters, leaves) if visible else None
         same = autograd is not None and (like is None or autograd == like.autograd)
         gradients, broken = _gradients(tensors, leaves | parameters) if differentiates and not same else (None, "")
+    if isinstance(call, fx.GraphModule):  # torch.export gives it constants of its own on the memory of the model's
+        for value in (*vars(call).values(), *call._buffers.values()):
+            if isinstance(value, torch.Tensor):
+                without_history(value)
     outputs = [tensor.detach() if whole else Digest.of(tensor) for tensor in tensors]
     changed = (inputs, named)
     recomputes = use.recomputes or bool(reentrant)

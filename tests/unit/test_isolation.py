@@ -414,10 +414,12 @@ def test_the_history_of_a_buffer_stays(how: str) -> None:
     torch.testing.assert_close(model.a.weight.grad, model.head.weight.sum(0)[:, None] * x.sum(0))
 
 
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
-def test_a_cache_with_gradients_trains(frontend: str) -> None:
+@pytest.mark.parametrize(
+    ("frontend", "how"), [("export", "buffer"), ("export", "attribute, a view"), ("graph-breaks", "buffer")]
+)
+def test_a_cache_with_gradients_trains(frontend: str, how: str) -> None:
     torch.manual_seed(0)
-    model, x, places = Cache("buffer"), torch.randn(2, 5), torch.tensor([0, 1])
+    model, x, places = Cache(how), torch.randn(2, 5), torch.tensor([0, 1])
     plain = copy.deepcopy(model)
     cascade = lx.adapt(model, (x, places), spec=lx.CascadeSpec(("head",), rank=2, train=("a.*",)), frontend=frontend)
     for each in (plain, cascade):
