@@ -32,7 +32,8 @@ class FoldBranches(EndsStage):
     """Erase every branch node; its base op computes with the slow weights instead.
 
     In a graph module that owns its weights the slow update of the plan's spec is made (pace, restart, noise) and
-    written to new constants; where the weights are live, their values are the runtime's and only nodes are erased.
+    written to new constants, and what the insertion has frozen is trainable again. Where the weights are live, their
+    values are the runtime's and only nodes are erased.
 
     Raises:
         NonFiniteBranch: a branch holds inf or nan.
@@ -55,6 +56,7 @@ class FoldBranches(EndsStage):
                 exact = state.exact("slow", arithmetic(state.base.dtype))
                 graph.set_tensor(named.names[weight], exact.to(state.base.dtype))
             graph.record = replace(graph.record, slow=slow, plan=plan.at_stage(plan.stage + 1))
+            graph.unfreeze()
         graph.record = replace(graph.record, branched=frozenset())
         graph.set_branches({})
 

@@ -21,6 +21,7 @@ from lorasc_fx.graph import (
     expert_index,
     form_named,
     named_weights,
+    trained_by,
     use_of,
 )
 from lorasc_fx.graph.weights import module_at
@@ -36,7 +37,9 @@ class InsertBranches(CascadePass):
 
     Branches that the graph module holds already are wired, not made anew, so that several graphs can share them. In a
     graph module that owns its weights the noise of the plan's stage is added to new constants, and the clean weights
-    are kept in the record; where the weights are live, their values are the runtime's.
+    are kept in the record. All its weights are then frozen, but for those under `spec.train`; the Parameters that it
+    shares with the model it was traced from stay as they are. If the weights are live, the runtime owns values and
+    flags.
     """
 
     name: ClassVar[str] = "insert-branches"
@@ -70,6 +73,7 @@ class InsertBranches(CascadePass):
                 graph.put_beside(base, site.key, reading.x, reading.options)
         if not graph.record.owner:
             start_values(graph, plan, [branch.weight_name for key, branch in branches.items() if key not in before])
+            graph.freeze(trained_by(plan.spec, named_weights(graph.owner).names))
         branched = frozenset(branch.weight_name for branch in branch_nodes(graph.module).values())
         graph.record = replace(graph.record, branched=branched)
 
@@ -131,6 +135,6 @@ def start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
                 parameter.copy_(values[name])
     for weight in names:
         state = slow.states[weight]
-        if plan.spec.noise.is_on or state.initial or state.start_differs:
+        if state.differs_from_slow(plan.spec.noise.is_on):
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))
     graph.record = replace(graph.record, slow=slow)

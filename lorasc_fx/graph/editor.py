@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from lorasc_fx.graph.branch_calls import CallTemplate, ReplacedCall, made_by, re
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, unshared
 from lorasc_fx.graph.forms import Reading
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
-from lorasc_fx.graph.weights import BRANCHES, held_branches, owner_of
+from lorasc_fx.graph.weights import BRANCHES, Memory, held_branches, named_weights, owner_of
 from lorasc_fx.parameters import shallow
 from lorasc_fx.quantized import is_opaque_product, quantized_linear
 from lorasc_fx.undo import Commit, no_grad
@@ -51,9 +52,8 @@ class GraphEditor:
 
     @record.setter
     def record(self, record: Record) -> None:
-        if record != self.record:
-            set_record(self.module, record)
-            self.modified = True
+        self.modified |= record != self.record
+        set_record(self.module, record)
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -234,15 +234,43 @@ class GraphEditor:
 
     def set_tensor(self, names: tuple[str, ...], value: torch.Tensor) -> None:
         """Put a new Parameter at these names of the owner, in copies of the modules on the way there."""
-        new: nn.Parameter | None = None
+        old = self.module.get_parameter(f"{self.record.prefix}{names[0]}")
+        self._put(names, nn.Parameter(value, requires_grad=old.requires_grad))
+
+    def _put(self, names: tuple[str, ...], new: nn.Parameter) -> None:
         for name in names:
             *path, leaf = f"{self.record.prefix}{name}".split(".")
             holder = self._own(path)
             old = holder._parameters[leaf]
-            assert old is not None
-            new = nn.Parameter(value, requires_grad=old.requires_grad) if new is None else new
             holder._parameters[leaf] = new
+            for key, values in [*vars(holder).items()]:  # of recurrent layers
+                if type(values) is list and any(value is old for value in values):
+                    vars(holder)[key] = [new if value is old else value for value in values]
         self.modified = True
+
+    def freeze(self, trained: Collection[str]) -> None:
+        """Freeze all weights but those that are trained in full, as peft does: by new Parameters on the same memory.
+
+        The original ones, which others hold, stay trainable; `unfreeze` puts them back.
+        """
+        named, frozen = named_weights(self.owner), {}
+        for name, parameter in named.parameters.items():
+            if parameter.requires_grad and name not in trained:
+                frozen[name] = parameter
+                self._put(named.names[name], nn.Parameter(parameter.detach(), requires_grad=False))
+        self.record = replace(self.record, frozen={**self.record.frozen, **frozen})
+
+    def unfreeze(self) -> None:
+        """Let what `freeze` has frozen be trainable again: the original Parameter, unless the weight has another value
+        by now.
+        """
+        named = named_weights(self.owner)
+        for name, original in self.record.frozen.items():
+            now = named.parameters.get(name)
+            if now is not None:
+                same = Memory.of(now) is not None and Memory.of(now) == Memory.of(original)
+                self._put(named.names[name], original if same else nn.Parameter(now.detach()))
+        self.record = replace(self.record, frozen={})
 
     def lend(self) -> fx.GraphModule:
         """Lint, compile, and return the copy for another's pass, which may exchange modules and parameters in it.

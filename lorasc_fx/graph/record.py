@@ -6,9 +6,10 @@ people's passes. `strip` removes all of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import fx
+from torch import fx, nn
 
 from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.state import SlowWeights
@@ -42,6 +43,7 @@ class Record:
         refusals, unreached: what was not adapted; with the sites, every weight matrix.
         slow: weights of a graph module that owns its weights: those of the sites, and those that have noise.
         branched: the weights whose branch nodes of this graph call, since they were inserted.
+        frozen: the Parameters in whose places frozen ones stand since then, by name.
     """
 
     facts: frozenset[str] = frozenset()
@@ -51,6 +53,7 @@ class Record:
     unreached: tuple[str, ...] = ()
     slow: SlowWeights = field(default_factory=SlowWeights)
     branched: frozenset[str] = frozenset()
+    frozen: Mapping[str, nn.Parameter] = field(default_factory=dict, compare=False)
 
     @property
     def prefix(self) -> str:

@@ -38,6 +38,11 @@ writes into a tensor in place writes into yours. After each pass the verifier ho
 renamed, cloned, merged or moved is followed; what a fold could not follow is a `VerifyError` that names the node, the
 weight and the reason, and the input stays as it was. Weights under a branch may not change: a fold starts from W0.
 
+The insertion freezes all weights of its result, as peft does, but for those under `spec.train`: of
+`adapted.parameters()` only the branches require a gradient, and `[p for p in adapted.parameters() if p.requires_grad]`
+is what an optimizer takes. The Parameters of the model that was traced keep their flags; the frozen ones are new and
+share their memory. A fold makes what was frozen trainable again.
+
 A pass that makes a new graph module drops what we noted of the old one. Inside a Pipeline it is handed on; in torch's
 PassManager, put such a pass in as `Pipeline([it])`.
 

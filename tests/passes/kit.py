@@ -176,6 +176,14 @@ def uses_of(graph_module: fx.GraphModule) -> dict[str, tuple[tuple[str, str], ..
     return found
 
 
+def assert_frozen(value: Tensor, original: Tensor) -> None:
+    """Fails unless a weight is frozen, and holds the memory of the original."""
+    assert not value.requires_grad
+    assert value is original or value.data_ptr() == original.data_ptr()
+    assert value.shape == original.shape
+    assert value.stride() == original.stride()
+
+
 class Photograph:
     """A graph module with all that a pass could change, and the objects themselves, to be compared later."""
 

@@ -14,8 +14,9 @@ from torch.func import functional_call
 from lorasc_fx import CascadeSpec, Noise, PassError
 from lorasc_fx.branch import amplitude
 from lorasc_fx.capture import capture
+from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph import branch_nodes, made_by, record_of, text, use_of
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
 from lorasc_fx.plan import Reason
 from tests.kit.errors import raises
 from tests.kit.state import noise_drawn, weight_state
@@ -25,6 +26,7 @@ from tests.passes.kit import (
     Photograph,
     assert_close,
     assert_differ,
+    assert_frozen,
     assert_gradients,
     branches_of,
     by_hand,
@@ -174,12 +176,12 @@ def test_noise_is_in_the_weights_of_an_own_graph(case: Case, distribution: str) 
     added = {}
     for name, value in after.items():
         if name not in sites_of(inserted):
-            assert value is before[name]  # not copied, not noisy
+            assert_frozen(value, before[name])  # not copied, not noisy
             continue
         u = noise_drawn(noise, 7, 1, name, value.shape).double()
         added[name] = 0.4 * before[name].detach().std() * u
         assert_close(value.detach(), (before[name] + added[name]).detach(), rtol=1e-14, atol=1e-15)
-        assert value.requires_grad == before[name].requires_grad
+        assert not value.requires_grad
         assert same_bits(weight_state(inserted, name).base, before[name])
         if distribution == "uniform":
             assert u.abs().max() <= 0.5
@@ -336,3 +338,63 @@ def test_refusals_are_data_not_branches() -> None:
         "table.weight": Reason.MUTATED
     }
     assert set(branches_of(inserted)) == set(case.sites)
+
+
+class Recurrent(nn.Module):
+    """Its recurrent layer is called whole, and has its weights in a list besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cell, self.last = nn.Linear(5, 4), nn.GRU(4, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.cell(self.first(x))[0])
+
+
+@pytest.mark.parametrize("noise", [Noise(0.0), Noise(0.1)], ids=["quiet", "noisy"])
+def test_only_branches_train(noise: Noise) -> None:
+    """An optimizer of all that requires a gradient moves no weight of the user's model; a fold restores the flags."""
+    torch.manual_seed(0)
+    model, x = Recurrent(), torch.randn(3, 6, 5)
+    model.first.bias.requires_grad_(False)
+    flags, before = {n: p.requires_grad for n, p in model.named_parameters()}, copy.deepcopy(model.state_dict())
+    spec = CascadeSpec(rank=2, noise=noise, train=("last.bias",), pace=1.0)
+    traced = fx.symbolic_trace(model)
+    graph = insert(traced, spec)
+    for stage in range(2):
+        trains = {name for name, value in graph.named_parameters() if value.requires_grad}
+        branches = {f"branches.{name}" for name, _ in graph.get_submodule("branches").named_parameters()}
+        assert trains == {"last.bias", *branches}
+        optimizer = torch.optim.SGD([value for value in graph.parameters() if value.requires_grad], lr=0.1)
+        graph(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if not stage:
+            graph = StageTransition()(graph).graph_module
+    assert flags == {name: value.requires_grad for name, value in model.named_parameters()}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name != "last.bias")
+    assert all(value.grad is None for name, value in model.named_parameters() if name != "last.bias")
+    folded = FoldBranches()(graph).graph_module
+    assert flags == {name: value.requires_grad for name, value in folded.named_parameters()}
+    kept = [name for name, value in folded.named_parameters() if value is model.get_parameter(name)]
+    assert kept == [name for name in flags if not name.endswith(("first.weight", "last.weight"))]
+    assert all(value is not None and value.requires_grad for value in folded.cell._flat_weights)  # type: ignore[union-attr]
+    twin = copy.deepcopy(graph)  # its weights are others, which are not exchanged for the model's
+    back = FoldBranches()(twin).graph_module
+    assert flags == {name: value.requires_grad for name, value in back.named_parameters()}
+    assert not {value.data_ptr() for value in back.parameters()} & {value.data_ptr() for value in model.parameters()}
+
+
+def test_weights_that_moved_in_spite_of_it() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()
+    graph = insert(fx.symbolic_trace(model), CascadeSpec(rank=2, pace=1.0)).requires_grad_(True)
+    x, optimizer = torch.randn(3, 5).double(), torch.optim.SGD(graph.parameters(), lr=0.1)
+    for _ in range(2):
+        graph(x).square().sum().backward()
+        optimizer.step()
+    assert_close(FoldBranches()(graph).graph_module(x), graph(x))
+    noisy = insert(fx.symbolic_trace(model), CascadeSpec(rank=2, noise=Noise(0.1))).requires_grad_(True)
+    with torch.no_grad():
+        noisy.get_parameter("0.weight").add_(1.0)
+    with raises(VerifyError, "graph-not-verified", "0.weight holds other numbers"):
+        FoldBranches()(noisy)

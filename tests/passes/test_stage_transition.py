@@ -17,6 +17,7 @@ from tests.passes.kit import (
     Photograph,
     assert_close,
     assert_differ,
+    assert_frozen,
     branches_of,
     by_hand,
     deltas,
@@ -55,7 +56,7 @@ def test_transition(case: Case) -> None:
         if name in slow:
             assert_close(value.detach(), weights_of(original)[name].detach() + slow[name], **NEAR)
         else:
-            assert value is weights_of(original)[name]
+            assert_frozen(value, weights_of(original)[name])
     assert_close(run(after, case), by_hand(case, slow))
     assert_differ(run(after, case), run(case.model, case))
     for branch in branches_of(after).values():
