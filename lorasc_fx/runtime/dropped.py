@@ -107,7 +107,8 @@ class DropGuard:
             self._act(model)
 
     def _act(self, held: weakref.ref[nn.Module]) -> None:
-        with torch.no_grad(), _disable_current_modes():  # a collection may run while something is traced
+        # A collection may run while something is traced, and no_grad itself would be an op of the trace.
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
             lost = self.run.loses_training()
             self.run.written = frozenset  # which holds the model
             del self.run.model

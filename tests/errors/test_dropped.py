@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lorasc_fx as lx
 from tests.kit.errors import lacking
@@ -57,7 +58,7 @@ def same(model: nn.Module, expected: dict[str, torch.Tensor]) -> bool:
 
 
 @contextmanager
-def told(*names: str) -> Iterator[None]:
+def told(*names: str, anywhere: bool = False) -> Iterator[None]:
     """One warning with these names at a line of this file; none where there are no names."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -67,7 +68,7 @@ def told(*names: str) -> Iterator[None]:
     for each in caught:
         assert isinstance(each.message, lx.errors.LorascWarning)
         assert not lacking(each.message, "training-not-kept", names)
-        assert each.filename == __file__
+        assert anywhere or each.filename == __file__
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -188,6 +189,24 @@ def test_what_the_user_has_changed_meanwhile_stays() -> None:
     assert same(model, {**values(net()), "0.weight": torch.ones(7, 5)})
     assert not model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == [False, False, True, True]
+
+
+def test_while_a_program_is_traced() -> None:
+    """Nothing of it is in the trace."""
+
+    def collects(x: torch.Tensor) -> torch.Tensor:
+        gc.collect()
+        return x * 2
+
+    model = net()
+    cascade, optimizer = adapted(model)
+    step(cascade, optimizer)
+    cascade.cycle = [cascade]  # type: ignore[assignment]
+    del cascade
+    with told("stage 1", anywhere=True):
+        traced = make_fx(collects, pre_dispatch=True)(X)  # as torch.export traces
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_function", "output"]
+    assert same(model, values(net()))
 
 
 def test_a_second_adapt_collects_the_first_cascade() -> None:
