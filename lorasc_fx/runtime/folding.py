@@ -16,14 +16,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lorasc_fx.branch.noise import BLOCK
 from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.parameters import Holder, holders_of, substituted
 from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
 from lorasc_fx.runtime.experts import WHICH, Weights, added_weights, check_which, folded_weights
-from lorasc_fx.runtime.run import Planned, Run
+from lorasc_fx.runtime.run import SPARE, Planned, Run
 from lorasc_fx.runtime.transition import at_stage, trained_moved
 from lorasc_fx.shards import local
-from lorasc_fx.state import SlowWeights, Which
+from lorasc_fx.state import SlowWeights, Which, arithmetic
 from lorasc_fx.undo import Block, Commit, Undo, isolated, no_grad, no_inference_mode
 
 Value = TypeVar("Value")
@@ -54,7 +55,7 @@ def placed(
             meant: Which = next(name for name in WHICH if name == which)
             weights = Weights(run.slow, meant, branches=run.branches_by_weight(), plan=run.plan)
         held, buffers = Held.of(run, parameters), weights.moves(run)
-        undo(partial(_put_back, run, parameters, live, held))
+        undo(partial(_put_back, run, parameters, live, held, _reserve(run, parameters)))
         run.keep_buffers([buffer for buffer, _ in buffers])
         run.commit(
             Planned(
@@ -117,12 +118,36 @@ class Held:
                 parameter.data = memory
 
 
-def _put_back(run: Run, parameters: Mapping[str, nn.Parameter], live: Mapping[str, torch.Tensor], held: Held) -> None:
+def _reserve(run: Run, parameters: Mapping[str, nn.Parameter]) -> list[torch.Tensor]:
+    """Return memory of each accelerator, to be freed when noisy weights are restored.
+
+    Restoring them takes more than placing others did: a block of noise, and the exact weight if it is narrow. Without
+    this reserve, a device that has become full inside `weights` would keep some of the other weights.
+    """
+    if run.slow.idle or not run.plan.spec.noise.is_on:
+        return []
+    sizes: dict[torch.device, int] = {}
+    for parameter in (parameters[name] for name in run.slow.states):
+        if not is_quantized(parameter) and (weight := local(parameter)).device.type != "cpu":
+            exact = 0 if weight.dtype == arithmetic(weight.dtype) else 4 * weight.numel()
+            drawn = 8 * min(weight.numel(), BLOCK)
+            sizes[weight.device] = max(sizes.get(weight.device, 0), exact + drawn + 2 * SPARE)
+    return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()]
+
+
+def _put_back(
+    run: Run,
+    parameters: Mapping[str, nn.Parameter],
+    live: Mapping[str, torch.Tensor],
+    held: Held,
+    reserve: list[torch.Tensor],
+) -> None:
     """Write back what the parameters hold while the stage trains; where that raises, once more.
 
     Raises:
         StateError: a weight was written inside `weights`; all of them are back.
     """
+    reserve.clear()
     written = {name: parameters[name] for name in [*run.slow.states, *run.slow.trained]}
     planned = Planned(run.plan, run.slow, written, tensors=run.statistics, live=live)
 
