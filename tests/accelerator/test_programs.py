@@ -60,10 +60,9 @@ def test_the_command_line(device: str, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "small.toml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for place in ("cpu", device):
-        folder = tmp_path / place
-        assert main(["train", "small.toml", "--train.device", place, "--output", str(folder)]) == 0
-    runs = [tmp_path / "cpu", tmp_path / device]
+    runs = [tmp_path / "host", tmp_path / "device"]
+    for place, run in zip(("cpu", device), runs, strict=True):
+        assert main(["train", "small.toml", "--train.device", place, "--output", str(run)]) == 0
     assert_same(*(load_file(run / "folded.safetensors") for run in runs))
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
     validations = [[each for line in some if "validation" in (each := json.loads(line))] for some in lines]
