@@ -57,20 +57,20 @@ def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, 
     before = loss_of(model, held)
 
     spec = lx.CascadeSpec(targets=("*.self_attn.*", "*.mlp.*"), rank=8, lora_alpha=16, pace=0.8, noise=lx.Noise(0.05))
-    cascade = lx.adapt(model, kwargs={"input_ids": long[:8], "labels": long[:8]}, spec=spec)
-    print(cascade)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=3e-3))
-    for stage in cascade.stages(stages, optimizer):
+    model = lx.adapt(model, kwargs={"input_ids": long[:8], "labels": long[:8]}, spec=spec)
+    print(model)
+    optimizer = torch.optim.AdamW(model.param_groups(lr=3e-3))
+    for stage in model.stages(stages, optimizer):
         for ids in batches(long, steps, seed=stage.index):
-            loss = cascade(input_ids=ids, labels=ids).loss  # transformers' own output type
+            loss = model(input_ids=ids, labels=ids).loss  # transformers' own output type
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         print(f"stage {stage.index}: loss {loss.item():.3f}")
-    with cascade.weights("slow"):  # the model's own methods work on the slow weights
+    with model.weights("slow"):  # the model's own methods work on the slow weights
         told = model.generate(long[:1, :32], max_new_tokens=32, do_sample=False)
     print(bytes(told[0].tolist()).decode(errors="replace"))
-    after = loss_of(cascade.release(), held)
+    after = loss_of(model.release(), held)
     print(f"loss on long reviews: {before:.3f} before, {after:.3f} after")
     return before, after
 

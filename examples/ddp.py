@@ -27,14 +27,14 @@ def main(steps: int = 20, stages: int = 3, batch: int = 32) -> float:
     data = torch.utils.data.TensorDataset(points, (points @ torch.randn(16, 4)).argmax(1))
 
     spec = lx.CascadeSpec(rank=4, train=("5.*",), pace=0.7, noise=lx.Noise(0.1))
-    cascade = lx.adapt(model.to(device), args=(points[:2].to(device),), spec=spec)
-    wrapper = DistributedDataParallel(cascade) if count > 1 else cascade
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=5e-3))
+    model = lx.adapt(model.to(device), args=(points[:2].to(device),), spec=spec)
+    wrapper = DistributedDataParallel(model) if count > 1 else model
+    optimizer = torch.optim.AdamW(model.param_groups(lr=5e-3))
 
     # Each process gets its share of one global batch, so that the numbers do not depend on how many there are.
     batches = iter(lx.schedules.shuffled_batches(data, batch, share=(rank, count)))
     loss = torch.zeros((), device=device)
-    for stage in cascade.stages(stages, optimizer):  # every process makes the same transition by itself
+    for stage in model.stages(stages, optimizer):  # every process makes the same transition by itself
         for _ in range(steps):
             x, label = (each.to(device) for each in next(batches))
             loss = F.cross_entropy(wrapper(x), label)

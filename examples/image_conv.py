@@ -74,15 +74,15 @@ def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, 
     before = accuracy(model, other, test)
 
     spec = lx.CascadeSpec(targets=("conv", "head.weight"), train=("*.norm?.*",), rank=4, lora_alpha=8, pace=0.8)
-    cascade = lx.adapt(model, args=other.batch(torch.arange(32)).args, spec=spec)
-    print(cascade)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=2e-3))
-    for stage in cascade.stages(stages, optimizer):
+    model = lx.adapt(model, args=other.batch(torch.arange(32)).args, spec=spec)
+    print(model)
+    optimizer = torch.optim.AdamW(model.param_groups(lr=2e-3))
+    for stage in model.stages(stages, optimizer):
         loss = 0.0
         for index in range(steps):
-            loss = step(cascade, other, optimizer, stage.index * steps + index, 1300)
+            loss = step(model, other, optimizer, stage.index * steps + index, 1300)
         print(f"stage {stage.index}: loss {loss:.3f}")
-    after = accuracy(cascade.release(), other, test)
+    after = accuracy(model.release(), other, test)
     print(f"accuracy on other writers: {before:.3f} before, {after:.3f} after")
     return before, after
 

@@ -30,20 +30,20 @@ def main(steps: int = 40, stages: int = 3) -> float:
         pace=0.7,
         noise=lx.Noise(0.1),
     )
-    cascade = lx.adapt(model, args=examples.batch(torch.arange(32)).args, spec=spec)
-    print(cascade)
+    model = lx.adapt(model, args=examples.batch(torch.arange(32)).args, spec=spec)
+    print(model)
 
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=2e-3))
-    for stage in cascade.stages(stages, optimizer):
+    optimizer = torch.optim.AdamW(model.param_groups(lr=2e-3))
+    for stage in model.stages(stages, optimizer):
         for step in range(steps):
             batch = examples.batch(torch.randint(1300, (32,), generator=torch.Generator().manual_seed(step)))
-            loss = F.cross_entropy(cascade(*batch.args), batch.labels)
+            loss = F.cross_entropy(model(*batch.args), batch.labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         print(f"stage {stage.index}: loss {loss.item():.3f}")
 
-    model = cascade.release()  # the same timm model, slow weights folded in
+    model = model.release()  # the same timm model, slow weights folded in
     test = examples.batch(torch.arange(1300, 1797))
     with torch.no_grad():
         accuracy: float = (model(*test.args).argmax(-1) == test.labels).float().mean().item()

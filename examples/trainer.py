@@ -35,11 +35,11 @@ def main(folder: str, epochs: int = 4) -> tuple[float, float]:
         targets=("*_proj.weight",), train=("lm_head.*", "*norm.weight"), rank=8, pace=0.7, noise=lx.Noise(0.05)
     )
     example = {name: torch.stack([row[name] for row in train[:2]]) for name in ("input_ids", "labels")}
-    cascade = lx.adapt(model, kwargs=example, spec=spec)
-    print(cascade)
+    model = lx.adapt(model, kwargs=example, spec=spec)
+    print(model)
 
     trainer = Trainer(
-        model=cascade,  # the Trainer gets the cascade itself
+        model=model,  # what adapt has returned
         args=TrainingArguments(
             output_dir=folder, num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=1e-2,
             gradient_accumulation_steps=2, eval_strategy="epoch", save_strategy="epoch", save_total_limit=1,
@@ -47,16 +47,16 @@ def main(folder: str, epochs: int = 4) -> tuple[float, float]:
         ),
         train_dataset=train,
         eval_dataset=test,
-        callbacks=[lx.integrations.transformers.CascadeCallback(cascade, epochs=1)],
+        callbacks=[lx.integrations.transformers.CascadeCallback(model, epochs=1)],
     )  # fmt: skip
     before = trainer.evaluate()["eval_loss"]
     trainer.train()  # resume_from_checkpoint=True goes on with the last checkpoint
     after: float = trainer.evaluate()["eval_loss"]
-    print(f"loss of the slow weights: {before:.3f} before, {after:.3f} after {cascade.stage - 1} stages")
+    print(f"loss of the slow weights: {before:.3f} before, {after:.3f} after {model.stage - 1} stages")
 
     trainer.save_model(f"{folder}/model")  # config.json and model.safetensors of a Llama, nothing of ours
     trainer.accelerator.wait_for_everyone()  # under torchrun it is the first process that writes
-    cascade.release()
+    model.release()
     loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
     counted = loaded.generate(test[0]["input_ids"][None, :4], max_new_tokens=6, do_sample=False)
     print("the saved model goes on counting:", [token - 3 for token in counted[0].tolist()])

@@ -25,10 +25,10 @@ class Recipe(NamedTuple):
     """What a recipe returns::
 
         spec, schedule = lx.recipes.small_data(steps=300, stages=3, rank=8, train=("head.*",))
-        cascade = lx.adapt(model, args=(x,), spec=spec)
-        optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3), weight_decay=0.01)
-        scheduler = schedule(optimizer, cascade)  # scheduler.step() after each optimizer.step()
-        for stage in cascade.stages(3, optimizer):
+        model = lx.adapt(model, args=(x,), spec=spec)
+        optimizer = torch.optim.AdamW(model.param_groups(lr=1e-3), weight_decay=0.01)
+        scheduler = schedule(optimizer, model)  # scheduler.step() after each optimizer.step()
+        for stage in model.stages(3, optimizer):
             ...  # 100 steps
 
     Args:

@@ -197,7 +197,8 @@ class CascadeSpec:
             entries that are set to zero (ReLoRA, 2307.05695).
         slow_train: parameters under `train` follow the slow rule as well.
         on_nonfinite: a branch with inf or nan at a fold is an error (`raise`) or is left out (`skip`).
-        seed: address of all randomness, with stage and weight name.
+        seed: of lora_A and noise, with stage and weight name. `torch.manual_seed` and a trainer's seed do not change
+            them: give another seed for each repetition of an experiment.
     """
 
     targets: tuple[str, ...] = KINDS
