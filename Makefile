@@ -6,11 +6,11 @@ PYTHON ?= python3
 JOBS ?= 2
 # A worker gets a run of neighbouring tests, which share what they captured and built; who is done first takes half of what is left.
 WORKERS := -n $(JOBS) --dist worksteal
-# Of its own, because the simulated accelerator stays registered for the life of a process.
-ACCELERATOR := $(BIN)/python -m pytest tests/accelerator $(WORKERS)
 WAITING := -n $(shell expr $(JOBS) + 1) --dist worksteal # tests that wait for processes of their own
 VENV := .venv
 BIN := $(VENV)/bin
+# A pytest of its own, because the simulated accelerator stays registered for the life of a process.
+ACCELERATOR := $(BIN)/python -m pytest tests/accelerator $(WORKERS)
 CONSTRAINTS := requirements/constraints.txt
 EXTRAS := cli,data,vision,text,demo,onnx,report,loops,tensorboard,test,bench
 CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)

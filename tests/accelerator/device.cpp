@@ -10,9 +10,9 @@
 //
 // Random numbers. Each device has its own generator, whose numbers differ from the CPU's for the same seed.
 //
-// Counters (kernels, copies with their bytes, waits for values) and switches (no fp64, a memory limit) are operators of
-// the library `simulated`; device.py makes a Python module of them. Not simulated: asynchronous execution,
-// streams, pinned memory, timing.
+// Counters (kernels, copies with their bytes, waits of the host for values) and switches (no fp64, a memory limit) are
+// operators of the library `simulated`, which device.py calls. Not simulated: asynchronous execution, streams, pinned
+// memory, timing.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -414,7 +414,8 @@ Tensor empty_strided(c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides, std
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
   TORCH_CHECK(!from.is_meta() && !to.is_meta(), "Cannot copy out of meta tensor; no data!");
   const bool leaves = on_device(from), enters = on_device(to);
-  const std::string kind = !enters ? "to_host" : !leaves ? "to_device" : from.device() == to.device() ? "kernels" : "across";
+  std::string kind = !enters ? "to_host" : !leaves ? "to_device" : "across";
+  if (from.device() == to.device()) kind = "kernels";
   count(kind);
   count(kind + "_bytes", from.numel() * (enters ? to : from).element_size());
   if (to.numel() == 0) return to;
@@ -493,7 +494,9 @@ void autocast(const c10::OperatorHandle& op, Stack* stack) {
   const auto& schema = op.schema().arguments();
   const auto arguments = torch::jit::last(*stack, schema.size());
   const size_t begin = stack->size() - schema.size();
-  at::ScalarType type = policy == Cast::kLower || policy == Cast::kWidest ? ac::get_lower_precision_fp_from_device_type(kSimulated) : at::kFloat;
+  at::ScalarType type = at::kFloat;
+  if (policy == Cast::kLower || policy == Cast::kWidest)
+    type = ac::get_lower_precision_fp_from_device_type(kSimulated);
   if (policy == Cast::kWidest)
     for (const IValue& argument : arguments)
       map_tensors(argument, [&](const Tensor& tensor) {
