@@ -161,7 +161,6 @@ CODES = {
     "nothing-trained": "no site has trained yet",
     "optimizer-differs": "the optimizer or scheduler differs from the saved one",
     "optimizer-lacks-parameters": "the optimizer does not hold all trained parameters",
-    "optimizer-needed": "the call needs the optimizer",
     "other-model": "the Trainer and the callback have different models",
     "other-versions": "(warning) a checkpoint was written by other versions",
     "out-of-memory": "there is no memory for the tensors of a file",

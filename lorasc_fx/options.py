@@ -188,9 +188,6 @@ ROW_SCALES: Mapping[bool, RowScale] = {False: RowScale(), True: DoraScale()}
 class NextA:
     """Where lora_A of the next stage starts (`CascadeSpec.restart_A`): this one is fresh."""
 
-    needs_gradient: ClassVar[bool] = False
-    """Whether the first optimizer step of the stage sets lora_A anew, by the gradient that it sees."""
-
     def next_a(self, previous: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
         """Return lora_A as the stage starts it, of the one before and of a fresh one (which may have another rank)."""
         return fresh
@@ -206,13 +203,7 @@ class KeptA(NextA):
         return previous.detach().clone()
 
 
-class GradientA(NextA):
-    """The leading right singular vectors of the gradient of the first step; fresh until then (`runtime.gradient`)."""
-
-    needs_gradient: ClassVar[bool] = True
-
-
-NEXT_A: Mapping[str, NextA] = {"fresh": NextA(), "kept": KeptA(), "gradient": GradientA()}
+NEXT_A: Mapping[str, NextA] = {"fresh": NextA(), "kept": KeptA()}
 """By the value of `CascadeSpec.restart_A`."""
 
 

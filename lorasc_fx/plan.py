@@ -20,7 +20,7 @@ from lorasc_fx.spec import KINDS, PLACEMENTS, CascadeSpec
 
 __all__ = ["Plan", "Reason", "Refusal", "Site"]
 
-FORMAT = 2
+FORMAT = 1
 MOST = 2**31 - 1
 """Of stages, of a rank, of rows: a larger number in a file is none that this package has written."""
 ENTRIES = 2**40
@@ -28,8 +28,6 @@ ENTRIES = 2**40
 _LISTS = ("shape", "aliases", "slices", "ranks")
 _OPTIONAL = ("form", "use_dora", "ranks", "train_A", "nearest_full_gradient")
 """Fields of a site that are written where they are not the default."""
-_KEYS = {"slices": "parts"}
-"""Keys of fields that are not their names."""
 
 
 class Reason(enum.Enum):
@@ -194,7 +192,7 @@ class Plan:
         """Return the plan as JSON text."""
         sites = [
             {
-                _KEYS.get(field.name, field.name): value
+                field.name: value
                 for field in fields(Site)
                 if (value := getattr(site, field.name)) != field.default or field.name not in _OPTIONAL
             }
@@ -221,8 +219,6 @@ class Plan:
                     code="format-not-supported",
                 )
             sites = tuple(_checked(_site(entry)) for entry in data["sites"])
-            if data["spec"].get("noise", {}).get("strength"):
-                data["spec"]["noise"] = {"key": "weight", **data["spec"]["noise"]}  # before the field was there
             spec = CascadeSpec.from_dict(data["spec"])
             for rank in (spec.rank, *spec.ranks, *(rule.rank for rule in spec.rules if rule.rank is not None)):
                 _count("rank", rank)
@@ -241,9 +237,7 @@ class Plan:
 
 
 def _site(entry: dict[str, Any]) -> Site:
-    names = {key: name for name, key in _KEYS.items()}
-    values = {names.get(key, key): value for key, value in entry.items()}
-    return Site(**{**values, **{name: tuple(values[name]) for name in _LISTS if name in values or name != "ranks"}})
+    return Site(**{**entry, **{name: tuple(entry[name]) for name in _LISTS if name in entry or name != "ranks"}})
 
 
 def _checked(site: Site) -> Site:
@@ -266,9 +260,9 @@ def _checked(site: Site) -> Site:
     for rank in (site.rank, *site.ranks):
         _count("rank", rank)
     for size in site.slices:
-        _count("parts", size)
+        _count("slices", size)
     if site.slices and (sum(site.slices) != site.shape[0] or site.experts or site.layout != "out_in"):
-        raise ValueError(f"parts is {site.slices}, which are not the rows of a weight of shape {site.shape}")
+        raise ValueError(f"slices is {site.slices}, which are not the rows of a weight of shape {site.shape}")
     if site.placement not in PLACEMENTS:
         raise ValueError(f"placement is {site.placement!r}, not one of {', '.join(PLACEMENTS)}")
     if not is_number(site.dropout) or not 0 <= site.dropout < 1:

@@ -49,7 +49,6 @@ PLACEMENTS = ("beside", "merged", "weight")
 """Where a branch computes (docs/design.md)."""
 
 Redraw = Literal["stage", "step"]
-Key = Literal["block", "weight"]
 Where = Literal["sites", "all"]
 OnNonFinite = Literal["raise", "skip"]
 Placement = Literal["auto", "beside", "merged", "weight"]
@@ -70,8 +69,6 @@ class Noise:
         where: on the `sites`, or on `all` weight matrices that are not trained in full.
         redraw: once a `stage`, or after each optimizer `step`, as in Flat-LoRA: the weights are written anew from W0
             each time, at the cost of a fold.
-        key: what has a random stream of its own: each `block` of a weight, so that a rank draws what its shard holds,
-            or the whole `weight`, as in checkpoints of before. The numbers differ.
     """
 
     strength: float = 0.0
@@ -79,7 +76,6 @@ class Noise:
     keep: bool = False
     where: Where = "sites"
     redraw: Redraw = "stage"
-    key: Key = "block"
 
     def __post_init__(self) -> None:
         _number("noise.strength", self.strength)
@@ -88,7 +84,6 @@ class Noise:
         _choice("noise.distribution", self.distribution, tuple(DISTRIBUTIONS))
         _choice("noise.where", self.where, get_args(Where))
         _choice("noise.redraw", self.redraw, get_args(Redraw))
-        _choice("noise.key", self.key, get_args(Key))
         _flag("noise.keep", self.keep)
         check_noise(self.keep, self.redraw, self.distribution)
 
@@ -182,8 +177,7 @@ class CascadeSpec:
             the slow weights are then the mean of the weights at the ends of stages.
         restart: whether the next stage starts from the slow or from the fast weights.
         noise: see `Noise`.
-        restart_A: where lora_A of the next stage starts: `fresh` noise, `kept`, or the leading right singular vectors
-            of the `gradient` that the first optimizer step of the stage sees.
+        restart_A: where lora_A of the next stage starts: `fresh` random values, or `kept` from the stage before.
         start: the factors of a stage: `lora` (A as restart_A says, B = 0), or out of the weight, which then holds the
             residual while the stage trains: its largest singular triplets (`pissa`, 2404.02948), its smallest ones
             (`milora`, 2406.09044), or the first columns and rows of its QR decomposition (`olora`, 2406.01775).

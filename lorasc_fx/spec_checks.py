@@ -96,12 +96,6 @@ def check_pairs(spec: Any) -> None:
             "still (LoRA-FA); give train_A=False",
             code="conflicting-options",
         )
-    if spec.nearest_full_gradient and spec.next_a.needs_gradient:
-        raise SpecError(
-            "nearest_full_gradient is true and restart_A is 'gradient', which reads in the gradient of lora_B what "
-            "clipping made of it; give restart_A='fresh'",
-            code="conflicting-options",
-        )
     if spec.train_rules and not spec.train:
         raise SpecError(
             f"train_rules has {spec.train_rules[0].pattern!r}, and train is empty: the rules are for what it names; "
@@ -141,12 +135,6 @@ def _check_dora(spec: Any) -> None:
         raise SpecError(
             f"use_dora is True and restart is {spec.restart!r}: the rows of slow and fast weights would be scaled "
             "apart, and no one list of experts has both; give restart='slow', or use_dora=False",
-            code="conflicting-options",
-        )
-    if spec.next_a.needs_gradient:
-        raise SpecError(
-            "use_dora is True and restart_A is 'gradient', whose first step is known for plain LoRA only; "
-            "give restart_A='fresh' or 'kept', or use_dora=False",
             code="conflicting-options",
         )
     if spec.dropout:

@@ -36,10 +36,6 @@ class StageTransition(EndsStage):
                 f"{self.name}: this graph reads a live model; call cascade.transition(optimizer) instead",
                 code="live-model",
             )
-        if plan.spec.next_a.needs_gradient:
-            raise PassError(
-                f"{self.name}: restart_A='gradient' needs a training step; use a Cascade", code="needs-training-step"
-            )
         named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
         after, states = plan.at_stage(plan.stage + 1), dict(slow.states)
         branches, new = graph.branches, {}

@@ -116,6 +116,7 @@ METHODS: dict[str, Method] = {
     # the recipe with one part changed, to find what a restart costs
     "recipe-last": replace(RECIPE, about="the weights at the end, no mean", average="none"),
     "recipe-kept-A": _recipe("lora_A goes on", restart_A="kept"),
+    # Its runs are in the results. The option was removed after them, because it gained nothing.
     "recipe-gradient-A": _recipe("lora_A from the gradient", restart_A="gradient"),
     "recipe-pruned-state": _recipe("0.9 of the optimizer state pruned", optimizer_state=0.9),
     "recipe-kept-state": _recipe("lora_A and the optimizer state go on", restart_A="kept", optimizer_state="kept"),
@@ -172,7 +173,8 @@ def spec_of(method: Method, rank: int, cycles: int, train: tuple[str, ...], seed
     """Return the spec of a method with branches."""
     factor = method.rank_factor or cycles
     base: dict[str, Any] = {"pace": 1.0, **method.spec}
-    noise = lx.Noise(method.noise, redraw="step", key="weight") if method.noise else lx.Noise()
+    # The recorded runs drew the noise of a weight from one stream, and not by blocks as today.
+    noise = lx.Noise(method.noise, redraw="step") if method.noise else lx.Noise()
     return lx.CascadeSpec(
         rank=rank * factor, lora_alpha=2.0 * rank * factor, train=train, noise=noise, seed=seed, **base
     )

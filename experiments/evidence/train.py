@@ -85,7 +85,7 @@ def run(
     ends = ends_of(method, training.cycles, steps)
     order = Order(len(examples), min(training.batch_size, len(examples)), seed)
     model = task.model(seed).train(not task.frozen_norm)
-    before = _matrices(model)
+    before, template = _matrices(model), copy.deepcopy(model)
     moments = {step for other in methods for step in other.moments(ends, steps)}
     states: dict[int, dict[str, Tensor]] = {}
     result: dict[str, Any] = {"diverged": False}
@@ -141,8 +141,8 @@ def run(
     results = []
     for other in methods:
         kept = [states[step] for step in other.moments(ends, steps)]
-        final = _chosen(kept, other, model, task) if kept else last
-        results.append(result | _measured(task, model, before, final, mixes))
+        final = _chosen(kept, other, template, task) if kept else last
+        results.append(result | _measured(task, template, before, final, mixes))
     return results
 
 

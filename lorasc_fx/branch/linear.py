@@ -59,7 +59,7 @@ class MatrixBranch(Branch):
             delta = self.up[expert] @ self.lora_A[expert]
             delta = delta.transpose(-2, -1) if self.transposed else delta
         total = plus(weight, delta.to(weight.dtype), self.scale)
-        return apply(DenseGradient, total) if total.dim() == 2 and by_hand(weight) else total
+        return apply(DenseGradient, total) if by_hand(weight) and total.dim() == 2 else total
 
     def in_place(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str

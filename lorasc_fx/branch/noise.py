@@ -92,10 +92,6 @@ def draw(
     """
     distribution, purpose = DISTRIBUTIONS[noise.distribution], f"noise of step {step}" if step else "noise"
     full = shape if shard is None else shard.full_shape(shape)
-    if noise.key == "weight":
-        drawn = distribution.draw(full, generator(seed, stage, purpose, name))
-        yield (), drawn if shard is None else shard.take(drawn).clone()
-        return
     firsts = [0] * len(full)
     if shard is not None:
         firsts[shard.axis] = shard.first

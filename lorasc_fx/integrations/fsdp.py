@@ -97,7 +97,6 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             if torch.is_grad_enabled():  # FSDP sets gradients past the hooks by which they are noted elsewhere
                 for parameter in run.trainable().values():
                     run.pending.note(parameter)
-                run.gradient_init.before_call(ranks)
             return run.placed is not None
 
         def split(variant: Variant) -> Variant:
@@ -189,7 +188,7 @@ def _units(cascade: Cascade) -> dict[int, str]:
 
 def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
     """Return the graph of each variant, by id, cut; or raise StateError for what cannot be sharded."""
-    run, spec = cascade._run, cascade._run.plan.spec
+    run = cascade._run
     if not dist.is_initialized():
         raise StateError(
             "shard: no process group is there; start the processes by torchrun and call "
@@ -247,10 +246,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
                 code="gradients-pending",
             )
     kinds: dict[str, dict[torch.dtype, str]] = {}
-    graded = run.trainable()
-    if spec.next_a.needs_gradient:
-        graded |= {f"model.{site.weight}": parameters[f"model.{site.weight}"] for site in run.plan.sites}
-    for name, parameter in graded.items():
+    for name, parameter in run.trainable().items():
         seen = kinds.setdefault(units[id(parameter)], {})
         seen.setdefault(parameter.dtype, name)
         if len(seen) > 1:

@@ -185,7 +185,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             "log": self._log,
             "train": self._train,
             "save_model": self._save_model,
-            "create_optimizer": self._create_optimizer,
             "_load_from_checkpoint": self._load_from_checkpoint,
             "_load_best_model": self._load_best_model,
             "_load_optimizer_and_scheduler": self._load_optimizer_and_scheduler,
@@ -480,16 +479,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             before = next((entry["stage"] for entry in reversed(history) if "stage" in entry), self._stage)
             logs |= {"stage": self._stage, "transition": self._stage - before}
         original(logs, *about, **more)
-
-    def _create_optimizer(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer of what is trained, and not of the weights whose gradients a new stage looks at."""
-        waiting = self.cascade._run.gradient_init
-        restore = waiting.restorer()
-        waiting.call_off()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            restore()
 
     def _get_train_dataloader(self, original: Any) -> Any:
         """Return the Trainer's batches, whose number is asked for when the scheduler is made."""

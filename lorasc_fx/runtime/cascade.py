@@ -719,7 +719,6 @@ class Cascade(nn.Module):
             undo(partial(self._usage.arm, self._run, self))
             undo(self._guard.arm)
             folding.release(self._run, quantized, which, undo)
-            self._run.gradient_init.call_off()
             self._guard.flags.restore(self.model)
             self._guard.give_back(self.model, undo)
             self._drop_graphs()

@@ -28,12 +28,12 @@ import torch
 
 from lorasc_fx.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 1
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
 
-_NAME = re.compile(r"(?:version|step)-([0-9]{8,})")
-"""A version is numbered by the count of saves. Earlier releases wrote `step-`, which other programs write as well."""
+_NAME = re.compile(r"version-([0-9]{8,})")
+"""A version is numbered by the count of saves."""
 _FILE = re.compile(rf"{re.escape(MANIFEST)}|state(-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -38,7 +38,6 @@ from lorasc_fx.runtime.checkpoint import (
     way_back,
 )
 from lorasc_fx.runtime.codec import RunState, decode, install
-from lorasc_fx.runtime.format_1 import from_format_1
 from lorasc_fx.runtime.manifest import LONGEST, check_fields, check_kinds, parsed
 from lorasc_fx.runtime.run import Planned, Run
 from lorasc_fx.undo import Undo
@@ -91,11 +90,11 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
             f"{root}: no checkpoint in this folder; give the one that save was given", code="no-checkpoint"
         )
     path = versions[-1]
-    manifest, plan, name_of = _read_manifest(path / MANIFEST)
+    manifest, plan = _read_manifest(path / MANIFEST)
     files = [_read_tensors(path / name, digest) for name, digest in manifest["files"].items()]
     _check_files(path, manifest["files"])
     try:
-        tensors = _joined([renamed(file, name_of) for file in files], manifest.get("shards", {}))
+        tensors = _joined(files, manifest.get("shards", {}))
     except ValueError as fault:
         raise CheckpointError(f"{path}: {fault}; {way_back(path)}") from fault
     for sentence in plan_faults(plan, tensors):
@@ -103,7 +102,7 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     return Checkpoint(path, manifest, tensors, plan)
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan, Callable[[str], str]]:
+def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
     try:
         data = plain_bytes(path, LONGEST)
     except (OSError, ValueError) as fault:
@@ -114,8 +113,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan, Callable[[str], st
     return manifest_of(data, path, way_back(path.parent))
 
 
-def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan, Callable[[str], str]]:
-    """Return the manifest that these bytes are, checked, its plan, and what returns today's name of a tensor.
+def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan]:
+    """Return the manifest that these bytes are, checked, and its plan.
 
     Args:
         data: JSON.
@@ -130,16 +129,15 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
     except ValueError as fault:
         raise CheckpointError(f"{path}: cannot be read: {_why(fault)}; {way}", code="unreadable-file") from fault
     written = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-    if not isinstance(manifest, dict) or type(written) is not int or written not in (1, FORMAT):
+    if not isinstance(manifest, dict) or written != FORMAT or type(written) is not int:
         raise CheckpointError(
-            f"{path}: format {sanitized(repr(written))}; this version reads formats 1 and {FORMAT}; "
+            f"{path}: format {sanitized(repr(written))}; this version reads format {FORMAT}; "
             "load it by the lorasc-fx that wrote it",
             code="format-not-supported",
         )
     try:
         if manifest.get("digest") != text_digest(canonical(manifest)):
             raise ValueError("differs from its own digest; the file is damaged, or was edited")
-        manifest, name_of = from_format_1(manifest) if written == 1 else (manifest, str)
         check_kinds(manifest)
         plan = Plan.from_json(json.dumps(manifest["plan"]))
         check_fields(manifest, plan)
@@ -151,19 +149,7 @@ def manifest_of(data: bytes, path: Path, way: str) -> tuple[dict[str, Any], Plan
         raise CheckpointError(
             f"{path}: cannot be read: it is nested too deeply; {way}", code="unreadable-file"
         ) from fault
-    return manifest, plan, name_of
-
-
-def renamed(tensors: Mapping[str, torch.Tensor], name_of: Callable[[str], str]) -> dict[str, torch.Tensor]:
-    """Return tensors by their names of today.
-
-    Raises:
-        ValueError: two would have one name.
-    """
-    table = {name_of(name): tensor for name, tensor in tensors.items()}
-    if len(table) < len(tensors):
-        raise ValueError("holds a tensor under two names")
-    return table
+    return manifest, plan
 
 
 def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
@@ -428,9 +414,9 @@ def gradients_of(run: Run, checkpoint: Checkpoint) -> Planned:
     Raises:
         CheckpointError: a gradient of no parameter that is trained here, or of another shape or dtype than its own.
     """
-    gathers, unapplied = checkpoint.manifest["waits_for_gradient"], checkpoint.manifest.get("unapplied_gradients", ())
-    gradients = run.gradients_in(checkpoint.tensors, unapplied, gathers, str(checkpoint.path))
-    return Planned(run.plan, run.slow, gradients=gradients, gathers=gathers)
+    unapplied = checkpoint.manifest.get("unapplied_gradients", ())
+    gradients = run.gradients_in(checkpoint.tensors, unapplied, str(checkpoint.path))
+    return Planned(run.plan, run.slow, gradients=gradients)
 
 
 @contextmanager

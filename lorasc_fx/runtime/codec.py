@@ -2,7 +2,7 @@
 
 A folder that one rank writes or several, a flat state dict, a fold or a sum from a run's folder read and write bytes
 around these two. What a file says is checked in `decode`, against the plan, and against the cascade that takes it
-where there is one. Names of tensors (format 2; `format_1` reads those of before):
+where there is one. Names of tensors:
 
 | name | what |
 |---|---|
@@ -57,7 +57,6 @@ class RunState:
         values: of the parameters trained in full, as they are.
         buffers: of the model, and parameters that forward writes, by name.
         layout: which buffers hold no tensor, and which that of another one.
-        waits_for_gradient: whether lora_A waits for the first gradient of the stage.
     """
 
     plan: Plan
@@ -66,7 +65,6 @@ class RunState:
     values: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
     layout: Mapping[str, Any]
-    waits_for_gradient: bool = False
 
     @classmethod
     def of(cls, run: Run) -> RunState:
@@ -78,7 +76,7 @@ class RunState:
         }
         values = {name: parameters[name].detach() for name in run.slow.trained}
         buffers = {name: value.detach() for name, value in run.model_state().items()}
-        return cls(run.plan, run.slow, branches, values, buffers, buffer_layout(run.model), run.gradient_init.armed)
+        return cls(run.plan, run.slow, branches, values, buffers, buffer_layout(run.model))
 
     def running_branches(self) -> dict[str, Branch]:
         """Return the running branches, by weight: their numbers, whatever the way they compute."""
@@ -152,7 +150,6 @@ def encode(state: RunState) -> tuple[dict[str, Any], Tensors, dict[str, int]]:
         axes[key] = shard_axis(state.values[name])
     tensors |= {f"buffer/{name}": value for name, value in state.buffers.items()}
     manifest: dict[str, Any] = {"idle": slow.idle, "trained": list(slow.trained), "slow": weights, "stage_ends": ends}
-    manifest["waits_for_gradient"] = state.waits_for_gradient
     ruled = {name: entry.rule for name, entry in slow.trained.items() if entry.rule is not None}
     if ruled:
         manifest["rules"] = {name: spec.train_rules.index(rule) for name, rule in ruled.items()}
@@ -247,7 +244,7 @@ def decode(
     layout = {key: manifest[key] for key in ("empty_buffers", "shared_buffers") if key in manifest}
     file.check_all_taken()
     slow = SlowWeights(states, trained, manifest["idle"], averaged=manifest.get("averaged", 0))
-    state = RunState(plan, slow, branches, values, buffers, layout, manifest["waits_for_gradient"])
+    state = RunState(plan, slow, branches, values, buffers, layout)
     return state if taker is None else state.placed_like(taker)
 
 
@@ -315,9 +312,7 @@ def _decoded(state: WeightState, entry: Mapping[str, Any], file: _Taken) -> Weig
         views=views,
         gone=entry["gone"],
         row_scale=file.take(scale, (state.out,), finite=True) if scale in file else None,
-        noises=tuple(
-            KeptNoise(**{**noise, "noise": Noise(**{"key": "weight", **noise["noise"]})}) for noise in entry["noises"]
-        ),
+        noises=tuple(KeptNoise(**{**noise, "noise": Noise(**noise["noise"])}) for noise in entry["noises"]),
     )
 
 

@@ -31,7 +31,6 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "trained": (list, "a list of names"),
     "stage_ends": (dict, "a table of stages"),
     "idle": (bool, "true or false"),
-    "waits_for_gradient": (bool, "true or false"),
     "rng": (dict, "a table of random generators"),
     "extra": (dict, "a table"),
 }
@@ -130,8 +129,6 @@ def check_fields(manifest: Mapping[str, Any], plan: Plan) -> None:
             raise ValueError(
                 f"'rules': {sanitized(name)} has {sanitized(index)}, which is no rule of the spec's train_rules"
             )
-    if manifest["waits_for_gradient"] and not plan.spec.next_a.needs_gradient:
-        raise ValueError(f"'waits_for_gradient' is true, and restart_A is {plan.spec.restart_A!r}")
     _check_random(manifest["rng"])
     for key in ("unapplied_gradients", "empty_buffers", "versions", "shared_buffers"):
         held = manifest.get(key, ())

@@ -20,7 +20,6 @@ from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.runtime.base_file import BaseFile, MappedPages
 from lorasc_fx.runtime.checkpoint import version
-from lorasc_fx.runtime.gradient import GradientInitialization
 from lorasc_fx.runtime.materialize import MetaModel
 from lorasc_fx.runtime.optim import check_holds, check_rates, groups, put_state, stepping
 from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned, check_attention, check_wrappers
@@ -39,12 +38,10 @@ class Gradients:
     Args:
         values: by the names of `Run.trainable`.
         pending: names of those that no optimizer step has used.
-        gathered: of weights, that the next step looks at (restart_A), by name.
     """
 
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
     pending: Collection[str] = ()
-    gathered: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,6 @@ class Planned:
         buffers: places of buffers, each with the tensor that it holds then.
         gradients: of what is trained; by default they stay.
         optimizer, states: that gets these states.
-        gathers: whether the next optimizer step looks at the gradients of weights (restart_A); by default unchanged.
         placed: the weights are in place for a while, and plan and slow weights stay.
         live: copies of parameters trained in full, as they are now, that the caller has; of the others one is made.
     """
@@ -79,7 +75,6 @@ class Planned:
     gradients: Gradients | None = None
     optimizer: torch.optim.Optimizer | None = None
     states: Mapping[nn.Parameter, Any] = field(default_factory=dict)
-    gathers: bool | None = None
     placed: str | int | None = None
     live: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -115,7 +110,6 @@ class Run:
         self.lock = Lock()  # held while weights are read or written; never while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()
-        self.gradient_init = GradientInitialization()
         self.steps = StepWatch()
         self.replicas = Replicas()
         self.warned = Warned()
@@ -375,11 +369,7 @@ class Run:
         self._set_unmerged()
 
     def _put_gradients(self, planned: Planned) -> None:
-        """Write the gradients of planned values, and let the next optimizer step look at those of weights or not."""
-        if planned.gathers is not None:
-            self.gradient_init.call_off()
-            if planned.gathers:
-                self.gradient_init.arm(self.weights_by_name(), self.branches_by_weight(), self.replicas)
+        """Write the gradients of planned values."""
         if planned.gradients is None:
             return
         for parameter in self.branches.parameters():
@@ -391,8 +381,6 @@ class Run:
             parameter.grad = gradient
             if name in planned.gradients.pending:
                 self.pending.note(parameter)
-        for name, gradient in planned.gradients.gathered.items():
-            self.gradient_init.put(name, gradient.to(self.gradient_init.gathering[name].device, copy=True))
 
     def _redraw(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the next noise after a step of the optimizer that trains the branches (`noise.redraw = "step"`).
@@ -422,7 +410,7 @@ class Run:
         noted, branches = (self._checksums, self._objects, self._frozen), set(self.branches)
         meta, fingerprints, left = self.meta, self._fingerprints, (self.refusals, self.unreached)
         placed = (self.placed, self.placed_checksums)
-        watches = (self.pending.restorer(), self.gradient_init.restorer())
+        restore_pending = self.pending.restorer()
 
         def restore() -> None:
             self.plan, self.slow, self.base_file, self.released, self.added = decided
@@ -432,8 +420,7 @@ class Run:
             self.meta, self._fingerprints = meta, fingerprints
             self._checksums, self._objects, self._frozen = noted
             self.placed, self.placed_checksums = placed
-            for watch in watches:
-                watch()
+            restore_pending()
             self._set_unmerged()
 
         return restore
@@ -553,26 +540,19 @@ class Run:
             for name, parameter in trainable.items()
             if parameter.grad is not None
         }
-        tensors |= {f"{_GRADIENT}model.{name}": value.clone() for name, value in self.gradient_init.gathered.items()}
         return tensors, self.pending.waiting(trainable)
 
-    def gradients_in(
-        self, tensors: Mapping[str, torch.Tensor], pending: Sequence[str], gathers: bool, where: str
-    ) -> Gradients:
+    def gradients_in(self, tensors: Mapping[str, torch.Tensor], pending: Sequence[str], where: str) -> Gradients:
         """Return the gradients that a checkpoint holds, as `gradients` returned them.
 
         Args:
             tensors, pending: of the checkpoint.
-            gathers: whether the next step looks at the gradients of weights.
             where: they come from, for messages.
 
         Raises:
             CheckpointError: a gradient of no parameter that is trained here, or of another shape or dtype than its own.
         """
-        weights = {site.weight for site in self.plan.sites} if gathers else set()
-        parameters, holders = self.parameters_by_name(), self.trainable()
-        holders |= {f"model.{weight}": parameters[weight] for weight in weights}
-        values, gathered = {}, {}
+        holders, values = self.trainable(), {}
         for name, tensor in tensors.items():
             if not name.startswith(_GRADIENT):
                 continue
@@ -584,11 +564,8 @@ class Run:
                     f"{where}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, its parameter "
                     f"{tuple(holder.shape)} {holder.dtype}; it is not of this run"
                 )
-            if parameter.removeprefix("model.") in weights:
-                gathered[parameter.removeprefix("model.")] = tensor
-            else:
-                values[parameter] = tensor
-        return Gradients(values, pending, gathered)
+            values[parameter] = tensor
+        return Gradients(values, pending)
 
     @property
     def is_sharded(self) -> bool:

@@ -69,27 +69,23 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> checkpoint
     way = "take another checkpoint"
     table = {name: tensor.cpu() for name, tensor in table.items()}  # experts stay on the host
     data = bytes(data_of(table[KEY].contiguous()))
-    manifest, plan, name_of = checkpoint_read.manifest_of(data, Path(where, MANIFEST), way)
+    manifest, plan = checkpoint_read.manifest_of(data, Path(where, MANIFEST), way)
     shards, count = manifest.get("shards", {}), len(manifest["files"])
     tensors = {name: tensor for name, tensor in table.items() if name != KEY}
     for sentence in checkpoint_read.plan_faults(plan, tensors):
         raise CheckpointError(f"{where}: {sentence}; {way}")
-    axes = {name: shards[name_of(name)] for name in tensors if name_of(name) in shards}
+    axes = {name: shards[name] for name in tensors if name in shards}
     if list(map(digest_of, _cut(tensors, axes, count))) != list(manifest["files"].values()):
         raise CheckpointError(
             f"{where}: its tensors differ from the digest in {KEY}; it is damaged; {way}", code="digest-mismatch"
         )
-    try:
-        tensors = checkpoint_read.renamed(tensors, name_of)
-    except ValueError as fault:
-        raise CheckpointError(f"{where}: {fault}; {way}") from fault
     return checkpoint_read.Checkpoint(Path(where), manifest, tensors, plan)
 
 
 def take_over(run: Run, checkpoint: checkpoint_read.Checkpoint, undo: Undo) -> None:
     """Go on from a checkpoint in a cascade that lives, of the same base and spec, as a part of a block.
 
-    Gradients that wait for a step, and a stage that waits for its first gradient, are those of the checkpoint.
+    Gradients that wait for a step are those of the checkpoint.
 
     Raises:
         CheckpointError: another base, another spec, other sites, or values that do not fit.
@@ -102,7 +98,7 @@ def take_over(run: Run, checkpoint: checkpoint_read.Checkpoint, undo: Undo) -> N
         "adapt the weights that were adapted",
     )
     _check_alike(run.plan, checkpoint)
-    run.commit(Planned(run.plan, run.slow, gradients=Gradients(), gathers=False), undo)
+    run.commit(Planned(run.plan, run.slow, gradients=Gradients()), undo)
     checkpoint_read.restore(run, checkpoint, undo)
     run.commit(checkpoint_read.gradients_of(run, checkpoint), undo)
 

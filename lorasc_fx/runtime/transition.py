@@ -41,7 +41,8 @@ def next_stage(
     with run.exclusive("transition", sharded=True, ends_stage=True):
         plan, before, begun = run.plan, run.slow, time.monotonic()
         branches, trained = run.branches_by_weight(), run.trained_parameters()
-        check_optimizer(run, optimizer, "transition", idle)
+        if optimizer is not None:
+            check_holds(optimizer, run.trainable())
         run.check_buffers("transition")
         after = replace(before.after_stage(plan, branches, trained), idle=idle)
         planned = plan.at_stage(plan.stage + 1)
@@ -72,7 +73,8 @@ def next_stage(
 
 def restart(run: Run, optimizer: torch.optim.Optimizer | None) -> None:
     """Start another stage from where the running one started; what that one has trained is dropped."""
-    check_optimizer(run, optimizer, "restart")
+    if optimizer is not None:
+        check_holds(optimizer, run.trainable())
     planned = run.plan.at_stage(run.plan.stage + 1)  # the noise of a number is drawn once
     _begin_anew(run, optimizer, planned, run.slow)
 
@@ -91,17 +93,6 @@ def _begin_anew(
     }
     state = treated_state(optimizer, run.trainable().values(), "reset") if optimizer is not None else {}
     begin(run, optimizer, planned, replace(slow, idle=False), starts, state, then)
-
-
-def check_optimizer(run: Run, optimizer: torch.optim.Optimizer | None, call: str, idle: bool = False) -> None:
-    """Raise StateError where the optimizer lacks a parameter, or is lacking and wanted."""
-    if optimizer is not None:
-        check_holds(optimizer, run.trainable())
-    elif run.plan.spec.next_a.needs_gradient and not idle:
-        raise StateError(
-            f"{call}(None): restart_A='gradient' looks at the first optimizer step; give the optimizer",
-            code="optimizer-needed",
-        )
 
 
 def begin(
@@ -142,7 +133,6 @@ def begin(
         gradients=Gradients(),
         optimizer=optimizer,
         states=state,
-        gathers=planned.spec.next_a.needs_gradient and not after.idle and optimizer is not None,
     )
     with Commit() as undo:
         run.commit(values, undo)
@@ -258,7 +248,8 @@ def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], d
 def rewind(run: Run, stage: int, optimizer: torch.optim.Optimizer | None) -> None:
     """Start a stage from the slow weights of an earlier one; see `Cascade.rewind`."""
     with run.exclusive("rewind", sharded=True):
-        check_optimizer(run, optimizer, "rewind")
+        if optimizer is not None:
+            check_holds(optimizer, run.trainable())
         after = at_stage(run.slow, stage, "rewind")
         unused = run.slow.idle and not run.slow.moved(run.branches_by_weight())
         planned = run.plan if unused else run.plan.at_stage(run.plan.stage + 1)  # the noise of a number is drawn once

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.shards import local
@@ -192,33 +191,30 @@ class Uncleared:
 
 
 class StepWatch(Fresh):
-    """Calls a method before or after each step of any optimizer, by torch's own hooks: any loop will do, compiled or
-    not.
+    """Calls a method after each step of any optimizer, by torch's global step hook, in any loop, compiled or not.
 
-    One hook of each kind serves all of a process and stays: torch walks over its hooks in a step, where a garbage
-    collection that removed one would make the step raise. A step that a loss scaler skips is none.
+    One hook serves the whole process and is never removed: torch iterates over its hooks during a step, and would raise
+    if garbage collection removed one meanwhile. A step that a loss scaler skips does not count.
     """
 
-    _armed: ClassVar[dict[bool, weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]]]] = {}
-    """Those that are called before a step, and those after it, in the order in which they were armed, which is that of
-    all ranks."""
+    _armed: ClassVar[weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]] | None] = None
+    """The watches in the order in which they were armed, which is the same on all ranks."""
 
-    def arm(self, method: Callable[[torch.optim.Optimizer], None], before: bool = False) -> None:
-        """Call this method at each optimizer step, as long as its object lives."""
-        if before not in StepWatch._armed:
-            StepWatch._armed[before] = weakref.WeakKeyDictionary()
-            register = register_optimizer_step_pre_hook if before else register_optimizer_step_post_hook
-            register(partial(StepWatch._step, before))
-        StepWatch._armed[before][self] = weakref.WeakMethod(method)
+    def arm(self, method: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Call this method after each optimizer step, as long as its object lives."""
+        if StepWatch._armed is None:
+            StepWatch._armed = weakref.WeakKeyDictionary()
+            register_optimizer_step_post_hook(StepWatch._step)
+        StepWatch._armed[self] = weakref.WeakMethod(method)
 
     def disarm(self) -> None:
-        """Wait no longer."""
-        for armed in StepWatch._armed.values():
-            armed.pop(self, None)
+        """Stop calling the method."""
+        if StepWatch._armed is not None:
+            StepWatch._armed.pop(self, None)
 
     @staticmethod
-    def _step(before: bool, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        for method in tuple(StepWatch._armed[before].values()):
+    def _step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        for method in tuple(StepWatch._armed.values()) if StepWatch._armed is not None else ():
             if (call := method()) is not None:
                 call(optimizer)
 
@@ -277,15 +273,6 @@ class Replicas(Fresh):
     def outdate(self) -> None:
         """Note that parameters have other shapes than the buffers of the present wrapper."""
         self._outdated = self._wrapper
-
-    def averaged(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the mean of a gradient over the ranks; without a wrapper, itself. Every rank must call this."""
-        wrapper = self._wrapper()
-        if wrapper is None:
-            return gradient
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=wrapper.process_group)
-        return total.div_(torch.distributed.get_world_size(wrapper.process_group))
 
 
 def callers() -> Iterator[FrameType]:

@@ -14,7 +14,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.errors.models import Net, inputs, loss_of
 from tests.errors.state import of_model, of_optimizer, of_slow, raw
-from tests.kit.state import is_gathering, variant_count
+from tests.kit.state import variant_count
 
 X = inputs(5, 3, 4, 4)
 THREE_STAGES = (*("step",) * 3, "fold", *("step",) * 2, "fold", *("step",) * 2, "fold", "step")
@@ -108,7 +108,7 @@ class Going:
         }
         values |= of_slow(self.cascade) | of_optimizer(self.optimizer)
         values |= {"losses": self.losses, "torch": raw(torch.get_rng_state()), "python": random.getstate()}
-        values["sites"], values["armed"] = self.cascade.sites, is_gathering(self.cascade)
+        values["sites"] = self.cascade.sites
         if self.scheduler is not None:
             values["scheduler"] = self.scheduler.state_dict()
         values["folded"] = {name: raw(value) for name, value in self.cascade.folded_state_dict().items()}

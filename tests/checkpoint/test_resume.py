@@ -19,7 +19,7 @@ from tests.errors.models import Net, inputs, loss_of
 from tests.errors.state import assert_same, of_slow, raw, unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
-from tests.kit.state import MANIFEST, gathered_gradients
+from tests.kit.state import MANIFEST
 
 PLAIN = lx.CascadeSpec(targets=("conv", "body", "head"), rank=1, pace=0.4)
 SPECS: dict[str, lx.CascadeSpec] = {
@@ -38,7 +38,6 @@ SPECS: dict[str, lx.CascadeSpec] = {
     "train, fast": lx.CascadeSpec(targets=("conv",), train=("head.*",), rank=1, pace=0.3, restart="fast"),
     "train, not slow": lx.CascadeSpec(targets=("conv",), train=("head.*",), rank=1, pace=0.3, slow_train=False),
     "A kept": lx.CascadeSpec(rank=1, restart_A="kept", optimizer_state="kept"),
-    "A by gradient": lx.CascadeSpec(targets=("body", "head"), rank=1, restart_A="gradient"),
     "pruned": lx.CascadeSpec(rank=2, optimizer_state=0.6),
     "pissa": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", noise=lx.Noise(0.2)),
     "olora, fast": lx.CascadeSpec(rank=1, pace=0.4, start="olora", restart="fast"),
@@ -212,9 +211,7 @@ def test_under_export(tmp_path: Path) -> None:
     assert_equal_to_whole(Run(SPECS["train"], frontend="export"), THREE_STAGES, (2, 4), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "spec", ["plain", "noise", "noise kept", "restart fast", "train", "train, fast", "A by gradient"]
-)
+@pytest.mark.parametrize("spec", ["plain", "noise", "noise kept", "restart fast", "train", "train, fast"])
 @pytest.mark.parametrize(
     "events", [("loop", "loop"), ("loop", "step", "fold", "step"), ("step", "loop", "fold", "loop")]
 )
@@ -490,8 +487,8 @@ def test_a_loaded_cascade_is_released_as_any_other(tmp_path: Path) -> None:
 
 
 def test_a_resume_that_fails_leaves_gradients_and_what_they_are_for(tmp_path: Path) -> None:
-    """Those that a step has used do not wait for one, and a stage that waits for its first gradient does so still."""
-    run = Run(lx.CascadeSpec(targets=("body", "head"), rank=1, restart_A="gradient"), scheduler=scheduler_that_fails)
+    """Those that a step has used do not wait for one."""
+    run = Run(lx.CascadeSpec(targets=("body", "head"), rank=1), scheduler=scheduler_that_fails)
     going = run.started()
     going.step()
     loss_of(going.cascade(run.x)).backward()
@@ -502,14 +499,9 @@ def test_a_resume_that_fails_leaves_gradients_and_what_they_are_for(tmp_path: Pa
     optimizer.step()
     cascade.transition(optimizer)
     loss_of(cascade(run.x)).backward()
-    gathered, gradients = (
-        raw(list(gathered_gradients(cascade).values())),
-        [raw(parameter.grad) for parameter in cascade.branches.parameters()],
-    )
-    assert gathered
+    gradients = [raw(parameter.grad) for parameter in cascade.branches.parameters()]
     with raises(lx.CheckpointError, "optimizer-differs"):
         cascade.resume(optimizer, scheduler_that_fails(optimizer))
-    assert raw(list(gathered_gradients(cascade).values())) == gathered
     assert [raw(parameter.grad) for parameter in cascade.branches.parameters()] == gradients
     optimizer.step()
     with raises(lx.CheckpointError, "optimizer-differs"):

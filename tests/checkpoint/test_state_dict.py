@@ -24,7 +24,6 @@ LABELS = torch.stack([row["labels"] for row in rows(6)])
 SPECS: dict[str, dict[str, Any]] = {
     "noise": {"noise": lx.Noise(0.2), "pace": 0.5, "train": ("head.bias",)},
     "fast": {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"},
-    "gradient": {"restart_A": "gradient"},
     "ranks": {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")},
     "dora": {"use_dora": True},
     "pissa, average": {"start": "pissa", "average": "ema"},

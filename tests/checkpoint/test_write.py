@@ -116,20 +116,6 @@ def test_versions_of_another_run_or_damaged_ones_stay(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [other, damaged, last]
 
 
-def test_folders_of_earlier_releases(tmp_path: Path) -> None:
-    """They were named `step-`: loaded while newest, counted on, and dropped."""
-    going = Run(SPEC).started()
-    going.step()
-    old = going.save(tmp_path)
-    old = old.rename(tmp_path / "step-00000012")
-    slow = of_slow(going.cascade)
-    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
-    going.step()
-    assert going.save(tmp_path).name == "version-00000013"
-    assert not old.exists()
-    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
-
-
 CIRCLE: list[Any] = []
 CIRCLE.append(CIRCLE)
 
@@ -391,7 +377,7 @@ def test_what_is_in_a_version(tmp_path: Path) -> None:
     folder = going.save(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "state.safetensors"]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 1
     assert manifest["plan"]["stage"] == 2
     assert manifest["extra"] == {"losses": going.losses}
     assert set(manifest["base"]) == {name for name, _ in going.cascade.model.named_parameters()}

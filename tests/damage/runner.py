@@ -39,7 +39,7 @@ RUNS = ("exec", "compile", "import", "pickle.", "marshal.", "subprocess.", "sock
 
 
 SAID = (
-    "frontend", "base", "slow", "trained", "idle", "waits_for_gradient", "extra", "optimizer", "scheduler",
+    "frontend", "base", "slow", "trained", "idle", "extra", "optimizer", "scheduler",
     "tensor_references",
 )  # fmt: skip
 

@@ -61,7 +61,6 @@ SPECS: dict[str, dict[str, Any]] = {
         "restart_A": "kept",
         "optimizer_state": 0.5,
     },
-    "gradient": {"restart_A": "gradient", "noise": {"strength": 0.1}},
     "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
 }
 

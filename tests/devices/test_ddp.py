@@ -68,7 +68,7 @@ def test_noise_and_fresh_factors_without_a_word_between_the_processes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "name"), [("dies", "gradient"), ("stands still", "fresh")])
+@pytest.mark.parametrize(("how", "name"), [("dies", "fast"), ("stands still", "fresh")])
 def test_a_process_that_leaves_ends_the_run_which_goes_on_elsewhere(tmp_path: Path, how: str, name: str) -> None:
     folder, at, until = str(tmp_path / "run"), 6 if name == "fresh" else 4, 10
     began = time.monotonic()

@@ -20,7 +20,7 @@ import lorasc_fx as lx
 
 SPECS: dict[str, dict[str, Any]] = {
     "fresh": {"noise": {"strength": 0.1, "keep": True}},
-    "gradient": {"restart_A": "gradient", "restart": "fast", "noise": {"strength": 0.1, "distribution": "normal"}},
+    "fast": {"restart": "fast", "noise": {"strength": 0.1, "distribution": "normal"}},
 }
 STAGES, STEPS, ROWS = 3, 4, 8
 

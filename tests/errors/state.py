@@ -17,7 +17,7 @@ import torch._dynamo
 from torch import fx, nn
 
 import lorasc_fx as lx
-from tests.kit.state import graphs_of, is_gathering, is_released, placed_weights, slow_values
+from tests.kit.state import graphs_of, is_released, placed_weights, slow_values
 
 State = dict[str, Any]
 
@@ -123,7 +123,7 @@ def numbers(*things: Any) -> State:
             held = {name: raw(value) for name, value in (*thing.named_parameters(), *thing.named_buffers())}
             held |= {f"flag {name}": value.requires_grad for name, value in thing.named_parameters()}
         if isinstance(thing, lx.Cascade):
-            held |= of_slow(thing) | {"armed": is_gathering(thing)}
+            held |= of_slow(thing)
         state |= {f"{place} {key}": value for key, value in held.items()}
     return state
 

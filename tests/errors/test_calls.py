@@ -332,26 +332,6 @@ def test_what_is_trained_in_full_counts_as_training_on() -> None:
         next(stages)
 
 
-def test_restart_by_gradient_needs_the_optimizer() -> None:
-    cascade, optimizer = adapted(lx.CascadeSpec(rank=2, restart_A="gradient"))
-    step(cascade, optimizer)
-    with unchanged(cascade, optimizer), raises(lx.StateError, "optimizer-needed"):
-        cascade.transition(None)
-
-
-def test_a_release_calls_off_the_restart_by_gradient() -> None:
-    cascade, optimizer = adapted(lx.CascadeSpec(rank=2, restart_A="gradient"))
-    step(cascade, optimizer)
-    cascade.transition(optimizer)
-    model = cascade.release()
-    assert not optimizer._optimizer_step_pre_hooks
-    loss_of(model(X)).backward()
-    optimizer.step()  # of an optimizer that may hold other parameters as well
-    for parameter in model.parameters():
-        assert parameter.requires_grad
-        assert parameter.grad is not None
-
-
 def test_resume_of_a_cascade_that_was_not_loaded() -> None:
     cascade, optimizer = adapted()
     with unchanged(cascade, optimizer), raises(lx.StateError, "not-loaded"):
@@ -391,7 +371,7 @@ def test_a_branch_that_is_not_finite(factor: str, value: float, tmp_path: Path) 
         assert all(bool(value.isfinite().all()) for value in cascade.model.state_dict().values())
 
 
-@pytest.mark.parametrize("restart_A", ["fresh", "kept", "gradient"])
+@pytest.mark.parametrize("restart_A", ["fresh", "kept"])
 @pytest.mark.parametrize("how", ["reset", "kept", 0.5])
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 @pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.errors.LorascWarning")

@@ -40,17 +40,17 @@ from tests.errors.models import Late, inputs, mlp, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.errors.test_all_or_nothing import SPECS, X, made, prepared, result
 from tests.kit.errors import raises
-from tests.kit.state import end_idle, gathered_gradients, is_gathering, trainable, variant_for
+from tests.kit.state import end_idle, variant_for
 
 Call = tuple[Callable[[], Any], tuple[Any, ...]]
 """What is called, and what it may not change unless it goes through."""
 
 SMALL = inputs(2, 5)
-SPEC = lx.CascadeSpec(targets=("0", "2"), train=("3.*",), rank=2, pace=0.5, noise=lx.Noise(0.1), restart_A="gradient")
+SPEC = lx.CascadeSpec(targets=("0", "2"), train=("3.*",), rank=2, pace=0.5, noise=lx.Noise(0.1))
 
 
 def trained(spec: lx.CascadeSpec = SPEC) -> tuple[lx.Cascade, torch.optim.Optimizer]:
-    """A cascade of the mlp in its second stage, with the optimizer that waits for the gradient of the first step."""
+    """A cascade of the mlp in its second stage, with its optimizer."""
     cascade = lx.adapt(mlp(), args=(SMALL,), spec=spec, frontend="symbolic")
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
     step(cascade, optimizer)
@@ -61,18 +61,6 @@ def trained(spec: lx.CascadeSpec = SPEC) -> tuple[lx.Cascade, torch.optim.Optimi
 def transition(_: Path) -> Call:
     cascade, optimizer = trained()
     step(cascade, optimizer)
-    return lambda: cascade.transition(optimizer), (cascade, optimizer)
-
-
-def transition_that_waits(_: Path) -> Call:
-    """The gradient start is armed, and has seen a gradient, when the next transition comes."""
-    cascade, optimizer = trained()
-    output = cascade(inputs(4, 5, seed=3))
-    output.sum().backward()
-    for parameter in trainable(cascade).values():
-        parameter.grad = None
-    assert is_gathering(cascade)
-    assert gathered_gradients(cascade)
     return lambda: cascade.transition(optimizer), (cascade, optimizer)
 
 
@@ -195,7 +183,6 @@ def weights_and_statistics(_: Path) -> Call:
 
 CHANGE = (
     transition,
-    transition_that_waits,
     stage_of_a_loop,
     rewind,
     release,

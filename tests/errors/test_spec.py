@@ -40,16 +40,14 @@ INVALID: dict[str, tuple[Any, ...]] = {
 }
 MISSPELT = {
     "restart": ("fsat", "fast"),
-    "restart_A": ("gradeint", "gradient"),
+    "restart_A": ("kpet", "kept"),
     "start": ("pisa", "pissa"),
     "on_nonfinite": ("skipp", "skip"),
     "optimizer_state": ("rest", "reset"),
 }
 CONFLICTING: list[dict[str, Any]] = [
     {"start": "olora", "restart_A": "kept"},
-    {"start": "olora", "restart_A": "gradient"},
     {"use_dora": True, "restart": "fast"},
-    {"use_dora": True, "restart_A": "gradient"},
     {"use_dora": True, "dropout": 0.1},
     {"use_dora": True, "placement": "beside"},
     {"use_dora": True, "placement": "weight"},
@@ -192,7 +190,7 @@ SITE = PLAN["sites"][0]
         ("{}", ("invalid-plan", "KeyError", "'format'")),
         (
             json.dumps({**PLAN, "format": 7}),
-            ("format-not-supported", "7", "2"),
+            ("format-not-supported", "7", "1"),
         ),
         (json.dumps({**PLAN, "stage": 0}), ("invalid-plan", "stage", "0")),
         (json.dumps({**PLAN, "stage": "2"}), ("invalid-plan", "stage", "'2'")),
@@ -208,15 +206,15 @@ SITE = PLAN["sites"][0]
             json.dumps({**PLAN, "sites": [{**SITE, "kind": "attention"}]}),
             ("invalid-plan", "kind", "'attention'"),
         ),
-        (json.dumps({**PLAN, "sites": [{**SITE, "parts": [1, "2"]}]}), ("invalid-plan", "parts", "'2'")),
-        (json.dumps({**PLAN, "sites": [{**SITE, "parts": [3, 0]}]}), ("invalid-plan", "parts", "0")),
+        (json.dumps({**PLAN, "sites": [{**SITE, "slices": [1, "2"]}]}), ("invalid-plan", "slices", "'2'")),
+        (json.dumps({**PLAN, "sites": [{**SITE, "slices": [3, 0]}]}), ("invalid-plan", "slices", "0")),
         (
-            json.dumps({**PLAN, "sites": [{**SITE, "parts": [1, 1]}]}),
-            ("invalid-plan", "parts", "(1, 1)"),
+            json.dumps({**PLAN, "sites": [{**SITE, "slices": [1, 1]}]}),
+            ("invalid-plan", "slices", "(1, 1)"),
         ),
         (
-            json.dumps({**PLAN, "sites": [{**SITE, "parts": [1, 2], "layout": "in_out"}]}),
-            ("invalid-plan", "parts", "(1, 2)"),
+            json.dumps({**PLAN, "sites": [{**SITE, "slices": [1, 2], "layout": "in_out"}]}),
+            ("invalid-plan", "slices", "(1, 2)"),
         ),
         (
             json.dumps({**PLAN, "sites": [{**SITE, "lora_alpha": "x"}]}),

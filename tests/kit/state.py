@@ -51,10 +51,8 @@ __all__ = [
     "file_digest",
     "folded_changes",
     "forget_warnings",
-    "gathered_gradients",
     "graphs_of",
     "install_experts",
-    "is_gathering",
     "is_idle",
     "is_released",
     "lock_of",
@@ -185,14 +183,13 @@ def trained_states(cascade: lx.Cascade) -> dict[str, TrainedState]:
 
 
 def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
-    """Everything in the slow state, gathered gradients included, as nested lists of tensors and plain values."""
+    """Everything in the slow state, as nested lists of tensors and plain values."""
     slow = cascade._run.slow
     return {
         **{f"slow {name}": _values(state) for name, state in slow.states.items()},
         **{f"trained {name}": _values(state) for name, state in slow.trained.items()},
         "idle": slow.idle,
         "averaged": slow.averaged,
-        "gathered": _values(gathered_gradients(cascade)),
     }
 
 
@@ -237,16 +234,6 @@ def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
 
 
 # ---- what the cascade is doing
-
-
-def gathered_gradients(cascade: lx.Cascade) -> Mapping[str, Tensor]:
-    """Weights' gradients that a start by the gradient has gathered so far."""
-    return cascade._run.gradient_init.gathered
-
-
-def is_gathering(cascade: lx.Cascade) -> bool:
-    """Whether a start by the gradient waits for an optimizer's step."""
-    return cascade._run.gradient_init.armed
 
 
 def is_idle(cascade: lx.Cascade) -> bool:

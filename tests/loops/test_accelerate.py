@@ -65,14 +65,13 @@ class Run:
     [
         ({"noise": lx.Noise(0.2), "train": ("head.bias",)}, "no"),
         ({"restart": "fast", "optimizer_state": "kept"}, "bf16"),
-        ({"restart_A": "gradient"}, "no"),
         ({"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")}, "no"),
     ],
-    ids=["noise", "bf16", "gradient", "ranks-redrawn"],
+    ids=["noise", "bf16", "ranks-redrawn"],
 )
 @pytest.mark.parametrize("at", [4, 5, 6, 7])
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path, fields: dict[str, Any], precision: str, at: int) -> None:
-    """Also between two batches of one step, whose gradients wait: those of weights, too, that look for A."""
+    """Also between two batches of one step, whose gradients wait."""
     spec = lx.CascadeSpec(**{"rank": 2, **fields})
     whole = Run(spec, precision)
     whole.go(0, at)

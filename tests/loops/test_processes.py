@@ -19,7 +19,7 @@ from tests.loops.kit import adapted, arguments, rows
 pytestmark = pytest.mark.slow
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=0.4, noise=lx.Noise(0.1), train=("head.bias",))
-GRADIENT = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=0.7, restart_A="gradient", restart="fast")
+FAST = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=0.7, restart="fast")
 BATCH = 4
 """Rows of a batch, of all processes together."""
 
@@ -82,7 +82,7 @@ def by_accelerate(rank: int, count: int, port: int, folder: str, spec: lx.Cascad
     return {name: value.clone() for name, value in cascade.release().state_dict().items()}
 
 
-@pytest.mark.parametrize("spec", [SPEC, GRADIENT], ids=["noise", "gradient"])
+@pytest.mark.parametrize("spec", [SPEC, FAST], ids=["noise", "fast"])
 @pytest.mark.parametrize("work", [by_trainer, by_accelerate])
 def test_two_processes_are_one(work: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None:
     folders = [tmp_path / str(count) for count in (1, 2)]

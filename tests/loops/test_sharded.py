@@ -37,11 +37,11 @@ from tests.devices.ranks import on_ranks
 from tests.devices.sharding import Peak
 from tests.kit.errors import raises
 from tests.loops.kit import adapted, arguments, llama, net, rows, texts
-from tests.loops.test_processes import BATCH, GRADIENT, SPEC, as_torchrun, by_accelerate, free_port
+from tests.loops.test_processes import BATCH, FAST, SPEC, as_torchrun, by_accelerate, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-SPECS = {"noise": SPEC, "gradient": GRADIENT}
+SPECS = {"noise": SPEC, "fast": FAST}
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}}
 LIMIT = 500.0
 """Seconds; a Trainer is slow to import."""

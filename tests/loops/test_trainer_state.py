@@ -48,7 +48,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "ranks-redrawn": ({"steps": 2}, {}, {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")}),
     "dora": ({"steps": 3}, {}, {"use_dora": True, "train": ()}),
     "pissa-averaged": ({"steps": 3}, {}, {"start": "pissa", "average": "ema", "noise": lx.Noise()}),
-    "gradient": ({"steps": 3}, {}, {"restart_A": "gradient", "noise": lx.Noise()}),
     "fast-kept": ({"steps": 3}, {"bf16": True}, {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"}),
     "best": (
         {"steps": 3},
@@ -239,7 +238,7 @@ def test_a_state_goes_through_a_wrapper_and_is_taken_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DistributedDataParallel and its like put a name before each key; and what raises on the way changes nothing."""
-    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1), train=("head.bias",), restart_A="gradient")
+    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1), train=("head.bias",))
     cascade = adapted(spec)
     trainer_of(cascade, tmp_path, {"steps": 2}, max_steps=5).train()
     state = nn.ModuleDict({"module": cascade}).state_dict()
@@ -258,7 +257,7 @@ def test_a_state_goes_through_a_wrapper_and_is_taken_as_a_whole(
                 nn.ModuleDict({"module": other}).load_state_dict(state)
         optimizer.step()
         optimizer.zero_grad()
-        other.transition(optimizer)  # and a stage that looks for its first gradient
+        other.transition(optimizer)
     assert not any(nn.ModuleDict({"module": other}).load_state_dict(state, strict=True))
     assert other.stage == cascade.stage == 4
     for name, value in other.folded_state_dict().items():

@@ -17,7 +17,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.errors.models import inputs, loss_of
 from tests.kit.errors import raises
-from tests.kit.state import branches_of, is_gathering
+from tests.kit.state import branches_of
 
 BAD = ({0, 3}, {1}, {0, 1, 2, 3}, {2})
 """By stage, the steps whose loss overflows; in the third stage none is made."""
@@ -128,30 +128,3 @@ def test_infinite_gradients_are_pending_until_they_are_zeroed() -> None:
         optimizer.zero_grad()
         cascade.transition(optimizer)
         assert all(branch.finite() for branch in branches_of(cascade).values())
-
-
-@pytest.mark.parametrize("to_none", [False, True])
-def test_a_start_by_the_gradient_waits_for_a_step_that_is_made(to_none: bool) -> None:
-    """A skipped step turns nothing; the next one turns lora_A to its own gradient, whatever the scale."""
-    spec = lx.CascadeSpec(rank=2, pace=1.0, restart_A="gradient")
-    cascade = lx.adapt(mlp(), (inputs(6, 5),), spec=spec, frontend="symbolic")
-    optimizer, scaler = torch.optim.SGD(cascade.param_groups(lr=0.05)), next(scalers())
-    cascade.transition(optimizer)
-    branches = branches_of(cascade)
-    fresh = {name: branch.lora_A.detach().clone() for name, branch in branches.items()}
-    for place, bad in enumerate((True, True, False)):
-        assert is_gathering(cascade)
-        assert all(torch.equal(branch.lora_A, fresh[name]) for name, branch in branches.items())
-        loss = loss_of(cascade(inputs(6, 5, seed=place)))
-        scaler.scale(loss * float("inf") if bad else loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=to_none)
-    assert not is_gathering(cascade)
-    plain = mlp()
-    loss_of(plain(inputs(6, 5, seed=2))).backward()
-    for name, branch in branches.items():
-        gradient = plain.get_parameter(name).grad
-        leading = torch.linalg.svd(gradient).Vh[:2]
-        rows = branch.lora_A.detach() / branch.lora_A.detach().norm(dim=1, keepdim=True)
-        torch.testing.assert_close((rows * leading).sum(1).abs(), torch.ones(2), rtol=1e-3, atol=1e-3)

@@ -42,10 +42,6 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("conflicting-options", "nearest_full_gradient"),
     ),
     (
-        {"nearest_full_gradient": True, "train_A": False, "restart_A": "gradient"},
-        ("conflicting-options", "nearest_full_gradient"),
-    ),
-    (
         {"train_rules": (lx.TrainRule("head", lr=0.1),)},
         ("conflicting-options", "train_rules", "head"),
     ),

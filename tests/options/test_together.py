@@ -24,7 +24,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "ranks, olora": {"ranks": (3, 2), "start": "olora"},
     "ranks, dora": {"ranks": (3, 2), "use_dora": True},
     "ranks, fixed": {"ranks": (3, 2), "train_A": False, "nearest_full_gradient": True},
-    "ranks, gradient": {"ranks": (3, 2), "restart_A": "gradient", "lr_ratio": 4.0},
+    "ranks, plus": {"ranks": (3, 2), "lr_ratio": 4.0},
     "ranks, redrawn": {"ranks": (3, 2), "noise": lx.Noise(0.1, redraw="step")},
     "fixed, pissa": {"rank": 2, "train_A": False, "start": "pissa"},
     "fixed, dora": {"rank": 2, "train_A": False, "use_dora": True},

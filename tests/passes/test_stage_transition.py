@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError
+from lorasc_fx import Noise, NonFiniteBranch, PassError
 from lorasc_fx.graph import record_of, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
 from tests.kit.errors import raises, warns
@@ -171,13 +171,6 @@ def test_a_live_graph_is_the_runtimes() -> None:
     with raises(PassError, "live-model", "stage-transition", "cascade.transition(optimizer)"):
         StageTransition()(inserted)
     photograph.assert_unchanged()
-
-
-def test_a_start_from_the_gradient_is_the_runtimes() -> None:
-    case = BY_NAME["module_linear"]
-    inserted = insert(case.own(), CascadeSpec(rank=2, restart_A="gradient"))
-    with raises(PassError, "needs-training-step", "stage-transition", "restart_A='gradient'"):
-        StageTransition()(inserted)
 
 
 def test_a_branch_that_is_not_finite_is_one_error() -> None:

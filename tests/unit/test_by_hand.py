@@ -395,22 +395,6 @@ def test_changed_factors_are_noticed(placement: str) -> None:
     assert not torch.allclose(before, after)
 
 
-@pytest.mark.parametrize("placement", ["merged", "weight"])
-def test_the_gradient_start_sees_a_merged_weight(placement: str) -> None:
-    """restart_A="gradient" asks the weights themselves for one gradient."""
-    x, factors_of = numbers(4, 3, 6, 6), []
-    for each in ("beside", placement):
-        cascade = filled(net(), x, placement=each, restart_A="gradient")
-        optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-        cascade.transition(optimizer)
-        cascade(x).square().mean().backward()
-        optimizer.step()
-        factors_of.append([branch.delta().detach() for branch in branches_of(cascade).values()])
-    for one, other in zip(*factors_of, strict=True):
-        assert one.abs().max() > 0
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
-
-
 class Lookup(nn.Module):
     """Rows of a table, by a layer of torch, and a head tied to it."""
 

@@ -6,11 +6,8 @@ ours is asked.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import ONE_PROCESS, ShardSpec
-from tests.kit.state import MANIFEST, canonical, noise_drawn, text_digest
+from tests.kit.state import noise_drawn
 from tests.unit.cases import OPTIMIZERS, batches, by_hand, factors, mlp, optimizer_of, randomize, train
 
 STRENGTH = 0.2
@@ -383,43 +380,3 @@ def test_a_shard_draws_its_own_numbers(
             assert sum(drawn) <= full.numel()
             if shape == (700, 4000) and count < total:
                 assert sum(drawn) < 0.6 * full.numel()
-
-
-def drawn_whole(seed: int, stage: int, name: str, shape: torch.Size) -> torch.Tensor:
-    """The uniform noise of a weight, from one stream, by its key alone."""
-    key = hashlib.sha256(f"{seed}\0{stage}\0noise\0{name}".encode()).digest()[:8]
-    return torch.rand(shape, generator=torch.Generator().manual_seed(int.from_bytes(key, "little"))).double() - 0.5
-
-
-def test_a_checkpoint_from_before_the_blocks_keeps_its_noise(tmp_path: Path) -> None:
-    """Its manifest does not say what has a stream: both what is kept and that of later stages are of whole weights."""
-    x, base = batches(1, 2, 200)[0], values(big())
-    cascade = adapted(big(), x, lx.Noise(STRENGTH, keep=True, key="weight"), seed=4)
-    cascade.transition(None)
-    lx.save(cascade, tmp_path)
-    (path,) = tmp_path.glob(f"*/{MANIFEST}")
-    manifest = json.loads(path.read_text())
-    kept = [noise for state in manifest["slow"].values() for noise in state["noises"]]
-    assert [each["noise"].pop("key") for each in kept] == ["weight"] * len(kept)
-    assert manifest["plan"]["spec"]["noise"].pop("key") == "weight"
-    manifest["digest"] = text_digest(canonical(manifest))
-    path.write_text(json.dumps(manifest))
-    held, expected = values(cascade.model), dict(base)
-    loaded = lx.load(tmp_path, big(), args=(x,))
-    for stage in (1, 2, 3):
-        for name in BIG:
-            size = STRENGTH * expected[name].std()
-            expected[name] = expected[name] + size * drawn_whole(4, stage, name, base[name].shape)
-        if stage > 1:
-            found = values(loaded.model)
-            assert stage > 2 or all(torch.equal(found[name], held[name]) for name in base)
-            for name in BIG:
-                torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-13)
-            loaded.transition(None)
-    other = values(adapted(big(), x, lx.Noise(STRENGTH), seed=4).model)
-    first = values(adapted(big(), x, lx.Noise(STRENGTH, key="weight"), seed=4).model)
-    for name in BIG:
-        size = STRENGTH * base[name].std()
-        expected[name] = base[name] + size * drawn_whole(4, 1, name, base[name].shape)
-        torch.testing.assert_close(first[name], expected[name], rtol=0, atol=1e-13)
-        assert not torch.equal(other[name], first[name])

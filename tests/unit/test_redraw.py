@@ -77,7 +77,8 @@ def test_filter_noise_is_flat_loras() -> None:
     with torch.no_grad():
         wide.weight.mul_(torch.linspace(0.1, 5, 8).view(8, 1, 1, 1))
     base = wide.weight.detach().clone()
-    lx.adapt(wide, (torch.randn(1, 300, 3, 3).double(),), spec=lx.CascadeSpec(rank=2, noise=FLAT))
+    held = lx.adapt(wide, (torch.randn(1, 300, 3, 3).double(),), spec=lx.CascadeSpec(rank=2, noise=FLAT))
+    assert held.stage == 1
     noise = (wide.weight.detach() - base).flatten(1)
     norms, count = base.flatten(1).norm(dim=1), noise.shape[1]
     unit = noise / (0.05 * norms[:, None] / count**0.5)

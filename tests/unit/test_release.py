@@ -128,23 +128,6 @@ def test_a_released_model_is_free() -> None:
         assert torch.equal(model.head.weight, weight)
 
 
-def test_release_ends_the_wait_for_a_gradient() -> None:
-    """restart_A = "gradient" asks for gradients of the weights themselves; a release takes that back."""
-    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, restart_A="gradient"))
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    cascade.transition(optimizer)
-    cascade(x).sum().backward()
-    optimizer.zero_grad()
-    cascade.release()
-    assert all(value.grad is None for value in model.parameters())
-    assert not model.stem.weight.requires_grad
-    model(x).sum().backward()
-    optimizer.step()
-    assert model.head.weight.requires_grad
-    assert model.head.weight.grad is not None
-
-
 # torch's own, of a copy of any exported graph
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 @pytest.mark.parametrize("frontend", ["export", "symbolic"])

@@ -1,7 +1,6 @@
-"""Checkpoints of formats 1 and 2, written in November 2026: what a later version has to read bit for bit.
+"""Checkpoints written in November 2026, which every version that reads format 1 has to read bit for bit.
 
-`python -m tests.checkpoint.golden` writes those of format 2 that are missing, each as the one of format 1 is saved
-again; one that is there is never written anew.
+`python -m tests.checkpoint.golden` writes those that are missing. It never overwrites one.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ from torch import nn
 
 import lorasc_fx as lx
 
-__all__ = ["FOLDER", "FORMATS", "SPECS", "base", "inputs"]
+__all__ = ["FOLDER", "SPECS", "base", "inputs"]
 
 FOLDER = Path(__file__).parent
-FORMATS = (FOLDER, FOLDER / "format_2")
-"""Where the checkpoints of each format are."""
 
 SPECS = {
     "plain": lx.CascadeSpec(rank=1, pace=0.5),
