@@ -266,11 +266,21 @@ class Run:
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not empty:  # else they are written next
             self.note_weights((name for name in known if name not in written), summed)
+        self._watch()
+        self.replicas.see(len(self.branches), self.trainable)
+
+    def _watch(self) -> None:
+        """Watch for gradients of what is trained, and for optimizer steps after which noise is drawn."""
         if not self.is_sharded:  # FSDP has other hooks
             self.pending.arm(self.trainable().values())
-        if noise.follows_steps:
+        if self.plan.spec.noise.follows_steps:
             self.steps.arm(self._redraw)
-        self.replicas.see(len(self.branches), self.trainable)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin as a deep copy, whose watches are new and know nothing of its parameters yet."""
+        vars(self).update(state)
+        if self.holds_numbers and not self.released:
+            self._watch()
 
     def _with_corrections(self, slow: SlowWeights, known: Mapping[str, nn.Parameter]) -> SlowWeights:
         """Return slow weights that begin with the nearest delta of a site's rank to what quantization took (LoftQ).

@@ -229,8 +229,8 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             f"small. There are {', '.join(map(str, can))}; save a checkpoint a stage (keep=...) to have all",
             code="stage-not-kept",
         )
-    # The average restarts from the slow weights of that stage.
-    return SlowWeights(states, trained, averaged=min(stage, 1), group=slow.group)
+    # The average, if one is kept, restarts from the slow weights of that stage.
+    return SlowWeights(states, trained, averaged=min(stage, slow.averaged, 1), group=slow.group)
 
 
 def _looked_up(slow: SlowWeights, stage: int) -> tuple[dict[str, WeightState], dict[str, Trained], list[str]]:

@@ -84,6 +84,9 @@ class Going:
         for _ in self.cascade.stages(2, self.optimizer, self.scheduler):
             self.step()
 
+    def back(self) -> None:
+        self.cascade.rewind(1, self.optimizer)
+
     def eval(self) -> None:
         self.cascade.eval()
 

@@ -94,6 +94,11 @@ def test_a_plateau(tmp_path: Path) -> None:
     assert_same(interrupted(run, events, (0, 1, 3, 7), tmp_path), expected)
 
 
+def test_a_run_that_was_rewound(tmp_path: Path) -> None:
+    events = ("step", "fold", "step", "back", "step", "fold", "step")
+    assert_same(interrupted(Run(PLAIN), events, (4, 6), tmp_path), whole(Run(PLAIN), events))
+
+
 # ---- gradients that wait
 
 

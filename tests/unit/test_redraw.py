@@ -189,6 +189,16 @@ def test_watching_ends() -> None:
     assert len(torch_optimizer._global_optimizer_post_hooks) == hooks  # one for all of them
 
 
+def test_a_copy_redraws_before_its_first_call() -> None:
+    cascade = adapted(mlp(), batches(1, 4, 5)[0])
+    twin = copy.deepcopy(cascade)
+    for each in (cascade, twin):
+        torch.optim.SGD(each.param_groups(lr=0.0)).step()
+    held, own = weights(cascade.model), weights(twin.model)
+    assert cascade.plan.step == twin.plan.step == 1
+    assert all(torch.equal(value, own[name]) for name, value in held.items())
+
+
 def test_a_cascade_that_goes_during_a_step() -> None:
     """torch walks over its hooks then."""
     held: list[lx.Cascade] = []
