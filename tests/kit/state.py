@@ -197,7 +197,7 @@ def _values(thing: Any) -> Any:
     if dataclasses.is_dataclass(thing):
         return [(field.name, _values(getattr(thing, field.name))) for field in dataclasses.fields(thing)]
     if isinstance(thing, Mapping):
-        return [(name, _values(value)) for name, value in thing.items()]
+        return [(name, _values(thing[name])) for name in sorted(thing, key=str)]  # a load may order them otherwise
     return [_values(each) for each in thing] if isinstance(thing, (list, tuple)) else thing
 
 

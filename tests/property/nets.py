@@ -90,4 +90,4 @@ def inputs(build: Build, batch: int, seed: int, with_y: bool, dtype: torch.dtype
 def loss_of(output: Tensor) -> Tensor:
     """A loss with another gradient at every output."""
     target = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-    return (output - target).square().mean()
+    return (output - target.to(output.device)).square().mean()
