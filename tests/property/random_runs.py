@@ -131,12 +131,12 @@ OPTIONS: dict[str, Callable[[Draw], Any]] = {
     "optimizer_state": lambda draw: draw.choice(["kept", 0.5]),
 }
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
-    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.7),
-    "adamw": torch.optim.AdamW,
+    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.7, foreach=False),
+    "adamw": lambda groups: torch.optim.AdamW(groups, foreach=False),
     "nadam": lambda groups: torch.optim.NAdam(groups, foreach=False),
     "asgd": lambda groups: torch.optim.ASGD(groups, t0=2, foreach=False),
 }
-"""Without `foreach`, which torch takes on accelerators alone, and which computes other bits."""
+"""Without `foreach`: torch uses it on accelerators alone, and it rounds differently."""
 EVENTS = ("fail", "load", "state_dict", "copy", "look", "evaluate", "export", "move", "interrupt")
 """Methods of `Going` that change nothing of the run."""
 
@@ -364,8 +364,8 @@ class Going:
         self.left.append((old, numbers(old)))
 
     def look(self, number: int) -> None:
-        """Put other weights in place for a call; or be interrupted on the way in or out."""
-        which = ("slow", "fast", "base")[number % 3]
+        """Put other weights in place for a call; and be interrupted on the way in or out."""
+        which = self.cascade.views[number % len(self.cascade.views)]
         with self.evaluating(), self.cascade.weights(which):
             self.call(self.example)
         with contextlib.suppress(Interrupted), FailAt(1 + number, failing(Interrupted())), self.cascade.weights(which):
