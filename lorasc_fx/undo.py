@@ -15,18 +15,23 @@ interrupted in the middle of its `finally`.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 import sys
 import threading
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import CodeType, FrameType, TracebackType
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
+import torch._guards
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.utils._python_dispatch import _len_torch_dispatch_stack  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -53,6 +58,11 @@ class Lock:
         """Give it back."""
         self._lock.release()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this thread holds the lock."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]  # as threading.Condition asks it
+
     def after_fork(self) -> None:
         """Free the lock in a forked process if a thread held it that does not exist there.
 
@@ -74,6 +84,56 @@ PROCESS = Lock()
 
 A thread that needs this lock and that of a cascade takes this one first.
 """
+
+
+_POSTPONED: deque[Callable[[], object]] = deque()
+
+
+def when_idle(action: Callable[[], object]) -> None:
+    """Run an action that computes with tensors, now or later.
+
+    Garbage collection may call it at any moment. If this thread is tracing or differentiating, the action would become
+    a part of that. It then waits for the end of the backward, or for the first garbage collection after the trace.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_run_or_postpone, action))
+    else:
+        _run_or_postpone(action)
+
+
+def _run_or_postpone(action: Callable[[], object]) -> None:
+    if not _is_tracing():
+        action()
+        return
+    _POSTPONED.append(action)
+    if _after_collection not in gc.callbacks:
+        gc.callbacks.append(_after_collection)
+
+
+def run_postponed() -> None:
+    """Run the actions that could not run when they were given, unless this thread is tracing."""
+    while _POSTPONED and not _is_tracing() and torch._C._current_graph_task_id() == -1:
+        _POSTPONED.popleft()()
+
+
+def _after_collection(phase: str, _info: object) -> None:
+    """Run what was postponed soon after the trace: Python collects garbage all the time."""
+    if phase == "stop":
+        run_postponed()
+        if not _POSTPONED and _after_collection in gc.callbacks:
+            gc.callbacks.remove(_after_collection)
+
+
+def _is_tracing() -> bool:
+    """Whether tensor operations of this thread are observed or compiled."""
+    return (
+        _len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")  # as torch.export traces
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._guards.TracingContext.try_get() is not None
+        or torch.compiler.is_compiling()
+        or PROCESS.is_held
+    )
 
 
 class Block(Generic[T]):

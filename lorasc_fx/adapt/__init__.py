@@ -53,7 +53,7 @@ from lorasc_fx.runtime.dropped import Joined
 from lorasc_fx.runtime.materialize import MetaModel, check_attributes, groups_of
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.undo import PROCESS, AllOrNothing, Undo, no_inference_mode
+from lorasc_fx.undo import PROCESS, AllOrNothing, Undo, no_inference_mode, run_postponed
 
 __all__ = ["adapt", "load"]
 
@@ -453,6 +453,7 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 
 def _check_new(model: nn.Module, on_meta: bool = False) -> None:
+    run_postponed()  # an earlier cascade of the model may have been dropped inside a trace
     if offloaded := [name for name, module in model.named_modules() if _is_offloaded(module)]:
         raise CaptureError(
             f"accelerate offloads the weights of {named(offloaded)} to the host or to disk, and puts them on the "

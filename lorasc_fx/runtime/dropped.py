@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lorasc_fx.errors import warn
 from lorasc_fx.quantized import give_layers_back, is_quantized
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.usage import UsageWatch
-from lorasc_fx.undo import Undo
+from lorasc_fx.undo import Undo, when_idle
 
 Joined = tuple[tuple[nn.Module, str, nn.Parameter], ...]
 """Places in modules, each with the parameter that was there before it became a tie."""
@@ -51,11 +50,10 @@ class DropGuard:
     """Removes the noise, restores requires_grad, ties and layers, and warns of lost training, when its cascade is
     dropped.
 
-    Only the cascade and its shallow copies hold it. The finalizer may run in any thread, inside any allocation: it
-    waits for no lock, and inside a backward it is put off to the end of that backward. It may also run late, by the
-    garbage collector, so that it leaves alone what the user has changed since: weights with other numbers, other flags,
-    and the mode of modules, which `train` and `eval` set. If the model is garbage too, nothing is done: nobody can
-    mistake it for the trained one.
+    Only the cascade and its shallow copies hold it. The finalizer may run in any thread, inside any allocation, and
+    waits for no lock. Inside a backward or a trace it is postponed (`undo.when_idle`). It may also run late, by the
+    garbage collector. It leaves alone what the user has changed since: weights with other values, other flags, and the
+    mode of modules. If the model is garbage too, nothing is done: nobody can mistake it for the trained one.
 
     Args:
         run, usage: of the cascade.
@@ -101,14 +99,10 @@ class DropGuard:
             return
         model = _MODELS[id(self)]
         self.disarm()
-        if torch._C._current_graph_task_id() != -1:  # this backward may still need the weights
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._act, model))
-        else:
-            self._act(model)
+        when_idle(partial(self._act, model))
 
     def _act(self, held: weakref.ref[nn.Module]) -> None:
-        # A collection may run while something is traced, and no_grad itself would be an op of the trace.
-        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        with torch._C.DisableTorchFunction(), torch.no_grad():  # torch.set_default_device is a function mode
             lost = self.run.loses_training()
             self.run.written = frozenset  # which holds the model
             del self.run.model

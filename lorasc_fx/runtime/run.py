@@ -26,7 +26,7 @@ from lorasc_fx.runtime.watches import PendingWatch, Replicas, StepWatch, Warned,
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import Expert, Part, Scratch, SlowWeights, keep_base, sums_are_finite
-from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad
+from lorasc_fx.undo import Block, Commit, Lock, Undo, no_grad, run_postponed
 
 log = logging.getLogger("lorasc_fx")
 
@@ -772,6 +772,7 @@ class Run:
 
     def check_alive(self, call: str, *, on_meta: bool = False) -> None:
         """Raise StateError after `release`, and before the model has its numbers, unless the call needs none."""
+        run_postponed()
         if self.released:
             raise StateError(
                 f"{call}: this cascade was released; the model is yours again. Adapt it anew to go on", code="released"

@@ -26,6 +26,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lorasc_fx.errors import StateError, named, warn
 from lorasc_fx.runtime.run import Run
 from lorasc_fx.runtime.watches import Fresh, callers
+from lorasc_fx.undo import run_postponed
 
 _HERE = __file__
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -351,5 +352,6 @@ def _let_go(model: weakref.ref[nn.Module], call: Any, handle: Any) -> None:
 
 @atexit.register
 def _at_exit() -> None:
+    run_postponed()
     for watch in list(_ARMED):
         watch.check_end()

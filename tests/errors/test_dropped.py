@@ -184,7 +184,9 @@ def test_what_the_user_has_changed_meanwhile_stays() -> None:
         model[0].weight.copy_(torch.ones(7, 5))
     model.eval()
     model[2].requires_grad_(True)
-    with told("0.weight, which was changed from outside"), FakeTensorMode():
+    with told("0.weight, which was changed from outside", anywhere=True):
+        with FakeTensorMode():  # as of a trace, which it waits for
+            gc.collect()
         gc.collect()
     assert same(model, {**values(net()), "0.weight": torch.ones(7, 5)})
     assert not model.training
@@ -192,7 +194,7 @@ def test_what_the_user_has_changed_meanwhile_stays() -> None:
 
 
 def test_while_a_program_is_traced() -> None:
-    """Nothing of it is in the trace."""
+    """It waits for the end of the trace."""
 
     def collects(x: torch.Tensor) -> torch.Tensor:
         gc.collect()
