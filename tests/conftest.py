@@ -61,32 +61,45 @@ SAMPLED = {
     "checkpoint/test_golden.py::test_it_stands_for_the_weights_of_then": 2,
     "checkpoint/test_load_without_inputs.py::test_a_run_goes_on_as_if_it_had_not_stopped": 3,
     "checkpoint/test_named_base.py::test_a_folder_is_loaded_by_itself": 2,
+    "checkpoint/test_named_base.py::test_only_local_files_unless_the_environment_allows_more": 3,
     "checkpoint/test_resume.py::test_after_stages_have_ended": 3,
     "checkpoint/test_resume.py::test_bits_for_every_layout": 3,
     "checkpoint/test_resume.py::test_optimizers": 3,
     "checkpoint/test_resume.py::test_three_stages": 3,
     "cli/test_evidence.py::test_every_method_trains": 5,
     "compose/test_table.py::test_computes_the_same_between": 3,
+    "errors/test_all_or_nothing.py::test_entering_weights": 4,
     "errors/test_all_or_nothing.py::test_folded_copies": 2,
     "errors/test_all_or_nothing.py::test_load_state_dict": 2,
     "errors/test_all_or_nothing.py::test_release": 3,
     "errors/test_all_or_nothing.py::test_save": 2,
+    "errors/test_all_or_nothing.py::test_the_first_stage_of_a_new_loop": 4,
     "errors/test_all_or_nothing.py::test_transition": 3,
+    "errors/test_dropped.py::test_what_was_kept_is_not_lost": 4,
     "errors/test_interrupts.py::test_a_signal_at_some_lines": 3,
     "forms/test_calls.py::test_kinds_of_models": 3,
-    "forms/test_forms.py::test_auto": 2,
-    "forms/test_forms.py::test_named": 4,
+    "forms/test_forms.py::test_auto": 3,
+    "forms/test_forms.py::test_named": 6,
+    "forms/test_variants.py::test_another_dtype": 4,
+    "forms/test_variants.py::test_autocast": 4,
+    "forms/test_variants.py::test_containers_of_inputs": 4,
     "loops/test_accelerate.py::test_a_resumed_run_has_the_same_bits": 3,
+    "loops/test_attributes.py::test_layers_of_peft_cannot_be_put_into_the_model": 6,
+    "loops/test_pipeline.py::test_a_pipeline_computes_without_noise": 4,
+    "loops/test_timm.py::test_lookahead_starts_a_stage_from_its_weights": 3,
     "loops/test_trainer.py::test_a_learning_rate_of_each_stage": 3,
-    "passes/test_attention_masks.py::test_what_holds_at_every_size_goes": 3,
-    "passes/test_fold_branches.py::test_fold": 3,
-    "passes/test_fold_branches.py::test_fold_of_a_live_graph_erases_nodes_and_leaves_values": 3,
-    "passes/test_insert_branches.py::test_gradients_are_those_of_the_formula": 3,
-    "passes/test_insert_branches.py::test_insert": 3,
-    "passes/test_insert_branches.py::test_noise_is_in_the_weights_of_an_own_graph": 3,
-    "passes/test_placements.py::test_the_same_numbers_and_the_way_back": 3,
-    "passes/test_stage_transition.py::test_transition_is_fold_then_insert": 3,
-    "passes/test_transactions.py::test_an_editor_that_raises_at_any_moment": 3,
+    "loops/test_trainer.py::test_one_stage_is_peft_in_the_same_trainer": 3,
+    "loops/test_trainer_state.py::test_a_resumed_run_has_the_same_bits": 6,
+    "numerics/test_extremes.py::test_branches_beside_and_in_tiny_and_huge_weights": 4,
+    "passes/test_attention_masks.py::test_what_holds_at_every_size_goes": 6,
+    "passes/test_fold_branches.py::test_fold": 6,
+    "passes/test_fold_branches.py::test_fold_of_a_live_graph_erases_nodes_and_leaves_values": 6,
+    "passes/test_insert_branches.py::test_gradients_are_those_of_the_formula": 6,
+    "passes/test_insert_branches.py::test_insert": 6,
+    "passes/test_insert_branches.py::test_noise_is_in_the_weights_of_an_own_graph": 6,
+    "passes/test_placements.py::test_the_same_numbers_and_the_way_back": 6,
+    "passes/test_stage_transition.py::test_transition_is_fold_then_insert": 6,
+    "passes/test_transactions.py::test_an_editor_that_raises_at_any_moment": 6,
     "peft/test_convs.py::test_adapter_and_merge_differ": 3,
     "peft/test_tracing.py::test_ours": 3,
     "peft/test_tracing.py::test_peft": 3,
@@ -95,9 +108,10 @@ SAMPLED = {
     "unit/test_conv.py::test_conv_is_the_formula": 3,
     "unit/test_front_ends.py::test_attention_trains_in_eval_mode": 3,
     "unit/test_front_ends.py::test_llama_with_gradient_checkpointing": 2,
-    "unit/test_graph_breaks.py::test_copies_find_their_graphs_anew": 3,
-    "unit/test_graph_breaks.py::test_it_is_the_eager_model_and_with_branches_the_merged_one": 3,
-    "unit/test_graph_breaks.py::test_two_stages_are_the_formula": 3,
+    "unit/test_graph_breaks.py::test_a_checkpoint_goes_on": 3,
+    "unit/test_graph_breaks.py::test_copies_find_their_graphs_anew": 4,
+    "unit/test_graph_breaks.py::test_it_is_the_eager_model_and_with_branches_the_merged_one": 4,
+    "unit/test_graph_breaks.py::test_two_stages_are_the_formula": 4,
     "unit/test_isolation.py::test_nothing_is_left_behind": 3,
     "unit/test_masks.py::test_attention_is_told_what_the_eager_model_tells_it": 3,
     "unit/test_preflight.py::test_differentiates_in_forward": 2,
@@ -106,8 +120,29 @@ SAMPLED = {
     "unit/test_recomputed.py::test_what_backward_runs_again_computes_with_the_branches": 3,
     "unit/test_reuse.py::test_a_model_of_another_state": 3,
     "unit/test_shared_heads.py::test_outputs_gradients_and_memory_are_those_of_eager": 2,
+    "unit/test_small_sizes.py::test_small_sizes_are_those_of_the_model": 2,
+    "unit/test_untie.py::test_a_checkpoint_goes_on": 4,
 }
 """Tests with many rows that together take long: one row of so many is in `make test`, the others are slow."""
+
+SLOW = {
+    *(
+        f"contract/test_docs.py::test_page_runs[docs/{page}.md]"
+        for page in ("from-peft", "images", "llm", "loops", "method")
+    ),
+    "contract/test_docs.py::test_page_runs[docs/text.md]",
+    "damage/test_mutations.py::test_mutations",
+    "errors/test_all_or_nothing.py::test_an_operation_of_a_capture[memory]",
+    "errors/test_all_or_nothing.py::test_folded_copies[folded_graph-memory]",
+    "errors/test_all_or_nothing.py::test_folded_copies[folded_state_dict-memory]",
+    "errors/test_all_or_nothing.py::test_load_state_dict[noise, train-memory]",
+    "errors/test_all_or_nothing.py::test_release[noise, train-memory]",
+    "errors/test_all_or_nothing.py::test_save[memory]",
+    "models/test_zoo.py::test_the_model_is_its_own_oracle[hf_patchtst]",
+    "models/test_zoo.py::test_the_model_is_its_own_oracle[mixtral]",
+    "unit/test_front_ends.py::test_llama_with_gradient_checkpointing[auto]",
+}
+"""Single rows, and tests, that take long."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -128,6 +163,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rows: Counter[str] = Counter()
     for item in items:
         test = item.nodeid.partition("[")[0].removeprefix("tests/")
+        if item.nodeid.removeprefix("tests/") in SLOW:
+            item.add_marker(pytest.mark.slow)
         if test in SAMPLED and not item.get_closest_marker("slow"):
             if rows[test] % SAMPLED[test]:
                 item.add_marker(pytest.mark.slow)

@@ -217,7 +217,21 @@ def _muted(undo: Block[Any], name: str) -> None:
 
 @isolated
 def _same_torch_stacks(undo: Block[Any]) -> None:
-    """Restore this thread's torch.func levels, modes and autocast; a tracer that raises may leave entries behind."""
+    """Restore this thread's torch.func levels, modes, dispatch keys and autocast.
+
+    A tracer that raises may leave entries behind.
+    """
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    undo.enter(torch._C._ForceDispatchKeyGuard(*keys))
+    refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+
+    def same_hooks() -> None:  # a level of torch.func disables the hooks of checkpoints
+        if refused is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
+        else:
+            torch._C._autograd._saved_tensors_hooks_disable(refused, False)
+
+    undo(same_hooks)
     functions, dispatches = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 
     def pop_modes() -> None:

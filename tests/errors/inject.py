@@ -67,6 +67,7 @@ class LineAt:
     ) -> None:
         self.at, self.act, self.count, self.all_lines, self.last = at, act, 0, all_lines, at + times - 1
         self.files = tuple(str(ROOT / file) for file in files)
+        self.finalizers = 0
 
     def __enter__(self) -> LineAt:
         self.before = sys.gettrace()
@@ -78,7 +79,16 @@ class LineAt:
 
     def called(self, frame: FrameType, event: str, _: Any) -> Any:
         name = frame.f_code.co_filename
+        if frame.f_code.co_name == "__del__":  # Python drops what is raised in a finalizer, or below one
+            self.finalizers += 1
+            return self.finalizer
+        if self.finalizers:
+            return None
         return self.line if name.startswith(self.files) and (self.all_lines or not name.endswith("undo.py")) else None
+
+    def finalizer(self, frame: FrameType, event: str, _: Any) -> Any:
+        self.finalizers -= event == "return"
+        return self.finalizer
 
     def line(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "line" and self.count < self.last:

@@ -9,6 +9,7 @@ import torch
 
 from lorasc_fx import Noise, NonFiniteBranch, PassError
 from lorasc_fx.graph import record_of, text
+from lorasc_fx.graph.targets import targeted
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
 from tests.kit.errors import raises, warns
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
@@ -55,6 +56,9 @@ def test_transition(case: Case) -> None:
     for name, value in weights_of(after).items():
         if name in slow:
             assert_close(value.detach(), weights_of(original)[name].detach() + slow[name], **NEAR)
+        elif targeted(case.spec.train, "", (name,)) and not targeted(case.spec.exclude, "", (name,)):
+            assert value.requires_grad
+            assert value.data_ptr() == weights_of(original)[name].data_ptr()
         else:
             assert_frozen(value, weights_of(original)[name])
     assert_close(run(after, case), by_hand(case, slow))

@@ -286,6 +286,7 @@ def test_a_front_end_leaves_no_levels_of_torch_func() -> None:
     assert torch._C._functorch.peek_interpreter_stack() is None
     cascade = lx.adapt(model, (x,))  # the front ends after `dynamo` are not disturbed by it
     assert torch._C._functorch.peek_interpreter_stack() is None
+    assert torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None  # checkpoints need them
     torch.testing.assert_close(cascade(x), expected)
 
 
@@ -293,7 +294,8 @@ def test_what_a_tracer_leaves_on_the_stacks_of_torch_is_dropped() -> None:
     def stacks() -> tuple[Any, ...]:
         modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
         casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        return torch._C._functorch.get_dynamic_layer_stack_depth(), modes, casts, torch.is_grad_enabled()
+        keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        return torch._C._functorch.get_dynamic_layer_stack_depth(), modes, casts, str(keys), torch.is_grad_enabled()
 
     before, drawn = stacks(), torch.get_rng_state()
     with quiet():
