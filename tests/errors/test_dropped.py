@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lorasc_fx as lx
+from lorasc_fx.runtime import dropped
 from tests.kit.errors import lacking
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -31,6 +32,12 @@ SPECS = {
     "cola": lx.CascadeSpec(rank=2, restart="fast"),
     "head": lx.CascadeSpec(rank=2, targets=("0",), train=("2.*",), noise=lx.Noise(0.1)),
 }
+
+
+@pytest.fixture(autouse=True)
+def real_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests do without (tests/conftest.py)."""
+    monkeypatch.setattr(dropped, "gc", gc)
 
 
 def net() -> nn.Sequential:
