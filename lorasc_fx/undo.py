@@ -113,7 +113,17 @@ def _run_or_postpone(action: Callable[[], object]) -> None:
 def run_postponed() -> None:
     """Run the actions that could not run when they were given, unless this thread is tracing."""
     while _POSTPONED and not _is_tracing() and torch._C._current_graph_task_id() == -1:
-        _POSTPONED.popleft()()
+        _Finalizer(_POSTPONED.popleft())  # is garbage at once
+
+
+class _Finalizer:
+    """Runs an action as a finalizer: what it raises is reported, and does not end the call that happens to run it."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.action = action
+
+    def __del__(self) -> None:
+        self.action()
 
 
 def _after_collection(phase: str, _info: object) -> None:

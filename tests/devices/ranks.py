@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from lorasc_fx.errors import LorascWarning
-from tests.conftest import USAGE
+from tests.conftest import DROPPED, USAGE
 
 Work = Callable[..., dict[str, torch.Tensor] | None]
 
@@ -95,7 +95,8 @@ def _read(path: Path) -> str:
 def _run(rank: int, count: int, port: int, folder: str, timeout: float, work: Work, args: tuple[Any, ...]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     warnings.simplefilter("error")
-    for message in USAGE if work.__module__.startswith("tests.devices") else ():  # as in tests/conftest.py
+    usage = USAGE if work.__module__.startswith("tests.devices") else ()
+    for message in (*usage, DROPPED):  # as in tests/conftest.py
         warnings.filterwarnings("ignore", message, LorascWarning)
     torch.set_num_threads(1)
     try:
