@@ -97,9 +97,10 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
         tensors = _joined(files, manifest.get("shards", {}))
     except ValueError as fault:
         raise CheckpointError(f"{path}: {fault}; {way_back(path)}") from fault
-    for sentence in plan_faults(plan, tensors):
+    checkpoint = Checkpoint(path, manifest, tensors, plan)
+    for sentence in (*plan_faults(plan, tensors), *_base_faults(checkpoint)):
         raise CheckpointError(f"{path}: {sentence}; {way_back(path)}")
-    return Checkpoint(path, manifest, tensors, plan)
+    return checkpoint
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], Plan]:
@@ -245,6 +246,17 @@ def branch_faults(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> Iterator[s
             elif tuple(factor.shape) != shape:
                 what = sanitized(repr(f"branch/{site.weight}/{name}"))
                 yield f"{what} is {tuple(factor.shape)}, the plan says {shape}"
+
+
+def _base_faults(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield what is wrong with the W0 that the file holds: it has to have the fingerprint in the manifest."""
+    prefix, base = "base/", checkpoint.manifest["base"]
+    held = {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}
+    for name, digest in fingerprints(held).items():
+        if name not in base and name not in checkpoint.manifest["trained"]:
+            yield f"holds {sanitized(repr(prefix + name))}, a parameter that the base does not have"
+        elif base.get(name, digest) != digest:
+            yield f"{sanitized(repr(prefix + name))} differs from its fingerprint in {MANIFEST}"
 
 
 def _is_random(state: torch.Tensor) -> bool:

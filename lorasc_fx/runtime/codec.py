@@ -234,7 +234,7 @@ def decode(
         keys = [f"stage/{stage}" for stage in manifest["stage_ends"].get(name, ())]
         keys += ["average"] if f"trained/{name}/average" in file else []
         views |= {key: file.take(f"trained/{name}/{key}", shape, dtype) for key in keys}
-        base = file.take(f"base/{name}", shape, entry.base.dtype) if f"base/{name}" in file else entry.base
+        base = file.take(f"base/{name}", shape, entry.base.dtype)
         trained[name] = replace(entry, base=base, views=views)
         start = trained[name].resting(manifest["idle"])
         if torch.equal(values[name], start.to(values[name].dtype)):
@@ -371,7 +371,8 @@ class _Taken:
             )
         if finite and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
-                f"{self.where}: {sanitized(repr(name))} holds inf or nan, which no fold takes", code="non-finite-tensor"
+                f"{self.where}: {sanitized(repr(name))} holds inf or nan, which save never writes",
+                code="non-finite-tensor",
             )
         self.left.pop(name, None)
         return tensor
@@ -455,7 +456,8 @@ def _model_state(
         value, before = held.tensors[f"buffer/{source}"], buffers[names[0]].value
         holders = [name for name, holder in buffers.items() if holder.value is before]
         if before is not None and value.shape == before.shape and holders == names:
-            moves.append((before, held.take(f"buffer/{source}", tuple(before.shape), before.dtype)))
+            finite = any(run.started_finite(name, before.shape) for name in names)
+            moves.append((before, held.take(f"buffer/{source}", tuple(before.shape), before.dtype, finite)))
         else:
             new = held.any_of(f"buffer/{source}").to(buffers[names[0]].device, copy=True)
             replaced += [(buffers[name], new) for name in names]

@@ -599,6 +599,10 @@ class Run:
         broken = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
         return [f"the branch of {name} holds inf or nan" for name in broken] + self.slow.faults()
 
+    def started_finite(self, name: str, shape: torch.Size) -> bool:
+        """Whether the buffer `name` had this shape, and neither inf nor nan, when the model was adapted."""
+        return self._finite.get(name) == shape
+
     def check_buffers(self, call: str) -> None:
         """Raise StateError if a buffer holds inf or nan, and was finite when the model was adapted.
 
@@ -606,7 +610,7 @@ class Run:
         weights are sharded.
         """
         buffers = _floating_buffers(self.model)
-        known = {name: value for name, value in buffers.items() if self._finite.get(name) == value.shape}
+        known = {name: value for name, value in buffers.items() if self.started_finite(name, value.shape)}
         broken = None
         if not sums_are_finite(list(known.values())):
             broken = next((name for name, value in known.items() if not _is_finite(value)), None)

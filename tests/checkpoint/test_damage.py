@@ -436,7 +436,7 @@ def filled(name: str, value: float) -> Edit:
     return lambda tensors: tensors[name].fill_(value)
 
 
-UP, A = "branch/body.weight/lora_B", "expert/body.weight/0/a"
+UP, A, W0 = "branch/body.weight/lora_B", "expert/body.weight/0/a", "base/head.bias"
 TENSOR: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
     "plain": [
         *(
@@ -456,6 +456,11 @@ TENSOR: dict[str, list[tuple[Edit, tuple[object, ...]]]] = {
         (filled(UP, float("nan")), ("non-finite-tensor", UP)),
         (filled(A, float("inf")), ("non-finite-tensor", A)),
         (gone("dense/mid.weight/slow"), ("missing-tensor", "dense/mid.weight/slow")),
+        (filled("buffer/norm.running_mean", float("nan")), ("non-finite-tensor", "buffer/norm.running_mean")),
+        (filled(W0, 0.5), ("invalid-checkpoint", W0, "fingerprint")),
+        (lambda tensors: tensors.update({W0: tensors[W0].half()}), ("invalid-checkpoint", W0, "fingerprint")),
+        (tensor("base/tail.bias", torch.ones(2)), ("invalid-checkpoint", "base/tail.bias")),
+        (gone(W0), ("missing-tensor", W0)),
     ],
     "average": [
         (

@@ -18,6 +18,7 @@ from lorasc_fx import CascadeSpec, Site
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph import named_weights, owner_of, record_of, text, use_of
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
+from tests.kit.trained import with_all_gradients
 from tests.passes.cases import Case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -103,10 +104,8 @@ def run(module: nn.Module, case: Case) -> Any:
 
 
 def run_in_training(module: nn.Module, case: Case) -> Any:
-    """The module's output as training computes it. Bits are compared so: without gradients, matmul and lstm choose
-    another order of sums for a Parameter than for a tensor that a branch returns.
-    """
-    return pytree.tree_map_only(Tensor, Tensor.detach, module(*case.args))
+    """The module's output when every parameter requires a gradient; see `kit.trained.with_all_gradients`."""
+    return with_all_gradients(module, *case.args)
 
 
 def assert_close(got: Any, expected: Any, **tolerance: float) -> None:

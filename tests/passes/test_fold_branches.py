@@ -68,9 +68,7 @@ def test_fold(case: Case) -> None:
     back = InsertBranches()(folded)  # 5 the inverse
     assert back.modified
     assert text(back.graph_module) == inserted_text == golden_section(case.name, "inserted", inserted_text)
-    trained = run_in_training(back.graph_module, case), run_in_training(folded, case)
-    assert_close(*trained)
-    assert not case.exact or same_bits(*trained)  # frozen weights let attention take another kernel
+    assert same_bits(run_in_training(back.graph_module, case), run_in_training(folded, case))
 
 
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)

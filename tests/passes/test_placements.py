@@ -61,9 +61,9 @@ def test_the_same_numbers_and_the_way_back(case: Case, placement: str) -> None:
     before, bits = text(matched), run_in_training(matched, case)
     inserted = InsertBranches()(matched).graph_module
     assert len(branches_of(inserted)) == len(case.sites)
-    frozen = run_in_training(case.own().requires_grad_(False), case)  # torch's products choose their order by that
-    found = run_in_training(inserted, case)
-    assert same_bits(found, bits) or same_bits(found, frozen)  # B = 0 moves no bit
+    frozen = case.own().requires_grad_(False)  # attention takes the same kernel for a merged weight as for a frozen one
+    trained = same_bits(run_in_training(inserted, case), bits)
+    assert trained or same_bits(inserted(*case.args), frozen(*case.args))  # B = 0 moves no bit
 
     fill(inserted)
     formula = by_hand(case, deltas(inserted))

@@ -17,6 +17,7 @@ from lorasc_fx import CascadeSpec, Noise, Rule
 from lorasc_fx.capture import OWNER, capture
 from lorasc_fx.graph import copy_graph, faults, graph_module_like, record_of, retarget, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, StageTransition
+from tests.kit.trained import with_all_gradients
 from tests.passes.kit import NEAR, branches_of, deltas, fill, insert, same_bits, weights_of
 
 CONV = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}
@@ -150,10 +151,6 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
 
-def trained(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x).detach()  # see kit.run_in_training
-
-
 def by_hand(model: nn.Module, added: dict[str, Tensor], x: Tensor) -> Tensor:
     changed = copy.deepcopy(model)
     with torch.no_grad():
@@ -168,7 +165,7 @@ def check(model: nn.Module, x: Tensor, spec: CascadeSpec, frontend: str) -> None
     assert same_bits(output, run(model, x))
 
     inserted = insert(graph_module, spec)
-    assert same_bits(trained(inserted, x), trained(graph_module, x))  # B = 0 changes no bit
+    assert same_bits(with_all_gradients(inserted, x), with_all_gradients(graph_module, x))  # B = 0 changes no bit
     assert same_bits(run(graph_module, x), output)
     assert faults(inserted) == []
     assert text(FoldBranches()(inserted).graph_module) == captured
